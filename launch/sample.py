@@ -1,0 +1,20 @@
+"""Stage sample alone, in one process.
+
+    python launch/sample.py --config=configs/arithmetic.py --workdir=DIR
+"""
+
+from absl import flags
+
+from synthneg_jax.runtime import startup
+
+startup.define_flags()
+
+
+def main():
+  from synthneg_jax.stages import pipeline
+
+  pipeline.run(flags.FLAGS.config, flags.FLAGS.workdir, ["sample"])
+
+
+if __name__ == "__main__":
+  startup.run(main)

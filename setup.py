@@ -1,0 +1,50 @@
+"""Installs synthneg_jax. The core needs neither torch nor TensorFlow."""
+
+import pathlib
+import re
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "synthneg_jax/__init__.py").read_text()).group(1)
+
+setuptools.setup(
+    name="synthneg_jax",
+    version=VERSION,
+    description="RL on incorrect synthetic data for math reasoning (Setlur et al., NeurIPS 2024), in JAX",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=setuptools.find_packages(include=["synthneg_jax", "synthneg_jax.*"]),
+    package_data={"synthneg_jax": ["tasks/embedded/*"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.1",
+        "etils[epath]>=1.12",
+        "flax>=0.12.8",
+        "importlib_resources",  # tensorflow-datasets imports it and does not say so
+        "jax>=0.10",
+        "matplotlib>=3.9",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "rapidfuzz>=3.9",
+        "safetensors>=0.5",
+        "scipy>=1.14",
+        "sympy>=1.13",
+        "tensorflow-datasets>=4.9.10",
+        "tqdm>=4.66",
+        "jinja2>=3.1",  # transformers renders chat templates with it and does not say so
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda12]>=0.10"],
+        "test": ["gguf>=0.17", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
+        "parity": ["torch==2.13.0"],
+        "bench": ["torch==2.13.0", "trl>=0.20"],
+        "preflight": ["libtpu"],
+        "docs": ["mkdocs-material>=9.5"],
+    },
+)

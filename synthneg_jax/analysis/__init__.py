@@ -1,0 +1,1 @@
+"""Drawing: the report and the figures."""

@@ -1,0 +1,126 @@
+"""Drawings of the report as matplotlib figures, and each as SVG for the page or as PNG bytes.
+
+Ink (text, axes, grid) is one colour that the SVG turns into currentColor, so it follows the page's light or dark mode;
+the other colours are of middle lightness and the background is transparent. The same data give the same SVG, bit for bit.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+matplotlib.use("Agg")
+
+INK = "#1f2328"
+BLUE, ORANGE, GREY = "#3b86c8", "#d9772b", "#8a919b"
+_STYLE = {
+    "axes.axisbelow": True, "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.labelsize": 9, "axes.spines.right": False,
+    "axes.spines.top": False, "font.family": "sans-serif", "font.size": 9, "grid.alpha": 0.15, "grid.color": INK,
+    "svg.fonttype": "none", "svg.hashsalt": "synthneg_jax", "text.color": INK, "xtick.color": INK, "ytick.color": INK,
+}
+
+
+def _figure(height: float, panels: int = 1, **options):
+  figure = Figure(figsize=(4.3, height), layout="constrained")  # inches; narrow, so that text is large on a phone
+  return figure, figure.subplots(panels, 1, **options)
+
+
+def errors(labels: Sequence[str], values: Sequence[float], intervals: Sequence[tuple[float, float]]) -> Figure:
+  """Test errors as points with their intervals, first label on top.
+
+  Args:
+    labels: of the methods.
+    values: test errors, shares in [0, 1].
+    intervals: (low, high) of each, shares.
+  """
+  with matplotlib.rc_context(_STYLE):
+    figure, axes = _figure(0.75 + 0.34 * len(labels))
+    for row, (value, (low, high)) in enumerate(zip(values, intervals, strict=True)):
+      axes.plot([100 * low, 100 * high], [row, row], color=BLUE, linewidth=2.5, solid_capstyle="round")
+      axes.plot([100 * value], [row], "o", color=BLUE, markersize=6)
+      axes.annotate(f"{100 * value:.1f}", (100 * value, row), xytext=(0, 6), textcoords="offset points", ha="center",
+                    fontsize=8)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.6)
+    axes.set_xlabel("test error, % of the problems")
+    axes.grid(axis="x")
+    return figure
+
+
+def mean_values(means: Sequence[float], counts: Sequence[int], start: float) -> Figure:
+  """Mean Q by step, with how many traces each mean is over below it.
+
+  Args:
+    means: mean Q after step 1, 2, ...
+    counts: traces in each mean.
+    start: mean V of the bare problem, drawn at step 0.
+  """
+  with matplotlib.rc_context(_STYLE):
+    figure, (above, below) = _figure(3.1, 2, sharex=True, height_ratios=(3, 1))
+    steps = list(range(1, len(means) + 1))
+    above.plot([0, *steps], [start, *means], "-", color=BLUE, linewidth=1.8)
+    above.plot(steps, means, "o", color=BLUE, markersize=5)
+    above.plot([0], [start], "s", color=GREY, markersize=6)
+    above.annotate("problem alone", (0, start), xytext=(7, 3), textcoords="offset points", fontsize=8)
+    above.set_ylim(0, max(0.1, 1.15 * max([start, *means])))
+    above.set_ylabel("mean Q")
+    above.grid(axis="y")
+    below.bar(steps, counts, color=GREY, width=0.6)
+    below.set_ylabel("traces")
+    below.set_xlabel("step")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    figure.align_ylabels()
+    return figure
+
+
+def pits(counts: Sequence[int], without: int) -> Figure:
+  """How many traces have their pit at each step, and how many have none.
+
+  Args:
+    counts: traces whose pit is step 1, 2, ...
+    without: traces in which the rule finds no pit.
+  """
+  with matplotlib.rc_context(_STYLE):
+    figure, axes = _figure(2.4)
+    places = list(range(1, len(counts) + 1))
+    axes.bar(places, counts, color=ORANGE, width=0.6)
+    last = len(counts) + 1.5
+    axes.bar([last], [without], color=GREY, width=0.6)
+    every = max(1, -(-len(counts) // 12))  # at most a dozen numbers below the axis
+    axes.set_xticks([*places[::every], last], [*map(str, places[::every]), "none"])
+    axes.set_xlabel("step of the pit")
+    axes.set_ylabel("traces")
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.grid(axis="y")
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+  """The drawing on white, 200 dots an inch."""
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+  return buffer.getvalue()
+
+
+def svg(figure: Figure, name: str, label: str) -> str:
+  """The drawing as an <svg> element to stand in a page.
+
+  Args:
+    figure: as the functions above make it.
+    name: put before every id, so that several drawings can stand in one page.
+    label: what a screen reader says, plain text without quotes or markup.
+  """
+  buffer = io.StringIO()
+  with matplotlib.rc_context(_STYLE):
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+  text = buffer.getvalue()
+  text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+  box = re.search(r'viewBox="([^"]+)"', text).group(1)
+  text = re.sub(r"<svg[^>]*>", f'<svg viewBox="{box}" role="img" aria-label="{label}">', text, count=1)
+  text = re.sub(r'\bid="', f'id="{name}-', text)
+  text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
+  return text.replace(INK, "currentColor").strip()

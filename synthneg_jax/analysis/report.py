@@ -1,0 +1,383 @@
+"""The report of one run as a folder: index.html, which needs nothing else, and every figure as PNG and CSV beside it.
+
+What a report is made from stands in the dataclasses below; whoever gathers it (stages/report.py) reads the files. Steps
+are numbered from 0 here, as in the records, and from 1 in everything that is shown.
+"""
+
+import csv
+import dataclasses
+import html
+import io
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+
+from synthneg_jax.analysis import figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """The test error of one policy; error None where it has not been tested."""
+
+  label: str
+  error: float | None = None  # share of the test problems
+  low: float | None = None  # of the 95 % interval
+  high: float | None = None
+  num_problems: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanValues:
+  """Mean Q by step over the credited wrong traces."""
+
+  means: Sequence[float]  # [S]
+  counts: Sequence[int]  # [S] traces that have the step
+  start: float  # mean V(x) over the same traces
+  num_problems: int  # that the traces are of
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """One step of a shown trace."""
+
+  text: str
+  rollouts: int  # from the end of the step; 0 where exact
+  successes: int
+  interval: tuple[float, float] | None  # 95 %, of the share of right rollouts; None without rollouts
+  q: float | None  # under Best-of-k; None where unknown
+  advantage: float | None  # q minus q of the step before; None where either is unknown
+  exact: bool  # the last step: q is the verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownTrace:
+  """A wrong trace that is shown in full."""
+
+  id: str
+  problem: str
+  gold: str
+  extracted: str | None  # the answer that was graded
+  reason: str  # of the verdict
+  right_samples: int  # of the problem's traces
+  samples: int
+  v0: float  # value of the bare problem under Best-of-k
+  steps: Sequence[Step]
+  pit: int  # step from 0, -1 where there is none
+  preferred: str  # what the per-step pair makes likelier than the rest from the pit on; empty where there is none
+
+
+@dataclasses.dataclass(frozen=True)
+class StageState:
+  """How far a stage is and what it reported."""
+
+  name: str
+  state: str  # done, begun, not begun
+  figures: Mapping[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Everything that a report shows. None stands for what an unfinished stage has not given yet."""
+
+  title: str
+  methods: Sequence[Method]
+  values: MeanValues | None
+  pits: Sequence[int] | None  # step of each credited wrong trace from 0, -1 for none
+  traces: Sequence[ShownTrace] | None
+  reasons: Mapping[str, Mapping[str, int]]  # column -> verdict's reason -> responses
+  stages: Sequence[StageState]
+  config: Mapping[str, object]  # leaves
+  changed: Sequence[str]  # leaves that differ from the default
+  versions: Mapping[str, str]  # package -> version
+  commits: Sequence[str]  # of the sources that made the stages
+  devices: Sequence[str]
+  command: str  # that makes the run again
+  num_rollouts: int
+  best_of: int
+  pit_rule: str
+  pair_mode: str
+
+
+_REASONS = {
+    "right": "right", "wrong": "wrong number", "no_answer": "no answer", "truncated": "cut off at the length limit",
+    "ambiguous": "several answers", "unparsable": "answer not a number", "too_large": "numeral too long",
+    "timeout": "grading took too long",
+}
+_STATES = {"done": "done", "begun": "begun, not finished", "not begun": "not begun"}
+
+_CSS = """
+:root { color-scheme: light dark; --fg: #1f2328; --bg: #ffffff; --soft: #f4f6f8; --line: #d5dae0; --dim: #59636e;
+  --bad: 214, 96, 30; --good: 40, 120, 200; }
+@media (prefers-color-scheme: dark) {
+  :root { --fg: #e4e8ec; --bg: #14181d; --soft: #1d232a; --line: #37404a; --dim: #9aa5b1; --bad: 236, 120, 52;
+    --good: 74, 150, 226; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 66rem; color: var(--fg); background: var(--bg);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 0.4rem; padding-top: 0.6rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 0 0 0.4rem; }
+p { max-width: 46rem; margin: 0.5rem 0; }
+.dim, figcaption, caption { color: var(--dim); font-size: 0.875rem; }
+.missing { padding: 0.5rem 0.8rem; border-left: 4px solid var(--line); background: var(--soft); color: var(--dim); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
+caption { caption-side: bottom; text-align: left; padding-top: 0.4rem; }
+th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.9rem 0.3rem 0; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; }
+.num { text-align: right; white-space: nowrap; }
+table.leaves { width: 100%; table-layout: fixed; }
+table.leaves td { overflow-wrap: anywhere; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem; }
+figure { margin: 0.8rem 0 0; max-width: 32rem; }
+svg { display: block; width: 100%; height: auto; color: var(--fg); }
+svg text { font-family: inherit !important; }
+pre, code, .text { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 0.85rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: 0.7rem; margin: 0.4rem 0; }
+article { margin: 1.2rem 0; padding: 0.8rem; border: 1px solid var(--line); border-radius: 0.5rem; }
+ol.steps { list-style: none; margin: 0.6rem 0; padding: 0; }
+ol.steps li { display: flex; flex-wrap: wrap; gap: 0.1rem 1rem; padding: 0.35rem 0.6rem; margin: 2px 0;
+  border-left: 4px solid transparent; border-radius: 0.2rem; }
+ol.steps li.pit { border-left-color: rgb(var(--bad)); }
+.text { flex: 1 1 16rem; min-width: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.credit { flex: 0 1 21rem; font-size: 0.8rem; font-variant-numeric: tabular-nums; }
+.tag { font-weight: 700; }
+.sample { display: inline-block; padding: 0 0.5rem; border-radius: 0.2rem; }
+details { margin: 0.6rem 0; }
+summary { cursor: pointer; }
+"""
+
+
+def _percent(share: float) -> str:
+  return f"{100 * share:.1f} %"
+
+
+def _esc(text: object) -> str:
+  return html.escape(str(text), quote=True)
+
+
+def _missing(text: str) -> str:
+  return f'<p class="missing">{_esc(text)}</p>'
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+  buffer = io.StringIO()
+  csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+  return buffer.getvalue()
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int], caption: str = "") -> str:
+  """A table of escaped cells; columns in `numeric` are set to the right."""
+  kind = lambda i: ' class="num"' if i in numeric else ""
+  head = "".join(f"<th{kind(i)}>{cell}</th>" for i, cell in enumerate(header))
+  body = "".join(
+      "<tr>" + "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>\n" for row in rows)
+  caption = f"<caption>{caption}</caption>" if caption else ""
+  return f'<div class="wide"><table>{caption}<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+
+
+class _Folder:
+  """Takes figures: each as PNG and CSV on disk and as SVG for the page."""
+
+  def __init__(self, path: epath.Path):
+    self.path = path
+    path.mkdir(parents=True, exist_ok=True)
+    for old in [*path.glob("*.png"), *path.glob("*.csv")]:  # of a stage that has been deleted since
+      old.unlink()
+
+  def add(self, name: str, figure, header, rows, label: str, caption: str) -> str:
+    """Keeps a figure with its numbers; returns a <figure>."""
+    (self.path / f"{name}.png").write_bytes(figures.png(figure))
+    (self.path / f"{name}.csv").write_text(_csv(header, rows))
+    return (f"<figure>{figures.svg(figure, name, label)}<figcaption>{caption} "
+            f'Numbers: <code>{name}.csv</code>.</figcaption></figure>')
+
+
+def _errors(report: Report, folder: _Folder) -> str:
+  tested = [method for method in report.methods if method.error is not None]
+  rows = [
+      (_esc(m.label), _percent(m.error), f"{100 * m.low:.1f} – {_percent(m.high)}", str(m.num_problems))
+      if m.error is not None else (_esc(m.label), "not done", "", "") for m in report.methods]
+  out = _table(("method", "test error", "95 % interval", "problems"), rows, (1, 2, 3))
+  out += ("<p class=\"dim\">Test error: the share of the test problems whose response is not graded right; one response a "
+          "problem. The interval (Wilson) is over the draw of test problems, for one training run. All methods answer "
+          "the same problems, so two methods may differ even where their intervals overlap.</p>")
+  if not tested:
+    return out + _missing("Stage evaluate is not done: no method has been tested yet.")
+  figure = figures.errors([m.label for m in tested], [m.error for m in tested], [(m.low, m.high) for m in tested])
+  return out + folder.add(
+      "errors", figure, ("method", "test_error", "ci95_low", "ci95_high", "num_problems"),
+      [(m.label, m.error, m.low, m.high, m.num_problems) for m in tested], "Test error of each method with its interval",
+      "Test error of each method over the test problems; the line is the 95 % interval.")
+
+
+def _values(report: Report, folder: _Folder) -> str:
+  if report.values is None:
+    return _missing("Stage credit is not done: there are no values of steps yet.")
+  values, pits = report.values, report.pits
+  if not values.means:
+    return _missing("Stage credit found no wrong trace with an answer: there are no values to show.")
+  under = (f" under Best-of-{report.best_of} (at least one of {report.best_of} rollouts is right)"
+           if report.best_of > 1 else "")
+  out = ('<p>Q of a step is the probability that the SFT policy, going on from the end of that step, comes out right'
+         f"{under}; it is estimated from {report.num_rollouts} rollouts. The last step needs none: of a wrong trace its "
+         'Q is 0. A step\'s advantage is its Q minus the Q of the step before. The pit is the step that is blamed, by the '
+         f"rule <code>{_esc(report.pit_rule)}</code>.</p>")
+  mean = folder.add(
+      "mean_q", figures.mean_values(values.means, values.counts, values.start), ("step", "mean_q", "traces"),
+      [(0, values.start, max(values.counts)),
+       *((s, q, n) for s, (q, n) in enumerate(zip(values.means, values.counts, strict=True), start=1))],
+      "Mean Q by step",
+      f"Mean Q after each step over the wrong traces that have the step, last steps (Q = 0) included; {len(pits)} traces "
+      f"of {values.num_problems} problems, each trace weighs the same. At 0 stands the mean over the same traces of the "
+      "value of the problem alone. The bars say over how many traces each mean is.")
+  steps = max((pit + 1 for pit in pits), default=0)
+  counts = [sum(pit == step for pit in pits) for step in range(max(steps, len(values.means)))]
+  without = sum(pit < 0 for pit in pits)
+  where = folder.add(
+      "pits", figures.pits(counts, without), ("step", "traces"), [*enumerate(counts, start=1), ("none", without)],
+      "Where the pits lie",
+      f"Step of the pit in the {len(pits)} credited wrong traces; in {without} of them the rule finds none, and they "
+      "give no per-step pair.")
+  return f'{out}<div class="figures">{mean}{where}</div>'
+
+
+def _step(step: Step, number: int, trace: ShownTrace, best_of: int) -> str:
+  if step.exact:
+    credit = f"Q = {step.q:.0f}, the verdict"
+  elif step.rollouts:
+    low, high = step.interval
+    share = f"{step.successes / step.rollouts:.2f}"
+    name = "right" if best_of > 1 else "Q"
+    credit = f"{name} {step.successes}/{step.rollouts} = {share} ({low:.2f} – {high:.2f})"
+    if best_of > 1:
+      credit += f", Q {step.q:.2f}" if step.q is not None else ", Q unknown"
+  else:
+    credit = "no rollouts"
+  style = ""
+  if step.advantage is not None:
+    credit += f", advantage {step.advantage:+.2f}".replace("-", "−")
+    shade = round(0.55 * min(1.0, abs(step.advantage)), 3)
+    style = f' style="background: rgba(var(--{"bad" if step.advantage < 0 else "good"}), {shade})"'
+  is_pit = number == trace.pit
+  tag = ' <span class="tag">◀ pit</span>' if is_pit else ""
+  return (f'<li{" class=" + chr(34) + "pit" + chr(34) if is_pit else ""}{style}><span class="text">{number + 1}. '
+          f'{_esc(step.text.strip())}</span><span class="credit">{credit}{tag}</span></li>')
+
+
+def _trace(trace: ShownTrace, number: int, best_of: int) -> str:
+  graded = "none" if trace.extracted is None else trace.extracted
+  start = f"{trace.right_samples} of {trace.samples} samples of the problem are right"
+  start += f" (value {trace.v0:.2f} under Best-of-{best_of})" if best_of > 1 else f" (value {trace.v0:.2f})"
+  steps = "\n".join(_step(step, i, trace, best_of) for i, step in enumerate(trace.steps))
+  preferred = (f'<p class="dim">The per-step pair makes this likelier than the trace from the pit on:</p>'
+               f"<pre>{_esc(trace.preferred.strip())}</pre>") if trace.preferred else ""
+  no_pit = "" if trace.pit >= 0 else ' <span class="dim">The rule finds no pit here.</span>'
+  return (f'<article><h3>Trace {number} <span class="dim">{_esc(trace.id)}</span></h3>'
+          f"<pre>{_esc(trace.problem.strip())}</pre>"
+          f'<p>Verdict: <b>{_esc(_REASONS.get(trace.reason, trace.reason))}</b>; answer {_esc(graded)}, gold answer '
+          f"{_esc(trace.gold)}. {start}.{no_pit}</p>"
+          f'<ol class="steps">\n{steps}\n</ol>{preferred}</article>')
+
+
+def _traces(report: Report) -> str:
+  if report.traces is None:
+    return _missing("Stage credit is not done: no step has been given credit yet.")
+  if not report.traces:
+    return _missing("There is no credited wrong trace to show.")
+  return (
+      "<p>Wrong traces of the SFT policy at even distances in the list of those with a pit, one a problem; they are not "
+      "picked by hand. Each step shows how many rollouts from its end came out right, with the 95 % interval (Wilson) of "
+      "that share, and its advantage. Colour: "
+      '<span class="sample" style="background: rgba(var(--bad), 0.5)">the step lowers Q</span> '
+      '<span class="sample" style="background: rgba(var(--good), 0.5)">the step raises Q</span>, the stronger the more.'
+      "</p>" + "\n".join(_trace(trace, i, report.best_of) for i, trace in enumerate(report.traces, start=1)))
+
+
+def _reasons(report: Report) -> str:
+  if not report.reasons:
+    return _missing("No response has been graded yet.")
+  names = [name for name in _REASONS if any(name in column for column in report.reasons.values())]
+  total = {label: sum(column.values()) for label, column in report.reasons.items()}
+  cell = lambda label, name: f"{report.reasons[label].get(name, 0)} ({_percent(report.reasons[label].get(name, 0) / total[label])})"
+  rows = [(_esc(label), *(cell(label, name) for name in names), str(total[label])) for label in report.reasons]
+  return _table(("responses", *(_REASONS[name] for name in names), "all"), rows, range(1, len(names) + 2),
+                "Number of responses by verdict, and their share of the row. Samples are drawn on the training problems, "
+                "the other rows are on the test problems. Only “right” counts as right.")
+
+
+def _stages(report: Report) -> str:
+  def count(value):
+    return f"{value:,}".replace(",", " ") if isinstance(value, int) else f"{value:g}"
+
+  rows, total = [], 0.0
+  for stage in report.stages:
+    numbers = [f"{_esc(name)} {count(value)}" for name, value in stage.figures.items()
+               if name != "seconds" and isinstance(value, (int, float))]
+    seconds = stage.figures.get("seconds")
+    total += seconds or 0.0
+    rows.append((_esc(stage.name), _STATES[stage.state], "" if seconds is None else f"{seconds:.1f}", ", ".join(numbers)))
+  rows.append(("all", "", f"{total:.1f}", ""))
+  return _table(("stage", "state", "seconds", "counts"), rows, (2,),
+                "Seconds of the process that finished the stage; a stage that was interrupted took longer in all. Losses "
+                "and their companions are means over the last step's batch.")
+
+
+def _origin(report: Report) -> str:
+  show = lambda value: _esc("" if value == "" else value)
+  leaves = "".join(
+      f"<tr><td>{'<b>' if name in report.changed else ''}<code>{_esc(name)}</code>"
+      f"{'</b>' if name in report.changed else ''}</td><td><code>{show(value)}</code></td></tr>\n"
+      for name, value in report.config.items())
+  versions = ", ".join(f"{_esc(name)} {_esc(version)}" for name, version in report.versions.items())
+  commits = ", ".join(f"<code>{_esc(commit)}</code>" for commit in report.commits) or "not known (no git checkout)"
+  return (
+      f"<p>To make this run again, in another folder:</p><pre>{_esc(report.command)}</pre>"
+      "<p class=\"dim\"><code>config.py</code> stands beside this page and sets every leaf that differs from the default."
+      f"</p><p>Git commit: {commits} (+ means: with changes on top).<br>Versions: {versions}.<br>"
+      f"Devices of the last command: {_esc(', '.join(report.devices)) or 'not known'}.</p>"
+      f"<details><summary>All {len(report.config)} leaves of the config; bold ones differ from the default</summary>"
+      f'<table class="leaves"><tbody>\n{leaves}</tbody></table></details>')
+
+
+def page(report: Report, folder: epath.PathLike) -> str:
+  """The page as HTML; its figures are written into the folder."""
+  keep = _Folder(epath.Path(folder))
+  unfinished = [stage.name for stage in report.stages if stage.state != "done"]
+  note = _missing("Not finished yet: " + ", ".join(unfinished) + ". What rests on them is left out below.") if unfinished else ""
+  sections = (
+      ("Test errors", _errors(report, keep)),
+      ("Value of the steps of wrong traces", _values(report, keep)),
+      ("Wrong traces with the credit of each step", _traces(report)),
+      ("Verdicts", _reasons(report)),
+      ("Time and counts by stage", _stages(report)),
+      ("Where this comes from", _origin(report)),
+  )
+  body = "\n".join(f"<section><h2>{title}</h2>\n{text}</section>" for title, text in sections)
+  return (
+      '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+      '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+      "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+      f"<title>{_esc(report.title)}</title>\n<style>{_CSS}</style></head>\n<body>\n<h1>{_esc(report.title)}</h1>\n"
+      f"<p>Per-step pairs: mode <code>{_esc(report.pair_mode)}</code>, pit rule <code>{_esc(report.pit_rule)}</code>. All "
+      f"training starts from the base model or from the SFT policy made of it.</p>\n{note}\n{body}\n</body></html>\n")
+
+
+def write(report: Report, folder: epath.PathLike) -> epath.Path:
+  """Writes index.html, *.png and *.csv.
+
+  Args:
+    report: what to show.
+    folder: made if it is not there; PNG and CSV files in it are replaced.
+
+  Returns:
+    Path of index.html.
+  """
+  folder = epath.Path(folder)
+  text = page(report, folder)
+  path = folder / "index.html"
+  temporary = folder / "index.html.tmp"
+  temporary.write_text(text)
+  temporary.rename(path)
+  return path

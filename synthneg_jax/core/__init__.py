@@ -1,0 +1,1 @@
+"""The paper: the token tree, losses, advantages, pits and pairs, one function for each equation."""

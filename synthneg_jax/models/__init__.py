@@ -1,0 +1,1 @@
+"""The Flax decoder and the way of weights between it and Hugging Face folders."""

@@ -1,0 +1,125 @@
+"""Attention over packed trees, and over a lane's trunk and its slots' suffixes. Rotary positions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+# Masked scores: finite, so that a row of padding gives numbers and no NaN gradient.
+_MASKED = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """Keys and values of lanes that decode. Each field is one array [Y, ...], or a tuple of Y arrays where layers are unrolled.
+
+  A lane holds one trunk, shared by all its slots; a slot holds the suffix that its branch has grown.
+
+  Attributes:
+    trunk_k: [lanes, K, H, C]; trunk_v: [lanes, K, C, H].
+    suffix_k, suffix_v: [lanes, slots, K, L, H].
+  """
+
+  trunk_k: jax.Array | tuple
+  trunk_v: jax.Array | tuple
+  suffix_k: jax.Array | tuple
+  suffix_v: jax.Array | tuple
+
+
+def rotary(position_N: jax.Array, head_dim: int, theta: float, dtype):
+  """A function that turns [N, heads, H] by the rotary embedding of its positions.
+
+  Pairs are (i, i + H/2), as in Hugging Face checkpoints of this family (Su et al., https://arxiv.org/abs/2104.09864).
+  """
+  wide = jnp.promote_types(dtype, jnp.float32)
+  frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
+  angle = position_N[:, None].astype(wide) * frequency[None]
+  cos, sin = jnp.cos(angle)[:, None].astype(dtype), jnp.sin(angle)[:, None].astype(dtype)
+
+  def rotate(x):
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+  return rotate
+
+
+def tree_attention(q, k, v, mask_BTT):
+  """Attention of rows of packed trees.
+
+  Args:
+    q: [B·T, N, H]; k, v: [B·T, K, H], rotary positions applied.
+    mask_BTT: bool, True where a query sees a key.
+
+  Returns:
+    (out [B·T, N, H], keys [B, K, T, H], values [B, K, T, H]).
+  """
+  rows, length, _ = mask_BTT.shape
+  kv_heads, head_dim = k.shape[1], k.shape[2]
+  groups = q.shape[1] // kv_heads
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  # One matrix product a kv head: its query heads stand below one another.
+  q = q.reshape(rows, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
+  q = q.reshape(rows * kv_heads, groups * length, head_dim) * (head_dim**-0.5)
+  k_BKTH = k.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3)
+  v_BKTH = v.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3)
+  k2, v2 = (x.reshape(rows * kv_heads, length, head_dim) for x in (k_BKTH, v_BKTH))
+  scores = jnp.einsum("bqh,bkh->bqk", q, k2, preferred_element_type=wide)
+  scores = scores.reshape(rows, kv_heads, groups, length, length)
+  scores = jnp.where(mask_BTT[:, None, None], scores, _MASKED)
+  weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+  total = jnp.sum(weights, axis=-1)
+  weights = weights.reshape(rows * kv_heads, groups * length, length).astype(v.dtype)
+  out = jnp.einsum("bqk,bkh->bqh", weights, v2, preferred_element_type=wide)
+  # Normalised after the product: H columns instead of T.
+  out = (out.reshape(rows, kv_heads, groups, length, head_dim) / total[..., None]).astype(v.dtype)
+  out = out.transpose(0, 3, 1, 2, 4).reshape(rows * length, kv_heads * groups, head_dim)
+  return out, k_BKTH, v_BKTH
+
+
+def cached_attention(q, k, v, cache: Cache, at, fork, index):
+  """One joint softmax of each slot's newest token over its lane's trunk and its own suffix.
+
+  Args:
+    q: [lanes·slots, N, H]; k, v: [lanes·slots, K, H], rotary positions applied.
+    cache: before the newest token.
+    at: the layer's number: an int where the cache is a tuple, a traced scalar where it is stacked.
+    fork: int32 [lanes, slots]; index: int32 [lanes, slots], the newest tokens' places in their suffixes.
+
+  Returns:
+    (out [lanes·slots, N, H], the cache with k and v written at `index`).
+  """
+  lanes, slots = fork.shape
+  kv_heads, head_dim = k.shape[1], k.shape[2]
+  groups = q.shape[1] // kv_heads
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  lane = jnp.arange(lanes)[:, None]
+  slot = jnp.arange(slots)[None, :]
+
+  def write(field, new):
+    new = new.reshape(lanes, slots, kv_heads, head_dim)
+    if isinstance(field, tuple):
+      return field[:at] + (field[at].at[lane, slot, :, index].set(new),) + field[at + 1 :]
+    return field.at[at, lane, slot, :, index].set(new)
+
+  cache = dataclasses.replace(cache, suffix_k=write(cache.suffix_k, k), suffix_v=write(cache.suffix_v, v))
+  trunk_k, trunk_v, suffix_k, suffix_v = cache.trunk_k[at], cache.trunk_v[at], cache.suffix_k[at], cache.suffix_v[at]
+
+  q = q.reshape(lanes, slots, kv_heads, groups, head_dim) * (head_dim**-0.5)
+  q_trunk = q.transpose(0, 2, 1, 3, 4).reshape(lanes, kv_heads, slots * groups, head_dim)
+  trunk = jnp.einsum("lkqh,lkhc->lkqc", q_trunk, trunk_k, preferred_element_type=wide)
+  trunk = trunk.reshape(lanes, kv_heads, slots, groups, -1).transpose(0, 2, 1, 3, 4)
+  suffix = jnp.einsum("lskgh,lskth->lskgt", q, suffix_k, preferred_element_type=wide)
+  trunk_mask = jnp.arange(trunk.shape[-1])[None, None] < fork[..., None]
+  suffix_mask = jnp.arange(suffix.shape[-1])[None, None] <= index[..., None]
+  trunk = jnp.where(trunk_mask[:, :, None, None], trunk, _MASKED)
+  suffix = jnp.where(suffix_mask[:, :, None, None], suffix, _MASKED)
+  top = jnp.maximum(jnp.max(trunk, -1), jnp.max(suffix, -1))[..., None]
+  trunk, suffix = jnp.exp(trunk - top), jnp.exp(suffix - top)
+  total = jnp.sum(trunk, -1) + jnp.sum(suffix, -1)
+  trunk = trunk.transpose(0, 2, 1, 3, 4).reshape(lanes, kv_heads, slots * groups, -1).astype(v.dtype)
+  out_trunk = jnp.einsum("lkqc,lkch->lkqh", trunk, trunk_v, preferred_element_type=wide)
+  out_trunk = out_trunk.reshape(lanes, kv_heads, slots, groups, head_dim).transpose(0, 2, 1, 3, 4)
+  out_suffix = jnp.einsum("lskgt,lskth->lskgh", suffix.astype(v.dtype), suffix_v, preferred_element_type=wide)
+  out = (out_trunk + out_suffix) / total[..., None]
+  return out.astype(v.dtype).reshape(lanes * slots, kv_heads * groups, head_dim), cache

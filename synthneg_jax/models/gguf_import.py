@@ -1,0 +1,310 @@
+"""Turns a llama-architecture GGUF file into a Hugging Face folder that AutoTokenizer and LlamaForCausalLM can load.
+
+GGUF is the file format of llama.cpp: one file with the metadata, the tokenizer and the weights, most of them quantised.
+The folder holds the weights as float32, so the conversion adds no rounding of its own; the rounding of the quantised
+file stays, of course.
+
+  python -m synthneg_jax.models.gguf_import MODEL.gguf OUT_DIR
+
+Only what could be checked is converted. A file with another architecture, scaled rotary embeddings, biases, experts or
+another way to cut text before its BPE merges is refused with a sentence.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tokenizers
+from tokenizers import decoders, pre_tokenizers
+from tokenizers import models as token_models
+
+from synthneg_jax.runtime.errors import UserError
+
+_MAGIC = b"GGUF"
+
+# GGUF name -> Hugging Face name. The names of a block get the prefixes "blk.<i>." and "model.layers.<i>.".
+_TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_BLOCK_NAMES = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+
+# The token types of a GGUF vocabulary that are matched in the text before any merge.
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def convert(gguf_path, out_dir) -> None:
+  """Writes config, weights and tokenizer of the GGUF file `gguf_path` into the folder `out_dir`.
+
+  The folder and its parents are made when they are missing; files of the same names are replaced. The files are
+  config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
+
+  Raises:
+    UserError: the file is not a GGUF file, or it holds something that this conversion does not cover, or the folder
+      cannot be written.
+  """
+  source = _Source(pathlib.Path(gguf_path))
+  out_dir = pathlib.Path(out_dir)
+  config = _config(source)
+  tokenizer, tokenizer_config = _tokenizer(source, config)
+  weights = _weights(source, config)
+  generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+  try:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _write_json(out_dir / "config.json", config)
+    _write_json(out_dir / "generation_config.json", generation)
+    _write_json(out_dir / "tokenizer_config.json", tokenizer_config)
+    (out_dir / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    safetensors.numpy.save_file(weights, out_dir / "model.safetensors", metadata={"format": "pt"})
+  except (OSError, safetensors.SafetensorError) as error:
+    raise UserError(f"{out_dir}: the converted model could not be written ({error}).") from error
+
+
+class _Source:
+  """An open GGUF file: its metadata by key and its tensors by name, with errors that name the file."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    try:
+      import gguf  # Only this conversion needs it, so it is no requirement of the package.
+    except ModuleNotFoundError as error:
+      raise UserError("Reading a GGUF file needs the pip package gguf: pip install gguf.") from error
+    try:
+      with path.open("rb") as file:
+        magic = file.read(len(_MAGIC))
+    except OSError as error:
+      raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+    if magic != _MAGIC:
+      raise UserError(f"{path}: is not a GGUF file (it does not begin with the letters GGUF).")
+    try:
+      reader = gguf.GGUFReader(path)
+    except (IndexError, KeyError, OverflowError, ValueError) as error:
+      raise UserError(f"{path}: is a damaged or truncated GGUF file ({error}).") from error
+    self._fields = reader.fields
+    self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+    self._dequantize = gguf.dequantize
+
+  def get(self, key: str, default: Any = None) -> Any:
+    """The metadata value of `key`, or `default` when the file does not have it."""
+    field = self._fields.get(key)
+    return default if field is None else field.contents()
+
+  def need(self, key: str) -> Any:
+    """The metadata value of `key`, which must be there."""
+    if key not in self._fields:
+      raise UserError(f"{self.path}: the metadata has no {key}.")
+    return self.get(key)
+
+  def names(self) -> set[str]:
+    """The names of all tensors."""
+    return set(self._tensors)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """The shape of a tensor, which must be there, slowest axis first as numpy and Hugging Face write it."""
+    if name not in self._tensors:
+      raise UserError(f"{self.path}: the tensor {name} is missing.")
+    return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
+  def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor as float32; it must be there and have this shape."""
+    if self.shape(name) != shape:
+      raise UserError(f"{self.path}: the tensor {name} has shape {self.shape(name)}, not {shape}.")
+    tensor = self._tensors[name]
+    try:
+      return np.asarray(self._dequantize(tensor.data, tensor.tensor_type), dtype=np.float32).reshape(shape)
+    except NotImplementedError as error:
+      raise UserError(f"{self.path}: the tensor {name} has a type that cannot be read ({error}).") from error
+
+
+def _config(source: _Source) -> dict[str, Any]:
+  """The fields of a LlamaConfig. The vocabulary size is that of the embedding, not of the metadata."""
+  architecture = source.need("general.architecture")
+  if architecture != "llama":
+    raise UserError(f"{source.path}: the architecture is {architecture}; only llama can be converted.")
+  hidden = source.need("llama.embedding_length")
+  heads = source.need("llama.attention.head_count")
+  kv_heads = source.get("llama.attention.head_count_kv", heads)
+  if not isinstance(heads, int) or not isinstance(kv_heads, int):
+    raise UserError(f"{source.path}: the number of attention heads differs between blocks, which is not covered.")
+  head_dim = source.get("llama.attention.key_length", hidden // heads)
+  rotary = source.get("llama.rope.dimension_count", head_dim)
+  if rotary != head_dim:
+    raise UserError(f"{source.path}: only {rotary} of {head_dim} head dimensions rotate, which is not covered.")
+  scaling = source.get("llama.rope.scaling.type", "none")
+  if scaling != "none":
+    raise UserError(f"{source.path}: the rotary embedding is scaled ({scaling}), which is not covered.")
+  theta = _shortest(source.get("llama.rope.freq_base", 10000.0))
+  return {
+      "architectures": ["LlamaForCausalLM"],
+      "attention_bias": False,
+      "attention_dropout": 0.0,
+      "bos_token_id": source.get("tokenizer.ggml.bos_token_id"),
+      "dtype": "float32",
+      "eos_token_id": source.need("tokenizer.ggml.eos_token_id"),
+      "head_dim": head_dim,
+      "hidden_act": "silu",
+      "hidden_size": hidden,
+      "intermediate_size": source.need("llama.feed_forward_length"),
+      "max_position_embeddings": source.need("llama.context_length"),
+      "mlp_bias": False,
+      "model_type": "llama",
+      "num_attention_heads": heads,
+      "num_hidden_layers": source.need("llama.block_count"),
+      "num_key_value_heads": kv_heads,
+      "pad_token_id": source.get("tokenizer.ggml.padding_token_id"),
+      "rms_norm_eps": _shortest(source.need("llama.attention.layer_norm_rms_epsilon")),
+      # transformers 5 reads rope_parameters; older versions read rope_theta.
+      "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+      "rope_theta": theta,
+      # A file without an output matrix uses the embedding for both.
+      "tie_word_embeddings": "output.weight" not in source.names(),
+      "vocab_size": source.shape("token_embd.weight")[0],
+  }
+
+
+def _weights(source: _Source, config: dict[str, Any]) -> dict[str, np.ndarray]:
+  """All weights as float32 by their Hugging Face names.
+
+  A tensor that is missing, has another shape than the config says, or has no place in a LlamaForCausalLM is an error.
+  """
+  hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+  heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+  block_shapes = {
+      "attn_norm.weight": (hidden,),
+      "attn_q.weight": (heads * head_dim, hidden),
+      "attn_k.weight": (kv_heads * head_dim, hidden),
+      "attn_v.weight": (kv_heads * head_dim, hidden),
+      "attn_output.weight": (hidden, heads * head_dim),
+      "ffn_norm.weight": (hidden,),
+      "ffn_gate.weight": (inner, hidden),
+      "ffn_up.weight": (inner, hidden),
+      "ffn_down.weight": (hidden, inner),
+  }
+  rotated = {"attn_q.weight": heads, "attn_k.weight": kv_heads}
+
+  plan = {"token_embd.weight": (vocab, hidden), "output_norm.weight": (hidden,)}
+  if not config["tie_word_embeddings"]:
+    plan["output.weight"] = (vocab, hidden)
+  weights = {_TOP_NAMES[name]: source.read(name, shape) for name, shape in plan.items()}
+  left = source.names() - set(plan)
+  for block in range(config["num_hidden_layers"]):
+    for suffix, shape in block_shapes.items():
+      name = f"blk.{block}.{suffix}"
+      value = source.read(name, shape)
+      left.discard(name)
+      if suffix in rotated:
+        value = _undo_permutation(value, rotated[suffix])
+      weights[f"model.layers.{block}.{_BLOCK_NAMES[suffix]}"] = value
+  if left:
+    raise UserError(f"{source.path}: the tensor {min(left)} has no place in a plain llama model.")
+  return {name: np.ascontiguousarray(value) for name, value in weights.items()}
+
+
+def _undo_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
+  """Puts the rows of a query or key projection back into the order of Hugging Face.
+
+  Rotary embeddings turn pairs of head dimensions. Hugging Face pairs row j of a head with row j + half; llama.cpp
+  pairs neighbours, so its converter moved row j to 2j and row j + half to 2j + 1.
+  """
+  rows, columns = weight.shape
+  pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+  return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def _tokenizer(source: _Source, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+  """The byte-level BPE tokenizer of the file, and the content of tokenizer_config.json."""
+  kind, cut = source.need("tokenizer.ggml.model"), source.get("tokenizer.ggml.pre")
+  if (kind, cut) != ("gpt2", "smollm"):
+    raise UserError(f"{source.path}: the tokenizer is {kind} with pre-tokenizer {cut}; only gpt2/smollm is covered.")
+  if source.get("tokenizer.ggml.add_bos_token", False):
+    raise UserError(f"{source.path}: the tokenizer puts a first token before every text, which is not covered.")
+  tokens, types = source.need("tokenizer.ggml.tokens"), source.need("tokenizer.ggml.token_type")
+  if not len(tokens) == len(types) == config["vocab_size"]:
+    raise UserError(
+        f"{source.path}: {len(tokens)} tokens and {len(types)} token types stand against "
+        f"{config['vocab_size']} rows of the embedding.")
+  named = {
+      "bos_token": config["bos_token_id"],
+      "eos_token": config["eos_token_id"],
+      "pad_token": config["pad_token_id"],
+      "unk_token": source.get("tokenizer.ggml.unknown_token_id"),
+  }
+  for role, index in named.items():
+    if index is not None and index >= len(tokens):
+      raise UserError(f"{source.path}: the {role} has id {index}, past the end of the {len(tokens)} tokens.")
+
+  vocab = {token: index for index, token in enumerate(tokens)}
+  merges = [tuple(merge.split(" ")) for merge in source.need("tokenizer.ggml.merges")]
+  try:
+    model = token_models.BPE(vocab=vocab, merges=merges)
+  except Exception as error:  # tokenizers raises no narrower class.
+    raise UserError(f"{source.path}: the merges do not fit the tokens ({error}).") from error
+  tokenizer = tokenizers.Tokenizer(model)
+  # llama.cpp's "smollm": each digit stands alone, then the pattern of GPT-2 cuts the rest into words.
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+  ])
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_tokens([
+      tokenizers.AddedToken(token, special=token_type == _CONTROL, normalized=False)
+      for token, token_type in zip(tokens, types) if token_type in (_CONTROL, _USER_DEFINED)
+  ])
+
+  tokenizer_config = {
+      "clean_up_tokenization_spaces": False,
+      "model_max_length": config["max_position_embeddings"],
+      # The generic class: GPT2Tokenizer of transformers 5 would put its own pre-tokenizer in place of the one above.
+      "tokenizer_class": "PreTrainedTokenizerFast",
+  }
+  tokenizer_config.update({role: tokens[index] for role, index in named.items() if index is not None})
+  template = source.get("tokenizer.chat_template")
+  if template is not None:
+    tokenizer_config["chat_template"] = template
+  return tokenizer, tokenizer_config
+
+
+def _shortest(value: float) -> float:
+  """The shortest decimal that is the same float32, so that 9.999999747378752e-06 becomes 1e-05."""
+  return float(str(np.float32(value)))
+
+
+def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Converts the file named on the command line; returns the exit status."""
+  parser = argparse.ArgumentParser(
+      prog="python -m synthneg_jax.models.gguf_import",
+      description="Turns a llama-architecture GGUF file into a Hugging Face folder with float32 weights.")
+  parser.add_argument("gguf", metavar="GGUF", help="the file to read")
+  parser.add_argument("out", metavar="OUT", help="the folder to write; it is made when missing")
+  args = parser.parse_args(argv)
+  try:
+    convert(args.gguf, args.out)
+  except UserError as error:
+    print(f"gguf_import: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,162 @@
+"""The decoding engine: trunks with items go in, branches come out. Sampling, credit and evaluation all use it."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from synthneg_jax.models.decoder import Model
+from synthneg_jax.rollouts import decode as decode_lib
+from synthneg_jax.rollouts.decode import Geometry, Stops
+from synthneg_jax.rollouts.sampling import Sampling
+from synthneg_jax.runtime import mesh as mesh_lib
+
+FINISH_REASONS = {decode_lib.EOS: "eos", decode_lib.STOP: "stop", decode_lib.LENGTH: "length"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+  """A trunk and the branches wanted from it.
+
+  Attributes:
+    ids: int [C].
+    forks: for each item how many trunk tokens it continues, 1..C.
+    keys: uint32 [items, 2], a key for each item (runtime/keys.py): its draws depend on it and nothing else.
+  """
+
+  ids: Sequence[int]
+  forks: Sequence[int]
+  keys: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """One grown branch.
+
+  Attributes:
+    ids: int32 [n], ending with EOS iff the model stopped there.
+    logp: float32 [n] nats under the untempered model; drawn_logp: under the distribution that was drawn from.
+    finish: "eos", "stop" (a stop string was completed) or "length".
+  """
+
+  ids: np.ndarray
+  logp: np.ndarray
+  drawn_logp: np.ndarray
+  finish: str
+
+
+def _bucket(size: int) -> int:
+  """The next of 8, 16, 32, 48, 64, 96, 128, 192, 256, ...: few shapes, at most a third of them empty."""
+  power = 8
+  while power < size:
+    if power >= 32 and power * 3 // 2 >= size:
+      return power * 3 // 2
+    power *= 2
+  return power
+
+
+@functools.lru_cache(maxsize=64)
+def _programs(model: Model, mesh: Mesh, g: Geometry, how: Sampling, stops: Stops):
+  """The compiled programs of one geometry: (empty, prefill, decode, collect, resting)."""
+  params = mesh_lib.shardings(mesh, model.logical_axes())
+  state = decode_lib.state_shardings(model, mesh)
+  one = mesh_lib.replicated(mesh)
+  bound = lambda fn: functools.partial(fn, model, g, how, stops)
+  return (
+      jax.jit(functools.partial(decode_lib.empty_state, model, g), out_shardings=state),
+      jax.jit(bound(decode_lib.prefill), in_shardings=(params, state) + (one,) * 6, out_shardings=state,
+              donate_argnums=1),
+      jax.jit(bound(decode_lib.decode), in_shardings=(params, state, one), out_shardings=state, donate_argnums=1),
+      jax.jit(decode_lib.collect, in_shardings=(state, one), out_shardings=one),
+      jax.jit(decode_lib.resting, in_shardings=(state,), out_shardings=one),
+  )
+
+
+class Engine:
+  """Decodes any number of trunks with a fixed set of compiled programs.
+
+  Attributes:
+    stats: decode steps, slot steps that did work and slot steps in all, prefilled tokens, over all runs.
+  """
+
+  def __init__(self, model: Model, mesh: Mesh, stops: Stops, *, lanes: int, slots: int, max_new_tokens: int):
+    """Compiles nothing yet.
+
+    Args:
+      model: the architecture.
+      mesh: lanes are split over its "data" and "fsdp" axes.
+      stops: EOS ids and stop strings.
+      lanes: trunks held at once; rounded up to a multiple of the mesh's row shards.
+      slots: branches of a trunk that grow at once.
+      max_new_tokens: L.
+    """
+    shards = mesh_lib.row_shards(mesh)
+    self._model, self._mesh, self._stops = model, mesh, stops
+    self._lanes, self._slots, self._new = -(-lanes // shards) * shards, slots, max_new_tokens
+    self.stats = {"steps": 0, "busy_slots": 0, "slots": 0, "prefill_tokens": 0}
+
+  def run(self, params, trunks: Sequence[Trunk], how: Sampling) -> Iterator[tuple[int, list[Generation]]]:
+    """Yields (index of the trunk, its branches in the order of its items) as trunks finish.
+
+    The tokens of an item depend on its trunk, fork and key, not on what shares the batch.
+    """
+    if not trunks:
+      return
+    lanes = min(self._lanes, max(_bucket(len(trunks)), mesh_lib.row_shards(self._mesh)))
+    g = Geometry(
+        lanes=lanes, slots=self._slots, trunk=_bucket(max(len(trunk.ids) for trunk in trunks)),
+        items=_bucket(max(len(trunk.forks) for trunk in trunks)), new=self._new, refill=max(lanes // 4, 1),
+    )
+    empty, prefill, decode, collect, resting = _programs(self._model, self._mesh, g, how, self._stops)
+    state = empty()
+    waiting = list(range(len(trunks)))[::-1]
+    held = [-1] * lanes  # which trunk a lane holds
+
+    while waiting or any(trunk >= 0 for trunk in held):
+      free = [lane for lane in range(lanes) if held[lane] < 0]
+      while waiting and free:
+        group = [(free.pop(0), waiting.pop()) for _ in range(min(g.refill, len(free), len(waiting)))]
+        for lane, index in group:
+          held[lane] = index
+        state = prefill(params, state, *self._trunk_arrays(g, [(lane, trunks[index]) for lane, index in group]))
+      state = decode(params, state, np.int32(g.refill if waiting else lanes))
+      rests = np.asarray(resting(state))
+      done = [lane for lane in range(lanes) if held[lane] >= 0 and rests[lane]]
+      for start in range(0, len(done), g.refill):
+        part = done[start : start + g.refill]
+        lane = np.full(g.refill, part[-1], np.int32)
+        lane[: len(part)] = part
+        arrays = jax.device_get(collect(state, lane))
+        for row, lane in enumerate(part):
+          yield held[lane], _generations([array[row] for array in arrays], len(trunks[held[lane]].forks))
+          held[lane] = -1
+    steps, busy = jax.device_get((state.steps, state.busy))
+    self.stats["steps"] += int(steps)
+    self.stats["busy_slots"] += int(busy)
+    self.stats["slots"] += int(steps) * lanes * self._slots
+
+  def _trunk_arrays(self, g: Geometry, group):
+    lane = np.full(g.refill, g.lanes, np.int32)
+    token = np.zeros((g.refill, g.trunk), np.int32)
+    length = np.zeros(g.refill, np.int32)
+    fork = np.ones((g.refill, g.items), np.int32)
+    key = np.zeros((g.refill, g.items, 2), np.uint32)
+    count = np.zeros(g.refill, np.int32)
+    for row, (to, trunk) in enumerate(group):
+      size, items = len(trunk.ids), len(trunk.forks)
+      lane[row], length[row], count[row] = to, size, items
+      token[row, :size], fork[row, :items], key[row, :items] = trunk.ids, trunk.forks, trunk.keys
+      self.stats["prefill_tokens"] += size
+    return lane, token, length, fork, key, count
+
+
+def _generations(arrays, num_items: int) -> list[Generation]:
+  token, logp, drawn, size, finish = arrays
+  return [
+      Generation(token[i, : size[i]].copy(), logp[i, : size[i]].copy(), drawn[i, : size[i]].copy(),
+                 FINISH_REASONS[int(finish[i])])
+      for i in range(num_items)
+  ]

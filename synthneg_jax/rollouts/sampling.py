@@ -1,0 +1,82 @@
+"""Drawing a token from logits: temperature, top-k, top-p, inverse CDF without sorting the vocabulary."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+_BLOCK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How tokens are drawn.
+
+  Attributes:
+    temperature: divides the logits; 0 takes the most likely token.
+    top_k: only the k most likely tokens; 0 for all.
+    top_p: only the smallest set of most likely tokens with this much probability (after temperature); 1 for all.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+
+def inverse_cdf(prob_V: jax.Array, uniform: jax.Array) -> jax.Array:
+  """The first index whose cumulative probability exceeds uniform · Σ prob.
+
+  Large vocabularies are searched in two levels: a block of 256, then within it. Never returns an index of probability 0.
+
+  Args:
+    prob_V: [V], not necessarily normalised.
+    uniform: scalar in [0, 1).
+
+  Returns:
+    int32 scalar.
+  """
+
+  def search(weight_N, target):
+    cumulative_N = jnp.cumsum(weight_N)
+    index = jnp.sum(cumulative_N <= target).astype(jnp.int32)
+    last = jnp.int32(weight_N.size - 1) - jnp.argmax(weight_N[::-1] > 0).astype(jnp.int32)
+    index = jnp.minimum(index, last)  # rounding may put the target beyond the last sum
+    return index, target - (cumulative_N[index] - weight_N[index])
+
+  if prob_V.size <= 4 * _BLOCK:
+    return search(prob_V, uniform * jnp.sum(prob_V))[0]
+  blocks = jnp.pad(prob_V, (0, -prob_V.size % _BLOCK)).reshape(-1, _BLOCK)
+  weight_N = jnp.sum(blocks, axis=1)
+  block, rest = search(weight_N, uniform * jnp.sum(weight_N))
+  return block * _BLOCK + search(blocks[block], rest)[0]
+
+
+def draw(logits_V: jax.Array, key: jax.Array, how: Sampling):
+  """Draws one token.
+
+  Args:
+    logits_V: [V] float.
+    key: of this draw alone.
+    how: fixed at compile time.
+
+  Returns:
+    (token int32, its log-prob under softmax(logits), its log-prob under the distribution it was drawn from), nats.
+  """
+  logp_V = jax.nn.log_softmax(logits_V)
+  if how.temperature == 0:
+    token = jnp.argmax(logits_V).astype(jnp.int32)
+    return token, logp_V[token], jnp.zeros((), logp_V.dtype)
+  scaled_V = logits_V / how.temperature
+  if how.top_k:
+    floor = jax.lax.top_k(scaled_V, how.top_k)[0][-1]
+    scaled_V = jnp.where(scaled_V >= floor, scaled_V, -jnp.inf)
+  if how.top_p < 1:
+    prob_V = jax.nn.softmax(scaled_V)
+    sorted_V = jnp.sort(prob_V)[::-1]
+    # A token stays if what is more likely than it has less than top_p.
+    inside = jnp.cumsum(sorted_V) - sorted_V < how.top_p
+    floor = jnp.min(jnp.where(inside, sorted_V, jnp.inf))
+    scaled_V = jnp.where(prob_V >= floor, scaled_V, -jnp.inf)
+  drawn_V = jax.nn.log_softmax(scaled_V)
+  token = inverse_cdf(jnp.exp(drawn_V), jax.random.uniform(key))
+  return token, logp_V[token], drawn_V[token]

@@ -1,0 +1,135 @@
+"""A stage's manifest: what it was made from and what it made, so that it is skipped, continued or refused rightly."""
+
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+import time
+from collections.abc import Sequence
+
+from etils import epath
+
+from synthneg_jax.runtime.errors import UserError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "synthneg_jax")
+
+
+def versions() -> dict[str, str]:
+  """Installed versions of what a run depends on."""
+  found = {}
+  for package in _PACKAGES:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = "not installed"
+  return found
+
+
+def git_commit() -> str:
+  """The commit of the source tree, "+" appended where it was changed; empty outside a checkout."""
+  here = str(epath.Path(__file__).parent)
+  call = lambda *args: subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=False)
+  try:
+    commit = call("rev-parse", "HEAD").stdout.strip()
+    return commit + ("+" if commit and call("status", "--porcelain").stdout.strip() else "")
+  except FileNotFoundError:
+    return ""
+
+
+def write_json(path: epath.Path, value) -> None:
+  """Writes under a temporary name and renames, so that no reader sees half a file."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.parent / f"{path.name}.tmp"
+  temporary.write_text(json.dumps(value, indent=1) + "\n")
+  temporary.rename(path)
+
+
+def _file_hash(path: epath.Path) -> str:
+  return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+class Stage:
+  """One stage of one workdir: is it done, may it go on, what did it make.
+
+  Attributes:
+    folder: workdir/<name>, where all its files go.
+    done: it was finished before with this config and these inputs.
+  """
+
+  def __init__(self, workdir: epath.PathLike, name: str, config: dict, needs: Sequence[str] = ()):
+    """Opens a stage.
+
+    Args:
+      workdir: of the run.
+      name: of the stage; may have parts, as "dpo/step_dpo".
+      config: the flat leaves that this stage depends on.
+      needs: stages whose files it reads.
+
+    Raises:
+      UserError: a needed stage is not done, or its files changed since; or this stage was begun with another config or
+        other inputs.
+    """
+    self.name, self.folder = name, epath.Path(workdir) / name
+    self._workdir, self._started = epath.Path(workdir), time.time()
+    self._begun = {"config": json.loads(json.dumps(config)), "inputs": {need: self._identity(need) for need in needs}}
+    begun_path, manifest_path = self.folder / "begun.json", self.folder / "manifest.json"
+    if begun_path.exists():
+      self._refuse_change(json.loads(begun_path.read_text()))
+    self.done = manifest_path.exists()
+    if not begun_path.exists():
+      try:
+        write_json(begun_path, self._begun)
+      except OSError as error:
+        raise UserError(f"{self.folder} cannot be written: {error.strerror}.") from error
+
+  def _identity(self, need: str) -> str:
+    path = self._workdir / need / "manifest.json"
+    if not path.exists():
+      raise UserError(f"Stage {self.name} needs stage {need}, which is not done in {self._workdir}; run it first.")
+    manifest = json.loads(path.read_text())
+    for file, expected in manifest["files"].items():
+      found = self._workdir / need / file
+      if not found.exists():
+        raise UserError(f"{found} is missing; delete {path} to have stage {need} made again.")
+      if _file_hash(found) != expected:
+        raise UserError(f"{found} was changed or cut off since stage {need} wrote it; delete it and {path} to have it "
+                        "made again.")
+    return manifest["identity"]
+
+  def _refuse_change(self, before: dict):
+    old, new = before["config"], self._begun["config"]
+    for leaf in sorted(set(old) | set(new)):
+      if old.get(leaf) != new.get(leaf):
+        raise UserError(f"Stage {self.name} in {self._workdir} was begun with {leaf}={old.get(leaf)!r}, now it is "
+                        f"{new.get(leaf)!r}; take another --workdir, or delete {self.folder} and the stages after it.")
+    for need, identity in self._begun["inputs"].items():
+      if before["inputs"].get(need) != identity:
+        raise UserError(f"Stage {self.name} in {self._workdir} was made from another run of stage {need}; delete "
+                        f"{self.folder} to have it made again.")
+
+  def finish(self, figures: dict, files: Sequence[epath.Path] = (), identity: str = "") -> dict:
+    """Writes the manifest.
+
+    Args:
+      figures: what the stage reports, for summary.json.
+      files: what later stages read; their hashes are kept.
+      identity: of outputs that are not among the files (weights: their fingerprint).
+
+    Returns:
+      The figures, with the stage's seconds.
+    """
+    hashes = {str(path.relative_to(self.folder)): _file_hash(path) for path in files}
+    seconds = round(time.time() - self._started, 1)
+    everything = hashlib.sha256(json.dumps([self._begun, hashes, identity]).encode()).hexdigest()[:16]
+    figures = {"seconds": seconds, **figures}
+    write_json(self.folder / "manifest.json", {
+        "stage": self.name, "identity": everything, "figures": figures, "files": hashes, **self._begun,
+        "versions": versions(), "git_commit": git_commit(),
+    })
+    return figures
+
+
+def figures(workdir: epath.PathLike, name: str) -> dict | None:
+  """What a finished stage reported; None where it is not done."""
+  path = epath.Path(workdir) / name / "manifest.json"
+  return json.loads(path.read_text())["figures"] if path.exists() else None

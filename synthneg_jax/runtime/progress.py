@@ -1,0 +1,46 @@
+"""Progress: a bar on a terminal, plain lines in a log."""
+
+import sys
+import time
+
+from absl import logging
+from tqdm import tqdm
+
+
+class Progress:
+  """Counts work done out of a total and says how long the rest will take.
+
+  On a terminal it draws one bar; elsewhere it writes a line at most every `every_s` seconds, and one at the end.
+  """
+
+  def __init__(self, name: str, total: int, unit: str, every_s: float = 15.0):
+    self._name, self._total, self._unit, self._every_s = name, total, unit, every_s
+    self._done, self._start = 0, time.monotonic()
+    self._said = self._start
+    self._bar = tqdm(total=total, desc=name, unit=unit, leave=False) if sys.stderr.isatty() else None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    if self._bar:
+      self._bar.close()
+    if error[0] is None:
+      self._say()
+
+  def update(self, count: int = 1, **notes):
+    """`count` more are done; notes are figures to show beside, such as a loss."""
+    self._done += count
+    if self._bar:
+      self._bar.update(count)
+      self._bar.set_postfix({name: f"{value:.4g}" for name, value in notes.items()})
+    elif time.monotonic() - self._said > self._every_s:
+      self._say(**notes)
+
+  def _say(self, **notes):
+    self._said = time.monotonic()
+    taken = self._said - self._start
+    rest = taken / self._done * (self._total - self._done) if self._done else float("nan")
+    tail = "".join(f", {name} {value:.4g}" for name, value in notes.items())
+    left = f", {rest:.0f} s left" if self._done < self._total else ""
+    logging.info("%s: %d/%d %s, %.0f s%s%s", self._name, self._done, self._total, self._unit, taken, left, tail)

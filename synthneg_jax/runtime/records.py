@@ -1,0 +1,157 @@
+"""The records that stages exchange, as sharded JSON lines. docs/data.md fixes every field, its type and unit."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from etils import epath
+
+from synthneg_jax.runtime.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """A problem with its known solution. Key: id."""
+
+  id: str
+  prompt: str  # what the model is given, as text
+  solution: str  # the teacher's solution, answer last; empty where unknown
+  answer: str  # the gold answer
+  source: str  # split or author
+
+  @property
+  def key(self) -> str:
+    return self.id
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+  """A sampled or greedy response to a problem, with its verdict. Key: id."""
+
+  id: str  # problem id / purpose / round / index
+  problem_id: str
+  index: int  # number among the problem's traces, from 0
+  ids: list[int]  # response tokens as drawn; EOS last iff finish is "eos"
+  step_ends: list[int]  # exclusive end of each step in ids; the last is len(ids)
+  text: str
+  correct: bool
+  reason: str  # right, wrong, no_answer, ambiguous, unparsable, timeout, too_large, truncated
+  extracted: str | None  # the answer that was graded
+  finish: str  # eos, stop, length
+  logps: list[float]  # nats, of each token under the untempered model
+  drawn_logps: list[float]  # nats, of each token under the distribution it was drawn from
+  policy: str  # fingerprint of the weights
+
+  @property
+  def key(self) -> str:
+    return self.id
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+  """A continuation of a trace's prefix, with its verdict."""
+
+  ids: list[int]  # tokens after the prefix
+  correct: bool
+  reason: str
+  finish: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StepEstimate:
+  """What is known of one step of a trace: how often rollouts after it came out right. Key: trace id and step."""
+
+  trace_id: str
+  problem_id: str
+  step: int  # from 0; prefix = steps 0..step
+  prefix_end: int  # tokens of the response up to and with this step
+  rollouts: int  # how many; 0 where exact
+  successes: int  # how many of them came out right
+  exact: bool  # the last step: its value is the trace's verdict
+  correct: bool  # verdict, where exact; else False
+  samples: list[dict]  # the rollouts (fields of Rollout); empty where another trace with this prefix holds them
+  samples_at: str  # key of the estimate that holds them; its own key where it does
+
+  @property
+  def key(self) -> str:
+    return f"{self.trace_id}/{self.step}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """Two branches of one trunk; the chosen is to become likelier than the rejected. Key: id."""
+
+  id: str
+  problem_id: str
+  trace_id: str  # the wrong trace that it comes from
+  trunk: list[int]  # prompt, and in mode shared_prefix the trace up to the pit
+  chosen: list[int]
+  rejected: list[int]
+  pair_mode: str
+  pit: int  # step of the trace, from 0; -1 where none was used
+
+  @property
+  def key(self) -> str:
+    return self.id
+
+
+Record = TypeVar("Record", Problem, Trace, StepEstimate, Pair)
+
+
+class Shards:
+  """A folder of JSON-lines files of one record type, appended to in whole shards.
+
+  A shard is written under a temporary name and renamed when complete, so a killed run leaves whole shards only.
+  """
+
+  def __init__(self, folder: epath.PathLike, kind: type[Record]):
+    self._folder, self._kind = epath.Path(folder), kind
+
+  def files(self) -> list[epath.Path]:
+    """Complete shards in order."""
+    return sorted(self._folder.glob("*.jsonl")) if self._folder.exists() else []
+
+  def write(self, records: Iterable[Record]) -> None:
+    """One more shard."""
+    self._folder.mkdir(parents=True, exist_ok=True)
+    path = self._folder / f"{len(self.files()):05d}.jsonl"
+    temporary = self._folder / f"{path.name}.{os.getpid()}.tmp"
+    temporary.write_text("".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
+    temporary.rename(path)
+
+  def read(self) -> Iterator[Record]:
+    """All records, shard after shard.
+
+    Raises:
+      UserError: a line that is no whole record; names file and line.
+    """
+    names = {field.name for field in dataclasses.fields(self._kind)}
+    for path in self.files():
+      text = path.read_text()
+      for number, line in enumerate(text.splitlines(), start=1):
+        try:
+          fields = json.loads(line)
+        except json.JSONDecodeError as error:
+          raise UserError(
+              f"{path}, line {number}: not a whole {self._kind.__name__} record ({error.msg}); the file was cut off or "
+              "changed. Delete it and the stage's manifest.json to have it made again.") from error
+        if not isinstance(fields, dict) or set(fields) != names:
+          raise UserError(f"{path}, line {number}: the fields are not those of a {self._kind.__name__} record.")
+        yield self._kind(**fields)
+      if text and not text.endswith("\n"):
+        raise UserError(f"{path}, line {len(text.splitlines())}: the last line has no end; the file was cut off.")
+
+  def read_dict(self) -> dict[str, Record]:
+    """All records by key, in file order.
+
+    Raises:
+      UserError: a key that stands twice.
+    """
+    records = {}
+    for record in self.read():
+      if record.key in records:
+        raise UserError(f"{self._folder}: the key {record.key!r} stands twice.")
+      records[record.key] = record
+    return records

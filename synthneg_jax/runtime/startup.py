@@ -1,0 +1,115 @@
+"""How every program starts: flags, config, logs, devices, compilation cache; and how it ends: with a status that is true."""
+
+import ctypes
+import os
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime.errors import UserError
+
+
+def define_flags(workdir: bool = True) -> None:
+  """--config, --workdir and what every program takes."""
+  config_flags.DEFINE_config_file("config", None, "Config file, configs/NAME.py[:arg]; --config.part.leaf=value changes "
+                                  "a leaf.", lock_config=True)
+  if workdir:
+    flags.DEFINE_string("workdir", None, "Folder that takes every file of the run; the same command goes on where it was.")
+    flags.mark_flag_as_required("workdir")
+  flags.DEFINE_string("compilation_cache", os.path.join("~", ".cache", "synthneg_jax", "xla"),
+                      "Folder of compiled programs, kept between runs; empty for none.")
+  flags.DEFINE_bool("keep_freed_memory", True, "CPU: let malloc keep freed memory, which spares page faults at every step.")
+  flags.mark_flag_as_required("config")
+
+
+def _keep_freed_memory():
+  """glibc: one arena, and no return of large blocks to the system (mallopt M_ARENA_MAX, M_MMAP_, M_TRIM_THRESHOLD)."""
+  try:
+    libc = ctypes.CDLL("libc.so.6")
+  except OSError:  # not glibc: nothing to tune
+    return
+  for parameter, value in ((-8, 1), (-3, 2**31 - 1), (-1, 2**31 - 1)):
+    libc.mallopt(parameter, value)
+
+
+def _quiet_logs():
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
+  # orbax reports every step of a save at INFO; its warnings stay.
+  logging.get_absl_handler().addFilter(lambda record: record.levelno >= 30 or "orbax" not in record.pathname)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """absl's parsing, with every complaint as one sentence."""
+  for arg in argv[1:]:
+    match = re.match(r"--(?:no)?config\.([\w.]+)", arg)
+    if match:
+      config_lib.check_name(match.group(1), arg.split("=")[0])
+  try:
+    rest = flags.FLAGS(argv)
+    _ = flags.FLAGS.config.seed  # a file that is not there is reported only when asked for
+    for name, _ in config_lib.leaves(flags.FLAGS.config):
+      config_lib.check_name(name, "The config file")
+    return rest
+  except flags.Error as error:
+    raise UserError(str(error).strip().replace("\n", " ")) from error
+  except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, OSError) as error:
+    # The config file itself failed: the file and line are the last ones of the traceback inside it.
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}configs{os.sep}" in f.filename or
+              pathlib.Path(f.filename).name in " ".join(argv)]
+    where = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
+    raise UserError(f"{where}{_one_sentence(error)}") from error
+
+
+def _one_sentence(error: Exception) -> str:
+  """What ml_collections says of a config file, without its listing of the whole tree."""
+  text = " ".join(str(error.args[0] if len(error.args) == 1 else error).split())
+  missing = re.search(r'Key "(\w+)" does not exist', text)
+  near = re.search(r'Did you mean "(\w+)"', text)
+  if missing:
+    return f"the config has no leaf {missing.group(1)!r}" + (f"; did you mean {near.group(1)!r}?" if near else ".")
+  missing = re.search(r"Failed loading config file .*?(\[Errno 2\] No such file or directory: '([^']*)')", text)
+  return f"--config: there is no file {missing.group(2)}." if missing else text
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs a program: parses flags, prepares jax, calls main() and exits, 0 only if the work is done.
+
+  A UserError is printed as one sentence on stderr, exit status 1.
+  """
+
+  def parse(argv):
+    try:
+      return _parse_flags(argv)
+    except UserError as error:
+      print(f"{pathlib.Path(argv[0]).name}: {error}", file=sys.stderr)
+      sys.exit(1)
+
+  def start(argv):
+    if len(argv) > 1:
+      print(f"{pathlib.Path(argv[0]).name}: {argv[1]!r} is no flag.", file=sys.stderr)
+      sys.exit(1)
+    _quiet_logs()
+    if flags.FLAGS.keep_freed_memory and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
+      _keep_freed_memory()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that torch is not installed is no news here
+    import jax  # after the allocator is set, before any array exists
+
+    if flags.FLAGS.compilation_cache:
+      jax.config.update("jax_compilation_cache_dir", os.path.expanduser(flags.FLAGS.compilation_cache))
+      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+      jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    try:
+      main()
+    except UserError as error:
+      print(f"{pathlib.Path(argv[0]).name}: {error}", file=sys.stderr)
+      sys.exit(1)
+
+  app.run(start, flags_parser=parse)

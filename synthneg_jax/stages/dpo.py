@@ -1,0 +1,43 @@
+"""Stage dpo: from π_sft, against π_sft, on pairs. Twice: arbitrary pairs ("dpo") and per-step pairs ("step_dpo")."""
+
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime.records import Pair, Shards
+from synthneg_jax.stages import pairs as pairs_lib
+from synthneg_jax.stages import training
+from synthneg_jax.stages.run import Run
+from synthneg_jax.training import objectives, reference
+
+
+def run(run_: Run) -> dict:
+  """Writes dpo/dpo/ and dpo/step_dpo/: pairs/, policy/ and metrics.jsonl; dpo/reference/ holds what both share."""
+  variants = {"dpo": "arbitrary", "step_dpo": run_.config.pairs.pair_mode}
+  if variants["step_dpo"] not in ("algorithm1", "shared_prefix"):
+    raise UserError(f"pairs.pair_mode={variants['step_dpo']!r} is none of algorithm1, shared_prefix.")
+  results = {name: _variant(run_, name, mode) for name, mode in variants.items()}
+  return {name: figures for name, figures in results.items() if figures}
+
+
+def _variant(run_: Run, name: str, mode: str) -> dict:
+  stage = run_.stage(f"dpo/{name}", ["task", "model", "dpo", "pairs", "credit"],
+                     ["synthesize", "sft", "sample", "credit"])
+  if stage.done:
+    return {}
+  section, policy = run_.config.dpo, run_.policy("sft")
+  pairs, figures = pairs_lib.build(run_, policy, mode)
+  if not pairs:
+    raise UserError(f"Stage dpo/{name} found no pair ({figures}): more traces (sample.num_traces), more rollouts "
+                    "(credit.num_rollouts) or another pairs.pit_rule may give some.")
+  shards = Shards(stage.folder / "pairs", Pair)
+  for path in shards.files():
+    path.unlink()
+  shards.write(pairs)
+
+  trees, numbered, names = pairs_lib.trees(pairs, section.max_branches_per_tree)
+  store = reference.Store(run_.workdir / "dpo" / "reference" / f"{policy.fingerprint}-{run_.config.model.dtype}.npz")
+  reference.score(policy.model, policy.params, trees, section.row_length, run_.mesh, store)
+  plan = training.plan(run_, section, pairs_lib.examples(trees, numbered, store), names)
+  objective = objectives.make_dpo(
+      policy.model, plan.shape.branches, beta=section.beta, nll_weight=section.nll_weight,
+      label_smoothing=section.label_smoothing)
+  identity, last = training.train(run_, name, section, policy, objective, plan, stage.folder)
+  return stage.finish({**figures, **last}, shards.files(), identity)

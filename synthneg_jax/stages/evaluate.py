@@ -1,0 +1,51 @@
+"""Stage evaluate: each policy answers the test problems; errors with 95 % intervals."""
+
+import collections
+
+from scipy import stats
+
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime.records import Trace
+from synthneg_jax.stages import traces
+from synthneg_jax.stages.run import Run, sampling
+
+POLICY_OF = {"sft": "sft", "rft": "rft", "dpo": "dpo/dpo", "step_dpo": "dpo/step_dpo"}
+
+
+def wilson(count: int, total: int) -> list[float]:
+  """The 95 % Wilson interval of a share."""
+  interval = stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
+  return [round(interval.low, 4), round(interval.high, 4)]
+
+
+def run(run_: Run) -> dict:
+  """Writes evaluate/<method>/traces/ for every method of evaluate.methods; each method is a stage of its own."""
+  results = {}
+  for method in run_.config.evaluate.methods:
+    if method != "base" and method not in POLICY_OF:
+      raise UserError(f"evaluate.methods names {method!r}; known are base, {', '.join(POLICY_OF)}.")
+    results[method] = _evaluate(run_, method)
+  return {method: figures for method, figures in results.items() if figures}
+
+
+def _evaluate(run_: Run, method: str) -> dict:
+  needs = ["synthesize"] + ([POLICY_OF[method]] if method != "base" else [])
+  stage = run_.stage(f"evaluate/{method}", ["task", "model", "engine", "evaluate"], needs)
+  if stage.done:
+    return {}
+  policy = run_.base() if method == "base" else run_.policy(POLICY_OF[method])
+  section = run_.config.evaluate
+  problems = list(run_.problems("test").values())
+  engine = run_.engine(policy, slots=1, lanes=run_.config.engine.lanes * min(run_.config.engine.slots, 4))
+  shards = traces.respond(run_, f"evaluate {method}", policy, engine, problems, "evaluate", 1, sampling(section),
+                          stage.folder / "traces")
+  made: list[Trace] = list(shards.read())
+  wrong = sum(not trace.correct for trace in made)
+  figures = {
+      "test_error": round(wrong / len(made), 4),
+      "ci95": wilson(wrong, len(made)),
+      "num_problems": len(made),
+      "reasons": dict(collections.Counter(trace.reason for trace in made).most_common()),
+      "mean_tokens": round(sum(len(trace.ids) for trace in made) / len(made), 1),
+  }
+  return stage.finish(figures, shards.files())

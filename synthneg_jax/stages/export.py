@@ -1,0 +1,21 @@
+"""Stage export: a trained policy as a Hugging Face folder that transformers loads."""
+
+from synthneg_jax.models import huggingface
+from synthneg_jax.stages import evaluate
+from synthneg_jax.stages.run import Run
+
+
+def run(run_: Run) -> dict:
+  """Writes export/<method>/ for every trained policy of evaluate.methods that exists."""
+  exported = {}
+  for method in run_.config.evaluate.methods:
+    stage_name = evaluate.POLICY_OF.get(method)
+    if stage_name is None or not (run_.workdir / stage_name / "manifest.json").exists():
+      continue
+    stage = run_.stage(f"export/{method}", ["model"], [stage_name])
+    if not stage.done:
+      policy = run_.policy(stage_name)
+      folder = stage.folder / "policy"
+      huggingface.save(folder, policy.model, policy.params, policy.folder)
+      exported[method] = stage.finish({"folder": str(folder)}, list(folder.glob("*.safetensors")))
+  return exported

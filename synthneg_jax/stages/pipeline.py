@@ -1,0 +1,70 @@
+"""All stages in order, or some; after each, config.json and summary.json of the workdir are brought up to date."""
+
+import json
+from collections.abc import Sequence
+
+import jax
+from absl import logging
+
+from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime import manifest
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.stages import credit, dpo, evaluate, export, pretrain, report, rft, sample, sft, synthesize
+from synthneg_jax.stages.run import Run
+
+STAGES = {
+    "pretrain": pretrain.run,
+    "synthesize": synthesize.run,
+    "sft": sft.run,
+    "sample": sample.run,
+    "rft": rft.run,
+    "credit": credit.run,
+    "dpo": dpo.run,
+    "evaluate": evaluate.run,
+    "report": report.run,
+    "export": export.run,
+}
+RECIPE = ("synthesize", "sft", "sample", "rft", "credit", "dpo", "evaluate", "report")
+_FOLDERS = ("synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo")
+
+
+def summarize(run_: Run) -> dict:
+  """What all finished stages reported, as summary.json."""
+  methods, stages = {}, {}
+  for name in _FOLDERS:
+    figures = manifest.figures(run_.workdir, name)
+    if figures:
+      stages[name] = figures
+  for method in run_.config.evaluate.methods:
+    figures = manifest.figures(run_.workdir, f"evaluate/{method}")
+    if figures:
+      methods[method] = {key: figures[key] for key in ("test_error", "ci95", "num_problems")}
+      stages[f"evaluate/{method}"] = figures
+  pairs = run_.config.pairs
+  return {
+      "methods": methods,
+      "step_dpo": {"pair_mode": pairs.pair_mode, "pit_rule": pairs.pit_rule},
+      "stages": stages,
+  }
+
+
+def run(config, workdir: str, stages: Sequence[str] = RECIPE) -> None:
+  """Runs stages in the given order; finished ones are skipped.
+
+  Raises:
+    UserError: an unknown stage, or whatever a stage refuses.
+  """
+  for name in stages:
+    if name not in STAGES:
+      raise UserError(f"--stages names {name!r}; stages are {', '.join(STAGES)}.")
+  run_ = Run.open(config, workdir)
+  about = {
+      "config": config_lib.plain(config), "versions": manifest.versions(), "git_commit": manifest.git_commit(),
+      "devices": [str(device) for device in jax.devices()],
+  }
+  for name in stages:
+    logging.info("Stage %s.", name)
+    figures = STAGES[name](run_)
+    logging.info("Stage %s: %s", name, json.dumps(figures) if figures else "done before.")
+    manifest.write_json(run_.workdir / "config.json", about)  # not before the stage has accepted the config
+    manifest.write_json(run_.workdir / "summary.json", summarize(run_))

@@ -1,0 +1,90 @@
+"""A policy as stages hand it on: a folder with config.json, the tokenizer, and weights (orbax params/ or safetensors)."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import transformers
+from etils import epath
+from jax.sharding import Mesh
+
+import synthneg_jax.tasks
+from synthneg_jax.models import huggingface
+from synthneg_jax.models.decoder import Model
+from synthneg_jax.rollouts.decode import Stops
+from synthneg_jax.runtime import checkpoints
+from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.tasks.token_text import TokenText, stop_table
+
+EMBEDDED = pathlib.Path(synthneg_jax.tasks.__file__).parent / "embedded"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@dataclasses.dataclass
+class Policy:
+  """Weights with what reads and writes text for them."""
+
+  model: Model
+  params: object
+  tokenizer: transformers.PreTrainedTokenizerFast
+  token_text: TokenText
+  fingerprint: str
+  folder: epath.Path
+
+  def stops(self, strings) -> Stops:
+    """EOS and these stop strings."""
+    table = stop_table(self.token_text, list(strings))[0] if strings else None
+    return Stops((self.tokenizer.eos_token_id,), table)
+
+
+def resolve(path: str) -> epath.Path:
+  """A config's model.path as a folder; "embedded" is the base model in the package."""
+  return epath.Path(EMBEDDED if path == "embedded" else path).expanduser()
+
+
+def load(path: epath.PathLike, config, mesh: Mesh) -> Policy:
+  """Reads a policy folder, or a Hugging Face folder.
+
+  Args:
+    path: the folder.
+    config: the config's section `model`.
+    mesh: where the weights go.
+
+  Raises:
+    UserError: no such folder, or weights that are missing or of another shape.
+  """
+  folder = epath.Path(path)
+  if not folder.exists():
+    hint = "; bash launch/get_smollm2.sh makes it" if "smollm2" in folder.name else ""
+    raise UserError(f"The model folder {folder} does not exist{hint}.")
+  model = Model(huggingface.read_config(folder, dtype=config.dtype, param_dtype=config.param_dtype,
+                                        scan_layers=config.scan_layers, remat=config.remat))
+  shardings = mesh_lib.shardings(mesh, model.logical_axes())
+  if (folder / "params").exists() or not list(folder.glob("*.safetensors*")):
+    params = checkpoints.load_params(folder, model.abstract_params(), shardings)
+  else:
+    params = huggingface.load_params(folder, model, shardings)
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+  except (OSError, ValueError) as error:
+    raise UserError(f"{folder} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
+  return Policy(model, params, tokenizer, TokenText(tokenizer), checkpoints.fingerprint(params), folder)
+
+
+def save(folder: epath.PathLike, policy: Policy, params) -> str:
+  """Writes trained weights as a policy folder with the given policy's architecture and tokenizer.
+
+  Returns:
+    The fingerprint of the weights.
+  """
+  folder = epath.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  checkpoints.save_params(folder, params)
+  for name in ("config.json", "generation_config.json", *_TOKENIZER_FILES):
+    if (policy.folder / name).exists():
+      shutil.copyfile(policy.folder / name, folder / name)
+  fingerprint = checkpoints.fingerprint(params)
+  (folder / "fingerprint.json").write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+  return fingerprint

@@ -1,0 +1,49 @@
+"""Stage pretrain: the embedded task's base model, from random weights, as a small Hugging Face folder."""
+
+import jax
+import transformers
+
+from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.models import huggingface
+from synthneg_jax.models.config import ModelConfig
+from synthneg_jax.models.decoder import Model
+from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.stages import training
+from synthneg_jax.stages.run import Run
+from synthneg_jax.tasks import arithmetic, problems
+from synthneg_jax.training import loop, objectives
+from synthneg_jax.training.batch import Example
+
+
+def run(run_: Run) -> dict:
+  """Writes pretrain/policy/: config.json, model.safetensors and the tokenizer."""
+  stage = run_.stage("pretrain", ["task", "pretrain"])
+  if stage.done:
+    return {}
+  c = run_.config
+  if c.task.name != "arithmetic":
+    raise UserError("Stage pretrain makes the embedded task's base model; other tasks name theirs by model.path.")
+  section = c.pretrain
+  tokenizer = arithmetic.build_tokenizer()
+  documents = problems.pretraining(c.task, section, c.seed)
+  ids = lambda text: tokenizer.encode(text).ids
+  eos = tokenizer.token_to_id(arithmetic.EOS)
+  trunks = [ids(document.prompt) for document in documents]
+  examples = [Example(Tree(trunk, (Branch(len(trunk), ids(document.solution) + [eos]),)))
+              for trunk, document in zip(trunks, documents)]
+  model = Model(ModelConfig(
+      vocab_size=tokenizer.get_vocab_size(), d_model=section.d_model, num_layers=section.num_layers,
+      num_heads=section.num_heads, num_kv_heads=section.num_heads, head_dim=section.d_model // section.num_heads,
+      d_ff=section.d_ff, tie_embeddings=False, scan_layers=c.model.scan_layers, dtype=c.model.dtype))
+  plan = training.plan(run_, section, examples, [document.id for document in documents])
+  shardings = mesh_lib.shardings(run_.mesh, model.logical_axes())
+  params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(c.seed))
+  params, last = loop.fit("pretrain", section, model, params, objectives.make_sft(model), plan, run_.mesh, stage.folder)
+  tokenizer_folder = stage.folder / "tokenizer"
+  transformers.PreTrainedTokenizerFast(
+      tokenizer_object=tokenizer, eos_token=arithmetic.EOS, pad_token=arithmetic.PAD, clean_up_tokenization_spaces=False,
+  ).save_pretrained(str(tokenizer_folder))
+  huggingface.save(stage.folder / "policy", model, params, tokenizer_folder)
+  figures = {"parameters": model.config.num_params, "steps": plan.num_steps, **last}
+  return stage.finish(figures, list((stage.folder / "policy").glob("*.safetensors")))

@@ -1,0 +1,189 @@
+"""Stage report: gathers what the workdir holds and has it drawn as workdir/report/index.html."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import transformers
+from etils import epath
+
+from synthneg_jax.analysis import report as analysis
+from synthneg_jax.core import advantages
+from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime import manifest
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime.records import Pair, Shards, StepEstimate, Trace
+from synthneg_jax.stages import evaluate
+from synthneg_jax.stages import pairs as pairs_lib
+from synthneg_jax.stages import traces as traces_lib
+from synthneg_jax.stages.run import Run
+from synthneg_jax.tasks.token_text import TokenText
+
+_STAGES = ("synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo")
+_LABELS = {"base": "base model", "sft": "SFT", "rft": "RFT", "dpo": "DPO, arbitrary pairs", "step_dpo": "DPO, per-step pairs"}
+
+
+def _manifest(workdir: epath.Path, name: str) -> dict | None:
+  path = workdir / name / "manifest.json"
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def _check_config(run_: Run, names: Sequence[str]) -> None:
+  """Refuses a config that is not the one the stages were made with: the report would say what is not so."""
+  now = json.loads(json.dumps(config_lib.plain(run_.config)))
+  for name in names:
+    path = run_.workdir / name / "begun.json"
+    if not path.exists():
+      continue
+    for leaf, value in json.loads(path.read_text())["config"].items():
+      if now.get(leaf) != value:
+        raise UserError(f"Stage {name} in {run_.workdir} was begun with {leaf}={value!r}, now it is {now.get(leaf)!r}; "
+                        "give the report the config of the run.")
+
+
+def _methods(run_: Run) -> list[analysis.Method]:
+  methods = []
+  for name in run_.config.evaluate.methods:
+    figures = manifest.figures(run_.workdir, f"evaluate/{name}")
+    label = _LABELS.get(name, name)
+    methods.append(analysis.Method(label, figures["test_error"], *figures["ci95"], figures["num_problems"])
+                   if figures else analysis.Method(label))
+  return methods
+
+
+def _reasons(run_: Run) -> dict[str, dict[str, int]]:
+  columns = [("SFT, samples", "sample")]
+  columns += [(f"{_LABELS.get(name, name)}, test", f"evaluate/{name}") for name in run_.config.evaluate.methods]
+  found = {label: manifest.figures(run_.workdir, stage) for label, stage in columns}
+  return {label: figures["reasons"] for label, figures in found.items() if figures}
+
+
+def _spread(candidates: Sequence[int], traces: Sequence[Trace], count: int) -> list[int]:
+  """At most `count` of the candidates at even distances, no two of one problem."""
+  firsts = list({traces[i].problem_id: i for i in reversed(candidates)}.values())[::-1]
+  if len(firsts) <= count:
+    return firsts
+  return [firsts[int(place)] for place in np.linspace(0, len(firsts) - 1, count)] if count else []
+
+
+class _Credit:
+  """The credited wrong traces with their values and pits."""
+
+  def __init__(self, run_: Run):
+    config, workdir = run_.config, run_.workdir
+    self._run = run_
+    self.groups = traces_lib.by_problem(Shards(workdir / "sample" / "traces", Trace).read())
+    self.estimates = Shards(workdir / "credit" / "estimates", StepEstimate).read_dict()
+    by_id = {trace.id: trace for group in self.groups.values() for trace in group}
+    credited = dict.fromkeys(estimate.trace_id for estimate in self.estimates.values())
+    self.wrong = [by_id[key] for key in credited if not by_id[key].correct]
+    self.v0_of = {key: (sum(trace.correct for trace in group), len(group)) for key, group in self.groups.items()}
+    self.pits = []
+    if self.wrong:
+      self.q, self.known, self.v0 = pairs_lib.values(self.wrong, self.estimates, self.v0_of, config.credit.best_of)
+      self.pits = pairs_lib.pits(self.q, self.known, self.v0, config.pairs).tolist()
+
+  def means(self) -> analysis.MeanValues:
+    if not self.wrong:
+      return analysis.MeanValues((), (), 0.0, 0)
+    means, counts = advantages.mean_value_by_step(self.q, self.known)
+    problems = {trace.problem_id for trace in self.wrong}
+    return analysis.MeanValues(np.asarray(means).tolist(), np.asarray(counts).tolist(), float(self.v0.mean()), len(problems))
+
+  def shown(self) -> list[analysis.ShownTrace]:
+    """Those that the report shows in full: with a pit if there are enough of them."""
+    count = self._run.config.report.num_traces
+    chosen = _spread([i for i, pit in enumerate(self.pits) if pit >= 0], self.wrong, count)
+    seen = {self.wrong[i].problem_id for i in chosen}
+    others = [i for i, trace in enumerate(self.wrong) if trace.problem_id not in seen]
+    chosen += _spread(others, self.wrong, count - len(chosen))
+    if not chosen:
+      return []
+    folder = self._run.workdir / "sft" / "policy"
+    try:
+      tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+      raise UserError(f"{folder} has no tokenizer that transformers can load; the report needs it to show the steps of "
+                      "traces.") from error
+    text = TokenText(tokenizer)
+    preferred = {}
+    if (self._run.workdir / "dpo" / "step_dpo" / "manifest.json").exists():
+      preferred = {pair.trace_id: text.text(pair.chosen)
+                   for pair in Shards(self._run.workdir / "dpo" / "step_dpo" / "pairs", Pair).read()}
+    problems = self._run.problems("train")
+    return [self._show(i, problems[self.wrong[i].problem_id], text, preferred) for i in chosen]
+
+  def _show(self, i: int, problem, text: TokenText, preferred: dict[str, str]) -> analysis.ShownTrace:
+    trace = self.wrong[i]
+    known, q, v0 = self.known[i], self.q[i], float(self.v0[i])
+    gained = np.asarray(advantages.step_advantages(q, v0))
+    steps, start = [], 0
+    for s, end in enumerate(trace.step_ends):
+      estimate = self.estimates[f"{trace.id}/{s}"]
+      interval = tuple(evaluate.wilson(estimate.successes, estimate.rollouts)) if estimate.rollouts else None
+      before_known = s == 0 or bool(known[s - 1])
+      steps.append(analysis.Step(
+          text=text.text(trace.ids[start:end]), rollouts=estimate.rollouts, successes=estimate.successes, interval=interval,
+          q=float(q[s]) if known[s] else None, advantage=float(gained[s]) if known[s] and before_known else None,
+          exact=estimate.exact))
+      start = end
+    right, samples = self.v0_of[trace.problem_id]
+    return analysis.ShownTrace(
+        id=trace.id, problem=problem.prompt, gold=problem.answer, extracted=trace.extracted, reason=trace.reason,
+        right_samples=right, samples=samples, v0=v0, steps=steps, pit=self.pits[i], preferred=preferred.get(trace.id, ""))
+
+
+def _config_file(config) -> tuple[str, list[str]]:
+  """(text of a config file that gives this config, names of the leaves that differ from the default)."""
+  default = dict(config_lib.leaves(config_lib.default()))
+  changed = {name: value for name, value in config_lib.leaves(config) if value != default[name]}
+  lines = "".join(f"  config.{name} = {value!r}\n" for name, value in changed.items())
+  return ('"""The config of the run whose report stands beside this file."""\n\n'
+          "from synthneg_jax.runtime import config as config_lib\n\n\n"
+          f"def get_config():\n  config = config_lib.default()\n{lines}  return config\n"), list(changed)
+
+
+def _origin(workdir: epath.Path, names: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
+  """(versions, git commits, devices) that the finished stages were made with; the installed ones where none is."""
+  manifests = [made for made in (_manifest(workdir, name) for name in names) if made]
+  versions = {}
+  for made in manifests or [{"versions": manifest.versions()}]:
+    for package, version in made["versions"].items():
+      versions.setdefault(package, {})[version] = None
+  commits = list(dict.fromkeys(made["git_commit"] for made in manifests or [{"git_commit": manifest.git_commit()}]))
+  about = workdir / "config.json"
+  devices = json.loads(about.read_text())["devices"] if about.exists() else []
+  return {package: " and ".join(found) for package, found in versions.items()}, list(filter(None, commits)), devices
+
+
+def run(run_: Run) -> dict:
+  """Writes report/: index.html, config.py, and each figure as PNG and CSV, from whatever stages are done.
+
+  It is always made again. Unfinished stages are shown as such.
+
+  Raises:
+    UserError: the config is not the run's, or a file of a finished stage is missing or broken.
+  """
+  workdir, config = run_.workdir, run_.config
+  names = [*_STAGES, *(f"evaluate/{method}" for method in config.evaluate.methods)]
+  _check_config(run_, names)
+  credit = _Credit(run_) if _manifest(workdir, "credit") else None
+  states = []
+  for name in names:
+    made = _manifest(workdir, name)
+    begun = (workdir / name / "begun.json").exists()
+    states.append(analysis.StageState(name, "done" if made else "begun" if begun else "not begun",
+                                      made["figures"] if made else {}))
+  config_file, changed = _config_file(config)
+  versions, commits, devices = _origin(workdir, names)
+  folder = workdir / "report"
+  path = analysis.write(analysis.Report(
+      title=f"Learning from wrong solutions: {config.task.name}", methods=_methods(run_),
+      values=credit.means() if credit else None, pits=credit.pits if credit else None,
+      traces=credit.shown() if credit else None, reasons=_reasons(run_), stages=states, config=config_lib.plain(config),
+      changed=changed, versions=versions, commits=commits, devices=devices,
+      command="python launch/pipeline.py --config=PATH_OF_THIS_FOLDER/config.py --workdir=NEW_FOLDER",
+      num_rollouts=config.credit.num_rollouts, best_of=config.credit.best_of, pit_rule=config.pairs.pit_rule,
+      pair_mode=config.pairs.pair_mode), folder)
+  (folder / "config.py").write_text(config_file)
+  return {"path": str(path)}

@@ -1,0 +1,61 @@
+"""What every stage is given: the config, the workdir, and how to open its own folder and the policies of others."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from etils import epath
+from jax.sharding import Mesh
+
+from synthneg_jax.rollouts.engine import Engine
+from synthneg_jax.rollouts.sampling import Sampling
+from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime import manifest
+from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime.records import Problem, Shards
+from synthneg_jax.stages import policies
+
+# How it is computed, not what: these leaves may differ between a stage's first and second half.
+_FREE = ("mesh.", "engine.lanes", "engine.slots", "credit.lanes", "credit.slots", "model.scan_layers", "model.remat")
+
+
+@dataclasses.dataclass
+class Run:
+  """One workdir with its config."""
+
+  config: object
+  workdir: epath.Path
+  mesh: Mesh
+
+  @classmethod
+  def open(cls, config, workdir) -> "Run":
+    """A run on all devices there are."""
+    return cls(config, epath.Path(workdir), mesh_lib.make_mesh(**config.mesh))
+
+  def stage(self, name: str, sections: Sequence[str], needs: Sequence[str] = ()) -> manifest.Stage:
+    """Opens a stage that depends on the seed, these config sections and these stages."""
+    leaves = config_lib.plain(self.config, ("seed", *sections))
+    fixed = {leaf: value for leaf, value in leaves.items() if not leaf.startswith(_FREE)}
+    return manifest.Stage(self.workdir, name, fixed, needs)
+
+  def base(self) -> policies.Policy:
+    """The base model."""
+    return policies.load(policies.resolve(self.config.model.path), self.config.model, self.mesh)
+
+  def policy(self, stage: str) -> policies.Policy:
+    """What a training stage made."""
+    return policies.load(self.workdir / stage / "policy", self.config.model, self.mesh)
+
+  def problems(self, split: str) -> dict[str, Problem]:
+    """Problems by id, as the stage synthesize wrote them."""
+    return Shards(self.workdir / "synthesize" / split, Problem).read_dict()
+
+  def engine(self, policy: policies.Policy, *, lanes: int | None = None, slots: int | None = None) -> Engine:
+    """The decoding engine for a policy."""
+    c = self.config.engine
+    return Engine(policy.model, self.mesh, policy.stops(c.stop), lanes=lanes or c.lanes, slots=slots or c.slots,
+                  max_new_tokens=c.max_new_tokens)
+
+
+def sampling(section) -> Sampling:
+  """Temperature, top-k and top-p of a config section."""
+  return Sampling(section.temperature, section.get("top_k", 0), section.get("top_p", 1.0))

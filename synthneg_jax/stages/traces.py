@@ -1,0 +1,77 @@
+"""Responses of a policy to problems, with verdicts: what sample and evaluate share."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from etils import epath
+
+from synthneg_jax.rollouts.engine import Engine, Generation, Trunk
+from synthneg_jax.rollouts.sampling import Sampling
+from synthneg_jax.runtime import keys
+from synthneg_jax.runtime.progress import Progress
+from synthneg_jax.runtime.records import Problem, Shards, Trace
+from synthneg_jax.stages import training
+from synthneg_jax.stages.policies import Policy
+from synthneg_jax.stages.run import Run
+from synthneg_jax.tasks import answers, token_text
+
+_SHARD = 512  # problems a shard: what a killed run loses at most
+
+
+def verdict(run_: Run, policy: Policy, text: str, answer: str, finish: str) -> answers.Verdict:
+  """Grades a response; one that was cut at the length limit without an answer is "truncated", never right."""
+  stop = run_.config.engine.stop
+  graded = answers.grade(token_text.cut_at_stop(text, list(stop)) if stop else text, answer)
+  if finish == "length" and graded.reason == "no_answer":
+    return answers.Verdict(False, "truncated", None)
+  return graded
+
+
+def _trace(run_: Run, policy: Policy, problem: Problem, purpose: str, index: int, made: Generation) -> Trace:
+  ids = made.ids.tolist()
+  text = policy.token_text.text(ids)
+  graded = verdict(run_, policy, text, problem.answer, made.finish)
+  rounded = lambda values: [round(float(value), 5) for value in values]
+  return Trace(
+      id=f"{problem.id}/{purpose}/{index}", problem_id=problem.id, index=index, ids=ids,
+      step_ends=token_text.step_ends(ids, policy.token_text, run_.config.task.step_delimiter),
+      text=text, correct=graded.correct, reason=graded.reason, extracted=graded.extracted, finish=made.finish,
+      logps=rounded(made.logp), drawn_logps=rounded(made.drawn_logp), policy=policy.fingerprint)
+
+
+def trunk(run_: Run, prompt: Sequence[int], problem: Problem, purpose: str, count: int) -> Trunk:
+  """The prompt of a problem with `count` items, each with its own key."""
+  prefix = keys.hash_ids(prompt)
+  item_keys = [keys.draw_key(run_.config.seed, purpose, 0, problem.id, prefix, index) for index in range(count)]
+  return Trunk(prompt, [len(prompt)] * count, np.stack(item_keys))
+
+
+def respond(run_: Run, name: str, policy: Policy, engine: Engine, problems: Sequence[Problem], purpose: str,
+            count: int, how: Sampling, folder: epath.Path) -> Shards:
+  """Writes `count` traces of each problem into folder, a shard at a time; problems that are there are not done again.
+
+  Prompts that leave no room for max_new_tokens within model.max_length are an error of the config, found by the engine's
+  first trunk; responses end at engine.max_new_tokens.
+  """
+  shards = Shards(folder, Trace)
+  there = {trace.problem_id for trace in shards.read()}
+  missing = [problem for problem in problems if problem.id not in there]
+  with Progress(name, len(missing), "problems") as progress:
+    for start in range(0, len(missing), _SHARD):
+      part = missing[start : start + _SHARD]
+      trunks = [trunk(run_, training.prompt_ids(run_, policy, problem), problem, purpose, count) for problem in part]
+      made = {}
+      for index, generations in engine.run(policy.params, trunks, how):
+        made[index] = generations
+        progress.update(1)
+      shards.write(_trace(run_, policy, part[i], purpose, index, generation)
+                   for i in range(len(part)) for index, generation in enumerate(made[i]))
+  return shards
+
+
+def by_problem(traces: Iterator[Trace]) -> dict[str, list[Trace]]:
+  """Traces grouped by their problem, in the order of their numbers."""
+  groups = {}
+  for trace in traces:
+    groups.setdefault(trace.problem_id, []).append(trace)
+  return {key: sorted(group, key=lambda trace: trace.index) for key, group in groups.items()}

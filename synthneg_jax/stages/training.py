@@ -1,0 +1,62 @@
+"""What the training stages share: trees of solutions, and one call of the train loop."""
+
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+
+from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime.records import Problem
+from synthneg_jax.stages import policies
+from synthneg_jax.stages.run import Run
+from synthneg_jax.tasks import problems as problems_lib
+from synthneg_jax.tasks import prompts
+from synthneg_jax.training import batches, loop
+from synthneg_jax.training.batch import Example
+
+
+def prompt_ids(run_: Run, policy: policies.Policy, problem: Problem) -> list[int]:
+  """The trunk of everything about a problem."""
+  return prompts.encode_prompt(policy.tokenizer, problem.prompt, problems_lib.prompt_style(run_.config.task))
+
+
+def solution_trees(trunks: Mapping[str, Sequence[int]], solutions: Mapping[str, Sequence[Sequence[int]]], most: int,
+                   max_length: int) -> tuple[list[Example], list[str], int]:
+  """One tree for every `most` solutions of a problem; the prompt is the trunk, the solutions its branches.
+
+  Solutions that would make a sequence longer than `max_length` tokens are left out.
+
+  Returns:
+    (examples, their names, how many solutions were left out).
+  """
+  examples, names, dropped = [], [], 0
+  for key, all_ids in solutions.items():
+    trunk = trunks[key]
+    fitting = [ids for ids in all_ids if len(trunk) + len(ids) <= max_length]
+    dropped += len(all_ids) - len(fitting)
+    for start in range(0, len(fitting), most):
+      branches = tuple(Branch(len(trunk), ids) for ids in fitting[start : start + most])
+      examples.append(Example(Tree(trunk, branches)))
+      names.append(key)
+  return examples, names, dropped
+
+
+def plan(run_: Run, section, examples: Sequence[Example], names: Sequence[str]) -> batches.Batches:
+  """The batches of a training stage."""
+  return batches.Batches(
+      examples, names, batch_size=section.batch_size, num_epochs=section.num_epochs, max_steps=section.max_steps,
+      row_length=section.row_length, rows_multiple_of=section.accumulate * mesh_lib.row_shards(run_.mesh),
+      seed=run_.config.seed)
+
+
+def train(run_: Run, name: str, section, policy: policies.Policy, objective, plan_: batches.Batches,
+          folder: epath.Path) -> tuple[str, dict]:
+  """Trains a policy's weights and writes the result to folder/policy.
+
+  Returns:
+    (fingerprint of the new weights, figures: steps and the last step's metrics).
+  """
+  params, policy.params = policy.params, None  # donated
+  params, last = loop.fit(name, section, policy.model, params, objective, plan_, run_.mesh, folder)
+  fingerprint = policies.save(folder / "policy", policy, params)
+  return fingerprint, {"steps": plan_.num_steps, **{key: round(value, 5) for key, value in last.items()}}

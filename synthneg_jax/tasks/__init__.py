@@ -1,0 +1,1 @@
+"""Problems, prompts, step boundaries, answers and grading."""

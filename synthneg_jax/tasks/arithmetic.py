@@ -1,0 +1,149 @@
+"""The embedded task: clock arithmetic over named quantities, with a scripted teacher in place of a capable model.
+
+A problem defines a few leaves (` A= 3`) and operations over them (` K: A * B`), in any order, and asks for one of
+them (` ? K=`). Values live on a clock of ten: 7 + 5 = 2. A solution writes one operation a line, copied, its operands
+looked up and its result worked out, and ends like GSM8K's:
+
+     K: A * B A= 3 B= 4 K= 2
+     #### 2
+
+Some defined operations do not matter for the question. The teacher writes those that do, in a random legal order.
+With probability `leap` it does an addition in its head: the line is left out and only its result is used (capable models
+skip what is easy for them). The rules that say what a legal step is serve the diagnosis, never the training.
+"""
+
+import dataclasses
+import string
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+CLOCK = 10
+OPERATORS = "+-*"
+EOS, PAD = "<eos>", "<pad>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Puzzle:
+  """One problem. Names are letters; `definitions` maps a name to a digit or to (left, operator, right)."""
+
+  definitions: dict
+  query: str
+
+  @property
+  def prompt(self) -> str:
+    """What the model is given, one line."""
+    parts = []
+    for name, definition in self.definitions.items():
+      parts.append(f" {name}= {definition}" if isinstance(definition, int) else
+                   f" {name}: {definition[0]} {definition[1]} {definition[2]}")
+    return "".join(parts) + f" ? {self.query}=\n"
+
+  def value(self, name: str) -> int:
+    """The value of a name, on the clock."""
+    definition = self.definitions[name]
+    return definition if isinstance(definition, int) else apply(
+        self.value(definition[0]), definition[1], self.value(definition[2]))
+
+  def needed(self, name: str) -> set[str]:
+    """The operations that the name's value rests on, its own included."""
+    definition = self.definitions[name]
+    if isinstance(definition, int):
+      return set()
+    return {name} | self.needed(definition[0]) | self.needed(definition[2])
+
+  def line(self, name: str) -> str:
+    """The right step for an operation."""
+    left, operator, right = self.definitions[name]
+    values = "".join(f" {each}= {self.value(each)}" for each in (left, right, name))
+    return f" {name}: {left} {operator} {right}{values}\n"
+
+
+def apply(left: int, operator: str, right: int) -> int:
+  """left operator right on the clock of ten."""
+  return {"+": left + right, "-": left - right, "*": left * right}[operator] % CLOCK
+
+
+def make_puzzle(rng: np.random.Generator, num_leaves: int, num_operations: int, needed: tuple[int, int]) -> Puzzle:
+  """Draws a problem whose query rests on needed[0]..needed[1] operations (uniformly, as far as drawn graphs allow)."""
+  wanted = int(rng.integers(needed[0], needed[1] + 1))
+  while True:
+    names = [str(name) for name in rng.permutation(list(string.ascii_uppercase))[: num_leaves + num_operations]]
+    definitions = {name: int(rng.integers(CLOCK)) for name in names[:num_leaves]}
+    for i, name in enumerate(names[num_leaves:]):
+      left, right = rng.choice(num_leaves + i, size=2, replace=False)
+      definitions[name] = (names[left], OPERATORS[rng.integers(len(OPERATORS))], names[right])
+    order = [names[i] for i in rng.permutation(len(names))]
+    puzzle = Puzzle({name: definitions[name] for name in order}, "")
+    queries = [name for name in names[num_leaves:] if len(puzzle.needed(name)) == wanted]
+    if queries:
+      return dataclasses.replace(puzzle, query=queries[rng.integers(len(queries))])
+
+
+def legal_order(rng: np.random.Generator, puzzle: Puzzle, names: set[str]) -> list[str]:
+  """The names in a random order in which each comes after the operations that it rests on."""
+  order, rest = [], sorted(names)
+  while rest:
+    ready = [name for name in rest if not (puzzle.needed(name) - {name}) & set(rest)]
+    order.append(ready[rng.integers(len(ready))])
+    rest.remove(order[-1])
+  return order
+
+
+def teach(rng: np.random.Generator, puzzle: Puzzle, leap: float) -> str:
+  """A teacher's solution; with probability `leap` an addition that the query does not ask for is done silently.
+
+  Never two in one line: an operation over a silent one is written.
+  """
+  silent, lines = set(), []
+  for name in legal_order(rng, puzzle, puzzle.needed(puzzle.query)):
+    left, operator, right = puzzle.definitions[name]
+    if operator == "+" and name != puzzle.query and not {left, right} & silent and rng.random() < leap:
+      silent.add(name)
+    else:
+      lines.append(puzzle.line(name))
+  return "".join(lines) + f" #### {puzzle.value(puzzle.query)}"
+
+
+def wander(rng: np.random.Generator, puzzle: Puzzle) -> str:
+  """Legal steps without a plan: every operation in a random legal order, needed or not, and no answer."""
+  every = {name for name, definition in puzzle.definitions.items() if not isinstance(definition, int)}
+  return "".join(puzzle.line(name) for name in legal_order(rng, puzzle, every))
+
+
+def judge_step(puzzle: Puzzle, known: set[str], line: str) -> str:
+  """What a written step is: "legal" (operands known, all values right), "leap" (right definition, an operand not yet
+  worked out), "wrong" (a false value, operand or operator), or "malformed".
+
+  Args:
+    puzzle: the problem.
+    known: operations worked out in the steps before.
+    line: one step, without its newline.
+  """
+  parts = line.split()
+  if len(parts) != 10 or not parts[0].endswith(":"):
+    return "malformed"
+  name, left, right = parts[0][:-1], parts[1], parts[3]
+  definition = puzzle.definitions.get(name)
+  if definition != (left, parts[2], right) or parts[4::2] != [f"{each}=" for each in (left, right, name)]:
+    return "wrong"
+  for operand in (left, right):
+    if not isinstance(puzzle.definitions[operand], int) and operand not in known:
+      return "leap"
+  right_line = puzzle.line(name).split()
+  return "legal" if parts == right_line else "wrong"
+
+
+def build_tokenizer() -> tokenizers.Tokenizer:
+  """One token for each digit, operator and mark, and three for each letter: defined (` K:`), named (` K`), valued (` K=`).
+
+  Text round-trips. Typed tokens make looking up a value one step of attention; small models do not learn it without."""
+  words = [PAD, EOS, "\n", " ?", " ####"]
+  words += [f" {digit}" for digit in range(CLOCK)] + [f" {operator}" for operator in OPERATORS]
+  words += [f" {name}{kind}" for kind in (":", "", "=") for name in string.ascii_uppercase]
+  tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
+  tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| ?[^ \n]+"), behavior="isolated")
+  tokenizer.decoder = decoders.Fuse()
+  tokenizer.add_special_tokens([PAD, EOS])
+  return tokenizer

@@ -1,0 +1,1 @@
+"""Batches of token trees, the train step, and the one train loop."""

@@ -1,0 +1,95 @@
+"""Which examples make which batch: a function of (seed, step), so that a resumed run sees what an unbroken one sees."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.training import batch as batch_lib
+from synthneg_jax.training.batch import Example
+
+
+def plan(weights: Sequence[int], batch_size: int, num_epochs: float, seed: int) -> list[list[int]]:
+  """The examples of each step.
+
+  Epoch after epoch, each shuffled by (seed, epoch), examples are taken in order until the next would make the batch
+  weigh more than `batch_size`; batches cross the ends of epochs, and only the last may be small.
+
+  Args:
+    weights: what each example counts: its solutions (SFT, RFT) or its pairs (DPO), never more than batch_size.
+    batch_size: solutions or pairs a batch.
+    num_epochs: passes over the data; a fraction takes that share of the last pass.
+    seed: of the shuffles.
+
+  Returns:
+    For each step the indices of its examples.
+  """
+  if not weights:
+    raise UserError("There is nothing to train on: no example is left after selection.")
+  if max(weights) > batch_size:
+    raise UserError(f"An example weighs {max(weights)}, more than batch_size={batch_size}.")
+  stream = []
+  for epoch in range(int(np.ceil(num_epochs))):
+    order = np.random.default_rng([seed, epoch]).permutation(len(weights))
+    stream.extend(order[: round(min(num_epochs - epoch, 1.0) * len(order))])
+  steps, weight = [[]], 0
+  for index in stream:
+    if weight + weights[index] > batch_size:
+      steps.append([])
+      weight = 0
+    steps[-1].append(int(index))
+    weight += weights[index]
+  return steps
+
+
+class Batches:
+  """All batches of a run, built when asked for.
+
+  Attributes:
+    num_steps: how many there are.
+    shape: the one shape that holds each of them, so that one compiled program serves all.
+  """
+
+  def __init__(self, examples: Sequence[Example], keys: Sequence[str], *, batch_size: int, num_epochs: float,
+               max_steps: int, row_length: int, rows_multiple_of: int, seed: int):
+    """Plans the run.
+
+    Args:
+      examples: trees with their pairs.
+      keys: a name for each example, for error messages.
+      batch_size: solutions or pairs a step.
+      num_epochs: passes over the examples.
+      max_steps: upper bound on the steps; 0 for none.
+      row_length: T, tokens a row.
+      rows_multiple_of: accumulation steps × the mesh's row shards.
+      seed: of the shuffles.
+
+    Raises:
+      UserError: an example is longer than a row, or there is none.
+    """
+    self._examples, self._keys = examples, keys
+    for example, key in zip(examples, keys, strict=True):
+      if example.tree.num_tokens > row_length:
+        raise UserError(f"{key}: its tree has {example.tree.num_tokens} tokens, more than row_length={row_length}.")
+    weights = [max(len(example.pairs), 1) if example.pairs else len(example.tree.branches) for example in examples]
+    self._steps = plan(weights, batch_size, num_epochs, seed)
+    if max_steps:
+      self._steps = self._steps[:max_steps]
+    shapes = [batch_lib.measure([examples[i] for i in step], row_length, rows_multiple_of) for step in self._steps]
+    widest = lambda field: max(getattr(shape, field) for shape in shapes)
+    self.shape = batch_lib.Shape(
+        rows=widest("rows"), length=row_length, scored=widest("scored"), pairs=widest("pairs"),
+        branches=widest("branches"),
+    )
+
+  @property
+  def num_steps(self) -> int:
+    return len(self._steps)
+
+  def keys(self, step: int) -> list[str]:
+    """Names of the examples of a step."""
+    return [self._keys[i] for i in self._steps[step]]
+
+  def build(self, step: int) -> batch_lib.Batch:
+    """The batch of a step, numpy arrays of `shape`."""
+    return batch_lib.build([self._examples[i] for i in self._steps[step]], self.shape)

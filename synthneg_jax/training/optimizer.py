@@ -1,0 +1,36 @@
+"""AdamW with warm-up, a decaying rate and clipping, from the config's section `*.optimizer`."""
+
+import jax
+import optax
+
+from synthneg_jax.runtime.errors import UserError
+
+
+def make_schedule(config, num_steps: int):
+  """Learning rate as a function of the step: linear warm-up, then cosine, linear or constant."""
+  warmup = min(round(config.warmup_share * num_steps), max(num_steps - 1, 0))
+  rest = max(num_steps - warmup, 1)
+  decays = {
+      "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+      "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
+      "constant": optax.constant_schedule(config.learning_rate),
+  }
+  if config.schedule not in decays:
+    raise UserError(f"optimizer.schedule={config.schedule!r} is none of {', '.join(decays)}.")
+  # The first update, too, has a rate above zero.
+  rise = optax.linear_schedule(config.learning_rate / (warmup + 1), config.learning_rate, warmup)
+  return optax.join_schedules([rise, decays[config.schedule]], [warmup])
+
+
+def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
+  """Clipping by global norm, then AdamW; the weight decay spares norms' scales (arrays whose last name is "scale")."""
+  def decayed(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+
+  return optax.chain(
+      optax.clip_by_global_norm(config.clip_norm),
+      optax.adamw(
+          make_schedule(config, num_steps), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay,
+          mask=decayed,
+      ),
+  )

@@ -1,0 +1,99 @@
+"""Log-probs under the reference policy: computed once, kept on disk, reused by every loss and sweep."""
+
+import hashlib
+import io
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+
+from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.models.decoder import Model
+from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime.progress import Progress
+from synthneg_jax.training import batch as batch_lib
+from synthneg_jax.training import objectives
+from synthneg_jax.training import step as step_lib
+from synthneg_jax.training.batch import Example
+
+_ROWS = 16  # rows a call
+
+
+def branch_key(trunk: Sequence[int], fork: int, ids: Sequence[int]) -> str:
+  """Names a branch by the trunk up to its fork and its own ids, whatever tree or packing it stands in."""
+  digest = hashlib.blake2b(digest_size=12)
+  for part in (trunk[:fork], ids):
+    digest.update(np.asarray(part, "<i4").tobytes() + b"|")
+  return digest.hexdigest()
+
+
+class Store:
+  """Per-token log-probs [nats] by branch, in one .npz file for a policy fingerprint and dtype."""
+
+  def __init__(self, path: epath.Path):
+    self._path, self._values = path, {}
+    if path.exists():
+      with np.load(io.BytesIO(path.read_bytes())) as file:
+        flat, ends = file["logp"], file["ends"]
+        for key, part in zip(file["key"].tolist(), np.split(flat, ends[:-1]), strict=True):
+          self._values[key] = part
+
+  def __contains__(self, key: str) -> bool:
+    return key in self._values
+
+  def __getitem__(self, key: str) -> np.ndarray:
+    return self._values[key]
+
+  def add(self, values: dict[str, np.ndarray]) -> None:
+    """Keeps more, on disk too."""
+    if not values:
+      return
+    self._values |= values
+    buffer = io.BytesIO()
+    np.savez(buffer, key=np.array(list(self._values)), logp=np.concatenate(list(self._values.values())),
+             ends=np.cumsum([len(part) for part in self._values.values()]))
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = self._path.parent / f"{self._path.name}.tmp"
+    temporary.write_bytes(buffer.getvalue())
+    temporary.rename(self._path)
+
+
+def score(model: Model, params, trees: Sequence[Tree], row_length: int, mesh: Mesh, store: Store) -> None:
+  """Puts every branch of the trees that is not there yet into the store."""
+  wanted = []
+  for tree in trees:
+    missing = {}
+    for branch in tree.branches:
+      key = branch_key(tree.trunk, branch.fork, branch.ids)
+      if key not in store:
+        missing[key] = Branch(branch.fork, branch.ids)
+    if missing:
+      wanted.append(Tree(tree.trunk, tuple(missing.values())))
+  if not wanted:
+    logging.info("reference: all branches are in the store.")
+    return
+  examples = [Example(tree) for tree in wanted]
+  rows = batch_lib.assign_rows(examples, row_length)
+  per_call = -(-_ROWS // mesh_lib.row_shards(mesh)) * mesh_lib.row_shards(mesh)
+  calls = [[examples[i] for row in rows[start : start + per_call] for i in row] for start in range(0, len(rows), per_call)]
+  shapes = [batch_lib.measure(call, row_length) for call in calls]
+  shape = batch_lib.Shape(per_call, row_length, max(s.scored for s in shapes), 0, max(s.branches for s in shapes))
+  forward = jax.jit(lambda params, batch: objectives.scored_logprobs(model, params, batch)[0],
+                    in_shardings=(mesh_lib.shardings(mesh, model.logical_axes()), step_lib.batch_shardings(mesh)))
+  values = {}
+  with Progress("reference", len(calls), "batches") as progress:
+    for call in calls:
+      batch = batch_lib.build(call, shape)
+      logp_RS = np.asarray(forward(params, jax.device_put(batch, step_lib.batch_shardings(mesh))))
+      for r, row in enumerate(batch_lib.assign_rows(call, row_length)):
+        at = 0
+        for index in row:
+          for branch in call[index].tree.branches:
+            key = branch_key(call[index].tree.trunk, branch.fork, branch.ids)
+            values[key] = logp_RS[r, at : at + len(branch.ids)].astype(np.float32)
+            at += len(branch.ids)
+      progress.update(1)
+  store.add(values)

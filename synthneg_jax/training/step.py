@@ -1,0 +1,81 @@
+"""The train step: gradients of an objective over a batch, accumulated, clipped and applied, under a mesh."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from synthneg_jax.models.decoder import Model
+from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.training.batch import Batch
+
+
+def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh):
+  """Shardings of {"params", "opt_state", "step"}: moments lie as their parameters do."""
+  params = mesh_lib.shardings(mesh, model.logical_axes())
+  replicated = mesh_lib.replicated(mesh)
+  opt_state = optax.tree_map_params(
+      optimizer, lambda _, sharding: sharding, jax.eval_shape(optimizer.init, model.abstract_params()), params,
+      transform_non_params=lambda _: replicated,
+  )
+  return {"params": params, "opt_state": opt_state, "step": replicated}
+
+
+def make_init(optimizer: optax.GradientTransformation, shardings):
+  """params -> train state; the parameters are donated."""
+
+  def init(params):
+    return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+  return jax.jit(init, in_shardings=(shardings["params"],), out_shardings=shardings, donate_argnums=0)
+
+
+def batch_shardings(mesh: Mesh) -> Batch:
+  """A prefix of a batch: rows split, counts replicated."""
+  rows, replicated = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
+  return Batch(rows, rows, rows, rows, rows, rows, num_scored=replicated, num_pairs=replicated)
+
+
+def make_step(objective, optimizer: optax.GradientTransformation, shardings, mesh: Mesh, accumulate: int = 1):
+  """(state, batch) -> (state, metrics), jitted with its shardings; the state is donated.
+
+  Args:
+    objective: as training/objectives.py makes them.
+    optimizer: of the parameters.
+    shardings: as `state_shardings` gives them.
+    mesh: where it runs.
+    accumulate: microbatches that a batch's rows are cut into, one after another; the sums are the whole batch's.
+
+  Returns:
+    The compiled step. Metrics are pairs (sum, count) of scalars.
+  """
+
+  def gradients(params, batch: Batch):
+    grad = jax.value_and_grad(objective, has_aux=True)
+    if accumulate == 1:
+      (_, metrics), grads = grad(params, batch)
+      return grads, metrics
+
+    split = lambda x: x.reshape(accumulate, -1, *x.shape[1:]) if x.ndim else jnp.broadcast_to(x, accumulate)
+    parts = jax.tree.map(split, batch)
+
+    def add(total, part):
+      (_, metrics), grads = grad(params, part)
+      return jax.tree.map(jnp.add, total, (grads, metrics)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
+        lambda p, b: (lambda out: (out[1], out[0][1]))(grad(p, b)), params, first))
+    return jax.lax.scan(add, zeros, parts)[0]
+
+  def step(state, batch: Batch):
+    grads, metrics = gradients(state["params"], batch)
+    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+    metrics["grad_norm"] = (optax.tree_utils.tree_norm(grads), jnp.ones(()))
+    params = optax.apply_updates(state["params"], updates)
+    return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+
+  return jax.jit(
+      step, in_shardings=(shardings, batch_shardings(mesh)), out_shardings=(shardings, mesh_lib.replicated(mesh)),
+      donate_argnums=0,
+  )

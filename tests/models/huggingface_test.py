@@ -1,0 +1,323 @@
+"""Hugging Face folders: what is written is read back bit by bit, what cannot be read is said, SmolLM2 computes as in torch."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+from unittest import mock
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tokenizers
+import transformers
+from absl.testing import absltest, parameterized
+
+from synthneg_jax.core import tree as tree_lib
+from synthneg_jax.models import huggingface
+from synthneg_jax.models.decoder import Model
+from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime.errors import UserError
+from tests import toy
+from tests.models import smollm2
+
+HOW = {"dtype": "float32", "param_dtype": "float32", "scan_layers": False, "remat": False}
+CONFIG = {
+    "model_type": "llama", "vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 24, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+}
+
+# A chat prompt ("What is the capital of France, and why is it famous?"), and what transformers 5.23 with torch 2.13
+# computes for it in float32 at the last place: the five greatest logits, and those of eight fixed ids.
+PROMPT = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2, 198,
+          1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 28, 284, 1701, 314, 357, 4248, 47, 2, 198, 1, 520, 9531, 198]
+TOP = {504: 26.678865, 60: 24.408136, 15319: 24.180080, 30904: 24.149361, 50: 23.913246}
+OTHERS = {0: 9.235891, 1: 5.819737, 2: 6.330442, 198: 13.265615, 1000: 10.887404, 10000: 6.593653, 30000: 5.065942,
+          49151: 2.350363}
+
+
+def shardings(model, mesh=None):
+  return mesh_lib.shardings(mesh or toy.one_device_mesh(), model.logical_axes())
+
+
+def make_params(model, seed=0):
+  """Random parameters that no program was compiled for."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), model.abstract_params())
+
+
+def bits(params):
+  return {jax.tree_util.keystr(path): (leaf.dtype, leaf.shape, np.asarray(leaf).tobytes())
+          for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+class FolderTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    self.root = pathlib.Path(folder.name)
+
+  def assert_user_error(self, sentence, call, *args, **kwargs):
+    with self.assertRaises(UserError) as caught:
+      call(*args, **kwargs)
+    self.assertIn(sentence, str(caught.exception))
+    self.assertNotIn("\n", str(caught.exception))
+
+
+class RoundTripTest(FolderTest):
+
+  @parameterized.parameters((False, "float32", None), (True, "bfloat16", 2000), (False, "float16", 1))
+  def test_load_gives_the_bits_that_were_saved(self, tied, dtype, limit):
+    # Fails if a matrix is not turned both ways, a layer or a shard is lost, or a value passes through another dtype.
+    model = toy.model(tie_embeddings=tied, param_dtype=dtype, rope_theta=123.5, norm_eps=2e-6)
+    params = make_params(model)
+    huggingface.save(self.root / "a/b", model, params, **({"max_shard_bytes": limit} if limit else {}))
+    self.assertEqual(huggingface.read_config(self.root / "a/b", **HOW | {"param_dtype": dtype}), model.config)
+    self.assertEqual(bits(huggingface.load_params(self.root / "a/b", model, shardings(model))), bits(params))
+    self.assertEqual([path.name for path in (self.root / "a").iterdir()], ["b"])
+    files = sorted(path.name for path in (self.root / "a/b").glob("*.safetensors*"))
+    if limit is None:
+      self.assertEqual(files, ["model.safetensors"])
+    else:
+      self.assert_well_sharded(self.root / "a/b", files, model, limit)
+
+  def assert_well_sharded(self, folder, files, model, limit):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    self.assertEqual(index["metadata"]["total_size"],
+                     sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.abstract_params())))
+    shards = [name for name in files if name.endswith(".safetensors")]
+    self.assertEqual(shards, [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))])
+    self.assertGreater(len(shards), 2)
+    held = {}
+    for shard in shards:
+      tensors = safetensors.numpy.load_file(folder / shard) if model.config.param_dtype != "bfloat16" else {}
+      with safetensors.safe_open(folder / shard, framework="np") as file:
+        names = list(file.keys())
+      self.assertTrue(len(names) == 1 or sum(value.nbytes for value in tensors.values()) <= limit)
+      held |= dict.fromkeys(names, shard)
+    self.assertEqual(index["weight_map"], held)
+
+  def test_parts_lie_where_the_mesh_says(self):
+    # Fails if `shardings` is not what the parameters are laid out by.
+    model = toy.model(vocab_size=32)
+    params, mesh = make_params(model), mesh_lib.make_mesh(2, 2, 2)
+    huggingface.save(self.root / "x", model, params)
+    loaded = huggingface.load_params(str(self.root / "x"), model, shardings(model, mesh))
+    self.assertEqual(bits(loaded), bits(params))
+    self.assertEqual(jax.tree.map(lambda leaf: leaf.sharding, loaded), shardings(model, mesh))
+    huggingface.save(self.root / "y", model, loaded)
+    self.assertEqual((self.root / "x/model.safetensors").read_bytes(), (self.root / "y/model.safetensors").read_bytes())
+
+  @parameterized.product(source=[np.float32, np.float16, ml_dtypes.bfloat16], wanted=["float32", "bfloat16", "float16"])
+  def test_sources_are_cast(self, source, wanted):
+    # Fails if bits are taken for values, or the file's dtype wins over param_dtype.
+    model = toy.model(param_dtype=wanted)
+    huggingface.save(self.root / "x", toy.model(), make_params(toy.model()))
+    path = self.root / "x/model.safetensors"
+    tensors = {name: value.astype(source) for name, value in safetensors.numpy.load_file(path).items()}
+    safetensors.numpy.save_file(tensors, path)
+    loaded = huggingface.load_params(self.root / "x", model, shardings(model))
+    expected = jax.tree.map(lambda leaf: leaf.astype(source).astype(wanted), make_params(toy.model()))
+    self.assertEqual(bits(loaded), bits(expected))
+
+
+class ExportTest(FolderTest):
+
+  def make_tokenizer(self):
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "one": 3, "two": 4}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<pad>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(self.root / "base")
+
+  def test_transformers_reads_it(self):
+    # Fails if a size, the rotary base, ε, the tie or a special token is left out or stands under another name.
+    self.make_tokenizer()
+    (self.root / "base/config.json").write_text('{"max_position_embeddings": 77}')
+    (self.root / "base/model.safetensors").write_bytes(b"not to be copied")
+    model = toy.model(tie_embeddings=True, rope_theta=123.5, norm_eps=2e-6)
+    huggingface.save(self.root / "x", model, make_params(model), self.root / "base")
+    config = transformers.AutoConfig.from_pretrained(self.root / "x")
+    self.assertIsInstance(config, transformers.LlamaConfig)
+    expected = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 24, "hidden_act": "silu",
+        "rope_parameters": {"rope_theta": 123.5, "rope_type": "default"}, "rms_norm_eps": 2e-6,
+        "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "max_position_embeddings": 77,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }
+    self.assertEqual({key: getattr(config, key) for key in expected}, expected)
+    written = json.loads((self.root / "x/config.json").read_text())
+    self.assertEqual((written["rope_theta"], written["dtype"]), (123.5, "float32"))
+    generation = transformers.GenerationConfig.from_pretrained(self.root / "x")
+    self.assertEqual((generation.bos_token_id, generation.eos_token_id, generation.pad_token_id), (1, 2, 0))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(self.root / "x")
+    self.assertEqual((tokenizer("one two")["input_ids"], tokenizer.eos_token_id), ([3, 4], 2))
+    self.assertEqual(os.stat(self.root / "x/model.safetensors").st_mode, os.stat(self.root / "x/config.json").st_mode)
+
+  def test_without_a_tokenizer_special_tokens_are_null(self):
+    # Fails if the keys are left out: transformers would put 1 and 2 in their place.
+    huggingface.save(self.root / "x", toy.model(), make_params(toy.model()))
+    config = transformers.AutoConfig.from_pretrained(self.root / "x")
+    self.assertEqual([config.bos_token_id, config.eos_token_id, config.pad_token_id], [None] * 3)
+
+  def test_a_failed_call_leaves_nothing_under_the_name(self):
+    # Fails if files are written under the final name, or if what a killed call left is in the way or stays.
+    model = toy.model()
+    with mock.patch.object(safetensors.numpy, "save_file", side_effect=OSError("disk full")):
+      self.assert_user_error("x cannot be written (disk full).", huggingface.save, self.root / "x", model,
+                             make_params(model))
+    self.assertEqual([path.name for path in self.root.iterdir()], [".x.partial"])
+    (self.root / ".x.partial/model-00001-of-00002.safetensors").write_bytes(b"old")
+    (self.root / "x").mkdir()
+    huggingface.save(self.root / "x", model, make_params(model))
+    self.assertEqual([path.name for path in self.root.iterdir()], ["x"])
+    self.assertSameElements([path.name for path in (self.root / "x").iterdir()],
+                            ["config.json", "generation_config.json", "model.safetensors"])
+
+  def test_refuses(self):
+    # Fails if a folder in use is overwritten, or a tokenizer or a size is found bad only when transformers loads.
+    model = toy.model()
+    (self.root / "full").mkdir()
+    (self.root / "full/notes.txt").write_text("mine")
+    self.assert_user_error("full exists already and is not an empty folder.", huggingface.save, self.root / "full", model,
+                           make_params(model))
+    (self.root / "bare").mkdir()
+    self.assert_user_error("bare holds no tokenizer that transformers can read.", huggingface.save, self.root / "x", model,
+                           make_params(model), self.root / "bare")
+    odd = toy.model(d_model=18)
+    self.assert_user_error("a d_model that its num_heads divide, not 18 and 4.", huggingface.save, self.root / "x", odd,
+                           make_params(odd))
+    self.assertSameElements([path.name for path in self.root.iterdir()], ["full", "bare"])
+
+
+class ConfigTest(FolderTest):
+
+  def read(self, **changes):
+    config = {key: value for key, value in (CONFIG | changes).items() if value != "(none)"}
+    (self.root / "config.json").write_text(json.dumps(config))
+    return huggingface.read_config(self.root, **HOW)
+
+  @parameterized.parameters(
+      ({}, {}),
+      ({"rope_theta": "(none)"}, {"rope_theta": 10000.0}),
+      ({"rope_theta": 500000}, {"rope_theta": 500000.0}),
+      ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_scaling": None}, {"rope_theta": 5e5}),
+      ({"rope_theta": "(none)", "rope_parameters": {"rope_theta": 7.0}}, {"rope_theta": 7.0}),
+      ({"head_dim": None, "num_key_value_heads": None}, {"head_dim": 4, "num_kv_heads": 4}),
+      ({"head_dim": "(none)", "num_key_value_heads": "(none)"}, {"head_dim": 4, "num_kv_heads": 4}),
+      ({"rms_norm_eps": "(none)"}, {"norm_eps": 1e-6}),
+      ({"tie_word_embeddings": True}, {"tie_embeddings": True}),
+      ({"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, {}),
+      ({"partial_rotary_factor": 1.0, "rope_scaling": {"rope_type": "default"}}, {}),
+  )
+  def test_reads(self, changes, expected):
+    # Fails if a default is not that of LlamaConfig, or if the rotary base of transformers 5 is not found.
+    self.assertEqual(self.read(**changes), dataclasses.replace(toy.CONFIG, **expected))
+
+  @parameterized.parameters(
+      ({"model_type": "qwen2"}, 'model_type "qwen2" is not supported, only "llama" is.'),
+      ({"model_type": "(none)"}, 'model_type "(none)" is not supported, only "llama" is.'),
+      ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported, only "silu" is.'),
+      ({"attention_bias": True}, "attention_bias true is not supported, only false is."),
+      ({"mlp_bias": True}, "mlp_bias true is not supported, only false is."),
+      ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported, only 1.0 is."),
+      ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25}},
+       "rope_parameters.partial_rotary_factor 0.25 is not supported"),
+      ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0}},
+       'rope_parameters.rope_type "llama3" is not supported, only "default" is.'),
+      ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling.type "linear" is not supported'),
+      ({"rope_scaling": "linear"}, 'rope_scaling is "linear", not an object.'),
+      ({"rope_theta": "big"}, 'rope_theta is "big", not a positive number.'),
+      ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, not a positive number."),
+      ({"hidden_size": "(none)"}, "hidden_size is null, not a positive whole number."),
+      ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not a positive whole number."),
+      ({"vocab_size": 31.5}, "vocab_size is 31.5, not a positive whole number."),
+      ({"num_attention_heads": True}, "num_attention_heads is true, not a positive whole number."),
+      ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3."),
+  )
+  def test_refuses(self, changes, sentence):
+    # Fails for each option that is no longer looked at.
+    self.assert_user_error(sentence, self.read, **changes)
+
+  @parameterized.parameters((None, "config.json cannot be read (No such file or directory)."),
+                            ("{", "config.json is not valid JSON"), ("[1]", "config.json does not hold a JSON object."))
+  def test_unreadable(self, text, sentence):
+    # Fails if an error of the file reaches the user without the file's name.
+    if text is not None:
+      (self.root / "config.json").write_text(text)
+    self.assert_user_error(sentence, huggingface.read_config, self.root, **HOW)
+
+
+class LoadErrorsTest(FolderTest):
+
+  def change(self, model, edit):
+    """Saves `model`, edits its tensors by name and loads."""
+    huggingface.save(self.root / "x", model, make_params(model))
+    path = self.root / "x/model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    edit(tensors)
+    safetensors.numpy.save_file(tensors, path)
+    return huggingface.load_params(self.root / "x", model, shardings(model))
+
+  @parameterized.parameters(
+      (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "x: the tensor model.layers.1.mlp.up_proj.weight is missing."),
+      (lambda t: t.pop("lm_head.weight"), "x: the tensor lm_head.weight is missing."),
+      (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": np.zeros((24, 16))}),
+       "model.safetensors: the tensor model.layers.2.mlp.up_proj.weight has no place in this model."),
+      (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(16)}),
+       "model.safetensors: the tensor model.layers.0.self_attn.q_proj.bias has no place in this model."),
+      (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.zeros((16, 24), np.float32)}),
+       "model.safetensors: the tensor model.layers.0.mlp.up_proj.weight has shape (16, 24), not (24, 16)."),
+      (lambda t: t.update({"model.norm.weight": np.zeros(16, np.int8)}),
+       "model.safetensors: the tensor model.norm.weight has dtype I8, not one of F64, F32, F16, BF16."),
+  )
+  def test_a_tensor_is_named(self, edit, sentence):
+    # Fails if the check of names, shapes or dtypes is lost, or does not name the tensor.
+    self.assert_user_error(sentence, self.change, toy.model(), edit)
+
+  def test_buffers_and_a_tied_head_are_passed_over(self):
+    # Fails if older checkpoints' rotary buffers, or the copy of a tied embedding, are refused or read.
+    model = toy.model(tie_embeddings=True)
+    extra = {"lm_head.weight": np.zeros((31, 16)), "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2)}
+    self.assertEqual(bits(self.change(model, lambda tensors: tensors.update(extra))), bits(make_params(model)))
+
+  def test_broken_files_are_named(self):
+    # Fails if an error of safetensors, of an index or of a missing shard reaches the user without the file's name.
+    model, folder = toy.model(), self.root / "x"
+    load = lambda: huggingface.load_params(folder, model, shardings(model))
+    folder.mkdir()
+    self.assert_user_error("x holds neither model.safetensors nor model.safetensors.index.json.", load)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    self.assert_user_error("model.safetensors.index.json has no weight_map from tensors to files.", load)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    self.assert_user_error("gone.safetensors is missing or no safetensors file", load)
+    huggingface.save(self.root / "y", model, make_params(model))
+    whole = (self.root / "y/model.safetensors").read_bytes()
+    for part in (b"", whole[:-1], b"\xff" + whole[1:], whole[:40]):
+      (folder / "model.safetensors").write_bytes(part)
+      self.assert_user_error("model.safetensors is missing or no safetensors file", load)
+
+
+class SmolLM2Test(absltest.TestCase):
+
+  def test_logits_are_those_of_torch(self):
+    # Fails if two matrices change places, the rotary pairs are neighbours, or the base 100000 or ε is not read.
+    folder = smollm2.smollm2_dir()
+    model = Model(huggingface.read_config(folder, **HOW | {"scan_layers": True}))
+    params = huggingface.load_params(folder, model, shardings(model))
+    trees = tree_lib.pack([[tree_lib.Tree(PROMPT)]], len(PROMPT))
+    logits = np.asarray(jax.jit(lambda p, t: model.logits(p, model.hidden(p, t)[0][0, -1]))(params, trees))
+    self.assertEqual(np.argsort(-logits)[:5].tolist(), list(TOP))
+    recorded = TOP | OTHERS
+    np.testing.assert_allclose(logits[list(recorded)], list(recorded.values()), rtol=0, atol=1e-3)
+
+
+if __name__ == "__main__":
+  absltest.main()

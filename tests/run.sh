@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Sets up .venv, lints, and runs the tests.
+#
+#   bash tests/run.sh [--parity] [--long] [pytest args]
+#
+#   --parity   installs torch too and runs only the comparisons with it
+#   --long     also runs what takes full size or hours
+set -euo pipefail
+extra=test
+args=()
+for arg in "$@"; do
+  case "$arg" in
+    -h|--help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0;;
+    --parity) extra=parity;;
+    *) args+=("$arg");;
+  esac
+done
+cd "$(dirname "$0")/.."
+bash launch/make_venv.sh test
+.venv/bin/ruff check .
+.venv/bin/ruff format --check --quiet . || { echo "run.sh: 'ruff format .' would change files." >&2; exit 1; }
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+# glibc keeps freed memory, which spares page faults at every step of a CPU program.
+export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=2147483647 MALLOC_TRIM_THRESHOLD_=2147483647
+if [ "$extra" = parity ]; then
+  bash launch/make_venv.sh parity
+  exec .venv/bin/python -m pytest tests/parity ${args[@]+"${args[@]}"}
+fi
+exec .venv/bin/python -m pytest tests --ignore=tests/parity ${args[@]+"${args[@]}"}

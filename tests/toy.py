@@ -1,0 +1,28 @@
+"""A toy decoder that several tests share, so that its programs are compiled once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from synthneg_jax.models.config import ModelConfig
+from synthneg_jax.models.decoder import Model
+from synthneg_jax.runtime import mesh as mesh_lib
+
+CONFIG = ModelConfig(
+    vocab_size=31, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, scan_layers=False
+)
+
+
+def model(**changes) -> Model:
+  return Model(dataclasses.replace(CONFIG, **changes))
+
+
+def params(seed: int = 0):
+  """Parameters with a spread wide enough that greedy choices and endings vary."""
+  scaled = jax.tree.map(lambda leaf: leaf * 2.0 if leaf.ndim > 1 else leaf, model().init(jax.random.key(seed)))
+  return jax.tree.map(jnp.asarray, scaled)
+
+
+def one_device_mesh():
+  return mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
