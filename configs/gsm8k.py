@@ -49,11 +49,13 @@ def get_config(arg: str = "model=smollm2_135m"):
     c.credit.lanes, c.credit.slots = 256, 16
     c.sft.row_length = c.rft.row_length = c.dpo.row_length = c.model.max_length = 2048
   if smoke:
-    c.task.train_problems, c.task.test_problems = 6, 6
+    c.task.train_problems, c.task.test_problems = 12, 6
     c.model.max_length = 640
-    c.engine.lanes, c.engine.slots, c.engine.max_new_tokens = 6, 6, 160
-    c.sample.num_traces = 6
-    c.credit.num_rollouts, c.credit.best_of, c.credit.max_wrong_per_problem = 4, 1, 2
+    c.engine.lanes, c.engine.slots, c.engine.max_new_tokens = 6, 4, 160
+    c.sample.num_traces = 4
+    c.credit.num_rollouts, c.credit.best_of, c.credit.max_wrong_per_problem = 4, 1, 1
+    c.rft.with_teacher = True  # so that there is something to train on when no trace is right
+    c.sft.optimizer.learning_rate = c.rft.optimizer.learning_rate = 5e-5
     c.credit.lanes, c.credit.slots = 4, 16
     c.pairs.pair_mode, c.pairs.pit_rule = "algorithm1", "lowest_value"
     for part in (c.sft, c.rft, c.dpo):

@@ -16,4 +16,11 @@ done
 case "$workdir" in ""|/*) ;; *) workdir="$PWD/$workdir";; esac
 cd "$(dirname "$0")/.."
 bash launch/make_venv.sh
-exec .venv/bin/python launch/pipeline.py --config=configs/arithmetic.py --workdir="${workdir:-runs/quickstart}"
+.venv/bin/python launch/pipeline.py --config=configs/arithmetic.py --workdir="${workdir:-runs/quickstart}"
+cat <<'END'
+
+Next:
+  open the report in a browser: five wrong solutions, each step with its Q
+  another seed:        .venv/bin/python launch/pipeline.py --config=configs/arithmetic.py --config.seed=1 --workdir=runs/seed1
+  a real model:        bash launch/get_smollm2.sh, then configs/gsm8k.py:model=smollm2_135m,smoke (see README.md)
+END

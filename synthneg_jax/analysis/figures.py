@@ -1,10 +1,11 @@
 """Drawings of the report as matplotlib figures, and each as SVG for the page or as PNG bytes.
 
 Ink (text, axes, grid) is one colour that the SVG turns into currentColor, so it follows the page's light or dark mode;
-the other colours are of middle lightness and the background is transparent. The same data give the same SVG, bit for bit.
+the other colours are of middle lightness and the background is transparent. The same data give the same SVG.
 """
 
 import io
+import math
 import re
 from collections.abc import Sequence
 
@@ -17,8 +18,9 @@ matplotlib.use("Agg")
 INK = "#1f2328"
 BLUE, ORANGE, GREY = "#3b86c8", "#d9772b", "#8a919b"
 _STYLE = {
-    "axes.axisbelow": True, "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.labelsize": 9, "axes.spines.right": False,
-    "axes.spines.top": False, "font.family": "sans-serif", "font.size": 9, "grid.alpha": 0.15, "grid.color": INK,
+    "axes.axisbelow": True, "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.labelsize": 9,
+    "axes.spines.right": False, "axes.spines.top": False, "font.family": "sans-serif",
+    "font.size": 9, "grid.alpha": 0.15, "grid.color": INK,
     "svg.fonttype": "none", "svg.hashsalt": "synthneg_jax", "text.color": INK, "xtick.color": INK, "ytick.color": INK,
 }
 
@@ -55,17 +57,18 @@ def mean_values(means: Sequence[float], counts: Sequence[int], start: float) -> 
 
   Args:
     means: mean Q after step 1, 2, ...
-    counts: traces in each mean.
+    counts: traces in each mean; where 0, no mean is drawn.
     start: mean V of the bare problem, drawn at step 0.
   """
   with matplotlib.rc_context(_STYLE):
     figure, (above, below) = _figure(3.1, 2, sharex=True, height_ratios=(3, 1))
     steps = list(range(1, len(means) + 1))
+    means = [mean if count else math.nan for mean, count in zip(means, counts, strict=True)]
     above.plot([0, *steps], [start, *means], "-", color=BLUE, linewidth=1.8)
-    above.plot(steps, means, "o", color=BLUE, markersize=5)
-    above.plot([0], [start], "s", color=GREY, markersize=6)
+    above.plot(steps, means, "o", color=BLUE, markersize=5, clip_on=False, zorder=3)
+    above.plot([0], [start], "s", color=GREY, markersize=6, clip_on=False, zorder=3)
     above.annotate("problem alone", (0, start), xytext=(7, 3), textcoords="offset points", fontsize=8)
-    above.set_ylim(0, max(0.1, 1.15 * max([start, *means])))
+    above.set_ylim(0, max(0.1, 1.15 * max([start, *filter(math.isfinite, means)])))
     above.set_ylabel("mean Q")
     above.grid(axis="y")
     below.bar(steps, counts, color=GREY, width=0.6)

@@ -119,16 +119,18 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 0.4rem; padding-top: 0.6rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 0 0 0.4rem; }
 p { max-width: 46rem; margin: 0.5rem 0; }
-.dim, figcaption, caption { color: var(--dim); font-size: 0.875rem; }
+.dim, figcaption { color: var(--dim); font-size: 0.875rem; }
 .missing { padding: 0.5rem 0.8rem; border-left: 4px solid var(--line); background: var(--soft); color: var(--dim); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-caption { caption-side: bottom; text-align: left; padding-top: 0.4rem; }
 th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.9rem 0.3rem 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
-.num { text-align: right; white-space: nowrap; }
+.num { text-align: right; }
+td.num { white-space: nowrap; }
+table.loose td:last-child { overflow-wrap: anywhere; }
 table.leaves { width: 100%; table-layout: fixed; }
 table.leaves td { overflow-wrap: anywhere; }
+tr.changed code { font-weight: 700; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0.8rem 0 0; max-width: 32rem; }
 svg { display: block; width: 100%; height: auto; color: var(--fg); }
@@ -142,10 +144,11 @@ ol.steps li { display: flex; flex-wrap: wrap; gap: 0.1rem 1rem; padding: 0.35rem
 ol.steps li.pit { border-left-color: rgb(var(--bad)); }
 .text { flex: 1 1 16rem; min-width: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 .credit { flex: 0 1 21rem; font-size: 0.8rem; font-variant-numeric: tabular-nums; }
-.tag { font-weight: 700; }
+.tag { font-weight: 700; white-space: nowrap; }
 .sample { display: inline-block; padding: 0 0.5rem; border-radius: 0.2rem; }
 details { margin: 0.6rem 0; }
 summary { cursor: pointer; }
+@media (max-width: 30rem) { table { font-size: 0.82rem; } th, td { padding-right: 0.5rem; } }
 """
 
 
@@ -167,14 +170,24 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
   return buffer.getvalue()
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int], caption: str = "") -> str:
-  """A table of escaped cells; columns in `numeric` are set to the right."""
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int], caption: str,
+           loose: bool = False) -> str:
+  """A table of escaped cells, and below it what it says.
+
+  Args:
+    header: of the columns.
+    rows: of cells.
+    numeric: columns that are set to the right.
+    caption: escaped.
+    loose: the last column may break anywhere.
+  """
   kind = lambda i: ' class="num"' if i in numeric else ""
   head = "".join(f"<th{kind(i)}>{cell}</th>" for i, cell in enumerate(header))
   body = "".join(
       "<tr>" + "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>\n" for row in rows)
-  caption = f"<caption>{caption}</caption>" if caption else ""
-  return f'<div class="wide"><table>{caption}<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+  style = ' class="loose"' if loose else ""
+  return (f'<div class="wide"><table{style}><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
+          f'<p class="dim">{caption}</p>')
 
 
 class _Folder:
@@ -199,16 +212,16 @@ def _errors(report: Report, folder: _Folder) -> str:
   rows = [
       (_esc(m.label), _percent(m.error), f"{100 * m.low:.1f} – {_percent(m.high)}", str(m.num_problems))
       if m.error is not None else (_esc(m.label), "not done", "", "") for m in report.methods]
-  out = _table(("method", "test error", "95 % interval", "problems"), rows, (1, 2, 3))
-  out += ("<p class=\"dim\">Test error: the share of the test problems whose response is not graded right; one response a "
-          "problem. The interval (Wilson) is over the draw of test problems, for one training run. All methods answer "
-          "the same problems, so two methods may differ even where their intervals overlap.</p>")
+  out = _table(("method", "test error", "95 % interval", "problems"), rows, (1, 2, 3),
+               "Test error: the share of the test problems whose response is not graded right; one response a problem. "
+               "The interval (Wilson) is over the draw of test problems, for one training run. All methods answer the "
+               "same problems, so two methods may differ even where their intervals overlap.")
   if not tested:
     return out + _missing("Stage evaluate is not done: no method has been tested yet.")
   figure = figures.errors([m.label for m in tested], [m.error for m in tested], [(m.low, m.high) for m in tested])
   return out + folder.add(
       "errors", figure, ("method", "test_error", "ci95_low", "ci95_high", "num_problems"),
-      [(m.label, m.error, m.low, m.high, m.num_problems) for m in tested], "Test error of each method with its interval",
+      [(m.label, m.error, m.low, m.high, m.num_problems) for m in tested], "Test errors with their intervals",
       "Test error of each method over the test problems; the line is the 95 % interval.")
 
 
@@ -220,26 +233,27 @@ def _values(report: Report, folder: _Folder) -> str:
     return _missing("Stage credit found no wrong trace with an answer: there are no values to show.")
   under = (f" under Best-of-{report.best_of} (at least one of {report.best_of} rollouts is right)"
            if report.best_of > 1 else "")
-  out = ('<p>Q of a step is the probability that the SFT policy, going on from the end of that step, comes out right'
-         f"{under}; it is estimated from {report.num_rollouts} rollouts. The last step needs none: of a wrong trace its "
-         'Q is 0. A step\'s advantage is its Q minus the Q of the step before. The pit is the step that is blamed, by the '
-         f"rule <code>{_esc(report.pit_rule)}</code>.</p>")
+  out = ("<p>Q of a step is the probability that the SFT policy, going on from the end of that step, comes out right"
+         f"{under}; it is estimated from {report.num_rollouts} rollouts. The last step needs none: of a wrong trace "
+         "its Q is 0. A step's advantage is its Q minus the Q of the step before; before the first step stands the "
+         "value of the problem alone, from its samples. The pit is the step that is blamed, by the rule "
+         f"<code>{_esc(report.pit_rule)}</code>.</p>")
   mean = folder.add(
       "mean_q", figures.mean_values(values.means, values.counts, values.start), ("step", "mean_q", "traces"),
-      [(0, values.start, max(values.counts)),
-       *((s, q, n) for s, (q, n) in enumerate(zip(values.means, values.counts, strict=True), start=1))],
+      [(0, values.start, len(pits)),
+       *((s, q if n else "", n) for s, (q, n) in enumerate(zip(values.means, values.counts, strict=True), start=1))],
       "Mean Q by step",
-      f"Mean Q after each step over the wrong traces that have the step, last steps (Q = 0) included; {len(pits)} traces "
-      f"of {values.num_problems} problems, each trace weighs the same. At 0 stands the mean over the same traces of the "
-      "value of the problem alone. The bars say over how many traces each mean is.")
+      "Mean Q after each step over the wrong traces that have the step and whose Q there is known, last steps (Q = 0) "
+      f"included; {len(pits)} traces of {values.num_problems} problems, each trace weighs the same. At 0 stands the "
+      "mean of the value of the problem alone over all these traces. The bars say over how many traces each mean is.")
   steps = max((pit + 1 for pit in pits), default=0)
   counts = [sum(pit == step for pit in pits) for step in range(max(steps, len(values.means)))]
   without = sum(pit < 0 for pit in pits)
   where = folder.add(
       "pits", figures.pits(counts, without), ("step", "traces"), [*enumerate(counts, start=1), ("none", without)],
       "Where the pits lie",
-      f"Step of the pit in the {len(pits)} credited wrong traces; in {without} of them the rule finds none, and they "
-      "give no per-step pair.")
+      f"Step of the pit in the {len(pits)} credited wrong traces; in {without or 'none'} of them the rule finds no "
+      "pit, and such a trace gives no per-step pair.")
   return f'{out}<div class="figures">{mean}{where}</div>'
 
 
@@ -260,19 +274,20 @@ def _step(step: Step, number: int, trace: ShownTrace, best_of: int) -> str:
     credit += f", advantage {step.advantage:+.2f}".replace("-", "−")
     shade = round(0.55 * min(1.0, abs(step.advantage)), 3)
     style = f' style="background: rgba(var(--{"bad" if step.advantage < 0 else "good"}), {shade})"'
-  is_pit = number == trace.pit
-  tag = ' <span class="tag">◀ pit</span>' if is_pit else ""
-  return (f'<li{" class=" + chr(34) + "pit" + chr(34) if is_pit else ""}{style}><span class="text">{number + 1}. '
-          f'{_esc(step.text.strip())}</span><span class="credit">{credit}{tag}</span></li>')
+  kind, tag = (' class="pit"', ' <span class="tag">◀ pit</span>') if number == trace.pit else ("", "")
+  return (f'<li{kind}{style}><span class="text">{number + 1}. {_esc(step.text.strip())}</span>'
+          f'<span class="credit">{credit}{tag}</span></li>')
 
 
-def _trace(trace: ShownTrace, number: int, best_of: int) -> str:
+def _trace(trace: ShownTrace, number: int, best_of: int, pair_mode: str) -> str:
   graded = "none" if trace.extracted is None else trace.extracted
   start = f"{trace.right_samples} of {trace.samples} samples of the problem are right"
   start += f" (value {trace.v0:.2f} under Best-of-{best_of})" if best_of > 1 else f" (value {trace.v0:.2f})"
   steps = "\n".join(_step(step, i, trace, best_of) for i, step in enumerate(trace.steps))
-  preferred = (f'<p class="dim">The per-step pair makes this likelier than the trace from the pit on:</p>'
-               f"<pre>{_esc(trace.preferred.strip())}</pre>") if trace.preferred else ""
+  what = ("this known solution to the trace up to and with its pit" if pair_mode == "algorithm1"
+          else "this to the pit; it is from a continuation of the same steps that came out right")
+  preferred = (f'<p class="dim">The per-step pair prefers {what}:</p><pre>{_esc(trace.preferred.strip())}</pre>'
+               if trace.preferred else "")
   no_pit = "" if trace.pit >= 0 else ' <span class="dim">The rule finds no pit here.</span>'
   return (f'<article><h3>Trace {number} <span class="dim">{_esc(trace.id)}</span></h3>'
           f"<pre>{_esc(trace.problem.strip())}</pre>"
@@ -287,29 +302,32 @@ def _traces(report: Report) -> str:
   if not report.traces:
     return _missing("There is no credited wrong trace to show.")
   return (
-      "<p>Wrong traces of the SFT policy at even distances in the list of those with a pit, one a problem; they are not "
-      "picked by hand. Each step shows how many rollouts from its end came out right, with the 95 % interval (Wilson) of "
-      "that share, and its advantage. Colour: "
+      "<p>Wrong traces of the SFT policy, taken at even distances from the list of those with a pit, one a problem; "
+      "they are not picked by hand. Each step shows how many rollouts from its end came out right, with the 95 % "
+      "interval (Wilson) of that share, and its advantage. Colour: "
       '<span class="sample" style="background: rgba(var(--bad), 0.5)">the step lowers Q</span> '
       '<span class="sample" style="background: rgba(var(--good), 0.5)">the step raises Q</span>, the stronger the more.'
-      "</p>" + "\n".join(_trace(trace, i, report.best_of) for i, trace in enumerate(report.traces, start=1)))
+      "</p>" + "\n".join(_trace(trace, i, report.best_of, report.pair_mode)
+                         for i, trace in enumerate(report.traces, start=1)))
 
 
 def _reasons(report: Report) -> str:
   if not report.reasons:
     return _missing("No response has been graded yet.")
   names = [name for name in _REASONS if any(name in column for column in report.reasons.values())]
-  total = {label: sum(column.values()) for label, column in report.reasons.items()}
-  cell = lambda label, name: f"{report.reasons[label].get(name, 0)} ({_percent(report.reasons[label].get(name, 0) / total[label])})"
-  rows = [(_esc(label), *(cell(label, name) for name in names), str(total[label])) for label in report.reasons]
+  rows = []
+  for label, column in report.reasons.items():
+    total = sum(column.values())
+    cells = (f"{column.get(name, 0)} <br>{_percent(column.get(name, 0) / total)}" for name in names)
+    rows.append((_esc(label), *cells, str(total)))
   return _table(("responses", *(_REASONS[name] for name in names), "all"), rows, range(1, len(names) + 2),
-                "Number of responses by verdict, and their share of the row. Samples are drawn on the training problems, "
-                "the other rows are on the test problems. Only “right” counts as right.")
+                "Number of responses by verdict, and their share of the row. The samples are of the training problems, "
+                "the other rows of the test problems, one response each.")
 
 
 def _stages(report: Report) -> str:
   def count(value):
-    return f"{value:,}".replace(",", " ") if isinstance(value, int) else f"{value:g}"
+    return f"{value:,}".replace(",", "\u202f") if isinstance(value, int) else f"{value:g}"
 
   rows, total = [], 0.0
   for stage in report.stages:
@@ -317,24 +335,25 @@ def _stages(report: Report) -> str:
                if name != "seconds" and isinstance(value, (int, float))]
     seconds = stage.figures.get("seconds")
     total += seconds or 0.0
-    rows.append((_esc(stage.name), _STATES[stage.state], "" if seconds is None else f"{seconds:.1f}", ", ".join(numbers)))
+    shown = "" if seconds is None else f"{seconds:.1f}"
+    rows.append((_esc(stage.name), _STATES[stage.state], shown, ", ".join(numbers)))
   rows.append(("all", "", f"{total:.1f}", ""))
   return _table(("stage", "state", "seconds", "counts"), rows, (2,),
-                "Seconds of the process that finished the stage; a stage that was interrupted took longer in all. Losses "
-                "and their companions are means over the last step's batch.")
+                "Seconds of the process that finished the stage; a stage that was interrupted took longer in all. "
+                "Names with a / and grad_norm are of the last training step: means over its batch, of what stands "
+                "after the /.", loose=True)
 
 
 def _origin(report: Report) -> str:
-  show = lambda value: _esc("" if value == "" else value)
-  leaves = "".join(
-      f"<tr><td>{'<b>' if name in report.changed else ''}<code>{_esc(name)}</code>"
-      f"{'</b>' if name in report.changed else ''}</td><td><code>{show(value)}</code></td></tr>\n"
-      for name, value in report.config.items())
+  kind = lambda name: ' class="changed"' if name in report.changed else ""
+  leaves = "".join(f"<tr{kind(name)}><td><code>{_esc(name)}</code></td><td><code>{_esc(value)}</code></td></tr>\n"
+                   for name, value in report.config.items())
   versions = ", ".join(f"{_esc(name)} {_esc(version)}" for name, version in report.versions.items())
   commits = ", ".join(f"<code>{_esc(commit)}</code>" for commit in report.commits) or "not known (no git checkout)"
   return (
       f"<p>To make this run again, in another folder:</p><pre>{_esc(report.command)}</pre>"
-      "<p class=\"dim\"><code>config.py</code> stands beside this page and sets every leaf that differs from the default."
+      '<p class="dim">REPORT_FOLDER is where this page lies; its <code>config.py</code> sets every leaf that differs '
+      "from the default."
       f"</p><p>Git commit: {commits} (+ means: with changes on top).<br>Versions: {versions}.<br>"
       f"Devices of the last command: {_esc(', '.join(report.devices)) or 'not known'}.</p>"
       f"<details><summary>All {len(report.config)} leaves of the config; bold ones differ from the default</summary>"
@@ -345,7 +364,9 @@ def page(report: Report, folder: epath.PathLike) -> str:
   """The page as HTML; its figures are written into the folder."""
   keep = _Folder(epath.Path(folder))
   unfinished = [stage.name for stage in report.stages if stage.state != "done"]
-  note = _missing("Not finished yet: " + ", ".join(unfinished) + ". What rests on them is left out below.") if unfinished else ""
+  note = ""
+  if unfinished:
+    note = _missing(f"Not finished yet: {', '.join(unfinished)}. What rests on them is left out below.")
   sections = (
       ("Test errors", _errors(report, keep)),
       ("Value of the steps of wrong traces", _values(report, keep)),
@@ -358,10 +379,14 @@ def page(report: Report, folder: epath.PathLike) -> str:
   return (
       '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
       '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-      "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+      '<meta http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;; '
+      'style-src &#39;unsafe-inline&#39;">\n'
       f"<title>{_esc(report.title)}</title>\n<style>{_CSS}</style></head>\n<body>\n<h1>{_esc(report.title)}</h1>\n"
-      f"<p>Per-step pairs: mode <code>{_esc(report.pair_mode)}</code>, pit rule <code>{_esc(report.pit_rule)}</code>. All "
-      f"training starts from the base model or from the SFT policy made of it.</p>\n{note}\n{body}\n</body></html>\n")
+      "<p>SFT trains the base model on known solutions. RFT trains on the SFT policy's own right samples. Both DPOs go "
+      "on from the SFT policy: with right against wrong whole solutions (arbitrary pairs), or with pairs made at the "
+      "pit, the step that is to blame for a wrong answer (per-step DPO; mode "
+      f"<code>{_esc(report.pair_mode)}</code>).</p>\n"
+      f"{note}\n{body}\n</body></html>\n")
 
 
 def write(report: Report, folder: epath.PathLike) -> epath.Path:
@@ -379,5 +404,5 @@ def write(report: Report, folder: epath.PathLike) -> epath.Path:
   path = folder / "index.html"
   temporary = folder / "index.html.tmp"
   temporary.write_text(text)
-  temporary.rename(path)
+  temporary.replace(path)
   return path

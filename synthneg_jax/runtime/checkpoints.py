@@ -37,10 +37,13 @@ class TrainCheckpoints:
         self._manager.delete(step)
     return None
 
-  def save(self, step: int, state, *, last: bool = False):
-    """Saves after every `every_steps`-th step, in the background. The last state is not saved: the policy is."""
-    if self._every_steps and step % self._every_steps == 0 and not last:
-      self._manager.save(step, args=ocp.args.StandardSave(state))
+  def due(self, step: int) -> bool:
+    """True after every `every_steps`-th step."""
+    return bool(self._every_steps) and step % self._every_steps == 0
+
+  def save(self, step: int, state) -> None:
+    """Saves in the background what training goes on from after `step` steps."""
+    self._manager.save(step, args=ocp.args.StandardSave(state))
 
   def close(self):
     self._manager.close()

@@ -41,7 +41,7 @@ def write_json(path: epath.Path, value) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f"{path.name}.tmp"
   temporary.write_text(json.dumps(value, indent=1) + "\n")
-  temporary.rename(path)
+  temporary.replace(path)
 
 
 def _file_hash(path: epath.Path) -> str:

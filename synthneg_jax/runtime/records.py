@@ -119,7 +119,7 @@ class Shards:
     path = self._folder / f"{len(self.files()):05d}.jsonl"
     temporary = self._folder / f"{path.name}.{os.getpid()}.tmp"
     temporary.write_text("".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
-    temporary.rename(path)
+    temporary.replace(path)
 
   def read(self) -> Iterator[Record]:
     """All records, shard after shard.

@@ -5,7 +5,7 @@ from synthneg_jax.runtime.records import Pair, Shards
 from synthneg_jax.stages import pairs as pairs_lib
 from synthneg_jax.stages import training
 from synthneg_jax.stages.run import Run
-from synthneg_jax.training import objectives, reference
+from synthneg_jax.training import batches, objectives, reference
 
 
 def run(run_: Run) -> dict:
@@ -15,6 +15,22 @@ def run(run_: Run) -> dict:
     raise UserError(f"pairs.pair_mode={variants['step_dpo']!r} is none of algorithm1, shared_prefix.")
   results = {name: _variant(run_, name, mode) for name, mode in variants.items()}
   return {name: figures for name, figures in results.items() if figures}
+
+
+def _start_check(dtype: str, plan: batches.Batches):
+  """Before the first update policy and reference are one, so no log-prob may have shifted.
+
+  Tolerance: 1e-4 nats a branch in float32, 2e-2 nats a scored token in bfloat16.
+  """
+  tolerance = 1e-4 if dtype == "float32" else 2e-2 * plan.shape.scored
+
+  def check(metrics: dict[str, float]) -> None:
+    for metric in ("chosen_shift/per_pair", "rejected_shift/per_pair"):
+      if abs(metrics[metric]) > tolerance:
+        raise UserError(f"At step 0 {metric} is {metrics[metric]:.2g} nats, not 0: the reference log-probs are not those "
+                        "of the policy that training starts from. Delete dpo/reference/ in the workdir.")
+
+  return check
 
 
 def _variant(run_: Run, name: str, mode: str) -> dict:
@@ -39,5 +55,6 @@ def _variant(run_: Run, name: str, mode: str) -> dict:
   objective = objectives.make_dpo(
       policy.model, plan.shape.branches, beta=section.beta, nll_weight=section.nll_weight,
       label_smoothing=section.label_smoothing)
-  identity, last = training.train(run_, name, section, policy, objective, plan, stage.folder)
+  identity, last = training.train(
+      run_, name, section, policy, objective, plan, stage.folder, _start_check(run_.config.model.dtype, plan))
   return stage.finish({**figures, **last}, shards.files(), identity)

@@ -48,6 +48,18 @@ def summarize(run_: Run) -> dict:
   }
 
 
+_NAMES = {"base": "base model", "sft": "SFT", "rft": "RFT", "dpo": "DPO, arbitrary pairs", "step_dpo": "per-step DPO"}
+
+
+def table(methods: dict) -> str:
+  """The test errors as lines of text."""
+  lines = [f"{'method':<22}{'test error':>10}   95 % interval   problems"]
+  for name, figures in methods.items():
+    low, high = figures["ci95"]
+    lines.append(f"{_NAMES[name]:<22}{figures['test_error']:>10.3f}   {low:.3f} - {high:.3f}   {figures['num_problems']:>8}")
+  return "\n".join(lines)
+
+
 def run(config, workdir: str, stages: Sequence[str] = RECIPE) -> None:
   """Runs stages in the given order; finished ones are skipped.
 
@@ -67,4 +79,7 @@ def run(config, workdir: str, stages: Sequence[str] = RECIPE) -> None:
     figures = STAGES[name](run_)
     logging.info("Stage %s: %s", name, json.dumps(figures) if figures else "done before.")
     manifest.write_json(run_.workdir / "config.json", about)  # not before the stage has accepted the config
-    manifest.write_json(run_.workdir / "summary.json", summarize(run_))
+    summary = summarize(run_)
+    manifest.write_json(run_.workdir / "summary.json", summary)
+  if "report" in stages and summary["methods"]:
+    print(f"\n{table(summary['methods'])}\n\nReport: {run_.workdir / 'report' / 'index.html'}")

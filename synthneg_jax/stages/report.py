@@ -20,7 +20,9 @@ from synthneg_jax.stages.run import Run
 from synthneg_jax.tasks.token_text import TokenText
 
 _STAGES = ("synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo")
-_LABELS = {"base": "base model", "sft": "SFT", "rft": "RFT", "dpo": "DPO, arbitrary pairs", "step_dpo": "DPO, per-step pairs"}
+LABELS = {
+    "base": "base model", "sft": "SFT", "rft": "RFT", "dpo": "DPO, arbitrary pairs", "step_dpo": "per-step DPO",
+}
 
 
 def _manifest(workdir: epath.Path, name: str) -> dict | None:
@@ -45,7 +47,7 @@ def _methods(run_: Run) -> list[analysis.Method]:
   methods = []
   for name in run_.config.evaluate.methods:
     figures = manifest.figures(run_.workdir, f"evaluate/{name}")
-    label = _LABELS.get(name, name)
+    label = LABELS.get(name, name)
     methods.append(analysis.Method(label, figures["test_error"], *figures["ci95"], figures["num_problems"])
                    if figures else analysis.Method(label))
   return methods
@@ -53,7 +55,7 @@ def _methods(run_: Run) -> list[analysis.Method]:
 
 def _reasons(run_: Run) -> dict[str, dict[str, int]]:
   columns = [("SFT, samples", "sample")]
-  columns += [(f"{_LABELS.get(name, name)}, test", f"evaluate/{name}") for name in run_.config.evaluate.methods]
+  columns += [(f"{LABELS.get(name, name)}, test", f"evaluate/{name}") for name in run_.config.evaluate.methods]
   found = {label: manifest.figures(run_.workdir, stage) for label, stage in columns}
   return {label: figures["reasons"] for label, figures in found.items() if figures}
 
@@ -87,8 +89,8 @@ class _Credit:
     if not self.wrong:
       return analysis.MeanValues((), (), 0.0, 0)
     means, counts = advantages.mean_value_by_step(self.q, self.known)
-    problems = {trace.problem_id for trace in self.wrong}
-    return analysis.MeanValues(np.asarray(means).tolist(), np.asarray(counts).tolist(), float(self.v0.mean()), len(problems))
+    num_problems = len({trace.problem_id for trace in self.wrong})
+    return analysis.MeanValues(means.tolist(), counts.tolist(), float(self.v0.mean()), num_problems)
 
   def shown(self) -> list[analysis.ShownTrace]:
     """Those that the report shows in full: with a pit if there are enough of them."""
@@ -123,14 +125,15 @@ class _Credit:
       interval = tuple(evaluate.wilson(estimate.successes, estimate.rollouts)) if estimate.rollouts else None
       before_known = s == 0 or bool(known[s - 1])
       steps.append(analysis.Step(
-          text=text.text(trace.ids[start:end]), rollouts=estimate.rollouts, successes=estimate.successes, interval=interval,
-          q=float(q[s]) if known[s] else None, advantage=float(gained[s]) if known[s] and before_known else None,
-          exact=estimate.exact))
+          text=text.text(trace.ids[start:end]), rollouts=estimate.rollouts, successes=estimate.successes,
+          interval=interval, q=float(q[s]) if known[s] else None,
+          advantage=float(gained[s]) if known[s] and before_known else None, exact=estimate.exact))
       start = end
     right, samples = self.v0_of[trace.problem_id]
     return analysis.ShownTrace(
         id=trace.id, problem=problem.prompt, gold=problem.answer, extracted=trace.extracted, reason=trace.reason,
-        right_samples=right, samples=samples, v0=v0, steps=steps, pit=self.pits[i], preferred=preferred.get(trace.id, ""))
+        right_samples=right, samples=samples, v0=v0, steps=steps, pit=self.pits[i],
+        preferred=preferred.get(trace.id, ""))
 
 
 def _config_file(config) -> tuple[str, list[str]]:
@@ -182,7 +185,7 @@ def run(run_: Run) -> dict:
       values=credit.means() if credit else None, pits=credit.pits if credit else None,
       traces=credit.shown() if credit else None, reasons=_reasons(run_), stages=states, config=config_lib.plain(config),
       changed=changed, versions=versions, commits=commits, devices=devices,
-      command="python launch/pipeline.py --config=PATH_OF_THIS_FOLDER/config.py --workdir=NEW_FOLDER",
+      command="python launch/pipeline.py \\\n  --config=REPORT_FOLDER/config.py \\\n  --workdir=NEW_FOLDER",
       num_rollouts=config.credit.num_rollouts, best_of=config.credit.best_of, pit_rule=config.pairs.pit_rule,
       pair_mode=config.pairs.pair_mode), folder)
   (folder / "config.py").write_text(config_file)

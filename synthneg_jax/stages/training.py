@@ -50,13 +50,13 @@ def plan(run_: Run, section, examples: Sequence[Example], names: Sequence[str]) 
 
 
 def train(run_: Run, name: str, section, policy: policies.Policy, objective, plan_: batches.Batches,
-          folder: epath.Path) -> tuple[str, dict]:
+          folder: epath.Path, check_start=None) -> tuple[str, dict]:
   """Trains a policy's weights and writes the result to folder/policy.
 
   Returns:
     (fingerprint of the new weights, figures: steps and the last step's metrics).
   """
   params, policy.params = policy.params, None  # donated
-  params, last = loop.fit(name, section, policy.model, params, objective, plan_, run_.mesh, folder)
+  params, last = loop.fit(name, section, policy.model, params, objective, plan_, run_.mesh, folder, check_start)
   fingerprint = policies.save(folder / "policy", policy, params)
   return fingerprint, {"steps": plan_.num_steps, **{key: round(value, 5) for key, value in last.items()}}

@@ -1,25 +1,25 @@
 """The embedded task: clock arithmetic over named quantities, with a scripted teacher in place of a capable model.
 
-A problem defines a few leaves (` A= 3`) and operations over them (` K: A * B`), in any order, and asks for one of
-them (` ? K=`). Values live on a clock of ten: 7 + 5 = 2. A solution writes one operation a line, copied, its operands
+A problem defines a few leaves (` A= 3`), then operations over what stands before them (` K: A * B`), and asks for one
+of these (` ? K=`). Values live on a clock of ten: 7 + 5 = 2. A solution writes one operation a line, copied, its operands
 looked up and its result worked out, and ends like GSM8K's:
 
      K: A * B A= 3 B= 4 K= 2
      #### 2
 
-Some defined operations do not matter for the question. The teacher writes those that do, in a random legal order.
+Some defined operations do not matter for the question. The teacher writes those that do, in the order of the problem.
 With probability `leap` it does an addition in its head: the line is left out and only its result is used (capable models
 skip what is easy for them). The rules that say what a legal step is serve the diagnosis, never the training.
 """
 
 import dataclasses
-import string
 
 import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 CLOCK = 10
+NAMES = "ABCDEFGHIJKL"
 OPERATORS = "+-*"
 EOS, PAD = "<eos>", "<pad>"
 
@@ -69,26 +69,15 @@ def make_puzzle(rng: np.random.Generator, num_leaves: int, num_operations: int, 
   """Draws a problem whose query rests on needed[0]..needed[1] operations (uniformly, as far as drawn graphs allow)."""
   wanted = int(rng.integers(needed[0], needed[1] + 1))
   while True:
-    names = [str(name) for name in rng.permutation(list(string.ascii_uppercase))[: num_leaves + num_operations]]
+    names = [str(name) for name in rng.permutation(list(NAMES))[: num_leaves + num_operations]]
     definitions = {name: int(rng.integers(CLOCK)) for name in names[:num_leaves]}
     for i, name in enumerate(names[num_leaves:]):
       left, right = rng.choice(num_leaves + i, size=2, replace=False)
       definitions[name] = (names[left], OPERATORS[rng.integers(len(OPERATORS))], names[right])
-    order = [names[i] for i in rng.permutation(len(names))]
-    puzzle = Puzzle({name: definitions[name] for name in order}, "")
+    puzzle = Puzzle(definitions, "")
     queries = [name for name in names[num_leaves:] if len(puzzle.needed(name)) == wanted]
     if queries:
       return dataclasses.replace(puzzle, query=queries[rng.integers(len(queries))])
-
-
-def legal_order(rng: np.random.Generator, puzzle: Puzzle, names: set[str]) -> list[str]:
-  """The names in a random order in which each comes after the operations that it rests on."""
-  order, rest = [], sorted(names)
-  while rest:
-    ready = [name for name in rest if not (puzzle.needed(name) - {name}) & set(rest)]
-    order.append(ready[rng.integers(len(ready))])
-    rest.remove(order[-1])
-  return order
 
 
 def teach(rng: np.random.Generator, puzzle: Puzzle, leap: float) -> str:
@@ -97,7 +86,8 @@ def teach(rng: np.random.Generator, puzzle: Puzzle, leap: float) -> str:
   Never two in one line: an operation over a silent one is written.
   """
   silent, lines = set(), []
-  for name in legal_order(rng, puzzle, puzzle.needed(puzzle.query)):
+  needed = puzzle.needed(puzzle.query)
+  for name in [name for name in puzzle.definitions if name in needed]:
     left, operator, right = puzzle.definitions[name]
     if operator == "+" and name != puzzle.query and not {left, right} & silent and rng.random() < leap:
       silent.add(name)
@@ -107,9 +97,11 @@ def teach(rng: np.random.Generator, puzzle: Puzzle, leap: float) -> str:
 
 
 def wander(rng: np.random.Generator, puzzle: Puzzle) -> str:
-  """Legal steps without a plan: every operation in a random legal order, needed or not, and no answer."""
-  every = {name for name, definition in puzzle.definitions.items() if not isinstance(definition, int)}
-  return "".join(puzzle.line(name) for name in legal_order(rng, puzzle, every))
+  """Legal steps without a plan: some operations, whether the question needs them or not, and no answer."""
+  operations = [name for name, definition in puzzle.definitions.items() if not isinstance(definition, int)]
+  goals = rng.choice(operations, size=rng.integers(1, len(operations) + 1), replace=False)
+  done = set().union(*(puzzle.needed(str(goal)) for goal in goals))
+  return "".join(puzzle.line(name) for name in operations if name in done)
 
 
 def judge_step(puzzle: Puzzle, known: set[str], line: str) -> str:
@@ -141,7 +133,7 @@ def build_tokenizer() -> tokenizers.Tokenizer:
   Text round-trips. Typed tokens make looking up a value one step of attention; small models do not learn it without."""
   words = [PAD, EOS, "\n", " ?", " ####"]
   words += [f" {digit}" for digit in range(CLOCK)] + [f" {operator}" for operator in OPERATORS]
-  words += [f" {name}{kind}" for kind in (":", "", "=") for name in string.ascii_uppercase]
+  words += [f" {name}{kind}" for kind in (":", "", "=") for name in NAMES]
   tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
   tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| ?[^ \n]+"), behavior="isolated")
   tokenizer.decoder = decoders.Fuse()

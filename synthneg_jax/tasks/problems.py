@@ -59,8 +59,11 @@ def pretraining(task, config, seed: int) -> list[Problem]:
   for index in range(config.num_problems):
     rng = np.random.default_rng([seed, _SPLITS.index("pretrain"), index])
     wander = rng.random() < config.wander_share
-    most = task.needed_max if wander else config.answered_max
-    puzzle = arithmetic.make_puzzle(rng, task.num_leaves, task.num_operations, (1, most))
+    # Small problems beside full-sized ones: looking up is learned on short contexts first.
+    num_leaves = int(rng.integers(2, task.num_leaves + 1))
+    num_operations = int(rng.integers(1, task.num_operations + 1))
+    most = min(task.needed_max if wander else config.answered_max, num_operations)
+    puzzle = arithmetic.make_puzzle(rng, num_leaves, num_operations, (1, most))
     text = arithmetic.wander(rng, puzzle) if wander else arithmetic.teach(rng, puzzle, leap=0.0)
     documents.append(Problem(f"arithmetic/pretrain/{seed}/{index:06d}", puzzle.prompt, text,
                              str(puzzle.value(puzzle.query)), "wander" if wander else "plain teacher"))

@@ -32,6 +32,8 @@ def plan(weights: Sequence[int], batch_size: int, num_epochs: float, seed: int) 
   for epoch in range(int(np.ceil(num_epochs))):
     order = np.random.default_rng([seed, epoch]).permutation(len(weights))
     stream.extend(order[: round(min(num_epochs - epoch, 1.0) * len(order))])
+  if not stream:
+    raise UserError(f"num_epochs={num_epochs} of {len(weights)} example(s) trains on none of them.")
   steps, weight = [[]], 0
   for index in stream:
     if weight + weights[index] > batch_size:

@@ -1,5 +1,6 @@
 """The train loop: the only one, for pretraining, SFT, RFT and every preference loss."""
 
+import contextlib
 import json
 import math
 
@@ -38,7 +39,8 @@ class _MetricsFile:
     self._file.close()
 
 
-def fit(name: str, config, model: Model, params, objective, batches: Batches, mesh: Mesh, folder: epath.Path):
+def fit(name: str, config, model: Model, params, objective, batches: Batches, mesh: Mesh, folder: epath.Path,
+        check_start=None):
   """Trains to the end of `batches`, from the newest checkpoint in `folder` if there is one.
 
   Args:
@@ -50,6 +52,7 @@ def fit(name: str, config, model: Model, params, objective, batches: Batches, me
     batches: the data, a function of the step.
     mesh: where it runs.
     folder: takes checkpoints/ and metrics.jsonl (loss and its companions, averages over one step's batch).
+    check_start: called with the metrics of step 0, before anything was updated; may raise.
 
   Returns:
     (trained parameters, the last step's metrics).
@@ -81,11 +84,14 @@ def fit(name: str, config, model: Model, params, objective, batches: Batches, me
           f"{name}: step {step} is not finite ({averages}); its examples were {', '.join(batches.keys(step)[:8])} …; "
           f"the last good checkpoint is in {folder / 'checkpoints'}."
       )
+    if step == 0 and check_start is not None:
+      check_start(averages)
     lines.write(step, averages)
-    progress.update(1, loss=next(iter(averages.values())))
+    progress.update(1, loss=next(value for key, value in averages.items() if key.startswith("loss")))
 
   previous = None
-  with Progress(name, batches.num_steps - first_step, "steps") as progress:
+  left = Progress(name, batches.num_steps - first_step, "steps")
+  with contextlib.closing(keeper), contextlib.closing(lines), left as progress:  # a save is waited for on errors, too
     for step in range(first_step, batches.num_steps):
       batch = batches.build(step)
       if step == first_step:
@@ -95,9 +101,10 @@ def fit(name: str, config, model: Model, params, objective, batches: Batches, me
       if previous is not None:  # step N is dispatched before the figures of N - 1 are fetched
         report(*previous, progress)
       previous = (step, metrics)
-      keeper.save(step + 1, state, last=step + 1 == batches.num_steps)
+      if keeper.due(step + 1) and step + 1 < batches.num_steps:  # the last state is not kept here: the policy is
+        report(*previous, progress)  # only a state whose step was finite is kept
+        previous = None
+        keeper.save(step + 1, state)
     if previous is not None:
       report(*previous, progress)
-  keeper.close()
-  lines.close()
   return state["params"], averages

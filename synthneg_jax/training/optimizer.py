@@ -17,6 +17,8 @@ def make_schedule(config, num_steps: int):
   }
   if config.schedule not in decays:
     raise UserError(f"optimizer.schedule={config.schedule!r} is none of {', '.join(decays)}.")
+  if not warmup:
+    return decays[config.schedule]
   # The first update, too, has a rate above zero.
   rise = optax.linear_schedule(config.learning_rate / (warmup + 1), config.learning_rate, warmup)
   return optax.join_schedules([rise, decays[config.schedule]], [warmup])

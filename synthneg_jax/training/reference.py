@@ -58,7 +58,7 @@ class Store:
     self._path.parent.mkdir(parents=True, exist_ok=True)
     temporary = self._path.parent / f"{self._path.name}.tmp"
     temporary.write_bytes(buffer.getvalue())
-    temporary.rename(self._path)
+    temporary.replace(self._path)
 
 
 def score(model: Model, params, trees: Sequence[Tree], row_length: int, mesh: Mesh, store: Store) -> None:

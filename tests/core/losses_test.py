@@ -1,0 +1,162 @@
+"""The losses against float64 numpy, and what their equations promise: symmetry, gradients, extreme margins."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax import test_util
+
+from synthneg_jax.core import losses
+
+token_logprobs = jax.jit(losses.token_logprobs)
+_COLUMNS = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+
+
+def draw(seed: int = 0, num: int = 9) -> dict[str, np.ndarray]:
+  """Summed log-probs of `num` pairs, float64 nats."""
+  rng = np.random.default_rng(seed)
+  return {name: -rng.uniform(0.5, 40.0, num) for name in _COLUMNS}
+
+
+def numpy_dpo(chosen, rejected, ref_chosen, ref_rejected, beta, epsilon=0.0):
+  """-(1-ε) log σ(βh) - ε log σ(-βh), written with σ itself; good for moderate βh only."""
+  h = (chosen - ref_chosen) - (rejected - ref_rejected)
+  log_sigmoid = lambda x: np.log(1.0 / (1.0 + np.exp(-x)))
+  return -(1.0 - epsilon) * log_sigmoid(beta * h) - epsilon * log_sigmoid(-beta * h)
+
+
+def pair_args(pairs) -> tuple[jax.Array, ...]:
+  return tuple(jnp.asarray(pairs[name], jnp.float32) for name in _COLUMNS)
+
+
+class TokenLogprobsTest(parameterized.TestCase):
+
+  @parameterized.parameters(((5,),), ((2, 3),), ((),))
+  def test_equals_numpy(self, shape):
+    # Fails if another entry than the target's is taken, or if the sum runs over another axis than the last.
+    rng = np.random.default_rng(0)
+    logits, target = 3.0 * rng.normal(size=(*shape, 7)), rng.integers(0, 7, shape)
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = np.log(np.take_along_axis(probs, target[..., None], -1)[..., 0])
+    got = token_logprobs(logits.astype(np.float32), target.astype(np.int32))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+  def test_large_logits(self):
+    # Fails if exp is taken without the largest logit being subtracted (overflow).
+    logits = np.tile(np.array([1e4, 1e4 - 2.0, -1e4], np.float32), (3, 1))
+    expected = -np.log1p(np.exp(-2.0)) - np.array([0.0, 2.0, 2e4])
+    got = token_logprobs(logits, np.arange(3, dtype=np.int32))
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-3)  # float32 has steps of 1e-3 at 1e4
+
+  def test_bfloat16_logits_are_summed_in_float32(self):
+    # Fails if the cast to float32 is dropped: the result would be bfloat16, in steps of 1/32.
+    got = token_logprobs(jnp.zeros((1, 512), jnp.bfloat16), np.array([3], np.int32))
+    self.assertEqual(got.dtype, jnp.float32)
+    np.testing.assert_allclose(got, -np.log(512.0), rtol=1e-6)
+
+  def test_float64_stays(self):
+    # Fails if the cast narrows.
+    with jax.enable_x64(True):
+      logits = np.random.default_rng(0).normal(size=(1, 5))
+      got = token_logprobs(logits, np.array([2], np.int32))
+      np.testing.assert_allclose(got, logits[0, 2] - np.log(np.exp(logits).sum()), rtol=1e-14)
+
+
+class SftLossTest(absltest.TestCase):
+
+  def test_by_hand(self):
+    # Fails if unscored tokens count, if the mean is taken, if the sign is lost, or if masking multiplies (0 · -inf).
+    logp = jnp.asarray([-0.5, -jnp.inf, -2.0, -100.0])
+    self.assertEqual(float(losses.sft_loss(logp, jnp.asarray([True, False, True, False]))), 2.5)
+    self.assertEqual(float(losses.sft_loss(logp, jnp.zeros(4, bool))), 0.0)
+
+  def test_gradient(self):
+    # Fails if an unscored token has a gradient, or if tokens weigh differently.
+    grad = jax.grad(losses.sft_loss)(jnp.asarray([-0.5, -3.0, -2.0]), jnp.asarray([True, False, True]))
+    np.testing.assert_array_equal(grad, [-1.0, 0.0, -1.0])
+
+
+class PreferenceMarginTest(absltest.TestCase):
+
+  def test_by_hand(self):
+    # Fails if any of the four signs is turned.
+    columns = [jnp.asarray([value], jnp.float32) for value in (1.0, 20.0, 300.0, 4000.0)]
+    np.testing.assert_array_equal(losses.preference_margin(*columns), [(1.0 - 300.0) - (20.0 - 4000.0)])
+
+
+class DpoLossTest(parameterized.TestCase):
+
+  @parameterized.product(beta=(0.02, 0.1, 1.0), epsilon=(0.0, 0.1, 0.49))
+  def test_equals_numpy(self, beta, epsilon):
+    # Fails for a changed sign or factor of the margin, β outside the sigmoid, or ε on the wrong term.
+    pairs = draw()
+    got = losses.dpo_loss(*pair_args(pairs), beta=beta, label_smoothing=epsilon)
+    self.assertEqual((got.shape, got.dtype), ((9,), jnp.float32))
+    np.testing.assert_allclose(got, numpy_dpo(**pairs, beta=beta, epsilon=epsilon), rtol=1e-5, atol=1e-6)
+
+  def test_golden(self):
+    # Fails if the oracle above is changed along with the loss: h = 3, β = 0.5, ε = 0 and 0.1.
+    columns = [jnp.asarray([value]) for value in (-4.0, -9.0, -5.0, -7.0)]
+    np.testing.assert_allclose(losses.dpo_loss(*columns, beta=0.5), [0.20141328], rtol=1e-6)
+    got = losses.dpo_loss(*columns, beta=0.5, label_smoothing=0.1)
+    np.testing.assert_allclose(got, [0.20141328 + 0.1 * 1.5], rtol=1e-6)
+
+  @parameterized.product(beta=(0.1, 1.0), epsilon=(0.0, 0.3))
+  def test_symmetry(self, beta, epsilon):
+    # Fails if at h = 0 the loss depends on β or ε, or if chosen and rejected are treated unlike each other.
+    pairs = draw()
+    level = {**pairs, "ref_chosen": pairs["chosen"] + 3.0, "ref_rejected": pairs["rejected"] + 3.0}
+    loss = functools.partial(losses.dpo_loss, beta=beta, label_smoothing=epsilon)
+    np.testing.assert_allclose(loss(*pair_args(level)), np.log(2.0), rtol=1e-5)
+    chosen, rejected, ref_chosen, ref_rejected = pair_args(pairs)
+    turned = loss(rejected, chosen, ref_rejected, ref_chosen)
+    h = losses.preference_margin(chosen, rejected, ref_chosen, ref_rejected)
+    np.testing.assert_allclose(turned - loss(*pair_args(pairs)), beta * h * (1.0 - 2.0 * epsilon), rtol=1e-4, atol=1e-5)
+
+  @parameterized.parameters(0.0, 0.2)
+  def test_gradients(self, epsilon):
+    # Fails if a gradient is not the loss's (a stop_gradient too many), or if any flows to the reference (one too few).
+    args = tuple(draw(1).values())
+    with jax.enable_x64(True):
+      loss = jax.jit(lambda *args: jnp.sum(losses.dpo_loss(*args, beta=0.1, label_smoothing=epsilon)))
+      test_util.check_grads(lambda c, r: loss(c, r, *args[2:]), args[:2], order=1, rtol=1e-6)
+      grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args)
+    scaled = 0.1 * ((args[0] - args[1]) - (args[2] - args[3]))
+    expected = -0.1 * (1.0 / (1.0 + np.exp(scaled)) - epsilon)
+    np.testing.assert_allclose(grads[0], expected, rtol=1e-12)
+    np.testing.assert_allclose(grads[1], -expected, rtol=1e-12)
+    for grad in grads[2:]:
+      np.testing.assert_array_equal(grad, 0.0)
+
+  def test_jit_and_vmap_change_nothing(self):
+    # Fails if the loss branches on values, or mixes the pairs of a batch.
+    loss = functools.partial(losses.dpo_loss, beta=0.1, label_smoothing=0.1)
+    args = pair_args(draw())
+    plain = loss(*args)
+    np.testing.assert_allclose(jax.jit(loss)(*args), plain, rtol=2e-6)
+    np.testing.assert_allclose(jax.vmap(loss)(*args), plain, rtol=2e-6)
+    single = jax.jit(loss)
+    np.testing.assert_allclose([single(*(column[i] for column in args)) for i in range(9)], plain, rtol=2e-6)
+
+  @parameterized.parameters(0.0, 0.1)
+  def test_extreme_margins(self, epsilon):
+    # Fails if log σ is computed as log of a σ that has become 0 or 1, or by exp without a guard.
+    args = (jnp.asarray([1e4, -1e4, 0.0]), *(jnp.zeros(3) for _ in range(3)))
+    loss = functools.partial(losses.dpo_loss, beta=1.0, label_smoothing=epsilon)
+    np.testing.assert_allclose(loss(*args), [1e4 * epsilon, 1e4 * (1.0 - epsilon), np.log(2.0)], rtol=1e-6)
+    grad = jax.jit(jax.grad(lambda chosen: jnp.sum(loss(chosen, *args[1:]))))(args[0])
+    np.testing.assert_allclose(grad, [epsilon, epsilon - 1.0, epsilon - 0.5], rtol=1e-6)
+
+
+class NllTermTest(absltest.TestCase):
+
+  def test_by_hand(self):
+    # Fails if the sum is not divided by its own pair's tokens, if the sign is lost, or if no tokens give 0/0.
+    got = losses.nll_term(jnp.asarray([-6.0, -6.0, 0.0]), jnp.asarray([3.0, 1.0, 0.0]))
+    np.testing.assert_array_equal(got, [2.0, 6.0, 0.0])
+
+
+if __name__ == "__main__":
+  absltest.main()

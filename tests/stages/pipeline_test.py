@@ -1,0 +1,219 @@
+"""The whole recipe at toy size by its command line: what it leaves, what it skips, what it survives, what it refuses."""
+
+import functools
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+from absl.testing import absltest, parameterized
+
+ROOT = pathlib.Path(__file__).parents[2]
+METHODS = ["base", "sft", "rft", "dpo", "step_dpo"]
+
+
+@functools.cache
+def scratch() -> pathlib.Path:
+  """One folder for all runs of this process, with one compilation cache."""
+  return pathlib.Path(tempfile.mkdtemp(prefix="pipeline_test_"))
+
+
+def command(workdir, *flags, config="configs/arithmetic.py:smoke", program="pipeline"):
+  cache = f"--compilation_cache={scratch() / 'xla'}"
+  return [sys.executable, str(ROOT / f"launch/{program}.py"), f"--config={config}", f"--workdir={workdir}", cache, *flags]
+
+
+def environment(**changes):
+  env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}  # one device, as a user has
+  return env | {"JAX_PLATFORMS": "cpu"} | changes
+
+
+def launch(*args, **kwargs) -> subprocess.CompletedProcess:
+  env = environment(**kwargs.pop("env", {}))
+  return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+
+
+@functools.cache
+def finished() -> pathlib.Path:
+  """A workdir in which the recipe ran to its end."""
+  workdir = scratch() / "finished"
+  done = launch(workdir)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return workdir
+
+
+def copy_of_finished() -> pathlib.Path:
+  workdir = pathlib.Path(tempfile.mkdtemp(dir=scratch())) / "run"
+  shutil.copytree(finished(), workdir)
+  return workdir
+
+
+def methods(workdir):
+  return json.loads((workdir / "summary.json").read_text())["methods"]
+
+
+def run_with_kills(workdir, kills: int, longest_s: float, config: str, rng: random.Random) -> int:
+  """Runs the command, killing it `kills` times at random moments; returns how many kills came before its end."""
+  came = 0
+  for _ in range(kills):
+    process = subprocess.Popen(
+        command(workdir, config=config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL)
+    try:
+      process.wait(timeout=rng.uniform(4.0, longest_s))
+    except subprocess.TimeoutExpired:
+      process.send_signal(signal.SIGKILL)
+      process.wait()
+      came += 1
+  done = launch(workdir, config=config)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return came
+
+
+class RecipeTest(absltest.TestCase):
+
+  def test_summary_and_report(self):
+    # Fails if a stage leaves out a figure, or a method is not evaluated on the test problems.
+    summary = json.loads((finished() / "summary.json").read_text())
+    self.assertEqual(list(summary["methods"]), METHODS)
+    for figures in summary["methods"].values():
+      self.assertEqual(set(figures), {"test_error", "ci95", "num_problems"})
+      self.assertEqual(figures["num_problems"], 32)
+      self.assertBetween(figures["test_error"], figures["ci95"][0] - 1e-4, figures["ci95"][1] + 1e-4)
+    self.assertEqual(summary["step_dpo"], {"pair_mode": "shared_prefix", "pit_rule": "relative_drop"})
+    for stage in ("synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo"):
+      self.assertGreaterEqual(summary["stages"][stage]["seconds"], 0)
+    self.assertIn("</html>", (finished() / "report/index.html").read_text())
+    config = json.loads((finished() / "config.json").read_text())
+    self.assertEqual(config["config"]["task.train_problems"], 48)
+    self.assertIn("jax", config["versions"])
+
+  def test_policies_differ_and_training_is_logged(self):
+    # Fails if a stage hands on the weights that it was given.
+    names = ["sft", "rft", "dpo/dpo", "dpo/step_dpo"]
+    prints = {json.loads((finished() / name / "policy/fingerprint.json").read_text())["fingerprint"] for name in names}
+    self.assertLen(prints, len(names))
+    for name in names:
+      lines = [json.loads(line) for line in (finished() / name / "metrics.jsonl").read_text().splitlines()]
+      self.assertEqual([line["step"] for line in lines], list(range(len(lines))))
+
+  def test_first_preference_step_starts_at_the_reference(self):
+    # Fails if the reference is another policy, or the first response token is left out on one side.
+    for name in ("dpo", "step_dpo"):
+      first = json.loads((finished() / f"dpo/{name}/metrics.jsonl").read_text().splitlines()[0])
+      self.assertAlmostEqual(first["margin/per_pair"], 0.0, delta=1e-4)
+      self.assertAlmostEqual(first["loss/per_pair"], 0.693147, delta=1e-4)
+
+  def test_second_run_does_nothing_again(self):
+    # Fails if a finished stage is run anew (its manifest would be written again).
+    workdir = copy_of_finished()
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("manifest.json")}
+    again = launch(workdir)
+    self.assertEqual(again.returncode, 0, again.stderr[-2000:])
+    self.assertEqual(before, {path: path.stat().st_mtime_ns for path in workdir.rglob("manifest.json")})
+    self.assertEqual(methods(workdir), methods(finished()))
+
+  def test_kills_change_nothing(self):
+    # Fails if a resumed stage draws other tokens, trains on other batches, or counts a shard twice.
+    workdir = scratch() / "killed"
+    finished()  # compiles everything, so that kills fall on work
+    seed = int(time.time())
+    came = run_with_kills(workdir, 2, 16.0, "configs/arithmetic.py:smoke", random.Random(seed))
+    self.assertEqual(methods(workdir), methods(finished()), f"kill seed {seed}, {came} kills")
+
+  @pytest.mark.long
+  def test_ten_kills_at_full_size(self):
+    # As above, over the quickstart itself.
+    whole, killed = scratch() / "whole", scratch() / "ten_kills"
+    done = launch(whole, config="configs/arithmetic.py")
+    self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+    seed = int(time.time())
+    came = run_with_kills(killed, 10, 60.0, "configs/arithmetic.py", random.Random(seed))
+    self.assertEqual(methods(killed), methods(whole), f"kill seed {seed}, {came} kills")
+    self.assertGreaterEqual(came, 5)
+
+
+class RefusalTest(parameterized.TestCase):
+  """One sentence on stderr, exit status 1, and nothing of the old run lost."""
+
+  def assert_refuses(self, done: subprocess.CompletedProcess, *parts: str):
+    self.assertEqual(done.returncode, 1, done.stderr[-2000:])
+    self.assertNotIn("Traceback", done.stderr)
+    last = done.stderr.strip().splitlines()[-1]
+    for part in parts:
+      self.assertIn(part, last)
+
+  def test_changed_config(self):
+    # Fails if a stage is skipped, or continued, whatever it was made with.
+    workdir = copy_of_finished()
+    before = (workdir / "config.json").read_text()
+    self.assert_refuses(launch(workdir, "--config.sft.num_epochs=2"), "sft.num_epochs=1", "now it is 2", "--workdir")
+    self.assertEqual((workdir / "config.json").read_text(), before)
+    self.assertEqual(methods(workdir), methods(finished()))
+
+  def test_truncated_record_file(self):
+    # Fails if later stages read what is left of a file.
+    workdir = copy_of_finished()
+    shutil.rmtree(workdir / "rft")
+    path = workdir / "sample/traces/00000.jsonl"
+    path.write_text(path.read_text()[:-100])
+    self.assert_refuses(launch(workdir, "--stages=rft"), "00000.jsonl", "cut off")
+
+  def test_missing_weights(self):
+    # Fails if missing weights end in a traceback, or in random weights.
+    workdir = copy_of_finished()
+    shutil.rmtree(workdir / "rft")
+    shutil.rmtree(workdir / "evaluate/sft")
+    shutil.rmtree(workdir / "sft/policy/params")
+    self.assert_refuses(launch(workdir, "--stages=evaluate"), "sft/policy/params", "missing")
+
+  def test_missing_stage(self):
+    # Fails if a stage starts without what it reads.
+    self.assert_refuses(launch(scratch() / "empty", "--stages=credit"), "credit", "synthesize")
+
+  @parameterized.parameters(
+      ("--config.dpo.betta=1", ("dpo.betta", "dpo.beta")),
+      ("--config.dpo.beta=high", ("dpo.beta", "high")),
+      ("--stages=sft,samples", ("samples", "sample")),
+      ("--config.task.name=gsm9k", ("gsm9k", "gsm8k")),
+      ("--config.model.path=not_there", ("not_there",)),
+      ("--config.mesh.tensor=3", ("mesh.tensor=3",)),
+  )
+  def test_flags(self, flag, parts):
+    # Fails if an unknown leaf is taken, or its neighbours are not named.
+    self.assert_refuses(launch(pathlib.Path(tempfile.mkdtemp(dir=scratch())), flag), *parts)
+
+  def test_unknown_leaf_in_a_config_file(self):
+    # Fails if config files may add leaves that nothing reads.
+    path = scratch() / "mine.py"
+    path.write_text("from synthneg_jax.runtime import config\n\n\ndef get_config():\n  c = config.default()\n"
+                    "  c.dpo.betta = 1.0\n  return c\n")
+    self.assert_refuses(launch(scratch() / "x", config=path), "mine.py, line 6", "betta", "beta")
+
+  def test_broken_problem_file(self):
+    # Fails if a broken line is skipped, or the message does not say where it is.
+    folder = scratch() / "data" / "gsm8k"
+    folder.mkdir(parents=True, exist_ok=True)
+    good = json.dumps({"question": "2 + 2?", "answer": "2 + 2 = 4\n#### 4"}) + "\n"
+    (folder / "train.jsonl").write_text(good * 2 + '{"question": "1 + ')
+    (folder / "test.jsonl").write_text(good)
+    done = launch(scratch() / "y", config="configs/gsm8k.py:model=smollm2_135m,smoke",
+                  env={"SYNTHNEG_DATA_DIR": str(folder.parent)})
+    self.assert_refuses(done, "train.jsonl", "line 3")
+
+  def test_read_only_workdir(self):
+    # Fails if an unwritable folder ends in a traceback.
+    path = scratch() / "a_file"
+    path.write_text("")
+    self.assert_refuses(launch(path / "run"), "a_file")
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,252 @@
+"""The report is right by hand, escapes what a model wrote, needs no network, and renders in a browser."""
+
+import dataclasses
+import html.parser
+import importlib.util
+import json
+import pathlib
+import shutil
+import string
+import subprocess
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from etils import epath
+from matplotlib import image
+from tokenizers import decoders, models, pre_tokenizers
+
+from synthneg_jax.analysis import report as analysis
+from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime.records import Pair, Problem, Shards, StepEstimate, Trace
+from synthneg_jax.stages import report
+from synthneg_jax.stages.run import Run
+from synthneg_jax.tasks.token_text import TokenText, step_ends
+
+HOSTILE = '</span><script>document.title = "owned"</script><img src="https://evil.example/x.png" onerror=alert(1)>'
+
+
+class _Page(html.parser.HTMLParser):
+  """Collects tags, attributes and text."""
+
+  def __init__(self, text: str):
+    super().__init__()
+    self.tags, self.attributes, self.text = [], [], ""
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+  def handle_data(self, data):
+    self.text += data
+
+
+def _hand_made() -> analysis.Report:
+  step = lambda text, right, q, a: analysis.Step(text, 4, right, (0.1, 0.9), q, a, False)
+  last = analysis.Step(f" #### 5{HOSTILE}", 0, 0, None, 0.0, -0.25, True)
+  trace = analysis.ShownTrace(
+      "t/0/sample/1", f"What is 2 + 3?{HOSTILE}", "5", HOSTILE, "wrong", 2, 4, 0.5,
+      [step("two and three", 3, 0.75, 0.25), step(HOSTILE, 1, 0.25, -0.5), last], 1, HOSTILE)
+  states = [analysis.StageState("sft", "done", {"seconds": 3.5, "steps": 12345, "loss/per_token": 0.25}),
+            analysis.StageState("credit", "begun", {}), analysis.StageState("dpo/dpo", "not begun", {})]
+  return analysis.Report(
+      title="Toy", methods=[analysis.Method("SFT", 0.4, 0.3, 0.5, 100), analysis.Method("RFT")],
+      values=analysis.MeanValues([0.5, 0.25, 0.0], [3, 2, 0], 0.6, 2), pits=[1, 0, -1], traces=[trace],
+      reasons={"SFT, test": {"right": 60, "wrong": 40}}, stages=states, config={"seed": 0, "model.path": HOSTILE},
+      changed=["model.path"], versions={"jax": "1"}, commits=["abc+"], devices=["cpu"], command="python x.py",
+      num_rollouts=4, best_of=1, pit_rule="lowest_value", pair_mode="shared_prefix")
+
+
+def _unfinished(made: analysis.Report) -> analysis.Report:
+  return dataclasses.replace(made, methods=[analysis.Method("SFT")], values=None, pits=None, traces=None, reasons={})
+
+
+def test_what_a_model_wrote_is_escaped(tmp_path):
+  page = _Page(analysis.write(_hand_made(), tmp_path).read_text())
+  assert "script" not in page.tags and "img" not in page.tags
+  assert page.text.count(HOSTILE) == 6  # problem, answer, two steps, preferred, config
+
+
+@pytest.mark.parametrize("change", [lambda made: made, _unfinished])
+def test_no_resource_is_fetched(tmp_path, change):
+  text = analysis.write(change(_hand_made()), tmp_path).read_text()
+  page = _Page(text)
+  loads = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
+  assert all(value.startswith("#") for _, name, value in page.attributes if name in loads)
+  assert not {"link", "iframe", "object", "script", "img"} & set(page.tags)
+  assert not any("http:" in value or "https:" in value or "url(h" in value for _, _, value in page.attributes)
+  assert "@import" not in text
+  assert "//" not in text.replace("https://evil.example", "")  # the one address stands in the text of a trace
+  ids = [value for _, name, value in page.attributes if name == "id"]
+  assert len(ids) == len(set(ids))
+
+
+def test_unfinished_parts_are_said(tmp_path):
+  text = _Page(analysis.write(_unfinished(_hand_made()), tmp_path).read_text()).text
+  for sentence in ("Not finished yet: credit, dpo/dpo.", "Stage evaluate is not done", "Stage credit is not done",
+                   "No response has been graded yet", "begun, not finished", "not begun"):
+    assert sentence in text, sentence
+  assert not list(tmp_path.glob("*.png"))
+
+
+def test_figures_are_kept_as_png_and_csv_and_repeat(tmp_path):
+  first = analysis.write(_hand_made(), tmp_path / "a").read_text()
+  assert analysis.write(_hand_made(), tmp_path / "b").read_text() == first
+  for name in ("errors", "mean_q", "pits"):
+    assert (tmp_path / "a" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+  assert (tmp_path / "a" / "errors.csv").read_text().splitlines()[1] == "SFT,0.4,0.3,0.5,100"
+  assert (tmp_path / "a" / "mean_q.csv").read_text() == "step,mean_q,traces\n0,0.6,3\n1,0.5,3\n2,0.25,2\n3,,0\n"
+  assert (tmp_path / "a" / "pits.csv").read_text() == "step,traces\n1,1\n2,1\n3,0\nnone,1\n"
+
+
+def test_step_shows_its_credit(tmp_path):
+  text = _Page(analysis.write(_hand_made(), tmp_path).read_text()).text
+  assert "Q 3/4 = 0.75 (0.10 – 0.90), advantage +0.25" in text
+  assert "Q 1/4 = 0.25 (0.10 – 0.90), advantage −0.50 ◀ pit" in text
+  assert "Q = 0, the verdict" in text
+  best = _Page(analysis.write(dataclasses.replace(_hand_made(), best_of=2), tmp_path).read_text()).text
+  assert "right 1/4 = 0.25 (0.10 – 0.90), Q 0.25" in best and "under Best-of-2" in best
+
+
+# The workdir: two problems with four samples each. Steps are lines; the last one states the answer.
+_RIGHT = " A: X= 2 + Y= 3 A= 5\n #### 5"
+_WRONG = (" A: X= 2 + Y= 3 A= 6\n B: A= 6 + Y= 3 B= 9\n #### 9", " A: X= 2 + Y= 3 A= 7\n #### 7")
+_SUCCESSES = {"p0/sample/2": (3, 1), "p0/sample/3": (1,), "p1/sample/3": (2, 0)}  # of 4 rollouts, but for the last step
+
+
+def _stage(workdir, name, figures=None, config=None):
+  (workdir / name).mkdir(parents=True, exist_ok=True)
+  (workdir / name / "begun.json").write_text(json.dumps({"config": config or {}, "inputs": {}}))
+  if figures is not None:
+    (workdir / name / "manifest.json").write_text(json.dumps(
+        {"figures": {"seconds": 1.5, **figures}, "files": {}, "versions": {"jax": "9.9"}, "git_commit": "abc123"}))
+
+
+@pytest.fixture(name="run_")
+def _run(tmp_path) -> Run:
+  """A workdir in which credit and the evaluation of sft are done and the rest is not."""
+  workdir = epath.Path(tmp_path / "run")
+  config = config_lib.default()
+  config.credit.num_rollouts, config.credit.best_of, config.report.num_traces = 4, 1, 2
+  config.pairs.pit_rule = "lowest_value"
+  letters = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate(["<eos>", *string.printable])}, "<eos>"))
+  letters.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+  letters.decoder = decoders.Fuse()
+  transformers.PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>").save_pretrained(
+      str(workdir / "sft" / "policy"))
+  tokenizer = transformers.AutoTokenizer.from_pretrained(str(workdir / "sft" / "policy"))
+  token_text = TokenText(tokenizer)
+
+  def trace(problem, index, text):
+    ids = tokenizer.encode(text) + [tokenizer.eos_token_id]
+    return Trace(f"{problem}/sample/{index}", problem, index, ids, step_ends(ids, token_text), text, text == _RIGHT,
+                 "right" if text == _RIGHT else "wrong", text[-1], "eos", [0.0] * len(ids), [0.0] * len(ids), "f" * 16)
+
+  traces = [trace("p0", 0, _RIGHT), trace("p0", 1, _RIGHT), trace("p0", 2, _WRONG[0]), trace("p0", 3, _WRONG[1]),
+            trace("p1", 0, _RIGHT), trace("p1", 1, _RIGHT), trace("p1", 2, _RIGHT), trace("p1", 3, _WRONG[0])]
+  estimates = []
+  for made in traces:
+    if made.correct:
+      continue
+    for step, end in enumerate(made.step_ends):
+      exact = step == len(made.step_ends) - 1
+      right = 0 if exact else _SUCCESSES[made.id][step]
+      estimates.append(StepEstimate(made.id, made.problem_id, step, end, 0 if exact else 4, right, exact, False, [],
+                                    f"{made.id}/{step}"))
+  Shards(workdir / "synthesize" / "train", Problem).write(
+      [Problem(key, f" Y= 3 X= 2 ? A={HOSTILE}\n", _RIGHT, "5", "hand") for key in ("p0", "p1")])
+  Shards(workdir / "sample" / "traces", Trace).write(traces)
+  Shards(workdir / "credit" / "estimates", StepEstimate).write(estimates)
+  _stage(workdir, "synthesize", {"train": 2})
+  _stage(workdir, "sft", {"steps": 7})
+  _stage(workdir, "sample", {"traces": 8, "reasons": {"right": 5, "wrong": 3}})
+  _stage(workdir, "credit", {"steps": 8}, {"credit.best_of": 1})
+  _stage(workdir, "dpo/dpo")
+  _stage(workdir, "evaluate/sft", {"test_error": 0.25, "ci95": [0.1, 0.5], "num_problems": 16,
+                                   "reasons": {"right": 12, "wrong": 3, "truncated": 1}})
+  return Run(config, workdir, None)
+
+
+def test_stage_from_a_workdir(run_):
+  path = epath.Path(report.run(run_)["path"])
+  assert path == run_.workdir / "report" / "index.html"
+  lines = (path.parent / "mean_q.csv").read_text().splitlines()[1:]
+  # V: 2/4, 2/4, 3/4. Step 1: 3/4, 1/4, 2/4. Step 2: 1/4, the last step of the second trace, 0/4. Step 3: two last ones.
+  expected = [(0, 7 / 12, 3), (1, 0.5, 3), (2, 1 / 12, 3), (3, 0.0, 2)]
+  np.testing.assert_allclose([[float(cell) for cell in line.split(",")] for line in lines], expected, atol=1e-6)
+  # Lowest Q first reached: the third, the second and the second step.
+  assert (path.parent / "pits.csv").read_text() == "step,traces\n1,0\n2,2\n3,1\nnone,0\n"
+  page = _Page(path.read_text())
+  text = page.text
+  assert "script" not in page.tags and HOSTILE in text
+  assert "p0/sample/2" in text and "p1/sample/3" in text and "p0/sample/3" not in text  # one a problem
+  assert "1. A: X= 2 + Y= 3 A= 6" in text
+  assert "Q 3/4 = 0.75 (0.30 – 0.95), advantage +0.25" in text  # V is 2/4; Wilson's interval of 3 in 4
+  assert "2 of 4 samples of the problem are right (value 0.50)" in text
+  assert "Not finished yet: rft, dpo/dpo, dpo/step_dpo, evaluate/base" in text
+  assert "25.0 %" in text and "10.0 – 50.0 %" in text and "cut off at the length limit" in text
+  assert "abc123" in text and "jax 9.9" in text
+
+
+def test_stage_shows_the_preferred_branch(run_):
+  tokenizer = transformers.AutoTokenizer.from_pretrained(str(run_.workdir / "sft" / "policy"))
+  chosen = tokenizer.encode(" A: X= 2 + Y= 3 A= 5\n")
+  Shards(run_.workdir / "dpo" / "step_dpo" / "pairs", Pair).write(
+      [Pair("a", "p1", "p1/sample/3", [1], chosen, [2], "shared_prefix", 1)])
+  _stage(run_.workdir, "dpo/step_dpo", {"pairs": 1})
+  text = _Page(epath.Path(report.run(run_)["path"]).read_text()).text
+  assert text.count("The per-step pair prefers") == 1 and "A: X= 2 + Y= 3 A= 5" in text
+
+
+def test_stage_in_an_empty_workdir(tmp_path):
+  path = report.run(Run(config_lib.default(), epath.Path(tmp_path), None))["path"]
+  text = _Page(epath.Path(path).read_text()).text
+  assert "Not finished yet: synthesize, sft, sample, rft, credit" in text and "Stage credit is not done" in text
+
+
+def test_stage_refuses_another_config(run_):
+  run_.config.credit.best_of = 5
+  with pytest.raises(UserError, match="credit.best_of=1, now it is 5"):
+    report.run(run_)
+
+
+def test_config_beside_the_page_gives_the_config(run_):
+  run_.config.engine.stop = ("\n\n", 'a"b')
+  run_.config.sft.num_epochs = 2
+  report.run(run_)
+  spec = importlib.util.spec_from_file_location("kept", run_.workdir / "report" / "config.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  assert module.get_config() == run_.config
+
+
+def _chromium() -> str:
+  for name in ("chromium", "chromium-browser", "google-chrome"):
+    if path := shutil.which(name):
+      return path
+  pytest.fail("No browser found: install the Debian package chromium (apt-get install chromium).")
+
+
+def _browse(page, profile, *flags: str) -> str:
+  command = [
+      _chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+      "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}",
+      *flags, pathlib.Path(page).as_uri()]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+  assert done.returncode == 0, done.stderr[-2000:]
+  return done.stdout
+
+
+def test_renders_in_a_browser(run_, tmp_path):
+  page = report.run(run_)["path"]
+  shot = tmp_path / "shot.png"
+  dom = _browse(page, tmp_path / "profile", "--window-size=500,900", f"--screenshot={shot}", "--dump-dom")
+  assert "<title>Learning from wrong solutions: arithmetic</title>" in dom  # no script of a trace has changed it
+  assert dom.count("<svg") == 3 and "◀ pit" in dom
+  if not shot.exists():  # some versions take one of the two flags only
+    _browse(page, tmp_path / "profile", "--window-size=500,900", f"--screenshot={shot}")
+  pixels = image.imread(str(shot))
+  assert pixels.shape[1] == 500 and pixels.std() > 0.02  # something is drawn
