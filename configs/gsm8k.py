@@ -20,9 +20,9 @@ from synthneg_jax.runtime.errors import UserError
 _CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache")), "synthneg_jax")
 # name -> (folder, prompt style)
 _MODELS = {
-    "smollm2_135m": (os.path.join(_CACHE, "smollm2_135m"), "chat"),
-    "deepseek_math_7b": ("deepseek_math_7b", "plain"),
-    "llama2_7b": ("llama2_7b", "plain"),
+  "smollm2_135m": (os.path.join(_CACHE, "smollm2_135m"), "chat"),
+  "deepseek_math_7b": ("deepseek_math_7b", "plain"),
+  "llama2_7b": ("llama2_7b", "plain"),
 }
 
 

@@ -1,6 +1,6 @@
 """Stage credit alone, in one process.
 
-    python launch/credit.py --config=configs/arithmetic.py --workdir=DIR
+python launch/credit.py --config=configs/arithmetic.py --workdir=DIR
 """
 
 from absl import flags

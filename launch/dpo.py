@@ -1,6 +1,6 @@
 """Stage dpo alone, in one process.
 
-    python launch/dpo.py --config=configs/arithmetic.py --workdir=DIR
+python launch/dpo.py --config=configs/arithmetic.py --workdir=DIR
 """
 
 from absl import flags

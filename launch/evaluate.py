@@ -1,6 +1,6 @@
 """Stage evaluate alone, in one process.
 
-    python launch/evaluate.py --config=configs/arithmetic.py --workdir=DIR
+python launch/evaluate.py --config=configs/arithmetic.py --workdir=DIR
 """
 
 from absl import flags

@@ -1,6 +1,6 @@
 """Stage export alone, in one process.
 
-    python launch/export.py --config=configs/arithmetic.py --workdir=DIR
+python launch/export.py --config=configs/arithmetic.py --workdir=DIR
 """
 
 from absl import flags

@@ -1,6 +1,6 @@
 """All stages of the recipe, or some.
 
-    python launch/pipeline.py --config=configs/arithmetic.py --workdir=DIR [--stages=sft,sample]
+python launch/pipeline.py --config=configs/arithmetic.py --workdir=DIR [--stages=sft,sample]
 """
 
 from absl import flags

@@ -1,6 +1,6 @@
 """Stage pretrain alone, in one process.
 
-    python launch/pretrain.py --config=configs/arithmetic.py --workdir=DIR
+python launch/pretrain.py --config=configs/arithmetic.py --workdir=DIR
 """
 
 from absl import flags

@@ -1,6 +1,6 @@
 """Stage report alone, in one process.
 
-    python launch/report.py --config=configs/arithmetic.py --workdir=DIR
+python launch/report.py --config=configs/arithmetic.py --workdir=DIR
 """
 
 from absl import flags

@@ -1,6 +1,6 @@
 """Stage rft alone, in one process.
 
-    python launch/rft.py --config=configs/arithmetic.py --workdir=DIR
+python launch/rft.py --config=configs/arithmetic.py --workdir=DIR
 """
 
 from absl import flags

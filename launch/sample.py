@@ -1,6 +1,6 @@
 """Stage sample alone, in one process.
 
-    python launch/sample.py --config=configs/arithmetic.py --workdir=DIR
+python launch/sample.py --config=configs/arithmetic.py --workdir=DIR
 """
 
 from absl import flags

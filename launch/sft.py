@@ -1,6 +1,6 @@
 """Stage sft alone, in one process.
 
-    python launch/sft.py --config=configs/arithmetic.py --workdir=DIR
+python launch/sft.py --config=configs/arithmetic.py --workdir=DIR
 """
 
 from absl import flags

@@ -1,6 +1,6 @@
 """Stage synthesize alone, in one process.
 
-    python launch/synthesize.py --config=configs/arithmetic.py --workdir=DIR
+python launch/synthesize.py --config=configs/arithmetic.py --workdir=DIR
 """
 
 from absl import flags

@@ -10,7 +10,7 @@ from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import mesh as mesh_lib
 
 CONFIG = ModelConfig(
-    vocab_size=31, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, scan_layers=False
+  vocab_size=31, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, scan_layers=False
 )
 
 

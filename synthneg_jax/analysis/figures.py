@@ -18,10 +18,21 @@ matplotlib.use("Agg")
 INK = "#1f2328"
 BLUE, ORANGE, GREY = "#3b86c8", "#d9772b", "#8a919b"
 _STYLE = {
-    "axes.axisbelow": True, "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.labelsize": 9,
-    "axes.spines.right": False, "axes.spines.top": False, "font.family": "sans-serif",
-    "font.size": 9, "grid.alpha": 0.15, "grid.color": INK,
-    "svg.fonttype": "none", "svg.hashsalt": "synthneg_jax", "text.color": INK, "xtick.color": INK, "ytick.color": INK,
+  "axes.axisbelow": True,
+  "axes.edgecolor": INK,
+  "axes.labelcolor": INK,
+  "axes.labelsize": 9,
+  "axes.spines.right": False,
+  "axes.spines.top": False,
+  "font.family": "sans-serif",
+  "font.size": 9,
+  "grid.alpha": 0.15,
+  "grid.color": INK,
+  "svg.fonttype": "none",
+  "svg.hashsalt": "synthneg_jax",
+  "text.color": INK,
+  "xtick.color": INK,
+  "ytick.color": INK,
 }
 
 
@@ -43,8 +54,9 @@ def errors(labels: Sequence[str], values: Sequence[float], intervals: Sequence[t
     for row, (value, (low, high)) in enumerate(zip(values, intervals, strict=True)):
       axes.plot([100 * low, 100 * high], [row, row], color=BLUE, linewidth=2.5, solid_capstyle="round")
       axes.plot([100 * value], [row], "o", color=BLUE, markersize=6)
-      axes.annotate(f"{100 * value:.1f}", (100 * value, row), xytext=(0, 6), textcoords="offset points", ha="center",
-                    fontsize=8)
+      axes.annotate(
+        f"{100 * value:.1f}", (100 * value, row), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
+      )
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.6)
     axes.set_xlabel("test error, % of the problems")

@@ -99,9 +99,14 @@ class Report:
 
 
 _REASONS = {
-    "right": "right", "wrong": "wrong number", "no_answer": "no answer", "truncated": "cut off at the length limit",
-    "ambiguous": "several answers", "unparsable": "answer not a number", "too_large": "numeral too long",
-    "timeout": "grading took too long",
+  "right": "right",
+  "wrong": "wrong number",
+  "no_answer": "no answer",
+  "truncated": "cut off at the length limit",
+  "ambiguous": "several answers",
+  "unparsable": "answer not a number",
+  "too_large": "numeral too long",
+  "timeout": "grading took too long",
 }
 _STATES = {"done": "done", "begun": "begun, not finished", "not begun": "not begun"}
 
@@ -170,8 +175,9 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
   return buffer.getvalue()
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int], caption: str,
-           loose: bool = False) -> str:
+def _table(
+  header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int], caption: str, loose: bool = False
+) -> str:
   """A table of escaped cells, and below it what it says.
 
   Args:
@@ -184,10 +190,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequen
   kind = lambda i: ' class="num"' if i in numeric else ""
   head = "".join(f"<th{kind(i)}>{cell}</th>" for i, cell in enumerate(header))
   body = "".join(
-      "<tr>" + "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>\n" for row in rows)
+    "<tr>" + "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>\n" for row in rows
+  )
   style = ' class="loose"' if loose else ""
-  return (f'<div class="wide"><table{style}><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
-          f'<p class="dim">{caption}</p>')
+  return (
+    f'<div class="wide"><table{style}><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
+    f'<p class="dim">{caption}</p>'
+  )
 
 
 class _Folder:
@@ -203,26 +212,39 @@ class _Folder:
     """Keeps a figure with its numbers; returns a <figure>."""
     (self.path / f"{name}.png").write_bytes(figures.png(figure))
     (self.path / f"{name}.csv").write_text(_csv(header, rows))
-    return (f"<figure>{figures.svg(figure, name, label)}<figcaption>{caption} "
-            f'Numbers: <code>{name}.csv</code>.</figcaption></figure>')
+    return (
+      f"<figure>{figures.svg(figure, name, label)}<figcaption>{caption} "
+      f"Numbers: <code>{name}.csv</code>.</figcaption></figure>"
+    )
 
 
 def _errors(report: Report, folder: _Folder) -> str:
   tested = [method for method in report.methods if method.error is not None]
   rows = [
-      (_esc(m.label), _percent(m.error), f"{100 * m.low:.1f} – {_percent(m.high)}", str(m.num_problems))
-      if m.error is not None else (_esc(m.label), "not done", "", "") for m in report.methods]
-  out = _table(("method", "test error", "95 % interval", "problems"), rows, (1, 2, 3),
-               "Test error: the share of the test problems whose response is not graded right; one response a problem. "
-               "The interval (Wilson) is over the draw of test problems, for one training run. All methods answer the "
-               "same problems, so two methods may differ even where their intervals overlap.")
+    (_esc(m.label), _percent(m.error), f"{100 * m.low:.1f} – {_percent(m.high)}", str(m.num_problems))
+    if m.error is not None
+    else (_esc(m.label), "not done", "", "")
+    for m in report.methods
+  ]
+  out = _table(
+    ("method", "test error", "95 % interval", "problems"),
+    rows,
+    (1, 2, 3),
+    "Test error: the share of the test problems whose response is not graded right; one response a problem. "
+    "The interval (Wilson) is over the draw of test problems, for one training run. All methods answer the "
+    "same problems, so two methods may differ even where their intervals overlap.",
+  )
   if not tested:
     return out + _missing("Stage evaluate is not done: no method has been tested yet.")
   figure = figures.errors([m.label for m in tested], [m.error for m in tested], [(m.low, m.high) for m in tested])
   return out + folder.add(
-      "errors", figure, ("method", "test_error", "ci95_low", "ci95_high", "num_problems"),
-      [(m.label, m.error, m.low, m.high, m.num_problems) for m in tested], "Test errors with their intervals",
-      "Test error of each method over the test problems; the line is the 95 % interval.")
+    "errors",
+    figure,
+    ("method", "test_error", "ci95_low", "ci95_high", "num_problems"),
+    [(m.label, m.error, m.low, m.high, m.num_problems) for m in tested],
+    "Test errors with their intervals",
+    "Test error of each method over the test problems; the line is the 95 % interval.",
+  )
 
 
 def _values(report: Report, folder: _Folder) -> str:
@@ -231,29 +253,43 @@ def _values(report: Report, folder: _Folder) -> str:
   values, pits = report.values, report.pits
   if not values.means:
     return _missing("Stage credit found no wrong trace with an answer: there are no values to show.")
-  under = (f" under Best-of-{report.best_of} (at least one of {report.best_of} rollouts is right)"
-           if report.best_of > 1 else "")
-  out = ("<p>Q of a step is the probability that the SFT policy, going on from the end of that step, comes out right"
-         f"{under}; it is estimated from {report.num_rollouts} rollouts. The last step needs none: of a wrong trace "
-         "its Q is 0. A step's advantage is its Q minus the Q of the step before; before the first step stands the "
-         "value of the problem alone, from its samples. The pit is the step that is blamed, by the rule "
-         f"<code>{_esc(report.pit_rule)}</code>.</p>")
+  under = (
+    f" under Best-of-{report.best_of} (at least one of {report.best_of} rollouts is right)"
+    if report.best_of > 1
+    else ""
+  )
+  out = (
+    "<p>Q of a step is the probability that the SFT policy, going on from the end of that step, comes out right"
+    f"{under}; it is estimated from {report.num_rollouts} rollouts. The last step needs none: of a wrong trace "
+    "its Q is 0. A step's advantage is its Q minus the Q of the step before; before the first step stands the "
+    "value of the problem alone, from its samples. The pit is the step that is blamed, by the rule "
+    f"<code>{_esc(report.pit_rule)}</code>.</p>"
+  )
   mean = folder.add(
-      "mean_q", figures.mean_values(values.means, values.counts, values.start), ("step", "mean_q", "traces"),
-      [(0, values.start, len(pits)),
-       *((s, q if n else "", n) for s, (q, n) in enumerate(zip(values.means, values.counts, strict=True), start=1))],
-      "Mean Q by step",
-      "Mean Q after each step over the wrong traces that have the step and whose Q there is known, last steps (Q = 0) "
-      f"included; {len(pits)} traces of {values.num_problems} problems, each trace weighs the same. At 0 stands the "
-      "mean of the value of the problem alone over all these traces. The bars say over how many traces each mean is.")
+    "mean_q",
+    figures.mean_values(values.means, values.counts, values.start),
+    ("step", "mean_q", "traces"),
+    [
+      (0, values.start, len(pits)),
+      *((s, q if n else "", n) for s, (q, n) in enumerate(zip(values.means, values.counts, strict=True), start=1)),
+    ],
+    "Mean Q by step",
+    "Mean Q after each step over the wrong traces that have the step and whose Q there is known, last steps (Q = 0) "
+    f"included; {len(pits)} traces of {values.num_problems} problems, each trace weighs the same. At 0 stands the "
+    "mean of the value of the problem alone over all these traces. The bars say over how many traces each mean is.",
+  )
   steps = max((pit + 1 for pit in pits), default=0)
   counts = [sum(pit == step for pit in pits) for step in range(max(steps, len(values.means)))]
   without = sum(pit < 0 for pit in pits)
   where = folder.add(
-      "pits", figures.pits(counts, without), ("step", "traces"), [*enumerate(counts, start=1), ("none", without)],
-      "Where the pits lie",
-      f"Step of the pit in the {len(pits)} credited wrong traces; in {without or 'none'} of them the rule finds no "
-      "pit, and such a trace gives no per-step pair.")
+    "pits",
+    figures.pits(counts, without),
+    ("step", "traces"),
+    [*enumerate(counts, start=1), ("none", without)],
+    "Where the pits lie",
+    f"Step of the pit in the {len(pits)} credited wrong traces; in {without or 'none'} of them the rule finds no "
+    "pit, and such a trace gives no per-step pair.",
+  )
   return f'{out}<div class="figures">{mean}{where}</div>'
 
 
@@ -275,8 +311,10 @@ def _step(step: Step, number: int, trace: ShownTrace, best_of: int) -> str:
     shade = round(0.55 * min(1.0, abs(step.advantage)), 3)
     style = f' style="background: rgba(var(--{"bad" if step.advantage < 0 else "good"}), {shade})"'
   kind, tag = (' class="pit"', ' <span class="tag">◀ pit</span>') if number == trace.pit else ("", "")
-  return (f'<li{kind}{style}><span class="text">{number + 1}. {_esc(step.text.strip())}</span>'
-          f'<span class="credit">{credit}{tag}</span></li>')
+  return (
+    f'<li{kind}{style}><span class="text">{number + 1}. {_esc(step.text.strip())}</span>'
+    f'<span class="credit">{credit}{tag}</span></li>'
+  )
 
 
 def _trace(trace: ShownTrace, number: int, best_of: int, pair_mode: str) -> str:
@@ -284,16 +322,24 @@ def _trace(trace: ShownTrace, number: int, best_of: int, pair_mode: str) -> str:
   start = f"{trace.right_samples} of {trace.samples} samples of the problem are right"
   start += f" (value {trace.v0:.2f} under Best-of-{best_of})" if best_of > 1 else f" (value {trace.v0:.2f})"
   steps = "\n".join(_step(step, i, trace, best_of) for i, step in enumerate(trace.steps))
-  what = ("this known solution to the trace up to and with its pit" if pair_mode == "algorithm1"
-          else "this to the pit; it is from a continuation of the same steps that came out right")
-  preferred = (f'<p class="dim">The per-step pair prefers {what}:</p><pre>{_esc(trace.preferred.strip())}</pre>'
-               if trace.preferred else "")
+  what = (
+    "this known solution to the trace up to and with its pit"
+    if pair_mode == "algorithm1"
+    else "this to the pit; it is from a continuation of the same steps that came out right"
+  )
+  preferred = (
+    f'<p class="dim">The per-step pair prefers {what}:</p><pre>{_esc(trace.preferred.strip())}</pre>'
+    if trace.preferred
+    else ""
+  )
   no_pit = "" if trace.pit >= 0 else ' <span class="dim">The rule finds no pit here.</span>'
-  return (f'<article><h3>Trace {number} <span class="dim">{_esc(trace.id)}</span></h3>'
-          f"<pre>{_esc(trace.problem.strip())}</pre>"
-          f'<p>Verdict: <b>{_esc(_REASONS.get(trace.reason, trace.reason))}</b>; answer {_esc(graded)}, gold answer '
-          f"{_esc(trace.gold)}. {start}.{no_pit}</p>"
-          f'<ol class="steps">\n{steps}\n</ol>{preferred}</article>')
+  return (
+    f'<article><h3>Trace {number} <span class="dim">{_esc(trace.id)}</span></h3>'
+    f"<pre>{_esc(trace.problem.strip())}</pre>"
+    f"<p>Verdict: <b>{_esc(_REASONS.get(trace.reason, trace.reason))}</b>; answer {_esc(graded)}, gold answer "
+    f"{_esc(trace.gold)}. {start}.{no_pit}</p>"
+    f'<ol class="steps">\n{steps}\n</ol>{preferred}</article>'
+  )
 
 
 def _traces(report: Report) -> str:
@@ -302,13 +348,14 @@ def _traces(report: Report) -> str:
   if not report.traces:
     return _missing("There is no credited wrong trace to show.")
   return (
-      "<p>Wrong traces of the SFT policy, taken at even distances from the list of those with a pit, one a problem; "
-      "they are not picked by hand. Each step shows how many rollouts from its end came out right, with the 95 % "
-      "interval (Wilson) of that share, and its advantage. Colour: "
-      '<span class="sample" style="background: rgba(var(--bad), 0.5)">the step lowers Q</span> '
-      '<span class="sample" style="background: rgba(var(--good), 0.5)">the step raises Q</span>, the stronger the more.'
-      "</p>" + "\n".join(_trace(trace, i, report.best_of, report.pair_mode)
-                         for i, trace in enumerate(report.traces, start=1)))
+    "<p>Wrong traces of the SFT policy, taken at even distances from the list of those with a pit, one a problem; "
+    "they are not picked by hand. Each step shows how many rollouts from its end came out right, with the 95 % "
+    "interval (Wilson) of that share, and its advantage. Colour: "
+    '<span class="sample" style="background: rgba(var(--bad), 0.5)">the step lowers Q</span> '
+    '<span class="sample" style="background: rgba(var(--good), 0.5)">the step raises Q</span>, the stronger the more.'
+    "</p>"
+    + "\n".join(_trace(trace, i, report.best_of, report.pair_mode) for i, trace in enumerate(report.traces, start=1))
+  )
 
 
 def _reasons(report: Report) -> str:
@@ -320,9 +367,13 @@ def _reasons(report: Report) -> str:
     total = sum(column.values())
     cells = (f"{column.get(name, 0)} <br>{_percent(column.get(name, 0) / total)}" for name in names)
     rows.append((_esc(label), *cells, str(total)))
-  return _table(("responses", *(_REASONS[name] for name in names), "all"), rows, range(1, len(names) + 2),
-                "Number of responses by verdict, and their share of the row. The samples are of the training problems, "
-                "the other rows of the test problems, one response each.")
+  return _table(
+    ("responses", *(_REASONS[name] for name in names), "all"),
+    rows,
+    range(1, len(names) + 2),
+    "Number of responses by verdict, and their share of the row. The samples are of the training problems, "
+    "the other rows of the test problems, one response each.",
+  )
 
 
 def _stages(report: Report) -> str:
@@ -331,33 +382,44 @@ def _stages(report: Report) -> str:
 
   rows, total = [], 0.0
   for stage in report.stages:
-    numbers = [f"{_esc(name)} {count(value)}" for name, value in stage.figures.items()
-               if name != "seconds" and isinstance(value, (int, float))]
+    numbers = [
+      f"{_esc(name)} {count(value)}"
+      for name, value in stage.figures.items()
+      if name != "seconds" and isinstance(value, (int, float))
+    ]
     seconds = stage.figures.get("seconds")
     total += seconds or 0.0
     shown = "" if seconds is None else f"{seconds:.1f}"
     rows.append((_esc(stage.name), _STATES[stage.state], shown, ", ".join(numbers)))
   rows.append(("all", "", f"{total:.1f}", ""))
-  return _table(("stage", "state", "seconds", "counts"), rows, (2,),
-                "Seconds of the process that finished the stage; a stage that was interrupted took longer in all. "
-                "Names with a / and grad_norm are of the last training step: means over its batch, of what stands "
-                "after the /.", loose=True)
+  return _table(
+    ("stage", "state", "seconds", "counts"),
+    rows,
+    (2,),
+    "Seconds of the process that finished the stage; a stage that was interrupted took longer in all. "
+    "Names with a / and grad_norm are of the last training step: means over its batch, of what stands "
+    "after the /.",
+    loose=True,
+  )
 
 
 def _origin(report: Report) -> str:
   kind = lambda name: ' class="changed"' if name in report.changed else ""
-  leaves = "".join(f"<tr{kind(name)}><td><code>{_esc(name)}</code></td><td><code>{_esc(value)}</code></td></tr>\n"
-                   for name, value in report.config.items())
+  leaves = "".join(
+    f"<tr{kind(name)}><td><code>{_esc(name)}</code></td><td><code>{_esc(value)}</code></td></tr>\n"
+    for name, value in report.config.items()
+  )
   versions = ", ".join(f"{_esc(name)} {_esc(version)}" for name, version in report.versions.items())
   commits = ", ".join(f"<code>{_esc(commit)}</code>" for commit in report.commits) or "not known (no git checkout)"
   return (
-      f"<p>To make this run again, in another folder:</p><pre>{_esc(report.command)}</pre>"
-      '<p class="dim">REPORT_FOLDER is where this page lies; its <code>config.py</code> sets every leaf that differs '
-      "from the default."
-      f"</p><p>Git commit: {commits} (+ means: with changes on top).<br>Versions: {versions}.<br>"
-      f"Devices of the last command: {_esc(', '.join(report.devices)) or 'not known'}.</p>"
-      f"<details><summary>All {len(report.config)} leaves of the config; bold ones differ from the default</summary>"
-      f'<table class="leaves"><tbody>\n{leaves}</tbody></table></details>')
+    f"<p>To make this run again, in another folder:</p><pre>{_esc(report.command)}</pre>"
+    '<p class="dim">REPORT_FOLDER is where this page lies; its <code>config.py</code> sets every leaf that differs '
+    "from the default."
+    f"</p><p>Git commit: {commits} (+ means: with changes on top).<br>Versions: {versions}.<br>"
+    f"Devices of the last command: {_esc(', '.join(report.devices)) or 'not known'}.</p>"
+    f"<details><summary>All {len(report.config)} leaves of the config; bold ones differ from the default</summary>"
+    f'<table class="leaves"><tbody>\n{leaves}</tbody></table></details>'
+  )
 
 
 def page(report: Report, folder: epath.PathLike) -> str:
@@ -368,25 +430,26 @@ def page(report: Report, folder: epath.PathLike) -> str:
   if unfinished:
     note = _missing(f"Not finished yet: {', '.join(unfinished)}. What rests on them is left out below.")
   sections = (
-      ("Test errors", _errors(report, keep)),
-      ("Value of the steps of wrong traces", _values(report, keep)),
-      ("Wrong traces with the credit of each step", _traces(report)),
-      ("Verdicts", _reasons(report)),
-      ("Time and counts by stage", _stages(report)),
-      ("Where this comes from", _origin(report)),
+    ("Test errors", _errors(report, keep)),
+    ("Value of the steps of wrong traces", _values(report, keep)),
+    ("Wrong traces with the credit of each step", _traces(report)),
+    ("Verdicts", _reasons(report)),
+    ("Time and counts by stage", _stages(report)),
+    ("Where this comes from", _origin(report)),
   )
   body = "\n".join(f"<section><h2>{title}</h2>\n{text}</section>" for title, text in sections)
   return (
-      '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-      '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-      '<meta http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;; '
-      'style-src &#39;unsafe-inline&#39;">\n'
-      f"<title>{_esc(report.title)}</title>\n<style>{_CSS}</style></head>\n<body>\n<h1>{_esc(report.title)}</h1>\n"
-      "<p>SFT trains the base model on known solutions. RFT trains on the SFT policy's own right samples. Both DPOs go "
-      "on from the SFT policy: with right against wrong whole solutions (arbitrary pairs), or with pairs made at the "
-      "pit, the step that is to blame for a wrong answer (per-step DPO; mode "
-      f"<code>{_esc(report.pair_mode)}</code>).</p>\n"
-      f"{note}\n{body}\n</body></html>\n")
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    '<meta http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;; '
+    'style-src &#39;unsafe-inline&#39;">\n'
+    f"<title>{_esc(report.title)}</title>\n<style>{_CSS}</style></head>\n<body>\n<h1>{_esc(report.title)}</h1>\n"
+    "<p>SFT trains the base model on known solutions. RFT trains on the SFT policy's own right samples. Both DPOs go "
+    "on from the SFT policy: with right against wrong whole solutions (arbitrary pairs), or with pairs made at the "
+    "pit, the step that is to blame for a wrong answer (per-step DPO; mode "
+    f"<code>{_esc(report.pair_mode)}</code>).</p>\n"
+    f"{note}\n{body}\n</body></html>\n"
+  )
 
 
 def write(report: Report, folder: epath.PathLike) -> epath.Path:

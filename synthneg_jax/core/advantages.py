@@ -52,7 +52,7 @@ def _before(q_S, v0):
 
 
 def first_pit(
-    q_S: jax.Array, known_S: jax.Array, v0: jax.Array, *, rule: str, drop_ratio: float = 0.34, min_before: float = 0.25
+  q_S: jax.Array, known_S: jax.Array, v0: jax.Array, *, rule: str, drop_ratio: float = 0.34, min_before: float = 0.25
 ) -> jax.Array:
   """The step of a wrong response that is to be blamed.
 

@@ -44,7 +44,7 @@ def preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P) -> jax
 
 
 def dpo_loss(
-    chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, beta: float, label_smoothing: float = 0.0
+  chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, beta: float, label_smoothing: float = 0.0
 ) -> jax.Array:
   """Direct Preference Optimization: -(1-ε) log σ(βh) - ε log σ(-βh), h as in `preference_margin`.
 

@@ -53,8 +53,15 @@ def arbitrary(prompt: Ids, solution: Ids, wrong: Response) -> TokenPair:
 
 
 def shared_prefix(
-    prompt: Ids, wrong: Response, pit: int, right: Sequence[Response], all_first_steps: Sequence[tuple[Ids, bool]], *,
-    continuation: str, choice: str, rng: np.random.Generator,
+  prompt: Ids,
+  wrong: Response,
+  pit: int,
+  right: Sequence[Response],
+  all_first_steps: Sequence[tuple[Ids, bool]],
+  *,
+  continuation: str,
+  choice: str,
+  rng: np.random.Generator,
 ) -> TokenPair | None:
   """The pit against what came out right from the very same prefix: the pair of theorem 6.1.
 

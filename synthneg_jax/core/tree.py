@@ -105,13 +105,13 @@ def empty_rows(num_rows: int, length: int) -> PackedTrees:
   """[num_rows, length] of padding, as numpy arrays."""
   zeros = lambda: np.zeros((num_rows, length), np.int32)
   return PackedTrees(
-      token=zeros(),
-      position=zeros(),
-      tree=zeros(),
-      branch=zeros(),
-      fork=zeros(),
-      parent=np.full((num_rows, length), -1, np.int32),
-      scored=np.zeros((num_rows, length), bool),
+    token=zeros(),
+    position=zeros(),
+    tree=zeros(),
+    branch=zeros(),
+    fork=zeros(),
+    parent=np.full((num_rows, length), -1, np.int32),
+    scored=np.zeros((num_rows, length), bool),
   )
 
 

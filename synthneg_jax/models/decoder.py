@@ -29,7 +29,7 @@ class _Norm(nn.Module):
   @nn.compact
   def __call__(self, x_ND):
     scale_D = self.param(
-        "scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), x_ND.shape[-1:], self.param_dtype
+      "scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), x_ND.shape[-1:], self.param_dtype
     )
     wide = jnp.promote_types(x_ND.dtype, jnp.float32)
     y_ND = x_ND.astype(wide)
@@ -54,7 +54,7 @@ class Layer(nn.Module):
 
     def matrix(name, axes, shape, init=fan_in):
       kernel = self.param(
-          name, nn.with_logical_partitioning(init, axes), (shape[0], shape[1]), jnp.dtype(c.param_dtype)
+        name, nn.with_logical_partitioning(init, axes), (shape[0], shape[1]), jnp.dtype(c.param_dtype)
       )
       return kernel.astype(dtype)
 
@@ -99,8 +99,10 @@ class Ends(nn.Module):
     matrix_VD = self.embedding if self.config.tie_embeddings else self.unembedding
     dtype = jnp.dtype(self.config.dtype)
     logits = lax.dot_general(
-        h_ND.astype(dtype), matrix_VD.astype(dtype), (((h_ND.ndim - 1,), (1,)), ((), ())),
-        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+      h_ND.astype(dtype),
+      matrix_VD.astype(dtype),
+      (((h_ND.ndim - 1,), (1,)), ((), ())),
+      preferred_element_type=jnp.promote_types(dtype, jnp.float32),
     )
     return logits
 
@@ -214,8 +216,10 @@ class Model:
       for at, layer_params in enumerate(params["layers"]):
         x_ND, cache = layer(x_ND, layer_params, cache, at)
     else:
+
       def body(carry, layer_params_and_at):
         return layer(carry[0], layer_params_and_at[0], carry[1], layer_params_and_at[1]), None
+
       (x_ND, cache), _ = lax.scan(body, (x_ND, cache), (params["layers"], jnp.arange(c.num_layers)))
     h_ND = Ends(c).apply({"params": params["ends"]}, x_ND, method="last_norm")
     return h_ND.reshape(lanes, slots, c.d_model), cache

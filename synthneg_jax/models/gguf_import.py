@@ -30,20 +30,20 @@ _MAGIC = b"GGUF"
 
 # GGUF name -> Hugging Face name. The names of a block get the prefixes "blk.<i>." and "model.layers.<i>.".
 _TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+  "token_embd.weight": "model.embed_tokens.weight",
+  "output_norm.weight": "model.norm.weight",
+  "output.weight": "lm_head.weight",
 }
 _BLOCK_NAMES = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
+  "attn_norm.weight": "input_layernorm.weight",
+  "attn_q.weight": "self_attn.q_proj.weight",
+  "attn_k.weight": "self_attn.k_proj.weight",
+  "attn_v.weight": "self_attn.v_proj.weight",
+  "attn_output.weight": "self_attn.o_proj.weight",
+  "ffn_norm.weight": "post_attention_layernorm.weight",
+  "ffn_gate.weight": "mlp.gate_proj.weight",
+  "ffn_up.weight": "mlp.up_proj.weight",
+  "ffn_down.weight": "mlp.down_proj.weight",
 }
 
 # The token types of a GGUF vocabulary that are matched in the text before any merge.
@@ -152,30 +152,30 @@ def _config(source: _Source) -> dict[str, Any]:
     raise UserError(f"{source.path}: the rotary embedding is scaled ({scaling}), which is not covered.")
   theta = _shortest(source.get("llama.rope.freq_base", 10000.0))
   return {
-      "architectures": ["LlamaForCausalLM"],
-      "attention_bias": False,
-      "attention_dropout": 0.0,
-      "bos_token_id": source.get("tokenizer.ggml.bos_token_id"),
-      "dtype": "float32",
-      "eos_token_id": source.need("tokenizer.ggml.eos_token_id"),
-      "head_dim": head_dim,
-      "hidden_act": "silu",
-      "hidden_size": hidden,
-      "intermediate_size": source.need("llama.feed_forward_length"),
-      "max_position_embeddings": source.need("llama.context_length"),
-      "mlp_bias": False,
-      "model_type": "llama",
-      "num_attention_heads": heads,
-      "num_hidden_layers": source.need("llama.block_count"),
-      "num_key_value_heads": kv_heads,
-      "pad_token_id": source.get("tokenizer.ggml.padding_token_id"),
-      "rms_norm_eps": _shortest(source.need("llama.attention.layer_norm_rms_epsilon")),
-      # transformers 5 reads rope_parameters; older versions read rope_theta.
-      "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
-      "rope_theta": theta,
-      # A file without an output matrix uses the embedding for both.
-      "tie_word_embeddings": "output.weight" not in source.names(),
-      "vocab_size": source.shape("token_embd.weight")[0],
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": source.get("tokenizer.ggml.bos_token_id"),
+    "dtype": "float32",
+    "eos_token_id": source.need("tokenizer.ggml.eos_token_id"),
+    "head_dim": head_dim,
+    "hidden_act": "silu",
+    "hidden_size": hidden,
+    "intermediate_size": source.need("llama.feed_forward_length"),
+    "max_position_embeddings": source.need("llama.context_length"),
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": heads,
+    "num_hidden_layers": source.need("llama.block_count"),
+    "num_key_value_heads": kv_heads,
+    "pad_token_id": source.get("tokenizer.ggml.padding_token_id"),
+    "rms_norm_eps": _shortest(source.need("llama.attention.layer_norm_rms_epsilon")),
+    # transformers 5 reads rope_parameters; older versions read rope_theta.
+    "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+    "rope_theta": theta,
+    # A file without an output matrix uses the embedding for both.
+    "tie_word_embeddings": "output.weight" not in source.names(),
+    "vocab_size": source.shape("token_embd.weight")[0],
   }
 
 
@@ -187,15 +187,15 @@ def _weights(source: _Source, config: dict[str, Any]) -> dict[str, np.ndarray]:
   hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
   heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
   block_shapes = {
-      "attn_norm.weight": (hidden,),
-      "attn_q.weight": (heads * head_dim, hidden),
-      "attn_k.weight": (kv_heads * head_dim, hidden),
-      "attn_v.weight": (kv_heads * head_dim, hidden),
-      "attn_output.weight": (hidden, heads * head_dim),
-      "ffn_norm.weight": (hidden,),
-      "ffn_gate.weight": (inner, hidden),
-      "ffn_up.weight": (inner, hidden),
-      "ffn_down.weight": (hidden, inner),
+    "attn_norm.weight": (hidden,),
+    "attn_q.weight": (heads * head_dim, hidden),
+    "attn_k.weight": (kv_heads * head_dim, hidden),
+    "attn_v.weight": (kv_heads * head_dim, hidden),
+    "attn_output.weight": (hidden, heads * head_dim),
+    "ffn_norm.weight": (hidden,),
+    "ffn_gate.weight": (inner, hidden),
+    "ffn_up.weight": (inner, hidden),
+    "ffn_down.weight": (hidden, inner),
   }
   rotated = {"attn_q.weight": heads, "attn_k.weight": kv_heads}
 
@@ -238,13 +238,14 @@ def _tokenizer(source: _Source, config: dict[str, Any]) -> tuple[tokenizers.Toke
   tokens, types = source.need("tokenizer.ggml.tokens"), source.need("tokenizer.ggml.token_type")
   if not len(tokens) == len(types) == config["vocab_size"]:
     raise UserError(
-        f"{source.path}: {len(tokens)} tokens and {len(types)} token types stand against "
-        f"{config['vocab_size']} rows of the embedding.")
+      f"{source.path}: {len(tokens)} tokens and {len(types)} token types stand against "
+      f"{config['vocab_size']} rows of the embedding."
+    )
   named = {
-      "bos_token": config["bos_token_id"],
-      "eos_token": config["eos_token_id"],
-      "pad_token": config["pad_token_id"],
-      "unk_token": source.get("tokenizer.ggml.unknown_token_id"),
+    "bos_token": config["bos_token_id"],
+    "eos_token": config["eos_token_id"],
+    "pad_token": config["pad_token_id"],
+    "unk_token": source.get("tokenizer.ggml.unknown_token_id"),
   }
   for role, index in named.items():
     if index is not None and index >= len(tokens):
@@ -258,21 +259,26 @@ def _tokenizer(source: _Source, config: dict[str, Any]) -> tuple[tokenizers.Toke
     raise UserError(f"{source.path}: the merges do not fit the tokens ({error}).") from error
   tokenizer = tokenizers.Tokenizer(model)
   # llama.cpp's "smollm": each digit stands alone, then the pattern of GPT-2 cuts the rest into words.
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [
       pre_tokenizers.Digits(individual_digits=True),
       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-  ])
+    ]
+  )
   tokenizer.decoder = decoders.ByteLevel()
-  tokenizer.add_tokens([
+  tokenizer.add_tokens(
+    [
       tokenizers.AddedToken(token, special=token_type == _CONTROL, normalized=False)
-      for token, token_type in zip(tokens, types) if token_type in (_CONTROL, _USER_DEFINED)
-  ])
+      for token, token_type in zip(tokens, types)
+      if token_type in (_CONTROL, _USER_DEFINED)
+    ]
+  )
 
   tokenizer_config = {
-      "clean_up_tokenization_spaces": False,
-      "model_max_length": config["max_position_embeddings"],
-      # The generic class: GPT2Tokenizer of transformers 5 would put its own pre-tokenizer in place of the one above.
-      "tokenizer_class": "PreTrainedTokenizerFast",
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": config["max_position_embeddings"],
+    # The generic class: GPT2Tokenizer of transformers 5 would put its own pre-tokenizer in place of the one above.
+    "tokenizer_class": "PreTrainedTokenizerFast",
   }
   tokenizer_config.update({role: tokens[index] for role, index in named.items() if index is not None})
   template = source.get("tokenizer.chat_template")
@@ -293,8 +299,9 @@ def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
   """Converts the file named on the command line; returns the exit status."""
   parser = argparse.ArgumentParser(
-      prog="python -m synthneg_jax.models.gguf_import",
-      description="Turns a llama-architecture GGUF file into a Hugging Face folder with float32 weights.")
+    prog="python -m synthneg_jax.models.gguf_import",
+    description="Turns a llama-architecture GGUF file into a Hugging Face folder with float32 weights.",
+  )
   parser.add_argument("gguf", metavar="GGUF", help="the file to read")
   parser.add_argument("out", metavar="OUT", help="the folder to write; it is made when missing")
   args = parser.parse_args(argv)

@@ -23,24 +23,31 @@ from synthneg_jax.runtime.errors import UserError
 
 # Path of a parameter -> Hugging Face name; {} is the layer's number.
 _NAMES = {
-    "ends/embedding": "model.embed_tokens.weight",
-    "ends/unembedding": "lm_head.weight",
-    "ends/norm/scale": "model.norm.weight",
-    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
-    "layers/query": "model.layers.{}.self_attn.q_proj.weight",
-    "layers/key": "model.layers.{}.self_attn.k_proj.weight",
-    "layers/value": "model.layers.{}.self_attn.v_proj.weight",
-    "layers/output": "model.layers.{}.self_attn.o_proj.weight",
-    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/gate": "model.layers.{}.mlp.gate_proj.weight",
-    "layers/up": "model.layers.{}.mlp.up_proj.weight",
-    "layers/down": "model.layers.{}.mlp.down_proj.weight",
+  "ends/embedding": "model.embed_tokens.weight",
+  "ends/unembedding": "lm_head.weight",
+  "ends/norm/scale": "model.norm.weight",
+  "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
+  "layers/query": "model.layers.{}.self_attn.q_proj.weight",
+  "layers/key": "model.layers.{}.self_attn.k_proj.weight",
+  "layers/value": "model.layers.{}.self_attn.v_proj.weight",
+  "layers/output": "model.layers.{}.self_attn.o_proj.weight",
+  "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+  "layers/gate": "model.layers.{}.mlp.gate_proj.weight",
+  "layers/up": "model.layers.{}.mlp.up_proj.weight",
+  "layers/down": "model.layers.{}.mlp.down_proj.weight",
 }
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "tokenizer.model",
+  "vocab.json",
+  "merges.txt",
+  "chat_template.jinja",
+  "chat_template.json",
 )
 
 
@@ -78,11 +85,20 @@ def read_config(folder: epath.PathLike, *, dtype: str, param_dtype: str, scan_la
   number = lambda key, default: float(need(key, default, (int, float), "number"))
   width, heads = size("hidden_size"), size("num_attention_heads")
   return ModelConfig(
-      vocab_size=size("vocab_size"), d_model=width, num_layers=size("num_hidden_layers"), num_heads=heads,
-      num_kv_heads=size("num_key_value_heads", heads), head_dim=size("head_dim", width // heads),
-      d_ff=size("intermediate_size"), rope_theta=number("rope_theta", 10000.0), norm_eps=number("rms_norm_eps", 1e-6),
-      tie_embeddings=bool(raw.get("tie_word_embeddings")), dtype=dtype, param_dtype=param_dtype,
-      scan_layers=scan_layers, remat=remat,
+    vocab_size=size("vocab_size"),
+    d_model=width,
+    num_layers=size("num_hidden_layers"),
+    num_heads=heads,
+    num_kv_heads=size("num_key_value_heads", heads),
+    head_dim=size("head_dim", width // heads),
+    d_ff=size("intermediate_size"),
+    rope_theta=number("rope_theta", 10000.0),
+    norm_eps=number("rms_norm_eps", 1e-6),
+    tie_embeddings=bool(raw.get("tie_word_embeddings")),
+    dtype=dtype,
+    param_dtype=param_dtype,
+    scan_layers=scan_layers,
+    remat=remat,
   )
 
 
@@ -150,6 +166,7 @@ def save(folder, model: Model, params: Params, tokenizer_folder=None, *, max_sha
   special, positions, files = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")), 2048, []
   if tokenizer_folder is not None:
     import transformers  # Slow to import; only an export with a tokenizer needs it.
+
     source = epath.Path(tokenizer_folder)
     try:
       tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(source), local_files_only=True)
@@ -160,13 +177,24 @@ def save(folder, model: Model, params: Params, tokenizer_folder=None, *, max_sha
     if (source / "config.json").exists():
       positions = _read_json(source / "config.json").get("max_position_embeddings", positions)
   config = special | {
-      "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": c.param_dtype,
-      "vocab_size": c.vocab_size, "hidden_size": c.d_model, "intermediate_size": c.d_ff,
-      "num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads, "num_key_value_heads": c.num_kv_heads,
-      "head_dim": c.head_dim, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-      "rms_norm_eps": c.norm_eps, "max_position_embeddings": positions, "tie_word_embeddings": c.tie_embeddings,
-      "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},
-      "rope_theta": c.rope_theta,  # for transformers before 5
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": c.param_dtype,
+    "vocab_size": c.vocab_size,
+    "hidden_size": c.d_model,
+    "intermediate_size": c.d_ff,
+    "num_hidden_layers": c.num_layers,
+    "num_attention_heads": c.num_heads,
+    "num_key_value_heads": c.num_kv_heads,
+    "head_dim": c.head_dim,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rms_norm_eps": c.norm_eps,
+    "max_position_embeddings": positions,
+    "tie_word_embeddings": c.tie_embeddings,
+    "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},
+    "rope_theta": c.rope_theta,  # for transformers before 5
   }
   partial = folder.parent / f".{folder.name}.partial"
   try:

@@ -102,14 +102,28 @@ def empty_state(model: Model, g: Geometry) -> State:
   k, h = c.num_kv_heads, c.head_dim
   per_item = (g.lanes, g.items)
   return State(
-      cache=Cache(cache(g.lanes, k, h, g.trunk), cache(g.lanes, k, g.trunk, h),
-                  cache(g.lanes, g.slots, k, g.new, h), cache(g.lanes, g.slots, k, g.new, h)),
-      item_fork=ints(*per_item), item_key=jnp.zeros((*per_item, 2), jnp.uint32),
-      queue=ints(*per_item), queue_size=ints(g.lanes), queue_next=ints(g.lanes),
-      slot_item=jnp.full((g.lanes, g.slots), -1, jnp.int32), slot_size=ints(g.lanes, g.slots),
-      slot_token=ints(g.lanes, g.slots), item_stop=ints(*per_item),
-      token=ints(*per_item, g.new), logp=floats(*per_item, g.new), drawn_logp=floats(*per_item, g.new),
-      size=ints(*per_item), finish=ints(*per_item), steps=ints(), busy=ints(),
+    cache=Cache(
+      cache(g.lanes, k, h, g.trunk),
+      cache(g.lanes, k, g.trunk, h),
+      cache(g.lanes, g.slots, k, g.new, h),
+      cache(g.lanes, g.slots, k, g.new, h),
+    ),
+    item_fork=ints(*per_item),
+    item_key=jnp.zeros((*per_item, 2), jnp.uint32),
+    queue=ints(*per_item),
+    queue_size=ints(g.lanes),
+    queue_next=ints(g.lanes),
+    slot_item=jnp.full((g.lanes, g.slots), -1, jnp.int32),
+    slot_size=ints(g.lanes, g.slots),
+    slot_token=ints(g.lanes, g.slots),
+    item_stop=ints(*per_item),
+    token=ints(*per_item, g.new),
+    logp=floats(*per_item, g.new),
+    drawn_logp=floats(*per_item, g.new),
+    size=ints(*per_item),
+    finish=ints(*per_item),
+    steps=ints(),
+    busy=ints(),
   )
 
 
@@ -126,8 +140,10 @@ def state_shardings(model: Model, mesh: Mesh) -> State:
 
 def _draw_at(logits, keys, index, how: Sampling):
   """Draws for [lanes, n] places, each with its item's key folded with the token's place in its branch."""
+
   def one(logits_V, key_data, at):
     return draw(logits_V, jax.random.fold_in(jax.random.wrap_key_data(key_data), at), how)
+
   return jax.vmap(jax.vmap(one))(logits, keys, index)
 
 
@@ -153,16 +169,28 @@ def _take_items(state: State) -> State:
   item = jnp.where(takes, item, state.slot_item)
   first = jnp.take_along_axis(state.token[:, :, 0], jnp.maximum(item, 0), axis=1)
   return dataclasses.replace(
-      state,
-      slot_item=item,
-      slot_size=jnp.where(takes, 1, state.slot_size),
-      slot_token=jnp.where(takes, first, state.slot_token),
-      queue_next=state.queue_next + jnp.sum(takes, axis=1, dtype=jnp.int32),
+    state,
+    slot_item=item,
+    slot_size=jnp.where(takes, 1, state.slot_size),
+    slot_token=jnp.where(takes, first, state.slot_token),
+    queue_next=state.queue_next + jnp.sum(takes, axis=1, dtype=jnp.int32),
   )
 
 
-def prefill(model: Model, g: Geometry, how: Sampling, stops: Stops, params, state: State, lane, token, length,
-            item_fork, item_key, num_items) -> State:
+def prefill(
+  model: Model,
+  g: Geometry,
+  how: Sampling,
+  stops: Stops,
+  params,
+  state: State,
+  lane,
+  token,
+  length,
+  item_fork,
+  item_key,
+  num_items,
+) -> State:
   """Puts new trunks with their items into lanes and draws every item's first token.
 
   Args:
@@ -177,8 +205,14 @@ def prefill(model: Model, g: Geometry, how: Sampling, stops: Stops, params, stat
   position = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), token.shape)
   zeros = jnp.zeros_like(token)
   trees = tree_lib.PackedTrees(
-      token=token, position=position, tree=(position < length[:, None]).astype(jnp.int32), branch=zeros, fork=zeros,
-      parent=zeros, scored=zeros.astype(bool))
+    token=token,
+    position=position,
+    tree=(position < length[:, None]).astype(jnp.int32),
+    branch=zeros,
+    fork=zeros,
+    parent=zeros,
+    scored=zeros.astype(bool),
+  )
   h_RCD, (k, v) = model.hidden(params, trees, with_cache=True)
 
   h_RQD = jnp.take_along_axis(h_RCD, jnp.maximum(item_fork - 1, 0)[..., None], axis=1)
@@ -198,16 +232,24 @@ def prefill(model: Model, g: Geometry, how: Sampling, stops: Stops, params, stat
 
   at_start = lambda values: jnp.pad(values[..., None], ((0, 0), (0, 0), (0, g.new - 1)))
   state = dataclasses.replace(
-      state,
-      cache=dataclasses.replace(state.cache, trunk_k=put_trunk(state.cache.trunk_k, k, (0, 1, 3, 2)),
-                                trunk_v=put_trunk(state.cache.trunk_v, v, (0, 1, 2, 3))),
-      item_fork=put(state.item_fork, item_fork), item_key=put(state.item_key, item_key),
-      queue=put(state.queue, jnp.argsort(~waits, axis=1, stable=True)),
-      queue_size=put(state.queue_size, jnp.sum(waits, axis=1)), queue_next=put(state.queue_next, jnp.zeros(rows)),
-      slot_item=put(state.slot_item, jnp.full((rows, g.slots), -1)), item_stop=put(state.item_stop, stop),
-      token=put(state.token, at_start(first)), logp=put(state.logp, at_start(logp)),
-      drawn_logp=put(state.drawn_logp, at_start(drawn)),
-      size=put(state.size, there), finish=put(state.finish, jnp.where(there, finish, UNFINISHED)),
+    state,
+    cache=dataclasses.replace(
+      state.cache,
+      trunk_k=put_trunk(state.cache.trunk_k, k, (0, 1, 3, 2)),
+      trunk_v=put_trunk(state.cache.trunk_v, v, (0, 1, 2, 3)),
+    ),
+    item_fork=put(state.item_fork, item_fork),
+    item_key=put(state.item_key, item_key),
+    queue=put(state.queue, jnp.argsort(~waits, axis=1, stable=True)),
+    queue_size=put(state.queue_size, jnp.sum(waits, axis=1)),
+    queue_next=put(state.queue_next, jnp.zeros(rows)),
+    slot_item=put(state.slot_item, jnp.full((rows, g.slots), -1)),
+    item_stop=put(state.item_stop, stop),
+    token=put(state.token, at_start(first)),
+    logp=put(state.logp, at_start(logp)),
+    drawn_logp=put(state.drawn_logp, at_start(drawn)),
+    size=put(state.size, there),
+    finish=put(state.finish, jnp.where(there, finish, UNFINISHED)),
   )
   return _take_items(state)
 
@@ -236,12 +278,19 @@ def decode(model: Model, g: Geometry, how: Sampling, stops: Stops, params, state
     write = lambda field, new: field.at[lanes, to, index + 1].set(new.astype(field.dtype), mode="drop")
     mark = lambda field, new: field.at[lanes, to].set(new, mode="drop")
     state = dataclasses.replace(
-        state, cache=cache, token=write(state.token, token), logp=write(state.logp, logp),
-        drawn_logp=write(state.drawn_logp, drawn), size=mark(state.size, size), finish=mark(state.finish, finish),
-        item_stop=mark(state.item_stop, stop),
-        slot_item=jnp.where(active & (finish == UNFINISHED), state.slot_item, -1),
-        slot_size=jnp.where(active, size, state.slot_size), slot_token=token,
-        steps=state.steps + 1, busy=state.busy + jnp.sum(active, dtype=jnp.int32),
+      state,
+      cache=cache,
+      token=write(state.token, token),
+      logp=write(state.logp, logp),
+      drawn_logp=write(state.drawn_logp, drawn),
+      size=mark(state.size, size),
+      finish=mark(state.finish, finish),
+      item_stop=mark(state.item_stop, stop),
+      slot_item=jnp.where(active & (finish == UNFINISHED), state.slot_item, -1),
+      slot_size=jnp.where(active, size, state.slot_size),
+      slot_token=token,
+      steps=state.steps + 1,
+      busy=state.busy + jnp.sum(active, dtype=jnp.int32),
     )
     return _take_items(state)
 

@@ -66,12 +66,13 @@ def _programs(model: Model, mesh: Mesh, g: Geometry, how: Sampling, stops: Stops
   one = mesh_lib.replicated(mesh)
   bound = lambda fn: functools.partial(fn, model, g, how, stops)
   return (
-      jax.jit(functools.partial(decode_lib.empty_state, model, g), out_shardings=state),
-      jax.jit(bound(decode_lib.prefill), in_shardings=(params, state) + (one,) * 6, out_shardings=state,
-              donate_argnums=1),
-      jax.jit(bound(decode_lib.decode), in_shardings=(params, state, one), out_shardings=state, donate_argnums=1),
-      jax.jit(decode_lib.collect, in_shardings=(state, one), out_shardings=one),
-      jax.jit(decode_lib.resting, in_shardings=(state,), out_shardings=one),
+    jax.jit(functools.partial(decode_lib.empty_state, model, g), out_shardings=state),
+    jax.jit(
+      bound(decode_lib.prefill), in_shardings=(params, state) + (one,) * 6, out_shardings=state, donate_argnums=1
+    ),
+    jax.jit(bound(decode_lib.decode), in_shardings=(params, state, one), out_shardings=state, donate_argnums=1),
+    jax.jit(decode_lib.collect, in_shardings=(state, one), out_shardings=one),
+    jax.jit(decode_lib.resting, in_shardings=(state,), out_shardings=one),
   )
 
 
@@ -107,8 +108,12 @@ class Engine:
       return
     lanes = min(self._lanes, max(_bucket(len(trunks)), mesh_lib.row_shards(self._mesh)))
     g = Geometry(
-        lanes=lanes, slots=self._slots, trunk=_bucket(max(len(trunk.ids) for trunk in trunks)),
-        items=_bucket(max(len(trunk.forks) for trunk in trunks)), new=self._new, refill=max(lanes // 4, 1),
+      lanes=lanes,
+      slots=self._slots,
+      trunk=_bucket(max(len(trunk.ids) for trunk in trunks)),
+      items=_bucket(max(len(trunk.forks) for trunk in trunks)),
+      new=self._new,
+      refill=max(lanes // 4, 1),
     )
     empty, prefill, decode, collect, resting = _programs(self._model, self._mesh, g, how, self._stops)
     state = empty()
@@ -156,7 +161,8 @@ class Engine:
 def _generations(arrays, num_items: int) -> list[Generation]:
   token, logp, drawn, size, finish = arrays
   return [
-      Generation(token[i, : size[i]].copy(), logp[i, : size[i]].copy(), drawn[i, : size[i]].copy(),
-                 FINISH_REASONS[int(finish[i])])
-      for i in range(num_items)
+    Generation(
+      token[i, : size[i]].copy(), logp[i, : size[i]].copy(), drawn[i, : size[i]].copy(), FINISH_REASONS[int(finish[i])]
+    )
+    for i in range(num_items)
   ]

@@ -27,7 +27,7 @@ class TrainCheckpoints:
     A checkpoint that cannot be read is passed over for the one before, and said.
     """
     target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_state, shardings
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_state, shardings
     )
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
@@ -65,7 +65,7 @@ def load_params(folder: epath.PathLike, abstract_params, shardings):
   if not path.exists():
     raise UserError(f"{path} is not there: the policy's weights are missing.")
   target = jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_params, shardings
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_params, shardings
   )
   try:
     with ocp.StandardCheckpointer() as checkpointer:
@@ -81,6 +81,7 @@ def fingerprint(params) -> str:
   Each leaf gives Σ bits·(odd index weight) in 32-bit wrap-around arithmetic, computed where the leaf lies; the sums of
   all leaves, with their names, are hashed.
   """
+
   def checksum(leaf):
     bits = jax.lax.bitcast_convert_type(leaf, {2: np.uint16, 4: np.uint32, 8: np.uint64}[leaf.dtype.itemsize])
     bits = bits.astype(np.uint32).reshape(-1)

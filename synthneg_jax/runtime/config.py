@@ -13,7 +13,8 @@ from synthneg_jax.runtime.errors import UserError
 
 
 def _optimizer(learning_rate: float) -> ConfigDict:
-  return ConfigDict({
+  return ConfigDict(
+    {
       "learning_rate": learning_rate,  # peak step size of AdamW, per update
       "schedule": "cosine",  # after warm-up: cosine or linear to zero, or constant
       "warmup_share": 0.03,  # share of all steps in which the rate rises
@@ -21,116 +22,119 @@ def _optimizer(learning_rate: float) -> ConfigDict:
       "beta1": 0.9,  # decay of AdamW's first moment, per step
       "beta2": 0.95,  # decay of AdamW's second moment, per step
       "weight_decay": 0.0,  # AdamW's decoupled decay, times the rate, per step; norms' scales are spared
-  })
+    }
+  )
 
 
 def _training(learning_rate: float, batch_size: int, num_epochs: float) -> dict:
   return {
-      "optimizer": _optimizer(learning_rate),
-      "batch_size": batch_size,  # solutions (SFT, RFT, pretraining) or pairs (DPO) a step
-      "num_epochs": num_epochs,  # passes over the solutions or pairs
-      "max_steps": 0,  # bound on the steps; 0 for none
-      "row_length": 1024,  # tokens a row into which trees are packed
-      "accumulate": 1,  # microbatches a step
-      "max_branches_per_tree": 5,  # branches of one problem in a step; bounds how much it weighs there
-      "save_every_steps": 200,  # steps between checkpoints; 0 for none
-      "keep_checkpoints": 2,  # newest checkpoints kept
+    "optimizer": _optimizer(learning_rate),
+    "batch_size": batch_size,  # solutions (SFT, RFT, pretraining) or pairs (DPO) a step
+    "num_epochs": num_epochs,  # passes over the solutions or pairs
+    "max_steps": 0,  # bound on the steps; 0 for none
+    "row_length": 1024,  # tokens a row into which trees are packed
+    "accumulate": 1,  # microbatches a step
+    "max_branches_per_tree": 5,  # branches of one problem in a step; bounds how much it weighs there
+    "save_every_steps": 200,  # steps between checkpoints; 0 for none
+    "keep_checkpoints": 2,  # newest checkpoints kept
   }
 
 
 def default() -> ConfigDict:
   """The default tree, locked."""
-  return ConfigDict({
+  return ConfigDict(
+    {
       "seed": 0,  # of everything that is drawn
       "task": {
-          "name": "arithmetic",  # arithmetic (embedded) or gsm8k
-          "train_problems": 1000,  # |D_syn|: problems with solutions that SFT sees
-          "test_problems": 1000,  # problems that figures are reported on
-          "data_dir": "",  # gsm8k: folder that holds gsm8k/train.jsonl; empty takes SYNTHNEG_DATA_DIR
-          "prompt": "plain",  # gsm8k: plain ("Question: ...\nAnswer:\n") or chat (the tokenizer's template)
-          "step_delimiter": "\n",  # text that ends a step
-          "leap": 0.7,  # arithmetic: probability that the teacher does an addition in its head
-          "num_leaves": 4,  # arithmetic: quantities with a given value
-          "num_operations": 6,  # arithmetic: operations defined, needed or not
-          "needed_min": 3,  # arithmetic: fewest operations that the question rests on
-          "needed_max": 5,  # arithmetic: most of them
+        "name": "arithmetic",  # arithmetic (embedded) or gsm8k
+        "train_problems": 1000,  # |D_syn|: problems with solutions that SFT sees
+        "test_problems": 1000,  # problems that figures are reported on
+        "data_dir": "",  # gsm8k: folder that holds gsm8k/train.jsonl; empty takes SYNTHNEG_DATA_DIR
+        "prompt": "plain",  # gsm8k: plain ("Question: ...\nAnswer:\n") or chat (the tokenizer's template)
+        "step_delimiter": "\n",  # text that ends a step
+        "leap": 0.7,  # arithmetic: probability that the teacher does an addition in its head
+        "num_leaves": 4,  # arithmetic: quantities with a given value
+        "num_operations": 6,  # arithmetic: operations defined, needed or not
+        "needed_min": 3,  # arithmetic: fewest operations that the question rests on
+        "needed_max": 5,  # arithmetic: most of them
       },
       "model": {
-          "path": "embedded",  # policy folder or Hugging Face folder of the base model; embedded: the one shipped
-          "dtype": "float32",  # of activations and matrix products: float32 or bfloat16
-          "param_dtype": "float32",  # that parameters are kept in
-          "scan_layers": False,  # one compiled layer scanned (deep models, TPU) or one a layer (CPU)
-          "remat": False,  # recompute layers in the backward pass
-          "max_length": 1024,  # tokens of prompt and response together, at most
+        "path": "embedded",  # policy folder or Hugging Face folder of the base model; embedded: the one shipped
+        "dtype": "float32",  # of activations and matrix products: float32 or bfloat16
+        "param_dtype": "float32",  # that parameters are kept in
+        "scan_layers": False,  # one compiled layer scanned (deep models, TPU) or one a layer (CPU)
+        "remat": False,  # recompute layers in the backward pass
+        "max_length": 1024,  # tokens of prompt and response together, at most
       },
       "mesh": {
-          "data": -1,  # devices along the data axis; -1 takes what is left
-          "fsdp": 1,  # devices along the axis that parameters and rows are split over
-          "tensor": 1,  # devices along the axis that heads and feed-forward width are split over
+        "data": -1,  # devices along the data axis; -1 takes what is left
+        "fsdp": 1,  # devices along the axis that parameters and rows are split over
+        "tensor": 1,  # devices along the axis that heads and feed-forward width are split over
       },
       "engine": {
-          "lanes": 32,  # trunks that decode at once
-          "slots": 8,  # branches of a trunk that decode at once
-          "max_new_tokens": 256,  # tokens of a response, at most
-          "stop": (),  # strings that end a response besides EOS
+        "lanes": 32,  # trunks that decode at once
+        "slots": 8,  # branches of a trunk that decode at once
+        "max_new_tokens": 256,  # tokens of a response, at most
+        "stop": (),  # strings that end a response besides EOS
       },
       "pretrain": {
-          **_training(3e-3, 32, 1),
-          "num_problems": 192000,  # generated problems, each seen once
-          "wander_share": 0.5,  # share of them that shows legal steps without plan or answer
-          "answered_max": 2,  # most operations that an answered problem rests on
-          "d_model": 64,  # width of the embedded base model
-          "num_layers": 3,  # its layers
-          "num_heads": 4,  # its attention heads
-          "d_ff": 160,  # width of its feed-forward part
+        **_training(3e-3, 32, 1),
+        "num_problems": 256000,  # generated problems, each seen once
+        "wander_share": 0.5,  # share of them that shows legal steps without plan or answer
+        "answered_max": 2,  # most operations that an answered problem rests on
+        "d_model": 64,  # width of the embedded base model
+        "num_layers": 3,  # its layers
+        "num_heads": 4,  # its attention heads
+        "d_ff": 160,  # width of its feed-forward part
       },
       "sft": _training(1e-5, 128, 3),
       "rft": {
-          **_training(1e-5, 128, 3),
-          "start": "base",  # base or sft: where RFT's training starts
-          "max_per_problem": 4,  # right solutions kept a problem
-          "with_teacher": False,  # also train on the known solutions
+        **_training(1e-5, 128, 3),
+        "start": "base",  # base or sft: where RFT's training starts
+        "max_per_problem": 4,  # right solutions kept a problem
+        "with_teacher": False,  # also train on the known solutions
       },
       "sample": {
-          "num_traces": 8,  # traces a problem
-          "temperature": 0.7,  # of sampling
-          "top_k": 0,  # only the k most likely tokens; 0 for all
-          "top_p": 1.0,  # only the most likely tokens with this much probability
+        "num_traces": 8,  # traces a problem
+        "temperature": 0.7,  # of sampling
+        "top_k": 0,  # only the k most likely tokens; 0 for all
+        "top_p": 1.0,  # only the most likely tokens with this much probability
       },
       "credit": {
-          "num_rollouts": 10,  # rollouts from each prefix
-          "temperature": 0.7,  # of rollouts
-          "top_k": 0,  # as in sample
-          "top_p": 1.0,  # as in sample
-          "best_of": 5,  # k of Best-of-k, the policy that values are of; 1 for the SFT policy itself
-          "max_wrong_per_problem": 8,  # wrong traces that get credit, a problem
-          "max_right_per_problem": 0,  # right traces that get credit, a problem
-          "slots": 8,  # branches of a trace that decode at once
-          "lanes": 8,  # traces whose rollouts decode at once
+        "num_rollouts": 10,  # rollouts from each prefix
+        "temperature": 0.7,  # of rollouts
+        "top_k": 0,  # as in sample
+        "top_p": 1.0,  # as in sample
+        "best_of": 5,  # k of Best-of-k, the policy that values are of; 1 for the SFT policy itself
+        "max_wrong_per_problem": 8,  # wrong traces that get credit, a problem
+        "max_right_per_problem": 0,  # right traces that get credit, a problem
+        "slots": 8,  # branches of a trace that decode at once
+        "lanes": 8,  # traces whose rollouts decode at once
       },
       "dpo": {
-          **_training(1e-6, 64, 1),
-          "beta": 0.1,  # strength of the pull to the reference, per nat
-          "label_smoothing": 0.0,  # assumed share of flipped labels, in [0, 0.5)
-          "nll_weight": 0.0,  # weight of the chosen branch's next-token loss per token
+        **_training(1e-6, 64, 1),
+        "beta": 0.1,  # strength of the pull to the reference, per nat
+        "label_smoothing": 0.0,  # assumed share of flipped labels, in [0, 0.5)
+        "nll_weight": 0.0,  # weight of the chosen branch's next-token loss per token
       },
       "pairs": {
-          "pair_mode": "algorithm1",  # of step_dpo: algorithm1 (the paper's practice) or shared_prefix (its theorem)
-          "pit_rule": "lowest_value",  # lowest_value, first_zero, least_advantage or relative_drop
-          "drop_ratio": 0.34,  # relative_drop: Q falls to this share of Q before, or below
-          "min_before": 0.25,  # relative_drop: and Q before is at least this
-          "continuation": "step",  # shared_prefix: what is chosen of a right rollout: its first step, or all (rollout)
-          "choice": "random",  # shared_prefix: which right rollout: random, shortest or majority
-          "max_per_problem": 8,  # pairs a problem
+        "pair_mode": "algorithm1",  # of step_dpo: algorithm1 (the paper's practice) or shared_prefix (its theorem)
+        "pit_rule": "lowest_value",  # lowest_value, first_zero, least_advantage or relative_drop
+        "drop_ratio": 0.34,  # relative_drop: Q falls to this share of Q before, or below
+        "min_before": 0.25,  # relative_drop: and Q before is at least this
+        "continuation": "step",  # shared_prefix: what is chosen of a right rollout: its first step, or all (rollout)
+        "choice": "random",  # shared_prefix: which right rollout: random, shortest or majority
+        "max_per_problem": 8,  # pairs a problem
       },
       "evaluate": {
-          "temperature": 0.0,  # of the reported response; 0 for greedy
-          "methods": ("base", "sft", "rft", "dpo", "step_dpo"),  # policies to be tested
+        "temperature": 0.0,  # of the reported response; 0 for greedy
+        "methods": ("base", "sft", "rft", "dpo", "step_dpo"),  # policies to be tested
       },
       "report": {
-          "num_traces": 5,  # traces shown with their Q
+        "num_traces": 5,  # traces shown with their Q
       },
-  }).lock()
+    }
+  ).lock()
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -145,9 +149,9 @@ def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]
 def plain(config: ConfigDict, sections=None) -> dict:
   """Leaves as a flat JSON-ready dict, of these top-level sections or leaves, or of all."""
   return {
-      name: list(value) if isinstance(value, tuple) else value
-      for name, value in leaves(config)
-      if sections is None or name.split(".")[0] in sections
+    name: list(value) if isinstance(value, tuple) else value
+    for name, value in leaves(config)
+    if sections is None or name.split(".")[0] in sections
   }
 
 

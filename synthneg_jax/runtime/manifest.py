@@ -92,20 +92,25 @@ class Stage:
       if not found.exists():
         raise UserError(f"{found} is missing; delete {path} to have stage {need} made again.")
       if _file_hash(found) != expected:
-        raise UserError(f"{found} was changed or cut off since stage {need} wrote it; delete it and {path} to have it "
-                        "made again.")
+        raise UserError(
+          f"{found} was changed or cut off since stage {need} wrote it; delete it and {path} to have it made again."
+        )
     return manifest["identity"]
 
   def _refuse_change(self, before: dict):
     old, new = before["config"], self._begun["config"]
     for leaf in sorted(set(old) | set(new)):
       if old.get(leaf) != new.get(leaf):
-        raise UserError(f"Stage {self.name} in {self._workdir} was begun with {leaf}={old.get(leaf)!r}, now it is "
-                        f"{new.get(leaf)!r}; take another --workdir, or delete {self.folder} and the stages after it.")
+        raise UserError(
+          f"Stage {self.name} in {self._workdir} was begun with {leaf}={old.get(leaf)!r}, now it is "
+          f"{new.get(leaf)!r}; take another --workdir, or delete {self.folder} and the stages after it."
+        )
     for need, identity in self._begun["inputs"].items():
       if before["inputs"].get(need) != identity:
-        raise UserError(f"Stage {self.name} in {self._workdir} was made from another run of stage {need}; delete "
-                        f"{self.folder} to have it made again.")
+        raise UserError(
+          f"Stage {self.name} in {self._workdir} was made from another run of stage {need}; delete "
+          f"{self.folder} to have it made again."
+        )
 
   def finish(self, figures: dict, files: Sequence[epath.Path] = (), identity: str = "") -> dict:
     """Writes the manifest.
@@ -122,10 +127,18 @@ class Stage:
     seconds = round(time.time() - self._started, 1)
     everything = hashlib.sha256(json.dumps([self._begun, hashes, identity]).encode()).hexdigest()[:16]
     figures = {"seconds": seconds, **figures}
-    write_json(self.folder / "manifest.json", {
-        "stage": self.name, "identity": everything, "figures": figures, "files": hashes, **self._begun,
-        "versions": versions(), "git_commit": git_commit(),
-    })
+    write_json(
+      self.folder / "manifest.json",
+      {
+        "stage": self.name,
+        "identity": everything,
+        "figures": figures,
+        "files": hashes,
+        **self._begun,
+        "versions": versions(),
+        "git_commit": git_commit(),
+      },
+    )
     return figures
 
 

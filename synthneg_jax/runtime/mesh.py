@@ -12,14 +12,14 @@ AXES = ("data", "fsdp", "tensor")
 
 # Logical axis of a parameter, a row of a batch or a lane of the engine -> mesh axis or axes.
 RULES = {
-    "layers": None,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "norm": None,
-    "rows": ("data", "fsdp"),
+  "layers": None,
+  "vocab": "tensor",
+  "embed": "fsdp",
+  "heads": "tensor",
+  "kv_heads": "tensor",
+  "mlp": "tensor",
+  "norm": None,
+  "rows": ("data", "fsdp"),
 }
 
 
@@ -47,7 +47,7 @@ def spec(*logical_axes: str | None) -> PartitionSpec:
 def shardings(mesh: Mesh, logical_axes):
   """A tree of tuples of logical names becomes a tree of NamedShardings."""
   return jax.tree.map(
-      lambda names: NamedSharding(mesh, spec(*names)), logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple)
+    lambda names: NamedSharding(mesh, spec(*names)), logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple)
   )
 
 

@@ -30,7 +30,7 @@ class Problem:
 class Trace:
   """A sampled or greedy response to a problem, with its verdict. Key: id."""
 
-  id: str  # problem id / purpose / round / index
+  id: str  # problem id / purpose / index
   problem_id: str
   index: int  # number among the problem's traces, from 0
   ids: list[int]  # response tokens as drawn; EOS last iff finish is "eos"
@@ -135,8 +135,9 @@ class Shards:
           fields = json.loads(line)
         except json.JSONDecodeError as error:
           raise UserError(
-              f"{path}, line {number}: not a whole {self._kind.__name__} record ({error.msg}); the file was cut off or "
-              "changed. Delete it and the stage's manifest.json to have it made again.") from error
+            f"{path}, line {number}: not a whole {self._kind.__name__} record ({error.msg}); the file was cut off or "
+            "changed. Delete it and the stage's manifest.json to have it made again."
+          ) from error
         if not isinstance(fields, dict) or set(fields) != names:
           raise UserError(f"{path}, line {number}: the fields are not those of a {self._kind.__name__} record.")
         yield self._kind(**fields)

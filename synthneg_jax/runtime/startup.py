@@ -15,17 +15,26 @@ from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime.errors import UserError
 
 
-def define_flags(workdir: bool = True) -> None:
+def define_flags(config: bool = True, workdir: bool = True) -> None:
   """--config, --workdir and what every program takes."""
-  config_flags.DEFINE_config_file("config", None, "Config file, configs/NAME.py[:arg]; --config.part.leaf=value changes "
-                                  "a leaf.", lock_config=True)
+  if config:
+    config_flags.DEFINE_config_file(
+      "config", None, "Config file, configs/NAME.py[:arg]; --config.part.leaf=value changes a leaf.", lock_config=True
+    )
+    flags.mark_flag_as_required("config")
   if workdir:
-    flags.DEFINE_string("workdir", None, "Folder that takes every file of the run; the same command goes on where it was.")
+    flags.DEFINE_string(
+      "workdir", None, "Folder that takes every file of the run; the same command goes on where it was."
+    )
     flags.mark_flag_as_required("workdir")
-  flags.DEFINE_string("compilation_cache", os.path.join("~", ".cache", "synthneg_jax", "xla"),
-                      "Folder of compiled programs, kept between runs; empty for none.")
-  flags.DEFINE_bool("keep_freed_memory", True, "CPU: let malloc keep freed memory, which spares page faults at every step.")
-  flags.mark_flag_as_required("config")
+  flags.DEFINE_string(
+    "compilation_cache",
+    os.path.join("~", ".cache", "synthneg_jax", "xla"),
+    "Folder of compiled programs, kept between runs; empty for none.",
+  )
+  flags.DEFINE_bool(
+    "keep_freed_memory", True, "CPU: let malloc keep freed memory, which spares page faults at every step."
+  )
 
 
 def _keep_freed_memory():
@@ -53,16 +62,20 @@ def _parse_flags(argv: list[str]) -> list[str]:
       config_lib.check_name(match.group(1), arg.split("=")[0])
   try:
     rest = flags.FLAGS(argv)
-    _ = flags.FLAGS.config.seed  # a file that is not there is reported only when asked for
-    for name, _ in config_lib.leaves(flags.FLAGS.config):
-      config_lib.check_name(name, "The config file")
+    if "config" in flags.FLAGS:
+      _ = flags.FLAGS.config.seed  # a file that is not there is reported only when asked for
+      for name, _ in config_lib.leaves(flags.FLAGS.config):
+        config_lib.check_name(name, "The config file")
     return rest
   except flags.Error as error:
     raise UserError(str(error).strip().replace("\n", " ")) from error
   except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, OSError) as error:
     # The config file itself failed: the file and line are the last ones of the traceback inside it.
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}configs{os.sep}" in f.filename or
-              pathlib.Path(f.filename).name in " ".join(argv)]
+    frames = [
+      f
+      for f in traceback.extract_tb(error.__traceback__)
+      if f"{os.sep}configs{os.sep}" in f.filename or pathlib.Path(f.filename).name in " ".join(argv)
+    ]
     where = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
     raise UserError(f"{where}{_one_sentence(error)}") from error
 

@@ -66,10 +66,20 @@ def _estimates(trace: Trace, owner: dict[str, str], made: dict[str, list[Rollout
       at = owner[keys.hash_ids(trace.ids[:end])]
       samples, exact = made[at], False
       rollouts, successes = len(samples), sum(sample.correct for sample in samples)
-    records.append(StepEstimate(
-        trace_id=trace.id, problem_id=trace.problem_id, step=step, prefix_end=end, rollouts=rollouts,
-        successes=successes, exact=exact, correct=exact and trace.correct,
-        samples=[dataclasses.asdict(sample) for sample in samples] if at == key else [], samples_at=at))
+    records.append(
+      StepEstimate(
+        trace_id=trace.id,
+        problem_id=trace.problem_id,
+        step=step,
+        prefix_end=end,
+        rollouts=rollouts,
+        successes=successes,
+        exact=exact,
+        correct=exact and trace.correct,
+        samples=[dataclasses.asdict(sample) for sample in samples] if at == key else [],
+        samples_at=at,
+      )
+    )
   return records
 
 
@@ -96,7 +106,8 @@ def _credit(run_: Run, policy: Policy, engine, problems: Sequence[Problem], grou
       text = policy.token_text.text(trace.ids[: fork - offset] + ids)
       graded = traces_lib.verdict(run_, policy, text, answer[trace.problem_id], generation.finish)
       made.setdefault(f"{trace.id}/{step_of[fork]}", []).append(
-          Rollout(ids, graded.correct, graded.reason, generation.finish))
+        Rollout(ids, graded.correct, graded.reason, generation.finish)
+      )
     progress.update(1)
   progress.update(len(chosen) - len(trunks))
   return [record for trace in chosen for record in _estimates(trace, owners[trace.problem_id], made)]
@@ -113,18 +124,20 @@ def run(run_: Run) -> dict:
   engine = run_.engine(policy, lanes=section.lanes, slots=section.slots)
   shards = Shards(stage.folder / "estimates", StepEstimate)
   done = len(shards.files())  # shards are whole and their problems follow from their number
-  total = sum(len(choose(groups.get(p.id, []), section.max_wrong_per_problem, section.max_right_per_problem))
-              for p in problems[done * _SHARD :])
+  total = sum(
+    len(choose(groups.get(p.id, []), section.max_wrong_per_problem, section.max_right_per_problem))
+    for p in problems[done * _SHARD :]
+  )
   with Progress("credit", total, "traces") as progress:
     for start in range(done * _SHARD, len(problems), _SHARD):
       shards.write(_credit(run_, policy, engine, problems[start : start + _SHARD], groups, progress))
   estimates = list(shards.read())
   figures = {
-      "traces": len({estimate.trace_id for estimate in estimates}),
-      "steps": len(estimates),
-      "rollouts": sum(len(estimate.samples) for estimate in estimates),
-      "shared_prefixes": sum(estimate.samples_at != estimate.key for estimate in estimates),
-      "rollout_tokens": sum(len(sample["ids"]) for estimate in estimates for sample in estimate.samples),
-      "slot_use": round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3),
+    "traces": len({estimate.trace_id for estimate in estimates}),
+    "steps": len(estimates),
+    "rollouts": sum(len(estimate.samples) for estimate in estimates),
+    "shared_prefixes": sum(estimate.samples_at != estimate.key for estimate in estimates),
+    "rollout_tokens": sum(len(sample["ids"]) for estimate in estimates for sample in estimate.samples),
+    "slot_use": round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3),
   }
   return stage.finish(figures, shards.files())

@@ -27,22 +27,27 @@ def _start_check(dtype: str, plan: batches.Batches):
   def check(metrics: dict[str, float]) -> None:
     for metric in ("chosen_shift/per_pair", "rejected_shift/per_pair"):
       if abs(metrics[metric]) > tolerance:
-        raise UserError(f"At step 0 {metric} is {metrics[metric]:.2g} nats, not 0: the reference log-probs are not those "
-                        "of the policy that training starts from. Delete dpo/reference/ in the workdir.")
+        raise UserError(
+          f"At step 0 {metric} is {metrics[metric]:.2g} nats, not 0: the reference log-probs are not those "
+          "of the policy that training starts from. Delete dpo/reference/ in the workdir."
+        )
 
   return check
 
 
 def _variant(run_: Run, name: str, mode: str) -> dict:
-  stage = run_.stage(f"dpo/{name}", ["task", "model", "dpo", "pairs", "credit"],
-                     ["synthesize", "sft", "sample", "credit"])
+  stage = run_.stage(
+    f"dpo/{name}", ["task", "model", "dpo", "pairs", "credit"], ["synthesize", "sft", "sample", "credit"]
+  )
   if stage.done:
     return {}
   section, policy = run_.config.dpo, run_.policy("sft")
   pairs, figures = pairs_lib.build(run_, policy, mode)
   if not pairs:
-    raise UserError(f"Stage dpo/{name} found no pair ({figures}): more traces (sample.num_traces), more rollouts "
-                    "(credit.num_rollouts) or another pairs.pit_rule may give some.")
+    raise UserError(
+      f"Stage dpo/{name} found no pair ({figures}): more traces (sample.num_traces), more rollouts "
+      "(credit.num_rollouts) or another pairs.pit_rule may give some."
+    )
   shards = Shards(stage.folder / "pairs", Pair)
   for path in shards.files():
     path.unlink()
@@ -53,8 +58,13 @@ def _variant(run_: Run, name: str, mode: str) -> dict:
   reference.score(policy.model, policy.params, trees, section.row_length, run_.mesh, store)
   plan = training.plan(run_, section, pairs_lib.examples(trees, numbered, store), names)
   objective = objectives.make_dpo(
-      policy.model, plan.shape.branches, beta=section.beta, nll_weight=section.nll_weight,
-      label_smoothing=section.label_smoothing)
+    policy.model,
+    plan.shape.branches,
+    beta=section.beta,
+    nll_weight=section.nll_weight,
+    label_smoothing=section.label_smoothing,
+  )
   identity, last = training.train(
-      run_, name, section, policy, objective, plan, stage.folder, _start_check(run_.config.model.dtype, plan))
+    run_, name, section, policy, objective, plan, stage.folder, _start_check(run_.config.model.dtype, plan)
+  )
   return stage.finish({**figures, **last}, shards.files(), identity)

@@ -37,15 +37,16 @@ def _evaluate(run_: Run, method: str) -> dict:
   section = run_.config.evaluate
   problems = list(run_.problems("test").values())
   engine = run_.engine(policy, slots=1, lanes=run_.config.engine.lanes * min(run_.config.engine.slots, 4))
-  shards = traces.respond(run_, f"evaluate {method}", policy, engine, problems, "evaluate", 1, sampling(section),
-                          stage.folder / "traces")
+  shards = traces.respond(
+    run_, f"evaluate {method}", policy, engine, problems, "evaluate", 1, sampling(section), stage.folder / "traces"
+  )
   made: list[Trace] = list(shards.read())
   wrong = sum(not trace.correct for trace in made)
   figures = {
-      "test_error": round(wrong / len(made), 4),
-      "ci95": wilson(wrong, len(made)),
-      "num_problems": len(made),
-      "reasons": dict(collections.Counter(trace.reason for trace in made).most_common()),
-      "mean_tokens": round(sum(len(trace.ids) for trace in made) / len(made), 1),
+    "test_error": round(wrong / len(made), 4),
+    "ci95": wilson(wrong, len(made)),
+    "num_problems": len(made),
+    "reasons": dict(collections.Counter(trace.reason for trace in made).most_common()),
+    "mean_tokens": round(sum(len(trace.ids) for trace in made) / len(made), 1),
   }
   return stage.finish(figures, shards.files())

@@ -47,14 +47,17 @@ def values(traces: Sequence[Trace], estimates: dict[str, StepEstimate], v0_of: d
   q = np.where(exact >= 0, exact, q).astype(np.float32)
   known = (exact >= 0) | (rollouts >= k)
   counts = np.array([v0_of[trace.problem_id] for trace in traces], np.int32)
-  v0 = np.asarray(advantages.best_of_k(jnp.asarray(counts[:, 0]), jnp.asarray(counts[:, 1]), min(k, int(counts[:, 1].min()))))
+  v0 = np.asarray(
+    advantages.best_of_k(jnp.asarray(counts[:, 0]), jnp.asarray(counts[:, 1]), min(k, int(counts[:, 1].min())))
+  )
   return q, known, v0
 
 
 def pits(q, known, v0, section) -> np.ndarray:
   """The pit of each trace by the config's rule; int [N], -1 for none."""
   rule = lambda q_S, known_S, v: advantages.first_pit(
-      q_S, known_S, v, rule=section.pit_rule, drop_ratio=section.drop_ratio, min_before=section.min_before)
+    q_S, known_S, v, rule=section.pit_rule, drop_ratio=section.drop_ratio, min_before=section.min_before
+  )
   return np.asarray(jax.jit(jax.vmap(rule))(q, known, v0))
 
 
@@ -96,9 +99,15 @@ def _pair(source: _Source, trace: Trace, pit: int, mode: str) -> core.TokenPair 
     after = source.after(trace, pit)
     seed = int(keys.draw_key(source.run.config.seed, "pairs", 0, trace.id, "", pit)[0])
     return core.shared_prefix(
-        prompt, wrong, pit, [response for response, correct in after if correct],
-        [(response.step(0), correct) for response, correct in after],
-        continuation=section.continuation, choice=section.choice, rng=np.random.default_rng(seed))
+      prompt,
+      wrong,
+      pit,
+      [response for response, correct in after if correct],
+      [(response.step(0), correct) for response, correct in after],
+      continuation=section.continuation,
+      choice=section.choice,
+      rng=np.random.default_rng(seed),
+    )
   if not problem.solution:
     return None
   solution = prompts.encode_solution(source.policy.tokenizer, problem.solution)
@@ -141,8 +150,9 @@ def build(run_: Run, policy: Policy, mode: str) -> tuple[list[Pair], dict]:
       continue
     seen.add(key)
     per_problem[trace.problem_id] += 1
-    pairs.append(Pair(f"{trace.id}/{mode}/{pit}", trace.problem_id, trace.id, pair.trunk, pair.chosen, pair.rejected,
-                      mode, pit))
+    pairs.append(
+      Pair(f"{trace.id}/{mode}/{pit}", trace.problem_id, trace.id, pair.trunk, pair.chosen, pair.rejected, mode, pit)
+    )
   where = collections.Counter(pair.pit for pair in pairs if pair.pit >= 0)
   figures = {"pairs": len(pairs), "problems": len(per_problem), **counts}
   if where:
@@ -191,7 +201,12 @@ def examples(out_trees, out_pairs, store: reference.Store) -> list[Example]:
     return float(np.sum(store[reference.branch_key(tree.trunk, branch.fork, branch.ids)], dtype=np.float64))
 
   return [
-      Example(tree, tuple(PairInTree(chosen, rejected, reference_sum(tree, chosen), reference_sum(tree, rejected))
-                          for chosen, rejected in numbered))
-      for tree, numbered in zip(out_trees, out_pairs, strict=True)
+    Example(
+      tree,
+      tuple(
+        PairInTree(chosen, rejected, reference_sum(tree, chosen), reference_sum(tree, rejected))
+        for chosen, rejected in numbered
+      ),
+    )
+    for tree, numbered in zip(out_trees, out_pairs, strict=True)
   ]

@@ -13,16 +13,16 @@ from synthneg_jax.stages import credit, dpo, evaluate, export, pretrain, report,
 from synthneg_jax.stages.run import Run
 
 STAGES = {
-    "pretrain": pretrain.run,
-    "synthesize": synthesize.run,
-    "sft": sft.run,
-    "sample": sample.run,
-    "rft": rft.run,
-    "credit": credit.run,
-    "dpo": dpo.run,
-    "evaluate": evaluate.run,
-    "report": report.run,
-    "export": export.run,
+  "pretrain": pretrain.run,
+  "synthesize": synthesize.run,
+  "sft": sft.run,
+  "sample": sample.run,
+  "rft": rft.run,
+  "credit": credit.run,
+  "dpo": dpo.run,
+  "evaluate": evaluate.run,
+  "report": report.run,
+  "export": export.run,
 }
 RECIPE = ("synthesize", "sft", "sample", "rft", "credit", "dpo", "evaluate", "report")
 _FOLDERS = ("synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo")
@@ -42,21 +42,19 @@ def summarize(run_: Run) -> dict:
       stages[f"evaluate/{method}"] = figures
   pairs = run_.config.pairs
   return {
-      "methods": methods,
-      "step_dpo": {"pair_mode": pairs.pair_mode, "pit_rule": pairs.pit_rule},
-      "stages": stages,
+    "methods": methods,
+    "step_dpo": {"pair_mode": pairs.pair_mode, "pit_rule": pairs.pit_rule},
+    "stages": stages,
   }
-
-
-_NAMES = {"base": "base model", "sft": "SFT", "rft": "RFT", "dpo": "DPO, arbitrary pairs", "step_dpo": "per-step DPO"}
 
 
 def table(methods: dict) -> str:
   """The test errors as lines of text."""
-  lines = [f"{'method':<22}{'test error':>10}   95 % interval   problems"]
+  lines = [f"{'method':<24}{'test error':>10}   {'95 % interval':<15}{'problems':>8}"]
   for name, figures in methods.items():
     low, high = figures["ci95"]
-    lines.append(f"{_NAMES[name]:<22}{figures['test_error']:>10.3f}   {low:.3f} - {high:.3f}   {figures['num_problems']:>8}")
+    error, count = figures["test_error"], figures["num_problems"]
+    lines.append(f"{report.LABELS[name]:<24}{error:>10.3f}   {low:.3f} - {high:.3f}  {count:>8}")
   return "\n".join(lines)
 
 
@@ -71,8 +69,10 @@ def run(config, workdir: str, stages: Sequence[str] = RECIPE) -> None:
       raise UserError(f"--stages names {name!r}; stages are {', '.join(STAGES)}.")
   run_ = Run.open(config, workdir)
   about = {
-      "config": config_lib.plain(config), "versions": manifest.versions(), "git_commit": manifest.git_commit(),
-      "devices": [str(device) for device in jax.devices()],
+    "config": config_lib.plain(config),
+    "versions": manifest.versions(),
+    "git_commit": manifest.git_commit(),
+    "devices": [str(device) for device in jax.devices()],
   }
   for name in stages:
     logging.info("Stage %s.", name)

@@ -59,8 +59,11 @@ def load(path: epath.PathLike, config, mesh: Mesh) -> Policy:
   if not folder.exists():
     hint = "; bash launch/get_smollm2.sh makes it" if "smollm2" in folder.name else ""
     raise UserError(f"The model folder {folder} does not exist{hint}.")
-  model = Model(huggingface.read_config(folder, dtype=config.dtype, param_dtype=config.param_dtype,
-                                        scan_layers=config.scan_layers, remat=config.remat))
+  model = Model(
+    huggingface.read_config(
+      folder, dtype=config.dtype, param_dtype=config.param_dtype, scan_layers=config.scan_layers, remat=config.remat
+    )
+  )
   shardings = mesh_lib.shardings(mesh, model.logical_axes())
   if (folder / "params").exists() or not list(folder.glob("*.safetensors*")):
     params = checkpoints.load_params(folder, model.abstract_params(), shardings)

@@ -30,19 +30,34 @@ def run(run_: Run) -> dict:
   ids = lambda text: tokenizer.encode(text).ids
   eos = tokenizer.token_to_id(arithmetic.EOS)
   trunks = [ids(document.prompt) for document in documents]
-  examples = [Example(Tree(trunk, (Branch(len(trunk), ids(document.solution) + [eos]),)))
-              for trunk, document in zip(trunks, documents)]
-  model = Model(ModelConfig(
-      vocab_size=tokenizer.get_vocab_size(), d_model=section.d_model, num_layers=section.num_layers,
-      num_heads=section.num_heads, num_kv_heads=section.num_heads, head_dim=section.d_model // section.num_heads,
-      d_ff=section.d_ff, tie_embeddings=False, scan_layers=c.model.scan_layers, dtype=c.model.dtype))
+  examples = [
+    Example(Tree(trunk, (Branch(len(trunk), ids(document.solution) + [eos]),)))
+    for trunk, document in zip(trunks, documents)
+  ]
+  model = Model(
+    ModelConfig(
+      vocab_size=tokenizer.get_vocab_size(),
+      d_model=section.d_model,
+      num_layers=section.num_layers,
+      num_heads=section.num_heads,
+      num_kv_heads=section.num_heads,
+      head_dim=section.d_model // section.num_heads,
+      d_ff=section.d_ff,
+      tie_embeddings=False,
+      scan_layers=c.model.scan_layers,
+      dtype=c.model.dtype,
+    )
+  )
   plan = training.plan(run_, section, examples, [document.id for document in documents])
   shardings = mesh_lib.shardings(run_.mesh, model.logical_axes())
   params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(c.seed))
   params, last = loop.fit("pretrain", section, model, params, objectives.make_sft(model), plan, run_.mesh, stage.folder)
   tokenizer_folder = stage.folder / "tokenizer"
   transformers.PreTrainedTokenizerFast(
-      tokenizer_object=tokenizer, eos_token=arithmetic.EOS, pad_token=arithmetic.PAD, clean_up_tokenization_spaces=False,
+    tokenizer_object=tokenizer,
+    eos_token=arithmetic.EOS,
+    pad_token=arithmetic.PAD,
+    clean_up_tokenization_spaces=False,
   ).save_pretrained(str(tokenizer_folder))
   huggingface.save(stage.folder / "policy", model, params, tokenizer_folder)
   figures = {"parameters": model.config.num_params, "steps": plan.num_steps, **last}

@@ -21,7 +21,11 @@ from synthneg_jax.tasks.token_text import TokenText
 
 _STAGES = ("synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo")
 LABELS = {
-    "base": "base model", "sft": "SFT", "rft": "RFT", "dpo": "DPO, arbitrary pairs", "step_dpo": "per-step DPO",
+  "base": "base model",
+  "sft": "SFT",
+  "rft": "RFT",
+  "dpo": "DPO, arbitrary pairs",
+  "step_dpo": "per-step DPO",
 }
 
 
@@ -39,8 +43,10 @@ def _check_config(run_: Run, names: Sequence[str]) -> None:
       continue
     for leaf, value in json.loads(path.read_text())["config"].items():
       if now.get(leaf) != value:
-        raise UserError(f"Stage {name} in {run_.workdir} was begun with {leaf}={value!r}, now it is {now.get(leaf)!r}; "
-                        "give the report the config of the run.")
+        raise UserError(
+          f"Stage {name} in {run_.workdir} was begun with {leaf}={value!r}, now it is {now.get(leaf)!r}; "
+          "give the report the config of the run."
+        )
 
 
 def _methods(run_: Run) -> list[analysis.Method]:
@@ -48,8 +54,11 @@ def _methods(run_: Run) -> list[analysis.Method]:
   for name in run_.config.evaluate.methods:
     figures = manifest.figures(run_.workdir, f"evaluate/{name}")
     label = LABELS.get(name, name)
-    methods.append(analysis.Method(label, figures["test_error"], *figures["ci95"], figures["num_problems"])
-                   if figures else analysis.Method(label))
+    methods.append(
+      analysis.Method(label, figures["test_error"], *figures["ci95"], figures["num_problems"])
+      if figures
+      else analysis.Method(label)
+    )
   return methods
 
 
@@ -105,13 +114,16 @@ class _Credit:
     try:
       tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-      raise UserError(f"{folder} has no tokenizer that transformers can load; the report needs it to show the steps of "
-                      "traces.") from error
+      raise UserError(
+        f"{folder} has no tokenizer that transformers can load; the report needs it to show the steps of traces."
+      ) from error
     text = TokenText(tokenizer)
     preferred = {}
     if (self._run.workdir / "dpo" / "step_dpo" / "manifest.json").exists():
-      preferred = {pair.trace_id: text.text(pair.chosen)
-                   for pair in Shards(self._run.workdir / "dpo" / "step_dpo" / "pairs", Pair).read()}
+      preferred = {
+        pair.trace_id: text.text(pair.chosen)
+        for pair in Shards(self._run.workdir / "dpo" / "step_dpo" / "pairs", Pair).read()
+      }
     problems = self._run.problems("train")
     return [self._show(i, problems[self.wrong[i].problem_id], text, preferred) for i in chosen]
 
@@ -124,16 +136,32 @@ class _Credit:
       estimate = self.estimates[f"{trace.id}/{s}"]
       interval = tuple(evaluate.wilson(estimate.successes, estimate.rollouts)) if estimate.rollouts else None
       before_known = s == 0 or bool(known[s - 1])
-      steps.append(analysis.Step(
-          text=text.text(trace.ids[start:end]), rollouts=estimate.rollouts, successes=estimate.successes,
-          interval=interval, q=float(q[s]) if known[s] else None,
-          advantage=float(gained[s]) if known[s] and before_known else None, exact=estimate.exact))
+      steps.append(
+        analysis.Step(
+          text=text.text(trace.ids[start:end]),
+          rollouts=estimate.rollouts,
+          successes=estimate.successes,
+          interval=interval,
+          q=float(q[s]) if known[s] else None,
+          advantage=float(gained[s]) if known[s] and before_known else None,
+          exact=estimate.exact,
+        )
+      )
       start = end
     right, samples = self.v0_of[trace.problem_id]
     return analysis.ShownTrace(
-        id=trace.id, problem=problem.prompt, gold=problem.answer, extracted=trace.extracted, reason=trace.reason,
-        right_samples=right, samples=samples, v0=v0, steps=steps, pit=self.pits[i],
-        preferred=preferred.get(trace.id, ""))
+      id=trace.id,
+      problem=problem.prompt,
+      gold=problem.answer,
+      extracted=trace.extracted,
+      reason=trace.reason,
+      right_samples=right,
+      samples=samples,
+      v0=v0,
+      steps=steps,
+      pit=self.pits[i],
+      preferred=preferred.get(trace.id, ""),
+    )
 
 
 def _config_file(config) -> tuple[str, list[str]]:
@@ -141,9 +169,11 @@ def _config_file(config) -> tuple[str, list[str]]:
   default = dict(config_lib.leaves(config_lib.default()))
   changed = {name: value for name, value in config_lib.leaves(config) if value != default[name]}
   lines = "".join(f"  config.{name} = {value!r}\n" for name, value in changed.items())
-  return ('"""The config of the run whose report stands beside this file."""\n\n'
-          "from synthneg_jax.runtime import config as config_lib\n\n\n"
-          f"def get_config():\n  config = config_lib.default()\n{lines}  return config\n"), list(changed)
+  return (
+    '"""The config of the run whose report stands beside this file."""\n\n'
+    "from synthneg_jax.runtime import config as config_lib\n\n\n"
+    f"def get_config():\n  config = config_lib.default()\n{lines}  return config\n"
+  ), list(changed)
 
 
 def _origin(workdir: epath.Path, names: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
@@ -175,18 +205,33 @@ def run(run_: Run) -> dict:
   for name in names:
     made = _manifest(workdir, name)
     begun = (workdir / name / "begun.json").exists()
-    states.append(analysis.StageState(name, "done" if made else "begun" if begun else "not begun",
-                                      made["figures"] if made else {}))
+    states.append(
+      analysis.StageState(name, "done" if made else "begun" if begun else "not begun", made["figures"] if made else {})
+    )
   config_file, changed = _config_file(config)
   versions, commits, devices = _origin(workdir, names)
   folder = workdir / "report"
-  path = analysis.write(analysis.Report(
-      title=f"Learning from wrong solutions: {config.task.name}", methods=_methods(run_),
-      values=credit.means() if credit else None, pits=credit.pits if credit else None,
-      traces=credit.shown() if credit else None, reasons=_reasons(run_), stages=states, config=config_lib.plain(config),
-      changed=changed, versions=versions, commits=commits, devices=devices,
+  path = analysis.write(
+    analysis.Report(
+      title=f"Learning from wrong solutions: {config.task.name}",
+      methods=_methods(run_),
+      values=credit.means() if credit else None,
+      pits=credit.pits if credit else None,
+      traces=credit.shown() if credit else None,
+      reasons=_reasons(run_),
+      stages=states,
+      config=config_lib.plain(config),
+      changed=changed,
+      versions=versions,
+      commits=commits,
+      devices=devices,
       command="python launch/pipeline.py \\\n  --config=REPORT_FOLDER/config.py \\\n  --workdir=NEW_FOLDER",
-      num_rollouts=config.credit.num_rollouts, best_of=config.credit.best_of, pit_rule=config.pairs.pit_rule,
-      pair_mode=config.pairs.pair_mode), folder)
+      num_rollouts=config.credit.num_rollouts,
+      best_of=config.credit.best_of,
+      pit_rule=config.pairs.pit_rule,
+      pair_mode=config.pairs.pair_mode,
+    ),
+    folder,
+  )
   (folder / "config.py").write_text(config_file)
   return {"path": str(path)}

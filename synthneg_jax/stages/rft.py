@@ -32,6 +32,7 @@ def run(run_: Run) -> dict:
   examples, names, dropped = training.solution_trees(trunks, solutions, section.max_branches_per_tree, length)
   plan = training.plan(run_, section, examples, names)
   identity, figures = training.train(
-      run_, "rft", section, policy, objectives.make_sft(policy.model), plan, stage.folder)
+    run_, "rft", section, policy, objectives.make_sft(policy.model), plan, stage.folder
+  )
   counts = {"solutions": sum(map(len, solutions.values())), "problems": sum(map(bool, solutions.values()))}
   return stage.finish({**counts, "too_long": dropped, **figures}, identity=identity)

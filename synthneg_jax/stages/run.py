@@ -52,8 +52,14 @@ class Run:
   def engine(self, policy: policies.Policy, *, lanes: int | None = None, slots: int | None = None) -> Engine:
     """The decoding engine for a policy."""
     c = self.config.engine
-    return Engine(policy.model, self.mesh, policy.stops(c.stop), lanes=lanes or c.lanes, slots=slots or c.slots,
-                  max_new_tokens=c.max_new_tokens)
+    return Engine(
+      policy.model,
+      self.mesh,
+      policy.stops(c.stop),
+      lanes=lanes or c.lanes,
+      slots=slots or c.slots,
+      max_new_tokens=c.max_new_tokens,
+    )
 
 
 def sampling(section) -> Sampling:

@@ -15,17 +15,19 @@ def run(run_: Run) -> dict:
   section, policy = run_.config.sample, run_.policy("sft")
   problems = list(run_.problems("train").values())
   engine = run_.engine(policy, slots=min(run_.config.engine.slots, section.num_traces))
-  shards = traces.respond(run_, "sample", policy, engine, problems, "sample", section.num_traces, sampling(section),
-                          stage.folder / "traces")
+  shards = traces.respond(
+    run_, "sample", policy, engine, problems, "sample", section.num_traces, sampling(section), stage.folder / "traces"
+  )
   groups = traces.by_problem(shards.read())
   every = [trace for group in groups.values() for trace in group]
   figures = {
-      "traces": len(every),
-      "tokens": sum(len(trace.ids) for trace in every),
-      "pass_at_1": round(sum(trace.correct for trace in every) / len(every), 4),
-      f"pass_at_{section.num_traces}": round(
-          sum(any(trace.correct for trace in group) for group in groups.values()) / len(groups), 4),
-      "reasons": dict(collections.Counter(trace.reason for trace in every).most_common()),
-      "slot_use": round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3),
+    "traces": len(every),
+    "tokens": sum(len(trace.ids) for trace in every),
+    "pass_at_1": round(sum(trace.correct for trace in every) / len(every), 4),
+    f"pass_at_{section.num_traces}": round(
+      sum(any(trace.correct for trace in group) for group in groups.values()) / len(groups), 4
+    ),
+    "reasons": dict(collections.Counter(trace.reason for trace in every).most_common()),
+    "slot_use": round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3),
   }
   return stage.finish(figures, Shards(stage.folder / "traces", Trace).files())

@@ -19,5 +19,6 @@ def run(run_: Run) -> dict:
   examples, names, dropped = training.solution_trees(trunks, solutions, section.max_branches_per_tree, length)
   plan = training.plan(run_, section, examples, names)
   identity, figures = training.train(
-      run_, "sft", section, policy, objectives.make_sft(policy.model), plan, stage.folder)
+    run_, "sft", section, policy, objectives.make_sft(policy.model), plan, stage.folder
+  )
   return stage.finish({"solutions": len(names), "too_long": dropped, **figures}, identity=identity)

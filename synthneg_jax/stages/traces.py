@@ -33,10 +33,20 @@ def _trace(run_: Run, policy: Policy, problem: Problem, purpose: str, index: int
   graded = verdict(run_, policy, text, problem.answer, made.finish)
   rounded = lambda values: [round(float(value), 5) for value in values]
   return Trace(
-      id=f"{problem.id}/{purpose}/{index}", problem_id=problem.id, index=index, ids=ids,
-      step_ends=token_text.step_ends(ids, policy.token_text, run_.config.task.step_delimiter),
-      text=text, correct=graded.correct, reason=graded.reason, extracted=graded.extracted, finish=made.finish,
-      logps=rounded(made.logp), drawn_logps=rounded(made.drawn_logp), policy=policy.fingerprint)
+    id=f"{problem.id}/{purpose}/{index}",
+    problem_id=problem.id,
+    index=index,
+    ids=ids,
+    step_ends=token_text.step_ends(ids, policy.token_text, run_.config.task.step_delimiter),
+    text=text,
+    correct=graded.correct,
+    reason=graded.reason,
+    extracted=graded.extracted,
+    finish=made.finish,
+    logps=rounded(made.logp),
+    drawn_logps=rounded(made.drawn_logp),
+    policy=policy.fingerprint,
+  )
 
 
 def trunk(run_: Run, prompt: Sequence[int], problem: Problem, purpose: str, count: int) -> Trunk:
@@ -46,8 +56,17 @@ def trunk(run_: Run, prompt: Sequence[int], problem: Problem, purpose: str, coun
   return Trunk(prompt, [len(prompt)] * count, np.stack(item_keys))
 
 
-def respond(run_: Run, name: str, policy: Policy, engine: Engine, problems: Sequence[Problem], purpose: str,
-            count: int, how: Sampling, folder: epath.Path) -> Shards:
+def respond(
+  run_: Run,
+  name: str,
+  policy: Policy,
+  engine: Engine,
+  problems: Sequence[Problem],
+  purpose: str,
+  count: int,
+  how: Sampling,
+  folder: epath.Path,
+) -> Shards:
   """Writes `count` traces of each problem into folder, a shard at a time; problems that are there are not done again.
 
   Prompts that leave no room for max_new_tokens within model.max_length are an error of the config, found by the engine's
@@ -64,8 +83,11 @@ def respond(run_: Run, name: str, policy: Policy, engine: Engine, problems: Sequ
       for index, generations in engine.run(policy.params, trunks, how):
         made[index] = generations
         progress.update(1)
-      shards.write(_trace(run_, policy, part[i], purpose, index, generation)
-                   for i in range(len(part)) for index, generation in enumerate(made[i]))
+      shards.write(
+        _trace(run_, policy, part[i], purpose, index, generation)
+        for i in range(len(part))
+        for index, generation in enumerate(made[i])
+      )
   return shards
 
 

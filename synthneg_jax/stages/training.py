@@ -20,8 +20,9 @@ def prompt_ids(run_: Run, policy: policies.Policy, problem: Problem) -> list[int
   return prompts.encode_prompt(policy.tokenizer, problem.prompt, problems_lib.prompt_style(run_.config.task))
 
 
-def solution_trees(trunks: Mapping[str, Sequence[int]], solutions: Mapping[str, Sequence[Sequence[int]]], most: int,
-                   max_length: int) -> tuple[list[Example], list[str], int]:
+def solution_trees(
+  trunks: Mapping[str, Sequence[int]], solutions: Mapping[str, Sequence[Sequence[int]]], most: int, max_length: int
+) -> tuple[list[Example], list[str], int]:
   """One tree for every `most` solutions of a problem; the prompt is the trunk, the solutions its branches.
 
   Solutions that would make a sequence longer than `max_length` tokens are left out.
@@ -44,13 +45,27 @@ def solution_trees(trunks: Mapping[str, Sequence[int]], solutions: Mapping[str, 
 def plan(run_: Run, section, examples: Sequence[Example], names: Sequence[str]) -> batches.Batches:
   """The batches of a training stage."""
   return batches.Batches(
-      examples, names, batch_size=section.batch_size, num_epochs=section.num_epochs, max_steps=section.max_steps,
-      row_length=section.row_length, rows_multiple_of=section.accumulate * mesh_lib.row_shards(run_.mesh),
-      seed=run_.config.seed)
+    examples,
+    names,
+    batch_size=section.batch_size,
+    num_epochs=section.num_epochs,
+    max_steps=section.max_steps,
+    row_length=section.row_length,
+    rows_multiple_of=section.accumulate * mesh_lib.row_shards(run_.mesh),
+    seed=run_.config.seed,
+  )
 
 
-def train(run_: Run, name: str, section, policy: policies.Policy, objective, plan_: batches.Batches,
-          folder: epath.Path, check_start=None) -> tuple[str, dict]:
+def train(
+  run_: Run,
+  name: str,
+  section,
+  policy: policies.Policy,
+  objective,
+  plan_: batches.Batches,
+  folder: epath.Path,
+  check_start=None,
+) -> tuple[str, dict]:
   """Trains a policy's weights and writes the result to folder/policy.
 
   Returns:

@@ -36,15 +36,21 @@ class Puzzle:
     """What the model is given, one line."""
     parts = []
     for name, definition in self.definitions.items():
-      parts.append(f" {name}= {definition}" if isinstance(definition, int) else
-                   f" {name}: {definition[0]} {definition[1]} {definition[2]}")
+      parts.append(
+        f" {name}= {definition}"
+        if isinstance(definition, int)
+        else f" {name}: {definition[0]} {definition[1]} {definition[2]}"
+      )
     return "".join(parts) + f" ? {self.query}=\n"
 
   def value(self, name: str) -> int:
     """The value of a name, on the clock."""
     definition = self.definitions[name]
-    return definition if isinstance(definition, int) else apply(
-        self.value(definition[0]), definition[1], self.value(definition[2]))
+    return (
+      definition
+      if isinstance(definition, int)
+      else apply(self.value(definition[0]), definition[1], self.value(definition[2]))
+    )
 
   def needed(self, name: str) -> set[str]:
     """The operations that the name's value rests on, its own included."""
@@ -97,11 +103,21 @@ def teach(rng: np.random.Generator, puzzle: Puzzle, leap: float) -> str:
 
 
 def wander(rng: np.random.Generator, puzzle: Puzzle) -> str:
-  """Legal steps without a plan: some operations, whether the question needs them or not, and no answer."""
+  """Legal steps without a plan: one or two operations with what they rest on, asked for or not, and no answer.
+
+  Half of the texts follow the order of the problem, half a random legal one, so that a step is copied from its
+  definition wherever that stands.
+  """
   operations = [name for name, definition in puzzle.definitions.items() if not isinstance(definition, int)]
-  goals = rng.choice(operations, size=rng.integers(1, len(operations) + 1), replace=False)
-  done = set().union(*(puzzle.needed(str(goal)) for goal in goals))
-  return "".join(puzzle.line(name) for name in operations if name in done)
+  goals = rng.choice(operations, size=min(rng.integers(1, 3), len(operations)), replace=False)
+  rest = [name for name in operations if name in set().union(*(puzzle.needed(str(goal)) for goal in goals))]
+  shuffled, lines = rng.random() < 0.5, []
+  while rest:
+    ready = [name for name in rest if not (puzzle.needed(name) - {name}) & set(rest)]
+    name = ready[rng.integers(len(ready))] if shuffled else rest[0]
+    rest.remove(name)
+    lines.append(puzzle.line(name))
+  return "".join(lines)
 
 
 def judge_step(puzzle: Puzzle, known: set[str], line: str) -> str:
@@ -128,7 +144,7 @@ def judge_step(puzzle: Puzzle, known: set[str], line: str) -> str:
 
 
 def build_tokenizer() -> tokenizers.Tokenizer:
-  """One token for each digit, operator and mark, and three for each letter: defined (` K:`), named (` K`), valued (` K=`).
+  """One token for each digit, operator and mark; three for each letter: defined (` K:`), named (` K`), valued (` K=`).
 
   Text round-trips. Typed tokens make looking up a value one step of attention; small models do not learn it without."""
   words = [PAD, EOS, "\n", " ?", " ####"]

@@ -34,14 +34,18 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
   if task.name == "gsm8k":
     folder = task.data_dir or os.environ.get("SYNTHNEG_DATA_DIR", "")
     if not folder:
-      raise UserError("task.data_dir is empty and SYNTHNEG_DATA_DIR is not set: name the folder with gsm8k/train.jsonl.")
+      raise UserError(
+        "task.data_dir is empty and SYNTHNEG_DATA_DIR is not set: name the folder with gsm8k/train.jsonl."
+      )
     path = pathlib.Path(folder) / "gsm8k" / f"{split}.jsonl"
     rows = problem_files.read_rows(path, split)
     if count > len(rows):
       raise UserError(f"{path} has {len(rows)} rows; task.{split}_problems={count} asks for more.")
     order = np.random.default_rng([seed, _SPLITS.index(split)]).permutation(len(rows))[:count]
-    return [Problem(rows[i]["id"], rows[i]["problem"], rows[i]["solution"], rows[i]["answer"], f"gsm8k/{split}")
-            for i in order]
+    return [
+      Problem(rows[i]["id"], rows[i]["problem"], rows[i]["solution"], rows[i]["answer"], f"gsm8k/{split}")
+      for i in order
+    ]
   raise UserError(f"task.name={task.name!r} is none of arithmetic, gsm8k.")
 
 
@@ -49,8 +53,13 @@ def _arithmetic(task, seed: int, split: str, index: int) -> Problem:
   rng = np.random.default_rng([seed if split == "train" else 0, _SPLITS.index(split), index])
   puzzle = arithmetic.make_puzzle(rng, task.num_leaves, task.num_operations, (task.needed_min, task.needed_max))
   solution = arithmetic.teach(rng, puzzle, task.leap)
-  return Problem(f"arithmetic/{split}/{seed if split == 'train' else 0}/{index:06d}", puzzle.prompt, solution,
-                 str(puzzle.value(puzzle.query)), "scripted teacher")
+  return Problem(
+    f"arithmetic/{split}/{seed if split == 'train' else 0}/{index:06d}",
+    puzzle.prompt,
+    solution,
+    str(puzzle.value(puzzle.query)),
+    "scripted teacher",
+  )
 
 
 def pretraining(task, config, seed: int) -> list[Problem]:
@@ -65,6 +74,13 @@ def pretraining(task, config, seed: int) -> list[Problem]:
     most = min(task.needed_max if wander else config.answered_max, num_operations)
     puzzle = arithmetic.make_puzzle(rng, num_leaves, num_operations, (1, most))
     text = arithmetic.wander(rng, puzzle) if wander else arithmetic.teach(rng, puzzle, leap=0.0)
-    documents.append(Problem(f"arithmetic/pretrain/{seed}/{index:06d}", puzzle.prompt, text,
-                             str(puzzle.value(puzzle.query)), "wander" if wander else "plain teacher"))
+    documents.append(
+      Problem(
+        f"arithmetic/pretrain/{seed}/{index:06d}",
+        puzzle.prompt,
+        text,
+        str(puzzle.value(puzzle.query)),
+        "wander" if wander else "plain teacher",
+      )
+    )
   return documents

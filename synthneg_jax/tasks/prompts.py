@@ -1,4 +1,4 @@
-"""From a problem's text to token ids, and a solution's text to the branch that is trained on. Each text is tokenised once."""
+"""A problem's text as the trunk, a solution's text as the branch that is trained on; each is tokenised once."""
 
 from synthneg_jax.runtime.errors import UserError
 
@@ -25,8 +25,9 @@ def encode_prompt(tokenizer, problem: str, style: str) -> list[int]:
   if style == "chat":
     if not tokenizer.chat_template:
       raise UserError("task.prompt='chat', but the tokenizer has no chat template; use --config.task.prompt=plain.")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": problem}], tokenize=False,
-                                         add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+      [{"role": "user", "content": problem}], tokenize=False, add_generation_prompt=True
+    )
     return tokenizer.encode(text, add_special_tokens=False)  # the template wrote the special tokens
   raise UserError(f"task.prompt={style!r} is none of raw, plain, chat.")
 

@@ -34,7 +34,7 @@ class Batch:
 
   Attributes:
     trees: fields [R, T].
-    scored_at: int32 [R, S], row indices of the scored tokens, -1 beyond them; hidden states are gathered at their parents.
+    scored_at: int32 [R, S], row indices of the scored tokens, -1 beyond them; logits exist at their parents only.
     chosen, rejected: int32 [R, P], branch numbers of the pairs; 0 where there is no pair.
     ref_chosen, ref_rejected: float32 [R, P], summed log-probs under the reference, nats.
     num_scored: float32 [], scored tokens of the whole batch, over all rows, devices and accumulation steps.
@@ -72,11 +72,11 @@ def measure(examples: Sequence[Example], length: int, multiple_of: int = 1) -> S
   rows = assign_rows(examples, length)
   widest = lambda count: max((sum(count(examples[i]) for i in row) for row in rows), default=0)
   return Shape(
-      rows=-(-max(len(rows), 1) // multiple_of) * multiple_of,
-      length=length,
-      scored=max(widest(lambda example: example.tree.num_scored), 1),
-      pairs=widest(lambda example: len(example.pairs)),
-      branches=widest(lambda example: len(example.tree.branches)),
+    rows=-(-max(len(rows), 1) // multiple_of) * multiple_of,
+    length=length,
+    scored=max(widest(lambda example: example.tree.num_scored), 1),
+    pairs=widest(lambda example: len(example.pairs)),
+    branches=widest(lambda example: len(example.tree.branches)),
   )
 
 
@@ -107,9 +107,14 @@ def build(examples: Sequence[Example], shape: Shape) -> Batch:
         p += 1
       number += len(examples[index].tree.branches)
   return Batch(
-      trees, scored_at, chosen, rejected, ref_chosen, ref_rejected,
-      num_scored=np.float32(max(int(trees.scored.sum()), 1)),
-      num_pairs=np.float32(max(sum(len(example.pairs) for example in examples), 1)),
+    trees,
+    scored_at,
+    chosen,
+    rejected,
+    ref_chosen,
+    ref_rejected,
+    num_scored=np.float32(max(int(trees.scored.sum()), 1)),
+    num_pairs=np.float32(max(sum(len(example.pairs) for example in examples), 1)),
   )
 
 

@@ -52,8 +52,18 @@ class Batches:
     shape: the one shape that holds each of them, so that one compiled program serves all.
   """
 
-  def __init__(self, examples: Sequence[Example], keys: Sequence[str], *, batch_size: int, num_epochs: float,
-               max_steps: int, row_length: int, rows_multiple_of: int, seed: int):
+  def __init__(
+    self,
+    examples: Sequence[Example],
+    keys: Sequence[str],
+    *,
+    batch_size: int,
+    num_epochs: float,
+    max_steps: int,
+    row_length: int,
+    rows_multiple_of: int,
+    seed: int,
+  ):
     """Plans the run.
 
     Args:
@@ -80,8 +90,11 @@ class Batches:
     shapes = [batch_lib.measure([examples[i] for i in step], row_length, rows_multiple_of) for step in self._steps]
     widest = lambda field: max(getattr(shape, field) for shape in shapes)
     self.shape = batch_lib.Shape(
-        rows=widest("rows"), length=row_length, scored=widest("scored"), pairs=widest("pairs"),
-        branches=widest("branches"),
+      rows=widest("rows"),
+      length=row_length,
+      scored=widest("scored"),
+      pairs=widest("pairs"),
+      branches=widest("branches"),
     )
 
   @property

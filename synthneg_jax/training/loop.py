@@ -39,8 +39,9 @@ class _MetricsFile:
     self._file.close()
 
 
-def fit(name: str, config, model: Model, params, objective, batches: Batches, mesh: Mesh, folder: epath.Path,
-        check_start=None):
+def fit(
+  name: str, config, model: Model, params, objective, batches: Batches, mesh: Mesh, folder: epath.Path, check_start=None
+):
   """Trains to the end of `batches`, from the newest checkpoint in `folder` if there is one.
 
   Args:
@@ -81,8 +82,8 @@ def fit(name: str, config, model: Model, params, objective, batches: Batches, me
     averages.update(_averages(metrics))
     if not all(math.isfinite(value) for value in averages.values()):
       raise UserError(
-          f"{name}: step {step} is not finite ({averages}); its examples were {', '.join(batches.keys(step)[:8])} …; "
-          f"the last good checkpoint is in {folder / 'checkpoints'}."
+        f"{name}: step {step} is not finite ({averages}); its examples were {', '.join(batches.keys(step)[:8])} …; "
+        f"the last good checkpoint is in {folder / 'checkpoints'}."
       )
     if step == 0 and check_start is not None:
       check_start(averages)
@@ -95,8 +96,13 @@ def fit(name: str, config, model: Model, params, objective, batches: Batches, me
     for step in range(first_step, batches.num_steps):
       batch = batches.build(step)
       if step == first_step:
-        logging.info("%s: %d steps, shape %s, first batch %.0f %% full.", name, batches.num_steps, batches.shape,
-                     100 * batch_lib.fill(batch))
+        logging.info(
+          "%s: %d steps, shape %s, first batch %.0f %% full.",
+          name,
+          batches.num_steps,
+          batches.shape,
+          100 * batch_lib.fill(batch),
+        )
       state, metrics = run(state, jax.device_put(batch, layout))
       if previous is not None:  # step N is dispatched before the figures of N - 1 are fetched
         report(*previous, progress)

@@ -69,14 +69,16 @@ def make_dpo(model: Model, num_branches: int, *, beta: float, nll_weight: float,
     margin_RP = beta * losses.preference_margin(*args)
     loss = jnp.sum(jnp.where(pair_RP, dpo_RP + nll_weight * nll_RP, 0.0)) / batch.num_pairs
     metrics = {
-        "loss/per_pair": masked.total(dpo_RP, pair_RP),
-        "nll_chosen/per_token": (-jnp.sum(jnp.where(pair_RP, chosen_RP, 0.0)),
-                                 jnp.sum(jnp.where(pair_RP, of(count_RB, batch.chosen), 0.0))),
-        "margin/per_pair": masked.total(margin_RP, pair_RP),
-        "accuracy/per_pair": masked.total((margin_RP > 0).astype(margin_RP.dtype), pair_RP),
-        "chosen_shift/per_pair": masked.total(chosen_RP - batch.ref_chosen, pair_RP),
-        "rejected_shift/per_pair": masked.total(rejected_RP - batch.ref_rejected, pair_RP),
-        "saturated/per_pair": masked.total((margin_RP > 5.0).astype(margin_RP.dtype), pair_RP),
+      "loss/per_pair": masked.total(dpo_RP, pair_RP),
+      "nll_chosen/per_token": (
+        -jnp.sum(jnp.where(pair_RP, chosen_RP, 0.0)),
+        jnp.sum(jnp.where(pair_RP, of(count_RB, batch.chosen), 0.0)),
+      ),
+      "margin/per_pair": masked.total(margin_RP, pair_RP),
+      "accuracy/per_pair": masked.total((margin_RP > 0).astype(margin_RP.dtype), pair_RP),
+      "chosen_shift/per_pair": masked.total(chosen_RP - batch.ref_chosen, pair_RP),
+      "rejected_shift/per_pair": masked.total(rejected_RP - batch.ref_rejected, pair_RP),
+      "saturated/per_pair": masked.total((margin_RP > 5.0).astype(margin_RP.dtype), pair_RP),
     }
     return loss, metrics
 

@@ -11,9 +11,9 @@ def make_schedule(config, num_steps: int):
   warmup = min(round(config.warmup_share * num_steps), max(num_steps - 1, 0))
   rest = max(num_steps - warmup, 1)
   decays = {
-      "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
-      "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
-      "constant": optax.constant_schedule(config.learning_rate),
+    "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+    "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
+    "constant": optax.constant_schedule(config.learning_rate),
   }
   if config.schedule not in decays:
     raise UserError(f"optimizer.schedule={config.schedule!r} is none of {', '.join(decays)}.")
@@ -26,13 +26,17 @@ def make_schedule(config, num_steps: int):
 
 def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
   """Clipping by global norm, then AdamW; the weight decay spares norms' scales (arrays whose last name is "scale")."""
+
   def decayed(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
   return optax.chain(
-      optax.clip_by_global_norm(config.clip_norm),
-      optax.adamw(
-          make_schedule(config, num_steps), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay,
-          mask=decayed,
-      ),
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(
+      make_schedule(config, num_steps),
+      b1=config.beta1,
+      b2=config.beta2,
+      weight_decay=config.weight_decay,
+      mask=decayed,
+    ),
   )

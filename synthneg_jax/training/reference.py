@@ -53,8 +53,12 @@ class Store:
       return
     self._values |= values
     buffer = io.BytesIO()
-    np.savez(buffer, key=np.array(list(self._values)), logp=np.concatenate(list(self._values.values())),
-             ends=np.cumsum([len(part) for part in self._values.values()]))
+    np.savez(
+      buffer,
+      key=np.array(list(self._values)),
+      logp=np.concatenate(list(self._values.values())),
+      ends=np.cumsum([len(part) for part in self._values.values()]),
+    )
     self._path.parent.mkdir(parents=True, exist_ok=True)
     temporary = self._path.parent / f"{self._path.name}.tmp"
     temporary.write_bytes(buffer.getvalue())
@@ -78,11 +82,15 @@ def score(model: Model, params, trees: Sequence[Tree], row_length: int, mesh: Me
   examples = [Example(tree) for tree in wanted]
   rows = batch_lib.assign_rows(examples, row_length)
   per_call = -(-_ROWS // mesh_lib.row_shards(mesh)) * mesh_lib.row_shards(mesh)
-  calls = [[examples[i] for row in rows[start : start + per_call] for i in row] for start in range(0, len(rows), per_call)]
+  calls = [
+    [examples[i] for row in rows[start : start + per_call] for i in row] for start in range(0, len(rows), per_call)
+  ]
   shapes = [batch_lib.measure(call, row_length) for call in calls]
   shape = batch_lib.Shape(per_call, row_length, max(s.scored for s in shapes), 0, max(s.branches for s in shapes))
-  forward = jax.jit(lambda params, batch: objectives.scored_logprobs(model, params, batch)[0],
-                    in_shardings=(mesh_lib.shardings(mesh, model.logical_axes()), step_lib.batch_shardings(mesh)))
+  forward = jax.jit(
+    lambda params, batch: objectives.scored_logprobs(model, params, batch)[0],
+    in_shardings=(mesh_lib.shardings(mesh, model.logical_axes()), step_lib.batch_shardings(mesh)),
+  )
   values = {}
   with Progress("reference", len(calls), "batches") as progress:
     for call in calls:

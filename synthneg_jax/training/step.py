@@ -15,8 +15,11 @@ def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh:
   params = mesh_lib.shardings(mesh, model.logical_axes())
   replicated = mesh_lib.replicated(mesh)
   opt_state = optax.tree_map_params(
-      optimizer, lambda _, sharding: sharding, jax.eval_shape(optimizer.init, model.abstract_params()), params,
-      transform_non_params=lambda _: replicated,
+    optimizer,
+    lambda _, sharding: sharding,
+    jax.eval_shape(optimizer.init, model.abstract_params()),
+    params,
+    transform_non_params=lambda _: replicated,
   )
   return {"params": params, "opt_state": opt_state, "step": replicated}
 
@@ -64,8 +67,10 @@ def make_step(objective, optimizer: optax.GradientTransformation, shardings, mes
       return jax.tree.map(jnp.add, total, (grads, metrics)), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
-        lambda p, b: (lambda out: (out[1], out[0][1]))(grad(p, b)), params, first))
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype),
+      jax.eval_shape(lambda p, b: (lambda out: (out[1], out[0][1]))(grad(p, b)), params, first),
+    )
     return jax.lax.scan(add, zeros, parts)[0]
 
   def step(state, batch: Batch):
@@ -76,6 +81,8 @@ def make_step(objective, optimizer: optax.GradientTransformation, shardings, mes
     return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
   return jax.jit(
-      step, in_shardings=(shardings, batch_shardings(mesh)), out_shardings=(shardings, mesh_lib.replicated(mesh)),
-      donate_argnums=0,
+    step,
+    in_shardings=(shardings, batch_shardings(mesh)),
+    out_shardings=(shardings, mesh_lib.replicated(mesh)),
+    donate_argnums=0,
   )

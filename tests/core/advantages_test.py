@@ -49,7 +49,6 @@ def random_cases(num: int, steps: int):
 
 
 class BestOfKTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -83,7 +82,6 @@ class BestOfKTest(parameterized.TestCase):
 
 
 class StepAdvantagesTest(absltest.TestCase):
-
   def test_by_hand(self):
     # Fails if the value before is taken from the step after, or the first baseline is not v0.
     got = advantages.step_advantages(jnp.asarray([0.5, 0.75, 0.0]), jnp.asarray(0.25))
@@ -98,9 +96,11 @@ class StepAdvantagesTest(absltest.TestCase):
 
 
 class FirstPitTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ("lowest_value", 4), ("first_zero", 4), ("least_advantage", 2), ("relative_drop", 2),
+    ("lowest_value", 4),
+    ("first_zero", 4),
+    ("least_advantage", 2),
+    ("relative_drop", 2),
   )
   def test_by_hand(self, rule, expected):
     # Fails if a rule takes the last of equal steps, or another quantity than its own.
@@ -152,7 +152,6 @@ class FirstPitTest(parameterized.TestCase):
 
 
 class MeanValueByStepTest(absltest.TestCase):
-
   def test_by_hand(self):
     # Fails if unknown values enter the sum or the count, or if a step that nobody has gives 0/0.
     q = jnp.asarray([[0.5, 1.0, 9.0], [0.25, 9.0, 9.0], [0.0, 0.5, 9.0]])

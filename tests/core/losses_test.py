@@ -32,7 +32,6 @@ def pair_args(pairs) -> tuple[jax.Array, ...]:
 
 
 class TokenLogprobsTest(parameterized.TestCase):
-
   @parameterized.parameters(((5,),), ((2, 3),), ((),))
   def test_equals_numpy(self, shape):
     # Fails if another entry than the target's is taken, or if the sum runs over another axis than the last.
@@ -65,7 +64,6 @@ class TokenLogprobsTest(parameterized.TestCase):
 
 
 class SftLossTest(absltest.TestCase):
-
   def test_by_hand(self):
     # Fails if unscored tokens count, if the mean is taken, if the sign is lost, or if masking multiplies (0 · -inf).
     logp = jnp.asarray([-0.5, -jnp.inf, -2.0, -100.0])
@@ -79,7 +77,6 @@ class SftLossTest(absltest.TestCase):
 
 
 class PreferenceMarginTest(absltest.TestCase):
-
   def test_by_hand(self):
     # Fails if any of the four signs is turned.
     columns = [jnp.asarray([value], jnp.float32) for value in (1.0, 20.0, 300.0, 4000.0)]
@@ -87,7 +84,6 @@ class PreferenceMarginTest(absltest.TestCase):
 
 
 class DpoLossTest(parameterized.TestCase):
-
   @parameterized.product(beta=(0.02, 0.1, 1.0), epsilon=(0.0, 0.1, 0.49))
   def test_equals_numpy(self, beta, epsilon):
     # Fails for a changed sign or factor of the margin, β outside the sigmoid, or ε on the wrong term.
@@ -151,7 +147,6 @@ class DpoLossTest(parameterized.TestCase):
 
 
 class NllTermTest(absltest.TestCase):
-
   def test_by_hand(self):
     # Fails if the sum is not divided by its own pair's tokens, if the sign is lost, or if no tokens give 0/0.
     got = losses.nll_term(jnp.asarray([-6.0, -6.0, 0.0]), jnp.asarray([3.0, 1.0, 0.0]))

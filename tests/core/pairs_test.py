@@ -19,21 +19,21 @@ AGAIN = Response([20, 21, EOS], [2, 3])
 
 
 def shared(pit=1, right=(SAME, LONG, SHORT, AGAIN), firsts=(), continuation="step", choice="random", seed=0):
-  return pairs.shared_prefix(PROMPT, WRONG, pit, right, firsts, continuation=continuation, choice=choice,
-                             rng=np.random.default_rng(seed))
+  return pairs.shared_prefix(
+    PROMPT, WRONG, pit, right, firsts, continuation=continuation, choice=choice, rng=np.random.default_rng(seed)
+  )
 
 
 class ResponseTest(absltest.TestCase):
-
   def test_prefix_and_step(self):
     # Fails if an end is taken as inclusive, if prefix counts from 1, or if a step starts at the step before it.
-    self.assertEqual([WRONG.prefix(steps) for steps in range(4)],
-                     [[], [10, 11], [10, 11, 12], [10, 11, 12, 13, 14, EOS]])
+    self.assertEqual(
+      [WRONG.prefix(steps) for steps in range(4)], [[], [10, 11], [10, 11, 12], [10, 11, 12, 13, 14, EOS]]
+    )
     self.assertEqual([WRONG.step(index) for index in range(3)], [[10, 11], [12], [13, 14, EOS]])
 
 
 class WholeResponseTest(parameterized.TestCase):
-
   @parameterized.parameters((0, [10, 11]), (1, [10, 11, 12]), (2, [10, 11, 12, 13, 14, EOS]))
   def test_algorithm1(self, pit, rejected):
     # Fails if the pit itself is cut off, if the whole wrong response is rejected (EOS and what follows the pit), if the
@@ -48,7 +48,6 @@ class WholeResponseTest(parameterized.TestCase):
 
 
 class SharedPrefixTest(parameterized.TestCase):
-
   def test_pit_in_the_middle(self):
     # Fails if the trunk lacks the steps before the pit or holds the pit, or if the rejected is more than the pit.
     pair = shared(choice="shortest")
@@ -76,11 +75,11 @@ class SharedPrefixTest(parameterized.TestCase):
     self.assertEqual(shared(right=(twin, AGAIN), choice="shortest").chosen, [24, 25])
 
   @parameterized.parameters(
-      # [20, 21]: two right, three wrong; [22]: one right. A count of right ones alone would take [20, 21].
-      ([([20, 21], True)] * 2 + [([20, 21], False)] * 3 + [([22], True)], [22]),
-      ([([20, 21], True)] * 2 + [([22], True)], [20, 21]),
-      # The pit's own step has the most votes and is no alternative.
-      ([([12], True)] * 5 + [([22], True)] + [([20, 21], False)], [22]),
+    # [20, 21]: two right, three wrong; [22]: one right. A count of right ones alone would take [20, 21].
+    ([([20, 21], True)] * 2 + [([20, 21], False)] * 3 + [([22], True)], [22]),
+    ([([20, 21], True)] * 2 + [([22], True)], [20, 21]),
+    # The pit's own step has the most votes and is no alternative.
+    ([([12], True)] * 5 + [([22], True)] + [([20, 21], False)], [22]),
   )
   def test_majority(self, firsts, chosen):
     # Fails if wrong rollouts do not count against their step, or if the pit's own step can win.

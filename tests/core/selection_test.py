@@ -5,13 +5,18 @@ from absl.testing import absltest, parameterized
 from synthneg_jax.core import selection
 
 RESPONSES = [
-    ([1, 2], False), ([1, 3], True), ([1, 3], True), ((1, 2), True), ([1, 3, 2], True), ([9], False), ((1, 3), True),
-    ([4], True),
+  ([1, 2], False),
+  ([1, 3], True),
+  ([1, 3], True),
+  ((1, 2), True),
+  ([1, 3, 2], True),
+  ([9], False),
+  ((1, 3), True),
+  ([4], True),
 ]
 
 
 class KeepRightTest(parameterized.TestCase):
-
   @parameterized.parameters((0, []), (1, [1]), (2, [1, 3]), (3, [1, 3, 4]), (4, [1, 3, 4, 7]), (99, [1, 3, 4, 7]))
   def test_by_hand(self, most, expected):
     # Fails if wrong ones are kept, if repeats are kept or count, if a wrong one hides an equal right one, if a list and

@@ -11,9 +11,9 @@ from synthneg_jax.core.tree import Branch, Tree
 
 # A scored trunk; two branches at one fork in its middle, one of them partly scored; a branch at a later fork.
 FIRST = Tree(
-    trunk=[10, 11, 12, 13],
-    branches=(Branch(2, [20, 21, 22]), Branch(2, [30]), Branch(3, [40, 41], scored=[True, False])),
-    trunk_scored=[False, False, True, True],
+  trunk=[10, 11, 12, 13],
+  branches=(Branch(2, [20, 21, 22]), Branch(2, [30]), Branch(3, [40, 41], scored=[True, False])),
+  trunk_scored=[False, False, True, True],
 )
 SECOND = Tree(trunk=[50, 51], branches=(Branch(2, [60]),))
 
@@ -22,8 +22,8 @@ def random_tree(rng: np.random.Generator) -> Tree:
   """A tree of 1 to 6 trunk tokens and 0 to 3 branches of 1 to 4 tokens."""
   size = int(rng.integers(1, 7))
   branches = tuple(
-      Branch(int(rng.integers(1, size + 1)), rng.integers(0, 9, rng.integers(1, 5)).tolist())
-      for _ in range(rng.integers(0, 4))
+    Branch(int(rng.integers(1, size + 1)), rng.integers(0, 9, rng.integers(1, 5)).tolist())
+    for _ in range(rng.integers(0, 4))
   )
   return Tree(rng.integers(0, 9, size).tolist(), branches)
 
@@ -49,19 +49,18 @@ def sees(trees: list[Tree], query, key) -> bool:
 
 
 class PackTest(absltest.TestCase):
-
   def test_fields_by_hand(self):
     # Fails if a branch's positions restart at 0, if its first token's parent is the row's token before it, if branches
     # are numbered anew in each tree, or if padding gets a tree, a parent or a score.
     packed = tree_lib.pack([[SECOND], [FIRST, SECOND]], 16)
     expected = {
-        "token": [10, 11, 12, 13, 20, 21, 22, 30, 40, 41, 50, 51, 60, 0, 0, 0],
-        "position": [0, 1, 2, 3, 2, 3, 4, 2, 3, 4, 0, 1, 2, 0, 0, 0],
-        "tree": [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0],
-        "branch": [0, 0, 0, 0, 1, 1, 1, 2, 3, 3, 0, 0, 4, 0, 0, 0],
-        "fork": [0, 0, 0, 0, 2, 2, 2, 2, 3, 3, 0, 0, 2, 0, 0, 0],
-        "parent": [-1, 0, 1, 2, 1, 4, 5, 1, 2, 8, -1, 10, 11, -1, -1, -1],
-        "scored": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 0],
+      "token": [10, 11, 12, 13, 20, 21, 22, 30, 40, 41, 50, 51, 60, 0, 0, 0],
+      "position": [0, 1, 2, 3, 2, 3, 4, 2, 3, 4, 0, 1, 2, 0, 0, 0],
+      "tree": [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0],
+      "branch": [0, 0, 0, 0, 1, 1, 1, 2, 3, 3, 0, 0, 4, 0, 0, 0],
+      "fork": [0, 0, 0, 0, 2, 2, 2, 2, 3, 3, 0, 0, 2, 0, 0, 0],
+      "parent": [-1, 0, 1, 2, 1, 4, 5, 1, 2, 8, -1, 10, 11, -1, -1, -1],
+      "scored": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 0],
     }
     self.assertSameElements(expected, [field.name for field in dataclasses.fields(packed)])
     for name, values in expected.items():
@@ -84,15 +83,14 @@ class PackTest(absltest.TestCase):
 
 
 class TreeErrorsTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ({"trunk": []}, "at least one token"),
-      ({"trunk": [1, 2], "trunk_scored": [False]}, "trunk_scored"),
-      ({"trunk": [1, 2], "trunk_scored": [True, False]}, "trunk_scored"),
-      ({"trunk": [1, 2], "branches": (Branch(1, [3]), Branch(0, [3]))}, "Branch 1 forks at 0, outside 1..2"),
-      ({"trunk": [1, 2], "branches": (Branch(3, [3]),)}, "Branch 0 forks at 3, outside 1..2"),
-      ({"trunk": [1, 2], "branches": (Branch(1, []),)}, "Branch 0 is empty"),
-      ({"trunk": [1, 2], "branches": (Branch(1, [3, 4], scored=[True]),)}, "another length"),
+    ({"trunk": []}, "at least one token"),
+    ({"trunk": [1, 2], "trunk_scored": [False]}, "trunk_scored"),
+    ({"trunk": [1, 2], "trunk_scored": [True, False]}, "trunk_scored"),
+    ({"trunk": [1, 2], "branches": (Branch(1, [3]), Branch(0, [3]))}, "Branch 1 forks at 0, outside 1..2"),
+    ({"trunk": [1, 2], "branches": (Branch(3, [3]),)}, "Branch 0 forks at 3, outside 1..2"),
+    ({"trunk": [1, 2], "branches": (Branch(1, []),)}, "Branch 0 is empty"),
+    ({"trunk": [1, 2], "branches": (Branch(1, [3, 4], scored=[True]),)}, "another length"),
   )
   def test_refuses(self, arguments, sentence):
     # Fails for each check that __post_init__ loses.
@@ -101,16 +99,15 @@ class TreeErrorsTest(parameterized.TestCase):
 
 
 class FirstFitTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ([], 8, []),
-      ([8, 8], 8, [[0], [1]]),  # full rows
-      ([5, 6, 3, 2], 8, [[0, 2], [1, 3]]),  # next-fit would not go back to the first row
-      ([4, 5, 3], 8, [[0, 2], [1]]),  # best-fit would choose the second row
-      ([1, 7, 8], 8, [[0, 1], [2]]),  # sorting by size would put 8 first
+    ([], 8, []),
+    ([8, 8], 8, [[0], [1]]),  # full rows
+    ([5, 6, 3, 2], 8, [[0, 2], [1, 3]]),  # next-fit would not go back to the first row
+    ([4, 5, 3], 8, [[0, 2], [1]]),  # best-fit would choose the second row
+    ([1, 7, 8], 8, [[0, 1], [2]]),  # sorting by size would put 8 first
   )
   def test_rows(self, sizes, length, rows):
-    # Fails if a tree goes to the last row, to the fullest row, or in another order; or if a row that fits exactly does not.
+    # Fails if a tree goes to the last row, to the fullest row or in another order, or if an exact fit does not fit.
     self.assertEqual(tree_lib.first_fit(sizes, length), rows)
 
   def test_a_tree_longer_than_a_row(self):
@@ -120,12 +117,12 @@ class FirstFitTest(parameterized.TestCase):
 
 
 class AttentionMaskTest(absltest.TestCase):
-
   def test_equals_the_rule_on_random_rows(self):
     # Fails if trees of one row see each other, siblings see each other, a branch sees the trunk at its fork or only
     # up to its row index, a trunk sees its branches, or padding sees anything.
     rng = np.random.default_rng(0)
-    rows = [[FIRST, SECOND], [SECOND, FIRST]] + [[random_tree(rng) for _ in range(rng.integers(1, 4))] for _ in range(30)]
+    rows = [[FIRST, SECOND], [SECOND, FIRST]]
+    rows += [[random_tree(rng) for _ in range(rng.integers(1, 4))] for _ in range(30)]
     length = 2 + max(sum(tree.num_tokens for tree in row) for row in rows)
     mask = np.asarray(tree_lib.attention_mask(tree_lib.pack(rows, length)))
     expected = np.zeros((len(rows), length, length), bool)
@@ -144,7 +141,6 @@ class AttentionMaskTest(absltest.TestCase):
 
 
 class BranchSumsTest(absltest.TestCase):
-
   def test_sums(self):
     # Fails if the last branch is left out, if values overwrite one another, or if entry 0 is dropped.
     branch = tree_lib.pack([[FIRST, SECOND]], 16).branch[0]

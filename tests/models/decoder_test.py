@@ -18,9 +18,9 @@ from tests import toy
 
 # Within a row no token comes twice and none is 0, so that a token's embedding stands for one place of the row.
 _A = Tree(
-    trunk=[1, 2, 3, 4, 5, 6],
-    branches=(Branch(2, [7, 8, 9]), Branch(2, [10, 11]), Branch(6, [12, 13]), Branch(1, [14])),
-    trunk_scored=[False, False, True, True, False, True],
+  trunk=[1, 2, 3, 4, 5, 6],
+  branches=(Branch(2, [7, 8, 9]), Branch(2, [10, 11]), Branch(6, [12, 13]), Branch(1, [14])),
+  trunk_scored=[False, False, True, True, False, True],
 )
 _B = Tree(trunk=[15, 16, 17, 18, 19], branches=(Branch(3, [20, 21]), Branch(5, [22])))
 _C = Tree(trunk=[30, 9, 2, 25], branches=(Branch(4, [1, 8, 3]),))
@@ -61,11 +61,13 @@ def make_params(model):
 @functools.partial(jax.jit, static_argnums=0)
 def run(model, params, trees, weight):
   """((Σ weight·logp, logp [B, T]), gradients); a token that nothing predicts gets the logp of a wrong guess."""
+
   def weighted(params):
     h, _ = model.hidden(params, trees)
     h = jnp.take_along_axis(h, jnp.maximum(trees.parent, 0)[..., None], axis=1)
     logp = losses.token_logprobs(model.logits(params, h), trees.token)
     return jnp.sum(weight.astype(logp.dtype) * logp), logp
+
   return jax.value_and_grad(weighted, has_aux=True)(params)
 
 
@@ -74,8 +76,10 @@ def numpy_logits(config, params, ids):
   c, params = config, jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   ends, half = params["ends"], config.head_dim // 2
   norm = lambda x, scale: x / np.sqrt(np.sum(x**2) / len(x) + c.norm_eps) * scale
-  turn = [np.exp(1j * place * np.array([c.rope_theta ** (-2 * i / c.head_dim) for i in range(half)]))
-          for place in range(len(ids))]
+  turn = [
+    np.exp(1j * place * np.array([c.rope_theta ** (-2 * i / c.head_dim) for i in range(half)]))
+    for place in range(len(ids))
+  ]
 
   def rotated(vector, place):
     pairs = (vector[:half] + 1j * vector[half:]) * turn[place]
@@ -113,7 +117,6 @@ def numpy_logp(config, params, ids):
 
 
 class DecoderTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -128,8 +131,11 @@ class DecoderTest(parameterized.TestCase):
   def predicted(self):
     """(row, place in the row, sequence, place in the sequence) of every token that is predicted."""
     found = [(*at, *self.places[at]) for at in self.places if self.trees.parent[at] >= 0]
-    self.assertLen(found, sum(len(branch.ids) for row in ROWS for tree in row for branch in tree.branches)
-                   + sum(len(tree.trunk) - 1 for row in ROWS for tree in row))
+    self.assertLen(
+      found,
+      sum(len(branch.ids) for row in ROWS for tree in row for branch in tree.branches)
+      + sum(len(tree.trunk) - 1 for row in ROWS for tree in row),
+    )
     return found
 
   def assert_trees_close(self, got, expected, atol):
@@ -167,8 +173,7 @@ class DecoderTest(parameterized.TestCase):
     ids = self.sequences[0]
     h, cache = jax.jit(model.hidden)(params, tree_lib.pack([[Tree(ids)]], len(ids)))
     self.assertIsNone(cache)
-    np.testing.assert_allclose(
-        model.logits(params, h)[0], numpy_logits(model.config, params, ids), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(model.logits(params, h)[0], numpy_logits(model.config, params, ids), rtol=0, atol=1e-9)
 
   @parameterized.parameters((True, False), (False, True), (True, True))
   def test_scan_and_remat_change_nothing(self, scan, remat):
@@ -181,8 +186,11 @@ class DecoderTest(parameterized.TestCase):
   @parameterized.parameters(True, False)
   def test_remat_is_asked_for(self, scan):
     # Fails if `remat` is not read, or is on without being asked for.
-    jaxpr = lambda remat: str(jax.make_jaxpr(
-        lambda params: toy.model(**F64, scan_layers=scan, remat=remat).hidden(params, self.trees)[0])(self.params))
+    jaxpr = lambda remat: str(
+      jax.make_jaxpr(lambda params: toy.model(**F64, scan_layers=scan, remat=remat).hidden(params, self.trees)[0])(
+        self.params
+      )
+    )
     self.assertEqual(jaxpr(False).count("remat2["), 0)
     self.assertEqual(jaxpr(True).count("remat2["), 1 if scan else self.model.config.num_layers)
 
@@ -236,7 +244,8 @@ class DecoderTest(parameterized.TestCase):
       params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), self.params)
       (_, logp), gradients = run(model, params, self.trees, self.weight.astype(np.float32))
       h = jax.eval_shape(lambda: model.hidden(params, self.trees)[0])
-      self.assertEqual((h.dtype, logp.dtype), (jnp.bfloat16, jnp.float32))
+      logits = jax.eval_shape(lambda h: model.logits(params, h), h)
+      self.assertEqual((h.dtype, logits.dtype), (jnp.bfloat16, jnp.float32))
       self.assertEqual({leaf.dtype for leaf in jax.tree.leaves(gradients)}, {jnp.dtype("float32")})
       self.assertTrue(all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(gradients)))
     differences = [abs(float(logp[row, at] - self.logp[row, at])) for row, at, _, _ in self.predicted()]
@@ -250,7 +259,6 @@ class DecoderTest(parameterized.TestCase):
 
 
 class ShapesTest(parameterized.TestCase):
-
   @parameterized.parameters(True, False)
   def test_axes_and_counts_fit_the_parameters(self, tied):
     # Fails if a parameter has no logical axes or axes of another rank, or if num_params forgets one.
@@ -272,9 +280,9 @@ class ShapesTest(parameterized.TestCase):
 
 
 class ConfigTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"), ({"head_dim": 5}, "head_dim 5 is odd"),
+    ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+    ({"head_dim": 5}, "head_dim 5 is odd"),
   )
   def test_refuses(self, changes, sentence):
     # Fails if a check is lost.

@@ -43,15 +43,15 @@ def hf_weights() -> dict[str, np.ndarray]:
   for block in range(BLOCKS):
     prefix = f"model.layers.{block}."
     shapes |= {
-        prefix + "input_layernorm.weight": (HIDDEN,),
-        prefix + "self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
-        prefix + "self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-        prefix + "self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-        prefix + "self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
-        prefix + "post_attention_layernorm.weight": (HIDDEN,),
-        prefix + "mlp.gate_proj.weight": (INNER, HIDDEN),
-        prefix + "mlp.up_proj.weight": (INNER, HIDDEN),
-        prefix + "mlp.down_proj.weight": (HIDDEN, INNER),
+      prefix + "input_layernorm.weight": (HIDDEN,),
+      prefix + "self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
+      prefix + "self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+      prefix + "self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+      prefix + "self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
+      prefix + "post_attention_layernorm.weight": (HIDDEN,),
+      prefix + "mlp.gate_proj.weight": (INNER, HIDDEN),
+      prefix + "mlp.up_proj.weight": (INNER, HIDDEN),
+      prefix + "mlp.down_proj.weight": (HIDDEN, INNER),
     }
   weights = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
   # Multiples of 1/32 up to 127/32 in each run of 32 numbers are exact in Q8_0, whose scale is the largest over 127.
@@ -74,21 +74,21 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
 def gguf_tensors(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """The same weights by GGUF name in the row order of llama.cpp."""
   tensors = {
-      "token_embd.weight": weights["model.embed_tokens.weight"],
-      "output_norm.weight": weights["model.norm.weight"],
+    "token_embd.weight": weights["model.embed_tokens.weight"],
+    "output_norm.weight": weights["model.norm.weight"],
   }
   for block in range(BLOCKS):
     of = {name.split(".")[-2]: value for name, value in weights.items() if f".layers.{block}." in name}
     tensors |= {
-        f"blk.{block}.attn_norm.weight": of["input_layernorm"],
-        f"blk.{block}.attn_q.weight": interleave(of["q_proj"], HEADS),
-        f"blk.{block}.attn_k.weight": interleave(of["k_proj"], KV_HEADS),
-        f"blk.{block}.attn_v.weight": of["v_proj"],
-        f"blk.{block}.attn_output.weight": of["o_proj"],
-        f"blk.{block}.ffn_norm.weight": of["post_attention_layernorm"],
-        f"blk.{block}.ffn_gate.weight": of["gate_proj"],
-        f"blk.{block}.ffn_up.weight": of["up_proj"],
-        f"blk.{block}.ffn_down.weight": of["down_proj"],
+      f"blk.{block}.attn_norm.weight": of["input_layernorm"],
+      f"blk.{block}.attn_q.weight": interleave(of["q_proj"], HEADS),
+      f"blk.{block}.attn_k.weight": interleave(of["k_proj"], KV_HEADS),
+      f"blk.{block}.attn_v.weight": of["v_proj"],
+      f"blk.{block}.attn_output.weight": of["o_proj"],
+      f"blk.{block}.ffn_norm.weight": of["post_attention_layernorm"],
+      f"blk.{block}.ffn_gate.weight": of["gate_proj"],
+      f"blk.{block}.ffn_up.weight": of["up_proj"],
+      f"blk.{block}.ffn_down.weight": of["down_proj"],
     }
   return tensors
 
@@ -96,26 +96,26 @@ def gguf_tensors(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def gguf_metadata() -> dict:
   """The metadata of the tiny file; a float becomes float32, a bool a bool, another number uint32."""
   return {
-      "llama.block_count": BLOCKS,
-      "llama.context_length": 128,
-      "llama.embedding_length": HIDDEN,
-      "llama.feed_forward_length": INNER,
-      "llama.attention.head_count": HEADS,
-      "llama.attention.head_count_kv": KV_HEADS,
-      "llama.attention.layer_norm_rms_epsilon": 1e-5,
-      "llama.rope.freq_base": 100000.0,
-      "llama.rope.dimension_count": HEAD_DIM,
-      "tokenizer.ggml.model": "gpt2",
-      "tokenizer.ggml.pre": "smollm",
-      "tokenizer.ggml.tokens": TOKENS,
-      "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [4] + [1] * (len(TOKENS) - len(SPECIAL) - 1),
-      "tokenizer.ggml.merges": MERGES,
-      "tokenizer.ggml.bos_token_id": 1,
-      "tokenizer.ggml.eos_token_id": 2,
-      "tokenizer.ggml.padding_token_id": 2,
-      "tokenizer.ggml.unknown_token_id": 0,
-      "tokenizer.ggml.add_bos_token": False,
-      "tokenizer.chat_template": TEMPLATE,
+    "llama.block_count": BLOCKS,
+    "llama.context_length": 128,
+    "llama.embedding_length": HIDDEN,
+    "llama.feed_forward_length": INNER,
+    "llama.attention.head_count": HEADS,
+    "llama.attention.head_count_kv": KV_HEADS,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 100000.0,
+    "llama.rope.dimension_count": HEAD_DIM,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [4] + [1] * (len(TOKENS) - len(SPECIAL) - 1),
+    "tokenizer.ggml.merges": MERGES,
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.padding_token_id": 2,
+    "tokenizer.ggml.unknown_token_id": 0,
+    "tokenizer.ggml.add_bos_token": False,
+    "tokenizer.chat_template": TEMPLATE,
   }
 
 
@@ -184,11 +184,24 @@ class TinyTest(parameterized.TestCase):
     self._convert()
     config = transformers.AutoConfig.from_pretrained(self.out)
     wanted = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN,
-        "intermediate_size": INNER, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "vocab_size": len(TOKENS), "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 128, "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False,
-        "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+      "model_type": "llama",
+      "architectures": ["LlamaForCausalLM"],
+      "hidden_size": HIDDEN,
+      "intermediate_size": INNER,
+      "num_hidden_layers": BLOCKS,
+      "num_attention_heads": HEADS,
+      "num_key_value_heads": KV_HEADS,
+      "head_dim": HEAD_DIM,
+      "vocab_size": len(TOKENS),
+      "rms_norm_eps": 1e-5,
+      "max_position_embeddings": 128,
+      "tie_word_embeddings": True,
+      "hidden_act": "silu",
+      "attention_bias": False,
+      "mlp_bias": False,
+      "bos_token_id": 1,
+      "eos_token_id": 2,
+      "pad_token_id": 2,
     }
     self.assertEqual({key: getattr(config, key) for key in wanted}, wanted)
     self.assertEqual(config.rope_parameters["rope_theta"], 100000.0)
@@ -205,8 +218,10 @@ class TinyTest(parameterized.TestCase):
     self._convert()
     tokenizer = transformers.AutoTokenizer.from_pretrained(self.out)
     encoded = tokenizer.encode("<|im_start|>the the 12<file_sep><think><|im_end|>")
-    self.assertEqual(tokenizer.convert_ids_to_tokens(encoded),
-                     ["<|im_start|>", "t", "he", "Ġthe", "Ġ", "1", "2", "<file_sep>", "<think>", "<|im_end|>"])
+    self.assertEqual(
+      tokenizer.convert_ids_to_tokens(encoded),
+      ["<|im_start|>", "t", "he", "Ġthe", "Ġ", "1", "2", "<file_sep>", "<think>", "<|im_end|>"],
+    )
     self.assertEqual(encoded, [TOKENS.index(token) for token in tokenizer.convert_ids_to_tokens(encoded)])
     self.assertLen(tokenizer, len(TOKENS))
 
@@ -215,18 +230,27 @@ class TinyTest(parameterized.TestCase):
     # <file_sep>), when the user-defined ones are added as special ones, or when the chat template is dropped.
     self._convert()
     tokenizer = transformers.AutoTokenizer.from_pretrained(self.out)
-    self.assertEqual((tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token),
-                     ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>"))
-    self.assertEqual(tokenizer.decode([0, 1, *tokenizer.encode(" the<think>"), 2, 3], skip_special_tokens=True),
-                     " the<think>")
+    self.assertEqual(
+      (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token),
+      ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>"),
+    )
+    self.assertEqual(
+      tokenizer.decode([0, 1, *tokenizer.encode(" the<think>"), 2, 3], skip_special_tokens=True), " the<think>"
+    )
     text = tokenizer.apply_chat_template([{"role": "user", "content": "12"}], tokenize=False)
     self.assertEqual(text, "<|im_start|>user\n12<|im_end|>\n")
 
   def test_optional_metadata_may_be_absent(self):
     # Fails when a key that GGUF does not require is demanded.
     metadata = gguf_metadata()
-    for key in ("tokenizer.chat_template", "tokenizer.ggml.padding_token_id", "tokenizer.ggml.unknown_token_id",
-                "tokenizer.ggml.add_bos_token", "llama.rope.dimension_count", "llama.rope.freq_base"):
+    for key in (
+      "tokenizer.chat_template",
+      "tokenizer.ggml.padding_token_id",
+      "tokenizer.ggml.unknown_token_id",
+      "tokenizer.ggml.add_bos_token",
+      "llama.rope.dimension_count",
+      "llama.rope.freq_base",
+    ):
       del metadata[key]
     write_gguf(self.path, metadata, gguf_tensors(hf_weights()))
     gguf_import.convert(self.path, self.out)
@@ -234,18 +258,18 @@ class TinyTest(parameterized.TestCase):
     self.assertIsNone(transformers.AutoTokenizer.from_pretrained(self.out).pad_token)
 
   @parameterized.named_parameters(
-      ("other_tokenizer", {"tokenizer.ggml.model": "llama"}, "tokenizer is llama"),
-      ("other_pre_tokenizer", {"tokenizer.ggml.pre": "qwen2"}, "pre-tokenizer qwen2"),
-      ("first_token_always", {"tokenizer.ggml.add_bos_token": True}, "first token"),
-      ("scaled_rotation", {"llama.rope.scaling.type": "yarn"}, "scaled .yarn."),
-      ("partial_rotation", {"llama.rope.dimension_count": 4}, "only 4 of 8"),
-      ("heads_by_block", {"llama.attention.head_count_kv": [2, 1]}, "differs between blocks"),
-      ("other_width", {"llama.feed_forward_length": 32}, r"blk.0.ffn_gate.weight has shape \(64, 48\), not \(32, 48\)"),
-      ("more_blocks", {"llama.block_count": 3}, "blk.2.attn_norm.weight is missing"),
-      ("fewer_blocks", {"llama.block_count": 1}, "blk.1.attn_k.weight has no place"),
-      ("merge_of_no_token", {"tokenizer.ggml.merges": ["z z"]}, "merges do not fit"),
-      ("id_past_the_end", {"tokenizer.ggml.eos_token_id": 9999}, "eos_token has id 9999"),
-      ("too_few_types", {"tokenizer.ggml.token_type": [1]}, "1 token types"),
+    ("other_tokenizer", {"tokenizer.ggml.model": "llama"}, "tokenizer is llama"),
+    ("other_pre_tokenizer", {"tokenizer.ggml.pre": "qwen2"}, "pre-tokenizer qwen2"),
+    ("first_token_always", {"tokenizer.ggml.add_bos_token": True}, "first token"),
+    ("scaled_rotation", {"llama.rope.scaling.type": "yarn"}, "scaled .yarn."),
+    ("partial_rotation", {"llama.rope.dimension_count": 4}, "only 4 of 8"),
+    ("heads_by_block", {"llama.attention.head_count_kv": [2, 1]}, "differs between blocks"),
+    ("other_width", {"llama.feed_forward_length": 32}, r"blk.0.ffn_gate.weight has shape \(64, 48\), not \(32, 48\)"),
+    ("more_blocks", {"llama.block_count": 3}, "blk.2.attn_norm.weight is missing"),
+    ("fewer_blocks", {"llama.block_count": 1}, "blk.1.attn_k.weight has no place"),
+    ("merge_of_no_token", {"tokenizer.ggml.merges": ["z z"]}, "merges do not fit"),
+    ("id_past_the_end", {"tokenizer.ggml.eos_token_id": 9999}, "eos_token has id 9999"),
+    ("too_few_types", {"tokenizer.ggml.token_type": [1]}, "1 token types"),
   )
   def test_refuses_metadata_it_does_not_cover(self, metadata, message):
     # Fails when the check that the sentence belongs to is taken away.
@@ -311,8 +335,9 @@ class GetSmollm2Test(absltest.TestCase):
   """The parts of launch/get_smollm2.sh that need no download."""
 
   def _run(self, *args, **env):
-    return subprocess.run([smollm2.SCRIPT, *args], capture_output=True, text=True, check=False, cwd="/",
-                          env=os.environ | env)
+    return subprocess.run(
+      [smollm2.SCRIPT, *args], capture_output=True, text=True, check=False, cwd="/", env=os.environ | env
+    )
 
   def test_help(self):
     # Fails when --help starts the work or exits with another status; PYTHON would stop the work.
@@ -323,8 +348,13 @@ class GetSmollm2Test(absltest.TestCase):
   def test_complete_folder_is_left_alone(self):
     # Fails when the script works on a folder that has all files: PYTHON would then stop it with status 1.
     folder = temporary_folder(self)
-    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-                 "tokenizer_config.json"):
+    for name in (
+      "config.json",
+      "generation_config.json",
+      "model.safetensors",
+      "tokenizer.json",
+      "tokenizer_config.json",
+    ):
       (folder / name).write_text("x")
     result = self._run(f"--dir={folder}", PYTHON="/nonexistent/python")
     self.assertEqual((result.returncode, result.stdout), (0, f"{folder} is already complete; nothing to do.\n"))
@@ -336,9 +366,9 @@ class GetSmollm2Test(absltest.TestCase):
     folder.mkdir()
     (folder / "config.json").write_text("mine")
     cases = [
-        (("--folder=x",), {}, "unknown argument '--folder=x'"),
-        ((f"--dir={folder}",), {"PYTHON": "/nonexistent/python"}, "no Python at '/nonexistent/python'"),
-        ((f"--dir={folder}",), {}, "is not a complete model; remove it"),
+      (("--folder=x",), {}, "unknown argument '--folder=x'"),
+      ((f"--dir={folder}",), {"PYTHON": "/nonexistent/python"}, "no Python at '/nonexistent/python'"),
+      ((f"--dir={folder}",), {}, "is not a complete model; remove it"),
     ]
     for args, env, message in cases:
       result = self._run(*args, **env)
@@ -366,10 +396,10 @@ class RealTest(absltest.TestCase):
   def test_round_trip(self):
     # Fails when ByteLevel puts a space in front, the decoder is left out or cleans up spaces, or merges lose tokens.
     for text in (
-        "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\nShe makes 9 * 2 = $<<9*2=18>>18 every day.\n#### 18",
-        "It costs $1,250.75 , or about 12% more than $1,100 .\n\n  Is that \"fair\"?\tYes !",
-        "\nx = 3/4; y = -2.5e3\r\n#### -2500\n",
-        "Zoë's café is 20° warm — she pays €5 and £3. 😀",
+      "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\nShe makes 9 * 2 = $<<9*2=18>>18 every day.\n#### 18",
+      'It costs $1,250.75 , or about 12% more than $1,100 .\n\n  Is that "fair"?\tYes !',
+      "\nx = 3/4; y = -2.5e3\r\n#### -2500\n",
+      "Zoë's café is 20° warm — she pays €5 and £3. 😀",
     ):
       self.assertEqual(self.tokenizer.decode(self.tokenizer.encode(text)), text)
 
@@ -380,8 +410,9 @@ class RealTest(absltest.TestCase):
     self.assertEqual(tokenizer.convert_ids_to_tokens([0, 1, 2]), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     self.assertLen(tokenizer, 49152)
     self.assertEqual(sorted(tokenizer.added_tokens_decoder), list(range(17)))
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "2+2?"}], tokenize=False,
-                                         add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+      [{"role": "user", "content": "2+2?"}], tokenize=False, add_generation_prompt=True
+    )
     self.assertStartsWith(text, "<|im_start|>system\n")
     self.assertEndsWith(text, "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n")
     encoded = tokenizer.encode(text)
@@ -390,8 +421,16 @@ class RealTest(absltest.TestCase):
   def test_weights_and_config(self):
     # Fails when a tensor is left out or an lm_head is written, or when the config has another shape than the weights.
     config = transformers.AutoConfig.from_pretrained(self.folder)
-    self.assertEqual((config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
-                      config.num_key_value_heads, config.head_dim), (30, 576, 9, 3, 64))
+    self.assertEqual(
+      (
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+      ),
+      (30, 576, 9, 3, 64),
+    )
     self.assertEqual((config.rope_parameters["rope_theta"], config.rms_norm_eps), (100000.0, 1e-5))
     self.assertTrue(config.tie_word_embeddings)
     with safetensors.safe_open(self.folder / "model.safetensors", framework="numpy") as file:

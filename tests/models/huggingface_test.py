@@ -26,20 +26,76 @@ from tests.models import smollm2
 
 HOW = {"dtype": "float32", "param_dtype": "float32", "scan_layers": False, "remat": False}
 CONFIG = {
-    "model_type": "llama", "vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 24, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+  "model_type": "llama",
+  "vocab_size": 31,
+  "hidden_size": 16,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 4,
+  "intermediate_size": 24,
+  "rms_norm_eps": 1e-05,
+  "rope_theta": 10000.0,
 }
 
 # A chat prompt ("What is the capital of France, and why is it famous?"), and what transformers 5.23 with torch 2.13
 # computes for it in float32 at the last place: the five greatest logits, and those of eight fixed ids.
 PROMPT = [
-    1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2,
-    198, 1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 28, 284, 1701, 314, 357, 4248, 47, 2, 198, 1, 520, 9531,
-    198,
+  1,
+  9690,
+  198,
+  2683,
+  359,
+  253,
+  5356,
+  5646,
+  11173,
+  3365,
+  3511,
+  308,
+  34519,
+  28,
+  7018,
+  411,
+  407,
+  19712,
+  8182,
+  2,
+  198,
+  1,
+  4093,
+  198,
+  1780,
+  314,
+  260,
+  3575,
+  282,
+  4649,
+  28,
+  284,
+  1701,
+  314,
+  357,
+  4248,
+  47,
+  2,
+  198,
+  1,
+  520,
+  9531,
+  198,
 ]
 TOP = {504: 26.678865, 60: 24.408136, 15319: 24.180080, 30904: 24.149361, 50: 23.913246}
-OTHERS = {0: 9.235891, 1: 5.819737, 2: 6.330442, 198: 13.265615, 1000: 10.887404, 10000: 6.593653, 30000: 5.065942,
-          49151: 2.350363}
+OTHERS = {
+  0: 9.235891,
+  1: 5.819737,
+  2: 6.330442,
+  198: 13.265615,
+  1000: 10.887404,
+  10000: 6.593653,
+  30000: 5.065942,
+  49151: 2.350363,
+}
 
 
 def shardings(model, mesh=None):
@@ -53,12 +109,13 @@ def make_params(model, seed=0):
 
 
 def bits(params):
-  return {jax.tree_util.keystr(path): (leaf.dtype, leaf.shape, np.asarray(leaf).tobytes())
-          for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  return {
+    jax.tree_util.keystr(path): (leaf.dtype, leaf.shape, np.asarray(leaf).tobytes())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
 
 
 class FolderTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     folder = tempfile.TemporaryDirectory()
@@ -73,7 +130,6 @@ class FolderTest(parameterized.TestCase):
 
 
 class RoundTripTest(FolderTest):
-
   @parameterized.parameters((False, "float32", None), (True, "bfloat16", 2000), (False, "float16", 1))
   def test_load_gives_the_bits_that_were_saved(self, tied, dtype, limit):
     # Fails if a matrix is not turned both ways, a layer or a shard is lost, or a value passes through another dtype.
@@ -91,8 +147,10 @@ class RoundTripTest(FolderTest):
 
   def assert_well_sharded(self, folder, files, model, limit):
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    self.assertEqual(index["metadata"]["total_size"],
-                     sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.abstract_params())))
+    self.assertEqual(
+      index["metadata"]["total_size"],
+      sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.abstract_params())),
+    )
     shards = [name for name in files if name.endswith(".safetensors")]
     self.assertEqual(shards, [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))])
     self.assertGreater(len(shards), 2)
@@ -128,13 +186,12 @@ class RoundTripTest(FolderTest):
 
 
 class ExportTest(FolderTest):
-
   def make_tokenizer(self):
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "one": 3, "two": 4}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<pad>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+      tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(self.root / "base")
 
   def test_transformers_reads_it(self):
@@ -147,11 +204,24 @@ class ExportTest(FolderTest):
     config = transformers.AutoConfig.from_pretrained(self.root / "x")
     self.assertIsInstance(config, transformers.LlamaConfig)
     expected = {
-        "architectures": ["LlamaForCausalLM"], "vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 24,
-        "hidden_act": "silu", "rope_parameters": {"rope_theta": 123.5, "rope_type": "default"}, "rms_norm_eps": 2e-6,
-        "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "max_position_embeddings": 77,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+      "architectures": ["LlamaForCausalLM"],
+      "vocab_size": 31,
+      "hidden_size": 16,
+      "num_hidden_layers": 2,
+      "num_attention_heads": 4,
+      "num_key_value_heads": 2,
+      "head_dim": 4,
+      "intermediate_size": 24,
+      "hidden_act": "silu",
+      "rope_parameters": {"rope_theta": 123.5, "rope_type": "default"},
+      "rms_norm_eps": 2e-6,
+      "tie_word_embeddings": True,
+      "attention_bias": False,
+      "mlp_bias": False,
+      "max_position_embeddings": 77,
+      "bos_token_id": 1,
+      "eos_token_id": 2,
+      "pad_token_id": 0,
     }
     self.assertEqual({key: getattr(config, key) for key in expected}, expected)
     written = json.loads((self.root / "x/config.json").read_text())
@@ -172,15 +242,18 @@ class ExportTest(FolderTest):
     # Fails if files are written under the final name, or if what a killed call left is in the way or stays.
     model = toy.model()
     with mock.patch.object(safetensors.numpy, "save_file", side_effect=OSError("disk full")):
-      self.assert_user_error("x cannot be written (disk full).", huggingface.save, self.root / "x", model,
-                             make_params(model))
+      self.assert_user_error(
+        "x cannot be written (disk full).", huggingface.save, self.root / "x", model, make_params(model)
+      )
     self.assertEqual([path.name for path in self.root.iterdir()], [".x.partial"])
     (self.root / ".x.partial/model-00001-of-00002.safetensors").write_bytes(b"old")
     (self.root / "x").mkdir()
     huggingface.save(self.root / "x", model, make_params(model))
     self.assertEqual([path.name for path in self.root.iterdir()], ["x"])
-    self.assertSameElements([path.name for path in (self.root / "x").iterdir()],
-                            ["config.json", "generation_config.json", "model.safetensors"])
+    self.assertSameElements(
+      [path.name for path in (self.root / "x").iterdir()],
+      ["config.json", "generation_config.json", "model.safetensors"],
+    )
 
   def test_refuses(self):
     # Fails if a folder in use is overwritten, or a tokenizer or a size is found bad only when transformers loads.
@@ -190,63 +263,70 @@ class ExportTest(FolderTest):
     save = lambda name, model, *base: huggingface.save(self.root / name, model, make_params(model), *base)
     self.assert_user_error("full exists already and is not an empty folder.", save, "full", toy.model())
     self.assert_user_error("notes.txt exists already and is not an empty folder.", save, "full/notes.txt", toy.model())
-    self.assert_user_error("bare holds no tokenizer that transformers can read.", save, "x", toy.model(),
-                           self.root / "bare")
+    self.assert_user_error(
+      "bare holds no tokenizer that transformers can read.", save, "x", toy.model(), self.root / "bare"
+    )
     self.assert_user_error("a d_model that its num_heads divide, not 18 and 4.", save, "x", toy.model(d_model=18))
     self.assertSameElements([path.name for path in self.root.iterdir()], ["full", "bare"])
 
 
 class ConfigTest(FolderTest):
-
   def read(self, **changes):
     config = {key: value for key, value in (CONFIG | changes).items() if value != "(none)"}
     (self.root / "config.json").write_text(json.dumps(config))
     return huggingface.read_config(self.root, **HOW)
 
   @parameterized.parameters(
-      ({}, {}),
-      ({"rope_theta": "(none)"}, {"rope_theta": 10000.0}),
-      ({"rope_theta": 500000}, {"rope_theta": 500000.0}),
-      ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_scaling": None}, {"rope_theta": 5e5}),
-      ({"rope_theta": "(none)", "rope_parameters": {"rope_theta": 7.0}}, {"rope_theta": 7.0}),
-      ({"head_dim": None, "num_key_value_heads": None}, {"head_dim": 4, "num_kv_heads": 4}),
-      ({"head_dim": "(none)", "num_key_value_heads": "(none)"}, {"head_dim": 4, "num_kv_heads": 4}),
-      ({"rms_norm_eps": "(none)"}, {"norm_eps": 1e-6}),
-      ({"tie_word_embeddings": True}, {"tie_embeddings": True}),
-      ({"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, {}),
-      ({"partial_rotary_factor": 1.0, "rope_scaling": {"rope_type": "default"}}, {}),
+    ({}, {}),
+    ({"rope_theta": "(none)"}, {"rope_theta": 10000.0}),
+    ({"rope_theta": 500000}, {"rope_theta": 500000.0}),
+    ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_scaling": None}, {"rope_theta": 5e5}),
+    ({"rope_theta": "(none)", "rope_parameters": {"rope_theta": 7.0}}, {"rope_theta": 7.0}),
+    ({"head_dim": None, "num_key_value_heads": None}, {"head_dim": 4, "num_kv_heads": 4}),
+    ({"head_dim": "(none)", "num_key_value_heads": "(none)"}, {"head_dim": 4, "num_kv_heads": 4}),
+    ({"rms_norm_eps": "(none)"}, {"norm_eps": 1e-6}),
+    ({"tie_word_embeddings": True}, {"tie_embeddings": True}),
+    ({"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, {}),
+    ({"partial_rotary_factor": 1.0, "rope_scaling": {"rope_type": "default"}}, {}),
   )
   def test_reads(self, changes, expected):
     # Fails if a default is not that of LlamaConfig, or if the rotary base of transformers 5 is not found.
     self.assertEqual(self.read(**changes), dataclasses.replace(toy.CONFIG, **expected))
 
   @parameterized.parameters(
-      ({"model_type": "qwen2"}, 'model_type "qwen2" is not supported, only "llama" is.'),
-      ({"model_type": "(none)"}, 'model_type "(none)" is not supported, only "llama" is.'),
-      ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported, only "silu" is.'),
-      ({"attention_bias": True}, "attention_bias true is not supported, only false is."),
-      ({"mlp_bias": True}, "mlp_bias true is not supported, only false is."),
-      ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported, only 1.0 is."),
-      ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25}},
-       "rope_parameters.partial_rotary_factor 0.25 is not supported"),
-      ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0}},
-       'rope_parameters.rope_type "llama3" is not supported, only "default" is.'),
-      ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling.type "linear" is not supported'),
-      ({"rope_scaling": "linear"}, 'rope_scaling is "linear", not an object.'),
-      ({"rope_theta": "big"}, 'rope_theta is "big", not a positive number.'),
-      ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, not a positive number."),
-      ({"hidden_size": "(none)"}, "hidden_size is null, not a positive whole number."),
-      ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not a positive whole number."),
-      ({"vocab_size": 31.5}, "vocab_size is 31.5, not a positive whole number."),
-      ({"num_attention_heads": True}, "num_attention_heads is true, not a positive whole number."),
-      ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3."),
+    ({"model_type": "qwen2"}, 'model_type "qwen2" is not supported, only "llama" is.'),
+    ({"model_type": "(none)"}, 'model_type "(none)" is not supported, only "llama" is.'),
+    ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported, only "silu" is.'),
+    ({"attention_bias": True}, "attention_bias true is not supported, only false is."),
+    ({"mlp_bias": True}, "mlp_bias true is not supported, only false is."),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported, only 1.0 is."),
+    (
+      {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25}},
+      "rope_parameters.partial_rotary_factor 0.25 is not supported",
+    ),
+    (
+      {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0}},
+      'rope_parameters.rope_type "llama3" is not supported, only "default" is.',
+    ),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling.type "linear" is not supported'),
+    ({"rope_scaling": "linear"}, 'rope_scaling is "linear", not an object.'),
+    ({"rope_theta": "big"}, 'rope_theta is "big", not a positive number.'),
+    ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, not a positive number."),
+    ({"hidden_size": "(none)"}, "hidden_size is null, not a positive whole number."),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not a positive whole number."),
+    ({"vocab_size": 31.5}, "vocab_size is 31.5, not a positive whole number."),
+    ({"num_attention_heads": True}, "num_attention_heads is true, not a positive whole number."),
+    ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3."),
   )
   def test_refuses(self, changes, sentence):
     # Fails for each option that is no longer looked at.
     self.assert_user_error(sentence, self.read, **changes)
 
-  @parameterized.parameters((None, "config.json cannot be read (No such file or directory)."),
-                            ("{", "config.json is not valid JSON"), ("[1]", "config.json does not hold a JSON object."))
+  @parameterized.parameters(
+    (None, "config.json cannot be read (No such file or directory)."),
+    ("{", "config.json is not valid JSON"),
+    ("[1]", "config.json does not hold a JSON object."),
+  )
   def test_unreadable(self, text, sentence):
     # Fails if an error of the file reaches the user without the file's name.
     if text is not None:
@@ -255,7 +335,6 @@ class ConfigTest(FolderTest):
 
 
 class LoadErrorsTest(FolderTest):
-
   def change(self, model, edit):
     """Saves `model`, edits its tensors by name and loads."""
     huggingface.save(self.root / "x", model, make_params(model))
@@ -266,17 +345,27 @@ class LoadErrorsTest(FolderTest):
     return huggingface.load_params(self.root / "x", model, shardings(model))
 
   @parameterized.parameters(
-      (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
-       "x: the tensor model.layers.1.mlp.up_proj.weight is missing."),
-      (lambda t: t.pop("lm_head.weight"), "x: the tensor lm_head.weight is missing."),
-      (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": np.zeros((24, 16))}),
-       "model.safetensors: the tensor model.layers.2.mlp.up_proj.weight has no place in this model."),
-      (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(16)}),
-       "model.safetensors: the tensor model.layers.0.self_attn.q_proj.bias has no place in this model."),
-      (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.zeros((16, 24), np.float32)}),
-       "model.safetensors: the tensor model.layers.0.mlp.up_proj.weight has shape (16, 24), not (24, 16)."),
-      (lambda t: t.update({"model.norm.weight": np.zeros(16, np.int8)}),
-       "model.safetensors: the tensor model.norm.weight has dtype I8, not one of F64, F32, F16, BF16."),
+    (
+      lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+      "x: the tensor model.layers.1.mlp.up_proj.weight is missing.",
+    ),
+    (lambda t: t.pop("lm_head.weight"), "x: the tensor lm_head.weight is missing."),
+    (
+      lambda t: t.update({"model.layers.2.mlp.up_proj.weight": np.zeros((24, 16))}),
+      "model.safetensors: the tensor model.layers.2.mlp.up_proj.weight has no place in this model.",
+    ),
+    (
+      lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(16)}),
+      "model.safetensors: the tensor model.layers.0.self_attn.q_proj.bias has no place in this model.",
+    ),
+    (
+      lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.zeros((16, 24), np.float32)}),
+      "model.safetensors: the tensor model.layers.0.mlp.up_proj.weight has shape (16, 24), not (24, 16).",
+    ),
+    (
+      lambda t: t.update({"model.norm.weight": np.zeros(16, np.int8)}),
+      "model.safetensors: the tensor model.norm.weight has dtype I8, not one of F64, F32, F16, BF16.",
+    ),
   )
   def test_a_tensor_is_named(self, edit, sentence):
     # Fails if the check of names, shapes or dtypes is lost, or does not name the tensor.
@@ -306,7 +395,6 @@ class LoadErrorsTest(FolderTest):
 
 
 class SmolLM2Test(absltest.TestCase):
-
   def test_logits_are_those_of_torch(self):
     # Fails if two matrices change places, the rotary pairs are neighbours, or the base 100000 or ε is not read.
     folder = smollm2.smollm2_dir()

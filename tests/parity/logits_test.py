@@ -21,16 +21,25 @@ from tests.models import smollm2
 
 TOLERANCE = 1e-4  # largest absolute difference of two logits
 PLAIN = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "initializer_range": 0.3, "max_position_embeddings": 64,
-    "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 0,
+  "vocab_size": 61,
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 4,
+  "rms_norm_eps": 1e-5,
+  "initializer_range": 0.3,
+  "max_position_embeddings": 64,
+  "bos_token_id": None,
+  "eos_token_id": 3,
+  "pad_token_id": 0,
 }
 VARIANTS = (
-    {},
-    {"num_key_value_heads": 2, "tie_word_embeddings": True},
-    {"num_key_value_heads": 1, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
-    {"head_dim": 12, "num_key_value_heads": 2, "rms_norm_eps": 0.05},
-    {"head_dim": 4, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 30.0, "rope_type": "default"}},
+  {},
+  {"num_key_value_heads": 2, "tie_word_embeddings": True},
+  {"num_key_value_heads": 1, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
+  {"head_dim": 12, "num_key_value_heads": 2, "rms_norm_eps": 0.05},
+  {"head_dim": 4, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 30.0, "rope_type": "default"}},
 )
 
 
@@ -59,12 +68,10 @@ def our_logits(model, params, ids):
 def load(folder, dtype="float32", scan_layers=False):
   config = huggingface.read_config(folder, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers, remat=False)
   model = Model(config)
-  return model, huggingface.load_params(
-      folder, model, mesh_lib.shardings(toy.one_device_mesh(), model.logical_axes()))
+  return model, huggingface.load_params(folder, model, mesh_lib.shardings(toy.one_device_mesh(), model.logical_axes()))
 
 
 class ParityTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     folder = tempfile.TemporaryDirectory()
@@ -121,14 +128,13 @@ class ParityTest(parameterized.TestCase):
     sizes = set()
     for i, ids in enumerate(prompts):
       whole = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=20, pad_token_id=0)
-      self.assertEqual(ours[i].ids.tolist(), whole[0, len(ids):].tolist())
+      self.assertEqual(ours[i].ids.tolist(), whole[0, len(ids) :].tolist())
       sizes.add(len(ours[i].ids))
     self.assertGreater(len(sizes), 1)  # some end with EOS, some after 20 tokens
     self.assertIn(20, sizes)
 
 
 class SmolLM2Test(absltest.TestCase):
-
   def test_logits(self):
     # Fails if the real model's equations differ from torch's at any place of the prompt. Float64 shows them without
     # noise, but for the norms, which transformers computes in float32. In float32, logits up to 38 carry noise of 1e-4
@@ -136,8 +142,10 @@ class SmolLM2Test(absltest.TestCase):
     # kernels. So there the absolute tolerance holds for the last place, and all places are held to the logits' scale.
     folder = smollm2.smollm2_dir()
     ids = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
-        [{"role": "user", "content": "Natalia sold 48 clips in April and half as many in May. How many in all?"}],
-        add_generation_prompt=True, return_dict=True)["input_ids"]
+      [{"role": "user", "content": "Natalia sold 48 clips in April and half as many in May. How many in all?"}],
+      add_generation_prompt=True,
+      return_dict=True,
+    )["input_ids"]
     found = {}
     for dtype in ("float32", "float64"):
       with jax.enable_x64(dtype == "float64"):
@@ -147,8 +155,10 @@ class SmolLM2Test(absltest.TestCase):
         ours = our_logits(*load(folder, dtype=dtype, scan_layers=True), ids)
         self.assertEqual(ours.dtype, np.dtype(dtype))
         found[dtype] = np.abs(ours - expected).max(axis=1)
-        print(f"SmolLM2 in {dtype}: largest difference {found[dtype].max():.1e} over {len(ids)} places, "
-              f"{found[dtype][-1]:.1e} at the last; largest logit {np.abs(expected).max():.1f}.")
+        print(
+          f"SmolLM2 in {dtype}: largest difference {found[dtype].max():.1e} over {len(ids)} places, "
+          f"{found[dtype][-1]:.1e} at the last; largest logit {np.abs(expected).max():.1f}."
+        )
     self.assertLessEqual(found["float64"].max(), TOLERANCE)
     self.assertLessEqual(found["float32"][-1], TOLERANCE)
     self.assertLessEqual(found["float32"].max(), 1e-5 * np.abs(expected).max())

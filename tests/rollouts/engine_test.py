@@ -24,7 +24,9 @@ def make_trunks(rng, count=7):
   for i in range(count):
     ids = rng.integers(4, 31, size=rng.integers(2, 9))
     forks = [int(f) for f in rng.integers(1, len(ids) + 1, size=rng.integers(1, 7))]
-    keys = np.stack([keys_lib.draw_key(0, "test", 0, f"p{i}", keys_lib.hash_ids(ids[:f]), r) for r, f in enumerate(forks)])
+    keys = np.stack(
+      [keys_lib.draw_key(0, "test", 0, f"p{i}", keys_lib.hash_ids(ids[:f]), r) for r, f in enumerate(forks)]
+    )
     trunks.append(Trunk([int(t) for t in ids], forks, keys))
   return trunks
 
@@ -38,8 +40,10 @@ def _next_logits(params, ids, size):
   return toy.model().logits(params, h[0, size - 1])
 
 
-_draw = jax.jit(lambda logits, key, at, how: draw(logits, jax.random.fold_in(jax.random.wrap_key_data(key), at), how),
-                static_argnums=3)
+_draw = jax.jit(
+  lambda logits, key, at, how: draw(logits, jax.random.fold_in(jax.random.wrap_key_data(key), at), how),
+  static_argnums=3,
+)
 
 
 def naive(params, trunk, item, how, stop_table=None):
@@ -64,10 +68,11 @@ def naive(params, trunk, item, how, stop_table=None):
 
 
 class EngineTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      Sampling(temperature=0.0), Sampling(temperature=0.8), Sampling(temperature=1.3, top_k=5),
-      Sampling(temperature=1.0, top_p=0.7),
+    Sampling(temperature=0.0),
+    Sampling(temperature=0.8),
+    Sampling(temperature=1.3, top_k=5),
+    Sampling(temperature=1.0, top_p=0.7),
   )
   def test_equals_naive_loop(self, how):
     # Fails if a branch sees trunk tokens at or after its fork, if a refilled slot keeps its suffix, or if keys move.
@@ -110,8 +115,9 @@ class EngineTest(parameterized.TestCase):
     reference = Engine(toy.model(), toy.one_device_mesh(), Stops((EOS,)), lanes=3, slots=2, max_new_tokens=NEW)
     expected = dict(reference.run(params, trunks, how))
     order = np.random.default_rng(lanes).permutation(len(trunks))
-    other = Engine(toy.model(scan_layers=scan), toy.one_device_mesh(), Stops((EOS,)), lanes=lanes, slots=slots,
-                   max_new_tokens=NEW)
+    other = Engine(
+      toy.model(scan_layers=scan), toy.one_device_mesh(), Stops((EOS,)), lanes=lanes, slots=slots, max_new_tokens=NEW
+    )
     for i, generations in other.run(params, [trunks[j] for j in order], how):
       for got, wanted in zip(generations, expected[order[i]], strict=True):
         self.assertEqual(got.ids.tolist(), wanted.ids.tolist())

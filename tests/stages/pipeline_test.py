@@ -1,4 +1,4 @@
-"""The whole recipe at toy size by its command line: what it leaves, what it skips, what it survives, what it refuses."""
+"""The whole recipe at toy size by its command line: what it leaves, skips, survives and refuses."""
 
 import functools
 import json
@@ -27,7 +27,14 @@ def scratch() -> pathlib.Path:
 
 def command(workdir, *flags, config="configs/arithmetic.py:smoke", program="pipeline"):
   cache = f"--compilation_cache={scratch() / 'xla'}"
-  return [sys.executable, str(ROOT / f"launch/{program}.py"), f"--config={config}", f"--workdir={workdir}", cache, *flags]
+  return [
+    sys.executable,
+    str(ROOT / f"launch/{program}.py"),
+    f"--config={config}",
+    f"--workdir={workdir}",
+    cache,
+    *flags,
+  ]
 
 
 def environment(**changes):
@@ -64,8 +71,8 @@ def run_with_kills(workdir, kills: int, longest_s: float, config: str, rng: rand
   came = 0
   for _ in range(kills):
     process = subprocess.Popen(
-        command(workdir, config=config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL)
+      command(workdir, config=config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
       process.wait(timeout=rng.uniform(4.0, longest_s))
     except subprocess.TimeoutExpired:
@@ -78,7 +85,6 @@ def run_with_kills(workdir, kills: int, longest_s: float, config: str, rng: rand
 
 
 class RecipeTest(absltest.TestCase):
-
   def test_summary_and_report(self):
     # Fails if a stage leaves out a figure, or a method is not evaluated on the test problems.
     summary = json.loads((finished() / "summary.json").read_text())
@@ -179,12 +185,12 @@ class RefusalTest(parameterized.TestCase):
     self.assert_refuses(launch(scratch() / "empty", "--stages=credit"), "credit", "synthesize")
 
   @parameterized.parameters(
-      ("--config.dpo.betta=1", ("dpo.betta", "dpo.beta")),
-      ("--config.dpo.beta=high", ("dpo.beta", "high")),
-      ("--stages=sft,samples", ("samples", "sample")),
-      ("--config.task.name=gsm9k", ("gsm9k", "gsm8k")),
-      ("--config.model.path=not_there", ("not_there",)),
-      ("--config.mesh.tensor=3", ("mesh.tensor=3",)),
+    ("--config.dpo.betta=1", ("dpo.betta", "dpo.beta")),
+    ("--config.dpo.beta=high", ("dpo.beta", "high")),
+    ("--stages=sft,samples", ("samples", "sample")),
+    ("--config.task.name=gsm9k", ("gsm9k", "gsm8k")),
+    ("--config.model.path=not_there", ("not_there",)),
+    ("--config.mesh.tensor=3", ("mesh.tensor=3",)),
   )
   def test_flags(self, flag, parts):
     # Fails if an unknown leaf is taken, or its neighbours are not named.
@@ -193,8 +199,10 @@ class RefusalTest(parameterized.TestCase):
   def test_unknown_leaf_in_a_config_file(self):
     # Fails if config files may add leaves that nothing reads.
     path = scratch() / "mine.py"
-    path.write_text("from synthneg_jax.runtime import config\n\n\ndef get_config():\n  c = config.default()\n"
-                    "  c.dpo.betta = 1.0\n  return c\n")
+    path.write_text(
+      "from synthneg_jax.runtime import config\n\n\ndef get_config():\n  c = config.default()\n"
+      "  c.dpo.betta = 1.0\n  return c\n"
+    )
     self.assert_refuses(launch(scratch() / "x", config=path), "mine.py, line 6", "betta", "beta")
 
   def test_broken_problem_file(self):
@@ -204,8 +212,9 @@ class RefusalTest(parameterized.TestCase):
     good = json.dumps({"question": "2 + 2?", "answer": "2 + 2 = 4\n#### 4"}) + "\n"
     (folder / "train.jsonl").write_text(good * 2 + '{"question": "1 + ')
     (folder / "test.jsonl").write_text(good)
-    done = launch(scratch() / "y", config="configs/gsm8k.py:model=smollm2_135m,smoke",
-                  env={"SYNTHNEG_DATA_DIR": str(folder.parent)})
+    done = launch(
+      scratch() / "y", config="configs/gsm8k.py:model=smollm2_135m,smoke", env={"SYNTHNEG_DATA_DIR": str(folder.parent)}
+    )
     self.assert_refuses(done, "train.jsonl", "line 3")
 
   def test_read_only_workdir(self):

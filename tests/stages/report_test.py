@@ -48,16 +48,42 @@ def _hand_made() -> analysis.Report:
   step = lambda text, right, q, a: analysis.Step(text, 4, right, (0.1, 0.9), q, a, False)
   last = analysis.Step(f" #### 5{HOSTILE}", 0, 0, None, 0.0, -0.25, True)
   trace = analysis.ShownTrace(
-      "t/0/sample/1", f"What is 2 + 3?{HOSTILE}", "5", HOSTILE, "wrong", 2, 4, 0.5,
-      [step("two and three", 3, 0.75, 0.25), step(HOSTILE, 1, 0.25, -0.5), last], 1, HOSTILE)
-  states = [analysis.StageState("sft", "done", {"seconds": 3.5, "steps": 12345, "loss/per_token": 0.25}),
-            analysis.StageState("credit", "begun", {}), analysis.StageState("dpo/dpo", "not begun", {})]
+    "t/0/sample/1",
+    f"What is 2 + 3?{HOSTILE}",
+    "5",
+    HOSTILE,
+    "wrong",
+    2,
+    4,
+    0.5,
+    [step("two and three", 3, 0.75, 0.25), step(HOSTILE, 1, 0.25, -0.5), last],
+    1,
+    HOSTILE,
+  )
+  states = [
+    analysis.StageState("sft", "done", {"seconds": 3.5, "steps": 12345, "loss/per_token": 0.25}),
+    analysis.StageState("credit", "begun", {}),
+    analysis.StageState("dpo/dpo", "not begun", {}),
+  ]
   return analysis.Report(
-      title="Toy", methods=[analysis.Method("SFT", 0.4, 0.3, 0.5, 100), analysis.Method("RFT")],
-      values=analysis.MeanValues([0.5, 0.25, 0.0], [3, 2, 0], 0.6, 2), pits=[1, 0, -1], traces=[trace],
-      reasons={"SFT, test": {"right": 60, "wrong": 40}}, stages=states, config={"seed": 0, "model.path": HOSTILE},
-      changed=["model.path"], versions={"jax": "1"}, commits=["abc+"], devices=["cpu"], command="python x.py",
-      num_rollouts=4, best_of=1, pit_rule="lowest_value", pair_mode="shared_prefix")
+    title="Toy",
+    methods=[analysis.Method("SFT", 0.4, 0.3, 0.5, 100), analysis.Method("RFT")],
+    values=analysis.MeanValues([0.5, 0.25, 0.0], [3, 2, 0], 0.6, 2),
+    pits=[1, 0, -1],
+    traces=[trace],
+    reasons={"SFT, test": {"right": 60, "wrong": 40}},
+    stages=states,
+    config={"seed": 0, "model.path": HOSTILE},
+    changed=["model.path"],
+    versions={"jax": "1"},
+    commits=["abc+"],
+    devices=["cpu"],
+    command="python x.py",
+    num_rollouts=4,
+    best_of=1,
+    pit_rule="lowest_value",
+    pair_mode="shared_prefix",
+  )
 
 
 def _unfinished(made: analysis.Report) -> analysis.Report:
@@ -86,8 +112,14 @@ def test_no_resource_is_fetched(tmp_path, change):
 
 def test_unfinished_parts_are_said(tmp_path):
   text = _Page(analysis.write(_unfinished(_hand_made()), tmp_path).read_text()).text
-  for sentence in ("Not finished yet: credit, dpo/dpo.", "Stage evaluate is not done", "Stage credit is not done",
-                   "No response has been graded yet", "begun, not finished", "not begun"):
+  for sentence in (
+    "Not finished yet: credit, dpo/dpo.",
+    "Stage evaluate is not done",
+    "Stage credit is not done",
+    "No response has been graded yet",
+    "begun, not finished",
+    "not begun",
+  ):
     assert sentence in text, sentence
   assert not list(tmp_path.glob("*.png"))
 
@@ -121,8 +153,11 @@ def _stage(workdir, name, figures=None, config=None):
   (workdir / name).mkdir(parents=True, exist_ok=True)
   (workdir / name / "begun.json").write_text(json.dumps({"config": config or {}, "inputs": {}}))
   if figures is not None:
-    (workdir / name / "manifest.json").write_text(json.dumps(
-        {"figures": {"seconds": 1.5, **figures}, "files": {}, "versions": {"jax": "9.9"}, "git_commit": "abc123"}))
+    (workdir / name / "manifest.json").write_text(
+      json.dumps(
+        {"figures": {"seconds": 1.5, **figures}, "files": {}, "versions": {"jax": "9.9"}, "git_commit": "abc123"}
+      )
+    )
 
 
 @pytest.fixture(name="run_")
@@ -136,17 +171,39 @@ def _run(tmp_path) -> Run:
   letters.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
   letters.decoder = decoders.Fuse()
   transformers.PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>").save_pretrained(
-      str(workdir / "sft" / "policy"))
+    str(workdir / "sft" / "policy")
+  )
   tokenizer = transformers.AutoTokenizer.from_pretrained(str(workdir / "sft" / "policy"))
   token_text = TokenText(tokenizer)
 
   def trace(problem, index, text):
     ids = tokenizer.encode(text) + [tokenizer.eos_token_id]
-    return Trace(f"{problem}/sample/{index}", problem, index, ids, step_ends(ids, token_text), text, text == _RIGHT,
-                 "right" if text == _RIGHT else "wrong", text[-1], "eos", [0.0] * len(ids), [0.0] * len(ids), "f" * 16)
+    return Trace(
+      f"{problem}/sample/{index}",
+      problem,
+      index,
+      ids,
+      step_ends(ids, token_text),
+      text,
+      text == _RIGHT,
+      "right" if text == _RIGHT else "wrong",
+      text[-1],
+      "eos",
+      [0.0] * len(ids),
+      [0.0] * len(ids),
+      "f" * 16,
+    )
 
-  traces = [trace("p0", 0, _RIGHT), trace("p0", 1, _RIGHT), trace("p0", 2, _WRONG[0]), trace("p0", 3, _WRONG[1]),
-            trace("p1", 0, _RIGHT), trace("p1", 1, _RIGHT), trace("p1", 2, _RIGHT), trace("p1", 3, _WRONG[0])]
+  traces = [
+    trace("p0", 0, _RIGHT),
+    trace("p0", 1, _RIGHT),
+    trace("p0", 2, _WRONG[0]),
+    trace("p0", 3, _WRONG[1]),
+    trace("p1", 0, _RIGHT),
+    trace("p1", 1, _RIGHT),
+    trace("p1", 2, _RIGHT),
+    trace("p1", 3, _WRONG[0]),
+  ]
   estimates = []
   for made in traces:
     if made.correct:
@@ -154,10 +211,14 @@ def _run(tmp_path) -> Run:
     for step, end in enumerate(made.step_ends):
       exact = step == len(made.step_ends) - 1
       right = 0 if exact else _SUCCESSES[made.id][step]
-      estimates.append(StepEstimate(made.id, made.problem_id, step, end, 0 if exact else 4, right, exact, False, [],
-                                    f"{made.id}/{step}"))
+      estimates.append(
+        StepEstimate(
+          made.id, made.problem_id, step, end, 0 if exact else 4, right, exact, False, [], f"{made.id}/{step}"
+        )
+      )
   Shards(workdir / "synthesize" / "train", Problem).write(
-      [Problem(key, f" Y= 3 X= 2 ? A={HOSTILE}\n", _RIGHT, "5", "hand") for key in ("p0", "p1")])
+    [Problem(key, f" Y= 3 X= 2 ? A={HOSTILE}\n", _RIGHT, "5", "hand") for key in ("p0", "p1")]
+  )
   Shards(workdir / "sample" / "traces", Trace).write(traces)
   Shards(workdir / "credit" / "estimates", StepEstimate).write(estimates)
   _stage(workdir, "synthesize", {"train": 2})
@@ -165,8 +226,11 @@ def _run(tmp_path) -> Run:
   _stage(workdir, "sample", {"traces": 8, "reasons": {"right": 5, "wrong": 3}})
   _stage(workdir, "credit", {"steps": 8}, {"credit.best_of": 1})
   _stage(workdir, "dpo/dpo")
-  _stage(workdir, "evaluate/sft", {"test_error": 0.25, "ci95": [0.1, 0.5], "num_problems": 16,
-                                   "reasons": {"right": 12, "wrong": 3, "truncated": 1}})
+  _stage(
+    workdir,
+    "evaluate/sft",
+    {"test_error": 0.25, "ci95": [0.1, 0.5], "num_problems": 16, "reasons": {"right": 12, "wrong": 3, "truncated": 1}},
+  )
   return Run(config, workdir, None)
 
 
@@ -195,7 +259,8 @@ def test_stage_shows_the_preferred_branch(run_):
   tokenizer = transformers.AutoTokenizer.from_pretrained(str(run_.workdir / "sft" / "policy"))
   chosen = tokenizer.encode(" A: X= 2 + Y= 3 A= 5\n")
   Shards(run_.workdir / "dpo" / "step_dpo" / "pairs", Pair).write(
-      [Pair("a", "p1", "p1/sample/3", [1], chosen, [2], "shared_prefix", 1)])
+    [Pair("a", "p1", "p1/sample/3", [1], chosen, [2], "shared_prefix", 1)]
+  )
   _stage(run_.workdir, "dpo/step_dpo", {"pairs": 1})
   text = _Page(epath.Path(report.run(run_)["path"]).read_text()).text
   assert text.count("The per-step pair prefers") == 1 and "A: X= 2 + Y= 3 A= 5" in text
@@ -232,9 +297,19 @@ def _chromium() -> str:
 
 def _browse(page, profile, *flags: str) -> str:
   command = [
-      _chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-      "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}",
-      *flags, pathlib.Path(page).as_uri()]
+    _chromium(),
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    f"--user-data-dir={profile}",
+    *flags,
+    pathlib.Path(page).as_uri(),
+  ]
   done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
   assert done.returncode == 0, done.stderr[-2000:]
   return done.stdout

@@ -9,7 +9,8 @@ from synthneg_jax.tasks import answers, arithmetic, problems
 from synthneg_jax.tasks.token_text import TokenText, step_ends
 
 PUZZLE = arithmetic.Puzzle(
-    {"A": 3, "B": 4, "C": ("A", "+", "B"), "D": ("C", "*", "A"), "E": ("B", "-", "A"), "F": ("D", "-", "C")}, "F")
+  {"A": 3, "B": 4, "C": ("A", "+", "B"), "D": ("C", "*", "A"), "E": ("B", "-", "A"), "F": ("D", "-", "C")}, "F"
+)
 
 
 def evaluate(text: str) -> int:
@@ -34,7 +35,6 @@ def evaluate(text: str) -> int:
 
 
 class ArithmeticTest(parameterized.TestCase):
-
   def test_text_by_hand(self):
     # Fails if a step's operands, values or their order change.
     self.assertEqual(PUZZLE.prompt, " A= 3 B= 4 C: A + B D: C * A E: B - A F: D - C ? F=\n")
@@ -73,15 +73,15 @@ class ArithmeticTest(parameterized.TestCase):
     self.assertBetween(leaps / places, 0.4, 0.5)
 
   @parameterized.parameters(
-      (" C: A + B A= 3 B= 4 C= 7", set(), "legal"),
-      (" C: A + B A= 3 B= 4 C= 8", set(), "wrong"),
-      (" C: B + A B= 4 A= 3 C= 7", set(), "wrong"),
-      (" D: C * A C= 7 A= 3 D= 1", set(), "leap"),
-      (" D: C * A C= 7 A= 3 D= 1", {"C"}, "legal"),
-      (" D: C * A C= 6 A= 3 D= 8", {"C"}, "wrong"),
-      (" A: A + B A= 3 B= 4 A= 7", set(), "wrong"),
-      (" D: C * A C= 7 A= 3 D=", {"C"}, "malformed"),
-      ("", set(), "malformed"),
+    (" C: A + B A= 3 B= 4 C= 7", set(), "legal"),
+    (" C: A + B A= 3 B= 4 C= 8", set(), "wrong"),
+    (" C: B + A B= 4 A= 3 C= 7", set(), "wrong"),
+    (" D: C * A C= 7 A= 3 D= 1", set(), "leap"),
+    (" D: C * A C= 7 A= 3 D= 1", {"C"}, "legal"),
+    (" D: C * A C= 6 A= 3 D= 8", {"C"}, "wrong"),
+    (" A: A + B A= 3 B= 4 A= 7", set(), "wrong"),
+    (" D: C * A C= 7 A= 3 D=", {"C"}, "malformed"),
+    ("", set(), "malformed"),
   )
   def test_judge_step(self, line, known, verdict):
     # Fails if a rule of legality is dropped.
@@ -93,7 +93,9 @@ class ArithmeticTest(parameterized.TestCase):
     text = PUZZLE.prompt + PUZZLE.line("C") + PUZZLE.line("D") + " #### 1"
     ids = raw.encode(text).ids
     self.assertNotIn(raw.token_to_id(arithmetic.PAD), ids)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=arithmetic.EOS, pad_token=arithmetic.PAD)
+    fast = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=raw, eos_token=arithmetic.EOS, pad_token=arithmetic.PAD
+    )
     token_text = TokenText(fast)
     self.assertEqual(token_text.text(ids), text)
     solution = fast.encode(PUZZLE.line("C") + PUZZLE.line("D") + " #### 1") + [fast.eos_token_id]

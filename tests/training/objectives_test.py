@@ -1,0 +1,198 @@
+"""The objectives over packed batches, in float64, against the model on each unpacked sequence and numpy."""
+
+import dataclasses
+import functools
+import tempfile
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+from etils import epath
+
+from synthneg_jax.core import losses
+from synthneg_jax.core import tree as tree_lib
+from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.training import batch as batch_lib
+from synthneg_jax.training import objectives, reference
+from synthneg_jax.training.batch import Example, PairInTree, Shape
+from tests import toy
+from tests.models.decoder_test import make_params
+
+# Pairs 0 and 1 share a rejected branch; in both, chosen and rejected differ at their first token already.
+A = Example(
+  Tree([1, 2, 3, 4, 5], (Branch(5, [6, 7, 8]), Branch(5, [9, 10]), Branch(5, [11]))),
+  (PairInTree(0, 1, -9.0, -4.0), PairInTree(2, 1, -1.0, -4.0)),
+)
+# A pair whose rejected is a prefix of the chosen, and a branch that forks early and belongs to no pair.
+B = Example(
+  Tree([12, 13, 14], (Branch(3, [15, 16]), Branch(3, [15]), Branch(1, [17, 18]))), (PairInTree(0, 1, -60.0, -2.0),)
+)
+# A scored trunk token and an unscored branch token; no pair.
+C = Example(Tree([19, 20, 21, 22], (Branch(2, [23, 24, 25], scored=[True, False, True]),), [False, False, True, False]))
+EXAMPLES = (A, B, C)
+SHAPE = Shape(rows=3, length=18, scored=10, pairs=2, branches=4)  # rows: A and C, B, padding
+BETA, NLL, SMOOTHING = 0.3, 0.2, 0.1
+LONGEST = 8
+
+MODEL = toy.model(dtype="float64", param_dtype="float64")
+sft = jax.jit(objectives.make_sft(MODEL))
+dpo = jax.jit(objectives.make_dpo(MODEL, 4, beta=BETA, nll_weight=NLL, label_smoothing=SMOOTHING))
+
+
+@jax.jit
+def _next_logprobs(params, token_NT):
+  """log π of each next token of unpacked, right-padded sequences; [N, T - 1]."""
+  packed = tree_lib.empty_rows(*token_NT.shape)
+  position = np.broadcast_to(np.arange(token_NT.shape[1], dtype=np.int32), token_NT.shape)
+  packed = dataclasses.replace(packed, token=token_NT, position=position, tree=np.ones_like(position))
+  h, _ = MODEL.hidden(params, packed)
+  return losses.token_logprobs(MODEL.logits(params, h[:, :-1]), token_NT[:, 1:])
+
+
+def unpacked(params, examples):
+  """For each example (trunk's log-probs [len(trunk) - 1], [branch's log-probs]), float64 nats."""
+  rows = []
+  for example in examples:
+    trunk = list(example.tree.trunk)
+    rows += [(trunk, 1)] + [(trunk[: b.fork] + list(b.ids), b.fork) for b in example.tree.branches]
+  token = np.zeros((len(rows), LONGEST), np.int32)
+  for n, (ids, _) in enumerate(rows):
+    token[n, : len(ids)] = ids
+  logp = np.asarray(_next_logprobs(params, token))
+  parts = iter([logp[n, fork - 1 : len(ids) - 1] for n, (ids, fork) in enumerate(rows)])
+  return [(next(parts), [next(parts) for _ in example.tree.branches]) for example in examples]
+
+
+def averages(metrics) -> dict[str, float]:
+  return {name: float(total) / float(count) for name, (total, count) in metrics.items()}
+
+
+class ObjectivesTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.enterClassContext(jax.enable_x64(True))
+    cls.params = make_params(MODEL)
+    cls.batch = batch_lib.build(EXAMPLES, SHAPE)
+    cls.alone = unpacked(cls.params, EXAMPLES)
+    cls.sft_loss, cls.sft_metrics = sft(cls.params, cls.batch)
+    cls.dpo_loss, cls.dpo_metrics = dpo(cls.params, cls.batch)
+
+  def pair_sums(self):
+    """(chosen, rejected, ref_chosen, ref_rejected, chosen's tokens) of each pair, from the unpacked sequences."""
+    found = []
+    for example, (_, branches) in zip(EXAMPLES, self.alone, strict=True):
+      for pair in example.pairs:
+        chosen = branches[pair.chosen]
+        found.append((chosen.sum(), branches[pair.rejected].sum(), pair.ref_chosen, pair.ref_rejected, len(chosen)))
+    self.assertLen(found, 3)
+    return np.array(found).T
+
+  def test_sft_equals_unpacked_sequences(self):
+    # Fails if a token's log-prob is read at another place than its parent, if a branch's first token is left out, if
+    # unscored or padded places count, or if the mean is taken per row or per sequence.
+    scored = []
+    for example, (trunk, branches) in zip(EXAMPLES, self.alone, strict=True):
+      if example.tree.trunk_scored:
+        scored += trunk[np.asarray(example.tree.trunk_scored)[1:]].tolist()
+      for branch, logp in zip(example.tree.branches, branches, strict=True):
+        scored += logp[np.asarray(branch.scored if branch.scored else [True] * len(branch.ids))].tolist()
+    self.assertLen(scored, 6 + 5 + 3)
+    self.assertAlmostEqual(float(self.sft_loss), -np.mean(scored), delta=1e-6)
+    total, count = self.sft_metrics["loss/per_token"]
+    self.assertAlmostEqual(float(total), -np.sum(scored), delta=1e-10)
+    self.assertEqual(int(count), 14)
+
+  def test_dpo_equals_unpacked_sequences(self):
+    # Fails if a pair reads another branch or row, if a sum misses the first response token or holds trunk tokens, if an
+    # empty place counts as a pair, or if the loss is averaged over rows or weights.
+    chosen, rejected, ref_chosen, ref_rejected, tokens = self.pair_sums()
+    h = BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    log_sigmoid = lambda x: -np.log1p(np.exp(-x))
+    dpo_P = -(1 - SMOOTHING) * log_sigmoid(h) - SMOOTHING * log_sigmoid(-h)
+    self.assertAlmostEqual(float(self.dpo_loss), np.mean(dpo_P + NLL * -chosen / tokens), delta=1e-6)
+    self.assertGreater(np.max(h), 5.0)  # one pair is saturated, one is on the wrong side
+    self.assertLess(np.min(h), 0.0)
+    expected = {
+      "loss/per_pair": dpo_P.mean(),
+      "nll_chosen/per_token": -chosen.sum() / tokens.sum(),
+      "margin/per_pair": h.mean(),
+      "accuracy/per_pair": (h > 0).mean(),
+      "chosen_shift/per_pair": (chosen - ref_chosen).mean(),
+      "rejected_shift/per_pair": (rejected - ref_rejected).mean(),
+      "saturated/per_pair": (h > 5.0).mean(),
+    }
+    got = averages(self.dpo_metrics)
+    self.assertSameElements(got, expected)
+    for name, value in expected.items():
+      # Metrics name their unit: pairs are counted by the pair, the chosen's loss by the token.
+      self.assertAlmostEqual(got[name], value, delta=1e-9, msg=name)
+      self.assertEqual(float(self.dpo_metrics[name][1]), tokens.sum() if name.endswith("per_token") else 3, name)
+
+  def test_the_loss_parts_add_up(self):
+    # Fails if a part is divided by its own count: microbatches and devices sum their parts.
+    parts = [
+      jax.tree.map(
+        lambda x, keep=keep: (
+          x if np.ndim(x) == 0 else np.where((np.arange(3) == keep).reshape(3, *[1] * (x.ndim - 1)), x, empty_like(x))
+        ),
+        self.batch,
+      )
+      for keep in range(3)
+    ]
+    self.assertAlmostEqual(sum(float(sft(self.params, part)[0]) for part in parts), float(self.sft_loss), delta=1e-10)
+    self.assertAlmostEqual(sum(float(dpo(self.params, part)[0]) for part in parts), float(self.dpo_loss), delta=1e-10)
+
+  def test_rows_may_change_places(self):
+    # Fails if anything but a sum joins the rows, or if a row reads another's places.
+    order = np.array([2, 0, 1])
+    turned = jax.tree.map(lambda x: x if np.ndim(x) == 0 else x[order], self.batch)
+    self.assertAlmostEqual(float(sft(self.params, turned)[0]), float(self.sft_loss), delta=1e-12)
+    loss, metrics = dpo(self.params, turned)
+    self.assertAlmostEqual(float(loss), float(self.dpo_loss), delta=1e-12)
+    for name, value in averages(self.dpo_metrics).items():
+      self.assertAlmostEqual(averages(metrics)[name], value, delta=1e-10, msg=name)
+
+  def test_packing_changes_nothing(self):
+    # Fails if trees of one row are mixed, or if branch numbers of a row's second tree are off.
+    for examples in ((C, B, A), (B, C, A)):
+      batch = batch_lib.build(examples, SHAPE)
+      self.assertNotEqual(batch.trees.token.tolist(), self.batch.trees.token.tolist())
+      self.assertAlmostEqual(float(sft(self.params, batch)[0]), float(self.sft_loss), delta=1e-12)
+      self.assertAlmostEqual(float(dpo(self.params, batch)[0]), float(self.dpo_loss), delta=1e-12)
+
+  def test_against_itself_the_margin_is_zero(self):
+    # Fails if reference and objective score different tokens: A's pairs diverge at their first token, so a first token
+    # that only one of them counts gives a margin of nats. A margin of 0 gives ln 2 under any smoothing.
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    store = reference.Store(epath.Path(folder) / "reference.npz")
+    reference.score(MODEL, self.params, [example.tree for example in (A, B)], 18, toy.one_device_mesh(), store)
+
+    def referenced(example):
+      tree = example.tree
+      value = lambda number: float(
+        np.sum(
+          store[reference.branch_key(tree.trunk, tree.branches[number].fork, tree.branches[number].ids)],
+          dtype=np.float64,
+        )
+      )
+      pairs = [PairInTree(p.chosen, p.rejected, value(p.chosen), value(p.rejected)) for p in example.pairs]
+      return Example(tree, tuple(pairs))
+
+    _, metrics = dpo(self.params, batch_lib.build([referenced(A), referenced(B)], SHAPE))
+    for name, value in averages(metrics).items():
+      if name in ("margin/per_pair", "chosen_shift/per_pair", "rejected_shift/per_pair"):
+        self.assertAlmostEqual(value, 0.0, delta=1e-5, msg=name)
+    self.assertAlmostEqual(averages(metrics)["loss/per_pair"], np.log(2.0), delta=1e-5)
+    key = functools.partial(reference.branch_key, A.tree.trunk, 5)
+    np.testing.assert_allclose(store[key((6, 7, 8))], self.alone[0][1][0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(store[key((11,))], self.alone[0][1][2], rtol=0, atol=1e-5)
+
+
+def empty_like(x):
+  """What `batch_lib.build` puts in rows without trees (the fields are told apart by their padding value)."""
+  return np.full_like(x, x[2].reshape(-1)[0])
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,107 @@
+"""One train step in float64: accumulated and sharded it is the step of one device on the whole batch."""
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.training import batch as batch_lib
+from synthneg_jax.training import objectives, optimizer
+from synthneg_jax.training import step as step_lib
+from synthneg_jax.training.batch import Example, PairInTree, Shape
+from tests import toy
+from tests.models.decoder_test import make_params
+
+# 32 tokens and 16 wide, so that every axis divides by 2 and the width by 8; one layer compiles fastest.
+MODEL = toy.model(dtype="float64", param_dtype="float64", vocab_size=32, num_layers=1)
+SHAPE = Shape(rows=8, length=12, scored=9, pairs=2, branches=3)
+
+
+def make_batch() -> batch_lib.Batch:
+  """Six trees with one or two pairs in eight rows, two of them empty: microbatches and shards hold unequal counts."""
+  rng = np.random.default_rng(0)
+  ids = lambda size: rng.integers(0, 32, size).tolist()
+  examples = []
+  for number in range(6):
+    branches = tuple(Branch(3, ids(1 + (number + b) % 3)) for b in range(2 + number % 2))
+    pairs = tuple(PairInTree(c, 0, *-rng.uniform(1.0, 9.0, 2)) for c in range(1, len(branches)))
+    examples.append(Example(Tree(ids(5), branches), pairs))
+  return batch_lib.build(examples, SHAPE)
+
+
+def take_step(mesh, accumulate: int = 1):
+  """(metrics, state) after one step from the same parameters, both as numpy."""
+  section = config_lib.default().dpo.optimizer
+  section.update(learning_rate=0.05, weight_decay=0.1, schedule="constant", warmup_share=0.0)
+  made = optimizer.make_optimizer(section, 4)
+  shardings = step_lib.state_shardings(MODEL, made, mesh)
+  objective = objectives.make_dpo(MODEL, SHAPE.branches, beta=0.3, nll_weight=0.2)
+  state = step_lib.make_init(made, shardings)(jax.device_put(make_params(MODEL), shardings["params"]))
+  batch = jax.device_put(make_batch(), step_lib.batch_shardings(mesh))
+  state, metrics = step_lib.make_step(objective, made, shardings, mesh, accumulate)(state, batch)
+  for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+    if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+      raise AssertionError(f"{leaf.shape} lies as {leaf.sharding}, not as {sharding}")
+  return jax.tree.map(np.asarray, (metrics, state))
+
+
+class StepTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.enterClassContext(jax.enable_x64(True))
+    # Every program here runs once: compiling is all their time.
+    cls.addClassCleanup(jax.config.update, "jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", True)
+    cls.metrics, cls.state = take_step(toy.one_device_mesh())
+
+  def assert_same(self, metrics, state, atol):
+    found, wanted = (metrics, state), (self.metrics, self.state)
+    self.assertEqual(jax.tree.structure(found), jax.tree.structure(wanted))
+    for (path, got), expected in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+      np.testing.assert_allclose(got, expected, rtol=1e-9, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+  def test_the_step_moves_all_parameters(self):
+    # Fails if the updates are not applied, if a parameter has no gradient, or if the step is not counted; the tests
+    # below would compare parameters that stood still.
+    before = jax.tree.map(np.asarray, make_params(MODEL))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(self.state["params"]), strict=True):
+      self.assertGreater(np.abs(new - old).max(), 0.01)
+      self.assertLess(np.abs(new - old).max(), 0.1)
+    self.assertEqual(int(self.state["step"]), 1)
+    self.assertEqual(float(self.metrics["loss/per_pair"][1]), 9)
+    self.assertGreater(float(self.metrics["grad_norm"][0]), 0.1)
+
+  def test_accumulation_changes_nothing(self):
+    # Fails if microbatches are averaged, if the last one's gradients or metrics stand for all, or if counts are split.
+    self.assert_same(*take_step(toy.one_device_mesh(), accumulate=2), atol=1e-9)
+
+  @parameterized.parameters((8, 1, 1), (2, 2, 2), (1, 8, 1))
+  def test_a_mesh_changes_nothing(self, *sizes):
+    # Fails if a device's part of the loss is a mean of its own rows, if gradients are not summed over devices, or if
+    # moments lie otherwise than their parameters (take_step checks where each leaf of the state lies).
+    self.assert_same(*take_step(mesh_lib.make_mesh(*sizes)), atol=1e-9)
+
+
+class ShardingsTest(absltest.TestCase):
+  def test_state_and_batch_lie_as_the_rules_say(self):
+    # Fails if moments are replicated, if counts are split over rows, or if a batch's rows are not split.
+    mesh = mesh_lib.make_mesh(2, 2, 2)
+    made = optimizer.make_optimizer(config_lib.default().sft.optimizer, 4)
+    shardings = step_lib.state_shardings(toy.model(), made, mesh)
+    query = [
+      sharding.spec
+      for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
+      if jax.tree_util.keystr(path).endswith("['query']")
+    ]
+    self.assertEqual([tuple(spec) for spec in query], [(None, "fsdp", "tensor")] * 3)  # two moments and the parameter
+    self.assertEqual(tuple(shardings["step"].spec), ())
+    batch = step_lib.batch_shardings(mesh)
+    self.assertEqual(tuple(batch.trees.spec), (("data", "fsdp"),))
+    self.assertEqual((tuple(batch.num_scored.spec), tuple(batch.num_pairs.spec)), ((), ()))
+
+
+if __name__ == "__main__":
+  absltest.main()
