@@ -186,7 +186,7 @@ class Model:
       for layer_params in self.unstack(params)["layers"]:
         x_ND, pair = layer(x_ND, layer_params)
         pairs.append(pair)
-      cache = tuple(zip(*pairs)) if with_cache else None
+      cache = tuple(zip(*pairs, strict=True)) if with_cache else None
     h_ND = Ends(c).apply({"params": params["ends"]}, x_ND, method="last_norm")
     return h_ND.reshape(num_rows, length, c.d_model), cache
 

@@ -269,7 +269,7 @@ def _tokenizer(source: _Source, config: dict[str, Any]) -> tuple[tokenizers.Toke
   tokenizer.add_tokens(
     [
       tokenizers.AddedToken(token, special=token_type == _CONTROL, normalized=False)
-      for token, token_type in zip(tokens, types)
+      for token, token_type in zip(tokens, types, strict=True)
       if token_type in (_CONTROL, _USER_DEFINED)
     ]
   )

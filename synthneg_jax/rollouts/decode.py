@@ -226,7 +226,7 @@ def prefill(
 
   def put_trunk(field, new, axes):
     if isinstance(field, tuple):
-      return tuple(put(part, part_new.transpose(axes)) for part, part_new in zip(field, new))
+      return tuple(put(part, part_new.transpose(axes)) for part, part_new in zip(field, new, strict=True))
     axes = (0, *(axis + 1 for axis in axes))
     return field.at[:, lane].set(new.transpose(axes).astype(field.dtype), mode="drop")
 

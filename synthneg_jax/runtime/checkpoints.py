@@ -78,15 +78,17 @@ def load_params(folder: epath.PathLike, abstract_params, shardings):
 def fingerprint(params) -> str:
   """A hash of the parameters' bits: the same on every mesh and host, another after any change.
 
-  Each leaf gives Σ bits·(odd index weight) in 32-bit wrap-around arithmetic, computed where the leaf lies; the sums of
-  all leaves, with their names, are hashed.
+  Each leaf gives the sum of a hash of each element's bits and place in 32-bit wrap-around arithmetic, computed where the
+  leaf lies; the sums of all leaves, with their names, are hashed.
   """
 
   def checksum(leaf):
-    bits = jax.lax.bitcast_convert_type(leaf, {2: np.uint16, 4: np.uint32, 8: np.uint64}[leaf.dtype.itemsize])
+    bits = jax.lax.bitcast_convert_type(leaf, {2: np.uint16, 4: np.uint32, 8: np.uint32}[leaf.dtype.itemsize])
     bits = bits.astype(np.uint32).reshape(-1)
-    index = jax.lax.iota(np.uint32, bits.size)
-    return jax.numpy.sum(bits * (index * np.uint32(2654435761) | np.uint32(1)), dtype=np.uint32)
+    mixed = bits ^ (jax.lax.iota(np.uint32, bits.size) * np.uint32(0x9E3779B1))
+    for factor in (0x85EBCA6B, 0xC2B2AE35):  # MurmurHash3's last steps: one to one, and every bit reaches every other
+      mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(factor)
+    return jax.numpy.sum(mixed ^ (mixed >> np.uint32(16)), dtype=np.uint32)
 
   sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(checksum, tree))(params))
   digest = hashlib.sha256()

@@ -1,6 +1,7 @@
 """The records that stages exchange, as sharded JSON lines. docs/data.md fixes every field, its type and unit."""
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -114,9 +115,9 @@ class Shards:
     return sorted(self._folder.glob("*.jsonl")) if self._folder.exists() else []
 
   def write(self, records: Iterable[Record]) -> None:
-    """One more shard."""
+    """One more shard, under the first number that is free: of a deleted shard, or after the last."""
     self._folder.mkdir(parents=True, exist_ok=True)
-    path = self._folder / f"{len(self.files()):05d}.jsonl"
+    path = next(p for n in itertools.count() if not (p := self._folder / f"{n:05d}.jsonl").exists())
     temporary = self._folder / f"{path.name}.{os.getpid()}.tmp"
     temporary.write_text("".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
     temporary.replace(path)

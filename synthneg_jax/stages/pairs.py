@@ -175,21 +175,17 @@ def trees(pairs: Sequence[Pair], most_branches: int) -> tuple[list[Tree], list[l
     groups.setdefault(tuple(pair.trunk), []).append(pair)
   out_trees, out_pairs, names = [], [], []
   for trunk, group in groups.items():
-    branches, numbered = {}, []
-
-    def close(trunk=trunk, group=group):
-      out_trees.append(Tree(trunk, tuple(Branch(len(trunk), ids) for ids in branches)))
-      out_pairs.append(list(numbered))
-      names.append(group[0].id)
-      branches.clear()
-      numbered.clear()
-
+    parts = [({}, [])]  # for each tree: number of each branch, pairs of numbers
     for pair in group:
-      wanted = {tuple(pair.chosen), tuple(pair.rejected)}
-      if numbered and len(set(branches) | wanted) > most_branches:
-        close()
-      numbered.append(tuple(branches.setdefault(tuple(ids), len(branches)) for ids in (pair.chosen, pair.rejected)))
-    close()
+      wanted = [tuple(pair.chosen), tuple(pair.rejected)]
+      if parts[-1][1] and len({*parts[-1][0], *wanted}) > most_branches:
+        parts.append(({}, []))
+      number_of, numbered = parts[-1]
+      numbered.append(tuple(number_of.setdefault(ids, len(number_of)) for ids in wanted))
+    for number_of, numbered in parts:
+      out_trees.append(Tree(trunk, tuple(Branch(len(trunk), ids) for ids in number_of)))
+      out_pairs.append(numbered)
+      names.append(group[0].id)
   return out_trees, out_pairs, names
 
 

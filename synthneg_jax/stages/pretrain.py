@@ -32,7 +32,7 @@ def run(run_: Run) -> dict:
   trunks = [ids(document.prompt) for document in documents]
   examples = [
     Example(Tree(trunk, (Branch(len(trunk), ids(document.solution) + [eos]),)))
-    for trunk, document in zip(trunks, documents)
+    for trunk, document in zip(trunks, documents, strict=True)
   ]
   model = Model(
     ModelConfig(

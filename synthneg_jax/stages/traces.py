@@ -8,6 +8,7 @@ from etils import epath
 from synthneg_jax.rollouts.engine import Engine, Generation, Trunk
 from synthneg_jax.rollouts.sampling import Sampling
 from synthneg_jax.runtime import keys
+from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.progress import Progress
 from synthneg_jax.runtime.records import Problem, Shards, Trace
 from synthneg_jax.stages import training
@@ -56,6 +57,17 @@ def trunk(run_: Run, prompt: Sequence[int], problem: Problem, purpose: str, coun
   return Trunk(prompt, [len(prompt)] * count, np.stack(item_keys))
 
 
+def _prompt(run_: Run, policy: Policy, problem: Problem) -> list[int]:
+  ids = training.prompt_ids(run_, policy, problem)
+  room, new = run_.config.model.max_length - len(ids), run_.config.engine.max_new_tokens
+  if room < new:
+    raise UserError(
+      f"{problem.id}: its prompt has {len(ids)} tokens and leaves {room} of model.max_length="
+      f"{run_.config.model.max_length}, less than engine.max_new_tokens={new}."
+    )
+  return ids
+
+
 def respond(
   run_: Run,
   name: str,
@@ -69,8 +81,8 @@ def respond(
 ) -> Shards:
   """Writes `count` traces of each problem into folder, a shard at a time; problems that are there are not done again.
 
-  Prompts that leave no room for max_new_tokens within model.max_length are an error of the config, found by the engine's
-  first trunk; responses end at engine.max_new_tokens.
+  Raises:
+    UserError: a prompt leaves no room for engine.max_new_tokens within model.max_length.
   """
   shards = Shards(folder, Trace)
   there = {trace.problem_id for trace in shards.read()}
@@ -78,7 +90,7 @@ def respond(
   with Progress(name, len(missing), "problems") as progress:
     for start in range(0, len(missing), _SHARD):
       part = missing[start : start + _SHARD]
-      trunks = [trunk(run_, training.prompt_ids(run_, policy, problem), problem, purpose, count) for problem in part]
+      trunks = [trunk(run_, _prompt(run_, policy, problem), problem, purpose, count) for problem in part]
       made = {}
       for index, generations in engine.run(policy.params, trunks, how):
         made[index] = generations

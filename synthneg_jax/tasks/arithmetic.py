@@ -1,10 +1,10 @@
 """The embedded task: clock arithmetic over named quantities, with a scripted teacher in place of a capable model.
 
-A problem defines a few leaves (` A= 3`), then operations over what stands before them (` K: A * B`), and asks for one
+A problem defines a few leaves (` A= 3`), then operations over what stands before them (` K: A*B`), and asks for one
 of these (` ? K=`). Values live on a clock of ten: 7 + 5 = 2. A solution writes one operation a line, copied, its operands
 looked up and its result worked out, and ends like GSM8K's:
 
-     K: A * B A= 3 B= 4 K= 2
+     K: A*B A= 3 B= 4 K= 2
      #### 2
 
 Some defined operations do not matter for the question. The teacher writes those that do, in the order of the problem.
@@ -39,7 +39,7 @@ class Puzzle:
       parts.append(
         f" {name}= {definition}"
         if isinstance(definition, int)
-        else f" {name}: {definition[0]} {definition[1]} {definition[2]}"
+        else f" {name}: {''.join(definition)}"
       )
     return "".join(parts) + f" ? {self.query}=\n"
 
@@ -61,9 +61,9 @@ class Puzzle:
 
   def line(self, name: str) -> str:
     """The right step for an operation."""
-    left, operator, right = self.definitions[name]
+    left, _, right = self.definitions[name]
     values = "".join(f" {each}= {self.value(each)}" for each in (left, right, name))
-    return f" {name}: {left} {operator} {right}{values}\n"
+    return f" {name}: {''.join(self.definitions[name])}{values}\n"
 
 
 def apply(left: int, operator: str, right: int) -> int:
@@ -130,11 +130,10 @@ def judge_step(puzzle: Puzzle, known: set[str], line: str) -> str:
     line: one step, without its newline.
   """
   parts = line.split()
-  if len(parts) != 10 or not parts[0].endswith(":"):
+  if len(parts) != 8 or not parts[0].endswith(":") or len(parts[1]) != 3:
     return "malformed"
-  name, left, right = parts[0][:-1], parts[1], parts[3]
-  definition = puzzle.definitions.get(name)
-  if definition != (left, parts[2], right) or parts[4::2] != [f"{each}=" for each in (left, right, name)]:
+  name, (left, _, right) = parts[0][:-1], parts[1]
+  if puzzle.definitions.get(name) != tuple(parts[1]) or parts[2::2] != [f"{each}=" for each in (left, right, name)]:
     return "wrong"
   for operand in (left, right):
     if not isinstance(puzzle.definitions[operand], int) and operand not in known:
@@ -144,12 +143,14 @@ def judge_step(puzzle: Puzzle, known: set[str], line: str) -> str:
 
 
 def build_tokenizer() -> tokenizers.Tokenizer:
-  """One token for each digit, operator and mark; three for each letter: defined (` K:`), named (` K`), valued (` K=`).
+  """Typed tokens: each letter as defined (` K:`) and as valued (` K=`), each expression (` A*B`), digits and marks.
 
-  Text round-trips. Typed tokens make looking up a value one step of attention; small models do not learn it without."""
+  Text round-trips. With these every lookup is one step of attention; small models hardly learn it otherwise.
+  """
   words = [PAD, EOS, "\n", " ?", " ####"]
-  words += [f" {digit}" for digit in range(CLOCK)] + [f" {operator}" for operator in OPERATORS]
-  words += [f" {name}{kind}" for kind in (":", "", "=") for name in NAMES]
+  words += [f" {digit}" for digit in range(CLOCK)]
+  words += [f" {name}{kind}" for kind in (":", "=") for name in NAMES]
+  words += [f" {a}{operator}{b}" for operator in OPERATORS for a in NAMES for b in NAMES if a != b]
   tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
   tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| ?[^ \n]+"), behavior="isolated")
   tokenizer.decoder = decoders.Fuse()

@@ -20,14 +20,13 @@ def evaluate(text: str) -> int:
   tokens, at = tokens[:-2], 0
   while at < len(tokens):
     name = tokens[at][:-1]
-    size = 2 if tokens[at].endswith("=") else 4
-    definitions[name] = tokens[at + 1 : at + size]
-    at += size
+    definitions[name] = tokens[at + 1]
+    at += 2
 
   def value(name):
     parts = definitions[name]
     if len(parts) == 1:
-      return int(parts[0])
+      return int(parts)
     left, right = value(parts[0]), value(parts[2])
     return (left + right if parts[1] == "+" else left - right if parts[1] == "-" else left * right) % 10
 
@@ -37,8 +36,8 @@ def evaluate(text: str) -> int:
 class ArithmeticTest(parameterized.TestCase):
   def test_text_by_hand(self):
     # Fails if a step's operands, values or their order change.
-    self.assertEqual(PUZZLE.prompt, " A= 3 B= 4 C: A + B D: C * A E: B - A F: D - C ? F=\n")
-    self.assertEqual(PUZZLE.line("D"), " D: C * A C= 7 A= 3 D= 1\n")
+    self.assertEqual(PUZZLE.prompt, " A= 3 B= 4 C: A+B D: C*A E: B-A F: D-C ? F=\n")
+    self.assertEqual(PUZZLE.line("D"), " D: C*A C= 7 A= 3 D= 1\n")
     self.assertEqual(PUZZLE.needed("F"), {"C", "D", "F"})
 
   def test_answers_against_an_independent_reading(self):
@@ -73,14 +72,14 @@ class ArithmeticTest(parameterized.TestCase):
     self.assertBetween(leaps / places, 0.4, 0.5)
 
   @parameterized.parameters(
-    (" C: A + B A= 3 B= 4 C= 7", set(), "legal"),
-    (" C: A + B A= 3 B= 4 C= 8", set(), "wrong"),
-    (" C: B + A B= 4 A= 3 C= 7", set(), "wrong"),
-    (" D: C * A C= 7 A= 3 D= 1", set(), "leap"),
-    (" D: C * A C= 7 A= 3 D= 1", {"C"}, "legal"),
-    (" D: C * A C= 6 A= 3 D= 8", {"C"}, "wrong"),
-    (" A: A + B A= 3 B= 4 A= 7", set(), "wrong"),
-    (" D: C * A C= 7 A= 3 D=", {"C"}, "malformed"),
+    (" C: A+B A= 3 B= 4 C= 7", set(), "legal"),
+    (" C: A+B A= 3 B= 4 C= 8", set(), "wrong"),
+    (" C: B+A B= 4 A= 3 C= 7", set(), "wrong"),
+    (" D: C*A C= 7 A= 3 D= 1", set(), "leap"),
+    (" D: C*A C= 7 A= 3 D= 1", {"C"}, "legal"),
+    (" D: C*A C= 6 A= 3 D= 8", {"C"}, "wrong"),
+    (" A: A+B A= 3 B= 4 A= 7", set(), "wrong"),
+    (" D: C*A C= 7 A= 3 D=", {"C"}, "malformed"),
     ("", set(), "malformed"),
   )
   def test_judge_step(self, line, known, verdict):
@@ -99,7 +98,7 @@ class ArithmeticTest(parameterized.TestCase):
     token_text = TokenText(fast)
     self.assertEqual(token_text.text(ids), text)
     solution = fast.encode(PUZZLE.line("C") + PUZZLE.line("D") + " #### 1") + [fast.eos_token_id]
-    self.assertEqual(step_ends(solution, token_text), [11, 22, len(solution)])
+    self.assertEqual(step_ends(solution, token_text), [9, 18, len(solution)])
 
   def test_subsets_are_nested_and_splits_differ(self):
     # Fails if a problem depends on how many are asked for, or test problems on the seed.

@@ -1,0 +1,156 @@
+"""A stage is skipped, continued or refused, and says in one sentence why."""
+
+import json
+import os
+import tempfile
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+from etils import epath
+
+from synthneg_jax.runtime import manifest
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime.manifest import Stage
+
+CONFIG = {"seed": 0, "sample.num_traces": 8, "engine.stop": ("\n\n",)}
+
+
+class StageTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.workdir = epath.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    self.enterContext(mock.patch.object(manifest, "git_commit", lambda: "abc"))  # git takes a while
+
+  def make(self, name="sample", text="one\ntwo\n", identity="", config=None):
+    """A finished stage with one file."""
+    stage = Stage(self.workdir, name, CONFIG if config is None else config)
+    path = stage.folder / "traces" / "00000.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    stage.finish({"traces": 2}, [path], identity)
+    return path
+
+  def refused(self, *args, **kwargs) -> str:
+    with self.assertRaises(UserError) as caught:
+      Stage(self.workdir, *args, **kwargs)
+    self.assertNotIn("\n", str(caught.exception))
+    return str(caught.exception)
+
+  def test_begun_then_done(self):
+    # Fails if a stage that was only begun counts as done, or a finished one is done again.
+    self.assertFalse(Stage(self.workdir, "sample", CONFIG).done)
+    self.assertFalse(Stage(self.workdir, "sample", CONFIG).done)
+    self.assertIsNone(manifest.figures(self.workdir, "sample"))
+    self.make()
+    self.assertTrue(Stage(self.workdir, "sample", CONFIG).done)
+    figures = manifest.figures(self.workdir, "sample")
+    self.assertEqual(figures["traces"], 2)
+    self.assertGreaterEqual(figures["seconds"], 0.0)
+    written = json.loads((self.workdir / "sample" / "manifest.json").read_text())
+    self.assertEqual(
+      (written["stage"], written["git_commit"], list(written["files"])),
+      ("sample", "abc", [os.path.join("traces", "00000.jsonl")]),
+    )
+    self.assertIn("jax", written["versions"])
+    self.assertEqual(
+      sorted(p.name for p in (self.workdir / "sample").iterdir()), ["begun.json", "manifest.json", "traces"]
+    )
+
+  @parameterized.parameters(True, False)
+  def test_changed_config(self, finished):
+    # Fails if a changed, new or dropped leaf goes unseen, before the stage is done or after, or if the sentence does not
+    # name leaf, both values and the workdir.
+    self.make() if finished else Stage(self.workdir, "sample", CONFIG)
+    message = self.refused("sample", {**CONFIG, "sample.num_traces": 16})
+    self.assertStartsWith(message, f"Stage sample in {self.workdir} was begun with sample.num_traces=8, now it is 16;")
+    self.assertIn("--workdir", message)
+    self.assertIn(str(self.workdir / "sample"), message)
+    self.assertIn("extra=None, now it is 1", self.refused("sample", {**CONFIG, "extra": 1}))
+    self.assertIn("seed=0, now it is None", self.refused("sample", {k: v for k, v in CONFIG.items() if k != "seed"}))
+
+  def assertStartsWith(self, text, start):
+    self.assertEqual(text[: len(start)], start)
+
+  def test_needs_what_is_not_done(self):
+    # Fails if a stage runs on files of one that was killed.
+    Stage(self.workdir, "sample", CONFIG)
+    self.assertEqual(
+      self.refused("credit", CONFIG, ["sample"]),
+      f"Stage credit needs stage sample, which is not done in {self.workdir}; run it first.",
+    )
+
+  def test_changed_upstream(self):
+    # Fails if a stage goes on from another run of what it needs; it may where that was made again and came out equal.
+    path = self.make()
+    Stage(self.workdir, "credit", CONFIG, ["sample"]).finish({})
+    self.make()
+    self.assertTrue(Stage(self.workdir, "credit", CONFIG, ["sample"]).done)
+    for change in ({"text": "one\nthree\n"}, {"identity": "other weights"}):
+      self.make(**change)
+      message = self.refused("credit", CONFIG, ["sample"])
+      self.assertStartsWith(
+        message, f"Stage credit in {self.workdir} was made from another run of stage sample; delete "
+      )
+      self.assertIn(str(self.workdir / "credit"), message)
+    path.parent.parent.joinpath("begun.json").unlink()
+    self.make(config={**CONFIG, "seed": 1})
+    self.assertIn("another run of stage sample", self.refused("credit", CONFIG, ["sample"]))
+
+  def test_a_change_is_carried_on(self):
+    # Fails if a stage's identity does not hold its inputs': a stage two steps down would not see the change.
+    self.make()
+    Stage(self.workdir, "credit", CONFIG, ["sample"]).finish({})
+    Stage(self.workdir, "dpo/step_dpo", CONFIG, ["credit"]).finish({})
+    self.make(text="other\n")
+    for path in (self.workdir / "credit").iterdir():
+      path.unlink()
+    Stage(self.workdir, "credit", CONFIG, ["sample"]).finish({})
+    self.assertIn("made from another run of stage credit", self.refused("dpo/step_dpo", CONFIG, ["credit"]))
+
+  @parameterized.parameters("one\ntw", "one\nTwo\n", "one\ntwo\n\n", "")
+  def test_cut_off_or_changed_file(self, text):
+    # Fails if only the file's presence, its length or its start is looked at.
+    path = self.make()
+    path.write_text(text)
+    self.assertEqual(
+      self.refused("credit", CONFIG, ["sample"]),
+      f"{path} was changed or cut off since stage sample wrote it; delete it and "
+      f"{self.workdir / 'sample' / 'manifest.json'} to have it made again.",
+    )
+
+  def test_missing_file(self):
+    # Fails if a file that was deleted gives a traceback.
+    path = self.make()
+    path.unlink()
+    self.assertEqual(
+      self.refused("credit", CONFIG, ["sample"]),
+      f"{path} is missing; delete {self.workdir / 'sample' / 'manifest.json'} to have stage sample made again.",
+    )
+
+  def test_a_folder_that_cannot_be_written(self):
+    # Fails if the operating system's error comes out as a traceback.
+    (self.workdir / "sample").write_text("a file where the folder should be")
+    self.assertRegex(self.refused("sample", CONFIG), f"{self.workdir / 'sample'} cannot be written: .+")
+
+  def test_write_json_leaves_nothing_half(self):
+    # Fails if a reader can see half a file: a failed write leaves the old one.
+    path = self.workdir / "a" / "b.json"
+    manifest.write_json(path, {"x": 1})
+    with self.assertRaises(TypeError):
+      manifest.write_json(path, {"x": object()})
+    self.assertEqual(json.loads(path.read_text()), {"x": 1})
+    manifest.write_json(path, {"x": 2})
+    self.assertEqual(json.loads(path.read_text()), {"x": 2})
+    self.assertEqual([p.name for p in path.parent.iterdir()], ["b.json"])
+
+
+class GitCommitTest(absltest.TestCase):
+  def test_commit_or_nothing(self):
+    # Fails if the commit is cut or its mark of changes is, or if a missing git or checkout raises.
+    self.assertRegex(manifest.git_commit(), r"^([0-9a-f]{40}\+?)?$")
+    with mock.patch.object(manifest.subprocess, "run", side_effect=FileNotFoundError):
+      self.assertEqual(manifest.git_commit(), "")
+
+
+if __name__ == "__main__":
+  absltest.main()
