@@ -9,6 +9,7 @@ def get_config(arg: str = ""):
   config = config_lib.default()
   c = config
   c.task.name = "arithmetic"
+  c.task.train_problems, c.task.test_problems = 500, 1000
   c.model.path = "embedded"
   c.model.max_length = 160
   c.engine.lanes, c.engine.slots, c.engine.max_new_tokens = 32, 8, 72

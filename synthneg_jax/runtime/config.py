@@ -52,7 +52,7 @@ def default() -> ConfigDict:
         "data_dir": "",  # gsm8k: folder that holds gsm8k/train.jsonl; empty takes SYNTHNEG_DATA_DIR
         "prompt": "plain",  # gsm8k: plain ("Question: ...\nAnswer:\n") or chat (the tokenizer's template)
         "step_delimiter": "\n",  # text that ends a step
-        "leap": 0.7,  # arithmetic: probability that the teacher does an addition in its head
+        "leap": 0.0,  # arithmetic: probability that the teacher does an addition in its head
         "num_leaves": 4,  # arithmetic: quantities with a given value
         "num_operations": 6,  # arithmetic: operations defined, needed or not
         "needed_min": 3,  # arithmetic: fewest operations that the question rests on

@@ -53,7 +53,8 @@ def _variant(run_: Run, name: str, mode: str) -> dict:
     path.unlink()
   shards.write(pairs)
 
-  trees, numbered, names = pairs_lib.trees(pairs, section.max_branches_per_tree)
+  length = min(section.row_length, run_.config.model.max_length)
+  trees, numbered, names, too_long = pairs_lib.trees(pairs, section.max_branches_per_tree, length)
   store = reference.Store(run_.workdir / "dpo" / "reference" / f"{policy.fingerprint}-{run_.config.model.dtype}.npz")
   reference.score(policy.model, policy.params, trees, section.row_length, run_.mesh, store)
   plan = training.plan(run_, section, pairs_lib.examples(trees, numbered, store), names)
@@ -67,4 +68,4 @@ def _variant(run_: Run, name: str, mode: str) -> dict:
   identity, last = training.train(
     run_, name, section, policy, objective, plan, stage.folder, _start_check(run_.config.model.dtype, plan)
   )
-  return stage.finish({**figures, **last}, shards.files(), identity)
+  return stage.finish({**figures, "too_long": too_long, **last}, shards.files(), identity)

@@ -160,25 +160,33 @@ def build(run_: Run, policy: Policy, mode: str) -> tuple[list[Pair], dict]:
   return pairs, figures
 
 
-def trees(pairs: Sequence[Pair], most_branches: int) -> tuple[list[Tree], list[list[tuple[int, int]]], list[str]]:
+def trees(
+  pairs: Sequence[Pair], most_branches: int, length: int
+) -> tuple[list[Tree], list[list[tuple[int, int]]], list[str], int]:
   """Pairs of one trunk share a tree; a branch that several pairs share stands once.
 
   Args:
     pairs: any.
-    most_branches: branches a tree holds at most; beyond them another tree repeats trunk and chosen.
+    most_branches: branches that a tree holds at most; beyond them another tree repeats trunk and chosen.
+    length: tokens that a tree holds at most; a pair that does not fit a tree alone is left out.
 
   Returns:
-    (trees, for each tree its pairs as (chosen, rejected) branch numbers from 0, names).
+    (trees, for each tree its pairs as (chosen, rejected) branch numbers from 0, names, how many pairs were left out).
   """
   groups = {}
   for pair in pairs:
     groups.setdefault(tuple(pair.trunk), []).append(pair)
-  out_trees, out_pairs, names = [], [], []
+  out_trees, out_pairs, names, dropped = [], [], [], 0
   for trunk, group in groups.items():
-    parts = [({}, [])]  # for each tree: number of each branch, pairs of numbers
+    parts = []  # for each tree: number of each branch, pairs of numbers
     for pair in group:
       wanted = [tuple(pair.chosen), tuple(pair.rejected)]
-      if parts[-1][1] and len({*parts[-1][0], *wanted}) > most_branches:
+      size = lambda branches, trunk=trunk: len(trunk) + sum(map(len, branches))
+      if size(wanted) > length:
+        dropped += 1
+        continue
+      together = {*parts[-1][0], *wanted} if parts else set()
+      if not parts or len(together) > most_branches or size(together) > length:
         parts.append(({}, []))
       number_of, numbered = parts[-1]
       numbered.append(tuple(number_of.setdefault(ids, len(number_of)) for ids in wanted))
@@ -186,7 +194,7 @@ def trees(pairs: Sequence[Pair], most_branches: int) -> tuple[list[Tree], list[l
       out_trees.append(Tree(trunk, tuple(Branch(len(trunk), ids) for ids in number_of)))
       out_pairs.append(numbered)
       names.append(group[0].id)
-  return out_trees, out_pairs, names
+  return out_trees, out_pairs, names, dropped
 
 
 def examples(out_trees, out_pairs, store: reference.Store) -> list[Example]:

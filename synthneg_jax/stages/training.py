@@ -21,11 +21,12 @@ def prompt_ids(run_: Run, policy: policies.Policy, problem: Problem) -> list[int
 
 
 def solution_trees(
-  trunks: Mapping[str, Sequence[int]], solutions: Mapping[str, Sequence[Sequence[int]]], most: int, max_length: int
+  trunks: Mapping[str, Sequence[int]], solutions: Mapping[str, Sequence[Sequence[int]]], most: int, length: int
 ) -> tuple[list[Example], list[str], int]:
-  """One tree for every `most` solutions of a problem; the prompt is the trunk, the solutions its branches.
+  """Trees of a problem's solutions: the prompt is the trunk, the solutions its branches.
 
-  Solutions that would make a sequence longer than `max_length` tokens are left out.
+  A tree holds at most `most` solutions and `length` tokens; further solutions go to another tree with the same trunk. A
+  solution that does not fit a tree alone is left out.
 
   Returns:
     (examples, their names, how many solutions were left out).
@@ -33,12 +34,18 @@ def solution_trees(
   examples, names, dropped = [], [], 0
   for key, all_ids in solutions.items():
     trunk = trunks[key]
-    fitting = [ids for ids in all_ids if len(trunk) + len(ids) <= max_length]
-    dropped += len(all_ids) - len(fitting)
-    for start in range(0, len(fitting), most):
-      branches = tuple(Branch(len(trunk), ids) for ids in fitting[start : start + most])
-      examples.append(Example(Tree(trunk, branches)))
-      names.append(key)
+    parts, room = [], 0
+    for ids in all_ids:
+      if len(trunk) + len(ids) > length:
+        dropped += 1
+        continue
+      if not parts or len(parts[-1]) == most or len(ids) > room:
+        parts.append([])
+        room = length - len(trunk)
+      parts[-1].append(Branch(len(trunk), ids))
+      room -= len(ids)
+    examples += [Example(Tree(trunk, tuple(part))) for part in parts]
+    names += [key] * len(parts)
   return examples, names, dropped
 
 

@@ -133,11 +133,17 @@ class StageTest(parameterized.TestCase):
     self.assertRegex(self.refused("sample", CONFIG), f"{self.workdir / 'sample'} cannot be written: .+")
 
   def test_write_json_leaves_nothing_half(self):
-    # Fails if a reader can see half a file: a failed write leaves the old one.
+    # Fails if a reader can see half a file: a write that is cut off leaves the old one.
     path = self.workdir / "a" / "b.json"
     manifest.write_json(path, {"x": 1})
-    with self.assertRaises(TypeError):
-      manifest.write_json(path, {"x": object()})
+
+    def killed(self, text):
+      with open(self, "w") as file:
+        file.write(text[:3])
+      raise KeyboardInterrupt
+
+    with mock.patch.object(type(path), "write_text", killed), self.assertRaises(KeyboardInterrupt):
+      manifest.write_json(path, {"x": 2})
     self.assertEqual(json.loads(path.read_text()), {"x": 1})
     manifest.write_json(path, {"x": 2})
     self.assertEqual(json.loads(path.read_text()), {"x": 2})

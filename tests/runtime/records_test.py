@@ -71,6 +71,7 @@ class ShardsTest(parameterized.TestCase):
     for number in range(12):
       self.shards.write([problem(2 * number), problem(2 * number + 1)])
     self.assertLen(self.shards.files(), 12)
+    self.assertLen(list(self.folder.iterdir()), 12)  # and no temporary file
     self.assertEqual([record.id for record in self.shards.read()], [f"p{number}" for number in range(24)])
 
   def test_text_of_any_kind(self):
@@ -134,6 +135,7 @@ class ShardsTest(parameterized.TestCase):
     for damaged, sentence in (
       ("", "line 2: not a whole Problem record"),
       ("[1, 2]", "line 2: the fields are not those of a Problem record"),
+      ("7", "line 2: the fields are not those"),
       (short, "line 2: the fields are not those"),
       (json.dumps({**fields, "x": 1}), "line 2: the fields are not those"),
       (json.dumps(dataclasses.asdict(PAIR)), "line 2: the fields are not those"),

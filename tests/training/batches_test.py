@@ -84,7 +84,7 @@ class BatchesTest(parameterized.TestCase):
   def test_one_shape_holds_all_steps(self):
     # Fails if the shape is the first step's, the smallest, or not rounded up to whole shards of rows; build raises or
     # gives another shape then.
-    batches = self.make()
+    batches = self.make(rows_multiple_of=4)
     widest = collections.Counter()
     for step in range(batches.num_steps):
       batch = batches.build(step)
@@ -101,7 +101,7 @@ class BatchesTest(parameterized.TestCase):
       }
       widest = collections.Counter({name: max(widest[name], count) for name, count in used.items()})
     self.assertEqual(
-      batches.shape, Shape(-(-widest["rows"] // 2) * 2, 8, widest["scored"], widest["pairs"], widest["branches"])
+      batches.shape, Shape(-(-widest["rows"] // 4) * 4, 8, widest["scored"], widest["pairs"], widest["branches"])
     )
 
   def test_weights_and_keys(self):
@@ -120,6 +120,8 @@ class BatchesTest(parameterized.TestCase):
       batch = batches.build(step)
       self.assertEqual(sorted(batch.trees.token[batch.trees.tree > 0].tolist()), tokens)
     self.assertEqual(self.make((B,) * 8, batch_size=4, num_epochs=1).num_steps, 2)
+    two_branches = Example(Tree([1], (Branch(1, [2]), Branch(1, [3]))))
+    self.assertEqual(self.make((two_branches,) * 8, batch_size=4, num_epochs=1).num_steps, 4)
 
   def test_max_steps(self):
     # Fails if the bound is not applied, or 0 bounds.

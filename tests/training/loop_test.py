@@ -1,6 +1,7 @@
 """The train loop: killed runs go on bitwise, bad steps stop it, bad checkpoints are passed over; and the optimizer."""
 
 import dataclasses
+import gc
 import json
 import math
 import pathlib
@@ -10,6 +11,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from etils import epath
 
@@ -127,6 +129,7 @@ class LoopTest(parameterized.TestCase):
     )
 
   @parameterized.parameters("largest", "metadata", "manifest")
+  @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves coroutines behind
   def test_a_bad_checkpoint_is_passed_over(self, kind):
     # Fails if a checkpoint that was cut off stops the run, is taken for good, or sends the run back to the start.
     shutil.copytree(self.folder / "whole", self.folder / kind)
@@ -144,6 +147,11 @@ class LoopTest(parameterized.TestCase):
     self.assertEqual(batches.built, [2, 3])
     self.assert_bitwise(again, self.whole)
     self.assertEqual(self.lines(kind), self.lines("whole"))
+    # Fails if the bad one stays in the way of the state that is saved anew at its step.
+    batches = Spy()
+    self.fit(kind, batches, save_every=1)
+    self.assertEqual(batches.built, [3])
+    gc.collect()  # orbax's coroutines, within this test
 
   def test_a_step_that_is_not_finite_stops_the_run(self):
     # Fails if training goes on over NaN, if the message names the step after, other examples or no checkpoint folder,

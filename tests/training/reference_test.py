@@ -41,9 +41,10 @@ class BranchKeyTest(absltest.TestCase):
         ([1, 2, 3], 1, [2, 3, 4]),
         ([1, 2, 3], 2, [3, 5]),
         ([0, 2, 3], 2, [3, 4]),
+        ([1, 0, 3], 2, [3, 4]),
       )
     }
-    self.assertLen(keys, 5)
+    self.assertLen(keys, 6)
 
 
 class StoreTest(absltest.TestCase):
