@@ -1,7 +1,7 @@
 """From pits to preference pairs: which branch is chosen, which is rejected, and what trunk they share.
 
-Tokens only: a branch is a list of ids, a step a slice of a response. A rejected prefix ends where its step ends and so
-has no EOS; a whole response keeps the EOS that its author put there.
+Tokens only: a branch is a list of ids, a step a slice of a response. EOS is never added and never stripped: a rejected
+prefix has none unless its pit is the last step, in which the model itself stopped.
 """
 
 import collections

@@ -123,14 +123,16 @@ def run(run_: Run) -> dict:
   groups = traces_lib.by_problem(Shards(run_.workdir / "sample" / "traces", Trace).read())
   engine = run_.engine(policy, lanes=section.lanes, slots=section.slots)
   shards = Shards(stage.folder / "estimates", StepEstimate)
-  done = len(shards.files())  # shards are whole and their problems follow from their number
-  total = sum(
-    len(choose(groups.get(p.id, []), section.max_wrong_per_problem, section.max_right_per_problem))
-    for p in problems[done * _SHARD :]
+  there = {int(path.stem) for path in shards.files()}  # shard n holds the n-th _SHARD problems
+  missing = [n for n in range(-(-len(problems) // _SHARD)) if n not in there]
+  of_shard = lambda n: problems[n * _SHARD : (n + 1) * _SHARD]
+  chosen = lambda problem: choose(
+    groups.get(problem.id, []), section.max_wrong_per_problem, section.max_right_per_problem
   )
+  total = sum(len(chosen(problem)) for n in missing for problem in of_shard(n))
   with Progress("credit", total, "traces") as progress:
-    for start in range(done * _SHARD, len(problems), _SHARD):
-      shards.write(_credit(run_, policy, engine, problems[start : start + _SHARD], groups, progress))
+    for n in missing:
+      shards.write(_credit(run_, policy, engine, of_shard(n), groups, progress))
   estimates = list(shards.read())
   figures = {
     "traces": len({estimate.trace_id for estimate in estimates}),

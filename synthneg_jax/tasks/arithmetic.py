@@ -36,11 +36,7 @@ class Puzzle:
     """What the model is given, one line."""
     parts = []
     for name, definition in self.definitions.items():
-      parts.append(
-        f" {name}= {definition}"
-        if isinstance(definition, int)
-        else f" {name}: {''.join(definition)}"
-      )
+      parts.append(f" {name}= {definition}" if isinstance(definition, int) else f" {name}: {''.join(definition)}")
     return "".join(parts) + f" ? {self.query}=\n"
 
   def value(self, name: str) -> int:

@@ -47,17 +47,6 @@ def unpack(rows):
   return sequences, places
 
 
-def make_params(model):
-  """Parameters with a wide spread, norms that differ from 1 included; drawn by numpy, which compiles nothing."""
-  rng = np.random.default_rng(0)
-
-  def draw(path, leaf):
-    normal = rng.normal(size=leaf.shape).astype(leaf.dtype)
-    return jnp.asarray(1.0 + 0.3 * normal if jax.tree_util.keystr(path).endswith("['scale']") else 0.4 * normal)
-
-  return jax.tree_util.tree_map_with_path(draw, model.abstract_params())
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def run(model, params, trees, weight):
   """((Σ weight·logp, logp [B, T]), gradients); a token that nothing predicts gets the logp of a wrong guess."""
@@ -122,7 +111,7 @@ class DecoderTest(parameterized.TestCase):
     super().setUpClass()
     cls.enterClassContext(jax.enable_x64(True))
     cls.model = toy.model(**F64)
-    cls.params = make_params(cls.model)
+    cls.params = toy.make_params(cls.model)
     cls.trees = tree_lib.pack(ROWS, LENGTH)
     cls.sequences, cls.places = unpack(ROWS)
     cls.weight = np.random.default_rng(0).normal(size=cls.trees.token.shape) * (cls.trees.parent >= 0)
@@ -168,7 +157,7 @@ class DecoderTest(parameterized.TestCase):
   def test_tied_embeddings_equal_numpy(self):
     # Fails if the tied model reads another output matrix than the embedding, or keeps one.
     model = toy.model(**F64, tie_embeddings=True, rope_theta=500.0, norm_eps=0.1, num_kv_heads=1, head_dim=6)
-    params = make_params(model)
+    params = toy.make_params(model)
     self.assertNotIn("unembedding", params["ends"])
     ids = self.sequences[0]
     h, cache = jax.jit(model.hidden)(params, tree_lib.pack([[Tree(ids)]], len(ids)))

@@ -93,7 +93,7 @@ class RecipeTest(absltest.TestCase):
       self.assertEqual(set(figures), {"test_error", "ci95", "num_problems"})
       self.assertEqual(figures["num_problems"], 32)
       self.assertBetween(figures["test_error"], figures["ci95"][0] - 1e-4, figures["ci95"][1] + 1e-4)
-    self.assertEqual(summary["step_dpo"], {"pair_mode": "shared_prefix", "pit_rule": "relative_drop"})
+    self.assertEqual(summary["step_dpo"], {"pair_mode": "shared_prefix", "pit_rule": "lowest_value"})
     for stage in ("synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo"):
       self.assertGreaterEqual(summary["stages"][stage]["seconds"], 0)
     self.assertIn("</html>", (finished() / "report/index.html").read_text())

@@ -23,7 +23,6 @@ from synthneg_jax.training import optimizer as optimizer_lib
 from synthneg_jax.training.batch import Example
 from synthneg_jax.training.batches import Batches
 from tests import toy
-from tests.models.decoder_test import make_params
 
 
 class StandIn:
@@ -85,7 +84,7 @@ class LoopTest(parameterized.TestCase):
         name,
         section,
         StandIn(),
-        make_params(StandIn()),
+        toy.make_params(StandIn()),
         objective,
         batches,
         toy.one_device_mesh(),
@@ -123,7 +122,7 @@ class LoopTest(parameterized.TestCase):
     self.assertGreater(
       max(
         np.abs(a - b).max()
-        for a, b in zip(jax.tree.leaves(self.whole), jax.tree.leaves(make_params(StandIn())), strict=True)
+        for a, b in zip(jax.tree.leaves(self.whole), jax.tree.leaves(toy.make_params(StandIn())), strict=True)
       ),
       0.05,
     )
@@ -216,7 +215,7 @@ class OptimizerTest(absltest.TestCase):
     """The first update of every parameter, where each gradient is `gradient` times the parameter's shape of ones."""
     section = config_lib.default().sft.optimizer
     section.update(learning_rate=0.1, schedule="constant", warmup_share=0.0, clip_norm=1e9, **changes)
-    made, params = optimizer_lib.make_optimizer(section, 4), make_params(toy.model(num_layers=1))
+    made, params = optimizer_lib.make_optimizer(section, 4), toy.make_params(toy.model(num_layers=1))
     first = lambda params: made.update(
       jax.tree.map(lambda x: gradient * jnp.ones_like(x), params), made.init(params), params
     )[0]

@@ -16,7 +16,6 @@ from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training import objectives, reference
 from synthneg_jax.training.batch import Example, PairInTree, Shape
 from tests import toy
-from tests.models.decoder_test import make_params
 
 # Pairs 0 and 1 share a rejected branch; in both, chosen and rejected differ at their first token already.
 A = Example(
@@ -72,7 +71,7 @@ class ObjectivesTest(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     cls.enterClassContext(jax.enable_x64(True))
-    cls.params = make_params(MODEL)
+    cls.params = toy.make_params(MODEL)
     cls.batch = batch_lib.build(EXAMPLES, SHAPE)
     cls.alone = unpacked(cls.params, EXAMPLES)
     cls.sft_loss, cls.sft_metrics = sft(cls.params, cls.batch)

@@ -12,7 +12,6 @@ from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.training import reference
 from synthneg_jax.training.reference import Store, branch_key
 from tests import toy
-from tests.models.decoder_test import make_params
 
 MODEL = toy.model(num_layers=1)
 T1 = Tree([1, 2, 3, 4], (Branch(4, [5, 6, 7]), Branch(4, [8]), Branch(2, [9, 10])))
@@ -80,7 +79,7 @@ class ScoreTest(absltest.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.params = make_params(MODEL)
+    cls.params = toy.make_params(MODEL)
     cls.folder = epath.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
 
   def score(self, name, trees, row_length, mesh=None, params=None):

@@ -12,7 +12,6 @@ from synthneg_jax.training import objectives, optimizer
 from synthneg_jax.training import step as step_lib
 from synthneg_jax.training.batch import Example, PairInTree, Shape
 from tests import toy
-from tests.models.decoder_test import make_params
 
 # 32 tokens and 16 wide, so that every axis divides by 2 and the width by 8; one layer compiles fastest.
 MODEL = toy.model(dtype="float64", param_dtype="float64", vocab_size=32, num_layers=1)
@@ -38,7 +37,7 @@ def take_step(mesh, accumulate: int = 1):
   made = optimizer.make_optimizer(section, 4)
   shardings = step_lib.state_shardings(MODEL, made, mesh)
   objective = objectives.make_dpo(MODEL, SHAPE.branches, beta=0.3, nll_weight=0.2)
-  state = step_lib.make_init(made, shardings)(jax.device_put(make_params(MODEL), shardings["params"]))
+  state = step_lib.make_init(made, shardings)(jax.device_put(toy.make_params(MODEL), shardings["params"]))
   batch = jax.device_put(make_batch(), step_lib.batch_shardings(mesh))
   state, metrics = step_lib.make_step(objective, made, shardings, mesh, accumulate)(state, batch)
   for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
@@ -66,7 +65,7 @@ class StepTest(parameterized.TestCase):
   def test_the_step_moves_all_parameters(self):
     # Fails if the updates are not applied, if a parameter has no gradient, or if the step is not counted; the tests
     # below would compare parameters that stood still.
-    before = jax.tree.map(np.asarray, make_params(MODEL))
+    before = jax.tree.map(np.asarray, toy.make_params(MODEL))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(self.state["params"]), strict=True):
       self.assertGreater(np.abs(new - old).max(), 0.01)
       self.assertLess(np.abs(new - old).max(), 0.1)
