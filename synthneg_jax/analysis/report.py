@@ -4,15 +4,12 @@ What a report is made from stands in the dataclasses below; whoever gathers it (
 are numbered from 0 here, as in the records, and from 1 in everything that is shown.
 """
 
-import csv
 import dataclasses
-import html
-import io
 from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from synthneg_jax.analysis import figures
+from synthneg_jax.analysis import figures, markup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,123 +107,21 @@ _REASONS = {
 }
 _STATES = {"done": "done", "begun": "begun, not finished", "not begun": "not begun"}
 
-_CSS = """
-:root { color-scheme: light dark; --fg: #1f2328; --bg: #ffffff; --soft: #f4f6f8; --line: #d5dae0; --dim: #59636e;
-  --bad: 214, 96, 30; --good: 40, 120, 200; }
-@media (prefers-color-scheme: dark) {
-  :root { --fg: #e4e8ec; --bg: #14181d; --soft: #1d232a; --line: #37404a; --dim: #9aa5b1; --bad: 236, 120, 52;
-    --good: 74, 150, 226; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 66rem; color: var(--fg); background: var(--bg);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 0.4rem; padding-top: 0.6rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 0 0 0.4rem; }
-p { max-width: 46rem; margin: 0.5rem 0; }
-.dim, figcaption { color: var(--dim); font-size: 0.875rem; }
-.missing { padding: 0.5rem 0.8rem; border-left: 4px solid var(--line); background: var(--soft); color: var(--dim); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.9rem 0.3rem 0; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; }
-.num { text-align: right; }
-td.num { white-space: nowrap; }
-table.loose td:last-child { overflow-wrap: anywhere; }
-table.leaves { width: 100%; table-layout: fixed; }
-table.leaves td { overflow-wrap: anywhere; }
-tr.changed code { font-weight: 700; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem; }
-figure { margin: 0.8rem 0 0; max-width: 32rem; }
-svg { display: block; width: 100%; height: auto; color: var(--fg); }
-svg text { font-family: inherit !important; }
-pre, code, .text { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 0.85rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: 0.7rem; margin: 0.4rem 0; }
-article { margin: 1.2rem 0; padding: 0.8rem; border: 1px solid var(--line); border-radius: 0.5rem; }
-ol.steps { list-style: none; margin: 0.6rem 0; padding: 0; }
-ol.steps li { display: flex; flex-wrap: wrap; gap: 0.1rem 1rem; padding: 0.35rem 0.6rem; margin: 2px 0;
-  border-left: 4px solid transparent; border-radius: 0.2rem; }
-ol.steps li.pit { border-left-color: rgb(var(--bad)); }
-.text { flex: 1 1 16rem; min-width: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-.credit { flex: 0 1 21rem; font-size: 0.8rem; font-variant-numeric: tabular-nums; }
-.tag { font-weight: 700; white-space: nowrap; }
-.sample { display: inline-block; padding: 0 0.5rem; border-radius: 0.2rem; }
-details { margin: 0.6rem 0; }
-summary { cursor: pointer; }
-@media (max-width: 30rem) { table { font-size: 0.82rem; } th, td { padding-right: 0.5rem; } }
-"""
 
-
-def _percent(share: float) -> str:
-  return f"{100 * share:.1f} %"
-
-
-def _esc(text: object) -> str:
-  return html.escape(str(text), quote=True)
-
-
-def _missing(text: str) -> str:
-  return f'<p class="missing">{_esc(text)}</p>'
-
-
-def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-  buffer = io.StringIO()
-  csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
-  return buffer.getvalue()
-
-
-def _table(
-  header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int], caption: str, loose: bool = False
-) -> str:
-  """A table of escaped cells, and below it what it says.
-
-  Args:
-    header: of the columns.
-    rows: of cells.
-    numeric: columns that are set to the right.
-    caption: escaped.
-    loose: the last column may break anywhere.
-  """
-  kind = lambda i: ' class="num"' if i in numeric else ""
-  head = "".join(f"<th{kind(i)}>{cell}</th>" for i, cell in enumerate(header))
-  body = "".join(
-    "<tr>" + "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>\n" for row in rows
-  )
-  style = ' class="loose"' if loose else ""
-  return (
-    f'<div class="wide"><table{style}><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
-    f'<p class="dim">{caption}</p>'
-  )
-
-
-class _Folder:
-  """Takes figures: each as PNG and CSV on disk and as SVG for the page."""
-
-  def __init__(self, path: epath.Path):
-    self.path = path
-    path.mkdir(parents=True, exist_ok=True)
-    for old in [*path.glob("*.png"), *path.glob("*.csv")]:  # of a stage that has been deleted since
-      old.unlink()
-
-  def add(self, name: str, figure, header, rows, label: str, caption: str) -> str:
-    """Keeps a figure with its numbers; returns a <figure>."""
-    (self.path / f"{name}.png").write_bytes(figures.png(figure))
-    (self.path / f"{name}.csv").write_text(_csv(header, rows))
-    return (
-      f"<figure>{figures.svg(figure, name, label)}<figcaption>{caption} "
-      f"Numbers: <code>{name}.csv</code>.</figcaption></figure>"
-    )
-
-
-def _errors(report: Report, folder: _Folder) -> str:
+def _errors(report: Report, folder: markup.Folder) -> str:
   tested = [method for method in report.methods if method.error is not None]
   rows = [
-    (_esc(m.label), _percent(m.error), f"{100 * m.low:.1f} – {_percent(m.high)}", str(m.num_problems))
+    (
+      markup.escape(m.label),
+      markup.percent(m.error),
+      f"{100 * m.low:.1f} – {markup.percent(m.high)}",
+      str(m.num_problems),
+    )
     if m.error is not None
-    else (_esc(m.label), "not done", "", "")
+    else (markup.escape(m.label), "not done", "", "")
     for m in report.methods
   ]
-  out = _table(
+  out = markup.table(
     ("method", "test error", "95 % interval", "problems"),
     rows,
     (1, 2, 3),
@@ -235,7 +130,7 @@ def _errors(report: Report, folder: _Folder) -> str:
     "same problems, so two methods may differ even where their intervals overlap.",
   )
   if not tested:
-    return out + _missing("Stage evaluate is not done: no method has been tested yet.")
+    return out + markup.missing("Stage evaluate is not done: no method has been tested yet.")
   figure = figures.errors([m.label for m in tested], [m.error for m in tested], [(m.low, m.high) for m in tested])
   return out + folder.add(
     "errors",
@@ -247,12 +142,12 @@ def _errors(report: Report, folder: _Folder) -> str:
   )
 
 
-def _values(report: Report, folder: _Folder) -> str:
+def _values(report: Report, folder: markup.Folder) -> str:
   if report.values is None:
-    return _missing("Stage credit is not done: there are no values of steps yet.")
+    return markup.missing("Stage credit is not done: there are no values of steps yet.")
   values, pits = report.values, report.pits
   if not values.means:
-    return _missing("Stage credit found no wrong trace with an answer: there are no values to show.")
+    return markup.missing("Stage credit found no wrong trace with an answer: there are no values to show.")
   under = (
     f" under Best-of-{report.best_of} (at least one of {report.best_of} rollouts is right)"
     if report.best_of > 1
@@ -263,7 +158,7 @@ def _values(report: Report, folder: _Folder) -> str:
     f"{under}; it is estimated from {report.num_rollouts} rollouts. The last step needs none: of a wrong trace "
     "its Q is 0. A step's advantage is its Q minus the Q of the step before; before the first step stands the "
     "value of the problem alone, from its samples. The pit is the step that is blamed, by the rule "
-    f"<code>{_esc(report.pit_rule)}</code>.</p>"
+    f"<code>{markup.escape(report.pit_rule)}</code>.</p>"
   )
   mean = folder.add(
     "mean_q",
@@ -312,7 +207,7 @@ def _step(step: Step, number: int, trace: ShownTrace, best_of: int) -> str:
     style = f' style="background: rgba(var(--{"bad" if step.advantage < 0 else "good"}), {shade})"'
   kind, tag = (' class="pit"', ' <span class="tag">◀ pit</span>') if number == trace.pit else ("", "")
   return (
-    f'<li{kind}{style}><span class="text">{number + 1}. {_esc(step.text.strip())}</span>'
+    f'<li{kind}{style}><span class="text">{number + 1}. {markup.escape(step.text.strip())}</span>'
     f'<span class="credit">{credit}{tag}</span></li>'
   )
 
@@ -328,25 +223,25 @@ def _trace(trace: ShownTrace, number: int, best_of: int, pair_mode: str) -> str:
     else "this to the pit; it is from a continuation of the same steps that came out right"
   )
   preferred = (
-    f'<p class="dim">The per-step pair prefers {what}:</p><pre>{_esc(trace.preferred.strip())}</pre>'
+    f'<p class="dim">The per-step pair prefers {what}:</p><pre>{markup.escape(trace.preferred.strip())}</pre>'
     if trace.preferred
     else ""
   )
   no_pit = "" if trace.pit >= 0 else ' <span class="dim">The rule finds no pit here.</span>'
   return (
-    f'<article><h3>Trace {number} <span class="dim">{_esc(trace.id)}</span></h3>'
-    f"<pre>{_esc(trace.problem.strip())}</pre>"
-    f"<p>Verdict: <b>{_esc(_REASONS.get(trace.reason, trace.reason))}</b>; answer {_esc(graded)}, gold answer "
-    f"{_esc(trace.gold)}. {start}.{no_pit}</p>"
+    f'<article><h3>Trace {number} <span class="dim">{markup.escape(trace.id)}</span></h3>'
+    f"<pre>{markup.escape(trace.problem.strip())}</pre>"
+    f"<p>Verdict: <b>{markup.escape(_REASONS.get(trace.reason, trace.reason))}</b>; answer {markup.escape(graded)}, "
+    f"gold answer {markup.escape(trace.gold)}. {start}.{no_pit}</p>"
     f'<ol class="steps">\n{steps}\n</ol>{preferred}</article>'
   )
 
 
 def _traces(report: Report) -> str:
   if report.traces is None:
-    return _missing("Stage credit is not done: no step has been given credit yet.")
+    return markup.missing("Stage credit is not done: no step has been given credit yet.")
   if not report.traces:
-    return _missing("There is no credited wrong trace to show.")
+    return markup.missing("There is no credited wrong trace to show.")
   return (
     "<p>Wrong traces of the SFT policy, taken at even distances from the list of those with a pit, one a problem; "
     "they are not picked by hand. Each step shows how many rollouts from its end came out right, with the 95 % "
@@ -360,14 +255,14 @@ def _traces(report: Report) -> str:
 
 def _reasons(report: Report) -> str:
   if not report.reasons:
-    return _missing("No response has been graded yet.")
+    return markup.missing("No response has been graded yet.")
   names = [name for name in _REASONS if any(name in column for column in report.reasons.values())]
   rows = []
   for label, column in report.reasons.items():
     total = sum(column.values())
-    cells = (f"{column.get(name, 0)} <br>{_percent(column.get(name, 0) / total)}" for name in names)
-    rows.append((_esc(label), *cells, str(total)))
-  return _table(
+    cells = (f"{column.get(name, 0)} <br>{markup.percent(column.get(name, 0) / total)}" for name in names)
+    rows.append((markup.escape(label), *cells, str(total)))
+  return markup.table(
     ("responses", *(_REASONS[name] for name in names), "all"),
     rows,
     range(1, len(names) + 2),
@@ -383,16 +278,16 @@ def _stages(report: Report) -> str:
   rows, total = [], 0.0
   for stage in report.stages:
     numbers = [
-      f"{_esc(name)} {count(value)}"
+      f"{markup.escape(name)} {count(value)}"
       for name, value in stage.figures.items()
       if name != "seconds" and isinstance(value, (int, float))
     ]
     seconds = stage.figures.get("seconds")
     total += seconds or 0.0
     shown = "" if seconds is None else f"{seconds:.1f}"
-    rows.append((_esc(stage.name), _STATES[stage.state], shown, ", ".join(numbers)))
+    rows.append((markup.escape(stage.name), _STATES[stage.state], shown, ", ".join(numbers)))
   rows.append(("all", "", f"{total:.1f}", ""))
-  return _table(
+  return markup.table(
     ("stage", "state", "seconds", "counts"),
     rows,
     (2,),
@@ -406,17 +301,19 @@ def _stages(report: Report) -> str:
 def _origin(report: Report) -> str:
   kind = lambda name: ' class="changed"' if name in report.changed else ""
   leaves = "".join(
-    f"<tr{kind(name)}><td><code>{_esc(name)}</code></td><td><code>{_esc(value)}</code></td></tr>\n"
+    f"<tr{kind(name)}><td><code>{markup.escape(name)}</code></td><td><code>{markup.escape(value)}</code></td></tr>\n"
     for name, value in report.config.items()
   )
-  versions = ", ".join(f"{_esc(name)} {_esc(version)}" for name, version in report.versions.items())
-  commits = ", ".join(f"<code>{_esc(commit)}</code>" for commit in report.commits) or "not known (no git checkout)"
+  versions = ", ".join(f"{markup.escape(name)} {markup.escape(version)}" for name, version in report.versions.items())
+  commits = (
+    ", ".join(f"<code>{markup.escape(commit)}</code>" for commit in report.commits) or "not known (no git checkout)"
+  )
   return (
-    f"<p>To make this run again, in another folder:</p><pre>{_esc(report.command)}</pre>"
+    f"<p>To make this run again, in another folder:</p><pre>{markup.escape(report.command)}</pre>"
     '<p class="dim">REPORT_FOLDER is where this page lies; its <code>config.py</code> sets every leaf that differs '
     "from the default."
     f"</p><p>Git commit: {commits} (+ means: with changes on top).<br>Versions: {versions}.<br>"
-    f"Devices of the last command: {_esc(', '.join(report.devices)) or 'not known'}.</p>"
+    f"Devices of the last command: {markup.escape(', '.join(report.devices)) or 'not known'}.</p>"
     f"<details><summary>All {len(report.config)} leaves of the config; bold ones differ from the default</summary>"
     f'<table class="leaves"><tbody>\n{leaves}</tbody></table></details>'
   )
@@ -424,11 +321,11 @@ def _origin(report: Report) -> str:
 
 def page(report: Report, folder: epath.PathLike) -> str:
   """The page as HTML; its figures are written into the folder."""
-  keep = _Folder(epath.Path(folder))
+  keep = markup.Folder(epath.Path(folder))
   unfinished = [stage.name for stage in report.stages if stage.state != "done"]
   note = ""
   if unfinished:
-    note = _missing(f"Not finished yet: {', '.join(unfinished)}. What rests on them is left out below.")
+    note = markup.missing(f"Not finished yet: {', '.join(unfinished)}. What rests on them is left out below.")
   sections = (
     ("Test errors", _errors(report, keep)),
     ("Value of the steps of wrong traces", _values(report, keep)),
@@ -443,11 +340,11 @@ def page(report: Report, folder: epath.PathLike) -> str:
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     '<meta http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;; '
     'style-src &#39;unsafe-inline&#39;">\n'
-    f"<title>{_esc(report.title)}</title>\n<style>{_CSS}</style></head>\n<body>\n<h1>{_esc(report.title)}</h1>\n"
+    f"<title>{markup.escape(report.title)}</title>\n<style>{markup.CSS}</style></head>\n<body>\n<h1>{markup.escape(report.title)}</h1>\n"
     "<p>SFT trains the base model on known solutions. RFT trains on the SFT policy's own right samples. Both DPOs go "
     "on from the SFT policy: with right against wrong whole solutions (arbitrary pairs), or with pairs made at the "
     "pit, the step that is to blame for a wrong answer (per-step DPO; mode "
-    f"<code>{_esc(report.pair_mode)}</code>).</p>\n"
+    f"<code>{markup.escape(report.pair_mode)}</code>).</p>\n"
     f"{note}\n{body}\n</body></html>\n"
   )
 

@@ -78,7 +78,8 @@ def run(config, workdir: str, stages: Sequence[str] = RECIPE) -> None:
     logging.info("Stage %s.", name)
     figures = STAGES[name](run_)
     logging.info("Stage %s: %s", name, json.dumps(figures) if figures else "done before.")
-    manifest.write_json(run_.workdir / "config.json", about)  # not before the stage has accepted the config
+    if figures:  # the stage has accepted the config and worked by it
+      manifest.write_json(run_.workdir / "config.json", about)
     summary = summarize(run_)
     manifest.write_json(run_.workdir / "summary.json", summary)
   if "report" in stages and summary["methods"]:

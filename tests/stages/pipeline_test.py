@@ -74,7 +74,7 @@ def run_with_kills(workdir, kills: int, longest_s: float, config: str, rng: rand
       command(workdir, config=config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-      process.wait(timeout=rng.uniform(4.0, longest_s))
+      process.wait(timeout=rng.uniform(5.0, longest_s))
     except subprocess.TimeoutExpired:
       process.send_signal(signal.SIGKILL)
       process.wait()
@@ -141,7 +141,7 @@ class RecipeTest(absltest.TestCase):
     done = launch(whole, config="configs/arithmetic.py")
     self.assertEqual(done.returncode, 0, done.stderr[-2000:])
     seed = int(time.time())
-    came = run_with_kills(killed, 10, 60.0, "configs/arithmetic.py", random.Random(seed))
+    came = run_with_kills(killed, 10, 25.0, "configs/arithmetic.py", random.Random(seed))
     self.assertEqual(methods(killed), methods(whole), f"kill seed {seed}, {came} kills")
     self.assertGreaterEqual(came, 5)
 
@@ -211,7 +211,7 @@ class RefusalTest(parameterized.TestCase):
     folder.mkdir(parents=True, exist_ok=True)
     good = json.dumps({"question": "2 + 2?", "answer": "2 + 2 = 4\n#### 4"}) + "\n"
     (folder / "train.jsonl").write_text(good * 2 + '{"question": "1 + ')
-    (folder / "test.jsonl").write_text(good)
+    (folder / "test.jsonl").write_text(good * 6)
     done = launch(
       scratch() / "y", config="configs/gsm8k.py:model=smollm2_135m,smoke", env={"SYNTHNEG_DATA_DIR": str(folder.parent)}
     )

@@ -315,6 +315,7 @@ def _browse(page, profile, *flags: str) -> str:
   return done.stdout
 
 
+@pytest.mark.browser
 def test_renders_in_a_browser(run_, tmp_path):
   page = report.run(run_)["path"]
   shot = tmp_path / "shot.png"

@@ -1,0 +1,75 @@
+"""Every command that README, docs and launch/ name exists, and takes the flags that they give it."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+from absl.testing import absltest, parameterized
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [
+  ROOT / "README.md",
+  *sorted((ROOT / "docs").glob("*.md")),
+  *sorted((ROOT / "launch").glob("*.py")),
+  *sorted((ROOT / "configs").glob("*.py")),
+]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+  """(page, words) of every indented command line that runs something of ours."""
+  found = []
+  for page in PAGES:
+    for line in page.read_text().splitlines():
+      match = re.match(r"\s{4,}(?:\.venv/bin/)?((?:python|bash) (?:launch|tests)/\S+.*)", line)
+      if match:
+        text = match.group(1).split("  #")[0].replace("…", "X").replace("[", "").replace("]", "")
+        options = re.search(r"\{([\w,]+)\}", text)
+        for name in options.group(1).split(",") if options else [None]:
+          found.append((page.name, shlex.split(text if name is None else text.replace(options.group(0), name))))
+  return found
+
+
+class CommandsTest(parameterized.TestCase):
+  def test_there_are_commands(self):
+    # Fails if the pattern above finds nothing, and so the test below tests nothing.
+    self.assertGreater(len(commands()), 15)
+
+  def test_each_names_a_program_and_flags_that_exist(self):
+    # Fails if a program is renamed, or a flag dropped, and a page still names it.
+    helps = {}
+    for page, words in commands():
+      program = ROOT / words[1]
+      self.assertTrue(program.exists(), f"{page}: {' '.join(words)}")
+      if program not in helps:
+        runner = [sys.executable] if program.suffix == ".py" else ["bash"]
+        flag = "--helpfull" if program.suffix == ".py" else "--help"
+        helps[program] = subprocess.run(
+          [*runner, str(program), flag], capture_output=True, text=True, check=False
+        ).stdout
+      for word in words[2:]:
+        flag = re.match(r"--(\w+)", word)
+        if flag and not word.startswith("--config."):
+          self.assertIn(f"--{flag.group(1)}", helps[program].replace("--[no]", "--"), f"{page}: {' '.join(words)}")
+
+  def test_configs_are_files_that_load(self):
+    # Fails if a page names a config, or an argument of one, that is not there.
+    sys.path.insert(0, str(ROOT / "configs"))
+    import arithmetic
+    import gsm8k
+
+    modules = {"arithmetic": arithmetic, "gsm8k": gsm8k}
+    named = set()
+    for page in PAGES:
+      named |= set(re.findall(r"configs/(\w+)\.py(?::([\w=,]+))?", page.read_text()))
+    named -= {("NAME", "")}
+    self.assertNotEmpty(named)
+    for name, argument in sorted(named):
+      modules[name].get_config(*([argument] if argument else []))
+    for model in ("deepseek_math_7b", "llama2_7b"):
+      self.assertEqual(gsm8k.get_config(f"model={model}").model.dtype, "bfloat16")
+
+
+if __name__ == "__main__":
+  absltest.main()
