@@ -44,9 +44,8 @@ class CommandsTest(parameterized.TestCase):
       self.assertTrue(program.exists(), f"{page}: {' '.join(words)}")
       if program not in helps:
         runner = [sys.executable] if program.suffix == ".py" else ["bash"]
-        flag = "--helpfull" if program.suffix == ".py" else "--help"
         helps[program] = subprocess.run(
-          [*runner, str(program), flag], capture_output=True, text=True, check=False
+          [*runner, str(program), "--help"], capture_output=True, text=True, check=False
         ).stdout
       for word in words[2:]:
         flag = re.match(r"--(\w+)", word)

@@ -79,7 +79,7 @@ def mean_values(means: Sequence[float], counts: Sequence[int], start: float) -> 
     above.plot([0, *steps], [start, *means], "-", color=BLUE, linewidth=1.8)
     above.plot(steps, means, "o", color=BLUE, markersize=5, clip_on=False, zorder=3)
     above.plot([0], [start], "s", color=GREY, markersize=6, clip_on=False, zorder=3)
-    above.annotate("problem alone", (0, start), xytext=(7, 3), textcoords="offset points", fontsize=8)
+    above.annotate("problem alone", (0, start), xytext=(-4, 14), textcoords="offset points", fontsize=8)
     above.set_ylim(0, max(0.1, 1.15 * max([start, *filter(math.isfinite, means)])))
     above.set_ylabel("mean Q")
     above.grid(axis="y")

@@ -41,6 +41,7 @@ svg { display: block; width: 100%; height: auto; color: var(--fg); }
 svg text { font-family: inherit !important; }
 pre, code, .text { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 0.85rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: 0.7rem; margin: 0.4rem 0; }
+article p { max-width: none; }
 article { margin: 1.2rem 0; padding: 0.8rem; border: 1px solid var(--line); border-radius: 0.5rem; }
 ol.steps { list-style: none; margin: 0.6rem 0; padding: 0; }
 ol.steps li { display: flex; flex-wrap: wrap; gap: 0.1rem 1rem; padding: 0.35rem 0.6rem; margin: 2px 0;
@@ -57,7 +58,9 @@ summary { cursor: pointer; }
 
 
 def percent(share: float) -> str:
-  """A share as text, one decimal."""
+  """A share as text, one decimal; what is there at all never reads as 0."""
+  if 0 < share < 0.0005:
+    return "< 0.1 %"
   return f"{100 * share:.1f} %"
 
 

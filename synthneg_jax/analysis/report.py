@@ -60,7 +60,7 @@ class ShownTrace:
   v0: float  # value of the bare problem under Best-of-k
   steps: Sequence[Step]
   pit: int  # step from 0, -1 where there is none
-  preferred: str  # what the per-step pair makes likelier than the rest from the pit on; empty where there is none
+  preferred: str | None  # what the per-step pair makes likelier than the pit; empty: no pair, None: not yet made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,14 +176,16 @@ def _values(report: Report, folder: markup.Folder) -> str:
   steps = max((pit + 1 for pit in pits), default=0)
   counts = [sum(pit == step for pit in pits) for step in range(max(steps, len(values.means)))]
   without = sum(pit < 0 for pit in pits)
+  nowhere = f"in {without} of them the rule finds no pit, and such a trace gives no per-step pair."
+  if not without:
+    nowhere = "the rule finds one in every trace."
   where = folder.add(
     "pits",
     figures.pits(counts, without),
     ("step", "traces"),
     [*enumerate(counts, start=1), ("none", without)],
     "Where the pits lie",
-    f"Step of the pit in the {len(pits)} credited wrong traces; in {without or 'none'} of them the rule finds no "
-    "pit, and such a trace gives no per-step pair.",
+    f"Step of the pit in the {len(pits)} credited wrong traces; {nowhere}",
   )
   return f'{out}<div class="figures">{mean}{where}</div>'
 
@@ -202,7 +204,8 @@ def _step(step: Step, number: int, trace: ShownTrace, best_of: int) -> str:
     credit = "no rollouts"
   style = ""
   if step.advantage is not None:
-    credit += f", advantage {step.advantage:+.2f}".replace("-", "−")
+    change = f"{step.advantage:+.2f}".replace("-", "−")
+    credit += f", advantage {change if change[1:] != '0.00' else '0.00'}"
     shade = round(0.55 * min(1.0, abs(step.advantage)), 3)
     style = f' style="background: rgba(var(--{"bad" if step.advantage < 0 else "good"}), {shade})"'
   kind, tag = (' class="pit"', ' <span class="tag">◀ pit</span>') if number == trace.pit else ("", "")
@@ -215,7 +218,8 @@ def _step(step: Step, number: int, trace: ShownTrace, best_of: int) -> str:
 def _trace(trace: ShownTrace, number: int, best_of: int, pair_mode: str) -> str:
   graded = "none" if trace.extracted is None else trace.extracted
   start = f"{trace.right_samples} of {trace.samples} samples of the problem are right"
-  start += f" (value {trace.v0:.2f} under Best-of-{best_of})" if best_of > 1 else f" (value {trace.v0:.2f})"
+  value = f"{trace.v0:.3f}".removesuffix("0")  # eighths need the third decimal
+  start += f" (value {value} under Best-of-{best_of})" if best_of > 1 else f" (value {value})"
   steps = "\n".join(_step(step, i, trace, best_of) for i, step in enumerate(trace.steps))
   what = (
     "this known solution to the trace up to and with its pit"
@@ -227,6 +231,11 @@ def _trace(trace: ShownTrace, number: int, best_of: int, pair_mode: str) -> str:
     if trace.preferred
     else ""
   )
+  if trace.pit >= 0 and trace.preferred == "":
+    preferred = (
+      '<p class="dim">This trace gave no per-step pair: nothing stood against the pit, or another trace had given the '
+      "same pair, or its problem had given enough.</p>"
+    )
   no_pit = "" if trace.pit >= 0 else ' <span class="dim">The rule finds no pit here.</span>'
   return (
     f'<article><h3>Trace {number} <span class="dim">{markup.escape(trace.id)}</span></h3>'
@@ -242,8 +251,11 @@ def _traces(report: Report) -> str:
     return markup.missing("Stage credit is not done: no step has been given credit yet.")
   if not report.traces:
     return markup.missing("There is no credited wrong trace to show.")
+  whose = "those with a pit"
+  if any(trace.pit < 0 for trace in report.traces):
+    whose += ", then from those without"
   return (
-    "<p>Wrong traces of the SFT policy, taken at even distances from the list of those with a pit, one a problem; "
+    f"<p>Wrong traces of the SFT policy, taken at even distances from the list of {whose}, one a problem; "
     "they are not picked by hand. Each step shows how many rollouts from its end came out right, with the 95 % "
     "interval (Wilson) of that share, and its advantage. Colour: "
     '<span class="sample" style="background: rgba(var(--bad), 0.5)">the step lowers Q</span> '

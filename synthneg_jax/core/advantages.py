@@ -31,6 +31,41 @@ def best_of_k(successes: jax.Array, rollouts: jax.Array, k: int) -> jax.Array:
   return 1.0 - misses
 
 
+def best_of_k_plugin(successes: jax.Array, rollouts: jax.Array, k: int) -> jax.Array:
+  """Plug-in estimate of Q under Best-of-k: 1 - (1 - c/M)^k.
+
+  Biased low for k > 1 (by Jensen's inequality), but defined for M < k too; `best_of_k` is the unbiased one. Which of the
+  two the paper takes is not known.
+
+  Args:
+    successes: [...] counts c.
+    rollouts: [...] counts M.
+    k: >= 1, fixed at compile time.
+
+  Returns:
+    [...] probabilities, 0 where M = 0.
+  """
+  q, _ = step_values(successes, rollouts)
+  return 1.0 - (1.0 - q) ** k
+
+
+def step_values(successes: jax.Array, rollouts: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Monte-Carlo estimate Q = c/M, and where there is one.
+
+  Q(x, y_1:i-1; y_i) is the mean of the verdicts of rollouts from y_1:i (eq. 1 of https://arxiv.org/abs/2410.08146,
+  VERIFIED; the same in the paper as read second-hand).
+
+  Args:
+    successes: [...] counts c.
+    rollouts: [...] counts M.
+
+  Returns:
+    (q [...] probabilities, 0 where M = 0; known bool [...], M > 0).
+  """
+  known = rollouts > 0
+  return jnp.where(known, successes / jnp.maximum(rollouts, 1), 0.0), known
+
+
 def step_advantages(q_S: jax.Array, v0: jax.Array) -> jax.Array:
   """A_i = Q(x, y_1:i-1; y_i) - Q(x, y_1:i-2; y_i-1), with V(x) before the first step (eq. 3 of the paper).
 

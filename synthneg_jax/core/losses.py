@@ -79,3 +79,107 @@ def nll_term(chosen_P: jax.Array, num_tokens_P: jax.Array) -> jax.Array:
     [P] nats per token.
   """
   return -chosen_P / jnp.maximum(num_tokens_P, 1)
+
+
+def ipo_loss(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, tau: float) -> jax.Array:
+  """Identity Preference Optimization: (h - 1/(2τ))², h as in `preference_margin`.
+
+  See "A General Theoretical Paradigm to Understand Learning from Human Preferences" by Azar et al.
+  (https://arxiv.org/abs/2310.12036), eq. 17. Log-probs are summed here, as in the code of DPO's authors (VERIFIED); TRL
+  puts in means per token, which is another loss: its τ is not this one's.
+
+  Args:
+    chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
+    tau: τ > 0, strength of the pull to the reference, per nat; the margin is drawn to 1/(2τ) nats.
+
+  Returns:
+    [P] loss per pair, nats².
+  """
+  h_P = preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P)
+  return jnp.square(h_P - 1.0 / (2.0 * tau))
+
+
+def dpop_loss(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, beta: float, penalty: float) -> jax.Array:
+  """DPO-Positive: -log σ(β(h - λ max(0, log π_ref(y⁺) - log π(y⁺)))), h as in `preference_margin`.
+
+  The penalty stands inside the sigmoid and is multiplied by β; outside of it, as some ports have it, is another loss.
+  See "Smaug" by Pal et al. (https://arxiv.org/abs/2402.13228), eq. 3 (VERIFIED; β = 0.3, λ = 50 there, second-hand). That
+  the kink at π = π_ref, where training starts, has no gradient of the penalty is our choice.
+
+  Args:
+    chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
+    beta: β > 0, per nat.
+    penalty: λ >= 0, no unit; 0 gives DPO.
+
+  Returns:
+    [P] loss per pair.
+  """
+  h_P = preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P)
+  fallen_P = jax.nn.relu(lax.stop_gradient(ref_chosen_P) - chosen_P)
+  return jax.nn.softplus(-beta * (h_P - penalty * fallen_P))
+
+
+def advantage_weighted_loss(
+  logp_S: jax.Array, advantage_S: jax.Array, *, temperature: float, max_weight: float
+) -> jax.Array:
+  """Advantage-weighted regression on one response: -Σ_i w_i log π(y_i | x, y_<i), w_i = min(exp(A_i/β), w_max).
+
+  Eq. 4 of https://arxiv.org/abs/2406.14532 in its standard form (INFERRED: the equation itself was not to be had). The
+  cut at w_max is ours, as is usual for this loss; without it the optimum is π ∝ π_sft exp(A/β). Weights are constants:
+  no gradient flows to the advantages.
+
+  Args:
+    logp_S: [S] summed log-probs of the steps, nats.
+    advantage_S: [S]; -inf where it is unknown, which gives weight 0.
+    temperature: β > 0, in units of the advantage (a probability).
+    max_weight: w_max > 0.
+
+  Returns:
+    Scalar, nats summed over steps.
+  """
+  weight_S = lax.stop_gradient(jnp.minimum(jnp.exp(advantage_S / temperature), max_weight))
+  return -jnp.sum(weight_S * logp_S)
+
+
+def advantage_filtered_loss(logp_S: jax.Array, advantage_S: jax.Array) -> jax.Array:
+  """The filtered form of `advantage_weighted_loss`: -Σ_i 1[A_i > 0] log π(y_i | x, y_<i).
+
+  Clones the steps that made progress, of right and wrong responses alike, and no others (VERIFIED as a co-author's
+  lecture has it; the paper's figure 11 instead drops whole responses, see `selection.advantage_filter`).
+
+  Args:
+    logp_S: [S] summed log-probs of the steps, nats.
+    advantage_S: [S]; 0, -inf or NaN where it is unknown.
+
+  Returns:
+    Scalar, nats summed over the steps kept.
+  """
+  return -jnp.sum(jnp.where(advantage_S > 0, logp_S, 0.0))
+
+
+SATURATED_BELOW = 0.01
+
+
+def preference_metrics(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, beta: float) -> dict[str, jax.Array]:
+  """What to watch while a preference loss falls. The names and the threshold of `saturated` are ours.
+
+  Args:
+    chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
+    beta: β of the loss, per nat; only `saturated` uses it.
+
+  Returns:
+    [P] float each, so that means over pairs are rates:
+      margin          h of `preference_margin`, nats;
+      accuracy        1 where h > 0, a tie counts as wrong;
+      chosen_shift    log π(y⁺) - log π_ref(y⁺), nats; below 0 the chosen branch has become less likely;
+      rejected_shift  log π(y⁻) - log π_ref(y⁻), nats;
+      saturated       1 where σ(-βh) < 0.01: DPO's gradient, β σ(-βh), has nearly gone from this pair.
+  """
+  h_P = preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P)
+  return {
+    "margin": h_P,
+    "accuracy": (h_P > 0).astype(h_P.dtype),
+    "chosen_shift": chosen_P - ref_chosen_P,
+    "rejected_shift": rejected_P - ref_rejected_P,
+    "saturated": (jax.nn.sigmoid(-beta * h_P) < SATURATED_BELOW).astype(h_P.dtype),
+  }

@@ -298,7 +298,7 @@ def decode(model: Model, g: Geometry, how: Sampling, stops: Stops, params, state
 
 
 def collect(state: State, lane):
-  """What the lanes [R] hold: ((token, logp, drawn_logp, size, finish), which of all lanes rest)."""
+  """What the lanes [R] hold: (token, logp, drawn_logp [R, Q, L], size, finish [R, Q])."""
   fields = (state.token, state.logp, state.drawn_logp, state.size, state.finish)
   return tuple(jnp.take(field, lane, axis=0, mode="clip") for field in fields)
 

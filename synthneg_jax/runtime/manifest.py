@@ -56,7 +56,14 @@ class Stage:
     done: it was finished before with this config and these inputs.
   """
 
-  def __init__(self, workdir: epath.PathLike, name: str, config: dict, needs: Sequence[str] = ()):
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    name: str,
+    config: dict,
+    needs: Sequence[str] = (),
+    given: dict[str, str] | None = None,
+  ):
     """Opens a stage.
 
     Args:
@@ -64,6 +71,7 @@ class Stage:
       name: of the stage; may have parts, as "dpo/step_dpo".
       config: the flat leaves that this stage depends on.
       needs: stages whose files it reads.
+      given: identities of what it reads from outside the workdir, by name.
 
     Raises:
       UserError: a needed stage is not done, or its files changed since; or this stage was begun with another config or
@@ -71,7 +79,8 @@ class Stage:
     """
     self.name, self.folder = name, epath.Path(workdir) / name
     self._workdir, self._started = epath.Path(workdir), time.time()
-    self._begun = {"config": json.loads(json.dumps(config)), "inputs": {need: self._identity(need) for need in needs}}
+    inputs = {need: self._identity(need) for need in needs} | (given or {})
+    self._begun = {"config": json.loads(json.dumps(config)), "inputs": inputs}
     begun_path, manifest_path = self.folder / "begun.json", self.folder / "manifest.json"
     if begun_path.exists():
       self._refuse_change(json.loads(begun_path.read_text()))
@@ -107,9 +116,9 @@ class Stage:
         )
     for need, identity in self._begun["inputs"].items():
       if before["inputs"].get(need) != identity:
+        source = f"run of stage {need}" if (self._workdir / need).exists() else need
         raise UserError(
-          f"Stage {self.name} in {self._workdir} was made from another run of stage {need}; delete "
-          f"{self.folder} to have it made again."
+          f"Stage {self.name} in {self._workdir} was made from another {source}; delete {self.folder} to have it made again."
         )
 
   def finish(self, figures: dict, files: Sequence[epath.Path] = (), identity: str = "") -> dict:

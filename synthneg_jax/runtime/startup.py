@@ -35,6 +35,9 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
   flags.DEFINE_bool(
     "keep_freed_memory", True, "CPU: let malloc keep freed memory, which spares page faults at every step."
   )
+  for name in ("config", "workdir", "compilation_cache", "keep_freed_memory"):
+    if name in flags.FLAGS:  # shown by the program's own --help, not by --helpfull alone
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
 def _keep_freed_memory():

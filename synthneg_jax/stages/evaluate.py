@@ -30,7 +30,7 @@ def run(run_: Run) -> dict:
 
 def _evaluate(run_: Run, method: str) -> dict:
   needs = ["synthesize"] + ([POLICY_OF[method]] if method != "base" else [])
-  stage = run_.stage(f"evaluate/{method}", ["task", "model", "engine", "evaluate"], needs)
+  stage = run_.stage(f"evaluate/{method}", ["task", "model", "engine", "evaluate"], needs, reads_base=method == "base")
   if stage.done:
     return {}
   policy = run_.base() if method == "base" else run_.policy(POLICY_OF[method])

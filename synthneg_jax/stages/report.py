@@ -118,7 +118,7 @@ class _Credit:
         f"{folder} has no tokenizer that transformers can load; the report needs it to show the steps of traces."
       ) from error
     text = TokenText(tokenizer)
-    preferred = {}
+    preferred = None
     if (self._run.workdir / "dpo" / "step_dpo" / "manifest.json").exists():
       preferred = {
         pair.trace_id: text.text(pair.chosen)
@@ -127,7 +127,7 @@ class _Credit:
     problems = self._run.problems("train")
     return [self._show(i, problems[self.wrong[i].problem_id], text, preferred) for i in chosen]
 
-  def _show(self, i: int, problem, text: TokenText, preferred: dict[str, str]) -> analysis.ShownTrace:
+  def _show(self, i: int, problem, text: TokenText, preferred: dict[str, str] | None) -> analysis.ShownTrace:
     trace = self.wrong[i]
     known, q, v0 = self.known[i], self.q[i], float(self.v0[i])
     gained = np.asarray(advantages.step_advantages(q, v0))
@@ -160,7 +160,7 @@ class _Credit:
       v0=v0,
       steps=steps,
       pit=self.pits[i],
-      preferred=preferred.get(trace.id, ""),
+      preferred=None if preferred is None else preferred.get(trace.id, ""),
     )
 
 

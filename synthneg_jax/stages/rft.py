@@ -12,11 +12,12 @@ from synthneg_jax.training import objectives
 
 def run(run_: Run) -> dict:
   """Writes rft/policy/ and rft/metrics.jsonl. Training starts from the base model by default, as in RFT's own recipe."""
-  stage = run_.stage("rft", ["task", "model", "rft"], ["synthesize", "sft", "sample"])
+  reads_base = run_.config.rft.start == "base"
+  stage = run_.stage("rft", ["task", "model", "rft"], ["synthesize", "sft", "sample"], reads_base=reads_base)
   if stage.done:
     return {}
   section = run_.config.rft
-  policy = run_.base() if section.start == "base" else run_.policy("sft")
+  policy = run_.base() if reads_base else run_.policy("sft")
   traces = collections.defaultdict(list)
   for trace in Shards(run_.workdir / "sample" / "traces", Trace).read():
     traces[trace.problem_id].append(trace)

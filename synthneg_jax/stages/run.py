@@ -31,11 +31,14 @@ class Run:
     """A run on all devices there are."""
     return cls(config, epath.Path(workdir), mesh_lib.make_mesh(**config.mesh))
 
-  def stage(self, name: str, sections: Sequence[str], needs: Sequence[str] = ()) -> manifest.Stage:
-    """Opens a stage that depends on the seed, these config sections and these stages."""
+  def stage(
+    self, name: str, sections: Sequence[str], needs: Sequence[str] = (), *, reads_base: bool = False
+  ) -> manifest.Stage:
+    """Opens a stage that depends on the seed, these config sections, these stages and perhaps the base model."""
     leaves = config_lib.plain(self.config, ("seed", *sections))
     fixed = {leaf: value for leaf, value in leaves.items() if not leaf.startswith(_FREE)}
-    return manifest.Stage(self.workdir, name, fixed, needs)
+    given = {"base model": policies.identity(policies.resolve(self.config.model.path))} if reads_base else None
+    return manifest.Stage(self.workdir, name, fixed, needs, given)
 
   def base(self) -> policies.Policy:
     """The base model."""

@@ -8,7 +8,7 @@ from synthneg_jax.training import objectives
 
 def run(run_: Run) -> dict:
   """Writes sft/policy/ and sft/metrics.jsonl."""
-  stage = run_.stage("sft", ["task", "model", "sft"], ["synthesize"])
+  stage = run_.stage("sft", ["task", "model", "sft"], ["synthesize"], reads_base=True)
   if stage.done:
     return {}
   section, policy = run_.config.sft, run_.base()

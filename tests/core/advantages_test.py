@@ -81,6 +81,44 @@ class BestOfKTest(parameterized.TestCase):
     np.testing.assert_allclose(got, [[0.0, 1 - 1 / 6], [0.5, 1.0]], atol=1e-6)
 
 
+class BestOfKPluginTest(parameterized.TestCase):
+  @parameterized.parameters(1, 2, 5, 12)
+  def test_equals_numpy(self, k):
+    # Fails if the unbiased ratio is returned, if (c/M)^k is (all k right), or if M < k is treated apart.
+    c, m = COUNTS.astype(np.float64).T
+    with jax.enable_x64(True):
+      got = jax.jit(advantages.best_of_k_plugin, static_argnums=2)(c, m, k)
+    np.testing.assert_allclose(got, 1.0 - np.prod([(m - c) / m] * k, axis=0), rtol=1e-12, atol=1e-15)
+
+  def test_bias(self):
+    # Fails if the estimate is not the biased one: it never exceeds the unbiased, and k = 1 agrees.
+    c, m = jnp.asarray(COUNTS[:, 0]), jnp.asarray(COUNTS[:, 1])
+    enough = np.asarray(m >= 3)
+    gap = np.asarray(advantages.best_of_k(c, m, 3) - advantages.best_of_k_plugin(c, m, 3))[enough]
+    self.assertGreater(gap.min(), -1e-6)
+    self.assertGreater(gap.max(), 0.05)
+    np.testing.assert_allclose(advantages.best_of_k_plugin(c, m, 1), advantages.best_of_k(c, m, 1), atol=1e-6)
+
+  def test_no_rollouts(self):
+    # Fails if 0/0 spreads, or if nothing known gives 1.
+    self.assertEqual(float(advantages.best_of_k_plugin(jnp.asarray(0), jnp.asarray(0), 5)), 0.0)
+
+
+class StepValuesTest(absltest.TestCase):
+  def test_by_hand(self):
+    # Fails if c and M change places, if no rollouts count as known or give 0/0, or if a zero of many is unknown.
+    q, known = jax.jit(advantages.step_values)(jnp.asarray([[1, 0], [0, 5]]), jnp.asarray([[4, 8], [0, 5]]))
+    np.testing.assert_array_equal(q, [[0.25, 0.0], [0.0, 1.0]])
+    np.testing.assert_array_equal(known, [[True, True], [False, True]])
+    self.assertEqual((q.dtype, known.dtype), (jnp.float32, bool))
+
+  def test_equals_numpy(self):
+    # Fails if the division is narrowed.
+    c, m = COUNTS.astype(np.float64).T
+    with jax.enable_x64(True):
+      np.testing.assert_allclose(advantages.step_values(c, m)[0], c / m, rtol=1e-15)
+
+
 class StepAdvantagesTest(absltest.TestCase):
   def test_by_hand(self):
     # Fails if the value before is taken from the step after, or the first baseline is not v0.

@@ -1,6 +1,7 @@
 """The losses against float64 numpy, and what their equations promise: symmetry, gradients, extreme margins."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,130 @@ class NllTermTest(absltest.TestCase):
     # Fails if the sum is not divided by its own pair's tokens, if the sign is lost, or if no tokens give 0/0.
     got = losses.nll_term(jnp.asarray([-6.0, -6.0, 0.0]), jnp.asarray([3.0, 1.0, 0.0]))
     np.testing.assert_array_equal(got, [2.0, 6.0, 0.0])
+
+
+def float64_args(seed: int = 0) -> tuple[np.ndarray, ...]:
+  return tuple(draw(seed).values())
+
+
+class IpoLossTest(parameterized.TestCase):
+  @parameterized.parameters(0.02, 0.1, 1.0)
+  def test_equals_numpy(self, tau):
+    # Fails for 1/τ or τ/2 in place of 1/(2τ), for a lost square, and for any sign turned in h.
+    with jax.enable_x64(True):
+      got = jax.jit(functools.partial(losses.ipo_loss, tau=tau))(*float64_args())
+    chosen, rejected, ref_chosen, ref_rejected = float64_args()
+    h = np.log(np.exp(chosen - ref_chosen) / np.exp(rejected - ref_rejected))
+    np.testing.assert_allclose(got, (h - 0.5 / tau) ** 2, rtol=1e-12)
+
+  def test_golden(self):
+    # Fails if the oracle is changed along with the loss: h = 3, τ = 0.1, (3 - 5)² = 4.
+    columns = [jnp.asarray([value]) for value in (-4.0, -9.0, -5.0, -7.0)]
+    np.testing.assert_allclose(losses.ipo_loss(*columns, tau=0.1), [4.0], rtol=1e-6)
+
+  def test_gradients(self):
+    # Fails if the factor 2(h - 1/(2τ)) is lost or the reference is trained.
+    args = float64_args(1)
+    with jax.enable_x64(True):
+      grads = jax.grad(lambda *args: jnp.sum(losses.ipo_loss(*args, tau=0.1)), argnums=(0, 1, 2, 3))(*args)
+    expected = 2.0 * ((args[0] - args[1]) - (args[2] - args[3]) - 5.0)
+    for grad, factor in zip(grads, (1.0, -1.0, 0.0, 0.0), strict=True):
+      np.testing.assert_allclose(grad, factor * expected, rtol=1e-12)
+
+
+class DpopLossTest(parameterized.TestCase):
+  @parameterized.product(beta=(0.02, 0.3), penalty=(0.0, 0.5, 5.0))
+  def test_equals_numpy(self, beta, penalty):
+    # Fails if the penalty stands outside the sigmoid, is not multiplied by β, is added to h, looks at the rejected branch
+    # or has its difference turned, or if gains are penalised too (no max with 0).
+    with jax.enable_x64(True):
+      got = jax.jit(functools.partial(losses.dpop_loss, beta=beta, penalty=penalty))(*float64_args())
+    chosen, rejected, ref_chosen, ref_rejected = float64_args()
+    fallen = np.where(chosen < ref_chosen, ref_chosen - chosen, 0.0)
+    self.assertBetween(np.count_nonzero(fallen), 1, 8)
+    scaled = beta * (chosen - ref_chosen - rejected + ref_rejected - penalty * fallen)
+    np.testing.assert_allclose(got, np.logaddexp(0.0, -scaled), rtol=1e-12)
+
+  def test_golden(self):
+    # Fails if the oracle is changed along with the loss: h = 3, fallen by 1, λ = 2, β = 0.5: log(1 + exp(-0.5)).
+    columns = [jnp.asarray([value]) for value in (-6.0, -11.0, -5.0, -7.0)]
+    np.testing.assert_allclose(losses.dpop_loss(*columns, beta=0.5, penalty=2.0), [0.47407698], rtol=1e-6)
+
+  def test_gradients(self):
+    # Fails if the penalty has no gradient (stop_gradient too many), the reference has one, or the kink at π = π_ref gives
+    # half the penalty's gradient (jnp.maximum does).
+    args = float64_args(1)
+    loss = lambda *args: jnp.sum(losses.dpop_loss(*args, beta=0.1, penalty=3.0))
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    with jax.enable_x64(True):
+      grads = grad(*args)
+      level = grad(args[0], args[1], args[0], args[1])
+    fallen = np.maximum(args[2] - args[0], 0.0)
+    pull = 0.1 / (1.0 + np.exp(0.1 * (args[0] - args[1] - args[2] + args[3] - 3.0 * fallen)))
+    np.testing.assert_allclose(grads[0], -pull * np.where(fallen > 0, 4.0, 1.0), rtol=1e-12)
+    np.testing.assert_allclose(grads[1], pull, rtol=1e-12)
+    for column in (*grads[2:], *level[2:]):
+      np.testing.assert_array_equal(column, 0.0)
+    np.testing.assert_allclose(level[0], -0.05, rtol=1e-12)
+
+  def test_extreme_margins(self):
+    # Fails if log σ is computed as log of a σ that has become 0.
+    zeros = jnp.zeros(2)
+    got = losses.dpop_loss(jnp.asarray([-1e3, 1e3]), zeros, zeros, zeros, beta=1.0, penalty=50.0)
+    np.testing.assert_allclose(got, [51e3, 0.0], rtol=1e-6)
+
+
+class AdvantageLossesTest(parameterized.TestCase):
+  @parameterized.product(temperature=(0.1, 0.5, 2.0), max_weight=(1.5, 20.0))
+  def test_weighted_equals_numpy(self, temperature, max_weight):
+    # Fails for A·β in place of A/β, for a cut of A instead of the weight, a mean, normalised weights or a lost sign.
+    rng = np.random.default_rng(0)
+    logp, advantage = -rng.uniform(0.1, 9.0, 12), rng.uniform(-1.0, 1.0, 12)
+    with jax.enable_x64(True):
+      loss = functools.partial(losses.advantage_weighted_loss, temperature=temperature, max_weight=max_weight)
+      got = jax.jit(loss)(logp, advantage)
+    expected = -sum(min(math.exp(a / temperature), max_weight) * p for p, a in zip(logp, advantage, strict=True))
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+  def test_weighted_gradients(self):
+    # Fails if a gradient flows to the advantages, if the weights are not the factors of log π, if a weight that overflows
+    # is not cut, or if an unknown step (-inf) counts.
+    logp, advantage = jnp.asarray([-1.0, -2.0, -3.0, -4.0]), jnp.asarray([0.0, 1e3, -jnp.inf, -0.5])
+    loss = functools.partial(losses.advantage_weighted_loss, temperature=0.5, max_weight=20.0)
+    np.testing.assert_allclose(jax.grad(loss)(logp, advantage), [-1.0, -20.0, 0.0, -np.exp(-1.0)], rtol=1e-6)
+    np.testing.assert_array_equal(jax.grad(loss, argnums=1)(logp, advantage), 0.0)
+
+  def test_filtered_by_hand(self):
+    # Fails if A = 0 or an unknown step is kept, if steps are weighted by A, or if masking multiplies (0 · -inf).
+    logp = jnp.asarray([-0.5, -jnp.inf, -2.0, -100.0, -1.0, -50.0])
+    advantage = np.array([0.01, -0.2, 0.9, 0.0, 0.5, -np.inf], np.float32)
+    self.assertEqual(float(losses.advantage_filtered_loss(logp, jnp.asarray(advantage))), 3.5)
+    grad = jax.grad(losses.advantage_filtered_loss)(logp, jnp.asarray(advantage))
+    np.testing.assert_array_equal(grad, [-1.0, 0.0, -1.0, 0.0, -1.0, 0.0])
+
+
+class PreferenceMetricsTest(absltest.TestCase):
+  def test_by_hand(self):
+    # Fails if a tie counts as right, if margin is scaled by β, if shifts are turned or change places, or if `saturated`
+    # ignores β or takes |h|. σ(-4.5) = 0.011, σ(-4.7) = 0.009.
+    columns = [
+      np.array([-10.0, -9.0, -1.0, -1.0, -60.0]),
+      np.array([-12.0, -9.0, -46.0, -48.0, -2.0]),
+      np.array([-8.0, -7.0, -1.0, -1.0, -1.0]),
+      np.array([-7.0, -7.0, -1.0, -1.0, -1.0]),
+    ]
+    with jax.enable_x64(True):
+      got = jax.jit(functools.partial(losses.preference_metrics, beta=0.1))(*columns)
+    expected = {
+      "margin": [3.0, 0.0, 45.0, 47.0, -58.0],
+      "accuracy": [1.0, 0.0, 1.0, 1.0, 0.0],
+      "chosen_shift": [-2.0, -2.0, 0.0, 0.0, -59.0],
+      "rejected_shift": [-5.0, -2.0, -45.0, -47.0, -1.0],
+      "saturated": [0.0, 0.0, 0.0, 1.0, 0.0],
+    }
+    self.assertEqual(set(got), set(expected))
+    for name, column in expected.items():
+      np.testing.assert_allclose(got[name], column, rtol=1e-12, err_msg=name)
 
 
 if __name__ == "__main__":

@@ -164,6 +164,20 @@ class RefusalTest(parameterized.TestCase):
     self.assertEqual((workdir / "config.json").read_text(), before)
     self.assertEqual(methods(workdir), methods(finished()))
 
+  def test_another_base_model(self):
+    # Fails if a stage that reads the base model is skipped, or continued, with another one in its place.
+    workdir = copy_of_finished()
+    other = scratch() / "other_base"
+    shutil.copytree(ROOT / "synthneg_jax/tasks/embedded", other, dirs_exist_ok=True)
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    for path in (workdir / "sft", workdir / "rft", workdir / "evaluate/base"):
+      begun = json.loads((path / "begun.json").read_text())
+      begun["config"]["model.path"] = str(other)  # as if the weights had been changed in place
+      (path / "begun.json").write_text(json.dumps(begun))
+    self.assert_refuses(launch(workdir, f"--config.model.path={other}", "--stages=sft"), "another base model")
+
   def test_truncated_record_file(self):
     # Fails if later stages read what is left of a file.
     workdir = copy_of_finished()

@@ -143,6 +143,18 @@ def test_step_shows_its_credit(tmp_path):
   assert "right 1/4 = 0.25 (0.10 – 0.90), Q 0.25" in best and "under Best-of-2" in best
 
 
+def test_numbers_are_not_rounded_into_falsehoods(tmp_path):
+  made = _hand_made()
+  (trace,) = made.traces
+  still = dataclasses.replace(trace.steps[0], advantage=-0.001)
+  trace = dataclasses.replace(trace, v0=0.125, right_samples=1, samples=8, steps=[still, *trace.steps[1:]])
+  made = dataclasses.replace(made, traces=[trace], pits=[1, 0, 2])
+  text = _Page(analysis.write(made, tmp_path).read_text()).text
+  assert "1 of 8 samples of the problem are right (value 0.125)" in text
+  assert "(0.10 – 0.90), advantage 0.00" in text and "−0.00" not in text
+  assert "the rule finds one in every trace" in text and "in none of them" not in text
+
+
 # The workdir: two problems with four samples each. Steps are lines; the last one states the answer.
 _RIGHT = " A: X= 2 + Y= 3 A= 5\n #### 5"
 _WRONG = (" A: X= 2 + Y= 3 A= 6\n B: A= 6 + Y= 3 B= 9\n #### 9", " A: X= 2 + Y= 3 A= 7\n #### 7")
@@ -264,6 +276,7 @@ def test_stage_shows_the_preferred_branch(run_):
   _stage(run_.workdir, "dpo/step_dpo", {"pairs": 1})
   text = _Page(epath.Path(report.run(run_)["path"]).read_text()).text
   assert text.count("The per-step pair prefers") == 1 and "A: X= 2 + Y= 3 A= 5" in text
+  assert text.count("This trace gave no per-step pair") == 1  # p0/sample/2 has a pit and no pair
 
 
 def test_stage_in_an_empty_workdir(tmp_path):
