@@ -40,7 +40,7 @@ def get_config(arg: str = "model=smollm2_135m"):
   if name == "smollm2_135m":
     c.sft.optimizer.learning_rate = c.rft.optimizer.learning_rate = 2e-5
     c.dpo.optimizer.learning_rate = 2e-6
-  else:  # one v5e-64 or larger: parameters and rows split over all chips
+  else:  # parameters and rows split over all devices of one host; several hosts are not supported yet
     c.model.dtype, c.model.scan_layers, c.model.remat = "bfloat16", True, True
     c.mesh.data, c.mesh.fsdp = 1, -1
     c.sample.num_traces = 100

@@ -13,6 +13,7 @@ PAGES = [
   ROOT / "README.md",
   *sorted((ROOT / "docs").glob("*.md")),
   *sorted((ROOT / "launch").glob("*.py")),
+  *sorted((ROOT / "launch").glob("*.sh")),
   *sorted((ROOT / "configs").glob("*.py")),
 ]
 
@@ -22,7 +23,7 @@ def commands() -> list[tuple[str, list[str]]]:
   found = []
   for page in PAGES:
     for line in page.read_text().splitlines():
-      match = re.match(r"\s{4,}(?:\.venv/bin/)?((?:python|bash) (?:launch|tests)/\S+.*)", line)
+      match = re.match(r"\s*(?:#\s+)?(?:\.venv/bin/)?((?:python|bash) (?:launch|tests)/\S+.*)", line)
       if match:
         text = match.group(1).split("  #")[0].replace("…", "X").replace("[", "").replace("]", "")
         options = re.search(r"\{([\w,]+)\}", text)
@@ -34,7 +35,7 @@ def commands() -> list[tuple[str, list[str]]]:
 class CommandsTest(parameterized.TestCase):
   def test_there_are_commands(self):
     # Fails if the pattern above finds nothing, and so the test below tests nothing.
-    self.assertGreater(len(commands()), 15)
+    self.assertGreater(len(commands()), 25)
 
   def test_each_names_a_program_and_flags_that_exist(self):
     # Fails if a program is renamed, or a flag dropped, and a page still names it.
@@ -50,7 +51,8 @@ class CommandsTest(parameterized.TestCase):
       for word in words[2:]:
         flag = re.match(r"--(\w+)", word)
         if flag and not word.startswith("--config."):
-          self.assertIn(f"--{flag.group(1)}", helps[program].replace("--[no]", "--"), f"{page}: {' '.join(words)}")
+          wanted = rf"(?m)^\s+--(\[no\])?{flag.group(1)}\b" if program.suffix == ".py" else rf"--{flag.group(1)}\b"
+          self.assertRegex(helps[program], wanted, f"{page}: {' '.join(words)}")
 
   def test_configs_are_files_that_load(self):
     # Fails if a page names a config, or an argument of one, that is not there.

@@ -60,7 +60,7 @@ summary { cursor: pointer; }
 def percent(share: float) -> str:
   """A share as text, one decimal; what is there at all never reads as 0."""
   if 0 < share < 0.0005:
-    return "< 0.1 %"
+    return "under 0.1 %"
   return f"{100 * share:.1f} %"
 
 

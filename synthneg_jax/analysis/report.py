@@ -338,6 +338,10 @@ def page(report: Report, folder: epath.PathLike) -> str:
   note = ""
   if unfinished:
     note = markup.missing(f"Not finished yet: {', '.join(unfinished)}. What rests on them is left out below.")
+  rft = "the " + ("SFT policy" if report.config.get("rft.start") == "sft" else "base model")
+  rft += " on the SFT policy's own right samples"
+  if report.config.get("rft.with_teacher"):
+    rft += " and the known solutions"
   sections = (
     ("Test errors", _errors(report, keep)),
     ("Value of the steps of wrong traces", _values(report, keep)),
@@ -353,8 +357,8 @@ def page(report: Report, folder: epath.PathLike) -> str:
     '<meta http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;; '
     'style-src &#39;unsafe-inline&#39;">\n'
     f"<title>{markup.escape(report.title)}</title>\n<style>{markup.CSS}</style></head>\n<body>\n<h1>{markup.escape(report.title)}</h1>\n"
-    "<p>SFT trains the base model on known solutions. RFT trains on the SFT policy's own right samples. Both DPOs go "
-    "on from the SFT policy: with right against wrong whole solutions (arbitrary pairs), or with pairs made at the "
+    f"<p>SFT trains the base model on known solutions. RFT trains {rft}. Both DPOs go on from the SFT "
+    "policy: with known against wrong whole solutions (arbitrary pairs), or with pairs made at the "
     "pit, the step that is to blame for a wrong answer (per-step DPO; mode "
     f"<code>{markup.escape(report.pair_mode)}</code>).</p>\n"
     f"{note}\n{body}\n</body></html>\n"

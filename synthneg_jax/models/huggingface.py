@@ -38,7 +38,7 @@ _NAMES = {
 }
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
   "special_tokens_map.json",
@@ -173,7 +173,7 @@ def save(folder, model: Model, params: Params, tokenizer_folder=None, *, max_sha
     except Exception as error:  # tokenizers raises no narrower class
       raise UserError(f"{source} holds no tokenizer that transformers can read.") from error
     special = {key: getattr(tokenizer, key) for key in special}
-    files = [source / name for name in _TOKENIZER_FILES if (source / name).exists()]
+    files = [source / name for name in TOKENIZER_FILES if (source / name).exists()]
     if (source / "config.json").exists():
       positions = _read_json(source / "config.json").get("max_position_embeddings", positions)
   config = special | {

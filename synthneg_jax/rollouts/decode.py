@@ -43,13 +43,20 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True)
 class Stops:
-  """When a branch ends. `table` [states, V] is the automaton of the stop strings, whose last state accepts; None: none."""
+  """When a branch ends, and which tokens it may hold.
+
+  Attributes:
+    eos_ids: tokens that end a branch.
+    table: int32 [states, V], the automaton of the stop strings, whose last state accepts; None for none.
+    num_tokens: ids from here on are no tokens (output matrices are often padded) and are never drawn; 0 for no bound.
+  """
 
   eos_ids: tuple[int, ...]
   table: object = None
+  num_tokens: int = 0
 
   def __hash__(self):
-    return hash((self.eos_ids, id(self.table)))
+    return hash((self.eos_ids, id(self.table), self.num_tokens))
 
 
 @jax.tree_util.register_dataclass
@@ -138,8 +145,10 @@ def state_shardings(model: Model, mesh: Mesh) -> State:
   return State(**fields)
 
 
-def _draw_at(logits, keys, index, how: Sampling):
+def _draw_at(logits, keys, index, how: Sampling, stops: Stops):
   """Draws for [lanes, n] places, each with its item's key folded with the token's place in its branch."""
+  if 0 < stops.num_tokens < logits.shape[-1]:
+    logits = jnp.where(jnp.arange(logits.shape[-1])[None, None] < stops.num_tokens, logits, -jnp.inf)
 
   def one(logits_V, key_data, at):
     return draw(logits_V, jax.random.fold_in(jax.random.wrap_key_data(key_data), at), how)
@@ -216,7 +225,7 @@ def prefill(
   h_RCD, (k, v) = model.hidden(params, trees, with_cache=True)
 
   h_RQD = jnp.take_along_axis(h_RCD, jnp.maximum(item_fork - 1, 0)[..., None], axis=1)
-  first, logp, drawn = _draw_at(model.logits(params, h_RQD), item_key, jnp.zeros_like(item_fork), how)
+  first, logp, drawn = _draw_at(model.logits(params, h_RQD), item_key, jnp.zeros_like(item_fork), how, stops)
   stop, finish = _ending(first, jnp.zeros_like(first), 1, stops, g.new)
   there = jnp.arange(g.items)[None] < num_items[:, None]
   waits = there & (finish == UNFINISHED)
@@ -270,7 +279,7 @@ def decode(model: Model, g: Geometry, how: Sampling, stops: Stops, params, state
     index = jnp.where(active, state.slot_size - 1, 0)
     h_LSD, cache = model.hidden_step(params, state.slot_token, fork, index, state.cache)
     keys = jnp.take_along_axis(state.item_key, item[..., None], axis=1)
-    token, logp, drawn = _draw_at(model.logits(params, h_LSD), keys, index + 1, how)
+    token, logp, drawn = _draw_at(model.logits(params, h_LSD), keys, index + 1, how, stops)
     size = state.slot_size + 1
     stop, finish = _ending(token, jnp.take_along_axis(state.item_stop, item, axis=1), size, stops, g.new)
 

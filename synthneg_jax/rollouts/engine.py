@@ -49,7 +49,7 @@ class Generation:
 
 
 def _bucket(size: int) -> int:
-  """The next of 8, 16, 32, 48, 64, 96, 128, 192, 256, ...: few shapes, at most a third of them empty."""
+  """The next of 8, 16, 32, 48, 64, 96, 128, 192, 256, ...: few shapes, at most half of them empty."""
   power = 8
   while power < size:
     if power >= 32 and power * 3 // 2 >= size:
@@ -106,7 +106,8 @@ class Engine:
     """
     if not trunks:
       return
-    lanes = min(self._lanes, max(_bucket(len(trunks)), mesh_lib.row_shards(self._mesh)))
+    shards = mesh_lib.row_shards(self._mesh)
+    lanes = min(self._lanes, -(-_bucket(len(trunks)) // shards) * shards)
     g = Geometry(
       lanes=lanes,
       slots=self._slots,

@@ -48,7 +48,8 @@ def inverse_cdf(prob_V: jax.Array, uniform: jax.Array) -> jax.Array:
   blocks = jnp.pad(prob_V, (0, -prob_V.size % _BLOCK)).reshape(-1, _BLOCK)
   weight_N = jnp.sum(blocks, axis=1)
   block, rest = search(weight_N, uniform * jnp.sum(weight_N))
-  return block * _BLOCK + search(blocks[block], rest)[0]
+  # A block's sum and its own cumulative sum may differ in the last bit: below 0 would be an index of probability 0.
+  return block * _BLOCK + search(blocks[block], jnp.maximum(rest, 0.0))[0]
 
 
 def draw(logits_V: jax.Array, key: jax.Array, how: Sampling):

@@ -155,6 +155,48 @@ def plain(config: ConfigDict, sections=None) -> dict:
   }
 
 
+_CHOICES = {
+  "task.name": ("arithmetic", "gsm8k"),
+  "task.prompt": ("plain", "chat"),
+  "model.dtype": ("float32", "bfloat16"),
+  "model.param_dtype": ("float32", "bfloat16"),
+  "rft.start": ("base", "sft"),
+  "pairs.pair_mode": ("algorithm1", "shared_prefix"),
+  "pairs.pit_rule": ("lowest_value", "first_zero", "least_advantage", "relative_drop"),
+  "pairs.continuation": ("step", "rollout"),
+  "pairs.choice": ("random", "shortest", "majority"),
+}
+_POSITIVE = (
+  "task.train_problems",
+  "task.test_problems",
+  "sample.num_traces",
+  "credit.num_rollouts",
+  "credit.best_of",
+  "engine.lanes",
+  "engine.slots",
+  "engine.max_new_tokens",
+)
+
+
+def check_values(config: ConfigDict) -> None:
+  """Refuses values that some stage would stumble over hours later.
+
+  Raises:
+    UserError: names the leaf and what it may be.
+  """
+  values = dict(leaves(config))
+  for name, allowed in _CHOICES.items():
+    if values[name] not in allowed:
+      raise UserError(f"{name}={values[name]!r} is none of {', '.join(allowed)}.")
+  for name in _POSITIVE:
+    if values[name] < 1:
+      raise UserError(f"{name}={values[name]} must be at least 1.")
+  k = values["credit.best_of"]
+  for name in ("credit.num_rollouts", "sample.num_traces"):
+    if values[name] < k:
+      raise UserError(f"{name}={values[name]} is less than credit.best_of={k}: Best-of-k needs k draws at least.")
+
+
 def check_name(name: str, where: str) -> None:
   """Refuses a dotted name that is no leaf of the default tree, with the nearest names.
 

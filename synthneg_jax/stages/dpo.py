@@ -54,7 +54,9 @@ def _variant(run_: Run, name: str, mode: str) -> dict:
   shards.write(pairs)
 
   length = min(section.row_length, run_.config.model.max_length)
-  trees, numbered, names, too_long = pairs_lib.trees(pairs, section.max_branches_per_tree, length)
+  trees, numbered, names, too_long = pairs_lib.trees(
+    pairs, min(section.max_branches_per_tree, section.batch_size + 1), length
+  )
   store = reference.Store(run_.workdir / "dpo" / "reference" / f"{policy.fingerprint}-{run_.config.model.dtype}.npz")
   reference.score(policy.model, policy.params, trees, section.row_length, run_.mesh, store)
   plan = training.plan(run_, section, pairs_lib.examples(trees, numbered, store), names)

@@ -16,6 +16,8 @@ def run(run_: Run) -> dict:
     if not stage.done:
       policy = run_.policy(stage_name)
       folder = stage.folder / "policy"
+      if folder.exists():  # of a run that was killed before its manifest was written
+        folder.rmtree()
       huggingface.save(folder, policy.model, policy.params, policy.folder)
       exported[method] = stage.finish({"folder": str(folder)}, list(folder.glob("*.safetensors")))
   return exported

@@ -25,27 +25,26 @@ STAGES = {
   "export": export.run,
 }
 RECIPE = ("synthesize", "sft", "sample", "rft", "credit", "dpo", "evaluate", "report")
-_FOLDERS = ("synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo")
+_FOLDERS = ("pretrain", "synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo")
 
 
 def summarize(run_: Run) -> dict:
-  """What all finished stages reported, as summary.json."""
-  methods, stages = {}, {}
+  """What all finished stages of the workdir reported, as summary.json, whatever the config of this command."""
+  methods, stages, step_dpo = {}, {}, {}
   for name in _FOLDERS:
     figures = manifest.figures(run_.workdir, name)
     if figures:
       stages[name] = figures
-  for method in run_.config.evaluate.methods:
+  for method in report.LABELS:
     figures = manifest.figures(run_.workdir, f"evaluate/{method}")
     if figures:
       methods[method] = {key: figures[key] for key in ("test_error", "ci95", "num_problems")}
       stages[f"evaluate/{method}"] = figures
-  pairs = run_.config.pairs
-  return {
-    "methods": methods,
-    "step_dpo": {"pair_mode": pairs.pair_mode, "pit_rule": pairs.pit_rule},
-    "stages": stages,
-  }
+  begun = run_.workdir / "dpo" / "step_dpo" / "begun.json"
+  if begun.exists():
+    made_with = json.loads(begun.read_text())["config"]
+    step_dpo = {"pair_mode": made_with["pairs.pair_mode"], "pit_rule": made_with["pairs.pit_rule"]}
+  return {"methods": methods, "step_dpo": step_dpo, "stages": stages}
 
 
 def table(methods: dict) -> str:
@@ -67,6 +66,7 @@ def run(config, workdir: str, stages: Sequence[str] = RECIPE) -> None:
   for name in stages:
     if name not in STAGES:
       raise UserError(f"--stages names {name!r}; stages are {', '.join(STAGES)}.")
+  config_lib.check_values(config)
   run_ = Run.open(config, workdir)
   about = {
     "config": config_lib.plain(config),

@@ -20,7 +20,6 @@ from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.tasks.token_text import TokenText, stop_table
 
 EMBEDDED = pathlib.Path(synthneg_jax.tasks.__file__).parent / "embedded"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclasses.dataclass
@@ -37,7 +36,7 @@ class Policy:
   def stops(self, strings) -> Stops:
     """EOS and these stop strings."""
     table = stop_table(self.token_text, list(strings))[0] if strings else None
-    return Stops((self.tokenizer.eos_token_id,), table)
+    return Stops((self.tokenizer.eos_token_id,), table, self.token_text.vocab_size)
 
 
 def resolve(path: str) -> epath.Path:
@@ -48,10 +47,12 @@ def resolve(path: str) -> epath.Path:
 def identity(folder: epath.Path) -> str:
   """Tells one base model's files from another's: their names and sizes, and 16 samples of 64 KiB of each.
 
-  Reading all of a large model only to open a stage would take too long; any training changes every sample.
+  Reading all of a large model only to open a stage would take too long; training changes nearly all of them.
   """
   digest = hashlib.sha256()
-  for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]) if folder.exists() else []:
+  for path in (
+    sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]) if folder.exists() else []
+  ):
     size = path.stat().length
     digest.update(f"{path.name}={size};".encode())
     with path.open("rb") as file:
@@ -102,7 +103,7 @@ def save(folder: epath.PathLike, policy: Policy, params) -> str:
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   checkpoints.save_params(folder, params)
-  for name in ("config.json", "generation_config.json", *_TOKENIZER_FILES):
+  for name in ("config.json", "generation_config.json", *huggingface.TOKENIZER_FILES):
     if (policy.folder / name).exists():
       shutil.copyfile(policy.folder / name, folder / name)
   fingerprint = checkpoints.fingerprint(params)

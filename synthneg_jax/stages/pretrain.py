@@ -18,7 +18,7 @@ from synthneg_jax.training.batch import Example
 
 def run(run_: Run) -> dict:
   """Writes pretrain/policy/: config.json, model.safetensors and the tokenizer."""
-  stage = run_.stage("pretrain", ["task", "pretrain"])
+  stage = run_.stage("pretrain", ["task", "model", "pretrain"])
   if stage.done:
     return {}
   c = run_.config
@@ -59,6 +59,8 @@ def run(run_: Run) -> dict:
     pad_token=arithmetic.PAD,
     clean_up_tokenization_spaces=False,
   ).save_pretrained(str(tokenizer_folder))
+  if (stage.folder / "policy").exists():  # of a run that was killed before its manifest was written
+    (stage.folder / "policy").rmtree()
   huggingface.save(stage.folder / "policy", model, params, tokenizer_folder)
   figures = {"parameters": model.config.num_params, "steps": plan.num_steps, **last}
   return stage.finish(figures, list((stage.folder / "policy").glob("*.safetensors")))

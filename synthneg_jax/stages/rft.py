@@ -30,7 +30,9 @@ def run(run_: Run) -> dict:
       solutions[key].append(prompts.encode_solution(policy.tokenizer, problems[key].solution))
   trunks = {key: training.prompt_ids(run_, policy, problems[key]) for key in solutions}
   length = min(section.row_length, run_.config.model.max_length)
-  examples, names, dropped = training.solution_trees(trunks, solutions, section.max_branches_per_tree, length)
+  examples, names, dropped = training.solution_trees(
+    trunks, solutions, min(section.max_branches_per_tree, section.batch_size), length
+  )
   plan = training.plan(run_, section, examples, names)
   identity, figures = training.train(
     run_, "rft", section, policy, objectives.make_sft(policy.model), plan, stage.folder

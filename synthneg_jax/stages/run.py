@@ -1,6 +1,7 @@
 """What every stage is given: the config, the workdir, and how to open its own folder and the policies of others."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 
 from etils import epath
@@ -11,11 +12,21 @@ from synthneg_jax.rollouts.sampling import Sampling
 from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime import manifest
 from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Problem, Shards
 from synthneg_jax.stages import policies
 
-# How it is computed, not what: these leaves may differ between a stage's first and second half.
-_FREE = ("mesh.", "engine.lanes", "engine.slots", "credit.lanes", "credit.slots", "model.scan_layers", "model.remat")
+# How it is computed, or which of it, not what: these leaves may differ between a stage's first and second half.
+FREE_LEAVES = (
+  "mesh.",
+  "engine.lanes",
+  "engine.slots",
+  "credit.lanes",
+  "credit.slots",
+  "model.scan_layers",
+  "model.remat",
+  "evaluate.methods",
+)
 
 
 @dataclasses.dataclass
@@ -36,7 +47,7 @@ class Run:
   ) -> manifest.Stage:
     """Opens a stage that depends on the seed, these config sections, these stages and perhaps the base model."""
     leaves = config_lib.plain(self.config, ("seed", *sections))
-    fixed = {leaf: value for leaf, value in leaves.items() if not leaf.startswith(_FREE)}
+    fixed = {leaf: value for leaf, value in leaves.items() if not leaf.startswith(FREE_LEAVES)}
     given = {"base model": policies.identity(policies.resolve(self.config.model.path))} if reads_base else None
     return manifest.Stage(self.workdir, name, fixed, needs, given)
 
@@ -46,7 +57,14 @@ class Run:
 
   def policy(self, stage: str) -> policies.Policy:
     """What a training stage made."""
-    return policies.load(self.workdir / stage / "policy", self.config.model, self.mesh)
+    policy = policies.load(self.workdir / stage / "policy", self.config.model, self.mesh)
+    written = json.loads((policy.folder / "fingerprint.json").read_text())["fingerprint"]
+    if policy.fingerprint != written:
+      raise UserError(
+        f"{policy.folder / 'params'} holds other weights ({policy.fingerprint}) than stage {stage} wrote ({written}); "
+        f"delete {self.workdir / stage} to have it made again."
+      )
+    return policy
 
   def problems(self, split: str) -> dict[str, Problem]:
     """Problems by id, as the stage synthesize wrote them."""

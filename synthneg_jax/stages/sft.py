@@ -16,7 +16,9 @@ def run(run_: Run) -> dict:
   trunks = {key: training.prompt_ids(run_, policy, problem) for key, problem in problems.items()}
   solutions = {key: [prompts.encode_solution(policy.tokenizer, problem.solution)] for key, problem in problems.items()}
   length = min(section.row_length, run_.config.model.max_length)
-  examples, names, dropped = training.solution_trees(trunks, solutions, section.max_branches_per_tree, length)
+  examples, names, dropped = training.solution_trees(
+    trunks, solutions, min(section.max_branches_per_tree, section.batch_size), length
+  )
   plan = training.plan(run_, section, examples, names)
   identity, figures = training.train(
     run_, "sft", section, policy, objectives.make_sft(policy.model), plan, stage.folder

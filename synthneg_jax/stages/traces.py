@@ -20,10 +20,11 @@ _SHARD = 512  # problems a shard: what a killed run loses at most
 
 
 def verdict(run_: Run, policy: Policy, text: str, answer: str, finish: str) -> answers.Verdict:
-  """Grades a response; one that was cut at the length limit without an answer is "truncated", never right."""
+  """Grades a response; one that was cut at the length limit before its answer was whole is "truncated"."""
   stop = run_.config.engine.stop
   graded = answers.grade(token_text.cut_at_stop(text, list(stop)) if stop else text, answer)
-  if finish == "length" and graded.reason == "no_answer":
+  # The last line was cut, so what it says is not what the model would have said.
+  if finish == "length" and (graded.reason == "no_answer" or "####" in text.rpartition("\n")[2]):
     return answers.Verdict(False, "truncated", None)
   return graded
 

@@ -30,6 +30,13 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
     UserError: an unknown task, a missing or broken file, or too few problems.
   """
   if task.name == "arithmetic":
+    most = len(arithmetic.NAMES) - task.num_leaves
+    if not (2 <= task.num_leaves and 1 <= task.needed_min <= task.needed_max <= task.num_operations <= most):
+      raise UserError(
+        f"task.num_leaves={task.num_leaves}, task.num_operations={task.num_operations}, task.needed_min={task.needed_min}, "
+        f"task.needed_max={task.needed_max}: 2 leaves at least, 1 <= needed_min <= needed_max <= num_operations, and "
+        f"{len(arithmetic.NAMES)} names in all."
+      )
     return [_arithmetic(task, seed, split, index) for index in range(count)]
   if task.name == "gsm8k":
     folder = task.data_dir or os.environ.get("SYNTHNEG_DATA_DIR", "")
@@ -41,7 +48,9 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
     rows = problem_files.read_rows(path, split)
     if count > len(rows):
       raise UserError(f"{path} has {len(rows)} rows; task.{split}_problems={count} asks for more.")
-    order = np.random.default_rng([seed, _SPLITS.index(split)]).permutation(len(rows))[:count]
+    order = np.random.default_rng([seed if split == "train" else 0, _SPLITS.index(split)]).permutation(len(rows))[
+      :count
+    ]
     return [
       Problem(rows[i]["id"], rows[i]["problem"], rows[i]["solution"], rows[i]["answer"], f"gsm8k/{split}")
       for i in order

@@ -78,7 +78,7 @@ class SignConfidenceTest(parameterized.TestCase):
   def test_symmetry(self):
     # Fails if after and before are treated unlike each other, or with too few nodes for many rollouts.
     rng = np.random.default_rng(0)
-    m, m_before = rng.integers(0, 5000, (2, 50))
+    m, m_before = rng.integers(0, 2000, (2, 50))
     c, c_before = rng.integers(0, m + 1), rng.integers(0, m_before + 1)
     there = intervals.sign_confidence(c, m, c_before, m_before)
     np.testing.assert_allclose(there + intervals.sign_confidence(c_before, m_before, c, m), 1.0, atol=1e-9)

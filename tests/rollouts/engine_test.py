@@ -10,13 +10,14 @@ from absl.testing import absltest, parameterized
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.rollouts.decode import Stops
 from synthneg_jax.rollouts.engine import Engine, Trunk
-from synthneg_jax.rollouts.sampling import Sampling, draw
+from synthneg_jax.rollouts.sampling import Sampling, draw, inverse_cdf
 from synthneg_jax.runtime import keys as keys_lib
+from synthneg_jax.runtime import mesh as mesh_lib
 from tests import toy
 
 EOS = 3
 NEW = 12
-CDF_EDGE = 1e-5
+CDF_EDGE = 1e-5  # draws this close to an edge of the CDF may differ between programs of other shapes
 
 
 def make_trunks(rng, count=7):
@@ -67,6 +68,16 @@ def naive(params, trunk, item, how, stop_table=None):
       return new, logps, "length"
 
 
+def near_edge(params, trunk, item, ids, how):
+  """Whether the draw of ids[-1] lies within CDF_EDGE of an edge of its CDF, in the naive loop's program."""
+  padded = np.zeros(24, np.int32)
+  sequence = [*trunk.ids[: trunk.forks[item]], *ids[:-1]]
+  padded[: len(sequence)] = sequence
+  scaled = _next_logits(params, jnp.asarray(padded), len(sequence)) / how.temperature
+  key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(trunk.keys[item])), len(ids) - 1)
+  return float(jnp.min(jnp.abs(jnp.cumsum(jax.nn.softmax(scaled)) - jax.random.uniform(key)))) < CDF_EDGE
+
+
 class EngineTest(parameterized.TestCase):
   @parameterized.parameters(
     Sampling(temperature=0.0),
@@ -107,20 +118,69 @@ class EngineTest(parameterized.TestCase):
         finishes.add(finish)
     self.assertIn("stop", finishes)
 
+  def assert_same_draws(self, params, trunks, order, engine, how):
+    """Equal tokens to the shared geometry's, but for draws at an edge of the CDF."""
+    reference = Engine(toy.model(), toy.one_device_mesh(), Stops((EOS,)), lanes=3, slots=2, max_new_tokens=NEW)
+    expected, compared = dict(reference.run(params, trunks, how)), 0
+    for i, generations in engine.run(params, [trunks[j] for j in order], how):
+      for item, (got, wanted) in enumerate(zip(generations, expected[order[i]], strict=True)):
+        got, wanted = got.ids.tolist(), wanted.ids.tolist()
+        if got != wanted:
+          first = next(n for n in range(len(wanted)) if got[: n + 1] != wanted[: n + 1])
+          self.assertTrue(near_edge(params, trunks[order[i]], item, wanted[: first + 1], how), (got, wanted))
+        compared += 1
+    self.assertEqual(compared, sum(len(trunk.forks) for trunk in trunks))
+
   @parameterized.parameters((1, 1, False), (5, 4, False), (3, 2, True), (8, 3, True))
   def test_tokens_do_not_depend_on_batch_mates(self, lanes, slots, scan):
     # Fails if a key depends on the lane, the slot or the order of trunks.
     params, trunks = toy.params(), make_trunks(np.random.default_rng(2))
-    how = Sampling(temperature=1.0)
-    reference = Engine(toy.model(), toy.one_device_mesh(), Stops((EOS,)), lanes=3, slots=2, max_new_tokens=NEW)
-    expected = dict(reference.run(params, trunks, how))
     order = np.random.default_rng(lanes).permutation(len(trunks))
     other = Engine(
       toy.model(scan_layers=scan), toy.one_device_mesh(), Stops((EOS,)), lanes=lanes, slots=slots, max_new_tokens=NEW
     )
-    for i, generations in other.run(params, [trunks[j] for j in order], how):
-      for got, wanted in zip(generations, expected[order[i]], strict=True):
-        self.assertEqual(got.ids.tolist(), wanted.ids.tolist())
+    self.assert_same_draws(params, trunks, order, other, Sampling(temperature=1.0))
+
+  @parameterized.parameters(3, 8)
+  def test_a_mesh_changes_nothing(self, devices):
+    # Fails if lanes are not a multiple of the row shards, or a lane's items leave their device.
+    params, trunks = toy.params(), make_trunks(np.random.default_rng(3), count=9)
+    mesh = mesh_lib.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
+    other = Engine(toy.model(), mesh, Stops((EOS,)), lanes=32, slots=2, max_new_tokens=NEW)
+    params_there = jax.device_put(params, mesh_lib.shardings(mesh, toy.model().logical_axes()))
+    reference = Engine(toy.model(), toy.one_device_mesh(), Stops((EOS,)), lanes=3, slots=2, max_new_tokens=NEW)
+    how = Sampling(temperature=1.0)
+    expected = dict(reference.run(params, trunks, how))
+    for i, generations in other.run(params_there, trunks, how):
+      for item, (got, wanted) in enumerate(zip(generations, expected[i], strict=True)):
+        if got.ids.tolist() != wanted.ids.tolist():
+          first = next(n for n in range(len(wanted.ids)) if got.ids[: n + 1].tolist() != wanted.ids[: n + 1].tolist())
+          self.assertTrue(near_edge(params, trunks[i], item, wanted.ids[: first + 1].tolist(), how))
+
+  def test_padding_of_the_vocabulary_is_never_drawn(self):
+    # Fails if ids that the tokenizer does not know can be drawn.
+    params, trunks = toy.params(), make_trunks(np.random.default_rng(4))
+    engine = Engine(toy.model(), toy.one_device_mesh(), Stops((EOS,), None, 20), lanes=3, slots=2, max_new_tokens=NEW)
+    with jax.debug_nans(False):
+      made = dict(engine.run(params, trunks, Sampling(temperature=1.5)))
+    drawn = {int(token) for generations in made.values() for generation in generations for token in generation.ids}
+    self.assertGreater(len(drawn), 10)
+    self.assertLess(max(drawn), 20)
+
+  def test_inverse_cdf_in_two_levels(self):
+    # Fails if a block is left out or counted twice, or if rounding at a block's edge picks a token of probability 0.
+    rng = np.random.default_rng(0)
+    prob = rng.random(3000).astype(np.float32) * (rng.random(3000) < 0.1)
+    prob[::256] = 0.0
+    edges = np.cumsum(prob.astype(np.float64)) / prob.sum(dtype=np.float64)
+    uniforms = np.concatenate([rng.random(2000), edges[255::256] - 1e-9]).astype(np.float32)
+    uniforms = np.clip(uniforms, 0.0, np.float32(1 - 2**-24))
+    got = np.asarray(jax.jit(jax.vmap(inverse_cdf, (None, 0)))(prob, uniforms))
+    self.assertTrue(np.all(prob[got] > 0))
+    expected = np.searchsorted(edges, uniforms, side="right")
+    near = np.min(np.abs(edges[None] - uniforms[:, None]), axis=1) < CDF_EDGE
+    np.testing.assert_array_equal(got[~near], expected[~near])
+    self.assertGreater(np.sum(~near), 1500)
 
   def test_drawn_logp_is_of_the_tempered_distribution(self):
     # Fails if the log-prob as drawn is the untempered one.

@@ -66,6 +66,17 @@ def methods(workdir):
   return json.loads((workdir / "summary.json").read_text())["methods"]
 
 
+def outputs(workdir):
+  """Everything that was drawn and trained: records without their order in shards, and fingerprints of weights."""
+  made = {}
+  for path in sorted(workdir.rglob("*.jsonl")):
+    if path.parent.name in ("traces", "estimates", "pairs"):
+      made.setdefault(str(path.parent.relative_to(workdir)), []).extend(sorted(path.read_text().splitlines()))
+  for path in workdir.rglob("fingerprint.json"):
+    made[str(path.relative_to(workdir))] = path.read_text()
+  return made
+
+
 def run_with_kills(workdir, kills: int, longest_s: float, config: str, rng: random.Random) -> int:
   """Runs the command, killing it `kills` times at random moments; returns how many kills came before its end."""
   came = 0
@@ -132,7 +143,10 @@ class RecipeTest(absltest.TestCase):
     finished()  # compiles everything, so that kills fall on work
     seed = int(time.time())
     came = run_with_kills(workdir, 2, 16.0, "configs/arithmetic.py:smoke", random.Random(seed))
-    self.assertEqual(methods(workdir), methods(finished()), f"kill seed {seed}, {came} kills")
+    message = f"kill seed {seed}, {came} kills"
+    self.assertGreaterEqual(came, 1, message)
+    self.assertEqual(methods(workdir), methods(finished()), message)
+    self.assertEqual(outputs(workdir), outputs(finished()), message)
 
   @pytest.mark.long
   def test_ten_kills_at_full_size(self):
@@ -176,7 +190,18 @@ class RefusalTest(parameterized.TestCase):
       begun = json.loads((path / "begun.json").read_text())
       begun["config"]["model.path"] = str(other)  # as if the weights had been changed in place
       (path / "begun.json").write_text(json.dumps(begun))
-    self.assert_refuses(launch(workdir, f"--config.model.path={other}", "--stages=sft"), "another base model")
+    for stage in ("sft", "rft", "evaluate"):
+      done = launch(workdir, f"--config.model.path={other}", f"--stages={stage}")
+      self.assert_refuses(done, "another base model")
+
+  def test_replaced_weights(self):
+    # Fails if a stage reads whatever weights lie in another stage's folder.
+    workdir = copy_of_finished()
+    shutil.rmtree(workdir / "rft")
+    shutil.rmtree(workdir / "evaluate/sft")
+    shutil.rmtree(workdir / "sft/policy/params")
+    shutil.copytree(workdir / "dpo/dpo/policy/params", workdir / "sft/policy/params")
+    self.assert_refuses(launch(workdir, "--stages=evaluate"), "other weights", "sft")
 
   def test_truncated_record_file(self):
     # Fails if later stages read what is left of a file.
@@ -205,6 +230,9 @@ class RefusalTest(parameterized.TestCase):
     ("--config.task.name=gsm9k", ("gsm9k", "gsm8k")),
     ("--config.model.path=not_there", ("not_there",)),
     ("--config.mesh.tensor=3", ("mesh.tensor=3",)),
+    ("--config.pairs.pit_rule=worst", ("pairs.pit_rule='worst'", "lowest_value")),
+    ("--config.credit.best_of=9", ("credit.best_of=9",)),
+    ("--config.task.num_operations=2", ("task.num_operations=2",)),
   )
   def test_flags(self, flag, parts):
     # Fails if an unknown leaf is taken, or its neighbours are not named.
