@@ -22,7 +22,7 @@ def _start_check(dtype: str, plan: batches.Batches):
 
   Tolerance: 1e-4 nats a branch in float32, 2e-2 nats a scored token in bfloat16.
   """
-  tolerance = 1e-4 if dtype == "float32" else 2e-2 * plan.shape.scored
+  tolerance = 1e-4 if dtype == "float32" else 2e-2 * plan.shape.scored / max(plan.shape.branches, 1)
 
   def check(metrics: dict[str, float]) -> None:
     for metric in ("chosen_shift/per_pair", "rejected_shift/per_pair"):

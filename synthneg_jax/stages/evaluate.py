@@ -2,8 +2,7 @@
 
 import collections
 
-from scipy import stats
-
+from synthneg_jax.core import intervals
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Trace
 from synthneg_jax.stages import traces
@@ -14,8 +13,8 @@ POLICY_OF = {"sft": "sft", "rft": "rft", "dpo": "dpo/dpo", "step_dpo": "dpo/step
 
 def wilson(count: int, total: int) -> list[float]:
   """The 95 % Wilson interval of a share."""
-  interval = stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
-  return [round(interval.low, 4), round(interval.high, 4)]
+  interval = intervals.value_interval(count, total)
+  return [round(float(end), 4) for end in interval]
 
 
 def run(run_: Run) -> dict:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -40,6 +41,8 @@ class Run:
   @classmethod
   def open(cls, config, workdir) -> "Run":
     """A run on all devices there are."""
+    if config.model.dtype == "float32":  # accelerators would multiply float32 in bfloat16 parts
+      jax.config.update("jax_default_matmul_precision", "float32")
     return cls(config, epath.Path(workdir), mesh_lib.make_mesh(**config.mesh))
 
   def stage(
