@@ -9,7 +9,7 @@ writes what the question needs in the problem's order. The base (`launch/pretrai
 minutes on one core) has seen legal steps without plan or answer, and answers to problems of at most two operations. On
 problems of 3 to 5 operations its steps are legal in 93 % and their values right in 99.8 %, and it hardly ever answers
 (error 0.98): it executes and does not plan. After SFT on 250 / 500 / 1000 problems (5e-4, 5 epochs; 1e-3, 2e-3 and 10
-epochs were no better at 500) the error is .62 / .44 / .40 on 500 problems; on the training problems at temperature 0.8
+epochs were no better at 500) the error is .62 / .44 / .40 on the first 500 test problems; on the training problems at temperature 0.8
 pass@1 is .27 / .38 / .48 and pass@8 .79 / .89 / .95. Nearly all errors use a quantity that was not worked out before: they
 are errors of planning. 500 was taken because credit has head-room there (pass@8 far above pass@1). What was dropped, also
 on base and SFT alone: a vocabulary without typed expressions, or 26 letters (looking up is not learned in 6000 steps), and
