@@ -118,11 +118,11 @@ class EngineTest(parameterized.TestCase):
         finishes.add(finish)
     self.assertIn("stop", finishes)
 
-  def assert_same_draws(self, params, trunks, order, engine, how):
-    """Equal tokens to the shared geometry's, but for draws at an edge of the CDF."""
+  def assert_same_draws(self, params, trunks, order, engine, how, params_there=None):
+    """Equal tokens to the shared geometry's, but for draws at an edge of the CDF; `params_there` lie as `engine` wants."""
     reference = Engine(toy.model(), toy.one_device_mesh(), Stops((EOS,)), lanes=3, slots=2, max_new_tokens=NEW)
     expected, compared = dict(reference.run(params, trunks, how)), 0
-    for i, generations in engine.run(params, [trunks[j] for j in order], how):
+    for i, generations in engine.run(params_there or params, [trunks[j] for j in order], how):
       for item, (got, wanted) in enumerate(zip(generations, expected[order[i]], strict=True)):
         got, wanted = got.ids.tolist(), wanted.ids.tolist()
         if got != wanted:
@@ -148,14 +148,7 @@ class EngineTest(parameterized.TestCase):
     mesh = mesh_lib.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
     other = Engine(toy.model(), mesh, Stops((EOS,)), lanes=32, slots=2, max_new_tokens=NEW)
     params_there = jax.device_put(params, mesh_lib.shardings(mesh, toy.model().logical_axes()))
-    reference = Engine(toy.model(), toy.one_device_mesh(), Stops((EOS,)), lanes=3, slots=2, max_new_tokens=NEW)
-    how = Sampling(temperature=1.0)
-    expected = dict(reference.run(params, trunks, how))
-    for i, generations in other.run(params_there, trunks, how):
-      for item, (got, wanted) in enumerate(zip(generations, expected[i], strict=True)):
-        if got.ids.tolist() != wanted.ids.tolist():
-          first = next(n for n in range(len(wanted.ids)) if got.ids[: n + 1].tolist() != wanted.ids[: n + 1].tolist())
-          self.assertTrue(near_edge(params, trunks[i], item, wanted.ids[: first + 1].tolist(), how))
+    self.assert_same_draws(params, trunks, range(len(trunks)), other, Sampling(temperature=1.0), params_there)
 
   def test_padding_of_the_vocabulary_is_never_drawn(self):
     # Fails if ids that the tokenizer does not know can be drawn.
