@@ -82,12 +82,12 @@ def mutual(modules: dict[str, str]) -> set[tuple[str, str]]:
 
 
 def foreign(module: str, source: str) -> list[str]:
-  """What an array module imports beyond jax, numpy, the standard library and its own room."""
+  """What an array module imports beyond jax, numpy, scipy.special, the standard library and its own room."""
   allowed = {"jax", "numpy", *sys.stdlib_module_names}
   return [
     name
     for name in imports(module, source)
-    if name.split(".")[0] not in allowed and not name.startswith(f"{PACKAGE}.core.")
+    if name.split(".")[0] not in allowed and name != "scipy.special" and not name.startswith(f"{PACKAGE}.core.")
   ]
 
 

@@ -1,37 +1,64 @@
-"""Step-level credit: values from counts, Best-of-k, advantages, and the first pit of a wrong response.
+"""Step-level credit: values from counts, Best-of-k, advantages, the first pit of a wrong response, and how sure all is.
 
 A response is steps y_1..y_L; Q(x, y_1:i-1; y_i) is the probability that the rollout policy finishes right from the
-prefix that ends in y_i, and V(x) that it does from the bare problem. Functions are written for one response of S steps
-and are meant to be `vmap`ed; `known_S` says which steps have an estimate, and no rule ever picks an unknown step.
+prefix that ends in y_i, and V(x) that it does from the bare problem. Functions of arrays are written for one response of
+S steps and are meant to be `vmap`ed; `known_S` says which steps have an estimate, and no rule ever picks an unknown
+step. The last two functions run on the host: the inverse of the incomplete beta function is scipy's alone.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy import special
 
 
-def best_of_k(successes: jax.Array, rollouts: jax.Array, k: int) -> jax.Array:
-  """Unbiased estimate of Q under Best-of-k from c successes in M rollouts: 1 - C(M-c, k) / C(M, k).
+def step_values(successes: jax.Array, rollouts: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Monte-Carlo estimate Q = c/M, and where there is one.
 
-  The policy draws k continuations and a verifier picks a right one if there is any, so Q^BoK = 1 - (1 - Q)^k
-  (the paper takes k = 5, section 6.1 of https://arxiv.org/abs/2406.14532 as read second-hand; the formula is stated in
-  https://arxiv.org/abs/2410.08146, appendix D). Putting c/M into it is biased; the ratio of binomials is not
-  ("Evaluating Large Language Models Trained on Code" by Chen et al., https://arxiv.org/abs/2107.03374). k = 1 gives c/M.
+  Q(x, y_1:i-1; y_i) is the mean of the verdicts of rollouts from y_1:i (eq. 1 of https://arxiv.org/abs/2410.08146,
+  VERIFIED; the same in the paper as read second-hand). It is unbiased.
 
   Args:
     successes: [...] counts c.
-    rollouts: [...] counts M. Where M < k no unbiased estimate exists; the caller must treat that step as unknown.
-    k: >= 1, fixed at compile time.
+    rollouts: [...] counts M.
 
   Returns:
-    [...] probabilities.
+    (q [...] probabilities, 0 where M = 0; known bool [...], M > 0).
   """
-  misses = jnp.ones(successes.shape, jnp.float32)
+  known = rollouts > 0
+  return jnp.where(known, successes / jnp.maximum(rollouts, 1), 0.0), known
+
+
+def best_of_k(
+  successes: jax.Array, rollouts: jax.Array, k: int, *, exact: jax.Array | bool = False
+) -> tuple[jax.Array, jax.Array]:
+  """Unbiased estimate of Q under Best-of-k from c successes in M rollouts: 1 - C(M-c, k) / C(M, k).
+
+  The policy draws k continuations and a verifier picks a right one if there is any, so Q^BoK = 1 - (1 - Q)^k (VERIFIED
+  in https://arxiv.org/abs/2410.08146, appendix D; that the paper takes k = 5 is read second-hand, its section 6.1).
+  Putting c/M into it is biased; the ratio of binomials is not ("Evaluating Large Language Models Trained on Code" by
+  Chen et al., https://arxiv.org/abs/2107.03374). k = 1 gives c/M.
+
+  Args:
+    successes: [...] counts c.
+    rollouts: [...] counts M.
+    k: >= 1, fixed at compile time.
+    exact: bool [...], where c/M is Q itself and no sample of it (the last step, whose Q is its verdict: c of M = 1).
+
+  Returns:
+    (q [...] probabilities, 0 where unknown; known bool [...]: from M < k no unbiased estimate exists, unless `exact`).
+  """
+  plugin, there = best_of_k_plugin(successes, rollouts, k)
+  misses = jnp.ones(plugin.shape, plugin.dtype)
   for i in range(k):
     misses = misses * jnp.maximum(rollouts - successes - i, 0) / jnp.maximum(rollouts - i, 1)
-  return 1.0 - misses
+  known = jnp.where(exact, there, rollouts >= k)
+  return jnp.where(known, jnp.where(exact, plugin, 1.0 - misses), 0.0), known
 
 
-def best_of_k_plugin(successes: jax.Array, rollouts: jax.Array, k: int) -> jax.Array:
+def best_of_k_plugin(successes: jax.Array, rollouts: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   """Plug-in estimate of Q under Best-of-k: 1 - (1 - c/M)^k.
 
   Biased low for k > 1 (by Jensen's inequality), but defined for M < k too; `best_of_k` is the unbiased one. Which of the
@@ -43,27 +70,10 @@ def best_of_k_plugin(successes: jax.Array, rollouts: jax.Array, k: int) -> jax.A
     k: >= 1, fixed at compile time.
 
   Returns:
-    [...] probabilities, 0 where M = 0.
-  """
-  q, _ = step_values(successes, rollouts)
-  return 1.0 - (1.0 - q) ** k
-
-
-def step_values(successes: jax.Array, rollouts: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Monte-Carlo estimate Q = c/M, and where there is one.
-
-  Q(x, y_1:i-1; y_i) is the mean of the verdicts of rollouts from y_1:i (eq. 1 of https://arxiv.org/abs/2410.08146,
-  VERIFIED; the same in the paper as read second-hand).
-
-  Args:
-    successes: [...] counts c.
-    rollouts: [...] counts M.
-
-  Returns:
     (q [...] probabilities, 0 where M = 0; known bool [...], M > 0).
   """
-  known = rollouts > 0
-  return jnp.where(known, successes / jnp.maximum(rollouts, 1), 0.0), known
+  q, known = step_values(successes, rollouts)
+  return 1.0 - (1.0 - q) ** k, known
 
 
 def step_advantages(q_S: jax.Array, v0: jax.Array) -> jax.Array:
@@ -114,14 +124,13 @@ def first_pit(
   """
   before_S = _before(q_S, v0)
   before_known_S = jnp.concatenate([jnp.ones(1, bool), known_S[:-1]])
-  far = jnp.asarray(2.0, q_S.dtype)  # above every value and advantage
   if rule == "lowest_value":
-    return jnp.where(jnp.any(known_S), jnp.argmin(jnp.where(known_S, q_S, far)), -1).astype(jnp.int32)
+    return jnp.where(jnp.any(known_S), jnp.argmin(jnp.where(known_S, q_S, jnp.inf)), -1).astype(jnp.int32)
   if rule == "first_zero":
     found_S = known_S & (q_S <= 0)
   elif rule == "least_advantage":
     both_S = known_S & before_known_S
-    return jnp.where(jnp.any(both_S), jnp.argmin(jnp.where(both_S, q_S - before_S, far)), -1).astype(jnp.int32)
+    return jnp.where(jnp.any(both_S), jnp.argmin(jnp.where(both_S, q_S - before_S, jnp.inf)), -1).astype(jnp.int32)
   elif rule == "relative_drop":
     found_S = known_S & before_known_S & (q_S <= drop_ratio * before_S) & (before_S >= min_before)
   else:
@@ -129,8 +138,27 @@ def first_pit(
   return jnp.where(jnp.any(found_S), jnp.argmax(found_S), -1).astype(jnp.int32)
 
 
-def mean_value_by_step(q_NS: jax.Array, known_NS: jax.Array):
-  """Mean Q at each step over the responses that have it (figure 7's axes).
+def spurious_step(q_S: jax.Array, known_S: jax.Array, v0: jax.Array, *, below: float = 0.0) -> jax.Array:
+  """The step of a right response that made no progress: the first with the lowest advantage, if that is < `below`.
+
+  Right answers may hold wrong steps. That advantages of right responses improve per-step DPO is VERIFIED (figure 10's
+  caption of https://arxiv.org/abs/2406.14532); that the step of least advantage is the rejected one is INFERRED.
+
+  Args:
+    q_S, known_S, v0: as `first_pit` takes them.
+    below: bound on the advantage, <= 0 as a rule.
+
+  Returns:
+    int32 scalar, the step from 0, or -1.
+  """
+  step = first_pit(q_S, known_S, v0, rule="least_advantage")
+  return jnp.where((step >= 0) & (step_advantages(q_S, v0)[step] < below), step, -1)
+
+
+def mean_value_by_step(q_NS: jax.Array, known_NS: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean Q at each step over the responses that have it: figure 7 of https://arxiv.org/abs/2406.14532.
+
+  Its axes are VERIFIED by the caption; that shorter responses drop out of the mean, and do not count as 0 or 1, is ours.
 
   Args:
     q_NS: [N, S] values.
@@ -141,3 +169,70 @@ def mean_value_by_step(q_NS: jax.Array, known_NS: jax.Array):
   """
   count_S = jnp.sum(known_NS, axis=0)
   return jnp.sum(jnp.where(known_NS, q_NS, 0.0), axis=0) / jnp.maximum(count_S, 1), count_S
+
+
+def value_interval(
+  successes, rollouts, *, level: float = 0.95, method: str = "wilson"
+) -> tuple[np.ndarray, np.ndarray]:
+  """An interval for Q from c successes in M rollouts. The paper gives none; this is ours.
+
+  Methods, z = Φ⁻¹((1 + level)/2):
+    wilson  (c + z²/2 ± z √(c(M-c)/M + z²/4)) / (M + z²), the score test inverted;
+    beta    the equal-tailed interval of Jeffreys' posterior Beta(c + ½, M - c + ½), with 0 for the lower end where c = 0
+            and 1 for the upper where c = M.
+
+  See "Interval Estimation for a Binomial Proportion" by Brown, Cai and DasGupta (Statistical Science 16(2), 2001), which
+  recommends these two for few draws.
+
+  Args:
+    successes: [...] counts c.
+    rollouts: [...] counts M; 0 gives (0, 1).
+    level: in (0, 1), the coverage meant (reached on average over Q, not for every Q).
+    method: one of the above.
+
+  Returns:
+    (low [...], high [...]) float64 probabilities.
+
+  Raises:
+    ValueError: no such method.
+  """
+  c, m = np.broadcast_arrays(np.asarray(successes, np.float64), np.asarray(rollouts, np.float64))
+  if method == "wilson":
+    z = special.ndtri(0.5 + level / 2)
+    middle = c + z**2 / 2
+    half = z * np.sqrt(c * (m - c) / np.maximum(m, 1) + z**2 / 4)
+    low, high = (middle - half) / (m + z**2), (middle + half) / (m + z**2)
+    return np.where(c > 0, low, 0.0), np.where(c < m, high, 1.0)  # exact there, rounding apart
+  if method == "beta":
+    tail = (1 - level) / 2
+    low = np.where(c > 0, special.betaincinv(c + 0.5, m - c + 0.5, tail), 0.0)
+    return low, np.where(c < m, special.betaincinv(c + 0.5, m - c + 0.5, 1 - tail), 1.0)
+  raise ValueError(f"No interval method {method!r}: wilson or beta.")
+
+
+def sign_confidence(successes, rollouts, successes_before, rollouts_before) -> np.ndarray:
+  """P(Q_after < Q_before): how sure the counts make us that a step's advantage is negative. Ours.
+
+  Q_after ~ Beta(c + ½, M - c + ½) and Q_before likewise are independent posteriors under Jeffreys' prior, and
+  P = ∫ p_after(q) P(Q_before > q) dq. With q = sin²θ the density becomes 2 sin^2c(θ) cos^2(M-c)(θ) / B(c + ½, M - c + ½),
+  which has no poles at the ends, so that Gauss-Legendre quadrature in θ gives it to rounding error. Equal counts give ½.
+
+  Args:
+    successes, rollouts: [...] counts after the step.
+    successes_before, rollouts_before: [...] counts before it; for the first step those of the bare problem.
+
+  Returns:
+    [...] float64 probabilities.
+  """
+  counts = np.broadcast_arrays(successes, rollouts, successes_before, rollouts_before)
+  c, m, c_before, m_before = (np.asarray(column, np.float64)[..., None] for column in counts)
+  most = max(float(np.max(m, initial=0.0)), float(np.max(m_before, initial=0.0)))
+  node_N, weight_N = _nodes(64 + 8 * int(np.ceil(np.sqrt(most))))  # peaks are 1/√M wide
+  theta_N, weight_N = np.pi / 4 * (1 + node_N), np.pi / 4 * weight_N
+  sin_N, cos_N = np.sin(theta_N), np.cos(theta_N)
+  log_density = np.log(2) + 2 * c * np.log(sin_N) + 2 * (m - c) * np.log(cos_N) - special.betaln(c + 0.5, m - c + 0.5)
+  above = special.betaincc(c_before + 0.5, m_before - c_before + 0.5, sin_N**2)
+  return np.clip(np.sum(weight_N * np.exp(log_density) * above, axis=-1), 0.0, 1.0)
+
+
+_nodes = functools.lru_cache(maxsize=8)(np.polynomial.legendre.leggauss)

@@ -4,6 +4,8 @@ Log-probabilities are natural logarithms (nats), summed over a branch's scored t
 whole responses and single steps. π is the policy, π_ref the reference; no gradient flows to `ref_*`.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -24,8 +26,26 @@ def token_logprobs(logits_NV: jax.Array, target_N: jax.Array) -> jax.Array:
   return chosen_N - jax.nn.logsumexp(logits_NV, axis=-1)
 
 
+def branch_logprobs(logp_S: jax.Array, branch_S: jax.Array, num_branches: int) -> jax.Array:
+  """log π(branch) = Σ_t log π(y_t | what y_t sees) over the branch's scored tokens, for all branches of a row at once.
+
+  Summed, not averaged: the losses below compare sums (as DPO's authors do; that the paper does too is INFERRED).
+
+  Args:
+    logp_S: [S] of a row's scored tokens, nats, zero where there is none. Ones in their place count the tokens.
+    branch_S: int32 [S], the branch that each stands in (`tree.PackedTrees.branch`).
+    num_branches: B, the highest branch number.
+
+  Returns:
+    [B + 1] nats; entry 0 is the sum over all trunks of the row.
+  """
+  return jnp.zeros(num_branches + 1, logp_S.dtype).at[branch_S].add(logp_S)
+
+
 def sft_loss(logp_T: jax.Array, scored_T: jax.Array) -> jax.Array:
   """Next-token loss of one sequence: -Σ_t log π(y_t | x, y_<t) over its scored tokens.
+
+  The paper finetunes the base model so on D_syn (VERIFIED, its captions 1 and 2), and RFT on D⁺.
 
   Args:
     logp_T: [T] nats.
@@ -38,13 +58,20 @@ def sft_loss(logp_T: jax.Array, scored_T: jax.Array) -> jax.Array:
 
 
 def preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P) -> jax.Array:
-  """h = [log π(y⁺) - log π_ref(y⁺)] - [log π(y⁻) - log π_ref(y⁻)], in nats; [P]."""
+  """h = [log π(y⁺) - log π_ref(y⁺)] - [log π(y⁻) - log π_ref(y⁻)]: what all preference losses here are functions of.
+
+  Args:
+    chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
+
+  Returns:
+    [P] nats. No gradient flows to the reference.
+  """
   ref_P = lax.stop_gradient(ref_chosen_P - ref_rejected_P)
   return (chosen_P - rejected_P) - ref_P
 
 
 def dpo_loss(
-  chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, beta: float, label_smoothing: float = 0.0
+  chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, beta: float, label_smoothing: float | jax.Array = 0.0
 ) -> jax.Array:
   """Direct Preference Optimization: -(1-ε) log σ(βh) - ε log σ(-βh), h as in `preference_margin`.
 
@@ -56,14 +83,13 @@ def dpo_loss(
   Args:
     chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
     beta: β > 0, strength of the pull to the reference, per nat.
-    label_smoothing: ε in [0, 0.5), the probability that a pair's label is flipped.
+    label_smoothing: ε in [0, 0.5), the probability that a pair's label is flipped; of all pairs, or [P] of each.
 
   Returns:
     [P] loss per pair.
   """
   scaled_P = beta * preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P)
-  kept_P = (1.0 - label_smoothing) * jax.nn.softplus(-scaled_P)
-  return kept_P + label_smoothing * jax.nn.softplus(scaled_P) if label_smoothing else kept_P
+  return (1.0 - label_smoothing) * jax.nn.softplus(-scaled_P) + label_smoothing * jax.nn.softplus(scaled_P)
 
 
 def nll_term(chosen_P: jax.Array, num_tokens_P: jax.Array) -> jax.Array:
@@ -157,15 +183,20 @@ def advantage_filtered_loss(logp_S: jax.Array, advantage_S: jax.Array) -> jax.Ar
   return -jnp.sum(jnp.where(advantage_S > 0, logp_S, 0.0))
 
 
-SATURATED_BELOW = 0.01
+_SATURATED = 0.01  # share of DPO's largest gradient that a saturated pair has left, at most
 
 
-def preference_metrics(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, beta: float) -> dict[str, jax.Array]:
+def preference_metrics(
+  chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, beta: float, penalty: float = 0.0
+) -> dict[str, jax.Array]:
   """What to watch while a preference loss falls. The names and the threshold of `saturated` are ours.
+
+  That the chosen branch falls too is common (Pal et al., https://arxiv.org/abs/2402.13228) and shows in no loss.
 
   Args:
     chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
     beta: β of the loss, per nat; only `saturated` uses it.
+    penalty: λ of `dpop_loss`, 0 for the others; only `saturated` uses it.
 
   Returns:
     [P] float each, so that means over pairs are rates:
@@ -173,13 +204,32 @@ def preference_metrics(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, be
       accuracy        1 where h > 0, a tie counts as wrong;
       chosen_shift    log π(y⁺) - log π_ref(y⁺), nats; below 0 the chosen branch has become less likely;
       rejected_shift  log π(y⁻) - log π_ref(y⁻), nats;
-      saturated       1 where σ(-βh) < 0.01: DPO's gradient, β σ(-βh), has nearly gone from this pair.
+      saturated       1 where σ(-z) < 0.01, z the argument of the loss's sigmoid: its gradient has nearly gone from this
+                      pair. (IPO has no sigmoid and saturates nowhere; there it tells where DPO would have.)
   """
   h_P = preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P)
+  argument_P = beta * (h_P - penalty * jax.nn.relu(ref_chosen_P - chosen_P))
   return {
     "margin": h_P,
     "accuracy": (h_P > 0).astype(h_P.dtype),
     "chosen_shift": chosen_P - ref_chosen_P,
     "rejected_shift": rejected_P - ref_rejected_P,
-    "saturated": (jax.nn.sigmoid(-beta * h_P) < SATURATED_BELOW).astype(h_P.dtype),
+    "saturated": (jax.nn.sigmoid(-argument_P) < _SATURATED).astype(h_P.dtype),
   }
+
+
+def early_eos(logits_NV: jax.Array, eos_ids: Sequence[int]) -> jax.Array:
+  """π(EOS | an unfinished branch): the share of samples that would stop where the text was meant to go on.
+
+  A per-step pair ends in mid-response, and nothing in its loss says what comes next; a policy that learns to stop there
+  loses answers, not margins. Ours.
+
+  Args:
+    logits_NV: [..., V] at the last token of branches that do not end in EOS.
+    eos_ids: the ids that end a response, at least one.
+
+  Returns:
+    [...] probabilities.
+  """
+  ends = [jnp.full(logits_NV.shape[:-1], eos, jnp.int32) for eos in eos_ids]
+  return sum(jnp.exp(token_logprobs(logits_NV, end)) for end in ends)

@@ -1,10 +1,12 @@
-"""Which self-generated responses become training data: D⁺, the right ones, those that differ, those of high advantage."""
+"""Which self-generated responses become training data: D⁺, those that differ, those of high advantage; spurious steps."""
 
 import math
 import re
 from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
+
+from synthneg_jax.core.advantages import sign_confidence
 
 
 def keep_right(responses: Sequence[tuple[Sequence[int], bool]], most: int) -> list[int]:
@@ -30,9 +32,9 @@ def keep_right(responses: Sequence[tuple[Sequence[int], bool]], most: int) -> li
 
 _ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
 _TIMES = re.compile(r"(?<=[\d)%])[ \t]*[x×][ \t]*(?=[\d($])")
-_NUMBER = r"[-($]*\d+(?:[.,]\d+)*%?\)*"
-_SIDE = rf"{_NUMBER}(?:[ \t]*[-+*/][ \t]*{_NUMBER})*"
-_EQUATION = re.compile(rf"(?<!\d)(?<!\d[.,]){_SIDE}(?:[ \t]*=[ \t]*{_SIDE})+")
+_NUMBER = r"[-($]*+\d++(?:[.,]\d++)*+%?+\)*+"  # possessive, so that no run of characters is read twice
+_SIDE = rf"{_NUMBER}(?:[ \t]*+[-+*/][ \t]*+{_NUMBER})*+"
+_CHAIN = re.compile(rf"(?<![-($\d])(?<!\d[.,]){_SIDE}(?:[ \t]*+=[ \t]*+{_SIDE})*+")
 
 
 def equation_key(text: str) -> str:
@@ -48,9 +50,30 @@ def equation_key(text: str) -> str:
   """
   found = _ANNOTATION.findall(text)
   if not found:
-    plain = _TIMES.sub("*", text).replace("÷", "/")
-    found = [re.sub(r"\$|,(?=\d{3})", "", equation) for equation in _EQUATION.findall(plain)]
+    chains = _CHAIN.findall(_TIMES.sub("*", text).replace("÷", "/"))
+    found = [re.sub(r"\$|,(?=\d{3})", "", chain) for chain in chains if "=" in chain]
   return "|".join(re.sub(r"\s", "", equation) for equation in found)
+
+
+def deduplicate_by_equation_key(texts: Sequence[str]) -> list[int]:
+  """The first text of each `equation_key`, and every text that has none.
+
+  RFT keeps one response a key (https://arxiv.org/abs/2308.01825, VERIFIED), of equals the one furthest from the others;
+  that it is the first here is ours.
+
+  Args:
+    texts: in order of preference.
+
+  Returns:
+    Indices into `texts`, rising.
+  """
+  kept, seen = [], set()
+  for index, text in enumerate(texts):
+    key = equation_key(text)
+    if not key or key not in seen:
+      seen.add(key)
+      kept.append(index)
+  return kept
 
 
 def deduplicate_by_edit_distance(texts: Sequence[str], threshold: float) -> list[int]:
@@ -118,3 +141,57 @@ def advantage_filter(min_advantages: Sequence[float], bottom_share: float = 0.5)
     (i for i, low in enumerate(min_advantages) if not math.isnan(low)), key=lambda i: (min_advantages[i], -i)
   )
   return sorted(ranked[math.floor(bottom_share * len(ranked)) :])
+
+
+def step_mask(advantages: Sequence[float], step_ends: Sequence[int], *, rule: str) -> list[bool]:
+  """Advantage-filtered RFT step by step: which tokens of a response, right or wrong, are cloned.
+
+  Rules, A_i the advantage of step i:
+    positive          the steps with A_i > 0, and no others (VERIFIED: a co-author's lecture);
+    before_negative   all steps before the first with A_i < 0, so that no bad step is ever cloned over (ours).
+
+  Args:
+    advantages: of each step; NaN where it is unknown, which is neither > 0 nor < 0.
+    step_ends: exclusive end of each step in the response's ids.
+    rule: one of the above.
+
+  Returns:
+    For each token of the response whether it is scored; what `tree.Branch.scored` takes.
+
+  Raises:
+    ValueError: no such rule.
+  """
+  if rule == "positive":
+    kept = [advantage > 0 for advantage in advantages]
+  elif rule == "before_negative":
+    first = next((i for i, advantage in enumerate(advantages) if advantage < 0), len(advantages))
+    kept = [i < first for i in range(len(advantages))]
+  else:
+    raise ValueError(f"No rule {rule!r}: positive or before_negative.")
+  mask, start = [], 0
+  for keep, end in zip(kept, step_ends, strict=True):
+    mask += [keep] * (end - start)
+    start = end
+  return mask
+
+
+def spurious_steps(
+  successes: Sequence[int], rollouts: Sequence[int], start: tuple[int, int], *, confidence: float = 0.9
+) -> list[int]:
+  """The steps of a right response that its counts call a step back: P(Q_i < Q_i-1) >= confidence.
+
+  The paper counts spurious steps in right responses by a heuristic that is not known; this one is ours. Going by the sign
+  of A_i alone would count noise: with few rollouts half of the steps that change nothing have A_i < 0.
+
+  Args:
+    successes, rollouts: counts after each step; a step without rollouts is unknown, so leave out or give 0 to the last,
+      whose value is its verdict.
+    start: (successes, rollouts) from the bare problem, before the first step.
+    confidence: in (0.5, 1).
+
+  Returns:
+    Indices of those steps, rising.
+  """
+  after = list(zip(successes, rollouts, strict=True))
+  known = [i for i, (now, before) in enumerate(zip(after, [start, *after], strict=False)) if now[1] and before[1]]
+  return [i for i in known if sign_confidence(*after[i], *(after[i - 1] if i else start)) >= confidence]

@@ -17,7 +17,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -201,17 +200,3 @@ def attention_mask(trees: PackedTrees) -> jax.Array:
   same_branch = (query(trees.branch) == key(trees.branch)) & (key(trees.position) <= query(trees.position))
   before_fork = (key(trees.branch) == 0) & (key(trees.position) < query(trees.fork))
   return same_tree & (same_branch | before_fork)
-
-
-def branch_sums(values_T: jax.Array, branch_T: jax.Array, num_branches: int) -> jax.Array:
-  """Sums per-token values over the branches of one row.
-
-  Args:
-    values_T: [T], zero where a token does not count.
-    branch_T: int32 [T], each token's branch number.
-    num_branches: highest branch number to be summed.
-
-  Returns:
-    [num_branches + 1]; entry 0 is the sum over all trunks of the row.
-  """
-  return jnp.zeros(num_branches + 1, values_T.dtype).at[branch_T].add(values_T)

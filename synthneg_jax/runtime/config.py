@@ -114,17 +114,24 @@ def default() -> ConfigDict:
       "dpo": {
         **_training(1e-6, 64, 1),
         "beta": 0.1,  # strength of the pull to the reference, per nat
-        "label_smoothing": 0.0,  # assumed share of flipped labels, in [0, 0.5)
+        "loss": "dpo",  # dpo, ipo or dpop (DPO-Positive)
+        "label_smoothing": 0.0,  # dpo: assumed share of flipped labels, in [0, 0.5)
+        "tau": 0.1,  # ipo: strength of the pull to the reference, per nat; beta then only tells which pairs are saturated
+        "penalty": 50.0,  # dpop: weight of the chosen branch's fall below the reference, no unit
         "nll_weight": 0.0,  # weight of the chosen branch's next-token loss per token
       },
       "pairs": {
-        "pair_mode": "algorithm1",  # of step_dpo: algorithm1 (the paper's practice) or shared_prefix (its theorem)
+        "pair_mode": "algorithm1",  # of step_dpo: algorithm1, shared_prefix, positives_too, arbitrary, furthest (docs/method.md)
+        "outcome_mode": "arbitrary",  # of dpo: arbitrary, or furthest in edit distance (Pal et al.)
+        "furthest": "largest",  # furthest: each right takes the largest distance, or shortest_far, the shortest that is far
         "pit_rule": "lowest_value",  # lowest_value, first_zero, least_advantage or relative_drop
         "drop_ratio": 0.34,  # relative_drop: Q falls to this share of Q before, or below
         "min_before": 0.25,  # relative_drop: and Q before is at least this
+        "spurious_below": 0.0,  # positives_too: a right trace's step is rejected if its advantage is below this
         "continuation": "step",  # shared_prefix: what is chosen of a right rollout: its first step, or all (rollout)
-        "choice": "random",  # shared_prefix: which right rollout: random, shortest or majority
+        "choice": "random",  # shared_prefix: which right rollout: random, shortest, most_likely or majority
         "max_per_problem": 8,  # pairs a problem
+        "max_flip": 1.0,  # pairs whose label is flipped with a higher probability, by the counts, are dropped
       },
       "evaluate": {
         "temperature": 0.0,  # of the reported response; 0 for greedy
@@ -161,10 +168,13 @@ _CHOICES = {
   "model.dtype": ("float32", "bfloat16"),
   "model.param_dtype": ("float32", "bfloat16"),
   "rft.start": ("base", "sft"),
-  "pairs.pair_mode": ("algorithm1", "shared_prefix"),
+  "dpo.loss": ("dpo", "ipo", "dpop"),
+  "pairs.pair_mode": ("algorithm1", "shared_prefix", "positives_too", "arbitrary", "furthest"),
+  "pairs.outcome_mode": ("arbitrary", "furthest"),
+  "pairs.furthest": ("largest", "shortest_far"),
   "pairs.pit_rule": ("lowest_value", "first_zero", "least_advantage", "relative_drop"),
   "pairs.continuation": ("step", "rollout"),
-  "pairs.choice": ("random", "shortest", "majority"),
+  "pairs.choice": ("random", "shortest", "most_likely", "majority"),
 }
 _POSITIVE = (
   "task.train_problems",
@@ -191,6 +201,8 @@ def check_values(config: ConfigDict) -> None:
   for name in _POSITIVE:
     if values[name] < 1:
       raise UserError(f"{name}={values[name]} must be at least 1.")
+  if values["pairs.pair_mode"] == "positives_too" and values["credit.max_right_per_problem"] < 1:
+    raise UserError("pairs.pair_mode='positives_too' needs credit of right traces: credit.max_right_per_problem is 0.")
   k = values["credit.best_of"]
   for name in ("credit.num_rollouts", "sample.num_traces"):
     if values[name] < k:

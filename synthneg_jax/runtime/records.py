@@ -58,6 +58,8 @@ class Rollout:
   correct: bool
   reason: str
   finish: str
+  step_logp: float  # nats, of its first step under the untempered model
+  logp: float  # nats, of all its tokens under the untempered model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +88,13 @@ class Pair:
 
   id: str
   problem_id: str
-  trace_id: str  # the wrong trace that it comes from
+  trace_id: str  # the trace that it comes from; a right one in mode positives_too only
   trunk: list[int]  # prompt, and in mode shared_prefix the trace up to the pit
   chosen: list[int]
   rejected: list[int]
   pair_mode: str
   pit: int  # step of the trace, from 0; -1 where none was used
+  flip: float  # probability that the label is flipped, by the counts
 
   @property
   def key(self) -> str:

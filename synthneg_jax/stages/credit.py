@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from synthneg_jax.core import pairs, selection
 from synthneg_jax.rollouts.engine import Trunk
 from synthneg_jax.runtime import keys
 from synthneg_jax.runtime.progress import Progress
@@ -17,24 +18,16 @@ from synthneg_jax.stages import traces as traces_lib
 from synthneg_jax.stages import training
 from synthneg_jax.stages.policies import Policy
 from synthneg_jax.stages.run import Run, sampling
+from synthneg_jax.tasks.token_text import step_ends
 
 _SHARD = 256  # problems a shard
 
 
 def choose(group: Sequence[Trace], max_wrong: int, max_right: int) -> list[Trace]:
-  """The traces of one problem that get credit: distinct, with an answer, the first of each verdict.
-
-  Wrong traces without an answer (cut off, looping) are left out: their last step is no wrong answer (as Self-Explore
-  does, https://arxiv.org/abs/2404.10346).
-  """
-  chosen, seen, counts = [], set(), {True: 0, False: 0}
-  for trace in group:
-    most = max_right if trace.correct else max_wrong
-    if trace.reason in ("right", "wrong") and counts[trace.correct] < most and tuple(trace.ids) not in seen:
-      seen.add(tuple(trace.ids))
-      counts[trace.correct] += 1
-      chosen.append(trace)
-  return chosen
+  """The traces of one problem that get credit: distinct, with an answer, the first of each verdict."""
+  right = selection.keep_right([(trace.ids, trace.correct) for trace in group], max_right)
+  wrong = pairs.negatives([(trace.ids, trace.reason) for trace in group], max_wrong)
+  return [group[index] for index in sorted(right + wrong)]
 
 
 def _plan(run_: Run, prompt: Sequence[int], trace: Trace, owner: dict[str, str]) -> Trunk | None:
@@ -105,8 +98,10 @@ def _credit(run_: Run, policy: Policy, engine, problems: Sequence[Problem], grou
       ids = generation.ids.tolist()
       text = policy.token_text.text(trace.ids[: fork - offset] + ids)
       graded = traces_lib.verdict(run_, policy, text, answer[trace.problem_id], generation.finish)
+      first = (step_ends(ids, policy.token_text, run_.config.task.step_delimiter) or [0])[0]
+      logp = [round(float(np.sum(generation.logp[:end])), 5) for end in (first, len(ids))]
       made.setdefault(f"{trace.id}/{step_of[fork]}", []).append(
-        Rollout(ids, graded.correct, graded.reason, generation.finish)
+        Rollout(ids, graded.correct, graded.reason, generation.finish, *logp)
       )
     progress.update(1)
   progress.update(len(chosen) - len(trunks))

@@ -1,5 +1,8 @@
-"""Stage dpo: from π_sft, against π_sft, on pairs. Twice: arbitrary pairs ("dpo") and per-step pairs ("step_dpo")."""
+"""Stage dpo: from π_sft, against π_sft, on pairs. Twice: whole responses ("dpo") and per-step pairs ("step_dpo")."""
 
+import functools
+
+from synthneg_jax.core import losses
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Pair, Shards
 from synthneg_jax.stages import pairs as pairs_lib
@@ -10,9 +13,7 @@ from synthneg_jax.training import batches, objectives, reference
 
 def run(run_: Run) -> dict:
   """Writes dpo/dpo/ and dpo/step_dpo/: pairs/, policy/ and metrics.jsonl; dpo/reference/ holds what both share."""
-  variants = {"dpo": "arbitrary", "step_dpo": run_.config.pairs.pair_mode}
-  if variants["step_dpo"] not in ("algorithm1", "shared_prefix"):
-    raise UserError(f"pairs.pair_mode={variants['step_dpo']!r} is none of algorithm1, shared_prefix.")
+  variants = {"dpo": run_.config.pairs.outcome_mode, "step_dpo": run_.config.pairs.pair_mode}
   results = {name: _variant(run_, name, mode) for name, mode in variants.items()}
   return {name: figures for name, figures in results.items() if figures}
 
@@ -33,6 +34,15 @@ def _start_check(dtype: str, plan: batches.Batches):
         )
 
   return check
+
+
+def _loss(section):
+  """The preference loss of the config, with its settings."""
+  if section.loss == "ipo":
+    return functools.partial(losses.ipo_loss, tau=section.tau)
+  if section.loss == "dpop":
+    return functools.partial(losses.dpop_loss, beta=section.beta, penalty=section.penalty)
+  return functools.partial(losses.dpo_loss, beta=section.beta, label_smoothing=section.label_smoothing)
 
 
 def _variant(run_: Run, name: str, mode: str) -> dict:
@@ -60,12 +70,14 @@ def _variant(run_: Run, name: str, mode: str) -> dict:
   store = reference.Store(run_.workdir / "dpo" / "reference" / f"{policy.fingerprint}-{run_.config.model.dtype}.npz")
   reference.score(policy.model, policy.params, trees, section.row_length, run_.mesh, store)
   plan = training.plan(run_, section, pairs_lib.examples(trees, numbered, store), names)
-  objective = objectives.make_dpo(
+  objective = objectives.make_preference(
     policy.model,
     plan.shape.branches,
+    _loss(section),
     beta=section.beta,
+    penalty=section.penalty if section.loss == "dpop" else 0.0,
     nll_weight=section.nll_weight,
-    label_smoothing=section.label_smoothing,
+    eos_ids=(policy.tokenizer.eos_token_id,),
   )
   identity, last = training.train(
     run_, name, section, policy, objective, plan, stage.folder, _start_check(run_.config.model.dtype, plan)

@@ -2,7 +2,7 @@
 
 import collections
 
-from synthneg_jax.core import intervals
+from synthneg_jax.core import advantages
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Trace
 from synthneg_jax.stages import traces
@@ -13,7 +13,7 @@ POLICY_OF = {"sft": "sft", "rft": "rft", "dpo": "dpo/dpo", "step_dpo": "dpo/step
 
 def wilson(count: int, total: int) -> list[float]:
   """The 95 % Wilson interval of a share."""
-  interval = intervals.value_interval(count, total)
+  interval = advantages.value_interval(count, total)
   return [round(float(end), 4) for end in interval]
 
 

@@ -1,17 +1,17 @@
 """From estimates to pairs, and from pairs to trees: what stage dpo trains on."""
 
 import collections
+import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from synthneg_jax.core import advantages
+from synthneg_jax.core import advantages, selection
 from synthneg_jax.core import pairs as core
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.runtime import keys
-from synthneg_jax.runtime.records import Pair, Problem, Shards, StepEstimate, Trace
+from synthneg_jax.runtime.records import Pair, Shards, StepEstimate, Trace
 from synthneg_jax.stages import traces as traces_lib
 from synthneg_jax.stages import training
 from synthneg_jax.stages.policies import Policy
@@ -35,22 +35,23 @@ def values(traces: Sequence[Trace], estimates: dict[str, StepEstimate], v0_of: d
     (q float32 [N, S], known bool [N, S], v0 float32 [N]).
   """
   width = max(len(trace.step_ends) for trace in traces)
-  successes, rollouts = np.zeros((len(traces), width), np.int32), np.zeros((len(traces), width), np.int32)
-  exact = np.full((len(traces), width), -1, np.int32)
+  successes, rollouts = np.zeros((2, len(traces), width), np.int32)
+  exact = np.zeros((len(traces), width), bool)
   for n, trace in enumerate(traces):
     for step in range(len(trace.step_ends)):
-      estimate = estimates[f"{trace.id}/{step}"]
-      successes[n, step], rollouts[n, step] = estimate.successes, estimate.rollouts
-      if estimate.exact:
-        exact[n, step] = int(estimate.correct)
-  q = np.asarray(advantages.best_of_k(jnp.asarray(successes), jnp.asarray(rollouts), k))
-  q = np.where(exact >= 0, exact, q).astype(np.float32)
-  known = (exact >= 0) | (rollouts >= k)
+      count = _count(estimates[f"{trace.id}/{step}"])
+      successes[n, step], rollouts[n, step], exact[n, step] = count.successes, count.rollouts, count.exact
+  q, known = jax.jit(advantages.best_of_k, static_argnums=2)(successes, rollouts, k, exact=exact)
   counts = np.array([v0_of[trace.problem_id] for trace in traces], np.int32)
-  v0 = np.asarray(
-    advantages.best_of_k(jnp.asarray(counts[:, 0]), jnp.asarray(counts[:, 1]), min(k, int(counts[:, 1].min())))
-  )
-  return q, known, v0
+  v0, v0_known = advantages.best_of_k(counts[:, 0], counts[:, 1], k)
+  assert np.all(v0_known)  # config.check_values: sample.num_traces >= k
+  return np.asarray(q), np.asarray(known), np.asarray(v0)
+
+
+def _count(estimate: StepEstimate) -> core.Count:
+  if estimate.exact:
+    return core.Count(int(estimate.correct), 1, exact=True)
+  return core.Count(estimate.successes, estimate.rollouts)
 
 
 def pits(q, known, v0, section) -> np.ndarray:
@@ -69,94 +70,136 @@ class _Source:
     self.problems = run_.problems("train")
     self.groups = traces_lib.by_problem(Shards(run_.workdir / "sample" / "traces", Trace).read())
     self.estimates = Shards(run_.workdir / "credit" / "estimates", StepEstimate).read_dict()
-    credited = dict.fromkeys(estimate.trace_id for estimate in self.estimates.values())
     traces = {trace.id: trace for group in self.groups.values() for trace in group}
-    self.wrong = [traces[key] for key in credited if not traces[key].correct]
+    credited = [traces[key] for key in dict.fromkeys(estimate.trace_id for estimate in self.estimates.values())]
+    self.wrong = [trace for trace in credited if not trace.correct]
+    self.right = [trace for trace in credited if trace.correct]
     self.v0 = {key: (sum(t.correct for t in group), len(group)) for key, group in self.groups.items()}
-    self._prompts = {}
+    self.prompt = functools.cache(lambda key: training.prompt_ids(run_, policy, self.problems[key]))
 
-  def prompt(self, problem: Problem) -> list[int]:
-    if problem.id not in self._prompts:
-      self._prompts[problem.id] = training.prompt_ids(self.run, self.policy, problem)
-    return self._prompts[problem.id]
+  def solution(self, problem_id: str) -> list[int] | None:
+    """The teacher's ids, if it wrote any."""
+    text = self.problems[problem_id].solution
+    return prompts.encode_solution(self.policy.tokenizer, text) if text else None
 
-  def response(self, ids: Sequence[int]) -> core.Response:
-    return core.Response(ids, step_ends(ids, self.policy.token_text, self.run.config.task.step_delimiter))
+  def steps(self, ids: Sequence[int]) -> list[int]:
+    return step_ends(ids, self.policy.token_text, self.run.config.task.step_delimiter)
 
-  def after(self, trace: Trace, steps: int) -> list[tuple[core.Response, bool]]:
-    """Every rollout from the first `steps` steps of a trace, with its verdict; from none, the problem's traces."""
+  def count(self, trace: Trace, steps: int) -> core.Count:
+    """What is known of Q after the first `steps` steps of a trace."""
+    return _count(self.estimates[f"{trace.id}/{steps - 1}"]) if steps else core.Count(*self.v0[trace.problem_id])
+
+  def siblings(self, trace: Trace, steps: int) -> list[core.Sibling]:
+    """Every rollout from the first `steps` steps of a trace; from none, the problem's traces."""
     if steps == 0:
-      return [(core.Response(t.ids, t.step_ends), t.correct) for t in self.groups[trace.problem_id]]
+      return [
+        core.Sibling(t.ids, t.step_ends, t.correct, sum(t.logps[: t.step_ends[0]]), sum(t.logps))
+        for t in self.groups[trace.problem_id]
+        if t.ids
+      ]
     holder = self.estimates[self.estimates[f"{trace.id}/{steps - 1}"].samples_at]
-    return [(self.response(sample["ids"]), sample["correct"]) for sample in holder.samples if sample["ids"]]
+    return [
+      core.Sibling(sample["ids"], self.steps(sample["ids"]), sample["correct"], sample["step_logp"], sample["logp"])
+      for sample in holder.samples
+      if sample["ids"]
+    ]
 
 
-def _pair(source: _Source, trace: Trace, pit: int, mode: str) -> core.TokenPair | None:
+def _whole(source: _Source, mode: str) -> list[tuple[Trace, int, core.TokenPair | None]]:
+  """Pairs of whole responses, each with the wrong trace."""
+  made = []
+  if mode == "arbitrary":
+    for trace in source.wrong:
+      solution = source.solution(trace.problem_id)
+      pair = core.arbitrary(source.prompt(trace.problem_id), solution, trace.ids) if solution else None
+      made.append((trace, -1, pair))
+    return made
   section = source.run.config.pairs
-  problem = source.problems[trace.problem_id]
-  prompt, wrong = source.prompt(problem), core.Response(trace.ids, trace.step_ends)
-  if mode == "shared_prefix":
-    after = source.after(trace, pit)
-    seed = int(keys.draw_key(source.run.config.seed, "pairs", 0, trace.id, "", pit)[0])
-    return core.shared_prefix(
-      prompt,
-      wrong,
-      pit,
-      [response for response, correct in after if correct],
-      [(response.step(0), correct) for response, correct in after],
-      continuation=section.continuation,
-      choice=section.choice,
-      rng=np.random.default_rng(seed),
-    )
-  if not problem.solution:
-    return None
-  solution = prompts.encode_solution(source.policy.tokenizer, problem.solution)
+  for key, wrong in traces_lib.by_problem(source.wrong).items():
+    solution, group = source.solution(key), source.groups[key]
+    kept = selection.keep_right([(trace.ids, trace.correct) for trace in group], section.max_per_problem)
+    right = ([solution] if solution else []) + [group[index].ids for index in kept]
+    for r, w in core.furthest(right, [trace.ids for trace in wrong], variant=section.furthest):
+      made.append((wrong[w], -1, core.arbitrary(source.prompt(key), right[r], wrong[w].ids)))
+  return made
+
+
+def _at_step(source: _Source, trace: Trace, step: int, mode: str) -> core.TokenPair | None:
+  """The pair that rejects one step of a trace."""
+  section = source.run.config.pairs
+  prompt, response = source.prompt(trace.problem_id), core.Response(trace.ids, trace.step_ends)
+  after = source.count(trace, step + 1)
   if mode == "algorithm1":
-    return core.algorithm1(prompt, solution, wrong, pit)
-  return core.arbitrary(prompt, solution, wrong)
+    solution = source.solution(trace.problem_id)
+    before = source.count(trace, step)
+    return core.algorithm1(prompt, solution, response, step, after=after, before=before) if solution else None
+  seed = int(keys.draw_key(source.run.config.seed, "pairs", 0, trace.id, "", step)[0])
+  return core.shared_prefix(
+    prompt,
+    response,
+    step,
+    source.siblings(trace, step),
+    after=after,
+    continuation=section.continuation,
+    choice=section.choice,
+    rng=np.random.default_rng(seed),
+  )
+
+
+def _by_step(source: _Source, mode: str) -> list[tuple[Trace, int, core.TokenPair | None]]:
+  """Pairs at the pit of each wrong trace and, in mode positives_too, at the spurious step of each right one."""
+  section, k = source.run.config.pairs, source.run.config.credit.best_of
+  blamed = []
+  if source.wrong:
+    known = values(source.wrong, source.estimates, source.v0, k)
+    blamed += zip(source.wrong, pits(*known, section).tolist(), strict=True)
+  if mode == "positives_too" and source.right:
+    rule = functools.partial(advantages.spurious_step, below=section.spurious_below)
+    found = jax.jit(jax.vmap(rule))(*values(source.right, source.estimates, source.v0, k))
+    blamed += [(trace, step) for trace, step in zip(source.right, found.tolist(), strict=True) if step >= 0]
+  return [(trace, step, _at_step(source, trace, step, mode) if step >= 0 else None) for trace, step in blamed]
 
 
 def build(run_: Run, policy: Policy, mode: str) -> tuple[list[Pair], dict]:
-  """All pairs of a mode, at most pairs.max_per_problem a problem, none twice.
+  """All pairs of a mode, filtered.
 
   Args:
     run_: the run.
     policy: π_sft, for its tokenizer.
-    mode: algorithm1, shared_prefix or arbitrary.
+    mode: as pairs.pair_mode.
 
   Returns:
-    (pairs, figures: how many wrong traces had no pit, how many pits no alternative, where the pits lie).
+    (pairs; figures: how many traces had no pit, how many no alternative, what was dropped, where the pits lie, and the
+    mean probability that a label is flipped).
   """
   section = run_.config.pairs
   source = _Source(run_, policy)
-  if not source.wrong:
-    return [], {"pairs": 0}
-  if mode == "arbitrary":
-    found = np.full(len(source.wrong), -1)
-  else:
-    found = pits(*values(source.wrong, source.estimates, source.v0, run_.config.credit.best_of), section)
-  pairs, seen, per_problem, counts = [], set(), collections.Counter(), collections.Counter()
-  for trace, pit in zip(source.wrong, found.tolist(), strict=True):
-    if mode != "arbitrary" and pit < 0:
-      counts["without_pit"] += 1
-      continue
-    pair = _pair(source, trace, pit, mode)
-    if pair is None:
-      counts["without_alternative"] += 1
-      continue
-    key = (tuple(pair.trunk), tuple(pair.rejected))
-    if key in seen or pair.chosen == pair.rejected or per_problem[trace.problem_id] >= section.max_per_problem:
-      counts["duplicate_or_beyond_cap"] += 1
-      continue
-    seen.add(key)
-    per_problem[trace.problem_id] += 1
-    pairs.append(
-      Pair(f"{trace.id}/{mode}/{pit}", trace.problem_id, trace.id, pair.trunk, pair.chosen, pair.rejected, mode, pit)
-    )
+  whole = mode in ("arbitrary", "furthest")
+  made = _whole(source, mode) if whole else _by_step(source, mode)
+  found = [(trace, step, pair) for trace, step, pair in made if pair]
+  without_pit = 0 if whole else sum(step < 0 for _, step, _ in made)
+  kept, dropped = core.filter_pairs(
+    [pair for _, _, pair in found],
+    [trace.problem_id for trace, _, _ in found],
+    most=section.max_per_problem,
+    max_flip=section.max_flip,
+  )
+  pairs = []
+  for trace, step, pair in map(found.__getitem__, kept):
+    branches = (pair.trunk, pair.chosen, pair.rejected)
+    pairs.append(Pair(f"{trace.id}/{mode}/{step}", trace.problem_id, trace.id, *branches, mode, step, pair.flip))
+  figures = {
+    "pairs": len(pairs),
+    "problems": len({pair.problem_id for pair in pairs}),
+    "without_pit": without_pit,
+    "without_alternative": len(made) - len(found) - without_pit,
+    **dropped,
+  }
   where = collections.Counter(pair.pit for pair in pairs if pair.pit >= 0)
-  figures = {"pairs": len(pairs), "problems": len(per_problem), **counts}
   if where:
     figures["pits_by_step"] = {str(step): where[step] for step in sorted(where)}
+    figures["mean_flip"] = round(float(np.mean([pair.flip for pair in pairs])), 4)
+    figures["from_right_traces"] = len({pair.trace_id for pair in pairs} & {trace.id for trace in source.right})
   return pairs, figures
 
 

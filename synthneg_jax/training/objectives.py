@@ -5,11 +5,13 @@ over the whole batch, so parts add up over rows, devices and accumulation steps)
 (sum, count).
 """
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from synthneg_jax.core import losses, masked
-from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.training.batch import Batch
 
@@ -21,6 +23,10 @@ def scored_logprobs(model: Model, params, batch: Batch):
     (logp_RS nats, zero where there is no token; bool [R, S] which are there).
   """
   h_RTD, _ = model.hidden(params, batch.trees)
+  return _scored(model, params, batch, h_RTD)
+
+
+def _scored(model: Model, params, batch: Batch, h_RTD):
   there_RS = batch.scored_at >= 0
   at_RS = jnp.maximum(batch.scored_at, 0)
   target_RS = jnp.take_along_axis(batch.trees.token, at_RS, axis=1)
@@ -30,11 +36,27 @@ def scored_logprobs(model: Model, params, batch: Batch):
   return jnp.where(there_RS, logp_RS, 0.0), there_RS
 
 
-def branch_logprobs(batch: Batch, logp_RS, there_RS, num_branches: int):
-  """Sums over branches: (logp_RB nats, scored tokens_RB), B = num_branches + 1, entry 0 a row's trunks."""
+def branch_sums(batch: Batch, values_RS, num_branches: int):
+  """Sums over each row's branches, [R, B + 1]; entry 0 holds the row's trunks."""
   branch_RS = jnp.take_along_axis(batch.trees.branch, jnp.maximum(batch.scored_at, 0), axis=1)
-  sums = jax.vmap(lambda values_S, branch_S: tree_lib.branch_sums(values_S, branch_S, num_branches))
-  return sums(logp_RS, branch_RS), sums(there_RS.astype(logp_RS.dtype), branch_RS)
+  return jax.vmap(lambda values_S, branch_S: losses.branch_logprobs(values_S, branch_S, num_branches))(
+    values_RS, branch_RS
+  )
+
+
+def _early_eos(model: Model, params, batch: Batch, h_RTD, num_branches: int, eos_ids: Sequence[int]):
+  """(Σ of P(EOS) at the ends of branches without EOS, how many those are)."""
+  R, T = batch.trees.token.shape
+  row_R1 = jnp.arange(R)[:, None]
+  last_RB = (
+    jnp.zeros((R, num_branches + 1), jnp.int32).at[row_R1, batch.trees.branch].max(jnp.arange(T, dtype=jnp.int32)[None])
+  )
+  last_RB = last_RB[:, 1:]  # 0 where a row has no such branch: the place of a trunk's first token
+  token_RB = jnp.take_along_axis(batch.trees.token, last_RB, axis=1)
+  unfinished_RB = (last_RB > 0) & ~jnp.isin(token_RB, jnp.asarray(eos_ids))
+  h_RBD = jnp.take_along_axis(lax.stop_gradient(h_RTD), last_RB[..., None], axis=1)
+  logits_RBV = model.logits(lax.stop_gradient(params), h_RBD)
+  return masked.total(losses.early_eos(logits_RBV, eos_ids), unfinished_RB)
 
 
 def make_sft(model: Model):
@@ -48,37 +70,53 @@ def make_sft(model: Model):
   return objective
 
 
-def make_dpo(model: Model, num_branches: int, *, beta: float, nll_weight: float, label_smoothing: float = 0.0):
-  """The preference objective over pairs of branches: mean per pair of DPO + nll_weight · nll_term.
+def make_preference(
+  model: Model,
+  num_branches: int,
+  preference_loss: Callable[..., jax.Array],
+  *,
+  beta: float,
+  penalty: float = 0.0,
+  nll_weight: float = 0.0,
+  eos_ids: Sequence[int],
+):
+  """The preference objective over pairs of branches: mean per pair of a loss of `core.losses` + nll_weight · nll_term.
 
   Args:
     model: the policy's architecture.
     num_branches: the most branches that a row holds.
-    beta, label_smoothing: as `core.losses.dpo_loss` takes them.
+    preference_loss: of (chosen, rejected, ref_chosen, ref_rejected), [R, P] each: `dpo_loss`, `ipo_loss` or `dpop_loss`
+      with its settings.
+    beta, penalty: as `core.losses.preference_metrics` takes them.
     nll_weight: weight of the chosen branch's next-token loss per token.
+    eos_ids: the ids that end a response.
   """
 
   def objective(params, batch: Batch):
-    logp_RB, count_RB = branch_logprobs(batch, *scored_logprobs(model, params, batch), num_branches)
+    h_RTD, _ = model.hidden(params, batch.trees)
+    logp_RS, there_RS = _scored(model, params, batch, h_RTD)
+    logp_RB = branch_sums(batch, logp_RS, num_branches)
+    count_RB = branch_sums(batch, there_RS.astype(logp_RS.dtype), num_branches)
     of = lambda values, index: jnp.take_along_axis(values, index, axis=1)
-    chosen_RP, rejected_RP = of(logp_RB, batch.chosen), of(logp_RB, batch.rejected)
+    chosen_RP, tokens_RP = of(logp_RB, batch.chosen), of(count_RB, batch.chosen)
     pair_RP = batch.chosen > 0
-    args = (chosen_RP, rejected_RP, batch.ref_chosen, batch.ref_rejected)
-    dpo_RP = losses.dpo_loss(*args, beta=beta, label_smoothing=label_smoothing)
-    nll_RP = losses.nll_term(chosen_RP, of(count_RB, batch.chosen))
-    margin_RP = beta * losses.preference_margin(*args)
-    loss = jnp.sum(jnp.where(pair_RP, dpo_RP + nll_weight * nll_RP, 0.0)) / batch.num_pairs
+    args = (chosen_RP, of(logp_RB, batch.rejected), batch.ref_chosen, batch.ref_rejected)
+    loss_RP = preference_loss(*args)
+    nll_RP = losses.nll_term(chosen_RP, tokens_RP)
+    loss = jnp.sum(jnp.where(pair_RP, loss_RP + nll_weight * nll_RP, 0.0)) / batch.num_pairs
+    watched = losses.preference_metrics(*args, beta=beta, penalty=penalty)
     metrics = {
-      "loss/per_pair": masked.total(dpo_RP, pair_RP),
+      "loss/per_pair": masked.total(loss_RP, pair_RP),
+      "margin/per_pair": masked.total(watched["margin"], pair_RP),
+      "accuracy/per_pair": masked.total(watched["accuracy"], pair_RP),
+      "chosen_shift/per_pair": masked.total(watched["chosen_shift"], pair_RP),
+      "rejected_shift/per_pair": masked.total(watched["rejected_shift"], pair_RP),
+      "saturated/per_pair": masked.total(watched["saturated"], pair_RP),
       "nll_chosen/per_token": (
-        -jnp.sum(jnp.where(pair_RP, chosen_RP, 0.0)),
-        jnp.sum(jnp.where(pair_RP, of(count_RB, batch.chosen), 0.0)),
+        masked.total(-chosen_RP, pair_RP)[0],
+        masked.total(tokens_RP, pair_RP)[0],
       ),
-      "margin/per_pair": masked.total(margin_RP, pair_RP),
-      "accuracy/per_pair": masked.total((margin_RP > 0).astype(margin_RP.dtype), pair_RP),
-      "chosen_shift/per_pair": masked.total(chosen_RP - batch.ref_chosen, pair_RP),
-      "rejected_shift/per_pair": masked.total(rejected_RP - batch.ref_rejected, pair_RP),
-      "saturated/per_pair": masked.total((margin_RP > 5.0).astype(margin_RP.dtype), pair_RP),
+      "early_eos/per_unfinished_branch": _early_eos(model, params, batch, h_RTD, num_branches, eos_ids),
     }
     return loss, metrics
 

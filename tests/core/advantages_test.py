@@ -52,7 +52,7 @@ class BestOfKTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    estimate = lambda k: np.asarray(advantages.best_of_k(jnp.asarray(COUNTS[:, 0]), jnp.asarray(COUNTS[:, 1]), k))
+    estimate = lambda k: np.asarray(advantages.best_of_k(jnp.asarray(COUNTS[:, 0]), jnp.asarray(COUNTS[:, 1]), k)[0])
     cls.of_k = {k: dict(zip(map(tuple, COUNTS.tolist()), estimate(k), strict=True)) for k in range(1, 13)}
 
   def test_equals_exact_binomials(self):
@@ -75,10 +75,22 @@ class BestOfKTest(parameterized.TestCase):
     for (c, m), value in self.of_k[1].items():
       self.assertAlmostEqual(value, c / m, delta=1e-6)
 
-  def test_shape(self):
-    # Fails if the counts must be flat, or if no rollouts give 0/0 (the caller drops such steps, NaN would spread).
-    got = advantages.best_of_k(jnp.asarray([[0, 2], [1, 0]]), jnp.asarray([[4, 4], [4, 0]]), 2)
-    np.testing.assert_allclose(got, [[0.0, 1 - 1 / 6], [0.5, 1.0]], atol=1e-6)
+  def test_refuses_fewer_rollouts_than_k(self):
+    # Fails if M < k counts as known, M = k does not, the counts must be flat, or an unknown step has another value than 0
+    # (0/0 would spread NaN).
+    q, known = advantages.best_of_k(jnp.asarray([[0, 2], [1, 0], [2, 1]]), jnp.asarray([[4, 4], [4, 0], [2, 1]]), 2)
+    np.testing.assert_allclose(q, [[0.0, 1 - 1 / 6], [0.5, 0.0], [1.0, 0.0]], atol=1e-6)
+    np.testing.assert_array_equal(known, [[True, True], [True, False], [True, False]])
+
+  def test_exact_values_need_no_rollouts(self):
+    # Fails if an exact value is refused for its few counts or estimated from them (2 of 4 at k = 2 would give 5/6), or if
+    # `exact` without any count is known.
+    c, m = jnp.asarray([1, 0, 2, 2, 0]), jnp.asarray([1, 1, 4, 4, 0])
+    q, known = jax.jit(advantages.best_of_k, static_argnums=2)(
+      c, m, 2, exact=jnp.asarray([True, True, True, False, True])
+    )
+    np.testing.assert_allclose(q, [1.0, 0.0, 0.75, 5 / 6, 0.0], atol=1e-6)
+    np.testing.assert_array_equal(known, [True, True, True, True, False])
 
 
 class BestOfKPluginTest(parameterized.TestCase):
@@ -87,21 +99,23 @@ class BestOfKPluginTest(parameterized.TestCase):
     # Fails if the unbiased ratio is returned, if (c/M)^k is (all k right), or if M < k is treated apart.
     c, m = COUNTS.astype(np.float64).T
     with jax.enable_x64(True):
-      got = jax.jit(advantages.best_of_k_plugin, static_argnums=2)(c, m, k)
+      got, known = jax.jit(advantages.best_of_k_plugin, static_argnums=2)(c, m, k)
+    self.assertTrue(np.all(known))
     np.testing.assert_allclose(got, 1.0 - np.prod([(m - c) / m] * k, axis=0), rtol=1e-12, atol=1e-15)
 
   def test_bias(self):
     # Fails if the estimate is not the biased one: it never exceeds the unbiased, and k = 1 agrees.
     c, m = jnp.asarray(COUNTS[:, 0]), jnp.asarray(COUNTS[:, 1])
     enough = np.asarray(m >= 3)
-    gap = np.asarray(advantages.best_of_k(c, m, 3) - advantages.best_of_k_plugin(c, m, 3))[enough]
+    gap = np.asarray(advantages.best_of_k(c, m, 3)[0] - advantages.best_of_k_plugin(c, m, 3)[0])[enough]
     self.assertGreater(gap.min(), -1e-6)
     self.assertGreater(gap.max(), 0.05)
-    np.testing.assert_allclose(advantages.best_of_k_plugin(c, m, 1), advantages.best_of_k(c, m, 1), atol=1e-6)
+    np.testing.assert_allclose(advantages.best_of_k_plugin(c, m, 1)[0], advantages.best_of_k(c, m, 1)[0], atol=1e-6)
 
   def test_no_rollouts(self):
-    # Fails if 0/0 spreads, or if nothing known gives 1.
-    self.assertEqual(float(advantages.best_of_k_plugin(jnp.asarray(0), jnp.asarray(0), 5)), 0.0)
+    # Fails if 0/0 spreads, or if nothing known gives 1 or counts as known.
+    q, known = advantages.best_of_k_plugin(jnp.asarray(0), jnp.asarray(0), 5)
+    self.assertEqual((float(q), bool(known)), (0.0, False))
 
 
 class StepValuesTest(absltest.TestCase):
@@ -187,6 +201,30 @@ class FirstPitTest(parameterized.TestCase):
     # Fails if an unknown rule falls through to one of the others.
     with self.assertRaisesRegex(ValueError, "No pit rule 'lowest': lowest_value, first_zero, least_advantage or"):
       advantages.first_pit(jnp.zeros(2), jnp.ones(2, bool), jnp.asarray(0.0), rule="lowest")
+
+
+class SpuriousStepTest(parameterized.TestCase):
+  @parameterized.parameters((0.0, 1), (-0.2, 1), (-0.25, -1), (-0.4, -1))
+  def test_by_hand(self, below, expected):
+    # Fails if the lowest value is taken instead of the lowest advantage, if < is <=, or if `below` is not used.
+    q = jnp.asarray([0.75, 0.5, 0.5, 1.0])
+    step = advantages.spurious_step(q, jnp.ones(4, bool), jnp.asarray(0.25), below=below)
+    self.assertEqual((int(step), step.dtype, step.shape), (expected, jnp.int32, ()))
+
+  def test_none(self):
+    # Fails if a response that only makes progress, or of which nothing is known, has a spurious step: the index -1 of
+    # no step reads the last, whose advantage is < 0 here.
+    rising, falling = jnp.asarray([0.5, 0.75, 1.0]), jnp.asarray([0.5, 0.25, 0.0])
+    self.assertEqual(int(advantages.spurious_step(rising, jnp.ones(3, bool), jnp.asarray(0.25))), -1)
+    self.assertEqual(int(advantages.spurious_step(falling, jnp.zeros(3, bool), jnp.asarray(0.25))), -1)
+    self.assertEqual(int(advantages.spurious_step(falling, jnp.ones(3, bool), jnp.asarray(0.75))), 0)
+
+  def test_default_is_any_step_back(self):
+    # Fails if the default bound is not 0.
+    q = jnp.asarray([0.5, 0.4375, 1.0])
+    self.assertEqual(int(advantages.spurious_step(q, jnp.ones(3, bool), jnp.asarray(0.5))), 1)
+    level = jnp.asarray([0.5, 0.5, 1.0])
+    self.assertEqual(int(advantages.spurious_step(level, jnp.ones(3, bool), jnp.asarray(0.5))), -1)
 
 
 class MeanValueByStepTest(absltest.TestCase):

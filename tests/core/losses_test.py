@@ -64,6 +64,22 @@ class TokenLogprobsTest(parameterized.TestCase):
       np.testing.assert_allclose(got, logits[0, 2] - np.log(np.exp(logits).sum()), rtol=1e-14)
 
 
+class BranchLogprobsTest(absltest.TestCase):
+  def test_by_hand(self):
+    # Fails if the last branch is left out, if values overwrite one another, if entry 0 is dropped, if a mean is taken, or
+    # if empty places (0.0, on any branch) count.
+    logp = jnp.asarray([-1.0, -2.0, -4.0, -8.0, -16.0, 0.0])
+    got = jax.jit(losses.branch_logprobs, static_argnums=2)(logp, jnp.asarray([2, 0, 2, 3, 0, 0]), 4)
+    np.testing.assert_array_equal(got, [-18.0, 0.0, -5.0, -8.0, 0.0])
+
+  def test_keeps_its_type(self):
+    # Fails if sums are narrowed.
+    with jax.enable_x64(True):
+      values = np.array([-1.0, -1e-12])
+      got = losses.branch_logprobs(jnp.asarray(values), jnp.asarray([1, 1]), 1)
+    self.assertEqual(float(got[1]), values.sum())
+
+
 class SftLossTest(absltest.TestCase):
   def test_by_hand(self):
     # Fails if unscored tokens count, if the mean is taken, if the sign is lost, or if masking multiplies (0 · -inf).
@@ -126,6 +142,12 @@ class DpoLossTest(parameterized.TestCase):
     np.testing.assert_allclose(grads[1], -expected, rtol=1e-12)
     for grad in grads[2:]:
       np.testing.assert_array_equal(grad, 0.0)
+
+  def test_label_smoothing_of_each_pair(self):
+    # Fails if one ε is taken for all pairs, or if ε cannot be traced.
+    pairs, epsilon = draw(), np.linspace(0.0, 0.4, 9).astype(np.float32)
+    got = jax.jit(functools.partial(losses.dpo_loss, beta=0.1))(*pair_args(pairs), label_smoothing=epsilon)
+    np.testing.assert_allclose(got, numpy_dpo(**pairs, beta=0.1, epsilon=epsilon), rtol=1e-5, atol=1e-6)
 
   def test_jit_and_vmap_change_nothing(self):
     # Fails if the loss branches on values, or mixes the pairs of a batch.
@@ -276,6 +298,31 @@ class PreferenceMetricsTest(absltest.TestCase):
     self.assertEqual(set(got), set(expected))
     for name, column in expected.items():
       np.testing.assert_allclose(got[name], column, rtol=1e-12, err_msg=name)
+
+  def test_penalty_saturates_later(self):
+    # Fails if the penalty is not in `saturated`, counts gains too, or enters margin or accuracy: h = 60, fallen by 2.
+    columns = [jnp.asarray([value, value]) for value in (-12.0, -71.0, -10.0, -9.0)]
+    columns[2] = jnp.asarray([-10.0, -12.0])
+    saturated = lambda **how: np.asarray(losses.preference_metrics(*columns, **how)["saturated"]).tolist()
+    self.assertEqual(saturated(beta=0.1), [1.0, 1.0])
+    self.assertEqual(saturated(beta=0.1, penalty=8.0), [0.0, 1.0])
+    got = losses.preference_metrics(*columns, beta=0.1, penalty=100.0)
+    np.testing.assert_array_equal(got["margin"], [60.0, 62.0])
+    np.testing.assert_array_equal(got["accuracy"], 1.0)
+    gains = [jnp.asarray([value]) for value in (-1.0, -71.0, -10.0, -30.0)]
+    self.assertEqual(float(losses.preference_metrics(*gains, beta=0.1, penalty=8.0)["saturated"][0]), 1.0)
+
+
+class EarlyEosTest(parameterized.TestCase):
+  @parameterized.parameters(((1,),), ((0, 3),))
+  def test_by_hand(self, eos_ids):
+    # Fails if another id's probability is taken, if only one of several EOS counts, or for logits in place of
+    # probabilities.
+    rng = np.random.default_rng(0)
+    logits = 2.0 * rng.normal(size=(2, 3, 5))
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    got = jax.jit(functools.partial(losses.early_eos, eos_ids=eos_ids))(logits.astype(np.float32))
+    np.testing.assert_allclose(got, probs[..., list(eos_ids)].sum(-1), rtol=1e-5)
 
 
 if __name__ == "__main__":

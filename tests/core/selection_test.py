@@ -1,6 +1,7 @@
 """Which responses are kept: the right, the different, those of high advantage."""
 
 import math
+import time
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -69,6 +70,38 @@ class EquationKeyTest(parameterized.TestCase):
     self.assertEqual(first, selection.equation_key("We have 2+3=5 apples, and 5*2=10 pears"))
     self.assertNotEqual(first, selection.equation_key("5 * 2 = 10, 2 + 3 = 5"))
 
+  @parameterized.parameters(
+    ("1 + 1 and 2 + 2 = 4", "2+2=4"),
+    ("(3 + 4) * 2 = 14 apples = 9 - 5", "(3+4)*2=14"),
+    ("4 = 4 = 4, 5.", "4=4=4"),
+    ("a1 + 2 = 3; 12 + 3 = 15", "1+2=3|12+3=15"),
+    ("2 + 3 = about 5", ""),
+    ("-3 + 5 = 2", "-3+5=2"),
+    ("3.5.6 + 1 = 2", "3.5.6+1=2"),
+    ("2 x 3 = 6 and y x 3 apples", "2*3=6"),
+    ("1,5 + 1,000,000 = 3", "1,5+1000000=3"),
+  )
+  def test_prose(self, text, key):
+    # Fails if a chain starts within a number, after a sign of its own, or at the second of two terms; if words may stand
+    # within a chain; if any comma is dropped; or if a variable's product counts.
+    self.assertEqual(selection.equation_key(text), key)
+
+  @parameterized.parameters("1+", "(", "1 ", "1", "1,1", "-", "1=", " ", "1 x ", "<<", "<<1", "$(1 ")
+  def test_time_is_linear(self, piece):
+    # Fails if a run of characters is read again from each of its places: 200,000 of them would take minutes, not 0.1 s.
+    # (A bound of seconds on a slow machine, far from both.)
+    start = time.process_time()
+    selection.equation_key(piece * (200_000 // len(piece)))
+    self.assertLess(time.process_time() - start, 10.0)
+
+
+class EquationKeyDeduplicationTest(absltest.TestCase):
+  def test_by_hand(self):
+    # Fails if the last of a key is kept, if texts without equations are taken for one another, or if words tell apart.
+    texts = ["2 + 3 = 5", "so 2+3=5!", "no sums", "3 + 2 = 5", "none here", "again 3+2=5"]
+    self.assertEqual(selection.deduplicate_by_equation_key(texts), [0, 2, 3, 4])
+    self.assertEqual(selection.deduplicate_by_equation_key([]), [])
+
 
 class EditDistanceTest(parameterized.TestCase):
   @parameterized.parameters((0.0, [0, 2, 3]), (0.25, [0, 3]), (0.24, [0, 2, 3]), (0.99, [0, 3]))
@@ -120,6 +153,56 @@ class AdvantageFilterTest(parameterized.TestCase):
     lows = np.random.default_rng(0).permutation(101) / 101 - 1.0
     kept = selection.advantage_filter(list(lows))
     self.assertEqual(kept, np.flatnonzero(lows >= np.median(lows)).tolist())
+
+
+class StepMaskTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("positive", [True, True, False, False, False, True, False]),
+    ("before_negative", [True, True, True, False, False, False, False]),
+  )
+  def test_by_hand(self, rule, mask):
+    # Fails if A = 0 counts as positive or negative, if an unknown step is cloned or stops the cloning, if a good step
+    # after a bad one comes back, or if a step's end is off by one.
+    self.assertEqual(selection.step_mask([0.5, 0.0, -0.25, 0.125, math.nan], [2, 3, 5, 6, 7], rule=rule), mask)
+
+  def test_without_a_bad_step(self):
+    # Fails if no bad step cuts the response, or if an unknown one does.
+    self.assertEqual(selection.step_mask([0.0, math.nan], [1, 3], rule="before_negative"), [True] * 3)
+    self.assertEqual(selection.step_mask([], [], rule="before_negative"), [])
+
+  def test_refuses(self):
+    # Fails if an unknown rule falls through, or steps and ends of unequal number are cut to the shorter.
+    with self.assertRaisesRegex(ValueError, "No rule 'negative': positive or before_negative"):
+      selection.step_mask([0.5], [2], rule="negative")
+    for rule in ("positive", "before_negative"):
+      with self.assertRaises(ValueError):
+        selection.step_mask([0.5], [2, 3], rule=rule)
+
+
+class SpuriousStepsTest(parameterized.TestCase):
+  @parameterized.parameters((0.9, [1, 4]), (0.6, [1, 3, 4]), (0.9999, [1]))
+  def test_by_hand(self, confidence, expected):
+    # Fails if the sign alone decides (step 3: 9 to 7 of 10), if an unknown step or the one after it counts (5 and 6), or
+    # if the confidence is that of a gain.
+    successes, rollouts = [10, 1, 9, 7, 1, 0, 0, 8], [10, 10, 10, 10, 10, 0, 10, 10]
+    self.assertEqual(selection.spurious_steps(successes, rollouts, (5, 10), confidence=confidence), expected)
+
+  def test_the_first_step_is_held_against_the_start(self):
+    # Fails if the first step has no baseline, the last step's, or its own.
+    self.assertEqual(selection.spurious_steps([0, 10], [10, 10], (9, 10)), [0])
+    self.assertEqual(selection.spurious_steps([0, 0], [10, 10], (0, 10)), [])
+    self.assertEqual(selection.spurious_steps([0], [10], (0, 0)), [])
+    self.assertEqual(selection.spurious_steps([], [], (9, 10)), [])
+
+  def test_default_confidence(self):
+    # Fails for another default than 0.9: 6 against 3 of 8 is sure to 0.936, 5 against 3 to 0.84.
+    self.assertEqual(selection.spurious_steps([3], [8], (6, 8)), [0])
+    self.assertEqual(selection.spurious_steps([3], [8], (5, 8)), [])
+
+  def test_refuses_unequal_columns(self):
+    # Fails if counts of unequal number are cut to the shorter.
+    with self.assertRaises(ValueError):
+      selection.spurious_steps([1, 2], [3], (0, 1))
 
 
 if __name__ == "__main__":

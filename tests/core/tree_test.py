@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -138,15 +137,6 @@ class AttentionMaskTest(absltest.TestCase):
     packed = tree_lib.pack([[FIRST]], 12)
     row = tree_lib.PackedTrees(**{field.name: getattr(packed, field.name)[0] for field in dataclasses.fields(packed)})
     np.testing.assert_array_equal(tree_lib.attention_mask(row), tree_lib.attention_mask(packed)[0])
-
-
-class BranchSumsTest(absltest.TestCase):
-  def test_sums(self):
-    # Fails if the last branch is left out, if values overwrite one another, or if entry 0 is dropped.
-    branch = tree_lib.pack([[FIRST, SECOND]], 16).branch[0]
-    values = 2.0 ** np.arange(16, dtype=np.float32) * (np.arange(16) < 13)
-    expected = [15 + 1024 + 2048, 16 + 32 + 64, 128, 256 + 512, 4096]
-    np.testing.assert_array_equal(tree_lib.branch_sums(jnp.asarray(values), jnp.asarray(branch), 4), expected)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,10 @@ ESTIMATE = StepEstimate(
   1,
   False,
   False,
-  [dataclasses.asdict(Rollout([6, 2], True, "right", "eos"))] * 2,
+  [dataclasses.asdict(Rollout([6, 2], True, "right", "eos", -0.5, -1.25))] * 2,
   "p0/sample/0/1/0",
 )
-PAIR = Pair("p0/sample/0/1/algorithm1/0", "p0", "p0/sample/0/1", [1, 2], [3, 4, 2], [5], "algorithm1", 0)
+PAIR = Pair("p0/sample/0/1/algorithm1/0", "p0", "p0/sample/0/1", [1, 2], [3, 4, 2], [5], "algorithm1", 0, 0.125)
 
 
 class ShardsTest(parameterized.TestCase):

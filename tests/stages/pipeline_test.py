@@ -128,6 +128,17 @@ class RecipeTest(absltest.TestCase):
       self.assertAlmostEqual(first["margin/per_pair"], 0.0, delta=1e-4)
       self.assertAlmostEqual(first["loss/per_pair"], 0.693147, delta=1e-4)
 
+  def test_another_loss_on_other_pairs(self):
+    # Fails if dpo.loss or pairs.outcome_mode is not read: DPO-Positive starts at ln 2 too, IPO at (1/2τ)² = 4.
+    workdir = copy_of_finished()
+    shutil.rmtree(workdir / "dpo")
+    flags = ["--stages=dpo", "--config.dpo.loss=ipo", "--config.dpo.tau=0.25", "--config.pairs.outcome_mode=furthest"]
+    done = launch(workdir, *flags)
+    self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+    first = json.loads((workdir / "dpo/dpo/metrics.jsonl").read_text().splitlines()[0])
+    self.assertAlmostEqual(first["loss/per_pair"], 4.0, delta=1e-3)
+    self.assertIn('"pair_mode": "furthest"', (workdir / "dpo/dpo/pairs/00000.jsonl").read_text())
+
   def test_second_run_does_nothing_again(self):
     # Fails if a finished stage is run anew (its manifest would be written again).
     workdir = copy_of_finished()
@@ -232,6 +243,7 @@ class RefusalTest(parameterized.TestCase):
     ("--config.mesh.tensor=3", ("mesh.tensor=3",)),
     ("--config.pairs.pit_rule=worst", ("pairs.pit_rule='worst'", "lowest_value")),
     ("--config.credit.best_of=9", ("credit.best_of=9",)),
+    ("--config.pairs.pair_mode=positives_too", ("positives_too", "credit.max_right_per_problem")),
     ("--config.task.num_operations=2", ("task.num_operations=2",)),
   )
   def test_flags(self, flag, parts):

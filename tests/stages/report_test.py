@@ -272,7 +272,7 @@ def test_stage_shows_the_preferred_branch(run_):
   tokenizer = transformers.AutoTokenizer.from_pretrained(str(run_.workdir / "sft" / "policy"))
   chosen = tokenizer.encode(" A: X= 2 + Y= 3 A= 5\n")
   Shards(run_.workdir / "dpo" / "step_dpo" / "pairs", Pair).write(
-    [Pair("a", "p1", "p1/sample/3", [1], chosen, [2], "shared_prefix", 1)]
+    [Pair("a", "p1", "p1/sample/3", [1], chosen, [2], "shared_prefix", 1, 0.0)]
   )
   _stage(run_.workdir, "dpo/step_dpo", {"pairs": 1})
   text = _Page(epath.Path(report.run(run_)["path"]).read_text()).text

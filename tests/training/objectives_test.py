@@ -31,11 +31,13 @@ C = Example(Tree([19, 20, 21, 22], (Branch(2, [23, 24, 25], scored=[True, False,
 EXAMPLES = (A, B, C)
 SHAPE = Shape(rows=3, length=18, scored=10, pairs=2, branches=4)  # rows: A and C, B, padding
 BETA, NLL, SMOOTHING = 0.3, 0.2, 0.1
+EOS = (10, 25)  # the ends of A's rejected branch and of C's
 LONGEST = 8
 
 MODEL = toy.model(dtype="float64", param_dtype="float64")
 sft = jax.jit(objectives.make_sft(MODEL))
-dpo = jax.jit(objectives.make_dpo(MODEL, 4, beta=BETA, nll_weight=NLL, label_smoothing=SMOOTHING))
+dpo_loss = functools.partial(losses.dpo_loss, beta=BETA, label_smoothing=SMOOTHING)
+dpo = jax.jit(objectives.make_preference(MODEL, 4, dpo_loss, beta=BETA, nll_weight=NLL, eos_ids=EOS))
 
 
 @jax.jit
@@ -87,6 +89,22 @@ class ObjectivesTest(parameterized.TestCase):
     self.assertLen(found, 3)
     return np.array(found).T
 
+  def early_eos(self):
+    """P(EOS) after each of the five branches that do not end in it, from the unpacked sequences."""
+    rows = [
+      list(example.tree.trunk[: branch.fork]) + list(branch.ids)
+      for example in EXAMPLES
+      for branch in example.tree.branches
+      if branch.ids[-1] not in EOS
+    ]
+    self.assertLen(rows, 5)
+    token = np.zeros((len(rows), len(EOS), LONGEST + 1), np.int32)
+    for n, ids in enumerate(rows):
+      for e, eos in enumerate(EOS):
+        token[n, e, : len(ids) + 1] = [*ids, eos]
+    logp = np.asarray(_next_logprobs(self.params, token.reshape(-1, LONGEST + 1))).reshape(len(rows), len(EOS), -1)
+    return np.array([np.exp(logp[n, :, len(ids) - 1]).sum() for n, ids in enumerate(rows)])
+
   def test_sft_equals_unpacked_sequences(self):
     # Fails if a token's log-prob is read at another place than its parent, if a branch's first token is left out, if
     # unscored or padded places count, or if the mean is taken per row or per sequence.
@@ -106,11 +124,11 @@ class ObjectivesTest(parameterized.TestCase):
     # Fails if a pair reads another branch or row, if a sum misses the first response token or holds trunk tokens, if an
     # empty place counts as a pair, or if the loss is averaged over rows or weights.
     chosen, rejected, ref_chosen, ref_rejected, tokens = self.pair_sums()
-    h = BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    h = (chosen - ref_chosen) - (rejected - ref_rejected)
     log_sigmoid = lambda x: -np.log1p(np.exp(-x))
-    dpo_P = -(1 - SMOOTHING) * log_sigmoid(h) - SMOOTHING * log_sigmoid(-h)
+    dpo_P = -(1 - SMOOTHING) * log_sigmoid(BETA * h) - SMOOTHING * log_sigmoid(-BETA * h)
     self.assertAlmostEqual(float(self.dpo_loss), np.mean(dpo_P + NLL * -chosen / tokens), delta=1e-6)
-    self.assertGreater(np.max(h), 5.0)  # one pair is saturated, one is on the wrong side
+    self.assertGreater(np.max(BETA * h), 5.0)  # one pair is saturated, one is on the wrong side
     self.assertLess(np.min(h), 0.0)
     expected = {
       "loss/per_pair": dpo_P.mean(),
@@ -119,14 +137,16 @@ class ObjectivesTest(parameterized.TestCase):
       "accuracy/per_pair": (h > 0).mean(),
       "chosen_shift/per_pair": (chosen - ref_chosen).mean(),
       "rejected_shift/per_pair": (rejected - ref_rejected).mean(),
-      "saturated/per_pair": (h > 5.0).mean(),
+      "saturated/per_pair": (BETA * h > 5.0).mean(),
+      "early_eos/per_unfinished_branch": self.early_eos().mean(),
     }
     got = averages(self.dpo_metrics)
     self.assertSameElements(got, expected)
     for name, value in expected.items():
       # Metrics name their unit: pairs are counted by the pair, the chosen's loss by the token.
       self.assertAlmostEqual(got[name], value, delta=1e-9, msg=name)
-      self.assertEqual(float(self.dpo_metrics[name][1]), tokens.sum() if name.endswith("per_token") else 3, name)
+      counts = {"per_token": tokens.sum(), "per_unfinished_branch": 5}
+      self.assertEqual(float(self.dpo_metrics[name][1]), counts.get(name.partition("/")[2], 3), name)
 
   def test_the_loss_parts_add_up(self):
     # Fails if a part is divided by its own count: microbatches and devices sum their parts.

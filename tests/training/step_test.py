@@ -1,9 +1,12 @@
 """One train step in float64: accumulated and sharded it is the step of one device on the whole batch."""
 
+import functools
+
 import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from synthneg_jax.core import losses
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime import mesh as mesh_lib
@@ -36,7 +39,8 @@ def take_step(mesh, accumulate: int = 1):
   section.update(learning_rate=0.05, weight_decay=0.1, schedule="constant", warmup_share=0.0)
   made = optimizer.make_optimizer(section, 4)
   shardings = step_lib.state_shardings(MODEL, made, mesh)
-  objective = objectives.make_dpo(MODEL, SHAPE.branches, beta=0.3, nll_weight=0.2)
+  loss = functools.partial(losses.dpo_loss, beta=0.3)
+  objective = objectives.make_preference(MODEL, SHAPE.branches, loss, beta=0.3, nll_weight=0.2, eos_ids=(2,))
   state = step_lib.make_init(made, shardings)(jax.device_put(toy.make_params(MODEL), shardings["params"]))
   batch = jax.device_put(make_batch(), step_lib.batch_shardings(mesh))
   state, metrics = step_lib.make_step(objective, made, shardings, mesh, accumulate)(state, batch)

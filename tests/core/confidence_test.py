@@ -6,7 +6,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from scipy import integrate, stats
 
-from synthneg_jax.core import intervals
+from synthneg_jax.core import advantages
 
 COUNTS = np.array([(c, m) for m in range(1, 21) for c in range(m + 1)])
 
@@ -17,7 +17,7 @@ class ValueIntervalTest(parameterized.TestCase):
     # Fails for any wrong term of the formula or for z of one tail: at both ends (c/M - q)² = z² q(1 - q)/M.
     c, m = COUNTS.T
     z = stats.norm.ppf(0.5 + level / 2)
-    low, high = intervals.value_interval(c, m, level=level)
+    low, high = advantages.value_interval(c, m, level=level)
     for end in (low, high):
       np.testing.assert_allclose((c / m - end) ** 2, z**2 * end * (1 - end) / m, rtol=1e-9, atol=1e-14)
     self.assertTrue(np.all((low <= c / m) & (c / m <= high) & (low < high)))
@@ -26,20 +26,20 @@ class ValueIntervalTest(parameterized.TestCase):
   def test_beta_leaves_equal_tails(self, level):
     # Fails for another prior than Jeffreys', for a tail of 1 - level on each side, or for open ends at c = 0 and c = M.
     c, m = COUNTS.T
-    low, high = intervals.value_interval(c, m, level=level, method="beta")
+    low, high = advantages.value_interval(c, m, level=level, method="beta")
     posterior = stats.beta(c + 0.5, m - c + 0.5)
     np.testing.assert_allclose(posterior.cdf(low), np.where(c > 0, (1 - level) / 2, 0.0), rtol=1e-9)
     np.testing.assert_allclose(posterior.sf(high), np.where(c < m, (1 - level) / 2, 0.0), rtol=1e-9)
 
   def test_golden(self):
     # Fails if the oracles are changed along with the subject: 2 of 10 at 95 %, Wilson's from the literature.
-    np.testing.assert_allclose(intervals.value_interval(2, 10), (0.05668, 0.50984), atol=1e-5)
+    np.testing.assert_allclose(advantages.value_interval(2, 10), (0.05668, 0.50984), atol=1e-5)
 
   @parameterized.parameters("wilson", "beta")
   def test_covers(self, method):
     # Fails if the level is another's (0.9 for 0.95): coverage averaged over Q, summed exactly over c.
     m = 20
-    low, high = intervals.value_interval(np.arange(m + 1), m, method=method)
+    low, high = advantages.value_interval(np.arange(m + 1), m, method=method)
     q = (np.arange(1000)[:, None] + 0.5) / 1000
     covered = np.sum(stats.binom.pmf(np.arange(m + 1), m, q) * ((low <= q) & (q <= high)), axis=1)
     self.assertBetween(covered.mean(), 0.94, 0.965)
@@ -47,13 +47,13 @@ class ValueIntervalTest(parameterized.TestCase):
   @parameterized.parameters("wilson", "beta")
   def test_no_rollouts(self, method):
     # Fails if no rollouts give NaN or less than the whole range.
-    low, high = intervals.value_interval([[0]], [[0]], method=method)
+    low, high = advantages.value_interval([[0]], [[0]], method=method)
     np.testing.assert_allclose((low, high), ([[0.0]], [[1.0]]), atol=1e-15)
 
   def test_unknown_method(self):
     # Fails if an unknown method falls through to one of the others.
     with self.assertRaisesRegex(ValueError, "No interval method 'wald': wilson or beta"):
-      intervals.value_interval(1, 2, method="wald")
+      advantages.value_interval(1, 2, method="wald")
 
 
 class SignConfidenceTest(parameterized.TestCase):
@@ -65,7 +65,7 @@ class SignConfidenceTest(parameterized.TestCase):
     rng, draws = np.random.default_rng(0), 400_000
     after = rng.beta(c + 0.5, m - c + 0.5, draws)
     rate = np.mean(after < rng.beta(c_before + 0.5, m_before - c_before + 0.5, draws))
-    got = float(intervals.sign_confidence(c, m, c_before, m_before))
+    got = float(advantages.sign_confidence(c, m, c_before, m_before))
     self.assertAlmostEqual(got, rate, delta=4.5 * math.sqrt(max(got * (1 - got), 1e-6) / draws))
 
   @parameterized.parameters((2, 5, 3, 7), (0, 4, 1, 4), (12, 30, 20, 30))
@@ -73,20 +73,20 @@ class SignConfidenceTest(parameterized.TestCase):
     # Fails if the nodes are too few, or on an error below Monte Carlo's.
     after, before = stats.beta(c + 0.5, m - c + 0.5), stats.beta(c_before + 0.5, m_before - c_before + 0.5)
     area, _ = integrate.quad(lambda q: before.pdf(q) * after.cdf(q), 0, 1, epsabs=1e-12, limit=500)
-    self.assertAlmostEqual(float(intervals.sign_confidence(c, m, c_before, m_before)), area, delta=1e-8)
+    self.assertAlmostEqual(float(advantages.sign_confidence(c, m, c_before, m_before)), area, delta=1e-8)
 
   def test_symmetry(self):
     # Fails if after and before are treated unlike each other, or with too few nodes for many rollouts.
     rng = np.random.default_rng(0)
     m, m_before = rng.integers(0, 2000, (2, 50))
     c, c_before = rng.integers(0, m + 1), rng.integers(0, m_before + 1)
-    there = intervals.sign_confidence(c, m, c_before, m_before)
-    np.testing.assert_allclose(there + intervals.sign_confidence(c_before, m_before, c, m), 1.0, atol=1e-9)
-    np.testing.assert_allclose(intervals.sign_confidence(c, m, c, m), 0.5, atol=1e-9)
+    there = advantages.sign_confidence(c, m, c_before, m_before)
+    np.testing.assert_allclose(there + advantages.sign_confidence(c_before, m_before, c, m), 1.0, atol=1e-9)
+    np.testing.assert_allclose(advantages.sign_confidence(c, m, c, m), 0.5, atol=1e-9)
 
   def test_shapes(self):
     # Fails if counts must have one shape, or if a batch is summed.
-    got = intervals.sign_confidence(np.zeros((3, 1), int), 10, np.array([0, 9]), 10)
+    got = advantages.sign_confidence(np.zeros((3, 1), int), 10, np.array([0, 9]), 10)
     self.assertEqual(got.shape, (3, 2))
     np.testing.assert_array_equal(got[:, 1] > 0.99, True)
 
