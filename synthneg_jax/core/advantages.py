@@ -104,6 +104,8 @@ def first_pit(
   Rules:
     lowest_value      the first step with the lowest Q (the paper's Algorithm 1, as read second-hand);
     first_zero        the first step with Q = 0 (Self-Explore, https://arxiv.org/abs/2404.10346);
+    first_dead        the first step with Q = 0 after which all known steps have Q = 0 too: a success later on says that
+                      the zero was bad luck, as what came right from y_1:j came right from y_1:i too (ours);
     least_advantage   the first step with the lowest A (https://arxiv.org/abs/2410.08146, appendix A);
     relative_drop     the first step with Q <= drop_ratio · Q before and Q before >= min_before (ours).
 
@@ -128,13 +130,16 @@ def first_pit(
     return jnp.where(jnp.any(known_S), jnp.argmin(jnp.where(known_S, q_S, jnp.inf)), -1).astype(jnp.int32)
   if rule == "first_zero":
     found_S = known_S & (q_S <= 0)
+  elif rule == "first_dead":
+    step_S = jnp.arange(q_S.size)
+    found_S = known_S & (step_S > jnp.max(jnp.where(known_S & (q_S > 0), step_S, -1)))
   elif rule == "least_advantage":
     both_S = known_S & before_known_S
     return jnp.where(jnp.any(both_S), jnp.argmin(jnp.where(both_S, q_S - before_S, jnp.inf)), -1).astype(jnp.int32)
   elif rule == "relative_drop":
     found_S = known_S & before_known_S & (q_S <= drop_ratio * before_S) & (before_S >= min_before)
   else:
-    raise ValueError(f"No pit rule {rule!r}: lowest_value, first_zero, least_advantage or relative_drop.")
+    raise ValueError(f"No pit rule {rule!r}: lowest_value, first_zero, first_dead, least_advantage or relative_drop.")
   return jnp.where(jnp.any(found_S), jnp.argmax(found_S), -1).astype(jnp.int32)
 
 

@@ -124,7 +124,7 @@ def default() -> ConfigDict:
         "pair_mode": "algorithm1",  # of step_dpo: algorithm1, shared_prefix, positives_too, arbitrary, furthest (docs/method.md)
         "outcome_mode": "arbitrary",  # of dpo: arbitrary, or furthest in edit distance (Pal et al.)
         "furthest": "largest",  # furthest: each right takes the largest distance, or shortest_far, the shortest that is far
-        "pit_rule": "lowest_value",  # lowest_value, first_zero, least_advantage or relative_drop
+        "pit_rule": "lowest_value",  # lowest_value, first_zero, first_dead, least_advantage or relative_drop
         "drop_ratio": 0.34,  # relative_drop: Q falls to this share of Q before, or below
         "min_before": 0.25,  # relative_drop: and Q before is at least this
         "spurious_below": 0.0,  # positives_too: a right trace's step is rejected if its advantage is below this
@@ -172,7 +172,7 @@ _CHOICES = {
   "pairs.pair_mode": ("algorithm1", "shared_prefix", "positives_too", "arbitrary", "furthest"),
   "pairs.outcome_mode": ("arbitrary", "furthest"),
   "pairs.furthest": ("largest", "shortest_far"),
-  "pairs.pit_rule": ("lowest_value", "first_zero", "least_advantage", "relative_drop"),
+  "pairs.pit_rule": ("lowest_value", "first_zero", "first_dead", "least_advantage", "relative_drop"),
   "pairs.continuation": ("step", "rollout"),
   "pairs.choice": ("random", "shortest", "most_likely", "majority"),
 }

