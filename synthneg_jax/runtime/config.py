@@ -101,7 +101,8 @@ def default() -> ConfigDict:
         "top_p": 1.0,  # only the most likely tokens with this much probability
       },
       "credit": {
-        "num_rollouts": 10,  # rollouts from each prefix
+        "schedule": "all",  # which prefixes get rollouts: all, until_first_zero, bisect or adaptive (rollouts/schedules.py)
+        "num_rollouts": 10,  # rollouts from each prefix; of the schedules but all, at most
         "temperature": 0.7,  # of rollouts
         "top_k": 0,  # as in sample
         "top_p": 1.0,  # as in sample
@@ -121,7 +122,7 @@ def default() -> ConfigDict:
         "nll_weight": 0.0,  # weight of the chosen branch's next-token loss per token
       },
       "pairs": {
-        "pair_mode": "algorithm1",  # of step_dpo: algorithm1, shared_prefix, positives_too, arbitrary, furthest (docs/method.md)
+        "pair_mode": "algorithm1",  # of step_dpo: algorithm1, shared_prefix, positives_too, arbitrary, furthest
         "outcome_mode": "arbitrary",  # of dpo: arbitrary, or furthest in edit distance (Pal et al.)
         "furthest": "largest",  # furthest: each right takes the largest distance, or shortest_far, the shortest that is far
         "pit_rule": "lowest_value",  # lowest_value, first_zero, first_dead, least_advantage or relative_drop
@@ -168,6 +169,7 @@ _CHOICES = {
   "model.dtype": ("float32", "bfloat16"),
   "model.param_dtype": ("float32", "bfloat16"),
   "rft.start": ("base", "sft"),
+  "credit.schedule": ("all", "until_first_zero", "bisect", "adaptive"),
   "dpo.loss": ("dpo", "ipo", "dpop"),
   "pairs.pair_mode": ("algorithm1", "shared_prefix", "positives_too", "arbitrary", "furthest"),
   "pairs.outcome_mode": ("arbitrary", "furthest"),
@@ -175,6 +177,12 @@ _CHOICES = {
   "pairs.pit_rule": ("lowest_value", "first_zero", "first_dead", "least_advantage", "relative_drop"),
   "pairs.continuation": ("step", "rollout"),
   "pairs.choice": ("random", "shortest", "most_likely", "majority"),
+}
+_PIT_RULES = {  # what each schedule leaves known
+  "all": _CHOICES["pairs.pit_rule"],
+  "until_first_zero": ("lowest_value", "first_zero", "first_dead", "relative_drop"),
+  "bisect": ("lowest_value", "first_zero", "first_dead"),
+  "adaptive": ("first_dead",),
 }
 _POSITIVE = (
   "task.train_problems",
@@ -203,6 +211,12 @@ def check_values(config: ConfigDict) -> None:
       raise UserError(f"{name}={values[name]} must be at least 1.")
   if values["pairs.pair_mode"] == "positives_too" and values["credit.max_right_per_problem"] < 1:
     raise UserError("pairs.pair_mode='positives_too' needs credit of right traces: credit.max_right_per_problem is 0.")
+  rule, schedule = values["pairs.pit_rule"], values["credit.schedule"]
+  if rule not in _PIT_RULES[schedule]:
+    raise UserError(
+      f"pairs.pit_rule={rule!r} needs values that credit.schedule={schedule!r} leaves out; it goes with "
+      f"{', '.join(_PIT_RULES[schedule])}."
+    )
   k = values["credit.best_of"]
   for name in ("credit.num_rollouts", "sample.num_traces"):
     if values[name] < k:

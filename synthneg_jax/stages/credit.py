@@ -1,7 +1,8 @@
 """Stage credit: step-level Q. From every step's prefix of a trace, rollouts of π_sft, counted right or not.
 
 One prefill of prompt and trace serves all its prefixes: a rollout is a branch that forks at a step's end. The last step
-has no rollouts: its value is the trace's verdict. Equal prefixes of a problem are estimated once.
+has no rollouts: its value is the trace's verdict. Equal prefixes of a problem are estimated once. Which prefixes get
+rollouts is credit.schedule's to say (rollouts/schedules.py), round by round where it depends on what came out.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from synthneg_jax.core import pairs, selection
+from synthneg_jax.rollouts import schedules
 from synthneg_jax.rollouts.engine import Trunk
 from synthneg_jax.runtime import keys
 from synthneg_jax.runtime.progress import Progress
@@ -30,82 +32,113 @@ def choose(group: Sequence[Trace], max_wrong: int, max_right: int) -> list[Trace
   return [group[index] for index in sorted(right + wrong)]
 
 
-def _plan(run_: Run, prompt: Sequence[int], trace: Trace, owner: dict[str, str]) -> Trunk | None:
-  """The trunk of a trace with rollouts at each prefix that no trace of the problem holds yet; fills in `owner`."""
+@dataclasses.dataclass
+class _Prefix:
+  """The first `steps` + 1 steps of a trace, the first of its problem that begins so, with the rollouts made from there."""
+
+  trace: Trace
+  step: int
+  hash: str
+  samples: list[Rollout] = dataclasses.field(default_factory=list)
+
+  @property
+  def key(self) -> str:
+    return f"{self.trace.id}/{self.step}"
+
+  @property
+  def successes(self) -> int:
+    return sum(sample.correct for sample in self.samples)
+
+
+def _prefixes(traces: Sequence[Trace]) -> dict[str, list[_Prefix]]:
+  """For each trace of one problem its prefixes but the whole; equal ones are the same object."""
+  known, of_trace = {}, {}
+  for trace in traces:
+    hashes = [keys.hash_ids(trace.ids[:end]) for end in trace.step_ends[:-1]]
+    of_trace[trace.id] = [known.setdefault(h, _Prefix(trace, step, h)) for step, h in enumerate(hashes)]
+  return of_trace
+
+
+def _wanted(run_: Run, of_trace: dict[str, list[_Prefix]]) -> dict[str, list[tuple[_Prefix, int]]]:
+  """By the trace that holds them: prefixes and how many more rollouts the schedule wants from each, now."""
   section = run_.config.credit
-  forks, item_keys = [], []
-  for step, end in enumerate(trace.step_ends[:-1]):
-    prefix = keys.hash_ids(trace.ids[:end])
-    if prefix in owner:
-      continue
-    owner[prefix] = f"{trace.id}/{step}"
-    for index in range(section.num_rollouts):
-      forks.append(len(prompt) + end)
-      item_keys.append(keys.draw_key(run_.config.seed, "credit", 0, trace.problem_id, prefix, index))
-  if not forks:
-    return None
-  longest = trace.step_ends[-2]
-  return Trunk(list(prompt) + trace.ids[:longest], forks, np.stack(item_keys))
+  schedule = schedules.SCHEDULES[section.schedule]
+  more = {}
+  for prefixes in of_trace.values():
+    successes, rollouts = [p.successes for p in prefixes], [len(p.samples) for p in prefixes]
+    for prefix, count in zip(prefixes, schedule(successes, rollouts, section.num_rollouts), strict=True):
+      if count:
+        more[prefix.key] = prefix, max(count, more.get(prefix.key, (None, 0))[1])
+  holders = {}
+  for prefix, count in more.values():
+    holders.setdefault(prefix.trace.id, []).append((prefix, count))
+  return holders
 
 
-def _estimates(trace: Trace, owner: dict[str, str], made: dict[str, list[Rollout]]) -> list[StepEstimate]:
+def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, answers) -> None:
+  """One round of the engine: adds the rollouts to their prefixes."""
+  section, trunks, items = run_.config.credit, [], []
+  for group in wanted.values():
+    trace = group[0][0].trace
+    prompt = prompts[trace.problem_id]
+    places = [(prefix, len(prefix.samples) + n) for prefix, count in group for n in range(count)]
+    ends = [trace.step_ends[prefix.step] for prefix, _ in places]
+    draw_keys = [
+      keys.draw_key(run_.config.seed, "credit", 0, trace.problem_id, prefix.hash, index) for prefix, index in places
+    ]
+    trunks.append(Trunk(prompt + trace.ids[: max(ends)], [len(prompt) + end for end in ends], np.stack(draw_keys)))
+    items.append(places)
+  for index, generations in engine.run(policy.params, trunks, sampling(section)):
+    for (prefix, _), generation in zip(items[index], generations, strict=True):
+      ids, trace = generation.ids.tolist(), prefix.trace
+      text = policy.token_text.text(trace.ids[: trace.step_ends[prefix.step]] + ids)
+      graded = traces_lib.verdict(run_, policy, text, answers[trace.problem_id], generation.finish)
+      first = (step_ends(ids, policy.token_text, run_.config.task.step_delimiter) or [0])[0]
+      logp = [round(float(np.sum(generation.logp[:end])), 5) for end in (first, len(ids))]
+      prefix.samples.append(Rollout(ids, graded.correct, graded.reason, generation.finish, *logp))
+
+
+def _estimates(trace: Trace, prefixes: Sequence[_Prefix]) -> list[StepEstimate]:
   records = []
   for step, end in enumerate(trace.step_ends):
-    key = f"{trace.id}/{step}"
-    if step == len(trace.step_ends) - 1:
-      at, rollouts, samples, exact = key, 0, [], True
-      successes = 0
-    else:
-      at = owner[keys.hash_ids(trace.ids[:end])]
-      samples, exact = made[at], False
-      rollouts, successes = len(samples), sum(sample.correct for sample in samples)
+    key, last = f"{trace.id}/{step}", step == len(trace.step_ends) - 1
+    prefix = _Prefix(trace, step, "") if last else prefixes[step]
     records.append(
       StepEstimate(
         trace_id=trace.id,
         problem_id=trace.problem_id,
         step=step,
         prefix_end=end,
-        rollouts=rollouts,
-        successes=successes,
-        exact=exact,
-        correct=exact and trace.correct,
-        samples=[dataclasses.asdict(sample) for sample in samples] if at == key else [],
-        samples_at=at,
+        rollouts=len(prefix.samples),
+        successes=prefix.successes,
+        exact=last,
+        correct=last and trace.correct,
+        samples=[dataclasses.asdict(sample) for sample in prefix.samples] if prefix.key == key else [],
+        samples_at=prefix.key,
       )
     )
   return records
 
 
 def _credit(run_: Run, policy: Policy, engine, problems: Sequence[Problem], groups, progress) -> list[StepEstimate]:
-  """Estimates of all chosen traces of some problems."""
+  """Estimates of all chosen traces of some problems, in as many rounds of the engine as the schedule takes."""
   section = run_.config.credit
-  owners, chosen, trunks, held_by = {}, [], [], []
-  for problem in problems:
-    prompt = training.prompt_ids(run_, policy, problem)
-    owner = owners.setdefault(problem.id, {})
-    for trace in choose(groups.get(problem.id, []), section.max_wrong_per_problem, section.max_right_per_problem):
-      chosen.append(trace)
-      trunk = _plan(run_, prompt, trace, owner)
-      if trunk:
-        trunks.append(trunk)
-        held_by.append((trace, len(prompt)))
-  answer = {problem.id: problem.answer for problem in problems}
-  made = {}
-  for index, generations in engine.run(policy.params, trunks, sampling(section)):
-    trace, offset = held_by[index]
-    step_of = {offset + end: step for step, end in enumerate(trace.step_ends)}
-    for fork, generation in zip(trunks[index].forks, generations, strict=True):
-      ids = generation.ids.tolist()
-      text = policy.token_text.text(trace.ids[: fork - offset] + ids)
-      graded = traces_lib.verdict(run_, policy, text, answer[trace.problem_id], generation.finish)
-      first = (step_ends(ids, policy.token_text, run_.config.task.step_delimiter) or [0])[0]
-      logp = [round(float(np.sum(generation.logp[:end])), 5) for end in (first, len(ids))]
-      made.setdefault(f"{trace.id}/{step_of[fork]}", []).append(
-        Rollout(ids, graded.correct, graded.reason, generation.finish, *logp)
-      )
-    progress.update(1)
-  progress.update(len(chosen) - len(trunks))
-  return [record for trace in chosen for record in _estimates(trace, owners[trace.problem_id], made)]
+  chosen = {
+    problem.id: choose(groups.get(problem.id, []), section.max_wrong_per_problem, section.max_right_per_problem)
+    for problem in problems
+  }
+  prompts = {problem.id: training.prompt_ids(run_, policy, problem) for problem in problems}
+  answers = {problem.id: problem.answer for problem in problems}
+  of_trace = {key: prefixes for traces in chosen.values() for key, prefixes in _prefixes(traces).items()}
+  open_traces = of_trace
+  while wanted := _wanted(run_, open_traces):
+    _roll_out(run_, policy, engine, wanted, prompts, answers)
+    busy = {prefix.key for group in wanted.values() for prefix, _ in group}
+    still = {key: prefixes for key, prefixes in open_traces.items() if any(p.key in busy for p in prefixes)}
+    progress.update(len(open_traces) - len(still))
+    open_traces = still
+  progress.update(len(open_traces))
+  return [record for traces in chosen.values() for trace in traces for record in _estimates(trace, of_trace[trace.id])]
 
 
 def run(run_: Run) -> dict:

@@ -139,6 +139,26 @@ class RecipeTest(absltest.TestCase):
     self.assertAlmostEqual(first["loss/per_pair"], 4.0, delta=1e-3)
     self.assertIn('"pair_mode": "furthest"', (workdir / "dpo/dpo/pairs/00000.jsonl").read_text())
 
+  def test_another_schedule(self):
+    # Fails if the schedule is not read, if rounds draw other rollouts than one round does (their keys count on), if a
+    # round's rollouts are lost or counted twice, or if one goes on for good.
+    workdir = copy_of_finished()
+    estimates = lambda folder: [json.loads(line) for line in (folder / "credit/estimates/00000.jsonl").open()]
+    before = {(e["trace_id"], e["step"]): e for e in estimates(workdir)}
+    shutil.rmtree(workdir / "credit")
+    flags = ["--stages=credit", "--config.credit.schedule=adaptive", "--config.pairs.pit_rule=first_dead"]
+    done = launch(workdir, *flags)
+    self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+    after = {(e["trace_id"], e["step"]): e for e in estimates(workdir)}
+    self.assertEqual(list(after), list(before))
+    drawn = 0
+    for key, estimate in after.items():
+      ids = [sample["ids"] for sample in estimate["samples"]]
+      self.assertEqual(ids, [sample["ids"] for sample in before[key]["samples"][: len(ids)]])
+      self.assertEqual(estimate["samples_at"], before[key]["samples_at"])
+      drawn += len(ids)
+    self.assertBetween(drawn, 1, sum(len(estimate["samples"]) for estimate in before.values()) - 1)
+
   def test_second_run_does_nothing_again(self):
     # Fails if a finished stage is run anew (its manifest would be written again).
     workdir = copy_of_finished()
@@ -243,6 +263,7 @@ class RefusalTest(parameterized.TestCase):
     ("--config.mesh.tensor=3", ("mesh.tensor=3",)),
     ("--config.pairs.pit_rule=worst", ("pairs.pit_rule='worst'", "lowest_value")),
     ("--config.credit.best_of=9", ("credit.best_of=9",)),
+    ("--config.credit.schedule=adaptive", ("credit.schedule='adaptive'", "first_dead")),
     ("--config.pairs.pair_mode=positives_too", ("positives_too", "credit.max_right_per_problem")),
     ("--config.task.num_operations=2", ("task.num_operations=2",)),
   )
