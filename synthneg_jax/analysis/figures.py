@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 
 INK = "#1f2328"
 BLUE, ORANGE, GREY = "#3b86c8", "#d9772b", "#8a919b"
-_STYLE = {
+STYLE = {
   "axes.axisbelow": True,
   "axes.edgecolor": INK,
   "axes.labelcolor": INK,
@@ -49,7 +49,7 @@ def errors(labels: Sequence[str], values: Sequence[float], intervals: Sequence[t
     values: test errors, shares in [0, 1].
     intervals: (low, high) of each, shares.
   """
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure, axes = _figure(0.75 + 0.34 * len(labels))
     for row, (value, (low, high)) in enumerate(zip(values, intervals, strict=True)):
       axes.plot([100 * low, 100 * high], [row, row], color=BLUE, linewidth=2.5, solid_capstyle="round")
@@ -72,7 +72,7 @@ def mean_values(means: Sequence[float], counts: Sequence[int], start: float) -> 
     counts: traces in each mean; where 0, no mean is drawn.
     start: mean V of the bare problem, drawn at step 0.
   """
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure, (above, below) = _figure(3.1, 2, sharex=True, height_ratios=(3, 1))
     steps = list(range(1, len(means) + 1))
     means = [mean if count else math.nan for mean, count in zip(means, counts, strict=True)]
@@ -99,7 +99,7 @@ def pits(counts: Sequence[int], without: int) -> Figure:
     counts: traces whose pit is step 1, 2, ...
     without: traces in which the rule finds no pit.
   """
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure, axes = _figure(2.4)
     places = list(range(1, len(counts) + 1))
     axes.bar(places, counts, color=ORANGE, width=0.6)
@@ -130,7 +130,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
     label: what a screen reader says, plain text without quotes or markup.
   """
   buffer = io.StringIO()
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
   text = buffer.getvalue()
   text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
