@@ -69,6 +69,7 @@ def _variant(run_: Run, name: str, mode: str) -> dict:
   )
   store = reference.Store(run_.workdir / "dpo" / "reference" / f"{policy.fingerprint}-{run_.config.model.dtype}.npz")
   reference.score(policy.model, policy.params, trees, section.row_length, run_.mesh, store)
+  figures["sampler_gap_nats"] = round(pairs_lib.sampler_gap(run_, policy, pairs, store), 7)
   plan = training.plan(run_, section, pairs_lib.examples(trees, numbered, store), names)
   objective = objectives.make_preference(
     policy.model,

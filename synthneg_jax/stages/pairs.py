@@ -203,6 +203,22 @@ def build(run_: Run, policy: Policy, mode: str) -> tuple[list[Pair], dict]:
   return pairs, figures
 
 
+def sampler_gap(run_: Run, policy: Policy, pairs: Sequence[Pair], store: reference.Store) -> float:
+  """The largest difference between sampler and trainer over the rejected tokens' log-probs under π_sft, nats.
+
+  Both passes are of one model; what lies between them is rounding, or a defect.
+  """
+  traces = {trace.id: trace for trace in Shards(run_.workdir / "sample" / "traces", Trace).read()}
+  problems, largest = run_.problems("train"), 0.0
+  for pair in pairs:
+    key = reference.branch_key(pair.trunk, len(pair.trunk), pair.rejected)
+    if key in store:  # not where the pair was too long
+      start = len(pair.trunk) - len(training.prompt_ids(run_, policy, problems[pair.problem_id]))
+      drawn = traces[pair.trace_id].logps[start : start + len(pair.rejected)]
+      largest = max(largest, float(np.max(np.abs(store[key] - np.asarray(drawn)))))
+  return largest
+
+
 def trees(
   pairs: Sequence[Pair], most_branches: int, length: int
 ) -> tuple[list[Tree], list[list[tuple[int, int]]], list[str], int]:

@@ -76,9 +76,10 @@ def train(
   """Trains a policy's weights and writes the result to folder/policy.
 
   Returns:
-    (fingerprint of the new weights, figures: steps and the last step's metrics).
+    (fingerprint of the new weights, figures: steps, the packed rows' fill and the last step's metrics).
   """
   params, policy.params = policy.params, None  # donated
   params, last = loop.fit(name, section, policy.model, params, objective, plan_, run_.mesh, folder, check_start)
   fingerprint = policies.save(folder / "policy", policy, params)
-  return fingerprint, {"steps": plan_.num_steps, **{key: round(value, 5) for key, value in last.items()}}
+  figures = {"steps": plan_.num_steps, "fill": round(plan_.fill, 3)}
+  return fingerprint, figures | {key: round(value, 5) for key, value in last.items()}

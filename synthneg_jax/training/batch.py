@@ -116,8 +116,3 @@ def build(examples: Sequence[Example], shape: Shape) -> Batch:
     num_scored=np.float32(max(int(trees.scored.sum()), 1)),
     num_pairs=np.float32(max(sum(len(example.pairs) for example in examples), 1)),
   )
-
-
-def fill(batch: Batch) -> float:
-  """Share of the batch's places that hold a token."""
-  return float(np.mean(np.asarray(batch.trees.tree) != 0))

@@ -50,6 +50,7 @@ class Batches:
   Attributes:
     num_steps: how many there are.
     shape: the one shape that holds each of them, so that one compiled program serves all.
+    fill: share of all rows' places that hold a token.
   """
 
   def __init__(
@@ -96,6 +97,8 @@ class Batches:
       pairs=widest("pairs"),
       branches=widest("branches"),
     )
+    tokens = sum(examples[i].tree.num_tokens for step in self._steps for i in step)
+    self.fill = tokens / (len(self._steps) * self.shape.rows * row_length)
 
   @property
   def num_steps(self) -> int:

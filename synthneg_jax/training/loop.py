@@ -13,7 +13,6 @@ from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import checkpoints
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.progress import Progress
-from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training import optimizer as optimizer_lib
 from synthneg_jax.training import step as step_lib
 from synthneg_jax.training.batches import Batches
@@ -90,20 +89,12 @@ def fit(
     lines.write(step, averages)
     progress.update(1, loss=next(value for key, value in averages.items() if key.startswith("loss")))
 
+  logging.info("%s: %d steps, %s, %.0f %% full.", name, batches.num_steps, batches.shape, 100 * batches.fill)
   previous = None
   left = Progress(name, batches.num_steps - first_step, "steps")
   with contextlib.closing(keeper), contextlib.closing(lines), left as progress:  # a save is waited for on errors, too
     for step in range(first_step, batches.num_steps):
-      batch = batches.build(step)
-      if step == first_step:
-        logging.info(
-          "%s: %d steps, shape %s, first batch %.0f %% full.",
-          name,
-          batches.num_steps,
-          batches.shape,
-          100 * batch_lib.fill(batch),
-        )
-      state, metrics = run(state, jax.device_put(batch, layout))
+      state, metrics = run(state, jax.device_put(batches.build(step), layout))
       if previous is not None:  # step N is dispatched before the figures of N - 1 are fetched
         report(*previous, progress)
       previous = (step, metrics)

@@ -128,6 +128,13 @@ class RecipeTest(absltest.TestCase):
       self.assertAlmostEqual(first["margin/per_pair"], 0.0, delta=1e-4)
       self.assertAlmostEqual(first["loss/per_pair"], 0.693147, delta=1e-4)
 
+  def test_sampler_and_trainer_agree(self):
+    # Fails if the decoder's log-probs are of another distribution than the trainer's (tempered, masked, another fork), or
+    # of other tokens; float32, so that records, rounded to 1e-5, and rounding in the sums are all that may differ.
+    stages = json.loads((finished() / "summary.json").read_text())["stages"]
+    for name in ("dpo/dpo", "dpo/step_dpo"):
+      self.assertBetween(stages[name]["sampler_gap_nats"], 1e-9, 1e-4)
+
   def test_another_loss_on_other_pairs(self):
     # Fails if dpo.loss or pairs.outcome_mode is not read: DPO-Positive starts at ln 2 too, IPO at (1/2τ)² = 4.
     workdir = copy_of_finished()
