@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import pathlib
 import random
@@ -134,6 +135,24 @@ class RecipeTest(absltest.TestCase):
     stages = json.loads((finished() / "summary.json").read_text())["stages"]
     for name in ("dpo/dpo", "dpo/step_dpo"):
       self.assertBetween(stages[name]["sampler_gap_nats"], 1e-9, 1e-4)
+
+  def test_rollouts_are_the_trace_itself_no_more_often_than_chance(self):
+    # Fails if rollouts draw with the trace's keys, or all with one key: each is the trace's own rest with the probability
+    # that the trace was drawn with, and 5 standard deviations are room enough.
+    records = lambda name: [json.loads(line) for line in (finished() / name / "00000.jsonl").open()]
+    traces = {trace["id"]: trace for trace in records("sample/traces")}
+    chance, spread, seen, distinct = 0.0, 0.0, 0, []
+    for estimate in records("credit/estimates"):
+      trace, end = traces[estimate["trace_id"]], estimate["prefix_end"]
+      probability = math.exp(sum(trace["drawn_logps"][end:]))
+      chance += probability * len(estimate["samples"])
+      spread += probability * (1 - probability) * len(estimate["samples"])
+      seen += sum(sample["ids"] == trace["ids"][end:] for sample in estimate["samples"])
+      if len(estimate["samples"]) > 1:
+        distinct.append(estimate["samples"][0]["ids"] != estimate["samples"][1]["ids"])
+    self.assertGreater(chance, 3.0)  # else nothing would be tested
+    self.assertLess(abs(seen - chance), 5 * spread**0.5 + 1, (seen, chance))
+    self.assertGreater(sum(distinct), len(distinct) / 4)
 
   def test_another_loss_on_other_pairs(self):
     # Fails if dpo.loss or pairs.outcome_mode is not read: DPO-Positive starts at ln 2 too, IPO at (1/2τ)² = 4.
