@@ -61,18 +61,18 @@ def efficiency_factor(sizes, baseline_errors, size: float, method_error: float) 
   exponent, _ = power_law_fit(sizes, baseline_errors)
   x, y = np.log(_positive(sizes)), np.minimum.accumulate(np.log(_positive(baseline_errors)))
   goal, own = float(np.log(_positive(method_error))), float(np.log(_positive(size)))
-  if y[-1] <= goal <= y[0]:
+  above, below = goal > y[0], goal < y[-1]
+  if not (above or below):
     last = int(np.argmax(y <= goal))  # the first point that reaches it
-    if last == 0:
+    if not last:
       return float(np.exp(x[0] - own)), False
     share = (y[last - 1] - goal) / (y[last - 1] - y[last])
     return float(np.exp(x[last - 1] + share * (x[last] - x[last - 1]) - own)), False
-  below = goal < y[-1]
   if exponent <= 0:
     return (np.inf if below else 0.0), True
-  end_x, end_y = (x[-1], y[-1]) if below else (x[0], y[0])
+  end = -1 if below else 0
   with np.errstate(over="ignore"):
-    return float(np.exp(end_x + (end_y - goal) / exponent - own)), True
+    return float(np.exp(x[end] + (y[end] - goal) / exponent - own)), True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +113,10 @@ def bootstrap_efficiency(
 
   def factor_of(baseline_DS, method_S):
     floors = 0.5 / (N * S), 0.5 / (N * len(method_S))
-    baseline_D, method = np.maximum(baseline_DS.mean(-1), floors[0]), max(float(method_S.mean()), floors[1])
+    baseline_D, method = np.maximum(baseline_DS.mean(1), floors[0]), max(float(method_S.mean()), floors[1])
     return efficiency_factor(sizes, baseline_D, size, method)
 
-  factor, extrapolated = factor_of(baseline_DSN.mean(-1), method_SN.mean(-1))
+  factor, extrapolated = factor_of(baseline_DSN.mean(2), method_SN.mean(1))
   factors, beyond = [], []
   for _ in range(draws):
     share_N = rng.multinomial(N, np.full(N, 1 / N)) / N

@@ -166,11 +166,13 @@ class FirstPitTest(parameterized.TestCase):
   @parameterized.parameters(*RULES)
   def test_equals_a_loop(self, rule):
     # Fails if an unknown step is picked, if a step after an unknown one counts where its advantage is unknown, if v0
-    # counts as unknown, or if ties go to a later step. NaN and 9 stand at unknown steps: they must never be read.
+    # counts as unknown, if rules are told apart by identity, or if ties go to a later step. NaN, -1, 9, 1, or
+    # 1 and 0.1 in turn, stand at unknown steps, where nothing must read them.
     q, known, v0 = random_cases(400, 6)
     expected = [loop_pit(*case, rule) for case in zip(q, known, v0, strict=True)]
-    for garbage in (np.nan, -1.0, 9.0):
-      got = pits(np.where(known, q, np.float32(garbage)), known, v0, rule)
+    for garbage in (np.nan, -1.0, 9.0, 1.0, [1.0, 0.1] * 3):
+      filled = np.where(known, q, np.asarray(garbage, np.float32))
+      got = pits(filled, known, v0, "".join(rule))  # a name that is equal, not identical
       self.assertEqual(np.asarray(got).tolist(), expected, garbage)
     self.assertGreater(len(set(expected)), 4)
     self.assertIn(-1, expected)
@@ -198,6 +200,12 @@ class FirstPitTest(parameterized.TestCase):
     pit = lambda rule: int(advantages.first_pit(q, known, jnp.asarray(0.5), rule=rule))
     self.assertEqual((pit("first_zero"), pit("first_dead")), (1, 4))
 
+  @parameterized.parameters("lowest_value", "first_zero", "first_dead")
+  def test_nothing_comes_right(self, rule):
+    # Fails if a response that is lost from its first step is not blamed for it.
+    pit = pits(np.zeros((1, 4), np.float32), np.ones((1, 4), bool), np.zeros(1, np.float32), rule)
+    self.assertEqual(np.asarray(pit).tolist(), [0])
+
   def test_thresholds_of_relative_drop(self):
     # Fails if <= or >= is strict, or if the two thresholds change places.
     q, known, v0 = jnp.asarray([0.5, 0.25, 0.125]), jnp.ones(3, bool), jnp.asarray(0.5)
@@ -206,10 +214,20 @@ class FirstPitTest(parameterized.TestCase):
     self.assertEqual(pit(drop_ratio=0.5, min_before=0.51), -1)
     self.assertEqual(pit(drop_ratio=0.49, min_before=0.1), -1)
 
+  def test_settings_go_by_name(self):
+    # Fails if a setting can be given by its place, where one float is easily taken for another.
+    with self.assertRaises(TypeError):
+      advantages.first_pit(jnp.zeros(2), jnp.ones(2, bool), jnp.asarray(0.0), "first_zero")
+    with self.assertRaises(TypeError):
+      advantages.spurious_step(jnp.zeros(2), jnp.ones(2, bool), jnp.asarray(0.0), -0.1)
+    with self.assertRaises(TypeError):
+      advantages.best_of_k(jnp.zeros(2), jnp.ones(2), 1, True)
+
   def test_unknown_rule(self):
     # Fails if an unknown rule falls through to one of the others.
-    with self.assertRaisesRegex(ValueError, "No pit rule 'lowest': lowest_value, first_zero, first_dead, least_"):
-      advantages.first_pit(jnp.zeros(2), jnp.ones(2, bool), jnp.asarray(0.0), rule="lowest")
+    for rule in ("lowest", "a", "zero"):
+      with self.assertRaisesRegex(ValueError, f"No pit rule '{rule}': lowest_value, first_zero, first_dead, least_"):
+        advantages.first_pit(jnp.zeros(2), jnp.ones(2, bool), jnp.asarray(0.0), rule=rule)
 
 
 class SpuriousStepTest(parameterized.TestCase):

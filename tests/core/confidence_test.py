@@ -36,6 +36,16 @@ class ValueIntervalTest(parameterized.TestCase):
     np.testing.assert_allclose(advantages.value_interval(2, 10), (0.05668, 0.50984), atol=1e-5)
 
   @parameterized.parameters("wilson", "beta")
+  def test_ends_are_exact(self, method):
+    # Fails if rounding puts an end that is 0 or 1 a little aside of it (the lower at 0.56, by itself), or if another end is
+    # put there.
+    for level in (0.5, 0.56, 0.9, 0.95, 0.99):
+      c, m = COUNTS.T
+      low, high = advantages.value_interval(c, m, level=level, method="".join(method))  # equal, not identical
+      np.testing.assert_array_equal(low == 0.0, c == 0)
+      np.testing.assert_array_equal(high == 1.0, c == m)
+
+  @parameterized.parameters("wilson", "beta")
   def test_covers(self, method):
     # Fails if the level is another's (0.9 for 0.95): coverage averaged over Q, summed exactly over c.
     m = 20
@@ -46,14 +56,21 @@ class ValueIntervalTest(parameterized.TestCase):
 
   @parameterized.parameters("wilson", "beta")
   def test_no_rollouts(self, method):
-    # Fails if no rollouts give NaN or less than the whole range.
-    low, high = advantages.value_interval([[0]], [[0]], method=method)
+    # Fails if no rollouts give NaN, a warning of one on the way, or less than the whole range.
+    with np.errstate(all="raise"):
+      low, high = advantages.value_interval([[0]], [[0]], method=method)
     np.testing.assert_allclose((low, high), ([[0.0]], [[1.0]]), atol=1e-15)
+
+  def test_settings_go_by_name(self):
+    # Fails if the level can be given by its place, as a third count.
+    with self.assertRaises(TypeError):
+      advantages.value_interval(1, 2, 0.5)
 
   def test_unknown_method(self):
     # Fails if an unknown method falls through to one of the others.
-    with self.assertRaisesRegex(ValueError, "No interval method 'wald': wilson or beta"):
-      advantages.value_interval(1, 2, method="wald")
+    for method in ("wald", "agresti", "zero"):
+      with self.assertRaisesRegex(ValueError, f"No interval method '{method}': wilson or beta"):
+        advantages.value_interval(1, 2, method=method)
 
 
 class SignConfidenceTest(parameterized.TestCase):
@@ -84,11 +101,20 @@ class SignConfidenceTest(parameterized.TestCase):
     np.testing.assert_allclose(there + advantages.sign_confidence(c_before, m_before, c, m), 1.0, atol=1e-9)
     np.testing.assert_allclose(advantages.sign_confidence(c, m, c, m), 0.5, atol=1e-9)
 
+  def test_nothing_known(self):
+    # Fails if no rollouts at all leave no nodes to sum over.
+    self.assertAlmostEqual(float(advantages.sign_confidence(0, 0, 0, 0)), 0.5, delta=1e-9)
+
   def test_shapes(self):
     # Fails if counts must have one shape, or if a batch is summed.
     got = advantages.sign_confidence(np.zeros((3, 1), int), 10, np.array([0, 9]), 10)
     self.assertEqual(got.shape, (3, 2))
     np.testing.assert_array_equal(got[:, 1] > 0.99, True)
+
+  def test_is_a_probability(self):
+    # Fails if rounding takes what is certain beyond 1: without the bound it does for some of these.
+    m = np.arange(0, 3000, 7)
+    self.assertEqual(float(np.max(advantages.sign_confidence(0, m, m, m))), 1.0)
 
 
 if __name__ == "__main__":

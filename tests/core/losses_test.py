@@ -169,6 +169,19 @@ class DpoLossTest(parameterized.TestCase):
     np.testing.assert_allclose(grad, [epsilon, epsilon - 1.0, epsilon - 0.5], rtol=1e-6)
 
 
+class SettingsTest(parameterized.TestCase):
+  @parameterized.parameters(losses.dpo_loss, losses.ipo_loss, losses.dpop_loss, losses.preference_metrics)
+  def test_go_by_name(self, loss):
+    # Fails if β, τ or a penalty can be given by its place, where one is easily taken for another.
+    with self.assertRaises(TypeError):
+      loss(*pair_args(draw()), 0.1, *((5.0,) if loss is losses.dpop_loss else ()))
+
+  def test_weights_go_by_name(self):
+    # Fails if temperature and largest weight can be given by their place.
+    with self.assertRaises(TypeError):
+      losses.advantage_weighted_loss(jnp.zeros(2), jnp.zeros(2), 0.5, 20.0)
+
+
 class NllTermTest(absltest.TestCase):
   def test_by_hand(self):
     # Fails if the sum is not divided by its own pair's tokens, if the sign is lost, or if no tokens give 0/0.
@@ -311,6 +324,13 @@ class PreferenceMetricsTest(absltest.TestCase):
     np.testing.assert_array_equal(got["accuracy"], 1.0)
     gains = [jnp.asarray([value]) for value in (-1.0, -71.0, -10.0, -30.0)]
     self.assertEqual(float(losses.preference_metrics(*gains, beta=0.1, penalty=8.0)["saturated"][0]), 1.0)
+
+  def test_no_penalty_by_default(self):
+    # Fails for another default than 0: h = 45 and 47, either side of the bound, fallen by 2.
+    columns = [jnp.asarray([value, value]) for value in (-12.0, -71.0, -10.0, 0.0)]
+    columns[3] = jnp.asarray([-24.0, -22.0])
+    np.testing.assert_array_equal(losses.preference_metrics(*columns, beta=0.1)["margin"], [45.0, 47.0])
+    np.testing.assert_array_equal(losses.preference_metrics(*columns, beta=0.1)["saturated"], [0.0, 1.0])
 
 
 class EarlyEosTest(parameterized.TestCase):

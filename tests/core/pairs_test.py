@@ -1,5 +1,7 @@
 """Pairs of every mode by hand: which branch is chosen, which rejected, what trunk they share, and how sure the label is."""
 
+import dataclasses
+
 import numpy as np
 from absl.testing import absltest, parameterized
 from scipy import stats
@@ -26,6 +28,11 @@ def sibling(first, correct=True) -> Sibling:
   return Sibling([*first, 70, EOS], [len(first), len(first) + 2], correct)
 
 
+def named(name: str) -> str:
+  """An equal string that is another object, as names from a file or a flag are: fails where `is` compares them."""
+  return "".join(name)
+
+
 def shared(pit=1, siblings=(SAME, LONG, SHORT, AGAIN), after=ZERO, continuation="step", choice="random", seed=0):
   return pairs.shared_prefix(
     PROMPT,
@@ -33,8 +40,8 @@ def shared(pit=1, siblings=(SAME, LONG, SHORT, AGAIN), after=ZERO, continuation=
     pit,
     siblings,
     after=after,
-    continuation=continuation,
-    choice=choice,
+    continuation=named(continuation),
+    choice=named(choice),
     rng=np.random.default_rng(seed),
   )
 
@@ -46,6 +53,12 @@ class ResponseTest(absltest.TestCase):
       [WRONG.prefix(steps) for steps in range(4)], [[], [10, 11], [10, 11, 12], [10, 11, 12, 13, 14, EOS]]
     )
     self.assertEqual([WRONG.step(index) for index in range(3)], [[10, 11], [12], [13, 14, EOS]])
+
+  def test_cannot_be_changed(self):
+    # Fails if what a pair was made from can be edited later.
+    for value, name in ((WRONG, "ids"), (SAME, "correct"), (ZERO, "exact"), (TokenPair([1], [2], [3]), "flip")):
+      with self.assertRaises(dataclasses.FrozenInstanceError):
+        setattr(value, name, None)
 
 
 class FlipProbabilityTest(parameterized.TestCase):
@@ -103,6 +116,7 @@ class FurthestTest(parameterized.TestCase):
     # would take "zz"), if ties go to the later, or if right responses beyond the wrong ones are paired.
     wrong = ["abcx", "zz", "abcdzzzz", "abcdzzzz"]
     self.assertEqual(pairs.furthest(["abcd"], wrong, variant="largest"), [(0, 1)])
+    self.assertEqual(pairs.furthest(["abcd"], ["vwxyz", "vwxyzuv"], variant=named("largest")), [(0, 1)])
     self.assertEqual(
       pairs.furthest(["abcd", "abcdabcd", "abcd", "abcd", "abcd"], wrong, variant="largest"),
       [(0, 1), (1, 0), (2, 2), (3, 3)],
@@ -117,7 +131,8 @@ class FurthestTest(parameterized.TestCase):
     # d/(a+b): 5/9 and 6/10 are far; the shorter wins. 3/11 is never far.
     self.assertEqual(pairs.furthest(["abcd"], ["uvwxyz", "vwxyz"], variant="shortest_far"), [(0, 1)])
     self.assertEqual(pairs.furthest(["abcd"], ["abcdabc"], variant="shortest_far"), [])
-    # 0.375 is beyond the third bound only, 0.3 exactly is not.
+    # 4/9 is beyond the second bound, 3/8, though shorter, beyond the third only; 0.3 exactly is not.
+    self.assertEqual(pairs.furthest(["abcd"], ["axyz", "avwxy"], variant="shortest_far"), [(0, 1)])
     self.assertEqual(pairs.furthest(["abcd"], ["axyz"], variant="shortest_far"), [(0, 0)])
     self.assertEqual(pairs.furthest(["abcde"], ["abxyz"], variant="shortest_far"), [])
 
@@ -178,6 +193,8 @@ class SharedPrefixTest(parameterized.TestCase):
     ([([20, 21], True)] * 2 + [([20, 21], False)] * 3 + [([22], True)], [22]),
     # A rate of right ones would take [22].
     ([([20, 21], True)] * 3 + [([20, 21], False)] + [([22], True)], [20, 21]),
+    # A right one that weighs more than a wrong one would take [20, 21], and so would three right ones.
+    ([([20, 21], True)] * 3 + [([20, 21], False)] * 3 + [([22], True)], [22]),
     # The pit's own step has the most votes and is no alternative.
     ([([12], True)] * 5 + [([22], True)] + [([20, 21], False)], [22]),
     # Ties go to the earlier.
@@ -220,8 +237,9 @@ class SharedPrefixTest(parameterized.TestCase):
 
   def test_refuses(self):
     # Fails if an unknown name falls through to one of the others.
-    with self.assertRaisesRegex(ValueError, "No choice 'longest': random, shortest, most_likely or majority"):
-      shared(choice="longest")
+    for choice in ("longest", "a", "tallest"):
+      with self.assertRaisesRegex(ValueError, f"No choice '{choice}': random, shortest, most_likely or majority"):
+        shared(choice=choice)
     with self.assertRaisesRegex(ValueError, "No continuation 'all': step or rollout"):
       shared(continuation="all")
 
@@ -234,14 +252,15 @@ class FiltersTest(parameterized.TestCase):
     ((1,), "wrong"),
     ([3], "wrong"),
     ([4], "no_answer"),
+    ([6], "wrong unit"),
     ([5], "wrong"),
   )
 
-  @parameterized.parameters((0, []), (1, [0]), (2, [0, 4]), (3, [0, 4, 6]), (9, [0, 4, 6]))
+  @parameterized.parameters((0, []), (1, [0]), (2, [0, 4]), (3, [0, 4, 7]), (9, [0, 4, 7]))
   def test_negatives(self, most, expected):
     # Fails if right ones or ones without an answer are kept, if repeats are kept or count, if the later of equals is kept,
     # or if `most` is off by one.
-    self.assertEqual(pairs.negatives(self.RESPONSES, most), expected)
+    self.assertEqual(pairs.negatives([(ids, named(reason)) for ids, reason in self.RESPONSES], most), expected)
 
   def test_filter_pairs(self):
     # Fails if a reason is lost or its check turned, if a dropped pair counts for the cap or hides a later one, or if
@@ -261,6 +280,20 @@ class FiltersTest(parameterized.TestCase):
     self.assertEqual(dropped, {"same": 1, "doubtful": 1, "duplicate": 1, "beyond_cap": 1})
     self.assertEqual(pairs.filter_pairs([], [], most=2, max_flip=1.0), ([], {}))
     self.assertEqual(pairs.filter_pairs(*zip(*made[1:3], strict=True), most=2, max_flip=0.25), ([0], {"duplicate": 1}))
+
+  def test_settings_go_by_name(self):
+    # Fails if a setting can be given by its place, where it may be taken for its neighbour.
+    with self.assertRaises(TypeError):
+      pairs.filter_pairs([], [], 2, 1.0)
+    with self.assertRaises(TypeError):
+      pairs.furthest([], [], "largest")
+    with self.assertRaises(TypeError):
+      pairs.algorithm1(PROMPT, SOLUTION, WRONG, 0, ZERO, ZERO)
+
+  def test_filter_refuses_unequal_columns(self):
+    # Fails if pairs and problems of unequal number are cut to the shorter.
+    with self.assertRaises(ValueError):
+      pairs.filter_pairs([TokenPair([1], [2], [3])], ["a", "b"], most=2, max_flip=1.0)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Power laws that are exact, curves whose crossings are known, and a bootstrap that covers the truth."""
 
+import dataclasses
+
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -21,9 +23,11 @@ class PowerLawFitTest(parameterized.TestCase):
     slope, intercept = np.polyfit(np.log(SIZES), np.log(errors), 1)
     np.testing.assert_allclose(scaling.power_law_fit(SIZES, errors), (-slope, np.exp(intercept)), rtol=1e-9)
 
-  @parameterized.parameters(([5.0, 5.0], [0.1, 0.2]), ([1.0, 2.0], [0.1, 0.0]), ([0.0, 2.0], [0.1, 0.2]))
+  @parameterized.parameters(
+    ([5.0, 5.0], [0.1, 0.2]), ([1.0, 2.0], [0.1, 0.0]), ([0.0, 2.0], [0.1, 0.2]), ([-1.0, 2.0], [0.1, 0.2])
+  )
   def test_refuses(self, sizes, errors):
-    # Fails if a line through one size, or the log of 0, goes out as inf or NaN.
+    # Fails if a line through one size, or the log of 0 or less, goes out as inf or NaN.
     with self.assertRaises(ValueError):
       scaling.power_law_fit(sizes, errors)
 
@@ -52,16 +56,22 @@ class EfficiencyFactorTest(parameterized.TestCase):
     errors = [0.8, 0.4, 0.2, 0.1]
     self.assertEqual([round(v, 9) for v in scaling.efficiency_factor(SIZES, errors, 2000.0, 0.05)], [8.0, True])
     np.testing.assert_allclose(scaling.efficiency_factor(SIZES, errors, 2000.0, 1.0), (0.4, True), rtol=1e-9)
+    bent = [0.8, 0.4, 0.2, 0.15]
+    exponent, _ = scaling.power_law_fit(SIZES, bent)
+    for error, expected in ((0.05, 4 * 3 ** (1 / exponent)), (1.0, 0.5 * 0.8 ** (1 / exponent))):
+      np.testing.assert_allclose(scaling.efficiency_factor(SIZES, bent, 2000.0, error), (expected, True), rtol=1e-9)
 
   def test_baseline_that_does_not_fall(self):
     # Fails if a factor is made up from an exponent that is 0 or negative.
     self.assertEqual(scaling.efficiency_factor(SIZES, [0.2, 0.3, 0.4, 0.5], 1000.0, 0.1), (np.inf, True))
     self.assertEqual(scaling.efficiency_factor(SIZES, [0.2, 0.3, 0.4, 0.5], 1000.0, 0.3), (0.0, True))
+    self.assertEqual(scaling.efficiency_factor(SIZES, [1.0] * 4, 1000.0, 0.5), (np.inf, True))
 
   def test_refuses(self):
-    # Fails if sizes out of order are interpolated, or an error of 0 gives inf without a word.
-    with self.assertRaisesRegex(ValueError, "Sizes must rise"):
-      scaling.efficiency_factor([2.0, 1.0], [0.2, 0.1], 1.0, 0.1)
+    # Fails if sizes out of order, or one size twice, are interpolated, or an error of 0 gives inf without a word.
+    for sizes in ([2.0, 1.0, 3.0], [1.0, 1.0, 3.0]):
+      with self.assertRaisesRegex(ValueError, "Sizes must rise"):
+        scaling.efficiency_factor(sizes, [0.3, 0.2, 0.1], 1.0, 0.1)
     with self.assertRaisesRegex(ValueError, "Not positive"):
       scaling.efficiency_factor([1.0, 2.0], [0.2, 0.1], 1.0, 0.0)
 
@@ -109,6 +119,47 @@ class BootstrapEfficiencyTest(absltest.TestCase):
     got = scaling.bootstrap_efficiency(SIZES, baseline, 1000.0, method, draws=200)
     self.assertGreater(got.high / got.low, 10.0)
     self.assertBetween(got.extrapolated_share, 0.1, 0.9)
+
+  def test_no_mistakes_count_as_half_a_mistake_of_one_seed(self):
+    # Fails if the floor is that of all seeds or problems alone, or the other's: 1/36 of 18 answers, 1/48 of 24.
+    baseline = np.arange(6) < np.array([6, 4, 2, 0])[:, None, None]
+    got = scaling.bootstrap_efficiency(SIZES, np.repeat(baseline, 3, axis=1), 1000.0, np.zeros((4, 6), bool), draws=3)
+    expected = scaling.efficiency_factor(SIZES, [1.0, 2 / 3, 1 / 3, 1 / 36], 1000.0, 1 / 48)
+    np.testing.assert_allclose((got.factor, got.extrapolated), expected, rtol=1e-12)
+
+  def test_interval_is_of_the_level(self):
+    # Fails for other quantiles, or if shares of problems do not sum to 1. On three problems that are all alike two seeds of
+    # the method, one right and one wrong, have the error 1 in a quarter of the draws, 1/2 in half of them and 0, counted as
+    # 1/12, in a quarter. The baseline falls to 0, counted as 1/6.
+    baseline = np.repeat(np.array([1, 1, 1, 0], bool), 3).reshape(4, 1, 3)
+    method = np.repeat([[True], [False]], 3, axis=1)
+    factor = lambda error: scaling.efficiency_factor(SIZES, [1.0, 1.0, 1.0, 1 / 6], 1000.0, error)[0]
+    interval = lambda level: scaling.bootstrap_efficiency(SIZES, baseline, 1000.0, method, level=level)
+    for level, ends in ((0.4, (factor(0.5), factor(0.5))), (0.6, (factor(1.0), factor(1 / 12)))):
+      got = interval(level)
+      np.testing.assert_allclose((got.low, got.high), ends, rtol=1e-9)
+      self.assertBetween(got.extrapolated_share, 0.2, 0.3)
+    self.assertEqual(interval(0.95), scaling.bootstrap_efficiency(SIZES, baseline, 1000.0, method))
+    self.assertEqual(got, scaling.bootstrap_efficiency(SIZES, baseline, 1000.0, method, level=0.6, draws=1000, seed=0))
+
+  def test_seeds_of_the_baseline_are_drawn_alike(self):
+    # Fails if a seed is drawn more often than another. The method's error is half a mistake, 1/2; the baseline's at 2000 is
+    # 1 in a quarter of the draws (and the method's is never reached), 1/2 in half of them and 1/4 in a quarter.
+    baseline = np.array([[[True], [True]], [[True], [False]]])
+    for level, ends in ((0.4, (2.0, 2.0)), (0.6, (2.0**0.5, np.inf))):
+      got = scaling.bootstrap_efficiency([1000.0, 2000.0], baseline, 1000.0, np.array([[False]]), level=level)
+      np.testing.assert_allclose((got.low, got.high), ends, rtol=1e-9)
+      self.assertBetween(got.extrapolated_share, 0.2, 0.3)
+
+  def test_settings_go_by_name(self):
+    # Fails if draws, level and seed can be given by their place.
+    with self.assertRaises(TypeError):
+      scaling.bootstrap_efficiency(SIZES, np.ones((4, 1, 1)), 1000.0, np.ones((1, 1)), 10)
+
+  def test_cannot_be_changed(self):
+    # Fails if a result can be edited.
+    with self.assertRaises(dataclasses.FrozenInstanceError):
+      scaling.Efficiency(1.0, False, 1.0, 1.0, 0.0).factor = 2.0
 
 
 if __name__ == "__main__":

@@ -148,6 +148,11 @@ class AdvantageFilterTest(parameterized.TestCase):
     lows = [-0.5, -0.9, -0.2, math.nan, 0.1, -0.5]
     self.assertEqual(selection.advantage_filter(lows, share), expected)
 
+  def test_the_later_of_equals_go(self):
+    # Fails if of equals the earlier are dropped, the first apart or not.
+    self.assertEqual(selection.advantage_filter([0.1, -0.5, -0.5, -0.5, -0.5], 0.6), [0, 1])
+    self.assertEqual(selection.advantage_filter([-0.5] * 4, 0.5), [0, 1])
+
   def test_half_by_default(self):
     # Fails for another default: every response above the median stays.
     lows = np.random.default_rng(0).permutation(101) / 101 - 1.0
@@ -161,8 +166,9 @@ class StepMaskTest(parameterized.TestCase):
     ("before_negative", [True, True, True, False, False, False, False]),
   )
   def test_by_hand(self, rule, mask):
-    # Fails if A = 0 counts as positive or negative, if an unknown step is cloned or stops the cloning, if a good step
-    # after a bad one comes back, or if a step's end is off by one.
+    # Fails if rules are told apart by identity, if A = 0 counts as positive or negative, if an unknown step is cloned or
+    # stops the cloning, if a good step after a bad one comes back, or if a step's end is off by one.
+    rule = "".join(rule)  # equal to the rule's name, and not the same object, as names from a file are
     self.assertEqual(selection.step_mask([0.5, 0.0, -0.25, 0.125, math.nan], [2, 3, 5, 6, 7], rule=rule), mask)
 
   def test_without_a_bad_step(self):
@@ -172,8 +178,9 @@ class StepMaskTest(parameterized.TestCase):
 
   def test_refuses(self):
     # Fails if an unknown rule falls through, or steps and ends of unequal number are cut to the shorter.
-    with self.assertRaisesRegex(ValueError, "No rule 'negative': positive or before_negative"):
-      selection.step_mask([0.5], [2], rule="negative")
+    for rule in ("negative", "a", "zero"):
+      with self.assertRaisesRegex(ValueError, f"No rule '{rule}': positive or before_negative"):
+        selection.step_mask([0.5], [2], rule=rule)
     for rule in ("positive", "before_negative"):
       with self.assertRaises(ValueError):
         selection.step_mask([0.5], [2, 3], rule=rule)
@@ -194,6 +201,10 @@ class SpuriousStepsTest(parameterized.TestCase):
     self.assertEqual(selection.spurious_steps([0], [10], (0, 0)), [])
     self.assertEqual(selection.spurious_steps([], [], (9, 10)), [])
 
+  def test_no_success_is_known_too(self):
+    # Fails if counts without a success are taken for none: 0 of 1000 after 0 of 10 is a step back, sure to 0.936.
+    self.assertEqual(selection.spurious_steps([0], [1000], (0, 10)), [0])
+
   def test_default_confidence(self):
     # Fails for another default than 0.9: 6 against 3 of 8 is sure to 0.936, 5 against 3 to 0.84.
     self.assertEqual(selection.spurious_steps([3], [8], (6, 8)), [0])
@@ -203,6 +214,13 @@ class SpuriousStepsTest(parameterized.TestCase):
     # Fails if counts of unequal number are cut to the shorter.
     with self.assertRaises(ValueError):
       selection.spurious_steps([1, 2], [3], (0, 1))
+
+  def test_settings_go_by_name(self):
+    # Fails if a confidence or a rule can be given by its place.
+    with self.assertRaises(TypeError):
+      selection.spurious_steps([1], [3], (0, 1), 0.9)
+    with self.assertRaises(TypeError):
+      selection.step_mask([0.5], [2], "positive")
 
 
 if __name__ == "__main__":

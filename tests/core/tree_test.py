@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -69,10 +70,30 @@ class PackTest(absltest.TestCase):
       self.assertEqual(field[1].tolist(), values, name)
     self.assertEqual(packed.parent[0].tolist(), [-1, 0, 1] + [-1] * 13)
 
+  def test_fields_of_random_rows(self):
+    # Fails if a field is right by the chance of where the rows above begin their trees: here they begin anywhere.
+    rng = np.random.default_rng(1)
+    rows = [[random_tree(rng) for _ in range(rng.integers(1, 6))] for _ in range(30)]
+    packed = tree_lib.pack(rows, 90)
+    for r, trees in enumerate(rows):
+      found = places(trees)
+      first = np.cumsum([0, *(len(tree.branches) for tree in trees)])  # branches of the row before each tree
+      for at, (t, b, j) in enumerate(found):
+        if b is None:
+          expected = (trees[t].trunk[j], j, t + 1, 0, 0, found.index((t, None, j - 1)) if j else -1)
+        else:
+          branch = trees[t].branches[b]
+          parent = found.index((t, b, j - 1) if j else (t, None, branch.fork - 1))
+          expected = (branch.ids[j], branch.fork + j, t + 1, first[t] + b + 1, branch.fork, parent)
+        got = [getattr(packed, name)[r, at] for name in ("token", "position", "tree", "branch", "fork", "parent")]
+        self.assertSequenceEqual(got, expected)
+
   def test_counts(self):
     # Fails if unscored branch tokens count as scored, or trunk scores are forgotten.
     self.assertEqual((FIRST.num_tokens, FIRST.num_scored), (10, 2 + 3 + 1 + 1))
     self.assertEqual((SECOND.num_tokens, SECOND.num_scored), (3, 1))
+    both = Tree([1, 2, 3], (Branch(1, [4]),), [False, True, False])
+    self.assertEqual((both.num_tokens, both.num_scored), (4, 2))
 
   def test_a_full_row_fits_and_one_more_token_does_not(self):
     # Fails if the check for room is off by one in either direction.
@@ -95,6 +116,12 @@ class TreeErrorsTest(parameterized.TestCase):
     # Fails for each check that __post_init__ loses.
     with self.assertRaisesRegex(ValueError, sentence):
       Tree(**arguments)
+
+  def test_what_was_checked_stays(self):
+    # Fails if a field can be changed after the checks.
+    for value, name in ((FIRST, "trunk"), (FIRST.branches[0], "fork"), (tree_lib.empty_rows(1, 1), "token")):
+      with self.assertRaises(dataclasses.FrozenInstanceError):
+        setattr(value, name, None)
 
 
 class FirstFitTest(parameterized.TestCase):
@@ -137,6 +164,12 @@ class AttentionMaskTest(absltest.TestCase):
     packed = tree_lib.pack([[FIRST]], 12)
     row = tree_lib.PackedTrees(**{field.name: getattr(packed, field.name)[0] for field in dataclasses.fields(packed)})
     np.testing.assert_array_equal(tree_lib.attention_mask(row), tree_lib.attention_mask(packed)[0])
+
+  def test_compiled(self):
+    # Fails if packed trees cannot be handed to a compiled function, field by field.
+    packed = tree_lib.pack([[FIRST]], 12)
+    np.testing.assert_array_equal(jax.jit(tree_lib.attention_mask)(packed), tree_lib.attention_mask(packed))
+    self.assertLen(jax.tree.leaves(packed), 7)
 
 
 if __name__ == "__main__":
