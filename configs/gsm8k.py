@@ -46,8 +46,11 @@ def get_config(arg: str = "model=smollm2_135m"):
     c.sample.num_traces = 100
     c.rft.max_per_problem = 4
     c.engine.lanes, c.engine.slots = 256, 10
-    c.credit.lanes, c.credit.slots = 256, 16
-    c.sft.row_length = c.rft.row_length = c.dpo.row_length = c.model.max_length = 2048
+    c.credit.lanes, c.credit.slots = 128, 16
+    # Rows that whole trees of mean length fill, on 64 parts (python launch/preflight.py says how full they are).
+    c.model.max_length = c.rft.row_length = 2048
+    c.sft.row_length, c.sft.batch_size = 1024, 206
+    c.dpo.row_length, c.dpo.batch_size = 1536, 512
   if smoke:
     c.task.train_problems, c.task.test_problems = 12, 6
     c.model.max_length = 640

@@ -34,6 +34,7 @@ def _training(learning_rate: float, batch_size: int, num_epochs: float) -> dict:
     "max_steps": 0,  # bound on the steps; 0 for none
     "row_length": 1024,  # tokens a row into which trees are packed
     "accumulate": 1,  # microbatches a step
+    "logit_chunk": 0,  # scored tokens a row whose logits exist at once; 0 for all
     "max_branches_per_tree": 5,  # branches of one problem in a step; bounds how much it weighs there
     "save_every_steps": 200,  # steps between checkpoints; 0 for none
     "keep_checkpoints": 2,  # newest checkpoints kept
@@ -70,6 +71,7 @@ def default() -> ConfigDict:
         "data": -1,  # devices along the data axis; -1 takes what is left
         "fsdp": 1,  # devices along the axis that parameters and rows are split over
         "tensor": 1,  # devices along the axis that heads and feed-forward width are split over
+        "slices": 1,  # TPU slices, joined by the data-centre network; each holds all parameters and its part of the rows
       },
       "engine": {
         "lanes": 32,  # trunks that decode at once

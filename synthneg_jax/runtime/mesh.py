@@ -1,14 +1,18 @@
 """The device mesh, and the one table that says which array dimension lies on which of its axes."""
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from synthneg_jax.runtime.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+# A slice is a set of chips with fast links; slices are joined by the data-centre network, over which only gradients go.
+AXES = ("slice", "data", "fsdp", "tensor")
 
 # Logical axis of a parameter, a row of a batch or a lane of the engine -> mesh axis or axes.
 RULES = {
@@ -19,29 +23,89 @@ RULES = {
   "kv_heads": "tensor",
   "mlp": "tensor",
   "norm": None,
-  "rows": ("data", "fsdp"),
+  "rows": ("slice", "data", "fsdp"),
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-  """A mesh over all devices; one of the sizes may be -1 and takes what is left.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1, devices=None) -> Mesh:
+  """A mesh over all devices; one of the sizes but `slices` may be -1 and takes what is left.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, or the devices are not in that many slices.
   """
-  devices = jax.devices() if devices is None else devices
-  sizes = [data, fsdp, tensor]
-  if sizes.count(-1) == 1:
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = [slices, data, fsdp, tensor]
+  if sizes[1:].count(-1) == 1:
     known = math.prod(size for size in sizes if size != -1)
-    sizes[sizes.index(-1)] = len(devices) // known if known and len(devices) % known == 0 else 0
-  if math.prod(sizes) != len(devices) or min(sizes) < 1:
-    raise UserError(f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} do not fit {len(devices)} device(s).")
-  return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    sizes[sizes.index(-1)] = len(devices) // known if known > 0 and len(devices) % known == 0 else 0
+  if min(sizes) < 1 or math.prod(sizes) != len(devices):
+    across = "" if slices == 1 else f"mesh.slices={slices}, "
+    raise UserError(
+      f"{across}mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} do not fit {len(devices)} device(s)."
+    )
+  return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(sizes: Sequence[int], devices) -> np.ndarray:
+  """Devices as an array of these sizes; on TPU, neighbours on an axis are neighbours in the torus."""
+  if devices[0].platform != "tpu":
+    return np.asarray(devices).reshape(sizes)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices != sizes[0]:
+    raise UserError(f"mesh.slices={sizes[0]}, but the {len(devices)} devices lie in {slices} slice(s).")
+  if slices > 1:
+    return mesh_utils.create_hybrid_device_mesh(
+      (1, *sizes[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
+  return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def spec(*logical_axes: str | None) -> PartitionSpec:
   """The partition of an array whose dimensions have these logical names (None: not split)."""
   return PartitionSpec(*(RULES[name] if name else None for name in logical_axes))
+
+
+def _mesh_axes(logical: str | None) -> tuple[str, ...]:
+  axes = RULES[logical] if logical else None
+  return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def check(name: str, shape: Sequence[int], logical_axes: Sequence[str | None], mesh: Mesh) -> None:
+  """Refuses an array that the mesh cannot hold by the rules.
+
+  Raises:
+    UserError: two dimensions lie on one mesh axis, or a dimension does not divide by its mesh axes.
+  """
+  taken = {}
+  for place, (size, logical) in enumerate(zip(shape, logical_axes, strict=True)):
+    axes = _mesh_axes(logical)
+    for axis in axes:
+      if axis in taken:
+        first = taken[axis]
+        raise UserError(
+          f"{name}: dimensions {first} ({logical_axes[first]}={shape[first]}) and {place} ({logical}={size}) both lie "
+          f"on the mesh axis {axis}."
+        )
+      taken[axis] = place
+    parts = {axis: mesh.shape[axis] for axis in axes if mesh.shape[axis] > 1}
+    total = math.prod(parts.values())
+    if size % total:
+      by = " x ".join(f"{axis}={parts[axis]}" for axis in parts) + (f" = {total}" if len(parts) > 1 else "")
+      raise UserError(f"{name}: dimension {logical}={size} does not divide by {by}.")
+
+
+def check_tree(arrays, logical_axes, mesh: Mesh, prefix: str = "") -> None:
+  """`check` of every array in a tree; its path is its name.
+
+  Args:
+    arrays: anything with shapes; abstract arrays will do.
+    logical_axes: the same tree with a tuple of logical names for each array.
+    mesh: where they are to go.
+    prefix: stands before the names.
+  """
+  names = jax.tree.leaves(logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+  for (path, leaf), axes in zip(jax.tree_util.tree_leaves_with_path(arrays), names, strict=True):
+    check(prefix + jax.tree_util.keystr(path, simple=True, separator="."), leaf.shape, axes, mesh)
 
 
 def shardings(mesh: Mesh, logical_axes):
@@ -61,6 +125,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
   """Into how many parts rows are split."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
+  return math.prod(mesh.shape[axis] for axis in _mesh_axes("rows"))
+
+
+def under(mesh: Mesh, fn: Callable) -> Callable:
+  """fn, traced so that `split_rows` in it knows the mesh."""
+
+  @functools.wraps(fn)
+  def traced(*args):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return fn(*args)
+
+  return traced
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+  """Tells the compiler that the first dimension is rows, lanes, or their tokens one after another: split as rows are.
+
+  Without it the compiler may leave the parameters split as they lie and gather the activations of all rows on every
+  device instead. Outside of `under` it does nothing.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES["rows"], *others))

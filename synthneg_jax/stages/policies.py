@@ -62,6 +62,19 @@ def identity(folder: epath.Path) -> str:
   return digest.hexdigest()[:16]
 
 
+def shardings(model: Model, mesh: Mesh):
+  """Where a model's parameters lie.
+
+  Raises:
+    UserError: a dimension, or the heads, do not divide by the mesh.
+  """
+  c, axes = model.config, model.logical_axes()
+  mesh_lib.check_tree(model.abstract_params(), axes, mesh)
+  mesh_lib.check("attention", (c.num_heads,), ("heads",), mesh)
+  mesh_lib.check("cache", (c.num_kv_heads,), ("kv_heads",), mesh)
+  return mesh_lib.shardings(mesh, axes)
+
+
 def load(path: epath.PathLike, config, mesh: Mesh) -> Policy:
   """Reads a policy folder, or a Hugging Face folder.
 
@@ -71,7 +84,7 @@ def load(path: epath.PathLike, config, mesh: Mesh) -> Policy:
     mesh: where the weights go.
 
   Raises:
-    UserError: no such folder, or weights that are missing or of another shape.
+    UserError: no such folder, weights that are missing or of another shape, or a model that the mesh cannot split.
   """
   folder = epath.Path(path)
   if not folder.exists():
@@ -82,11 +95,11 @@ def load(path: epath.PathLike, config, mesh: Mesh) -> Policy:
       folder, dtype=config.dtype, param_dtype=config.param_dtype, scan_layers=config.scan_layers, remat=config.remat
     )
   )
-  shardings = mesh_lib.shardings(mesh, model.logical_axes())
+  layout = shardings(model, mesh)
   if (folder / "params").exists() or not list(folder.glob("*.safetensors*")):
-    params = checkpoints.load_params(folder, model.abstract_params(), shardings)
+    params = checkpoints.load_params(folder, model.abstract_params(), layout)
   else:
-    params = huggingface.load_params(folder, model, shardings)
+    params = huggingface.load_params(folder, model, layout)
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
   except (OSError, ValueError) as error:

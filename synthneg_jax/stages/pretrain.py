@@ -7,9 +7,8 @@ from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.models import huggingface
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.models.decoder import Model
-from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.stages import training
+from synthneg_jax.stages import policies, training
 from synthneg_jax.stages.run import Run
 from synthneg_jax.tasks import arithmetic, problems
 from synthneg_jax.training import loop, objectives
@@ -49,9 +48,11 @@ def run(run_: Run) -> dict:
     )
   )
   plan = training.plan(run_, section, examples, [document.id for document in documents])
-  shardings = mesh_lib.shardings(run_.mesh, model.logical_axes())
+  shardings = policies.shardings(model, run_.mesh)
   params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(c.seed))
-  params, last = loop.fit("pretrain", section, model, params, objectives.make_sft(model), plan, run_.mesh, stage.folder)
+  params, last = loop.fit(
+    "pretrain", section, model, params, objectives.make_sft(model, section.logit_chunk), plan, run_.mesh, stage.folder
+  )
   tokenizer_folder = stage.folder / "tokenizer"
   transformers.PreTrainedTokenizerFast(
     tokenizer_object=tokenizer,

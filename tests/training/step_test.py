@@ -81,7 +81,7 @@ class StepTest(parameterized.TestCase):
     # Fails if microbatches are averaged, if the last one's gradients or metrics stand for all, or if counts are split.
     self.assert_same(*take_step(toy.one_device_mesh(), accumulate=2), atol=1e-9)
 
-  @parameterized.parameters((8, 1, 1), (2, 2, 2), (1, 8, 1))
+  @parameterized.parameters((8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8))
   def test_a_mesh_changes_nothing(self, *sizes):
     # Fails if a device's part of the loss is a mean of its own rows, if gradients are not summed over devices, or if
     # moments lie otherwise than their parameters (take_step checks where each leaf of the state lies).
@@ -102,7 +102,7 @@ class ShardingsTest(absltest.TestCase):
     self.assertEqual([tuple(spec) for spec in query], [(None, "fsdp", "tensor")] * 3)  # two moments and the parameter
     self.assertEqual(tuple(shardings["step"].spec), ())
     batch = step_lib.batch_shardings(mesh)
-    self.assertEqual(tuple(batch.trees.spec), (("data", "fsdp"),))
+    self.assertEqual(tuple(batch.trees.spec), (("slice", "data", "fsdp"),))
     self.assertEqual((tuple(batch.num_scored.spec), tuple(batch.num_pairs.spec)), ((), ()))
 
 

@@ -1,0 +1,247 @@
+"""Preflight: every program of a config compiles for v5e:4x4 at depth 2, and its figures are those counted by hand."""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import pathlib
+import tempfile
+from unittest import mock
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax
+import jax.numpy as jnp
+from absl.testing import absltest, parameterized
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.studies import bill, preflight
+from synthneg_jax.studies.recipe import PROGRAMS, Program, Recipe, architecture
+
+SIZES = {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512}
+LENGTHS = bill.Lengths(prompt=12, response=24, steps=4, pass_rate=0.5)
+
+
+def make_config(folder: pathlib.Path, **model):
+  """A config of a narrow model on 16 chips, all leaves of the default tree."""
+  sizes = {"model_type": "llama", "num_attention_heads": 4, **SIZES, **model}
+  (folder / "config.json").write_text(json.dumps(sizes))
+  c = config_lib.default()
+  c.model.path = str(folder)
+  c.model.dtype, c.model.scan_layers, c.model.remat = "bfloat16", True, True
+  c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, 4, 2
+  for section in (c.sft, c.rft, c.dpo):
+    section.row_length, section.batch_size = 128, 24
+  c.dpo.batch_size = 16
+  c.engine.lanes = c.credit.lanes = 8
+  c.engine.slots = c.credit.slots = 2
+  c.engine.max_new_tokens = 32
+  c.sample.num_traces, c.credit.num_rollouts = 5, 5
+  return c
+
+
+def run(config, topology="v5e:4x4", stages=None, out=None):
+  """What preflight prints."""
+  text = io.StringIO()
+  with contextlib.redirect_stdout(text):
+    preflight.main(config, topology, stages, out, LENGTHS, 0.5)
+  return text.getvalue()
+
+
+class PreflightTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.addClassCleanup(jax.config.update, "jax_enable_compilation_cache", jax.config.jax_enable_compilation_cache)
+    cls.folder = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+    cls.config = make_config(cls.folder)
+    cls.text = run(cls.config, out=str(cls.folder / "figures.json"))
+    cls.result = json.loads((cls.folder / "figures.json").read_text())
+    cls.programs = {entry["name"]: entry for entry in cls.result["programs"]}
+
+  def test_form(self):
+    # Fails if a program of a stage is left out, if a figure changes its name, or if the last line is not the figures.
+    self.assertEqual(list(self.programs), list(PROGRAMS))
+    self.assertEqual(set(self.result), {"topology", "programs", "bill"})
+    self.assertEqual(json.loads(self.text.splitlines()[-1]), self.result)
+    for entry in self.programs.values():
+      self.assertEqual(
+        list(entry),
+        [
+          "name",
+          "fits",
+          "peak_bytes_per_chip",
+          "hbm_bytes_per_chip",
+          "flops_per_chip",
+          "model_flops_per_chip",
+          "collective_bytes_per_chip",
+          "bound_by",
+        ],
+      )
+      self.assertTrue(entry["fits"])
+      self.assertEqual(entry["hbm_bytes_per_chip"], 16 << 30)
+      self.assertIn(entry["bound_by"], ("compute", "memory", "interconnect"))
+
+  def test_memory(self):
+    # Fails if moments are left out or not split (fsdp=4 x tensor=2), or if the cache is not split over lanes and heads.
+    params = 4 * architecture(self.config).config.num_params
+    for name in ("sft", "rft", "dpo/dpo", "dpo/step_dpo"):
+      self.assertGreater(self.programs[name]["peak_bytes_per_chip"], 3 * params / 8)
+      self.assertLess(self.programs[name]["peak_bytes_per_chip"], 3 * params / 8 + 30e6)
+    for name in ("sample", "credit", "evaluate"):
+      self.assertGreater(self.programs[f"{name}/decode"]["peak_bytes_per_chip"], params / 8)
+      self.assertLess(self.programs[f"{name}/decode"]["peak_bytes_per_chip"], params / 8 + 15e6)
+
+  def test_model_flops(self):
+    # Fails if padding counts, if the backward pass is left out, if the embedding counts as a product, or if a branch
+    # looks at other branches. By hand, of SFT: 24 trees of a prompt of 12 and a response of 24.
+    layers = 2 * (4 * 256 * 256 + 3 * 256 * 512)
+    keys = 36 * 37 / 2
+    tree = 2 * layers * 36 + 4 * 2 * 256 * keys + 2 * 512 * 256 * 24
+    self.assertAlmostEqual(self.programs["sft"]["model_flops_per_chip"] / (3 * 24 * tree / 16), 1.0, places=6)
+    # 16 slots that each look at a prompt of 12 and half of 24 new tokens.
+    step = 16 * (2 * layers + 4 * 2 * 256 * 24 + 2 * 512 * 256)
+    self.assertAlmostEqual(self.programs["sample/decode"]["model_flops_per_chip"] / (step / 16), 1.0, places=6)
+
+  def test_flops(self):
+    # Fails if the body of the loop over layers counts once, or a loop counts too often: training takes what the model
+    # takes for whole rows (here the rows are 84 % full at best, S is 1.1 times too wide, and layers run twice forward).
+    for name in ("sft", "rft", "dpo/dpo", "dpo/step_dpo"):
+      entry = self.programs[name]
+      self.assertBetween(entry["flops_per_chip"] / entry["model_flops_per_chip"], 1.0, 8.0, name)
+
+  def test_bill(self):
+    # Fails if an epoch, a trace, a step's rollouts or a method's answers are not counted.
+    c, made = self.config, self.result["bill"]
+    self.assertEqual(made["by_stage"]["sft"], {"steps": 125, "tokens_trained": 3 * 1000 * 36})
+    self.assertEqual(made["by_stage"]["sample"]["tokens_decoded"], 1000 * 5 * 24)
+    wrong = 0.5 * 5  # of a problem's traces
+    self.assertEqual(made["by_stage"]["credit"]["rollouts"], 1000 * wrong * 3 * 5)
+    self.assertEqual(made["by_stage"]["evaluate"]["traces"], 1000 * len(c.evaluate.methods))
+    self.assertEqual(made["rollouts"], 1000 * wrong * 3 * 5)
+    self.assertEqual(set(made["chip_hours"]), set(PROGRAMS))
+    self.assertAlmostEqual(sum(made["chip_hours"].values()) / made["chip_hours_total"], 1.0, places=2)
+    self.assertEqual(made["storage_bytes"]["policies"], 4 * 4 * architecture(c).config.num_params)
+
+
+class LoopsTest(absltest.TestCase):
+  def test_scanned_equals_unrolled(self):
+    # Fails if the body of the loop over layers is not multiplied by their number, or by something else.
+    folder, found = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())), []
+    for scan in (True, False):
+      config = make_config(folder, num_hidden_layers=5)
+      config.model.scan_layers, config.model.remat = scan, False
+      devices, chip = preflight.devices_of("v5e:4x4")
+      recipe = Recipe(config, mesh_lib.make_mesh(**config.mesh, devices=devices), LENGTHS)
+      (program,) = recipe.programs(["sft"])
+      found.append(preflight.compile_program(program, chip, 16).cost)
+    self.assertAlmostEqual(found[0].flops / found[1].flops, 1.0, delta=0.03)
+
+  def test_scanned_equals_unrolled_between_chips(self):
+    # Fails if what a loop's body sends counts once. Each layer gathers its matrix by hand, so that the compiler has no
+    # choice between the two.
+    devices, chip = preflight.devices_of("v5e:4x4")
+    mesh = mesh_lib.make_mesh(1, 16, 1, devices=devices)
+    rows, split = mesh_lib.rows(mesh), NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+
+    def loss(stack, x, scan):
+      def layer(x, matrix):
+        return jnp.tanh(x @ jax.lax.all_gather(matrix, "fsdp", tiled=True)), None
+
+      return jnp.sum(jax.lax.scan(layer, x, stack, unroll=not scan)[0])
+
+    found = []
+    for scan in (True, False):
+      grad = jax.grad(functools.partial(loss, scan=scan), argnums=(0, 1))
+      run = jax.jit(jax.shard_map(grad, mesh=mesh, in_specs=(split.spec, rows.spec), out_specs=(split.spec, rows.spec)))
+      stack = jax.ShapeDtypeStruct((7, 1024, 1024), jnp.bfloat16, sharding=split)
+      x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=rows)
+      program = Program("p", functools.partial(run.lower, stack, x), 1, 1.0, "", "")
+      found.append(preflight.compile_program(program, chip, 16).cost)
+    scanned, unrolled = found
+    self.assertAlmostEqual(scanned.flops / unrolled.flops, 1.0, delta=0.03)
+    self.assertAlmostEqual(scanned.collective_bytes / unrolled.collective_bytes, 1.0, delta=0.03)
+    # Gathered forward and backward, and its gradient scattered: three times 15 of 16 parts of 7 matrices at least.
+    self.assertGreater(scanned.collective_bytes, 2.5 * 7 * 1024 * 1024 * 2 * 15 / 16)
+    # Forward one product, backward two, for 64 rows a chip.
+    self.assertAlmostEqual(scanned.flops / (3 * 7 * 2 * 64 * 1024 * 1024), 1.0, delta=0.03)
+
+
+class RefusalTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+  def refusal(self, *args, **kwargs) -> str:
+    with self.assertRaises(UserError) as caught:
+      run(*args, **kwargs)
+    return str(caught.exception)
+
+  def test_a_config_that_does_not_fit(self):
+    # Fails if it passes, or if the sentence lacks the program, the sizes or what to change.
+    small = preflight.Chip(1 << 20, 1e12, 1e12, 1e12)
+    with mock.patch.dict(preflight.CHIPS, {"v5e": small}):
+      said = self.refusal(make_config(self.folder), stages=["sample/decode"], out=str(self.folder / "out.json"))
+    self.assertRegex(
+      said,
+      r"^sample/decode does not fit: \d+\.\d\d of 0\.00 GB a chip of v5e:4x4, most of it \w+; "
+      r"lower engine\.lanes, engine\.slots or engine\.max_new_tokens, or raise mesh\.tensor\.$",
+    )
+    self.assertFalse(json.loads((self.folder / "out.json").read_text())["programs"][0]["fits"])
+
+  def test_what_the_compiler_refuses(self):
+    # Fails if XLA's refusal comes out as a traceback, or if its size is not read.
+    devices, chip = preflight.devices_of("v5e:4x4")
+    x = jax.ShapeDtypeStruct((1 << 16, 1 << 10), jnp.float32, sharding=SingleDeviceSharding(devices[0]))
+    sort = jax.jit(lambda x: jnp.sort(x @ x.T, axis=0))
+    report = preflight.compile_program(Program("p", lambda: sort.lower(x), 1, 1.0, "", "buy more."), chip, 1)
+    self.assertFalse(report.fits)
+    self.assertGreater(report.peak_bytes, 16 << 30)
+    self.assertLess(report.peak_bytes, 64 << 30)
+    self.assertEqual(report.too_large, "temporaries")
+
+  def test_without_libtpu(self):
+    # Fails if the missing compiler comes out as a traceback.
+    with mock.patch("importlib.util.find_spec", return_value=None):
+      said = self.refusal(make_config(self.folder))
+    self.assertIn("pip install -e '.[preflight]'", said)
+
+  @parameterized.parameters("v5e", "v9:4x4", "v5e:3x9", "4x4", "v5e:4xx4")
+  def test_unknown_topologies(self, topology):
+    # Fails if libtpu's exception comes out as it is.
+    self.assertStartsWith(self.refusal(make_config(self.folder), topology=topology), f"--topology={topology}: ")
+
+  def test_slices(self):
+    # Fails if the slices of a pod are not asked for, or if the outermost axis runs across them.
+    devices, chip = preflight.devices_of("v5e:4x4", 2)
+    self.assertEqual(chip, preflight.CHIPS["v5e"])
+    mesh = mesh_lib.make_mesh(-1, 4, 2, slices=2, devices=devices)
+    self.assertEqual(tuple(mesh.shape.values()), (2, 2, 4, 2))
+    for index in range(2):
+      self.assertEqual({device.slice_index for device in mesh.devices[index].reshape(-1)}, {index})
+
+  def test_names_and_models(self):
+    # Fails if an unknown stage is skipped in silence, or if a path that is neither a folder nor a preset is not named.
+    config = make_config(self.folder)
+    self.assertStartsWith(self.refusal(config, stages=["sampel"]), "--stages: 'sampel' is none of sft, rft, dpo, ")
+    config.model.path = "nowhere/mistral"
+    self.assertStartsWith(self.refusal(config, stages=["sft"]), "model.path=nowhere/mistral is no folder ")
+    config = make_config(self.folder, vocab_size=511)
+    self.assertEqual(self.refusal(config), "ends.embedding: dimension vocab=511 does not divide by tensor=2.")
+
+  @parameterized.parameters(("deepseek_math_7b", 6.91), ("llama2_7b", 6.74))
+  def test_presets(self, name, billions):
+    # Fails if a size of a published model is mistyped: its parameters are known.
+    config = make_config(self.folder)
+    config.model.path = name
+    self.assertAlmostEqual(architecture(config).config.num_params / 1e9, billions, places=2)
+
+
+if __name__ == "__main__":
+  absltest.main()
