@@ -4,9 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Masked scores: finite, so that a row of padding gives numbers and no NaN gradient.
 _MASKED = -1e30
+_BLOCKS, _LEAST_BLOCK = 4, 64  # queries of a row are cut into so many blocks, of so many tokens at least
 
 
 @jax.tree_util.register_dataclass
@@ -26,16 +28,22 @@ class Cache:
   suffix_k: jax.Array | tuple
   suffix_v: jax.Array | tuple
 
+  @property
+  def num_positions(self) -> int:
+    """C + L: positions of tokens are below it."""
+    return self.trunk_v[0].shape[-2] + self.suffix_v[0].shape[-2]
 
-def rotary(position_N: jax.Array, head_dim: int, theta: float, dtype):
-  """A function that turns [N, heads, H] by the rotary embedding of its positions.
+
+def rotary(position_N: jax.Array, num_positions: int, head_dim: int, theta: float, dtype):
+  """A function that turns [N, heads, H] by the rotary embedding of its positions, all below `num_positions`.
 
   Pairs are (i, i + H/2), as in Hugging Face checkpoints of this family (Su et al., https://arxiv.org/abs/2104.09864).
+  Cosines and sines are constants of the program: computed in it, they would be computed anew by every use.
   """
   wide = jnp.promote_types(dtype, jnp.float32)
-  frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
-  angle = position_N[:, None].astype(wide) * frequency[None]
-  cos, sin = jnp.cos(angle)[:, None].astype(dtype), jnp.sin(angle)[:, None].astype(dtype)
+  frequency = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(wide)
+  angle = np.arange(num_positions, dtype=wide)[:, None] * frequency[None]
+  cos, sin = (jnp.asarray(table, dtype)[position_N][:, None] for table in (np.cos(angle), np.sin(angle)))
 
   def rotate(x):
     first, second = jnp.split(x, 2, axis=-1)
@@ -45,11 +53,12 @@ def rotary(position_N: jax.Array, head_dim: int, theta: float, dtype):
 
 
 def tree_attention(q, k, v, mask_BTT):
-  """Attention of rows of packed trees.
+  """Attention of rows of packed trees, in blocks of queries.
 
   Args:
     q: [B·T, N, H]; k, v: [B·T, K, H], rotary positions applied.
-    mask_BTT: bool, True where a query sees a key.
+    mask_BTT: bool, True where a query sees a key. Of a row's keys no query sees one that stands behind it (trees are
+      packed trunk first), so a block of queries is held against the keys up to its end only.
 
   Returns:
     (out [B·T, N, H], keys [B, K, T, H], values [B, K, T, H]).
@@ -57,24 +66,36 @@ def tree_attention(q, k, v, mask_BTT):
   rows, length, _ = mask_BTT.shape
   kv_heads, head_dim = k.shape[1], k.shape[2]
   groups = q.shape[1] // kv_heads
-  wide = jnp.promote_types(q.dtype, jnp.float32)
-  # One matrix product a kv head: its query heads stand below one another.
-  q = q.reshape(rows, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
-  q = q.reshape(rows * kv_heads, groups * length, head_dim) * (head_dim**-0.5)
+  q = q.reshape(rows, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4) * (head_dim**-0.5)
   k_BKTH = k.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3)
   v_BKTH = v.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3)
-  k2, v2 = (x.reshape(rows * kv_heads, length, head_dim) for x in (k_BKTH, v_BKTH))
-  scores = jnp.einsum("bqh,bkh->bqk", q, k2, preferred_element_type=wide)
-  scores = scores.reshape(rows, kv_heads, groups, length, length)
-  scores = jnp.where(mask_BTT[:, None, None], scores, _MASKED)
+  size = -(-length // min(_BLOCKS, -(-length // _LEAST_BLOCK)))
+  parts = []
+  for start in range(0, length, size):
+    stop = min(start + size, length)
+    block = q[:, :, :, start:stop], k_BKTH[:, :, :stop], v_BKTH[:, :, :stop], mask_BTT[:, start:stop, :stop]
+    parts.append(_attend(*block))
+  out = jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(rows * length, kv_heads * groups, head_dim)
+  return out, k_BKTH, v_BKTH
+
+
+def _attend(q, k, v, mask):
+  """Softmax attention of q [B, K, G, T, H] over k, v [B, K, S, H] where mask [B, T, S] allows."""
+  rows, kv_heads, groups, length, head_dim = q.shape
+  keys = k.shape[2]
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  # One matrix product a kv head: its query heads stand below one another.
+  q = q.reshape(rows * kv_heads, groups * length, head_dim)
+  k, v = (x.reshape(rows * kv_heads, keys, head_dim) for x in (k, v))
+  scores = jnp.einsum("bqh,bkh->bqk", q, k, preferred_element_type=wide)
+  scores = scores.reshape(rows, kv_heads, groups, length, keys)
+  scores = jnp.where(mask[:, None, None], scores, _MASKED)
   weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
   total = jnp.sum(weights, axis=-1)
-  weights = weights.reshape(rows * kv_heads, groups * length, length).astype(v.dtype)
-  out = jnp.einsum("bqk,bkh->bqh", weights, v2, preferred_element_type=wide)
-  # Normalised after the product: H columns instead of T.
-  out = (out.reshape(rows, kv_heads, groups, length, head_dim) / total[..., None]).astype(v.dtype)
-  out = out.transpose(0, 3, 1, 2, 4).reshape(rows * length, kv_heads * groups, head_dim)
-  return out, k_BKTH, v_BKTH
+  weights = weights.reshape(rows * kv_heads, groups * length, keys).astype(v.dtype)
+  out = jnp.einsum("bqk,bkh->bqh", weights, v, preferred_element_type=wide)
+  # Normalised after the product: H columns instead of S.
+  return (out.reshape(rows, kv_heads, groups, length, head_dim) / total[..., None]).astype(v.dtype)
 
 
 def cached_attention(q, k, v, cache: Cache, at, fork, index):

@@ -16,6 +16,7 @@ from jax import lax
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.models import attention
 from synthneg_jax.models.config import ModelConfig
+from synthneg_jax.runtime import mesh as mesh_lib
 
 Params = Any
 
@@ -168,14 +169,15 @@ class Model:
     c = self.config
     num_rows, length = trees.token.shape
     mask_BTT = tree_lib.attention_mask(trees)
-    rotate = attention.rotary(trees.position.reshape(-1), c.head_dim, c.rope_theta, jnp.dtype(c.dtype))
+    rotate = attention.rotary(trees.position.reshape(-1), length, c.head_dim, c.rope_theta, jnp.dtype(c.dtype))
 
     def attend(q, k, v):
       out, k_BKTH, v_BKTH = attention.tree_attention(q, k, v, mask_BTT)
       return out, ((k_BKTH, v_BKTH) if with_cache else None)
 
     def layer(x_ND, layer_params):
-      return Layer(c).apply({"params": layer_params}, x_ND, rotate, attend)
+      x_ND, extra = Layer(c).apply({"params": layer_params}, mesh_lib.split_rows(x_ND), rotate, attend)
+      return mesh_lib.split_rows(x_ND), extra
 
     layer = jax.checkpoint(layer) if c.remat else layer
     x_ND = Ends(c).apply({"params": params["ends"]}, trees.token.reshape(-1), method="embed")
@@ -205,11 +207,13 @@ class Model:
     """
     c = self.config
     lanes, slots = token.shape
-    rotate = attention.rotary((fork + index).reshape(-1), c.head_dim, c.rope_theta, jnp.dtype(c.dtype))
+    positions = cache.num_positions
+    rotate = attention.rotary((fork + index).reshape(-1), positions, c.head_dim, c.rope_theta, jnp.dtype(c.dtype))
 
     def layer(x_ND, layer_params, cache, at):
       attend = lambda q, k, v: attention.cached_attention(q, k, v, cache, at, fork, index)
-      return Layer(c).apply({"params": layer_params}, x_ND, rotate, attend)
+      x_ND, extra = Layer(c).apply({"params": layer_params}, mesh_lib.split_rows(x_ND), rotate, attend)
+      return mesh_lib.split_rows(x_ND), extra
 
     x_ND = Ends(c).apply({"params": params["ends"]}, token.reshape(-1), method="embed")
     if isinstance(params["layers"], tuple):

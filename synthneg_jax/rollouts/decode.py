@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.models.attention import Cache
 from synthneg_jax.models.decoder import Model
-from synthneg_jax.rollouts.sampling import Sampling, draw
+from synthneg_jax.rollouts.sampling import Sampling, pick, uniforms
 from synthneg_jax.runtime import mesh as mesh_lib
 
 UNFINISHED, EOS, STOP, LENGTH = range(4)
@@ -66,9 +66,11 @@ class State:
 
   Attributes:
     cache: keys and values.
-    item_fork: int32 [lanes, Q]; item_key: uint32 [lanes, Q, 2].
+    item_fork: int32 [lanes, Q]; item_limit: int32 [lanes, Q], most tokens of it; item_uniform: float32 [lanes, Q, L],
+      what each of its tokens will be drawn with.
     queue: int32 [lanes, Q], items in the order they are taken; queue_size, queue_next: int32 [lanes].
-    slot_item: int32 [lanes, S], -1 idle; slot_size: its branch's tokens so far; slot_token: the newest of them.
+    slot_item: int32 [lanes, S], -1 idle; slot_fork: trunk tokens that its branch sees; slot_size: the branch's tokens so
+      far; slot_token: the newest of them.
     item_stop: int32 [lanes, Q], state of the stop automaton.
     token: int32 [lanes, Q, L]; logp, drawn_logp: float32 [lanes, Q, L], nats, untempered and as drawn.
     size: int32 [lanes, Q], tokens of each item; finish: int32 [lanes, Q], why it ended.
@@ -77,11 +79,13 @@ class State:
 
   cache: Cache
   item_fork: jax.Array
-  item_key: jax.Array
+  item_limit: jax.Array
+  item_uniform: jax.Array
   queue: jax.Array
   queue_size: jax.Array
   queue_next: jax.Array
   slot_item: jax.Array
+  slot_fork: jax.Array
   slot_size: jax.Array
   slot_token: jax.Array
   item_stop: jax.Array
@@ -116,11 +120,13 @@ def empty_state(model: Model, g: Geometry) -> State:
       cache(g.lanes, g.slots, k, g.new, h),
     ),
     item_fork=ints(*per_item),
-    item_key=jnp.zeros((*per_item, 2), jnp.uint32),
+    item_limit=ints(*per_item),
+    item_uniform=floats(*per_item, g.new),
     queue=ints(*per_item),
     queue_size=ints(g.lanes),
     queue_next=ints(g.lanes),
     slot_item=jnp.full((g.lanes, g.slots), -1, jnp.int32),
+    slot_fork=ints(g.lanes, g.slots),
     slot_size=ints(g.lanes, g.slots),
     slot_token=ints(g.lanes, g.slots),
     item_stop=ints(*per_item),
@@ -145,18 +151,15 @@ def state_shardings(model: Model, mesh: Mesh) -> State:
   return State(**fields)
 
 
-def _draw_at(logits, keys, index, how: Sampling, stops: Stops):
-  """Draws for [lanes, n] places, each with its item's key folded with the token's place in its branch."""
+def _pick(logits, uniform, how: Sampling, stops: Stops):
+  """Tokens for [lanes, n] places, each by its own uniform number."""
   if 0 < stops.num_tokens < logits.shape[-1]:
     logits = jnp.where(jnp.arange(logits.shape[-1])[None, None] < stops.num_tokens, logits, -jnp.inf)
 
-  def one(logits_V, key_data, at):
-    return draw(logits_V, jax.random.fold_in(jax.random.wrap_key_data(key_data), at), how)
-
-  return jax.vmap(jax.vmap(one))(logits, keys, index)
+  return jax.vmap(jax.vmap(lambda logits_V, uniform: pick(logits_V, uniform, how)))(logits, uniform)
 
 
-def _ending(token, stop_state, size, stops: Stops, new: int):
+def _ending(token, stop_state, size, limit, stops: Stops):
   """(the automaton's next state, why the branch ends with this token or UNFINISHED)."""
   if stops.table is not None:
     table = jnp.asarray(stops.table)
@@ -165,7 +168,7 @@ def _ending(token, stop_state, size, stops: Stops, new: int):
   else:
     stopped = jnp.zeros(token.shape, bool)
   is_eos = functools.reduce(jnp.logical_or, [token == eos for eos in stops.eos_ids], jnp.zeros(token.shape, bool))
-  finish = jnp.where(is_eos, EOS, jnp.where(stopped, STOP, jnp.where(size >= new, LENGTH, UNFINISHED)))
+  finish = jnp.where(is_eos, EOS, jnp.where(stopped, STOP, jnp.where(size >= limit, LENGTH, UNFINISHED)))
   return stop_state, finish.astype(jnp.int32)
 
 
@@ -176,10 +179,12 @@ def _take_items(state: State) -> State:
   takes = idle & (place < state.queue_size[:, None])
   item = jnp.take_along_axis(state.queue, jnp.where(takes, place, 0), axis=1)
   item = jnp.where(takes, item, state.slot_item)
-  first = jnp.take_along_axis(state.token[:, :, 0], jnp.maximum(item, 0), axis=1)
+  of_item = lambda field: jnp.take_along_axis(field, jnp.maximum(item, 0), axis=1)
+  first = of_item(state.token[:, :, 0])
   return dataclasses.replace(
     state,
     slot_item=item,
+    slot_fork=jnp.where(takes, of_item(state.item_fork), state.slot_fork),
     slot_size=jnp.where(takes, 1, state.slot_size),
     slot_token=jnp.where(takes, first, state.slot_token),
     queue_next=state.queue_next + jnp.sum(takes, axis=1, dtype=jnp.int32),
@@ -198,6 +203,7 @@ def prefill(
   length,
   item_fork,
   item_key,
+  item_limit,
   num_items,
 ) -> State:
   """Puts new trunks with their items into lanes and draws every item's first token.
@@ -208,7 +214,7 @@ def prefill(
     state: as before; the lanes named here are overwritten.
     lane: int32 [R], where the trunks go; `g.lanes` for none.
     token: int32 [R, C]; length: int32 [R], the trunks and how many of their tokens count.
-    item_fork: int32 [R, Q]; item_key: uint32 [R, Q, 2]; num_items: int32 [R].
+    item_fork: int32 [R, Q]; item_key: uint32 [R, Q, 2]; item_limit: int32 [R, Q], at most L; num_items: int32 [R].
   """
   rows, width = token.shape
   position = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), token.shape)
@@ -225,8 +231,9 @@ def prefill(
   h_RCD, (k, v) = model.hidden(params, trees, with_cache=True)
 
   h_RQD = jnp.take_along_axis(h_RCD, jnp.maximum(item_fork - 1, 0)[..., None], axis=1)
-  first, logp, drawn = _draw_at(model.logits(params, h_RQD), item_key, jnp.zeros_like(item_fork), how, stops)
-  stop, finish = _ending(first, jnp.zeros_like(first), 1, stops, g.new)
+  uniform = jax.vmap(jax.vmap(lambda key_data: uniforms(key_data, g.new)))(item_key)
+  first, logp, drawn = _pick(model.logits(params, h_RQD), uniform[..., 0], how, stops)
+  stop, finish = _ending(first, jnp.zeros_like(first), 1, item_limit, stops)
   there = jnp.arange(g.items)[None] < num_items[:, None]
   waits = there & (finish == UNFINISHED)
 
@@ -248,7 +255,8 @@ def prefill(
       trunk_v=put_trunk(state.cache.trunk_v, v, (0, 1, 2, 3)),
     ),
     item_fork=put(state.item_fork, item_fork),
-    item_key=put(state.item_key, item_key),
+    item_limit=put(state.item_limit, item_limit),
+    item_uniform=put(state.item_uniform, uniform),
     queue=put(state.queue, jnp.argsort(~waits, axis=1, stable=True)),
     queue_size=put(state.queue_size, jnp.sum(waits, axis=1)),
     queue_next=put(state.queue_next, jnp.zeros(rows)),
@@ -275,13 +283,13 @@ def decode(model: Model, g: Geometry, how: Sampling, stops: Stops, params, state
   def step(state: State):
     active = state.slot_item >= 0
     item = jnp.maximum(state.slot_item, 0)
-    fork = jnp.where(active, jnp.take_along_axis(state.item_fork, item, axis=1), 0)
     index = jnp.where(active, state.slot_size - 1, 0)
-    h_LSD, cache = model.hidden_step(params, state.slot_token, fork, index, state.cache)
-    keys = jnp.take_along_axis(state.item_key, item[..., None], axis=1)
-    token, logp, drawn = _draw_at(model.logits(params, h_LSD), keys, index + 1, how, stops)
+    h_LSD, cache = model.hidden_step(params, state.slot_token, state.slot_fork, index, state.cache)
+    uniform = state.item_uniform[lanes, item, index + 1]
+    token, logp, drawn = _pick(model.logits(params, h_LSD), uniform, how, stops)
     size = state.slot_size + 1
-    stop, finish = _ending(token, jnp.take_along_axis(state.item_stop, item, axis=1), size, stops, g.new)
+    of_item = lambda field: jnp.take_along_axis(field, item, axis=1)
+    stop, finish = _ending(token, of_item(state.item_stop), size, of_item(state.item_limit), stops)
 
     to = jnp.where(active, item, g.items)  # what idle slots computed is dropped
     write = lambda field, new: field.at[lanes, to, index + 1].set(new.astype(field.dtype), mode="drop")

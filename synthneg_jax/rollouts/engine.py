@@ -25,11 +25,13 @@ class Trunk:
     ids: int [C].
     forks: for each item how many trunk tokens it continues, 1..C.
     keys: uint32 [items, 2], a key for each item (runtime/keys.py): its draws depend on it and nothing else.
+    limits: for each item the most new tokens it may have, at least 1; None for the engine's max_new_tokens.
   """
 
   ids: Sequence[int]
   forks: Sequence[int]
   keys: np.ndarray
+  limits: Sequence[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,26 +51,23 @@ class Generation:
 
 
 def _bucket(size: int) -> int:
-  """The next of 8, 16, 32, 48, 64, 96, 128, 192, 256, ...: few shapes, at most half of them empty."""
-  power = 8
-  while power < size:
-    if power >= 32 and power * 3 // 2 >= size:
-      return power * 3 // 2
-    power *= 2
-  return power
+  """The next of 1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 80, 96, ...: few shapes, little of them empty."""
+  power = 1 << (size - 1).bit_length()
+  quarter = power // 8
+  return power if quarter < 8 else -(-size // quarter) * quarter
 
 
 @functools.lru_cache(maxsize=64)
 def _programs(model: Model, mesh: Mesh, g: Geometry, how: Sampling, stops: Stops):
-  """The compiled programs of one geometry: (empty, prefill, decode, collect, resting)."""
-  params = mesh_lib.shardings(mesh, model.logical_axes())
+  """The compiled programs of one geometry: (empty, prefill, decode, collect, resting); parameters stay as they lie."""
+  params = None
   state = decode_lib.state_shardings(model, mesh)
   one = mesh_lib.replicated(mesh)
-  bound = lambda fn: functools.partial(fn, model, g, how, stops)
+  bound = lambda fn: mesh_lib.under(mesh, functools.partial(fn, model, g, how, stops))
   return (
     jax.jit(functools.partial(decode_lib.empty_state, model, g), out_shardings=state),
     jax.jit(
-      bound(decode_lib.prefill), in_shardings=(params, state) + (one,) * 6, out_shardings=state, donate_argnums=1
+      bound(decode_lib.prefill), in_shardings=(params, state) + (one,) * 7, out_shardings=state, donate_argnums=1
     ),
     jax.jit(bound(decode_lib.decode), in_shardings=(params, state, one), out_shardings=state, donate_argnums=1),
     jax.jit(decode_lib.collect, in_shardings=(state, one), out_shardings=one),
@@ -97,12 +96,17 @@ class Engine:
     shards = mesh_lib.row_shards(mesh)
     self._model, self._mesh, self._stops = model, mesh, stops
     self._lanes, self._slots, self._new = -(-lanes // shards) * shards, slots, max_new_tokens
+    self._given = self._params = None
     self.stats = {"steps": 0, "busy_slots": 0, "slots": 0, "prefill_tokens": 0}
 
-  def run(self, params, trunks: Sequence[Trunk], how: Sampling) -> Iterator[tuple[int, list[Generation]]]:
+  def run(
+    self, params, trunks: Sequence[Trunk], how: Sampling, longest: int = 0
+  ) -> Iterator[tuple[int, list[Generation]]]:
     """Yields (index of the trunk, its branches in the order of its items) as trunks finish.
 
-    The tokens of an item depend on its trunk, fork and key, not on what shares the batch.
+    The tokens of an item depend on its trunk, fork and key, not on what shares the batch. Programs are compiled for bucketed
+    numbers of trunks, of their tokens and of their items; a caller that comes in rounds gives the tokens of the `longest`
+    trunk that it will ever bring, so that all rounds share one length.
     """
     if not trunks:
       return
@@ -111,13 +115,13 @@ class Engine:
     g = Geometry(
       lanes=lanes,
       slots=self._slots,
-      trunk=_bucket(max(len(trunk.ids) for trunk in trunks)),
+      trunk=_bucket(max(longest, *(len(trunk.ids) for trunk in trunks))),
       items=_bucket(max(len(trunk.forks) for trunk in trunks)),
       new=self._new,
       refill=max(lanes // 4, 1),
     )
     empty, prefill, decode, collect, resting = _programs(self._model, self._mesh, g, how, self._stops)
-    state = empty()
+    params, state = self._laid_out(params), empty()
     waiting = list(range(len(trunks)))[::-1]
     held = [-1] * lanes  # which trunk a lane holds
 
@@ -144,19 +148,35 @@ class Engine:
     self.stats["busy_slots"] += int(busy)
     self.stats["slots"] += int(steps) * lanes * self._slots
 
+  def _laid_out(self, params):
+    """The parameters as the programs read them: unrolled layers are taken apart once, not in each call."""
+    if self._given is not params:
+      axes, c = self._model.logical_axes(), self._model.config
+      self._given, self._params = params, jax.device_put(params, mesh_lib.shardings(self._mesh, axes))
+      if not c.scan_layers:
+        of_layer = lambda names: names[1:]
+        axes["layers"] = jax.tree.map(of_layer, axes["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple))
+        layout = mesh_lib.shardings(self._mesh, axes)
+        layout["layers"] = (layout["layers"],) * c.num_layers
+        self._params = jax.jit(self._model.unstack, out_shardings=layout)(self._params)
+    return self._params
+
   def _trunk_arrays(self, g: Geometry, group):
     lane = np.full(g.refill, g.lanes, np.int32)
     token = np.zeros((g.refill, g.trunk), np.int32)
     length = np.zeros(g.refill, np.int32)
     fork = np.ones((g.refill, g.items), np.int32)
     key = np.zeros((g.refill, g.items, 2), np.uint32)
+    limit = np.full((g.refill, g.items), g.new, np.int32)
     count = np.zeros(g.refill, np.int32)
     for row, (to, trunk) in enumerate(group):
       size, items = len(trunk.ids), len(trunk.forks)
       lane[row], length[row], count[row] = to, size, items
       token[row, :size], fork[row, :items], key[row, :items] = trunk.ids, trunk.forks, trunk.keys
+      if trunk.limits is not None:
+        limit[row, :items] = np.minimum(trunk.limits, g.new)
       self.stats["prefill_tokens"] += size
-    return lane, token, length, fork, key, count
+    return lane, token, length, fork, key, limit, count
 
 
 def _generations(arrays, num_items: int) -> list[Generation]:

@@ -5,8 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 256
-
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -26,7 +24,7 @@ class Sampling:
 def inverse_cdf(prob_V: jax.Array, uniform: jax.Array) -> jax.Array:
   """The first index whose cumulative probability exceeds uniform · Σ prob.
 
-  Large vocabularies are searched in two levels: a block of 256, then within it. Never returns an index of probability 0.
+  Searched in two levels, a block of about √V, then within it. Never returns an index of probability 0.
 
   Args:
     prob_V: [V], not necessarily normalised.
@@ -43,21 +41,31 @@ def inverse_cdf(prob_V: jax.Array, uniform: jax.Array) -> jax.Array:
     index = jnp.minimum(index, last)  # rounding may put the target beyond the last sum
     return index, target - (cumulative_N[index] - weight_N[index])
 
-  if prob_V.size <= 4 * _BLOCK:
-    return search(prob_V, uniform * jnp.sum(prob_V))[0]
-  blocks = jnp.pad(prob_V, (0, -prob_V.size % _BLOCK)).reshape(-1, _BLOCK)
+  size = 1 << (prob_V.size.bit_length() // 2)
+  blocks = jnp.pad(prob_V, (0, -prob_V.size % size)).reshape(-1, size)
   weight_N = jnp.sum(blocks, axis=1)
   block, rest = search(weight_N, uniform * jnp.sum(weight_N))
   # A block's sum and its own cumulative sum may differ in the last bit: below 0 would be an index of probability 0.
-  return block * _BLOCK + search(blocks[block], jnp.maximum(rest, 0.0))[0]
+  return block * size + search(blocks[block], jnp.maximum(rest, 0.0))[0]
+
+
+def uniforms(key_data: jax.Array, count: int) -> jax.Array:
+  """The uniform numbers in [0, 1) of an item's first `count` tokens: place t takes its key folded with t."""
+  one = lambda place: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_data), place))
+  return jax.vmap(one)(jnp.arange(count))
 
 
 def draw(logits_V: jax.Array, key: jax.Array, how: Sampling):
-  """Draws one token.
+  """Draws one token with a key of its own: `pick` with the key's uniform number."""
+  return pick(logits_V, jax.random.uniform(key), how)
+
+
+def pick(logits_V: jax.Array, uniform: jax.Array, how: Sampling):
+  """The token that a uniform number picks.
 
   Args:
     logits_V: [V] float.
-    key: of this draw alone.
+    uniform: scalar in [0, 1).
     how: fixed at compile time.
 
   Returns:
@@ -79,5 +87,5 @@ def draw(logits_V: jax.Array, key: jax.Array, how: Sampling):
     floor = jnp.min(jnp.where(inside, sorted_V, jnp.inf))
     scaled_V = jnp.where(prob_V >= floor, scaled_V, -jnp.inf)
   drawn_V = jax.nn.log_softmax(scaled_V)
-  token = inverse_cdf(jnp.exp(drawn_V), jax.random.uniform(key))
+  token = inverse_cdf(jnp.exp(drawn_V), uniform)
   return token, logp_V[token], drawn_V[token]

@@ -6,6 +6,7 @@ rollouts is credit.schedule's to say (rollouts/schedules.py), round by round whe
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,7 +76,7 @@ def _wanted(run_: Run, of_trace: dict[str, list[_Prefix]]) -> dict[str, list[tup
   return holders
 
 
-def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, answers) -> None:
+def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, answers, longest: int) -> None:
   """One round of the engine: adds the rollouts to their prefixes."""
   section, trunks, items = run_.config.credit, [], []
   for group in wanted.values():
@@ -88,7 +89,7 @@ def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, answers) -> No
     ]
     trunks.append(Trunk(prompt + trace.ids[: max(ends)], [len(prompt) + end for end in ends], np.stack(draw_keys)))
     items.append(places)
-  for index, generations in engine.run(policy.params, trunks, sampling(section)):
+  for index, generations in engine.run(policy.params, trunks, sampling(section), longest):
     for (prefix, _), generation in zip(items[index], generations, strict=True):
       ids, trace = generation.ids.tolist(), prefix.trace
       text = policy.token_text.text(trace.ids[: trace.step_ends[prefix.step]] + ids)
@@ -130,9 +131,13 @@ def _credit(run_: Run, policy: Policy, engine, problems: Sequence[Problem], grou
   prompts = {problem.id: training.prompt_ids(run_, policy, problem) for problem in problems}
   answers = {problem.id: problem.answer for problem in problems}
   of_trace = {key: prefixes for traces in chosen.values() for key, prefixes in _prefixes(traces).items()}
+  longest = max(
+    (len(prompts[t.problem_id]) + t.step_ends[-2] for t in itertools.chain(*chosen.values()) if t.step_ends[1:]),
+    default=0,
+  )
   open_traces = of_trace
   while wanted := _wanted(run_, open_traces):
-    _roll_out(run_, policy, engine, wanted, prompts, answers)
+    _roll_out(run_, policy, engine, wanted, prompts, answers, longest)
     busy = {prefix.key for group in wanted.values() for prefix, _ in group}
     still = {key: prefixes for key, prefixes in open_traces.items() if any(p.key in busy for p in prefixes)}
     progress.update(len(open_traces) - len(still))

@@ -68,7 +68,7 @@ def _variant(run_: Run, name: str, mode: str) -> dict:
     pairs, min(section.max_branches_per_tree, section.batch_size + 1), length
   )
   store = reference.Store(run_.workdir / "dpo" / "reference" / f"{policy.fingerprint}-{run_.config.model.dtype}.npz")
-  reference.score(policy.model, policy.params, trees, section.row_length, run_.mesh, store)
+  reference.score(policy.model, policy.params, trees, section.row_length, run_.mesh, store, section.logit_chunk)
   figures["sampler_gap_nats"] = round(pairs_lib.sampler_gap(run_, policy, pairs, store), 7)
   plan = training.plan(run_, section, pairs_lib.examples(trees, numbered, store), names)
   objective = objectives.make_preference(
@@ -79,6 +79,7 @@ def _variant(run_: Run, name: str, mode: str) -> dict:
     penalty=section.penalty if section.loss == "dpop" else 0.0,
     nll_weight=section.nll_weight,
     eos_ids=(policy.tokenizer.eos_token_id,),
+    chunk=section.logit_chunk,
   )
   identity, last = training.train(
     run_, name, section, policy, objective, plan, stage.folder, _start_check(run_.config.model.dtype, plan)

@@ -35,7 +35,7 @@ def run(run_: Run) -> dict:
   )
   plan = training.plan(run_, section, examples, names)
   identity, figures = training.train(
-    run_, "rft", section, policy, objectives.make_sft(policy.model), plan, stage.folder
+    run_, "rft", section, policy, objectives.make_sft(policy.model, section.logit_chunk), plan, stage.folder
   )
   counts = {"solutions": sum(map(len, solutions.values())), "problems": sum(map(bool, solutions.values()))}
   return stage.finish({**counts, "too_long": dropped, **figures}, identity=identity)

@@ -21,6 +21,6 @@ def run(run_: Run) -> dict:
   )
   plan = training.plan(run_, section, examples, names)
   identity, figures = training.train(
-    run_, "sft", section, policy, objectives.make_sft(policy.model), plan, stage.folder
+    run_, "sft", section, policy, objectives.make_sft(policy.model, section.logit_chunk), plan, stage.folder
   )
   return stage.finish({"solutions": len(names), "too_long": dropped, **figures}, identity=identity)

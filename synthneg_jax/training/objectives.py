@@ -16,23 +16,40 @@ from synthneg_jax.models.decoder import Model
 from synthneg_jax.training.batch import Batch
 
 
-def scored_logprobs(model: Model, params, batch: Batch):
+def scored_logprobs(model: Model, params, batch: Batch, chunk: int = 0):
   """Log-probs of the scored tokens; logits exist at their predictors only.
+
+  Args:
+    model, params: the policy.
+    batch: what is scored.
+    chunk: how many scored tokens of a row have their logits at once, and again in the backward pass, so that [S, V] never
+      exists; 0 for all at once. It pays where that array would be the largest.
 
   Returns:
     (logp_RS nats, zero where there is no token; bool [R, S] which are there).
   """
   h_RTD, _ = model.hidden(params, batch.trees)
-  return _scored(model, params, batch, h_RTD)
+  return _scored(model, params, batch, h_RTD, chunk)
 
 
-def _scored(model: Model, params, batch: Batch, h_RTD):
+def _scored(model: Model, params, batch: Batch, h_RTD, chunk: int):
   there_RS = batch.scored_at >= 0
   at_RS = jnp.maximum(batch.scored_at, 0)
   target_RS = jnp.take_along_axis(batch.trees.token, at_RS, axis=1)
   parent_RS = jnp.maximum(jnp.take_along_axis(batch.trees.parent, at_RS, axis=1), 0)
   h_RSD = jnp.take_along_axis(h_RTD, parent_RS[..., None], axis=1)
-  logp_RS = losses.token_logprobs(model.logits(params, h_RSD), target_RS)
+  logp = lambda h, target: losses.token_logprobs(model.logits(params, h), target)
+  if 0 < chunk < target_RS.shape[1]:
+    R, S = target_RS.shape
+    parts = -(-S // chunk)
+    cut = lambda x: jnp.pad(x, ((0, 0), (0, parts * chunk - S), *((0, 0),) * (x.ndim - 2))).reshape(
+      R, parts, chunk, *x.shape[2:]
+    )
+    part = lambda _, xs: (None, jax.checkpoint(logp)(*xs))
+    _, logp_PRC = lax.scan(part, None, (cut(h_RSD).swapaxes(0, 1), cut(target_RS).swapaxes(0, 1)))
+    logp_RS = logp_PRC.swapaxes(0, 1).reshape(R, parts * chunk)[:, :S]
+  else:
+    logp_RS = logp(h_RSD, target_RS)
   return jnp.where(there_RS, logp_RS, 0.0), there_RS
 
 
@@ -59,11 +76,11 @@ def _early_eos(model: Model, params, batch: Batch, h_RTD, num_branches: int, eos
   return masked.total(losses.early_eos(logits_RBV, eos_ids), unfinished_RB)
 
 
-def make_sft(model: Model):
-  """The next-token objective, for SFT, RFT and pretraining: mean nats per scored token."""
+def make_sft(model: Model, chunk: int = 0):
+  """The next-token objective, for SFT, RFT and pretraining: mean nats per scored token; `chunk` as in `scored_logprobs`."""
 
   def objective(params, batch: Batch):
-    logp_RS, there_RS = scored_logprobs(model, params, batch)
+    logp_RS, there_RS = scored_logprobs(model, params, batch, chunk)
     loss = jnp.sum(jax.vmap(losses.sft_loss)(logp_RS, there_RS)) / batch.num_scored
     return loss, {"loss/per_token": masked.total(-logp_RS, there_RS)}
 
@@ -79,6 +96,7 @@ def make_preference(
   penalty: float = 0.0,
   nll_weight: float = 0.0,
   eos_ids: Sequence[int],
+  chunk: int = 0,
 ):
   """The preference objective over pairs of branches: mean per pair of a loss of `core.losses` + nll_weight · nll_term.
 
@@ -90,11 +108,12 @@ def make_preference(
     beta, penalty: as `core.losses.preference_metrics` takes them.
     nll_weight: weight of the chosen branch's next-token loss per token.
     eos_ids: the ids that end a response.
+    chunk: as in `scored_logprobs`.
   """
 
   def objective(params, batch: Batch):
     h_RTD, _ = model.hidden(params, batch.trees)
-    logp_RS, there_RS = _scored(model, params, batch, h_RTD)
+    logp_RS, there_RS = _scored(model, params, batch, h_RTD, chunk)
     logp_RB = branch_sums(batch, logp_RS, num_branches)
     count_RB = branch_sums(batch, there_RS.astype(logp_RS.dtype), num_branches)
     of = lambda values, index: jnp.take_along_axis(values, index, axis=1)

@@ -65,8 +65,10 @@ class Store:
     temporary.replace(self._path)
 
 
-def score(model: Model, params, trees: Sequence[Tree], row_length: int, mesh: Mesh, store: Store) -> None:
-  """Puts every branch of the trees that is not there yet into the store."""
+def score(
+  model: Model, params, trees: Sequence[Tree], row_length: int, mesh: Mesh, store: Store, chunk: int = 0
+) -> None:
+  """Puts every branch of the trees that is not there yet into the store; `chunk` as in `objectives.scored_logprobs`."""
   wanted = []
   for tree in trees:
     missing = {}
@@ -88,7 +90,7 @@ def score(model: Model, params, trees: Sequence[Tree], row_length: int, mesh: Me
   shapes = [batch_lib.measure(call, row_length) for call in calls]
   shape = batch_lib.Shape(per_call, row_length, max(s.scored for s in shapes), 0, max(s.branches for s in shapes))
   forward = jax.jit(
-    lambda params, batch: objectives.scored_logprobs(model, params, batch)[0],
+    mesh_lib.under(mesh, lambda params, batch: objectives.scored_logprobs(model, params, batch, chunk)[0]),
     in_shardings=(mesh_lib.shardings(mesh, model.logical_axes()), step_lib.batch_shardings(mesh)),
   )
   values = {}

@@ -81,7 +81,7 @@ def make_step(objective, optimizer: optax.GradientTransformation, shardings, mes
     return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
   return jax.jit(
-    step,
+    mesh_lib.under(mesh, step),
     in_shardings=(shardings, batch_shardings(mesh)),
     out_shardings=(shardings, mesh_lib.replicated(mesh)),
     donate_argnums=0,
