@@ -18,6 +18,7 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 startup.define_flags(workdir=False)
+flags.FLAGS.set_default("compilation_cache", "")  # its files are for chips that are there
 flags.DEFINE_string("topology", None, "The TPU: v5e:8x8, v5e:16x16, v5p:4x4x8, v6e:16x16, ...", required=True)
 flags.DEFINE_list(
   "stages", None, "Stages (sft, rft, dpo, sample, credit, evaluate) or programs (dpo/step_dpo, ...); default: all."

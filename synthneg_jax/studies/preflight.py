@@ -216,7 +216,6 @@ def main(
   mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
   recipe = Recipe(config, mesh, lengths)
   model = recipe.model.config
-  jax.config.update("jax_enable_compilation_cache", False)  # its files are for chips that are there
   sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   print(
     f"{topology}: {len(devices)} devices as {sizes}; {model.num_params / 1e9:.2f} G parameters, {model.param_dtype}"
