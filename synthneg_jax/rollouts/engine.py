@@ -60,16 +60,13 @@ def _bucket(size: int) -> int:
 @functools.lru_cache(maxsize=64)
 def _programs(model: Model, mesh: Mesh, g: Geometry, how: Sampling, stops: Stops):
   """The compiled programs of one geometry: (empty, prefill, decode, collect, resting); parameters stay as they lie."""
-  params = None
   state = decode_lib.state_shardings(model, mesh)
   one = mesh_lib.replicated(mesh)
   bound = lambda fn: mesh_lib.under(mesh, functools.partial(fn, model, g, how, stops))
   return (
     jax.jit(functools.partial(decode_lib.empty_state, model, g), out_shardings=state),
-    jax.jit(
-      bound(decode_lib.prefill), in_shardings=(params, state) + (one,) * 7, out_shardings=state, donate_argnums=1
-    ),
-    jax.jit(bound(decode_lib.decode), in_shardings=(params, state, one), out_shardings=state, donate_argnums=1),
+    jax.jit(bound(decode_lib.prefill), in_shardings=(None, state) + (one,) * 7, out_shardings=state, donate_argnums=1),
+    jax.jit(bound(decode_lib.decode), in_shardings=(None, state, one), out_shardings=state, donate_argnums=1),
     jax.jit(decode_lib.collect, in_shardings=(state, one), out_shardings=one),
     jax.jit(decode_lib.resting, in_shardings=(state,), out_shardings=one),
   )

@@ -7,7 +7,7 @@ rollouts is credit.schedule's to say (rollouts/schedules.py), round by round whe
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -76,8 +76,8 @@ def _wanted(run_: Run, of_trace: dict[str, list[_Prefix]]) -> dict[str, list[tup
   return holders
 
 
-def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, answers, longest: int) -> None:
-  """One round of the engine: adds the rollouts to their prefixes."""
+def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, answers, longest: int) -> Iterator[str]:
+  """One round of the engine: adds the rollouts to their prefixes, and yields the id of each trace whose own are there."""
   section, trunks, items = run_.config.credit, [], []
   for group in wanted.values():
     trace = group[0][0].trace
@@ -97,6 +97,7 @@ def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, answers, longe
       first = (step_ends(ids, policy.token_text, run_.config.task.step_delimiter) or [0])[0]
       logp = [round(float(np.sum(generation.logp[:end])), 5) for end in (first, len(ids))]
       prefix.samples.append(Rollout(ids, graded.correct, graded.reason, generation.finish, *logp))
+    yield items[index][0][0].trace.id
 
 
 def _estimates(trace: Trace, prefixes: Sequence[_Prefix]) -> list[StepEstimate]:
@@ -135,14 +136,15 @@ def _credit(run_: Run, policy: Policy, engine, problems: Sequence[Problem], grou
     (len(prompts[t.problem_id]) + t.step_ends[-2] for t in itertools.chain(*chosen.values()) if t.step_ends[1:]),
     default=0,
   )
-  open_traces = of_trace
+  open_traces, said = of_trace, set()
   while wanted := _wanted(run_, open_traces):
-    _roll_out(run_, policy, engine, wanted, prompts, answers, longest)
+    for key in _roll_out(run_, policy, engine, wanted, prompts, answers, longest):
+      if key not in said and not _wanted(run_, {key: of_trace[key]}):
+        said.add(key)
+        progress.update(1)
     busy = {prefix.key for group in wanted.values() for prefix, _ in group}
-    still = {key: prefixes for key, prefixes in open_traces.items() if any(p.key in busy for p in prefixes)}
-    progress.update(len(open_traces) - len(still))
-    open_traces = still
-  progress.update(len(open_traces))
+    open_traces = {key: prefixes for key, prefixes in open_traces.items() if any(p.key in busy for p in prefixes)}
+  progress.update(len(of_trace) - len(said))
   return [record for traces in chosen.values() for trace in traces for record in _estimates(trace, of_trace[trace.id])]
 
 

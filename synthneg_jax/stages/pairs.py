@@ -210,10 +210,11 @@ def sampler_gap(run_: Run, policy: Policy, pairs: Sequence[Pair], store: referen
   """
   traces = {trace.id: trace for trace in Shards(run_.workdir / "sample" / "traces", Trace).read()}
   problems, largest = run_.problems("train"), 0.0
+  prompt_size = functools.cache(lambda key: len(training.prompt_ids(run_, policy, problems[key])))
   for pair in pairs:
     key = reference.branch_key(pair.trunk, len(pair.trunk), pair.rejected)
     if key in store:  # not where the pair was too long
-      start = len(pair.trunk) - len(training.prompt_ids(run_, policy, problems[pair.problem_id]))
+      start = len(pair.trunk) - prompt_size(pair.problem_id)
       drawn = traces[pair.trace_id].logps[start : start + len(pair.rejected)]
       largest = max(largest, float(np.max(np.abs(store[key] - np.asarray(drawn)))))
   return largest
