@@ -41,7 +41,7 @@ def get_config(arg: str = "model=smollm2_135m"):
     c.sft.optimizer.learning_rate = c.rft.optimizer.learning_rate = 2e-5
     c.dpo.optimizer.learning_rate = 2e-6
   else:  # parameters and rows split over all devices of one host; several hosts are not supported yet
-    c.model.dtype, c.model.scan_layers, c.model.remat = "bfloat16", True, True
+    c.model.dtype, c.model.scan_layers, c.model.remat = "bfloat16", True, "selective"
     c.mesh.data, c.mesh.fsdp = 1, -1
     c.sample.num_traces = 100
     c.rft.max_per_problem = 4

@@ -84,16 +84,16 @@ def _attend(q, k, v, mask):
   rows, kv_heads, groups, length, head_dim = q.shape
   keys = k.shape[2]
   wide = jnp.promote_types(q.dtype, jnp.float32)
-  # One matrix product a kv head: its query heads stand below one another.
-  q = q.reshape(rows * kv_heads, groups * length, head_dim)
-  k, v = (x.reshape(rows * kv_heads, keys, head_dim) for x in (k, v))
-  scores = jnp.einsum("bqh,bkh->bqk", q, k, preferred_element_type=wide)
+  # One matrix product a kv head: its query heads stand below one another. Rows and kv heads stay dimensions of their own,
+  # since they are split over different axes of the mesh.
+  q = q.reshape(rows, kv_heads, groups * length, head_dim)
+  scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=wide)
   scores = scores.reshape(rows, kv_heads, groups, length, keys)
   scores = jnp.where(mask[:, None, None], scores, _MASKED)
   weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
   total = jnp.sum(weights, axis=-1)
-  weights = weights.reshape(rows * kv_heads, groups * length, keys).astype(v.dtype)
-  out = jnp.einsum("bqk,bkh->bqh", weights, v, preferred_element_type=wide)
+  weights = weights.reshape(rows, kv_heads, groups * length, keys).astype(v.dtype)
+  out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=wide)
   # Normalised after the product: H columns instead of S.
   return (out.reshape(rows, kv_heads, groups, length, head_dim) / total[..., None]).astype(v.dtype)
 

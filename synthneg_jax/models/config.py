@@ -22,7 +22,8 @@ class ModelConfig:
     dtype: name of the dtype of activations and matrix products.
     param_dtype: name of the dtype that parameters are kept in.
     scan_layers: one compiled layer scanned over the stacked parameters (TPU, deep models) or Y copies (CPU).
-    remat: recompute each layer in the backward pass.
+    remat: what of a layer the backward pass computes anew: "none", "full" (all of it), or "selective" (all but the matrix
+      products that it needs: norms, rotary positions, attention's scores and the gate's silu).
   """
 
   vocab_size: int
@@ -38,13 +39,15 @@ class ModelConfig:
   dtype: str = "float32"
   param_dtype: str = "float32"
   scan_layers: bool = True
-  remat: bool = False
+  remat: str = "none"
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
       raise UserError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}.")
     if self.head_dim % 2:
       raise UserError(f"head_dim {self.head_dim} is odd; rotary positions need pairs.")
+    if self.remat not in ("none", "full", "selective"):
+      raise UserError(f"remat {self.remat!r} is none of none, full, selective.")
 
   @property
   def num_params(self) -> int:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.models import attention
@@ -19,6 +20,9 @@ from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.runtime import mesh as mesh_lib
 
 Params = Any
+
+_PRODUCT = "product"  # names the matrix products that selective rematerialisation keeps
+_PRODUCTS_KEPT = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
 
 
 class _Norm(nn.Module):
@@ -57,21 +61,26 @@ class Layer(nn.Module):
       kernel = self.param(
         name, nn.with_logical_partitioning(init, axes), (shape[0], shape[1]), jnp.dtype(c.param_dtype)
       )
-      return kernel.astype(dtype)
+      return mesh_lib.split_as(kernel.astype(dtype), axes)
 
-    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    product = lambda y_ND, *matrix_args: checkpoint_name(y_ND @ matrix(*matrix_args), _PRODUCT)
+
+    def in_heads(name, logical, count):
+      out = product(y_ND, name, ("embed", logical), (c.d_model, count * c.head_dim))
+      return mesh_lib.split_as(out.reshape(num, count, c.head_dim), ("rows", logical, None))
+
     out_init = nn.initializers.variance_scaling(1.0 / (2 * c.num_layers), "fan_in", "normal")
     num = x_ND.shape[0]
     y_ND = _Norm(c.norm_eps, jnp.dtype(c.param_dtype), name="attention_norm")(x_ND)
-    q = (y_ND @ matrix("query", ("embed", "heads"), (c.d_model, heads))).reshape(num, c.num_heads, c.head_dim)
-    k = (y_ND @ matrix("key", ("embed", "kv_heads"), (c.d_model, kv_heads))).reshape(num, c.num_kv_heads, c.head_dim)
-    v = (y_ND @ matrix("value", ("embed", "kv_heads"), (c.d_model, kv_heads))).reshape(num, c.num_kv_heads, c.head_dim)
+    q = in_heads("query", "heads", c.num_heads)
+    k, v = (in_heads(name, "kv_heads", c.num_kv_heads) for name in ("key", "value"))
     out, extra = attend(rotate(q), rotate(k), v)
-    x_ND = x_ND + out.reshape(num, heads) @ matrix("output", ("heads", "embed"), (heads, c.d_model), out_init)
+    heads = c.num_heads * c.head_dim
+    x_ND = x_ND + product(out.reshape(num, heads), "output", ("heads", "embed"), (heads, c.d_model), out_init)
 
     y_ND = _Norm(c.norm_eps, jnp.dtype(c.param_dtype), name="mlp_norm")(x_ND)
-    gate = nn.silu(y_ND @ matrix("gate", ("embed", "mlp"), (c.d_model, c.d_ff)))
-    up = y_ND @ matrix("up", ("embed", "mlp"), (c.d_model, c.d_ff))
+    gate = nn.silu(product(y_ND, "gate", ("embed", "mlp"), (c.d_model, c.d_ff)))
+    up = product(y_ND, "up", ("embed", "mlp"), (c.d_model, c.d_ff))
     return x_ND + (gate * up) @ matrix("down", ("mlp", "embed"), (c.d_ff, c.d_model), out_init), extra
 
 
@@ -176,10 +185,12 @@ class Model:
       return out, ((k_BKTH, v_BKTH) if with_cache else None)
 
     def layer(x_ND, layer_params):
-      x_ND, extra = Layer(c).apply({"params": layer_params}, mesh_lib.split_rows(x_ND), rotate, attend)
-      return mesh_lib.split_rows(x_ND), extra
+      x_ND, extra = Layer(c).apply({"params": layer_params}, mesh_lib.split_first(x_ND, "tokens"), rotate, attend)
+      return mesh_lib.split_first(x_ND, "tokens"), extra
 
-    layer = jax.checkpoint(layer) if c.remat else layer
+    if c.remat != "none":
+      policy = _PRODUCTS_KEPT if c.remat == "selective" else None
+      layer = jax.checkpoint(layer, policy=policy, prevent_cse=not c.scan_layers)  # a scan keeps the two passes apart
     x_ND = Ends(c).apply({"params": params["ends"]}, trees.token.reshape(-1), method="embed")
     if c.scan_layers:
       x_ND, cache = lax.scan(layer, x_ND, params["layers"])
@@ -189,7 +200,7 @@ class Model:
         x_ND, pair = layer(x_ND, layer_params)
         pairs.append(pair)
       cache = tuple(zip(*pairs, strict=True)) if with_cache else None
-    h_ND = Ends(c).apply({"params": params["ends"]}, x_ND, method="last_norm")
+    h_ND = Ends(c).apply({"params": params["ends"]}, mesh_lib.split_first(x_ND), method="last_norm")
     return h_ND.reshape(num_rows, length, c.d_model), cache
 
   def hidden_step(self, params: Params, token, fork, index, cache):
@@ -212,8 +223,8 @@ class Model:
 
     def layer(x_ND, layer_params, cache, at):
       attend = lambda q, k, v: attention.cached_attention(q, k, v, cache, at, fork, index)
-      x_ND, extra = Layer(c).apply({"params": layer_params}, mesh_lib.split_rows(x_ND), rotate, attend)
-      return mesh_lib.split_rows(x_ND), extra
+      x_ND, extra = Layer(c).apply({"params": layer_params}, mesh_lib.split_first(x_ND), rotate, attend)
+      return mesh_lib.split_first(x_ND), extra
 
     x_ND = Ends(c).apply({"params": params["ends"]}, token.reshape(-1), method="embed")
     if isinstance(params["layers"], tuple):

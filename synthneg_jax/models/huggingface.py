@@ -51,7 +51,7 @@ TOKENIZER_FILES = (
 )
 
 
-def read_config(folder: epath.PathLike, *, dtype: str, param_dtype: str, scan_layers: bool, remat: bool) -> ModelConfig:
+def read_config(folder: epath.PathLike, *, dtype: str, param_dtype: str, scan_layers: bool, remat: str) -> ModelConfig:
   """The architecture that config.json describes; the other arguments are ModelConfig's.
 
   Raises:

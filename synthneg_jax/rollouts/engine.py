@@ -50,16 +50,42 @@ class Generation:
   finish: str
 
 
-def _bucket(size: int) -> int:
+def bucket(size: int) -> int:
   """The next of 1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 80, 96, ...: few shapes, little of them empty."""
   power = 1 << (size - 1).bit_length()
   quarter = power // 8
   return power if quarter < 8 else -(-size // quarter) * quarter
 
 
+def as_read(model: Model, params):
+  """Parameters as decoding reads them, once for all its calls.
+
+  Matrices in the dtype of the products that they are cast to anyway, so that no token reads more bytes than it needs (norms'
+  scales enter in float32); unrolled layers are taken apart.
+  """
+  dtype = np.dtype(model.config.dtype)
+  names = lambda axes, leaf: leaf if "norm" in axes else leaf.astype(dtype)
+  params = jax.tree.map(names, model.logical_axes(), params, is_leaf=lambda leaf: isinstance(leaf, tuple))
+  return params if model.config.scan_layers else model.unstack(params)
+
+
+def params_shardings(model: Model, mesh: Mesh):
+  """Where `as_read` parameters lie: see `runtime.mesh.decoding`, which made this mesh."""
+  axes, c = model.logical_axes(), model.config
+  if c.scan_layers:
+    return mesh_lib.shardings(mesh, axes)
+  axes["layers"] = jax.tree.map(lambda names: names[1:], axes["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple))
+  layout = mesh_lib.shardings(mesh, axes)
+  layout["layers"] = (layout["layers"],) * c.num_layers
+  return layout
+
+
 @functools.lru_cache(maxsize=64)
-def _programs(model: Model, mesh: Mesh, g: Geometry, how: Sampling, stops: Stops):
-  """The compiled programs of one geometry: (empty, prefill, decode, collect, resting); parameters stay as they lie."""
+def programs(model: Model, mesh: Mesh, g: Geometry, how: Sampling, stops: Stops):
+  """The compiled programs of one geometry: (empty, prefill, decode, collect, resting); parameters stay as they lie.
+
+  The mesh is one that `runtime.mesh.decoding` made.
+  """
   state = decode_lib.state_shardings(model, mesh)
   one = mesh_lib.replicated(mesh)
   bound = lambda fn: mesh_lib.under(mesh, functools.partial(fn, model, g, how, stops))
@@ -84,14 +110,14 @@ class Engine:
 
     Args:
       model: the architecture.
-      mesh: lanes are split over its "data" and "fsdp" axes.
+      mesh: lanes are split over its "data" and "fsdp" axes, parameters over "tensor" only.
       stops: EOS ids and stop strings.
       lanes: trunks held at once; rounded up to a multiple of the mesh's row shards.
       slots: branches of a trunk that grow at once.
       max_new_tokens: L.
     """
     shards = mesh_lib.row_shards(mesh)
-    self._model, self._mesh, self._stops = model, mesh, stops
+    self._model, self._mesh, self._stops = model, mesh_lib.decoding(mesh), stops
     self._lanes, self._slots, self._new = -(-lanes // shards) * shards, slots, max_new_tokens
     self._given = self._params = None
     self.stats = {"steps": 0, "busy_slots": 0, "slots": 0, "prefill_tokens": 0}
@@ -108,16 +134,16 @@ class Engine:
     if not trunks:
       return
     shards = mesh_lib.row_shards(self._mesh)
-    lanes = min(self._lanes, -(-_bucket(len(trunks)) // shards) * shards)
+    lanes = min(self._lanes, -(-bucket(len(trunks)) // shards) * shards)
     g = Geometry(
       lanes=lanes,
       slots=self._slots,
-      trunk=_bucket(max(longest, *(len(trunk.ids) for trunk in trunks))),
-      items=_bucket(max(len(trunk.forks) for trunk in trunks)),
+      trunk=bucket(max(longest, *(len(trunk.ids) for trunk in trunks))),
+      items=bucket(max(len(trunk.forks) for trunk in trunks)),
       new=self._new,
       refill=max(lanes // 4, 1),
     )
-    empty, prefill, decode, collect, resting = _programs(self._model, self._mesh, g, how, self._stops)
+    empty, prefill, decode, collect, resting = programs(self._model, self._mesh, g, how, self._stops)
     params, state = self._laid_out(params), empty()
     waiting = list(range(len(trunks)))[::-1]
     held = [-1] * lanes  # which trunk a lane holds
@@ -128,7 +154,7 @@ class Engine:
         group = [(free.pop(0), waiting.pop()) for _ in range(min(g.refill, len(free), len(waiting)))]
         for lane, index in group:
           held[lane] = index
-        state = prefill(params, state, *self._trunk_arrays(g, [(lane, trunks[index]) for lane, index in group]))
+        state = prefill(params, state, *self._arrays(g, [(lane, trunks[index]) for lane, index in group]))
       state = decode(params, state, np.int32(g.refill if waiting else lanes))
       rests = np.asarray(resting(state))
       done = [lane for lane in range(lanes) if held[lane] >= 0 and rests[lane]]
@@ -146,34 +172,34 @@ class Engine:
     self.stats["slots"] += int(steps) * lanes * self._slots
 
   def _laid_out(self, params):
-    """The parameters as the programs read them: unrolled layers are taken apart once, not in each call."""
+    """The parameters as the programs read them, laid out once and not in each call."""
     if self._given is not params:
-      axes, c = self._model.logical_axes(), self._model.config
-      self._given, self._params = params, jax.device_put(params, mesh_lib.shardings(self._mesh, axes))
-      if not c.scan_layers:
-        of_layer = lambda names: names[1:]
-        axes["layers"] = jax.tree.map(of_layer, axes["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple))
-        layout = mesh_lib.shardings(self._mesh, axes)
-        layout["layers"] = (layout["layers"],) * c.num_layers
-        self._params = jax.jit(self._model.unstack, out_shardings=layout)(self._params)
+      layout = params_shardings(self._model, self._mesh)
+      lay_out = jax.jit(functools.partial(as_read, self._model), out_shardings=layout)
+      self._given, self._params = params, lay_out(params)
     return self._params
 
-  def _trunk_arrays(self, g: Geometry, group):
-    lane = np.full(g.refill, g.lanes, np.int32)
-    token = np.zeros((g.refill, g.trunk), np.int32)
-    length = np.zeros(g.refill, np.int32)
-    fork = np.ones((g.refill, g.items), np.int32)
-    key = np.zeros((g.refill, g.items, 2), np.uint32)
-    limit = np.full((g.refill, g.items), g.new, np.int32)
-    count = np.zeros(g.refill, np.int32)
-    for row, (to, trunk) in enumerate(group):
-      size, items = len(trunk.ids), len(trunk.forks)
-      lane[row], length[row], count[row] = to, size, items
-      token[row, :size], fork[row, :items], key[row, :items] = trunk.ids, trunk.forks, trunk.keys
-      if trunk.limits is not None:
-        limit[row, :items] = np.minimum(trunk.limits, g.new)
-      self.stats["prefill_tokens"] += size
-    return lane, token, length, fork, key, limit, count
+  def _arrays(self, g: Geometry, group):
+    self.stats["prefill_tokens"] += sum(len(trunk.ids) for _, trunk in group)
+    return trunk_arrays(g, group)
+
+
+def trunk_arrays(g: Geometry, group: Sequence[tuple[int, Trunk]]) -> tuple[np.ndarray, ...]:
+  """What `decode.prefill` takes besides parameters and state, of trunks and the lanes that they go to."""
+  lane = np.full(g.refill, g.lanes, np.int32)
+  token = np.zeros((g.refill, g.trunk), np.int32)
+  length = np.zeros(g.refill, np.int32)
+  fork = np.ones((g.refill, g.items), np.int32)
+  key = np.zeros((g.refill, g.items, 2), np.uint32)
+  limit = np.full((g.refill, g.items), g.new, np.int32)
+  count = np.zeros(g.refill, np.int32)
+  for row, (to, trunk) in enumerate(group):
+    size, items = len(trunk.ids), len(trunk.forks)
+    lane[row], length[row], count[row] = to, size, items
+    token[row, :size], fork[row, :items], key[row, :items] = trunk.ids, trunk.forks, trunk.keys
+    if trunk.limits is not None:
+      limit[row, :items] = np.minimum(trunk.limits, g.new)
+  return lane, token, length, fork, key, limit, count
 
 
 def _generations(arrays, num_items: int) -> list[Generation]:

@@ -64,7 +64,7 @@ def default() -> ConfigDict:
         "dtype": "float32",  # of activations and matrix products: float32 or bfloat16
         "param_dtype": "float32",  # that parameters are kept in
         "scan_layers": False,  # one compiled layer scanned (deep models, TPU) or one a layer (CPU)
-        "remat": False,  # recompute layers in the backward pass
+        "remat": "none",  # what of a layer the backward pass computes anew: none, full, or selective (all but products)
         "max_length": 1024,  # tokens of prompt and response together, at most
       },
       "mesh": {
@@ -170,6 +170,7 @@ _CHOICES = {
   "task.prompt": ("plain", "chat"),
   "model.dtype": ("float32", "bfloat16"),
   "model.param_dtype": ("float32", "bfloat16"),
+  "model.remat": ("none", "full", "selective"),
   "rft.start": ("base", "sft"),
   "credit.schedule": ("all", "until_first_zero", "bisect", "adaptive"),
   "dpo.loss": ("dpo", "ipo", "dpop"),

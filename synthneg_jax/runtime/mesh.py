@@ -14,7 +14,8 @@ from synthneg_jax.runtime.errors import UserError
 # A slice is a set of chips with fast links; slices are joined by the data-centre network, over which only gradients go.
 AXES = ("slice", "data", "fsdp", "tensor")
 
-# Logical axis of a parameter, a row of a batch or a lane of the engine -> mesh axis or axes.
+# Logical axis of a parameter, a row of a batch or a lane of the engine, or the tokens of rows one after another where each
+# goes its own way -> mesh axis or axes.
 RULES = {
   "layers": None,
   "vocab": "tensor",
@@ -24,6 +25,7 @@ RULES = {
   "mlp": "tensor",
   "norm": None,
   "rows": ("slice", "data", "fsdp"),
+  "tokens": ("slice", "data", "fsdp", "tensor"),
 }
 
 
@@ -125,13 +127,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def decoding(mesh: Mesh) -> Mesh:
+  """The same devices, with fsdp counted to data: parameters are split over tensor only.
+
+  Every token reads all parameters, so that to split them over fsdp would be to gather them for every token. Rows are
+  split as before, each on the same device.
+  """
+  sizes = dict(mesh.shape)
+  sizes["data"], sizes["fsdp"] = sizes["data"] * sizes["fsdp"], 1
+  return Mesh(mesh.devices.reshape(tuple(sizes.values())), mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
   """Into how many parts rows are split."""
   return math.prod(mesh.shape[axis] for axis in _mesh_axes("rows"))
 
 
 def under(mesh: Mesh, fn: Callable) -> Callable:
-  """fn, traced so that `split_rows` in it knows the mesh."""
+  """fn, traced so that `split_first` in it knows the mesh."""
 
   @functools.wraps(fn)
   def traced(*args):
@@ -141,14 +154,31 @@ def under(mesh: Mesh, fn: Callable) -> Callable:
   return traced
 
 
-def split_rows(x: jax.Array) -> jax.Array:
-  """Tells the compiler that the first dimension is rows, lanes, or their tokens one after another: split as rows are.
+def split_as(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
+  """Tells the compiler that an array, and its gradient, is split as these names say.
+
+  Of a parameter: it is gathered where it is used, and what its gradient's parts on the rows' devices sum to is scattered
+  to where the parameter lies. Left to itself the compiler sums the gradient on every device, which sends twice as much,
+  and then takes a part of it. Outside of `under` it does nothing.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
+
+
+def split_first(x: jax.Array, logical: str = "rows") -> jax.Array:
+  """Tells the compiler how the first dimension is split: rows, lanes, or their tokens one after another.
 
   Without it the compiler may leave the parameters split as they lie and gather the activations of all rows on every
   device instead. Outside of `under` it does nothing.
+
+  Args:
+    x: any array.
+    logical: "rows", or "tokens" where no token needs another: then they are split over tensor, too, and what would have
+      been summed over tensor on each of its devices (twice the bytes, and as many copies of x) is scattered and gathered.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
   others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES["rows"], *others))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES[logical], *others))

@@ -173,7 +173,7 @@ class Recipe:
   def _reference(self) -> Program:
     config, model, mesh = self._config, self.model, self._mesh
     tree, shards = bill.mean_tree(config, "dpo/step_dpo", self._lengths), mesh_lib.row_shards(mesh)
-    rows = -(-reference._ROWS // shards) * shards
+    rows = reference.rows_per_call(mesh)
     shape = dataclasses.replace(bill.batch_shape(config.dpo, tree, shards)[0], rows=rows, pairs=0)
     chunk = {"chunk": config.dpo.logit_chunk} if config.dpo.get("logit_chunk") else {}
     score = jax.jit(
@@ -202,16 +202,17 @@ class Recipe:
     }[stage]()
     trunk = math.ceil(2 * (lengths.prompt + (lengths.response if stage == "credit" else 0)))
     shards = mesh_lib.row_shards(self._mesh)
-    lanes, bucket = -(-lanes // shards) * shards, engine_lib._bucket
+    lanes, bucket = -(-lanes // shards) * shards, engine_lib.bucket
     trunk = min(bucket(trunk), max(config.model.max_length, 1))
     return Geometry(lanes, slots, trunk, bucket(items), c.max_new_tokens, max(lanes // 4, 1)), items
 
   def _engine(self, stage: str, part: str) -> Program:
-    config, model, mesh, lengths = self._config, self.model, self._mesh, self._lengths
+    config, model, mesh, lengths = self._config, self.model, mesh_lib.decoding(self._mesh), self._lengths
     g, _ = self._geometry(stage)
     stops, made, m = Stops(_EOS), self.work[stage], model.config
-    empty, prefill, decode, *_ = engine_lib._programs(model, mesh, g, sampling(config[stage]), stops)
-    params, one = _abstract(model.abstract_params(), self._params), mesh_lib.replicated(mesh)
+    empty, prefill, decode, *_ = engine_lib.programs(model, mesh, g, sampling(config[stage]), stops)
+    as_read = jax.eval_shape(functools.partial(engine_lib.as_read, model), model.abstract_params())
+    params, one = _abstract(as_read, engine_lib.params_shardings(model, mesh)), mesh_lib.replicated(mesh)
     there = lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=one)
     layout = state_shardings(model, mesh)
     state = _abstract(jax.eval_shape(empty), layout)
@@ -228,8 +229,7 @@ class Recipe:
       lower = lambda: decode.lower(params, state, there(np.int32(0)))
       runs, least = made["tokens_decoded"] / tokens, _held(params) + _held(state.cache)
       return Program(f"{stage}/decode", lower, math.ceil(runs), flops, sizes, advice, least)
-    engine = engine_lib.Engine(model, mesh, stops, lanes=g.lanes, slots=g.slots, max_new_tokens=g.new)
-    trunks = [there(x) for x in engine._trunk_arrays(g, [])]
+    trunks = [there(x) for x in engine_lib.trunk_arrays(g, [])]
     branches = made["tokens_decoded"] / grown / max(made["trunks"], 1)
     flops = bill.forward_flops(m, g.refill * trunk, g.refill * trunk * (trunk + 1) / 2, g.refill * branches)
     runs, lower = math.ceil(made["trunks"] / g.refill), lambda: prefill.lower(params, state, *trunks)

@@ -124,7 +124,7 @@ class Program:
         self._entry = header.group(2) if header.group(1) else self._entry
       elif current is not None and (instruction := _instruction(line)):
         current[instruction.name] = instruction
-    self._seen_chains = set()
+    self._counted = set()  # (what, channel) of collectives that show in several instructions
 
   @functools.cached_property
   def cost(self) -> Cost:
@@ -137,7 +137,7 @@ class Program:
     for computation in self._computations.values():
       for instruction in computation.values():
         if instruction.opcode == "while" and self._turns(computation, instruction) is None:
-          self._seen_chains = set()
+          self._counted = set()
           return self._cost(instruction.attribute(r"body=%?([\w.\-]+)"))
     return None
 
@@ -264,11 +264,8 @@ class Program:
 
   def _sent(self, computation, instruction: Instruction, kind: str) -> float:
     """Bytes that a chip sends, by ring algorithms."""
-    chain = instruction.attribute(r"channel_id=(\d+)") if "chain_id=" in instruction.attributes else None
-    if chain is not None:  # one collective that is cut into parts between other work shows in each part
-      if chain in self._seen_chains:
-        return 0.0
-      self._seen_chains.add(chain)
+    if not self._first("sent", instruction):
+      return 0.0
     sizes = [array.num_bytes for array in instruction.arrays]
     if instruction.opcode == "collective-permute-start":
       sizes = sizes[:1]
@@ -283,6 +280,15 @@ class Program:
     if kind == "reduce-scatter" and instruction.opcode.startswith("reduce-scatter"):
       return size * (parts - 1)
     return size * share
+
+  def _first(self, what: str, instruction: Instruction) -> bool:
+    """False if this is a further part of a collective that was counted: cut up between other work, it shows in each."""
+    if "chain_id=" not in instruction.attributes:
+      return True
+    key = what, instruction.attribute(r"channel_id=(\d+)")
+    new = key not in self._counted
+    self._counted.add(key)
+    return new
 
   def _group_size(self, instruction: Instruction) -> int:
     text = instruction.attributes
@@ -316,6 +322,11 @@ class Program:
     if opcode != "fusion":
       return sum(operand.memory_bytes for operand in operands) + instruction.memory_bytes
     inner = self._computations[instruction.attribute(r"calls=%?([\w.\-]+)")]
+    if "AsyncCollectiveDone" in self._root(inner).attributes:
+      return 0.0
+    if "AsyncCollectiveStart" in self._root(inner).attributes:
+      for part in inner.values():
+        self._first("read", part), self._first("written", part)
     read = sum(
       min(self._read(inner, self._parameter(inner, place).name), operand.memory_bytes)
       for place, operand in enumerate(operands)
@@ -337,8 +348,10 @@ class Program:
         total += self._read(within, self._parameter(within, place).name)
       elif user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
         total += sum(array.num_bytes for array in user.arrays)
-      elif user.opcode == "dynamic-update-slice" and place == 0:
-        total += 0.0  # written in place
+      elif user.opcode == "tuple" or (user.opcode == "dynamic-update-slice" and place == 0):
+        total += 0.0  # passed on, written in place
+      elif user.opcode in _COLLECTIVES and not self._first("read", user):
+        total += 0.0
       elif user.opcode == "scatter" and place == 0:
         total += sum(array.num_bytes for array in inner[user.operands[-1]].arrays)
       else:
@@ -359,6 +372,8 @@ class Program:
         written = min(written, sum(a.num_bytes for a in inner[part.operands[1]].arrays))
       elif part.opcode == "scatter":
         written = min(written, sum(a.num_bytes for a in inner[part.operands[-1]].arrays))
+      elif part.opcode == "parameter" or (part.opcode in _COLLECTIVES and not self._first("written", part)):
+        written = 0.0  # passed on
       total += written if array.in_memory else 0.0
     return total
 

@@ -19,7 +19,12 @@ from synthneg_jax.training import objectives
 from synthneg_jax.training import step as step_lib
 from synthneg_jax.training.batch import Example
 
-_ROWS = 16  # rows a call
+_ROWS = 16  # rows a call, at least
+
+
+def rows_per_call(mesh: Mesh) -> int:
+  """Rows that are scored together: a multiple of the mesh's row shards."""
+  return -(-_ROWS // mesh_lib.row_shards(mesh)) * mesh_lib.row_shards(mesh)
 
 
 def branch_key(trunk: Sequence[int], fork: int, ids: Sequence[int]) -> str:
@@ -83,7 +88,7 @@ def score(
     return
   examples = [Example(tree) for tree in wanted]
   rows = batch_lib.assign_rows(examples, row_length)
-  per_call = -(-_ROWS // mesh_lib.row_shards(mesh)) * mesh_lib.row_shards(mesh)
+  per_call = rows_per_call(mesh)
   calls = [
     [examples[i] for row in rows[start : start + per_call] for i in row] for start in range(0, len(rows), per_call)
   ]

@@ -24,7 +24,7 @@ from synthneg_jax.runtime.errors import UserError
 from tests import toy
 from tests.models import smollm2
 
-HOW = {"dtype": "float32", "param_dtype": "float32", "scan_layers": False, "remat": False}
+HOW = {"dtype": "float32", "param_dtype": "float32", "scan_layers": False, "remat": "none"}
 CONFIG = {
   "model_type": "llama",
   "vocab_size": 31,

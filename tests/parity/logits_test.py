@@ -66,7 +66,7 @@ def our_logits(model, params, ids):
 
 
 def load(folder, dtype="float32", scan_layers=False):
-  config = huggingface.read_config(folder, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers, remat=False)
+  config = huggingface.read_config(folder, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers, remat="none")
   model = Model(config)
   return model, huggingface.load_params(folder, model, mesh_lib.shardings(toy.one_device_mesh(), model.logical_axes()))
 

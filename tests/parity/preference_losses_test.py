@@ -200,7 +200,7 @@ class WholeStepTest(absltest.TestCase):
     theirs = {name: value.grad.numpy() for name, value in policy.named_parameters()}
 
     config = huggingface.read_config(
-      folder / "policy", dtype="float32", param_dtype="float32", scan_layers=False, remat=False
+      folder / "policy", dtype="float32", param_dtype="float32", scan_layers=False, remat="none"
     )
     model, mesh = Model(config), toy.one_device_mesh()
     load = lambda name: huggingface.load_params(folder / name, model, mesh_lib.shardings(mesh, model.logical_axes()))

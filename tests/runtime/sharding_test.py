@@ -24,7 +24,7 @@ from synthneg_jax.training.batch import Example, PairInTree, Shape
 from tests import toy
 
 # Eight heads, 32 tokens, 24 wide feed-forward: every split dimension divides by 8.
-MODEL = toy.model(vocab_size=32, num_heads=8, num_kv_heads=8, head_dim=2, scan_layers=True, remat=True)
+MODEL = toy.model(vocab_size=32, num_heads=8, num_kv_heads=8, head_dim=2, scan_layers=True, remat="full")
 SHAPE = Shape(rows=8, length=16, scored=12, pairs=3, branches=4)
 NEW, EOS = 8, 3
 CDF_EDGE = 1e-5  # draws this close to an edge of the CDF may differ between programs
@@ -82,7 +82,7 @@ def gradients(mesh):
 
   results = (mesh_lib.replicated(mesh), mesh_lib.replicated(mesh), layout)
   run = jax.jit(
-    both,
+    mesh_lib.under(mesh, both),
     in_shardings=(layout, step_lib.batch_shardings(mesh)),
     out_shardings={"sft": results, "preference": results},
   )

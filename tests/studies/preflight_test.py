@@ -34,7 +34,7 @@ def make_config(folder: pathlib.Path, **model):
   (folder / "config.json").write_text(json.dumps(sizes))
   c = config_lib.default()
   c.model.path = str(folder)
-  c.model.dtype, c.model.scan_layers, c.model.remat = "bfloat16", True, True
+  c.model.dtype, c.model.scan_layers, c.model.remat = "bfloat16", True, "selective"
   c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, 4, 2
   for section in (c.sft, c.rft, c.dpo):
     section.row_length, section.batch_size = 128, 24
@@ -136,7 +136,7 @@ class LoopsTest(absltest.TestCase):
     folder, found = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())), []
     for scan in (True, False):
       config = make_config(folder, num_hidden_layers=5)
-      config.model.scan_layers, config.model.remat = scan, False
+      config.model.scan_layers, config.model.remat = scan, "none"
       devices, chip = preflight.devices_of("v5e:4x4")
       recipe = Recipe(config, mesh_lib.make_mesh(**config.mesh, devices=devices), LENGTHS)
       (program,) = recipe.programs(["sft"])
