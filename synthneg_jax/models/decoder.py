@@ -71,6 +71,7 @@ class Layer(nn.Module):
 
     out_init = nn.initializers.variance_scaling(1.0 / (2 * c.num_layers), "fan_in", "normal")
     num = x_ND.shape[0]
+    x_ND = mesh_lib.split_rows(x_ND)
     y_ND = _Norm(c.norm_eps, jnp.dtype(c.param_dtype), name="attention_norm")(x_ND)
     q = in_heads("query", "heads", c.num_heads)
     k, v = (in_heads(name, "kv_heads", c.num_kv_heads) for name in ("key", "value"))
@@ -81,7 +82,8 @@ class Layer(nn.Module):
     y_ND = _Norm(c.norm_eps, jnp.dtype(c.param_dtype), name="mlp_norm")(x_ND)
     gate = nn.silu(product(y_ND, "gate", ("embed", "mlp"), (c.d_model, c.d_ff)))
     up = product(y_ND, "up", ("embed", "mlp"), (c.d_model, c.d_ff))
-    return x_ND + (gate * up) @ matrix("down", ("mlp", "embed"), (c.d_ff, c.d_model), out_init), extra
+    x_ND = x_ND + (gate * up) @ matrix("down", ("mlp", "embed"), (c.d_ff, c.d_model), out_init)
+    return mesh_lib.split_rows(x_ND), extra
 
 
 class Ends(nn.Module):
@@ -185,8 +187,7 @@ class Model:
       return out, ((k_BKTH, v_BKTH) if with_cache else None)
 
     def layer(x_ND, layer_params):
-      x_ND, extra = Layer(c).apply({"params": layer_params}, mesh_lib.split_first(x_ND, "tokens"), rotate, attend)
-      return mesh_lib.split_first(x_ND, "tokens"), extra
+      return Layer(c).apply({"params": layer_params}, x_ND, rotate, attend)
 
     if c.remat != "none":
       policy = _PRODUCTS_KEPT if c.remat == "selective" else None
@@ -200,7 +201,7 @@ class Model:
         x_ND, pair = layer(x_ND, layer_params)
         pairs.append(pair)
       cache = tuple(zip(*pairs, strict=True)) if with_cache else None
-    h_ND = Ends(c).apply({"params": params["ends"]}, mesh_lib.split_first(x_ND), method="last_norm")
+    h_ND = Ends(c).apply({"params": params["ends"]}, x_ND, method="last_norm")
     return h_ND.reshape(num_rows, length, c.d_model), cache
 
   def hidden_step(self, params: Params, token, fork, index, cache):
@@ -223,8 +224,7 @@ class Model:
 
     def layer(x_ND, layer_params, cache, at):
       attend = lambda q, k, v: attention.cached_attention(q, k, v, cache, at, fork, index)
-      x_ND, extra = Layer(c).apply({"params": layer_params}, mesh_lib.split_first(x_ND), rotate, attend)
-      return mesh_lib.split_first(x_ND), extra
+      return Layer(c).apply({"params": layer_params}, x_ND, rotate, attend)
 
     x_ND = Ends(c).apply({"params": params["ends"]}, token.reshape(-1), method="embed")
     if isinstance(params["layers"], tuple):

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 
 from synthneg_jax.core import tree as tree_lib
@@ -141,12 +142,19 @@ def empty_state(model: Model, g: Geometry) -> State:
 
 
 def state_shardings(model: Model, mesh: Mesh) -> State:
-  """Lanes over the rows' axes; kv heads over "tensor"."""
+  """Lanes over the rows' axes; kv heads over "tensor".
+
+  On TPU suffixes lie in memory as the decode loop writes them, a new token's heads side by side: laid out as they are
+  named, all of them would be copied when the loop begins and when it ends, and there would be room for two.
+  """
   lead = ("layers",) if model.config.scan_layers else ()
   sharding = lambda *names: NamedSharding(mesh, mesh_lib.spec(*lead, *names))
   rows, replicated = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
   fields = {field.name: rows for field in dataclasses.fields(State)}
   trunk, suffix = sharding("rows", "kv_heads"), sharding("rows", None, "kv_heads")
+  if mesh.devices.flat[0].platform == "tpu":
+    order = tuple(range(len(lead))) + tuple(len(lead) + axis for axis in (0, 1, 3, 2, 4))
+    suffix = Format(Layout(order), suffix)
   fields |= {"cache": Cache(trunk, trunk, suffix, suffix), "steps": replicated, "busy": replicated}
   return State(**fields)
 

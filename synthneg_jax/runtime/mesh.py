@@ -14,8 +14,7 @@ from synthneg_jax.runtime.errors import UserError
 # A slice is a set of chips with fast links; slices are joined by the data-centre network, over which only gradients go.
 AXES = ("slice", "data", "fsdp", "tensor")
 
-# Logical axis of a parameter, a row of a batch or a lane of the engine, or the tokens of rows one after another where each
-# goes its own way -> mesh axis or axes.
+# Logical axis of a parameter, a row of a batch or a lane of the engine -> mesh axis or axes.
 RULES = {
   "layers": None,
   "vocab": "tensor",
@@ -25,7 +24,6 @@ RULES = {
   "mlp": "tensor",
   "norm": None,
   "rows": ("slice", "data", "fsdp"),
-  "tokens": ("slice", "data", "fsdp", "tensor"),
 }
 
 
@@ -144,7 +142,7 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
 
 
 def under(mesh: Mesh, fn: Callable) -> Callable:
-  """fn, traced so that `split_first` in it knows the mesh."""
+  """fn, traced so that `split_rows` in it knows the mesh."""
 
   @functools.wraps(fn)
   def traced(*args):
@@ -166,19 +164,14 @@ def split_as(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
 
 
-def split_first(x: jax.Array, logical: str = "rows") -> jax.Array:
-  """Tells the compiler how the first dimension is split: rows, lanes, or their tokens one after another.
+def split_rows(x: jax.Array) -> jax.Array:
+  """Tells the compiler that the first dimension is rows, lanes, or their tokens one after another: split as rows are.
 
   Without it the compiler may leave the parameters split as they lie and gather the activations of all rows on every
   device instead. Outside of `under` it does nothing.
-
-  Args:
-    x: any array.
-    logical: "rows", or "tokens" where no token needs another: then they are split over tensor, too, and what would have
-      been summed over tensor on each of its devices (twice the bytes, and as many copies of x) is scattered and gathered.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
   others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES[logical], *others))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES["rows"], *others))

@@ -174,13 +174,13 @@ class LayoutTest(absltest.TestCase):
     mesh = mesh_lib.make_mesh(2, 2, 2)
     for layout in (mesh_lib.replicated(mesh), mesh_lib.shardings(mesh, (None, "mlp"))):
       x = jax.device_put(np.ones((8, 16), np.float32), layout)
-      made = jax.jit(mesh_lib.under(mesh, lambda x: 2 * mesh_lib.split_first(x)))(x)
+      made = jax.jit(mesh_lib.under(mesh, lambda x: 2 * mesh_lib.split_rows(x)))(x)
       self.assertEqual(made.sharding.shard_shape((8, 16)), (2, layout.shard_shape((8, 16))[1]))
 
-  def test_split_first_elsewhere_does_nothing(self):
+  def test_split_rows_elsewhere_does_nothing(self):
     # Fails if code without a mesh, or a number of rows that no mesh divides, comes to grief.
-    np.testing.assert_array_equal(jax.jit(mesh_lib.split_first)(np.ones(5)), np.ones(5))
-    run = jax.jit(mesh_lib.under(mesh_lib.make_mesh(), mesh_lib.split_first))
+    np.testing.assert_array_equal(jax.jit(mesh_lib.split_rows)(np.ones(5)), np.ones(5))
+    run = jax.jit(mesh_lib.under(mesh_lib.make_mesh(), mesh_lib.split_rows))
     np.testing.assert_array_equal(run(np.ones((5, 2))), np.ones((5, 2)))
 
 
