@@ -1,5 +1,6 @@
 """Every command that README, docs and launch/ name exists, and takes the flags that they give it."""
 
+import importlib.util
 import pathlib
 import re
 import shlex
@@ -56,11 +57,11 @@ class CommandsTest(parameterized.TestCase):
 
   def test_configs_are_files_that_load(self):
     # Fails if a page names a config, or an argument of one, that is not there.
-    sys.path.insert(0, str(ROOT / "configs"))
-    import arithmetic
-    import gsm8k
-
-    modules = {"arithmetic": arithmetic, "gsm8k": gsm8k}
+    modules = {}
+    for path in sorted((ROOT / "configs").glob("*.py")):  # by path: math.py must not hide Python's own
+      spec = importlib.util.spec_from_file_location(f"{path.stem}_config", path)
+      modules[path.stem] = importlib.util.module_from_spec(spec)
+      spec.loader.exec_module(modules[path.stem])
     named = set()
     for page in PAGES:
       named |= set(re.findall(r"configs/(\w+)\.py(?::([\w=,]+))?", page.read_text()))
@@ -69,7 +70,8 @@ class CommandsTest(parameterized.TestCase):
     for name, argument in sorted(named):
       modules[name].get_config(*([argument] if argument else []))
     for model in ("deepseek_math_7b", "llama2_7b"):
-      self.assertEqual(gsm8k.get_config(f"model={model}").model.dtype, "bfloat16")
+      for name in ("gsm8k", "math"):
+        self.assertEqual(modules[name].get_config(f"model={model}").model.dtype, "bfloat16")
 
 
 if __name__ == "__main__":

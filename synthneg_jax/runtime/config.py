@@ -47,12 +47,19 @@ def default() -> ConfigDict:
     {
       "seed": 0,  # of everything that is drawn
       "task": {
-        "name": "arithmetic",  # arithmetic (embedded) or gsm8k
+        "name": "arithmetic",  # arithmetic (embedded), gsm8k, math (competition MATH) or jsonl (any file of problems)
         "train_problems": 1000,  # |D_syn|: problems with solutions that SFT sees
         "test_problems": 1000,  # problems that figures are reported on
-        "data_dir": "",  # gsm8k: folder that holds gsm8k/train.jsonl; empty takes SYNTHNEG_DATA_DIR
-        "prompt": "plain",  # gsm8k: plain ("Question: ...\nAnswer:\n") or chat (the tokenizer's template)
-        "step_delimiter": "\n",  # text that ends a step
+        "path": "",  # not arithmetic: folder of both splits, or file to train on; empty: docs/datasets.md says what is taken
+        "test_path": "",  # not arithmetic: file or folder of the test problems, such as MATH-500; empty: the path's own
+        "apart_from": (),  # not arithmetic: more files or folders with test problems that training must not overlap
+        "overlap_words": 13,  # not arithmetic: a training problem with so many words in a row of a test problem goes; 0: none
+        "skip_bad_rows": False,  # leave broken rows out, counted, instead of stopping at the first; also --skip_bad_rows
+        "answers": "integer",  # how answers compare: integer (after ####) or math (in \boxed{})
+        "prompt": "plain",  # not arithmetic: plain ("Question: ...\nAnswer:\n") or chat (the tokenizer's template)
+        "instruction": "",  # not arithmetic: text put after every problem, on a line of its own
+        "steps": "delimiter",  # where a step ends: delimiter (task.step_delimiter) or prose (lines, sentences, not in LaTeX)
+        "step_delimiter": "\n",  # steps=delimiter: text that ends a step
         "leap": 0.0,  # arithmetic: probability that the teacher does an addition in its head
         "num_leaves": 4,  # arithmetic: quantities with a given value
         "num_operations": 6,  # arithmetic: operations defined, needed or not
@@ -138,6 +145,7 @@ def default() -> ConfigDict:
       },
       "evaluate": {
         "temperature": 0.0,  # of the reported response; 0 for greedy
+        "base_shots": 0,  # worked training problems put before the question for the base model; goes with engine.stop
         "methods": ("base", "sft", "rft", "dpo", "step_dpo"),  # policies to be tested
       },
       "report": {
@@ -166,8 +174,10 @@ def plain(config: ConfigDict, sections=None) -> dict:
 
 
 _CHOICES = {
-  "task.name": ("arithmetic", "gsm8k"),
+  "task.name": ("arithmetic", "gsm8k", "math", "jsonl"),
   "task.prompt": ("plain", "chat"),
+  "task.answers": ("integer", "math"),
+  "task.steps": ("delimiter", "prose"),
   "model.dtype": ("float32", "bfloat16"),
   "model.param_dtype": ("float32", "bfloat16"),
   "model.remat": ("none", "full", "selective"),
@@ -212,6 +222,14 @@ def check_values(config: ConfigDict) -> None:
   for name in _POSITIVE:
     if values[name] < 1:
       raise UserError(f"{name}={values[name]} must be at least 1.")
+  for name in ("task.overlap_words", "evaluate.base_shots"):
+    if values[name] < 0:
+      raise UserError(f"{name}={values[name]} must not be negative; 0 is none.")
+  if values["evaluate.base_shots"] and not values["engine.stop"]:
+    raise UserError(
+      f"evaluate.base_shots={values['evaluate.base_shots']} needs engine.stop, such as ('\\nQuestion:',): a base model that "
+      "has read problems goes on to write some of its own, and the last answer is the one that is graded."
+    )
   if values["pairs.pair_mode"] == "positives_too" and values["credit.max_right_per_problem"] < 1:
     raise UserError("pairs.pair_mode='positives_too' needs credit of right traces: credit.max_right_per_problem is 0.")
   rule, schedule = values["pairs.pit_rule"], values["credit.schedule"]

@@ -22,6 +22,9 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
       "config", None, "Config file, configs/NAME.py[:arg]; --config.part.leaf=value changes a leaf.", lock_config=True
     )
     flags.mark_flag_as_required("config")
+    flags.DEFINE_bool(
+      "skip_bad_rows", False, "Leave broken rows of problem files out, counted; config.task.skip_bad_rows."
+    )
   if workdir:
     flags.DEFINE_string(
       "workdir", None, "Folder that takes every file of the run; the same command goes on where it was."
@@ -35,7 +38,7 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
   flags.DEFINE_bool(
     "keep_freed_memory", True, "CPU: let malloc keep freed memory, which spares page faults at every step."
   )
-  for name in ("config", "workdir", "compilation_cache", "keep_freed_memory"):
+  for name in ("config", "workdir", "skip_bad_rows", "compilation_cache", "keep_freed_memory"):
     if name in flags.FLAGS:  # shown by the program's own --help, not by --helpfull alone
       flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
@@ -69,6 +72,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
       _ = flags.FLAGS.config.seed  # a file that is not there is reported only when asked for
       for name, _ in config_lib.leaves(flags.FLAGS.config):
         config_lib.check_name(name, "The config file")
+      flags.FLAGS.config.task.skip_bad_rows |= flags.FLAGS.skip_bad_rows
     return rest
   except flags.Error as error:
     raise UserError(str(error).strip().replace("\n", " ")) from error

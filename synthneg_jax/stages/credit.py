@@ -21,7 +21,7 @@ from synthneg_jax.stages import traces as traces_lib
 from synthneg_jax.stages import training
 from synthneg_jax.stages.policies import Policy
 from synthneg_jax.stages.run import Run, sampling
-from synthneg_jax.tasks.token_text import step_ends
+from synthneg_jax.tasks import steps
 
 _SHARD = 256  # problems a shard
 
@@ -94,7 +94,7 @@ def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, answers, longe
       ids, trace = generation.ids.tolist(), prefix.trace
       text = policy.token_text.text(trace.ids[: trace.step_ends[prefix.step]] + ids)
       graded = traces_lib.verdict(run_, policy, text, answers[trace.problem_id], generation.finish)
-      first = (step_ends(ids, policy.token_text, run_.config.task.step_delimiter) or [0])[0]
+      first = (steps.ends(ids, policy.token_text, run_.config.task) or [0])[0]
       logp = [round(float(np.sum(generation.logp[:end])), 5) for end in (first, len(ids))]
       prefix.samples.append(Rollout(ids, graded.correct, graded.reason, generation.finish, *logp))
     yield items[index][0][0].trace.id

@@ -34,10 +34,22 @@ def _evaluate(run_: Run, method: str) -> dict:
     return {}
   policy = run_.base() if method == "base" else run_.policy(POLICY_OF[method])
   section = run_.config.evaluate
+  shots = []
+  if method == "base" and section.base_shots:
+    shots = [problem for problem in run_.problems("train").values() if problem.solution][: section.base_shots]
   problems = list(run_.problems("test").values())
   engine = run_.engine(policy, slots=1, lanes=run_.config.engine.lanes * min(run_.config.engine.slots, 4))
   shards = traces.respond(
-    run_, f"evaluate {method}", policy, engine, problems, "evaluate", 1, sampling(section), stage.folder / "traces"
+    run_,
+    f"evaluate {method}",
+    policy,
+    engine,
+    problems,
+    "evaluate",
+    1,
+    sampling(section),
+    stage.folder / "traces",
+    shots,
   )
   made: list[Trace] = list(shards.read())
   wrong = sum(not trace.correct for trace in made)

@@ -16,8 +16,7 @@ from synthneg_jax.stages import traces as traces_lib
 from synthneg_jax.stages import training
 from synthneg_jax.stages.policies import Policy
 from synthneg_jax.stages.run import Run
-from synthneg_jax.tasks import prompts
-from synthneg_jax.tasks.token_text import step_ends
+from synthneg_jax.tasks import prompts, steps
 from synthneg_jax.training import reference
 from synthneg_jax.training.batch import Example, PairInTree
 
@@ -83,7 +82,7 @@ class _Source:
     return prompts.encode_solution(self.policy.tokenizer, text) if text else None
 
   def steps(self, ids: Sequence[int]) -> list[int]:
-    return step_ends(ids, self.policy.token_text, self.run.config.task.step_delimiter)
+    return steps.ends(ids, self.policy.token_text, self.run.config.task)
 
   def count(self, trace: Trace, steps: int) -> core.Count:
     """What is known of Q after the first `steps` steps of a trace."""

@@ -20,6 +20,7 @@ from synthneg_jax.stages import policies
 # How it is computed, or which of it, not what: these leaves may differ between a stage's first and second half.
 FREE_LEAVES = (
   "mesh.",
+  "task.skip_bad_rows",
   "engine.lanes",
   "engine.slots",
   "credit.lanes",

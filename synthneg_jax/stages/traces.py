@@ -14,17 +14,18 @@ from synthneg_jax.runtime.records import Problem, Shards, Trace
 from synthneg_jax.stages import training
 from synthneg_jax.stages.policies import Policy
 from synthneg_jax.stages.run import Run
-from synthneg_jax.tasks import answers, token_text
+from synthneg_jax.tasks import answers, steps, token_text
 
+_ANSWER = {"integer": "####", "math": "\\boxed"}  # what the answer comes behind
 _SHARD = 512  # problems a shard: what a killed run loses at most
 
 
 def verdict(run_: Run, policy: Policy, text: str, answer: str, finish: str) -> answers.Verdict:
   """Grades a response; one that was cut at the length limit before its answer was whole is "truncated"."""
-  stop = run_.config.engine.stop
-  graded = answers.grade(token_text.cut_at_stop(text, list(stop)) if stop else text, answer)
+  stop, kind = run_.config.engine.stop, run_.config.task.answers
+  graded = answers.grade(token_text.cut_at_stop(text, list(stop)) if stop else text, answer, kind=kind)
   # The last line was cut, so what it says is not what the model would have said.
-  if finish == "length" and (graded.reason == "no_answer" or "####" in text.rpartition("\n")[2]):
+  if finish == "length" and (graded.reason == "no_answer" or _ANSWER[kind] in text.rpartition("\n")[2]):
     return answers.Verdict(False, "truncated", None)
   return graded
 
@@ -39,7 +40,7 @@ def _trace(run_: Run, policy: Policy, problem: Problem, purpose: str, index: int
     problem_id=problem.id,
     index=index,
     ids=ids,
-    step_ends=token_text.step_ends(ids, policy.token_text, run_.config.task.step_delimiter),
+    step_ends=steps.ends(ids, policy.token_text, run_.config.task),
     text=text,
     correct=graded.correct,
     reason=graded.reason,
@@ -58,8 +59,8 @@ def trunk(run_: Run, prompt: Sequence[int], problem: Problem, purpose: str, coun
   return Trunk(prompt, [len(prompt)] * count, np.stack(item_keys))
 
 
-def _prompt(run_: Run, policy: Policy, problem: Problem) -> list[int]:
-  ids = training.prompt_ids(run_, policy, problem)
+def _prompt(run_: Run, policy: Policy, problem: Problem, shots: Sequence[Problem]) -> list[int]:
+  ids = training.prompt_ids(run_, policy, problem, shots)
   room, new = run_.config.model.max_length - len(ids), run_.config.engine.max_new_tokens
   if room < new:
     raise UserError(
@@ -79,8 +80,11 @@ def respond(
   count: int,
   how: Sampling,
   folder: epath.Path,
+  shots: Sequence[Problem] = (),
 ) -> Shards:
   """Writes `count` traces of each problem into folder, a shard at a time; problems that are there are not done again.
+
+  `shots` are worked problems that stand before each in its prompt.
 
   Raises:
     UserError: a prompt leaves no room for engine.max_new_tokens within model.max_length.
@@ -91,7 +95,7 @@ def respond(
   with Progress(name, len(missing), "problems") as progress:
     for start in range(0, len(missing), _SHARD):
       part = missing[start : start + _SHARD]
-      trunks = [trunk(run_, _prompt(run_, policy, problem), problem, purpose, count) for problem in part]
+      trunks = [trunk(run_, _prompt(run_, policy, problem, shots), problem, purpose, count) for problem in part]
       made = {}
       for index, generations in engine.run(policy.params, trunks, how):
         made[index] = generations

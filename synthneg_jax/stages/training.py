@@ -15,9 +15,16 @@ from synthneg_jax.training import batches, loop
 from synthneg_jax.training.batch import Example
 
 
-def prompt_ids(run_: Run, policy: policies.Policy, problem: Problem) -> list[int]:
-  """The trunk of everything about a problem."""
-  return prompts.encode_prompt(policy.tokenizer, problem.prompt, problems_lib.prompt_style(run_.config.task))
+def prompt_ids(run_: Run, policy: policies.Policy, problem: Problem, shots: Sequence[Problem] = ()) -> list[int]:
+  """The trunk of everything about a problem; `shots` are worked problems that come before it."""
+  task = run_.config.task
+  return prompts.encode_prompt(
+    policy.tokenizer,
+    problem.prompt,
+    problems_lib.prompt_style(task),
+    instruction=task.instruction,
+    shots=[(shot.prompt, shot.solution) for shot in shots],
+  )
 
 
 def solution_trees(

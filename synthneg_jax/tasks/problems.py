@@ -1,15 +1,42 @@
-"""The problems of a task by split, with their known solutions."""
+"""The problems of a task by split, with their known solutions.
 
+Problems from files stand in the order of a hash of seed and id. So the first 8,000 are among the first 16,000, neither the
+order of files and lines nor the loss of single rows changes who is before whom, and two splits or sources need no common
+count. The test split's order is that of seed 0 whatever the run's seed.
+"""
+
+import dataclasses
+import hashlib
 import os
-import pathlib
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from etils import epath
 
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Problem
-from synthneg_jax.tasks import arithmetic, problem_files
+from synthneg_jax.tasks import arithmetic, decontamination
+from synthneg_jax.tasks.problem_files import Row, Rows
 
 _SPLITS = ("train", "test", "pretrain")
+_DATA_DIR = "SYNTHNEG_DATA_DIR"
+
+
+@dataclasses.dataclass
+class Chosen:
+  """The problems of a run.
+
+  Attributes:
+    train, test: problems.
+    figures: counts of what was left out, for the stage's manifest.
+    report: one JSON-ready object a training problem that was left out because it overlaps a test problem, and one a
+      broken row; docs/data.md has the fields.
+  """
+
+  train: list[Problem]
+  test: list[Problem]
+  figures: dict
+  report: list[dict]
 
 
 def prompt_style(task) -> str:
@@ -17,8 +44,59 @@ def prompt_style(task) -> str:
   return "raw" if task.name == "arithmetic" else task.prompt
 
 
+def choose(task, seed: int) -> Chosen:
+  """The training and test problems of a task; more of them have the fewer ones first.
+
+  Training problems that overlap a test problem (tasks/decontamination.py), one of the whole test split and of
+  task.apart_from, are left out before the first task.train_problems are taken.
+
+  Args:
+    task: the config's section.
+    seed: arithmetic: of the generator; files: of the training problems' order.
+
+  Raises:
+    UserError: an unknown task, a missing or broken file, or too few problems.
+  """
+  if task.name == "arithmetic":
+    test, train = (load(task, seed, split, task[f"{split}_problems"]) for split in ("test", "train"))
+    unseen = {problem.prompt for problem in test}
+    kept = [problem for problem in train if problem.prompt not in unseen]
+    return Chosen(kept, test, {"dropped_as_test": len(train) - len(kept)}, [])
+  test, train = _rows(task, "test"), _rows(task, "train")
+  known = [*test.rows, *(row for path in task.apart_from for row in _read(task, path, "test").rows)]
+  dropped = {}
+  if task.overlap_words:
+    texts = [[row.problem for row in rows] for rows in (train.rows, known)]
+    dropped = {found.index: found for found in decontamination.overlaps(*texts, task.overlap_words)}
+  unseen = {row.problem for row in known}
+  kept = [row for i, row in enumerate(train.rows) if i not in dropped and row.problem not in unseen]
+  figures = {
+    "dropped_as_test": len(train.rows) - len(kept),
+    "skipped_rows": len(train.skipped) + len(test.skipped),
+    "duplicates": train.duplicates + test.duplicates,
+  }
+  report = [
+    {
+      "id": train.rows[i].id,
+      "overlaps": known[found.test_index].id,
+      "words": found.words,
+      "share": round(found.share, 4),
+    }
+    for i, found in dropped.items()
+  ]
+  report += [{"skipped": sentence} for rows in (train, test) for sentence in rows.skipped]
+  made = [
+    _first(task, rows, split, order_seed, note)
+    for rows, split, order_seed, note in (
+      (kept, "train", seed, f" ({figures['dropped_as_test']} more overlap test problems)"),
+      (test.rows, "test", 0, ""),
+    )
+  ]
+  return Chosen(*made, figures, report)
+
+
 def load(task, seed: int, split: str, count: int) -> list[Problem]:
-  """The first `count` problems of a split; a larger count has the smaller one's problems first.
+  """The first `count` problems of a split, overlaps not looked for.
 
   Args:
     task: the config's section.
@@ -27,7 +105,7 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
     count: how many.
 
   Raises:
-    UserError: an unknown task, a missing or broken file, or too few problems.
+    UserError: as in `choose`.
   """
   if task.name == "arithmetic":
     most = len(arithmetic.NAMES) - task.num_leaves
@@ -38,24 +116,50 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
         f"{len(arithmetic.NAMES)} names in all."
       )
     return [_arithmetic(task, seed, split, index) for index in range(count)]
-  if task.name == "gsm8k":
-    folder = task.data_dir or os.environ.get("SYNTHNEG_DATA_DIR", "")
-    if not folder:
+  return _first(task, _rows(task, split).rows, split, seed if split == "train" else 0, "", count)
+
+
+def ordered(rows: Iterable[Row], seed: int) -> list[Row]:
+  """Rows in the order of a hash of seed and id."""
+  rank = lambda row: hashlib.blake2b(f"{seed}|{row.id}".encode(), digest_size=16).digest()
+  return sorted(rows, key=rank)
+
+
+def _first(task, rows: Sequence[Row], split: str, seed: int, note: str, count: int | None = None) -> list[Problem]:
+  count = task[f"{split}_problems"] if count is None else count
+  if count > len(rows):
+    raise UserError(f"The {split} split has {len(rows)} problems{note}; task.{split}_problems={count} asks for more.")
+  source = lambda row: "/".join([task.name, split] + ([row.kind] if row.kind else []))
+  return [
+    Problem(row.id, row.problem, row.solution or "", row.answer, source(row)) for row in ordered(rows, seed)[:count]
+  ]
+
+
+def _read(task, path: str, split: str) -> Rows:
+  from synthneg_jax.tasks import datasets  # imports TFDS, which the embedded task does without
+
+  return datasets.from_files(path, task.name, split, skip_bad_rows=task.skip_bad_rows)
+
+
+def _rows(task, split: str) -> Rows:
+  """A split from where the config says it is, or from where the task's files are looked for."""
+  if split == "test" and task.test_path:
+    return _read(task, task.test_path, "test")
+  if task.path:
+    if split == "test" and epath.Path(task.path).expanduser().is_file():
       raise UserError(
-        "task.data_dir is empty and SYNTHNEG_DATA_DIR is not set: name the folder with gsm8k/train.jsonl."
+        f"task.path={task.path} is a file of training problems; name the test problems by task.test_path."
       )
-    path = pathlib.Path(folder) / "gsm8k" / f"{split}.jsonl"
-    rows = problem_files.read_rows(path, split)
-    if count > len(rows):
-      raise UserError(f"{path} has {len(rows)} rows; task.{split}_problems={count} asks for more.")
-    order = np.random.default_rng([seed if split == "train" else 0, _SPLITS.index(split)]).permutation(len(rows))[
-      :count
-    ]
-    return [
-      Problem(rows[i]["id"], rows[i]["problem"], rows[i]["solution"], rows[i]["answer"], f"gsm8k/{split}")
-      for i in order
-    ]
-  raise UserError(f"task.name={task.name!r} is none of arithmetic, gsm8k.")
+    return _read(task, task.path, split)
+  home = os.environ.get(_DATA_DIR, "")
+  if task.name == "jsonl" or (task.name == "math" and not home):
+    hint = "" if task.name == "jsonl" else f" or set {_DATA_DIR} to the folder that holds math/"
+    raise UserError(f"task.path is empty: name the file or folder of the problems by --config.task.path{hint}.")
+  if not home:
+    from synthneg_jax.tasks import datasets
+
+    return datasets.gsm8k(split)
+  return _read(task, epath.Path(home) / task.name, split)
 
 
 def _arithmetic(task, seed: int, split: str, index: int) -> Problem:

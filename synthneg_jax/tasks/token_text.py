@@ -4,7 +4,7 @@ import bisect
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -99,7 +99,7 @@ class TokenText:
 
 
 def _ends_from_spans(data: bytes, offsets: list[int], spans: Iterable[tuple[int, int]]) -> list[int]:
-  """Turns separators into the ends of steps; another rule for steps only needs other separators.
+  """Turns separators into the ends of steps.
 
   `offsets` are the bytes at which the tokens start, then len(data); `spans` are the nonempty byte spans of the
   separators, increasing and without overlap.
@@ -123,29 +123,41 @@ def _ends_from_spans(data: bytes, offsets: list[int], spans: Iterable[tuple[int,
   return ends
 
 
-def step_ends(ids: Sequence[int], token_text: TokenText, delimiter: str = "\n") -> list[int]:
+def ends_at(
+  ids: Sequence[int], token_text: TokenText, separators: Callable[[bytes], Iterable[tuple[int, int]]]
+) -> list[int]:
   """Returns the exclusive token ends of the steps of a response.
 
-  A step ends after the token that completes the delimiter, wherever in tokens the delimiter lies. If that token also
+  A step ends after the token that completes a separator, wherever in tokens the separator lies. If that token also
   holds text of the next step, the two steps are one. Steps without text do not exist: blank lines belong to the step
   before (to the first step at the start), and so do trailing whitespace, EOS and other special tokens. Text is any byte
-  outside delimiters that is not ASCII whitespace.
+  outside separators that is not ASCII whitespace.
+
+  Args:
+    ids: the response.
+    token_text: of its tokenizer.
+    separators: finds the nonempty byte spans of the separators in a text, increasing and without overlap.
 
   Returns:
     Strictly increasing ends, the last len(ids), so that the slices between them concatenate to `ids`; [] for no ids.
+  """
+  if len(ids) == 0:
+    return []
+  pieces = [token_text.bytes_of(int(i)) for i in ids]
+  data = b"".join(pieces)
+  return _ends_from_spans(data, [0, *itertools.accumulate(map(len, pieces))], separators(data))
+
+
+def step_ends(ids: Sequence[int], token_text: TokenText, delimiter: str = "\n") -> list[int]:
+  """Returns the ends of steps, as `ends_at`, where each delimiter separates two.
 
   Raises:
     UserError: the delimiter is empty.
   """
   if not delimiter:
     raise errors.UserError("The delimiter between steps must not be empty.")
-  if len(ids) == 0:
-    return []
-  pieces = [token_text.bytes_of(int(i)) for i in ids]
-  data = b"".join(pieces)
-  offsets = [0, *itertools.accumulate(map(len, pieces))]
-  separators = re.finditer(re.escape(delimiter.encode("utf-8")), data)
-  return _ends_from_spans(data, offsets, (found.span() for found in separators))
+  pattern = re.compile(re.escape(delimiter.encode("utf-8")))
+  return ends_at(ids, token_text, lambda data: (found.span() for found in pattern.finditer(data)))
 
 
 def _checked_stops(stop_strings: Sequence[str]) -> list[str]:
