@@ -18,8 +18,6 @@ def run(run_: Run) -> dict:
   files = []
   for split, records in (("train", kept), ("test", test)):
     shards = Shards(stage.folder / split, Problem)
-    for path in shards.files():
-      path.unlink()
-    shards.write(records)
+    shards.write_shared(records)
     files += shards.files()
   return stage.finish({"train": len(kept), "test": len(test), "dropped_as_test": len(train) - len(kept)}, files)
