@@ -6,7 +6,7 @@
 #   --parity   installs torch and TRL too and runs only the comparisons with them
 #   --long     also runs what takes full size or hours
 set -euo pipefail
-extra=test
+extra="test"
 args=()
 for arg in "$@"; do
   case "$arg" in

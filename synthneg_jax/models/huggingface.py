@@ -19,6 +19,7 @@ from etils import epath
 
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.models.decoder import Model, Params
+from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.runtime.errors import UserError
 
 # Path of a parameter -> Hugging Face name; {} is the layer's number.
@@ -138,7 +139,7 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
     value = np.empty(leaf.shape, leaf.dtype)
     for name, view in _views(key_path, value):
       view[...] = sources[name][1].get_tensor(name)
-    return jax.block_until_ready(jax.device_put(value, sharding))
+    return jax.block_until_ready(mesh_lib.place(value, sharding))
 
   return jax.tree_util.tree_map_with_path(load, abstract, shardings)
 

@@ -13,6 +13,7 @@ from synthneg_jax.rollouts import decode as decode_lib
 from synthneg_jax.rollouts.decode import Geometry, Stops
 from synthneg_jax.rollouts.sampling import Sampling
 from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime import processes
 
 FINISH_REASONS = {decode_lib.EOS: "eos", decode_lib.STOP: "stop", decode_lib.LENGTH: "length"}
 
@@ -129,7 +130,11 @@ class Engine:
 
     The tokens of an item depend on its trunk, fork and key, not on what shares the batch. Programs are compiled for bucketed
     numbers of trunks, of their tokens and of their items; a caller that comes in rounds gives the tokens of the `longest`
-    trunk that it will ever bring, so that all rounds share one length.
+    trunk that it will ever bring, so that all rounds share one length. Of several processes each gives the same trunks, runs
+    the same programs in step, and gets all branches.
+
+    Raises:
+      Stopped: SIGTERM came; after the trunks that had finished by then.
     """
     if not trunks:
       return
@@ -166,6 +171,8 @@ class Engine:
         for row, lane in enumerate(part):
           yield held[lane], _generations([array[row] for array in arrays], len(trunks[held[lane]].forks))
           held[lane] = -1
+      if processes.stopping():
+        raise processes.Stopped
     steps, busy = jax.device_get((state.steps, state.busy))
     self.stats["steps"] += int(steps)
     self.stats["busy_slots"] += int(busy)

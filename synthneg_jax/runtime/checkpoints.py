@@ -1,5 +1,6 @@
 """Checkpoints of a running training, and policies at rest, both through orbax."""
 
+import contextlib
 import hashlib
 import json
 
@@ -8,51 +9,148 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime import processes
+from synthneg_jax.runtime.errors import UserError, writing
 
 
 class TrainCheckpoints:
-  """The checkpoints of one training: train state, and the step, which is the data position."""
+  """The checkpoints of one training: train state, and the step, which is the data position.
 
-  def __init__(self, folder: epath.PathLike, keep: int, every_steps: int):
-    self._every_steps = every_steps
-    self._folder = epath.Path(folder)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
+  The newest `keep` stay, and besides them the `keep_best` with the lowest loss. All processes call every method.
+  """
+
+  def __init__(self, folder: epath.PathLike, keep: int, every_steps: int, keep_best: int = 0):
+    self._every_steps, self._folder = every_steps, epath.Path(folder)
+    self._unreadable = set()
+    kept = [preservation_policy.LatestN(keep)]
+    if keep_best:
+      loss = lambda metrics: metrics["loss"]
+      kept.append(preservation_policy.BestN(get_metric_fn=loss, reverse=True, n=keep_best))
+    options = ocp.CheckpointManagerOptions(
+      create=True,
+      best_fn=(lambda metrics: metrics["loss"]) if keep_best else None,
+      best_mode="min",
+      preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+    )
+    with writing(self._folder):
+      self._manager = ocp.CheckpointManager(
+        self._folder.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+      )
 
   def restore(self, abstract_state, shardings):
     """The newest state that can be read, laid out by `shardings`; None where there is none.
 
-    A checkpoint that cannot be read is passed over for the one before, and said.
+    A checkpoint that cannot be read is passed over for the one before, and said. It stays where it is, for what keeps it
+    from being read may pass; only a state that is saved anew at its step takes its place.
+
+    Raises:
+      UserError: a checkpoint is whole, but of another model or optimizer.
     """
-    target = jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_state, shardings
-    )
+    target = _abstract(abstract_state, shardings)
     for step in sorted(self._manager.all_steps(), reverse=True):
+      state, problem = None, ""
       try:
-        return self._manager.restore(step, args=ocp.args.StandardRestore(target))
-      except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
-        logging.warning("Checkpoint %s/%d cannot be read (%s); trying the one before.", self._folder, step, error)
-        self._manager.delete(step)
+        self._refuse_other(step, target)
+        state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+      except _UNREADABLE as error:
+        problem = _first_line(error) or type(error).__name__
+      problem = next(filter(None, processes.gather(problem)), "")  # what one cannot read, none takes
+      if not problem:
+        return state
+      logging.warning("Checkpoint %s/%d cannot be read (%s); trying the one before.", self._folder, step, problem)
+      self._unreadable.add(step)
     return None
+
+  def _refuse_other(self, step: int, target) -> None:
+    shapes = lambda tree: {
+      jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    found, wanted = shapes(self._manager.item_metadata(step)), shapes(target)
+    if not found:
+      raise ValueError("its list of arrays is missing")
+    for name in sorted(set(found) ^ set(wanted)) + [name for name in wanted if found.get(name) != wanted[name]]:
+      raise UserError(
+        f"{self._folder / str(step)} is a checkpoint of another model: {name} has shape {found.get(name, 'none')} there, "
+        f"{wanted.get(name, 'none')} here; take another --workdir, or delete {self._folder}."
+      )
 
   def due(self, step: int) -> bool:
     """True after every `every_steps`-th step."""
     return bool(self._every_steps) and step % self._every_steps == 0
 
-  def save(self, step: int, state) -> None:
-    """Saves in the background what training goes on from after `step` steps."""
-    self._manager.save(step, args=ocp.args.StandardSave(state))
+  def save(self, step: int, state, loss: float) -> None:
+    """Saves in the background what training goes on from after `step` steps.
+
+    Args:
+      step: done so far.
+      state: of the training.
+      loss: mean over the steps since the checkpoint before, by which the best are known.
+
+    Raises:
+      UserError: this state, or the one before, cannot be written; older checkpoints stay.
+    """
+    with self._said():
+      if step in self._unreadable:
+        self._manager.delete(step)
+        self._unreadable.remove(step)
+      self._manager.save(step, args=ocp.args.StandardSave(state), metrics={"loss": loss}, force=True)
+
+  def wait(self) -> None:
+    """Waits until everything is written.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with self._said():
+      self._manager.wait_until_finished()
 
   def close(self):
-    self._manager.close()
+    """Waits for the last save.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with self._said():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _said(self):
+    try:
+      yield
+    except _UNREADABLE as error:
+      raise UserError(
+        f"A checkpoint in {self._folder} cannot be written ({_first_line(error)}); those written before are kept."
+      ) from error
+
+
+_UNREADABLE = (ValueError, OSError, KeyError, json.JSONDecodeError)  # what orbax makes of broken files and full disks
+
+
+def _first_line(error: BaseException) -> str:
+  return next(iter(str(error).strip().splitlines()), "")[:300]
+
+
+def _abstract(tree, shardings):
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+  )
 
 
 def save_params(folder: epath.PathLike, params) -> None:
-  """Writes parameters under folder/params; a killed call leaves nothing under that name."""
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(epath.Path(folder).absolute() / "params", params, force=True)
+  """Writes parameters under folder/params; a killed call leaves nothing under that name.
+
+  Raises:
+    UserError: they cannot be written.
+  """
+  path = epath.Path(folder).absolute() / "params"
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(path, params, force=True)
+  except (ValueError, OSError) as error:
+    raise UserError(f"{path} cannot be written ({_first_line(error)}).") from error
 
 
 def load_params(folder: epath.PathLike, abstract_params, shardings):
@@ -64,15 +162,12 @@ def load_params(folder: epath.PathLike, abstract_params, shardings):
   path = epath.Path(folder).absolute() / "params"
   if not path.exists():
     raise UserError(f"{path} is not there: the policy's weights are missing.")
-  target = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_params, shardings
-  )
+  target = _abstract(abstract_params, shardings)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(path, target)
-  except (ValueError, KeyError, OSError) as error:
-    first_line = str(error).strip().splitlines()[0][:300]
-    raise UserError(f"{path} does not hold the weights of this model: {first_line}") from error
+  except _UNREADABLE as error:
+    raise UserError(f"{path} does not hold the weights of this model: {_first_line(error)}") from error
 
 
 def fingerprint(params) -> str:

@@ -38,6 +38,7 @@ def _training(learning_rate: float, batch_size: int, num_epochs: float) -> dict:
     "max_branches_per_tree": 5,  # branches of one problem in a step; bounds how much it weighs there
     "save_every_steps": 200,  # steps between checkpoints; 0 for none
     "keep_checkpoints": 2,  # newest checkpoints kept
+    "keep_best": 0,  # checkpoints with the lowest loss, mean since the one before, kept besides
   }
 
 

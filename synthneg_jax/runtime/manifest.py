@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime import processes
+from synthneg_jax.runtime.errors import UserError, writing
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "synthneg_jax")
 
@@ -37,11 +38,18 @@ def git_commit() -> str:
 
 
 def write_json(path: epath.Path, value) -> None:
-  """Writes under a temporary name and renames, so that no reader sees half a file."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.parent / f"{path.name}.tmp"
-  temporary.write_text(json.dumps(value, indent=1) + "\n")
-  temporary.replace(path)
+  """Writes under a temporary name and renames, so that no reader sees half a file; the first process alone writes.
+
+  Raises:
+    UserError: it cannot be written; what stood there before does still.
+  """
+  if not processes.first():
+    return
+  with writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def _file_hash(path: epath.Path) -> str:
@@ -84,12 +92,10 @@ class Stage:
     begun_path, manifest_path = self.folder / "begun.json", self.folder / "manifest.json"
     if begun_path.exists():
       self._refuse_change(json.loads(begun_path.read_text()))
-    self.done = manifest_path.exists()
+    self.done = processes.agree(manifest_path.exists())  # and all have read what is there before anything is written
     if not begun_path.exists():
-      try:
-        write_json(begun_path, self._begun)
-      except OSError as error:
-        raise UserError(f"{self.folder} cannot be written: {error.strerror}.") from error
+      write_json(begun_path, self._begun)
+    processes.barrier()  # the folder is there
 
   def _identity(self, need: str) -> str:
     path = self._workdir / need / "manifest.json"
@@ -122,7 +128,7 @@ class Stage:
         )
 
   def finish(self, figures: dict, files: Sequence[epath.Path] = (), identity: str = "") -> dict:
-    """Writes the manifest.
+    """Writes the manifest, once all processes are here; it is there when this returns.
 
     Args:
       figures: what the stage reports, for summary.json.
@@ -132,7 +138,8 @@ class Stage:
     Returns:
       The figures, with the stage's seconds.
     """
-    hashes = {str(path.relative_to(self.folder)): _file_hash(path) for path in files}
+    processes.barrier()
+    hashes = {str(path.relative_to(self.folder)): _file_hash(path) for path in files} if processes.first() else {}
     seconds = round(time.time() - self._started, 1)
     everything = hashlib.sha256(json.dumps([self._begun, hashes, identity]).encode()).hexdigest()[:16]
     figures = {"seconds": seconds, **figures}
@@ -148,6 +155,7 @@ class Stage:
         "git_commit": git_commit(),
       },
     )
+    processes.barrier()
     return figures
 
 

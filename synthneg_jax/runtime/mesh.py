@@ -136,6 +136,30 @@ def decoding(mesh: Mesh) -> Mesh:
   return Mesh(mesh.devices.reshape(tuple(sizes.values())), mesh.axis_names, axis_types=mesh.axis_types)
 
 
+def place(tree, shardings):
+  """Arrays that every process has whole, laid out; each process sends its devices their own part.
+
+  Args:
+    tree: of arrays.
+    shardings: a tree of shardings, or a prefix of one.
+  """
+
+  def put(sharding, value):
+    if sharding.is_fully_addressable or isinstance(value, jax.Array):
+      return jax.device_put(value, sharding)
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+
+  return jax.tree.map(lambda sharding, part: jax.tree.map(functools.partial(put, sharding), part), shardings, tree)
+
+
+def whole(x: jax.Array) -> np.ndarray:
+  """An array on the host, whole, wherever its parts lie; every process calls it."""
+  if x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  return np.asarray(jax.jit(lambda x: x, out_shardings=replicated(x.sharding.mesh))(x))
+
+
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
   """Into how many parts rows are split."""
   return math.prod(mesh.shape[axis] for axis in _mesh_axes("rows"))

@@ -4,12 +4,13 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from etils import epath
 
-from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime import processes
+from synthneg_jax.runtime.errors import UserError, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,9 @@ Record = TypeVar("Record", Problem, Trace, StepEstimate, Pair)
 class Shards:
   """A folder of JSON-lines files of one record type, appended to in whole shards.
 
-  A shard is written under a temporary name and renamed when complete, so a killed run leaves whole shards only.
+  A shard is written under a temporary name and renamed when complete, so a killed run leaves whole shards only. Of several
+  processes each writes its own: 00003.jsonl by a process alone, 00003-p00001.jsonl by process 1 of several. What all
+  have written is read together, whatever number of processes wrote it.
   """
 
   def __init__(self, folder: epath.PathLike, kind: type[Record]):
@@ -118,12 +121,42 @@ class Shards:
     return sorted(self._folder.glob("*.jsonl")) if self._folder.exists() else []
 
   def write(self, records: Iterable[Record]) -> None:
-    """One more shard, under the first number that is free: of a deleted shard, or after the last."""
-    self._folder.mkdir(parents=True, exist_ok=True)
-    path = next(p for n in itertools.count() if not (p := self._folder / f"{n:05d}.jsonl").exists())
+    """One more shard of this process, under its first number that is free: of a deleted shard, or after the last.
+
+    Raises:
+      UserError: the disk is full, or the folder cannot be written; nothing is left under the shard's name.
+    """
+    of_process = f"-p{processes.index():05d}" if processes.count() > 1 else ""
+    with writing(self._folder):
+      self._folder.mkdir(parents=True, exist_ok=True)
+    path = next(p for n in itertools.count() if not (p := self._folder / f"{n:05d}{of_process}.jsonl").exists())
     temporary = self._folder / f"{path.name}.{os.getpid()}.tmp"
-    temporary.write_text("".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records))
-    temporary.replace(path)
+    text = "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records)
+    with writing(path):
+      try:
+        temporary.write_text(text)
+        temporary.replace(path)
+      except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+  def clear(self) -> None:
+    """Deletes all shards; every process calls it, and all are gone when it returns."""
+    processes.barrier()  # no process may still be reading
+    if processes.first():
+      for path in self.files():
+        path.unlink()
+    processes.barrier()
+
+  def write_shared(self, records: Sequence[Record]) -> None:
+    """Writes a list that all processes have in place of all that is there; each process writes its part.
+
+    Read again, the records come in the list's order. All are there when it returns.
+    """
+    self.clear()
+    size = -(-len(records) // processes.count())
+    self.write(records[processes.index() * size :][:size])
+    processes.barrier()
 
   def read(self) -> Iterator[Record]:
     """All records, shard after shard.

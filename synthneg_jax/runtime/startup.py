@@ -12,7 +12,20 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from synthneg_jax.runtime import config as config_lib
-from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime import processes
+from synthneg_jax.runtime.errors import UserError, of_files
+
+_FLAGS = (
+  "config",
+  "workdir",
+  "skip_bad_rows",
+  "compilation_cache",
+  "distributed",
+  "coordinator_address",
+  "num_processes",
+  "process_id",
+  "keep_freed_memory",
+)
 
 
 def define_flags(config: bool = True, workdir: bool = True) -> None:
@@ -33,12 +46,20 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
   flags.DEFINE_string(
     "compilation_cache",
     os.path.join("~", ".cache", "synthneg_jax", "xla"),
-    "Folder of compiled programs, kept between runs; empty for none.",
+    "Folder of compiled programs, kept between runs, local or gs://; empty for none, workdir for one in the workdir.",
   )
+  flags.DEFINE_bool("distributed", False, "This process is one of several that run this command together.")
+  flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "With --distributed, where jax cannot tell (neither TPU pod nor Slurm): HOST:PORT of process 0.",
+  )
+  flags.DEFINE_integer("num_processes", None, "Likewise: how many processes there are.", lower_bound=1)
+  flags.DEFINE_integer("process_id", None, "Likewise: the number of this one, from 0.", lower_bound=0)
   flags.DEFINE_bool(
     "keep_freed_memory", True, "CPU: let malloc keep freed memory, which spares page faults at every step."
   )
-  for name in ("config", "workdir", "skip_bad_rows", "compilation_cache", "keep_freed_memory"):
+  for name in _FLAGS:
     if name in flags.FLAGS:  # shown by the program's own --help, not by --helpfull alone
       flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
@@ -98,10 +119,33 @@ def _one_sentence(error: Exception) -> str:
   return f"--config: there is no file {missing.group(2)}." if missing else text
 
 
+def _join() -> None:
+  """Under --distributed: finds the other processes."""
+  f = flags.FLAGS
+  if f.distributed:
+    processes.start(f.coordinator_address, f.num_processes, f.process_id)
+    if not processes.first():
+      logging.set_verbosity(logging.WARNING)
+  elif (f.coordinator_address, f.num_processes, f.process_id) != (None, None, None):
+    raise UserError("--coordinator_address, --num_processes and --process_id say something only with --distributed.")
+
+
+def _cache_folder() -> str:
+  """Where compiled programs are kept; empty for nowhere."""
+  f = flags.FLAGS
+  if f.compilation_cache != "workdir":
+    return os.path.expanduser(f.compilation_cache)
+  if "workdir" not in f:
+    raise UserError("--compilation_cache=workdir: this program has no --workdir.")
+  return os.path.join(f.workdir, "compilation_cache")
+
+
 def run(main: Callable[[], None]) -> None:
   """Runs a program: parses flags, prepares jax, calls main() and exits, 0 only if the work is done.
 
-  A UserError is printed as one sentence on stderr, exit status 1.
+  A UserError, or a file that cannot be read or written, is printed as one sentence on stderr, exit status 1. Exit status
+  75: SIGTERM came, and what was done is saved; 76: another process of --distributed died. After both the same command
+  goes on where it was.
   """
 
   def parse(argv):
@@ -120,16 +164,32 @@ def run(main: Callable[[], None]) -> None:
       _keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that torch is not installed is no news here
+    processes.watch_signals()
     import jax  # after the allocator is set, before any array exists
 
-    if flags.FLAGS.compilation_cache:
-      jax.config.update("jax_compilation_cache_dir", os.path.expanduser(flags.FLAGS.compilation_cache))
-      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-      jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     try:
+      if folder := _cache_folder():
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+      _join()
       main()
-    except UserError as error:
-      print(f"{pathlib.Path(argv[0]).name}: {error}", file=sys.stderr)
+      processes.finish()
+    except processes.Stopped:
+      processes.finish()
+      said = "stopped by SIGTERM; what was done is saved. The same command goes on."
+      print(f"{pathlib.Path(argv[0]).name}: {said}", file=sys.stderr)
+      sys.exit(processes.PREEMPTED)
+    except Exception as error:
+      meant = error if isinstance(error, UserError) else of_files(error)
+      if meant is None:
+        processes.await_verdict()
+        if processes.count() > 1:
+          traceback.print_exc()
+      processes.fail(str(meant or f"{type(error).__name__}: {error}"))
+      if meant is None:
+        raise
+      print(f"{pathlib.Path(argv[0]).name}: {meant}", file=sys.stderr)
       sys.exit(1)
 
   app.run(start, flags_parser=parse)

@@ -13,10 +13,10 @@ import numpy as np
 
 from synthneg_jax.core import pairs, selection
 from synthneg_jax.rollouts import schedules
-from synthneg_jax.rollouts.engine import Trunk
-from synthneg_jax.runtime import keys
+from synthneg_jax.rollouts.engine import Generation, Trunk
+from synthneg_jax.runtime import keys, processes
 from synthneg_jax.runtime.progress import Progress
-from synthneg_jax.runtime.records import Problem, Rollout, Shards, StepEstimate, Trace
+from synthneg_jax.runtime.records import Rollout, Shards, StepEstimate, Trace
 from synthneg_jax.stages import traces as traces_lib
 from synthneg_jax.stages import training
 from synthneg_jax.stages.policies import Policy
@@ -24,6 +24,7 @@ from synthneg_jax.stages.run import Run, sampling
 from synthneg_jax.tasks import steps
 
 _SHARD = 256  # problems a shard
+_OF_OTHERS = Rollout([], False, "", "", 0.0, 0.0)  # a rollout that another process grades and writes
 
 
 def choose(group: Sequence[Trace], max_wrong: int, max_right: int) -> list[Trace]:
@@ -76,9 +77,23 @@ def _wanted(run_: Run, of_trace: dict[str, list[_Prefix]]) -> dict[str, list[tup
   return holders
 
 
-def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, answers, longest: int) -> Iterator[str]:
-  """One round of the engine: adds the rollouts to their prefixes, and yields the id of each trace whose own are there."""
+def _rollout(run_: Run, policy: Policy, prefix: _Prefix, made: Generation, answer: str) -> Rollout:
+  ids, trace = made.ids.tolist(), prefix.trace
+  text = policy.token_text.text(trace.ids[: trace.step_ends[prefix.step]] + ids)
+  graded = traces_lib.verdict(run_, policy, text, answer, made.finish)
+  first = (steps.ends(ids, policy.token_text, run_.config.task) or [0])[0]
+  logp = [round(float(np.sum(made.logp[:end])), 5) for end in (first, len(ids))]
+  return Rollout(ids, graded.correct, graded.reason, made.finish, *logp)
+
+
+def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, problems, longest: int) -> Iterator[str]:
+  """One round of the engine: adds the rollouts to their prefixes, and yields the id of each trace whose own are there.
+
+  Of several processes each grades the rollouts of its problems; in the end all know which came out right, which the
+  schedule asks for, and nothing more of the others' rollouts.
+  """
   section, trunks, items = run_.config.credit, [], []
+  number_of = {key: number for number, key in enumerate(problems)}
   for group in wanted.values():
     trace = group[0][0].trace
     prompt = prompts[trace.problem_id]
@@ -89,15 +104,23 @@ def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, answers, longe
     ]
     trunks.append(Trunk(prompt + trace.ids[: max(ends)], [len(prompt) + end for end in ends], np.stack(draw_keys)))
     items.append(places)
-  for index, generations in engine.run(policy.params, trunks, sampling(section), longest):
-    for (prefix, _), generation in zip(items[index], generations, strict=True):
-      ids, trace = generation.ids.tolist(), prefix.trace
-      text = policy.token_text.text(trace.ids[: trace.step_ends[prefix.step]] + ids)
-      graded = traces_lib.verdict(run_, policy, text, answers[trace.problem_id], generation.finish)
-      first = (steps.ends(ids, policy.token_text, run_.config.task) or [0])[0]
-      logp = [round(float(np.sum(generation.logp[:end])), 5) for end in (first, len(ids))]
-      prefix.samples.append(Rollout(ids, graded.correct, graded.reason, generation.finish, *logp))
-    yield items[index][0][0].trace.id
+  graded, stopped = [], None
+  try:
+    for index, generations in engine.run(policy.params, trunks, sampling(section), longest):
+      problem = problems[items[index][0][0].trace.problem_id]
+      mine = processes.mine(number_of[problem.id])
+      for (prefix, _), made in zip(items[index], generations, strict=True):
+        prefix.samples.append(_rollout(run_, policy, prefix, made, problem.answer) if mine else _OF_OTHERS)
+      if mine:
+        graded.append([index, [prefix.samples[place].correct for prefix, place in items[index]]])
+      yield items[index][0][0].trace.id
+  except processes.Stopped as stop:
+    stopped = stop
+  for index, verdicts in itertools.chain(*processes.gather(graded)):
+    for (prefix, place), correct in zip(items[index], verdicts, strict=True):
+      prefix.samples[place] = dataclasses.replace(prefix.samples[place], correct=correct)
+  if stopped is not None:
+    raise stopped
 
 
 def _estimates(trace: Trace, prefixes: Sequence[_Prefix]) -> list[StepEstimate]:
@@ -122,30 +145,40 @@ def _estimates(trace: Trace, prefixes: Sequence[_Prefix]) -> list[StepEstimate]:
   return records
 
 
-def _credit(run_: Run, policy: Policy, engine, problems: Sequence[Problem], groups, progress) -> list[StepEstimate]:
-  """Estimates of all chosen traces of some problems, in as many rounds of the engine as the schedule takes."""
-  section = run_.config.credit
-  chosen = {
-    problem.id: choose(groups.get(problem.id, []), section.max_wrong_per_problem, section.max_right_per_problem)
-    for problem in problems
-  }
-  prompts = {problem.id: training.prompt_ids(run_, policy, problem) for problem in problems}
-  answers = {problem.id: problem.answer for problem in problems}
+def _credit(run_: Run, policy: Policy, engine, chosen: dict[str, list[Trace]], problems, shards, progress) -> None:
+  """Writes the estimates of the chosen traces of some problems, made in as many rounds as the schedule takes.
+
+  Raises:
+    Stopped: SIGTERM came; the problems that were finished by then are written.
+  """
+  problems = {key: problems[key] for key in chosen}
+  prompts = {key: training.prompt_ids(run_, policy, problem) for key, problem in problems.items()}
   of_trace = {key: prefixes for traces in chosen.values() for key, prefixes in _prefixes(traces).items()}
   longest = max(
     (len(prompts[t.problem_id]) + t.step_ends[-2] for t in itertools.chain(*chosen.values()) if t.step_ends[1:]),
     default=0,
   )
-  open_traces, said = of_trace, set()
-  while wanted := _wanted(run_, open_traces):
-    for key in _roll_out(run_, policy, engine, wanted, prompts, answers, longest):
-      if key not in said and not _wanted(run_, {key: of_trace[key]}):
-        said.add(key)
-        progress.update(1)
-    busy = {prefix.key for group in wanted.values() for prefix, _ in group}
-    open_traces = {key: prefixes for key, prefixes in open_traces.items() if any(p.key in busy for p in prefixes)}
-  progress.update(len(of_trace) - len(said))
-  return [record for traces in chosen.values() for trace in traces for record in _estimates(trace, of_trace[trace.id])]
+  open_traces, said, stopped = of_trace, set(), None
+  try:
+    while wanted := _wanted(run_, open_traces):
+      for key in _roll_out(run_, policy, engine, wanted, prompts, problems, longest):
+        if key not in said and not _wanted(run_, {key: of_trace[key]}):
+          said.add(key)
+          progress.update(1)
+      busy = {prefix.key for group in wanted.values() for prefix, _ in group}
+      open_traces = {key: prefixes for key, prefixes in open_traces.items() if any(p.key in busy for p in prefixes)}
+    progress.update(len(of_trace) - len(said))
+  except processes.Stopped as stop:
+    stopped = stop
+  shards.write(
+    record
+    for number, traces in enumerate(chosen.values())
+    if processes.mine(number) and not _wanted(run_, {trace.id: of_trace[trace.id] for trace in traces})
+    for trace in traces
+    for record in _estimates(trace, of_trace[trace.id])
+  )
+  if stopped is not None:
+    raise stopped
 
 
 def run(run_: Run) -> dict:
@@ -154,20 +187,20 @@ def run(run_: Run) -> dict:
   if stage.done:
     return {}
   section, policy = run_.config.credit, run_.policy("sft")
-  problems = list(run_.problems("train").values())
-  groups = traces_lib.by_problem(Shards(run_.workdir / "sample" / "traces", Trace).read())
+  problems = run_.problems("train")
+  groups = traces_lib.by_problem(Shards(run_.workdir / "sample" / "traces", Trace).read(), problems)
   engine = run_.engine(policy, lanes=section.lanes, slots=section.slots)
   shards = Shards(stage.folder / "estimates", StepEstimate)
-  there = {int(path.stem) for path in shards.files()}  # shard n holds the n-th _SHARD problems
-  missing = [n for n in range(-(-len(problems) // _SHARD)) if n not in there]
-  of_shard = lambda n: problems[n * _SHARD : (n + 1) * _SHARD]
-  chosen = lambda problem: choose(
-    groups.get(problem.id, []), section.max_wrong_per_problem, section.max_right_per_problem
-  )
-  total = sum(len(chosen(problem)) for n in missing for problem in of_shard(n))
-  with Progress("credit", total, "traces") as progress:
-    for n in missing:
-      shards.write(_credit(run_, policy, engine, of_shard(n), groups, progress))
+  there = {estimate.problem_id for estimate in shards.read()}
+  chosen = {
+    key: choose(group, section.max_wrong_per_problem, section.max_right_per_problem) for key, group in groups.items()
+  }
+  missing = [key for key in chosen if chosen[key] and key not in there]
+  with Progress("credit", sum(len(chosen[key]) for key in missing), "traces") as progress:
+    for start in range(0, len(missing), _SHARD):
+      part = {key: chosen[key] for key in missing[start : start + _SHARD]}
+      _credit(run_, policy, engine, part, problems, shards, progress)
+  processes.barrier()
   estimates = list(shards.read())
   figures = {
     "traces": len({estimate.trace_id for estimate in estimates}),

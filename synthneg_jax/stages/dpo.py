@@ -59,9 +59,7 @@ def _variant(run_: Run, name: str, mode: str) -> dict:
       "(credit.num_rollouts) or another pairs.pit_rule may give some."
     )
   shards = Shards(stage.folder / "pairs", Pair)
-  for path in shards.files():
-    path.unlink()
-  shards.write(pairs)
+  shards.write_shared(pairs)
 
   length = min(section.row_length, run_.config.model.max_length)
   trees, numbered, names, too_long = pairs_lib.trees(

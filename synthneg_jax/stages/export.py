@@ -1,6 +1,10 @@
 """Stage export: a trained policy as a Hugging Face folder that transformers loads."""
 
+import jax
+
 from synthneg_jax.models import huggingface
+from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime import processes
 from synthneg_jax.stages import evaluate
 from synthneg_jax.stages.run import Run
 
@@ -16,8 +20,10 @@ def run(run_: Run) -> dict:
     if not stage.done:
       policy = run_.policy(stage_name)
       folder = stage.folder / "policy"
-      if folder.exists():  # of a run that was killed before its manifest was written
-        folder.rmtree()
-      huggingface.save(folder, policy.model, policy.params, policy.folder)
+      params = jax.tree.map(mesh_lib.whole, policy.params) if processes.count() > 1 else policy.params
+      if processes.first():
+        if folder.exists():  # of a run that was killed before its manifest was written
+          folder.rmtree()
+        huggingface.save(folder, policy.model, params, policy.folder)
       exported[method] = stage.finish({"folder": str(folder)}, list(folder.glob("*.safetensors")))
   return exported

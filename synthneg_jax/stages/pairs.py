@@ -67,10 +67,10 @@ class _Source:
   def __init__(self, run_: Run, policy: Policy):
     self.run, self.policy = run_, policy
     self.problems = run_.problems("train")
-    self.groups = traces_lib.by_problem(Shards(run_.workdir / "sample" / "traces", Trace).read())
+    self.groups = traces_lib.by_problem(Shards(run_.workdir / "sample" / "traces", Trace).read(), self.problems)
     self.estimates = Shards(run_.workdir / "credit" / "estimates", StepEstimate).read_dict()
-    traces = {trace.id: trace for group in self.groups.values() for trace in group}
-    credited = [traces[key] for key in dict.fromkeys(estimate.trace_id for estimate in self.estimates.values())]
+    with_credit = {estimate.trace_id for estimate in self.estimates.values()}
+    credited = [trace for group in self.groups.values() for trace in group if trace.id in with_credit]
     self.wrong = [trace for trace in credited if not trace.correct]
     self.right = [trace for trace in credited if trace.correct]
     self.v0 = {key: (sum(t.correct for t in group), len(group)) for key, group in self.groups.items()}

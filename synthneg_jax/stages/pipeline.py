@@ -7,7 +7,7 @@ import jax
 from absl import logging
 
 from synthneg_jax.runtime import config as config_lib
-from synthneg_jax.runtime import manifest
+from synthneg_jax.runtime import manifest, processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.stages import credit, dpo, evaluate, export, pretrain, report, rft, sample, sft, synthesize
 from synthneg_jax.stages.run import Run
@@ -62,6 +62,7 @@ def run(config, workdir: str, stages: Sequence[str] = RECIPE) -> None:
 
   Raises:
     UserError: an unknown stage, or whatever a stage refuses.
+    Stopped: SIGTERM came; what was done is saved.
   """
   for name in stages:
     if name not in STAGES:
@@ -75,6 +76,8 @@ def run(config, workdir: str, stages: Sequence[str] = RECIPE) -> None:
     "devices": [str(device) for device in jax.devices()],
   }
   for name in stages:
+    if processes.stopping():
+      raise processes.Stopped
     logging.info("Stage %s.", name)
     figures = STAGES[name](run_)
     logging.info("Stage %s: %s", name, json.dumps(figures) if figures else "done before.")
@@ -82,5 +85,5 @@ def run(config, workdir: str, stages: Sequence[str] = RECIPE) -> None:
       manifest.write_json(run_.workdir / "config.json", about)
     summary = summarize(run_)
     manifest.write_json(run_.workdir / "summary.json", summary)
-  if "report" in stages and summary["methods"]:
+  if "report" in stages and summary["methods"] and processes.first():
     print(f"\n{table(summary['methods'])}\n\nReport: {run_.workdir / 'report' / 'index.html'}")

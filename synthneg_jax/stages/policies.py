@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import shutil
 
 import transformers
 from etils import epath
@@ -14,9 +13,9 @@ import synthneg_jax.tasks
 from synthneg_jax.models import huggingface
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.rollouts.decode import Stops
-from synthneg_jax.runtime import checkpoints
+from synthneg_jax.runtime import checkpoints, processes
 from synthneg_jax.runtime import mesh as mesh_lib
-from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime.errors import UserError, writing
 from synthneg_jax.tasks.token_text import TokenText, stop_table
 
 EMBEDDED = pathlib.Path(synthneg_jax.tasks.__file__).parent / "embedded"
@@ -114,11 +113,14 @@ def save(folder: epath.PathLike, policy: Policy, params) -> str:
     The fingerprint of the weights.
   """
   folder = epath.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  checkpoints.save_params(folder, params)
-  for name in ("config.json", "generation_config.json", *huggingface.TOKENIZER_FILES):
-    if (policy.folder / name).exists():
-      shutil.copyfile(policy.folder / name, folder / name)
   fingerprint = checkpoints.fingerprint(params)
-  (folder / "fingerprint.json").write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+  with writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints.save_params(folder, params)
+    if processes.first():
+      for name in ("config.json", "generation_config.json", *huggingface.TOKENIZER_FILES):
+        if (policy.folder / name).exists():
+          (policy.folder / name).copy(folder / name, overwrite=True)
+      (folder / "fingerprint.json").write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+  processes.barrier()
   return fingerprint

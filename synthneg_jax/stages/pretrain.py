@@ -7,6 +7,8 @@ from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.models import huggingface
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.models.decoder import Model
+from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime import processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.stages import policies, training
 from synthneg_jax.stages.run import Run
@@ -54,14 +56,20 @@ def run(run_: Run) -> dict:
     "pretrain", section, model, params, objectives.make_sft(model, section.logit_chunk), plan, run_.mesh, stage.folder
   )
   tokenizer_folder = stage.folder / "tokenizer"
+  params = jax.tree.map(mesh_lib.whole, params) if processes.count() > 1 else params
+  if processes.first():
+    _save(stage.folder, tokenizer, tokenizer_folder, model, params)
+  figures = {"parameters": model.config.num_params, "steps": plan.num_steps, **last}
+  return stage.finish(figures, list((stage.folder / "policy").glob("*.safetensors")))
+
+
+def _save(folder, tokenizer, tokenizer_folder, model: Model, params) -> None:
   transformers.PreTrainedTokenizerFast(
     tokenizer_object=tokenizer,
     eos_token=arithmetic.EOS,
     pad_token=arithmetic.PAD,
     clean_up_tokenization_spaces=False,
   ).save_pretrained(str(tokenizer_folder))
-  if (stage.folder / "policy").exists():  # of a run that was killed before its manifest was written
-    (stage.folder / "policy").rmtree()
-  huggingface.save(stage.folder / "policy", model, params, tokenizer_folder)
-  figures = {"parameters": model.config.num_params, "steps": plan.num_steps, **last}
-  return stage.finish(figures, list((stage.folder / "policy").glob("*.safetensors")))
+  if (folder / "policy").exists():  # of a run that was killed before its manifest was written
+    (folder / "policy").rmtree()
+  huggingface.save(folder / "policy", model, params, tokenizer_folder)

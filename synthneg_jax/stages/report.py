@@ -10,7 +10,7 @@ from etils import epath
 from synthneg_jax.analysis import report as analysis
 from synthneg_jax.core import advantages
 from synthneg_jax.runtime import config as config_lib
-from synthneg_jax.runtime import manifest
+from synthneg_jax.runtime import manifest, processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Pair, Shards, StepEstimate, Trace
 from synthneg_jax.stages import evaluate
@@ -83,11 +83,12 @@ class _Credit:
   def __init__(self, run_: Run):
     config, workdir = run_.config, run_.workdir
     self._run = run_
-    self.groups = traces_lib.by_problem(Shards(workdir / "sample" / "traces", Trace).read())
+    self.groups = traces_lib.by_problem(Shards(workdir / "sample" / "traces", Trace).read(), run_.problems("train"))
     self.estimates = Shards(workdir / "credit" / "estimates", StepEstimate).read_dict()
-    by_id = {trace.id: trace for group in self.groups.values() for trace in group}
-    credited = dict.fromkeys(estimate.trace_id for estimate in self.estimates.values())
-    self.wrong = [by_id[key] for key in credited if not by_id[key].correct]
+    credited = {estimate.trace_id for estimate in self.estimates.values()}
+    self.wrong = [
+      trace for group in self.groups.values() for trace in group if trace.id in credited and not trace.correct
+    ]
     self.v0_of = {key: (sum(trace.correct for trace in group), len(group)) for key, group in self.groups.items()}
     self.pits = []
     if self.wrong:
@@ -192,11 +193,13 @@ def _origin(workdir: epath.Path, names: Sequence[str]) -> tuple[dict[str, str], 
 def run(run_: Run) -> dict:
   """Writes report/: index.html, config.py, and each figure as PNG and CSV, from whatever stages are done.
 
-  It is always made again. Unfinished stages are shown as such.
+  It is always made again. Unfinished stages are shown as such. Of several processes the first makes it alone.
 
   Raises:
     UserError: the config is not the run's, or a file of a finished stage is missing or broken.
   """
+  if not processes.first():
+    return {}
   workdir, config = run_.workdir, run_.config
   names = [*_STAGES, *(f"evaluate/{method}" for method in config.evaluate.methods)]
   _check_config(run_, names)

@@ -1,9 +1,8 @@
 """Stage rft: rejection-sampling finetuning on D⁺, π_sft's own right solutions (https://arxiv.org/abs/2308.01825)."""
 
-import collections
-
 from synthneg_jax.core import selection
 from synthneg_jax.runtime.records import Shards, Trace
+from synthneg_jax.stages import traces as traces_lib
 from synthneg_jax.stages import training
 from synthneg_jax.stages.run import Run
 from synthneg_jax.tasks import prompts
@@ -18,10 +17,8 @@ def run(run_: Run) -> dict:
     return {}
   section = run_.config.rft
   policy = run_.base() if reads_base else run_.policy("sft")
-  traces = collections.defaultdict(list)
-  for trace in Shards(run_.workdir / "sample" / "traces", Trace).read():
-    traces[trace.problem_id].append(trace)
   problems = run_.problems("train")
+  traces = traces_lib.by_problem(Shards(run_.workdir / "sample" / "traces", Trace).read(), problems)
   solutions = {}
   for key, of_problem in traces.items():
     kept = selection.keep_right([(trace.ids, trace.correct) for trace in of_problem], section.max_per_problem)

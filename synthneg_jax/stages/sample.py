@@ -13,12 +13,20 @@ def run(run_: Run) -> dict:
   if stage.done:
     return {}
   section, policy = run_.config.sample, run_.policy("sft")
-  problems = list(run_.problems("train").values())
+  problems = run_.problems("train")
   engine = run_.engine(policy, slots=min(run_.config.engine.slots, section.num_traces))
   shards = traces.respond(
-    run_, "sample", policy, engine, problems, "sample", section.num_traces, sampling(section), stage.folder / "traces"
+    run_,
+    "sample",
+    policy,
+    engine,
+    list(problems.values()),
+    "sample",
+    section.num_traces,
+    sampling(section),
+    stage.folder / "traces",
   )
-  groups = traces.by_problem(shards.read())
+  groups = traces.by_problem(shards.read(), problems)
   every = [trace for group in groups.values() for trace in group]
   figures = {
     "traces": len(every),

@@ -20,9 +20,7 @@ def run(run_: Run) -> dict:
   files = []
   for split, records in (("train", chosen.train), ("test", chosen.test)):
     shards = Shards(stage.folder / split, Problem)
-    for path in shards.files():
-      path.unlink()
-    shards.write(records)
+    shards.write_shared(records)
     files += shards.files()
   temporary = stage.folder / "left_out.jsonl.tmp"
   temporary.write_text("".join(json.dumps(line) + "\n" for line in chosen.report))

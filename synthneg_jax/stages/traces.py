@@ -1,13 +1,13 @@
 """Responses of a policy to problems, with verdicts: what sample and evaluate share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from etils import epath
 
 from synthneg_jax.rollouts.engine import Engine, Generation, Trunk
 from synthneg_jax.rollouts.sampling import Sampling
-from synthneg_jax.runtime import keys
+from synthneg_jax.runtime import keys, processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.progress import Progress
 from synthneg_jax.runtime.records import Problem, Shards, Trace
@@ -84,10 +84,12 @@ def respond(
 ) -> Shards:
   """Writes `count` traces of each problem into folder, a shard at a time; problems that are there are not done again.
 
-  `shots` are worked problems that stand before each in its prompt.
+  `shots` are worked problems that stand before each in its prompt. Of several processes each grades and writes its share
+  of every shard; all shards are there when it returns.
 
   Raises:
     UserError: a prompt leaves no room for engine.max_new_tokens within model.max_length.
+    Stopped: SIGTERM came; the problems that were finished by then are written.
   """
   shards = Shards(folder, Trace)
   there = {trace.problem_id for trace in shards.read()}
@@ -96,21 +98,31 @@ def respond(
     for start in range(0, len(missing), _SHARD):
       part = missing[start : start + _SHARD]
       trunks = [trunk(run_, _prompt(run_, policy, problem, shots), problem, purpose, count) for problem in part]
-      made = {}
-      for index, generations in engine.run(policy.params, trunks, how):
-        made[index] = generations
-        progress.update(1)
+      made, stopped = {}, None
+      try:
+        for index, generations in engine.run(policy.params, trunks, how):
+          made[index] = generations
+          progress.update(1)
+      except processes.Stopped as stop:
+        stopped = stop
       shards.write(
         _trace(run_, policy, part[i], purpose, index, generation)
-        for i in range(len(part))
+        for i in sorted(made)
+        if processes.mine(i)
         for index, generation in enumerate(made[i])
       )
+      if stopped is not None:
+        raise stopped
+  processes.barrier()
   return shards
 
 
-def by_problem(traces: Iterator[Trace]) -> dict[str, list[Trace]]:
-  """Traces grouped by their problem, in the order of their numbers."""
-  groups = {}
+def by_problem(traces: Iterable[Trace], order: Iterable[str] = ()) -> dict[str, list[Trace]]:
+  """Traces grouped by their problem, in the order of their numbers; problems in this order, others as they come.
+
+  Shards hold problems in an order that depends on what wrote them; what is made of them must not.
+  """
+  groups = {key: [] for key in order}
   for trace in traces:
     groups.setdefault(trace.problem_id, []).append(trace)
-  return {key: sorted(group, key=lambda trace: trace.index) for key, group in groups.items()}
+  return {key: sorted(group, key=lambda trace: trace.index) for key, group in groups.items() if group}

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 
 import jax
 from absl import logging
@@ -10,8 +11,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from synthneg_jax.models.decoder import Model
-from synthneg_jax.runtime import checkpoints
-from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime import checkpoints, processes
+from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime.errors import UserError, writing
 from synthneg_jax.runtime.progress import Progress
 from synthneg_jax.training import optimizer as optimizer_lib
 from synthneg_jax.training import step as step_lib
@@ -23,19 +25,39 @@ def _averages(metrics) -> dict[str, float]:
 
 
 class _MetricsFile:
-  """One JSON line a step. What a killed run wrote beyond its last checkpoint is dropped."""
+  """One JSON line a step, written by the first process. What a killed run wrote beyond its last checkpoint is dropped.
+
+  On a local disk each line is there at once; elsewhere, where files cannot be added to, with each checkpoint.
+  """
 
   def __init__(self, path: epath.Path, first_step: int):
     lines = path.read_text().splitlines(keepends=True) if path.exists() and first_step else []
-    path.write_text("".join(line for line in lines[:first_step] if line.endswith("\n")))
-    self._file = path.open("a")
+    self._lines = [line for line in lines[:first_step] if line.endswith("\n")]
+    self._path, self._file = path, None
+    self.keep()
+    if processes.first() and "://" not in os.fspath(path):
+      self._file = path.open("a")
 
   def write(self, step: int, averages: dict[str, float]):
-    self._file.write(json.dumps({"step": step, **averages}) + "\n")
-    self._file.flush()
+    line = json.dumps({"step": step, **averages}) + "\n"
+    if self._file is None:
+      self._lines.append(line)
+    else:
+      with writing(self._path):
+        self._file.write(line)
+        self._file.flush()
+
+  def keep(self):
+    """Everything up to here is on disk when it returns."""
+    if processes.first() and self._file is None:
+      with writing(self._path):
+        self._path.write_text("".join(self._lines))
 
   def close(self):
-    self._file.close()
+    self.keep()
+    if self._file is not None:
+      with contextlib.suppress(OSError):  # of a full disk, which was said before
+        self._file.close()
 
 
 def fit(
@@ -58,12 +80,16 @@ def fit(
     (trained parameters, the last step's metrics).
 
   Raises:
-    UserError: the loss or the gradient is not finite; names the step, the examples and the last checkpoint.
+    UserError: the loss or the gradient is not finite; names the step, the examples and the last checkpoint. Or the disk
+      is full, or the newest checkpoint is of another model.
+    Stopped: SIGTERM came; the state after the last step is saved.
   """
   folder.mkdir(parents=True, exist_ok=True)
   optimizer = optimizer_lib.make_optimizer(config.optimizer, batches.num_steps)
   shardings = step_lib.state_shardings(model, optimizer, mesh)
-  keeper = checkpoints.TrainCheckpoints(folder / "checkpoints", config.keep_checkpoints, config.save_every_steps)
+  keeper = checkpoints.TrainCheckpoints(
+    folder / "checkpoints", config.keep_checkpoints, config.save_every_steps, config.keep_best
+  )
   init = step_lib.make_init(optimizer, shardings)
   state = keeper.restore(jax.eval_shape(init, model.abstract_params()), shardings)
   if state is None:
@@ -75,7 +101,7 @@ def fit(
   run = step_lib.make_step(objective, optimizer, shardings, mesh, config.accumulate)
   layout = step_lib.batch_shardings(mesh)
   lines = _MetricsFile(folder / "metrics.jsonl", first_step)
-  averages = {}
+  averages, losses = {}, []  # of the last step; since the last checkpoint
 
   def report(step, metrics, progress):
     averages.update(_averages(metrics))
@@ -87,21 +113,31 @@ def fit(
     if step == 0 and check_start is not None:
       check_start(averages)
     lines.write(step, averages)
-    progress.update(1, loss=next(value for key, value in averages.items() if key.startswith("loss")))
+    losses.append(next(value for key, value in averages.items() if key.startswith("loss")))
+    progress.update(1, loss=losses[-1])
+
+  def keep(step, state):
+    keeper.save(step, state, sum(losses) / len(losses))
+    losses.clear()
+    lines.keep()
 
   logging.info("%s: %d steps, %s, %.0f %% full.", name, batches.num_steps, batches.shape, 100 * batches.fill)
   previous = None
   left = Progress(name, batches.num_steps - first_step, "steps")
   with contextlib.closing(keeper), contextlib.closing(lines), left as progress:  # a save is waited for on errors, too
     for step in range(first_step, batches.num_steps):
-      state, metrics = run(state, jax.device_put(batches.build(step), layout))
+      state, metrics = run(state, mesh_lib.place(batches.build(step), layout))
       if previous is not None:  # step N is dispatched before the figures of N - 1 are fetched
         report(*previous, progress)
-      previous = (step, metrics)
-      if keeper.due(step + 1) and step + 1 < batches.num_steps:  # the last state is not kept here: the policy is
+      previous, done = (step, metrics), step + 1
+      stopping = processes.stopping()
+      if (stopping or keeper.due(done)) and done < batches.num_steps:  # the last state is not kept: the policy is
         report(*previous, progress)  # only a state whose step was finite is kept
         previous = None
-        keeper.save(step + 1, state)
+        keep(done, state)
+        if stopping:
+          keeper.wait()
+          raise processes.Stopped
     if previous is not None:
       report(*previous, progress)
   return state["params"], averages

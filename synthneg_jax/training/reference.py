@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime import processes
+from synthneg_jax.runtime.errors import writing
 from synthneg_jax.runtime.progress import Progress
 from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training import objectives
@@ -53,7 +55,7 @@ class Store:
     return self._values[key]
 
   def add(self, values: dict[str, np.ndarray]) -> None:
-    """Keeps more, on disk too."""
+    """Keeps more, on disk too; every process has the same values and calls it."""
     if not values:
       return
     self._values |= values
@@ -64,10 +66,13 @@ class Store:
       logp=np.concatenate(list(self._values.values())),
       ends=np.cumsum([len(part) for part in self._values.values()]),
     )
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = self._path.parent / f"{self._path.name}.tmp"
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(self._path)
+    if processes.first():
+      with writing(self._path):
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.parent / f"{self._path.name}.tmp"
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(self._path)
+    processes.barrier()
 
 
 def score(
@@ -97,12 +102,13 @@ def score(
   forward = jax.jit(
     mesh_lib.under(mesh, lambda params, batch: objectives.scored_logprobs(model, params, batch, chunk)[0]),
     in_shardings=(mesh_lib.shardings(mesh, model.logical_axes()), step_lib.batch_shardings(mesh)),
+    out_shardings=mesh_lib.replicated(mesh),
   )
   values = {}
   with Progress("reference", len(calls), "batches") as progress:
     for call in calls:
       batch = batch_lib.build(call, shape)
-      logp_RS = np.asarray(forward(params, jax.device_put(batch, step_lib.batch_shardings(mesh))))
+      logp_RS = np.asarray(forward(params, mesh_lib.place(batch, step_lib.batch_shardings(mesh))))
       for r, row in enumerate(batch_lib.assign_rows(call, row_length)):
         at = 0
         for index in row:
@@ -111,4 +117,7 @@ def score(
             values[key] = logp_RS[r, at : at + len(branch.ids)].astype(np.float32)
             at += len(branch.ids)
       progress.update(1)
+      if processes.stopping():
+        store.add(values)
+        raise processes.Stopped
   store.add(values)

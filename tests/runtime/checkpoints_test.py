@@ -151,7 +151,7 @@ class TrainCheckpointsTest(FolderTestCase):
     self.assertIsNone(keeper.restore(abstract(PARAMS), shardings(1, 1, 1)))
     state = jax.device_put(PARAMS, shardings(2, 2, 2))
     for step in (5, 10, 15):
-      keeper.save(step, jax.tree.map(lambda leaf, step=step: leaf * step, state))
+      keeper.save(step, jax.tree.map(lambda leaf, step=step: leaf * step, state), loss=1.0)
     keeper.close()
     self.assertCountEqual([path.name for path in self.folder.iterdir()], ["10", "15"])
     again = checkpoints.TrainCheckpoints(self.folder, keep=2, every_steps=5)
