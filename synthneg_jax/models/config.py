@@ -55,7 +55,7 @@ class ModelConfig:
     norm_offset: added to a norm's scale (1: scales are kept as their difference from 1).
     activation: of the gate, silu or gelu_tanh.
     embedding_scale: the embedding is multiplied by it, rounded to dtype.
-    query_scale: scores are multiplied by it; 0 for head_dim^-1/2.
+    query_scalar: scores are multiplied by its -1/2-th power; 0 for head_dim.
     attention_cap: scores s become cap·tanh(s / cap); 0 for none.
     logit_cap: the same of logits.
     dtype: name of the dtype of activations and matrix products.
@@ -85,7 +85,7 @@ class ModelConfig:
   norm_offset: float = 0.0
   activation: str = "silu"
   embedding_scale: float = 1.0
-  query_scale: float = 0.0
+  query_scalar: float = 0.0
   attention_cap: float = 0.0
   logit_cap: float = 0.0
   dtype: str = "float32"
@@ -102,6 +102,11 @@ class ModelConfig:
       raise UserError(f"windowed names {len(self.windowed)} layers, num_layers is {self.num_layers}.")
     if any(self.windowed) and self.window < 1:
       raise UserError(f"window {self.window} must be at least 1 where layers are windowed.")
+
+  @property
+  def score_scale(self) -> float:
+    """What products of queries and keys are multiplied by."""
+    return (self.query_scalar or self.head_dim) ** -0.5
 
   @property
   def layer_windows(self) -> tuple[int, ...]:

@@ -255,7 +255,7 @@ class Model:
     def layer_with(window):
       def attend(q, k, v):
         mask_BTT = mask_of(window)
-        out, k_BKTH, v_BKTH = attention.tree_attention(q, k, v, mask_BTT, scale=c.query_scale, cap=c.attention_cap)
+        out, k_BKTH, v_BKTH = attention.tree_attention(q, k, v, mask_BTT, scale=c.score_scale, cap=c.attention_cap)
         return out, ((k_BKTH, v_BKTH) if with_cache else None)
 
       def layer(x_ND, layer_params):
@@ -296,7 +296,7 @@ class Model:
     rotate_of = self._rotation((fork + index).reshape(-1), cache.num_positions)
 
     def layer(x_ND, layer_params, cache, at, window):
-      how = {"window": window, "scale": c.query_scale, "cap": c.attention_cap}
+      how = {"window": window, "scale": c.score_scale, "cap": c.attention_cap}
       if not isinstance(window, int):
         how["window"] = jnp.where(window > 0, window, cache.num_positions)
       attend = lambda q, k, v: attention.cached_attention(q, k, v, cache, at, fork, index, **how)
