@@ -7,7 +7,6 @@ start a policy begins as its base, bit by bit, and the base is the reference of 
 """
 
 import dataclasses
-import functools
 import json
 import os
 
@@ -97,17 +96,17 @@ class Adapter:
     """The base's parameters with the adapter added in float32, in the base's dtype and layout; the base is consumed."""
     layers = dict(base["layers"])
     for name in self.targets:
-      layers[name] = _add(layers[name], params[name]["a"], params[name]["b"], self.scale)
+      add = jax.jit(_add, donate_argnums=0, static_argnums=3, out_shardings=layers[name].sharding)
+      layers[name] = add(layers[name], params[name]["a"], params[name]["b"], self.scale)
     return {"ends": base["ends"], "layers": layers}
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
 def _add(kernel_YIO, a_YIR, b_YRO, scale):
   """A layer at a time, so that one layer's float32 exists at once."""
 
   def layer(_, parts):
     kernel, a, b = parts
-    return None, (kernel.astype(jnp.float32) + scale * (a @ b)).astype(kernel.dtype)
+    return None, (kernel + scale * jnp.matmul(a, b, precision="highest")).astype(kernel.dtype)
 
   return jax.lax.scan(layer, None, (kernel_YIO, a_YIR, b_YRO))[1]
 

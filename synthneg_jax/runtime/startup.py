@@ -27,6 +27,10 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
       "workdir", None, "Folder that takes every file of the run; the same command goes on where it was."
     )
     flags.mark_flag_as_required("workdir")
+  if config and workdir:
+    flags.DEFINE_bool(
+      "check_parity", False, "First hold some logits of the base model against torch's; needs torch installed."
+    )
   flags.DEFINE_string(
     "compilation_cache",
     os.path.join("~", ".cache", "synthneg_jax", "xla"),
@@ -35,7 +39,7 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
   flags.DEFINE_bool(
     "keep_freed_memory", True, "CPU: let malloc keep freed memory, which spares page faults at every step."
   )
-  for name in ("config", "workdir", "compilation_cache", "keep_freed_memory"):
+  for name in ("config", "check_parity", "workdir", "compilation_cache", "keep_freed_memory"):
     if name in flags.FLAGS:  # shown by the program's own --help, not by --helpfull alone
       flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
@@ -69,6 +73,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
       _ = flags.FLAGS.config.seed  # a file that is not there is reported only when asked for
       for name, _ in config_lib.leaves(flags.FLAGS.config):
         config_lib.check_name(name, "The config file")
+      if "check_parity" in flags.FLAGS:
+        flags.FLAGS.config.model.check_parity |= flags.FLAGS.check_parity
     return rest
   except flags.Error as error:
     raise UserError(str(error).strip().replace("\n", " ")) from error

@@ -1,5 +1,7 @@
 """A problem's text as the trunk, a solution's text as the branch that is trained on; each is tokenised once."""
 
+import jinja2
+
 from synthneg_jax.runtime.errors import UserError
 
 
@@ -13,7 +15,7 @@ def encode_prompt(tokenizer, problem: str, style: str) -> list[int]:
       tokenizer's chat template with the generation prompt).
 
   Raises:
-    UserError: no such style, or a tokenizer without chat template.
+    UserError: no such style, or a tokenizer without chat template, or one whose template refuses the question.
   """
   if style == "raw":
     return tokenizer.encode(problem, add_special_tokens=False)
@@ -25,9 +27,11 @@ def encode_prompt(tokenizer, problem: str, style: str) -> list[int]:
   if style == "chat":
     if not tokenizer.chat_template:
       raise UserError("task.prompt='chat', but the tokenizer has no chat template; use --config.task.prompt=plain.")
-    text = tokenizer.apply_chat_template(
-      [{"role": "user", "content": problem}], tokenize=False, add_generation_prompt=True
-    )
+    asked = [{"role": "user", "content": problem}]
+    try:
+      text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    except (jinja2.TemplateError, ValueError) as error:
+      raise UserError(f"task.prompt='chat': the tokenizer's chat template fails: {error}") from error
     return tokenizer.encode(text, add_special_tokens=False)  # the template wrote the special tokens
   raise UserError(f"task.prompt={style!r} is none of raw, plain, chat.")
 
