@@ -185,11 +185,12 @@ def first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
   return rows
 
 
-def attention_mask(trees: PackedTrees) -> jax.Array:
+def attention_mask(trees: PackedTrees, window: int = 0) -> jax.Array:
   """The attention rule for rows of packed trees.
 
   Args:
     trees: fields [..., T].
+    window: how many of the last positions a query sees, its own included; 0 for all.
 
   Returns:
     bool [..., T, T]; True where the query (second to last axis) sees the key (last axis). Padding sees nothing.
@@ -199,4 +200,5 @@ def attention_mask(trees: PackedTrees) -> jax.Array:
   same_tree = (query(trees.tree) == key(trees.tree)) & (query(trees.tree) != 0)
   same_branch = (query(trees.branch) == key(trees.branch)) & (key(trees.position) <= query(trees.position))
   before_fork = (key(trees.branch) == 0) & (key(trees.position) < query(trees.fork))
-  return same_tree & (same_branch | before_fork)
+  seen = same_tree & (same_branch | before_fork)
+  return seen & (query(trees.position) - key(trees.position) < window) if window else seen

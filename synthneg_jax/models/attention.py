@@ -4,7 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from synthneg_jax.models import rope
 
 # Masked scores: finite, so that a row of padding gives numbers and no NaN gradient.
 _MASKED = -1e30
@@ -34,16 +35,14 @@ class Cache:
     return self.trunk_v[0].shape[-2] + self.suffix_v[0].shape[-2]
 
 
-def rotary(position_N: jax.Array, num_positions: int, head_dim: int, theta: float, dtype):
+def rotary(position_N: jax.Array, num_positions: int, head_dim: int, theta: float, dtype, scaling=None):
   """A function that turns [N, heads, H] by the rotary embedding of its positions, all below `num_positions`.
 
-  Pairs are (i, i + H/2), as in Hugging Face checkpoints of this family (Su et al., https://arxiv.org/abs/2104.09864).
+  Pairs are (i, i + H/2), as in Hugging Face checkpoints of this family; models/rope.py has the angles.
   Cosines and sines are constants of the program: computed in it, they would be computed anew by every use.
   """
-  wide = jnp.promote_types(dtype, jnp.float32)
-  frequency = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(wide)
-  angle = np.arange(num_positions, dtype=wide)[:, None] * frequency[None]
-  cos, sin = (jnp.asarray(table, dtype)[position_N][:, None] for table in (np.cos(angle), np.sin(angle)))
+  angles = rope.tables(num_positions, head_dim, theta, scaling, jnp.promote_types(dtype, jnp.float32))
+  cos, sin = (jnp.asarray(table, dtype)[position_N][:, None] for table in angles)
 
   def rotate(x):
     first, second = jnp.split(x, 2, axis=-1)
@@ -52,13 +51,20 @@ def rotary(position_N: jax.Array, num_positions: int, head_dim: int, theta: floa
   return rotate
 
 
-def tree_attention(q, k, v, mask_BTT):
+def _capped(scores, cap: float):
+  """cap · tanh(scores / cap); unchanged where cap is 0."""
+  return cap * jnp.tanh(scores / cap) if cap else scores
+
+
+def tree_attention(q, k, v, mask_BTT, *, scale: float = 0.0, cap: float = 0.0):
   """Attention of rows of packed trees, in blocks of queries.
 
   Args:
     q: [B·T, N, H]; k, v: [B·T, K, H], rotary positions applied.
     mask_BTT: bool, True where a query sees a key. Of a row's keys no query sees one that stands behind it (trees are
       packed trunk first), so a block of queries is held against the keys up to its end only.
+    scale: of the scores; 0 for H^-1/2.
+    cap: bounds them, by cap·tanh(score / cap); 0 for none.
 
   Returns:
     (out [B·T, N, H], keys [B, K, T, H], values [B, K, T, H]).
@@ -66,7 +72,7 @@ def tree_attention(q, k, v, mask_BTT):
   rows, length, _ = mask_BTT.shape
   kv_heads, head_dim = k.shape[1], k.shape[2]
   groups = q.shape[1] // kv_heads
-  q = q.reshape(rows, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4) * (head_dim**-0.5)
+  q = q.reshape(rows, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4) * (scale or head_dim**-0.5)
   k_BKTH = k.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3)
   v_BKTH = v.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3)
   size = -(-length // min(_BLOCKS, -(-length // _LEAST_BLOCK)))
@@ -74,13 +80,13 @@ def tree_attention(q, k, v, mask_BTT):
   for start in range(0, length, size):
     stop = min(start + size, length)
     block = q[:, :, :, start:stop], k_BKTH[:, :, :stop], v_BKTH[:, :, :stop], mask_BTT[:, start:stop, :stop]
-    parts.append(_attend(*block))
+    parts.append(_attend(*block, cap))
   out = jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(rows * length, kv_heads * groups, head_dim)
   return out, k_BKTH, v_BKTH
 
 
-def _attend(q, k, v, mask):
-  """Softmax attention of q [B, K, G, T, H] over k, v [B, K, S, H] where mask [B, T, S] allows."""
+def _attend(q, k, v, mask, cap: float = 0.0):
+  """Softmax attention of q [B, K, G, T, H] over k, v [B, K, S, H] where mask [B, T, S] allows; scores capped."""
   rows, kv_heads, groups, length, head_dim = q.shape
   keys = k.shape[2]
   wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -89,7 +95,7 @@ def _attend(q, k, v, mask):
   q = q.reshape(rows, kv_heads, groups * length, head_dim)
   scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=wide)
   scores = scores.reshape(rows, kv_heads, groups, length, keys)
-  scores = jnp.where(mask[:, None, None], scores, _MASKED)
+  scores = jnp.where(mask[:, None, None], _capped(scores, cap), _MASKED)
   weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
   total = jnp.sum(weights, axis=-1)
   weights = weights.reshape(rows, kv_heads, groups * length, keys).astype(v.dtype)
@@ -98,7 +104,9 @@ def _attend(q, k, v, mask):
   return (out.reshape(rows, kv_heads, groups, length, head_dim) / total[..., None]).astype(v.dtype)
 
 
-def cached_attention(q, k, v, cache: Cache, at, fork, index):
+def cached_attention(
+  q, k, v, cache: Cache, at, fork, index, *, window: int | jax.Array = 0, scale: float = 0.0, cap: float = 0.0
+):
   """One joint softmax of each slot's newest token over its lane's trunk and its own suffix.
 
   Args:
@@ -106,6 +114,8 @@ def cached_attention(q, k, v, cache: Cache, at, fork, index):
     cache: before the newest token.
     at: the layer's number: an int where the cache is a tuple, a traced scalar where it is stacked.
     fork: int32 [lanes, slots]; index: int32 [lanes, slots], the newest tokens' places in their suffixes.
+    window: positions that a token sees, its own included; an int that is 0 for all, or an int32 scalar.
+    scale, cap: as in `tree_attention`.
 
   Returns:
     (out [lanes·slots, N, H], the cache with k and v written at `index`).
@@ -126,15 +136,19 @@ def cached_attention(q, k, v, cache: Cache, at, fork, index):
   cache = dataclasses.replace(cache, suffix_k=write(cache.suffix_k, k), suffix_v=write(cache.suffix_v, v))
   trunk_k, trunk_v, suffix_k, suffix_v = cache.trunk_k[at], cache.trunk_v[at], cache.suffix_k[at], cache.suffix_v[at]
 
-  q = q.reshape(lanes, slots, kv_heads, groups, head_dim) * (head_dim**-0.5)
+  q = q.reshape(lanes, slots, kv_heads, groups, head_dim) * (scale or head_dim**-0.5)
   q_trunk = q.transpose(0, 2, 1, 3, 4).reshape(lanes, kv_heads, slots * groups, head_dim)
   trunk = jnp.einsum("lkqh,lkhc->lkqc", q_trunk, trunk_k, preferred_element_type=wide)
   trunk = trunk.reshape(lanes, kv_heads, slots, groups, -1).transpose(0, 2, 1, 3, 4)
   suffix = jnp.einsum("lskgh,lskth->lskgt", q, suffix_k, preferred_element_type=wide)
-  trunk_mask = jnp.arange(trunk.shape[-1])[None, None] < fork[..., None]
-  suffix_mask = jnp.arange(suffix.shape[-1])[None, None] <= index[..., None]
-  trunk = jnp.where(trunk_mask[:, :, None, None], trunk, _MASKED)
-  suffix = jnp.where(suffix_mask[:, :, None, None], suffix, _MASKED)
+  trunk_place, suffix_place = (jnp.arange(scores.shape[-1])[None, None] for scores in (trunk, suffix))
+  trunk_mask = trunk_place < fork[..., None]
+  suffix_mask = suffix_place <= index[..., None]
+  if not isinstance(window, int) or window:  # a trunk's token stands at its place, a suffix's at fork + its place
+    trunk_mask &= trunk_place > (fork + index)[..., None] - window
+    suffix_mask &= suffix_place > index[..., None] - window
+  trunk = jnp.where(trunk_mask[:, :, None, None], _capped(trunk, cap), _MASKED)
+  suffix = jnp.where(suffix_mask[:, :, None, None], _capped(suffix, cap), _MASKED)
   top = jnp.maximum(jnp.max(trunk, -1), jnp.max(suffix, -1))[..., None]
   trunk, suffix = jnp.exp(trunk - top), jnp.exp(suffix - top)
   total = jnp.sum(trunk, -1) + jnp.sum(suffix, -1)

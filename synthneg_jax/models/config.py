@@ -6,10 +6,36 @@ from synthneg_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """A Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+class RopeScaling:
+  """How rotary frequencies are stretched for longer texts; models/rope.py has the equations.
 
   Attributes:
+    kind: linear, llama3, yarn, or dynamic (which changes nothing up to `original_positions`; longer texts are refused).
+    factor: how much longer texts may be than `original_positions`.
+    original_positions: tokens of the longest text before scaling; not used by linear.
+    low, high: llama3: low_freq_factor and high_freq_factor; yarn: beta_slow and beta_fast. Turns over original_positions
+      below `low` are stretched whole, above `high` not at all.
+    attention_factor: yarn: cosines and sines are multiplied by it.
+    truncate: yarn: the ramp's ends are rounded outwards to whole frequencies.
+  """
+
+  kind: str
+  factor: float
+  original_positions: int = 0
+  low: float = 1.0
+  high: float = 4.0
+  attention_factor: float = 1.0
+  truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A decoder of the Llama kind: RMSNorm, rotary positions, grouped-query attention, a gated feed-forward part.
+
+  What families differ in is data here; the decoder is one module.
+
+  Attributes:
+    family: Hugging Face's model_type, which names the tensors and the config.json of an export.
     vocab_size: V.
     d_model: D, width of the residual stream.
     num_layers: Y.
@@ -19,6 +45,19 @@ class ModelConfig:
     rope_theta: base of the rotary frequencies.
     norm_eps: added to the mean square in RMSNorm.
     tie_embeddings: the output matrix is the transposed embedding.
+    rope_scaling: of layers without a window; None for none.
+    windowed: for each layer, whether its tokens see the last `window` positions only; () for none.
+    window: W, positions that a windowed layer's token sees, its own included; 0 where no layer has one.
+    windowed_rope_theta: rotary base of windowed layers, which are never scaled; 0 for that of the others.
+    qkv_bias: queries, keys and values have a bias.
+    qk_norm: an RMSNorm over each head's queries and keys, before the rotation.
+    post_norms: attention and feed-forward part have a norm behind them, too, before they are added to the stream.
+    norm_offset: added to a norm's scale (1: scales are kept as their difference from 1).
+    activation: of the gate, silu or gelu_tanh.
+    embedding_scale: the embedding is multiplied by it, rounded to dtype.
+    query_scalar: scores are multiplied by its -1/2-th power; 0 for head_dim.
+    attention_cap: scores s become cap·tanh(s / cap); 0 for none.
+    logit_cap: the same of logits.
     dtype: name of the dtype of activations and matrix products.
     param_dtype: name of the dtype that parameters are kept in.
     scan_layers: one compiled layer scanned over the stacked parameters (TPU, deep models) or Y copies (CPU).
@@ -36,6 +75,20 @@ class ModelConfig:
   rope_theta: float = 10000.0
   norm_eps: float = 1e-5
   tie_embeddings: bool = False
+  family: str = "llama"
+  rope_scaling: RopeScaling | None = None
+  windowed: tuple[bool, ...] = ()
+  window: int = 0
+  windowed_rope_theta: float = 0.0
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  post_norms: bool = False
+  norm_offset: float = 0.0
+  activation: str = "silu"
+  embedding_scale: float = 1.0
+  query_scalar: float = 0.0
+  attention_cap: float = 0.0
+  logit_cap: float = 0.0
   dtype: str = "float32"
   param_dtype: str = "float32"
   scan_layers: bool = True
@@ -48,11 +101,27 @@ class ModelConfig:
       raise UserError(f"head_dim {self.head_dim} is odd; rotary positions need pairs.")
     if self.remat not in ("none", "full", "selective"):
       raise UserError(f"remat {self.remat!r} is none of none, full, selective.")
+    if self.windowed and len(self.windowed) != self.num_layers:
+      raise UserError(f"windowed names {len(self.windowed)} layers, num_layers is {self.num_layers}.")
+    if any(self.windowed) and self.window < 1:
+      raise UserError(f"window {self.window} must be at least 1 where layers are windowed.")
+
+  @property
+  def score_scale(self) -> float:
+    """What products of queries and keys are multiplied by."""
+    return (self.query_scalar or self.head_dim) ** -0.5
+
+  @property
+  def layer_windows(self) -> tuple[int, ...]:
+    """For each layer the positions that a token sees, its own included; 0 for all."""
+    return tuple(self.window if windowed else 0 for windowed in self.windowed or (False,) * self.num_layers)
 
   @property
   def num_params(self) -> int:
     """Parameters of the whole decoder."""
     attention = self.d_model * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-    layer = attention + 3 * self.d_model * self.d_ff + 2 * self.d_model
+    layer = attention + 3 * self.d_model * self.d_ff + (4 if self.post_norms else 2) * self.d_model
+    layer += self.head_dim * (self.num_heads + 2 * self.num_kv_heads) if self.qkv_bias else 0
+    layer += 2 * self.head_dim if self.qk_norm else 0
     ends = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2) + self.d_model
     return self.num_layers * layer + ends

@@ -39,6 +39,11 @@ def _training(learning_rate: float, batch_size: int, num_epochs: float) -> dict:
     "save_every_steps": 200,  # steps between checkpoints; 0 for none
     "keep_checkpoints": 2,  # newest checkpoints kept
     "keep_best": 0,  # checkpoints with the lowest loss, mean since the one before, kept besides
+    "lora": {
+      "rank": 0,  # of the adapter that is trained in place of all weights; 0 trains all weights
+      "alpha": 16.0,  # the adapter counts alpha / rank times, no unit
+      "targets": ("query", "key", "value", "output", "gate", "up", "down"),  # matrices of a layer that it adapts
+    },
   }
 
 
@@ -74,6 +79,7 @@ def default() -> ConfigDict:
         "scan_layers": False,  # one compiled layer scanned (deep models, TPU) or one a layer (CPU)
         "remat": "none",  # what of a layer the backward pass computes anew: none, full, or selective (all but products)
         "max_length": 1024,  # tokens of prompt and response together, at most
+        "check_parity": False,  # hold the base model's logits against torch's before work begins; --check_parity sets it
       },
       "mesh": {
         "data": -1,  # devices along the data axis; -1 takes what is left
@@ -148,6 +154,9 @@ def default() -> ConfigDict:
         "temperature": 0.0,  # of the reported response; 0 for greedy
         "base_shots": 0,  # worked training problems put before the question for the base model; goes with engine.stop
         "methods": ("base", "sft", "rft", "dpo", "step_dpo"),  # policies to be tested
+      },
+      "export": {
+        "max_shard_bytes": 5_000_000_000,  # largest file of exported weights, but for a larger tensor
       },
       "report": {
         "num_traces": 5,  # traces shown with their Q
@@ -239,6 +248,8 @@ def check_values(config: ConfigDict) -> None:
       f"pairs.pit_rule={rule!r} needs values that credit.schedule={schedule!r} leaves out; it goes with "
       f"{', '.join(_PIT_RULES[schedule])}."
     )
+  if values["pretrain.lora.rank"]:
+    raise UserError("pretrain.lora.rank must be 0: there is nothing yet that could be adapted.")
   k = values["credit.best_of"]
   for name in ("credit.num_rollouts", "sample.num_traces"):
     if values[name] < k:

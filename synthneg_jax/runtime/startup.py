@@ -17,6 +17,7 @@ from synthneg_jax.runtime.errors import UserError, of_files
 
 _FLAGS = (
   "config",
+  "check_parity",
   "workdir",
   "skip_bad_rows",
   "compilation_cache",
@@ -43,6 +44,10 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
       "workdir", None, "Folder that takes every file of the run; the same command goes on where it was."
     )
     flags.mark_flag_as_required("workdir")
+  if config and workdir:
+    flags.DEFINE_bool(
+      "check_parity", False, "First hold some logits of the base model against torch's; needs torch installed."
+    )
   flags.DEFINE_string(
     "compilation_cache",
     os.path.join("~", ".cache", "synthneg_jax", "xla"),
@@ -94,6 +99,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
       for name, _ in config_lib.leaves(flags.FLAGS.config):
         config_lib.check_name(name, "The config file")
       flags.FLAGS.config.task.skip_bad_rows |= flags.FLAGS.skip_bad_rows
+      flags.FLAGS.config.model.check_parity |= flags.FLAGS.check_parity
     return rest
   except flags.Error as error:
     raise UserError(str(error).strip().replace("\n", " ")) from error

@@ -76,7 +76,7 @@ def _variant(run_: Run, name: str, mode: str) -> dict:
     beta=section.beta,
     penalty=section.penalty if section.loss == "dpop" else 0.0,
     nll_weight=section.nll_weight,
-    eos_ids=(policy.tokenizer.eos_token_id,),
+    eos_ids=policy.eos_ids,
     chunk=section.logit_chunk,
   )
   identity, last = training.train(

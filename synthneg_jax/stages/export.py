@@ -1,7 +1,10 @@
-"""Stage export: a trained policy as a Hugging Face folder that transformers loads."""
+"""Stage export: a trained policy as a Hugging Face folder that transformers loads, and its adapter, if one, for PEFT."""
+
+import os
 
 import jax
 
+from synthneg_jax.models import adapter as adapter_lib
 from synthneg_jax.models import huggingface
 from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.runtime import processes
@@ -10,13 +13,17 @@ from synthneg_jax.stages.run import Run
 
 
 def run(run_: Run) -> dict:
-  """Writes export/<method>/ for every trained policy of evaluate.methods that exists."""
+  """Writes export/<method>/policy for every trained policy of evaluate.methods that exists; adapters are merged in it.
+
+  Where an adapter was trained, export/<method>/adapter holds it in the format of PEFT, for the base model that the run
+  started from.
+  """
   exported = {}
   for method in run_.config.evaluate.methods:
     stage_name = evaluate.POLICY_OF.get(method)
     if stage_name is None or not (run_.workdir / stage_name / "manifest.json").exists():
       continue
-    stage = run_.stage(f"export/{method}", ["model"], [stage_name])
+    stage = run_.stage(f"export/{method}", ["model", "export"], [stage_name])
     if not stage.done:
       policy = run_.policy(stage_name)
       folder = stage.folder / "policy"
@@ -24,6 +31,9 @@ def run(run_: Run) -> dict:
       if processes.first():
         if folder.exists():  # of a run that was killed before its manifest was written
           folder.rmtree()
-        huggingface.save(folder, policy.model, params, policy.folder)
+        limit = run_.config.export.max_shard_bytes
+        huggingface.save(folder, policy.model, params, policy.folder, max_shard_bytes=limit)
+        if policy.adapters:
+          adapter_lib.save_peft(stage.folder / "adapter", policy.adapters, os.fspath(policy.base))
       exported[method] = stage.finish({"folder": str(folder)}, list(folder.glob("*.safetensors")))
   return exported

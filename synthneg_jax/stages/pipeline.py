@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 from absl import logging
 
+from synthneg_jax.models import parity
 from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime import manifest, processes
 from synthneg_jax.runtime.errors import UserError
@@ -69,6 +70,10 @@ def run(config, workdir: str, stages: Sequence[str] = RECIPE) -> None:
       raise UserError(f"--stages names {name!r}; stages are {', '.join(STAGES)}.")
   config_lib.check_values(config)
   run_ = Run.open(config, workdir)
+  if config.model.check_parity:
+    base = run_.base()
+    parity.check(base.folder, base.model, base.params)
+    del base
   about = {
     "config": config_lib.plain(config),
     "versions": manifest.versions(),

@@ -28,6 +28,7 @@ FREE_LEAVES = (
   "model.scan_layers",
   "model.remat",
   "evaluate.methods",
+  "model.check_parity",
 )
 
 

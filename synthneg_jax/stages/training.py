@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+import jax
 from etils import epath
 
 from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.models.adapter import Adapter
+from synthneg_jax.runtime import keys
 from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.runtime.records import Problem
 from synthneg_jax.stages import policies
@@ -80,13 +83,26 @@ def train(
   folder: epath.Path,
   check_start=None,
 ) -> tuple[str, dict]:
-  """Trains a policy's weights and writes the result to folder/policy.
+  """Trains a policy's weights, or by `section.lora` an adapter of them, and writes the result to folder/policy.
 
   Returns:
     (fingerprint of the new weights, figures: steps, the packed rows' fill and the last step's metrics).
   """
-  params, policy.params = policy.params, None  # donated
-  params, last = loop.fit(name, section, policy.model, params, objective, plan_, run_.mesh, folder, check_start)
-  fingerprint = policies.save(folder / "policy", policy, params)
   figures = {"steps": plan_.num_steps, "fill": round(plan_.fill, 3)}
+  if section.lora.rank:
+    adapter = Adapter(policy.model, section.lora.rank, section.lora.alpha, tuple(section.lora.targets))
+    layout = policies.shardings(adapter, run_.mesh)
+    key = jax.random.wrap_key_data(keys.draw_key(run_.config.seed, "adapter", 0, name, "", 0))
+    params = jax.jit(adapter.init, out_shardings=layout)(key)
+    figures["trained"] = sum(leaf.size for leaf in jax.tree.leaves(params))
+    of_adapter = lambda params, batch, base: objective(adapter.join(base, params), batch)
+    frozen, policy.params = policy.params, None
+    params, last = loop.fit(
+      name, section, adapter, params, of_adapter, plan_, run_.mesh, folder, check_start, frozen=(frozen,)
+    )
+    fingerprint = policies.save(folder / "policy", policy, params, adapter)
+  else:
+    params, policy.params = policy.params, None  # donated
+    params, last = loop.fit(name, section, policy.model, params, objective, plan_, run_.mesh, folder, check_start)
+    fingerprint = policies.save(folder / "policy", policy, params)
   return fingerprint, figures | {key: round(value, 5) for key, value in last.items()}

@@ -6,6 +6,8 @@ checkpoints with a chat template take that, worked problems being earlier turns.
 
 from collections.abc import Sequence
 
+import jinja2
+
 from synthneg_jax.runtime.errors import UserError
 
 Shot = tuple[str, str]  # a problem and its worked solution
@@ -30,7 +32,7 @@ def encode_prompt(
     shots: worked problems that come first, as text of the same form.
 
   Raises:
-    UserError: no such style, or a tokenizer without chat template.
+    UserError: no such style, or a tokenizer without chat template, or one whose template refuses the question.
   """
   if style == "raw":
     return tokenizer.encode(problem, add_special_tokens=False)
@@ -45,9 +47,11 @@ def encode_prompt(
     if not tokenizer.chat_template:
       raise UserError("task.prompt='chat', but the tokenizer has no chat template; use --config.task.prompt=plain.")
     turns = [turn for shot in shots for turn in zip(("user", "assistant"), shot, strict=True)] + [("user", problem)]
-    text = tokenizer.apply_chat_template(
-      [{"role": role, "content": content} for role, content in turns], tokenize=False, add_generation_prompt=True
-    )
+    asked = [{"role": role, "content": content} for role, content in turns]
+    try:
+      text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    except (jinja2.TemplateError, ValueError) as error:
+      raise UserError(f"task.prompt='chat': the tokenizer's chat template fails: {error}") from error
     return tokenizer.encode(text, add_special_tokens=False)  # the template wrote the special tokens
   raise UserError(f"task.prompt={style!r} is none of raw, plain, chat.")
 

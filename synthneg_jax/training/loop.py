@@ -10,6 +10,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
+from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import checkpoints, processes
 from synthneg_jax.runtime import mesh as mesh_lib
@@ -61,20 +62,30 @@ class _MetricsFile:
 
 
 def fit(
-  name: str, config, model: Model, params, objective, batches: Batches, mesh: Mesh, folder: epath.Path, check_start=None
+  name: str,
+  config,
+  model: Model | Adapter,
+  params,
+  objective,
+  batches: Batches,
+  mesh: Mesh,
+  folder: epath.Path,
+  check_start=None,
+  frozen=(),
 ):
   """Trains to the end of `batches`, from the newest checkpoint in `folder` if there is one.
 
   Args:
     name: for progress lines.
     config: the config's section with `optimizer`, `accumulate`, `save_every_steps` and `keep_checkpoints`.
-    model: the policy's architecture.
+    model: what is trained: the policy's architecture, or an adapter of it.
     params: where training starts; consumed (donated).
     objective: as training/objectives.py makes them.
     batches: the data, a function of the step.
     mesh: where it runs.
     folder: takes checkpoints/ and metrics.jsonl (loss and its companions, averages over one step's batch).
     check_start: called with the metrics of step 0, before anything was updated; may raise.
+    frozen: parameters that the objective takes after the trained ones and the batch, and that stay as they are.
 
   Returns:
     (trained parameters, the last step's metrics).
@@ -98,7 +109,9 @@ def fit(
   first_step = int(state["step"])
   if first_step:
     logging.info("%s: going on from step %d.", name, first_step)
-  run = step_lib.make_step(objective, optimizer, shardings, mesh, config.accumulate)
+  run = step_lib.make_step(
+    objective, optimizer, shardings, mesh, config.accumulate, jax.tree.map(lambda leaf: leaf.sharding, frozen)
+  )
   layout = step_lib.batch_shardings(mesh)
   lines = _MetricsFile(folder / "metrics.jsonl", first_step)
   averages, losses = {}, []  # of the last step; since the last checkpoint
@@ -126,7 +139,7 @@ def fit(
   left = Progress(name, batches.num_steps - first_step, "steps")
   with contextlib.closing(keeper), contextlib.closing(lines), left as progress:  # a save is waited for on errors, too
     for step in range(first_step, batches.num_steps):
-      state, metrics = run(state, mesh_lib.place(batches.build(step), layout))
+      state, metrics = run(state, mesh_lib.place(batches.build(step), layout), *frozen)
       if previous is not None:  # step N is dispatched before the figures of N - 1 are fetched
         report(*previous, progress)
       previous, done = (step, metrics), step + 1

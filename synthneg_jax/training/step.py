@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.training.batch import Batch
 
 
-def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh):
-  """Shardings of {"params", "opt_state", "step"}: moments lie as their parameters do."""
+def state_shardings(model: Model | Adapter, optimizer: optax.GradientTransformation, mesh: Mesh):
+  """Shardings of {"params", "opt_state", "step"}, the parameters those of `model`: moments lie as they do."""
   params = mesh_lib.shardings(mesh, model.logical_axes())
   replicated = mesh_lib.replicated(mesh)
   opt_state = optax.tree_map_params(
@@ -39,8 +40,10 @@ def batch_shardings(mesh: Mesh) -> Batch:
   return Batch(rows, rows, rows, rows, rows, rows, num_scored=replicated, num_pairs=replicated)
 
 
-def make_step(objective, optimizer: optax.GradientTransformation, shardings, mesh: Mesh, accumulate: int = 1):
-  """(state, batch) -> (state, metrics), jitted with its shardings; the state is donated.
+def make_step(
+  objective, optimizer: optax.GradientTransformation, shardings, mesh: Mesh, accumulate: int = 1, frozen=()
+):
+  """(state, batch, *frozen) -> (state, metrics), jitted with its shardings; the state is donated.
 
   Args:
     objective: as training/objectives.py makes them.
@@ -48,13 +51,14 @@ def make_step(objective, optimizer: optax.GradientTransformation, shardings, mes
     shardings: as `state_shardings` gives them.
     mesh: where it runs.
     accumulate: microbatches that a batch's rows are cut into, one after another; the sums are the whole batch's.
+    frozen: shardings of what the objective takes after parameters and batch, and training leaves as it is.
 
   Returns:
     The compiled step. Metrics are pairs (sum, count) of scalars.
   """
 
-  def gradients(params, batch: Batch):
-    grad = jax.value_and_grad(objective, has_aux=True)
+  def gradients(params, batch: Batch, *frozen):
+    grad = jax.value_and_grad(lambda params, batch: objective(params, batch, *frozen), has_aux=True)
     if accumulate == 1:
       (_, metrics), grads = grad(params, batch)
       return grads, metrics
@@ -73,8 +77,8 @@ def make_step(objective, optimizer: optax.GradientTransformation, shardings, mes
     )
     return jax.lax.scan(add, zeros, parts)[0]
 
-  def step(state, batch: Batch):
-    grads, metrics = gradients(state["params"], batch)
+  def step(state, batch: Batch, *frozen):
+    grads, metrics = gradients(state["params"], batch, *frozen)
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     metrics["grad_norm"] = (optax.tree_utils.tree_norm(grads), jnp.ones(()))
     params = optax.apply_updates(state["params"], updates)
@@ -82,7 +86,7 @@ def make_step(objective, optimizer: optax.GradientTransformation, shardings, mes
 
   return jax.jit(
     mesh_lib.under(mesh, step),
-    in_shardings=(shardings, batch_shardings(mesh)),
+    in_shardings=(shardings, batch_shardings(mesh), *frozen),
     out_shardings=(shardings, mesh_lib.replicated(mesh)),
     donate_argnums=0,
   )

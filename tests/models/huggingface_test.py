@@ -294,8 +294,9 @@ class ConfigTest(FolderTest):
     self.assertEqual(self.read(**changes), dataclasses.replace(toy.CONFIG, **expected))
 
   @parameterized.parameters(
-    ({"model_type": "qwen2"}, 'model_type "qwen2" is not supported, only "llama" is.'),
-    ({"model_type": "(none)"}, 'model_type "(none)" is not supported, only "llama" is.'),
+    ({"model_type": "phi3"}, 'model_type "phi3" is not supported, only llama, mistral, qwen2, '),
+    ({"model_type": "gemma3"}, "gemma3_text are; of Gemma 3 only the text models are."),
+    ({"model_type": "(none)"}, 'model_type "(none)" is not supported, only llama, '),
     ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported, only "silu" is.'),
     ({"attention_bias": True}, "attention_bias true is not supported, only false is."),
     ({"mlp_bias": True}, "mlp_bias true is not supported, only false is."),
@@ -305,10 +306,40 @@ class ConfigTest(FolderTest):
       "rope_parameters.partial_rotary_factor 0.25 is not supported",
     ),
     (
-      {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0}},
-      'rope_parameters.rope_type "llama3" is not supported, only "default" is.',
+      {"rope_parameters": {"rope_theta": 1e4, "rope_type": "longrope", "factor": 8.0}},
+      'rope_parameters.rope_type "longrope" is not supported, only default, linear, dynamic, llama3, yarn are.',
     ),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling.type "linear" is not supported'),
+    ({"rope_scaling": {"type": "su", "factor": 2.0}}, 'rope_scaling.type "su" is not supported'),
+    ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is null, not a positive number."),
+    (
+      {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
+      "rope_parameters.low_freq_factor is null, not a positive number.",
+    ),
+    (
+      {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
+      "rope_parameters of a llama model by kind of layer are not supported.",
+    ),
+    ({"layer_types": ["chunked_attention"] * 2}, 'layer_types "chunked_attention" is not supported'),
+    (
+      {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
+      "layer_types of a llama model differ from what its sliding_window says.",
+    ),
+    (
+      {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+      "layer_types of a qwen2 model differ from what its sliding_window says.",
+    ),
+    ({"model_type": "gemma2", "layer_types": ["sliding_attention"]}, "windowed names 1 layers, num_layers is 2."),
+    ({"model_type": "gemma2", "hidden_activation": "gelu"}, 'hidden_activation "gelu" is not supported'),
+    (
+      {"model_type": "gemma2", "use_bidirectional_attention": True},
+      "use_bidirectional_attention true is not supported",
+    ),
+    ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported"),
+    (
+      {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 8.0}}},
+      'rope_parameters.sliding_attention.rope_type "linear" is not supported, only default are.',
+    ),
+    ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, not a positive whole number."),
     ({"rope_scaling": "linear"}, 'rope_scaling is "linear", not an object.'),
     ({"rope_theta": "big"}, 'rope_theta is "big", not a positive number.'),
     ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, not a positive number."),

@@ -1,0 +1,164 @@
+"""Low-rank adapters: W + (α/r)·A·B, of which A and B alone are trained (LoRA, Hu et al., https://arxiv.org/abs/2106.09685).
+
+In the decoder, `params` may be a base with an adapter: {"ends", "layers", "adapter"}, where "adapter" holds for each
+adapted matrix {"a": [Y, in, r], "b": [Y, r, out]} and a·b is added as it stands. What is trained and kept is the raw
+pair; `join` multiplies b by α/r on the way in, `merge` adds it to the base for decoding and export. With B = 0 at the
+start a policy begins as its base, bit by bit, and the base is the reference of DPO.
+"""
+
+import dataclasses
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from etils import epath
+
+from synthneg_jax.models import families
+from synthneg_jax.models.decoder import Model, Params
+from synthneg_jax.runtime.errors import UserError
+
+_AXES = {  # matrix -> logical axes of its inputs and outputs, as in models/decoder.py
+  "query": ("embed", "heads"),
+  "key": ("embed", "kv_heads"),
+  "value": ("embed", "kv_heads"),
+  "output": ("heads", "embed"),
+  "gate": ("embed", "mlp"),
+  "up": ("embed", "mlp"),
+  "down": ("mlp", "embed"),
+}
+TARGETS = tuple(_AXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+  """What an adapter looks like. Its parameters are {target: {"a", "b"}}, float32 whatever the base's dtype.
+
+  Attributes:
+    model: the base.
+    rank: r.
+    alpha: α; a·b counts α/r times.
+    targets: matrices that are adapted, of TARGETS.
+  """
+
+  model: Model
+  rank: int
+  alpha: float
+  targets: tuple[str, ...]
+
+  def __post_init__(self):
+    unknown = [name for name in self.targets if name not in TARGETS]
+    if unknown or not self.targets:
+      raise UserError(f"An adapter's targets are {', '.join(TARGETS)}, not {', '.join(unknown) or 'none at all'}.")
+    if self.rank < 1 or self.alpha <= 0:
+      raise UserError(f"An adapter needs a rank of at least 1 and an alpha above 0, not {self.rank} and {self.alpha}.")
+
+  @property
+  def scale(self) -> float:
+    """α/r."""
+    return self.alpha / self.rank
+
+  def abstract_params(self) -> Params:
+    """Shapes and dtypes, nothing computed."""
+    layers = self.model.abstract_params()["layers"]
+
+    def pair(shape):
+      count, inputs, outputs = shape
+      part = lambda *sizes: jax.ShapeDtypeStruct((count, *sizes), jnp.float32)
+      return {"a": part(inputs, self.rank), "b": part(self.rank, outputs)}
+
+    return {name: pair(layers[name].shape) for name in self.targets}
+
+  def logical_axes(self) -> Params:
+    """For each parameter a tuple of logical axis names: the base's, and none for r."""
+    pair = lambda inputs, outputs: {"a": ("layers", inputs, None), "b": ("layers", None, outputs)}
+    return {name: pair(*_AXES[name]) for name in self.targets}
+
+  def init(self, key: jax.Array) -> Params:
+    """A uniform within ±1/√in, as PEFT draws it, and B zero."""
+
+    def pair(key, shapes):
+      bound = shapes["a"].shape[1] ** -0.5
+      a = jax.random.uniform(key, shapes["a"].shape, jnp.float32, -bound, bound)
+      return {"a": a, "b": jnp.zeros(shapes["b"].shape, jnp.float32)}
+
+    keys = jax.random.split(key, len(self.targets))
+    return {name: pair(keys[i], shapes) for i, (name, shapes) in enumerate(self.abstract_params().items())}
+
+  def join(self, base: Params, params: Params) -> Params:
+    """Base and adapter as the decoder takes them; gradients flow to `params`."""
+    scaled = {name: {"a": pair["a"], "b": pair["b"] * self.scale} for name, pair in params.items()}
+    return {**base, "adapter": scaled}
+
+  def merge(self, base: Params, params: Params) -> Params:
+    """The base's parameters with the adapter added in float32, in the base's dtype and layout; the base is consumed."""
+    layers = dict(base["layers"])
+    for name in self.targets:
+      add = jax.jit(_add, donate_argnums=0, static_argnums=3, out_shardings=layers[name].sharding)
+      layers[name] = add(layers[name], params[name]["a"], params[name]["b"], self.scale)
+    return {"ends": base["ends"], "layers": layers}
+
+
+def _add(kernel_YIO, a_YIR, b_YRO, scale):
+  """A layer at a time, so that one layer's float32 exists at once."""
+
+  def layer(_, parts):
+    kernel, a, b = parts
+    return None, (kernel + scale * jnp.matmul(a, b, precision="highest")).astype(kernel.dtype)
+
+  return jax.lax.scan(layer, None, (kernel_YIO, a_YIR, b_YRO))[1]
+
+
+def save_peft(folder: epath.PathLike, chain, base_name: str) -> None:
+  """Writes adapters in the format of PEFT, which `peft.PeftModel.from_pretrained` loads onto the base.
+
+  Args:
+    folder: made with its parents; files of the same names are replaced.
+    chain: pairs (Adapter, its parameters). Several that were trained one upon the other become one adapter of the first
+      one's base: their A and B stand side by side, and each matrix' rank is the sum.
+    base_name: of the base, for adapter_config.json.
+
+  Raises:
+    UserError: the folder cannot be written.
+  """
+  names = families.tensor_names(chain[0][0].model.config)
+  tensors, ranks = {}, {}
+  for name in TARGETS:
+    # PEFT multiplies by alpha / rank, here 1: the scale stands in B.
+    parts = [(params[name]["a"], params[name]["b"] * adapter.scale) for adapter, params in chain if name in params]
+    if not parts:
+      continue
+    a = np.concatenate([np.asarray(jax.device_get(a)) for a, _ in parts], axis=2)
+    b = np.concatenate([np.asarray(jax.device_get(b)) for _, b in parts], axis=1)
+    module = names[f"layers/{name}"].removesuffix(".weight")
+    ranks[module.rpartition(".")[2]] = a.shape[2]
+    for layer in range(a.shape[0]):
+      prefix = f"base_model.model.{module.format(layer)}"
+      tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a[layer].T)
+      tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[layer].T)
+  most = max(ranks.values())
+  other = {module: rank for module, rank in ranks.items() if rank != most}
+  config = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": base_name,
+    "r": most,
+    "lora_alpha": most,
+    "rank_pattern": other,
+    "alpha_pattern": other,
+    "target_modules": sorted(ranks),
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_rslora": False,
+    "inference_mode": True,
+  }
+  folder = epath.Path(folder)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file(tensors, os.fspath(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+  except (OSError, safetensors.SafetensorError) as error:
+    raise UserError(f"{folder} cannot be written ({error}).") from error

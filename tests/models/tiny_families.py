@@ -1,0 +1,134 @@
+"""Tiny models of every family and option, as config.json has them, with weights that numpy draws.
+
+tests/parity computes with transformers and torch what these models' logits are; family_logits.json keeps some of them.
+"""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from synthneg_jax.models import families
+from synthneg_jax.models.decoder import Model
+from tests import toy
+
+RECORDED = pathlib.Path(__file__).parent / "family_logits.json"
+VOCAB, LENGTH = 61, 24
+PLACES = (9, LENGTH - 1)  # places of a text whose logits are recorded
+_SIZES = {
+  "vocab_size": VOCAB,
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "rms_norm_eps": 1e-5,
+  "max_position_embeddings": 64,
+  "bos_token_id": None,
+  "eos_token_id": 3,
+  "pad_token_id": 0,
+}
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+_GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5, "tie_word_embeddings": True}
+CASES = {
+  "llama": {"model_type": "llama"},
+  "llama, many heads, no ties": {"model_type": "llama", "num_key_value_heads": 4, "rms_norm_eps": 1e-6},
+  "llama, one kv head, tied": {"model_type": "llama", "num_key_value_heads": 1, "tie_word_embeddings": True},
+  "llama, head_dim, base": {"model_type": "llama", "head_dim": 12, "rope_theta": 30.0, "rms_norm_eps": 0.05},
+  "llama, llama3 rope": {
+    "model_type": "llama",
+    "rope_theta": 500.0,
+    "rope_scaling": {"rope_type": "llama3", **_LLAMA3},
+  },
+  "llama, linear rope": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}},
+  "llama, dynamic rope": {"model_type": "llama", "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+  "llama, yarn rope": {
+    "model_type": "llama",
+    "rope_theta": 100.0,
+    "head_dim": 16,
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 4.0},
+  },
+  "mistral": {"model_type": "mistral", "sliding_window": 5},
+  "mistral, no window": {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6},
+  "qwen2": {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
+  "qwen2, windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+  "qwen3": {"model_type": "qwen3", "head_dim": 12, "rope_theta": 1e6},
+  "gemma2": {"model_type": "gemma2", **_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+  "gemma2, no caps": {
+    "model_type": "gemma2",
+    **_GEMMA,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+  },
+  "gemma3": {
+    "model_type": "gemma3_text",
+    **_GEMMA,
+    "num_hidden_layers": 7,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 50.0,
+  },
+  "gemma3, linear rope": {
+    "model_type": "gemma3_text",
+    **_GEMMA,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+      "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+      "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+    "final_logit_softcapping": 4.0,
+  },
+}
+
+
+def config_json(name: str) -> dict:
+  """The content of config.json."""
+  return _SIZES | CASES[name]
+
+
+def model(name: str, **changes) -> Model:
+  """The decoder that config.json asks for."""
+  how = {"dtype": "float32", "param_dtype": "float32", "scan_layers": False, "remat": toy.CONFIG.remat} | changes
+  return Model(families.read(config_json(name), "config.json", **how))
+
+
+def ids(name: str) -> list[int]:
+  """A text of LENGTH tokens."""
+  return np.random.RandomState(len(name)).randint(4, VOCAB, LENGTH).tolist()
+
+
+def draw(name: str, shape) -> np.ndarray:
+  """A tensor of this Hugging Face name: matrices wide enough for logits to differ, norms away from their neutral value."""
+  values = np.random.RandomState(sum(map(ord, name))).normal(size=shape)
+  return (0.3 * values + (1.0 if "norm" in name else 0.0)).astype(np.float32)
+
+
+def params(of: Model):
+  """Parameters of which each layer's are what `draw` gives for its tensors."""
+  names = families.tensor_names(of.config)
+
+  def leaf(path, abstract):
+    name = names[jax.tree_util.keystr(path, simple=True, separator="/")]
+    layer = lambda at: draw(name.format(at), abstract.shape[:0:-1]).T
+    values = np.stack([layer(at) for at in range(abstract.shape[0])]) if "{}" in name else draw(name, abstract.shape)
+    return values.astype(abstract.dtype)
+
+  return jax.tree_util.tree_map_with_path(leaf, of.abstract_params())
+
+
+def write_folder(name: str, folder: pathlib.Path) -> None:
+  """A Hugging Face folder of the model, written without our exporter: only the tensors' names are ours."""
+  folder.mkdir(parents=True)
+  (folder / "config.json").write_text(json.dumps(config_json(name)))
+  of = model(name)
+  names, tensors = families.tensor_names(of.config), {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(of.abstract_params()):
+    tensor = names[jax.tree_util.keystr(path, simple=True, separator="/")]
+    if "{}" in tensor:
+      tensors |= {tensor.format(at): draw(tensor.format(at), leaf.shape[:0:-1]) for at in range(leaf.shape[0])}
+    else:
+      tensors[tensor] = draw(tensor, leaf.shape)
+  safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
