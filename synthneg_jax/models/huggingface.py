@@ -20,7 +20,6 @@ from etils import epath
 from synthneg_jax.models import families
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.models.decoder import Model, Params
-from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.runtime.errors import UserError
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
