@@ -26,7 +26,7 @@ from synthneg_jax.training.batch import Example, PairInTree, Shape
 from tests import toy
 
 # Eight heads, 32 tokens, 24 wide feed-forward: every split dimension divides by 8.
-MODEL = toy.model(vocab_size=32, num_heads=8, num_kv_heads=8, head_dim=2, scan_layers=True, remat="full")
+MODEL = toy.model(vocab_size=32, num_heads=8, num_kv_heads=8, head_dim=2, scan_layers=True, remat="selective")
 SHAPE = Shape(rows=8, length=16, scored=12, pairs=3, branches=4)
 NEW, EOS = 8, 3
 CDF_EDGE = 1e-5  # draws this close to an edge of the CDF may differ between programs
