@@ -145,14 +145,15 @@ def state_shardings(model: Model, mesh: Mesh) -> State:
   """Lanes over the rows' axes; kv heads over "tensor".
 
   On TPU suffixes lie in memory as the decode loop writes them, a new token's heads side by side: laid out as they are
-  named, all of them would be copied when the loop begins and when it ends, and there would be room for two.
+  named, all of them would be copied when the loop begins and when it ends, and there would be room for two. (One head alone
+  would be padded to two, and lies well either way.)
   """
   lead = ("layers",) if model.config.scan_layers else ()
   sharding = lambda *names: NamedSharding(mesh, mesh_lib.spec(*lead, *names))
   rows, replicated = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
   fields = {field.name: rows for field in dataclasses.fields(State)}
   trunk, suffix = sharding("rows", "kv_heads"), sharding("rows", None, "kv_heads")
-  if mesh.devices.flat[0].platform == "tpu":
+  if mesh.devices.flat[0].platform == "tpu" and model.config.num_kv_heads > mesh.shape["tensor"]:
     order = tuple(range(len(lead))) + tuple(len(lead) + axis for axis in (0, 1, 3, 2, 4))
     suffix = Format(Layout(order), suffix)
   fields |= {"cache": Cache(trunk, trunk, suffix, suffix), "steps": replicated, "busy": replicated}

@@ -177,11 +177,10 @@ def under(mesh: Mesh, fn: Callable) -> Callable:
 
 
 def split_as(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
-  """Tells the compiler that an array, and its gradient, is split as these names say.
+  """Tells the compiler that an array, and its gradient, is split as these names say, rather than to let it guess.
 
   Of a parameter: it is gathered where it is used, and what its gradient's parts on the rows' devices sum to is scattered
-  to where the parameter lies. Left to itself the compiler sums the gradient on every device, which sends twice as much,
-  and then takes a part of it. Outside of `under` it does nothing.
+  to where the parameter lies. Outside of `under` it does nothing.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x

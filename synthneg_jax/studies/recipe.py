@@ -50,6 +50,7 @@ class Program:
     sizes: for the reader.
     advice: what to change if it does not fit.
     least_read: decoding: bytes of weights and cache that a chip holds, which a turn cannot but read.
+    beside: bytes of other arrays that a chip holds while it runs: of decoding, the parameters as they were loaded.
   """
 
   name: str
@@ -59,6 +60,7 @@ class Program:
   sizes: str
   advice: str
   least_read: float = 0.0
+  beside: float = 0.0
 
 
 def architecture(config) -> Model:
@@ -167,7 +169,7 @@ class Recipe:
       self.work[name]["steps"],
       3 * bill.forward_flops(model.config, trees * tree.tokens, trees * tree.keys, trees * tree.scored),
       f"{shape.rows} rows x {shape.length} tokens in {section.accumulate} microbatch(es), {100 * fill:.0f} % full",
-      f"raise {stage}.accumulate or mesh.fsdp, lower {stage}.row_length, or set model.remat",
+      f"raise {stage}.accumulate or mesh.fsdp, lower {stage}.row_length, or set model.remat to full",
     )
 
   def _reference(self) -> Program:
@@ -212,6 +214,7 @@ class Recipe:
     stops, made, m = Stops(_EOS), self.work[stage], model.config
     empty, prefill, decode, *_ = engine_lib.programs(model, mesh, g, sampling(config[stage]), stops)
     as_read = jax.eval_shape(functools.partial(engine_lib.as_read, model), model.abstract_params())
+    beside = _held(_abstract(model.abstract_params(), self._params))
     params, one = _abstract(as_read, engine_lib.params_shardings(model, mesh)), mesh_lib.replicated(mesh)
     there = lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=one)
     layout = state_shardings(model, mesh)
@@ -228,9 +231,9 @@ class Recipe:
       flops = bill.forward_flops(m, tokens, tokens * seen, tokens)
       lower = lambda: decode.lower(params, state, there(np.int32(0)))
       runs, least = made["tokens_decoded"] / tokens, _held(params) + _held(state.cache)
-      return Program(f"{stage}/decode", lower, math.ceil(runs), flops, sizes, advice, least)
+      return Program(f"{stage}/decode", lower, math.ceil(runs), flops, sizes, advice, least, beside)
     trunks = [there(x) for x in engine_lib.trunk_arrays(g, [])]
     branches = made["tokens_decoded"] / grown / max(made["trunks"], 1)
     flops = bill.forward_flops(m, g.refill * trunk, g.refill * trunk * (trunk + 1) / 2, g.refill * branches)
     runs, lower = math.ceil(made["trunks"] / g.refill), lambda: prefill.lower(params, state, *trunks)
-    return Program(f"{stage}/prefill", lower, runs, flops, f"{g.refill} of {sizes}", advice)
+    return Program(f"{stage}/prefill", lower, runs, flops, f"{g.refill} of {sizes}", advice, 0.0, beside)

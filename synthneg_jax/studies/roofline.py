@@ -61,7 +61,7 @@ class Cost:
   Attributes:
     flops: of matrix products.
     memory_bytes: read from and written to main memory.
-    collectives: bytes sent, by kind.
+    collectives: bytes sent, by kind; "send" is what goes to other slices, over the data-centre network.
   """
 
   flops: float = 0.0
@@ -134,7 +134,8 @@ class Program:
   @functools.cached_property
   def open_loop(self) -> Cost | None:
     """Of one turn of the outermost loop whose length only the data knows; None if there is none."""
-    for computation in self._computations.values():
+    outermost = [self._entry, *reversed(self._computations)]  # what is called stands before what calls it
+    for computation in map(self._computations.get, outermost):
       for instruction in computation.values():
         if instruction.opcode == "while" and self._turns(computation, instruction) is None:
           self._counted = set()
@@ -171,6 +172,8 @@ class Program:
         if fused and name.startswith("all-reduce-scatter"):
           kind = "reduce-scatter"
         total.collectives[kind] += self._sent(computation, instruction, kind)
+      if kind == "send":  # to another slice, by way of the hosts
+        total.collectives["send"] += instruction.arrays[0].num_bytes
       if not fused:
         total.memory_bytes += self._traffic(computation, instruction)
     return total
@@ -307,11 +310,13 @@ class Program:
     if opcode in _FREE or opcode.endswith("-done"):
       return 0.0
     operands = [computation[name] for name in instruction.operands if name in computation]
-    if opcode in ("copy-start", "slice-start", "async-start"):  # (result, source, ...) or ((source), result, ...)
-      source = operands[0].arrays[0]
-      moved = min((array.num_bytes for array in instruction.arrays[:2]), default=0.0)
-      result = instruction.arrays[0] if opcode == "copy-start" else instruction.arrays[1]
-      return moved * (source.in_memory + result.in_memory)
+    if opcode in ("copy-start", "slice-start", "async-start", "async-update"):
+      # (result, source, ...) or ((sources), result, ...); an update's first operand is the start, which may have no sources
+      sources = operands[opcode == "async-update" :]
+      if not sources:
+        return 0.0
+      source, result = sources[0].arrays[0], instruction.arrays[0 if opcode == "copy-start" else len(sources)]
+      return min(source.num_bytes, result.num_bytes) * (source.in_memory + result.in_memory)
     if opcode in ("dynamic-slice", "slice", "gather"):
       read = instruction.arrays[0].num_bytes if operands[0].arrays[0].in_memory else 0.0
       return read + instruction.memory_bytes

@@ -177,6 +177,15 @@ class LayoutTest(absltest.TestCase):
       made = jax.jit(mesh_lib.under(mesh, lambda x: 2 * mesh_lib.split_rows(x)))(x)
       self.assertEqual(made.sharding.shard_shape((8, 16)), (2, layout.shard_shape((8, 16))[1]))
 
+  def test_parameters_and_their_gradients_lie_alike(self):
+    # Fails if the compiler is not told where a parameter, or what its gradient sums to, lies.
+    mesh, axes = mesh_lib.make_mesh(2, 2, 2), ("embed", "mlp")
+    x = jax.device_put(np.ones((8, 16), np.float32), mesh_lib.replicated(mesh))
+    for fn in (lambda x: 2 * mesh_lib.split_as(x, axes), jax.grad(lambda x: (mesh_lib.split_as(x, axes) ** 2).sum())):
+      made = jax.jit(mesh_lib.under(mesh, fn))(x)
+      self.assertEqual(made.sharding.shard_shape((8, 16)), (4, 8))
+    np.testing.assert_array_equal(jax.jit(lambda x: mesh_lib.split_as(x, axes))(np.ones((3, 5))), np.ones((3, 5)))
+
   def test_split_rows_elsewhere_does_nothing(self):
     # Fails if code without a mesh, or a number of rows that no mesh divides, comes to grief.
     np.testing.assert_array_equal(jax.jit(mesh_lib.split_rows)(np.ones(5)), np.ones(5))

@@ -11,7 +11,9 @@ from absl.testing import absltest, parameterized
 from etils import epath
 
 from synthneg_jax.core import losses
+from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.core.tree import Branch, PackedTrees, Tree
+from synthneg_jax.rollouts import engine as engine_lib
 from synthneg_jax.rollouts.decode import Stops
 from synthneg_jax.rollouts.engine import Engine, Trunk
 from synthneg_jax.rollouts.sampling import Sampling
@@ -24,7 +26,7 @@ from synthneg_jax.training.batch import Example, PairInTree, Shape
 from tests import toy
 
 # Eight heads, 32 tokens, 24 wide feed-forward: every split dimension divides by 8.
-MODEL = toy.model(vocab_size=32, num_heads=8, num_kv_heads=8, head_dim=2, scan_layers=True, remat="full")
+MODEL = toy.model(vocab_size=32, num_heads=8, num_kv_heads=8, head_dim=2, scan_layers=True, remat="selective")
 SHAPE = Shape(rows=8, length=16, scored=12, pairs=3, branches=4)
 NEW, EOS = 8, 3
 CDF_EDGE = 1e-5  # draws this close to an edge of the CDF may differ between programs
@@ -184,6 +186,29 @@ class ShardingTest(parameterized.TestCase):
           self.assertLess(edge_distance(trunk, item, ids[: same + 1]), CDF_EDGE, (got, ids))
           at_an_edge += 1
     self.assertLessEqual(at_an_edge, 2)
+
+
+class DecodingTest(absltest.TestCase):
+  def test_decoding_reads_less_and_draws_the_same(self):
+    # Fails if matrices stay in float32 or split over fsdp (each token would read twice the bytes, or gather them), or if
+    # what is cast once differs from what every product would cast.
+    mesh = mesh_lib.make_mesh(2, 2, 2)
+    model = toy.model(vocab_size=32, num_heads=8, num_kv_heads=8, head_dim=2, scan_layers=True, dtype="bfloat16")
+    params = jax.device_put(toy.make_params(model), mesh_lib.shardings(mesh, model.logical_axes()))
+    decoding = mesh_lib.decoding(mesh)
+    self.assertEqual(tuple(decoding.shape.items()), (("slice", 1), ("data", 4), ("fsdp", 1), ("tensor", 2)))
+    self.assertEqual(decoding.devices.reshape(-1).tolist(), mesh.devices.reshape(-1).tolist())
+    layout = engine_lib.params_shardings(model, decoding)
+    read = jax.jit(functools.partial(engine_lib.as_read, model), out_shardings=layout)(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(read):
+      is_norm = path[-1].key == "scale"
+      self.assertEqual(leaf.dtype, jnp.float32 if is_norm else jnp.bfloat16, path)
+      self.assertEqual(leaf.nbytes // leaf.addressable_shards[0].data.nbytes, 1 if is_norm else 2, path)
+
+    trees = tree_lib.pack([[example.tree] for example in make_examples()], SHAPE.length)
+    hidden = jax.jit(lambda params: model.hidden(params, trees)[0])
+    one = jax.devices()[0]
+    np.testing.assert_array_equal(*(hidden(jax.device_put(given, one)).astype(np.float32) for given in (params, read)))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import pathlib
+import re
 import tempfile
 from unittest import mock
 
@@ -52,6 +54,19 @@ def run(config, topology="v5e:4x4", stages=None, out=None):
   with contextlib.redirect_stdout(text):
     preflight.main(config, topology, stages, out, LENGTHS, 0.5)
   return text.getvalue()
+
+
+def preflight_reports(config, stages):
+  """What preflight finds."""
+  with contextlib.redirect_stdout(io.StringIO()):
+    return preflight.main(config, "v5e:4x4", stages, None, LENGTHS, 0.5)
+
+
+def kinds(text: str, name: str) -> dict[str, float]:
+  """Bytes that a program sends by kind, as preflight prints them."""
+  lines = text[text.index(f"\n{name}: ") + 1 :].splitlines()
+  found = re.search(r"GB by kind: (.*)\)", next(line for line in lines if line.startswith("  links"))).group(1)
+  return {kind: 1e9 * float(size) for kind, size in (part.rsplit(" ", 1) for part in found.split(", "))}
 
 
 class PreflightTest(parameterized.TestCase):
@@ -115,6 +130,56 @@ class PreflightTest(parameterized.TestCase):
     for name in ("sft", "rft", "dpo/dpo", "dpo/step_dpo"):
       entry = self.programs[name]
       self.assertBetween(entry["flops_per_chip"] / entry["model_flops_per_chip"], 1.0, 8.0, name)
+
+  def test_selective_rematerialisation(self):
+    # Fails if the backward pass of "selective" computes a product anew, or if that of "full" keeps one: by hand, 3 times
+    # all products of 8 rows of 128 tokens and attention's 2 once more; or all but a layer's last once more.
+    rows, matrices, tokens = 8, 2 * (4 * 256 * 256 + 3 * 256 * 512), 8 * 128
+    keys = sum(range(64, 129, 64)) * 64 * rows  # two blocks of 64 queries, each against the keys up to its end
+    logits = 2 * 512 * 256 * rows * math.ceil(1.1 * 0.95 * 128 / 36 * 24)
+    selective = 3 * (2 * matrices * tokens + logits) + (3 + 1) * 2 * (2 * 2 * 256 * keys)
+    self.assertAlmostEqual(self.programs["sft"]["flops_per_chip"] * 16 / selective, 1.0, delta=0.003)
+    config = make_config(self.folder)
+    config.model.remat = "full"
+    (full,) = preflight_reports(config, ["sft"])
+    again = 2 * 2 * (4 * 256 * 256 + 2 * 256 * 512) * tokens
+    self.assertAlmostEqual((full.cost.flops * 16 - selective) / again, 1.0, delta=0.05)
+
+  def test_gradients_are_scattered(self):
+    # Fails if a gradient is summed on every chip and a part of it taken then, or if parameters are gathered more than
+    # twice. fsdp=4: a ring sends 3 of 4 parts of what it gathers or scatters, here one of tensor=2 parts in bfloat16.
+    sent = kinds(self.text, "sft")
+    copy = 0.75 * 2 * architecture(self.config).config.num_params / 2
+    self.assertBetween(sent["reduce-scatter"] / copy, 0.95, 1.1)
+    self.assertBetween(sent["all-gather"] / copy, 1.5, 2.0)
+    self.assertLess(sent["all-reduce"] / copy, 1.3)  # activations over tensor
+    self.assertLess(kinds(self.text, "dpo/reference")["all-gather"] / copy, 1.1)
+
+  def test_scoring_is_one_forward_pass(self):
+    # Fails if the reference pass computes a backward pass, or if its rows are not counted.
+    entry = self.programs["dpo/reference"]
+    self.assertBetween(entry["flops_per_chip"] / entry["model_flops_per_chip"], 1.0, 1.2)
+
+  @parameterized.parameters(2, 4)
+  def test_decoding_holds_one_cache(self, heads):
+    # Fails if suffixes are copied as the loop begins or ends, or padded: by hand, 2 layers' keys and values of one lane's 2
+    # slots, half of the heads.
+    config = make_config(self.folder, num_attention_heads=heads, hidden_size=128 * heads)
+    config.engine.max_new_tokens = 16384
+    (report,) = preflight_reports(config, ["sample/decode"])
+    suffixes = 2 * 2 * 2 * (heads // 2) * 16384 * 128 * 2
+    self.assertLess(report.temporary_bytes, 0.5 * suffixes)
+    self.assertBetween(report.argument_bytes / suffixes, 1.0, 1.2)
+    self.assertBetween(report.cost.memory_bytes / report.program.least_read, 0.9, 1.25)
+
+  def test_two_slices(self):
+    # Fails if gradients do not cross the data-centre network, or if parameters do: a slice sends the parts of its sums that
+    # it keeps, in bfloat16, and of the embedding, in float32.
+    config = make_config(self.folder)
+    config.mesh.slices = 2
+    (report,) = preflight_reports(config, ["sft"])
+    part = architecture(config).config.num_params / 8
+    self.assertBetween(report.cost.collectives["send"] / part, 1.0, 4.0)
 
   def test_bill(self):
     # Fails if an epoch, a trace, a step's rollouts or a method's answers are not counted.
@@ -205,6 +270,16 @@ class RefusalTest(parameterized.TestCase):
     self.assertGreater(report.peak_bytes, 16 << 30)
     self.assertLess(report.peak_bytes, 64 << 30)
     self.assertEqual(report.too_large, "temporaries")
+
+  def test_what_jax_cannot_read_back(self):
+    # Fails if a program whose HLO jax cannot read (a v6e's, with a large embedding) is not read from what the compiler wrote.
+    config, found = make_config(self.folder), []
+    unreadable = mock.patch.object(jax.stages.Compiled, "as_text", side_effect=jax.errors.JaxRuntimeError("RET_CHECK"))
+    for context in (contextlib.nullcontext(), unreadable):
+      with context:
+        (report,) = preflight_reports(config, ["dpo/reference"])
+      found.append(report.cost)
+    self.assertEqual(found[0], found[1])
 
   def test_without_libtpu(self):
     # Fails if the missing compiler comes out as a traceback.

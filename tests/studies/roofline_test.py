@@ -57,7 +57,59 @@ ENTRY %main (x.1: f32[4,8], stack.1: f32[6,8,8]) -> f32[4,8] {
 """
 
 
+# One all-gather that is cut into parts around a product: begun, carried on within a fusion that multiplies something else,
+# ended.
+CHAIN = """HloModule chain
+
+%begin (a.0: f32[2,8]) -> (f32[2,8], f32[8,8]) {
+  %a.0 = f32[2,8]{1,0} parameter(0)
+  %part.1 = f32[8,8]{1,0} all-gather(%a.0), channel_id=7, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="1"}
+  ROOT %started = (f32[2,8]{1,0}, f32[8,8]{1,0}) custom-call(%part.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%carry (b.0: f32[2,8], b.1: f32[8,8], b.2: f32[4,8], b.3: f32[8,8]) -> (f32[4,8], f32[2,8], f32[8,8], f32[8,8]) {
+  %b.0 = f32[2,8]{1,0} parameter(0)
+  %b.1 = f32[8,8]{1,0} parameter(1)
+  %b.2 = f32[4,8]{1,0} parameter(2)
+  %b.3 = f32[8,8]{1,0} parameter(3)
+  %y = f32[4,8]{1,0} convolution(%b.2, %b.3), dim_labels=bf_io->bf
+  %part.2 = f32[8,8]{1,0} all-gather(%b.0), channel_id=7, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="1"}
+  ROOT %carried = (f32[4,8]{1,0}, f32[2,8]{1,0}, f32[8,8]{1,0}, f32[8,8]{1,0}) tuple(%y, %b.0, %b.1, %part.2)
+}
+
+%end (c.0: f32[2,8], c.1: f32[8,8]) -> f32[8,8] {
+  %c.0 = f32[2,8]{1,0} parameter(0)
+  %c.1 = f32[8,8]{1,0} parameter(1)
+  %part.3 = f32[8,8]{1,0} all-gather(%c.0), channel_id=7, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="1"}
+  ROOT %ended = f32[8,8]{1,0} custom-call(%c.0, %c.1, %part.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x.1: f32[2,8], y.1: f32[4,8], z.1: f32[8,8]) -> f32[8,8] {
+  %x.1 = f32[2,8]{1,0} parameter(0)
+  %y.1 = f32[4,8]{1,0} parameter(1)
+  %z.1 = f32[8,8]{1,0} parameter(2)
+  %start = (f32[2,8]{1,0}, f32[8,8]{1,0}) fusion(%x.1), kind=kCustom, calls=%begin
+  %s.0 = f32[2,8]{1,0} get-tuple-element(%start), index=0
+  %s.1 = f32[8,8]{1,0} get-tuple-element(%start), index=1
+  %work = (f32[4,8]{1,0}, f32[2,8]{1,0}, f32[8,8]{1,0}, f32[8,8]{1,0}) fusion(%s.0, %s.1, %y.1, %z.1), calls=%carry
+  %w.0 = f32[2,8]{1,0} get-tuple-element(%work), index=1
+  %w.1 = f32[8,8]{1,0} get-tuple-element(%work), index=2
+  ROOT %done = f32[8,8]{1,0} fusion(%w.0, %w.1), kind=kCustom, calls=%end
+}
+"""
+
+
 class HandTest(parameterized.TestCase):
+  def test_a_collective_between_other_work(self):
+    # Fails if each part of a collective sends, reads or writes all of it again, or if what a fusion merely passes on
+    # counts as read or written.
+    cost = roofline.Program(CHAIN, 8).cost
+    self.assertEqual(dict(cost.collectives), {"all-gather": 8 * 8 * 4 * 3 / 4})
+    self.assertEqual(cost.flops, 2 * 4 * 8 * 8)
+    shard, whole, y = 2 * 8 * 4, 8 * 8 * 4, 4 * 8 * 4
+    # The collective reads a shard and writes the whole; the product reads and writes its own.
+    self.assertEqual(cost.memory_bytes, (shard + whole) + (y + whole + y))
+
   @parameterized.parameters(("6", 3), ("7", 3), ("8", 4), ("1", 0))
   def test_a_loop(self, bound, turns):
     # Fails if a loop's start or step is not read, if a whole stack counts where a slice is read, if memory on the chip
@@ -82,6 +134,7 @@ class HandTest(parameterized.TestCase):
     ("reduce-scatter", "f32[1,8]{1,0}", "", 32 * 3),
     ("all-to-all", "f32[4,8]{1,0}", "", 128 * 3 / 4),
     ("collective-permute", "f32[4,8]{1,0}", "", 128),
+    ("send", "(f32[4,8]{1,0}, u32[], token[])", "", 128),
     ("all-gather-start", "(f32[4,8]{1,0}, f32[16,8]{1,0})", "", 512 * 3 / 4),
     ("collective-permute-start", "(f32[4,8]{1,0}, f32[4,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)})", "", 128),
   )
