@@ -1,11 +1,15 @@
 """Stage export: a trained policy as a Hugging Face folder that transformers loads."""
 
+import os
+import tempfile
+
 import jax
+from etils import epath
 
 from synthneg_jax.models import huggingface
 from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.runtime import processes
-from synthneg_jax.stages import evaluate
+from synthneg_jax.stages import evaluate, policies
 from synthneg_jax.stages.run import Run
 
 
@@ -24,6 +28,11 @@ def run(run_: Run) -> dict:
       if processes.first():
         if folder.exists():  # of a run that was killed before its manifest was written
           folder.rmtree()
-        huggingface.save(folder, policy.model, params, policy.folder)
+        with tempfile.TemporaryDirectory() as local:  # a Hugging Face folder is written on a local disk
+          in_bucket = "://" in os.fspath(folder)
+          made = epath.Path(local) / "policy" if in_bucket else folder
+          huggingface.save(made, policy.model, params, policies.tokenizer_folder(policy.folder))
+          for path in made.iterdir() if in_bucket else ():
+            path.copy(folder / path.name)
       exported[method] = stage.finish({"folder": str(folder)}, list(folder.glob("*.safetensors")))
   return exported

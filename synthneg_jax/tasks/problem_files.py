@@ -6,9 +6,10 @@ A broken line is an error that names the file, the line (1-based) and the field;
 
 import json
 import os
-import pathlib
 import re
 from collections.abc import Iterator
+
+from etils import epath
 
 from synthneg_jax.runtime import errors
 from synthneg_jax.tasks import answers
@@ -17,7 +18,7 @@ from synthneg_jax.tasks import answers
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
 
 
-def _lines(path: pathlib.Path) -> list[bytes]:
+def _lines(path: epath.Path) -> list[bytes]:
   """Returns the lines of a file; UserError where it cannot be read or holds no line."""
   try:
     data = path.read_bytes()
@@ -34,7 +35,7 @@ def _lines(path: pathlib.Path) -> list[bytes]:
   return lines
 
 
-def _objects(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
+def _objects(path: epath.Path) -> Iterator[tuple[str, dict]]:
   """Yields ("PATH, line N", object) for every line; UserError for a line that is not a JSON object."""
   for number, line in enumerate(_lines(path), start=1):
     place = f"{path}, line {number}"
@@ -81,7 +82,7 @@ def read_rows(path: str | os.PathLike, split: str, *, keep_annotations: bool = F
     UserError: the file cannot be read or a line is broken.
   """
   rows = []
-  for index, (place, row) in enumerate(_objects(pathlib.Path(path))):
+  for index, (place, row) in enumerate(_objects(epath.Path(path))):
     problem, solution = _text_field(place, row, "question"), _text_field(place, row, "answer")
     try:
       answer = answers.extract_gold(solution)
@@ -105,7 +106,7 @@ def read_jsonl_problems(path: str | os.PathLike) -> list[dict]:
   Raises:
     UserError: the file cannot be read, a line is broken, or two lines have the same id.
   """
-  path = pathlib.Path(path)
+  path = epath.Path(path)
   rows, line_of = [], {}
   for index, (place, row) in enumerate(_objects(path)):
     name = f"{path.stem}/{index:05d}" if row.get("id") is None else _text_field(place, row, "id")

@@ -1,9 +1,9 @@
 """The problems of a task by split, with their known solutions."""
 
 import os
-import pathlib
 
 import numpy as np
+from etils import epath
 
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Problem
@@ -44,7 +44,7 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
       raise UserError(
         "task.data_dir is empty and SYNTHNEG_DATA_DIR is not set: name the folder with gsm8k/train.jsonl."
       )
-    path = pathlib.Path(folder) / "gsm8k" / f"{split}.jsonl"
+    path = epath.Path(folder) / "gsm8k" / f"{split}.jsonl"
     rows = problem_files.read_rows(path, split)
     if count > len(rows):
       raise UserError(f"{path} has {len(rows)} rows; task.{split}_problems={count} asks for more.")

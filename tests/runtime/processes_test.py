@@ -37,6 +37,9 @@ state.link = link.Link(
   index, count, "127.0.0.1", share, lost=processes._lost, failed=processes._failed, asked=processes._asked
 )
 (folder / f"joined{index}").touch()
+while not all((folder / f"joined{other}").exists() for other in range(count)):
+  time.sleep(0.01)
+time.sleep(0.1)
 """
 
 

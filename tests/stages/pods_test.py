@@ -27,6 +27,7 @@ SETTINGS = (  # 50 steps of SFT; verdicts of both kinds, so that there are pairs
   "--config.sft.max_steps=50",
   "--config.sft.save_every_steps=10",
   "--config.dpo.max_steps=1",
+  "--config.credit.schedule=until_first_zero",  # so that processes must hear of each other's verdicts
 )
 
 
