@@ -39,7 +39,7 @@ setuptools.setup(
     "transformers>=5.0",
   ],
   extras_require={
-    "tpu": ["jax[tpu]>=0.10"],
+    "tpu": ["etils[epath-gcs]>=1.12", "jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "test": [
       "gguf>=0.17",

@@ -12,15 +12,16 @@
 #   start    start PROGRAM on every worker, detached     tail     show worker 0's log as it grows
 #   delete   delete it, whatever runs on it
 #
-# PROGRAM is the name of a file in launch/, FLAGS are its own (--config, --workdir, ...); --distributed is added. The workdir must
-# be seen by all workers: gs://BUCKET/PATH. SYNTHNEG_DATA_DIR and HF_HOME are handed on where they are set. --dry_run prints every
-# command and runs none. gcloud's flags: https://cloud.google.com/sdk/gcloud/reference/compute/tpus
+# PROGRAM is the name of a file in launch/, FLAGS are its own (--config, --workdir, --compilation_cache=workdir, ...);
+# --distributed is added. The workdir must be seen by all workers: gs://BUCKET/PATH. SYNTHNEG_DATA_DIR and HF_HOME are handed on
+# where they are set. --dry_run prints every command and runs none.
+# gcloud's flags: https://cloud.google.com/sdk/gcloud/reference/compute/tpus
 set -euo pipefail
 fail() { echo "tpu_pod.sh: $1" >&2; exit 1; }
 
 verb="${1:-}"
 case "$verb" in
-  -h|--help|"") sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 0;;
+  -h|--help|"") sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 0;;
   run|up|install|start|tail|delete) shift;;
   *) fail "'$verb' is no verb; see --help.";;
 esac

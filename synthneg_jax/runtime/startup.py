@@ -82,8 +82,15 @@ def _keep_freed_memory():
 def _quiet_logs():
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
-  # orbax reports every step of a save at INFO; its warnings stay.
-  logging.get_absl_handler().addFilter(lambda record: record.levelno >= 30 or "orbax" not in record.pathname)
+  # orbax reports every step of a save at INFO, and what its threads raise where it raises it once more; its warnings stay.
+  logging.get_absl_handler().addFilter(lambda record: record.levelno == 30 or "orbax" not in record.pathname)
+  hook = sys.unraisablehook
+
+  def unraisable(about):  # tensorstore tells asyncio of a write that failed when nobody listens any more
+    if str(about.exc_value) != "Event loop is closed":
+      hook(about)
+
+  sys.unraisablehook = unraisable
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -1,14 +1,16 @@
 """Stage export: a trained policy as a Hugging Face folder that transformers loads, and its adapter, if one, for PEFT."""
 
 import os
+import tempfile
 
 import jax
+from etils import epath
 
 from synthneg_jax.models import adapter as adapter_lib
 from synthneg_jax.models import huggingface
 from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.runtime import processes
-from synthneg_jax.stages import evaluate
+from synthneg_jax.stages import evaluate, policies
 from synthneg_jax.stages.run import Run
 
 
@@ -32,8 +34,15 @@ def run(run_: Run) -> dict:
         if folder.exists():  # of a run that was killed before its manifest was written
           folder.rmtree()
         limit = run_.config.export.max_shard_bytes
-        huggingface.save(folder, policy.model, params, policy.folder, max_shard_bytes=limit)
-        if policy.adapters:
-          adapter_lib.save_peft(stage.folder / "adapter", policy.adapters, os.fspath(policy.base))
+        with tempfile.TemporaryDirectory() as local:  # a Hugging Face folder is written on a local disk
+          in_bucket = "://" in os.fspath(folder)
+          made = epath.Path(local) if in_bucket else stage.folder
+          tokenizer = policies.tokenizer_folder(policy.folder)
+          huggingface.save(made / "policy", policy.model, params, tokenizer, max_shard_bytes=limit)
+          if policy.adapters:
+            adapter_lib.save_peft(made / "adapter", policy.adapters, os.fspath(policy.base))
+          for path in made.glob("*/*") if in_bucket else ():
+            (stage.folder / path.parent.name).mkdir(exist_ok=True)
+            path.copy(stage.folder / path.parent.name / path.name, overwrite=True)
       exported[method] = stage.finish({"folder": str(folder)}, list(folder.glob("*.safetensors")))
   return exported

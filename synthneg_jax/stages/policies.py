@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import tempfile
 
 import transformers
 from etils import epath
@@ -60,6 +61,17 @@ class Policy:
 def resolve(path: str) -> epath.Path:
   """A config's model.path as a folder; "embedded" is the base model in the package."""
   return epath.Path(EMBEDDED if path == "embedded" else path).expanduser()
+
+
+def tokenizer_folder(folder: epath.Path) -> str:
+  """A folder from which transformers can read a policy's tokenizer: its own, or a local copy of what lies in a bucket."""
+  if "://" not in os.fspath(folder):
+    return os.fspath(folder)
+  copy = epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
+  for name in ("config.json", *huggingface.TOKENIZER_FILES):
+    if (folder / name).exists():
+      (folder / name).copy(copy / name)
+  return os.fspath(copy)
 
 
 def identity(folder: epath.Path) -> str:
@@ -126,7 +138,7 @@ def load(path: epath.PathLike, config, mesh: Mesh) -> Policy:
   else:
     params = huggingface.load_params(folder, model, layout)
   try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder(folder))
   except (OSError, ValueError) as error:
     raise UserError(f"{folder} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
   scaling = model.config.rope_scaling

@@ -13,7 +13,7 @@ from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime import manifest, processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Pair, Shards, StepEstimate, Trace
-from synthneg_jax.stages import evaluate
+from synthneg_jax.stages import evaluate, policies
 from synthneg_jax.stages import pairs as pairs_lib
 from synthneg_jax.stages import traces as traces_lib
 from synthneg_jax.stages.run import Run
@@ -113,7 +113,7 @@ class _Credit:
       return []
     folder = self._run.workdir / "sft" / "policy"
     try:
-      tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+      tokenizer = transformers.AutoTokenizer.from_pretrained(policies.tokenizer_folder(folder), local_files_only=True)
     except (OSError, ValueError) as error:
       raise UserError(
         f"{folder} has no tokenizer that transformers can load; the report needs it to show the steps of traces."

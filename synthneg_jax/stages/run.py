@@ -30,6 +30,7 @@ FREE_LEAVES = (
   "evaluate.methods",
   "model.check_parity",
 )
+_FREE_ENDS = (".save_every_steps", ".keep_checkpoints", ".keep_best")
 
 
 @dataclasses.dataclass
@@ -52,7 +53,8 @@ class Run:
   ) -> manifest.Stage:
     """Opens a stage that depends on the seed, these config sections, these stages and perhaps the base model."""
     leaves = config_lib.plain(self.config, ("seed", *sections))
-    fixed = {leaf: value for leaf, value in leaves.items() if not leaf.startswith(FREE_LEAVES)}
+    free = lambda leaf: leaf.startswith(FREE_LEAVES) or leaf.endswith(_FREE_ENDS)
+    fixed = {leaf: value for leaf, value in leaves.items() if not free(leaf)}
     given = {"base model": policies.identity(policies.resolve(self.config.model.path))} if reads_base else None
     return manifest.Stage(self.workdir, name, fixed, needs, given)
 

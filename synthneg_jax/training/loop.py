@@ -26,39 +26,42 @@ def _averages(metrics) -> dict[str, float]:
 
 
 class _MetricsFile:
-  """One JSON line a step, written by the first process. What a killed run wrote beyond its last checkpoint is dropped.
+  """One JSON line a step, written by the first process. A step that is done again, after a kill, takes its line's place.
 
   On a local disk each line is there at once; elsewhere, where files cannot be added to, with each checkpoint.
   """
 
   def __init__(self, path: epath.Path, first_step: int):
-    lines = path.read_text().splitlines(keepends=True) if path.exists() and first_step else []
-    self._lines = [line for line in lines[:first_step] if line.endswith("\n")]
+    text = path.read_text() if path.exists() and first_step else ""
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    self._lines = {json.loads(line)["step"]: line for line in whole}
     self._path, self._file = path, None
     self.keep()
     if processes.first() and "://" not in os.fspath(path):
       self._file = path.open("a")
 
   def write(self, step: int, averages: dict[str, float]):
-    line = json.dumps({"step": step, **averages}) + "\n"
-    if self._file is None:
-      self._lines.append(line)
-    else:
+    self._lines[step] = json.dumps({"step": step, **averages}) + "\n"
+    if self._file is not None:
       with writing(self._path):
-        self._file.write(line)
+        self._file.write(self._lines[step])
         self._file.flush()
 
   def keep(self):
     """Everything up to here is on disk when it returns."""
     if processes.first() and self._file is None:
       with writing(self._path):
-        self._path.write_text("".join(self._lines))
+        temporary = self._path.parent / f"{self._path.name}.tmp"
+        temporary.write_text("".join(self._lines[step] for step in sorted(self._lines)))
+        temporary.replace(self._path)
 
   def close(self):
-    self.keep()
     if self._file is not None:
       with contextlib.suppress(OSError):  # of a full disk, which was said before
         self._file.close()
+      self._file = None
+    with contextlib.suppress(UserError):
+      self.keep()
 
 
 def fit(

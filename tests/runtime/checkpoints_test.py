@@ -162,6 +162,41 @@ class TrainCheckpointsTest(FolderTestCase):
     for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
       self.assertTrue(leaf.sharding.is_equivalent_to(sharding, leaf.ndim))
 
+  def test_the_best_are_kept_besides_the_newest(self):
+    # Fails if keep_best is not read, if the highest loss counts as best, or if the newest make room for the best.
+    keeper = checkpoints.TrainCheckpoints(self.folder, keep=1, every_steps=1, keep_best=2)
+    state = jax.device_put(PARAMS, shardings(1, 1, 1))
+    for step, loss in enumerate((3.0, 1.0, 2.0, 5.0, 4.0), start=1):
+      keeper.save(step, state, loss)
+    keeper.close()
+    self.assertCountEqual([path.name for path in self.folder.iterdir()], ["2", "3", "5"])
+    again = checkpoints.TrainCheckpoints(self.folder, keep=1, every_steps=1, keep_best=2)
+    again.restore(abstract(PARAMS), shardings(1, 1, 1))
+    again.save(6, state, 0.5)
+    again.close()
+    self.assertCountEqual([path.name for path in self.folder.iterdir()], ["2", "6"])
+
+  def test_another_model_is_refused(self):
+    # Fails if a whole checkpoint that does not fit is passed over, and so lost when newer ones come.
+    keeper = checkpoints.TrainCheckpoints(self.folder, keep=2, every_steps=1)
+    keeper.save(1, jax.device_put(PARAMS, shardings(1, 1, 1)), 1.0)
+    keeper.wait()
+    for change, said in (
+      (
+        lambda tree: tree["ends"].update(embedding=np.zeros((16, 9), np.float32)),
+        r"ends.embedding has shape \(16, 8\) there",
+      ),
+      (lambda tree: tree.update(extra=np.zeros(3, np.float32)), "extra has shape none there"),
+    ):
+      other = jax.tree.map(np.asarray, PARAMS)
+      change(other)
+      device = shardings(1, 1, 1)["ends"]["embedding"].mesh
+      layout = jax.tree.map(lambda _, device=device: NamedSharding(device, PartitionSpec()), other)
+      with self.assertRaisesRegex(UserError, f"checkpoint of another model: {said}"):
+        keeper.restore(abstract(other), layout)
+    keeper.close()
+    self.assertTrue((self.folder / "1").exists())
+
   def test_due(self):
     # Fails if step 5 of every 5 is not due, or if 0 divides.
     keeper = checkpoints.TrainCheckpoints(self.folder, keep=2, every_steps=5)
