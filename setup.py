@@ -42,7 +42,7 @@ setuptools.setup(
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "test": ["gguf>=0.17", "hypothesis>=6.100", "libtpu", "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.*"],
-    "parity": ["torch==2.13.0", "trl>=1.16"],
+    "parity": ["peft>=0.21", "torch==2.13.0", "trl>=1.16"],
     "bench": ["torch==2.13.0", "trl>=1.16"],
     "preflight": ["libtpu"],
     "docs": ["mkdocs-material>=9.5"],
