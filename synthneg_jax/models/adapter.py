@@ -3,7 +3,7 @@
 In the decoder, `params` may be a base with an adapter: {"ends", "layers", "adapter"}, where "adapter" holds for each
 adapted matrix {"a": [Y, in, r], "b": [Y, r, out]} and a·b is added as it stands. What is trained and kept is the raw
 pair; `join` multiplies b by α/r on the way in, `merge` adds it to the base for decoding and export. With B = 0 at the
-start a policy begins as its base, bit by bit, and the base is the reference of DPO.
+start a policy begins as its base, and the base is the reference of DPO: no second copy is held.
 """
 
 import dataclasses

@@ -53,7 +53,7 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
   """The parameters of a Hugging Face folder, cast to the model's param_dtype, each read straight into its layout.
 
   Names and shapes are checked before any tensor is read. Of every tensor only the parts that this process's devices hold
-  are read; the host holds those of one stacked parameter at a time, and one layer's part of it as the file has it.
+  are read; the host holds those of one stacked parameter at a time, and one tensor's part of it as the file has it.
 
   Args:
     folder: holds model.safetensors, or model.safetensors.index.json and the files that it names.
@@ -90,13 +90,13 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
       spans = tuple(span.indices(size)[:2] for span, size in zip(index, leaf.shape, strict=True))
       if spans not in read:
         cuts = [slice(*span) for span in spans]
-        value = np.empty([stop - start for start, stop in spans], leaf.dtype)
         if "{}" in name:
+          value = np.empty([stop - start for start, stop in spans], leaf.dtype)
           for at, layer in enumerate(range(*spans[0])):
             full = name.format(layer)
             value[at].T[...] = sources[full][1].get_slice(full)[tuple(cuts[:0:-1])]
         else:
-          value[...] = sources[name][1].get_slice(name)[tuple(cuts)]
+          value = np.asarray(sources[name][1].get_slice(name)[tuple(cuts)], leaf.dtype)
         read[spans] = value
       return read[spans]
 

@@ -26,6 +26,9 @@ def _optimizer(learning_rate: float) -> ConfigDict:
   )
 
 
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # of a layer
+
+
 def _training(learning_rate: float, batch_size: int, num_epochs: float) -> dict:
   return {
     "optimizer": _optimizer(learning_rate),
@@ -42,7 +45,7 @@ def _training(learning_rate: float, batch_size: int, num_epochs: float) -> dict:
     "lora": {
       "rank": 0,  # of the adapter that is trained in place of all weights; 0 trains all weights
       "alpha": 16.0,  # the adapter counts alpha / rank times, no unit
-      "targets": ("query", "key", "value", "output", "gate", "up", "down"),  # matrices of a layer that it adapts
+      "targets": MATRICES,  # matrices of a layer that it adapts
     },
   }
 
@@ -248,6 +251,10 @@ def check_values(config: ConfigDict) -> None:
       f"pairs.pit_rule={rule!r} needs values that credit.schedule={schedule!r} leaves out; it goes with "
       f"{', '.join(_PIT_RULES[schedule])}."
     )
+  for part in ("sft", "rft", "dpo"):
+    for target in values[f"{part}.lora.targets"]:
+      if target not in MATRICES:
+        raise UserError(f"{part}.lora.targets names {target!r}, none of {', '.join(MATRICES)}.")
   if values["pretrain.lora.rank"]:
     raise UserError("pretrain.lora.rank must be 0: there is nothing yet that could be adapted.")
   k = values["credit.best_of"]

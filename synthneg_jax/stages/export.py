@@ -41,8 +41,8 @@ def run(run_: Run) -> dict:
           huggingface.save(made / "policy", policy.model, params, tokenizer, max_shard_bytes=limit)
           if policy.adapters:
             adapter_lib.save_peft(made / "adapter", policy.adapters, os.fspath(policy.base))
-          for path in made.glob("*/*") if in_bucket else ():
-            (stage.folder / path.parent.name).mkdir(exist_ok=True)
-            path.copy(stage.folder / path.parent.name / path.name, overwrite=True)
+          for path in made.rglob("*") if in_bucket else ():
+            if path.is_file():
+              path.copy(stage.folder / path.relative_to(made), overwrite=True)
       exported[method] = stage.finish({"folder": str(folder)}, list(folder.glob("*.safetensors")))
   return exported

@@ -68,8 +68,9 @@ def tokenizer_folder(folder: epath.Path) -> str:
   if "://" not in os.fspath(folder):
     return os.fspath(folder)
   copy = epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
-  for name in ("config.json", *huggingface.TOKENIZER_FILES):
+  for name in ("config.json", *huggingface.tokenizer_files(folder)):
     if (folder / name).exists():
+      (copy / name).parent.mkdir(exist_ok=True)
       (folder / name).copy(copy / name)
   return os.fspath(copy)
 

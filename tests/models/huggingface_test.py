@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import tempfile
+import tracemalloc
 from unittest import mock
 
 import jax
@@ -185,6 +186,32 @@ class RoundTripTest(FolderTest):
     self.assertEqual(bits(loaded), bits(expected))
 
 
+class MemoryTest(FolderTest):
+  @parameterized.parameters((1, 1, 1), (2, 2, 2), (1, 8, 1), (8, 1, 1))
+  def test_the_host_holds_one_parameter_at_a_time(self, data, fsdp, tensor):
+    # Fails if all tensors, or those of two parameters, are read before they are handed on, or a part is read once a device.
+    model = toy.model(vocab_size=4000, d_model=128, d_ff=512, num_layers=8, head_dim=32)
+    huggingface.save(self.root / "x", model, make_params(model))
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.abstract_params())]
+    mesh = mesh_lib.make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
+
+    def hand_on(shape, sharding, part):
+      """A device that takes what it is given: on CPU jax would keep the host's own buffer as the parameter."""
+      for index in sharding.addressable_devices_indices_map(shape).values():
+        part(index)
+      return jax.ShapeDtypeStruct(shape, np.float32)
+
+    layout = shardings(model, mesh)
+    with mock.patch.object(jax, "make_array_from_callback", hand_on):
+      huggingface.load_params(self.root / "x", model, layout)  # imports and caches are made
+      tracemalloc.start()
+      huggingface.load_params(self.root / "x", model, layout)
+      peak = tracemalloc.get_traced_memory()[1]
+      tracemalloc.stop()
+    self.assertGreater(sum(sizes), 5 * max(sizes))
+    self.assertBetween(peak, max(sizes), 1.1 * max(sizes) + 400_000)
+
+
 class ExportTest(FolderTest):
   def make_tokenizer(self):
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "one": 3, "two": 4}
@@ -337,7 +364,7 @@ class ConfigTest(FolderTest):
     ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported"),
     (
       {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 8.0}}},
-      'rope_parameters.sliding_attention.rope_type "linear" is not supported, only default are.',
+      'rope_parameters.sliding_attention.rope_type "linear" is not supported, only default is.',
     ),
     ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, not a positive whole number."),
     ({"rope_scaling": "linear"}, 'rope_scaling is "linear", not an object.'),
