@@ -154,7 +154,7 @@ def default() -> ConfigDict:
       },
       "evaluate": {
         "temperature": 0.0,  # of the reported response; 0 for greedy
-        "base_shots": 0,  # worked training problems put before the question for the base model; goes with engine.stop
+        "base_shots": 0,  # not arithmetic: worked training problems before the base model's question; goes with engine.stop
         "methods": ("base", "sft", "rft", "dpo", "step_dpo"),  # policies to be tested
       },
       "report": {

@@ -15,7 +15,7 @@ from etils import epath
 
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Problem
-from synthneg_jax.tasks import arithmetic, decontamination
+from synthneg_jax.tasks import answers, arithmetic, decontamination
 from synthneg_jax.tasks.problem_files import Row, Rows
 
 _SPLITS = ("train", "test", "pretrain")
@@ -63,6 +63,8 @@ def choose(task, seed: int) -> Chosen:
     kept = [problem for problem in train if problem.prompt not in unseen]
     return Chosen(kept, test, {"dropped_as_test": len(train) - len(kept)}, [])
   test, train = _rows(task, "test"), _rows(task, "train")
+  for rows in (test, train):
+    _check_answers(task, rows)
   known = [*test.rows, *(row for path in task.apart_from for row in _read(task, path, "test").rows)]
   dropped = {}
   if task.overlap_words:
@@ -93,6 +95,29 @@ def choose(task, seed: int) -> Chosen:
     )
   ]
   return Chosen(*made, figures, report)
+
+
+def _check_answers(task, rows: Rows) -> None:
+  """Takes rows out whose gold answer the grader cannot read as a number, where task.answers needs one.
+
+  Raises:
+    UserError: there is one, and task.skip_bad_rows is not set.
+  """
+  if task.answers != "integer":  # the other kind can read any text, if only as text
+    return
+  kept = []
+  for row in rows.rows:
+    try:
+      answers.grade("", row.answer, kind="integer")
+      kept.append(row)
+    except UserError as error:
+      if not task.skip_bad_rows:
+        raise UserError(
+          f"{row.id}: {str(error).removesuffix('.')}; task.answers=math compares other answers than numbers, and "
+          "--skip_bad_rows leaves such rows out."
+        ) from None
+      rows.skipped.append(f"{row.id}: {error}")
+  rows.rows = kept
 
 
 def load(task, seed: int, split: str, count: int) -> list[Problem]:

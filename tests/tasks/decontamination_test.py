@@ -42,7 +42,7 @@ class OverlapsTest(parameterized.TestCase):
   @parameterized.parameters(
     ("Ann has 3 cats, and $\\frac{1}{2}$ of them sleep.", "ann HAS 3\ncats and \\(\\frac 1 2\\) of them: SLEEP", True),
     ("Ann has 3 cats, and $\\frac{1}{2}$ of them sleep.", "Ann has 4 cats, and $\\frac{1}{2}$ of them sleep.", False),
-    ("\u00e9t\u00e9 un deux trois quatre cinq six sept huit neuf", "\u00c9T\u00c9 un deux trois quatre cinq six sept huit neuf", True),
+    ("\u00e9t\u00e9 a b c d e f g h i", "\u00c9T\u00c9 a b c d e f g h i", True),
   )  # fmt: skip
   def test_words(self, train, test, expected):
     self.assertEqual(bool(decontamination.overlaps([train], [test], 9)), expected)

@@ -99,6 +99,17 @@ class ProblemsTest(parameterized.TestCase):
     self.assertEqual(chosen.figures["skipped_rows"], 1)
     self.assertStartsWith(chosen.report[0]["skipped"], f"{path}, line 3: ")
 
+  # Fails if a gold answer that no response can be held against is found hours later, in the first verdict.
+  def test_answers_that_are_no_numbers(self):
+    path = self._file([text(0), text(1)])
+    path.write_text(path.read_text() + json.dumps({"problem": text(2), "answer": "\\frac{1}{2}", "id": "half"}) + "\n")
+    self._file([text(5)], "test.jsonl")
+    with self.assertRaisesRegex(errors.UserError, "^half: .*frac.* is not a number .*task.answers=math"):
+      self._chosen(train_problems=3, test_problems=1)
+    self.assertLen(self._chosen(train_problems=3, test_problems=1, answers="math").train, 3)
+    chosen = self._chosen(train_problems=2, test_problems=1, skip_bad_rows=True)
+    self.assertEqual((chosen.figures["skipped_rows"], chosen.report[0]["skipped"][:5]), (1, "half:"))
+
   # Fails if a D_syn that a run wrote comes back changed, or under other ids.
   def test_written_d_syn(self):
     made = [Problem(f"mine/{i}", text(i), f"s{i}\n#### 5" if i else "", "5", "teacher") for i in range(5)]
