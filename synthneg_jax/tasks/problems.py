@@ -98,25 +98,33 @@ def choose(task, seed: int) -> Chosen:
 
 
 def _check_answers(task, rows: Rows) -> None:
-  """Takes rows out whose gold answer the grader cannot read as a number, where task.answers needs one.
+  """Takes rows out whose gold answer the grader cannot read, or does not find equal to itself: no response could be right.
 
   Raises:
     UserError: there is one, and task.skip_bad_rows is not set.
   """
-  if task.answers != "integer":  # the other kind can read any text, if only as text
-    return
+  state = "#### {}".format if task.answers == "integer" else str
+  grade = lambda golds: answers.grade_many([state(gold) for gold in golds], golds, kind=task.answers)
+  golds = [row.answer for row in rows.rows]
+  try:
+    if all(verdict.correct for verdict in grade(golds)):
+      return
+  except UserError:  # one of them cannot be read, and which is not said
+    pass
   kept = []
-  for row in rows.rows:
+  for row, gold in zip(rows.rows, golds, strict=True):
     try:
-      answers.grade("", row.answer, kind="integer")
-      kept.append(row)
+      verdict = grade([gold])[0]
+      if verdict.correct:
+        kept.append(row)
+        continue
+      complaint = f"The gold answer {gold[:200]!r} is {verdict.reason}, held against itself."
     except UserError as error:
-      if not task.skip_bad_rows:
-        raise UserError(
-          f"{row.id}: {str(error).removesuffix('.')}; task.answers=math compares other answers than numbers, and "
-          "--skip_bad_rows leaves such rows out."
-        ) from None
-      rows.skipped.append(f"{row.id}: {error}")
+      complaint = str(error)
+    if not task.skip_bad_rows:
+      hint = "task.answers=math compares more than numbers, and " if task.answers == "integer" else ""
+      raise UserError(f"{row.id}: {complaint.removesuffix('.')}; {hint}--skip_bad_rows leaves such rows out.")
+    rows.skipped.append(f"{row.id}: {complaint}")
   rows.rows = kept
 
 

@@ -109,6 +109,10 @@ class ProblemsTest(parameterized.TestCase):
     self.assertLen(self._chosen(train_problems=3, test_problems=1, answers="math").train, 3)
     chosen = self._chosen(train_problems=2, test_problems=1, skip_bad_rows=True)
     self.assertEqual((chosen.figures["skipped_rows"], chosen.report[0]["skipped"][:5]), (1, "half:"))
+    path.write_text(path.read_text() + json.dumps({"problem": text(3), "answer": "1+" * 3000, "id": "long"}) + "\n")
+    with self.assertRaisesRegex(errors.UserError, "^long: The gold answer .*--skip_bad_rows"):
+      self._chosen(train_problems=3, test_problems=1, answers="math")
+    self.assertLen(self._chosen(train_problems=3, test_problems=1, answers="math", skip_bad_rows=True).train, 3)
 
   # Fails if a D_syn that a run wrote comes back changed, or under other ids.
   def test_written_d_syn(self):
