@@ -77,13 +77,16 @@ def _wanted(run_: Run, of_trace: dict[str, list[_Prefix]]) -> dict[str, list[tup
   return holders
 
 
-def _rollout(run_: Run, policy: Policy, prefix: _Prefix, made: Generation, answer: str) -> Rollout:
-  ids, trace = made.ids.tolist(), prefix.trace
-  text = policy.token_text.text(trace.ids[: trace.step_ends[prefix.step]] + ids)
-  graded = traces_lib.verdict(run_, policy, text, answer, made.finish)
-  first = (steps.ends(ids, policy.token_text, run_.config.task) or [0])[0]
-  logp = [round(float(np.sum(made.logp[:end])), 5) for end in (first, len(ids))]
-  return Rollout(ids, graded.correct, graded.reason, made.finish, *logp)
+def _rollouts(run_: Run, policy: Policy, prefixes: Sequence[_Prefix], made: Sequence[Generation], answer: str) -> Iterator[Rollout]:
+  """What was grown from these prefixes of one problem's traces, graded all at once."""
+  ids = [one.ids.tolist() for one in made]
+  wholes = [p.trace.ids[: p.trace.step_ends[p.step]] + grown for p, grown in zip(prefixes, ids, strict=True)]
+  texts = [policy.token_text.text(whole) for whole in wholes]
+  graded = traces_lib.verdicts(run_, texts, [answer] * len(texts), [one.finish for one in made])
+  for one, grown, verdict in zip(made, ids, graded, strict=True):
+    first = (steps.ends(grown, policy.token_text, run_.config.task) or [0])[0]
+    logps = [round(float(np.sum(one.logp[:end])), 5) for end in (first, len(grown))]
+    yield Rollout(grown, verdict.correct, verdict.reason, one.finish, *logps)
 
 
 def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, problems, longest: int) -> Iterator[str]:
@@ -108,11 +111,12 @@ def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, problems, long
   try:
     for index, generations in engine.run(policy.params, trunks, sampling(section), longest):
       problem = problems[items[index][0][0].trace.problem_id]
-      mine = processes.mine(number_of[problem.id])
-      for (prefix, _), made in zip(items[index], generations, strict=True):
-        prefix.samples.append(_rollout(run_, policy, prefix, made, problem.answer) if mine else _OF_OTHERS)
-      if mine:
-        graded.append([index, [prefix.samples[place].correct for prefix, place in items[index]]])
+      made = [_OF_OTHERS] * len(generations)
+      if processes.mine(number_of[problem.id]):
+        made = list(_rollouts(run_, policy, [prefix for prefix, _ in items[index]], generations, problem.answer))
+        graded.append([index, [rollout.correct for rollout in made]])
+      for (prefix, _), rollout in zip(items[index], made, strict=True):
+        prefix.samples.append(rollout)
       yield items[index][0][0].trace.id
   except processes.Stopped as stop:
     stopped = stop

@@ -20,20 +20,38 @@ _ANSWER = {"integer": "####", "math": "\\boxed"}  # what the answer comes behind
 _SHARD = 512  # problems a shard: what a killed run loses at most
 
 
-def verdict(run_: Run, policy: Policy, text: str, answer: str, finish: str) -> answers.Verdict:
-  """Grades a response; one that was cut at the length limit before its answer was whole is "truncated"."""
-  stop, kind = run_.config.engine.stop, run_.config.task.answers
-  graded = answers.grade(token_text.cut_at_stop(text, list(stop)) if stop else text, answer, kind=kind)
+def verdicts(run_: Run, texts: Sequence[str], golds: Sequence[str], finishes: Sequence[str]) -> list[answers.Verdict]:
+  """Grades responses; one that was cut at the length limit before its answer was whole is "truncated"."""
+  stop, task = list(run_.config.engine.stop), run_.config.task
+  rules = {name: value for name, value in task.grading.items() if name != "timeout_s"}
+  graded = answers.grade_many(
+    [token_text.cut_at_stop(text, stop) if stop else text for text in texts],
+    golds,
+    kind=task.answers,
+    timeout_s=task.grading.timeout_s,
+    rules=answers.Conventions(**rules),
+  )
+  marker = _ANSWER[task.answers]
   # The last line was cut, so what it says is not what the model would have said.
-  if finish == "length" and (graded.reason == "no_answer" or _ANSWER[kind] in text.rpartition("\n")[2]):
-    return answers.Verdict(False, "truncated", None)
-  return graded
+  cut = [
+    finish == "length" and (verdict.reason == "no_answer" or marker not in text or marker in text.rpartition("\n")[2])
+    for text, finish, verdict in zip(texts, finishes, graded, strict=True)
+  ]
+  truncated = answers.Verdict(False, "truncated", None)
+  return [truncated if was_cut else verdict for verdict, was_cut in zip(graded, cut, strict=True)]
 
 
-def _trace(run_: Run, policy: Policy, problem: Problem, purpose: str, index: int, made: Generation) -> Trace:
+def _trace(
+  run_: Run,
+  policy: Policy,
+  problem: Problem,
+  purpose: str,
+  index: int,
+  made: Generation,
+  text: str,
+  graded: answers.Verdict,
+) -> Trace:
   ids = made.ids.tolist()
-  text = policy.token_text.text(ids)
-  graded = verdict(run_, policy, text, problem.answer, made.finish)
   rounded = lambda values: [round(float(value), 5) for value in values]
   return Trace(
     id=f"{problem.id}/{purpose}/{index}",
@@ -50,6 +68,18 @@ def _trace(run_: Run, policy: Policy, problem: Problem, purpose: str, index: int
     drawn_logps=rounded(made.drawn_logp),
     policy=policy.fingerprint,
   )
+
+
+def _traces(
+  run_: Run, policy: Policy, purpose: str, made: Sequence[tuple[Problem, Sequence[Generation]]]
+) -> Iterator[Trace]:
+  """The generations of problems as traces, graded all at once."""
+  flat = [(problem, index, one) for problem, group in made for index, one in enumerate(group)]
+  texts = [policy.token_text.text(one.ids.tolist()) for _, _, one in flat]
+  golds, finishes = [problem.answer for problem, _, _ in flat], [one.finish for _, _, one in flat]
+  graded = verdicts(run_, texts, golds, finishes)
+  for (problem, index, one), text, verdict in zip(flat, texts, graded, strict=True):
+    yield _trace(run_, policy, problem, purpose, index, one, text, verdict)
 
 
 def trunk(run_: Run, prompt: Sequence[int], problem: Problem, purpose: str, count: int) -> Trunk:
@@ -105,12 +135,8 @@ def respond(
           progress.update(1)
       except processes.Stopped as stop:
         stopped = stop
-      shards.write(
-        _trace(run_, policy, part[i], purpose, index, generation)
-        for i in sorted(made)
-        if processes.mine(i)
-        for index, generation in enumerate(made[i])
-      )
+      mine = [(part[i], made[i]) for i in sorted(made) if processes.mine(i)]
+      shards.write(_traces(run_, policy, purpose, mine))
       if stopped is not None:
         raise stopped
   processes.barrier()

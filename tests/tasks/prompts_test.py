@@ -1,132 +1,73 @@
-"""Prompts as ids: chat templates of every family's form render as apply_chat_template does, each special token once."""
+"""Tests of prompts: plain and chat, with an instruction and with worked problems."""
 
-import tokenizers
+import functools
+
 import transformers
 from absl.testing import absltest, parameterized
-from tokenizers import decoders, pre_tokenizers, processors
-from tokenizers import models as token_models
 
-from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime import errors
 from synthneg_jax.tasks import prompts
 from tests.models import smollm2
+from tests.tasks import token_text_test
 
-SPECIAL = (
-  "<bos>",
-  "<eos>",
-  "<|im_start|>",
-  "<|im_end|>",
-  "<|start_header_id|>",
-  "<|end_header_id|>",
-  "<|eot_id|>",
-  "[INST]",
-  "[/INST]",
-  "<start_of_turn>",
-  "<end_of_turn>",
-)
-_TURN = "{% for m in messages %}"
-# Our own writing of the forms that the families' templates have.
-TEMPLATES = {
-  "llama 2 and mistral": "{{ bos_token }}" + _TURN + "[INST] {{ m['content'] | trim }} [/INST]{% endfor %}",
-  "llama 3": "{{ bos_token }}"
-  + _TURN
-  + "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-  + "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-  "deepseek math": "{{ bos_token }}"
-  + _TURN
-  + "{% if m['role'] == 'user' %}User: {{ m['content'] }}\n\n{% endif %}{% endfor %}"
-  + "{% if add_generation_prompt %}Assistant:{% endif %}",
-  "qwen 2.5 math": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nReason step by step.<|im_end|>\n{% endif %}"
-  + _TURN
-  + "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-  + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-  "qwen 3": _TURN
-  + "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-  + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}",
-  "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
-  + _TURN
-  + "<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
-  + "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-}
-QUESTION = " Ann has 3 pears.\nShe eats <eos> 1; how many are left?  \n"
+SHOTS = (("What is 1+1?", "It is 2.\n#### 2"), ("What is 2+2?", "It is 4.\n#### 4"))
 
 
-def make_tokenizer(adds_bos: bool):
-  """Byte level; where `adds_bos`, every text that it encodes of itself begins with BOS, as with Llama and Gemma."""
-  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-  backend = tokenizers.Tokenizer(token_models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  backend.decoder = decoders.ByteLevel()
-  backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-  if adds_bos:
-    bos = ("<bos>", backend.token_to_id("<bos>"))
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A $B", special_tokens=[bos])
-  return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+@functools.cache
+def tokenizer():
+  return transformers.AutoTokenizer.from_pretrained(smollm2.smollm2_dir())
 
 
-class ChatTest(parameterized.TestCase):
-  def assert_renders(self, tokenizer, question=QUESTION):
-    asked = [{"role": "user", "content": question}]
-    rendered = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
-    ids = prompts.encode_prompt(tokenizer, question, "chat")
-    self.assertEqual(ids, rendered)
-    return ids
+class PromptsTest(parameterized.TestCase):
+  def _text(self, style, **how):
+    return tokenizer().decode(prompts.encode_prompt(tokenizer(), "What is 3+3?", style, **how))
 
-  @parameterized.product(name=list(TEMPLATES), adds_bos=[True, False])
-  def test_every_form(self, name, adds_bos):
-    # Fails if BOS is put before a text that has it, the generation prompt is left out, or the question is trimmed by us.
-    tokenizer = make_tokenizer(adds_bos)
-    tokenizer.chat_template = TEMPLATES[name]
-    ids = self.assert_renders(tokenizer)
-    self.assertEqual(ids.count(tokenizer.bos_token_id), 1 if "bos_token" in TEMPLATES[name] else 0)
-    text = tokenizer.decode(ids)
-    self.assertIn(QUESTION.strip(), text)
-    open_turn = ("[/INST]", "assistant<|end_header_id|>\n\n", "Assistant:", "assistant\n", "model\n")
-    self.assertEndsWith(text, next(end for end in open_turn if text.endswith(end)))
+  # Fails if the worked problems have another form than the question, or run into each other.
+  def test_plain(self):
+    self.assertEqual(self._text("plain"), "Question: What is 3+3?\nAnswer:\n")
+    self.assertEqual(
+      self._text("plain", shots=SHOTS, instruction="Be brief."),
+      "Question: What is 1+1?\nBe brief.\nAnswer:\nIt is 2.\n#### 2\n\n"
+      "Question: What is 2+2?\nBe brief.\nAnswer:\nIt is 4.\n#### 4\n\n"
+      "Question: What is 3+3?\nBe brief.\nAnswer:\n",
+    )
 
-  def test_of_several_templates_the_default(self):
-    # Fails if a tokenizer with templates by name is refused, or another than "default" is taken.
-    tokenizer = make_tokenizer(False)
-    tokenizer.chat_template = {"tool_use": "{{ 'x' }}", "default": TEMPLATES["qwen 3"]}
-    self.assertIn(tokenizer.convert_tokens_to_ids("<|im_start|>"), self.assert_renders(tokenizer))
+  # Fails if a worked problem is no turn of its own, a turn has another's role, or the generation prompt is missing.
+  def test_chat(self):
+    turns = [
+      ("user", "What is 1+1?\nBe brief."),
+      ("assistant", "It is 2.\n#### 2"),
+      ("user", "What is 3+3?\nBe brief."),
+    ]
+    written = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    text = self._text("chat", shots=SHOTS[:1], instruction="Be brief.")
+    self.assertEndsWith(text, f"{written}<|im_start|>assistant\n")
+    self.assertEqual(text.count("<|im_start|>user"), 2)
 
-  def test_the_real_one(self):
-    # Fails if SmolLM2's own template, system turn and all, comes out otherwise.
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2.smollm2_dir())
-    ids = self.assert_renders(tokenizer, "What is 12 + 30?")
-    self.assertStartsWith(tokenizer.decode(ids), "<|im_start|>system\n")
-    self.assertEndsWith(tokenizer.decode(ids), "<|im_start|>assistant\n")
+  # Fails if special tokens of the template are read as text, or added twice.
+  def test_chat_ids(self):
+    ids = prompts.encode_prompt(tokenizer(), "Hi", "chat", shots=SHOTS)
+    start, end = tokenizer().convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    self.assertEqual(ids.count(start), ids.count(end) + 1)
+    self.assertEqual(ids[0], start)
 
-  def test_a_template_that_fails_is_a_sentence(self):
-    # Fails if an error of a template reaches the user as a traceback.
-    tokenizer = make_tokenizer(False)
-    for template, sentence in (
-      ("{{ raise_exception('no user turn') }}", "chat template fails: no user turn"),
-      ("{{ messages[7]['content'].split() }}", "chat template fails: list object has no element 7"),
-      ("{% if %}", "chat template fails: Expected an expression"),
-    ):
-      tokenizer.chat_template = template
-      with self.assertRaisesRegex(UserError, sentence):
-        prompts.encode_prompt(tokenizer, QUESTION, "chat")
-    tokenizer.chat_template = None
-    with self.assertRaisesRegex(UserError, "the tokenizer has no chat template"):
-      prompts.encode_prompt(tokenizer, QUESTION, "chat")
+  # Fails if the embedded task's text gets an instruction or a wrapping.
+  def test_raw(self):
+    ids = prompts.encode_prompt(tokenizer(), "What is 3+3?", "raw", instruction="x", shots=SHOTS)
+    self.assertEqual(tokenizer().decode(ids), "What is 3+3?")
 
+  # Fails if a tokenizer without template is asked for one, or an unknown style is taken.
+  def test_refusals(self):
+    with self.assertRaisesRegex(errors.UserError, "no chat template"):
+      prompts.encode_prompt(token_text_test.byte_level(), "Hi", "chat")
+    with self.assertRaisesRegex(errors.UserError, "none of raw, plain, chat"):
+      prompts.encode_prompt(tokenizer(), "Hi", "poem")
 
-class PlainTest(parameterized.TestCase):
-  @parameterized.parameters(True, False)
-  def test_bos_where_the_family_has_it(self, adds_bos):
-    # Fails if a base model that always saw BOS first is asked without it, or another with it.
-    tokenizer = make_tokenizer(adds_bos)
-    ids = prompts.encode_prompt(tokenizer, "2 + 2?", "plain")
-    self.assertEqual(tokenizer.decode(ids), ("<bos>" if adds_bos else "") + "Question: 2 + 2?\nAnswer:\n")
-    self.assertNotIn(tokenizer.bos_token_id, prompts.encode_prompt(tokenizer, "2 + 2?", "raw"))
-    self.assertEqual(prompts.encode_solution(tokenizer, "4")[-1], tokenizer.eos_token_id)
-    self.assertLen(prompts.encode_solution(tokenizer, "4"), 2)
-
-  def test_refuses_another_style(self):
-    # Fails if an unknown style is taken for one that is known.
-    with self.assertRaisesRegex(UserError, "task.prompt='poem' is none of raw, plain, chat."):
-      prompts.encode_prompt(make_tokenizer(False), "x", "poem")
+  # Fails if EOS is missing where the author stopped, or stands twice.
+  def test_solution(self):
+    ids = prompts.encode_solution(tokenizer(), "It is 6.")
+    self.assertEqual((ids[-1], ids.count(tokenizer().eos_token_id)), (tokenizer().eos_token_id, 1))
+    self.assertEqual(tokenizer().decode(ids[:-1]), "It is 6.")
 
 
 if __name__ == "__main__":
