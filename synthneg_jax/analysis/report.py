@@ -95,16 +95,6 @@ class Report:
   pair_mode: str
 
 
-_REASONS = {
-  "right": "right",
-  "wrong": "wrong number",
-  "no_answer": "no answer",
-  "truncated": "cut off at the length limit",
-  "ambiguous": "several answers",
-  "unparsable": "answer not a number",
-  "too_large": "numeral too long",
-  "timeout": "grading took too long",
-}
 _STATES = {"done": "done", "begun": "begun, not finished", "not begun": "not begun"}
 
 
@@ -240,7 +230,7 @@ def _trace(trace: ShownTrace, number: int, best_of: int, pair_mode: str) -> str:
   return (
     f'<article><h3>Trace {number} <span class="dim">{markup.escape(trace.id)}</span></h3>'
     f"<pre>{markup.escape(trace.problem.strip())}</pre>"
-    f"<p>Verdict: <b>{markup.escape(_REASONS.get(trace.reason, trace.reason))}</b>; answer {markup.escape(graded)}, "
+    f"<p>Verdict: <b>{markup.escape(markup.REASONS.get(trace.reason, trace.reason))}</b>; answer {markup.escape(graded)}, "
     f"gold answer {markup.escape(trace.gold)}. {start}.{no_pit}</p>"
     f'<ol class="steps">\n{steps}\n</ol>{preferred}</article>'
   )
@@ -268,14 +258,14 @@ def _traces(report: Report) -> str:
 def _reasons(report: Report) -> str:
   if not report.reasons:
     return markup.missing("No response has been graded yet.")
-  names = [name for name in _REASONS if any(name in column for column in report.reasons.values())]
+  names = [name for name in markup.REASONS if any(name in column for column in report.reasons.values())]
   rows = []
   for label, column in report.reasons.items():
     total = sum(column.values())
     cells = (f"{column.get(name, 0)} <br>{markup.percent(column.get(name, 0) / total)}" for name in names)
     rows.append((markup.escape(label), *cells, str(total)))
   return markup.table(
-    ("responses", *(_REASONS[name] for name in names), "all"),
+    ("responses", *(markup.REASONS[name] for name in names), "all"),
     rows,
     range(1, len(names) + 2),
     "Number of responses by verdict, and their share of the row. The samples are of the training problems, "
