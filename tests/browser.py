@@ -149,8 +149,9 @@ class Browser:
   def click(self, selector: str) -> None:
     """A real click in the middle of the element, scrolled into sight first."""
     x, y = self.js(
-      f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center', behavior: 'instant'}});"
-      " const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+      f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+      " e.scrollIntoView({block: 'center', behavior: 'instant'}); const r = e.getBoundingClientRect();"
+      " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
     )
     for kind in ("mousePressed", "mouseReleased"):
       self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)

@@ -65,7 +65,7 @@ class PairView:
 class TraceView:
   """One trace."""
 
-  id: str
+  id: str  # unique in the page
   source: int  # index into Viewer.sources
   steps: Sequence[str]  # texts
   reason: str  # of the verdict
@@ -98,6 +98,7 @@ class Viewer:
   title: str
   sources: Sequence[str]  # whose traces these are, as "SFT, samples"
   tested: Sequence[int]  # sources that are one policy's answers to test problems
+  compared: Sequence[int]  # of those, the policies whose disagreement counts
   problems: Iterable[ProblemView]
   total: int  # traces in the run, of which the page may hold fewer
   best_of: int
@@ -117,7 +118,8 @@ def flags(trace: TraceView, differ: bool) -> int:
   """The bits by which the page filters: credit, pairs, and the three kinds of disagreement.
 
   Q and verdict disagree where a trace is wrong though at least half of the rollouts from its last step but one are right,
-  or right though fewer than half are. Policies disagree where one answers a test problem right and another does not.
+  or right though fewer than half are. Policies disagree where one of those compared answers a test problem right and
+  another does not.
   """
   found = _CREDITED * (trace.credit is not None) + _POLICIES_DIFFER * differ + _PAIRED * bool(trace.pairs)
   share = share_before_verdict(trace)
@@ -162,7 +164,7 @@ class _Chunks:
   """Gathers problems into the page's script elements."""
 
   def __init__(self, viewer: Viewer):
-    self.tested = set(viewer.tested)
+    self.compared = set(viewer.compared)
     self.columns = {name: [] for name in ("problem", "source", "reason", "pit", "spurious", "flags", "drop", "length")}
     self.reasons, self.starts, self.elements, self.latex = {}, [], [], False
     self._problems = self._size = 0
@@ -174,7 +176,7 @@ class _Chunks:
   def _add(self, problem: ProblemView) -> None:
     if self._size >= _CHUNK:
       self._close()
-    verdicts = {trace.reason == "right" for trace in problem.traces if trace.source in self.tested}
+    verdicts = {trace.reason == "right" for trace in problem.traces if trace.source in self.compared}
     for trace in problem.traces:
       drops = [step.advantage for step in trace.credit or () if step.advantage is not None]
       row = {
@@ -183,7 +185,7 @@ class _Chunks:
         "reason": self.reasons.setdefault(trace.reason, len(self.reasons)),
         "pit": trace.pit,
         "spurious": trace.spurious,
-        "flags": flags(trace, len(verdicts) == 2 and trace.source in self.tested),
+        "flags": flags(trace, len(verdicts) == 2 and trace.source in self.compared),
         "drop": round(1000 * min(drops)) if drops else None,
         "length": len(trace.steps),
       }

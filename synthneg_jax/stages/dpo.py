@@ -5,9 +5,8 @@ import functools
 from synthneg_jax.core import losses
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Pair, Shards
-from synthneg_jax.stages import margins
+from synthneg_jax.stages import margins, training
 from synthneg_jax.stages import pairs as pairs_lib
-from synthneg_jax.stages import training
 from synthneg_jax.stages.run import Run
 from synthneg_jax.training import batches, objectives, reference
 

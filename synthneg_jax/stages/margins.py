@@ -43,13 +43,11 @@ def keep(run_: Run, name: str, section, fingerprint: str, trees: Sequence[Tree])
 
 
 def read(run_: Run, name: str) -> dict[str, Margin]:
-  """Margins of the pairs of dpo/`name` by pair id; none for a run from before they were kept, or a pair left out as too long."""
-  fingerprint = lambda stage: json.loads((run_.workdir / stage / "policy" / "fingerprint.json").read_text())[
-    "fingerprint"
-  ]
+  """Margins of the pairs of dpo/`name` by pair id, but for pairs that were too long; none where no scores were kept."""
+  policy = lambda stage: json.loads((run_.workdir / stage / "policy" / "fingerprint.json").read_text())
   try:
-    before = _store(run_, run_.workdir / "dpo" / "reference", fingerprint("sft"))
-    after = _store(run_, run_.workdir / "dpo" / name / "scores", fingerprint(f"dpo/{name}"))
+    before = _store(run_, run_.workdir / "dpo" / "reference", policy("sft")["fingerprint"])
+    after = _store(run_, run_.workdir / "dpo" / name / "scores", policy(f"dpo/{name}")["fingerprint"])
   except FileNotFoundError:
     return {}
   margins = {}

@@ -16,7 +16,6 @@ from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Pair, Problem, Shards, StepEstimate, Trace
 from synthneg_jax.stages import margins, policies
 from synthneg_jax.stages import pairs as pairs_lib
-from synthneg_jax.stages import traces as traces_lib
 from synthneg_jax.stages.run import Run
 from synthneg_jax.tasks.token_text import TokenText
 
@@ -65,13 +64,13 @@ class _Run:
     self.run, config, workdir = run_, run_.config, run_.workdir
     done = lambda name: manifest.figures(workdir, name) is not None
     self.sources, self.problems, self.groups = [], {}, collections.defaultdict(list)
+    self.methods = {}  # of each source that is one policy's answers to the test problems
     wanted = [("SFT, samples", "sample", "train")]
     wanted += [(f"{LABELS.get(m, m)}, test", f"evaluate/{m}", "test") for m in config.evaluate.methods]
-    self.tested = []
     for label, stage, split in wanted:
       if done(stage):
         if split == "test":
-          self.tested.append(len(self.sources))
+          self.methods[len(self.sources)] = stage.rpartition("/")[2]
         self.problems = run_.problems(split) | self.problems
         for trace in Shards(workdir / stage / "traces", Trace).read():
           self.groups[trace.problem_id].append((len(self.sources), trace))
@@ -89,7 +88,7 @@ class _Run:
   @functools.cached_property
   def value_of(self) -> dict[str, tuple[int, int]]:
     """(right, all) samples of each problem."""
-    samples = {key: [t for source, t in group if source not in self.tested] for key, group in self.groups.items()}
+    samples = {key: [t for source, t in group if source not in self.methods] for key, group in self.groups.items()}
     return {key: (sum(trace.correct for trace in group), len(group)) for key, group in samples.items()}
 
   def _known(self) -> dict[str, _Known]:
@@ -139,7 +138,9 @@ class _Run:
   def _view(self, source: int, trace: Trace) -> analysis.TraceView:
     known = self.known.get(trace.id)
     return analysis.TraceView(
-      id=trace.id,
+      id=f"{trace.id}@{self.methods[source]}"
+      if source in self.methods
+      else trace.id,  # methods share their records' ids
       source=source,
       steps=[self.text.text(trace.ids[a:b]) for a, b in zip([0, *trace.step_ends], trace.step_ends, strict=False)],
       reason=trace.reason,
@@ -205,7 +206,8 @@ def run(run_: Run) -> dict:
     analysis.Viewer(
       title=f"Learning from wrong solutions: {config.task.name}",
       sources=made.sources,
-      tested=made.tested,
+      tested=list(made.methods),
+      compared=[source for source, method in made.methods.items() if method != "base"],
       problems=made.views(),
       total=sum(map(len, made.groups.values())),
       best_of=config.credit.best_of,

@@ -192,9 +192,9 @@ function show(t, other) {
   if (problem.value !== null && INDEX.bestOf > 1) about.push(`value ${plain(problem.value, 3)} under Best-of-${INDEX.bestOf}`);
   about.push(`gold answer ${problem.gold}`);
   const asked = make("section", { class: "problem" }, make("h2", {}, "Problem ", make("span", { class: "dim" }, problem.id)),
-    put(make("div", { class: "text" }), problem.text.trim()), make("p", { class: "dim" }, about.join(" \u00b7 ")));
+    put(make("div", { class: "text" }), tidy(problem.text)), make("p", { class: "dim" }, about.join(" \u00b7 ")));
   if (problem.solution) {
-    asked.append(make("details", {}, make("summary", {}, "Known solution"), put(make("div", { class: "text" }), problem.solution.trim())));
+    asked.append(make("details", {}, make("summary", {}, "Known solution"), put(make("div", { class: "text" }), tidy(problem.solution))));
   }
   const parts = beside < 0 ? -1 : partsAt(t, beside);
   const cards = make("div", { class: beside < 0 ? "cards" : "cards two" }, card(t, parts, null));

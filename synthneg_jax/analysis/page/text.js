@@ -90,6 +90,13 @@ function put(element, text) {
   return element;
 }
 
+/** A text without blank lines around it and without the indent that all its lines share. */
+function tidy(text) {
+  const lines = text.replace(/^\s*\n|\s+$/g, "").split("\n");
+  const indent = Math.min(...lines.filter((line) => line.trim()).map((line) => line.length - line.trimStart().length));
+  return Number.isFinite(indent) ? lines.map((line) => line.slice(indent)).join("\n") : "";
+}
+
 const signed = (value, digits = 2) => {
   const text = Math.abs(value).toFixed(digits);
   if (Number(text) === 0) return text;

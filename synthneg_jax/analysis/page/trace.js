@@ -57,7 +57,7 @@ function rolloutsOf(t, number, step) {
         const mark = rollout.right ? "\u2713 right" : `\u2717 ${reasonName(rollout.reason)}`;
         place.append(make("li", { class: rollout.right ? "right" : "wrong" },
           make("span", { class: "mark" }, mark, rollout.times > 1 ? make("b", {}, ` \u00d7${rollout.times}`) : null),
-          put(make("div", { class: "text" }), rollout.text.replace(/^\n+|\s+$/g, ""))));
+          put(make("div", { class: "text" }), tidy(rollout.text))));
       }
       const missing = step.rollouts - drawn.reduce((sum, rollout) => sum + rollout.times, 0);
       if (missing > 0) place.append(make("li", { class: "dim" }, `${plural(missing, "more rollout")} not kept in this page.`));
@@ -79,7 +79,7 @@ function stepsOf(t, parts) {
     const isPit = COLUMNS.pit[t] === number;
     const isSpurious = COLUMNS.spurious[t] === number;
     const kind = ["step", isPit && "pit", isSpurious && "spurious", number === parts && "parts"].filter(Boolean).join(" ");
-    const line = make("div", { class: "line" }, put(make("div", { class: "text" }), text.replace(/^\n+|\s+$/g, "")));
+    const line = make("div", { class: "line" }, put(make("div", { class: "text" }), tidy(text)));
     const item = make("li", { class: kind }, make("span", { class: "number" }, String(number + 1)), line);
     const tags = make("div", { class: "tags" });
     if (number === parts) tags.append(make("span", { class: "tag quiet" }, "\u2260 first difference"));
@@ -93,7 +93,7 @@ function stepsOf(t, parts) {
       line.append(creditOf(step));
       if (step.rollouts) {
         const [button, place] = rolloutsOf(t, number, step);
-        line.append(button, tags, place);
+        line.append(tags, button, place);
       } else line.append(tags);
     } else if (tags.children.length) line.append(tags);
     list.append(item);
@@ -113,10 +113,10 @@ function pairOf(pair) {
   const shared = pair.mode === "shared_prefix" || pair.mode === "positives_too";
   const trunk = shared && pair.pit > 0
     ? make("details", {}, make("summary", {}, `Trunk: the problem and ${pair.pit === 1 ? "step 1" : `steps 1\u2013${pair.pit}`}`),
-      put(make("div", { class: "text" }), pair.trunk.trim()))
+      put(make("div", { class: "text" }), tidy(pair.trunk)))
     : make("p", { class: "dim" }, "Trunk: the problem alone.");
   const branch = (title, kind, text) => make("div", { class: `branch ${kind}` }, make("h4", {}, title),
-    put(make("div", { class: "text" }), text.replace(/^\n+|\s+$/g, "") || "(ends here)"));
+    put(make("div", { class: "text" }), tidy(text) || "(ends here)"));
   const box = make("section", { class: "pair" },
     make("h3", {}, `${name}${where} `, make("span", { class: "dim" }, `${pair.mode}, label flipped with probability ${plain(pair.flip)}`)),
     trunk,
@@ -192,6 +192,6 @@ function legend() {
     ...term("\u25c0 pit", `the step that is blamed for a wrong answer, by the rule ${INDEX.pitRule}.`),
     ...term("\u26a0 spurious", "the step of a right trace that lowered Q most."),
     ...term("Disagreement", "Q and verdict disagree where a trace is wrong though at least half of the rollouts from its last step but one are right, "
-      + "or right though fewer than half are. Policies disagree where one answers a test problem right and another does not."),
+      + "or right though fewer than half are. Policies disagree where one that was trained answers a test problem right and another does not."),
     ...term("Keys", "/ searches, j and k move, Enter opens, Escape goes back to the list.")));
 }
