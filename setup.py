@@ -16,7 +16,15 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=setuptools.find_packages(include=["synthneg_jax", "synthneg_jax.*"]),
-  package_data={"synthneg_jax": ["tasks/embedded/*", "tasks/math_rows/*"]},
+  package_data={
+    "synthneg_jax": [
+      "analysis/katex/*",
+      "analysis/katex/fonts/*",
+      "analysis/page/*",
+      "tasks/embedded/*",
+      "tasks/math_rows/*",
+    ]
+  },
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.1",

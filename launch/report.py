@@ -1,6 +1,6 @@
-"""Stage report alone, in one process.
+"""Stage report alone, in one process: the report with its trace viewer, or the viewer alone.
 
-python launch/report.py --config=configs/arithmetic.py --workdir=DIR
+python launch/report.py --config=configs/arithmetic.py --workdir=DIR [--view=traces]
 """
 
 from absl import flags
@@ -8,12 +8,14 @@ from absl import flags
 from synthneg_jax.runtime import startup
 
 startup.define_flags()
+flags.DEFINE_enum("view", "all", ["all", "traces"], "What is made: report and trace viewer, or the trace viewer alone.")
 
 
 def main():
   from synthneg_jax.stages import pipeline
 
-  pipeline.run(flags.FLAGS.config, flags.FLAGS.workdir, ["report"])
+  stages = ["traces"] if flags.FLAGS.view == "traces" else ["report"]
+  pipeline.run(flags.FLAGS.config, flags.FLAGS.workdir, stages)
 
 
 if __name__ == "__main__":

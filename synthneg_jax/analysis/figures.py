@@ -7,7 +7,7 @@ the other colours are of middle lightness and the background is transparent. The
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -89,6 +89,72 @@ def mean_values(means: Sequence[float], counts: Sequence[int], start: float) -> 
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     figure.align_ylabels()
+    return figure
+
+
+def mean_advantages(means: Sequence[float], counts: Sequence[int]) -> Figure:
+  """Mean advantage by step: bars, up in blue, down in orange.
+
+  Args:
+    means: of step 1, 2, ...
+    counts: traces in each mean; where 0, no bar is drawn.
+  """
+  with matplotlib.rc_context(STYLE):
+    figure, axes = _figure(2.4)
+    there = [(step, mean) for step, (mean, count) in enumerate(zip(means, counts, strict=True), start=1) if count]
+    for step, mean in there:
+      axes.bar([step], [mean], color=BLUE if mean >= 0 else ORANGE, width=0.6)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean advantage")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y")
+    return figure
+
+
+def curves(
+  steps: Sequence[int],
+  panels: Sequence[tuple[str, Mapping[str, Sequence[float]]]],
+  smooth: Callable[[Sequence[float]], Sequence[float]],
+) -> Figure:
+  """Metrics by update, one panel a quantity.
+
+  Args:
+    steps: numbers of the updates, from 0.
+    panels: (label of the axis, line's name -> values), top to bottom.
+    smooth: gives the thick line of a thin one.
+  """
+  styles = ((BLUE, "-"), (ORANGE, "--"), (GREY, ":"))
+  with matplotlib.rc_context(STYLE):
+    figure, all_axes = _figure(0.5 + 1.45 * len(panels), len(panels), sharex=True, squeeze=False)
+    for axes, (label, lines) in zip(all_axes[:, 0], panels, strict=True):
+      for (name, values), (color, dash) in zip(lines.items(), styles, strict=False):
+        axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.45)
+        axes.plot(steps, smooth(values), dash, color=color, linewidth=1.8, label=name)
+      axes.set_ylabel(label)
+      axes.yaxis.set_major_locator(MaxNLocator(4))
+      axes.grid(axis="y")
+      if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=8, ncols=len(lines), loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+    all_axes[-1, 0].set_xlabel("update")
+    all_axes[-1, 0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    figure.align_ylabels()
+    return figure
+
+
+def times(labels: Sequence[str], seconds: Sequence[float]) -> Figure:
+  """Seconds by stage as bars, first label on top, each with its number."""
+  with matplotlib.rc_context(STYLE):
+    figure, axes = _figure(0.6 + 0.27 * len(labels))
+    places = range(len(labels))
+    axes.barh(places, seconds, color=BLUE, height=0.6)
+    for place, value in zip(places, seconds, strict=True):
+      axes.annotate(f"{value:g}", (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(places, labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_xlim(0, 1.12 * max([*seconds, 0.1]))
+    axes.set_xlabel("seconds")
+    axes.grid(axis="x")
     return figure
 
 

@@ -57,6 +57,18 @@ summary { cursor: pointer; }
 """
 
 
+REASONS = {  # verdicts in words
+  "right": "right",
+  "wrong": "wrong number",
+  "no_answer": "no answer",
+  "truncated": "cut off at the length limit",
+  "ambiguous": "several answers",
+  "unparsable": "answer not a number",
+  "too_large": "numeral too long",
+  "timeout": "grading took too long",
+}
+
+
 def percent(share: float) -> str:
   """A share as text, one decimal; what is there at all never reads as 0."""
   if 0 < share < 0.0005:

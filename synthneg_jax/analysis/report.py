@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from synthneg_jax.analysis import figures, markup
+from synthneg_jax.analysis import figures, markup, progress
+from synthneg_jax.analysis import trace_cards as cards
+from synthneg_jax.analysis.trace_cards import ShownTrace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,36 +33,8 @@ class MeanValues:
   counts: Sequence[int]  # [S] traces that have the step
   start: float  # mean V(x) over the same traces
   num_problems: int  # that the traces are of
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-  """One step of a shown trace."""
-
-  text: str
-  rollouts: int  # from the end of the step; 0 where exact
-  successes: int
-  interval: tuple[float, float] | None  # 95 %, of the share of right rollouts; None without rollouts
-  q: float | None  # under Best-of-k; None where unknown
-  advantage: float | None  # q minus q of the step before; None where either is unknown
-  exact: bool  # the last step: q is the verdict
-
-
-@dataclasses.dataclass(frozen=True)
-class ShownTrace:
-  """A wrong trace that is shown in full."""
-
-  id: str
-  problem: str
-  gold: str
-  extracted: str | None  # the answer that was graded
-  reason: str  # of the verdict
-  right_samples: int  # of the problem's traces
-  samples: int
-  v0: float  # value of the bare problem under Best-of-k
-  steps: Sequence[Step]
-  pit: int  # step from 0, -1 where there is none
-  preferred: str | None  # what the per-step pair makes likelier than the pit; empty: no pair, None: not yet made
+  advantages: Sequence[float]  # [S] mean advantage of each step
+  advantage_counts: Sequence[int]  # [S] traces in which it is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +57,7 @@ class Report:
   traces: Sequence[ShownTrace] | None
   reasons: Mapping[str, Mapping[str, int]]  # column -> verdict's reason -> responses
   stages: Sequence[StageState]
+  training: Mapping[str, tuple[str, Sequence[Mapping[str, float]]]]  # stage -> (label, metrics of each update)
   config: Mapping[str, object]  # leaves
   changed: Sequence[str]  # leaves that differ from the default
   versions: Mapping[str, str]  # package -> version
@@ -95,16 +70,6 @@ class Report:
   pair_mode: str
 
 
-_REASONS = {
-  "right": "right",
-  "wrong": "wrong number",
-  "no_answer": "no answer",
-  "truncated": "cut off at the length limit",
-  "ambiguous": "several answers",
-  "unparsable": "answer not a number",
-  "too_large": "numeral too long",
-  "timeout": "grading took too long",
-}
 _STATES = {"done": "done", "begun": "begun, not finished", "not begun": "not begun"}
 
 
@@ -173,6 +138,17 @@ def _values(report: Report, folder: markup.Folder) -> str:
     f"included; {len(pits)} traces of {values.num_problems} problems, each trace weighs the same. At 0 stands the "
     "mean of the value of the problem alone over all these traces. The bars say over how many traces each mean is.",
   )
+  gained = folder.add(
+    "mean_advantage",
+    figures.mean_advantages(values.advantages, values.advantage_counts),
+    ("step", "mean_advantage", "traces"),
+    [
+      (step, advantage if count else "", count)
+      for step, (advantage, count) in enumerate(zip(values.advantages, values.advantage_counts, strict=True), start=1)
+    ],
+    "Mean advantage by step",
+    "Mean advantage of each step over the wrong traces in which its Q and the Q before it are known.",
+  )
   steps = max((pit + 1 for pit in pits), default=0)
   counts = [sum(pit == step for pit in pits) for step in range(max(steps, len(values.means)))]
   without = sum(pit < 0 for pit in pits)
@@ -187,95 +163,20 @@ def _values(report: Report, folder: markup.Folder) -> str:
     "Where the pits lie",
     f"Step of the pit in the {len(pits)} credited wrong traces; {nowhere}",
   )
-  return f'{out}<div class="figures">{mean}{where}</div>'
-
-
-def _step(step: Step, number: int, trace: ShownTrace, best_of: int) -> str:
-  if step.exact:
-    credit = f"Q = {step.q:.0f}, the verdict"
-  elif step.rollouts:
-    low, high = step.interval
-    share = f"{step.successes / step.rollouts:.2f}"
-    name = "right" if best_of > 1 else "Q"
-    credit = f"{name} {step.successes}/{step.rollouts} = {share} ({low:.2f} – {high:.2f})"
-    if best_of > 1:
-      credit += f", Q {step.q:.2f}" if step.q is not None else ", Q unknown"
-  else:
-    credit = "no rollouts"
-  style = ""
-  if step.advantage is not None:
-    change = f"{step.advantage:+.2f}".replace("-", "−")
-    credit += f", advantage {change if change[1:] != '0.00' else '0.00'}"
-    shade = round(0.55 * min(1.0, abs(step.advantage)), 3)
-    style = f' style="background: rgba(var(--{"bad" if step.advantage < 0 else "good"}), {shade})"'
-  kind, tag = (' class="pit"', ' <span class="tag">◀ pit</span>') if number == trace.pit else ("", "")
-  return (
-    f'<li{kind}{style}><span class="text">{number + 1}. {markup.escape(step.text.strip())}</span>'
-    f'<span class="credit">{credit}{tag}</span></li>'
-  )
-
-
-def _trace(trace: ShownTrace, number: int, best_of: int, pair_mode: str) -> str:
-  graded = "none" if trace.extracted is None else trace.extracted
-  start = f"{trace.right_samples} of {trace.samples} samples of the problem are right"
-  value = f"{trace.v0:.3f}".removesuffix("0")  # eighths need the third decimal
-  start += f" (value {value} under Best-of-{best_of})" if best_of > 1 else f" (value {value})"
-  steps = "\n".join(_step(step, i, trace, best_of) for i, step in enumerate(trace.steps))
-  what = (
-    "this known solution to the trace up to and with its pit"
-    if pair_mode == "algorithm1"
-    else "this to the pit; it is from a continuation of the same steps that came out right"
-  )
-  preferred = (
-    f'<p class="dim">The per-step pair prefers {what}:</p><pre>{markup.escape(trace.preferred.strip())}</pre>'
-    if trace.preferred
-    else ""
-  )
-  if trace.pit >= 0 and trace.preferred == "":
-    preferred = (
-      '<p class="dim">This trace gave no per-step pair: nothing stood against the pit, or another trace had given the '
-      "same pair, or its problem had given enough.</p>"
-    )
-  no_pit = "" if trace.pit >= 0 else ' <span class="dim">The rule finds no pit here.</span>'
-  return (
-    f'<article><h3>Trace {number} <span class="dim">{markup.escape(trace.id)}</span></h3>'
-    f"<pre>{markup.escape(trace.problem.strip())}</pre>"
-    f"<p>Verdict: <b>{markup.escape(_REASONS.get(trace.reason, trace.reason))}</b>; answer {markup.escape(graded)}, "
-    f"gold answer {markup.escape(trace.gold)}. {start}.{no_pit}</p>"
-    f'<ol class="steps">\n{steps}\n</ol>{preferred}</article>'
-  )
-
-
-def _traces(report: Report) -> str:
-  if report.traces is None:
-    return markup.missing("Stage credit is not done: no step has been given credit yet.")
-  if not report.traces:
-    return markup.missing("There is no credited wrong trace to show.")
-  whose = "those with a pit"
-  if any(trace.pit < 0 for trace in report.traces):
-    whose += ", then from those without"
-  return (
-    f"<p>Wrong traces of the SFT policy, taken at even distances from the list of {whose}, one a problem; "
-    "they are not picked by hand. Each step shows how many rollouts from its end came out right, with the 95 % "
-    "interval (Wilson) of that share, and its advantage. Colour: "
-    '<span class="sample" style="background: rgba(var(--bad), 0.5)">the step lowers Q</span> '
-    '<span class="sample" style="background: rgba(var(--good), 0.5)">the step raises Q</span>, the stronger the more.'
-    "</p>"
-    + "\n".join(_trace(trace, i, report.best_of, report.pair_mode) for i, trace in enumerate(report.traces, start=1))
-  )
+  return f'{out}<div class="figures">{mean}{gained}{where}</div>'
 
 
 def _reasons(report: Report) -> str:
   if not report.reasons:
     return markup.missing("No response has been graded yet.")
-  names = [name for name in _REASONS if any(name in column for column in report.reasons.values())]
+  names = [name for name in markup.REASONS if any(name in column for column in report.reasons.values())]
   rows = []
   for label, column in report.reasons.items():
     total = sum(column.values())
     cells = (f"{column.get(name, 0)} <br>{markup.percent(column.get(name, 0) / total)}" for name in names)
     rows.append((markup.escape(label), *cells, str(total)))
   return markup.table(
-    ("responses", *(_REASONS[name] for name in names), "all"),
+    ("responses", *(markup.REASONS[name] for name in names), "all"),
     rows,
     range(1, len(names) + 2),
     "Number of responses by verdict, and their share of the row. The samples are of the training problems, "
@@ -310,6 +211,11 @@ def _stages(report: Report) -> str:
   )
 
 
+def _bill(report: Report, folder: markup.Folder) -> str:
+  done = {stage.name: stage.figures for stage in report.stages if stage.state == "done"}
+  return progress.bill(done, report.num_rollouts, folder) + _stages(report)
+
+
 def _origin(report: Report) -> str:
   kind = lambda name: ' class="changed"' if name in report.changed else ""
   leaves = "".join(
@@ -325,6 +231,7 @@ def _origin(report: Report) -> str:
     '<p class="dim">REPORT_FOLDER is where this page lies; its <code>config.py</code> sets every leaf that differs '
     "from the default."
     f"</p><p>Git commit: {commits} (+ means: with changes on top).<br>Versions: {versions}.<br>"
+    f"Seed {markup.escape(report.config.get('seed', 'not known'))}, of everything that is drawn.<br>"
     f"Devices of the last command: {markup.escape(', '.join(report.devices)) or 'not known'}.</p>"
     f"<details><summary>All {len(report.config)} leaves of the config; bold ones differ from the default</summary>"
     f'<table class="leaves"><tbody>\n{leaves}</tbody></table></details>'
@@ -345,9 +252,10 @@ def page(report: Report, folder: epath.PathLike) -> str:
   sections = (
     ("Test errors", _errors(report, keep)),
     ("Value of the steps of wrong traces", _values(report, keep)),
-    ("Wrong traces with the credit of each step", _traces(report)),
+    ("Wrong traces with the credit of each step", cards.section(report.traces, report.best_of, report.pair_mode)),
     ("Verdicts", _reasons(report)),
-    ("Time and counts by stage", _stages(report)),
+    ("Training", progress.curves(report.training, keep)),
+    ("Rollout bill and time by stage", _bill(report, keep)),
     ("Where this comes from", _origin(report)),
   )
   body = "\n".join(f"<section><h2>{title}</h2>\n{text}</section>" for title, text in sections)
@@ -361,6 +269,7 @@ def page(report: Report, folder: epath.PathLike) -> str:
     "policy: with known against wrong whole solutions (arbitrary pairs), or with pairs made at the "
     "pit, the step that is to blame for a wrong answer (per-step DPO; mode "
     f"<code>{markup.escape(report.pair_mode)}</code>).</p>\n"
+    f'<p>Every trace, with rollouts and pairs: <a href="traces.html">the trace viewer</a>.</p>\n'
     f"{note}\n{body}\n</body></html>\n"
   )
 

@@ -172,6 +172,8 @@ def default() -> ConfigDict:
       },
       "report": {
         "num_traces": 5,  # traces shown with their Q
+        "max_traces": 20000,  # traces in the trace viewer, at most; of more, whole problems at even distances
+        "max_rollouts": 8,  # different rollouts from a step that the trace viewer holds, at most
       },
     }
   ).lock()

@@ -77,7 +77,9 @@ def _wanted(run_: Run, of_trace: dict[str, list[_Prefix]]) -> dict[str, list[tup
   return holders
 
 
-def _rollouts(run_: Run, policy: Policy, prefixes: Sequence[_Prefix], made: Sequence[Generation], answer: str) -> Iterator[Rollout]:
+def _rollouts(
+  run_: Run, policy: Policy, prefixes: Sequence[_Prefix], made: Sequence[Generation], answer: str
+) -> Iterator[Rollout]:
   """What was grown from these prefixes of one problem's traces, graded all at once."""
   ids = [one.ids.tolist() for one in made]
   wholes = [p.trace.ids[: p.trace.step_ends[p.step]] + grown for p, grown in zip(prefixes, ids, strict=True)]

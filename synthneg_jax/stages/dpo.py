@@ -5,14 +5,14 @@ import functools
 from synthneg_jax.core import losses
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Pair, Shards
+from synthneg_jax.stages import margins, training
 from synthneg_jax.stages import pairs as pairs_lib
-from synthneg_jax.stages import training
 from synthneg_jax.stages.run import Run
 from synthneg_jax.training import batches, objectives, reference
 
 
 def run(run_: Run) -> dict:
-  """Writes dpo/dpo/ and dpo/step_dpo/: pairs/, policy/ and metrics.jsonl; dpo/reference/ holds what both share."""
+  """Writes dpo/dpo/ and dpo/step_dpo/: pairs/, policy/, scores/ and metrics.jsonl; dpo/reference/ holds what both share."""
   variants = {"dpo": run_.config.pairs.outcome_mode, "step_dpo": run_.config.pairs.pair_mode}
   results = {name: _variant(run_, name, mode) for name, mode in variants.items()}
   return {name: figures for name, figures in results.items() if figures}
@@ -82,4 +82,5 @@ def _variant(run_: Run, name: str, mode: str) -> dict:
   identity, last = training.train(
     run_, name, section, policy, objective, plan, stage.folder, _start_check(run_.config.model.dtype, plan)
   )
+  margins.keep(run_, name, section, identity, trees)
   return stage.finish({**figures, "too_long": too_long, **last}, shards.files(), identity)

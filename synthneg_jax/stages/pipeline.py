@@ -10,7 +10,7 @@ from synthneg_jax.models import parity
 from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime import manifest, processes
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.stages import credit, dpo, evaluate, export, pretrain, report, rft, sample, sft, synthesize
+from synthneg_jax.stages import credit, dpo, evaluate, export, pretrain, report, rft, sample, sft, synthesize, viewer
 from synthneg_jax.stages.run import Run
 
 STAGES = {
@@ -23,6 +23,7 @@ STAGES = {
   "dpo": dpo.run,
   "evaluate": evaluate.run,
   "report": report.run,
+  "traces": viewer.run,  # the part of report that is the trace viewer
   "export": export.run,
 }
 RECIPE = ("synthesize", "sft", "sample", "rft", "credit", "dpo", "evaluate", "report")
@@ -90,5 +91,7 @@ def run(config, workdir: str, stages: Sequence[str] = RECIPE) -> None:
       manifest.write_json(run_.workdir / "config.json", about)
     summary = summarize(run_)
     manifest.write_json(run_.workdir / "summary.json", summary)
+  if stages == ["traces"] and processes.first():
+    print(f"Traces: {run_.workdir / 'report' / 'traces.html'}")
   if "report" in stages and summary["methods"] and processes.first():
     print(f"\n{table(summary['methods'])}\n\nReport: {run_.workdir / 'report' / 'index.html'}")

@@ -3,30 +3,25 @@
 import json
 from collections.abc import Sequence
 
+import jax
 import numpy as np
-import transformers
 from etils import epath
 
 from synthneg_jax.analysis import report as analysis
+from synthneg_jax.analysis import trace_cards as cards
 from synthneg_jax.core import advantages
 from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime import manifest, processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Pair, Shards, StepEstimate, Trace
-from synthneg_jax.stages import evaluate, policies
+from synthneg_jax.stages import evaluate, viewer
 from synthneg_jax.stages import pairs as pairs_lib
 from synthneg_jax.stages import traces as traces_lib
 from synthneg_jax.stages.run import Run
+from synthneg_jax.stages.viewer import LABELS
 from synthneg_jax.tasks.token_text import TokenText
 
 _STAGES = ("synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo")
-LABELS = {
-  "base": "base model",
-  "sft": "SFT",
-  "rft": "RFT",
-  "dpo": "DPO, arbitrary pairs",
-  "step_dpo": "per-step DPO",
-}
 
 
 def _manifest(workdir: epath.Path, name: str) -> dict | None:
@@ -60,6 +55,17 @@ def _methods(run_: Run) -> list[analysis.Method]:
       else analysis.Method(label)
     )
   return methods
+
+
+def _training(run_: Run) -> dict[str, tuple[str, list[dict]]]:
+  """What the training stages have measured so far; a stage that still trains may be within a line."""
+  labels = {"sft": "sft", "rft": "rft", "dpo/dpo": "dpo", "dpo/step_dpo": "step_dpo"}
+  found = {}
+  for stage, name in labels.items():
+    path = run_.workdir / stage / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    found[stage] = LABELS[name], [json.loads(line) for line in lines]
+  return found
 
 
 def _reasons(run_: Run) -> dict[str, dict[str, int]]:
@@ -97,12 +103,16 @@ class _Credit:
 
   def means(self) -> analysis.MeanValues:
     if not self.wrong:
-      return analysis.MeanValues((), (), 0.0, 0)
+      return analysis.MeanValues((), (), 0.0, 0, (), ())
     means, counts = advantages.mean_value_by_step(self.q, self.known)
     num_problems = len({trace.problem_id for trace in self.wrong})
-    return analysis.MeanValues(means.tolist(), counts.tolist(), float(self.v0.mean()), num_problems)
+    gained = jax.vmap(advantages.step_advantages)(self.q, self.v0)
+    both = self.known & np.concatenate([np.ones_like(self.known[:, :1]), self.known[:, :-1]], axis=1)
+    by_step = [np.asarray(part).tolist() for part in advantages.mean_value_by_step(gained, both)]
+    start = float(self.v0.mean())
+    return analysis.MeanValues(means.tolist(), counts.tolist(), start, num_problems, *by_step)
 
-  def shown(self) -> list[analysis.ShownTrace]:
+  def shown(self) -> list[cards.ShownTrace]:
     """Those that the report shows in full: with a pit if there are enough of them."""
     count = self._run.config.report.num_traces
     chosen = _spread([i for i, pit in enumerate(self.pits) if pit >= 0], self.wrong, count)
@@ -111,14 +121,7 @@ class _Credit:
     chosen += _spread(others, self.wrong, count - len(chosen))
     if not chosen:
       return []
-    folder = self._run.workdir / "sft" / "policy"
-    try:
-      tokenizer = transformers.AutoTokenizer.from_pretrained(policies.tokenizer_folder(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-      raise UserError(
-        f"{folder} has no tokenizer that transformers can load; the report needs it to show the steps of traces."
-      ) from error
-    text = TokenText(tokenizer)
+    text = viewer.token_text(self._run)
     preferred = None
     if (self._run.workdir / "dpo" / "step_dpo" / "manifest.json").exists():
       preferred = {
@@ -128,7 +131,7 @@ class _Credit:
     problems = self._run.problems("train")
     return [self._show(i, problems[self.wrong[i].problem_id], text, preferred) for i in chosen]
 
-  def _show(self, i: int, problem, text: TokenText, preferred: dict[str, str] | None) -> analysis.ShownTrace:
+  def _show(self, i: int, problem, text: TokenText, preferred: dict[str, str] | None) -> cards.ShownTrace:
     trace = self.wrong[i]
     known, q, v0 = self.known[i], self.q[i], float(self.v0[i])
     gained = np.asarray(advantages.step_advantages(q, v0))
@@ -138,7 +141,7 @@ class _Credit:
       interval = tuple(evaluate.wilson(estimate.successes, estimate.rollouts)) if estimate.rollouts else None
       before_known = s == 0 or bool(known[s - 1])
       steps.append(
-        analysis.Step(
+        cards.Step(
           text=text.text(trace.ids[start:end]),
           rollouts=estimate.rollouts,
           successes=estimate.successes,
@@ -150,7 +153,7 @@ class _Credit:
       )
       start = end
     right, samples = self.v0_of[trace.problem_id]
-    return analysis.ShownTrace(
+    return cards.ShownTrace(
       id=trace.id,
       problem=problem.prompt,
       gold=problem.answer,
@@ -191,7 +194,7 @@ def _origin(workdir: epath.Path, names: Sequence[str]) -> tuple[dict[str, str], 
 
 
 def run(run_: Run) -> dict:
-  """Writes report/: index.html, config.py, and each figure as PNG and CSV, from whatever stages are done.
+  """Writes report/: index.html, traces.html, config.py, and each figure as PNG and CSV, from whatever stages are done.
 
   It is always made again. Unfinished stages are shown as such. Of several processes the first makes it alone.
 
@@ -223,6 +226,7 @@ def run(run_: Run) -> dict:
       traces=credit.shown() if credit else None,
       reasons=_reasons(run_),
       stages=states,
+      training=_training(run_),
       config=config_lib.plain(config),
       changed=changed,
       versions=versions,
@@ -237,4 +241,5 @@ def run(run_: Run) -> dict:
     folder,
   )
   (folder / "config.py").write_text(config_file)
+  viewer.run(run_)
   return {"path": str(path)}

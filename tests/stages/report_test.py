@@ -18,6 +18,7 @@ from matplotlib import image
 from tokenizers import decoders, models, pre_tokenizers
 
 from synthneg_jax.analysis import report as analysis
+from synthneg_jax.analysis import trace_cards as cards
 from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Pair, Problem, Shards, StepEstimate, Trace
@@ -45,9 +46,9 @@ class _Page(html.parser.HTMLParser):
 
 
 def _hand_made() -> analysis.Report:
-  step = lambda text, right, q, a: analysis.Step(text, 4, right, (0.1, 0.9), q, a, False)
-  last = analysis.Step(f" #### 5{HOSTILE}", 0, 0, None, 0.0, -0.25, True)
-  trace = analysis.ShownTrace(
+  step = lambda text, right, q, a: cards.Step(text, 4, right, (0.1, 0.9), q, a, False)
+  last = cards.Step(f" #### 5{HOSTILE}", 0, 0, None, 0.0, -0.25, True)
+  trace = cards.ShownTrace(
     "t/0/sample/1",
     f"What is 2 + 3?{HOSTILE}",
     "5",

@@ -1,0 +1,107 @@
+"use strict";
+// From strings to elements. What a model wrote becomes text nodes, or formulas that KaTeX draws without links or markup.
+
+/** An element with attributes and children; strings become text nodes, null is left out. */
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name === "class") element.className = value;
+    else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+const FORMULAS = [  // opening mark, closing mark, set apart
+  ["$$", "$$", true],
+  ["\\[", "\\]", true],
+  ["\\(", "\\)", false],
+  ["$", "$", false],
+];
+
+/** End of the formula that opens at `from`, or -1. A lone $ is often an amount: such a pair must hug a formula. */
+function formulaEnd(text, from, open, close) {
+  let at = from + open.length;
+  for (;;) {
+    at = text.indexOf(close, at);
+    if (at < 0) return -1;
+    let slashes = 0;
+    while (text[at - 1 - slashes] === "\\") slashes += 1;
+    if (close[0] !== "$" || slashes % 2 === 0) break;  // \$ is a dollar inside a formula
+    at += close.length;
+  }
+  const inner = text.slice(from + open.length, at);
+  if (!inner.trim()) return -1;
+  if (open !== "$") return at;
+  const hugs = !/^\s|\s$|\n\s*\n/.test(inner) && !/\d/.test(text[at + 1] || "");
+  return hugs && (/[\\^_{}=<>]/.test(inner) || /^-?[A-Za-z](['+\-*/][A-Za-z0-9]+)?$/.test(inner)) ? at : -1;
+}
+
+/** Cuts a text into [text, isFormula, isApart] pieces that concatenate to it, but for the marks of formulas. */
+function pieces(text) {
+  const out = [];
+  let start = 0;
+  for (let at = 0; at < text.length; at += 1) {
+    if (text[at] !== "$" && text[at] !== "\\") continue;
+    const found = FORMULAS.find(([open]) => text.startsWith(open, at));
+    if (!found) {
+      at += 1;  // an escaped character
+      continue;
+    }
+    const [open, close, apart] = found;
+    const end = formulaEnd(text, at, open, close);
+    if (end < 0) {
+      at += open.length - 1;
+      continue;
+    }
+    if (at > start) out.push([text.slice(start, at), false, false]);
+    out.push([text.slice(at + open.length, end), true, apart]);
+    start = end + close.length;
+    at = start - 1;
+  }
+  if (start < text.length) out.push([text.slice(start), false, false]);
+  return out;
+}
+
+/** Puts a text into an element, its formulas drawn. */
+function put(element, text) {
+  if (typeof katex === "undefined" || !/[$\\]/.test(text)) {
+    element.textContent = text;
+    return element;
+  }
+  element.textContent = "";
+  for (const [piece, isFormula, apart] of pieces(text)) {
+    if (!isFormula) {
+      element.append(piece);
+      continue;
+    }
+    const span = make("span", { class: apart ? "formula apart" : "formula" });
+    try {
+      katex.render(piece, span, {
+        displayMode: apart, trust: false, throwOnError: false, strict: "ignore", maxExpand: 200, maxSize: 20,
+      });
+    } catch (error) {
+      span.textContent = piece;  // too deep for KaTeX: shown as written
+    }
+    element.append(span);
+  }
+  return element;
+}
+
+/** A text without blank lines around it and without the indent that all its lines share. */
+function tidy(text) {
+  const lines = text.replace(/^\s*\n|\s+$/g, "").split("\n");
+  const indent = Math.min(...lines.filter((line) => line.trim()).map((line) => line.length - line.trimStart().length));
+  return Number.isFinite(indent) ? lines.map((line) => line.slice(indent)).join("\n") : "";
+}
+
+const signed = (value, digits = 2) => {
+  const text = Math.abs(value).toFixed(digits);
+  if (Number(text) === 0) return text;
+  return (value < 0 ? "\u2212" : "+") + text;
+};
+const plain = (value, digits = 2) => value.toFixed(digits).replace("-", "\u2212");
+const grouped = (count) => String(count).replace(/\B(?=(\d{3})+$)/g, "\u202f");
+const plural = (count, noun) => `${grouped(count)} ${noun}${count === 1 ? "" : "s"}`;
