@@ -1,6 +1,6 @@
 """Responses of a policy to problems, with verdicts: what sample and evaluate share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from etils import epath

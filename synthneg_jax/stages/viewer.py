@@ -38,7 +38,9 @@ def token_text(run_: Run) -> TokenText:
   if not folder.exists():  # the base model may have been tested first
     folder = policies.resolve(run_.config.model.path)
   try:
-    return TokenText(transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+    return TokenText(
+      transformers.AutoTokenizer.from_pretrained(policies.tokenizer_folder(folder), local_files_only=True)
+    )
   except (OSError, ValueError) as error:
     raise UserError(
       f"{folder} has no tokenizer that transformers can load; the report needs it to show the steps of traces."
