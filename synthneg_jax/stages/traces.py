@@ -30,7 +30,8 @@ def verdict(run_: Run, policy: Policy, text: str, answer: str, finish: str) -> a
   return graded
 
 
-def _trace(run_: Run, policy: Policy, problem: Problem, purpose: str, index: int, made: Generation) -> Trace:
+def trace_of(run_: Run, policy: Policy, problem: Problem, purpose: str, index: int, made: Generation) -> Trace:
+  """A response as a record, with its steps and its verdict."""
   ids = made.ids.tolist()
   text = policy.token_text.text(ids)
   graded = verdict(run_, policy, text, problem.answer, made.finish)
@@ -101,7 +102,7 @@ def respond(
         made[index] = generations
         progress.update(1)
       shards.write(
-        _trace(run_, policy, part[i], purpose, index, generation)
+        trace_of(run_, policy, part[i], purpose, index, generation)
         for i in range(len(part))
         for index, generation in enumerate(made[i])
       )
