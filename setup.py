@@ -49,10 +49,14 @@ setuptools.setup(
   extras_require={
     "tpu": ["etils[epath-gcs]>=1.12", "jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
+    "synthesize": ["openai>=2.0"],
+    "parquet": ["pyarrow>=17"],
     "test": [
       "gguf>=0.17",
       "hypothesis>=6.100",
       "libtpu",
+      "openai>=2.0",
+      "pyarrow>=17",
       "pytest>=8",
       "pytest-xdist>=3.6",
       "ruff==0.17.*",

@@ -14,6 +14,7 @@ import numpy as np
 from synthneg_jax.core import pairs, selection
 from synthneg_jax.rollouts import schedules
 from synthneg_jax.rollouts.engine import Generation, Trunk
+from synthneg_jax.rollouts.remote import RemoteEngine
 from synthneg_jax.runtime import keys, processes
 from synthneg_jax.runtime.progress import Progress
 from synthneg_jax.runtime.records import Rollout, Shards, StepEstimate, Trace
@@ -87,7 +88,7 @@ def _rollouts(
   graded = traces_lib.verdicts(run_, texts, [answer] * len(texts), [one.finish for one in made])
   for one, grown, verdict in zip(made, ids, graded, strict=True):
     first = (steps.ends(grown, policy.token_text, run_.config.task) or [0])[0]
-    logps = [round(float(np.sum(one.logp[:end])), 5) for end in (first, len(grown))]
+    logps = [None if one.logp is None else round(float(np.sum(one.logp[:end])), 5) for end in (first, len(grown))]
     yield Rollout(grown, verdict.correct, verdict.reason, one.finish, *logps)
 
 
@@ -187,6 +188,20 @@ def _credit(run_: Run, policy: Policy, engine, chosen: dict[str, list[Trace]], p
     raise stopped
 
 
+def _remote(run_: Run, policy: Policy) -> RemoteEngine:
+  """The server of credit.endpoint, which is to hold the SFT policy, as the engine."""
+  c, tokenizer = run_.config, policy.tokenizer
+  return RemoteEngine(
+    c.credit.endpoint,
+    eos_id=tokenizer.eos_token_id,
+    encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+    decode=lambda ids: policy.token_text.text(ids, special=True),
+    stop=c.engine.stop,
+    max_new_tokens=c.engine.max_new_tokens,
+    send_ids=c.credit.endpoint_ids,
+  )
+
+
 def run(run_: Run) -> dict:
   """Writes credit/estimates/: one StepEstimate a step of every chosen trace, with its rollouts."""
   stage = run_.stage("credit", ["task", "model", "engine", "sample", "credit"], ["synthesize", "sft", "sample"])
@@ -195,7 +210,9 @@ def run(run_: Run) -> dict:
   section, policy = run_.config.credit, run_.policy("sft")
   problems = run_.problems("train")
   groups = traces_lib.by_problem(Shards(run_.workdir / "sample" / "traces", Trace).read(), problems)
-  engine = run_.engine(policy, lanes=section.lanes, slots=section.slots)
+  engine = (
+    _remote(run_, policy) if section.endpoint.url else run_.engine(policy, lanes=section.lanes, slots=section.slots)
+  )
   shards = Shards(stage.folder / "estimates", StepEstimate)
   there = {estimate.problem_id for estimate in shards.read()}
   chosen = {
@@ -216,4 +233,6 @@ def run(run_: Run) -> dict:
     "rollout_tokens": sum(len(sample["ids"]) for estimate in estimates for sample in estimate.samples),
     "slot_use": round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3),
   }
+  if section.endpoint.url:
+    figures |= {name: engine.stats[name] for name in ("requests", "retokenised", "without_logp")}
   return stage.finish(figures, shards.files())

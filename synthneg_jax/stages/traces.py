@@ -41,45 +41,30 @@ def verdicts(run_: Run, texts: Sequence[str], golds: Sequence[str], finishes: Se
   return [truncated if was_cut else verdict for verdict, was_cut in zip(graded, cut, strict=True)]
 
 
-def _trace(
-  run_: Run,
-  policy: Policy,
-  problem: Problem,
-  purpose: str,
-  index: int,
-  made: Generation,
-  text: str,
-  graded: answers.Verdict,
-) -> Trace:
-  ids = made.ids.tolist()
-  rounded = lambda values: [round(float(value), 5) for value in values]
-  return Trace(
-    id=f"{problem.id}/{purpose}/{index}",
-    problem_id=problem.id,
-    index=index,
-    ids=ids,
-    step_ends=steps.ends(ids, policy.token_text, run_.config.task),
-    text=text,
-    correct=graded.correct,
-    reason=graded.reason,
-    extracted=graded.extracted,
-    finish=made.finish,
-    logps=rounded(made.logp),
-    drawn_logps=rounded(made.drawn_logp),
-    policy=policy.fingerprint,
-  )
-
-
-def _traces(
-  run_: Run, policy: Policy, purpose: str, made: Sequence[tuple[Problem, Sequence[Generation]]]
+def traces_of(
+  run_: Run, policy: Policy, purpose: str, made: Sequence[tuple[Problem, int, Generation]]
 ) -> Iterator[Trace]:
-  """The generations of problems as traces, graded all at once."""
-  flat = [(problem, index, one) for problem, group in made for index, one in enumerate(group)]
-  texts = [policy.token_text.text(one.ids.tolist()) for _, _, one in flat]
-  golds, finishes = [problem.answer for problem, _, _ in flat], [one.finish for _, _, one in flat]
-  graded = verdicts(run_, texts, golds, finishes)
-  for (problem, index, one), text, verdict in zip(flat, texts, graded, strict=True):
-    yield _trace(run_, policy, problem, purpose, index, one, text, verdict)
+  """Responses, each with its problem and its number there, as records with steps and verdicts; graded all at once."""
+  ids = [one.ids.tolist() for _, _, one in made]
+  texts = [policy.token_text.text(of_one) for of_one in ids]
+  graded = verdicts(run_, texts, [problem.answer for problem, _, _ in made], [one.finish for _, _, one in made])
+  rounded = lambda values: [round(float(value), 5) for value in values]
+  for (problem, index, one), of_one, text, verdict in zip(made, ids, texts, graded, strict=True):
+    yield Trace(
+      id=f"{problem.id}/{purpose}/{index}",
+      problem_id=problem.id,
+      index=index,
+      ids=of_one,
+      step_ends=steps.ends(of_one, policy.token_text, run_.config.task),
+      text=text,
+      correct=verdict.correct,
+      reason=verdict.reason,
+      extracted=verdict.extracted,
+      finish=one.finish,
+      logps=rounded(one.logp),
+      drawn_logps=rounded(one.drawn_logp),
+      policy=policy.fingerprint,
+    )
 
 
 def trunk(run_: Run, prompt: Sequence[int], problem: Problem, purpose: str, count: int) -> Trunk:
@@ -135,8 +120,8 @@ def respond(
           progress.update(1)
       except processes.Stopped as stop:
         stopped = stop
-      mine = [(part[i], made[i]) for i in sorted(made) if processes.mine(i)]
-      shards.write(_traces(run_, policy, purpose, mine))
+      mine = [(part[i], index, one) for i in sorted(made) if processes.mine(i) for index, one in enumerate(made[i])]
+      shards.write(traces_of(run_, policy, purpose, mine))
       if stopped is not None:
         raise stopped
   processes.barrier()

@@ -128,6 +128,14 @@ def _check_answers(task, rows: Rows) -> None:
   rows.rows = kept
 
 
+def test_texts(task, seed: int) -> list[str]:
+  """What no training problem may overlap: all problems of the test split, and those of task.apart_from."""
+  if task.name == "arithmetic":
+    return [problem.prompt for problem in load(task, seed, "test", task.test_problems)]
+  paths = [_rows(task, "test"), *(_read(task, path, "test") for path in task.apart_from)]
+  return [row.problem for rows in paths for row in rows.rows]
+
+
 def load(task, seed: int, split: str, count: int) -> list[Problem]:
   """The first `count` problems of a split, overlaps not looked for.
 
