@@ -64,6 +64,19 @@ def mine(number: int) -> bool:
   return number % _state.count == _state.index
 
 
+def alone(work: str) -> None:
+  """Refuses work that is no use, or costs money, when every process does it.
+
+  Args:
+    work: what it is, the beginning of a sentence.
+
+  Raises:
+    UserError: there are several processes.
+  """
+  if count() > 1:
+    raise UserError(f"{work} is one process's work: run that stage first, without --distributed.")
+
+
 def gather(value: Any = None) -> list:
   """The value (JSON) of every process, in their order; all must call it, and it waits for all."""
   return [value] if _state.link is None else _state.link.gather(value)

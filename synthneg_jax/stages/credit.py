@@ -190,6 +190,7 @@ def _credit(run_: Run, policy: Policy, engine, chosen: dict[str, list[Trace]], p
 
 def _remote(run_: Run, policy: Policy) -> RemoteEngine:
   """The server of credit.endpoint, which is to hold the SFT policy, as the engine."""
+  processes.alone("Credit by rollouts of a server")
   c, tokenizer = run_.config, policy.tokenizer
   return RemoteEngine(
     c.credit.endpoint,

@@ -16,6 +16,7 @@ from etils import epath
 
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.rollouts.engine import Generation
+from synthneg_jax.runtime import processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.manifest import write_json
 from synthneg_jax.runtime.records import Problem, Shards, Trace
@@ -267,6 +268,7 @@ def run(run_: Run, files: Sequence[str], assume_finish: str = "", skip_bad_rows:
   Raises:
     UserError: a file, row or field that cannot be taken; a problem with fewer traces than credit.best_of.
   """
+  processes.alone("Taking traces from elsewhere")
   paths = [epath.Path(file).expanduser() for file in files]
   digest = hashlib.sha256()
   for path in paths:

@@ -5,6 +5,7 @@ Either the task's own problems and solutions, or those of a capable model (stage
 
 import json
 
+from synthneg_jax.runtime import processes
 from synthneg_jax.runtime.records import Candidate, Problem, Shards
 from synthneg_jax.stages import synthetic, teachers
 from synthneg_jax.stages.run import Run
@@ -31,6 +32,7 @@ def run(run_: Run) -> dict:
   if own:
     chosen, written = problems.choose(c.task, c.seed), []
   else:
+    processes.alone("Asking a capable model")
     chosen, written = synthetic.Synthesis(run_, templates).run()
   files = []
   for name, kind, records in (
@@ -42,7 +44,8 @@ def run(run_: Run) -> dict:
     if records or name != "candidates":
       shards.write_shared(records)
     files += shards.files()
-  temporary = stage.folder / "left_out.jsonl.tmp"
-  temporary.write_text("".join(json.dumps(line) + "\n" for line in chosen.report))
-  temporary.replace(stage.folder / "left_out.jsonl")
+  if processes.first():
+    temporary = stage.folder / "left_out.jsonl.tmp"
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in chosen.report))
+    temporary.replace(stage.folder / "left_out.jsonl")
   return stage.finish({"train": len(chosen.train), "test": len(chosen.test), **chosen.figures}, files)

@@ -11,7 +11,7 @@ import transformers
 
 from synthneg_jax.analysis import viewer as analysis
 from synthneg_jax.core import advantages
-from synthneg_jax.runtime import manifest
+from synthneg_jax.runtime import manifest, processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Pair, Problem, Shards, StepEstimate, Trace
 from synthneg_jax.stages import margins, policies
@@ -198,11 +198,14 @@ class _Run:
 
 
 def run(run_: Run) -> dict:
-  """Writes report/traces.html from whatever traces there are. It is always made again.
+  """Writes report/traces.html from whatever traces there are. It is always made again. Of several processes the first makes
+  it alone.
 
   Raises:
     UserError: the traces' tokenizer is missing, or a file of a finished stage is missing or broken.
   """
+  if not processes.first():
+    return {}
   made, config = _Run(run_), run_.config
   path = analysis.write(
     analysis.Viewer(
