@@ -29,7 +29,7 @@ _MODELS = {
 # part). A part is four chips that share the rows (mesh.tensor). Rows: as few as keep the chips' arithmetic the slowest part
 # of a step (docs/scaling.md), since a batch grows with them. Lanes: what fits, with room for MATH's longer responses.
 _PODS = {
-  "v5e_64": (16, 2, 1, 2, 16, 8),
+  "v5e_64": (16, 4, 1, 2, 16, 8),
   "v5e_256": (64, 2, 1, 2, 16, 8),
   "v5p_128": (32, 2, 1, 2, 64, 32),
   "v6e_256": (64, 4, 2, 3, 32, 16),

@@ -133,13 +133,15 @@ class Program:
 
   @functools.cached_property
   def open_loop(self) -> Cost | None:
-    """Of one turn of the outermost loop whose length only the data knows; None if there is none."""
-    outermost = [self._entry, *reversed(self._computations)]  # what is called stands before what calls it
-    for computation in map(self._computations.get, outermost):
-      for instruction in computation.values():
-        if instruction.opcode == "while" and self._turns(computation, instruction) is None:
+    """Of one turn of the outermost loop whose length only the data knows (of several, the largest); None if there is none."""
+    for computation in map(self._computations.get, [self._entry, *reversed(self._computations)]):  # callers come last
+      costs = []
+      for loop in computation.values():
+        if loop.opcode == "while" and self._turns(computation, loop) is None:
           self._counted = set()
-          return self._cost(instruction.attribute(r"body=%?([\w.\-]+)"))
+          costs.append(self._cost(loop.attribute(r"body=%?([\w.\-]+)")))
+      if costs:
+        return max(costs, key=lambda cost: cost.memory_bytes)
     return None
 
   def _root(self, computation) -> Instruction:
