@@ -8,7 +8,8 @@ and so on), or train.jsonl and test.jsonl with problem, level, type and solution
 for in SYNTHNEG_DATA_DIR/math. --config.task.test_path=FILE takes MATH-500 as the test set.
 
 smoke: the problems of MATH's form that come with the package, through every stage, to see that all of it works; its errors
-mean nothing. The other models: not yet run. Responses are given twice the tokens of GSM8K's, our choice.
+mean nothing. So far its stages up to credit were run with SmolLM2 cut off after two layers; not yet run with all of it. The
+other models: not yet run. Responses are given twice the tokens of GSM8K's, our choice.
 """
 
 import importlib.util

@@ -86,6 +86,8 @@ class ProseTest(parameterized.TestCase):
     "Then $x=2.$| So $y=3.14$ and \\(z. A\\) hold.| $w$.| $v$",  # formulas, and their last period
     "a $x,\\ldots$ Then $a, b, ...$ Then",
     "It costs $5.| He has $3.| Then.",  # money is no formula
+    "It costs $5.| He has $ left.| Then.",
+    "It costs $5.| Then US$7.| So.",
     "It costs \\$5.| He has \\$3.| Then $2.",
     "between $ 3. A $ and so.| Then",  # spaces inside both
     "$$x. Y$$ Then.| \\[x. Y\n = z.\\]| Then.",  # displays
