@@ -37,6 +37,8 @@ _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", 
 
 def is_unit_word(token: Token) -> bool:
   """Whether words after a number are its unit, and no further factor."""
+  if token.value == "min":
+    return True
   if token.kind == "text":
     return token.value.lower() not in FUNCTIONS and (
       len(token.value) > 1 or answer_units.unit_of(token.value) is not None
@@ -61,7 +63,8 @@ def starts_factor(parser, left: Node) -> bool:
   """Whether the next token goes on with a product by standing beside it."""
   token = parser.peek()
   if token.kind == "num":
-    return (left.args[-1] if left.op == "mul" else left).op == "pow" and token.spaced and parser.peek(1).value == "^"
+    last = (left.args[-1] if left.op == "mul" else left).op
+    return token.spaced and (last == "fact" or (last == "pow" and parser.peek(1).value == "^"))
   if token.kind == "word":
     return (
       token.value not in ("and", "or", "U") and not is_unit_word(token)

@@ -83,7 +83,7 @@ def statement(response: str, marked_only: bool = False) -> Statement | None:
   marked = [part.partition("\n")[0].strip() for part in _MARKER.split(response)[1:]]
   if marked:
     return Statement(marked[-1], marked[:-1])
-  said = [_sentence(response[match.end() :][:MAX_SENTENCE]) for match in _PHRASE.finditer(response)]
+  said = [_sentence(response[match.end() : match.end() + MAX_SENTENCE]) for match in _PHRASE.finditer(response)]
   said = [text for text in said if text]
   if said:
     return Statement(said[-1], said[:-1], whole="first")

@@ -79,7 +79,9 @@ _TEXT_COMMANDS = (
   "text textbf textit textrm textsf textsc texttt textup textnormal mbox hbox emph mathrm mathsf mathtt mathbf mathit "
   "mathnormal operatorname boldsymbol bm pmb rm bf it underline"
 ).split()
-_TEXT = re.compile(rf"\\(?:{'|'.join(_TEXT_COMMANDS)})\*?\s*(?=\{{)")
+_WORD_COMMANDS = frozenset("text textnormal mbox hbox operatorname".split())
+_TEXT = re.compile(rf"\\({'|'.join(_TEXT_COMMANDS)})\*?\s*(?=\{{)")
+_BARE_FONT = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+([A-Za-z0-9])(?![A-Za-z])")
 _OLD_FONT = re.compile(r"\\(?:rm|bf|it|tt|sf|cal|boldmath|centering|large|Large|small)(?![A-Za-z])")
 _OPENS, _CLOSES = ("(", "[", r"\{"), (")", "]", r"\}")
 _NUMERAL = r"(?:\d++(?:\.\d*+)?|\.\d++)"
@@ -124,6 +126,8 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # a command escaped twice; no line breaks outside matrices
   text = _ENVIRONMENT.sub(" ", text)
   text = _THIN_GROUPS.sub(lambda found: re.sub(r"\D", "", found.group()), text)
+  text = re.sub(r"(?<=\d)\{[.,]\}(?=\d)", ".", _BARE_FONT.sub(r" \1", text))
+  text = re.sub(r"\b([apAP])\. ?[mM]\b\.?", r"\1m", text)
   text = _OLD_FONT.sub(" ", _SPACES.sub(" ", _LAYOUT.sub(" ", text)))
   text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace("`", " ")
   text = re.sub(r"\\[dt]binom(?![A-Za-z])", r"\\binom", text)
@@ -156,7 +160,11 @@ def tokens(text: str) -> list[Token]:
       end = closing(text, command.end())
       if end < 0:
         raise Unreadable("a text command that does not end")
-      found.append(Token("text", " ".join(text[command.end() + 1 : end].split()), spaced))
+      inner = " ".join(text[command.end() + 1 : end].split())
+      if re.match(r"[-+]?\d", inner) or (command.group(1) not in _WORD_COMMANDS and re.search(r"[\d\\^_+*/=]", inner)):
+        place = command.end()  # a formula in bold, or a number in roman: read as it stands
+        continue
+      found.append(Token("text", inner, spaced))
       place, spaced = end + 1, False
       continue
     match = _SCAN.match(text, place)
