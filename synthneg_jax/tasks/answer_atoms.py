@@ -175,12 +175,15 @@ def _number(parser) -> Node:
   """A numeral, with what makes it a repeating decimal or a mixed number."""
   token = parser.next()
   made = num(token.value)
-  if parser.at("overline", "bar", "dot") and re.fullmatch(r"\d*\.\d*", token.value):
+  if parser.at("overline", "bar", "dot") and re.fullmatch(r"[0-9]*\.[0-9]*", token.value):
     parser.next()
     return _repeating(token.value, _digits(parser))
   after = parser.peek()
   if (
-    re.fullmatch(r"\d*\.\d*", token.value) and after.value == "(" and not after.spaced and parser.peek(1).kind == "num"
+    re.fullmatch(r"[0-9]*\.[0-9]*", token.value)
+    and after.value == "("
+    and not after.spaced
+    and parser.peek(1).kind == "num"
   ):
     if parser.peek(2).value == ")" and parser.peek(1).value.isdigit():
       parser.next()
@@ -251,7 +254,7 @@ def _text(parser) -> Node:
     return _function(parser, word.lower())
   if re.fullmatch(r"[A-Za-z]", word):
     return sym(CONSTANTS.get(word, word))
-  if re.fullmatch(r"\d+(?:\.\d+)?", word):
+  if re.fullmatch(r"[0-9]+(?:\.[0-9]+)?", word):
     return num(word)
   raise Unreadable(f"the word {word[:20]!r}")
 
