@@ -248,10 +248,15 @@ def equal(a: Node, b: Node) -> bool:
     return False
   if not symbols(difference):
     return _vanishes(difference, 0)
-  found = [answer for index in range(POINTS) if (answer := _vanishes_or_none(difference, index)) is not None]
-  if not found:
+  known = False
+  for index in range(POINTS):
+    found = _vanishes_or_none(difference, index)
+    if found is False:
+      return False
+    known |= found is not None
+  if not known:
     raise Undefined("no value at any point")
-  return all(found)
+  return True
 
 
 def _same_without(a: Node, b: Node) -> bool:

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -20,6 +21,7 @@ RULES = Conventions()
 
 FUZZ = r"""
 import sys
+import tempfile
 import atheris
 with atheris.instrument_imports(include=["synthneg_jax.tasks"]):
   from synthneg_jax.tasks.answer_scalars import Conventions
@@ -90,7 +92,8 @@ class HostileTest(parameterized.TestCase):
     pytest.importorskip("atheris")
     done = subprocess.run(
       [sys.executable, "-c", FUZZ, "-max_total_time=3600", "-timeout=10", "-rss_limit_mb=4096", "-max_len=600"],
-      env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=self.create_tempdir().full_path, capture_output=True, text=True,
+      env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+      cwd=self.enterContext(tempfile.TemporaryDirectory()),
     )  # fmt: skip
     self.assertEqual(done.returncode, 0, done.stderr[-3000:])
 
