@@ -65,6 +65,7 @@ setuptools.setup(
     "parity": ["peft>=0.21", "torch==2.13.0", "trl>=1.16"],
     "bench": ["torch==2.13.0", "trl>=1.16"],
     "preflight": ["libtpu"],
+    "grading": ["math-verify>=0.8"],
     "docs": ["mkdocs-material>=9.5"],
   },
 )

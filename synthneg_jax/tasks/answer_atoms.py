@@ -37,6 +37,8 @@ _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", 
 
 def is_unit_word(token: Token) -> bool:
   """Whether words after a number are its unit, and no further factor."""
+  if token.value == "min":
+    return True
   if token.kind == "text":
     return token.value.lower() not in FUNCTIONS and (
       len(token.value) > 1 or answer_units.unit_of(token.value) is not None
@@ -61,7 +63,8 @@ def starts_factor(parser, left: Node) -> bool:
   """Whether the next token goes on with a product by standing beside it."""
   token = parser.peek()
   if token.kind == "num":
-    return (left.args[-1] if left.op == "mul" else left).op == "pow" and token.spaced and parser.peek(1).value == "^"
+    last = (left.args[-1] if left.op == "mul" else left).op
+    return token.spaced and (last == "fact" or (last == "pow" and parser.peek(1).value == "^"))
   if token.kind == "word":
     return (
       token.value not in ("and", "or", "U") and not is_unit_word(token)
@@ -172,12 +175,15 @@ def _number(parser) -> Node:
   """A numeral, with what makes it a repeating decimal or a mixed number."""
   token = parser.next()
   made = num(token.value)
-  if parser.at("overline", "bar", "dot") and re.fullmatch(r"\d*\.\d*", token.value):
+  if parser.at("overline", "bar", "dot") and re.fullmatch(r"[0-9]*\.[0-9]*", token.value):
     parser.next()
     return _repeating(token.value, _digits(parser))
   after = parser.peek()
   if (
-    re.fullmatch(r"\d*\.\d*", token.value) and after.value == "(" and not after.spaced and parser.peek(1).kind == "num"
+    re.fullmatch(r"[0-9]*\.[0-9]*", token.value)
+    and after.value == "("
+    and not after.spaced
+    and parser.peek(1).kind == "num"
   ):
     if parser.peek(2).value == ")" and parser.peek(1).value.isdigit():
       parser.next()
@@ -248,7 +254,7 @@ def _text(parser) -> Node:
     return _function(parser, word.lower())
   if re.fullmatch(r"[A-Za-z]", word):
     return sym(CONSTANTS.get(word, word))
-  if re.fullmatch(r"\d+(?:\.\d+)?", word):
+  if re.fullmatch(r"[0-9]+(?:\.[0-9]+)?", word):
     return num(word)
   raise Unreadable(f"the word {word[:20]!r}")
 

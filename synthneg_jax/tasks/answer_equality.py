@@ -8,7 +8,7 @@ import re
 from synthneg_jax.tasks import answer_matrices, answer_relations, answer_scalars, answer_sets, answer_values
 from synthneg_jax.tasks.answer_relations import label
 from synthneg_jax.tasks.answer_scalars import Ambiguous, Conventions, is_scalar
-from synthneg_jax.tasks.answer_tree import Node, num, sym
+from synthneg_jax.tasks.answer_tree import Node, num
 from synthneg_jax.tasks.answer_values import Undefined
 
 MAX_ITEMS = 40  # of a set or list that is compared without order
@@ -258,7 +258,7 @@ def _relations(gold: Node, answer: Node, rules: Conventions) -> bool:
 def _both_functions(gold: Node, answer: Node) -> bool:
   """Whether both give a function: y = 2x and f(x) = 2x."""
   heads = [node.args[0] for node in (gold, answer)]
-  return any(head.op == "mul" for head in heads) and all(head.op == "mul" or head == sym("y") for head in heads)
+  return all(map(answer_relations.is_function, heads))
 
 
 def is_collection(node: Node) -> bool:

@@ -27,6 +27,7 @@ _PHRASE = re.compile(
 _SENTENCE = re.compile(r"\.(?=\s+[A-Z]|\s*$)|(?<=\$)\.(?=\s)|\.\s*(?=I hope)")
 FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _DISPLAY = re.compile(r"(?:\$\$([^$]++)\$\$|\\\[((?:[^\\]|\\(?!\]))++)\\\])[.\s]*+\Z")
+_STATEMENTS = 100  # the last ones that are looked at
 _LINES = 50  # lines from the end in which an unmarked answer is looked for
 
 
@@ -83,7 +84,10 @@ def statement(response: str, marked_only: bool = False) -> Statement | None:
   marked = [part.partition("\n")[0].strip() for part in _MARKER.split(response)[1:]]
   if marked:
     return Statement(marked[-1], marked[:-1])
-  said = [_sentence(response[match.end() :][:MAX_SENTENCE]) for match in _PHRASE.finditer(response)]
+  said = [
+    _sentence(response[match.end() : match.end() + MAX_SENTENCE])
+    for match in list(_PHRASE.finditer(response))[-_STATEMENTS:]
+  ]
   said = [text for text in said if text]
   if said:
     return Statement(said[-1], said[:-1], whole="first")

@@ -206,7 +206,7 @@ class Parser:
           base, _, power = word.partition("^")
           if word in ("per", "/"):
             sign = -1
-          elif re.search(r"\d", base):
+          elif re.search(r"[0-9]", base):
             raise Unreadable("a number among the words")
           else:
             above, *below = base.strip(".").split("/")

@@ -52,7 +52,8 @@ def stated(node: Node, gold: Node) -> list[Node]:
     return found + [side for side in operands[len(exact) :] if found and _close(found[-1], side)]
   if _constant(gold):
     constants = [operand for operand in operands if _constant(operand)]
-    return constants[-1:] if constants else []
+    others = [operand for operand in operands if not _constant(operand)]
+    return constants[-1:] if others and not any(map(_holds_numeral, others)) else []
   named = label(node)
   if named:
     return [named[1]]
@@ -62,6 +63,13 @@ def stated(node: Node, gold: Node) -> list[Node]:
   except Undefined:
     pass
   return []
+
+
+def _holds_numeral(node) -> bool:
+  """Whether numerals stand in an expression: a + b = 7 states what a + b is, but 2x = 10 is yet to be solved."""
+  if isinstance(node, Node):
+    return node.op == "num" or (not is_name(node) and any(map(_holds_numeral, node.args)))
+  return isinstance(node, tuple) and any(map(_holds_numeral, node))
 
 
 def _close(value: Node, approximation: Node) -> bool:
@@ -89,9 +97,23 @@ def label(node: Node) -> tuple[str, Node] | None:
   own = answer_values.symbols(head) if head.op == "sym" else frozenset()
   if any(own & symbols_within(value) for value in rest):
     return None
-  if head.op == "mul" and not symbols_within(rest[-1]):
-    head = head.args[0] if not _is_capital(head) else head  # f(x) = 5 and f(n) = 5 name the same
-  return repr(head), rest[-1]
+  if head.op == "mul" and not symbols_within(rest[-1]) and not _is_capital(head):
+    head = head.args[0]  # f(x) = 5 and f(n) = 5 name the same
+  return _spelled(head), rest[-1]
+
+
+def _spelled(head: Node) -> str:
+  """A name as text; a segment and its length, AB and |AB|, are spelled alike."""
+  if head.op == "call":
+    return _spelled(head.args[1])
+  if _is_capital(head) and head.op == "mul":
+    return "".join(map(_spelled, head.args))
+  return head.args[0].removeprefix("overline ") if head.op == "sym" else repr(head)
+
+
+def is_function(head: Node) -> bool:
+  """Whether a name is y or that of a function of something."""
+  return head == Node("sym", ("y",)) or (head.op == "mul" and not _is_capital(head))
 
 
 def symbols_within(node) -> frozenset[str]:

@@ -1,6 +1,7 @@
 """Two single values compared: numbers and expressions with percent signs, degrees, units, bases, ratios and moduli."""
 
 import dataclasses
+import math
 
 from synthneg_jax.tasks import answer_values
 from synthneg_jax.tasks.answer_tree import Node, num, sym
@@ -118,14 +119,17 @@ def _equal(gold: Node, answer: Node, rules: Conventions) -> bool:
   if significant < rules.decimal_digits:
     return False
   digits = answer_values.Digits(60 + significant)
-  off = digits.value(Node("add", (gold, Node("neg", (answer,)))))
-  return abs(off) < digits.ctx.mpf(10) ** -count
+  decimal, other = (digits.value(gold), digits.value(answer)) if places else (digits.value(answer), digits.value(gold))
+  if digits.ctx.im(other):
+    return False
+  off, unit = (other - decimal) * (1 if decimal >= 0 else -1), digits.ctx.mpf(10) ** -count
+  return abs(off) * 2 <= unit or 0 <= off < unit  # rounded, or cut off
 
 
 def _places(node: Node) -> tuple[int, int] | None:
   """(decimal places, significant digits) of a constant with a finite decimal form; None for any other."""
   value = answer_values.exact(node)
-  if value is None:
+  if value is None or max(value.numerator.bit_length(), value.denominator.bit_length()) > 2000:
     return None
   rest, twos, fives = value.denominator, 0, 0
   while rest % 2 == 0:
@@ -142,6 +146,8 @@ def _same_quantity(gold: Node, answer: Node, rules: Conventions) -> bool:
   (value, unit), (value_too, unit_too) = (
     node.args if node.op == "quantity" else (node, None) for node in (gold, answer)
   )
+  if {value.op, value_too.op} & {"time"} and not {value.op, value_too.op} <= {"time", "ratio"}:
+    return False
   if rules.units == "ignored":
     return same_scalar(value, value_too, rules)
   if (
@@ -169,6 +175,8 @@ def _same_ratio(gold: Node, answer: Node) -> bool:
   kinds = ("ratio", "time")
   if gold.op not in kinds or answer.op not in kinds:
     ratio, other = (gold, answer) if gold.op in kinds else (answer, gold)
+    if ratio.op == "time" and math.gcd(*(int(part.args[0]) for part in ratio.args)) != 1:
+      return False  # who means a ratio writes 1:3, and 10:30 is a time
     return len(ratio.args) == 2 and answer_values.equal(Node("div", ratio.args), other)
   if len(gold.args) != len(answer.args):
     return False

@@ -71,7 +71,9 @@ _LAYOUT = re.compile(
 _SPACES = re.compile(
   r"(?<!\\)\\[,;:!> ~]|~|\\q?quad|\\(?:thinspace|enspace|medspace|thickspace)(?![A-Za-z])|&(?:nbsp;)"
 )
-_THIN_GROUPS = re.compile(r"(?<![\d.,])(\d{1,3}(?:(?:\\,|\\!,\\!|\\!|\{,\}\\?!?|,\\! ?|\{\\,\})\d{3})++)(?!\d)")
+_THIN_GROUPS = re.compile(
+  r"(?<![0-9.,])([0-9]{1,3}(?:(?:\\,|\\!,\\!|\\!|\{,\}\\?!?|,\\! ?|\{\\,\})[0-9]{3})++)(?![0-9])"
+)
 _ENVIRONMENT = re.compile(
   r"\\(?:begin|end)\{(?:align|aligned|equation|gather|gathered|displaymath|math|center|split)\*?\}"
 )
@@ -79,12 +81,14 @@ _TEXT_COMMANDS = (
   "text textbf textit textrm textsf textsc texttt textup textnormal mbox hbox emph mathrm mathsf mathtt mathbf mathit "
   "mathnormal operatorname boldsymbol bm pmb rm bf it underline"
 ).split()
-_TEXT = re.compile(rf"\\(?:{'|'.join(_TEXT_COMMANDS)})\*?\s*(?=\{{)")
+_WORD_COMMANDS = frozenset("text textnormal mbox hbox operatorname".split())
+_TEXT = re.compile(rf"\\({'|'.join(_TEXT_COMMANDS)})\*?\s*(?=\{{)")
+_BARE_FONT = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+([A-Za-z0-9])(?![A-Za-z])")
 _OLD_FONT = re.compile(r"\\(?:rm|bf|it|tt|sf|cal|boldmath|centering|large|Large|small)(?![A-Za-z])")
 _OPENS, _CLOSES = ("(", "[", r"\{"), (")", "]", r"\}")
-_NUMERAL = r"(?:\d++(?:\.\d*+)?|\.\d++)"
+_NUMERAL = r"(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
 _SCAN = re.compile(
-  rf"(?P<space>\s++)|(?P<num>(?:[1-9]\d{{0,2}}(?:,\d{{3}})++(?!,?\d)(?:\.\d++)?|{_NUMERAL})(?:[eE][+-]?\d++(?![A-Za-z]))?)|"
+  rf"(?P<space>\s++)|(?P<num>(?:[1-9][0-9]{{0,2}}(?:,[0-9]{{3}})++(?!,?[0-9])(?:\.[0-9]++)?|{_NUMERAL})(?:[eE][+-]?[0-9]++(?![A-Za-z]))?)|"
   r"(?P<cmd>\\[A-Za-z]++\*?)|(?P<word>[A-Za-z]++)|(?P<op>\\[\\{}|$%#&_]|\*\*|<=|>=|!=|==|->|[-+*/^_=<>()\[\]{}|,;:!'%&$.?\"@#~])"
 )
 
@@ -106,7 +110,7 @@ def closing(text: str, start: int) -> int:
 
 def plain_signs(text: str) -> str:
   """The text with Unicode signs as LaTeX or ASCII, raised and lowered digits as ^{...} and _{...}."""
-  text = re.sub(r"(?<=\d)( ?)([mck]?m|ft|in)(?=[²³])", r"\1\\text{\2}", text)
+  text = re.sub(r"(?<=[0-9])( ?)([mck]?m|ft|in)(?=[²³])", r"\1\\text{\2}", text)
   text = _SUPERSCRIPTS.sub(lambda found: "^{" + found.group().translate(_RAISED) + "}", text)
   text = _SUBSCRIPTS.sub(lambda found: "_{" + found.group().translate(_LOWERED) + "}", text)
   return text.translate(_TABLE)
@@ -123,13 +127,15 @@ def tidy(text: str) -> str:
   elif r"\begin" not in text:
     text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # a command escaped twice; no line breaks outside matrices
   text = _ENVIRONMENT.sub(" ", text)
-  text = _THIN_GROUPS.sub(lambda found: re.sub(r"\D", "", found.group()), text)
+  text = _THIN_GROUPS.sub(lambda found: re.sub(r"[^0-9]", "", found.group()), text)
+  text = re.sub(r"(?<=[0-9])\{[.,]\}(?=[0-9])", ".", _BARE_FONT.sub(r" \1", text))
+  text = re.sub(r"\b([apAP])\. ?[mM]\b\.?", r"\1m", text)
   text = _OLD_FONT.sub(" ", _SPACES.sub(" ", _LAYOUT.sub(" ", text)))
   text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace("`", " ")
   text = re.sub(r"\\[dt]binom(?![A-Za-z])", r"\\binom", text)
   text = re.sub(r"\^ ?(?:\{ ?\\(?:circ|degree) ?\}|\\(?:circ|degree)(?![A-Za-z]))", r"\\degree ", text)
   text = _currency(text)
-  return re.sub(r"(?<![.\d])\.$|(?<=\d)\.$", "", text.strip().rstrip("\\").strip()).strip()
+  return re.sub(r"(?<![.0-9])\.$|(?<=[0-9])\.$", "", text.strip().rstrip("\\").strip()).strip()
 
 
 def _currency(text: str) -> str:
@@ -156,7 +162,13 @@ def tokens(text: str) -> list[Token]:
       end = closing(text, command.end())
       if end < 0:
         raise Unreadable("a text command that does not end")
-      found.append(Token("text", " ".join(text[command.end() + 1 : end].split()), spaced))
+      inner = " ".join(text[command.end() + 1 : end].split())
+      if re.match(r"[-+]?[0-9]", inner) or (
+        command.group(1) not in _WORD_COMMANDS and re.search(r"[0-9\\^_+*/=]", inner)
+      ):
+        place = command.end()  # a formula in bold, or a number in roman: read as it stands
+        continue
+      found.append(Token("text", inner, spaced))
       place, spaced = end + 1, False
       continue
     match = _SCAN.match(text, place)
@@ -183,7 +195,7 @@ def tokens(text: str) -> list[Token]:
 def _numeral(value: str, spaced: bool, brackets: int) -> list[Token]:
   """One numeral; within brackets "1,234" is two unless a group could not stand alone, as in "1,000"."""
   groups = value.split(",")
-  if brackets > 0 and len(groups) > 1 and not any(re.match(r"0\d", group) for group in groups):
+  if brackets > 0 and len(groups) > 1 and not any(re.match(r"0[0-9]", group) for group in groups):
     parts = [token for group in groups for token in (Token("op", ","), Token("num", group))][1:]
     return [parts[0]._replace(spaced=spaced), *parts[1:]]
   return [Token("num", "".join(groups), spaced, "," if len(groups) > 1 else "")]

@@ -16,9 +16,9 @@ from synthneg_jax.tasks.answer_values import Undefined
 
 MAX_EXTRACTED = 200  # characters of an answer kept in a verdict
 
-_NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(?:,\d{3})+)(?:\.\d*)?")
+_NUMBER = re.compile(r"[-+]?([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]*)?")
 _ONE_NUMBER = re.compile(
-  r"(?<![A-Za-z0-9.,])-?\$?(?:[1-9]\d{0,2}(?:,\d{3})++|\d++)(?:[.,]\d++)?(?:/\d++)?(?![A-Za-z]?\d|[A-Z])%?"
+  r"(?<![A-Za-z0-9.,])-?\$?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:[.,][0-9]++)?(?:/[0-9]++)?(?![A-Za-z]?[0-9]|[A-Z]|[-+/^])%?"
 )
 _OPEN_WORDS = re.compile(
   r"\b(?:or|nor|not|no|maybe|perhaps|possibly|either|about|approximately|around|nearly|almost|over|under|below|above|"
@@ -26,7 +26,7 @@ _OPEN_WORDS = re.compile(
   r"squared|cubed|could|might|probably|guess)\b",
   re.IGNORECASE,
 )
-_CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?!\d))\s*(.*)", re.DOTALL)
+_CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?![0-9]))\s*(.*)", re.DOTALL)
 _IS = re.compile(r"\b(?:is|are|equals|be|was|by)\b:?+")
 _LETTER = re.compile(r"\(?([A-J])\)?\.?")
 
@@ -136,7 +136,7 @@ def _grade_text(text: str, gold: str, rules: Conventions, whole: str) -> tuple[s
 
 def _decimal_comma(text: str) -> Node | None:
   """The number that 3,14 is where a comma stands for the decimal point; None for any other text."""
-  found = re.fullmatch(r"(-?)(\d+),(\d+)", tidy(text[:MAX_CHARS]))
+  found = re.fullmatch(r"(-?)([0-9]+),([0-9]+)", tidy(text[:MAX_CHARS]))
   return read("".join((found.group(1), found.group(2), ".", found.group(3)))) if found else None
 
 
@@ -148,8 +148,8 @@ def _within(text: str, whole: str) -> list[str]:
   found = [
     (match.start(), next(filter(None, match.groups()), "")) for match in answer_extraction.FORMULA.finditer(text)
   ]
-  if not re.search(r"[\\^_=<>*]", text.replace("$", "")) or whole == "last":
-    outside = answer_extraction.FORMULA.sub(lambda match: " " * len(match.group()), text)
+  outside = answer_extraction.FORMULA.sub(lambda match: " " * len(match.group()), text)
+  if not re.search(r"[\\^_{}<>|\[\]*`\x00-\x08]", outside):  # prose, where a number stands for itself
     found += [(match.start(), match.group()) for match in _ONE_NUMBER.finditer(outside)]
   parts = [part for _, part in sorted(found) if not re.fullmatch(r"\s*[A-Za-z]*\s*", part)]
   if whole == "first" and len(set(parts)) > 1 and not any("\\" in part or "$" in text for part in parts):
@@ -174,6 +174,13 @@ def grade_math(response: str, gold: str, rules: Conventions) -> tuple[str, str |
   Raises:
     UserError: the gold answer is empty or too long.
   """
+  try:
+    return _graded(response, gold, rules)
+  except (TooLarge, RecursionError):
+    return "too_large", None
+
+
+def _graded(response: str, gold: str, rules: Conventions) -> tuple[str, str | None]:
   wanted, _ = _gold(gold)
   if len(response) <= len(gold) + 100 and canonical(response) == canonical(gold):
     return "right", _shown(wanted, gold)

@@ -1,4 +1,4 @@
-"""Tests of the verifier."""
+"""Tests of the verifier, answers of kind "integer"."""
 
 import fractions
 import json
@@ -55,7 +55,10 @@ PAIRS = [
 
 # (whole response, gold, reason)
 RESPONSES = [
-  ("The answer is 18.", "18", "no_answer"), ("", "18", "no_answer"), ("### 18", "18", "no_answer"),
+  ("\\boxed{18}", "18", "right"), ("\\boxed{18}\n\\boxed{19}", "19", "ambiguous"), ("x\nA: 1,800", "1800", "right"),
+  ("The answer is 7 or 8.", "7", "ambiguous"), ("\\boxed{18}\n#### 19", "19", "right"), ("\\boxed{18", "18", "no_answer"),
+  ("The answer is 18.", "18", "right"), ("So it is 18.", "18", "no_answer"),
+  ("A: 18", "18", "right"), ("", "18", "no_answer"), ("### 18", "18", "no_answer"),
   ("a\n####18", "18", "right"), ("**#### 18**", "18", "right"), ("##### 18", "18", "right"),
   ("#### 18\nThat was 19.", "18", "right"), ("####\n18", "18", "no_answer"),
   ("#### 5\n#### 6", "6", "ambiguous"), ("#### 5\n#### 6", "5", "ambiguous"), ("#### 5 #### 6", "6", "ambiguous"),
@@ -108,8 +111,8 @@ class GradeTest(parameterized.TestCase):
 
   # Fails if another kind fell through to the integer rule.
   def test_bad_kind(self):
-    with self.assertRaisesRegex(errors.UserError, '"math" is not supported yet; the supported kinds: integer'):
-      answers.grade("#### 5", "5", kind="math")
+    with self.assertRaisesRegex(errors.UserError, '"real" is not supported; the supported kinds: integer, math'):
+      answers.grade("#### 5", "5", kind="real")
 
   # Fails if two different numbers on one line could be right, whatever stands between them.
   @settings(max_examples=300, deadline=None, database=None)

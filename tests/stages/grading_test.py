@@ -1,0 +1,66 @@
+"""Tests of the grading report."""
+
+import dataclasses
+import tempfile
+
+from absl.testing import absltest
+from etils import epath
+
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime.records import Problem, Shards, Trace
+from synthneg_jax.stages import grading
+
+
+def problem(name: str, answer: str) -> Problem:
+  made = {field.name: "" for field in dataclasses.fields(Problem)}
+  return Problem(**(made | {"id": name, "prompt": "Find x.", "answer": answer}))
+
+
+def trace(name: str, reason: str, text: str) -> Trace:
+  return Trace(
+    id=f"{name}/sample/0", problem_id=name, index=0, ids=[1], step_ends=[1], text=text, correct=reason == "right",
+    reason=reason, extracted=text[:5], finish="eos", logps=[0.0], drawn_logps=[0.0], policy="0" * 16,
+  )  # fmt: skip
+
+
+class GradingReportTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = epath.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    Shards(self.folder / "synthesize" / "train", Problem).write(
+      [problem("a", "7"), problem("b", "8"), problem("c", "9")]
+    )
+    Shards(self.folder / "synthesize" / "test", Problem).write([problem("d", "1")])
+    self.traces = [trace("a", "right", "7"), trace("b", "unparsable", "x?y"), trace("c", "ambiguous", "9 or 8")]
+
+  def test_reasons_and_examples(self):
+    # Fails if counts are wrong, right ones come first, or an example is missing.
+    Shards(self.folder / "sample" / "traces", Trace).write(self.traces)
+    Shards(self.folder / "evaluate" / "sft" / "traces", Trace).write([trace("d", "wrong", "2")])
+    text = grading.report(str(self.folder), False, 5).read_text()
+    self.assertIn("| unparsable | 1 | 0 |", text)
+    self.assertIn("| all | 3 | 1 |", text)
+    order = [text.index(f"## {reason}: ") for reason in ("unparsable", "ambiguous", "wrong", "right")]
+    self.assertEqual(order, sorted(order))
+    self.assertIn("- b/sample/0: gold `8`, read `x?y`", text)
+    self.assertNotIn("second opinion", text)
+
+  def test_disagreements(self):
+    # Fails if agreements are listed, or an opinion that is none counts.
+    says = {"7": False, "x?y": None, "9 or 8": True}
+    problems = {p.id: p for p in (problem("a", "7"), problem("b", "8"), problem("c", "9"))}
+    text = grading.markdown({"sample": self.traces}, problems, lambda response, gold: says[response], 5)
+    self.assertIn("## wrong here, right there: sample, 1 of 2", text)
+    self.assertIn("## right here, wrong there: sample, 1 of 1", text)
+
+  def test_few_are_shown(self):
+    text = grading.markdown({"s": [self.traces[1]] * 9}, {"b": problem("b", "8")}, None, 2)
+    self.assertIn("- and 7 more", text)
+
+  def test_an_empty_workdir_is_said(self):
+    with self.assertRaisesRegex(UserError, "holds no traces"):
+      grading.report(str(self.folder / "none"), False, 5)
+
+
+if __name__ == "__main__":
+  absltest.main()
