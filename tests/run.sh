@@ -3,7 +3,7 @@
 #
 #   bash tests/run.sh [--parity] [--long] [pytest args]
 #
-#   --parity   installs torch and TRL too and runs only the comparisons with them
+#   --parity   installs torch, TRL and PEFT too and runs only the comparisons with them
 #   --long     also runs what takes full size or hours
 set -euo pipefail
 extra="test"
