@@ -98,15 +98,6 @@ class TrainCheckpoints:
         self._unreadable.remove(step)
       self._manager.save(step, args=ocp.args.StandardSave(state), metrics={"loss": loss}, force=True)
 
-  def wait(self) -> None:
-    """Waits until everything is written.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    with self._said():
-      self._manager.wait_until_finished()
-
   def close(self):
     """Waits for the last save.
 

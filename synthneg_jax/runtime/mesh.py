@@ -153,6 +153,18 @@ def place(tree, shardings):
   return jax.tree.map(lambda sharding, part: jax.tree.map(functools.partial(put, sharding), part), shardings, tree)
 
 
+def connect(mesh: Mesh) -> None:
+  """Has all devices, and those along each axis, meet once; every process calls it, when all are there.
+
+  Connections are made at the first meeting, and gloo, which CPU processes meet by, gives it 30 s: less than one process may
+  take longer than another over its first program. A machine that cannot be reached shows at once.
+  """
+  for axes in (mesh.axis_names, *((axis,) for axis in mesh.axis_names if mesh.shape[axis] > 1)):
+    ones = np.ones(math.prod(mesh.shape[axis] for axis in axes), np.float32)
+    split = place(ones, NamedSharding(mesh, PartitionSpec(axes)))
+    jax.block_until_ready(jax.jit(jax.numpy.sum, out_shardings=replicated(mesh))(split))
+
+
 def whole(x: jax.Array) -> np.ndarray:
   """An array on the host, whole, wherever its parts lie; every process calls it."""
   if x.is_fully_addressable or x.is_fully_replicated:

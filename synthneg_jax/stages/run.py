@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from synthneg_jax.rollouts.engine import Engine
 from synthneg_jax.rollouts.sampling import Sampling
 from synthneg_jax.runtime import config as config_lib
-from synthneg_jax.runtime import manifest
+from synthneg_jax.runtime import manifest, processes
 from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Problem, Shards
@@ -55,7 +55,11 @@ class Run:
     """A run on all devices there are."""
     if config.model.dtype == "float32":  # accelerators would multiply float32 in bfloat16 parts
       jax.config.update("jax_default_matmul_precision", "float32")
-    return cls(config, epath.Path(workdir), mesh_lib.make_mesh(**config.mesh))
+    mesh = mesh_lib.make_mesh(**config.mesh)
+    if processes.count() > 1:
+      processes.barrier()
+      mesh_lib.connect(mesh)
+    return cls(config, epath.Path(workdir), mesh)
 
   def stage(
     self,

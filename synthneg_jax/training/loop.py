@@ -152,8 +152,7 @@ def fit(
         previous = None
         keep(done, state)
         if stopping:
-          keeper.wait()
-          raise processes.Stopped
+          raise processes.Stopped  # once the keeper is closed, everything is written
     if previous is not None:
       report(*previous, progress)
   return state["params"], averages

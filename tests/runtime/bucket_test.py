@@ -23,6 +23,10 @@ class Bucket(MemoryFileSystem):
   def _strip_protocol(cls, path):
     return "/" + str(path).removeprefix("gs://").strip("/")
 
+  def open(self, path, mode="rb", **kwargs):
+    assert "a" not in mode, "objects of a bucket cannot be added to"
+    return super().open(path, mode, **kwargs)
+
   def glob(self, path, **kwargs):
     return [found.lstrip("/") for found in super().glob(path, **kwargs)]
 

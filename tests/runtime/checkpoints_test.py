@@ -180,7 +180,8 @@ class TrainCheckpointsTest(FolderTestCase):
     # Fails if a whole checkpoint that does not fit is passed over, and so lost when newer ones come.
     keeper = checkpoints.TrainCheckpoints(self.folder, keep=2, every_steps=1)
     keeper.save(1, jax.device_put(PARAMS, shardings(1, 1, 1)), 1.0)
-    keeper.wait()
+    keeper.close()
+    keeper = checkpoints.TrainCheckpoints(self.folder, keep=2, every_steps=1)
     for change, said in (
       (
         lambda tree: tree["ends"].update(embedding=np.zeros((16, 9), np.float32)),

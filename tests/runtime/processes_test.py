@@ -122,6 +122,16 @@ class LinkTest(MembersTestCase):
     for index in (0, 2):
       self.assertTrue(ends[index][2].endswith(": process 1 stopped: the disk is full"), ends[index])
 
+  def test_leave_is_no_death(self):
+    # Fails if a process that says that it leaves, as all do when the grace after SIGTERM is over, counts as dead.
+    made = self.members("""
+      if index == 1:
+        state.link.leave()
+        os._exit(75)
+      time.sleep(1)
+    """)
+    self.assertEqual([status for status, _, _ in self.ends(made)], [0, 75, 0])
+
   def test_all_stop_at_the_same_place(self):
     # Fails if a process that is behind stops earlier than one ahead, so that one waits for the other for ever; or if the
     # end of one that has taken leave is called a death.

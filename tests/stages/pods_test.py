@@ -41,13 +41,14 @@ def free_port() -> int:
     return server.getsockname()[1]
 
 
-def start(workdir, count: int, stages: str, *flags) -> list[subprocess.Popen]:
+def start(workdir, count: int, stages: str, *flags, stop_at: int = 0) -> list[subprocess.Popen]:
   """The pipeline as `count` processes, which have DEVICES devices between them."""
   env = {**os.environ, "JAX_PLATFORMS": "cpu"}
   env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // count}"
   address, made = f"127.0.0.1:{free_port()}", []
   for index in range(count):
-    command = [sys.executable, str(ROOT / "launch/pipeline.py"), "--config=configs/arithmetic.py:smoke", *SETTINGS]
+    command = [sys.executable, *(("-c", STOP_AT, str(stop_at)) if stop_at else ())]
+    command += [str(ROOT / "launch/pipeline.py"), "--config=configs/arithmetic.py:smoke", *SETTINGS]
     command += [f"--workdir={workdir}", f"--compilation_cache={scratch() / 'xla'}", f"--stages={stages}", *flags]
     if count > 1:
       command += [
@@ -191,6 +192,42 @@ class TwoProcessesTest(PodTestCase):
     # Fails if the others hang when one dies, or say nothing; if SIGTERM to one stops that one only, or all at different
     # steps; or if one process does not go on where two were, or loses step or shuffle.
     self.deaths_and_ways_back(scratch() / "deaths", 2, then=1)
+
+
+# Asks to stop at the given call of the decoding loop, as SIGTERM would, and runs the program named by the rest.
+STOP_AT = """
+import itertools, runpy, sys
+from synthneg_jax.runtime import processes
+calls, at = itertools.count(1), int(sys.argv[1])
+processes.stopping = lambda: next(calls) >= at
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.long
+class StoppedTest(PodTestCase):
+  def test_what_was_drawn_before_a_stop_is_kept(self):
+    # Fails if a stop costs finished problems, keeps one that was not finished, or changes what is drawn after it.
+    workdir = after_sft("stopped")
+    small = ("--config.engine.lanes=8", "--config.credit.lanes=4")
+    for stage, name, at in (("sample", "sample/traces", 4), ("credit", "credit/estimates", 30)):
+      [process] = start(workdir, 1, stage, *small, stop_at=at)
+      [line] = finish([process], workdir, processes.PREEMPTED)
+      self.assertIn("stopped by SIGTERM; what was done is saved.", line)
+      kept, expected = records(workdir, name), records(alone(), name)
+      self.assertBetween(len(kept), 1, len(expected) - 1, name)
+      complete = {record["problem_id"] for record in kept.values()}
+      self.assertEqual(set(kept), {key for key, record in expected.items() if record["problem_id"] in complete})
+      finish(start(workdir, 1, stage, *small), workdir, 0)
+      found = records(workdir, name)
+      for key, record in kept.items():
+        self.assertEqual(found[key], record)
+      self.assertLen(list((workdir / name).glob("*.jsonl")), 2)
+      drawn = lambda made: {
+        key: record.get("ids", [sample["ids"] for sample in record.get("samples", [])]) for key, record in made.items()
+      }
+      self.assertEqual(drawn(found), drawn(expected))
 
 
 @pytest.mark.long

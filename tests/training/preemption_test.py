@@ -76,7 +76,7 @@ class PreemptionTest(absltest.TestCase):
   def test_sigterm_saves_and_ends_with_its_own_status(self):
     # Fails if SIGTERM kills, if its status is another's, if the step under way is lost, or if it takes its time.
     workdir = scratch() / "terminated"
-    process = start(workdir, "--step_s=0.5")
+    process = start(workdir, "--step_s=0.5", "--save_every_steps=100")
     lines = lambda: (
       len((workdir / "metrics.jsonl").read_text().splitlines()) if (workdir / "metrics.jsonl").exists() else 0
     )

@@ -15,6 +15,7 @@ startup.define_flags(config=False)
 flags.DEFINE_integer("kill_at", -1, "Step at which SIGKILL comes, while its batch is built.")
 flags.DEFINE_float("step_s", 0.0, "Seconds that a batch takes to be built.")
 flags.DEFINE_integer("largest_file", 0, "Bytes beyond which no file can be written; 0 for none.")
+flags.DEFINE_integer("save_every_steps", 2, "Steps between checkpoints.")
 flags.DEFINE_integer("width", 4, "Columns of the matrix.")
 
 
@@ -40,7 +41,7 @@ def main():
       return super().build(step)
 
   section = config_lib.default().sft
-  section.update(save_every_steps=2, keep_checkpoints=2)
+  section.update(save_every_steps=flags.FLAGS.save_every_steps, keep_checkpoints=2)
   section.optimizer.update(learning_rate=0.05)
   if flags.FLAGS.largest_file:
     resource.setrlimit(resource.RLIMIT_FSIZE, (flags.FLAGS.largest_file, flags.FLAGS.largest_file))
