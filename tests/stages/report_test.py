@@ -247,7 +247,9 @@ def _run(tmp_path) -> Run:
   Shards(workdir / "credit" / "estimates", StepEstimate).write(estimates)
   _stage(workdir, "synthesize", {"train": 2})
   _stage(workdir, "sft", {"steps": 7})
-  (workdir / "sft" / "metrics.jsonl").write_text('{"step": 0, "loss/per_token": 0.5}\n{"step": 1, "loss/per_')  # it was cut
+  (workdir / "sft" / "metrics.jsonl").write_text(
+    '{"step": 0, "loss/per_token": 0.5}\n{"step": 1, "loss/per_'
+  )  # it was cut
   _stage(workdir, "sample", {"traces": 8, "tokens": 400, "reasons": {"right": 5, "wrong": 3}})
   drawn = {"traces": 3, "steps": 8, "rollouts": 20, "rollout_tokens": 100}
   _stage(workdir, "credit", drawn, {"credit.best_of": 1})
