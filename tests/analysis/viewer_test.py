@@ -286,6 +286,7 @@ def test_keys_links_and_two_side_by_side(browser, tmp_path):
   ]
   parts = "[...document.querySelectorAll('.step')].map(e => e.classList.contains('parts'))"
   assert browser.js(parts) == [False, True, False] * 2
+  assert browser.js("document.documentElement.scrollHeight") <= 900  # list and trace scroll, not the page
   link = browser.js("location.hash")
   browser.open(path, link)
   browser.wait("document.querySelectorAll('article').length === 2")
@@ -324,7 +325,8 @@ def test_formulas(browser, tmp_path):
   for text, formulas in {
     "pay $5, $6 or $7": [],
     "$5-$3=$2": [],
-    "so $x$ is $-3y$": ["x"],
+    "so $x$ is $-3y$, not $y+1$": ["x", "-3y", "y+1"],
+    "$12$ lies in $[0, 30)$": ["12", "[0, 30)"],
     "$$a\n+b$$ and \\(c\\)": ["a\n+b", "c"],
     "\\$5 and $x_1$": ["x_1"],
     "$a = \\$5$": ["a = \\$5"],
