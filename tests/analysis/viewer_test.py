@@ -440,7 +440,7 @@ def test_twenty_thousand_traces_do_not_freeze(browser, tmp_path):
   # Fails if all rows are made, all chunks parsed at the start, or a search done in one go (measured: see docs/report.md).
   started = time.time()
   path = _open(browser, tmp_path, _many(20_000))
-  browser.wait("document.querySelector('article') && shown.length === 20000")
+  browser.wait("document.querySelector('article') && shown.length === 20000", 60)
   loaded = time.time() - started
   parsed = browser.js("parsed.size")
   gaps = """(() => { let last = performance.now(); window.gap = 0;
@@ -460,7 +460,7 @@ def test_twenty_thousand_traces_do_not_freeze(browser, tmp_path):
   print(f"{size:.1f} MB, loaded in {loading:.0f} ms; longest pauses: scroll {scroll:.0f} ms, search {searched:.0f} ms")
   print(f"made, written and open in {loaded:.1f} s; chunks parsed by then: {parsed}")
   assert size < 80 and parsed < 40
-  assert scroll < 1500 and searched < 1500  # generous: other work may share the machine
+  assert scroll < 3000 and searched < 3000  # generous: other work may share the machine
   _quiet(browser)
 
 
