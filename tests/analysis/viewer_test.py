@@ -1,7 +1,9 @@
 """The trace viewer: its data say what is so, it runs nothing that a model wrote, and 20,000 traces do not freeze it."""
 
+import ast
 import html.parser
 import json
+import pathlib
 import random
 import re
 import time
@@ -14,6 +16,7 @@ from tests import browser as browser_lib
 # What a model, a problem's author or a gold answer might hold. window.owned must stay undefined.
 HOSTILE = (
   "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 2'>"
+  "</script ><script >window.owned = 10</script ><!--<script "
   "<svg onload='window.owned = 3'><iframe src='https://evil.example/'></iframe><!-- <script>"
   " javascript:window.owned=4 \u2028\u2029\ud800 &lt;b&gt; {{DATA}} ${window.owned=5} "
   "$\\href{javascript:window.owned=6}{click}$ $\\htmlData{onclick=window.owned=7}{x^2}$ "
@@ -150,7 +153,7 @@ def test_hostile_text_stays_data():
   assert not {"img", "iframe", "svg", "link"} & set(page.tags)
   trace = page.data("texts-0")[0][7][0]
   assert trace[1] == [HOSTILE, HOSTILE]
-  assert all(text.isascii() for attributes, text in page.found if attributes)
+  assert all(text.isascii() and not set("<>&") & set(text) for attributes, text in page.found if attributes)
 
 
 @pytest.mark.parametrize(
@@ -470,3 +473,16 @@ def test_the_page_names_no_address():
   outside = re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.DOTALL)
   assert "http" not in outside.replace("http-equiv", "")
   assert re.findall(r"url\((?!data:)", page) == [] and "@import" not in page
+
+
+def test_the_page_is_installed_with_the_package():
+  # Fails if setup.py leaves out a part of the page: then it works from a checkout only.
+  root = pathlib.Path(viewer.__file__).parents[1]
+  patterns = ast.literal_eval(
+    re.search(r"package_data=\{\"synthneg_jax\": (\[.*?\])", (root.parent / "setup.py").read_text()).group(1)
+  )
+  installed = {path for pattern in patterns for path in root.glob(pattern)}
+  parts = {
+    p for p in (root / "analysis").rglob("*") if p.suffix in (".js", ".css", ".html", ".woff2") or p.name == "LICENSE"
+  }
+  assert len(parts) == 29 and parts <= installed
