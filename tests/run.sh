@@ -28,11 +28,11 @@ if [ "$extra" = parity ]; then
 fi
 has_browser() { command -v chromium > /dev/null || command -v chromium-browser > /dev/null || command -v google-chrome > /dev/null; }
 if ! has_browser && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-  echo "Installing Debian's chromium for the browser test ..." >&2
+  echo "Installing Debian's chromium for the browser tests ..." >&2
   { apt-get update && apt-get install -y --no-install-recommends chromium; } > /dev/null 2>&1 || true
 fi
 if ! has_browser; then
-  echo "run.sh: no Chromium or Chrome here: the browser test of the report is left out." >&2
+  echo "run.sh: no Chromium or Chrome here: the tests of report and trace viewer in a browser are left out." >&2
   args+=(-m "not browser")
 fi
 exec .venv/bin/python -m pytest tests --ignore=tests/parity ${args[@]+"${args[@]}"}

@@ -13,8 +13,15 @@ import sys
 import tempfile
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 from absl.testing import absltest, parameterized
+
+from synthneg_jax.core.tree import Branch, Tree, pack
+from synthneg_jax.runtime.records import Pair, Shards
+from synthneg_jax.stages import margins
+from synthneg_jax.stages.run import Run
 
 ROOT = pathlib.Path(__file__).parents[2]
 METHODS = ["base", "sft", "rft", "dpo", "step_dpo"]
@@ -128,6 +135,30 @@ class RecipeTest(absltest.TestCase):
       first = json.loads((finished() / f"dpo/{name}/metrics.jsonl").read_text().splitlines()[0])
       self.assertAlmostEqual(first["margin/per_pair"], 0.0, delta=1e-4)
       self.assertAlmostEqual(first["loss/per_pair"], 0.693147, delta=1e-4)
+
+  def test_pairs_are_scored_before_and_after_training(self):
+    # Fails if scores are of other weights, of other branches, or if chosen and rejected are swapped. The oracle: one
+    # response in one row, no packing, no branches.
+    sys.path.insert(0, str(ROOT / "configs"))
+    import arithmetic
+
+    run_ = Run.open(arithmetic.get_config("smoke"), finished())
+    self.assertIn('id="texts-0"', (finished() / "report/traces.html").read_text())
+    for name in ("dpo", "step_dpo"):
+      pairs = {pair.id: pair for pair in Shards(run_.workdir / "dpo" / name / "pairs", Pair).read()}
+      moved = margins.read(run_, name)
+      self.assertEqual(set(moved), set(pairs))
+      for key in list(pairs)[:2]:
+        pair, found = pairs[key], moved[key]
+        for n, stage in enumerate(("sft", f"dpo/{name}")):
+          policy = run_.policy(stage)
+          for ids, sums in ((pair.chosen, found.chosen), (pair.rejected, found.rejected)):
+            rows = pack([[Tree(tuple(pair.trunk), (Branch(len(pair.trunk), tuple(ids)),))]], len(pair.trunk) + len(ids))
+            hidden, _ = policy.model.hidden(policy.params, rows)
+            logp = jax.nn.log_softmax(policy.model.logits(policy.params, hidden[0, len(pair.trunk) - 1 : -1]))
+            expected = float(logp[jnp.arange(len(ids)), jnp.array(ids)].sum())
+            self.assertAlmostEqual(sums[n], expected, delta=1e-3)
+    self.assertGreater(max(abs(m.after - m.before) for m in moved.values()), 1e-3)
 
   def test_sampler_and_trainer_agree(self):
     # Fails if the decoder's log-probs are of another distribution than the trainer's (tempered, masked, another fork), or

@@ -4,10 +4,7 @@ import dataclasses
 import html.parser
 import importlib.util
 import json
-import pathlib
-import shutil
 import string
-import subprocess
 
 import numpy as np
 import pytest
@@ -25,6 +22,7 @@ from synthneg_jax.runtime.records import Pair, Problem, Shards, StepEstimate, Tr
 from synthneg_jax.stages import report
 from synthneg_jax.stages.run import Run
 from synthneg_jax.tasks.token_text import TokenText, step_ends
+from tests import browser as browser_lib
 
 HOSTILE = '</span><script>document.title = "owned"</script><img src="https://evil.example/x.png" onerror=alert(1)>'
 
@@ -69,11 +67,12 @@ def _hand_made() -> analysis.Report:
   return analysis.Report(
     title="Toy",
     methods=[analysis.Method("SFT", 0.4, 0.3, 0.5, 100), analysis.Method("RFT")],
-    values=analysis.MeanValues([0.5, 0.25, 0.0], [3, 2, 0], 0.6, 2),
+    values=analysis.MeanValues([0.5, 0.25, 0.0], [3, 2, 0], 0.6, 2, [-0.1, 0.25, 0.0], [3, 2, 0]),
     pits=[1, 0, -1],
     traces=[trace],
     reasons={"SFT, test": {"right": 60, "wrong": 40}},
     stages=states,
+    training={"sft": ("SFT", [{"step": n, "loss/per_token": 1 / (n + 1), "grad_norm": 2.0} for n in range(60)])},
     config={"seed": 0, "model.path": HOSTILE},
     changed=["model.path"],
     versions={"jax": "1"},
@@ -88,7 +87,9 @@ def _hand_made() -> analysis.Report:
 
 
 def _unfinished(made: analysis.Report) -> analysis.Report:
-  return dataclasses.replace(made, methods=[analysis.Method("SFT")], values=None, pits=None, traces=None, reasons={})
+  states = [analysis.StageState(stage.name, "begun", {}) for stage in made.stages[1:]]
+  rest = {"values": None, "pits": None, "traces": None, "reasons": {}, "training": {}, "stages": states}
+  return dataclasses.replace(made, methods=[analysis.Method("SFT")], **rest)
 
 
 def test_what_a_model_wrote_is_escaped(tmp_path):
@@ -102,7 +103,8 @@ def test_no_resource_is_fetched(tmp_path, change):
   text = analysis.write(change(_hand_made()), tmp_path).read_text()
   page = _Page(text)
   loads = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
-  assert all(value.startswith("#") for _, name, value in page.attributes if name in loads)
+  assert all(value.startswith(("#", "traces.html")) for _, name, value in page.attributes if name in loads)
+  assert not any("traces.html" in value for tag, _, value in page.attributes if tag != "a")  # a link, not a resource
   assert not {"link", "iframe", "object", "script", "img"} & set(page.tags)
   assert not any("http:" in value or "https:" in value or "url(h" in value for _, _, value in page.attributes)
   assert "@import" not in text
@@ -115,11 +117,12 @@ def test_unfinished_parts_are_said(tmp_path):
   text = _Page(analysis.write(_unfinished(_hand_made()), tmp_path).read_text()).text
   for sentence in (
     "Not finished yet: credit, dpo/dpo.",
+    "No policy has been trained yet",
+    "No stage is done yet",
     "Stage evaluate is not done",
     "Stage credit is not done",
     "No response has been graded yet",
     "begun, not finished",
-    "not begun",
   ):
     assert sentence in text, sentence
   assert not list(tmp_path.glob("*.png"))
@@ -128,10 +131,17 @@ def test_unfinished_parts_are_said(tmp_path):
 def test_figures_are_kept_as_png_and_csv_and_repeat(tmp_path):
   first = analysis.write(_hand_made(), tmp_path / "a").read_text()
   assert analysis.write(_hand_made(), tmp_path / "b").read_text() == first
-  for name in ("errors", "mean_q", "pits"):
+  for name in ("errors", "mean_q", "mean_advantage", "pits", "training_sft", "time"):
     assert (tmp_path / "a" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
   assert (tmp_path / "a" / "errors.csv").read_text().splitlines()[1] == "SFT,0.4,0.3,0.5,100"
   assert (tmp_path / "a" / "mean_q.csv").read_text() == "step,mean_q,traces\n0,0.6,3\n1,0.5,3\n2,0.25,2\n3,,0\n"
+  assert (tmp_path / "a" / "mean_advantage.csv").read_text() == "step,mean_advantage,traces\n1,-0.1,3\n2,0.25,2\n3,,0\n"
+  assert (tmp_path / "a" / "training_sft.csv").read_text().splitlines()[:3] == [
+    "step,loss/per_token,grad_norm",
+    "0,1.0,2.0",
+    "1,0.5,2.0",
+  ]
+  assert (tmp_path / "a" / "time.csv").read_text() == "stage,seconds,responses_drawn,tokens_drawn\nsft,3.5,,\n"
   assert (tmp_path / "a" / "pits.csv").read_text() == "step,traces\n1,1\n2,1\n3,0\nnone,1\n"
 
 
@@ -237,13 +247,23 @@ def _run(tmp_path) -> Run:
   Shards(workdir / "credit" / "estimates", StepEstimate).write(estimates)
   _stage(workdir, "synthesize", {"train": 2})
   _stage(workdir, "sft", {"steps": 7})
-  _stage(workdir, "sample", {"traces": 8, "reasons": {"right": 5, "wrong": 3}})
-  _stage(workdir, "credit", {"steps": 8}, {"credit.best_of": 1})
+  (workdir / "sft" / "metrics.jsonl").write_text(
+    '{"step": 0, "loss/per_token": 0.5}\n{"step": 1, "loss/per_'
+  )  # it was cut
+  _stage(workdir, "sample", {"traces": 8, "tokens": 400, "reasons": {"right": 5, "wrong": 3}})
+  drawn = {"traces": 3, "steps": 8, "rollouts": 20, "rollout_tokens": 100}
+  _stage(workdir, "credit", drawn, {"credit.best_of": 1})
   _stage(workdir, "dpo/dpo")
   _stage(
     workdir,
     "evaluate/sft",
-    {"test_error": 0.25, "ci95": [0.1, 0.5], "num_problems": 16, "reasons": {"right": 12, "wrong": 3, "truncated": 1}},
+    {
+      "test_error": 0.25,
+      "ci95": [0.1, 0.5],
+      "num_problems": 16,
+      "reasons": {"right": 12, "wrong": 3, "truncated": 1},
+      "mean_tokens": 30.0,
+    },
   )
   return Run(config, workdir, None)
 
@@ -255,6 +275,11 @@ def test_stage_from_a_workdir(run_):
   # V: 2/4, 2/4, 3/4. Step 1: 3/4, 1/4, 2/4. Step 2: 1/4, the last step of the second trace, 0/4. Step 3: two last ones.
   expected = [(0, 7 / 12, 3), (1, 0.5, 3), (2, 1 / 12, 3), (3, 0.0, 2)]
   np.testing.assert_allclose([[float(cell) for cell in line.split(",")] for line in lines], expected, atol=1e-6)
+  # Advantages of those, by trace: 1/4, -2/4, -1/4; then -1/4, -1/4; then -1/4, -2/4, 0.
+  lines = (path.parent / "mean_advantage.csv").read_text().splitlines()[1:]
+  expected = [(1, -1 / 12, 3), (2, -5 / 12, 3), (3, -1 / 8, 2)]
+  np.testing.assert_allclose([[float(cell) for cell in line.split(",")] for line in lines], expected, atol=1e-6)
+  assert (path.parent / "training_sft.csv").read_text() == "step,loss/per_token\n0,0.5\n"
   # Lowest Q first reached: the third, the second and the second step.
   assert (path.parent / "pits.csv").read_text() == "step,traces\n1,0\n2,2\n3,1\nnone,0\n"
   page = _Page(path.read_text())
@@ -266,6 +291,7 @@ def test_stage_from_a_workdir(run_):
   assert "2 of 4 samples of the problem are right (value 0.50)" in text
   assert "Not finished yet: rft, dpo/dpo, dpo/step_dpo, evaluate/base" in text
   assert "25.0 %" in text and "10.0 – 50.0 %" in text and "cut off at the length limit" in text
+  assert "would be 20; 20 were drawn" in text and "Seed 0" in text
   assert "abc123" in text and "jax 9.9" in text
 
 
@@ -303,41 +329,23 @@ def test_config_beside_the_page_gives_the_config(run_):
   assert module.get_config() == run_.config
 
 
-def _chromium() -> str:
-  for name in ("chromium", "chromium-browser", "google-chrome"):
-    if path := shutil.which(name):
-      return path
-  pytest.fail("No browser found: install the Debian package chromium (apt-get install chromium).")
-
-
-def _browse(page, profile, *flags: str) -> str:
-  command = [
-    _chromium(),
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    f"--user-data-dir={profile}",
-    *flags,
-    pathlib.Path(page).as_uri(),
-  ]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-  assert done.returncode == 0, done.stderr[-2000:]
-  return done.stdout
-
-
 @pytest.mark.browser
-def test_renders_in_a_browser(run_, tmp_path):
+@pytest.mark.parametrize("width, dark", [(390, True), (1440, False)])
+def test_renders_in_a_browser(run_, tmp_path, width, dark):
   page = report.run(run_)["path"]
-  shot = tmp_path / "shot.png"
-  dom = _browse(page, tmp_path / "profile", "--window-size=500,900", f"--screenshot={shot}", "--dump-dom")
-  assert "<title>Learning from wrong solutions: arithmetic</title>" in dom  # no script of a trace has changed it
-  assert dom.count("<svg") == 3 and "◀ pit" in dom
-  if not shot.exists():  # some versions take one of the two flags only
-    _browse(page, tmp_path / "profile", "--window-size=500,900", f"--screenshot={shot}")
-  pixels = image.imread(str(shot))
-  assert pixels.shape[1] == 500 and pixels.std() > 0.02  # something is drawn
+  browser = browser_lib.Browser()
+  try:
+    browser.size(width, 900, dark)
+    browser.open(page)
+    title = browser.js("document.title")
+    assert title == "Learning from wrong solutions: arithmetic"  # no script of a trace has changed it
+    assert browser.js("document.querySelectorAll('svg').length") == 6
+    assert "◀ pit" in browser.js("document.body.innerText")
+    assert browser.js("document.documentElement.scrollWidth") <= width
+    assert browser.requests == [] and browser.complaints == []
+    browser.screenshot(tmp_path / "shot.png")
+  finally:
+    browser.close()
+  pixels = image.imread(str(tmp_path / "shot.png"))
+  assert pixels.shape[1] == width and pixels.std() > 0.02  # something is drawn
+  assert (np.median(pixels[..., :3]) < 0.3) == dark

@@ -201,7 +201,8 @@ function show(t, other) {
   if (beside >= 0) {
     cards.append(card(beside, parts, make("button", { type: "button", class: "close", "aria-label": "Close this one", onclick: () => go(t) }, "\u00d7")));
   }
-  detail.replaceChildren(tools, asked, cards, legend());
+  const same = beside >= 0 && parts < 0 ? make("p", { class: "dim" }, "The two are the same, step by step.") : "";
+  detail.replaceChildren(tools, asked, same, cards, legend());
   if (anew) {
     detail.scrollTop = 0;
     if (!wide.matches) scrollTo(0, 0);

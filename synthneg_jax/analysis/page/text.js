@@ -21,6 +21,9 @@ const FORMULAS = [  // opening mark, closing mark, set apart
   ["$", "$", false],
 ];
 
+// What stands between two $ without any sign of TeX and is a formula all the same: 12, -3y, x+1, (0, 3], 2/3.
+const PLAIN = /^(-?\d[\d.,]*|[-+]?\d*[A-Za-z]'?([-+*/][\dA-Za-z]+)*|-?\d+([-+*/]\d+)+|[[(]-?[\w.]+(, ?-?[\w.]+)*[\])])$/;
+
 /** End of the formula that opens at `from`, or -1. A lone $ is often an amount: such a pair must hug a formula. */
 function formulaEnd(text, from, open, close) {
   let at = from + open.length;
@@ -36,7 +39,7 @@ function formulaEnd(text, from, open, close) {
   if (!inner.trim()) return -1;
   if (open !== "$") return at;
   const hugs = !/^\s|\s$|\n\s*\n/.test(inner) && !/\d/.test(text[at + 1] || "");
-  return hugs && (/[\\^_{}=<>]/.test(inner) || /^-?[A-Za-z](['+\-*/][A-Za-z0-9]+)?$/.test(inner)) ? at : -1;
+  return hugs && (/[\\^_{}=<>]/.test(inner) || PLAIN.test(inner)) ? at : -1;
 }
 
 /** Cuts a text into [text, isFormula, isApart] pieces that concatenate to it, but for the marks of formulas. */
@@ -72,10 +75,12 @@ function put(element, text) {
     return element;
   }
   element.textContent = "";
-  for (const [piece, isFormula, apart] of pieces(text)) {
-    if (!isFormula) {
-      element.append(piece);
-      continue;
+  const cut = pieces(text);
+  cut.forEach(([piece, isFormula, apart], number) => {
+    if (!isFormula) {  // a formula that is set apart makes its own line breaks
+      const [before, after] = [cut[number - 1], cut[number + 1]].map((other) => Boolean(other && other[2]));
+      element.append(after ? (before ? piece.trim() : piece.trimEnd()) : before ? piece.trimStart() : piece);
+      return;
     }
     const span = make("span", { class: apart ? "formula apart" : "formula" });
     try {
@@ -86,7 +91,7 @@ function put(element, text) {
       span.textContent = piece;  // too deep for KaTeX: shown as written
     }
     element.append(span);
-  }
+  });
   return element;
 }
 
