@@ -38,6 +38,11 @@ def get_config(arg: str = "model=smollm2_135m"):
     c.task.instruction = "Reason step by step, and put the final answer in \\boxed{}."
   if "smoke" in arg.split(","):
     c.task.path = str(pathlib.Path(synthneg_jax.tasks.__file__).with_name("math_rows"))
+    c.task.train_problems, c.task.test_problems = 8, 4
+    c.engine.max_new_tokens = 128
+    c.sample.num_traces, c.credit.num_rollouts = 3, 3
+    for part in (c.sft, c.rft):
+      part.num_epochs = 1
     return c
   c.task.test_problems = 500
   c.engine.max_new_tokens *= 2

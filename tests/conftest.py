@@ -1,8 +1,10 @@
 """Eight forced CPU devices, strict rank promotion, and NaN checks for every test."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["TFDS_DATA_DIR"] = os.path.join(tempfile.gettempdir(), "synthneg_jax_tests_tfds")  # not a user's own
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax  # noqa: E402

@@ -68,6 +68,15 @@ def default() -> ConfigDict:
         "overlap_words": 13,  # not arithmetic: a training problem with so many words in a row of a test problem goes; 0: none
         "skip_bad_rows": False,  # leave broken rows out, counted, instead of stopping at the first; also --skip_bad_rows
         "answers": "integer",  # how answers compare: integer (after ####) or math (in \boxed{})
+        "grading": {  # what counts as the same answer, of answers=math; docs/grading.md
+          "percent": "either",  # what 20% equals: either (20 and 0.2), fraction (0.2) or number (20)
+          "units": "optional",  # a unit that the answer leaves out: optional, required or ignored
+          "tuples": "ordered",  # ordered, or unordered: (1,2) is (2,1)
+          "lists": "auto",  # 1, 2, 3 without braces: ordered, unordered, or auto (three numbers that do not ascend are ordered)
+          "decimal_digits": 12,  # significant digits from which a rounded decimal equals what it rounds; 0: never
+          "extraction": "last",  # last: an unmarked response is read for its last formula or number; marked: it has no answer
+          "timeout_s": 2.0,  # seconds of a processor that one answer may take
+        },
         "prompt": "plain",  # not arithmetic: plain ("Question: ...\nAnswer:\n") or chat (the tokenizer's template)
         "instruction": "",  # not arithmetic: text put after every problem, on a line of its own
         "steps": "delimiter",  # where a step ends: delimiter (task.step_delimiter) or prose (lines, sentences, not in LaTeX)
@@ -184,7 +193,7 @@ def default() -> ConfigDict:
       },
       "evaluate": {
         "temperature": 0.0,  # of the reported response; 0 for greedy
-        "base_shots": 0,  # worked training problems put before the question for the base model; goes with engine.stop
+        "base_shots": 0,  # not arithmetic: worked training problems before the base model's question; goes with engine.stop
         "methods": ("base", "sft", "rft", "dpo", "step_dpo"),  # policies to be tested
       },
       "report": {
@@ -216,6 +225,11 @@ _CHOICES = {
   "task.name": ("arithmetic", "gsm8k", "math", "jsonl"),
   "task.prompt": ("plain", "chat"),
   "task.answers": ("integer", "math"),
+  "task.grading.percent": ("either", "fraction", "number"),
+  "task.grading.units": ("optional", "required", "ignored"),
+  "task.grading.tuples": ("ordered", "unordered"),
+  "task.grading.lists": ("auto", "ordered", "unordered"),
+  "task.grading.extraction": ("last", "marked"),
   "task.steps": ("delimiter", "prose"),
   "model.dtype": ("float32", "bfloat16"),
   "model.param_dtype": ("float32", "bfloat16"),

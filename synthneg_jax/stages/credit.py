@@ -91,10 +91,14 @@ def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, answers, longe
     trunks.append(Trunk(prompt + trace.ids[: max(ends)], [len(prompt) + end for end in ends], np.stack(draw_keys)))
     items.append(places)
   for index, generations in engine.run(policy.params, trunks, sampling(section), longest):
-    for (prefix, _), generation in zip(items[index], generations, strict=True):
-      ids, trace = generation.ids.tolist(), prefix.trace
-      text = policy.token_text.text(trace.ids[: trace.step_ends[prefix.step]] + ids)
-      graded = traces_lib.verdict(run_, policy, text, answers[trace.problem_id], generation.finish)
+    texts = [
+      policy.token_text.text(prefix.trace.ids[: prefix.trace.step_ends[prefix.step]] + generation.ids.tolist())
+      for (prefix, _), generation in zip(items[index], generations, strict=True)
+    ]
+    golds = [answers[prefix.trace.problem_id] for prefix, _ in items[index]]
+    verdicts = traces_lib.verdicts(run_, texts, golds, [generation.finish for generation in generations])
+    for (prefix, _), generation, graded in zip(items[index], generations, verdicts, strict=True):
+      ids = generation.ids.tolist()
       first = (steps.ends(ids, policy.token_text, run_.config.task) or [0])[0]
       logp = [
         None if generation.logp is None else round(float(np.sum(generation.logp[:end])), 5) for end in (first, len(ids))

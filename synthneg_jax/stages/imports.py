@@ -295,7 +295,7 @@ def run(run_: Run, files: Sequence[str], assume_finish: str = "", skip_bad_rows:
   order = {key: number for number, key in enumerate(run_.problems("train"))}
   responses.sort(key=lambda response: (order[response.problem.id], response.index))
   for start in range(0, len(responses), _SHARD):
-    shards.write(_record(run_, policy, response) for response in responses[start : start + _SHARD])
+    shards.write(_records(run_, policy, responses[start : start + _SHARD]))
   report = _report(reader.counts)
   write_json(stage.folder / "import_report.json", report)
   groups = traces_lib.by_problem(shards.read())
@@ -311,12 +311,13 @@ def run(run_: Run, files: Sequence[str], assume_finish: str = "", skip_bad_rows:
   return stage.finish(figures, shards.files())
 
 
-def _record(run_: Run, policy: Policy, response: _Response) -> Trace:
-  made = Generation(
-    np.asarray(response.ids), np.asarray(response.logp), np.asarray(response.drawn_logp), response.finish
-  )
-  trace = traces_lib.trace_of(run_, policy, response.problem, "sample", response.index, made)
-  return dataclasses.replace(trace, policy=response.policy)
+def _records(run_: Run, policy: Policy, responses: Sequence[_Response]) -> Iterator[Trace]:
+  made = []
+  for r in responses:
+    generation = Generation(np.asarray(r.ids), np.asarray(r.logp), np.asarray(r.drawn_logp), r.finish)
+    made.append((r.problem, r.index, generation))
+  for response, trace in zip(responses, traces_lib.graded(run_, policy, "sample", made), strict=True):
+    yield dataclasses.replace(trace, policy=response.policy)
 
 
 def _report(counts: collections.Counter) -> dict:

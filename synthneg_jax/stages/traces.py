@@ -20,21 +20,38 @@ _ANSWER = {"integer": "####", "math": "\\boxed"}  # what the answer comes behind
 _SHARD = 512  # problems a shard: what a killed run loses at most
 
 
-def verdict(run_: Run, policy: Policy, text: str, answer: str, finish: str) -> answers.Verdict:
-  """Grades a response; one that was cut at the length limit before its answer was whole is "truncated"."""
-  stop, kind = run_.config.engine.stop, run_.config.task.answers
-  graded = answers.grade(token_text.cut_at_stop(text, list(stop)) if stop else text, answer, kind=kind)
+def verdicts(run_: Run, texts: Sequence[str], golds: Sequence[str], finishes: Sequence[str]) -> list[answers.Verdict]:
+  """Grades responses; one that was cut at the length limit before its answer was whole is "truncated"."""
+  stop, task = list(run_.config.engine.stop), run_.config.task
+  rules = {name: value for name, value in task.grading.items() if name != "timeout_s"}
+  graded = answers.grade_many(
+    [token_text.cut_at_stop(text, stop) if stop else text for text in texts],
+    golds,
+    kind=task.answers,
+    timeout_s=task.grading.timeout_s,
+    rules=answers.Conventions(**rules),
+  )
+  marker = _ANSWER[task.answers]
   # The last line was cut, so what it says is not what the model would have said.
-  if finish == "length" and (graded.reason == "no_answer" or _ANSWER[kind] in text.rpartition("\n")[2]):
-    return answers.Verdict(False, "truncated", None)
-  return graded
+  cut = [
+    finish == "length" and (verdict.reason == "no_answer" or marker not in text or marker in text.rpartition("\n")[2])
+    for text, finish, verdict in zip(texts, finishes, graded, strict=True)
+  ]
+  truncated = answers.Verdict(False, "truncated", None)
+  return [truncated if was_cut else verdict for verdict, was_cut in zip(graded, cut, strict=True)]
 
 
-def trace_of(run_: Run, policy: Policy, problem: Problem, purpose: str, index: int, made: Generation) -> Trace:
-  """A response as a record, with its steps and its verdict."""
+def _trace(
+  run_: Run,
+  policy: Policy,
+  problem: Problem,
+  purpose: str,
+  index: int,
+  made: Generation,
+  text: str,
+  graded: answers.Verdict,
+) -> Trace:
   ids = made.ids.tolist()
-  text = policy.token_text.text(ids)
-  graded = verdict(run_, policy, text, problem.answer, made.finish)
   rounded = lambda values: [round(float(value), 5) for value in values]
   return Trace(
     id=f"{problem.id}/{purpose}/{index}",
@@ -51,6 +68,15 @@ def trace_of(run_: Run, policy: Policy, problem: Problem, purpose: str, index: i
     drawn_logps=rounded(made.drawn_logp),
     policy=policy.fingerprint,
   )
+
+
+def graded(run_: Run, policy: Policy, purpose: str, made: Sequence[tuple[Problem, int, Generation]]) -> Iterator[Trace]:
+  """Responses, each with its problem and its number there, as traces; all graded at once."""
+  texts = [policy.token_text.text(one.ids.tolist()) for _, _, one in made]
+  golds, finishes = [problem.answer for problem, _, _ in made], [one.finish for _, _, one in made]
+  verdicts_ = verdicts(run_, texts, golds, finishes)
+  for (problem, index, one), text, verdict in zip(made, texts, verdicts_, strict=True):
+    yield _trace(run_, policy, problem, purpose, index, one, text, verdict)
 
 
 def trunk(run_: Run, prompt: Sequence[int], problem: Problem, purpose: str, count: int) -> Trunk:
@@ -101,11 +127,8 @@ def respond(
       for index, generations in engine.run(policy.params, trunks, how):
         made[index] = generations
         progress.update(1)
-      shards.write(
-        trace_of(run_, policy, part[i], purpose, index, generation)
-        for i in range(len(part))
-        for index, generation in enumerate(made[i])
-      )
+      flat = [(problem, index, one) for i, problem in enumerate(part) for index, one in enumerate(made[i])]
+      shards.write(graded(run_, policy, purpose, flat))
   return shards
 
 

@@ -107,6 +107,6 @@ def _in_chunk(texts, start, n, numbers, known, hashes, places, factors, whole) -
       begin = int(at[i] - chunk.starts[index])
       run, of_test = text[begin : begin + n], int(known.text[there[i]])
       found.append(Overlap(start + index, of_test, " ".join(run), c / (len(text) - n + 1)))
-    elif len(text) < n and tuple(text) in whole:
+    elif tuple(text) in whole:  # it is shorter than n
       found.append(Overlap(start + index, whole[tuple(text)], " ".join(text), 1.0))
   return found

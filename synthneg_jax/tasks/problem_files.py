@@ -61,8 +61,8 @@ def find(path: epath.PathLike, split: str) -> list[epath.Path]:
   """The files of a split.
 
   Args:
-    path: a file; or a folder with `<split>.jsonl`, with a folder `<split>/` of JSON lines or of single JSON files at any
-      depth (MATH's tree), or, where it has no splits, with such files itself.
+    path: a file; or a folder with `<split>.jsonl`, with a folder `<split>/` of JSON lines, of single JSON files, or of folders
+      of those (MATH's tree), or, where it has no splits, with such files itself.
     split: "train" or "test".
 
   Returns:
@@ -81,9 +81,9 @@ def find(path: epath.PathLike, split: str) -> list[epath.Path]:
     for folder in (path / split, path):
       if folder == path and ((path / other).is_dir() or (path / f"{other}.jsonl").is_file()):
         break  # it holds splits, but not this one
-      found = sorted(folder.glob("*.jsonl")) or sorted(folder.rglob("*.json")) if folder.is_dir() else []
-      if found:
-        return found
+      for pattern in ("*.jsonl", "*.json", "*/*.json"):
+        if folder.is_dir() and (found := sorted(folder.glob(pattern))):
+          return found
   except OSError as error:
     raise errors.UserError(f"The problems in {path} cannot be read: {error.strerror}.") from None
   if not path.exists():

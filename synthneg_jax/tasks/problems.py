@@ -15,7 +15,7 @@ from etils import epath
 
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Problem
-from synthneg_jax.tasks import arithmetic, decontamination
+from synthneg_jax.tasks import answers, arithmetic, decontamination
 from synthneg_jax.tasks.problem_files import Row, Rows
 
 _SPLITS = ("train", "test", "pretrain")
@@ -63,6 +63,8 @@ def choose(task, seed: int) -> Chosen:
     kept = [problem for problem in train if problem.prompt not in unseen]
     return Chosen(kept, test, {"dropped_as_test": len(train) - len(kept)}, [])
   test, train = _rows(task, "test"), _rows(task, "train")
+  for rows in (test, train):
+    _check_answers(task, rows)
   known = [*test.rows, *(row for path in task.apart_from for row in _read(task, path, "test").rows)]
   dropped = {}
   if task.overlap_words:
@@ -93,6 +95,37 @@ def choose(task, seed: int) -> Chosen:
     )
   ]
   return Chosen(*made, figures, report)
+
+
+def _check_answers(task, rows: Rows) -> None:
+  """Takes rows out whose gold answer the grader cannot read, or does not find equal to itself: no response could be right.
+
+  Raises:
+    UserError: there is one, and task.skip_bad_rows is not set.
+  """
+  state = "#### {}".format if task.answers == "integer" else str
+  grade = lambda golds: answers.grade_many([state(gold) for gold in golds], golds, kind=task.answers)
+  golds = [row.answer for row in rows.rows]
+  try:
+    if all(verdict.correct for verdict in grade(golds)):
+      return
+  except UserError:  # one of them cannot be read, and which is not said
+    pass
+  kept = []
+  for row, gold in zip(rows.rows, golds, strict=True):
+    try:
+      verdict = grade([gold])[0]
+      if verdict.correct:
+        kept.append(row)
+        continue
+      complaint = f"The gold answer {gold[:200]!r} is {verdict.reason}, held against itself."
+    except UserError as error:
+      complaint = str(error)
+    if not task.skip_bad_rows:
+      hint = "task.answers=math compares more than numbers, and " if task.answers == "integer" else ""
+      raise UserError(f"{row.id}: {complaint.removesuffix('.')}; {hint}--skip_bad_rows leaves such rows out.")
+    rows.skipped.append(f"{row.id}: {complaint}")
+  rows.rows = kept
 
 
 def test_texts(task, seed: int) -> list[str]:

@@ -1,0 +1,172 @@
+"""Tests of which problems a run gets."""
+
+import json
+import os
+import pathlib
+import tempfile
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+
+from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime import errors
+from synthneg_jax.runtime.records import Problem, Shards
+from synthneg_jax.tasks import problems
+
+EXCERPT = pathlib.Path(__file__).parents[1] / "data"
+
+
+def task(**leaves):
+  """The config's section with these leaves."""
+  section = config_lib.default().task
+  section.update(leaves)
+  return section
+
+
+def text(number: int, length: int = 20) -> str:
+  """A problem that shares no two words in a row with another."""
+  return " ".join(f"w{number}x{word}" for word in range(length))
+
+
+class ProblemsTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    self.folder = pathlib.Path(folder.name)
+    self.enter_context(mock.patch.dict(os.environ, {"TFDS_DATA_DIR": str(self.folder / "tfds")}))
+
+  def _file(self, texts, name="train.jsonl", **more):
+    path = self.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"problem": p, "answer": "5", **more}) + "\n" for p in texts))
+    return path
+
+  def _chosen(self, seed=0, **leaves):
+    return problems.choose(task(**{"name": "jsonl", "path": str(self.folder), **leaves}), seed)
+
+  # Fails if a larger subset is not the smaller one and more, in order; if a seed has the order of another; if the order
+  # hangs on the file's, or on rows that are not among the first; or if the test problems change with the seed.
+  def test_nested_under_one_seed(self):
+    texts = [text(i) for i in range(200)]
+    self._file(texts)
+    self._file([text(1000 + i) for i in range(50)], "test.jsonl")
+    choose = lambda count, seed=0: self._chosen(seed, train_problems=count, test_problems=10)
+    small, large, other = choose(40), choose(160), choose(40, seed=1)
+    self.assertEqual(small.train, large.train[:40])
+    self.assertLen({problem.id for problem in large.train}, 160)
+    self.assertLess(len({p.id for p in small.train} & {p.id for p in other.train}), 20)
+    self.assertEqual(small.test, other.test)
+    gone = large.train[60].prompt
+    self._file([p for p in reversed(texts) if p != gone])
+    again = choose(160).train
+    self.assertEqual(again[:60], large.train[:60])
+    self.assertEqual(again[60:159], large.train[61:])
+
+  # Fails if an overlap with a test problem beyond the first test_problems, or with one of apart_from, passes; if the count
+  # shrinks by it; if the report does not say which; or if overlap_words=0 looks for overlaps all the same.
+  def test_overlaps_go_before_the_count_is_taken(self):
+    leaked = [text(i) + f" and {text(1000 + i)}" for i in range(30)] + ["more " + text(2000) + " still"]
+    self._file([*leaked, *(text(100 + i) for i in range(50))])
+    self._file([text(1000 + i) for i in range(30)], "test.jsonl")
+    other = self._file([text(2000)], "elsewhere.jsonl", id="that")
+    chosen = self._chosen(train_problems=50, test_problems=2, apart_from=(str(other),))
+    self.assertLen(chosen.train, 50)
+    self.assertFalse({p.prompt for p in chosen.train} & set(leaked))
+    self.assertEqual(chosen.figures, {"dropped_as_test": 31, "skipped_rows": 0, "duplicates": 0})
+    last = [line for line in chosen.report if line["overlaps"] == "that"]
+    self.assertLen(chosen.report, 31)
+    self.assertEqual((last[0]["words"], last[0]["share"]), (" ".join(text(2000).split()[:13]), 0.8))
+    with self.assertRaisesRegex(errors.UserError, "has 50 problems .31 more overlap.*train_problems=51 asks for more"):
+      self._chosen(train_problems=51, test_problems=2, apart_from=(str(other),))
+    self.assertLen(self._chosen(train_problems=81, test_problems=2, overlap_words=0).train, 81)
+
+  # Fails if a training problem that is a test problem passes where overlaps are not looked for.
+  def test_equal_problems_always_go(self):
+    self._file([text(0), text(1), text(2)])
+    self._file([text(1)], "test.jsonl")
+    chosen = self._chosen(train_problems=2, test_problems=1, overlap_words=0)
+    self.assertEqual({p.prompt for p in chosen.train}, {text(0), text(2)})
+
+  # Fails if broken rows stop a run that was told to go on, or are not counted and listed.
+  def test_skipped_rows_are_counted(self):
+    path = self._file([text(0), text(1)])
+    path.write_text(path.read_text() + "{\n")
+    self._file([text(5)], "test.jsonl")
+    with self.assertRaisesRegex(errors.UserError, "train.jsonl, line 3: "):
+      self._chosen(train_problems=2, test_problems=1)
+    chosen = self._chosen(train_problems=2, test_problems=1, skip_bad_rows=True)
+    self.assertEqual(chosen.figures["skipped_rows"], 1)
+    self.assertStartsWith(chosen.report[0]["skipped"], f"{path}, line 3: ")
+
+  # Fails if a gold answer that no response can be held against is found hours later, in the first verdict.
+  def test_answers_that_are_no_numbers(self):
+    path = self._file([text(0), text(1)])
+    path.write_text(path.read_text() + json.dumps({"problem": text(2), "answer": "\\frac{1}{2}", "id": "half"}) + "\n")
+    self._file([text(5)], "test.jsonl")
+    with self.assertRaisesRegex(errors.UserError, "^half: .*frac.* is not a number .*task.answers=math"):
+      self._chosen(train_problems=3, test_problems=1)
+    self.assertLen(self._chosen(train_problems=3, test_problems=1, answers="math").train, 3)
+    chosen = self._chosen(train_problems=2, test_problems=1, skip_bad_rows=True)
+    self.assertEqual((chosen.figures["skipped_rows"], chosen.report[0]["skipped"][:5]), (1, "half:"))
+    path.write_text(path.read_text() + json.dumps({"problem": text(3), "answer": "1+" * 3000, "id": "long"}) + "\n")
+    with self.assertRaisesRegex(errors.UserError, "^long: The gold answer .*--skip_bad_rows"):
+      self._chosen(train_problems=3, test_problems=1, answers="math")
+    self.assertLen(self._chosen(train_problems=3, test_problems=1, answers="math", skip_bad_rows=True).train, 3)
+
+  # Fails if a D_syn that a run wrote comes back changed, or under other ids.
+  def test_written_d_syn(self):
+    made = [Problem(f"mine/{i}", text(i), f"s{i}\n#### 5" if i else "", "5", "teacher") for i in range(5)]
+    Shards(self.folder / "synthesize" / "train", Problem).write(made[:3])
+    Shards(self.folder / "synthesize" / "train", Problem).write(made[3:4])
+    Shards(self.folder / "synthesize" / "test", Problem).write(made[4:])
+    chosen = self._chosen(path=str(self.folder / "synthesize"), train_problems=4, test_problems=1)
+    fields = lambda problem: (problem.id, problem.prompt, problem.solution, problem.answer)
+    self.assertEqual(sorted(map(fields, chosen.train)), sorted(map(fields, made[:4])))
+    self.assertEqual(list(map(fields, chosen.test)), list(map(fields, made[4:])))
+    self.assertEqual(chosen.train[0].source, "jsonl/train")
+
+  # Fails if test problems of another format, MATH-500's, are not taken, or the path's own are taken beside them.
+  def test_test_path(self):
+    self._file([text(0)])
+    self._file([text(9)], "test.jsonl")
+    path = self._file([text(3)], "500.jsonl", unique_id="test/algebra/3.json", level=2, subject="Algebra")
+    chosen = self._chosen(train_problems=1, test_problems=1, test_path=str(path))
+    self.assertEqual([(p.id, p.source) for p in chosen.test], [("math/test/algebra/3", "jsonl/test/algebra/level 2")])
+
+  # Fails if GSM8K in SYNTHNEG_DATA_DIR is not found, or a path is overruled by it.
+  def test_where_gsm8k_is_looked_for(self):
+    with mock.patch.dict(os.environ, {"SYNTHNEG_DATA_DIR": str(EXCERPT)}):
+      chosen = problems.choose(task(name="gsm8k", train_problems=48, test_problems=16), 0)
+      self.assertEqual((len(chosen.train), len(chosen.test)), (48, 16))
+      self.assertEqual({p.source for p in chosen.train}, {"gsm8k/train"})
+      self._file([text(0)])
+      self._file([text(1)], "test.jsonl")
+      other = problems.choose(task(name="gsm8k", path=str(self.folder), train_problems=1, test_problems=1), 0)
+      self.assertEqual(other.train[0].prompt, text(0))
+
+  # Fails if nothing, or a file of training problems, is taken for a test set, or the sentence does not say what to give.
+  @parameterized.parameters(
+    ({"name": "jsonl", "path": ""}, "task.path is empty"),
+    ({"name": "math", "path": ""}, "task.path is empty.*SYNTHNEG_DATA_DIR"),
+    ({"name": "jsonl", "path": "train.jsonl"}, "task.test_path"),
+    ({"name": "jsonl", "path": "nowhere"}, "nowhere does not exist"),
+  )
+  def test_missing(self, leaves, message):
+    self._file([text(0)])
+    os.environ.pop("SYNTHNEG_DATA_DIR", None)  # mock.patch.dict in setUp puts it back
+    leaves = leaves | {"path": leaves["path"] and str(self.folder / leaves["path"])}
+    with self.assertRaisesRegex(errors.UserError, message):
+      self._chosen(**leaves)
+
+  # Fails if `load` has another order than `choose`.
+  def test_load(self):
+    self._file([text(i) for i in range(9)])
+    self._file([text(10)], "test.jsonl")
+    section = task(name="jsonl", path=str(self.folder), train_problems=5, test_problems=1)
+    self.assertEqual(problems.load(section, 3, "train", 5), problems.choose(section, 3).train)
+    self.assertEqual(problems.load(section, 3, "test", 1), problems.choose(section, 3).test)
+
+
+if __name__ == "__main__":
+  absltest.main()
