@@ -91,6 +91,11 @@ class VoteTest(parameterized.TestCase):
     self.assertEqual(synthesis.vote(draws), synthesis.Vote("1/2", 2 / 3, 1, 1))
     self.assertEqual(synthesis.vote(draws[:2], gold="1.50/3").chosen, 1)
 
+  def test_forms_of_a_formula_vote_together(self):
+    # Fails if boxed answers are compared as text.
+    draws = [("x", "2"), ("x", "\\frac{1}{2}"), ("x", "0.5"), ("x", "\\dfrac12")]
+    self.assertEqual(synthesis.vote(draws, kind="math"), synthesis.Vote("\\frac{1}{2}", 0.75, 1, 1))
+
   def test_known_answer(self):
     # Fails if the majority outvotes what is known.
     a, b = ("#### 1", "1"), ("#### 2", "2")
@@ -103,6 +108,7 @@ class ChoiceTest(parameterized.TestCase):
     # Fails if one by one drops others than all at once.
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abc"), size=rng.integers(4, 12))) for _ in range(200)]
+    texts += [text[:at] + "x" + text[at + 1 :] for text in texts for at in (0, 2)] + ["", "a"]
     for threshold in (0.0, 0.25, 0.5):
       far = synthesis.NearDuplicates(threshold)
       kept = [i for i, text in enumerate(texts) if far.add(text)]
