@@ -43,6 +43,7 @@ def get_config(arg: str = ""):
   c.model.path = "embedded"
   c.model.max_length = 160
   c.engine.lanes, c.engine.slots, c.engine.max_new_tokens = 32, 8, 72
+  c.synthesis.prompts = "configs/prompts/arithmetic"
   for part in (c.pretrain, c.sft, c.rft, c.dpo):
     part.row_length = 192
     part.batch_size = 32

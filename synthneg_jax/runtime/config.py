@@ -41,6 +41,18 @@ def _training(learning_rate: float, batch_size: int, num_epochs: float) -> dict:
   }
 
 
+def _endpoint(concurrency: int) -> dict:
+  return {
+    "url": "",  # of an OpenAI-compatible server, such as http://localhost:8000/v1
+    "model": "",  # its name there
+    "key_variable": "OPENAI_API_KEY",  # environment variable that holds the key; empty for a server that wants none
+    "concurrency": concurrency,  # requests under way at once
+    "timeout_s": 120.0,  # seconds without a byte after which an attempt is given up
+    "attempts": 8,  # attempts at one request
+    "backoff_s": 1.0,  # seconds before the second attempt; doubles, up to 60
+  }
+
+
 def default() -> ConfigDict:
   """The default tree, locked."""
   return ConfigDict(
@@ -95,6 +107,31 @@ def default() -> ConfigDict:
         "max_new_tokens": 256,  # tokens of a response, at most
         "stop": (),  # strings that end a response besides EOS
       },
+      "synthesis": {
+        "provider": "task",  # who writes D_syn: task (its own problems and solutions), endpoint, local or scripted
+        "ask": "problems",  # problems (new ones with solutions, from seeds) or solutions (of the task's own problems)
+        "endpoint": ConfigDict(_endpoint(16)),  # where the model is asked; local: its model is a checkpoint's folder
+        "prompts": "configs/prompts/gsm8k",  # folder with problems.txt and solution.txt
+        "replies": "",  # folder of all raw replies, may be shared by runs; empty: replies/ in the workdir
+        "seed_problems": 1000,  # the task's training problems that new ones are modelled on
+        "seeds_per_request": 3,  # of them shown in a request
+        "new_per_request": 4,  # new problems asked for in a request
+        "num_solutions": 4,  # solutions asked for, a problem
+        "min_agreement": 0.5,  # share of them that must state the answer; others are dropped as unsolved
+        "temperature_problems": 1.0,  # of sampling problems
+        "temperature_solutions": 0.7,  # of sampling solutions
+        "max_tokens": 2048,  # tokens of a reply, at most
+        "max_tokens_field": "max_tokens",  # what the server calls that: max_tokens or max_completion_tokens
+        "near_duplicate": 0.2,  # problems within this edit distance, as a share of the longer, of one before are dropped
+        "surplus": 1.25,  # problems kept before balancing by difficulty, per problem wanted
+        "max_rounds": 8,  # of asking for more problems until there are enough
+        "stream": True,  # replies come piece by piece: a server that stalls is noticed sooner
+        "send_seed": True,  # send a seed of each draw
+        "max_failed": 0,  # requests that may stay without a reply
+        "usd_per_million_prompt": 0.0,  # price of a million prompt tokens, US dollars
+        "usd_per_million_completion": 0.0,  # price of a million tokens of replies, US dollars
+        "budget_usd": 0.0,  # never spend more than this, all runs of the workdir together; 0 for no limit
+      },
       "pretrain": {
         **_training(3e-3, 32, 1),
         "num_problems": 256000,  # generated problems, each seen once
@@ -129,6 +166,9 @@ def default() -> ConfigDict:
         "max_right_per_problem": 0,  # right traces that get credit, a problem
         "slots": 8,  # branches of a trace that decode at once
         "lanes": 8,  # traces whose rollouts decode at once
+        "endpoint": ConfigDict(
+          _endpoint(32)
+        ),  # a server of the SFT policy that draws the rollouts; url empty: our engine
       },
       "dpo": {
         **_training(1e-6, 64, 1),
@@ -194,6 +234,9 @@ _CHOICES = {
   "task.steps": ("delimiter", "prose"),
   "model.dtype": ("float32", "bfloat16"),
   "model.param_dtype": ("float32", "bfloat16"),
+  "synthesis.provider": ("task", "endpoint", "local", "scripted"),
+  "synthesis.ask": ("problems", "solutions"),
+  "synthesis.max_tokens_field": ("max_tokens", "max_completion_tokens"),
   "rft.start": ("base", "sft"),
   "credit.schedule": ("all", "until_first_zero", "bisect", "adaptive"),
   "dpo.loss": ("dpo", "ipo", "dpop"),
@@ -219,6 +262,17 @@ _POSITIVE = (
   "engine.lanes",
   "engine.slots",
   "engine.max_new_tokens",
+  "synthesis.seed_problems",
+  "synthesis.seeds_per_request",
+  "synthesis.new_per_request",
+  "synthesis.num_solutions",
+  "synthesis.max_tokens",
+  "synthesis.max_rounds",
+  "synthesis.surplus",
+  "synthesis.endpoint.concurrency",
+  "synthesis.endpoint.attempts",
+  "credit.endpoint.concurrency",
+  "credit.endpoint.attempts",
 )
 
 
@@ -245,6 +299,10 @@ def check_values(config: ConfigDict) -> None:
     )
   if values["pairs.pair_mode"] == "positives_too" and values["credit.max_right_per_problem"] < 1:
     raise UserError("pairs.pair_mode='positives_too' needs credit of right traces: credit.max_right_per_problem is 0.")
+  if values["synthesis.budget_usd"] and not (
+    values["synthesis.usd_per_million_prompt"] or values["synthesis.usd_per_million_completion"]
+  ):
+    raise UserError("synthesis.budget_usd needs prices: synthesis.usd_per_million_prompt and _completion are 0.")
   rule, schedule = values["pairs.pit_rule"], values["credit.schedule"]
   if rule not in _PIT_RULES[schedule]:
     raise UserError(

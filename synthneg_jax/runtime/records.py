@@ -28,6 +28,24 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A problem that a capable model wrote or solved, with all its solutions and what became of it. Key: id."""
+
+  id: str
+  prompt: str
+  answer: str  # the majority's, or the known one; empty where there is none
+  agreement: float  # share of the draws that state it
+  difficulty: int  # median number of steps of the draws that state it; 0 where none does
+  chosen: int  # the draw that is the known solution; -1 for none
+  solutions: list[dict]  # text, answer (or None), finish, reply (name of its file) of every draw
+  outcome: str  # kept, surplus, unsolved, near_duplicate, contaminated
+
+  @property
+  def key(self) -> str:
+    return self.id
+
+
+@dataclasses.dataclass(frozen=True)
 class Trace:
   """A sampled or greedy response to a problem, with its verdict. Key: id."""
 
@@ -101,7 +119,7 @@ class Pair:
     return self.id
 
 
-Record = TypeVar("Record", Problem, Trace, StepEstimate, Pair)
+Record = TypeVar("Record", Problem, Candidate, Trace, StepEstimate, Pair)
 
 
 class Shards:

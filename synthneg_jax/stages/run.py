@@ -28,6 +28,15 @@ FREE_LEAVES = (
   "model.scan_layers",
   "model.remat",
   "evaluate.methods",
+  *(
+    f"{section}.endpoint.{leaf}"
+    for section in ("synthesis", "credit")
+    for leaf in ("url", "key_variable", "concurrency", "timeout_s", "attempts", "backoff_s")
+  ),
+  *(
+    f"synthesis.{leaf}"
+    for leaf in ("replies", "stream", "max_rounds", "max_failed", "usd_per_million", "budget_usd", "max_tokens_field")
+  ),
 )
 
 
@@ -47,12 +56,22 @@ class Run:
     return cls(config, epath.Path(workdir), mesh_lib.make_mesh(**config.mesh))
 
   def stage(
-    self, name: str, sections: Sequence[str], needs: Sequence[str] = (), *, reads_base: bool = False
+    self,
+    name: str,
+    sections: Sequence[str],
+    needs: Sequence[str] = (),
+    *,
+    reads_base: bool = False,
+    given: dict[str, str] | None = None,
   ) -> manifest.Stage:
-    """Opens a stage that depends on the seed, these config sections, these stages and perhaps the base model."""
+    """Opens a stage that depends on the seed, these config sections, these stages and perhaps the base model.
+
+    What else it reads from outside the workdir is `given`: identities by name.
+    """
     leaves = config_lib.plain(self.config, ("seed", *sections))
     fixed = {leaf: value for leaf, value in leaves.items() if not leaf.startswith(FREE_LEAVES)}
-    given = {"base model": policies.identity(policies.resolve(self.config.model.path))} if reads_base else None
+    if reads_base:
+      given = (given or {}) | {"base model": policies.identity(policies.resolve(self.config.model.path))}
     return manifest.Stage(self.workdir, name, fixed, needs, given)
 
   def base(self) -> policies.Policy:

@@ -23,7 +23,7 @@ def _rows(section: str) -> list[tuple[str, str]]:
 
 
 def test_there_are_records():
-  assert {kind.__name__ for kind in _KINDS} == {"Problem", "Trace", "Rollout", "StepEstimate", "Pair"}
+  assert {kind.__name__ for kind in _KINDS} == {"Problem", "Candidate", "Trace", "Rollout", "StepEstimate", "Pair"}
 
 
 @pytest.mark.parametrize("kind", _KINDS, ids=lambda kind: kind.__name__)

@@ -1,0 +1,180 @@
+"""What a capable model is asked for D_syn, how its replies are read, and which problems are kept.
+
+The paper's prompts, filters and thresholds are not known from public sources; all of these are ours.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import pathlib
+import re
+from collections.abc import Sequence
+
+from rapidfuzz.distance import Levenshtein
+
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.tasks import answers
+
+_PROBLEM = re.compile(r"<problem>[ \t]*\n?(.*?)</problem>", re.DOTALL)
+_ANSWER_LINE = re.compile(r"(?m)^[ *]*#{4,}.*$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Templates:
+  """Two prompt files of a folder.
+
+  Attributes:
+    problems: asks for new problems; holds {seeds} and {count}.
+    solution: asks for one worked solution; holds {problem}.
+  """
+
+  problems: str
+  solution: str
+
+  @classmethod
+  def read(cls, folder: str) -> "Templates":
+    """Reads problems.txt and solution.txt of a folder, named from here or from the checkout.
+
+    Raises:
+      UserError: a file is missing, or a placeholder in it.
+    """
+    checkout = pathlib.Path(__file__).parents[2]
+    path = next((p for p in (pathlib.Path(folder).expanduser(), checkout / folder) if p.is_dir()), None)
+    if path is None:
+      raise UserError(f"synthesis.prompts={folder!r} is no folder; configs/prompts/gsm8k is one.")
+    texts = []
+    for name, placeholders in (("problems", ("{seeds}", "{count}")), ("solution", ("{problem}",))):
+      file = path / f"{name}.txt"
+      if not file.exists():
+        raise UserError(f"The prompt file {file} does not exist.")
+      text = file.read_text()
+      for placeholder in placeholders:
+        if placeholder not in text:
+          raise UserError(f"The prompt file {file} does not hold {placeholder}.")
+      texts.append(text.removesuffix("\n"))
+    return cls(*texts)
+
+  @property
+  def identity(self) -> str:
+    """Tells one set of prompts from another."""
+    return hashlib.sha256(f"{self.problems}\0{self.solution}".encode()).hexdigest()[:16]
+
+  def ask_problems(self, seeds: Sequence[str], count: int) -> str:
+    """The prompt that asks for `count` new problems like the seeds."""
+    blocks = "\n".join(f"<problem>\n{seed.removesuffix(chr(10))}\n</problem>" for seed in seeds)
+    return self.problems.replace("{count}", str(count)).replace("{seeds}", blocks)
+
+  def ask_solution(self, problem: str) -> str:
+    """The prompt that asks for a worked solution."""
+    return self.solution.replace("{problem}", problem)
+
+
+def read_problems(reply: str, raw: bool) -> list[str]:
+  """The problems between tags, in order; what stands outside of tags is no problem.
+
+  Args:
+    reply: what the model wrote.
+    raw: spaces and the last line's end belong to the problem (the embedded task); else they are trimmed.
+  """
+  found = [match.group(1) for match in _PROBLEM.finditer(reply)]
+  return [text if raw else text.strip() for text in found if text.strip()]
+
+
+def read_solution(reply: str, raw: bool) -> tuple[str, str] | None:
+  """A reply as (solution in step format, its answer), or None where it states no answer that the grader reads.
+
+  In step format every line is a step, none is blank, and the last is `#### answer`; what follows the answer's line is cut.
+
+  Args:
+    reply: what the model wrote.
+    raw: nothing is trimmed (the embedded task).
+  """
+  lines = list(_ANSWER_LINE.finditer(reply))
+  if not lines:
+    return None
+  text = reply[: lines[-1].end()]
+  if not raw:
+    body = [line.rstrip() for line in text[: lines[-1].start()].splitlines()]
+    last = re.sub(r"#{4,}\s*", "#### ", lines[-1].group().replace("**", "").strip())
+    text = "\n".join([*(line for line in body if line.strip()), last])
+  try:
+    return text, answers.extract_gold(text)
+  except UserError:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Vote:
+  """What several solutions of one problem say.
+
+  Attributes:
+    answer: the one that most of them state; the first stated of equally frequent ones.
+    agreement: share of all draws that state it; those without a readable answer count against it.
+    chosen: index of the first draw that states it; that is the known solution (ours).
+    difficulty: median number of lines of the draws that state it, the answer's among them. The more there is to do, the
+      harder (ours; the agreement of a capable model is near 1 on nearly all that is kept, and tells little).
+  """
+
+  answer: str
+  agreement: float
+  chosen: int
+  difficulty: int
+
+
+def vote(solutions: Sequence[tuple[str, str] | None], gold: str | None = None) -> Vote | None:
+  """The majority's answer; with a known answer, that answer if any draw states it.
+
+  Args:
+    solutions: as `read_solution` gives them, one a draw.
+    gold: the known answer, if there is one.
+
+  Returns:
+    None where no draw states an answer (or the known one).
+  """
+  counts = collections.Counter(solution[1] for solution in solutions if solution)
+  if not counts or (gold is not None and gold not in counts):
+    return None
+  answer = gold if gold is not None else max(counts, key=lambda key: counts[key])
+  agreeing = [i for i, solution in enumerate(solutions) if solution and solution[1] == answer]
+  sizes = sorted(solutions[i][0].strip().count("\n") + 1 for i in agreeing)
+  return Vote(answer, counts[answer] / len(solutions), agreeing[0], sizes[(len(sizes) - 1) // 2])
+
+
+class NearDuplicates:
+  """Texts that are kept only if they are far from every one kept before.
+
+  The distance is that of `core.selection.deduplicate_by_edit_distance`: Levenshtein's over the longer length.
+  """
+
+  def __init__(self, threshold: float):
+    """threshold: in [0, 1); 0 drops exact repeats only."""
+    self._threshold, self._kept = threshold, []
+
+  def add(self, text: str) -> bool:
+    """Keeps a text, unless it is near one that is kept; says which."""
+    for other in self._kept:
+      # Lengths alone bound the distance from below.
+      longer = max(len(text), len(other))
+      if abs(len(text) - len(other)) <= self._threshold * longer:
+        if Levenshtein.normalized_distance(text, other, score_cutoff=self._threshold) <= self._threshold:
+          return False
+    self._kept.append(text)
+    return True
+
+
+def balance(difficulties: Sequence[int], count: int) -> list[int]:
+  """Indices of `count` items whose difficulties are as evenly spread as the items allow, rising.
+
+  One item of each difficulty in turn, the first ones first, until there are enough; all where there are not more (ours).
+  """
+  queues = {}
+  for index, difficulty in enumerate(difficulties):
+    queues.setdefault(difficulty, collections.deque()).append(index)
+  chosen = []
+  while queues and len(chosen) < count:
+    for difficulty in sorted(queues):
+      if len(chosen) < count:
+        chosen.append(queues[difficulty].popleft())
+      if not queues[difficulty]:
+        del queues[difficulty]
+  return sorted(chosen)
