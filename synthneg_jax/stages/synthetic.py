@@ -120,7 +120,7 @@ class Synthesis:
 
   def _solved(self, given: Sequence[Problem]) -> list[Candidate]:
     """Asks for solutions and lets them vote; a problem with a known answer is held to it."""
-    section = self._section
+    section, kind = self._section, self._config.task.answers
     requests = {
       problem.id: [
         self._teacher.request(
@@ -137,7 +137,7 @@ class Synthesis:
       for request in requests[problem.id]:
         reply = replies.get(request.key)
         whole = reply is not None and reply.finish != "length"
-        solution = synthesis.read_solution(reply.text, self._raw) if whole else None
+        solution = synthesis.read_solution(reply.text, self._raw, kind) if whole else None
         read.append(solution)
         texts.append(
           {
@@ -147,7 +147,7 @@ class Synthesis:
             "reply": request.key,
           }
         )
-      vote = synthesis.vote(read, problem.answer or None)
+      vote = synthesis.vote(read, problem.answer or None, kind)
       kept = vote is not None and vote.agreement >= section.min_agreement
       made.append(
         Candidate(

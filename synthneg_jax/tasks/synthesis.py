@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from rapidfuzz.distance import Levenshtein
 
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.tasks import answers
+from synthneg_jax.tasks import answers, problem_files
 
 _PROBLEM = re.compile(r"<problem>[ \t]*\n?(.*?)</problem>", re.DOTALL)
+_STATED = {"integer": "#### {}", "math": "\\boxed{{{}}}"}  # how an answer is put to the grader
 _ANSWER_LINE = re.compile(r"(?m)^[ *]*#{4,}.*$")
 
 
@@ -80,15 +81,24 @@ def read_problems(reply: str, raw: bool) -> list[str]:
   return [text if raw else text.strip() for text in found if text.strip()]
 
 
-def read_solution(reply: str, raw: bool) -> tuple[str, str] | None:
-  """A reply as (solution in step format, its answer), or None where it states no answer that the grader reads.
+def read_solution(reply: str, raw: bool, kind: str = "integer") -> tuple[str, str] | None:
+  """A reply as (solution in step format, its answer), or None where it states no answer.
 
-  In step format every line is a step, none is blank, and the last is `#### answer`; what follows the answer's line is cut.
+  In step format every line is a step and none is blank; what follows the line of the answer is cut. The answer stands alone on
+  the last line behind `####` (integer, and readable by the grader), or in the last \\boxed{} (math).
 
   Args:
     reply: what the model wrote.
     raw: nothing is trimmed (the embedded task).
+    kind: as task.answers.
   """
+  if kind == "math":
+    answer, end = problem_files.last_box(reply), reply.rfind("\\boxed")
+    lines = (reply[:end] + reply[end:].partition("\n")[0]).splitlines()
+    # A formula that the answer ends may close on a line of its own.
+    closing = reply[end:].partition("\n")[2].splitlines()[:1]
+    lines += [line for line in closing if line.strip() in ("$$", "\\]", "\\end{align*}")]
+    return ("\n".join(line.rstrip() for line in lines if line.strip()), answer) if answer and end >= 0 else None
   lines = list(_ANSWER_LINE.finditer(reply))
   if not lines:
     return None
@@ -101,6 +111,14 @@ def read_solution(reply: str, raw: bool) -> tuple[str, str] | None:
     return text, answers.extract_gold(text)
   except UserError:
     return None
+
+
+def same(answer: str, gold: str, kind: str) -> bool:
+  """Whether the grader takes one answer for the other; False where it cannot read the gold one."""
+  try:
+    return answer == gold or answers.grade(_STATED[kind].format(answer), gold, kind=kind).correct
+  except UserError:
+    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,23 +139,30 @@ class Vote:
   difficulty: int
 
 
-def vote(solutions: Sequence[tuple[str, str] | None], gold: str | None = None) -> Vote | None:
+def vote(solutions: Sequence[tuple[str, str] | None], gold: str | None = None, kind: str = "integer") -> Vote | None:
   """The majority's answer; with a known answer, that answer if any draw states it.
 
   Args:
     solutions: as `read_solution` gives them, one a draw.
     gold: the known answer, if there is one.
+    kind: as task.answers.
 
   Returns:
     None where no draw states an answer (or the known one).
   """
-  counts = collections.Counter(solution[1] for solution in solutions if solution)
-  if not counts or (gold is not None and gold not in counts):
+  voters = {}  # answer as first stated -> the draws that state it, in whatever form
+  if gold is not None:
+    voters[gold] = []
+  for index, solution in enumerate(solutions):
+    if solution:
+      answer = next((known for known in voters if same(solution[1], known, kind)), solution[1])
+      voters.setdefault(answer, []).append(index)
+  answer = gold if gold is not None else max(voters, key=lambda key: len(voters[key]), default=None)
+  if not voters.get(answer):
     return None
-  answer = gold if gold is not None else max(counts, key=lambda key: counts[key])
-  agreeing = [i for i, solution in enumerate(solutions) if solution and solution[1] == answer]
+  agreeing = voters[answer]
   sizes = sorted(solutions[i][0].strip().count("\n") + 1 for i in agreeing)
-  return Vote(answer, counts[answer] / len(solutions), agreeing[0], sizes[(len(sizes) - 1) // 2])
+  return Vote(answer, len(agreeing) / len(solutions), agreeing[0], sizes[(len(sizes) - 1) // 2])
 
 
 class NearDuplicates:

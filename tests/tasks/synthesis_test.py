@@ -14,7 +14,7 @@ from synthneg_jax.tasks import arithmetic, scripted, synthesis
 
 
 class TemplatesTest(parameterized.TestCase):
-  @parameterized.parameters("gsm8k", "arithmetic")
+  @parameterized.parameters("gsm8k", "math", "arithmetic")
   def test_shipped_prompts_are_filled_in(self, name):
     # Fails if a placeholder is left standing, or a seed or problem is lost.
     templates = synthesis.Templates.read(f"configs/prompts/{name}")
@@ -58,6 +58,19 @@ class ReadTest(parameterized.TestCase):
     # Fails if steps and lines come apart, chatter after the answer is trained on, or a hedge counts as an answer.
     self.assertEqual(synthesis.read_solution(reply, raw=False), expected)
 
+  @parameterized.parameters(
+    (
+      "By parts,\n\n$x = \\boxed{\\frac{1}{2}}$.\nI hope so.",
+      ("By parts,\n$x = \\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"),
+    ),
+    ("So\n\\[\n\\boxed{7}\n\\]\nDone.", ("So\n\\[\n\\boxed{7}\n\\]", "7")),
+    ("So \\boxed{7", None),
+    ("It is 7.", None),
+  )
+  def test_boxed_solutions(self, reply, expected):
+    # Fails if braces are cut short, chatter is trained on, or a formula is left open.
+    self.assertEqual(synthesis.read_solution(reply, raw=False, kind="math"), expected)
+
   def test_the_embedded_task_keeps_its_spaces(self):
     # Fails if anything is trimmed: its tokenizer knows " A=" and no "A=".
     text = " K: A*B A= 3 B= 4 K= 2\n #### 2"
@@ -71,6 +84,12 @@ class VoteTest(parameterized.TestCase):
     self.assertEqual(synthesis.vote([a, b, None, b]), synthesis.Vote("2", 0.5, 1, 3))
     self.assertEqual(synthesis.vote([b, a]), synthesis.Vote("2", 0.5, 0, 3))
     self.assertIsNone(synthesis.vote([None, None]))
+
+  def test_forms_of_one_answer_vote_together(self):
+    # Fails if 1/2 and 0.5 are two answers.
+    draws = [("#### 3", "3"), ("#### 1/2", "1/2"), ("#### 0.5", "0.5")]
+    self.assertEqual(synthesis.vote(draws), synthesis.Vote("1/2", 2 / 3, 1, 1))
+    self.assertEqual(synthesis.vote(draws[:2], gold="1.50/3").chosen, 1)
 
   def test_known_answer(self):
     # Fails if the majority outvotes what is known.
