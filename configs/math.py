@@ -33,6 +33,7 @@ def get_config(arg: str = "model=smollm2_135m"):
   except UserError as error:
     raise UserError(str(error).replace("gsm8k.py", "math.py")) from None
   c.task.name, c.task.answers, c.task.steps = "math", "math", "prose"
+  c.synthesis.prompts = "configs/prompts/math"
   if c.task.prompt == "chat":
     c.task.instruction = "Reason step by step, and put the final answer in \\boxed{}."
   if "smoke" in arg.split(","):

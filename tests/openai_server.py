@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "configs")]  # run as a file, it finds the checkout
+sys.path.insert(0, str(ROOT))  # run as a file, it finds the checkout
 
 
 class Server:
@@ -197,7 +197,7 @@ def main():
   parser = argparse.ArgumentParser(description="Serves the embedded task's scripted teacher as a chat model.")
   parser.add_argument("--port", type=int, default=8123, help="port on 127.0.0.1")
   port = parser.parse_args().port
-  import arithmetic
+  from configs import arithmetic
 
   server = Server(scripted_chat(arithmetic.get_config().task), port=port)
   print(f"Serving the scripted teacher at {server.url}; end with Ctrl-C.", flush=True)

@@ -166,9 +166,8 @@ def default() -> ConfigDict:
         "max_right_per_problem": 0,  # right traces that get credit, a problem
         "slots": 8,  # branches of a trace that decode at once
         "lanes": 8,  # traces whose rollouts decode at once
-        "endpoint": ConfigDict(
-          _endpoint(32)
-        ),  # a server of the SFT policy that draws the rollouts; url empty: our engine
+        "endpoint": ConfigDict(_endpoint(32)),  # a server of the SFT policy for rollouts; url empty: our own engine
+        "endpoint_ids": True,  # prompts go there as token ids, and ids are asked for; False: both ways as text
       },
       "dpo": {
         **_training(1e-6, 64, 1),

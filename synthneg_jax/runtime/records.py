@@ -76,8 +76,8 @@ class Rollout:
   correct: bool
   reason: str
   finish: str
-  step_logp: float  # nats, of its first step under the untempered model
-  logp: float  # nats, of all its tokens under the untempered model
+  step_logp: float | None  # nats, of its first step under the untempered model; None where a server did not say
+  logp: float | None  # nats, of all its tokens under the untempered model
 
 
 @dataclasses.dataclass(frozen=True)

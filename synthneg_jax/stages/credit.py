@@ -14,6 +14,7 @@ import numpy as np
 from synthneg_jax.core import pairs, selection
 from synthneg_jax.rollouts import schedules
 from synthneg_jax.rollouts.engine import Trunk
+from synthneg_jax.rollouts.remote import RemoteEngine
 from synthneg_jax.runtime import keys
 from synthneg_jax.runtime.progress import Progress
 from synthneg_jax.runtime.records import Problem, Rollout, Shards, StepEstimate, Trace
@@ -99,7 +100,9 @@ def _roll_out(run_: Run, policy: Policy, engine, wanted, prompts, answers, longe
     for (prefix, _), generation, graded in zip(items[index], generations, verdicts, strict=True):
       ids = generation.ids.tolist()
       first = (steps.ends(ids, policy.token_text, run_.config.task) or [0])[0]
-      logp = [round(float(np.sum(generation.logp[:end])), 5) for end in (first, len(ids))]
+      logp = [
+        None if generation.logp is None else round(float(np.sum(generation.logp[:end])), 5) for end in (first, len(ids))
+      ]
       prefix.samples.append(Rollout(ids, graded.correct, graded.reason, generation.finish, *logp))
     yield items[index][0][0].trace.id
 
@@ -152,6 +155,20 @@ def _credit(run_: Run, policy: Policy, engine, problems: Sequence[Problem], grou
   return [record for traces in chosen.values() for trace in traces for record in _estimates(trace, of_trace[trace.id])]
 
 
+def _remote(run_: Run, policy: Policy) -> RemoteEngine:
+  """The server of credit.endpoint, which is to hold the SFT policy, as the engine."""
+  c, tokenizer = run_.config, policy.tokenizer
+  return RemoteEngine(
+    c.credit.endpoint,
+    eos_id=tokenizer.eos_token_id,
+    encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+    decode=lambda ids: policy.token_text.text(ids, special=True),
+    stop=c.engine.stop,
+    max_new_tokens=c.engine.max_new_tokens,
+    send_ids=c.credit.endpoint_ids,
+  )
+
+
 def run(run_: Run) -> dict:
   """Writes credit/estimates/: one StepEstimate a step of every chosen trace, with its rollouts."""
   stage = run_.stage("credit", ["task", "model", "engine", "sample", "credit"], ["synthesize", "sft", "sample"])
@@ -160,7 +177,9 @@ def run(run_: Run) -> dict:
   section, policy = run_.config.credit, run_.policy("sft")
   problems = list(run_.problems("train").values())
   groups = traces_lib.by_problem(Shards(run_.workdir / "sample" / "traces", Trace).read())
-  engine = run_.engine(policy, lanes=section.lanes, slots=section.slots)
+  engine = (
+    _remote(run_, policy) if section.endpoint.url else run_.engine(policy, lanes=section.lanes, slots=section.slots)
+  )
   shards = Shards(stage.folder / "estimates", StepEstimate)
   there = {int(path.stem) for path in shards.files()}  # shard n holds the n-th _SHARD problems
   missing = [n for n in range(-(-len(problems) // _SHARD)) if n not in there]
@@ -181,4 +200,6 @@ def run(run_: Run) -> dict:
     "rollout_tokens": sum(len(sample["ids"]) for estimate in estimates for sample in estimate.samples),
     "slot_use": round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3),
   }
+  if section.endpoint.url:
+    figures |= {name: engine.stats[name] for name in ("requests", "retokenised", "without_logp")}
   return stage.finish(figures, shards.files())

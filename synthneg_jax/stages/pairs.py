@@ -11,6 +11,7 @@ from synthneg_jax.core import advantages, selection
 from synthneg_jax.core import pairs as core
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.runtime import keys
+from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Pair, Shards, StepEstimate, Trace
 from synthneg_jax.stages import traces as traces_lib
 from synthneg_jax.stages import training
@@ -97,6 +98,11 @@ class _Source:
         if t.ids
       ]
     holder = self.estimates[self.estimates[f"{trace.id}/{steps - 1}"].samples_at]
+    if self.run.config.pairs.choice == "most_likely" and any(sample["logp"] is None for sample in holder.samples):
+      raise UserError(
+        f"pairs.choice='most_likely' needs the log-probs of rollouts, and those of {holder.key} came from credit.endpoint "
+        "without any; take another choice."
+      )
     return [
       core.Sibling(sample["ids"], self.steps(sample["ids"]), sample["correct"], sample["step_logp"], sample["logp"])
       for sample in holder.samples

@@ -70,15 +70,14 @@ def _trace(
   )
 
 
-def _traces(
-  run_: Run, policy: Policy, purpose: str, made: Sequence[tuple[Problem, Sequence[Generation]]]
+def graded(
+  run_: Run, policy: Policy, purpose: str, made: Sequence[tuple[Problem, int, Generation]]
 ) -> Iterator[Trace]:
-  """The generations of problems as traces, graded all at once."""
-  flat = [(problem, index, one) for problem, group in made for index, one in enumerate(group)]
-  texts = [policy.token_text.text(one.ids.tolist()) for _, _, one in flat]
-  golds, finishes = [problem.answer for problem, _, _ in flat], [one.finish for _, _, one in flat]
-  graded = verdicts(run_, texts, golds, finishes)
-  for (problem, index, one), text, verdict in zip(flat, texts, graded, strict=True):
+  """Responses, each with its problem and its number there, as traces; all graded at once."""
+  texts = [policy.token_text.text(one.ids.tolist()) for _, _, one in made]
+  golds, finishes = [problem.answer for problem, _, _ in made], [one.finish for _, _, one in made]
+  verdicts_ = verdicts(run_, texts, golds, finishes)
+  for (problem, index, one), text, verdict in zip(made, texts, verdicts_, strict=True):
     yield _trace(run_, policy, problem, purpose, index, one, text, verdict)
 
 
@@ -130,7 +129,8 @@ def respond(
       for index, generations in engine.run(policy.params, trunks, how):
         made[index] = generations
         progress.update(1)
-      shards.write(_traces(run_, policy, purpose, [(part[i], made[i]) for i in range(len(part))]))
+      flat = [(problem, index, one) for i, problem in enumerate(part) for index, one in enumerate(made[i])]
+      shards.write(graded(run_, policy, purpose, flat))
   return shards
 
 

@@ -97,7 +97,6 @@ def choose(task, seed: int) -> Chosen:
   return Chosen(*made, figures, report)
 
 
-<<<<<<< HEAD
 def _check_answers(task, rows: Rows) -> None:
   """Takes rows out whose gold answer the grader cannot read, or does not find equal to itself: no response could be right.
 
@@ -127,14 +126,14 @@ def _check_answers(task, rows: Rows) -> None:
       raise UserError(f"{row.id}: {complaint.removesuffix('.')}; {hint}--skip_bad_rows leaves such rows out.")
     rows.skipped.append(f"{row.id}: {complaint}")
   rows.rows = kept
-=======
+
+
 def test_texts(task, seed: int) -> list[str]:
   """What no training problem may overlap: all problems of the test split, and those of task.apart_from."""
   if task.name == "arithmetic":
     return [problem.prompt for problem in load(task, seed, "test", task.test_problems)]
   paths = [_rows(task, "test"), *(_read(task, path, "test") for path in task.apart_from)]
   return [row.problem for rows in paths for row in rows.rows]
->>>>>>> d49becd (D_syn from a capable model over an OpenAI-compatible endpoint, a local checkpoint or the scripted teacher; every reply kept, a hard budget)
 
 
 def load(task, seed: int, split: str, count: int) -> list[Problem]:

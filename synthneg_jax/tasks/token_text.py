@@ -83,6 +83,7 @@ class TokenText:
     vocab = tokenizer.get_vocab()
     self.vocab_size = max(vocab.values()) + 1
     self._bytes = [b""] * self.vocab_size
+    self._special = {i: token.encode("utf-8") for token, i in vocab.items() if i in special}
     for token, i in vocab.items():
       if i not in special:
         self._bytes[i] = token_bytes(token, i in added)
@@ -93,9 +94,10 @@ class TokenText:
       raise IndexError(f"token id {token_id} is negative")
     return self._bytes[token_id]
 
-  def text(self, ids: Iterable[int]) -> str:
-    """Returns the text of ids; bytes that are not UTF-8 become U+FFFD."""
-    return b"".join(map(self.bytes_of, ids)).decode("utf-8", errors="replace")
+  def text(self, ids: Iterable[int], special: bool = False) -> str:
+    """Returns the text of ids, with special tokens spelled out if asked for; bytes that are not UTF-8 become U+FFFD."""
+    spelled = self._special if special else {}
+    return b"".join(spelled.get(i) or self.bytes_of(i) for i in ids).decode("utf-8", errors="replace")
 
 
 def _ends_from_spans(data: bytes, offsets: list[int], spans: Iterable[tuple[int, int]]) -> list[int]:

@@ -43,7 +43,7 @@ def uncommented(source: str) -> tuple[list[str], set[str]]:
 class CommentsTest(absltest.TestCase):
   def test_every_leaf_has_a_comment(self):
     # Fails for a leaf of default() without a comment behind its value.
-    parts = (config_lib._optimizer, config_lib._training, config_lib.default)
+    parts = (config_lib._optimizer, config_lib._training, config_lib._endpoint, config_lib.default)
     missing, names = uncommented("\n\n".join(map(inspect.getsource, parts)))
     self.assertEqual(missing, [])
     # Fails if leaves are made elsewhere than in the literals that were looked at.

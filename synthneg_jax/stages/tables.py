@@ -1,0 +1,90 @@
+"""Rows in files that others read and write: JSON lines, and Parquet where pyarrow is installed."""
+
+import importlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+
+from etils import epath
+
+from synthneg_jax.runtime.errors import UserError
+
+SUFFIXES = (".jsonl", ".parquet")
+
+
+def _pyarrow(name: str):
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    raise UserError(
+      'Parquet needs the package pyarrow: pip install "synthneg_jax[parquet]" (in a checkout: .[parquet]).'
+    ) from error
+
+
+def content(path: epath.Path) -> bytes:
+  """A file's bytes.
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  if path.suffix not in SUFFIXES:
+    raise UserError(f"{path} ends in none of {', '.join(SUFFIXES)}.")
+  try:
+    return path.read_bytes()
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def read(path: epath.Path) -> Iterator[tuple[str, dict]]:
+  """("PATH, line N" or "PATH, row N", the row) of a .jsonl or .parquet file; N counts from 1.
+
+  Raises:
+    UserError: a file that cannot be read, or a line that is no JSON object.
+  """
+  data = content(path)
+  if path.suffix == ".parquet":
+    parquet, arrow = _pyarrow("pyarrow.parquet"), _pyarrow("pyarrow")
+    try:
+      table = parquet.read_table(io.BytesIO(data))
+    except arrow.ArrowException as error:
+      raise UserError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from None
+    for number, row in enumerate(table.to_pylist(), start=1):
+      yield f"{path}, row {number}", row
+    return
+  for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
+    place = f"{path}, line {number}"
+    try:
+      row = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+      raise UserError(f"{place}: the line is not JSON in UTF-8 ({error}).") from None
+    if not isinstance(row, dict):
+      raise UserError(f"{place}: the line must be a JSON object, not a {type(row).__name__}.")
+    yield place, row
+
+
+def write(path: epath.Path, rows: Iterable[dict]) -> int:
+  """Writes a .jsonl or .parquet file under a temporary name and renames it; returns how many rows it has.
+
+  Raises:
+    UserError: another ending, no pyarrow for Parquet, or a folder that cannot be written.
+  """
+  if path.suffix not in SUFFIXES:
+    raise UserError(f"{path} ends in none of {', '.join(SUFFIXES)}.")
+  temporary = path.parent / f"{path.name}.tmp"
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+      arrow, parquet = _pyarrow("pyarrow"), _pyarrow("pyarrow.parquet")
+      table = arrow.Table.from_pylist(list(rows))
+      buffer = io.BytesIO()
+      parquet.write_table(table, buffer)
+      temporary.write_bytes(buffer.getvalue())
+      count = table.num_rows
+    else:
+      lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+      temporary.write_text("".join(line + "\n" for line in lines))
+      count = len(lines)
+    temporary.replace(path)
+  except OSError as error:
+    raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
+  return count
