@@ -15,7 +15,7 @@ class Progress:
 
   def __init__(self, name: str, total: int, unit: str, every_s: float = 15.0):
     self._name, self._total, self._unit, self._every_s = name, total, unit, every_s
-    self._done, self._start = 0, time.monotonic()
+    self._done, self._start, self._notes = 0, time.monotonic(), {}
     self._said = self._start
     self._bar = tqdm(total=total, desc=name, unit=unit, leave=False) if sys.stderr.isatty() else None
 
@@ -31,16 +31,17 @@ class Progress:
   def update(self, count: int = 1, **notes):
     """`count` more are done; notes are figures to show beside, such as a loss."""
     self._done += count
+    self._notes = notes
     if self._bar:
       self._bar.update(count)
       self._bar.set_postfix({name: f"{value:.4g}" for name, value in notes.items()})
     elif time.monotonic() - self._said > self._every_s:
-      self._say(**notes)
+      self._say()
 
-  def _say(self, **notes):
+  def _say(self):
     self._said = time.monotonic()
     taken = self._said - self._start
     rest = taken / self._done * (self._total - self._done) if self._done else float("nan")
-    tail = "".join(f", {name} {value:.4g}" for name, value in notes.items())
+    tail = "".join(f", {name} {value:.4g}" for name, value in self._notes.items())
     left = f", {rest:.0f} s left" if self._done < self._total else ""
     logging.info("%s: %d/%d %s, %.0f s%s%s", self._name, self._done, self._total, self._unit, taken, left, tail)

@@ -10,6 +10,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from synthneg_jax.runtime.errors import UserError
@@ -165,24 +166,44 @@ def vote(solutions: Sequence[tuple[str, str] | None], gold: str | None = None, k
   return Vote(answer, len(agreeing) / len(solutions), agreeing[0], sizes[(len(sizes) - 1) // 2])
 
 
+_BUCKETS = 256  # of the bigrams that bound a distance from below
+
+
+def _bigrams(text: str) -> np.ndarray:
+  """How many of a text's pairs of neighbouring characters fall into each bucket; int16 [_BUCKETS]."""
+  codes = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.uint64)
+  pairs = (codes[:-1] * np.uint64(31) + codes[1:] * np.uint64(7)) % np.uint64(_BUCKETS)
+  return np.bincount(pairs.astype(np.int64), minlength=_BUCKETS).clip(max=2**15 - 1).astype(np.int16)
+
+
 class NearDuplicates:
   """Texts that are kept only if they are far from every one kept before.
 
-  The distance is that of `core.selection.deduplicate_by_edit_distance`: Levenshtein's over the longer length.
+  The distance is that of `core.selection.deduplicate_by_edit_distance`: Levenshtein's over the longer length. An edit changes
+  at most two bigrams into others, so that a quarter of the difference in their counts bounds it from below (Ukkonen's q-gram
+  lemma); nearly all texts are told apart by that.
   """
 
   def __init__(self, threshold: float):
     """threshold: in [0, 1); 0 drops exact repeats only."""
     self._threshold, self._kept = threshold, []
+    self._counts, self._lengths = np.zeros((64, _BUCKETS), np.int16), np.zeros(64, np.int64)
 
   def add(self, text: str) -> bool:
     """Keeps a text, unless it is near one that is kept; says which."""
-    for other in self._kept:
-      # Lengths alone bound the distance from below.
-      longer = max(len(text), len(other))
-      if abs(len(text) - len(other)) <= self._threshold * longer:
-        if Levenshtein.normalized_distance(text, other, score_cutoff=self._threshold) <= self._threshold:
-          return False
+    count, mine = len(self._kept), _bigrams(text)
+    lengths = self._lengths[:count]
+    most = self._threshold * np.maximum(lengths, len(text))  # edits that are still near
+    close = np.flatnonzero(np.abs(lengths - len(text)) <= most)
+    bound = np.abs(self._counts[close] - mine).sum(axis=1) / 4
+    for other in close[bound <= most[close]]:
+      near = Levenshtein.normalized_distance(text, self._kept[other], score_cutoff=self._threshold) <= self._threshold
+      if near:
+        return False
+    if count == len(self._lengths):
+      self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+      self._lengths = np.concatenate([self._lengths, np.zeros_like(self._lengths)])
+    self._counts[count], self._lengths[count] = mine, len(text)
     self._kept.append(text)
     return True
 

@@ -103,6 +103,7 @@ class ChoiceTest(parameterized.TestCase):
     # Fails if one by one drops others than all at once.
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abc"), size=rng.integers(4, 12))) for _ in range(200)]
+    texts += [text[:at] + "x" + text[at + 1 :] for text in texts for at in (0, 2)] + ["", "a"]
     for threshold in (0.0, 0.25, 0.5):
       far = synthesis.NearDuplicates(threshold)
       kept = [i for i, text in enumerate(texts) if far.add(text)]
