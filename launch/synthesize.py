@@ -1,6 +1,6 @@
-"""Stage synthesize alone, in one process.
+"""Stage synthesize alone, in one process; docs/synthesis.md has a capable model write the problems.
 
-python launch/synthesize.py --config=configs/arithmetic.py --workdir=DIR
+python launch/synthesize.py --config=configs/arithmetic.py --workdir=DIR [--config.synthesis.provider=scripted]
 """
 
 from absl import flags

@@ -23,13 +23,15 @@ class Server:
     url: what a client takes as base_url.
     faults: each request takes the first and misbehaves so; see `_Handler`. Requests beyond them are served.
     requests: (path, headers, body) of every request, in the order of their coming.
+    times: when each came, seconds.
+    delay_s: before a request without a fault is answered.
     most_at_once: the most requests that were under way together.
   """
 
   def __init__(self, chat: Callable[[dict], str] = None, complete: Callable[[dict], list[dict]] = None, port: int = 0):
     """chat: the text of a reply to a body; complete: the choices. port: 0 for a free one."""
     self.chat, self.complete, self.faults, self.requests = chat, complete, [], []
-    self.delay_s, self.headers, self.usage = 0.0, {}, True
+    self.times, self.delay_s, self.headers, self.usage = [], 0.0, {}, True
     self.lock, self.at_once, self.most_at_once = threading.Lock(), 0, 0
     self.released = threading.Event()
     handler = type("Handler", (_Handler,), {"server_of": self})
@@ -70,11 +72,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     body = json.loads(self.rfile.read(int(self.headers["content-length"])))
     with owner.lock:
       owner.requests.append((self.path, dict(self.headers), body))
+      owner.times.append(time.monotonic())
       fault = owner.faults.pop(0) if owner.faults else ""
       owner.at_once += 1
       owner.most_at_once = max(owner.most_at_once, owner.at_once)
     try:
-      time.sleep(owner.delay_s)
+      if not fault:
+        time.sleep(owner.delay_s)
       self._answer(owner, body, fault)
     except (BrokenPipeError, ConnectionResetError):
       self.close_connection = True
