@@ -70,9 +70,7 @@ def _trace(
   )
 
 
-def graded(
-  run_: Run, policy: Policy, purpose: str, made: Sequence[tuple[Problem, int, Generation]]
-) -> Iterator[Trace]:
+def graded(run_: Run, policy: Policy, purpose: str, made: Sequence[tuple[Problem, int, Generation]]) -> Iterator[Trace]:
   """Responses, each with its problem and its number there, as traces; all graded at once."""
   texts = [policy.token_text.text(one.ids.tolist()) for _, _, one in made]
   golds, finishes = [problem.answer for problem, _, _ in made], [one.finish for _, _, one in made]

@@ -91,6 +91,11 @@ class VoteTest(parameterized.TestCase):
     self.assertEqual(synthesis.vote(draws), synthesis.Vote("1/2", 2 / 3, 1, 1))
     self.assertEqual(synthesis.vote(draws[:2], gold="1.50/3").chosen, 1)
 
+  def test_forms_of_a_formula_vote_together(self):
+    # Fails if boxed answers are compared as text.
+    draws = [("x", "2"), ("x", "\\frac{1}{2}"), ("x", "0.5"), ("x", "\\dfrac12")]
+    self.assertEqual(synthesis.vote(draws, kind="math"), synthesis.Vote("\\frac{1}{2}", 0.75, 1, 1))
+
   def test_known_answer(self):
     # Fails if the majority outvotes what is known.
     a, b = ("#### 1", "1"), ("#### 2", "2")
