@@ -12,6 +12,7 @@ Three ways, the first that applies:
 """
 
 import fractions
+import math
 import threading
 import zlib
 
@@ -128,16 +129,27 @@ class Digits:
     if op == "fact":
       if abs(a) > MAX_FACTORIAL:
         raise TooLarge("factorial")
+      if ctx.isint(a) and a >= 0:
+        return ctx.mpf(math.factorial(int(ctx.re(a))))
+      self._few_digits()
       return ctx.gamma(a + 1)
     if op == "binom":
       if max(abs(a), abs(b)) > MAX_FACTORIAL:
         raise TooLarge("binomial")
+      if ctx.isint(a) and ctx.isint(b) and min(a, b) >= 0:
+        return ctx.mpf(math.comb(int(ctx.re(a)), int(ctx.re(b))))
+      self._few_digits()
       return ctx.binomial(a, b)
     if abs(b) > MAX_POWER:
       raise TooLarge("power")
     if op == "root":
       return self._real_root(a, 1 / b) if b else ctx.mpf("nan")
     return self._real_root(a, b)
+
+  def _few_digits(self) -> None:
+    """The Gamma function takes long to many digits."""
+    if self.ctx.dps > 450:
+      raise TooLarge("digits of a factorial")
 
   def _real_root(self, base, exponent):
     """base ** exponent; the real value where the exponent is a rational of odd denominator and the base is negative."""
@@ -287,7 +299,7 @@ def _holds(node: Node, name: str) -> bool:
 def _vanishes(difference: Node, at: int) -> bool:
   """Whether an expression is 0 at a point."""
   rough = Digits(40, at)
-  value = rough.value(difference)
+  value = rough.value(difference.args[0]) + rough.value(difference.args[1])  # what is left of it is no part
   if value and rough.ctx.mag(value) > rough.largest * 2 - 60 and rough.ctx.mag(value) > -60:
     return False
   bound = separation(difference)

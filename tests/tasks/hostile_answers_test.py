@@ -57,6 +57,7 @@ class HostileTest(parameterized.TestCase):
     self.assertEmpty([pair for pair in right if len(pair[0]) > 8], right)
 
   @parameterized.parameters(
+    "((x!)!)! + y", "!d!$x! b! n! y!", r"\binom{x}{y!}^{y!}",
     "9**9**9", "10^{10^{10}}", "1e999999999", "9^{9^{9^{9}}}", "(" * 50_000, "{" * 50_000, r"\frac{" * 20_000,
     "1+" * 50_000 + "1",
     "x" * 100_000, "\x00" * 10, "7\x00", "\ud800", "٧", "𝟕", "7\u202e8", "99999999!",
