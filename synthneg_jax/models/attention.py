@@ -79,8 +79,13 @@ def tree_attention(q, k, v, mask_BTT):
   return out, k_BKTH, v_BKTH
 
 
+@jax.custom_vjp
 def _attend(q, k, v, mask):
   """Softmax attention of q [B, K, G, T, H] over k, v [B, K, S, H] where mask [B, T, S] allows."""
+  return _attend_forward(q, k, v, mask)[0]
+
+
+def _attend_forward(q, k, v, mask):
   rows, kv_heads, groups, length, head_dim = q.shape
   keys = k.shape[2]
   wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -90,12 +95,32 @@ def _attend(q, k, v, mask):
   scores = jnp.einsum("bqh,bkh->bqk", q, k, preferred_element_type=wide)
   scores = scores.reshape(rows, kv_heads, groups, length, keys)
   scores = jnp.where(mask[:, None, None], scores, _MASKED)
-  weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-  total = jnp.sum(weights, axis=-1)
+  weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+  total = jnp.sum(weights, axis=-1).reshape(rows * kv_heads, groups * length, 1)
   weights = weights.reshape(rows * kv_heads, groups * length, keys).astype(v.dtype)
-  out = jnp.einsum("bqk,bkh->bqh", weights, v, preferred_element_type=wide)
   # Normalised after the product: H columns instead of S.
-  return (out.reshape(rows, kv_heads, groups, length, head_dim) / total[..., None]).astype(v.dtype)
+  out = jnp.einsum("bqk,bkh->bqh", weights, v, preferred_element_type=wide) / total
+  return out.astype(v.dtype).reshape(rows, kv_heads, groups, length, head_dim), (q, k, v, weights, total, out)
+
+
+def _attend_backward(kept, d_out):
+  """By hand, to pass over the scores once: with P = weights / total, dS = P (dO Vᵀ - rowsum(dO · O)), 0 where masked."""
+  q, k, v, weights, total, out = kept
+  rows, kv_heads, groups, length, head_dim = d_out.shape
+  wide = out.dtype
+  d_out = d_out.reshape(out.shape).astype(wide) / total
+  inner = jnp.sum(d_out * out, axis=-1, keepdims=True)
+  d_out = d_out.astype(v.dtype)
+  d_weights = jnp.einsum("bqh,bkh->bqk", d_out, v, preferred_element_type=wide)
+  d_scores = (weights * (d_weights - inner)).astype(q.dtype)
+  d_q = jnp.einsum("bqk,bkh->bqh", d_scores, k, preferred_element_type=wide).astype(q.dtype)
+  d_k = jnp.einsum("bqk,bqh->bkh", d_scores, q, preferred_element_type=wide).astype(k.dtype)
+  d_v = jnp.einsum("bqk,bqh->bkh", weights, d_out, preferred_element_type=wide).astype(v.dtype)
+  as_keys = lambda x: x.reshape(rows, kv_heads, -1, head_dim)
+  return d_q.reshape(rows, kv_heads, groups, length, head_dim), as_keys(d_k), as_keys(d_v), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def cached_attention(q, k, v, cache: Cache, at, fork, index):
@@ -117,11 +142,18 @@ def cached_attention(q, k, v, cache: Cache, at, fork, index):
   lane = jnp.arange(lanes)[:, None]
   slot = jnp.arange(slots)[None, :]
 
+  # Of a single row a head's part is written at a time: XLA turns a scatter of one index into an update of a slice, then
+  # does that once for the attention and once for the loop's state, and copies the cache for each.
+  if lanes * slots == 1:
+    place = (lane[..., None], slot[..., None], jnp.arange(kv_heads)[None, None], index[..., None])
+  else:
+    place = (lane, slot, slice(None), index)
+
   def write(field, new):
     new = new.reshape(lanes, slots, kv_heads, head_dim)
     if isinstance(field, tuple):
-      return field[:at] + (field[at].at[lane, slot, :, index].set(new),) + field[at + 1 :]
-    return field.at[at, lane, slot, :, index].set(new)
+      return field[:at] + (field[at].at[place].set(new),) + field[at + 1 :]
+    return field.at[(at, *place)].set(new)
 
   cache = dataclasses.replace(cache, suffix_k=write(cache.suffix_k, k), suffix_v=write(cache.suffix_v, v))
   trunk_k, trunk_v, suffix_k, suffix_v = cache.trunk_k[at], cache.trunk_v[at], cache.suffix_k[at], cache.suffix_v[at]

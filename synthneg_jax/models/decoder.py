@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import lax
 
 from synthneg_jax.core import tree as tree_lib
-from synthneg_jax.models import attention
+from synthneg_jax.models import attention, layout
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.runtime import mesh as mesh_lib
 
@@ -99,13 +99,14 @@ class Ends(nn.Module):
   def logits(self, h_ND):
     matrix_VD = self.embedding if self.config.tie_embeddings else self.unembedding
     dtype = jnp.dtype(self.config.dtype)
-    logits = lax.dot_general(
-      h_ND.astype(dtype),
+    # Of a flat list of tokens: with two dimensions to sum over, the matrix's gradient would take a turned copy of all logits.
+    logits_NV = lax.dot_general(
+      h_ND.reshape(-1, h_ND.shape[-1]).astype(dtype),
       matrix_VD.astype(dtype),
-      (((h_ND.ndim - 1,), (1,)), ((), ())),
+      (((1,), (1,)), ((), ())),
       preferred_element_type=jnp.promote_types(dtype, jnp.float32),
     )
-    return logits
+    return logits_NV.reshape(*h_ND.shape[:-1], -1)
 
   def __call__(self, token_N):
     return self.logits(self.last_norm(self.embed(token_N)))
@@ -146,13 +147,7 @@ class Model:
 
   def unstack(self, params: Params) -> Params:
     """The same parameters with a tuple of single layers, for loops on CPU that would slice the stack at each turn."""
-    if isinstance(params["layers"], tuple):
-      return params
-    count = self.config.num_layers
-    leaves, treedef = jax.tree.flatten(params["layers"])
-    columns = [lax.split(leaf, (1,) * count) for leaf in leaves]  # its gradient is one concatenation
-    layers = tuple(treedef.unflatten([lax.squeeze(column[i], (0,)) for column in columns]) for i in range(count))
-    return {"ends": params["ends"], "layers": layers}
+    return layout.apart(params)
 
   def hidden(self, params: Params, trees: tree_lib.PackedTrees, *, with_cache: bool = False):
     """Hidden states of packed trees.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from synthneg_jax.core import tree as tree_lib
+from synthneg_jax.models import layout
 from synthneg_jax.models.attention import Cache
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.rollouts.sampling import Sampling, pick, uniforms
@@ -104,9 +105,9 @@ def empty_state(model: Model, g: Geometry) -> State:
   dtype = jnp.dtype(c.dtype)
 
   def cache(*shape):
-    if c.scan_layers:
-      return jnp.zeros((c.num_layers, *shape), dtype)
-    return tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers))
+    if layout.unrolls(c):
+      return tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers))
+    return jnp.zeros((c.num_layers, *shape), dtype)
 
   ints = lambda *shape: jnp.zeros(shape, jnp.int32)
   floats = lambda *shape: jnp.zeros(shape, jnp.float32)
@@ -142,7 +143,7 @@ def empty_state(model: Model, g: Geometry) -> State:
 
 def state_shardings(model: Model, mesh: Mesh) -> State:
   """Lanes over the rows' axes; kv heads over "tensor"."""
-  lead = ("layers",) if model.config.scan_layers else ()
+  lead = () if layout.unrolls(model.config) else ("layers",)
   sharding = lambda *names: NamedSharding(mesh, mesh_lib.spec(*lead, *names))
   rows, replicated = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
   fields = {field.name: rows for field in dataclasses.fields(State)}
@@ -273,7 +274,7 @@ def prefill(
 
 def decode(model: Model, g: Geometry, how: Sampling, stops: Stops, params, state: State, enough) -> State:
   """Grows all branches until at least `enough` (traced int32) lanes have nothing left to do, or all have."""
-  params = params if model.config.scan_layers else model.unstack(params)
+  params = layout.apart(params) if layout.unrolls(model.config) else params
   lanes = jnp.arange(g.lanes)[:, None]
 
   def works(state: State):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from synthneg_jax.models import layout
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.rollouts import decode as decode_lib
 from synthneg_jax.rollouts.decode import Geometry, Stops
@@ -148,14 +149,12 @@ class Engine:
   def _laid_out(self, params):
     """The parameters as the programs read them: unrolled layers are taken apart once, not in each call."""
     if self._given is not params:
-      axes, c = self._model.logical_axes(), self._model.config
-      self._given, self._params = params, jax.device_put(params, mesh_lib.shardings(self._mesh, axes))
-      if not c.scan_layers:
-        of_layer = lambda names: names[1:]
-        axes["layers"] = jax.tree.map(of_layer, axes["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple))
-        layout = mesh_lib.shardings(self._mesh, axes)
-        layout["layers"] = (layout["layers"],) * c.num_layers
-        self._params = jax.jit(self._model.unstack, out_shardings=layout)(self._params)
+      model = self._model
+      shardings = mesh_lib.shardings(self._mesh, model.logical_axes())
+      self._given, self._params = params, jax.device_put(params, shardings)
+      if layout.unrolls(model.config):
+        shardings = layout.shardings_apart(shardings, model.config.num_layers)
+        self._params = jax.jit(layout.apart, out_shardings=shardings)(self._params)
     return self._params
 
   def _trunk_arrays(self, g: Geometry, group):

@@ -64,10 +64,14 @@ def fit(
   optimizer = optimizer_lib.make_optimizer(config.optimizer, batches.num_steps)
   shardings = step_lib.state_shardings(model, optimizer, mesh)
   keeper = checkpoints.TrainCheckpoints(folder / "checkpoints", config.keep_checkpoints, config.save_every_steps)
-  init = step_lib.make_init(optimizer, shardings)
-  state = keeper.restore(jax.eval_shape(init, model.abstract_params()), shardings)
+  kept = step_lib.state_shardings(model, optimizer, mesh, stacked=True)
+  abstract = jax.eval_shape(step_lib.make_init(optimizer, kept), model.abstract_params())
+  to_keep = step_lib.make_relayout(kept) if kept != shardings else lambda state: state
+  state = keeper.restore(abstract, kept)
   if state is None:
-    state = init(params)
+    state = step_lib.make_init(optimizer, shardings)(params)
+  elif kept != shardings:
+    state = step_lib.make_relayout(shardings)(state)
   del params
   first_step = int(state["step"])
   if first_step:
@@ -101,7 +105,7 @@ def fit(
       if keeper.due(step + 1) and step + 1 < batches.num_steps:  # the last state is not kept here: the policy is
         report(*previous, progress)  # only a state whose step was finite is kept
         previous = None
-        keeper.save(step + 1, state)
+        keeper.save(step + 1, to_keep(state))
     if previous is not None:
       report(*previous, progress)
-  return state["params"], averages
+  return to_keep(state)["params"], averages

@@ -11,6 +11,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from absl.testing import absltest, parameterized
 from etils import epath
@@ -27,6 +28,8 @@ from tests import toy
 
 class StandIn:
   """What the loop asks of a model: two parameters, so that a step compiles at once."""
+
+  config = toy.CONFIG
 
   def abstract_params(self):
     return jax.eval_shape(lambda: {"matrix": jnp.zeros((6, 4)), "norm": {"scale": jnp.zeros(4)}})
@@ -233,6 +236,18 @@ class OptimizerTest(absltest.TestCase):
       scales += spared
       np.testing.assert_allclose(b - a, np.zeros_like(x) if spared else -0.1 * 0.5 * x, atol=1e-7)
     self.assertEqual(scales, 3)
+
+  def test_clips_as_optax_does(self):
+    # Fails if gradients within the norm are touched, if those beyond are scaled otherwise, or if the states differ, so that
+    # a checkpoint of one could not be read by the other.
+    grads = jax.tree.map(lambda x: 0.1 * x, toy.make_params(toy.model()))
+    norm = float(optax.tree.norm(grads))
+    for most in (0.3 * norm, 3.0 * norm):
+      ours, theirs = optimizer_lib.clip_by_global_norm(most), optax.clip_by_global_norm(most)
+      self.assertEqual(ours.init(grads), theirs.init(grads))
+      got, expected = (jax.jit(lambda x, made=made: made.update(x, made.init(x))[0])(grads) for made in (ours, theirs))
+      for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
   def test_clipping_and_betas(self):
     # Fails if clipping is missing or comes after AdamW, or if the betas change places.
