@@ -28,14 +28,12 @@ def apart(tree):
   """The same with layers apart; what is apart already stays."""
 
   def split(layers):
-    if isinstance(layers, tuple):
-      return layers
     leaves, treedef = jax.tree.flatten(layers)
     count = leaves[0].shape[0]
     columns = [lax.split(leaf, (1,) * count) for leaf in leaves]  # its gradient is one concatenation
     return tuple(treedef.unflatten([lax.squeeze(column[i], (0,)) for column in columns]) for i in range(count))
 
-  return _each_params(split, tree)
+  return tree if is_apart(tree) else _each_params(split, tree)
 
 
 def stacked(tree):
