@@ -19,7 +19,7 @@ from etils import epath
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.training import loop
+from synthneg_jax.training import loop, objectives
 from synthneg_jax.training import optimizer as optimizer_lib
 from synthneg_jax.training.batch import Example
 from synthneg_jax.training.batches import Batches
@@ -105,6 +105,28 @@ class LoopTest(parameterized.TestCase):
   def assert_bitwise(self, got, expected):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
       np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+  def test_checkpoints_know_stacked_layers_only(self):
+    # Fails if layers that are unrolled are kept, or given back, apart: a model that scans them goes on from their
+    # checkpoint, and ends where the unrolled one does.
+    section = config_lib.default().sft
+    section.update(save_every_steps=1, keep_checkpoints=2)
+
+    def fit(name, batches, scan):
+      model = toy.model(num_layers=2, scan_layers=scan)
+      given = (objectives.make_sft(model), batches, toy.one_device_mesh(), self.folder / name)
+      return loop.fit(name, section, model, toy.make_params(model), *given)[0]
+
+    with self.assertRaises(KeyboardInterrupt):
+      fit("unrolled", Spy(kill_at=1, num_steps=2), scan=False)
+    shutil.copytree(self.folder / "unrolled", self.folder / "scanned")
+    batches = Spy(num_steps=2)
+    scanned = fit("scanned", batches, scan=True)
+    self.assertEqual(batches.built, [1])
+    unrolled = fit("unrolled", Spy(num_steps=2), scan=False)
+    self.assertEqual(jax.tree.structure(unrolled), jax.tree.structure(scanned))
+    for a, b in zip(jax.tree.leaves(unrolled), jax.tree.leaves(scanned), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-5)
 
   def test_a_killed_run_goes_on_bitwise(self):
     # Fails if the moments, the schedule's count or the data position are not restored, if a checkpoint holds the state
