@@ -22,8 +22,30 @@ def token_logprobs(logits_NV: jax.Array, target_N: jax.Array) -> jax.Array:
     [...] nats.
   """
   logits_NV = logits_NV.astype(jnp.promote_types(logits_NV.dtype, jnp.float32))
+  return _picked_logprobs(logits_NV, target_N)
+
+
+@jax.custom_vjp
+def _picked_logprobs(logits_NV, target_N):
+  return _picked_forward(logits_NV, target_N)[0]
+
+
+def _picked_forward(logits_NV, target_N):
   chosen_N = jnp.take_along_axis(logits_NV, target_N[..., None], axis=-1)[..., 0]
-  return chosen_N - jax.nn.logsumexp(logits_NV, axis=-1)
+  normaliser_N = jax.nn.logsumexp(logits_NV, axis=-1)
+  return chosen_N - normaliser_N, (logits_NV, normaliser_N, target_N)
+
+
+def _picked_backward(kept, d_N):
+  """∂/∂logit_v = 1[v = target] - π(v), in one pass over the logits; derived, it would be a scatter and a sum of two."""
+  logits_NV, normaliser_N, target_N = kept
+  prob_NV = jnp.exp(logits_NV - normaliser_N[..., None])
+  place_NV = lax.broadcasted_iota(target_N.dtype, logits_NV.shape, logits_NV.ndim - 1)
+  is_target_NV = place_NV == target_N[..., None]
+  return d_N[..., None] * (is_target_NV - prob_NV), None
+
+
+_picked_logprobs.defvjp(_picked_forward, _picked_backward)
 
 
 def branch_logprobs(logp_S: jax.Array, branch_S: jax.Array, num_branches: int) -> jax.Array:

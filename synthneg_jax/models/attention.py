@@ -1,6 +1,7 @@
 """Attention over packed trees, and over a lane's trunk and its slots' suffixes. Rotary positions."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,15 @@ def tree_attention(q, k, v, mask_BTT, *, scale: float = 0.0, cap: float = 0.0):
 
 def _attend(q, k, v, mask, cap: float = 0.0):
   """Softmax attention of q [B, K, G, T, H] over k, v [B, K, S, H] where mask [B, T, S] allows; scores capped."""
+  return _attend_forward(q, k, v, mask, cap)[0] if cap else _attend_uncapped(q, k, v, mask)
+
+
+@jax.custom_vjp
+def _attend_uncapped(q, k, v, mask):
+  return _attend_forward(q, k, v, mask)[0]
+
+
+def _attend_forward(q, k, v, mask, cap: float = 0.0):
   rows, kv_heads, groups, length, head_dim = q.shape
   keys = k.shape[2]
   wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -97,11 +107,29 @@ def _attend(q, k, v, mask, cap: float = 0.0):
   scores = scores.reshape(rows, kv_heads, groups, length, keys)
   scores = jnp.where(mask[:, None, None], _capped(scores, cap), _MASKED)
   weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-  total = jnp.sum(weights, axis=-1)
+  total = jnp.sum(weights, axis=-1).reshape(rows, kv_heads, groups * length, 1)
   weights = weights.reshape(rows, kv_heads, groups * length, keys).astype(v.dtype)
-  out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=wide)
   # Normalised after the product: H columns instead of S.
-  return (out.reshape(rows, kv_heads, groups, length, head_dim) / total[..., None]).astype(v.dtype)
+  out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=wide) / total
+  return out.astype(v.dtype).reshape(rows, kv_heads, groups, length, head_dim), (q, k, v, weights, total, out)
+
+
+def _attend_backward(kept, d_out):
+  """By hand, to pass over the scores once: with P = weights / total, dS = P (dO Vᵀ - rowsum(dO · O)), 0 where masked."""
+  q, k, v, weights, total, out = kept
+  wide = out.dtype
+  product = functools.partial(jnp.einsum, preferred_element_type=wide)
+  d_scaled = d_out.reshape(out.shape).astype(wide) / total
+  inner = jnp.sum(d_scaled * out, axis=-1, keepdims=True)
+  d_scaled = d_scaled.astype(v.dtype)
+  d_scores = (weights * (product("bkth,bksh->bkts", d_scaled, v) - inner)).astype(q.dtype)
+  d_q = product("bkts,bksh->bkth", d_scores, k).astype(q.dtype)
+  d_k = product("bkts,bkth->bksh", d_scores, q).astype(k.dtype)
+  d_v = product("bkts,bkth->bksh", weights, d_scaled).astype(v.dtype)
+  return d_q.reshape(d_out.shape), d_k, d_v, None
+
+
+_attend_uncapped.defvjp(_attend_forward, _attend_backward)
 
 
 def cached_attention(
@@ -127,11 +155,18 @@ def cached_attention(
   lane = jnp.arange(lanes)[:, None]
   slot = jnp.arange(slots)[None, :]
 
+  # Of a single row a head's part is written at a time: XLA turns a scatter of one index into an update of a slice, then
+  # does that once for the attention and once for the loop's state, and copies the cache for each.
+  if lanes * slots == 1:
+    place = (lane[..., None], slot[..., None], jnp.arange(kv_heads)[None, None], index[..., None])
+  else:
+    place = (lane, slot, slice(None), index)
+
   def write(field, new):
     new = new.reshape(lanes, slots, kv_heads, head_dim)
     if isinstance(field, tuple):
-      return field[:at] + (field[at].at[lane, slot, :, index].set(new),) + field[at + 1 :]
-    return field.at[at, lane, slot, :, index].set(new)
+      return field[:at] + (field[at].at[place].set(new),) + field[at + 1 :]
+    return field.at[(at, *place)].set(new)
 
   cache = dataclasses.replace(cache, suffix_k=write(cache.suffix_k, k), suffix_v=write(cache.suffix_v, v))
   trunk_k, trunk_v, suffix_k, suffix_v = cache.trunk_k[at], cache.trunk_v[at], cache.suffix_k[at], cache.suffix_v[at]

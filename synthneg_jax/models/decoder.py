@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from synthneg_jax.core import tree as tree_lib
-from synthneg_jax.models import attention
+from synthneg_jax.models import attention, layout
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.runtime import mesh as mesh_lib
 
@@ -133,12 +133,14 @@ class Ends(nn.Module):
   def logits(self, h_ND):
     matrix_VD = self.embedding if self.config.tie_embeddings else self.unembedding
     dtype = jnp.dtype(self.config.dtype)
-    logits = lax.dot_general(
-      h_ND.astype(dtype),
+    # Of a flat list of tokens: with two dimensions to sum over, the matrix's gradient would take a turned copy of all logits.
+    logits_NV = lax.dot_general(
+      h_ND.reshape(-1, h_ND.shape[-1]).astype(dtype),
       matrix_VD.astype(dtype),
-      (((h_ND.ndim - 1,), (1,)), ((), ())),
+      (((1,), (1,)), ((), ())),
       preferred_element_type=jnp.promote_types(dtype, jnp.float32),
     )
+    logits = logits_NV.reshape(*h_ND.shape[:-1], -1)
     cap = self.config.logit_cap
     return cap * jnp.tanh(logits / cap) if cap else logits
 
@@ -200,14 +202,7 @@ class Model:
 
   def unstack(self, params: Params) -> Params:
     """The same parameters with a tuple of single layers, for loops on CPU that would slice the stack at each turn."""
-    if isinstance(params["layers"], tuple):
-      return params
-    params = _joined(params)
-    count = self.config.num_layers
-    leaves, treedef = jax.tree.flatten(params["layers"])
-    columns = [lax.split(leaf, (1,) * count) for leaf in leaves]  # its gradient is one concatenation
-    layers = tuple(treedef.unflatten([lax.squeeze(column[i], (0,)) for column in columns]) for i in range(count))
-    return {"ends": params["ends"], "layers": layers}
+    return layout.apart(_joined(params))
 
   def _of_window(self, make):
     """make(window) for every window that layers have, as a function of a layer's window: an int, or a traced scalar."""

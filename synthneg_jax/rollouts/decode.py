@@ -14,6 +14,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 
 from synthneg_jax.core import tree as tree_lib
+from synthneg_jax.models import layout
 from synthneg_jax.models.attention import Cache
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.rollouts.sampling import Sampling, pick, uniforms
@@ -105,9 +106,9 @@ def empty_state(model: Model, g: Geometry) -> State:
   dtype = jnp.dtype(c.dtype)
 
   def cache(*shape):
-    if c.scan_layers:
-      return jnp.zeros((c.num_layers, *shape), dtype)
-    return tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers))
+    if layout.unrolls(c):
+      return tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers))
+    return jnp.zeros((c.num_layers, *shape), dtype)
 
   ints = lambda *shape: jnp.zeros(shape, jnp.int32)
   floats = lambda *shape: jnp.zeros(shape, jnp.float32)
@@ -148,7 +149,7 @@ def state_shardings(model: Model, mesh: Mesh) -> State:
   named, all of them would be copied when the loop begins and when it ends, and there would be room for two. (One head alone
   would be padded to two, and lies well either way.)
   """
-  lead = ("layers",) if model.config.scan_layers else ()
+  lead = () if layout.unrolls(model.config) else ("layers",)
   sharding = lambda *names: NamedSharding(mesh, mesh_lib.spec(*lead, *names))
   rows, replicated = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
   fields = {field.name: rows for field in dataclasses.fields(State)}
@@ -282,7 +283,7 @@ def prefill(
 
 def decode(model: Model, g: Geometry, how: Sampling, stops: Stops, params, state: State, enough) -> State:
   """Grows all branches until at least `enough` (traced int32) lanes have nothing left to do, or all have."""
-  params = params if model.config.scan_layers else model.unstack(params)
+  params = layout.apart(params) if layout.unrolls(model.config) else params
   lanes = jnp.arange(g.lanes)[:, None]
 
   def works(state: State):

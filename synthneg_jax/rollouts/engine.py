@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from synthneg_jax.models import layout
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.rollouts import decode as decode_lib
 from synthneg_jax.rollouts.decode import Geometry, Stops
@@ -67,18 +68,13 @@ def as_read(model: Model, params):
   dtype = np.dtype(model.config.dtype)
   names = lambda axes, leaf: leaf if "norm" in axes else leaf.astype(dtype)
   params = jax.tree.map(names, model.logical_axes(), params, is_leaf=lambda leaf: isinstance(leaf, tuple))
-  return params if model.config.scan_layers else model.unstack(params)
+  return layout.apart(params) if layout.unrolls(model.config) else params
 
 
 def params_shardings(model: Model, mesh: Mesh):
   """Where `as_read` parameters lie: see `runtime.mesh.decoding`, which made this mesh."""
-  axes, c = model.logical_axes(), model.config
-  if c.scan_layers:
-    return mesh_lib.shardings(mesh, axes)
-  axes["layers"] = jax.tree.map(lambda names: names[1:], axes["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple))
-  layout = mesh_lib.shardings(mesh, axes)
-  layout["layers"] = (layout["layers"],) * c.num_layers
-  return layout
+  shardings = mesh_lib.shardings(mesh, model.logical_axes())
+  return layout.shardings_apart(shardings, model.config.num_layers) if layout.unrolls(model.config) else shardings
 
 
 @functools.lru_cache(maxsize=64)
@@ -181,8 +177,9 @@ class Engine:
   def _laid_out(self, params):
     """The parameters as the programs read them, laid out once and not in each call."""
     if self._given is not params:
-      layout = params_shardings(self._model, self._mesh)
-      lay_out = jax.jit(functools.partial(as_read, self._model), out_shardings=layout)
+      lay_out = jax.jit(
+        functools.partial(as_read, self._model), out_shardings=params_shardings(self._model, self._mesh)
+      )
       self._given, self._params = params, lay_out(params)
     return self._params
 

@@ -151,8 +151,7 @@ def credit(full: bool) -> Iterator[Item]:
     if size == "T":
       yield _credit_of_many_lengths(side, model, ids, trace, slots=16)
       yield _credit_memory(side, ids, trace, slots=32)
-  if full:
-    yield benchmark_schedules.item("credit.schedule=adaptive, values known", benchmark_schedules.exact_values())
+      yield benchmark_schedules.item("credit.schedule=adaptive, values known", benchmark_schedules.exact_values())
 
 
 def _one_a_prefix(model, ids, trace: _Trace, new: Sequence[int], temperature: float) -> list[np.ndarray]:

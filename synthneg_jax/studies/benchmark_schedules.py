@@ -74,7 +74,7 @@ def item(name: str, values: Sequence[np.ndarray]) -> Item:
   cost = functools.cache(lambda schedule, most, seed: spend(schedules.SCHEDULES[schedule], values, most, seed))
   error = lambda schedule, most: np.mean([cost(schedule, most, seed)[1] for seed in range(_ROUNDS)])
   goal = error("until_first_zero", _ROLLOUTS)
-  fits = [most for most in range(2, 4 * _ROLLOUTS) if error("adaptive", most) <= goal]
+  fits = next((most for most in range(2, 4 * _ROLLOUTS) if error("adaptive", most) <= goal), None)
   ours, theirs = iter(range(10**6)), iter(range(10**6))
   draw = lambda schedule, most, rounds: cost(schedule, most, next(rounds) % _ROUNDS)[0]
   baseline = Baseline(
@@ -82,6 +82,6 @@ def item(name: str, values: Sequence[np.ndarray]) -> Item:
     lambda: draw("until_first_zero", _ROLLOUTS, theirs),
     lambda: "" if fits else f"adaptive does not reach its error, {goal:.3f}",
   )
-  most = fits[0] if fits else _ROLLOUTS
+  most = fits or _ROLLOUTS
   size = f"{len(values)} traces, error {goal:.2f}, R={most} for 8"
   return Item(name, size, lambda: draw("adaptive", most, ours), [baseline], rounds=_ROUNDS, unit="rollouts")

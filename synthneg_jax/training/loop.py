@@ -104,10 +104,14 @@ def fit(
   keeper = checkpoints.TrainCheckpoints(
     folder / "checkpoints", config.keep_checkpoints, config.save_every_steps, config.keep_best
   )
-  init = step_lib.make_init(optimizer, shardings)
-  state = keeper.restore(jax.eval_shape(init, model.abstract_params()), shardings)
+  kept = step_lib.state_shardings(model, optimizer, mesh, stacked=True)
+  abstract = jax.eval_shape(step_lib.make_init(optimizer, kept), model.abstract_params())
+  to_keep = step_lib.make_relayout(kept) if kept != shardings else lambda state: state
+  state = keeper.restore(abstract, kept)
   if state is None:
-    state = init(params)
+    state = step_lib.make_init(optimizer, shardings)(params)
+  elif kept != shardings:
+    state = step_lib.make_relayout(shardings)(state)
   del params
   first_step = int(state["step"])
   if first_step:
@@ -150,9 +154,9 @@ def fit(
       if (stopping or keeper.due(done)) and done < batches.num_steps:  # the last state is not kept: the policy is
         report(*previous, progress)  # only a state whose step was finite is kept
         previous = None
-        keep(done, state)
+        keep(done, to_keep(state))
         if stopping:
           raise processes.Stopped  # once the keeper is closed, everything is written
     if previous is not None:
       report(*previous, progress)
-  return state["params"], averages
+  return to_keep(state)["params"], averages

@@ -1,18 +1,25 @@
 """The train step: gradients of an objective over a batch, accumulated, clipped and applied, under a mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from synthneg_jax.models import layout
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.training.batch import Batch
 
 
-def state_shardings(model: Model | Adapter, optimizer: optax.GradientTransformation, mesh: Mesh):
-  """Shardings of {"params", "opt_state", "step"}, the parameters those of `model`: moments lie as they do."""
+def state_shardings(model: Model | Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, stacked: bool = False):
+  """Shardings of {"params", "opt_state", "step"}, the parameters those of `model`: moments lie as they do.
+
+  As the train step has the state, layers apart or not (models/layout.py), or `stacked` as checkpoints have it. An adapter is
+  stacked always: it is small.
+  """
   params = mesh_lib.shardings(mesh, model.logical_axes())
   replicated = mesh_lib.replicated(mesh)
   opt_state = optax.tree_map_params(
@@ -22,16 +29,25 @@ def state_shardings(model: Model | Adapter, optimizer: optax.GradientTransformat
     params,
     transform_non_params=lambda _: replicated,
   )
-  return {"params": params, "opt_state": opt_state, "step": replicated}
+  shardings = {"params": params, "opt_state": opt_state, "step": replicated}
+  if isinstance(model, Model) and layout.unrolls(model.config) and not stacked:
+    return layout.shardings_apart(shardings, model.config.num_layers)
+  return shardings
 
 
 def make_init(optimizer: optax.GradientTransformation, shardings):
-  """params -> train state; the parameters are donated."""
+  """Stacked params -> train state, laid out by `shardings`; the parameters are donated where they stay as they lie."""
 
   def init(params):
+    params = layout.like(shardings["params"], params)
     return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
-  return jax.jit(init, in_shardings=(shardings["params"],), out_shardings=shardings, donate_argnums=0)
+  return jax.jit(init, out_shardings=shardings, donate_argnums=() if layout.is_apart(shardings) else 0)
+
+
+def make_relayout(shardings):
+  """state -> the same state, stacked or apart as its new shardings are."""
+  return jax.jit(functools.partial(layout.like, shardings), out_shardings=shardings)
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
@@ -63,7 +79,9 @@ def make_step(
       (_, metrics), grads = grad(params, batch)
       return grads, metrics
 
-    split = lambda x: x.reshape(accumulate, -1, *x.shape[1:]) if x.ndim else jnp.broadcast_to(x, accumulate)
+    split = lambda x: (
+      x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]) if x.ndim else jnp.broadcast_to(x, accumulate)
+    )
     parts = jax.tree.map(split, batch)
 
     def add(total, part):

@@ -33,6 +33,16 @@ def pair_args(pairs) -> tuple[jax.Array, ...]:
 
 
 class TokenLogprobsTest(parameterized.TestCase):
+  @parameterized.parameters(((5, 7),), ((2, 3, 7),))
+  def test_gradients(self, shape):
+    # Fails if the gradient lacks the softmax or the target's one, has the wrong sign, or gives it to another place.
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+      logits, targets = jnp.asarray(rng.normal(size=shape)), jnp.asarray(rng.integers(0, shape[-1], shape[:-1]))
+      weights = jnp.asarray(rng.normal(size=shape[:-1]))
+      loss = lambda logits: jnp.sum(weights * losses.token_logprobs(logits, targets))
+      test_util.check_grads(loss, (logits,), order=1, modes=["rev"], rtol=1e-6)
+
   @parameterized.parameters(((5,),), ((2, 3),), ((),))
   def test_equals_numpy(self, shape):
     # Fails if another entry than the target's is taken, or if the sum runs over another axis than the last.

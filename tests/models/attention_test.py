@@ -42,6 +42,29 @@ class TreeAttentionTest(parameterized.TestCase):
     self.assertTrue(np.isfinite(out).all())
     np.testing.assert_allclose(out[there], expected[there], atol=1e-5)
 
+  def test_gradients(self):
+    # Fails if a term of the backward pass is missing, has the wrong sign or scale, sums over the wrong heads, or reaches
+    # a key that no query sees.
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+      length, heads, kv_heads, size = 130, 4, 2, 4
+      trees = make_rows(rng, length)
+      mask = jnp.asarray(tree_lib.attention_mask(trees))
+      q, k, v = (jnp.asarray(rng.normal(size=(2 * length, n, size))) for n in (heads, kv_heads, kv_heads))
+      # Rows of padding bring no gradient: nothing is scored there, and nothing that is sees them.
+      weights = jnp.asarray(rng.normal(size=q.shape) * (np.asarray(trees.tree) != 0).reshape(-1, 1, 1))
+
+      def plain(q, k, v):
+        rows = lambda x: jnp.repeat(x, heads // x.shape[1], axis=1).reshape(2, length, heads, size)
+        scores = jnp.einsum("bqnh,bknh->bnqk", rows(q), rows(k)) / np.sqrt(size)
+        shares = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1)
+        return jnp.einsum("bnqk,bknh->bqnh", shares, rows(v)).reshape(q.shape)
+
+      gradients = lambda fn: jax.jit(jax.grad(lambda *args: jnp.sum(weights * fn(*args)), argnums=(0, 1, 2)))(q, k, v)
+      ours = gradients(lambda *args: attention.tree_attention(*args, mask)[0])
+      for name, got, expected in zip("qkv", ours, gradients(plain), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-12, err_msg=name)
+
 
 if __name__ == "__main__":
   absltest.main()

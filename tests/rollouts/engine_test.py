@@ -131,7 +131,7 @@ class EngineTest(parameterized.TestCase):
         compared += 1
     self.assertEqual(compared, sum(len(trunk.forks) for trunk in trunks))
 
-  @parameterized.parameters((1, 1, False), (5, 4, False), (3, 2, True), (8, 3, True))
+  @parameterized.parameters((1, 1, False), (1, 1, True), (5, 4, False), (3, 2, True), (8, 3, True))
   def test_tokens_do_not_depend_on_batch_mates(self, lanes, slots, scan):
     # Fails if a key depends on the lane, the slot or the order of trunks.
     params, trunks = toy.params(), make_trunks(np.random.default_rng(2))

@@ -11,6 +11,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from absl.testing import absltest, parameterized
 from etils import epath
@@ -18,7 +19,7 @@ from etils import epath
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.training import loop
+from synthneg_jax.training import loop, objectives
 from synthneg_jax.training import optimizer as optimizer_lib
 from synthneg_jax.training.batch import Example
 from synthneg_jax.training.batches import Batches
@@ -27,6 +28,8 @@ from tests import toy
 
 class StandIn:
   """What the loop asks of a model: two parameters, so that a step compiles at once."""
+
+  config = toy.CONFIG
 
   def abstract_params(self):
     return jax.eval_shape(lambda: {"matrix": jnp.zeros((6, 4)), "norm": {"scale": jnp.zeros(4)}})
@@ -102,6 +105,28 @@ class LoopTest(parameterized.TestCase):
   def assert_bitwise(self, got, expected):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
       np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+  def test_checkpoints_know_stacked_layers_only(self):
+    # Fails if layers that are unrolled are kept, or given back, apart: a model that scans them goes on from their
+    # checkpoint, and ends where the unrolled one does.
+    section = config_lib.default().sft
+    section.update(save_every_steps=1, keep_checkpoints=2)
+
+    def fit(name, batches, scan):
+      model = toy.model(num_layers=2, scan_layers=scan)
+      given = (objectives.make_sft(model), batches, toy.one_device_mesh(), self.folder / name)
+      return loop.fit(name, section, model, toy.make_params(model), *given)[0]
+
+    with self.assertRaises(KeyboardInterrupt):
+      fit("unrolled", Spy(kill_at=1, num_steps=2), scan=False)
+    shutil.copytree(self.folder / "unrolled", self.folder / "scanned")
+    batches = Spy(num_steps=2)
+    scanned = fit("scanned", batches, scan=True)
+    self.assertEqual(batches.built, [1])
+    unrolled = fit("unrolled", Spy(num_steps=2), scan=False)
+    self.assertEqual(jax.tree.structure(unrolled), jax.tree.structure(scanned))
+    for a, b in zip(jax.tree.leaves(unrolled), jax.tree.leaves(scanned), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-5)
 
   def test_a_killed_run_goes_on_bitwise(self):
     # Fails if the moments, the schedule's count or the data position are not restored, if a checkpoint holds the state
@@ -233,6 +258,18 @@ class OptimizerTest(absltest.TestCase):
       scales += spared
       np.testing.assert_allclose(b - a, np.zeros_like(x) if spared else -0.1 * 0.5 * x, atol=1e-7)
     self.assertEqual(scales, 3)
+
+  def test_clips_as_optax_does(self):
+    # Fails if gradients within the norm are touched, if those beyond are scaled otherwise, or if the states differ, so that
+    # a checkpoint of one could not be read by the other.
+    grads = jax.tree.map(lambda x: 0.1 * x, toy.make_params(toy.model()))
+    norm = float(optax.tree.norm(grads))
+    for most in (0.3 * norm, 3.0 * norm):
+      ours, theirs = optimizer_lib.clip_by_global_norm(most), optax.clip_by_global_norm(most)
+      self.assertEqual(ours.init(grads), theirs.init(grads))
+      got, expected = (jax.jit(lambda x, made=made: made.update(x, made.init(x))[0])(grads) for made in (ours, theirs))
+      for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
   def test_clipping_and_betas(self):
     # Fails if clipping is missing or comes after AdamW, or if the betas change places.

@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import losses
 from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.models import layout
 from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.training import batch as batch_lib
@@ -41,7 +42,8 @@ def take_step(mesh, accumulate: int = 1):
   shardings = step_lib.state_shardings(MODEL, made, mesh)
   loss = functools.partial(losses.dpo_loss, beta=0.3)
   objective = objectives.make_preference(MODEL, SHAPE.branches, loss, beta=0.3, nll_weight=0.2, eos_ids=(2,))
-  state = step_lib.make_init(made, shardings)(jax.device_put(toy.make_params(MODEL), shardings["params"]))
+  params = jax.device_put(toy.make_params(MODEL), mesh_lib.shardings(mesh, MODEL.logical_axes()))
+  state = step_lib.make_init(made, shardings)(params)
   batch = jax.device_put(make_batch(), step_lib.batch_shardings(mesh))
   state, metrics = step_lib.make_step(objective, made, shardings, mesh, accumulate)(state, batch)
   for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
@@ -69,7 +71,7 @@ class StepTest(parameterized.TestCase):
   def test_the_step_moves_all_parameters(self):
     # Fails if the updates are not applied, if a parameter has no gradient, or if the step is not counted; the tests
     # below would compare parameters that stood still.
-    before = jax.tree.map(np.asarray, toy.make_params(MODEL))
+    before = jax.tree.map(np.asarray, layout.apart(toy.make_params(MODEL)))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(self.state["params"]), strict=True):
       self.assertGreater(np.abs(new - old).max(), 0.01)
       self.assertLess(np.abs(new - old).max(), 0.1)
@@ -81,6 +83,20 @@ class StepTest(parameterized.TestCase):
     # Fails if microbatches are averaged, if the last one's gradients or metrics stand for all, or if counts are split.
     self.assert_same(*take_step(toy.one_device_mesh(), accumulate=2), atol=1e-9)
 
+  def test_accumulation_takes_batches_without_pairs(self):
+    # Fails if microbatches of an empty array are given a size that has to be guessed from it.
+    examples = [Example(Tree([1, 2 + i], (Branch(2, [3, 4]),))) for i in range(2)]
+    batch = batch_lib.build(examples, Shape(rows=2, length=4, scored=2, pairs=0, branches=1))
+    made, mesh = optimizer.make_optimizer(config_lib.default().sft.optimizer, 4), toy.one_device_mesh()
+    shardings = step_lib.state_shardings(MODEL, made, mesh)
+
+    def loss(accumulate):
+      state = step_lib.make_init(made, shardings)(toy.make_params(MODEL))
+      step = step_lib.make_step(objectives.make_sft(MODEL), made, shardings, mesh, accumulate)
+      return np.divide(*jax.device_get(step(state, batch)[1]["loss/per_token"]))
+
+    np.testing.assert_allclose(loss(2), loss(1), rtol=1e-12)
+
   @parameterized.parameters((8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8))
   def test_a_mesh_changes_nothing(self, *sizes):
     # Fails if a device's part of the loss is a mean of its own rows, if gradients are not summed over devices, or if
@@ -90,16 +106,20 @@ class StepTest(parameterized.TestCase):
 
 class ShardingsTest(absltest.TestCase):
   def test_state_and_batch_lie_as_the_rules_say(self):
-    # Fails if moments are replicated, if counts are split over rows, or if a batch's rows are not split.
+    # Fails if moments are replicated, if layers are stacked where they are unrolled, or apart where they are scanned or
+    # kept, if counts are split over rows, or if a batch's rows are not split.
     mesh = mesh_lib.make_mesh(2, 2, 2)
     made = optimizer.make_optimizer(config_lib.default().sft.optimizer, 4)
+
+    def query(model, **how):
+      found = jax.tree_util.tree_leaves_with_path(step_lib.state_shardings(model, made, mesh, **how))
+      return [tuple(sharding.spec) for path, sharding in found if jax.tree_util.keystr(path).endswith("['query']")]
+
+    stacked = [(None, "fsdp", "tensor")] * 3  # two moments and the parameter
+    self.assertEqual(query(toy.model()), [("fsdp", "tensor")] * 3 * toy.CONFIG.num_layers)
+    self.assertEqual(query(toy.model(scan_layers=True)), stacked)
+    self.assertEqual(query(toy.model(), stacked=True), stacked)
     shardings = step_lib.state_shardings(toy.model(), made, mesh)
-    query = [
-      sharding.spec
-      for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
-      if jax.tree_util.keystr(path).endswith("['query']")
-    ]
-    self.assertEqual([tuple(spec) for spec in query], [(None, "fsdp", "tensor")] * 3)  # two moments and the parameter
     self.assertEqual(tuple(shardings["step"].spec), ())
     batch = step_lib.batch_shardings(mesh)
     self.assertEqual(tuple(batch.trees.spec), (("slice", "data", "fsdp"),))
