@@ -179,6 +179,8 @@ class Parser:
       ahead += 1
     token = self.peek(ahead)
     ends = token is _END or (token.kind in ("op", "cmd", "word") and (token.value in _LISTS or token.value in _CLOSERS))
+    if words and max(map(len, words)) < 2:
+      return None  # x - y
     text = " ".join(words)
     if not words or not ends or (len(text) < 3 and not text.isdigit() and text not in ("no", "No")):
       return None
