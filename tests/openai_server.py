@@ -71,7 +71,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     owner = self.server_of
     body = json.loads(self.rfile.read(int(self.headers["content-length"])))
     with owner.lock:
-      owner.requests.append((self.path, dict(self.headers), body))
+      owner.requests.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
       owner.times.append(time.monotonic())
       fault = owner.faults.pop(0) if owner.faults else ""
       owner.at_once += 1
