@@ -5,7 +5,7 @@
 
 Nothing evaluates model text: it reaches regexes and a parser of our own, and sizes are capped before anything is
 computed. Answers of kind "integer" are graded within the calling process in time linear in their length. Those of kind
-"math" are graded in worker processes (grading_pool.py), which are killed and replaced if they hang or die.
+"math" are graded in worker processes (grading/grading_pool.py), which are killed and replaced if they hang or die.
 """
 
 import atexit
@@ -15,9 +15,9 @@ import threading
 from collections.abc import Sequence
 
 from synthneg_jax.runtime import errors
-from synthneg_jax.tasks import grading_pool
-from synthneg_jax.tasks.answer_scalars import Conventions
-from synthneg_jax.tasks.integer_answers import MAX_EXTRACTED, MAX_NUMERAL, extract_gold, grade_integer
+from synthneg_jax.tasks.grading import grading_pool
+from synthneg_jax.tasks.grading.answer_scalars import Conventions
+from synthneg_jax.tasks.grading.integer_answers import MAX_EXTRACTED, MAX_NUMERAL, extract_gold, grade_integer
 
 __all__ = (
   "KINDS", "MAX_EXTRACTED", "MAX_NUMERAL", "REASONS", "Conventions", "Verdict", "extract_gold", "grade", "grade_many",

@@ -5,11 +5,11 @@ import random
 
 from absl.testing import absltest, parameterized
 
-from synthneg_jax.tasks import answer_values
-from synthneg_jax.tasks.answer_grammar import parse
-from synthneg_jax.tasks.answer_rationals import Undefined, exact
-from synthneg_jax.tasks.answer_tokens import TooLarge
-from synthneg_jax.tasks.answer_tree import Node, num
+from synthneg_jax.tasks.grading import answer_values
+from synthneg_jax.tasks.grading.answer_grammar import parse
+from synthneg_jax.tasks.grading.answer_rationals import Undefined, exact
+from synthneg_jax.tasks.grading.answer_tokens import TooLarge
+from synthneg_jax.tasks.grading.answer_tree import Node, num
 
 
 def random_tree(random_: random.Random, depth: int) -> tuple[Node, fractions.Fraction | None]:

@@ -12,8 +12,9 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.runtime import errors
-from synthneg_jax.tasks import answers, grading_pool
-from synthneg_jax.tasks.answer_scalars import Conventions
+from synthneg_jax.tasks import answers
+from synthneg_jax.tasks.grading import grading_pool
+from synthneg_jax.tasks.grading.answer_scalars import Conventions
 
 RULES = Conventions()
 ROOT = pathlib.Path(__file__).parents[2]
@@ -21,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # A worker that grades as the real one does, but for responses that tell it to misbehave.
 UNRULY = """
 import os, signal, sys, time
-from synthneg_jax.tasks import grading_worker
+from synthneg_jax.tasks.grading import grading_worker
 def grade(response, gold, rules, timeout_s):
   if response == "hang":
     signal.signal(signal.SIGVTALRM, signal.SIG_IGN)
@@ -31,7 +32,7 @@ def grade(response, gold, rules, timeout_s):
       while True: pass
     grading_worker.grade_math = lambda *_: spin()
     made = grading_worker.grade_line(response, gold, rules, timeout_s)
-    from synthneg_jax.tasks.math_answers import grade_math
+    from synthneg_jax.tasks.grading.math_answers import grade_math
     grading_worker.grade_math = grade_math
     return made
   if response == "die": os._exit(3)
@@ -39,7 +40,7 @@ def grade(response, gold, rules, timeout_s):
   if response == "eat":
     grading_worker.grade_math = lambda *_: bytearray(1 << 32)
     made = grading_worker.grade_line(response, gold, rules, timeout_s)
-    from synthneg_jax.tasks.math_answers import grade_math
+    from synthneg_jax.tasks.grading.math_answers import grade_math
     grading_worker.grade_math = grade_math
     return made
   print("noise")
@@ -128,7 +129,7 @@ class UseTest(absltest.TestCase):
 
   def test_a_worker_imports_no_jax(self):
     done = subprocess.run(
-      [sys.executable, "-c", "import sys, synthneg_jax.tasks.grading_worker; print([m for m in sys.modules if m in "
+      [sys.executable, "-c", "import sys, synthneg_jax.tasks.grading.grading_worker; print([m for m in sys.modules if m in "
        "('jax', 'numpy', 'sympy', 'flax')])"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
       timeout=120, check=True)  # fmt: skip
     self.assertEqual(done.stdout.strip(), "[]")

@@ -11,8 +11,8 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.tasks import answers
-from synthneg_jax.tasks.answer_scalars import Conventions
-from synthneg_jax.tasks.math_answers import grade_math
+from synthneg_jax.tasks.grading.answer_scalars import Conventions
+from synthneg_jax.tasks.grading.math_answers import grade_math
 from tests.tasks import hostile_answers
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -24,9 +24,9 @@ import sys
 import tempfile
 import atheris
 with atheris.instrument_imports(include=["synthneg_jax.tasks"]):
-  from synthneg_jax.tasks.answer_scalars import Conventions
-  from synthneg_jax.tasks.math_answers import grade_math
-from synthneg_jax.tasks.integer_answers import grade_integer
+  from synthneg_jax.tasks.grading.answer_scalars import Conventions
+  from synthneg_jax.tasks.grading.math_answers import grade_math
+from synthneg_jax.tasks.grading.integer_answers import grade_integer
 RULES = Conventions()
 GOLDS = ("7", "x+1", r"\sqrt{2}", r"\{1,2\}", "[0,1)", "x=8")
 def one(data):

@@ -10,8 +10,8 @@ import sympy
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.runtime import errors
-from synthneg_jax.tasks import answer_grammar, math_answers
-from synthneg_jax.tasks.answer_scalars import Conventions
+from synthneg_jax.tasks.grading import answer_grammar, math_answers
+from synthneg_jax.tasks.grading.answer_scalars import Conventions
 
 RULES = Conventions()
 

@@ -5,11 +5,11 @@ The conventions, and why, are in docs/grading.md; those on which honest people d
 
 import re
 
-from synthneg_jax.tasks import answer_matrices, answer_relations, answer_scalars, answer_sets, answer_values
-from synthneg_jax.tasks.answer_relations import label
-from synthneg_jax.tasks.answer_scalars import Ambiguous, Conventions, is_scalar
-from synthneg_jax.tasks.answer_tree import Node, num
-from synthneg_jax.tasks.answer_values import Undefined
+from synthneg_jax.tasks.grading import answer_matrices, answer_relations, answer_scalars, answer_sets, answer_values
+from synthneg_jax.tasks.grading.answer_relations import label
+from synthneg_jax.tasks.grading.answer_scalars import Ambiguous, Conventions, is_scalar
+from synthneg_jax.tasks.grading.answer_tree import Node, num
+from synthneg_jax.tasks.grading.answer_values import Undefined
 
 MAX_ITEMS = 40  # of a set or list that is compared without order
 _NUMBER_WORDS = (

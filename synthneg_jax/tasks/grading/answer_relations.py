@@ -2,10 +2,10 @@
 
 import fractions
 
-from synthneg_jax.tasks import answer_values
-from synthneg_jax.tasks.answer_scalars import Ambiguous, Conventions, is_scalar, same_scalar
-from synthneg_jax.tasks.answer_tree import Node, num
-from synthneg_jax.tasks.answer_values import Undefined
+from synthneg_jax.tasks.grading import answer_values
+from synthneg_jax.tasks.grading.answer_scalars import Ambiguous, Conventions, is_scalar, same_scalar
+from synthneg_jax.tasks.grading.answer_tree import Node, num
+from synthneg_jax.tasks.grading.answer_values import Undefined
 
 _FUNCTION_NAMES = frozenset("f g h F G H P Q T S p q a b r A V".split())
 _ORDERED = {"<": (-1, True), "<=": (-1, False), ">": (1, True), ">=": (1, False)}

@@ -20,7 +20,7 @@ import re
 import time
 
 from synthneg_jax.runtime import errors
-from synthneg_jax.tasks import answer_extraction
+from synthneg_jax.tasks.grading import answer_extraction
 
 MAX_NUMERAL = 1000  # characters of one numeral, commas and point included
 MAX_EXTRACTED = 200  # characters of unreadable answer text kept in a verdict

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
-from synthneg_jax.tasks import answer_values
-from synthneg_jax.tasks.answer_tree import Node, num, sym
+from synthneg_jax.tasks.grading import answer_values
+from synthneg_jax.tasks.grading.answer_tree import Node, num, sym
 
 
 class Ambiguous(Exception):

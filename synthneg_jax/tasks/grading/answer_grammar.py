@@ -14,9 +14,9 @@ A tree is a `Node(op, args)`. Leaves: num (an exact Fraction), sym (a name), tex
 
 import re
 
-from synthneg_jax.tasks import answer_atoms, answer_units
-from synthneg_jax.tasks.answer_tokens import Token, TooLarge, Unreadable, tidy, tokens
-from synthneg_jax.tasks.answer_tree import CONSTANTS, FUNCTIONS, GREEK, Node, num
+from synthneg_jax.tasks.grading import answer_atoms, answer_units
+from synthneg_jax.tasks.grading.answer_tokens import Token, TooLarge, Unreadable, tidy, tokens
+from synthneg_jax.tasks.grading.answer_tree import CONSTANTS, FUNCTIONS, GREEK, Node, num
 
 MAX_DEPTH = 40
 

@@ -17,8 +17,8 @@ import threading
 from collections.abc import Sequence
 
 from synthneg_jax.runtime import errors
-from synthneg_jax.tasks import grading_worker
-from synthneg_jax.tasks.answer_scalars import Conventions
+from synthneg_jax.tasks.grading import grading_worker
+from synthneg_jax.tasks.grading.answer_scalars import Conventions
 
 MAX_CHARS = 1_000_000  # of a response; a longer one is too large and is not sent
 _IN_FLIGHT = (
@@ -29,7 +29,7 @@ _START_S = 120.0  # seconds for a worker to start
 _PATIENCE = (
   5.0  # wall-clock deadline: the processor time that an answer may take so many times, and 3 s; machines are busy
 )
-_PACKAGE = pathlib.Path(__file__).parents[2]
+_PACKAGE = pathlib.Path(__file__).parents[3]
 
 
 class _Lost(Exception):
@@ -96,7 +96,7 @@ class GradingPool:
     """
     self.num_workers = num_workers or min(8, len(os.sched_getaffinity(0)))
     self.replaced = 0
-    self._command = command or [sys.executable, "-P", "-m", "synthneg_jax.tasks.grading_worker", str(memory_mb)]
+    self._command = command or [sys.executable, "-P", "-m", "synthneg_jax.tasks.grading.grading_worker", str(memory_mb)]
     self._idle: list[_Worker] = []
     self._lock = threading.Lock()
     self._slots = threading.Semaphore(self.num_workers)

@@ -3,8 +3,8 @@
 import fractions
 import math
 
-from synthneg_jax.tasks.answer_tokens import TooLarge
-from synthneg_jax.tasks.answer_tree import Node
+from synthneg_jax.tasks.grading.answer_tokens import TooLarge
+from synthneg_jax.tasks.grading.answer_tree import Node
 
 Fraction = fractions.Fraction
 

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 
 from synthneg_jax.runtime import errors
-from synthneg_jax.tasks.answer_scalars import Conventions
-from synthneg_jax.tasks.math_answers import grade_math
+from synthneg_jax.tasks.grading.answer_scalars import Conventions
+from synthneg_jax.tasks.grading.math_answers import grade_math
 
 
 class OutOfTime(BaseException):

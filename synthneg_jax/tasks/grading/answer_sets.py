@@ -3,8 +3,8 @@
 import functools
 from typing import NamedTuple
 
-from synthneg_jax.tasks import answer_relations, answer_values
-from synthneg_jax.tasks.answer_tree import Node, num, sym
+from synthneg_jax.tasks.grading import answer_relations, answer_values
+from synthneg_jax.tasks.grading.answer_tree import Node, num, sym
 
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 _INFINITY, _MINUS_INFINITY = sym("oo"), Node("neg", (sym("oo"),))

@@ -1,7 +1,7 @@
 """Matrices as answers: sums, products and multiples of them, entry by entry; no value is computed here."""
 
-from synthneg_jax.tasks.answer_tokens import TooLarge
-from synthneg_jax.tasks.answer_tree import Node
+from synthneg_jax.tasks.grading.answer_tokens import TooLarge
+from synthneg_jax.tasks.grading.answer_tree import Node
 
 MAX_ENTRIES = 100
 

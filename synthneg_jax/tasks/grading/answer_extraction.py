@@ -14,7 +14,7 @@ Earlier statements under the same rule are returned too: an answer that is contr
 import re
 from typing import NamedTuple
 
-from synthneg_jax.tasks.answer_tokens import closing
+from synthneg_jax.tasks.grading.answer_tokens import closing
 
 MAX_SENTENCE = 1600  # characters of a sentence that an answer is looked for in
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")

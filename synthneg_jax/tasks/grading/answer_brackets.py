@@ -3,8 +3,8 @@ r"""The bracketed parts of a written answer: groups, tuples, intervals, sets, ma
 Each function reads one rule from a `Parser` (answer_grammar.py); none computes a value.
 """
 
-from synthneg_jax.tasks.answer_tokens import Unreadable
-from synthneg_jax.tasks.answer_tree import Node
+from synthneg_jax.tasks.grading.answer_tokens import Unreadable
+from synthneg_jax.tasks.grading.answer_tree import Node
 
 _MATRICES = frozenset("pmatrix bmatrix matrix vmatrix Bmatrix Vmatrix smallmatrix array".split())
 

@@ -8,11 +8,11 @@ import functools
 import re
 
 from synthneg_jax.runtime import errors
-from synthneg_jax.tasks import answer_equality, answer_extraction, answer_grammar, answer_values
-from synthneg_jax.tasks.answer_scalars import Ambiguous, Conventions
-from synthneg_jax.tasks.answer_tokens import MAX_CHARS, TooLarge, Unreadable, tidy
-from synthneg_jax.tasks.answer_tree import Node
-from synthneg_jax.tasks.answer_values import Undefined
+from synthneg_jax.tasks.grading import answer_equality, answer_extraction, answer_grammar, answer_values
+from synthneg_jax.tasks.grading.answer_scalars import Ambiguous, Conventions
+from synthneg_jax.tasks.grading.answer_tokens import MAX_CHARS, TooLarge, Unreadable, tidy
+from synthneg_jax.tasks.grading.answer_tree import Node
+from synthneg_jax.tasks.grading.answer_values import Undefined
 
 MAX_EXTRACTED = 200  # characters of an answer kept in a verdict
 

@@ -5,9 +5,9 @@ Each function reads one rule from a `Parser` (answer_grammar.py); none computes 
 
 import re
 
-from synthneg_jax.tasks import answer_brackets, answer_units
-from synthneg_jax.tasks.answer_tokens import Token, TooLarge, Unreadable
-from synthneg_jax.tasks.answer_tree import CONSTANTS, FUNCTIONS, GREEK, Node, num, sym
+from synthneg_jax.tasks.grading import answer_brackets, answer_units
+from synthneg_jax.tasks.grading.answer_tokens import Token, TooLarge, Unreadable
+from synthneg_jax.tasks.grading.answer_tree import CONSTANTS, FUNCTIONS, GREEK, Node, num, sym
 
 _DECORATIONS = frozenset(
   "vec hat bar overline overrightarrow tilde dot widehat mathcal mathbb mathfrak mathscr overparen widetilde".split()

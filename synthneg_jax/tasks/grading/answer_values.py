@@ -18,9 +18,9 @@ import zlib
 
 from mpmath.ctx_mp import MPContext
 
-from synthneg_jax.tasks.answer_rationals import MAX_BITS, MAX_FACTORIAL, Undefined, exact
-from synthneg_jax.tasks.answer_tokens import TooLarge
-from synthneg_jax.tasks.answer_tree import Node
+from synthneg_jax.tasks.grading.answer_rationals import MAX_BITS, MAX_FACTORIAL, Undefined, exact
+from synthneg_jax.tasks.grading.answer_tokens import TooLarge
+from synthneg_jax.tasks.grading.answer_tree import Node
 
 Fraction = fractions.Fraction
 
