@@ -479,7 +479,9 @@ def test_the_page_is_installed_with_the_package():
   # Fails if setup.py leaves out a part of the page: then it works from a checkout only.
   root = pathlib.Path(viewer.__file__).parents[1]
   patterns = ast.literal_eval(
-    re.search(r"package_data=\{\"synthneg_jax\": (\[.*?\])", (root.parent / "setup.py").read_text()).group(1)
+    re.search(
+      r"package_data=\{\s*\"synthneg_jax\": (\[.*?\])", (root.parent / "setup.py").read_text(), re.DOTALL
+    ).group(1)
   )
   installed = {path for pattern in patterns for path in root.glob(pattern)}
   parts = {

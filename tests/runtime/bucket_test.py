@@ -77,7 +77,7 @@ class BucketTest(absltest.TestCase):
     path = self.workdir / "problems.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text('{"problem": "1 + 1", "answer": "2"}\n')
-    self.assertEqual([row["id"] for row in problem_files.read_jsonl_problems(path)], ["problems/00000"])
+    self.assertEqual([row.answer for row in problem_files.read(path, "jsonl", "train").rows], ["2"])
     for file in epath.Path(policies.EMBEDDED).iterdir():
       if file.suffix == ".json":
         (self.workdir / file.name).write_bytes(file.read_bytes())

@@ -39,7 +39,7 @@ def trained_and_exported(root: pathlib.Path) -> Run:
     (root / f"data/gsm8k/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   config = gsm8k.get_config("model=smollm2_135m,smoke")
   config.model.path, config.model.scan_layers = str(smollm2.smollm2_dir()), True
-  config.task.data_dir, config.task.train_problems, config.task.test_problems = str(root / "data"), 4, 4
+  config.task.path, config.task.train_problems, config.task.test_problems = str(root / "data/gsm8k"), 4, 4
   config.sft.row_length, config.sft.batch_size, config.sft.max_steps, config.sft.num_epochs = 128, 2, 3, 2
   config.sft.optimizer.learning_rate, config.sft.optimizer.schedule = 1e-4, "constant"
   config.export.max_shard_bytes = 200_000_000
