@@ -32,9 +32,11 @@ def keep_right(responses: Sequence[tuple[Sequence[int], bool]], most: int) -> li
 
 _ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
 _TIMES = re.compile(r"(?<=[\d)%])[ \t]*[x×][ \t]*(?=[\d($])")
-_NUMBER = r"[-($]*+\d++(?:[.,]\d++)*+%?+\)*+"  # possessive, so that no run of characters is read twice
-_SIDE = rf"{_NUMBER}(?:[ \t]*+[-+*/][ \t]*+{_NUMBER})*+"
-_CHAIN = re.compile(rf"(?<![-($\d])(?<!\d[.,]){_SIDE}(?:[ \t]*+=[ \t]*+{_SIDE})*+")
+# Possessive, so that no run of characters is read twice; groups are atomic instead, (?>...), since Python before 3.11.5 has
+# possessive ones wrong (https://github.com/python/cpython/issues/106052).
+_NUMBER = r"[-($]*+\d++(?>(?:[.,]\d++)*)%?+\)*+"
+_SIDE = rf"{_NUMBER}(?>(?:[ \t]*+[-+*/][ \t]*+{_NUMBER})*)"
+_CHAIN = re.compile(rf"(?<![-($\d])(?<!\d[.,]){_SIDE}(?>(?:[ \t]*+=[ \t]*+{_SIDE})*)")
 
 
 def equation_key(text: str) -> str:

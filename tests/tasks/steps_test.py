@@ -148,7 +148,7 @@ class EndsTest(parameterized.TestCase):
     self.assertEqual(sum(parts, []), list(ids))
     self.assertTrue(all(parts))
     if len(parts) > 1:
-      self.assertTrue(all(text.text(part).strip() for part in parts))
+      self.assertTrue(all(b"".join(map(text.bytes_of, part)).strip() for part in parts))  # blank is ASCII's white space
     # The rest of a response after a step has the rest of its steps: rollouts are cut as their traces are.
     for end in ends[:-1]:
       rest = [end + other for other in steps.ends(ids[end:], text, task)]
@@ -167,6 +167,7 @@ class EndsTest(parameterized.TestCase):
   # Fails if generated text, whole or broken, has steps that are not the response, or ends that depend on what stood before.
   @settings(max_examples=400, deadline=None, database=None)
   @given(st.sampled_from(["small", "smollm2"]), st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25))
+  @example("small", ["$", "\n", "\xa0"])
   @example("smollm2", ["A. ", "1. ", "x"])
   @example("smollm2", ["Go. ", "$5", ". A", "$"])
   def test_generated_text(self, name, pieces):

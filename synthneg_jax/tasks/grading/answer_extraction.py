@@ -20,13 +20,13 @@ MAX_SENTENCE = 1600  # characters of a sentence that an answer is looked for in
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _MARKER = re.compile(r"#{4,}")
 _PHRASE = re.compile(
-  r"(?:^A(?=:)|\b(?:answer|solution))\s*+(?:\*\*\s*+)?+(?:(?:to|for) (?:this|the) \w{1,12} )?+"
-  r"(?:is\s*+(?:(?:therefore|thus|simply|then|equal to|given by)\s++)?+:?+|:|=)\s*+(?:\*\*\s*+)?+",
+  r"(?:^A(?=:)|\b(?:answer|solution))\s*+(?>(?:\*\*\s*+)?)(?>(?:(?:to|for) (?:this|the) \w{1,12} )?)"
+  r"(?:is\s*+(?>(?:(?:therefore|thus|simply|then|equal to|given by)\s++)?):?+|:|=)\s*+(?>(?:\*\*\s*+)?)",
   re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE = re.compile(r"\.(?=\s+[A-Z]|\s*$)|(?<=\$)\.(?=\s)|\.\s*(?=I hope)")
 FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_DISPLAY = re.compile(r"(?:\$\$([^$]++)\$\$|\\\[((?:[^\\]|\\(?!\]))++)\\\])[.\s]*+\Z")
+_DISPLAY = re.compile(r"(?:\$\$([^$]++)\$\$|\\\[((?>(?:[^\\]|\\(?!\]))+))\\\])[.\s]*+\Z")
 _STATEMENTS = 100  # the last ones that are looked at
 _LINES = 50  # lines from the end in which an unmarked answer is looked for
 

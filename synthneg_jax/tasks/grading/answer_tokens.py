@@ -72,7 +72,7 @@ _SPACES = re.compile(
   r"(?<!\\)\\[,;:!> ~]|~|\\q?quad|\\(?:thinspace|enspace|medspace|thickspace)(?![A-Za-z])|&(?:nbsp;)"
 )
 _THIN_GROUPS = re.compile(
-  r"(?<![0-9.,])([0-9]{1,3}(?:(?:\\,|\\!,\\!|\\!|\{,\}\\?!?|,\\! ?|\{\\,\})[0-9]{3})++)(?![0-9])"
+  r"(?<![0-9.,])([0-9]{1,3}(?>(?:(?:\\,|\\!,\\!|\\!|\{,\}\\?!?|,\\! ?|\{\\,\})[0-9]{3})+))(?![0-9])"
 )
 _ENVIRONMENT = re.compile(
   r"\\(?:begin|end)\{(?:align|aligned|equation|gather|gathered|displaymath|math|center|split)\*?\}"
@@ -88,7 +88,7 @@ _OLD_FONT = re.compile(r"\\(?:rm|bf|it|tt|sf|cal|boldmath|centering|large|Large|
 _OPENS, _CLOSES = ("(", "[", r"\{"), (")", "]", r"\}")
 _NUMERAL = r"(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
 _SCAN = re.compile(
-  rf"(?P<space>\s++)|(?P<num>(?:[1-9][0-9]{{0,2}}(?:,[0-9]{{3}})++(?!,?[0-9])(?:\.[0-9]++)?|{_NUMERAL})(?:[eE][+-]?[0-9]++(?![A-Za-z]))?)|"
+  rf"(?P<space>\s++)|(?P<num>(?:[1-9][0-9]{{0,2}}(?>(?:,[0-9]{{3}})+)(?!,?[0-9])(?:\.[0-9]++)?|{_NUMERAL})(?:[eE][+-]?[0-9]++(?![A-Za-z]))?)|"
   r"(?P<cmd>\\[A-Za-z]++\*?)|(?P<word>[A-Za-z]++)|(?P<op>\\[\\{}|$%#&_]|\*\*|<=|>=|!=|==|->|[-+*/^_=<>()\[\]{}|,;:!'%&$.?\"@#~])"
 )
 

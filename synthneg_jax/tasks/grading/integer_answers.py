@@ -28,9 +28,9 @@ MAX_EXTRACTED = 200  # characters of unreadable answer text kept in a verdict
 _MARKER = re.compile(r"#{4,}")
 _RUN = r"\.?[0-9][0-9,.]*+"
 _NUMBER = re.compile(rf"([-+]?+) ?+[$€£]?+ ?+([-+]?+) ?+({_RUN})(?: ?/ ?({_RUN}))?")
-_NUMERAL = re.compile(r"([1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]*+)(?:\.([0-9]++))?")
+_NUMERAL = re.compile(r"([1-9][0-9]{0,2}(?>(?:,[0-9]{3})+)|[0-9]*+)(?:\.([0-9]++))?")
 _GLUED = re.compile(r"[A-Za-z_^][-+]?[0-9]")
-_UNITS = r"(?:[ A-Za-z%$€£°.,;:()'\"]|[-/](?=[A-Za-z]))*+"
+_UNITS = r"(?>(?:[ A-Za-z%$€£°.,;:()'\"]|[-/](?=[A-Za-z]))*)"
 _TRAIL = re.compile(_UNITS)
 _EQUALS = re.compile(_UNITS + "= ?")
 _CHANGES_NUMBER = re.compile(

@@ -18,7 +18,7 @@ MAX_EXTRACTED = 200  # characters of an answer kept in a verdict
 
 _NUMBER = re.compile(r"[-+]?([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]*)?")
 _ONE_NUMBER = re.compile(
-  r"(?<![A-Za-z0-9.,])-?\$?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:[.,][0-9]++)?(?:/[0-9]++)?(?![A-Za-z]?[0-9]|[A-Z]|[-+/^])%?"
+  r"(?<![A-Za-z0-9.,])-?\$?(?:[1-9][0-9]{0,2}(?>(?:,[0-9]{3})+)|[0-9]++)(?:[.,][0-9]++)?(?:/[0-9]++)?(?![A-Za-z]?[0-9]|[A-Z]|[-+/^])%?"
 )
 _OPEN_WORDS = re.compile(
   r"\b(?:or|nor|not|no|maybe|perhaps|possibly|either|about|approximately|around|nearly|almost|over|under|below|above|"
