@@ -45,7 +45,7 @@ def get_config(arg: str = ""):
   c.engine.lanes, c.engine.slots, c.engine.max_new_tokens = 32, 8, 72
   c.synthesis.prompts = "configs/prompts/arithmetic"
   for part in (c.pretrain, c.sft, c.rft, c.dpo):
-    part.row_length = 192 if part is c.pretrain else 320  # of trees that fill them: 72 % of arbitrary pairs' rows, not 53
+    part.row_length = 192 if part is c.pretrain else 320  # whole trees fill the longer rows better: .72, not .53 (dpo)
     part.batch_size = 32
     part.save_every_steps = 100
     part.keep_checkpoints = 1
