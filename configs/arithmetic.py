@@ -26,8 +26,8 @@ problems.load(task, 99, "train", 1500), which no run trains on. Best-of-1, not t
 every prefix would count as solvable.
 
 Result seen, test error on 1000 problems, seeds 0, 1, 2:
-SFT .450 .455 .466; RFT .412 .415 .439; arbitrary pairs .551 .539 .556; per-step .354 .316 .317.
-SFT - per-step, paired: .128, 95 % interval .089 to .166 (`launch/paired.py`).
+SFT .450 .455 .466; RFT .410 .409 .439; arbitrary pairs .552 .534 .556; per-step .347 .320 .315.
+SFT - per-step, paired: .130, 95 % interval .094 to .166 (`launch/paired.py`).
 """
 
 from synthneg_jax.runtime import config as config_lib
