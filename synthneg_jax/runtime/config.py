@@ -68,13 +68,13 @@ def default() -> ConfigDict:
     {
       "seed": 0,  # of everything that is drawn
       "task": {
-        "name": "arithmetic",  # arithmetic (embedded), gsm8k, math (competition MATH) or jsonl (any file of problems)
+        "name": "arithmetic",  # arithmetic or jobs (generated, with a base model), gsm8k, math (competition MATH), jsonl (any file)
         "train_problems": 1000,  # |D_syn|: problems with solutions that SFT sees
         "test_problems": 1000,  # problems that figures are reported on
-        "path": "",  # not arithmetic: folder of both splits, or file to train on; empty: docs/datasets.md says what is taken
-        "test_path": "",  # not arithmetic: file or folder of the test problems, such as MATH-500; empty: the path's own
-        "apart_from": (),  # not arithmetic: more files or folders with test problems that training must not overlap
-        "overlap_words": 13,  # not arithmetic: a training problem with so many words in a row of a test problem goes; 0: none
+        "path": "",  # files: folder of both splits, or file to train on; empty: docs/datasets.md says what is taken
+        "test_path": "",  # files: file or folder of the test problems, such as MATH-500; empty: the path's own
+        "apart_from": (),  # files: more files or folders with test problems that training must not overlap
+        "overlap_words": 13,  # files: a training problem with so many words in a row of a test problem goes; 0: none
         "skip_bad_rows": False,  # leave broken rows out, counted, instead of stopping at the first; also --skip_bad_rows
         "answers": "integer",  # how answers compare: integer (after ####) or math (in \boxed{})
         "grading": {  # what counts as the same answer, of answers=math; docs/grading.md
@@ -86,8 +86,8 @@ def default() -> ConfigDict:
           "extraction": "last",  # last: an unmarked response is read for its last formula or number; marked: it has no answer
           "timeout_s": 2.0,  # seconds of a processor that one answer may take
         },
-        "prompt": "plain",  # not arithmetic: plain ("Question: ...\nAnswer:\n") or chat (the tokenizer's template)
-        "instruction": "",  # not arithmetic: text put after every problem, on a line of its own
+        "prompt": "plain",  # files: plain ("Question: ...\nAnswer:\n") or chat (the tokenizer's template)
+        "instruction": "",  # files: text put after every problem, on a line of its own
         "steps": "delimiter",  # where a step ends: delimiter (task.step_delimiter) or prose (lines, sentences, not in LaTeX)
         "step_delimiter": "\n",  # steps=delimiter: text that ends a step
         "leap": 0.0,  # arithmetic: probability that the teacher does an addition in its head
@@ -95,9 +95,15 @@ def default() -> ConfigDict:
         "num_operations": 6,  # arithmetic: operations defined, needed or not
         "needed_min": 3,  # arithmetic: fewest operations that the question rests on
         "needed_max": 5,  # arithmetic: most of them
+        "jobs": {
+          "fewest": 4,  # jobs: jobs of a problem, at least
+          "most": 6,  # jobs: at most
+          "slack": 4,  # jobs: hours that a deadline lies behind the job's end in a hidden order, at most
+        },
+        "test_start": 0,  # generated tasks: number of the first test problem
       },
       "model": {
-        "path": "embedded",  # policy folder or Hugging Face folder of the base model; embedded: the one shipped
+        "path": "embedded",  # policy folder or Hugging Face folder of the base model; embedded, embedded_jobs: those in the package
         "dtype": "float32",  # of activations and matrix products: float32 or bfloat16
         "param_dtype": "float32",  # that parameters are kept in
         "scan_layers": False,  # one compiled layer scanned (deep models, TPU) or one a layer (CPU)
@@ -203,7 +209,7 @@ def default() -> ConfigDict:
       },
       "evaluate": {
         "temperature": 0.0,  # of the reported response; 0 for greedy
-        "base_shots": 0,  # not arithmetic: worked training problems before the base model's question; goes with engine.stop
+        "base_shots": 0,  # files: worked training problems before the base model's question; goes with engine.stop
         "methods": ("base", "sft", "rft", "dpo", "step_dpo"),  # policies to be tested
       },
       "export": {
@@ -237,7 +243,7 @@ def plain(config: ConfigDict, sections=None) -> dict:
 
 
 _CHOICES = {
-  "task.name": ("arithmetic", "gsm8k", "math", "jsonl"),
+  "task.name": ("arithmetic", "jobs", "gsm8k", "math", "jsonl"),
   "task.prompt": ("plain", "chat"),
   "task.answers": ("integer", "math"),
   "task.grading.percent": ("either", "fraction", "number"),
@@ -304,7 +310,7 @@ def check_values(config: ConfigDict) -> None:
   for name in _POSITIVE:
     if values[name] < 1:
       raise UserError(f"{name}={values[name]} must be at least 1.")
-  for name in ("task.overlap_words", "evaluate.base_shots"):
+  for name in ("task.overlap_words", "task.test_start", "evaluate.base_shots"):
     if values[name] < 0:
       raise UserError(f"{name}={values[name]} must not be negative; 0 is none.")
   if values["evaluate.base_shots"] and not values["engine.stop"]:

@@ -27,6 +27,7 @@ from synthneg_jax.tasks.token_text import TokenText, stop_table
 
 _ADAPTER = "adapter.json"
 EMBEDDED = pathlib.Path(synthneg_jax.tasks.__file__).parent / "embedded"
+BASES = {"embedded": EMBEDDED, "embedded_jobs": EMBEDDED.parent / "embedded_jobs"}  # of arithmetic, of jobs
 
 
 @dataclasses.dataclass
@@ -59,8 +60,8 @@ class Policy:
 
 
 def resolve(path: str) -> epath.Path:
-  """A config's model.path as a folder; "embedded" is the base model in the package."""
-  return epath.Path(EMBEDDED if path == "embedded" else path).expanduser()
+  """A config's model.path as a folder; one of `BASES` is a base model in the package."""
+  return epath.Path(BASES.get(path, path)).expanduser()
 
 
 def tokenizer_folder(folder: epath.Path) -> str:
@@ -190,8 +191,8 @@ def _adapter_spec(folder: epath.Path, policy: Policy, adapter: Adapter) -> dict:
   base = os.fspath(policy.folder)
   if (policy.folder / "fingerprint.json").exists():  # of another stage of this workdir
     base = os.path.relpath(base, os.fspath(folder))
-  elif policy.folder == epath.Path(EMBEDDED):
-    base = "embedded"
+  elif policy.folder in map(epath.Path, BASES.values()):
+    base = policy.folder.name
   elif "://" not in base:
     base = os.path.abspath(base)
   return {"base": base, "rank": adapter.rank, "alpha": adapter.alpha, "targets": list(adapter.targets)}

@@ -1,4 +1,4 @@
-"""Stage pretrain: the embedded task's base model, from random weights, as a small Hugging Face folder."""
+"""Stage pretrain: a generated task's base model, from random weights, as a small Hugging Face folder."""
 
 import jax
 import transformers
@@ -12,7 +12,7 @@ from synthneg_jax.runtime import processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.stages import policies, training
 from synthneg_jax.stages.run import Run
-from synthneg_jax.tasks import arithmetic, problems
+from synthneg_jax.tasks import generated
 from synthneg_jax.training import loop, objectives
 from synthneg_jax.training.batch import Example
 
@@ -23,13 +23,16 @@ def run(run_: Run) -> dict:
   if stage.done:
     return {}
   c = run_.config
-  if c.task.name != "arithmetic":
-    raise UserError("Stage pretrain makes the embedded task's base model; other tasks name theirs by model.path.")
+  if c.task.name not in generated.TASKS:
+    raise UserError(
+      f"Stage pretrain makes the base models of generated tasks ({', '.join(generated.TASKS)}); task.name={c.task.name!r} names "
+      "its own by model.path."
+    )
   section = c.pretrain
-  tokenizer = arithmetic.build_tokenizer()
-  documents = problems.pretraining(c.task, section, c.seed)
+  tokenizer = generated.TASKS[c.task.name].build_tokenizer()
+  documents = generated.pretraining(c.task, section, c.seed)
   ids = lambda text: tokenizer.encode(text).ids
-  eos = tokenizer.token_to_id(arithmetic.EOS)
+  eos = tokenizer.token_to_id(generated.EOS)
   trunks = [ids(document.prompt) for document in documents]
   examples = [
     Example(Tree(trunk, (Branch(len(trunk), ids(document.solution) + [eos]),)))
@@ -66,8 +69,8 @@ def run(run_: Run) -> dict:
 def _save(folder, tokenizer, tokenizer_folder, model: Model, params) -> None:
   transformers.PreTrainedTokenizerFast(
     tokenizer_object=tokenizer,
-    eos_token=arithmetic.EOS,
-    pad_token=arithmetic.PAD,
+    eos_token=generated.EOS,
+    pad_token=generated.PAD,
     clean_up_tokenization_spaces=False,
   ).save_pretrained(str(tokenizer_folder))
   if (folder / "policy").exists():  # of a run that was killed before its manifest was written

@@ -18,6 +18,8 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
+from synthneg_jax.runtime.errors import UserError
+
 CLOCK = 10
 NAMES = "ABCDEFGHIJKL"
 OPERATORS = "+-*"
@@ -152,3 +154,38 @@ def build_tokenizer() -> tokenizers.Tokenizer:
   tokenizer.decoder = decoders.Fuse()
   tokenizer.add_special_tokens([PAD, EOS])
   return tokenizer
+
+
+def check(task) -> None:
+  """Refuses numbers of leaves and operations that no problem has.
+
+  Raises:
+    UserError: names the leaves of the config.
+  """
+  most = len(NAMES) - task.num_leaves
+  if not (2 <= task.num_leaves and 1 <= task.needed_min <= task.needed_max <= task.num_operations <= most):
+    raise UserError(
+      f"task.num_leaves={task.num_leaves}, task.num_operations={task.num_operations}, task.needed_min={task.needed_min}, "
+      f"task.needed_max={task.needed_max}: 2 leaves at least, 1 <= needed_min <= needed_max <= num_operations, and "
+      f"{len(NAMES)} names in all."
+    )
+
+
+def draw(rng: np.random.Generator, task) -> tuple[str, str, str]:
+  """A problem of the config: (prompt, teacher's solution, answer)."""
+  puzzle = make_puzzle(rng, task.num_leaves, task.num_operations, (task.needed_min, task.needed_max))
+  return puzzle.prompt, teach(rng, puzzle, task.leap), str(puzzle.value(puzzle.query))
+
+
+def document(rng: np.random.Generator, task, section) -> tuple[str, str, str]:
+  """What the base model reads: legal steps without a plan, or a short problem solved plainly.
+
+  Small problems stand beside full-sized ones: looking up is learned on short contexts first.
+  """
+  wandering = rng.random() < section.wander_share
+  num_leaves = int(rng.integers(2, task.num_leaves + 1))
+  num_operations = int(rng.integers(1, task.num_operations + 1))
+  most = min(task.needed_max if wandering else section.answered_max, num_operations)
+  puzzle = make_puzzle(rng, num_leaves, num_operations, (1, most))
+  text = wander(rng, puzzle) if wandering else teach(rng, puzzle, leap=0.0)
+  return puzzle.prompt, text, str(puzzle.value(puzzle.query))

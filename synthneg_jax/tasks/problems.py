@@ -10,15 +10,13 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 from etils import epath
 
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Problem
-from synthneg_jax.tasks import answers, arithmetic, decontamination
+from synthneg_jax.tasks import answers, decontamination, generated
 from synthneg_jax.tasks.problem_files import Row, Rows
 
-_SPLITS = ("train", "test", "pretrain")
 _DATA_DIR = "SYNTHNEG_DATA_DIR"
 
 
@@ -41,7 +39,7 @@ class Chosen:
 
 def prompt_style(task) -> str:
   """How the task's problems are put to the model (tasks/prompts.py)."""
-  return "raw" if task.name == "arithmetic" else task.prompt
+  return "raw" if task.name in generated.TASKS else task.prompt
 
 
 def choose(task, seed: int) -> Chosen:
@@ -52,12 +50,12 @@ def choose(task, seed: int) -> Chosen:
 
   Args:
     task: the config's section.
-    seed: arithmetic: of the generator; files: of the training problems' order.
+    seed: generated tasks: of the generator; files: of the training problems' order.
 
   Raises:
     UserError: an unknown task, a missing or broken file, or too few problems.
   """
-  if task.name == "arithmetic":
+  if task.name in generated.TASKS:
     test, train = (load(task, seed, split, task[f"{split}_problems"]) for split in ("test", "train"))
     unseen = {problem.prompt for problem in test}
     kept = [problem for problem in train if problem.prompt not in unseen]
@@ -130,7 +128,7 @@ def _check_answers(task, rows: Rows) -> None:
 
 def test_texts(task, seed: int) -> list[str]:
   """What no training problem may overlap: all problems of the test split, and those of task.apart_from."""
-  if task.name == "arithmetic":
+  if task.name in generated.TASKS:
     return [problem.prompt for problem in load(task, seed, "test", task.test_problems)]
   paths = [_rows(task, "test"), *(_read(task, path, "test") for path in task.apart_from)]
   return [row.problem for rows in paths for row in rows.rows]
@@ -141,22 +139,15 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
 
   Args:
     task: the config's section.
-    seed: arithmetic: of the generator; files: of the order.
+    seed: generated tasks: of the generator; files: of the order.
     split: "train" or "test".
     count: how many.
 
   Raises:
     UserError: as in `choose`.
   """
-  if task.name == "arithmetic":
-    most = len(arithmetic.NAMES) - task.num_leaves
-    if not (2 <= task.num_leaves and 1 <= task.needed_min <= task.needed_max <= task.num_operations <= most):
-      raise UserError(
-        f"task.num_leaves={task.num_leaves}, task.num_operations={task.num_operations}, task.needed_min={task.needed_min}, "
-        f"task.needed_max={task.needed_max}: 2 leaves at least, 1 <= needed_min <= needed_max <= num_operations, and "
-        f"{len(arithmetic.NAMES)} names in all."
-      )
-    return [_arithmetic(task, seed, split, index) for index in range(count)]
+  if task.name in generated.TASKS:
+    return generated.load(task, seed, split, count)
   return _first(task, _rows(task, split).rows, split, seed if split == "train" else 0, "", count)
 
 
@@ -201,40 +192,3 @@ def _rows(task, split: str) -> Rows:
 
     return datasets.gsm8k(split)
   return _read(task, epath.Path(home) / task.name, split)
-
-
-def _arithmetic(task, seed: int, split: str, index: int) -> Problem:
-  rng = np.random.default_rng([seed if split == "train" else 0, _SPLITS.index(split), index])
-  puzzle = arithmetic.make_puzzle(rng, task.num_leaves, task.num_operations, (task.needed_min, task.needed_max))
-  solution = arithmetic.teach(rng, puzzle, task.leap)
-  return Problem(
-    f"arithmetic/{split}/{seed if split == 'train' else 0}/{index:06d}",
-    puzzle.prompt,
-    solution,
-    str(puzzle.value(puzzle.query)),
-    "scripted teacher",
-  )
-
-
-def pretraining(task, config, seed: int) -> list[Problem]:
-  """Documents for the embedded base model: legal steps without a plan, and short problems solved plainly."""
-  documents = []
-  for index in range(config.num_problems):
-    rng = np.random.default_rng([seed, _SPLITS.index("pretrain"), index])
-    wander = rng.random() < config.wander_share
-    # Small problems beside full-sized ones: looking up is learned on short contexts first.
-    num_leaves = int(rng.integers(2, task.num_leaves + 1))
-    num_operations = int(rng.integers(1, task.num_operations + 1))
-    most = min(task.needed_max if wander else config.answered_max, num_operations)
-    puzzle = arithmetic.make_puzzle(rng, num_leaves, num_operations, (1, most))
-    text = arithmetic.wander(rng, puzzle) if wander else arithmetic.teach(rng, puzzle, leap=0.0)
-    documents.append(
-      Problem(
-        f"arithmetic/pretrain/{seed}/{index:06d}",
-        puzzle.prompt,
-        text,
-        str(puzzle.value(puzzle.query)),
-        "wander" if wander else "plain teacher",
-      )
-    )
-  return documents

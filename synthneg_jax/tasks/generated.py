@@ -1,0 +1,69 @@
+"""Tasks whose problems a program writes, with a scripted teacher: their splits, and documents for their base models."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+
+from synthneg_jax.runtime.records import Problem
+from synthneg_jax.tasks import arithmetic, jobs
+
+_SPLITS = ("train", "test", "pretrain")
+
+
+class Drawn(NamedTuple):
+  """A problem as a task draws it."""
+
+  prompt: str
+  solution: str
+  answer: str
+
+
+class Task(NamedTuple):
+  """What a generated task is to the others.
+
+  Attributes:
+    check: refuses settings of the config's section task, by a UserError.
+    draw: (rng, task) -> Drawn, a problem with its teacher's solution.
+    document: (rng, task, pretrain's section) -> Drawn, what the base model reads.
+    build_tokenizer: its tokenizer, with EOS and PAD of the names below.
+  """
+
+  check: Callable
+  draw: Callable
+  document: Callable
+  build_tokenizer: Callable[[], tokenizers.Tokenizer]
+
+
+EOS, PAD = "<eos>", "<pad>"
+TASKS = {
+  module.__name__.rpartition(".")[2]: Task(module.check, module.draw, module.document, module.build_tokenizer)
+  for module in (arithmetic, jobs)
+}
+
+
+def load(task, seed: int, split: str, count: int) -> list[Problem]:
+  """The first `count` training problems of a seed, or test problems from number task.test_start on, which no seed changes.
+
+  Raises:
+    UserError: settings that the task cannot draw problems for.
+  """
+  TASKS[task.name].check(task)
+  first, of_seed = (task.test_start, 0) if split == "test" else (0, seed)
+  return [_problem(task, of_seed, split, index) for index in range(first, first + count)]
+
+
+def _problem(task, seed: int, split: str, index: int) -> Problem:
+  rng = np.random.default_rng([seed, _SPLITS.index(split), index])
+  return Problem(f"{task.name}/{split}/{seed}/{index:06d}", *TASKS[task.name].draw(rng, task), "scripted teacher")
+
+
+def pretraining(task, section, seed: int) -> list[Problem]:
+  """Documents for a base model: legal steps without a plan, and short problems solved by the teacher."""
+  documents = []
+  for index in range(section.num_problems):
+    rng = np.random.default_rng([seed, _SPLITS.index("pretrain"), index])
+    drawn = TASKS[task.name].document(rng, task, section)
+    documents.append(Problem(f"{task.name}/pretrain/{seed}/{index:06d}", *drawn, "base model's reading"))
+  return documents
