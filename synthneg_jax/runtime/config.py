@@ -164,6 +164,10 @@ def default() -> ConfigDict:
         "start": "base",  # base or sft: where RFT's training starts
         "max_per_problem": 4,  # right solutions kept a problem
         "with_teacher": False,  # also train on the known solutions
+        "keep": "right",  # right; of those with credit: spurious or clean (right, with or without a step back), advantage
+        "drop_share": 0.5,  # advantage: share of right and wrong responses, those with the lowest step, that goes
+        "clone": "whole",  # advantage: what of a response is learned: whole, before_negative steps, or positive steps
+        "max_solutions": 0,  # solutions in all, at most; 0 for no bound
       },
       "sample": {
         "num_traces": 8,  # traces a problem
@@ -195,7 +199,7 @@ def default() -> ConfigDict:
         "nll_weight": 0.0,  # weight of the chosen branch's next-token loss per token
       },
       "pairs": {
-        "pair_mode": "algorithm1",  # of step_dpo: algorithm1, shared_prefix, positives_too, arbitrary, furthest
+        "pair_mode": "algorithm1",  # of step_dpo: algorithm1, shared_prefix, positives_too, random_step, arbitrary, furthest
         "outcome_mode": "arbitrary",  # of dpo: arbitrary, or furthest in edit distance (Pal et al.)
         "furthest": "largest",  # furthest: each right takes the largest distance, or shortest_far, the shortest that is far
         "pit_rule": "lowest_value",  # lowest_value, first_zero, first_dead, least_advantage or relative_drop
@@ -214,6 +218,13 @@ def default() -> ConfigDict:
       },
       "export": {
         "max_shard_bytes": 5_000_000_000,  # largest file of exported weights, but for a larger tensor
+      },
+      "study": {
+        "family": "",  # what figures call the task
+        "grid": (),  # lines "SIZE SIZE ...: METHOD METHOD ...", sizes in problems; studies/methods.py has the methods
+        "seeds": (0,),  # one run each
+        "baseline": "sft",  # method that efficiency is told against
+        "factor_at": 500,  # problems that the other methods have where their factor is told
       },
       "report": {
         "num_traces": 5,  # traces shown with their Q
@@ -259,9 +270,11 @@ _CHOICES = {
   "synthesis.ask": ("problems", "solutions"),
   "synthesis.max_tokens_field": ("max_tokens", "max_completion_tokens"),
   "rft.start": ("base", "sft"),
+  "rft.keep": ("right", "spurious", "clean", "advantage"),
+  "rft.clone": ("whole", "before_negative", "positive"),
   "credit.schedule": ("all", "until_first_zero", "bisect", "adaptive"),
   "dpo.loss": ("dpo", "ipo", "dpop"),
-  "pairs.pair_mode": ("algorithm1", "shared_prefix", "positives_too", "arbitrary", "furthest"),
+  "pairs.pair_mode": ("algorithm1", "shared_prefix", "positives_too", "random_step", "arbitrary", "furthest"),
   "pairs.outcome_mode": ("arbitrary", "furthest"),
   "pairs.furthest": ("largest", "shortest_far"),
   "pairs.pit_rule": ("lowest_value", "first_zero", "first_dead", "least_advantage", "relative_drop"),

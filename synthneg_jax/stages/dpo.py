@@ -14,7 +14,7 @@ from synthneg_jax.training import batches, objectives, reference
 def run(run_: Run) -> dict:
   """Writes dpo/dpo/ and dpo/step_dpo/: pairs/, policy/, scores/ and metrics.jsonl; dpo/reference/ holds what both share."""
   variants = {"dpo": run_.config.pairs.outcome_mode, "step_dpo": run_.config.pairs.pair_mode}
-  results = {name: _variant(run_, name, mode) for name, mode in variants.items()}
+  results = {name: variant(run_, name, mode) for name, mode in variants.items()}
   return {name: figures for name, figures in results.items() if figures}
 
 
@@ -45,7 +45,8 @@ def _loss(section):
   return functools.partial(losses.dpo_loss, beta=section.beta, label_smoothing=section.label_smoothing)
 
 
-def _variant(run_: Run, name: str, mode: str) -> dict:
+def variant(run_: Run, name: str, mode: str) -> dict:
+  """Writes dpo/<name>/, trained on pairs of a mode (as pairs.pair_mode)."""
   stage = run_.stage(
     f"dpo/{name}", ["task", "model", "dpo", "pairs", "credit"], ["synthesize", "sft", "sample", "credit"]
   )

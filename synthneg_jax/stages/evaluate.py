@@ -23,25 +23,26 @@ def run(run_: Run) -> dict:
   for method in run_.config.evaluate.methods:
     if method != "base" and method not in POLICY_OF:
       raise UserError(f"evaluate.methods names {method!r}; known are base, {', '.join(POLICY_OF)}.")
-    results[method] = _evaluate(run_, method)
+    results[method] = test(run_, method, POLICY_OF.get(method))
   return {method: figures for method, figures in results.items() if figures}
 
 
-def _evaluate(run_: Run, method: str) -> dict:
-  needs = ["synthesize"] + ([POLICY_OF[method]] if method != "base" else [])
-  stage = run_.stage(f"evaluate/{method}", ["task", "model", "engine", "evaluate"], needs, reads_base=method == "base")
+def test(run_: Run, name: str, folder: str | None) -> dict:
+  """Writes evaluate/<name>/traces/: the answers of the policy that stage `folder` made, or of the base model if None."""
+  needs = ["synthesize"] + ([folder] if folder else [])
+  stage = run_.stage(f"evaluate/{name}", ["task", "model", "engine", "evaluate"], needs, reads_base=not folder)
   if stage.done:
     return {}
-  policy = run_.base() if method == "base" else run_.policy(POLICY_OF[method])
+  policy = run_.policy(folder) if folder else run_.base()
   section = run_.config.evaluate
   shots = []
-  if method == "base" and section.base_shots:
+  if not folder and section.base_shots:
     shots = [problem for problem in run_.problems("train").values() if problem.solution][: section.base_shots]
   problems = list(run_.problems("test").values())
   engine = run_.engine(policy, slots=1, lanes=run_.config.engine.lanes * min(run_.config.engine.slots, 4))
   shards = traces.respond(
     run_,
-    f"evaluate {method}",
+    f"evaluate {name}",
     policy,
     engine,
     problems,

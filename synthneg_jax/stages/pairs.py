@@ -152,10 +152,17 @@ def _at_step(source: _Source, trace: Trace, step: int, mode: str) -> core.TokenP
 
 
 def _by_step(source: _Source, mode: str) -> list[tuple[Trace, int, core.TokenPair | None]]:
-  """Pairs at the pit of each wrong trace and, in mode positives_too, at the spurious step of each right one."""
+  """Pairs at the pit of each wrong trace, or at a step of it drawn at random (random_step, a control of ours).
+
+  In mode positives_too also at the spurious step of each right trace.
+  """
   section, k = source.run.config.pairs, source.run.config.credit.best_of
   blamed = []
-  if source.wrong:
+  if mode == "random_step":
+    for trace in source.wrong:
+      seed = int(keys.draw_key(source.run.config.seed, "random step", 0, trace.id, "", 0)[0])
+      blamed.append((trace, int(np.random.default_rng(seed).integers(len(trace.step_ends)))))
+  elif source.wrong:
     known = values(source.wrong, source.estimates, source.v0, k)
     blamed += zip(source.wrong, pits(*known, section).tolist(), strict=True)
   if mode == "positives_too" and source.right:

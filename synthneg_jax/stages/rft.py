@@ -1,7 +1,17 @@
-"""Stage rft: rejection-sampling finetuning on D⁺, π_sft's own right solutions (https://arxiv.org/abs/2308.01825)."""
+"""Stage rft: finetuning on π_sft's own responses: right ones (RFT, https://arxiv.org/abs/2308.01825), or by advantage."""
 
-from synthneg_jax.core import selection
-from synthneg_jax.runtime.records import Shards, Trace
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from synthneg_jax.core import advantages, selection
+from synthneg_jax.core.tree import Branch
+from synthneg_jax.runtime import keys
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime.records import Shards, StepEstimate, Trace
+from synthneg_jax.stages import pairs as pairs_lib
 from synthneg_jax.stages import traces as traces_lib
 from synthneg_jax.stages import training
 from synthneg_jax.stages.run import Run
@@ -9,30 +19,105 @@ from synthneg_jax.tasks import prompts
 from synthneg_jax.training import objectives
 
 
-def run(run_: Run) -> dict:
-  """Writes rft/policy/ and rft/metrics.jsonl. Training starts from the base model by default, as in RFT's own recipe."""
-  reads_base = run_.config.rft.start == "base"
-  stage = run_.stage("rft", ["task", "model", "rft"], ["synthesize", "sft", "sample"], reads_base=reads_base)
+class _Credit:
+  """The credited traces with their values."""
+
+  def __init__(self, run_: Run, groups: dict[str, list[Trace]]):
+    estimates = Shards(run_.workdir / "credit" / "estimates", StepEstimate).read_dict()
+    ids = {estimate.trace_id for estimate in estimates.values()}
+    self.traces = [trace for group in groups.values() for trace in group if trace.id in ids]
+    self.counts = {
+      trace.id: [estimates[f"{trace.id}/{step}"] for step in range(len(trace.step_ends))] for trace in self.traces
+    }
+    self.start = {key: (sum(trace.correct for trace in group), len(group)) for key, group in groups.items()}
+    k = run_.config.credit.best_of
+    q, self.known, v0 = pairs_lib.values(self.traces, estimates, self.start, k)
+    self.advantages = np.asarray(jax.vmap(advantages.step_advantages)(q, v0))
+
+  def lowest(self) -> list[float]:
+    """min_i A_i of each trace, NaN where a step of it has no estimate."""
+    whole = [bool(known[: len(t.step_ends)].all()) for known, t in zip(self.known, self.traces, strict=True)]
+    return [
+      float(of_trace[: len(trace.step_ends)].min()) if known else np.nan
+      for of_trace, trace, known in zip(self.advantages, self.traces, whole, strict=True)
+    ]
+
+  def spurious(self, trace: Trace) -> bool:
+    """Whether the counts call a step of a right trace a step back."""
+    counted = [(0, 0) if each.exact else (each.successes, each.rollouts) for each in self.counts[trace.id]]
+    return bool(selection.spurious_steps(*zip(*counted, strict=True), self.start[trace.problem_id]))
+
+
+def _chosen(run_: Run, groups: dict[str, list[Trace]]) -> dict[str, list[tuple[Trace, Sequence[bool] | None]]]:
+  """By problem the traces to be cloned, each with which of its tokens are scored (None: all)."""
+  section, chosen = run_.config.rft, {key: [] for key in groups}
+  if section.keep == "right":
+    for key, group in groups.items():
+      kept = selection.keep_right([(trace.ids, trace.correct) for trace in group], section.max_per_problem)
+      chosen[key] = [(group[i], None) for i in kept]
+    return chosen
+  credit = _Credit(run_, groups)
+  if section.keep in ("spurious", "clean"):
+    for trace in credit.traces:
+      if trace.correct and credit.spurious(trace) == (section.keep == "spurious"):
+        chosen[trace.problem_id].append((trace, None))
+    return {key: traces[: section.max_per_problem] for key, traces in chosen.items()}
+  for i in selection.advantage_filter(credit.lowest(), section.drop_share):
+    trace, mask = credit.traces[i], None
+    if section.clone != "whole":
+      of_trace = credit.advantages[i][: len(trace.step_ends)].tolist()
+      mask = selection.step_mask(of_trace, trace.step_ends, rule=section.clone)
+    chosen[trace.problem_id].append((trace, mask))
+  return {key: traces[: section.max_per_problem] for key, traces in chosen.items()}
+
+
+def _at_most(chosen: dict[str, list], most: int, seed: int) -> dict[str, list]:
+  """At most this many of all, drawn by a hash of their ids, so that fewer are among more; 0 for all."""
+  if not most:
+    return chosen
+  every = [(keys.draw_key(seed, "rft", 0, trace.id, "", 0).tobytes(), trace.id) for of in chosen.values() for trace, _ in of]
+  kept = {name for _, name in sorted(every)[:most]}
+  return {key: [pair for pair in of_problem if pair[0].id in kept] for key, of_problem in chosen.items()}
+
+
+def run(run_: Run, name: str = "rft") -> dict:
+  """Writes <name>/policy/ and <name>/metrics.jsonl. Training starts from the base model by default, as in RFT's own recipe.
+
+  Raises:
+    UserError: rft.keep leaves nothing to train on.
+  """
+  section = run_.config.rft
+  reads_base, by_credit = section.start == "base", section.keep != "right"
+  needs = ["synthesize", "sft", "sample"] + ["credit"] * by_credit
+  sections = ["task", "model", "rft"] + ["credit"] * by_credit
+  stage = run_.stage(name, sections, needs, reads_base=reads_base)
   if stage.done:
     return {}
-  section = run_.config.rft
   policy = run_.base() if reads_base else run_.policy("sft")
   problems = run_.problems("train")
-  traces = traces_lib.by_problem(Shards(run_.workdir / "sample" / "traces", Trace).read(), problems)
-  solutions = {}
-  for key, of_problem in traces.items():
-    kept = selection.keep_right([(trace.ids, trace.correct) for trace in of_problem], section.max_per_problem)
-    solutions[key] = [of_problem[i].ids for i in kept]
-    if section.with_teacher and problems[key].solution:
-      solutions[key].append(prompts.encode_solution(policy.tokenizer, problems[key].solution))
-  trunks = {key: training.prompt_ids(run_, policy, problems[key]) for key in solutions}
+  groups = traces_lib.by_problem(Shards(run_.workdir / "sample" / "traces", Trace).read(), problems)
+  chosen = _at_most(_chosen(run_, groups), section.max_solutions, run_.config.seed)
+  if not any(chosen.values()):
+    raise UserError(f"Stage {name} has no response to train on: rft.keep={section.keep!r} left none of the samples.")
+  trunk = functools.cache(lambda key: training.prompt_ids(run_, policy, problems[key]))
+  branches = {
+    key: [Branch(len(trunk(key)), tuple(trace.ids), None if mask is None else tuple(mask)) for trace, mask in of_problem]
+    for key, of_problem in chosen.items()
+  }
+  if section.with_teacher:
+    for key in branches:
+      if problems[key].solution:
+        ids = prompts.encode_solution(policy.tokenizer, problems[key].solution)
+        branches[key].append(Branch(len(trunk(key)), ids))
   length = min(section.row_length, run_.config.model.max_length)
-  examples, names, dropped = training.solution_trees(
-    trunks, solutions, min(section.max_branches_per_tree, section.batch_size), length
-  )
+  most = min(section.max_branches_per_tree, section.batch_size)
+  examples, names, dropped = training.branch_trees({key: trunk(key) for key in branches}, branches, most, length)
   plan = training.plan(run_, section, examples, names)
-  identity, figures = training.train(
-    run_, "rft", section, policy, objectives.make_sft(policy.model, section.logit_chunk), plan, stage.folder
-  )
-  counts = {"solutions": sum(map(len, solutions.values())), "problems": sum(map(bool, solutions.values()))}
+  objective = objectives.make_sft(policy.model, section.logit_chunk)
+  identity, figures = training.train(run_, name, section, policy, objective, plan, stage.folder)
+  counts = {
+    "solutions": sum(map(len, branches.values())),
+    "problems": sum(map(bool, branches.values())),
+    "wrong": sum(not trace.correct for of_problem in chosen.values() for trace, _ in of_problem),
+  }
   return stage.finish({**counts, "too_long": dropped, **figures}, identity=identity)

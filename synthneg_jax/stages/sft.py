@@ -6,9 +6,9 @@ from synthneg_jax.tasks import prompts
 from synthneg_jax.training import objectives
 
 
-def run(run_: Run) -> dict:
-  """Writes sft/policy/ and sft/metrics.jsonl."""
-  stage = run_.stage("sft", ["task", "model", "sft"], ["synthesize"], reads_base=True)
+def run(run_: Run, name: str = "sft") -> dict:
+  """Writes <name>/policy/ and <name>/metrics.jsonl."""
+  stage = run_.stage(name, ["task", "model", "sft"], ["synthesize"], reads_base=True)
   if stage.done:
     return {}
   section, policy = run_.config.sft, run_.base()
@@ -21,6 +21,6 @@ def run(run_: Run) -> dict:
   )
   plan = training.plan(run_, section, examples, names)
   identity, figures = training.train(
-    run_, "sft", section, policy, objectives.make_sft(policy.model, section.logit_chunk), plan, stage.folder
+    run_, name, section, policy, objectives.make_sft(policy.model, section.logit_chunk), plan, stage.folder
   )
   return stage.finish({"solutions": len(names), "too_long": dropped, **figures}, identity=identity)

@@ -33,27 +33,35 @@ def prompt_ids(run_: Run, policy: policies.Policy, problem: Problem, shots: Sequ
 def solution_trees(
   trunks: Mapping[str, Sequence[int]], solutions: Mapping[str, Sequence[Sequence[int]]], most: int, length: int
 ) -> tuple[list[Example], list[str], int]:
-  """Trees of a problem's solutions: the prompt is the trunk, the solutions its branches.
+  """`branch_trees` of whole solutions: the prompt is the trunk, the solutions its branches, all their tokens scored."""
+  branches = {key: [Branch(len(trunks[key]), ids) for ids in all_ids] for key, all_ids in solutions.items()}
+  return branch_trees(trunks, branches, most, length)
 
-  A tree holds at most `most` solutions and `length` tokens; further solutions go to another tree with the same trunk. A
-  solution that does not fit a tree alone is left out.
+
+def branch_trees(
+  trunks: Mapping[str, Sequence[int]], branches: Mapping[str, Sequence[Branch]], most: int, length: int
+) -> tuple[list[Example], list[str], int]:
+  """Trees of what is trained on, a problem's prompt with its branches.
+
+  A tree holds at most `most` branches and `length` tokens; further ones go to another tree with the same trunk. A branch
+  that does not fit a tree alone is left out.
 
   Returns:
-    (examples, their names, how many solutions were left out).
+    (examples, their names, how many branches were left out).
   """
   examples, names, dropped = [], [], 0
-  for key, all_ids in solutions.items():
+  for key, of_problem in branches.items():
     trunk = trunks[key]
     parts, room = [], 0
-    for ids in all_ids:
-      if len(trunk) + len(ids) > length:
+    for branch in of_problem:
+      if len(trunk) + len(branch.ids) > length:
         dropped += 1
         continue
-      if not parts or len(parts[-1]) == most or len(ids) > room:
+      if not parts or len(parts[-1]) == most or len(branch.ids) > room:
         parts.append([])
         room = length - len(trunk)
-      parts[-1].append(Branch(len(trunk), ids))
-      room -= len(ids)
+      parts[-1].append(branch)
+      room -= len(branch.ids)
     examples += [Example(Tree(trunk, tuple(part))) for part in parts]
     names += [key] * len(parts)
   return examples, names, dropped

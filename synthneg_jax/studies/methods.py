@@ -1,0 +1,146 @@
+"""What a cell of a study trains: a method by name, with leaves of the config that are its own.
+
+A method is written NAME or NAME,LEAF=VALUE,...: `rft,rft.max_per_problem=1`. Its leaves belong to the stage that makes it, so
+that what comes before (π_sft, its traces, their credit) is made once and shared by all methods of a size and seed.
+"""
+
+import dataclasses
+import difflib
+
+from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.stages import credit, dpo, evaluate, rft, sample, sft, synthesize
+from synthneg_jax.stages.run import Run
+
+_SFT = ("synthesize", "sft")
+_SAMPLE = (*_SFT, "sample")
+_CREDIT = (*_SAMPLE, "credit")
+_RUN = {"synthesize": synthesize.run, "sft": sft.run, "sample": sample.run, "credit": credit.run}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A method without its own leaves.
+
+  Attributes:
+    label: for figures.
+    before: stages that it shares with others.
+    sections: of the config, whose leaves it may set.
+    settings: leaves that make it what it is.
+  """
+
+  label: str
+  before: tuple[str, ...]
+  sections: tuple[str, ...]
+  settings: dict[str, object] = dataclasses.field(default_factory=dict)
+
+
+def _dpo(label: str, mode: str, **settings) -> Kind:
+  leaves = {name.replace("__", "."): value for name, value in settings.items()}
+  return Kind(label, _CREDIT, ("dpo", "pairs"), {"pairs.pair_mode": mode, **leaves})
+
+
+def _rft(label: str, **settings) -> Kind:
+  needs_credit = "keep" in settings
+  return Kind(label, _CREDIT if needs_credit else _SAMPLE, ("rft",), {f"rft.{k}": v for k, v in settings.items()})
+
+
+KINDS = {
+  "base": Kind("base model", ("synthesize",), ()),
+  "sft": Kind("SFT", _SFT[:1], ("sft",)),
+  "rft": _rft("RFT"),
+  "rft_spurious": _rft("RFT, with spurious steps", keep="spurious"),
+  "rft_clean": _rft("RFT, without spurious steps", keep="clean"),
+  "rft_advantage": _rft("advantage-filtered RFT", keep="advantage"),
+  "step_dpo": _dpo("per-step DPO", "shared_prefix"),
+  "step_dpo_both": _dpo("per-step DPO, right traces too", "positives_too"),
+  "algorithm1": _dpo("per-step DPO, algorithm 1", "algorithm1"),
+  "random_step": _dpo("DPO at a random step", "random_step"),
+  "arbitrary": _dpo("DPO, arbitrary pairs", "arbitrary"),
+  "furthest": _dpo("DPO, furthest pairs", "furthest"),
+  "dpop": _dpo("DPOP, furthest pairs", "furthest", dpo__loss="dpop"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A kind with leaves of its own."""
+
+  name: str
+  kind: str
+  settings: dict[str, object]
+
+  @property
+  def label(self) -> str:
+    """For figures and tables."""
+    own = ", ".join(f"{leaf.rpartition('.')[2]} {value}" for leaf, value in self.settings.items())
+    return KINDS[self.kind].label + (f", {own}" if own else "")
+
+  @property
+  def folder(self) -> str:
+    """Stage folder of its policy; empty for the base model."""
+    name = self.name.replace(",", "-")
+    return "" if self.kind == "base" else f"dpo/{name}" if "dpo" in KINDS[self.kind].sections else name
+
+  @property
+  def path(self) -> tuple[str, ...]:
+    """All stages that it rests on, its own last."""
+    return (*KINDS[self.kind].before, *([self.folder] if self.folder else []))
+
+
+def parse(text: str, config) -> Method:
+  """A method from its name.
+
+  Raises:
+    UserError: an unknown kind or leaf, a leaf of another stage, or a value that is none.
+  """
+  kind, *settings = text.split(",")
+  if kind not in KINDS:
+    near = difflib.get_close_matches(kind, KINDS, n=2)
+    raise UserError(f"study.grid names the method {kind!r}; known are {', '.join(near or KINDS)}.")
+  values = dict(config_lib.leaves(config))
+  own = {}
+  for setting in settings:
+    leaf, equals, value = setting.partition("=")
+    if leaf not in values or leaf.split(".")[0] not in KINDS[kind].sections or not equals:
+      sections = " and ".join(f"{name}.*" for name in KINDS[kind].sections) or "no leaves"
+      raise UserError(f"study.grid: {text!r} sets {setting!r}; {kind} may set LEAF=VALUE of {sections}.")
+    try:
+      own[leaf] = type(values[leaf])(value) if not isinstance(values[leaf], bool) else {"True": True, "False": False}[value]
+    except (KeyError, ValueError):
+      raise UserError(f"study.grid: {text!r}: {value!r} is no {type(values[leaf]).__name__}.") from None
+  return Method(text, kind, own)
+
+
+def configure(config, method: Method):
+  """The config with the method's leaves."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    for leaf, value in {**KINDS[method.kind].settings, **method.settings}.items():
+      *parts, last = leaf.split(".")
+      section = config
+      for part in parts:
+        section = section[part]
+      section[last] = value
+  config.lock()
+  config_lib.check_values(config)
+  return config
+
+
+def make(run_: Run, method: Method) -> None:
+  """Runs whatever of the method's stages is not done, and its test on the test problems.
+
+  Args:
+    run_: of the workdir that the methods of a size and seed share, with the config of all.
+    method: what to make.
+  """
+  own = dataclasses.replace(run_, config=configure(run_.config, method))
+  for stage in KINDS[method.kind].before:
+    _RUN[stage](run_)
+  if "dpo" in KINDS[method.kind].sections:
+    dpo.variant(own, method.folder.removeprefix("dpo/"), own.config.pairs.pair_mode)
+  elif method.kind == "sft":
+    sft.run(own, method.folder)
+  elif method.kind != "base":
+    rft.run(own, method.folder)
+  evaluate.test(run_, method.name.replace(",", "-"), method.folder or None)
