@@ -222,6 +222,7 @@ def default() -> ConfigDict:
       "study": {
         "family": "",  # what figures call the task
         "grid": (),  # lines "SIZE SIZE ...: METHOD METHOD ...", sizes in problems; studies/methods.py has the methods
+        "at_size": (),  # lines "SIZE SIZE ...: LEAF=VALUE ...": leaves of all methods that differ at these sizes
         "seeds": (0,),  # one run each
         "baseline": "sft",  # method that efficiency is told against
         "factor_at": 500,  # problems that the other methods have where their factor is told

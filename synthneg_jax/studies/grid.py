@@ -55,24 +55,36 @@ def read(config) -> list[Cell]:
   """
   cells = {}
   for line in config.study.grid:
-    sizes, colon, names = line.partition(":")
-    if not colon or not names.split() or not sizes.split() or not all(size.isdigit() and int(size) for size in sizes.split()):
-      raise UserError(f'study.grid: {line!r} is not of the form "SIZE SIZE ...: METHOD METHOD ...", sizes in problems.')
-    for size in map(int, sizes.split()):
-      for name in names.split():
+    sizes, names = _line("grid", line, "METHOD METHOD ...")
+    for size in sizes:
+      for name in names:
         method = methods.parse(name, config)
-        methods.configure(config, method)  # refuses what check_values refuses, before hours of work
         for seed in config.study.seeds:
-          cells.setdefault((size, seed, name), Cell(size, seed, method))
+          cells.setdefault((size, seed, name), cell := Cell(size, seed, method))
+        methods.configure(configure(config, cell), method)  # refuses now what a stage would refuse hours later
   return sorted(cells.values(), key=lambda cell: (cell.size, cell.seed))
 
 
 def configure(config, cell: Cell):
-  """The config of a cell's run folder: of all methods there."""
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.seed, config.task.train_problems = cell.seed, cell.size
-  return config.lock()
+  """The config of a cell's run folder: of all methods there.
+
+  Raises:
+    UserError: a line of study.at_size that is not "SIZE SIZE ...: LEAF=VALUE ...".
+  """
+  leaves = {"seed": cell.seed, "task.train_problems": cell.size}
+  for line in config.study.at_size:
+    sizes, settings = _line("at_size", line, "LEAF=VALUE LEAF=VALUE ...")
+    for setting in settings if cell.size in sizes else ():
+      leaves |= methods.read_setting(setting, config, f"study.at_size: {line!r}")
+  return methods.with_leaves(config, leaves)
+
+
+def _line(leaf: str, line: str, form: str) -> tuple[list[int], list[str]]:
+  """(sizes, the rest) of a line "SIZE SIZE ...: ..."."""
+  sizes, _, rest = line.partition(":")
+  if not rest.split() or not sizes.split() or not all(size.isdigit() and int(size) for size in sizes.split()):
+    raise UserError(f'study.{leaf}: {line!r} is not of the form "SIZE SIZE ...: {form}", sizes in problems.')
+  return [int(size) for size in sizes.split()], rest.split()
 
 
 def config_hash(config, cell: Cell) -> str:

@@ -98,31 +98,54 @@ def parse(text: str, config) -> Method:
   if kind not in KINDS:
     near = difflib.get_close_matches(kind, KINDS, n=2)
     raise UserError(f"study.grid names the method {kind!r}; known are {', '.join(near or KINDS)}.")
-  values = dict(config_lib.leaves(config))
   own = {}
   for setting in settings:
-    leaf, equals, value = setting.partition("=")
-    if leaf not in values or leaf.split(".")[0] not in KINDS[kind].sections or not equals:
+    if setting.split(".")[0] not in KINDS[kind].sections:
       sections = " and ".join(f"{name}.*" for name in KINDS[kind].sections) or "no leaves"
       raise UserError(f"study.grid: {text!r} sets {setting!r}; {kind} may set LEAF=VALUE of {sections}.")
-    try:
-      own[leaf] = type(values[leaf])(value) if not isinstance(values[leaf], bool) else {"True": True, "False": False}[value]
-    except (KeyError, ValueError):
-      raise UserError(f"study.grid: {text!r}: {value!r} is no {type(values[leaf]).__name__}.") from None
+    own |= read_setting(setting, config, f"study.grid: {text!r}")
   return Method(text, kind, own)
 
 
-def configure(config, method: Method):
-  """The config with the method's leaves."""
+def read_setting(text: str, config, where: str) -> dict[str, object]:
+  """LEAF=VALUE as {leaf: value}, of the leaf's type.
+
+  Raises:
+    UserError: says `where`: an unknown leaf, or a value that is none of its type.
+  """
+  values = dict(config_lib.leaves(config))
+  leaf, equals, value = text.partition("=")
+  if not equals:
+    raise UserError(f"{where}: {text!r} is not of the form LEAF=VALUE.")
+  config_lib.check_name(leaf, where)
+  kind = type(values[leaf])
+  try:
+    return {leaf: {"True": True, "False": False}[value] if kind is bool else kind(value)}
+  except (KeyError, ValueError):
+    raise UserError(f"{where}: {value!r} is no {kind.__name__}, which {leaf} is.") from None
+
+
+def with_leaves(config, leaves: dict[str, object]):
+  """The config with these leaves, locked."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    for leaf, value in {**KINDS[method.kind].settings, **method.settings}.items():
+    for leaf, value in leaves.items():
       *parts, last = leaf.split(".")
       section = config
       for part in parts:
         section = section[part]
       section[last] = value
   config.lock()
+  return config
+
+
+def configure(config, method: Method):
+  """The config with the method's leaves.
+
+  Raises:
+    UserError: they do not go together.
+  """
+  config = with_leaves(config, {**KINDS[method.kind].settings, **method.settings})
   config_lib.check_values(config)
   return config
 
