@@ -17,7 +17,8 @@ def get_config(arg: str = ""):
   c.task.train_problems, c.task.test_problems = 500, 1000
   c.model.path = "embedded_jobs"
   c.model.max_length = 160
-  c.engine.lanes, c.engine.slots, c.engine.max_new_tokens = 32, 8, 72
+  c.engine.lanes, c.engine.slots, c.engine.max_new_tokens = 32, 8, 64
+  c.pretrain.num_problems = 512_000
   for part in (c.pretrain, c.sft, c.rft, c.dpo):
     part.row_length = 192 if part is c.pretrain else 320
     part.batch_size = 32

@@ -96,8 +96,8 @@ def default() -> ConfigDict:
         "needed_min": 3,  # arithmetic: fewest operations that the question rests on
         "needed_max": 5,  # arithmetic: most of them
         "jobs": {
-          "fewest": 4,  # jobs: jobs of a problem, at least
-          "most": 6,  # jobs: at most
+          "fewest": 3,  # jobs: jobs of a problem, at least
+          "most": 5,  # jobs: at most
           "slack": 4,  # jobs: hours that a deadline lies behind the job's end in a hidden order, at most
         },
         "test_start": 0,  # generated tasks: number of the first test problem
