@@ -14,6 +14,7 @@ def get_config(arg: str = ""):
   config = config_lib.default()
   c = config
   c.task.name = "jobs"
+  c.task.jobs.fewest, c.task.jobs.most, c.task.jobs.slack = 3, 5, 4
   c.task.train_problems, c.task.test_problems = 500, 1000
   c.model.path = "embedded_jobs"
   c.model.max_length = 160

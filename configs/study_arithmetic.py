@@ -26,11 +26,14 @@ def get_config(arg: str = ""):
     "4000 8000 16000: sft",
     "500: rft,rft.max_per_problem=1",
   )
-  c.study.at_size = ("250: sft.num_epochs=10 rft.num_epochs=10",)
+  c.study.settings = (
+    "250: sft.num_epochs=10 rft.num_epochs=10",
+    "arbitrary furthest dpop: dpo.optimizer.learning_rate=3e-5",
+  )
   c.task.test_start, c.task.test_problems = 10_000, 4000
   if arg == "toy":
     c.study.seeds, c.study.factor_at = (1, 2), 32
-    c.study.grid, c.study.at_size = ("32: sft rft step_dpo", "48: sft"), ("48: sft.num_epochs=2",)
+    c.study.grid, c.study.settings = ("32: sft rft step_dpo", "48: sft"), ("48: sft.num_epochs=2",)
     c.task.test_problems = 32
   elif arg:
     raise UserError(f"configs/study_arithmetic.py knows no {arg!r}; it knows toy.")

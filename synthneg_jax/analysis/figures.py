@@ -205,3 +205,12 @@ def svg(figure: Figure, name: str, label: str) -> str:
   text = re.sub(r'\bid="', f'id="{name}-', text)
   text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
   return text.replace(INK, "currentColor").strip()
+
+
+def svg_file(figure: Figure) -> str:
+  """The drawing as an SVG file of its own, whose ink follows the reader's light or dark mode."""
+  text = svg(figure, "figure", "")
+  dark = "<style>svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}</style>"
+  head, _, rest = text.partition(">")
+  names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+  return f"{head.replace('<svg', f'<svg {names}', 1)}>{dark}{rest}"

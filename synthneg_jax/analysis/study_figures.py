@@ -60,7 +60,16 @@ def _draw(axes, series: Sequence[Series], line: bool = True) -> None:
     errors = np.maximum(0, [np.subtract(one.mean, one.low), np.subtract(one.high, one.mean)])
     style = ("--" if one.dashed else "-") if line else "none"
     axes.errorbar(
-      one.x, one.mean, errors, linestyle=style, marker=marker, color=color, label=one.label, linewidth=1.6, markersize=5, capsize=2
+      one.x,
+      one.mean,
+      errors,
+      linestyle=style,
+      marker=marker,
+      color=color,
+      label=one.label,
+      linewidth=1.6,
+      markersize=5,
+      capsize=2,
     )
 
 
@@ -92,11 +101,15 @@ def against_problems(series: Sequence[Series], title: str, reaches: Sequence[Rea
       arrow = {"arrowstyle": "<-", "color": figures.INK, "linewidth": 0.9}
       axes.annotate("", (reach.baseline_size, reach.error), (reach.size, reach.error), arrowprops=arrow)
       middle = math.sqrt(reach.size * reach.baseline_size)
-      axes.annotate(reach.label, (middle, reach.error), xytext=(0, -11), textcoords="offset points", ha="center", fontsize=8)
+      axes.annotate(
+        reach.label, (middle, reach.error), xytext=(0, -11), textcoords="offset points", ha="center", fontsize=8
+      )
     _whole_numbers(axes.xaxis, [x for one in series for x in one.x] + [reach.baseline_size for reach in reaches if 0])
     low = min(value for one in series for value in one.low)
     high = max(value for one in series for value in one.high)
-    ticks = [tick for tick in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0) if 0.9 * low <= tick <= 1.1 * high]
+    ticks = [
+      tick for tick in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0) if 0.9 * low <= tick <= 1.1 * high
+    ]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
@@ -128,7 +141,13 @@ def against_setting(
     if level:
       axes.axhline(level[0], color=figures.INK, linewidth=0.9, linestyle=":")
       axes.annotate(
-        level[1], (1, level[0]), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=8
+        level[1],
+        (1, level[0]),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
       )
     _draw(axes, series)
     _whole_numbers(axes.xaxis, [x for one in series for x in one.x])
@@ -148,12 +167,16 @@ def bars(series: Sequence[Series], title: str, label: str, percent: bool = True)
     axes, scale = figure.subplots(), 100 if percent else 1
     for row, one in enumerate(series):
       color = COLORS[row % len(COLORS)]
-      axes.plot([scale * one.low[0], scale * one.high[0]], [row, row], color=color, linewidth=2.5, solid_capstyle="round")
+      axes.plot(
+        [scale * one.low[0], scale * one.high[0]], [row, row], color=color, linewidth=2.5, solid_capstyle="round"
+      )
       axes.plot([scale * one.mean[0]], [row], "o", color=color, markersize=6)
       if one.dots:
         axes.plot(np.multiply(one.dots[0], scale), [row] * len(one.dots[0]), "|", color=color, markersize=8, alpha=0.6)
       text = f"{scale * one.mean[0]:.3g}"
-      axes.annotate(text, (scale * one.mean[0], row), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+      axes.annotate(
+        text, (scale * one.mean[0], row), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
+      )
     axes.set_yticks(range(len(series)), [one.label for one in series])
     axes.set_ylim(len(series) - 0.5, -0.7)
     axes.set_xlabel(label)

@@ -68,7 +68,7 @@ def default() -> ConfigDict:
     {
       "seed": 0,  # of everything that is drawn
       "task": {
-        "name": "arithmetic",  # arithmetic or jobs (generated, with a base model), gsm8k, math (competition MATH), jsonl (any file)
+        "name": "arithmetic",  # arithmetic or jobs (generated), gsm8k, math (competition MATH) or jsonl (any file of problems)
         "train_problems": 1000,  # |D_syn|: problems with solutions that SFT sees
         "test_problems": 1000,  # problems that figures are reported on
         "path": "",  # files: folder of both splits, or file to train on; empty: docs/datasets.md says what is taken
@@ -96,14 +96,14 @@ def default() -> ConfigDict:
         "needed_min": 3,  # arithmetic: fewest operations that the question rests on
         "needed_max": 5,  # arithmetic: most of them
         "jobs": {
-          "fewest": 3,  # jobs: jobs of a problem, at least
-          "most": 5,  # jobs: at most
+          "fewest": 4,  # jobs: jobs of a problem, at least
+          "most": 6,  # jobs: at most
           "slack": 4,  # jobs: hours that a deadline lies behind the job's end in a hidden order, at most
         },
         "test_start": 0,  # generated tasks: number of the first test problem
       },
       "model": {
-        "path": "embedded",  # policy folder or Hugging Face folder of the base model; embedded, embedded_jobs: those in the package
+        "path": "embedded",  # policy or Hugging Face folder of the base model; embedded, embedded_jobs: in the package
         "dtype": "float32",  # of activations and matrix products: float32 or bfloat16
         "param_dtype": "float32",  # that parameters are kept in
         "scan_layers": False,  # one compiled layer scanned (deep models, TPU) or one a layer (CPU)
@@ -222,7 +222,7 @@ def default() -> ConfigDict:
       "study": {
         "family": "",  # what figures call the task
         "grid": (),  # lines "SIZE SIZE ...: METHOD METHOD ...", sizes in problems; studies/methods.py has the methods
-        "at_size": (),  # lines "SIZE SIZE ...: LEAF=VALUE ...": leaves of all methods that differ at these sizes
+        "settings": (),  # lines "SIZE SIZE ...: LEAF=VALUE ...", or with methods in place of sizes: leaves that differ there
         "seeds": (0,),  # one run each
         "baseline": "sft",  # method that efficiency is told against
         "factor_at": 500,  # problems that the other methods have where their factor is told

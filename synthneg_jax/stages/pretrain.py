@@ -25,8 +25,8 @@ def run(run_: Run) -> dict:
   c = run_.config
   if c.task.name not in generated.TASKS:
     raise UserError(
-      f"Stage pretrain makes the base models of generated tasks ({', '.join(generated.TASKS)}); task.name={c.task.name!r} names "
-      "its own by model.path."
+      f"Stage pretrain makes the base models of generated tasks ({', '.join(generated.TASKS)}); others, such as "
+      f"task.name={c.task.name!r}, name theirs by model.path."
     )
   section = c.pretrain
   tokenizer = generated.TASKS[c.task.name].build_tokenizer()

@@ -75,7 +75,9 @@ def _at_most(chosen: dict[str, list], most: int, seed: int) -> dict[str, list]:
   """At most this many of all, drawn by a hash of their ids, so that fewer are among more; 0 for all."""
   if not most:
     return chosen
-  every = [(keys.draw_key(seed, "rft", 0, trace.id, "", 0).tobytes(), trace.id) for of in chosen.values() for trace, _ in of]
+  every = [
+    (keys.draw_key(seed, "rft", 0, trace.id, "", 0).tobytes(), trace.id) for of in chosen.values() for trace, _ in of
+  ]
   kept = {name for _, name in sorted(every)[:most]}
   return {key: [pair for pair in of_problem if pair[0].id in kept] for key, of_problem in chosen.items()}
 
@@ -101,7 +103,9 @@ def run(run_: Run, name: str = "rft") -> dict:
     raise UserError(f"Stage {name} has no response to train on: rft.keep={section.keep!r} left none of the samples.")
   trunk = functools.cache(lambda key: training.prompt_ids(run_, policy, problems[key]))
   branches = {
-    key: [Branch(len(trunk(key)), tuple(trace.ids), None if mask is None else tuple(mask)) for trace, mask in of_problem]
+    key: [
+      Branch(len(trunk(key)), tuple(trace.ids), None if mask is None else tuple(mask)) for trace, mask in of_problem
+    ]
     for key, of_problem in chosen.items()
   }
   if section.with_teacher:

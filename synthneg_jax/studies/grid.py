@@ -55,8 +55,10 @@ def read(config) -> list[Cell]:
   """
   cells = {}
   for line in config.study.grid:
-    sizes, names = _line("grid", line, "METHOD METHOD ...")
-    for size in sizes:
+    sizes, names = methods.split_line("grid", line, "METHOD METHOD ...")
+    if not all(size.isdigit() and int(size) for size in sizes):
+      raise UserError(f'study.grid: {line!r} is not of the form "SIZE SIZE ...: METHOD METHOD ...", sizes in problems.')
+    for size in map(int, sizes):
       for name in names:
         method = methods.parse(name, config)
         for seed in config.study.seeds:
@@ -69,31 +71,35 @@ def configure(config, cell: Cell):
   """The config of a cell's run folder: of all methods there.
 
   Raises:
-    UserError: a line of study.at_size that is not "SIZE SIZE ...: LEAF=VALUE ...".
+    UserError: a line of study.settings that is not "SIZE SIZE ...: LEAF=VALUE ..." or the same with methods.
   """
   leaves = {"seed": cell.seed, "task.train_problems": cell.size}
-  for line in config.study.at_size:
-    sizes, settings = _line("at_size", line, "LEAF=VALUE LEAF=VALUE ...")
-    for setting in settings if cell.size in sizes else ():
-      leaves |= methods.read_setting(setting, config, f"study.at_size: {line!r}")
+  for line in config.study.settings:
+    where, settings = methods.split_line("settings", line, "LEAF=VALUE LEAF=VALUE ...")
+    strange = [word for word in where if not word.isdigit() and word not in methods.KINDS]
+    if strange:
+      raise UserError(f"study.settings: {line!r}: {strange[0]!r} is neither a size in problems nor a method.")
+    for setting in settings if str(cell.size) in where else ():
+      leaves |= methods.read_setting(setting, config, f"study.settings: {line!r}")
   return methods.with_leaves(config, leaves)
 
 
-def _line(leaf: str, line: str, form: str) -> tuple[list[int], list[str]]:
-  """(sizes, the rest) of a line "SIZE SIZE ...: ..."."""
-  sizes, _, rest = line.partition(":")
-  if not rest.split() or not sizes.split() or not all(size.isdigit() and int(size) for size in sizes.split()):
-    raise UserError(f'study.{leaf}: {line!r} is not of the form "SIZE SIZE ...: {form}", sizes in problems.')
-  return [int(size) for size in sizes.split()], rest.split()
-
-
 def config_hash(config, cell: Cell) -> str:
-  """Of every leaf that decides what the cell holds, sections of stages that it does not rest on left out."""
+  """Of the leaves that decide what the cell holds and differ from the default tree.
+
+  Leaves of stages that it does not rest on are left out, and so are defaults: a leaf that a later version adds leaves
+  published cells valid.
+  """
   leaves = config_lib.plain(methods.configure(configure(config, cell), cell.method))
+  defaults = config_lib.plain(config_lib.default())
   stages = {name.split("/")[0] for name in cell.method.path} | set(methods.KINDS[cell.method.kind].sections)
   sections = {"seed", "task", "model", "engine", "evaluate"} | stages
-  kept = {k: v for k, v in leaves.items() if k.split(".")[0] in sections and not k.startswith(FREE_LEAVES)}
-  return hashlib.sha256(json.dumps([kept, cell.method.name], sort_keys=True).encode()).hexdigest()[:16]
+  kept = {
+    leaf: value
+    for leaf, value in leaves.items()
+    if leaf.split(".")[0] in sections and not leaf.startswith(FREE_LEAVES) and value != defaults[leaf]
+  }
+  return hashlib.sha256(json.dumps([kept, cell.method.name, cell.seed], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load(folder: epath.Path, config, cell: Cell) -> dict | None:

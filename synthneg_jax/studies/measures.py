@@ -41,8 +41,10 @@ def likelihoods(run_: Run) -> dict[str, list[float]]:
   store = reference.Store(run_.workdir / "measures" / f"likelihoods-{policy.fingerprint}.npz")
   section = run_.config.sft
   reference.score(policy.model, policy.params, trees, section.row_length, run_.mesh, store, section.logit_chunk)
-  cost = lambda tree, n: -float(
-    np.mean(store[reference.branch_key(tree.trunk, tree.branches[n].fork, tree.branches[n].ids)], dtype=np.float64)
+  cost = lambda tree, n: (
+    -float(
+      np.mean(store[reference.branch_key(tree.trunk, tree.branches[n].fork, tree.branches[n].ids)], dtype=np.float64)
+    )
   )
   return {name: [round(cost(tree, n), 5) for tree in trees] for n, name in enumerate(("D_syn", "D_plus"))}
 
@@ -100,7 +102,10 @@ def _sampled(run_: Run, policy: Policy, folder: str, problems: Sequence[Problem]
   """One sample of each problem at credit.temperature, in the order of their ids."""
   prompt = lambda problem: training.prompt_ids(run_, policy, problem)
   trunks = [traces_lib.trunk(run_, prompt(problem), problem, f"values of {folder}", 1) for problem in problems]
-  made = [(problems[i], 0, one[0]) for i, one in run_.engine(policy, slots=1).run(policy.params, trunks, sampling(run_.config.credit))]
+  made = [
+    (problems[i], 0, one[0])
+    for i, one in run_.engine(policy, slots=1).run(policy.params, trunks, sampling(run_.config.credit))
+  ]
   return sorted(traces_lib.traces_of(run_, policy, "values", made), key=lambda trace: trace.problem_id)
 
 
@@ -139,6 +144,8 @@ def held_out(run_: Run, folders: Sequence[str], problems: Sequence[Problem], cou
       "start": round(float(np.nanmean(q[:, 0])), 5),
       "mean": np.nanmean(q[:, 1:], axis=0).round(5).tolist(),
       "responses": np.isfinite(q[:, 1:]).sum(axis=0).tolist(),
-      "critical": [round(float(one[0]), 4) for one in values(run_, policy, critical, count, "values at critical steps")],
+      "critical": [
+        round(float(one[0]), 4) for one in values(run_, policy, critical, count, "values at critical steps")
+      ],
     }
   return made

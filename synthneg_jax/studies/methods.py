@@ -64,11 +64,19 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A kind with leaves of its own."""
+  """A kind with leaves of its own.
+
+  Attributes:
+    name: as it was written.
+    kind: its kind's name.
+    settings: leaves that the name sets.
+    given: leaves that study.settings sets for all of its kind.
+  """
 
   name: str
   kind: str
   settings: dict[str, object]
+  given: dict[str, object] = dataclasses.field(default_factory=dict)
 
   @property
   def label(self) -> str:
@@ -98,13 +106,33 @@ def parse(text: str, config) -> Method:
   if kind not in KINDS:
     near = difflib.get_close_matches(kind, KINDS, n=2)
     raise UserError(f"study.grid names the method {kind!r}; known are {', '.join(near or KINDS)}.")
-  own = {}
+  own, given = {}, {}
   for setting in settings:
-    if setting.split(".")[0] not in KINDS[kind].sections:
-      sections = " and ".join(f"{name}.*" for name in KINDS[kind].sections) or "no leaves"
-      raise UserError(f"study.grid: {text!r} sets {setting!r}; {kind} may set LEAF=VALUE of {sections}.")
-    own |= read_setting(setting, config, f"study.grid: {text!r}")
-  return Method(text, kind, own)
+    own |= _own_setting(kind, setting, config, f"study.grid: {text!r}")
+  for line in config.study.settings:
+    kinds, all_settings = split_line("settings", line, "LEAF=VALUE LEAF=VALUE ...")
+    for setting in all_settings if kind in kinds else ():
+      given |= _own_setting(kind, setting, config, f"study.settings: {line!r}")
+  return Method(text, kind, own, given)
+
+
+def split_line(leaf: str, line: str, form: str) -> tuple[list[str], list[str]]:
+  """The words before and after the colon of a line of study.<leaf>.
+
+  Raises:
+    UserError: there are none; says what `form` the rest has.
+  """
+  first, _, rest = line.partition(":")
+  if not rest.split() or not first.split():
+    raise UserError(f'study.{leaf}: {line!r} is not of the form "SIZE SIZE ...: {form}", sizes in problems.')
+  return first.split(), rest.split()
+
+
+def _own_setting(kind: str, setting: str, config, where: str) -> dict[str, object]:
+  if setting.split(".")[0] not in KINDS[kind].sections:
+    sections = " and ".join(f"{name}.*" for name in KINDS[kind].sections) or "no leaves"
+    raise UserError(f"{where} sets {setting!r}; {kind} may set LEAF=VALUE of {sections}.")
+  return read_setting(setting, config, where)
 
 
 def read_setting(text: str, config, where: str) -> dict[str, object]:
@@ -145,7 +173,7 @@ def configure(config, method: Method):
   Raises:
     UserError: they do not go together.
   """
-  config = with_leaves(config, {**KINDS[method.kind].settings, **method.settings})
+  config = with_leaves(config, {**KINDS[method.kind].settings, **method.given, **method.settings})
   config_lib.check_values(config)
   return config
 

@@ -45,7 +45,9 @@ class Point:
 Results = dict[str, list[Point]]  # by method, sizes rising
 
 
-def _time_left(cells: Sequence[grid.Cell], seconds: dict[str, list[tuple[int, float]]], rest: Sequence[grid.Cell]) -> str:
+def _time_left(
+  cells: Sequence[grid.Cell], seconds: dict[str, list[tuple[int, float]]], rest: Sequence[grid.Cell]
+) -> str:
   """What the rest will take, by what a problem cost each method so far; methods not yet seen cost as much as the mean."""
   if not seconds:
     return ""
@@ -156,7 +158,7 @@ def efficiency(config, found: Results) -> dict[str, dict]:
 
 
 def exponents(found: Results) -> dict[str, dict]:
-  """error ≈ b · size^(-a) for every method of two sizes or more: exponent a with a 95 % bootstrap interval over seeds, and b."""
+  """error ≈ b · size^(-a) for every method of two sizes or more: a with its 95 % bootstrap interval over seeds, and b."""
   made = {}
   for name, points in found.items():
     if len(points) < 2:
@@ -168,7 +170,12 @@ def exponents(found: Results) -> dict[str, dict]:
     for _ in range(1000):
       drawn.append(scaling.power_law_fit(sizes, [rng.choice(each, len(each)).mean() for each in errors])[0])
     low, high = np.quantile(drawn, [0.025, 0.975])
-    made[name] = {"exponent": round(a, 4), "low": round(float(low), 4), "high": round(float(high), 4), "coefficient": round(b, 4)}
+    made[name] = {
+      "exponent": round(a, 4),
+      "low": round(float(low), 4),
+      "high": round(float(high), 4),
+      "coefficient": round(b, 4),
+    }
   return made
 
 
@@ -203,6 +210,10 @@ def main(config, workdir: str, figures: Sequence[str] | None = None) -> None:
   if not cells:
     raise UserError("study.grid is empty: --config should be a study's, such as configs/study_arithmetic.py.")
   whole = make(config, workdir, cells)
-  print(json.dumps({name: {k: v for k, v in each.items() if k != "by_size"} for name, each in write(config, workdir, cells).items()}))
+  print(
+    json.dumps(
+      {name: {k: v for k, v in each.items() if k != "by_size"} for name, each in write(config, workdir, cells).items()}
+    )
+  )
   if not whole:
     logging.warning("Study: not all cells are there; other processes still work on them.")

@@ -1,0 +1,245 @@
+"""The paper's figures, each from the cells of a study: its data, its drawing, and what it needs to be made.
+
+Numbers are those of the NeurIPS version; names without a number are beyond the paper. A figure's a and b are two tasks there
+and one drawing here: the config says which task it is of.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from etils import epath
+
+from synthneg_jax.analysis import figures as drawing
+from synthneg_jax.analysis import study_figures as draw
+from synthneg_jax.runtime import manifest
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.stages.run import Run
+from synthneg_jax.studies import grid, measures, methods, study
+
+Drawn = tuple[object, str]  # a matplotlib figure, and the same as CSV
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What a figure is drawn from."""
+
+  config: object
+  workdir: epath.Path
+  cells: Sequence[grid.Cell]
+  found: study.Results
+  factors: dict[str, dict]
+
+  def label(self, name: str) -> str:
+    """A method as figures call it."""
+    return methods.parse(name, self.config).label
+
+  def points(self, name: str) -> list[study.Point]:
+    """A method's points.
+
+    Raises:
+      UserError: the study has none.
+    """
+    if name not in self.found:
+      raise UserError(f"This figure needs cells of {name!r}, which study.grid of this config does not make.")
+    return self.found[name]
+
+  def series(self, name: str, dashed: bool = False) -> draw.Series:
+    """A method's test error against problems."""
+    points = self.points(name)
+    dots = [point.wrong_SN.mean(axis=1).tolist() for point in points]
+    columns = zip(*((point.size, point.mean, point.low, point.high) for point in points), strict=True)
+    return draw.Series(self.label(name), *map(list, columns), dots, dashed)
+
+  def stage(self, cell: grid.Cell, name: str) -> dict:
+    """What a stage of a cell reported."""
+    found = grid.load(self.workdir / "cells", self.config, cell) or {}
+    return (found.get("stages") or {}).get(name) or {}
+
+
+def _factor_text(factor: dict) -> str:
+  value = factor["factor"]
+  return ("beyond the curve" if value is None else f"{value:.3g}x") + (
+    " (extrapolated)" if factor["extrapolated"] else ""
+  )
+
+
+def _against_problems(names: Sequence[str], factors: bool = True) -> Callable[[Data], Drawn]:
+  def make(data: Data) -> Drawn:
+    series = [data.series(name, dashed=i > 0) for i, name in enumerate(names)]
+    reaches = []
+    for name in names if factors else ():
+      factor = data.factors.get(name)
+      if factor and factor["factor"] and not factor["extrapolated"]:
+        error = next(point.mean for point in data.points(name) if point.size == factor["at"])
+        reaches.append(draw.Reach(factor["at"], factor["at"] * factor["factor"], error, _factor_text(factor)))
+    return draw.against_problems(series, data.config.study.family, reaches), draw.as_csv(series, "problems")
+
+  return make
+
+
+def _settings(data: Data, kind: str, leaf: str) -> list[tuple[float, study.Point]]:
+  """(value, point) of every method of a kind that sets this leaf and no other, at study.factor_at."""
+  found = []
+  for name, points in data.found.items():
+    method = methods.parse(name, data.config)
+    if method.kind == kind and set(method.settings) == {leaf}:
+      found += [(method.settings[leaf], point) for point in points if point.size == data.config.study.factor_at]
+  return sorted(found, key=lambda pair: pair[0])
+
+
+def _swept(data: Data, kinds: Sequence[str], leaf: str, label: str) -> Drawn:
+  series = []
+  for kind in kinds:
+    of_kind = _settings(data, kind, leaf)
+    if of_kind:
+      values, points = zip(*of_kind, strict=True)
+      parts = [[getattr(point, part) for point in points] for part in ("mean", "low", "high")]
+      dots = [point.wrong_SN.mean(axis=1).tolist() for point in points]
+      series.append(draw.Series(methods.KINDS[kind].label, values, *parts, dots))
+  if not series:
+    raise UserError(
+      f"This figure needs cells that set {leaf} at {data.config.study.factor_at} problems; study.grid has none."
+    )
+  baseline = [p for p in data.points(data.config.study.baseline) if p.size == data.config.study.factor_at]
+  level = (baseline[0].mean, data.label(data.config.study.baseline)) if baseline else None
+  title = f"{data.config.study.family}, {data.config.study.factor_at} problems"
+  return draw.against_setting(series, title, label, level), draw.as_csv(series, leaf)
+
+
+def _bars(names: Sequence[str]) -> Callable[[Data], Drawn]:
+  def make(data: Data) -> Drawn:
+    series, size = [], data.config.study.factor_at
+    for name in names:
+      for point in data.points(name):
+        if point.size == size:
+          dots = [point.wrong_SN.mean(axis=1).tolist()]
+          series.append(draw.Series(data.label(name), [size], [point.mean], [point.low], [point.high], dots))
+    return draw.bars(series, f"{data.config.study.family}, {size} problems", "test error, %"), draw.as_csv(
+      series, "problems"
+    )
+
+  return make
+
+
+def _measured(data: Data, name: str, measure: Callable[[Run], dict]) -> list[dict]:
+  """A measure in the run folder of every seed at study.factor_at, kept as measures/<name>_<size>_<seed>.json."""
+  made, size = [], data.config.study.factor_at
+  for seed in data.config.study.seeds:
+    path = data.workdir / "measures" / f"{name}_{size}_{seed}.json"
+    if not path.exists():
+      unit = grid.Cell(size, seed, methods.parse(data.config.study.baseline, data.config))
+      folder = data.workdir / "runs" / unit.unit
+      if not (folder / "sample" / "manifest.json").exists():
+        raise UserError(f"This figure measures in {folder}, which is not there; launch/study.py makes it.")
+      path.parent.mkdir(parents=True, exist_ok=True)
+      manifest.write_json(path, measure(Run.open(grid.configure(data.config, unit), folder)))
+    made.append(json.loads(path.read_text()))
+  return made
+
+
+def _likelihoods(data: Data) -> Drawn:
+  made = _measured(data, "likelihoods", measures.likelihoods)
+  joined = {name: sum((each[name] for each in made), []) for name in ("D_plus", "D_syn")}
+  labels = {"D_plus": "self-generated, right", "D_syn": "teacher's"}
+  samples = [(labels[name], values) for name, values in joined.items()]
+  rows = [
+    draw.Series(labels[name], list(data.config.study.seeds), *[[float(np.mean(each[name])) for each in made]] * 3)
+    for name in joined
+  ]
+  title = f"{data.config.study.family}, {data.config.study.factor_at} problems"
+  return draw.distributions(samples, title, "negative log-likelihood under the base, nats a token"), draw.as_csv(
+    rows, "seed"
+  )
+
+
+FIGURE_7 = ("sft", "arbitrary", "furthest", "step_dpo")
+HELD_OUT, ROLLOUTS = 300, 8  # problems and rollouts a prefix
+
+
+def _held_out(data: Data) -> list[dict]:
+  folders = [methods.parse(name, data.config).folder for name in FIGURE_7]
+
+  def measure(run_: Run) -> dict:
+    problems = sorted(run_.problems("test").values(), key=lambda problem: problem.id)[:HELD_OUT]
+    return measures.held_out(run_, folders, problems, ROLLOUTS)
+
+  return _measured(data, "values", measure)
+
+
+def _by_step(data: Data) -> Drawn:
+  made, series = _held_out(data), []
+  for name in FIGURE_7:
+    each = [one[methods.parse(name, data.config).folder] for one in made]
+    width = min(len(one["mean"]) for one in each)
+    values = np.array([[one["start"], *one["mean"][:width]] for one in each])
+    mean, half = values.mean(axis=0), 1.96 * values.std(axis=0, ddof=len(values) > 1) / np.sqrt(len(values))
+    series.append(
+      draw.Series(data.label(name), list(range(width + 1)), mean, mean - half, mean + half, values.T.tolist())
+    )
+  title = f"{data.config.study.family}, held-out problems; 0 is the bare problem"
+  return draw.by_step(series, title), draw.as_csv(series, "step")
+
+
+def _critical(data: Data) -> Drawn:
+  made, series = _held_out(data), []
+  for name in FIGURE_7:
+    each = [one[methods.parse(name, data.config).folder]["critical"] for one in made]
+    values, rng = [float(np.mean(one)) for one in each], np.random.default_rng(0)
+    draws = [
+      np.mean([np.mean(rng.choice(each[i], len(each[i]))) for i in rng.integers(0, len(each), len(each))])
+      for _ in range(2000)
+    ]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    series.append(draw.Series(data.label(name), [0], [float(np.mean(values))], [low], [high], [values]))
+  title = f"{data.config.study.family}, before the pits of SFT's wrong solutions"
+  return draw.bars(series, title, "mean Q", percent=False), draw.as_csv(series, "-")
+
+
+FIGURES: dict[str, Callable[[Data], Drawn]] = {
+  "2a": _against_problems(("sft", "rft")),
+  "2b": _against_problems(("sft", "rft")),
+  "2c": lambda data: _swept(data, ("rft",), "rft.max_per_problem", "right samples a problem, at most"),
+  "3": _likelihoods,
+  "4": _bars(("sft", "rft_clean", "rft_spurious")),
+  "5a": _against_problems(("sft", "rft", "step_dpo")),
+  "5b": _against_problems(("sft", "rft", "step_dpo")),
+  "5c": lambda data: _swept(data, ("arbitrary", "furthest", "dpop", "step_dpo"), "dpo.beta", "β"),
+  "7": _by_step,
+  "7_critical": _critical,
+  "9": _against_problems(("sft", "rft,rft.max_per_problem=1")),
+  "10": _against_problems(("sft", "step_dpo", "step_dpo_both"), factors=False),
+  "11": _against_problems(("sft", "rft", "rft_advantage"), factors=False),
+  "controls": _bars(("sft", "random_step", "algorithm1", "step_dpo")),
+}
+
+
+def data(config, workdir: epath.PathLike) -> Data:
+  """What figures are drawn from: the finished cells of a study's workdir."""
+  cells = grid.read(config)
+  found = study.results(config, workdir, cells)
+  return Data(config, epath.Path(workdir), cells, found, study.efficiency(config, found))
+
+
+def write(of: Data, name: str) -> list[epath.Path]:
+  """Draws one figure as report/figure_<name>.svg, .png and .csv; returns the files."""
+  figure, table = FIGURES[name](of)
+  folder = of.workdir / "report"
+  folder.mkdir(parents=True, exist_ok=True)
+  paths = [folder / f"figure_{name}.{ending}" for ending in ("svg", "png", "csv")]
+  paths[0].write_text(drawing.svg_file(figure))
+  paths[1].write_bytes(drawing.png(figure))
+  paths[2].write_text(table)
+  return paths
+
+
+def main(config, workdir: str, names: Sequence[str]) -> None:
+  """Makes the study's missing cells, then the figures."""
+  for name in names:
+    if name not in FIGURES:
+      raise UserError(f"--figure={name}: figures are {', '.join(FIGURES)}.")
+  study.make(config, workdir, grid.read(config))
+  of = data(config, workdir)
+  for name in names:
+    print("\n".join(map(str, write(of, name))))
