@@ -42,6 +42,11 @@ FREE_LEAVES = (
 _FREE_ENDS = (".save_every_steps", ".keep_checkpoints", ".keep_best")
 
 
+def is_free(leaf: str) -> bool:
+  """Whether a leaf may differ between two runs that make the same: it says how, or which of it, not what."""
+  return leaf.startswith(FREE_LEAVES) or leaf.endswith(_FREE_ENDS)
+
+
 @dataclasses.dataclass
 class Run:
   """One workdir with its config."""
@@ -75,8 +80,7 @@ class Run:
     What else it reads from outside the workdir is `given`: identities by name.
     """
     leaves = config_lib.plain(self.config, ("seed", *sections))
-    free = lambda leaf: leaf.startswith(FREE_LEAVES) or leaf.endswith(_FREE_ENDS)
-    fixed = {leaf: value for leaf, value in leaves.items() if not free(leaf)}
+    fixed = {leaf: value for leaf, value in leaves.items() if not is_free(leaf)}
     if reads_base:
       given = (given or {}) | {"base model": policies.identity(policies.resolve(self.config.model.path))}
     return manifest.Stage(self.workdir, name, fixed, needs, given)

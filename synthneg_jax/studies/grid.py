@@ -22,7 +22,7 @@ from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime import manifest
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Shards, Trace
-from synthneg_jax.stages.run import FREE_LEAVES
+from synthneg_jax.stages.run import is_free
 from synthneg_jax.studies import methods
 
 _STALE_S = 600.0  # a claim that nobody touched for so long is nobody's
@@ -97,7 +97,7 @@ def config_hash(config, cell: Cell) -> str:
   kept = {
     leaf: value
     for leaf, value in leaves.items()
-    if leaf.split(".")[0] in sections and not leaf.startswith(FREE_LEAVES) and value != defaults[leaf]
+    if leaf.split(".")[0] in sections and not is_free(leaf) and value != defaults[leaf]
   }
   return hashlib.sha256(json.dumps([kept, cell.method.name, cell.seed], sort_keys=True).encode()).hexdigest()[:16]
 
