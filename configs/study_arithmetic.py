@@ -33,7 +33,7 @@ def get_config(arg: str = ""):
   c.task.test_start, c.task.test_problems = 10_000, 4000
   if arg == "toy":
     c.study.seeds, c.study.factor_at = (1, 2), 32
-    c.study.grid, c.study.settings = ("32: sft rft step_dpo", "48: sft"), ("48: sft.num_epochs=2",)
+    c.study.grid, c.study.settings = ("32: sft rft step_dpo arbitrary", "48: sft"), ("48: sft.num_epochs=2",)
     c.task.test_problems = 32
   elif arg:
     raise UserError(f"configs/study_arithmetic.py knows no {arg!r}; it knows toy.")

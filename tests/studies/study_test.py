@@ -1,0 +1,163 @@
+"""A study: what is told from cells (against closed forms), and the whole of it at toy size."""
+
+import csv
+import io
+import json
+import math
+import pathlib
+import shutil
+import tempfile
+
+import numpy as np
+from absl.testing import absltest
+from etils import epath
+from matplotlib.figure import Figure
+
+from configs import study_arithmetic
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.studies import figure, grid, study
+
+
+def point(size: int, error: float, seeds=(1, 2), problems: int = 1000) -> study.Point:
+  """A method that gets the first problems wrong, with every seed."""
+  wrong_SN = np.tile(np.arange(problems) < round(error * problems), (len(seeds), 1))
+  return study.Point(size, tuple(seeds), wrong_SN, error, error, error)
+
+
+def curve(sizes, a: float = 0.5, b: float = 8.0) -> list[study.Point]:
+  return [point(size, b * size**-a, problems=100_000) for size in sizes]
+
+
+class ToldTest(absltest.TestCase):
+  def test_factors_of_known_curves(self):
+    # Fails if a factor is not the ratio of sizes of equal error, or is told at another size.
+    c = study_arithmetic.get_config("toy")
+    found = {"sft": curve((256, 1024, 4096)), "rft": [point(256, 8 * 512**-0.5, problems=100_000)]}
+    found["step_dpo"] = [point(size, 8 * (size * 8) ** -0.5, problems=100_000) for size in (32, 256)]
+    c.study.factor_at = 256
+    told = study.efficiency(c, found)
+    self.assertAlmostEqual(told["rft"]["factor"], 2.0, delta=0.01)
+    self.assertAlmostEqual(told["step_dpo"]["factor"], 8.0, delta=0.05)
+    self.assertFalse(told["step_dpo"]["extrapolated"])
+    self.assertLess(told["step_dpo"]["low"], told["step_dpo"]["high"])
+    self.assertAlmostEqual(told["step_dpo"]["by_size"]["32"]["factor"], 8.0, delta=0.05)
+    self.assertNotIn("sft", told)
+    self.assertEqual((told["rft"]["at"], told["rft"]["seeds"]), (256, 2))
+    found["rft"] = [point(256, 8 * 16384**-0.5, problems=100_000)]
+    self.assertTrue(study.efficiency(c, found)["rft"]["extrapolated"])
+
+  def test_an_infinite_end_is_null(self):
+    # Fails if efficiency.json would hold a number that is not JSON.
+    c = study_arithmetic.get_config("toy")
+    c.study.factor_at = 10
+    found = {"sft": [point(10, 0.5), point(20, 0.5)], "rft": [point(10, 0.1)]}
+    told = study.efficiency(c, found)["rft"]
+    self.assertIsNone(told["factor"])
+    json.dumps(told, allow_nan=False)
+
+  def test_exponents_of_a_known_law(self):
+    # Fails if the exponent's sign, its interval or its coefficient is off.
+    told = study.exponents({"sft": curve((256, 1024, 4096)), "rft": curve((256,))})
+    self.assertEqual(list(told), ["sft"])
+    self.assertAlmostEqual(told["sft"]["exponent"], 0.5, places=2)
+    self.assertAlmostEqual(told["sft"]["coefficient"], 8.0, delta=0.1)
+
+  def test_the_rest_of_the_time(self):
+    # Fails if large cells are taken to cost what small ones do.
+    cells = grid.read(study_arithmetic.get_config("toy"))
+    rest = [cell for cell in cells if cell.method.kind == "sft"]
+    self.assertEqual(sum(cell.size for cell in rest), 160)
+    self.assertEqual(study._time_left(cells, {"sft": [(32, 64.0)]}, rest), ", about 6 min left")
+
+
+class ToyTest(absltest.TestCase):
+  """The whole of a study, with one seed."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.config = study_arithmetic.get_config("toy")
+    cls.config.study.seeds = (1,)
+    cls.workdir = epath.Path(tempfile.mkdtemp(prefix="study_")) / "study"
+    cls.cells = grid.read(cls.config)
+    cls.whole = study.make(cls.config, cls.workdir, cls.cells)
+
+  def test_every_cell_is_there_and_factors_are_told(self):
+    # Fails if a cell is not made, or its file does not say what its policy did.
+    self.assertTrue(self.whole)
+    found = study.results(self.config, self.workdir, self.cells)
+    self.assertEqual({name: [p.size for p in points] for name, points in found.items()}, {
+      "sft": [32, 48], "rft": [32], "step_dpo": [32], "arbitrary": [32],
+    })  # fmt: skip
+    for cell in self.cells:
+      told = grid.load(self.workdir / "cells", self.config, cell)
+      manifest = self.workdir / "runs" / cell.unit / "evaluate" / cell.method.name / "manifest.json"
+      self.assertAlmostEqual(told["test_error"], json.loads(manifest.read_text())["figures"]["test_error"], places=3)
+      self.assertEqual(told["stages"]["synthesize"]["train"], cell.size)
+    factors = study.write(self.config, self.workdir, self.cells)
+    self.assertEqual(set(factors), {"rft", "step_dpo", "arbitrary"})
+    written = json.loads((self.workdir / "report" / "efficiency.json").read_text())
+    self.assertEqual(written, json.loads(json.dumps(factors)))
+    rows = list(csv.DictReader(io.StringIO((self.workdir / "report" / "results.csv").read_text())))
+    means = {(row["method"], row["problems"]) for row in rows if row["seed"] == "mean"}
+    self.assertEqual(means, {("sft", "32"), ("sft", "48"), ("rft", "32"), ("step_dpo", "32"), ("arbitrary", "32")})
+
+  def test_cells_go_with_the_study_and_one_made_again_agrees(self):
+    # Fails if finished cells are made again on another machine, or a cell from scratch says something else.
+    other = epath.Path(tempfile.mkdtemp()) / "study"
+    shutil.copytree(self.workdir / "cells", other / "cells")
+    self.assertTrue(study.make(self.config, other, self.cells))
+    self.assertFalse((other / "runs").exists())
+    lost = next(cell for cell in self.cells if cell.method.name == "rft")
+    before = grid.load(other / "cells", self.config, lost)
+    (other / "cells" / f"{lost.name}.json").unlink()
+    self.assertTrue(study.make(self.config, other, self.cells))
+    again = grid.load(other / "cells", self.config, lost)
+    self.assertEqual(again["wrong"], before["wrong"])
+    self.assertEqual(again["stages"]["rft"]["solutions"], before["stages"]["rft"]["solutions"])
+    self.assertFalse((other / "runs" / "32_1" / "dpo").exists())  # and nothing else is
+
+  def test_where_another_works_nothing_is_done(self):
+    # Fails if two processes would write one run folder, or a study with cells missing calls itself whole.
+    other = epath.Path(tempfile.mkdtemp()) / "study"
+    with grid.claim(other / "runs", "32_1"), grid.claim(other / "runs", "48_1"):
+      self.assertFalse(study.make(self.config, other, self.cells))
+    self.assertEqual([path.name for path in (other / "cells").iterdir()], [])
+
+  def test_figures(self):
+    # Fails if a figure cannot be drawn, or says other than the cells; measured ones are measured once.
+    self.enter_context(absltest.mock.patch.multiple(figure, FIGURE_7=("sft", "step_dpo"), HELD_OUT=6, ROLLOUTS=2))
+    of = figure.data(self.config, self.workdir)
+    for name in ("2a", "5a", "3", "7", "7_critical"):
+      svg, png, table = figure.write(of, name)
+      self.assertStartsWith(svg.read_text(), "<svg")
+      self.assertEqual(png.read_bytes()[:4], b"\x89PNG")
+      rows = list(csv.DictReader(io.StringIO(table.read_text())))
+      self.assertTrue(all(math.isfinite(float(row["mean"])) for row in rows))
+      if name == "5a":
+        told = {(row["series"], row["problems"]): float(row["mean"]) for row in rows}
+        self.assertAlmostEqual(told["per-step DPO", "32"], of.found["step_dpo"][0].mean, places=4)
+    kept = sorted(path.name for path in (self.workdir / "measures").iterdir())
+    self.assertEqual(kept, ["likelihoods_32_1.json", "values_32_1.json"])
+    values = json.loads((self.workdir / "measures" / "values_32_1.json").read_text())
+    self.assertEqual(set(values), {"sft", "dpo/step_dpo"})
+    self.assertEqual(len(values["sft"]["critical"]), len(values["dpo/step_dpo"]["critical"]))
+    made, _ = figure.FIGURES["2a"](of)
+    self.assertIsInstance(made, Figure)
+    with self.assertRaisesRegex(UserError, "needs cells that set rft.max_per_problem at 32 problems"):
+      figure.write(of, "2c")
+    with self.assertRaisesRegex(UserError, "needs cells of 'rft_advantage'"):
+      figure.write(of, "11")
+
+  def test_cells_of_different_tests_are_not_compared(self):
+    # Fails if errors on different problems would be set against each other.
+    other = pathlib.Path(tempfile.mkdtemp())
+    shutil.copytree(self.workdir / "cells", other / "cells")
+    path = other / "cells" / "sft_48_1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"problems": "others"}))
+    with self.assertRaisesRegex(UserError, "were tested on different problems"):
+      study.results(self.config, other, self.cells)
+
+
+if __name__ == "__main__":
+  absltest.main()
