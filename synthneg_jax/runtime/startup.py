@@ -106,7 +106,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
       for name, _ in config_lib.leaves(flags.FLAGS.config):
         config_lib.check_name(name, "The config file")
       flags.FLAGS.config.task.skip_bad_rows |= flags.FLAGS.skip_bad_rows
-      flags.FLAGS.config.model.check_parity |= flags.FLAGS.check_parity
+      if "check_parity" in flags.FLAGS:
+        flags.FLAGS.config.model.check_parity |= flags.FLAGS.check_parity
     return rest
   except flags.Error as error:
     raise UserError(str(error).strip().replace("\n", " ")) from error

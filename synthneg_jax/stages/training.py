@@ -7,6 +7,7 @@ from etils import epath
 
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.models.adapter import Adapter
+from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import keys
 from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.runtime.records import Problem
@@ -81,6 +82,17 @@ def plan(run_: Run, section, examples: Sequence[Example], names: Sequence[str]) 
   )
 
 
+def trained(model: Model, section) -> Model | Adapter:
+  """What a section of the config trains: the model itself or, by `section.lora`, an adapter of it."""
+  lora = section.lora
+  return Adapter(model, lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else model
+
+
+def of_adapter(adapter: Adapter, objective):
+  """(adapter's parameters, batch, base's) -> what the objective gives for both together."""
+  return lambda params, batch, base: objective(adapter.join(base, params), batch)
+
+
 def train(
   run_: Run,
   name: str,
@@ -97,16 +109,24 @@ def train(
     (fingerprint of the new weights, figures: steps, the packed rows' fill and the last step's metrics).
   """
   figures = {"steps": plan_.num_steps, "fill": round(plan_.fill, 3)}
-  if section.lora.rank:
-    adapter = Adapter(policy.model, section.lora.rank, section.lora.alpha, tuple(section.lora.targets))
+  adapter = trained(policy.model, section)
+  if isinstance(adapter, Adapter):
     layout = policies.shardings(adapter, run_.mesh)
     key = jax.random.wrap_key_data(keys.draw_key(run_.config.seed, "adapter", 0, name, "", 0))
     params = jax.jit(adapter.init, out_shardings=layout)(key)
     figures["trained"] = sum(leaf.size for leaf in jax.tree.leaves(params))
-    of_adapter = lambda params, batch, base: objective(adapter.join(base, params), batch)
     frozen, policy.params = policy.params, None
     params, last = loop.fit(
-      name, section, adapter, params, of_adapter, plan_, run_.mesh, folder, check_start, frozen=(frozen,)
+      name,
+      section,
+      adapter,
+      params,
+      of_adapter(adapter, objective),
+      plan_,
+      run_.mesh,
+      folder,
+      check_start,
+      frozen=(frozen,),
     )
     fingerprint = policies.save(folder / "policy", policy, params, adapter)
   else:

@@ -3,8 +3,12 @@
 import dataclasses
 import math
 
+import jax
+
 from synthneg_jax.models.config import ModelConfig
+from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.stages import training
 from synthneg_jax.training.batch import Shape
 
 PACKED = 0.95  # share of a row that trees are assumed to fill where three or more go into one; else whole trees go in
@@ -119,6 +123,22 @@ def forward_flops(model: ModelConfig, tokens: float, keys: float, logits: float)
   return 2 * matrix_params(model) * tokens + attention + 2 * model.vocab_size * model.d_model * logits
 
 
+def training_flops(model: ModelConfig, tokens: float, keys: float, logits: float, adapter: int = 0) -> float:
+  """Three times the forward pass.
+
+  Of an adapter with so many parameters: its products and attention three times; the model's own products twice, forward
+  and back to what they multiply, since its matrices take no gradients.
+  """
+  if not adapter:
+    return 3 * forward_flops(model, tokens, keys, logits)
+  return 2 * forward_flops(model, tokens, 0, logits) + 3 * (forward_flops(model, 0, keys, 0) + 2 * adapter * tokens)
+
+
+def num_bytes(abstract) -> int:
+  """Of a tree of abstract arrays."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+
+
 def _trained(config, name: str, lengths: Lengths) -> tuple[float, float]:
   """(trees of all problems, passes over them)."""
   problems = config.task.train_problems
@@ -164,15 +184,18 @@ def work(config, lengths: Lengths, methods: int) -> dict[str, dict[str, float]]:
   return made
 
 
-def storage(config, model: ModelConfig, made: dict) -> dict[str, float]:
-  """Bytes on disk by kind, at the end of the recipe."""
-  param = {"float32": 4, "bfloat16": 2}[model.param_dtype]
-  stages = ("sft", "rft", "dpo", "dpo")
-  kept = sum(config[stage].keep_checkpoints * bool(config[stage].save_every_steps) for stage in stages)
+def storage(config, model: Model, made: dict) -> dict[str, float]:
+  """Bytes on disk by kind, at the end of the recipe; of a policy whose adapter was trained, the adapter's."""
+  policies, checkpoints = 0, 0
+  for section in (config.sft, config.rft, config.dpo, config.dpo):
+    size = num_bytes(training.trained(model, section).abstract_params())
+    policies += size
+    # parameters and two moments each
+    checkpoints += 3 * size * section.keep_checkpoints * bool(section.save_every_steps)
   decoded = lambda name: made[name]["tokens_decoded"]
   return {
-    "policies": 4 * model.num_params * param,
-    "checkpoints": 3 * kept * model.num_params * param,  # parameters and two moments each
+    "policies": policies,
+    "checkpoints": checkpoints,
     "traces": _JSON_BYTES * (decoded("sample") + decoded("evaluate")),
     "rollouts": _ROLLOUT_BYTES * decoded("credit"),
   }

@@ -188,7 +188,7 @@ def make_bill(config, recipe: Recipe, reports: Sequence[Report], num_devices: in
     if r.seconds
   }
   total = lambda key: round(sum(stage.get(key, 0) for stage in recipe.work.values()))
-  stored = bill.storage(config, recipe.model.config, recipe.work)
+  stored = bill.storage(config, recipe.model, recipe.work)
   return {
     "tokens_trained": total("tokens_trained"),
     "tokens_decoded": total("tokens_decoded"),

@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 from synthneg_jax.core import losses
 from synthneg_jax.core.tree import PackedTrees
 from synthneg_jax.models import huggingface, presets
+from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.rollouts import engine as engine_lib
 from synthneg_jax.rollouts.decode import Geometry, Stops, state_shardings
 from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.stages import policies
+from synthneg_jax.stages import policies, training
 from synthneg_jax.stages.run import sampling
 from synthneg_jax.studies import bill
 from synthneg_jax.training import objectives, reference
@@ -155,21 +156,30 @@ class Recipe:
     else:
       objective = objectives.make_sft(model, **chunk)
     optimizer = optimizer_lib.make_optimizer(section.optimizer, max(self.work[name]["steps"], 1))
-    layout = step_lib.state_shardings(model, optimizer, mesh)
+    trained, frozen, num_adapter, what = training.trained(model, section), (), 0, ""
+    if isinstance(trained, Adapter):
+      policies.shardings(trained, mesh)  # checks them
+      objective = training.of_adapter(trained, objective)
+      frozen = (_abstract(model.abstract_params(), self._params),)
+      num_adapter = sum(leaf.size for leaf in jax.tree.leaves(trained.abstract_params()))
+      what = f", adapter of {num_adapter / 1e6:.3g} M parameters"
+    layout = step_lib.state_shardings(trained, optimizer, mesh)
 
     def lower():
-      state = jax.eval_shape(step_lib.make_init(optimizer, layout), model.abstract_params())
-      run = step_lib.make_step(objective, optimizer, layout, mesh, section.accumulate)
-      return run.lower(_abstract(state, layout), _batch(shape, mesh))
+      state = jax.eval_shape(step_lib.make_init(optimizer, layout), trained.abstract_params())
+      lie = jax.tree.map(lambda leaf: leaf.sharding, frozen)
+      run = step_lib.make_step(objective, optimizer, layout, mesh, section.accumulate, lie)
+      return run.lower(_abstract(state, layout), _batch(shape, mesh), *frozen)
 
-    fill = trees * tree.tokens / (shape.rows * shape.length)
+    fill, tokens = trees * tree.tokens / (shape.rows * shape.length), trees * tree.tokens
+    less = f", lower {stage}.row_length, or set model.remat to full"
     return Program(
       name,
       lower,
       self.work[name]["steps"],
-      3 * bill.forward_flops(model.config, trees * tree.tokens, trees * tree.keys, trees * tree.scored),
-      f"{shape.rows} rows x {shape.length} tokens in {section.accumulate} microbatch(es), {100 * fill:.0f} % full",
-      f"raise {stage}.accumulate or mesh.fsdp, lower {stage}.row_length, or set model.remat to full",
+      bill.training_flops(model.config, tokens, trees * tree.keys, trees * tree.scored, num_adapter),
+      f"{shape.rows} rows x {shape.length} tokens in {section.accumulate} microbatch(es), {100 * fill:.0f} % full{what}",
+      f"raise {stage}.accumulate or mesh.fsdp{less}" + (", or model.param_dtype to bfloat16" if what else ""),
     )
 
   def _reference(self) -> Program:
@@ -178,10 +188,7 @@ class Recipe:
     rows = reference.rows_per_call(mesh)
     shape = dataclasses.replace(bill.batch_shape(config.dpo, tree, shards)[0], rows=rows, pairs=0)
     chunk = {"chunk": config.dpo.logit_chunk} if config.dpo.get("logit_chunk") else {}
-    score = jax.jit(
-      mesh_lib.under(mesh, lambda params, batch: objectives.scored_logprobs(model, params, batch, **chunk)[0]),
-      in_shardings=(self._params, step_lib.batch_shardings(mesh)),
-    )
+    score = reference.make_forward(model, mesh, **chunk)
     trees = rows * bill.PACKED * shape.length / tree.tokens
     scored = sum(self.work[name]["tokens_trained"] for name in ("dpo/dpo", "dpo/step_dpo")) / config.dpo.num_epochs
     return Program(

@@ -75,6 +75,15 @@ class Store:
     processes.barrier()
 
 
+def make_forward(model: Model, mesh: Mesh, chunk: int = 0):
+  """(params, batch) -> log-probs [R, S] of the scored tokens in nats, whole on every device; jitted with its shardings."""
+  return jax.jit(
+    mesh_lib.under(mesh, lambda params, batch: objectives.scored_logprobs(model, params, batch, chunk)[0]),
+    in_shardings=(mesh_lib.shardings(mesh, model.logical_axes()), step_lib.batch_shardings(mesh)),
+    out_shardings=mesh_lib.replicated(mesh),
+  )
+
+
 def score(
   model: Model, params, trees: Sequence[Tree], row_length: int, mesh: Mesh, store: Store, chunk: int = 0
 ) -> None:
@@ -99,11 +108,7 @@ def score(
   ]
   shapes = [batch_lib.measure(call, row_length) for call in calls]
   shape = batch_lib.Shape(per_call, row_length, max(s.scored for s in shapes), 0, max(s.branches for s in shapes))
-  forward = jax.jit(
-    mesh_lib.under(mesh, lambda params, batch: objectives.scored_logprobs(model, params, batch, chunk)[0]),
-    in_shardings=(mesh_lib.shardings(mesh, model.logical_axes()), step_lib.batch_shardings(mesh)),
-    out_shardings=mesh_lib.replicated(mesh),
-  )
+  forward = make_forward(model, mesh, chunk)
   values = {}
   with Progress("reference", len(calls), "batches") as progress:
     for call in calls:

@@ -8,6 +8,8 @@ import math
 import os
 import pathlib
 import re
+import subprocess
+import sys
 import tempfile
 from unittest import mock
 
@@ -144,6 +146,27 @@ class PreflightTest(parameterized.TestCase):
     (full,) = preflight_reports(config, ["sft"])
     again = 2 * 2 * (4 * 256 * 256 + 2 * 256 * 512) * tokens
     self.assertAlmostEqual((full.cost.flops * 16 - selective) / again, 1.0, delta=0.05)
+
+  def test_an_adapter(self):
+    # Fails if moments or gradients of all weights are counted where an adapter is trained, if the base is left out, or if
+    # the bill keeps the base with every policy. By hand: the base's part of a chip in float32, an adapter with two moments;
+    # the base's products forward and back to what they multiply; attention 4 times, as ever, and the adapter's own, too.
+    config = make_config(self.folder)
+    config.sft.lora.rank = 4
+    (report,) = preflight_reports(config, ["sft"])
+    base, adapter = 4 * architecture(config).config.num_params, 2 * 4 * (4 * (256 + 256) + 3 * (256 + 512))
+    self.assertIn(f"adapter of {adapter / 1e6:.3g} M parameters", report.program.sizes)
+    self.assertBetween(report.argument_bytes, base / 8 + 3 * 4 * adapter / 4, base / 8 + 3 * 4 * adapter)
+    self.assertEqual(report.cost.collectives["reduce-scatter"], 0)
+    rows, matrices, tokens, keys = 8, 2 * (4 * 256 * 256 + 3 * 256 * 512), 8 * 128, 8 * (64 + 128) * 64
+    logits = 2 * 512 * 256 * rows * math.ceil(1.1 * 0.95 * 128 / 36 * 24)
+    counted = 2 * (2 * matrices * tokens + logits) + (3 + 1) * 2 * (2 * 2 * 256 * keys) + 4 * 2 * adapter * tokens
+    self.assertAlmostEqual(report.cost.flops * 16 / counted, 1.0, delta=0.03)
+    own = 24 * (2 * (2 * matrices * 36 + 2 * 512 * 256 * 24) + 3 * (4 * 2 * 256 * 36 * 37 / 2 + 2 * adapter * 36))
+    self.assertAlmostEqual(report.program.model_flops / own, 1.0, places=6)
+    stored = bill.storage(config, architecture(config), self.result["bill"]["by_stage"])
+    self.assertEqual(stored["policies"], 3 * base + 4 * adapter)
+    self.assertEqual(stored["checkpoints"], 3 * 2 * (3 * base + 4 * adapter))
 
   def test_gradients_are_scattered(self):
     # Fails if a gradient is summed on every chip and a part of it taken then, or if parameters are gathered more than
@@ -282,6 +305,14 @@ class RefusalTest(parameterized.TestCase):
         (report,) = preflight_reports(config, ["dpo/reference"])
       found.append(report.cost)
     self.assertEqual(found[0], found[1])
+
+  def test_the_command(self):
+    # Fails if the launcher does not get as far as its topology, or if it says what is wrong otherwise than in a sentence.
+    root = pathlib.Path(__file__).parents[2]
+    words = ["launch/preflight.py", "--config=configs/gsm8k.py:model=llama2_7b", "--topology=v5e:3x9"]
+    done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True, check=False)
+    self.assertEqual(done.returncode, 1)
+    self.assertStartsWith(done.stderr.splitlines()[-1], "preflight.py: --topology=v5e:3x9: ")
 
   def test_without_libtpu(self):
     # Fails if the missing compiler comes out as a traceback.

@@ -21,11 +21,12 @@ MODELS = ("deepseek_math_7b", "llama2_7b")
 PODS = {"v5e_64": "v5e:8x8", "v5e_256": "v5e:16x16", "v5p_128": "v5p:4x4x8", "v6e_256": "v6e:16x16"}
 STAGES = ("sft", "rft", "dpo/reference", "dpo/step_dpo", "sample", "credit")
 LENGTHS = bill.Lengths(prompt=100, response=200, steps=6, pass_rate=0.5)  # as launch/preflight.py assumes by default
+LONGER = bill.Lengths(prompt=100, response=250, steps=8, pass_rate=0.5)  # of configs/math.py
 
 
-def get_config(model: str, pod: str):
-  path = pathlib.Path(__file__).parents[2] / "configs" / "gsm8k.py"
-  spec = importlib.util.spec_from_file_location("gsm8k_config", path)
+def get_config(model: str, pod: str, name: str = "gsm8k"):
+  path = pathlib.Path(__file__).parents[2] / "configs" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(f"{name}_config", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config(f"model={model},pod={pod}")
@@ -45,20 +46,22 @@ def line(pod: str, report: preflight.Report) -> str:
 
 
 class SettingsTest(parameterized.TestCase):
-  @parameterized.product(model=MODELS, pod=tuple(PODS))
-  def test_batches_fill_the_pod(self, model, pod):
+  @parameterized.product(model=MODELS, pod=tuple(PODS), name=("gsm8k", "math"))
+  def test_batches_fill_the_pod(self, model, pod, name):
     # Fails if a pod's mesh does not hold the model, or if its batches leave parts of the pod, or much of a row, empty.
-    config = get_config(model, pod)
+    config = get_config(model, pod, name)
     devices, _ = preflight.devices_of(PODS[pod])
     mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
-    recipe = Recipe(config, mesh, LENGTHS)
+    recipe = Recipe(config, mesh, LONGER if name == "math" else LENGTHS)
     programs = {program.name: program.sizes for program in recipe.programs(("sft", "rft", "dpo/step_dpo"))}
-    for name, sizes in programs.items():
+    for program, sizes in programs.items():
       rows, fill = re.fullmatch(r"(\d+) rows x \d+ tokens in 1 microbatch\(es\), (\d+) % full", sizes).groups()
       self.assertEqual(int(rows) % mesh_lib.row_shards(mesh), 0)
-      self.assertGreaterEqual(int(fill), 85, name)
-      tokens = int(rows) // mesh_lib.row_shards(mesh) * config[name.split("/")[0]].row_length
-      self.assertBetween(tokens, 2048, 6144, name)  # of a part: enough to hide its parameters' gathering, and it fits
+      self.assertGreaterEqual(int(fill), 85, program)
+      tokens = int(rows) // mesh_lib.row_shards(mesh) * config[program.split("/")[0]].row_length
+      self.assertBetween(
+        tokens, 2048, 6144, program
+      )  # of a part: enough to hide its parameters' gathering, and it fits
 
 
 @pytest.mark.long
