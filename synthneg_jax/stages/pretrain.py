@@ -1,4 +1,4 @@
-"""Stage pretrain: the embedded task's base model, from random weights, as a small Hugging Face folder."""
+"""Stage pretrain: a generated task's base model, from random weights, as a small Hugging Face folder."""
 
 import jax
 import transformers
@@ -12,7 +12,7 @@ from synthneg_jax.runtime import processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.stages import policies, training
 from synthneg_jax.stages.run import Run
-from synthneg_jax.tasks import arithmetic, problems
+from synthneg_jax.tasks import arithmetic, problems, star_graph
 from synthneg_jax.training import loop, objectives
 from synthneg_jax.training.batch import Example
 
@@ -23,10 +23,11 @@ def run(run_: Run) -> dict:
   if stage.done:
     return {}
   c = run_.config
-  if c.task.name != "arithmetic":
-    raise UserError("Stage pretrain makes the embedded task's base model; other tasks name theirs by model.path.")
+  if c.task.name not in ("arithmetic", "star_graph"):
+    raise UserError("Stage pretrain makes a generated task's base model; other tasks name theirs by model.path.")
   section = c.pretrain
-  tokenizer = arithmetic.build_tokenizer()
+  star = c.task.name == "star_graph"
+  tokenizer = star_graph.build_tokenizer(c.task.num_nodes) if star else arithmetic.build_tokenizer()
   documents = problems.pretraining(c.task, section, c.seed)
   ids = lambda text: tokenizer.encode(text).ids
   eos = tokenizer.token_to_id(arithmetic.EOS)

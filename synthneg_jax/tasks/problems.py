@@ -15,11 +15,12 @@ from etils import epath
 
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Problem
-from synthneg_jax.tasks import answers, arithmetic, decontamination
+from synthneg_jax.tasks import answers, arithmetic, decontamination, star_graph
 from synthneg_jax.tasks.problem_files import Row, Rows
 
 _SPLITS = ("train", "test", "pretrain")
 _DATA_DIR = "SYNTHNEG_DATA_DIR"
+_GENERATED = ("arithmetic", "star_graph")
 
 
 @dataclasses.dataclass
@@ -41,7 +42,7 @@ class Chosen:
 
 def prompt_style(task) -> str:
   """How the task's problems are put to the model (tasks/prompts.py)."""
-  return "raw" if task.name == "arithmetic" else task.prompt
+  return "raw" if task.name in _GENERATED else task.prompt
 
 
 def choose(task, seed: int) -> Chosen:
@@ -52,12 +53,12 @@ def choose(task, seed: int) -> Chosen:
 
   Args:
     task: the config's section.
-    seed: arithmetic: of the generator; files: of the training problems' order.
+    seed: generated tasks: of the generator; files: of the training problems' order.
 
   Raises:
     UserError: an unknown task, a missing or broken file, or too few problems.
   """
-  if task.name == "arithmetic":
+  if task.name in _GENERATED:
     test, train = (load(task, seed, split, task[f"{split}_problems"]) for split in ("test", "train"))
     unseen = {problem.prompt for problem in test}
     kept = [problem for problem in train if problem.prompt not in unseen]
@@ -130,7 +131,7 @@ def _check_answers(task, rows: Rows) -> None:
 
 def test_texts(task, seed: int) -> list[str]:
   """What no training problem may overlap: all problems of the test split, and those of task.apart_from."""
-  if task.name == "arithmetic":
+  if task.name in _GENERATED:
     return [problem.prompt for problem in load(task, seed, "test", task.test_problems)]
   paths = [_rows(task, "test"), *(_read(task, path, "test") for path in task.apart_from)]
   return [row.problem for rows in paths for row in rows.rows]
@@ -141,13 +142,15 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
 
   Args:
     task: the config's section.
-    seed: arithmetic: of the generator; files: of the order.
+    seed: generated tasks: of the generator; files: of the order.
     split: "train" or "test".
     count: how many.
 
   Raises:
     UserError: as in `choose`.
   """
+  if task.name == "star_graph":
+    return star_graph.problems(task, [seed if split == "train" else 0, _SPLITS.index(split)], split, count)
   if task.name == "arithmetic":
     most = len(arithmetic.NAMES) - task.num_leaves
     if not (2 <= task.num_leaves and 1 <= task.needed_min <= task.needed_max <= task.num_operations <= most):
@@ -217,7 +220,9 @@ def _arithmetic(task, seed: int, split: str, index: int) -> Problem:
 
 
 def pretraining(task, config, seed: int) -> list[Problem]:
-  """Documents for the embedded base model: legal steps without a plan, and short problems solved plainly."""
+  """Documents for a generated task's base model: legal steps without a plan; of arithmetic also short problems, solved."""
+  if task.name == "star_graph":
+    return star_graph.pretraining(task, config.num_problems, config.wander_share, [seed, _SPLITS.index("pretrain")])
   documents = []
   for index in range(config.num_problems):
     rng = np.random.default_rng([seed, _SPLITS.index("pretrain"), index])
