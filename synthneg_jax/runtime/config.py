@@ -68,7 +68,7 @@ def default() -> ConfigDict:
     {
       "seed": 0,  # of everything that is drawn
       "task": {
-        "name": "arithmetic",  # arithmetic or jobs (generated), gsm8k, math (competition MATH) or jsonl (any file of problems)
+        "name": "arithmetic",  # arithmetic, jobs or star_graph (generated), gsm8k, math (competition MATH) or jsonl (any file)
         "train_problems": 1000,  # |D_syn|: problems with solutions that SFT sees
         "test_problems": 1000,  # problems that figures are reported on
         "path": "",  # files: folder of both splits, or file to train on; empty: docs/datasets.md says what is taken
@@ -76,7 +76,7 @@ def default() -> ConfigDict:
         "apart_from": (),  # files: more files or folders with test problems that training must not overlap
         "overlap_words": 13,  # files: a training problem with so many words in a row of a test problem goes; 0: none
         "skip_bad_rows": False,  # leave broken rows out, counted, instead of stopping at the first; also --skip_bad_rows
-        "answers": "integer",  # how answers compare: integer (after ####) or math (in \boxed{})
+        "answers": "integer",  # how answers compare: integer (after ####), math (in \boxed{}) or exact (the whole response)
         "grading": {  # what counts as the same answer, of answers=math; docs/grading.md
           "percent": "either",  # what 20% equals: either (20 and 0.2), fraction (0.2) or number (20)
           "units": "optional",  # a unit that the answer leaves out: optional, required or ignored
@@ -95,6 +95,9 @@ def default() -> ConfigDict:
         "num_operations": 6,  # arithmetic: operations defined, needed or not
         "needed_min": 3,  # arithmetic: fewest operations that the question rests on
         "needed_max": 5,  # arithmetic: most of them
+        "degree": 3,  # star_graph: arms of a graph; chance is 1 / degree
+        "path_nodes": 3,  # star_graph: nodes of an arm, centre and leaf included
+        "num_nodes": 20,  # star_graph: names that nodes are drawn from
         "jobs": {
           "fewest": 4,  # jobs: jobs of a problem, at least
           "most": 6,  # jobs: at most
@@ -211,6 +214,12 @@ def default() -> ConfigDict:
         "max_per_problem": 8,  # pairs a problem
         "max_flip": 1.0,  # pairs whose label is flipped with a higher probability, by the counts, are dropped
       },
+      "star_graph": {
+        "seeds": 4,  # training sets, each with its SFT and DPO runs; at least 2
+        "under_trained": (30, 60),  # steps of SFT from which DPO starts, before the training set is known by heart
+        "over_trained": (300,),  # and after
+        "every_steps": 50,  # steps of SFT or DPO between measurements
+      },
       "evaluate": {
         "temperature": 0.0,  # of the reported response; 0 for greedy
         "base_shots": 0,  # files: worked training problems before the base model's question; goes with engine.stop
@@ -255,9 +264,9 @@ def plain(config: ConfigDict, sections=None) -> dict:
 
 
 _CHOICES = {
-  "task.name": ("arithmetic", "jobs", "gsm8k", "math", "jsonl"),
+  "task.name": ("arithmetic", "jobs", "star_graph", "gsm8k", "math", "jsonl"),
   "task.prompt": ("plain", "chat"),
-  "task.answers": ("integer", "math"),
+  "task.answers": ("integer", "math", "exact"),
   "task.grading.percent": ("either", "fraction", "number"),
   "task.grading.units": ("optional", "required", "ignored"),
   "task.grading.tuples": ("ordered", "unordered"),

@@ -29,7 +29,7 @@ def run(run_: Run) -> dict:
       f"task.name={c.task.name!r}, name theirs by model.path."
     )
   section = c.pretrain
-  tokenizer = generated.TASKS[c.task.name].build_tokenizer()
+  tokenizer = generated.TASKS[c.task.name].tokenizer(c.task)
   documents = generated.pretraining(c.task, section, c.seed)
   ids = lambda text: tokenizer.encode(text).ids
   eos = tokenizer.token_to_id(generated.EOS)

@@ -16,7 +16,7 @@ from synthneg_jax.stages.policies import Policy
 from synthneg_jax.stages.run import Run
 from synthneg_jax.tasks import answers, steps, token_text
 
-_ANSWER = {"integer": "####", "math": "\\boxed"}  # what the answer comes behind
+_ANSWER = {"integer": "####", "math": "\\boxed", "exact": ""}  # what the answer comes behind
 _SHARD = 512  # problems a shard: what a killed run loses at most
 
 

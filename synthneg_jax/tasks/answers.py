@@ -23,7 +23,7 @@ __all__ = (
   "KINDS", "MAX_EXTRACTED", "MAX_NUMERAL", "REASONS", "Conventions", "Verdict", "extract_gold", "grade", "grade_many",
 )  # fmt: skip
 
-KINDS = ("integer", "math")
+KINDS = ("integer", "math", "exact")
 
 # right, wrong: an answer was read. no_answer: none is stated. ambiguous: more than one is, or a hedge. unparsable: text
 # that no rule reads, or without a value. timeout: the clock ran out, or the worker died. too_large: beyond what is read
@@ -62,7 +62,8 @@ def grade(
     response: the response's text; any string is allowed, hostile ones included.
     gold: the gold answer alone, without `####`, for example "1,080" or r"\\frac{3}{4}".
     kind: how answers compare. "integer", despite its name, compares all rationals exactly: 72.0 equals 72, 3/4 equals
-      0.75, and no float is involved; 20% is 20. "math" reads the grammar of docs/grading.md.
+      0.75, and no float is involved; 20% is 20. "math" reads the grammar of docs/grading.md. "exact": the whole response
+      is the answer, and equals the gold one but for whitespace.
     timeout_s: seconds after which an answer is given up ("timeout"); of kind "math" seconds of a processor.
     rules: what counts as the same answer, of kind "math" only.
 
@@ -88,11 +89,19 @@ def grade_many(
     raise errors.UserError(f'The answer kind "{kind}" is not supported; the supported kinds: {", ".join(KINDS)}.')
   if len(responses) != len(golds):
     raise ValueError(f"{len(responses)} responses and {len(golds)} gold answers")
-  if kind == "integer":
+  if kind == "exact":
+    graded = [_exact(response.split(), gold.split()) for response, gold in zip(responses, golds, strict=True)]
+  elif kind == "integer":
     graded = [grade_integer(response, gold, timeout_s) for response, gold in zip(responses, golds, strict=True)]
   else:
     graded = _pool().grade(list(zip(responses, golds, strict=True)), rules, timeout_s)
   return [Verdict(reason == "right", reason, extracted) for reason, extracted in graded]
+
+
+def _exact(words: list[str], gold: list[str]) -> tuple[str, str | None]:
+  if not words:
+    return "no_answer", None
+  return "right" if words == gold else "wrong", " ".join(words)[:MAX_EXTRACTED]
 
 
 _POOL_LOCK = threading.Lock()

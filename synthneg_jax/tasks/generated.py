@@ -7,7 +7,7 @@ import numpy as np
 import tokenizers
 
 from synthneg_jax.runtime.records import Problem
-from synthneg_jax.tasks import arithmetic, jobs
+from synthneg_jax.tasks import arithmetic, jobs, star_graph
 
 _SPLITS = ("train", "test", "pretrain")
 
@@ -27,19 +27,22 @@ class Task(NamedTuple):
     check: refuses settings of the config's section task, by a UserError.
     draw: (rng, task) -> Drawn, a problem with its teacher's solution.
     document: (rng, task, pretrain's section) -> Drawn, what the base model reads.
-    build_tokenizer: its tokenizer, with EOS and PAD of the names below.
+    tokenizer: (task) -> its tokenizer, with EOS and PAD of the names below.
   """
 
   check: Callable
   draw: Callable
   document: Callable
-  build_tokenizer: Callable[[], tokenizers.Tokenizer]
+  tokenizer: Callable[..., tokenizers.Tokenizer]
 
 
 EOS, PAD = "<eos>", "<pad>"
 TASKS = {
-  module.__name__.rpartition(".")[2]: Task(module.check, module.draw, module.document, module.build_tokenizer)
-  for module in (arithmetic, jobs)
+  "arithmetic": Task(arithmetic.check, arithmetic.draw, arithmetic.document, lambda task: arithmetic.build_tokenizer()),
+  "jobs": Task(jobs.check, jobs.draw, jobs.document, lambda task: jobs.build_tokenizer()),
+  "star_graph": Task(
+    star_graph.check, star_graph.problem, star_graph.document, lambda task: star_graph.build_tokenizer(task.num_nodes)
+  ),
 }
 
 
