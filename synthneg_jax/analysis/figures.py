@@ -24,6 +24,7 @@ STYLE = {
   "axes.labelsize": 9,
   "axes.spines.right": False,
   "axes.spines.top": False,
+  "figure.dpi": 130,  # in notebooks; files say their own
   "font.family": "sans-serif",
   "font.size": 9,
   "grid.alpha": 0.15,
@@ -155,6 +156,55 @@ def times(labels: Sequence[str], seconds: Sequence[float]) -> Figure:
     axes.set_xlim(0, 1.12 * max([*seconds, 0.1]))
     axes.set_xlabel("seconds")
     axes.grid(axis="x")
+    return figure
+
+
+def verdicts(reasons: Mapping[str, Mapping[str, int]], names: Mapping[str, str]) -> Figure:
+  """Responses by verdict, one bar a row of 100 %: right in blue, wrong in orange, all others in greys.
+
+  Args:
+    reasons: row -> verdict's reason -> responses.
+    names: reason -> what the legend calls it, in the order of the bar.
+  """
+  shades = iter(("#8a919b", "#b3b9c1", "#6b727c", "#ccd1d6", "#565c64", "#dde1e5"))
+  there = [reason for reason in names if any(reason in row for row in reasons.values())]
+  colors = {reason: {"right": BLUE, "wrong": ORANGE}.get(reason) or next(shades) for reason in there}
+  with matplotlib.rc_context(STYLE):
+    figure, axes = _figure(1.2 + 0.32 * len(reasons))
+    for place, row in enumerate(reasons.values()):
+      left = 0.0
+      for reason in there:
+        share = 100 * row.get(reason, 0) / max(1, sum(row.values()))
+        label = names[reason] if place == 0 else None
+        axes.barh([place], [share], left=left, color=colors[reason], height=0.6, label=label)
+        if share > 8:
+          axes.text(left + share / 2, place, f"{share:.0f}", ha="center", va="center", fontsize=8, color="white")
+        left += share
+    axes.set_yticks(range(len(reasons)), list(reasons))
+    axes.set_ylim(len(reasons) - 0.5, -0.5)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("% of the responses")
+    figure.legend(frameon=False, fontsize=8, ncols=2, loc="outside upper left")
+    return figure
+
+
+def shifts(chosen: Sequence[float], rejected: Sequence[float]) -> Figure:
+  """Each pair as a dot: how far training has moved its two branches. Below the diagonal the margin has grown.
+
+  Args:
+    chosen, rejected: log π − log π_ref of each pair's branches, nats.
+  """
+  with matplotlib.rc_context(STYLE):
+    figure, axes = _figure(3.4)
+    axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
+    axes.axvline(0, color=INK, linewidth=0.8, alpha=0.5)
+    colors = [BLUE if c > r else ORANGE for c, r in zip(chosen, rejected, strict=True)]
+    axes.scatter(chosen, rejected, s=9, color=colors, alpha=0.5, linewidth=0)
+    axes.axline((0, 0), slope=1, color=INK, linewidth=0.8, linestyle="--")
+    axes.set_xlabel("shift of the chosen, nats")
+    axes.set_ylabel("shift of the rejected, nats")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.grid()
     return figure
 
 

@@ -23,6 +23,25 @@ def smoothed(values: Sequence[float], width: int) -> list[float]:
   return [sum(window) / len(window) for window in windows]
 
 
+def _width(rows: Sequence[Mapping[str, float]]) -> int:
+  """How many updates the thick line is a mean of."""
+  return max(1, len(rows) // 25) | 1
+
+
+def training_figure(rows: Sequence[Mapping[str, float]]) -> figures.Figure:
+  """What was measured at each update of a training stage: loss, and of a preference loss shifts and accuracy.
+
+  Args:
+    rows: metrics of each update, at least one, "step" among them.
+  """
+  panels = []
+  for title, lines in _PANELS:
+    there = {name: [row[metric] for row in rows] for metric, name in lines.items() if metric in rows[0]}
+    if there:
+      panels.append((title, there))
+  return figures.curves([int(row["step"]) for row in rows], panels, lambda values: smoothed(values, _width(rows)))
+
+
 def curves(training: Mapping[str, tuple[str, Sequence[Mapping[str, float]]]], folder: markup.Folder) -> str:
   """Figures of what was measured at each update.
 
@@ -34,18 +53,12 @@ def curves(training: Mapping[str, tuple[str, Sequence[Mapping[str, float]]]], fo
   for stage, (label, rows) in training.items():
     if not rows:
       continue
-    steps = [int(row["step"]) for row in rows]
-    panels = []
-    for title, lines in _PANELS:
-      there = {name: [row[metric] for row in rows] for metric, name in lines.items() if metric in rows[0]}
-      if there:
-        panels.append((title, there))
-    width = max(1, len(rows) // 25) | 1
+    steps, width = [int(row["step"]) for row in rows], _width(rows)
     names = [name for name in rows[0] if name != "step"]
     made.append(
       folder.add(
         f"training_{stage.rpartition('/')[2]}",
-        figures.curves(steps, panels, lambda values, width=width: smoothed(values, width)),
+        training_figure(rows),
         ("step", *names),
         [(step, *(row.get(name, "") for name in names)) for step, row in zip(steps, rows, strict=True)],
         f"Training of {label}",
@@ -64,8 +77,8 @@ def curves(training: Mapping[str, tuple[str, Sequence[Mapping[str, float]]]], fo
   return f'{note}<div class="figures">{"".join(made)}</div>'
 
 
-def bill(found: Mapping[str, Mapping[str, object]], num_rollouts: int, folder: markup.Folder) -> str:
-  """What was drawn from models, and the time of each stage.
+def bill(found: Mapping[str, Mapping[str, object]], num_rollouts: int, folder: markup.Folder) -> tuple[str, str]:
+  """What was drawn from models as text, and the time of each stage as a figure.
 
   Args:
     found: finished stage -> what it reported.
@@ -92,7 +105,7 @@ def bill(found: Mapping[str, Mapping[str, object]], num_rollouts: int, folder: m
       tokens = round(figures_["mean_tokens"] * figures_["num_problems"])
     rows.append((stage, figures_["seconds"], drawn, tokens))
   if not rows:
-    return markup.missing("No stage is done yet.")
+    return markup.missing("No stage is done yet."), ""
   figure = folder.add(
     "time",
     figures.times([row[0] for row in rows], [row[1] for row in rows]),
@@ -101,8 +114,7 @@ def bill(found: Mapping[str, Mapping[str, object]], num_rollouts: int, folder: m
     "Time by stage",
     "Seconds of the process that finished each stage.",
   )
-  text = f"<p>{' '.join(lines)}</p>" if lines else ""
-  return f"{text}{figure}"
+  return f"<p>{' '.join(lines)}</p>" if lines else "", figure
 
 
 def _count(value: int) -> str:

@@ -97,7 +97,7 @@ def _errors(report: Report, folder: markup.Folder) -> str:
   if not tested:
     return out + markup.missing("Stage evaluate is not done: no method has been tested yet.")
   figure = figures.errors([m.label for m in tested], [m.error for m in tested], [(m.low, m.high) for m in tested])
-  return out + folder.add(
+  drawn = folder.add(
     "errors",
     figure,
     ("method", "test_error", "ci95_low", "ci95_high", "num_problems"),
@@ -105,6 +105,7 @@ def _errors(report: Report, folder: markup.Folder) -> str:
     "Test errors with their intervals",
     "Test error of each method over the test problems; the line is the 95 % interval.",
   )
+  return f'<div class="side"><div>{out}</div>{drawn}</div>'
 
 
 def _values(report: Report, folder: markup.Folder) -> str:
@@ -163,7 +164,7 @@ def _values(report: Report, folder: markup.Folder) -> str:
     "Where the pits lie",
     f"Step of the pit in the {len(pits)} credited wrong traces; {nowhere}",
   )
-  return f'{out}<div class="figures">{mean}{gained}{where}</div>'
+  return f'{out}<div class="figures three">{mean}{gained}{where}</div>'
 
 
 def _reasons(report: Report) -> str:
@@ -173,13 +174,14 @@ def _reasons(report: Report) -> str:
   rows = []
   for label, column in report.reasons.items():
     total = sum(column.values())
-    cells = (f"{column.get(name, 0)} <br>{markup.percent(column.get(name, 0) / total)}" for name in names)
+    share = lambda name, of=column, total=total: markup.percent(of.get(name, 0) / total).removesuffix(" %")
+    cells = (f"{column.get(name, 0)} <br>{share(name).replace('under ', '&lt; ')}" for name in names)
     rows.append((markup.escape(label), *cells, str(total)))
   return markup.table(
     ("responses", *(markup.REASONS[name] for name in names), "all"),
     rows,
     range(1, len(names) + 2),
-    "Number of responses by verdict, and their share of the row. The samples are of the training problems, "
+    "Number of responses by verdict, and below it their share of the row in %. The samples are of the training problems, "
     "the other rows of the test problems, one response each.",
   )
 
@@ -213,7 +215,8 @@ def _stages(report: Report) -> str:
 
 def _bill(report: Report, folder: markup.Folder) -> str:
   done = {stage.name: stage.figures for stage in report.stages if stage.state == "done"}
-  return progress.bill(done, report.num_rollouts, folder) + _stages(report)
+  text, figure = progress.bill(done, report.num_rollouts, folder)
+  return f'{text}<div class="side left">{figure}<div>{_stages(report)}</div></div>'
 
 
 def _origin(report: Report) -> str:

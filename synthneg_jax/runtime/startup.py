@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -144,6 +145,27 @@ def _join() -> None:
     raise UserError("--coordinator_address, --num_processes and --process_id say something only with --distributed.")
 
 
+def _keep_compiled(folder: str) -> None:
+  """Programs that XLA compiles are kept in this folder, and found there by later runs."""
+  import jax
+
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def in_notebook() -> None:
+  """What a program does before its work, for a notebook: quiet libraries, compiled programs kept in ~/.cache."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+  warnings.filterwarnings(
+    "ignore", message=r"os\.fork\(\) was called"
+  )  # by cells that run a shell, which share nothing
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.WARNING)
+  _keep_compiled(os.path.expanduser(os.path.join("~", ".cache", "synthneg_jax", "xla")))
+
+
 def _cache_folder() -> str:
   """Where compiled programs are kept; empty for nowhere."""
   f = flags.FLAGS
@@ -179,13 +201,11 @@ def run(main: Callable[[], None]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that torch is not installed is no news here
     processes.watch_signals()
-    import jax  # after the allocator is set, before any array exists
+    import jax  # noqa: F401  after the allocator is set, before any array exists
 
     try:
       if folder := _cache_folder():
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        _keep_compiled(folder)
       _join()
       main()
       processes.finish()

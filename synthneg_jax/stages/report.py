@@ -193,16 +193,12 @@ def _origin(workdir: epath.Path, names: Sequence[str]) -> tuple[dict[str, str], 
   return {package: " and ".join(found) for package, found in versions.items()}, list(filter(None, commits)), devices
 
 
-def run(run_: Run) -> dict:
-  """Writes report/: index.html, traces.html, config.py, and each figure as PNG and CSV, from whatever stages are done.
-
-  It is always made again. Unfinished stages are shown as such. Of several processes the first makes it alone.
+def gather(run_: Run) -> analysis.Report:
+  """What there is to say of a run, from whatever stages are done; the others are said to be unfinished.
 
   Raises:
     UserError: the config is not the run's, or a file of a finished stage is missing or broken.
   """
-  if not processes.first():
-    return {}
   workdir, config = run_.workdir, run_.config
   names = [*_STAGES, *(f"evaluate/{method}" for method in config.evaluate.methods)]
   _check_config(run_, names)
@@ -214,32 +210,41 @@ def run(run_: Run) -> dict:
     states.append(
       analysis.StageState(name, "done" if made else "begun" if begun else "not begun", made["figures"] if made else {})
     )
-  config_file, changed = _config_file(config)
   versions, commits, devices = _origin(workdir, names)
-  folder = workdir / "report"
-  path = analysis.write(
-    analysis.Report(
-      title=f"Learning from wrong solutions: {config.task.name}",
-      methods=_methods(run_),
-      values=credit.means() if credit else None,
-      pits=credit.pits if credit else None,
-      traces=credit.shown() if credit else None,
-      reasons=_reasons(run_),
-      stages=states,
-      training=_training(run_),
-      config=config_lib.plain(config),
-      changed=changed,
-      versions=versions,
-      commits=commits,
-      devices=devices,
-      command="python launch/pipeline.py \\\n  --config=REPORT_FOLDER/config.py \\\n  --workdir=NEW_FOLDER",
-      num_rollouts=config.credit.num_rollouts,
-      best_of=config.credit.best_of,
-      pit_rule=config.pairs.pit_rule,
-      pair_mode=config.pairs.pair_mode,
-    ),
-    folder,
+  return analysis.Report(
+    title=f"Learning from wrong solutions: {config.task.name}",
+    methods=_methods(run_),
+    values=credit.means() if credit else None,
+    pits=credit.pits if credit else None,
+    traces=credit.shown() if credit else None,
+    reasons=_reasons(run_),
+    stages=states,
+    training=_training(run_),
+    config=config_lib.plain(config),
+    changed=_config_file(config)[1],
+    versions=versions,
+    commits=commits,
+    devices=devices,
+    command="python launch/pipeline.py \\\n  --config=REPORT_FOLDER/config.py \\\n  --workdir=NEW_FOLDER",
+    num_rollouts=config.credit.num_rollouts,
+    best_of=config.credit.best_of,
+    pit_rule=config.pairs.pit_rule,
+    pair_mode=config.pairs.pair_mode,
   )
-  (folder / "config.py").write_text(config_file)
+
+
+def run(run_: Run) -> dict:
+  """Writes report/: index.html, traces.html, config.py, and each figure as PNG and CSV, from whatever stages are done.
+
+  It is always made again. Unfinished stages are shown as such. Of several processes the first makes it alone.
+
+  Raises:
+    UserError: the config is not the run's, or a file of a finished stage is missing or broken.
+  """
+  if not processes.first():
+    return {}
+  folder = run_.workdir / "report"
+  path = analysis.write(gather(run_), folder)
+  (folder / "config.py").write_text(_config_file(run_.config)[0])
   viewer.run(run_)
   return {"path": str(path)}
