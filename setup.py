@@ -57,6 +57,7 @@ setuptools.setup(
       "hypothesis>=6.100",
       "ipykernel>=6.29",
       "libtpu",
+      "mkdocs-material>=9.6",
       "openai>=2.0",
       "pyarrow>=17",
       "pytest>=8",
@@ -71,6 +72,6 @@ setuptools.setup(
     "preflight": ["libtpu"],
     "grading": ["math-verify>=0.8"],
     "wandb": ["wandb>=0.20"],
-    "docs": ["mkdocs-material>=9.5"],
+    "docs": ["mkdocs-material>=9.6"],
   },
 )

@@ -116,6 +116,7 @@ class Ends(nn.Module):
   config: ModelConfig
 
   def setup(self):
+    """The parameters: embedding and unembedding [V, D], and the last norm's scale [D]."""
     c = self.config
     dtype = jnp.dtype(c.param_dtype)
     init = nn.initializers.normal(c.d_model**-0.5)
@@ -126,13 +127,16 @@ class Ends(nn.Module):
     self.norm = _Norm(c.norm_eps, dtype, c.norm_offset)
 
   def embed(self, token_N):
+    """The stream [N, D] of token ids [N], times the family's embedding scale."""
     x_ND = self.embedding[token_N].astype(jnp.dtype(self.config.dtype))
     return x_ND if self.config.embedding_scale == 1.0 else x_ND * jnp.asarray(self.config.embedding_scale, x_ND.dtype)
 
   def last_norm(self, x_ND):
+    """The stream [N, D] after the last norm."""
     return self.norm(x_ND)
 
   def logits(self, h_ND):
+    """Logits [..., V], float32 at least, of normed hidden states [..., D]; capped where the family caps."""
     matrix_VD = self.embedding if self.config.tie_embeddings else self.unembedding
     dtype = jnp.dtype(self.config.dtype)
     # Of a flat list of tokens: with two dimensions to sum over, the matrix's gradient would take a turned copy of all logits.
