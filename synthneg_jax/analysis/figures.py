@@ -93,6 +93,35 @@ def mean_values(means: Sequence[float], counts: Sequence[int], start: float) -> 
     return figure
 
 
+def step_values(
+  values: Sequence[float | None], intervals: Sequence[tuple[float, float] | None], start: float, pit: int
+) -> Figure:
+  """Q after each step of one trace.
+
+  Args:
+    values: Q after step 1, 2, ... under Best-of-k; None where it is not known.
+    intervals: (low, high) of the success rate of the rollouts from there; None without rollouts.
+    start: V of the bare problem, drawn at step 0.
+    pit: number of the step that is the pit, from 0; -1 for none.
+  """
+  with matplotlib.rc_context(STYLE):
+    figure, axes = _figure(2.4)
+    for step, interval in enumerate(intervals, start=1):
+      if interval is not None:
+        axes.plot([step, step], interval, color=GREY, linewidth=2.5, alpha=0.5, solid_capstyle="round")
+    there = [(step, value) for step, value in enumerate(values, start=1) if value is not None]
+    axes.plot(*zip((0, start), *there, strict=True), "o-", color=BLUE, linewidth=1.8, markersize=5, clip_on=False)
+    if pit >= 0:
+      axes.axvspan(pit + 0.5, pit + 1.5, color=ORANGE, alpha=0.25, linewidth=0)
+    axes.set_ylim(0, 1.03)
+    axes.set_xlim(-0.3, len(values) + 0.5)
+    axes.set_xlabel("step (shaded: the pit)" if pit >= 0 else "step")
+    axes.set_ylabel("Q")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y")
+    return figure
+
+
 def mean_advantages(means: Sequence[float], counts: Sequence[int]) -> Figure:
   """Mean advantage by step: bars, up in blue, down in orange.
 
@@ -230,10 +259,10 @@ def pits(counts: Sequence[int], without: int) -> Figure:
     return figure
 
 
-def png(figure: Figure) -> bytes:
-  """The drawing on white, 200 dots an inch."""
+def png(figure: Figure, dots_per_inch: int = 200) -> bytes:
+  """The drawing on white."""
   buffer = io.BytesIO()
-  figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+  figure.savefig(buffer, format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None})
   return buffer.getvalue()
 
 

@@ -92,20 +92,22 @@ class Layer(nn.Module):
     after = norm if c.post_norms else lambda name: lambda y_ND: y_ND
     out_init = nn.initializers.variance_scaling(1.0 / (2 * c.num_layers), "fan_in", "normal")
     num, heads = x_ND.shape[0], c.num_heads * c.head_dim
-    y_ND = norm("attention_norm")(x_ND)
-    q = in_heads("query", "heads", c.num_heads)
-    k, v = (in_heads(name, "kv_heads", c.num_kv_heads) for name in ("key", "value"))
-    if c.qk_norm:
-      q, k = norm("query_norm")(q), norm("key_norm")(k)
-    out, extra = attend(rotate(q), rotate(k), v)
-    y_ND = kept(out.reshape(num, heads), "output", ("heads", "embed"), (heads, c.d_model), out_init)
-    x_ND = x_ND + after("attention_post_norm")(y_ND)
+    with jax.named_scope("attention"):
+      y_ND = norm("attention_norm")(x_ND)
+      q = in_heads("query", "heads", c.num_heads)
+      k, v = (in_heads(name, "kv_heads", c.num_kv_heads) for name in ("key", "value"))
+      if c.qk_norm:
+        q, k = norm("query_norm")(q), norm("key_norm")(k)
+      out, extra = attend(rotate(q), rotate(k), v)
+      y_ND = kept(out.reshape(num, heads), "output", ("heads", "embed"), (heads, c.d_model), out_init)
+      x_ND = x_ND + after("attention_post_norm")(y_ND)
 
-    y_ND = norm("mlp_norm")(x_ND)
-    gate = _ACTIVATIONS[c.activation](kept(y_ND, "gate", ("embed", "mlp"), (c.d_model, c.d_ff)))
-    up = kept(y_ND, "up", ("embed", "mlp"), (c.d_model, c.d_ff))
-    y_ND = product(gate * up, "down", ("mlp", "embed"), (c.d_ff, c.d_model), out_init)
-    return x_ND + after("mlp_post_norm")(y_ND), extra
+    with jax.named_scope("feed_forward"):
+      y_ND = norm("mlp_norm")(x_ND)
+      gate = _ACTIVATIONS[c.activation](kept(y_ND, "gate", ("embed", "mlp"), (c.d_model, c.d_ff)))
+      up = kept(y_ND, "up", ("embed", "mlp"), (c.d_model, c.d_ff))
+      y_ND = product(gate * up, "down", ("mlp", "embed"), (c.d_ff, c.d_model), out_init)
+      return x_ND + after("mlp_post_norm")(y_ND), extra
 
 
 class Ends(nn.Module):
@@ -114,6 +116,7 @@ class Ends(nn.Module):
   config: ModelConfig
 
   def setup(self):
+    """The parameters: embedding and unembedding [V, D], and the last norm's scale [D]."""
     c = self.config
     dtype = jnp.dtype(c.param_dtype)
     init = nn.initializers.normal(c.d_model**-0.5)
@@ -124,13 +127,16 @@ class Ends(nn.Module):
     self.norm = _Norm(c.norm_eps, dtype, c.norm_offset)
 
   def embed(self, token_N):
+    """The stream [N, D] of token ids [N], times the family's embedding scale."""
     x_ND = self.embedding[token_N].astype(jnp.dtype(self.config.dtype))
     return x_ND if self.config.embedding_scale == 1.0 else x_ND * jnp.asarray(self.config.embedding_scale, x_ND.dtype)
 
   def last_norm(self, x_ND):
+    """The stream [N, D] after the last norm."""
     return self.norm(x_ND)
 
   def logits(self, h_ND):
+    """Logits [..., V], float32 at least, of normed hidden states [..., D]; capped where the family caps."""
     matrix_VD = self.embedding if self.config.tie_embeddings else self.unembedding
     dtype = jnp.dtype(self.config.dtype)
     # Of a flat list of tokens: with two dimensions to sum over, the matrix's gradient would take a turned copy of all logits.
@@ -238,6 +244,7 @@ class Model:
 
     return of
 
+  @jax.named_scope("hidden")
   def hidden(self, params: Params, trees: tree_lib.PackedTrees, *, with_cache: bool = False):
     """Hidden states of packed trees.
 
@@ -284,6 +291,7 @@ class Model:
     h_ND = Ends(c).apply({"params": params["ends"]}, x_ND, method="last_norm")
     return h_ND.reshape(num_rows, length, c.d_model), cache
 
+  @jax.named_scope("hidden_step")
   def hidden_step(self, params: Params, token, fork, index, cache):
     """One more token for every slot: a branch grows by one.
 
@@ -324,6 +332,7 @@ class Model:
     h_ND = Ends(c).apply({"params": params["ends"]}, x_ND, method="last_norm")
     return h_ND.reshape(lanes, slots, c.d_model), cache
 
+  @jax.named_scope("logits")
   def logits(self, params: Params, h_ND: jax.Array) -> jax.Array:
     """Logits [..., V], float32 at least, of hidden states [..., D]: gather the rows that you need first."""
     return Ends(self.config).apply({"params": params["ends"]}, h_ND, method="logits")

@@ -161,6 +161,7 @@ def state_shardings(model: Model, mesh: Mesh) -> State:
   return State(**fields)
 
 
+@jax.named_scope("draw")
 def _pick(logits, uniform, how: Sampling, stops: Stops):
   """Tokens for [lanes, n] places, each by its own uniform number."""
   if 0 < stops.num_tokens < logits.shape[-1]:

@@ -225,6 +225,13 @@ def default() -> ConfigDict:
         "base_shots": 0,  # files: worked training problems before the base model's question; goes with engine.stop
         "methods": ("base", "sft", "rft", "dpo", "step_dpo"),  # policies to be tested
       },
+      "metrics": {  # of the training stages
+        "jsonl": True,  # metrics.jsonl, a line an update; the report draws its curves from it
+        "tensorboard": True,  # TensorBoard event files in the stages' folders; sample and credit write some too
+        "wandb": "",  # project of Weights & Biases that takes them; empty for none
+        "wandb_mode": "online",  # online, or offline: kept in the stages' folders for `wandb sync`
+        "profile_steps": "",  # a:b, updates a to b - 1 of every training are traced; also --profile_steps; empty for none
+      },
       "export": {
         "max_shard_bytes": 5_000_000_000,  # largest file of exported weights, but for a larger tensor
       },
@@ -273,6 +280,7 @@ _CHOICES = {
   "task.grading.lists": ("auto", "ordered", "unordered"),
   "task.grading.extraction": ("last", "marked"),
   "task.steps": ("delimiter", "prose"),
+  "metrics.wandb_mode": ("online", "offline"),
   "model.dtype": ("float32", "bfloat16"),
   "model.param_dtype": ("float32", "bfloat16"),
   "model.remat": ("none", "full", "selective"),

@@ -1,23 +1,43 @@
-"""Progress: a bar on a terminal, plain lines in a log."""
+"""Progress: a bar on a terminal or in a notebook, plain lines in a log."""
 
+import importlib.util
 import sys
 import time
 
 from absl import logging
 from tqdm import tqdm
 
+from synthneg_jax.runtime import processes
+
+
+def _bar(name: str, total: int, unit: str):
+  """A bar where a person watches one, else None. A notebook has one of text unless ipywidgets can draw it."""
+  if not processes.first():
+    return None
+  if sys.stderr.isatty():
+    return tqdm(total=total, desc=name, unit=unit, leave=False)
+  shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+  if shell is None or not hasattr(shell, "kernel"):
+    return None
+  if importlib.util.find_spec("ipywidgets") is None:
+    return tqdm(total=total, desc=name, unit=unit, mininterval=1.0, file=sys.stdout)
+  from tqdm.notebook import tqdm as drawn
+
+  return drawn(total=total, desc=name, unit=unit)
+
 
 class Progress:
   """Counts work done out of a total and says how long the rest will take.
 
-  On a terminal it draws one bar; elsewhere it writes a line at most every `every_s` seconds, and one at the end.
+  On a terminal and in a notebook it draws one bar; elsewhere it writes a line at most every `every_s` seconds, and one
+  at the end. Of several processes the first alone does either.
   """
 
   def __init__(self, name: str, total: int, unit: str, every_s: float = 15.0):
     self._name, self._total, self._unit, self._every_s = name, total, unit, every_s
     self._done, self._start, self._notes = 0, time.monotonic(), {}
     self._said = self._start
-    self._bar = tqdm(total=total, desc=name, unit=unit, leave=False) if sys.stderr.isatty() else None
+    self._bar = _bar(name, total, unit)
 
   def __enter__(self):
     return self

@@ -25,6 +25,7 @@ class Problem:
 
   @property
   def key(self) -> str:
+    """What tells it from others of its kind: its id."""
     return self.id
 
 
@@ -43,6 +44,7 @@ class Candidate:
 
   @property
   def key(self) -> str:
+    """What tells it from others of its kind: its id."""
     return self.id
 
 
@@ -66,6 +68,7 @@ class Trace:
 
   @property
   def key(self) -> str:
+    """What tells it from others of its kind: its id."""
     return self.id
 
 
@@ -98,6 +101,7 @@ class StepEstimate:
 
   @property
   def key(self) -> str:
+    """What tells it from others: the trace's id and the step's number."""
     return f"{self.trace_id}/{self.step}"
 
 
@@ -117,6 +121,7 @@ class Pair:
 
   @property
   def key(self) -> str:
+    """What tells it from others of its kind: its id."""
     return self.id
 
 

@@ -19,6 +19,7 @@ from synthneg_jax.runtime.errors import UserError, of_files
 _FLAGS = (
   "config",
   "check_parity",
+  "profile_steps",
   "workdir",
   "skip_bad_rows",
   "compilation_cache",
@@ -48,6 +49,9 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
   if config and workdir:
     flags.DEFINE_bool(
       "check_parity", False, "First hold some logits of the base model against torch's; needs torch installed."
+    )
+    flags.DEFINE_string(
+      "profile_steps", "", "a:b traces updates a to b - 1 of every training stage; config.metrics.profile_steps."
     )
   flags.DEFINE_string(
     "compilation_cache",
@@ -109,6 +113,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
       flags.FLAGS.config.task.skip_bad_rows |= flags.FLAGS.skip_bad_rows
       if "check_parity" in flags.FLAGS:
         flags.FLAGS.config.model.check_parity |= flags.FLAGS.check_parity
+      if "profile_steps" in flags.FLAGS and flags.FLAGS.profile_steps:
+        flags.FLAGS.config.metrics.profile_steps = flags.FLAGS.profile_steps
     return rest
   except flags.Error as error:
     raise UserError(str(error).strip().replace("\n", " ")) from error

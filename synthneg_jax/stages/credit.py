@@ -18,8 +18,8 @@ from synthneg_jax.rollouts.remote import RemoteEngine
 from synthneg_jax.runtime import keys, processes
 from synthneg_jax.runtime.progress import Progress
 from synthneg_jax.runtime.records import Rollout, Shards, StepEstimate, Trace
+from synthneg_jax.stages import boards, training
 from synthneg_jax.stages import traces as traces_lib
-from synthneg_jax.stages import training
 from synthneg_jax.stages.policies import Policy
 from synthneg_jax.stages.run import Run, sampling
 from synthneg_jax.tasks import steps
@@ -234,6 +234,7 @@ def run(run_: Run) -> dict:
     "rollout_tokens": sum(len(sample["ids"]) for estimate in estimates for sample in estimate.samples),
     "slot_use": round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3),
   }
+  boards.credited(run_, stage.folder, problems, groups, estimates)
   if section.endpoint.url:
     figures |= {name: engine.stats[name] for name in ("requests", "retokenised", "without_logp")}
   return stage.finish(figures, shards.files())

@@ -8,7 +8,7 @@ from absl import logging
 
 from synthneg_jax.models import parity
 from synthneg_jax.runtime import config as config_lib
-from synthneg_jax.runtime import manifest, processes
+from synthneg_jax.runtime import manifest, metrics, processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.stages import credit, dpo, evaluate, export, pretrain, report, rft, sample, sft, synthesize, viewer
 from synthneg_jax.stages.run import Run
@@ -72,6 +72,7 @@ def run(
     if name not in STAGES:
       raise UserError(f"--stages names {name!r}; stages are {', '.join(STAGES)}.")
   config_lib.check_values(config)
+  metrics.check(config.metrics)
   run_ = Run.open(config, workdir)
   if config.model.check_parity:
     base = run_.base()

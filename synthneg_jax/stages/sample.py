@@ -3,7 +3,7 @@
 import collections
 
 from synthneg_jax.runtime.records import Shards, Trace
-from synthneg_jax.stages import traces
+from synthneg_jax.stages import boards, traces
 from synthneg_jax.stages.run import Run, sampling
 
 
@@ -38,4 +38,5 @@ def run(run_: Run) -> dict:
     "reasons": dict(collections.Counter(trace.reason for trace in every).most_common()),
     "slot_use": round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3),
   }
+  boards.sampled(run_, stage.folder, problems, every)
   return stage.finish(figures, Shards(stage.folder / "traces", Trace).files())

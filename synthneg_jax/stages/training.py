@@ -1,5 +1,6 @@
 """What the training stages share: trees of solutions, and one call of the train loop."""
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -10,6 +11,7 @@ from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import keys
 from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime.metrics import Metrics
 from synthneg_jax.runtime.records import Problem
 from synthneg_jax.stages import policies
 from synthneg_jax.stages.run import Run
@@ -109,6 +111,7 @@ def train(
     (fingerprint of the new weights, figures: steps, the packed rows' fill and the last step's metrics).
   """
   figures = {"steps": plan_.num_steps, "fill": round(plan_.fill, 3)}
+  open_metrics = functools.partial(Metrics, run_.config, run_.workdir, folder)
   adapter = trained(policy.model, section)
   if isinstance(adapter, Adapter):
     layout = policies.shardings(adapter, run_.mesh)
@@ -126,11 +129,14 @@ def train(
       run_.mesh,
       folder,
       check_start,
-      frozen=(frozen,),
+      (frozen,),
+      open_metrics,
     )
     fingerprint = policies.save(folder / "policy", policy, params, adapter)
   else:
     params, policy.params = policy.params, None  # donated
-    params, last = loop.fit(name, section, policy.model, params, objective, plan_, run_.mesh, folder, check_start)
+    params, last = loop.fit(
+      name, section, policy.model, params, objective, plan_, run_.mesh, folder, check_start, (), open_metrics
+    )
     fingerprint = policies.save(folder / "policy", policy, params)
   return fingerprint, figures | {key: round(value, 5) for key, value in last.items()}

@@ -104,10 +104,12 @@ def grow(engine: Engine, side: Side, trunks: Sequence[Trunk], temperature: float
 
 
 def make_engine(side: Side, lanes: int, slots: int, new: int) -> Engine:
+  """The engine of a side, without EOS or stop strings: `new` tokens of every item."""
   return Engine(side.model, side.mesh, Stops(()), lanes=lanes, slots=slots, max_new_tokens=new)
 
 
 def draw_keys(number: int, items: int) -> np.ndarray:
+  """uint32 [items, 2], random keys of the items of trunk `number`."""
   return np.random.default_rng(number).integers(0, 2**32, (items, 2), np.uint32)
 
 

@@ -38,6 +38,7 @@ class Lengths:
 
   @property
   def longest_prompt(self) -> int:
+    """Tokens, taken to be twice the mean."""
     return math.ceil(2 * self.prompt)
 
 
@@ -57,10 +58,12 @@ class MeanTree:
 
   @property
   def tokens(self) -> float:
+    """Tokens of trunk and branches."""
     return self.trunk + sum(self.branches)
 
   @property
   def scored(self) -> float:
+    """Tokens that are scored: those of the branches."""
     return sum(self.branches)
 
   @property

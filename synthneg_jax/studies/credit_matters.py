@@ -56,7 +56,6 @@ _SOLUTIONS, _PROBLEMS, _TEST_PROBLEMS, _RESPONSES = 32, 24, 1000, 16
 _SPURIOUS_ROLLOUTS, _SPURIOUS_RULE = 32, "lowest_value"
 _SFT_LR, _SFT_STEPS = 1.0, 20
 _BETAS, _SPEED = (0.1, 0.3, 1.0), 0.05
-
 _DRAWN_BETA = 0.3  # in both figures
 
 
@@ -69,6 +68,7 @@ class Pairs(NamedTuple):
   scored_PL: np.ndarray
 
   def take(self, index_P) -> "Pairs":
+    """Those of the P pairs that an index, mask or slice picks."""
     return Pairs(*(column[index_P] for column in self))
 
 

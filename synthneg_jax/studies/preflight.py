@@ -78,6 +78,7 @@ class Report:
 
   @property
   def bound_by(self) -> str:
+    """What takes longest: compute, memory or links; memory capacity where nothing was counted."""
     return max(self.seconds, key=self.seconds.get) if self.seconds else "memory capacity"
 
 

@@ -12,46 +12,13 @@ import functools
 import math
 import re
 
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
-_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
-_ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\](\{[^}]*\})?")
+from synthneg_jax.studies import hlo
+
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = frozenset(
   "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id domain opt-barrier "
   "add-dependency iota".split()
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-  """One array of a shape: its dtype, its sizes, and whether it lies in the chip's main memory."""
-
-  dtype: str
-  sizes: tuple[int, ...]
-  in_memory: bool
-
-  @property
-  def num_bytes(self) -> float:
-    return math.prod(self.sizes) * _BYTES.get(self.dtype, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-  name: str
-  arrays: tuple[Array, ...]
-  opcode: str
-  operands: tuple[str, ...]
-  attributes: str
-  is_root: bool
-
-  def attribute(self, pattern: str) -> str | None:
-    match = re.search(pattern, self.attributes)
-    return match.group(1) if match else None
-
-  @property
-  def memory_bytes(self) -> float:
-    """Bytes of the result that lie in main memory."""
-    return sum(array.num_bytes for array in self.arrays if array.in_memory)
 
 
 @dataclasses.dataclass
@@ -69,6 +36,7 @@ class Cost:
   collectives: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
 
   def add(self, other: "Cost", times: float = 1.0) -> None:
+    """Adds another cost so many times."""
     self.flops += times * other.flops
     self.memory_bytes += times * other.memory_bytes
     for kind, size in other.collectives.items():
@@ -76,39 +44,8 @@ class Cost:
 
   @property
   def collective_bytes(self) -> float:
+    """Bytes sent, of all kinds together."""
     return sum(self.collectives.values())
-
-
-def _closing(text: str, start: int) -> int:
-  """Where the parenthesis at `start` closes."""
-  depth = 0
-  for place in range(start, len(text)):
-    depth += {"(": 1, ")": -1}.get(text[place], 0)
-    if depth == 0:
-      return place
-  return len(text)
-
-
-def _arrays(text: str) -> tuple[Array, ...]:
-  return tuple(
-    Array(dtype, tuple(int(size) for size in sizes.split(",") if size), "S(" not in layout)
-    for dtype, sizes, layout in _ARRAY.findall(text)
-  )
-
-
-def _instruction(line: str) -> Instruction | None:
-  match = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
-  if not match:
-    return None
-  rest = line[match.end() :]
-  end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-  shape, rest = rest[:end], rest[end:].lstrip()
-  start = rest.find("(")
-  if start < 0:
-    return None
-  stop = _closing(rest, start)
-  operands = tuple(re.findall(r"%([\w.\-]+)", rest[start:stop])) or (rest[start + 1 : stop],)
-  return Instruction(match.group(2), _arrays(shape), rest[:start], operands, rest[stop + 1 :], bool(match.group(1)))
 
 
 class Program:
@@ -122,7 +59,7 @@ class Program:
       if header:
         current = self._computations.setdefault(header.group(2), {})
         self._entry = header.group(2) if header.group(1) else self._entry
-      elif current is not None and (instruction := _instruction(line)):
+      elif current is not None and (instruction := hlo.instruction(line)):
         current[instruction.name] = instruction
     self._counted = set()  # (what, channel) of collectives that show in several instructions
 
@@ -144,7 +81,7 @@ class Program:
         return max(costs, key=lambda cost: cost.memory_bytes)
     return None
 
-  def _root(self, computation) -> Instruction:
+  def _root(self, computation) -> hlo.Instruction:
     return next(instruction for instruction in computation.values() if instruction.is_root)
 
   def _cost(self, name: str, fused: bool = False) -> Cost:
@@ -180,7 +117,7 @@ class Program:
         total.memory_bytes += self._traffic(computation, instruction)
     return total
 
-  def _turns(self, computation, loop: Instruction) -> int | None:
+  def _turns(self, computation, loop: hlo.Instruction) -> int | None:
     """How often a loop runs its body: from `index < bound` and what the body adds to the index."""
     known = loop.attribute(r'known_trip_count":\{"n":"(\d+)"')
     if known:
@@ -244,7 +181,7 @@ class Program:
     is_index = instruction.opcode == "get-tuple-element" and instruction.attribute(r"index=(\d+)") == str(index)
     return total if is_index and total > 0 else None
 
-  def _product_flops(self, computation, instruction: Instruction) -> float:
+  def _product_flops(self, computation, instruction: hlo.Instruction) -> float:
     out = instruction.arrays[0].sizes
     left, right = (computation[name].arrays[0].sizes for name in instruction.operands[:2])
     if instruction.opcode == "dot":
@@ -267,7 +204,7 @@ class Program:
       total *= _meetings(size, kernel, places, stride, dilate, reach, int(pads[at].split("_")[0]))
     return total / max(int(instruction.attribute(r"batch_group_count=(\d+)") or 1), 1) if groups else total
 
-  def _sent(self, computation, instruction: Instruction, kind: str) -> float:
+  def _sent(self, computation, instruction: hlo.Instruction, kind: str) -> float:
     """Bytes that a chip sends, by ring algorithms."""
     if not self._first("sent", instruction):
       return 0.0
@@ -286,7 +223,7 @@ class Program:
       return size * (parts - 1)
     return size * share
 
-  def _first(self, what: str, instruction: Instruction) -> bool:
+  def _first(self, what: str, instruction: hlo.Instruction) -> bool:
     """False if this is a further part of a collective that was counted: cut up between other work, it shows in each."""
     if "chain_id=" not in instruction.attributes:
       return True
@@ -295,7 +232,7 @@ class Program:
     self._counted.add(key)
     return new
 
-  def _group_size(self, instruction: Instruction) -> int:
+  def _group_size(self, instruction: hlo.Instruction) -> int:
     text = instruction.attributes
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
       return int(match.group(2))
@@ -306,7 +243,7 @@ class Program:
       return math.prod(sizes.get(name, 1) for name in re.findall(r"'(\w+)'", match.group(2)))
     return self._devices
 
-  def _traffic(self, computation, instruction: Instruction) -> float:
+  def _traffic(self, computation, instruction: hlo.Instruction) -> float:
     """Bytes that an instruction outside of a fusion reads from and writes to main memory."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done"):
@@ -341,7 +278,7 @@ class Program:
     )
     return read + self._written(inner, instruction)
 
-  def _parameter(self, computation, place: int) -> Instruction:
+  def _parameter(self, computation, place: int) -> hlo.Instruction:
     return next(i for i in computation.values() if i.opcode == "parameter" and i.operands[0] == str(place))
 
   def _read(self, inner, name: str) -> float:
@@ -365,7 +302,7 @@ class Program:
         return float("inf")
     return total
 
-  def _written(self, inner, fusion: Instruction) -> float:
+  def _written(self, inner, fusion: hlo.Instruction) -> float:
     root = self._root(inner)
     roots = [inner[name] for name in root.operands if name in inner] if root.opcode == "tuple" else [root]
     if len(roots) != len(fusion.arrays):

@@ -35,10 +35,12 @@ class ReasoningMDP:
 
   @property
   def num_problems(self) -> int:
+    """X."""
     return self.keep_XL.shape[0]
 
   @property
   def num_steps(self) -> int:
+    """L, steps of a response."""
     return self.keep_XL.shape[1]
 
   def prefix(self, response_N: np.ndarray, steps: int) -> np.ndarray:

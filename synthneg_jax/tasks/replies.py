@@ -87,6 +87,7 @@ class Prices:
   completion: float
 
   def usd(self, prompt_tokens: int, completion_tokens: int) -> float:
+    """US dollars of a request with its reply, by their tokens."""
     return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
 
   def most(self, request: Request) -> float:

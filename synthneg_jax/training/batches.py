@@ -48,7 +48,6 @@ class Batches:
   """All batches of a run, built when asked for.
 
   Attributes:
-    num_steps: how many there are.
     shape: the one shape that holds each of them, so that one compiled program serves all.
     fill: share of all rows' places that hold a token.
   """
@@ -102,7 +101,17 @@ class Batches:
 
   @property
   def num_steps(self) -> int:
+    """How many batches there are."""
     return len(self._steps)
+
+  @property
+  def num_places(self) -> int:
+    """Places for tokens in a batch, filled or not."""
+    return self.shape.rows * self.shape.length
+
+  def num_tokens(self, step: int) -> int:
+    """Tokens in the batch of a step; padding does not count."""
+    return sum(self._examples[i].tree.num_tokens for i in self._steps[step])
 
   def keys(self, step: int) -> list[str]:
     """Names of the examples of a step."""

@@ -1,9 +1,9 @@
 """The train loop: the only one, for pretraining, SFT, RFT and every preference loss."""
 
 import contextlib
-import json
+import functools
 import math
-import os
+from collections.abc import Callable
 
 import jax
 from absl import logging
@@ -14,54 +14,26 @@ from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import checkpoints, processes
 from synthneg_jax.runtime import mesh as mesh_lib
-from synthneg_jax.runtime.errors import UserError, writing
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime.event_files import Histogram
+from synthneg_jax.runtime.meter import Meter, Profiler
+from synthneg_jax.runtime.metrics import Metrics
 from synthneg_jax.runtime.progress import Progress
+from synthneg_jax.training import objectives
 from synthneg_jax.training import optimizer as optimizer_lib
 from synthneg_jax.training import step as step_lib
 from synthneg_jax.training.batches import Batches
 
 
-def _averages(metrics) -> dict[str, float]:
-  return {name: float(total) / max(float(count), 1.0) for name, (total, count) in jax.device_get(metrics).items()}
-
-
-class _MetricsFile:
-  """One JSON line a step, written by the first process. A step that is done again, after a kill, takes its line's place.
-
-  On a local disk each line is there at once; elsewhere, where files cannot be added to, with each checkpoint.
-  """
-
-  def __init__(self, path: epath.Path, first_step: int):
-    text = path.read_text() if path.exists() and first_step else ""
-    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    self._lines = {json.loads(line)["step"]: line for line in whole}
-    self._path, self._file = path, None
-    self.keep()
-    if processes.first() and "://" not in os.fspath(path):
-      self._file = path.open("a")
-
-  def write(self, step: int, averages: dict[str, float]):
-    self._lines[step] = json.dumps({"step": step, **averages}) + "\n"
-    if self._file is not None:
-      with writing(self._path):
-        self._file.write(self._lines[step])
-        self._file.flush()
-
-  def keep(self):
-    """Everything up to here is on disk when it returns."""
-    if processes.first() and self._file is None:
-      with writing(self._path):
-        temporary = self._path.parent / f"{self._path.name}.tmp"
-        temporary.write_text("".join(self._lines[step] for step in sorted(self._lines)))
-        temporary.replace(self._path)
-
-  def close(self):
-    if self._file is not None:
-      with contextlib.suppress(OSError):  # of a full disk, which was said before
-        self._file.close()
-      self._file = None
-    with contextlib.suppress(UserError):
-      self.keep()
+def _fetch(metrics) -> tuple[dict[str, float], dict[str, Histogram]]:
+  """(averages, histograms), each by name, once the step that made them is done."""
+  averages, histograms = {}, {}
+  for name, (total, count) in jax.device_get(metrics).items():
+    if name.startswith(objectives.HISTOGRAM):
+      histograms[name] = objectives.EDGES[name], total.tolist()
+    else:
+      averages[name] = float(total) / max(float(count), 1.0)
+  return averages, histograms
 
 
 def fit(
@@ -75,6 +47,7 @@ def fit(
   folder: epath.Path,
   check_start=None,
   frozen=(),
+  open_metrics: Callable[[int], Metrics] | None = None,
 ):
   """Trains to the end of `batches`, from the newest checkpoint in `folder` if there is one.
 
@@ -89,9 +62,10 @@ def fit(
     folder: takes checkpoints/ and metrics.jsonl (loss and its companions, averages over one step's batch).
     check_start: called with the metrics of step 0, before anything was updated; may raise.
     frozen: parameters that the objective takes after the trained ones and the batch, and that stay as they are.
+    open_metrics: the first step -> what takes the metrics; None for metrics.jsonl alone.
 
   Returns:
-    (trained parameters, the last step's metrics).
+    (trained parameters, the last step's metrics, with what all steps cost where `open_metrics` measures it).
 
   Raises:
     UserError: the loss or the gradient is not finite; names the step, the examples and the last checkpoint. Or the disk
@@ -120,11 +94,14 @@ def fit(
     objective, optimizer, shardings, mesh, config.accumulate, jax.tree.map(lambda leaf: leaf.sharding, frozen)
   )
   layout = step_lib.batch_shardings(mesh)
-  lines = _MetricsFile(folder / "metrics.jsonl", first_step)
+  lines = (open_metrics or functools.partial(Metrics, None, folder, folder))(first_step)
+  profiler = Profiler(lines.profile_steps, folder / "profile", first_step, batches.num_steps)
+  rates = optimizer_lib.learning_rates(config.optimizer, batches.num_steps) if lines.measured else ()
   averages, losses = {}, []  # of the last step; since the last checkpoint
 
   def report(step, metrics, progress):
-    averages.update(_averages(metrics))
+    found, histograms = _fetch(metrics)
+    averages.update(found)
     if not all(math.isfinite(value) for value in averages.values()):
       raise UserError(
         f"{name}: step {step} is not finite ({averages}); its examples were {', '.join(batches.keys(step)[:8])} …; "
@@ -132,7 +109,10 @@ def fit(
       )
     if step == 0 and check_start is not None:
       check_start(averages)
-    lines.write(step, averages)
+    cost = {}
+    if lines.measured:
+      cost = {"learning_rate": float(rates[step])} | meter.step(batches.num_tokens(step), batches.num_places)
+    lines.write(step, averages | cost, histograms)
     losses.append(next(value for key, value in averages.items() if key.startswith("loss")))
     progress.update(1, loss=losses[-1])
 
@@ -142,11 +122,17 @@ def fit(
     lines.keep()
 
   logging.info("%s: %d steps, %s, %.0f %% full.", name, batches.num_steps, batches.shape, 100 * batches.fill)
-  previous = None
+  previous, meter = None, Meter()
   left = Progress(name, batches.num_steps - first_step, "steps")
-  with contextlib.closing(keeper), contextlib.closing(lines), left as progress:  # a save is waited for on errors, too
+  ends = (contextlib.closing(part) for part in (keeper, lines, profiler))  # a save is waited for on errors, too
+  with contextlib.ExitStack() as stack, left as progress:
+    for part in ends:
+      stack.enter_context(part)
     for step in range(first_step, batches.num_steps):
-      state, metrics = run(state, mesh_lib.place(batches.build(step), layout), *frozen)
+      batch = mesh_lib.place(batches.build(step), layout)
+      with profiler.before(step):
+        state, metrics = run(state, batch, *frozen)
+      profiler.after(step, state)
       if previous is not None:  # step N is dispatched before the figures of N - 1 are fetched
         report(*previous, progress)
       previous, done = (step, metrics), step + 1
@@ -159,4 +145,5 @@ def fit(
           raise processes.Stopped  # once the keeper is closed, everything is written
     if previous is not None:
       report(*previous, progress)
-  return to_keep(state)["params"], averages
+  cost = meter.total() if lines.measured else {}
+  return to_keep(state)["params"], averages | cost

@@ -2,7 +2,7 @@
 
 An objective is `fn(params, batch) -> (loss, metrics)`: the loss is a part of a global mean (its denominators are counts
 over the whole batch, so parts add up over rows, devices and accumulation steps), and each metric is a pair
-(sum, count).
+(sum, count). A metric whose name begins with `HISTOGRAM` is a pair (counts [E + 1], count), between the edges of `EDGES`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,19 @@ from jax import lax
 from synthneg_jax.core import losses, masked
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.training.batch import Batch
+
+HISTOGRAM = "histogram/"
+_MAGNITUDES = tuple(10.0 ** (i / 4) for i in range(-8, 9))  # 0.01 to 100 nats, four to a factor of ten; ours
+EDGES = {  # nats
+  f"{HISTOGRAM}nll/per_token": (0.0, *_MAGNITUDES),
+  f"{HISTOGRAM}margin/per_pair": (*(-x for x in reversed(_MAGNITUDES)), 0.0, *_MAGNITUDES),
+}
+
+
+def _spread(name: str, values, mask):
+  """A histogram as a metric."""
+  name = f"{HISTOGRAM}{name}"
+  return {name: (masked.histogram(values, mask, EDGES[name]), jnp.sum(mask))}
 
 
 def scored_logprobs(model: Model, params, batch: Batch, chunk: int = 0):
@@ -81,8 +94,10 @@ def make_sft(model: Model, chunk: int = 0):
 
   def objective(params, batch: Batch):
     logp_RS, there_RS = scored_logprobs(model, params, batch, chunk)
-    loss = jnp.sum(jax.vmap(losses.sft_loss)(logp_RS, there_RS)) / batch.num_scored
-    return loss, {"loss/per_token": masked.total(-logp_RS, there_RS)}
+    with jax.named_scope("loss"):
+      loss = jnp.sum(jax.vmap(losses.sft_loss)(logp_RS, there_RS)) / batch.num_scored
+    spread = _spread("nll/per_token", -logp_RS, there_RS)
+    return loss, {"loss/per_token": masked.total(-logp_RS, there_RS)} | spread
 
   return objective
 
@@ -120,9 +135,10 @@ def make_preference(
     chosen_RP, tokens_RP = of(logp_RB, batch.chosen), of(count_RB, batch.chosen)
     pair_RP = batch.chosen > 0
     args = (chosen_RP, of(logp_RB, batch.rejected), batch.ref_chosen, batch.ref_rejected)
-    loss_RP = preference_loss(*args)
-    nll_RP = losses.nll_term(chosen_RP, tokens_RP)
-    loss = jnp.sum(jnp.where(pair_RP, loss_RP + nll_weight * nll_RP, 0.0)) / batch.num_pairs
+    with jax.named_scope("loss"):
+      loss_RP = preference_loss(*args)
+      nll_RP = losses.nll_term(chosen_RP, tokens_RP)
+      loss = jnp.sum(jnp.where(pair_RP, loss_RP + nll_weight * nll_RP, 0.0)) / batch.num_pairs
     watched = losses.preference_metrics(*args, beta=beta, penalty=penalty)
     metrics = {
       "loss/per_pair": masked.total(loss_RP, pair_RP),
@@ -137,6 +153,6 @@ def make_preference(
       ),
       "early_eos/per_unfinished_branch": _early_eos(model, params, batch, h_RTD, num_branches, eos_ids),
     }
-    return loss, metrics
+    return loss, metrics | _spread("margin/per_pair", watched["margin"], pair_RP)
 
   return objective

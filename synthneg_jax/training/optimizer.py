@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from synthneg_jax.runtime.errors import UserError
@@ -23,6 +24,12 @@ def make_schedule(config, num_steps: int):
   # The first update, too, has a rate above zero.
   rise = optax.linear_schedule(config.learning_rate / (warmup + 1), config.learning_rate, warmup)
   return optax.join_schedules([rise, decays[config.schedule]], [warmup])
+
+
+def learning_rates(config, num_steps: int) -> np.ndarray:
+  """The rate of every update, float32 [num_steps]."""
+  rates = jax.vmap(make_schedule(config, num_steps))(jnp.arange(num_steps))
+  return np.asarray(jnp.broadcast_to(rates, (num_steps,)), np.float32)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -97,9 +97,10 @@ def make_step(
 
   def step(state, batch: Batch, *frozen):
     grads, metrics = gradients(state["params"], batch, *frozen)
-    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-    metrics["grad_norm"] = (optax.tree_utils.tree_norm(grads), jnp.ones(()))
-    params = optax.apply_updates(state["params"], updates)
+    with jax.named_scope("update"):
+      updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+      metrics["grad_norm"] = (optax.tree_utils.tree_norm(grads), jnp.ones(()))
+      params = optax.apply_updates(state["params"], updates)
     return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
   return jax.jit(

@@ -28,5 +28,19 @@ class TotalTest(absltest.TestCase):
     np.testing.assert_array_equal(masked.total(jnp.ones(2), jnp.zeros(2, bool)), [0, 0])
 
 
+class HistogramTest(absltest.TestCase):
+  def test_as_numpy(self):
+    # Fails if a value on an edge falls into the bucket below, if what lies beyond the ends is lost or put inside, or if
+    # masked values count.
+    edges = (-1.0, 0.0, 0.5, 2.0)
+    values = np.concatenate([np.random.default_rng(0).normal(size=(40, 5)), [[-1.0, 0.0, 0.5, 2.0, np.inf]]])
+    mask = np.random.default_rng(1).random(values.shape) < 0.7
+    mask[-1] = [True, True, True, True, False]
+    counts = jax.jit(lambda v, m: masked.histogram(v, m, edges))(jnp.asarray(values, jnp.float32), mask)
+    expected, _ = np.histogram(values[mask], [-1e9, *edges, 1e9])
+    np.testing.assert_array_equal(counts, expected)
+    self.assertEqual(counts.dtype, jnp.int32)
+
+
 if __name__ == "__main__":
   absltest.main()

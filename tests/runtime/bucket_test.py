@@ -5,12 +5,11 @@ from absl.testing import absltest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from synthneg_jax.runtime import manifest
+from synthneg_jax.runtime import event_files, manifest, metrics
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Problem, Shards
 from synthneg_jax.stages import policies
 from synthneg_jax.tasks import problem_files
-from synthneg_jax.training import loop
 
 
 class Bucket(MemoryFileSystem):
@@ -62,15 +61,34 @@ class BucketTest(absltest.TestCase):
     # Fails if lines are added to a file that cannot be added to, or are not there after a checkpoint.
     path = self.workdir / "metrics.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = loop._MetricsFile(path, 0)
+    lines = metrics.JsonLines(path, 0)
     for step in range(3):
-      lines.write(step, {"loss": step / 2})
+      lines.write(step, {"loss": step / 2}, {})
     lines.keep()
     self.assertLen(path.read_text().splitlines(), 3)
-    again = loop._MetricsFile(path, 2)
-    again.write(2, {"loss": 9.0})
+    again = metrics.JsonLines(path, 2)
+    again.write(2, {"loss": 9.0}, {})
     again.close()
     self.assertEqual(path.read_text().splitlines()[1:], ['{"step": 1, "loss": 0.5}', '{"step": 2, "loss": 9.0}'])
+
+  def test_event_files(self):
+    # Fails if an event file is added to, is not there after a checkpoint, or cannot be cut where training goes on.
+    folder = self.workdir / "sft"
+    file = event_files.EventFile(folder)
+    for step in range(3):
+      file.write(step, scalars={"loss": step / 2})
+    file.keep()
+    events = lambda: [
+      (event.step, event.summary.value[0].simple_value)
+      for path in sorted(folder.glob("events.out.tfevents.*"))
+      for event in event_files.read(path)
+      if event.HasField("summary")
+    ]
+    self.assertEqual(events(), [(0, 0.0), (1, 0.5), (2, 1.0)])
+    again = event_files.EventFile(folder, 2)
+    again.write(2, scalars={"loss": 9.0})
+    again.close()
+    self.assertEqual(events(), [(0, 0.0), (1, 0.5), (2, 9.0)])
 
   def test_data_and_tokenizer(self):
     # Fails if problems, or what transformers reads, must lie on a local disk.

@@ -65,7 +65,8 @@ def unpacked(params, examples):
 
 
 def averages(metrics) -> dict[str, float]:
-  return {name: float(total) / float(count) for name, (total, count) in metrics.items()}
+  scalars = {name: pair for name, pair in metrics.items() if not name.startswith(objectives.HISTOGRAM)}
+  return {name: float(total) / float(count) for name, (total, count) in scalars.items()}
 
 
 class ObjectivesTest(parameterized.TestCase):
@@ -189,6 +190,21 @@ class ObjectivesTest(parameterized.TestCase):
       self.assertNotEqual(batch.trees.token.tolist(), self.batch.trees.token.tolist())
       self.assertAlmostEqual(float(sft(self.params, batch)[0]), float(self.sft_loss), delta=1e-12)
       self.assertAlmostEqual(float(dpo(self.params, batch)[0]), float(self.dpo_loss), delta=1e-12)
+
+  def test_histograms_are_of_what_the_averages_are_of(self):
+    # Fails if a histogram is of other values than its name's average, or if edges do not ascend.
+    for edges in objectives.EDGES.values():
+      self.assertEqual(list(edges), sorted(set(edges)))
+    for metrics, name, mean in (
+      (self.sft_metrics, "nll/per_token", "loss/per_token"),
+      (self.dpo_metrics, "margin/per_pair", "margin/per_pair"),
+    ):
+      counts, number = metrics[f"histogram/{name}"]
+      self.assertEqual((int(counts.sum()), int(number)), (int(metrics[mean][1]),) * 2)
+      edges = objectives.EDGES[f"histogram/{name}"]
+      low = np.sum(counts * np.array([2 * edges[0], *edges])) / number
+      high = np.sum(counts * np.array([*edges, 2 * edges[-1]])) / number
+      self.assertBetween(averages(metrics)[mean], low, high)
 
   def test_against_itself_the_margin_is_zero(self):
     # Fails if reference and objective score different tokens: A's pairs diverge at their first token, so a first token

@@ -146,6 +146,7 @@ def _based(made: Node, label: str) -> Node:
 
 
 def atom(parser) -> Node:
+  """The number, word, text or bracket that the parser is at; raises Unreadable where it is none."""
   token = parser.peek()
   if token.kind == "num":
     return _number(parser)

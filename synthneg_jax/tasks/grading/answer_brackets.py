@@ -80,6 +80,7 @@ def _cases(parser) -> Node:
 
 
 def matrix(parser) -> Node:
+  """A matrix or list of cases, the parser being behind its \\begin; raises Unreadable for other environments."""
   parser.need("{")
   name = parser.next().value
   parser.need("}")

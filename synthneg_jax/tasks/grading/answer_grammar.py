@@ -44,29 +44,35 @@ class Parser:
     self.colon_ends = False  # in {x : x > 1} a colon is no ratio
 
   def peek(self, ahead: int = 0) -> Token:
+    """The token `ahead` places on, not taken; the end's where there is none."""
     place = self.place + ahead
     return self.tokens[place] if place < len(self.tokens) else _END
 
   def next(self) -> Token:
+    """Takes a token."""
     token = self.peek()
     self.place += 1
     return token
 
   def at(self, *values: str) -> bool:
+    """True if an operator or command of these comes next."""
     token = self.peek()
     return token.kind in ("op", "cmd") and token.value in values
 
   def take(self, *values: str) -> bool:
+    """Takes the next token if it is one of these; says whether."""
     if self.at(*values):
       self.place += 1
       return True
     return False
 
   def need(self, *values: str) -> None:
+    """Takes the next token, one of these; raises Unreadable if it is another."""
     if not self.take(*values):
       raise Unreadable(f"{' or '.join(values)} wanted")
 
   def answer(self) -> Node:
+    """answer: item, or items between commas or semicolons, and nothing after them; raises Unreadable."""
     made = self._groups() if any(token.value == ";" for token in self.tokens) else self.items()
     if self.peek() is not _END:
       raise Unreadable(f"left over: {self.peek().value!r}")
@@ -111,6 +117,7 @@ class Parser:
     return found[0] if len(found) == 1 else Node("list", (join, tuple(found)))
 
   def item(self) -> Node:
+    """item: a label perhaps, then operands with relations or arrows between them."""
     self._label()
     self.take("approx", "simeq")
     parts = [self.operand()]
@@ -141,6 +148,7 @@ class Parser:
       self.place += ahead + 1
 
   def operand(self) -> Node:
+    """operand: words alone, a union, or a ratio of such, with its unit."""
     outer, self.currency = self.currency, None
     words = self._words_alone()
     if words is not None:
@@ -236,6 +244,7 @@ class Parser:
     return sign * int(token.value)
 
   def union(self) -> Node:
+    """union: sums with set operators between them."""
     made = self.sum()
     while (self.peek().kind == "cmd" and self.peek().value in _UNIONS) or self._plain_union():
       op = _UNIONS.get(self.next().value, "union")
@@ -246,6 +255,7 @@ class Parser:
     return self.peek() == Token("word", "U", self.peek().spaced) and self.peek(1).value in ("(", "[", r"\{")
 
   def sum(self) -> Node:
+    """sum: products with signs between them; raises TooLarge where brackets lie too deep."""
     self.depth += 1
     if self.depth > MAX_DEPTH:
       raise TooLarge("brackets within brackets")
@@ -272,6 +282,7 @@ class Parser:
     return made
 
   def product(self) -> Node:
+    """product: powers with times, over, or nothing between them."""
     made = answer_atoms.power(self)
     while True:
       token = self.peek()

@@ -1,0 +1,172 @@
+"""MkDocs hook: the pages that no file holds. Home is the README, and what the code knows is read from the code.
+
+configuration.md: every leaf of the default tree with its value and comment. commands.md: each program's --help. api/*.md: every
+public name of each room with its docstring. Pages of docs/ that mkdocs.yml does not name go to the end of the menu.
+"""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent import futures
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROOMS = ("core", "runtime", "models", "tasks", "rollouts", "training", "analysis", "stages", "studies")
+
+
+def config_leaves() -> Iterator[tuple[str, str, str]]:
+  """(dotted name, default as source text, comment) of every leaf of the default tree; the comment is "" where none is."""
+  source = (ROOT / "synthneg_jax/runtime/config.py").read_text()
+  lines = source.splitlines()
+  functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+
+  def comment(node) -> str:
+    return lines[node.end_lineno - 1][node.end_col_offset :].lstrip(",").partition("# ")[2].strip()
+
+  def of(node, prefix, names) -> Iterator[tuple[str, str, str]]:
+    """Leaves of a dict; of a call of one of the file's functions or of ConfigDict, those of what it returns."""
+    if isinstance(node, ast.Dict):
+      for key, value in zip(node.keys, node.values, strict=True):
+        if key is None:
+          yield from of(value, prefix, names)
+        elif isinstance(value, ast.Dict | ast.Call):
+          yield from of(value, f"{prefix}{key.value}.", names)
+        else:
+          text = ast.unparse(names.get(value.id, value) if isinstance(value, ast.Name) else value)
+          yield f"{prefix}{key.value}", text, comment(value)
+    elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in functions:
+      function = functions[node.func.id]
+      given = dict(zip((arg.arg for arg in function.args.args), node.args, strict=True))
+      given = {
+        name: names.get(value.id, value) if isinstance(value, ast.Name) else value for name, value in given.items()
+      }
+      returned = next(part.value for part in function.body if isinstance(part, ast.Return))
+      yield from of(returned, prefix, names | given)
+    elif isinstance(node, ast.Call):  # ConfigDict({...}), and .lock() of it
+      yield from of(node.args[0] if node.args else node.func.value, prefix, names)
+
+  constants = {
+    part.targets[0].id: part.value
+    for part in ast.parse(source).body
+    if isinstance(part, ast.Assign) and isinstance(part.targets[0], ast.Name)
+  }
+  returned = next(part.value for part in functions["default"].body if isinstance(part, ast.Return))
+  yield from of(returned, "", constants)
+
+
+def configuration() -> str:
+  """The page of all leaves, one table a section."""
+  sections = {}
+  for name, value, comment in config_leaves():
+    section = name.rpartition(".")[0].split(".")[0] or "seed"
+    sections.setdefault(section, []).append((name, value, comment))
+  cell = lambda text: text.replace("|", "\\|")
+  code = lambda text: f"`` {cell(text)} ``" if "`" in text else f"`{cell(text)}`"
+  parts = [
+    "# Configuration\n\nEvery leaf of the default tree. A config file (`configs/NAME.py`) changes some, the command line "
+    "others: `--config.part.leaf=value`. An unknown leaf is refused with the nearest names.\n"
+  ]
+  for section, leaves in sections.items():
+    rows = "\n".join(f"| `{name}` | {code(value)} | {cell(comment)} |" for name, value, comment in leaves)
+    parts.append(f"## {section}\n\n| leaf | default | meaning |\n| --- | --- | --- |\n{rows}\n")
+  return "\n".join(parts)
+
+
+def commands() -> str:
+  """The page of all programs, as each one's --help says it."""
+  programs = [*sorted((ROOT / "launch").glob("*.py")), *sorted((ROOT / "launch").glob("*.sh")), ROOT / "tests/run.sh"]
+  programs = [path for path in programs if path.name != "worker_setup.sh"]  # started by others, takes no --help
+
+  def told(path: pathlib.Path) -> str:
+    runner = sys.executable if path.suffix == ".py" else "bash"
+    done = subprocess.run([runner, str(path), "--help"], capture_output=True, text=True, check=False, cwd=ROOT)
+    text = (done.stdout or done.stderr).replace(str(ROOT) + "/", "").strip()
+    return f"## {path.relative_to(ROOT)}\n\n```text\n{text}\n```\n"
+
+  with futures.ThreadPoolExecutor(4) as pool:
+    pages = list(pool.map(told, programs))
+  return "# Commands\n\nWhat each program says to `--help`.\n\n" + "\n".join(pages)
+
+
+def public(source: str) -> Iterator[tuple[str, str, str | None]]:
+  """(name, signature, docstring) of the public classes, functions, methods and properties of a module."""
+
+  def functions(nodes, prefix=""):
+    for node in nodes:
+      if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+        kind = (
+          "" if any(getattr(mark, "id", "") == "property" for mark in node.decorator_list) else ast.unparse(node.args)
+        )
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        yield (
+          f"{prefix}{node.name}",
+          f"({kind}){returns}" if kind or not prefix else f"(){returns}",
+          ast.get_docstring(node),
+        )
+      elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+        bases = ", ".join(map(ast.unparse, node.bases))
+        yield f"{prefix}{node.name}", f"({bases})" if bases else "", ast.get_docstring(node)
+        yield from functions(node.body, f"{prefix}{node.name}.")
+
+  yield from functions(ast.parse(source).body)
+
+
+def api(room: str) -> str:
+  """The page of a room: its modules with their public names."""
+  parts = [f"# synthneg_jax/{room}\n"]
+  fenced = lambda text: f"```text\n{text}\n```\n"
+  for path in sorted((ROOT / "synthneg_jax" / room).rglob("*.py")):
+    source = path.read_text()
+    about, title = (
+      ast.get_docstring(ast.parse(source)),
+      path.relative_to(ROOT / "synthneg_jax").with_suffix("").as_posix(),
+    )
+    if path.name == "__init__.py":
+      parts.insert(1, f"{about}\n") if path.parent.name == room else None
+      continue
+    parts.append(f"## {title}\n\n{fenced(about)}")
+    for name, signature, docstring in public(source):
+      parts.append(f"### {title.rpartition('/')[2]}.{name}\n\n```python\n{name.rpartition('.')[2]}{signature}\n```\n")
+      parts.append(fenced(docstring) if docstring else "")
+  return "\n".join(parts)
+
+
+def _of_root(name: str) -> str:
+  """A Markdown file of the root as a page of the site."""
+  text = (ROOT / name).read_text()
+  text = re.sub(r"\]\(docs/", "](", text)
+  text = re.sub(r'(src|srcset)="docs/', r'\1="', text)
+  for root, page in (("README", "index"), ("CONTRIBUTING", "contributing"), ("CHANGELOG", "changelog")):
+    text = text.replace(f"]({root}.md", f"]({page}.md")
+  return re.sub(r"\[([^\]]+)\]\((LICENSE|CITATION\.cff|colab/[^)]*|synthneg_jax/[^)]*|configs/[^)]*)\)", r"\1", text)
+
+
+def pages() -> dict[str, str]:
+  """Markdown by the page's path."""
+  made = {"configuration.md": configuration(), "commands.md": commands()}
+  made |= {f"api/{room}.md": api(room) for room in ROOMS}
+  roots = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+  return made | {page: _of_root(name) for page, name in roots.items()}
+
+
+def on_config(config):
+  """Adds to the menu what mkdocs.yml does not name."""
+  named = set(re.findall(r"[\w/]+\.md", str(config.nav)))
+  left = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+  left = [path for path in left if path not in named]
+  if left:
+    config.nav.insert(-1, {"Results and more": left})
+  reference = next(part["Reference"] for part in config.nav if "Reference" in part)
+  reference.append({"Every public name": [f"api/{room}.md" for room in ROOMS]})
+  return config
+
+
+def on_files(files, config):
+  """Adds the made pages."""
+  from mkdocs.structure.files import File
+
+  for path, text in pages().items():
+    files.append(File.generated(config, path, content=text))
+  return files

@@ -1,0 +1,78 @@
+"""The instructions of a compiled program, read from the text of its optimised HLO."""
+
+import dataclasses
+import math
+import re
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
+_ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\](\{[^}]*\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+  """One array of a shape: its dtype, its sizes, and whether it lies in the chip's main memory."""
+
+  dtype: str
+  sizes: tuple[int, ...]
+  in_memory: bool
+
+  @property
+  def num_bytes(self) -> float:
+    """Its size; 0 for dtypes that hold no numbers."""
+    return math.prod(self.sizes) * _BYTES.get(self.dtype, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One line of a computation: name = arrays opcode(operands), attributes."""
+
+  name: str
+  arrays: tuple[Array, ...]
+  opcode: str
+  operands: tuple[str, ...]
+  attributes: str
+  is_root: bool
+
+  def attribute(self, pattern: str) -> str | None:
+    """The first group of a pattern in its attributes; None where it is not found."""
+    match = re.search(pattern, self.attributes)
+    return match.group(1) if match else None
+
+  @property
+  def memory_bytes(self) -> float:
+    """Bytes of the result that lie in main memory."""
+    return sum(array.num_bytes for array in self.arrays if array.in_memory)
+
+
+def _closing(text: str, start: int) -> int:
+  """Where the parenthesis at `start` closes."""
+  depth = 0
+  for place in range(start, len(text)):
+    depth += {"(": 1, ")": -1}.get(text[place], 0)
+    if depth == 0:
+      return place
+  return len(text)
+
+
+def _arrays(text: str) -> tuple[Array, ...]:
+  return tuple(
+    Array(dtype, tuple(int(size) for size in sizes.split(",") if size), "S(" not in layout)
+    for dtype, sizes, layout in _ARRAY.findall(text)
+  )
+
+
+def instruction(line: str) -> Instruction | None:
+  """The instruction of a line of HLO; None if it holds none."""
+  match = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+  if not match:
+    return None
+  rest = line[match.end() :]
+  end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+  shape, rest = rest[:end], rest[end:].lstrip()
+  start = rest.find("(")
+  if start < 0:
+    return None
+  stop = _closing(rest, start)
+  operands = tuple(re.findall(r"%([\w.\-]+)", rest[start:stop])) or (rest[start + 1 : stop],)
+  return Instruction(match.group(2), _arrays(shape), rest[:start], operands, rest[stop + 1 :], bool(match.group(1)))

@@ -1,0 +1,59 @@
+"""What sample and credit put on TensorBoard, read back and held against the records."""
+
+import struct
+
+from absl.testing import absltest
+from tensorboard.backend.event_processing import event_accumulator
+
+from synthneg_jax.runtime.records import Shards, StepEstimate, Trace
+from synthneg_jax.stages import boards
+from tests.stages import small_run
+
+
+def board(stage: str):
+  opened = event_accumulator.EventAccumulator(str(small_run.finished() / stage), {"images": 0, "tensors": 0})
+  opened.Reload()
+  return opened
+
+
+class BoardsTest(absltest.TestCase):
+  def test_traces(self):
+    # Fails if no trace is shown, if its text can be markup, or if lengths are of other traces than those of the run.
+    shown, run_ = board("sample"), small_run.opened(small_run.finished())
+    texts = [name for name in shown.Tags()["tensors"] if name.startswith("traces/")]
+    self.assertLen(texts, run_.config.report.num_traces)
+    traces = Shards(run_.workdir / "sample" / "traces", Trace).read_dict()
+    for name in texts:
+      text = shown.Tensors(name)[0].tensor_proto.string_val[0].decode()
+      trace = traces[text.partition(":")[0]]
+      self.assertIn(f"**{trace.reason}**", text)
+      self.assertIn("".join(f"    {line}\n" for line in trace.text.split("\n")), text)
+    lengths = shown.Histograms("traces/tokens")[0].histogram_value
+    self.assertEqual(lengths.num, len(traces))
+    self.assertBetween(max(len(trace.ids) for trace in traces.values()), lengths.min, lengths.max)
+
+  def test_step_values(self):
+    # Fails if there is no drawing beside the texts, if a drawing is no image, or if Q is counted of steps that have none.
+    shown, run_ = board("credit"), small_run.opened(small_run.finished())
+    drawings = shown.Tags()["images"]
+    self.assertNotEmpty(drawings)
+    self.assertLessEqual(len(drawings), run_.config.report.num_traces)
+    for name in drawings:
+      image = shown.Images(name)[0]
+      self.assertEqual(struct.unpack(">II", image.encoded_image_string[16:24]), (image.width, image.height))
+      self.assertIn(f"{name}/text_summary", shown.Tags()["tensors"])
+    estimates = list(Shards(run_.workdir / "credit" / "estimates", StepEstimate).read())
+    counted = shown.Histograms("q/per_step")[0].histogram_value
+    self.assertBetween(counted.num, 1, len(estimates))
+    self.assertBetween(counted.max, 0.0, 1.06)
+
+  def test_not_asked_for(self):
+    # Fails if metrics.tensorboard=False writes one all the same.
+    folder = small_run.copied("synthesize")
+    run_ = small_run.opened(folder, **{"metrics.tensorboard": False})
+    boards.sampled(run_, run_.workdir / "sample", {}, [])
+    self.assertFalse((folder / "sample").exists())
+
+
+if __name__ == "__main__":
+  absltest.main()
