@@ -67,6 +67,8 @@ def _chosen(run_: Run, groups: dict[str, list[Trace]]) -> dict[str, list[tuple[T
     if section.clone != "whole":
       of_trace = credit.advantages[i][: len(trace.step_ends)].tolist()
       mask = selection.step_mask(of_trace, trace.step_ends, rule=section.clone)
+      if not any(mask):
+        continue
     chosen[trace.problem_id].append((trace, mask))
   return {key: traces[: section.max_per_problem] for key, traces in chosen.items()}
 

@@ -6,7 +6,8 @@ from absl.testing import absltest
 
 from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime.records import Problem, Rollout, Shards, StepEstimate, Trace
-from synthneg_jax.stages import pairs, policies
+from synthneg_jax.stages import pairs, policies, rft
+from synthneg_jax.stages import traces as traces_lib
 from synthneg_jax.stages.run import Run
 from synthneg_jax.tasks.token_text import step_ends
 from tests import toy
@@ -121,6 +122,44 @@ class BuildTest(absltest.TestCase):
     self.assertEqual(rows, [("0", FIRST, SECOND, WRONG_SECOND, 1), ("2", FIRST, SECOND, DETOUR, 1)])
     self.assertEqual(figures["from_right_traces"], 1)
     self.assertLen(self.build("positives_too", choice="majority", spurious_below=-0.6)[0], 1)
+
+  def test_random_step(self):
+    # Fails if the step is the pit after all, changes from run to run, or pairs are not those of a shared prefix.
+    places = {}
+    for seed in range(12):
+      self.run_.config.seed = seed
+      rows, _, _ = self.build("random_step", choice="majority")
+      self.assertEqual(rows, self.build("random_step", choice="majority")[0])
+      places |= {(row[0], row[4]): row for row in rows}
+    self.run_.config.seed = 0
+    self.assertEqual(set(places), {("0", 1), ("1", 0)})  # where rollouts are at hand, with another right way on
+    self.assertEqual(places["1", 0], ("1", "", FIRST, WRONG_FIRST, 0))
+
+  def cloned(self, **settings):
+    """For each response that RFT would learn: its trace, and the text of its scored tokens."""
+    config = self.run_.config.copy_and_resolve_references()
+    config.credit.best_of = 1
+    config.rft.update(**settings)
+    groups = traces_lib.by_problem(Shards(self.run_.workdir / "sample/traces", Trace).read(), ["p"])
+    chosen = rft._chosen(Run(config, self.run_.workdir, self.run_.mesh), groups)["p"]
+    scored = lambda trace, mask: [i for i, on in zip(trace.ids, mask or [True] * len(trace.ids), strict=True) if on]
+    text = lambda ids: self.policy.token_text.text([i for i in ids if i != self.eos])
+    return {trace.id[-1]: text(scored(trace, mask)) for trace, mask in chosen}
+
+  def test_responses_that_rft_learns(self):
+    # Fails if wrong responses of high advantage are left out (figure 11 keeps them), right ones with a step back are kept, the
+    # filter ranks by another figure than the lowest advantage, or a mask leaves a bad step in.
+    whole = {str(n): "".join(lines) for n, (_, lines, _) in enumerate(TRACES)}
+    self.assertEqual(self.cloned(), {n: whole[n] for n in "23"})
+    self.assertEqual(self.cloned(max_per_problem=1), {"2": whole["2"]})
+    # Lowest advantages, V = 2/5: -.75, -.25, -.5 and 0.
+    self.assertEqual(self.cloned(keep="advantage"), {n: whole[n] for n in "13"})
+    self.assertEqual(set(self.cloned(keep="advantage", drop_share=0.25)), set("123"))
+    self.assertEqual(self.cloned(keep="advantage", clone="positive"), {"3": FIRST + SECOND})
+    before = self.cloned(keep="advantage", clone="before_negative", drop_share=0.0)
+    self.assertEqual(before, {"0": FIRST, "2": FIRST, "3": whole["3"]})
+    self.assertEqual(self.cloned(keep="spurious"), {"2": whole["2"]})
+    self.assertEqual(self.cloned(keep="clean"), {"3": whole["3"]})
 
   def test_arbitrary(self):
     # Fails if a right trace or one without an answer is rejected, or if anything is cut.
