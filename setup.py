@@ -8,6 +8,10 @@ import setuptools
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "synthneg_jax/__init__.py").read_text()).group(1)
 
+# The one place that holds the project's address, until there is one a placeholder. After a change `python -m tests.notebooks`
+# brings the notebooks' setup cells and badges in step.
+REPOSITORY = "https://github.com/OWNER/synthneg_jax"
+
 setuptools.setup(
   name="synthneg_jax",
   version=VERSION,
@@ -15,6 +19,7 @@ setuptools.setup(
   long_description=(HERE / "README.md").read_text(),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
+  url=REPOSITORY,
   packages=setuptools.find_packages(include=["synthneg_jax", "synthneg_jax.*"]),
   package_data={
     "synthneg_jax": [
@@ -54,7 +59,10 @@ setuptools.setup(
     "test": [
       "gguf>=0.17",
       "hypothesis>=6.100",
+      "ipykernel>=6.29",  # the notebooks' tests
+      "jupytext>=1.16",
       "libtpu",
+      "nbclient>=0.10",
       "openai>=2.0",
       "pyarrow>=17",
       "pytest>=8",

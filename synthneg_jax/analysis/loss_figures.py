@@ -45,6 +45,21 @@ def slopes(loss: Loss, chosen_P: jax.Array, rejected_P: jax.Array) -> tuple[jax.
   return loss(chosen_P, rejected_P, jnp.zeros_like(chosen_P), jnp.zeros_like(rejected_P)), by_chosen_P, by_rejected_P
 
 
+def rejecting(loss: Loss, step_S: jax.Array) -> Callable[[jax.Array], jax.Array]:
+  """A loss of one pair as a function of the shifts [S] of the steps of one response, of which some are the rejected branch.
+
+  Args:
+    loss: of pairs.
+    step_S: 1 where the step belongs to the rejected branch, else 0. The chosen branch is another response's.
+  """
+
+  def of_steps(shift_S):
+    zero_1 = jnp.zeros(1)
+    return loss(zero_1, jnp.sum(step_S * shift_S)[None], zero_1, zero_1)[0]
+
+  return of_steps
+
+
 def by_margin(named: Mapping[str, Loss], *, low: float = -20.0, high: float = 40.0, most: float = 3.0) -> Figure:
   """Each loss against the margin, and below it how hard it pulls, −∂loss/∂h; both as multiples of those at h = 0.
 
@@ -88,7 +103,7 @@ def by_shifts(named: Mapping[str, Loss], *, size: float = 8.0) -> Figure:
     named: losses by the titles of their panels, four at most.
     size: largest shift, nats, each way.
   """
-  grid_G = jnp.linspace(-size, size, 61)
+  grid_G = jnp.linspace(-size, size, 241)
   coarse_G = jnp.linspace(-0.85 * size, 0.85 * size, 9)
   with matplotlib.rc_context(figures.STYLE):
     figure = Figure(figsize=(2.35 * len(named) + 0.3, 2.9), layout="constrained")
@@ -97,9 +112,10 @@ def by_shifts(named: Mapping[str, Loss], *, size: float = 8.0) -> Figure:
       x_GG, y_GG = jnp.meshgrid(grid_G, grid_G)
       value_P, _, _ = slopes(loss, x_GG.reshape(-1), y_GG.reshape(-1))
       shade_GG = jnp.log1p(value_P - jnp.min(value_P)).reshape(x_GG.shape)
+      shade_GG = jnp.floor(15.99 * shade_GG / jnp.max(shade_GG))  # in steps, as height lines
       extent = (-size, size, -size, size)
       axes.imshow(
-        shade_GG, cmap="Greys", alpha=0.5, origin="lower", extent=extent, aspect="auto", interpolation="bilinear"
+        shade_GG, cmap="Greys", alpha=0.5, origin="lower", extent=extent, aspect="auto", interpolation="nearest"
       )
       x_P, y_P = (part.reshape(-1) for part in jnp.meshgrid(coarse_G, coarse_G))
       _, by_chosen_P, by_rejected_P = slopes(loss, x_P, y_P)
@@ -125,10 +141,10 @@ def by_step(advantage_S: Sequence[float], named: Mapping[str, Callable[[jax.Arra
       training starts.
   """
   steps = np.arange(1, len(advantage_S) + 1)
-  columns = 3
+  columns = 4
   rows = -(-(len(named) + 1) // columns)
   with matplotlib.rc_context(figures.STYLE):
-    figure = Figure(figsize=(7.4, 1.75 * rows), layout="constrained")
+    figure = Figure(figsize=(8.8, 1.75 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, squeeze=False).reshape(-1)
     bars = {"the steps' advantages A": np.asarray(advantage_S)}
     bars |= {name: -np.asarray(jax.grad(loss)(jnp.zeros(len(advantage_S)))) for name, loss in named.items()}

@@ -1,0 +1,201 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # The method in ten minutes
+#
+# BADGE
+#
+# A language model learns to solve problems by imitating right solutions (SFT). Setlur et al.
+# ([NeurIPS 2024](https://arxiv.org/abs/2406.14532)) let it learn from its own **wrong** solutions, too. A wrong solution is
+# rarely wrong throughout: often it was on its way until one step spoiled it. So their method asks of every step how much it
+# changed the chance to come out right, and trains the model at the step that is to blame.
+#
+# Here all of it happens on one small task, in about three minutes on two CPU cores: a model of 0.2 million parameters that
+# can do sums but cannot plan, and problems that it has to plan for. (This is an independent implementation, not the authors'
+# code.)
+#
+# The next cell fetches and installs the project, on Colab or wherever you are. It leaves you in the project's folder.
+
+# %% tags=["setup"]
+SETUP
+
+# %%
+# %matplotlib inline
+# %config InlineBackend.figure_formats = ["retina"]
+from IPython.display import Markdown, display
+
+from configs import arithmetic
+from synthneg_jax.analysis import figures, markup, progress, trace_figures
+from synthneg_jax.runtime import startup
+from synthneg_jax.stages import credit, dpo, evaluate, margins, report, rft, sample, sft, synthesize
+from synthneg_jax.stages.run import Run
+
+startup.in_notebook()
+
+# %% tags=["parameters"]
+WORKDIR = "runs/ten_minutes"  # all files of the run; a stage that is done there is not done again
+TRAIN_PROBLEMS = 500  # |D_syn|, problems with a known solution
+TEST_PROBLEMS = 1000
+
+# %% [markdown]
+# ## 1. Problems, and a teacher's solutions
+#
+# A run is a configuration and a folder. Everything that can be set stands in one tree
+# ([runtime/config.py](../synthneg_jax/runtime/config.py)); `configs/arithmetic.py` is what the README's quickstart runs.
+
+# %%
+config = arithmetic.get_config()
+config.task.train_problems, config.task.test_problems = TRAIN_PROBLEMS, TEST_PROBLEMS
+config.report.num_traces = 12
+run = Run.open(config, WORKDIR)
+synthesize.run(run)
+
+# %% [markdown]
+# The dictionary is what a stage says of itself: here, seconds and the numbers of problems. (`{}` means: it was done before.)
+#
+# A problem **x** gives some letters a digit, defines others by them, and asks for one. All sums are on a clock of ten: 7 + 5 =
+# 2. Some definitions are not needed. A solution is a row of **steps** y_1 … y_L, one a line; a step names a letter, its
+# definition, the values that go in and the value that comes out. The last step states the answer.
+
+# %%
+problem = next(iter(run.problems("train").values()))
+print(problem.prompt, problem.solution, sep="\n")
+
+# %% [markdown]
+# ## 2. SFT: imitate the teacher
+#
+# The base model is trained to make the teacher's solutions likely. The result is **π_sft**, where everything else starts. Its
+# loss is −log p of a token, in nats: 0.1 means that a token of the teacher's gets a probability of about e^−0.1 = 0.9.
+
+# %%
+sft.run(run)
+
+# %%
+progress.training_figure(report.gather(run).training["sft"][1])
+
+# %% [markdown]
+# ## 3. Sample: let it try, and look at the answers
+#
+# π_sft now solves each training problem eight times, at temperature 0.8, so that it does not say the same eight times. A
+# verifier looks at the final answer alone: right or wrong. `pass_at_1` is the share of right tries, `pass_at_8` the share of
+# problems with at least one right try among the eight. The gap between the two is what there is to gain: the model *can* solve
+# far more problems than it solves at the first try.
+
+# %%
+sample.run(run)
+
+# %%
+figures.verdicts(report.gather(run).reasons, markup.REASONS)
+
+# %% [markdown]
+# *RFT* uses the right tries: the base model is trained on them as if a teacher had written them. It throws away the wrong ones,
+# which here are more than half. That is the baseline to beat.
+
+# %%
+rft.run(run)
+
+# %% [markdown]
+# ## 4. Credit: what did each step of a wrong solution do?
+#
+# **Q** of a step is the probability of coming out right if π_sft goes on from there. It is measured: from the end of each
+# step, six continuations ("rollouts") are drawn and graded. Q of the last step is the verdict itself, 0 for a wrong solution.
+#
+# **A**, the advantage of a step, is what the step changed: A_i = Q_i − Q_i−1. Before the first step stands V(x), the share of
+# right tries at the problem. A step with A < 0 made things worse, though nothing in it need be *false*: a sum that is correct
+# and not needed, or a letter that is used before its value was worked out, are the usual mistakes here.
+
+# %%
+credit.run(run)
+
+# %% [markdown]
+# One wrong solution. Orange steps lowered Q, the stronger the more; blue ones raised it. The bars are 95 % intervals: six
+# rollouts do not say much about one step. The frame is the **pit**, the first step with the lowest Q: after it, not one of the
+# rollouts came out right any more. What follows is lost anyway and not to blame.
+
+# %%
+found = report.gather(run)
+paired = [trace for trace in found.traces if trace.preferred != "" and 0 < trace.pit < len(trace.steps) - 1]
+shown = paired[0]
+print(shown.problem, f"\ngold answer {shown.gold}, given {shown.extracted}")
+trace_figures.credit(shown)
+
+# %% [markdown]
+# Over all credited wrong solutions: Q starts at V(x), and falls step by step. (The bars below count the solutions that have
+# such a step.)
+
+# %%
+figures.mean_values(found.values.means, found.values.counts, found.values.start)
+
+# %% [markdown]
+# And this is where the pits lie. If they were all in the last step, credit by step would be the same as credit by answer.
+
+# %%
+figures.pits([found.pits.count(step) for step in range(len(found.values.means))], found.pits.count(-1))
+
+# %% [markdown]
+# ## 5. Pairs, and per-step DPO
+#
+# At a pit the solution forks: there is the step that was taken, and among the rollouts from *the same prefix* there may be one
+# that came out right. Its first step y⁺ should become likelier, and the pit y⁻ less likely. DPO does that, by raising the
+# **margin** h = [log π(y⁺) − log π_sft(y⁺)] − [log π(y⁻) − log π_sft(y⁻)]. Its first bracket is the *shift* of the chosen
+# step, its second one that of the rejected.
+#
+# For comparison the stage also trains *standard* DPO: whole right solutions against whole wrong ones ("arbitrary pairs").
+
+# %%
+dpo.run(run)
+
+# %% [markdown]
+# The pair made from the solution above. The numbers are log-probabilities before training and after.
+
+# %%
+found = report.gather(run)
+shown = [trace for trace in found.traces if trace.preferred and trace.pit > 0][0]
+moved = margins.read(run, "step_dpo")
+pair = moved[f"{shown.id}/{config.pairs.pair_mode}/{shown.pit}"]
+trace_figures.fork(trace_figures.pair_at_pit(shown, pair.chosen, pair.rejected))
+
+# %% [markdown]
+# All pairs, after training. Blue dots have a margin above 0. Most went straight down: the pit became less likely, by a factor
+# of e for each nat, and the chosen step, which had been likely before, stayed so.
+
+# %%
+chosen, rejected = [m.chosen[1] - m.chosen[0] for m in moved.values()], [m.rejected[1] - m.rejected[0] for m in moved.values()]
+figures.shifts(chosen, rejected)
+
+# %%
+progress.training_figure(found.training["dpo/step_dpo"][1])
+
+# %% [markdown]
+# ## 6. Does it help?
+#
+# Each policy answers the test problems once, taking the likeliest token each time. The line is the 95 % interval over the draw
+# of test problems. One seed and one small task: read the order, not the digits. The README has three seeds, and says which
+# settings were chosen how.
+
+# %%
+evaluate.run(run)
+
+# %%
+found = report.gather(run)
+figures.errors([m.label for m in found.methods], [m.error for m in found.methods], [(m.low, m.high) for m in found.methods])
+
+# %% [markdown]
+# ## Where next
+#
+# The report puts all of this on one page, and a viewer shows every solution with its rollouts and pairs:
+
+# %%
+display(Markdown(f"`{report.run(run)['path']}` and `traces.html` beside it"))
+
+# %% [markdown]
+# - [the_losses](the_losses.ipynb): what DPO and its relatives do to a margin.
+# - [step_credit_on_a_text_of_yours](step_credit_on_a_text_of_yours.ipynb): write a solution and see Q after each step.
+# - [a_real_model](a_real_model.ipynb): the same stages with SmolLM2 on GSM8K, and the way to 7B on a TPU.
+# - [docs/method.md](../docs/method.md): every equation beside the function that computes it.
