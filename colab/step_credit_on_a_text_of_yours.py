@@ -1,5 +1,11 @@
 # ---
 # jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -9,29 +15,34 @@
 # %% [markdown]
 # # Step credit on a text of yours
 #
-# BADGE
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/synthneg_jax/blob/main/colab/step_credit_on_a_text_of_yours.ipynb)
 #
-# You write a problem and a solution; a policy says after each step how likely it is to come out right from there. That number
-# is **Q**. It is measured, not guessed: from the end of each step the policy goes on many times ("rollouts"), and each rollout's
-# answer is compared with the right one. The change from one step to the next is the step's advantage **A**, and the first step
-# with the lowest Q is the **pit**, the step that the method would train on.
+# You write a problem and a solution; a policy says after each step how likely it is to come out right from there. That
+# number is **Q**. It is measured, not guessed: from the end of each step the policy goes on many times ("rollouts"), and each
+# rollout's answer is compared with the right one. The change from one step to the next is the step's advantage **A**, and the
+# first step with the lowest Q is the **pit**, the step that the method would train on.
 #
 # So Q says two things at once: how good the step is, and how able the policy. A perfect policy would mend anything; a hopeless
 # one has Q = 0 everywhere.
 
 # %% tags=["setup"]
-SETUP
+REPOSITORY = "https://github.com/OWNER/synthneg_jax"
+# !git clone --quiet --depth=1 {REPOSITORY} synthneg_jax
+# %cd -q synthneg_jax
+# !EXTRA=$(ls /dev/nvidia0 > /dev/null 2>&1 && echo cuda || ls /dev/accel* /dev/vfio/[0-9]* > /dev/null 2>&1 && echo tpu); \
+#   python -m pip install --quiet --editable ".[$EXTRA]"
 
 # %%
 # %matplotlib inline
-# %config InlineBackend.figure_formats = ["retina"]
-from configs import arithmetic
-from synthneg_jax.analysis import trace_figures
 from synthneg_jax.runtime import startup
-from synthneg_jax.stages import one_text, sft, synthesize
-from synthneg_jax.stages.run import Run
 
 startup.in_notebook()
+
+# %%
+from configs import arithmetic
+from synthneg_jax.analysis import trace_figures
+from synthneg_jax.stages import one_text, sft, synthesize
+from synthneg_jax.stages.run import Run
 
 # %% tags=["parameters"]
 WORKDIR = "runs/text_of_yours"
@@ -95,7 +106,8 @@ for text, right in rollouts[1][:4]:
 # ## How sure is that?
 #
 # The interval narrows with the root of the number of rollouts: four times as many halve it. With four rollouts a step, Q = 0/4
-# may still mean a Q of 0.5. The method uses few rollouts on many solutions; here, with one solution, we can afford more.
+# may still mean a Q of 0.5, and the pit may well be put elsewhere, as here. The method uses few rollouts on many solutions;
+# with one solution we can afford more.
 
 # %%
 few, _ = one_text.credit(run, policy, PROBLEM, SOLUTION, ANSWER, num_rollouts=4)
@@ -104,8 +116,9 @@ trace_figures.credit(few)
 # %% [markdown]
 # ## A right solution
 #
-# The same problem, solved. Q climbs to 1. A right solution can hold a step that lowers Q, too: then it is called *spurious*, and
-# `pair_mode=positives_too` trains on it.
+# The same problem, solved: Q ends at 1. But step 3 works out I, which nobody asked for. It is true, and it lowers Q, since a
+# policy that strays once tends to go on straying. Such a step of a right solution is called *spurious*;
+# `pair_mode=positives_too` trains on those as well.
 
 # %%
 RIGHT = """ E: A+B A= 3 B= 8 E= 1
@@ -124,4 +137,5 @@ trace_figures.credit(trace)
 # so that no prefix is computed twice. It is the same engine that gives credit to a whole data set in stage `credit`.
 #
 # Where next: [a_real_model](a_real_model.ipynb) does this with SmolLM2 and a word problem in English.
-# [docs/interchange.md](../docs/interchange.md) tells how traces from elsewhere, thousands of them, are taken in and given credit.
+# [docs/interchange.md](../docs/interchange.md) tells how traces from elsewhere, thousands of them, are taken in and given
+# credit.

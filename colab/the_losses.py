@@ -37,7 +37,11 @@ REPOSITORY = "https://github.com/OWNER/synthneg_jax"
 
 # %%
 # %matplotlib inline
-# %config InlineBackend.figure_formats = ["retina"]
+from synthneg_jax.runtime import startup
+
+startup.in_notebook()
+
+# %%
 from functools import partial
 
 import jax.numpy as jnp
@@ -45,8 +49,6 @@ import jax.numpy as jnp
 from synthneg_jax.analysis import loss_figures
 from synthneg_jax.core import losses
 from synthneg_jax.runtime import startup
-
-startup.in_notebook()
 
 # %% [markdown]
 # ## 1. Against the margin
@@ -114,9 +116,9 @@ zero = jnp.zeros(1)
 # %% [markdown]
 # ## 3. Which steps of a wrong solution are pushed
 #
-# Now one wrong solution of six steps with known advantages (first panel): step 2 was good, step 3 spoiled it (the pit), and the
-# rest no longer mattered. Each other panel shows how hard one loss pushes log π of each of these steps at the start of training;
-# blue up, orange down.
+# Now one wrong solution of six steps with known advantages (first panel): step 2 was good, step 3 spoiled it (the pit), and
+# the rest no longer mattered. Each other panel shows how hard one loss pushes log π of each of these steps at the start of
+# training; blue up, orange down.
 #
 # - **SFT** on it would imitate every step, the pit too.
 # - **standard DPO** (this solution as the rejected one) pushes all six down alike: the good step as hard as the pit.

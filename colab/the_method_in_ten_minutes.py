@@ -1,5 +1,11 @@
 # ---
 # jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -9,34 +15,38 @@
 # %% [markdown]
 # # The method in ten minutes
 #
-# BADGE
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/synthneg_jax/blob/main/colab/the_method_in_ten_minutes.ipynb)
 #
 # A language model learns to solve problems by imitating right solutions (SFT). Setlur et al.
 # ([NeurIPS 2024](https://arxiv.org/abs/2406.14532)) let it learn from its own **wrong** solutions, too. A wrong solution is
 # rarely wrong throughout: often it was on its way until one step spoiled it. So their method asks of every step how much it
 # changed the chance to come out right, and trains the model at the step that is to blame.
 #
-# Here all of it happens on one small task, in about three minutes on two CPU cores: a model of 0.2 million parameters that
+# Here all of it happens on one small task, in a few minutes on two CPU cores: a model of 0.2 million parameters that
 # can do sums but cannot plan, and problems that it has to plan for. (This is an independent implementation, not the authors'
 # code.)
 #
 # The next cell fetches and installs the project, on Colab or wherever you are. It leaves you in the project's folder.
 
 # %% tags=["setup"]
-SETUP
+REPOSITORY = "https://github.com/OWNER/synthneg_jax"
+# !git clone --quiet --depth=1 {REPOSITORY} synthneg_jax
+# %cd -q synthneg_jax
+# !EXTRA=$(ls /dev/nvidia0 > /dev/null 2>&1 && echo cuda || ls /dev/accel* /dev/vfio/[0-9]* > /dev/null 2>&1 && echo tpu); \
+#   python -m pip install --quiet --editable ".[$EXTRA]"
 
 # %%
 # %matplotlib inline
-# %config InlineBackend.figure_formats = ["retina"]
-from IPython.display import Markdown, display
-
-from configs import arithmetic
-from synthneg_jax.analysis import figures, markup, progress, trace_figures
 from synthneg_jax.runtime import startup
-from synthneg_jax.stages import credit, dpo, evaluate, margins, report, rft, sample, sft, synthesize
-from synthneg_jax.stages.run import Run
 
 startup.in_notebook()
+
+# %%
+from configs import arithmetic
+from synthneg_jax.analysis import figures, markup, progress, trace_figures
+from synthneg_jax.runtime import manifest
+from synthneg_jax.stages import credit, dpo, evaluate, margins, report, rft, sample, sft, synthesize
+from synthneg_jax.stages.run import Run
 
 # %% tags=["parameters"]
 WORKDIR = "runs/ten_minutes"  # all files of the run; a stage that is done there is not done again
@@ -75,22 +85,20 @@ print(problem.prompt, problem.solution, sep="\n")
 
 # %%
 sft.run(run)
-
-# %%
 progress.training_figure(report.gather(run).training["sft"][1])
 
 # %% [markdown]
 # ## 3. Sample: let it try, and look at the answers
 #
 # π_sft now solves each training problem eight times, at temperature 0.8, so that it does not say the same eight times. A
-# verifier looks at the final answer alone: right or wrong. `pass_at_1` is the share of right tries, `pass_at_8` the share of
-# problems with at least one right try among the eight. The gap between the two is what there is to gain: the model *can* solve
-# far more problems than it solves at the first try.
+# verifier looks at the final answer alone. *pass@1* is the share of right tries, *pass@8* the share of problems with at least
+# one right try among the eight. The gap between the two is what there is to gain: the model *can* solve far more problems than
+# it solves at the first try.
 
 # %%
 sample.run(run)
-
-# %%
+told = manifest.figures(run.workdir, "sample")
+print(f"pass@1 {told['pass_at_1']}, pass@8 {told['pass_at_8']}")
 figures.verdicts(report.gather(run).reasons, markup.REASONS)
 
 # %% [markdown]
@@ -99,6 +107,8 @@ figures.verdicts(report.gather(run).reasons, markup.REASONS)
 
 # %%
 rft.run(run)
+told = manifest.figures(run.workdir, "rft")
+print(f"{told['solutions']} right tries of {told['problems']} problems, at most {config.rft.max_per_problem} of each")
 
 # %% [markdown]
 # ## 4. Credit: what did each step of a wrong solution do?
@@ -112,16 +122,18 @@ rft.run(run)
 
 # %%
 credit.run(run)
+told = manifest.figures(run.workdir, "credit")
+print(f"{told['traces']} wrong tries with {told['steps']} steps, {told['rollouts']} rollouts")
 
 # %% [markdown]
 # One wrong solution. Orange steps lowered Q, the stronger the more; blue ones raised it. The bars are 95 % intervals: six
-# rollouts do not say much about one step. The frame is the **pit**, the first step with the lowest Q: after it, not one of the
-# rollouts came out right any more. What follows is lost anyway and not to blame.
+# rollouts do not say much about one step. The frame is the **pit**, the first step with the lowest Q: from there, not one of
+# the rollouts came out right. What follows is lost anyway, and not to blame. (Of a dozen solutions taken at even distances,
+# this is the first one with its pit in the middle.)
 
 # %%
 found = report.gather(run)
-paired = [trace for trace in found.traces if trace.preferred != "" and 0 < trace.pit < len(trace.steps) - 1]
-shown = paired[0]
+shown = [trace for trace in found.traces if 0 < trace.pit < len(trace.steps) - 2][0]
 print(shown.problem, f"\ngold answer {shown.gold}, given {shown.extracted}")
 trace_figures.credit(shown)
 
@@ -150,9 +162,13 @@ figures.pits([found.pits.count(step) for step in range(len(found.values.means))]
 
 # %%
 dpo.run(run)
+told = manifest.figures(run.workdir, "dpo/step_dpo")
+print(
+  f"{told['pairs']} pairs at pits of {told['problems']} problems; {told['without_alternative']} pits without a right rollout"
+)
 
 # %% [markdown]
-# The pair made from the solution above. The numbers are log-probabilities before training and after.
+# Such a pair; the numbers are the log-probabilities of the two steps before training and after.
 
 # %%
 found = report.gather(run)
@@ -166,8 +182,13 @@ trace_figures.fork(trace_figures.pair_at_pit(shown, pair.chosen, pair.rejected))
 # of e for each nat, and the chosen step, which had been likely before, stayed so.
 
 # %%
-chosen, rejected = [m.chosen[1] - m.chosen[0] for m in moved.values()], [m.rejected[1] - m.rejected[0] for m in moved.values()]
+chosen = [margin.chosen[1] - margin.chosen[0] for margin in moved.values()]
+rejected = [margin.rejected[1] - margin.rejected[0] for margin in moved.values()]
 figures.shifts(chosen, rejected)
+
+# %% [markdown]
+# The same while training went on, as means over the pairs of each update. The loss starts at log 2 = 0.69, where h = 0 for all
+# pairs; accuracy is the share of pairs with h > 0.
 
 # %%
 progress.training_figure(found.training["dpo/step_dpo"][1])
@@ -181,10 +202,8 @@ progress.training_figure(found.training["dpo/step_dpo"][1])
 
 # %%
 evaluate.run(run)
-
-# %%
-found = report.gather(run)
-figures.errors([m.label for m in found.methods], [m.error for m in found.methods], [(m.low, m.high) for m in found.methods])
+methods = report.gather(run).methods
+figures.errors([m.label for m in methods], [m.error for m in methods], [(m.low, m.high) for m in methods])
 
 # %% [markdown]
 # ## Where next
@@ -192,7 +211,7 @@ figures.errors([m.label for m in found.methods], [m.error for m in found.methods
 # The report puts all of this on one page, and a viewer shows every solution with its rollouts and pairs:
 
 # %%
-display(Markdown(f"`{report.run(run)['path']}` and `traces.html` beside it"))
+report.run(run)
 
 # %% [markdown]
 # - [the_losses](the_losses.ipynb): what DPO and its relatives do to a margin.

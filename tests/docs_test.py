@@ -16,6 +16,7 @@ PAGES = [
   *sorted((ROOT / "launch").glob("*.py")),
   *sorted((ROOT / "launch").glob("*.sh")),
   *sorted((ROOT / "configs").glob("*.py")),
+  *sorted((ROOT / "colab").glob("*.py")),
 ]
 
 
@@ -24,7 +25,7 @@ def commands() -> list[tuple[str, list[str]]]:
   found = []
   for page in PAGES:
     for line in page.read_text().splitlines():
-      match = re.match(r"\s*(?:#\s+)?(?:\.venv/bin/)?((?:python|bash) (?:launch|tests)/\S+.*)", line)
+      match = re.match(r"\s*(?:#\s+)?!?(?:\.venv/bin/)?((?:python|bash) (?:launch|tests)/\S+.*)", line)
       if match:
         text = match.group(1).split("  #")[0].replace("…", "X").replace("[", "").replace("]", "")
         options = re.search(r"\{([\w,]+)\}", text)

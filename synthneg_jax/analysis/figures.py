@@ -24,6 +24,7 @@ STYLE = {
   "axes.labelsize": 9,
   "axes.spines.right": False,
   "axes.spines.top": False,
+  "figure.dpi": 130,  # in notebooks; files say their own
   "font.family": "sans-serif",
   "font.size": 9,
   "grid.alpha": 0.15,

@@ -11,18 +11,20 @@ from synthneg_jax.analysis import figures
 
 CSS = """
 :root { color-scheme: light dark; --fg: #1f2328; --bg: #ffffff; --soft: #f4f6f8; --line: #d5dae0; --dim: #59636e;
-  --bad: 214, 96, 30; --good: 40, 120, 200; }
+  --link: #0b5cad; --bad: 214, 96, 30; --good: 40, 120, 200; }
 @media (prefers-color-scheme: dark) {
-  :root { --fg: #e4e8ec; --bg: #14181d; --soft: #1d232a; --line: #37404a; --dim: #9aa5b1; --bad: 236, 120, 52;
+  :root { --fg: #e4e8ec; --bg: #14181d; --soft: #1d232a; --line: #37404a; --dim: #9aa5b1; --link: #7db7f0; --bad: 236, 120, 52;
     --good: 74, 150, 226; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 66rem; color: var(--fg); background: var(--bg);
+body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: var(--fg); background: var(--bg);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 0.4rem; padding-top: 0.6rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 0 0 0.4rem; }
 p { max-width: 46rem; margin: 0.5rem 0; }
+a { color: var(--link); }
+a.dim { color: var(--dim); }
 .dim, figcaption { color: var(--dim); font-size: 0.875rem; }
 .missing { padding: 0.5rem 0.8rem; border-left: 4px solid var(--line); background: var(--soft); color: var(--dim); }
 .wide { overflow-x: auto; }
@@ -36,6 +38,10 @@ table.leaves { width: 100%; table-layout: fixed; }
 table.leaves td { overflow-wrap: anywhere; }
 tr.changed code { font-weight: 700; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem; }
+.figures.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
+.side { display: grid; gap: 0.5rem 2rem; align-items: start; }
+@media (min-width: 64rem) { .side { grid-template-columns: minmax(0, 1fr) minmax(0, 26rem); }
+  .side.left { grid-template-columns: minmax(0, 24rem) minmax(0, 1fr); } }
 figure { margin: 0.8rem 0 0; max-width: 32rem; }
 svg { display: block; width: 100%; height: auto; color: var(--fg); }
 svg text { font-family: inherit !important; }
@@ -53,7 +59,14 @@ ol.steps li.pit { border-left-color: rgb(var(--bad)); }
 .sample { display: inline-block; padding: 0 0.5rem; border-radius: 0.2rem; }
 details { margin: 0.6rem 0; }
 summary { cursor: pointer; }
-@media (max-width: 30rem) { table { font-size: 0.82rem; } th, td { padding-right: 0.5rem; } }
+@media (max-width: 30rem) {
+  table { font-size: 0.82rem; } th, td { padding-right: 0.5rem; }
+  table.dense { font-size: 0.7rem; } table.dense th, table.dense td { padding-right: 0.35rem; white-space: normal; }
+  table.loose tr { display: grid; grid-template-columns: 1fr auto 4.6rem; border-bottom: 1px solid var(--line); }
+  table.loose th, table.loose td { border: 0; }
+  table.loose thead th:last-child { display: none; }
+  table.loose td:last-child { grid-column: 1 / -1; padding-top: 0; color: var(--dim); }
+}
 """
 
 
@@ -103,14 +116,14 @@ def table(
     rows: of cells.
     numeric: columns that are set to the right.
     caption: escaped.
-    loose: the last column may break anywhere.
+    loose: the last column may break anywhere, and stands below the others on a phone.
   """
   kind = lambda i: ' class="num"' if i in numeric else ""
   head = "".join(f"<th{kind(i)}>{cell}</th>" for i, cell in enumerate(header))
   body = "".join(
     "<tr>" + "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>\n" for row in rows
   )
-  style = ' class="loose"' if loose else ""
+  style = ' class="loose"' if loose else ' class="dense"' if len(header) > 6 else ""
   return (
     f'<div class="wide"><table{style}><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
     f'<p class="dim">{caption}</p>'

@@ -77,8 +77,8 @@ def curves(training: Mapping[str, tuple[str, Sequence[Mapping[str, float]]]], fo
   return f'{note}<div class="figures">{"".join(made)}</div>'
 
 
-def bill(found: Mapping[str, Mapping[str, object]], num_rollouts: int, folder: markup.Folder) -> str:
-  """What was drawn from models, and the time of each stage.
+def bill(found: Mapping[str, Mapping[str, object]], num_rollouts: int, folder: markup.Folder) -> tuple[str, str]:
+  """What was drawn from models as text, and the time of each stage as a figure.
 
   Args:
     found: finished stage -> what it reported.
@@ -105,7 +105,7 @@ def bill(found: Mapping[str, Mapping[str, object]], num_rollouts: int, folder: m
       tokens = round(figures_["mean_tokens"] * figures_["num_problems"])
     rows.append((stage, figures_["seconds"], drawn, tokens))
   if not rows:
-    return markup.missing("No stage is done yet.")
+    return markup.missing("No stage is done yet."), ""
   figure = folder.add(
     "time",
     figures.times([row[0] for row in rows], [row[1] for row in rows]),
@@ -114,8 +114,7 @@ def bill(found: Mapping[str, Mapping[str, object]], num_rollouts: int, folder: m
     "Time by stage",
     "Seconds of the process that finished each stage.",
   )
-  text = f"<p>{' '.join(lines)}</p>" if lines else ""
-  return f"{text}{figure}"
+  return f"<p>{' '.join(lines)}</p>" if lines else "", figure
 
 
 def _count(value: int) -> str:

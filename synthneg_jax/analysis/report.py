@@ -97,7 +97,7 @@ def _errors(report: Report, folder: markup.Folder) -> str:
   if not tested:
     return out + markup.missing("Stage evaluate is not done: no method has been tested yet.")
   figure = figures.errors([m.label for m in tested], [m.error for m in tested], [(m.low, m.high) for m in tested])
-  return out + folder.add(
+  drawn = folder.add(
     "errors",
     figure,
     ("method", "test_error", "ci95_low", "ci95_high", "num_problems"),
@@ -105,6 +105,7 @@ def _errors(report: Report, folder: markup.Folder) -> str:
     "Test errors with their intervals",
     "Test error of each method over the test problems; the line is the 95 % interval.",
   )
+  return f'<div class="side"><div>{out}</div>{drawn}</div>'
 
 
 def _values(report: Report, folder: markup.Folder) -> str:
@@ -163,7 +164,7 @@ def _values(report: Report, folder: markup.Folder) -> str:
     "Where the pits lie",
     f"Step of the pit in the {len(pits)} credited wrong traces; {nowhere}",
   )
-  return f'{out}<div class="figures">{mean}{gained}{where}</div>'
+  return f'{out}<div class="figures three">{mean}{gained}{where}</div>'
 
 
 def _reasons(report: Report) -> str:
@@ -213,7 +214,8 @@ def _stages(report: Report) -> str:
 
 def _bill(report: Report, folder: markup.Folder) -> str:
   done = {stage.name: stage.figures for stage in report.stages if stage.state == "done"}
-  return progress.bill(done, report.num_rollouts, folder) + _stages(report)
+  text, figure = progress.bill(done, report.num_rollouts, folder)
+  return f'{text}<div class="side left">{figure}<div>{_stages(report)}</div></div>'
 
 
 def _origin(report: Report) -> str:
