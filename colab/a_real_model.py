@@ -38,6 +38,8 @@ startup.in_notebook()
 # %%
 import os
 
+from IPython.display import display
+
 os.environ.setdefault("SYNTHNEG_DATA_DIR", "tests/data")  # 48 + 16 rows of GSM8K; set it to a folder with all of them
 
 from configs import gsm8k
@@ -57,12 +59,11 @@ PROBLEMS, TRACES = 3, 4  # training problems that are sampled, and how often eac
 # Any folder of a supported family would do: `config.model.path` names it ([docs/models.md](../docs/models.md)).
 
 # %%
-# !bash launch/get_smollm2.sh --dir="$HOME/.cache/synthneg_jax/smollm2_135m"
+# !bash launch/get_smollm2.sh > /dev/null && echo "The model is there."
 
 # %%
 config = gsm8k.get_config("model=smollm2_135m,smoke")
-config.model.path = "~/.cache/synthneg_jax/smollm2_135m"
-config.model.max_length, config.engine.max_new_tokens = 400, 80
+config.model.max_length, config.engine.max_new_tokens = 400, 112
 config.task.answers = "math"  # an answer need not stand behind ####: the last number counts
 config.task.train_problems, config.sample.num_traces, config.credit.num_rollouts = PROBLEMS, TRACES, 4
 run = Run.open(config, WORKDIR)
@@ -94,13 +95,20 @@ for text, right in rollouts[1][:2]:
   print("right" if right else "wrong", text.strip(), sep=": ", end="\n\n")
 
 # %% [markdown]
-# And a wrong solution: "half as many" is read as "twice as many" in the second line. What follows is without error, and lost.
+# And a solution that has all it needs after two lines, and then halves once more. The last line but one takes away what the
+# line before had given, and what follows is without error, and lost.
+#
+# Which step is the pit? The default rule, the first step with the *lowest Q*, would blame line 1, after which this weak policy
+# is as helpless as after line 3. The rule `least_advantage` (from the authors'
+# [next paper](https://arxiv.org/abs/2410.08146)) blames the step that lowered Q most. On long solutions of a policy that
+# succeeds sometimes the two mostly agree; [docs/method.md](../docs/method.md) has all five rules.
 
 # %%
-WRONG = """Natalia sold 48 clips in April.
-Natalia sold 48*2 = 96 clips in May.
-Natalia sold 48+96 = 144 clips altogether in April and May.
-The answer is 144."""
+config.pairs.pit_rule = "least_advantage"
+WRONG = """Natalia sold 48/2 = 24 clips in May.
+Natalia sold 48+24 = 72 clips altogether in April and May.
+Half as many as that is 72/2 = 36 clips.
+The answer is 36."""
 trace, _ = one_text.credit(run, policy, PROBLEM, WRONG, "72", num_rollouts=NUM_ROLLOUTS)
 trace_figures.credit(trace)
 
@@ -108,7 +116,8 @@ trace_figures.credit(trace)
 # ## 3. A few problems through the stages
 #
 # The model was finetuned on instructions already, so it may stand for π_sft as it is: `adopt_sft` says so to the run. (The
-# recipe trains it on known solutions here. On a CPU that takes minutes, so that this notebook leaves training out.)
+# recipe trains it on known solutions here. On a CPU that takes minutes, so that this notebook leaves training out.) Training
+# problems that share 13 words in a row with a test problem are left out: `dropped_as_test`.
 
 # %%
 synthesize.run(run)
@@ -117,7 +126,7 @@ synthesize.run(run)
 imports.adopt_sft(run, config.model.path)
 
 # %% [markdown]
-# A few tries at each problem, at temperature 0.7 and of at most 80 tokens; what is not finished by then counts as cut off.
+# A few tries at each problem, at temperature 0.7 and of at most 112 tokens; what is not finished by then counts as cut off.
 
 # %%
 sample.run(run)
@@ -132,6 +141,7 @@ figures.verdicts(report.gather(run).reasons, markup.REASONS)
 
 # %%
 credit.run(run)
+display(*(trace_figures.credit(trace) for trace in report.gather(run).traces[:2]))
 
 # %% [markdown]
 # All stages, training included, on a dozen problems take about 15 minutes on two CPU cores:
@@ -160,7 +170,7 @@ credit.run(run)
 # it only says what it would do:
 
 # %%
-# !bash launch/tpu_pod.sh run --name=synthneg --zone=us-west4-a --type=v5litepod-64 --dry_run pipeline --config=configs/gsm8k.py:model=deepseek_math_7b --workdir=gs://BUCKET/gsm8k
+# !bash launch/tpu_pod.sh run --name=synthneg --zone=us-west4-a --type=v5litepod-64 --dry_run pipeline --config=configs/gsm8k.py:model=deepseek_math_7b --workdir=gs://BUCKET/gsm8k | cut -c 1-150
 
 # %% [markdown]
 # These models have not been run yet.

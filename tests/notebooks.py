@@ -22,12 +22,19 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "colab"
 PAGE = ROOT / "docs" / "notebooks.md"
 REPOSITORY = re.search(r'^REPOSITORY = "(.+)"', (ROOT / "setup.py").read_text(), re.MULTILINE).group(1)
-SETUP = f"""REPOSITORY = "{REPOSITORY}"
+_EXTRA = (  # of setup.py, by what hardware there is
+  "$(ls /dev/nvidia0 > /dev/null 2>&1 && echo cuda || ls /dev/accel* /dev/vfio/[0-9]* > /dev/null 2>&1 && echo tpu)"
+)
+SETUP = f"""import sys
+
+REPOSITORY = "{REPOSITORY}"
 !git clone --quiet --depth=1 {{REPOSITORY}} synthneg_jax
 %cd -q synthneg_jax
-!EXTRA=$(ls /dev/nvidia0 > /dev/null 2>&1 && echo cuda || ls /dev/accel* /dev/vfio/[0-9]* > /dev/null 2>&1 && echo tpu); \\
-  python -m pip install --quiet --editable ".[$EXTRA]\""""
+!{{sys.executable}} -m pip install --quiet --editable ".[{_EXTRA}]\""""
 _BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)|^BADGE$", re.MULTILINE)
+
+
+_NOT_FOR_NOTEBOOKS = ("XLA_FLAGS", "SYNTHNEG_DATA_DIR")  # pytest's eight devices; data that others do not have
 
 
 def names() -> list[str]:
@@ -89,7 +96,7 @@ def executed(
     cell.source = f"import os, sys\nos.chdir({str(ROOT)!r})\nsys.path.insert(0, {str(ROOT)!r})"
   for cell in tagged(notebook, "parameters"):
     cell.source += f"\n{given}" + (f"\nWORKDIR = {str(folder)!r} + '/' + WORKDIR" if folder else "")
-  environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}  # pytest's has eight devices
+  environment = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_NOTEBOOKS}
   client = nbclient.NotebookClient(notebook, timeout=timeout_s, kernel_name="python3", resources={})
   try:
     client.execute(env=environment)

@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -156,6 +157,9 @@ def in_notebook() -> None:
   """What a program does before its work, for a notebook: quiet libraries, compiled programs kept in ~/.cache."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+  warnings.filterwarnings(
+    "ignore", message=r"os\.fork\(\) was called"
+  )  # by cells that run a shell, which share nothing
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   _keep_compiled(os.path.expanduser(os.path.join("~", ".cache", "synthneg_jax", "xla")))
