@@ -107,7 +107,8 @@ for name, loss in {"DPO": dpo, "DPOP": partial(losses.dpop_loss, beta=0.3, penal
   print(f"{name:5} loss {value[0]:.3f}, by the chosen {by_chosen[0]:+.3f}, by the rejected {by_rejected[0]:+.3f}")
 
 # %% [markdown]
-# What training reports of such a pair is `preference_metrics`: the margin looks well, and the chosen shift says what happened.
+# What training reports of such a pair is `preference_metrics`: the margin looks well, accuracy says that it is above 0, and the
+# chosen shift tells what really happened. (`saturated` is 1 where less than 1 % of the largest pull is left.)
 
 # %%
 zero = jnp.zeros(1)

@@ -22,15 +22,16 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "colab"
 PAGE = ROOT / "docs" / "notebooks.md"
 REPOSITORY = re.search(r'^REPOSITORY = "(.+)"', (ROOT / "setup.py").read_text(), re.MULTILINE).group(1)
-_EXTRA = (  # of setup.py, by what hardware there is
-  "$(ls /dev/nvidia0 > /dev/null 2>&1 && echo cuda || ls /dev/accel* /dev/vfio/[0-9]* > /dev/null 2>&1 && echo tpu)"
+_EXTRA = (  # of setup.py, by what hardware there is; no braces, which IPython reads
+  "$(ls /dev/nvidia0 > /dev/null 2>&1 && echo [cuda] || "
+  "(ls /dev/accel* /dev/vfio/[0-9]* 2> /dev/null | grep -q . && echo [tpu]))"
 )
 SETUP = f"""import sys
 
 REPOSITORY = "{REPOSITORY}"
 !git clone --quiet --depth=1 {{REPOSITORY}} synthneg_jax
 %cd -q synthneg_jax
-!{{sys.executable}} -m pip install --quiet --editable ".[{_EXTRA}]\""""
+!{{sys.executable}} -m pip install --quiet --editable ".{_EXTRA}\""""
 _BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)|^BADGE$", re.MULTILINE)
 
 

@@ -5,6 +5,7 @@ import base64
 import pathlib
 import re
 import shutil
+import subprocess
 import tempfile
 
 import nbclient
@@ -78,8 +79,12 @@ class NotebookTest(parameterized.TestCase):
     self.assertGreaterEqual(len(pictures(ours)), 3)
     for output in (output for cell in ours.cells for output in cell.get("outputs", ())):
       self.assertNotEqual(output.output_type, "error")
+      self.assertNotRegex(
+        str(output.get("text", output.get("data", {}).get("text/plain"))), r"/(root|home|work|Users)/"
+      )
       self.assertNotEqual(output.get("name"), "stderr", f"{name}: {output.get('text')}")
-    self.assertEqual({cell.execution_count is None for cell in ours.cells if cell.cell_type == "code"}, {False})
+    ran = [cell for cell in ours.cells if cell.cell_type == "code" and cell not in notebooks.tagged(ours, "setup")]
+    self.assertNotIn(None, [cell.execution_count for cell in ran])
 
   def test_page_lists_all_with_their_badges(self):
     # Fails if a notebook is not listed, or a badge leads elsewhere.
@@ -88,6 +93,24 @@ class NotebookTest(parameterized.TestCase):
     for name in _NAMES:
       self.assertIn(f"(../colab/{name}.ipynb)", page)
       self.assertIn(notebooks.badge(name), page)
+
+  @parameterized.parameters(
+    ((), ""),
+    (("nvidia0",), "[cuda]"),
+    (("accel0",), "[tpu]"),
+    (("vfio/0",), "[tpu]"),
+    (("nvidia0", "accel0"), "[cuda]"),
+  )
+  def test_extra_follows_the_hardware(self, present, extra):
+    # Fails if a machine with a GPU is given the TPU's packages too, or one without either an extra that pip refuses.
+    with tempfile.TemporaryDirectory() as devices:
+      (pathlib.Path(devices) / "vfio").mkdir()
+      for name in present:
+        (pathlib.Path(devices) / name).touch()
+      line = re.search(r'--editable "(.*)"', notebooks.SETUP).group(1)
+      line = re.sub(r"/dev/(?!null)", f"{devices}/", line)
+      told = subprocess.run(["sh", "-c", f'printf %s "{line}"'], capture_output=True, text=True, check=True)
+    self.assertEqual(told.stdout, "." + extra)
 
   def test_the_address_stands_in_one_place(self):
     # Fails if the address is typed in anywhere that is not derived from setup.py's constant.
