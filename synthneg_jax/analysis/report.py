@@ -174,13 +174,14 @@ def _reasons(report: Report) -> str:
   rows = []
   for label, column in report.reasons.items():
     total = sum(column.values())
-    cells = (f"{column.get(name, 0)} <br>{markup.percent(column.get(name, 0) / total)}" for name in names)
+    share = lambda name, of=column, total=total: markup.percent(of.get(name, 0) / total).removesuffix(" %")
+    cells = (f"{column.get(name, 0)} <br>{share(name).replace('under ', '&lt; ')}" for name in names)
     rows.append((markup.escape(label), *cells, str(total)))
   return markup.table(
     ("responses", *(markup.REASONS[name] for name in names), "all"),
     rows,
     range(1, len(names) + 2),
-    "Number of responses by verdict, and their share of the row. The samples are of the training problems, "
+    "Number of responses by verdict, and below it their share of the row in %. The samples are of the training problems, "
     "the other rows of the test problems, one response each.",
   )
 
