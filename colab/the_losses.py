@@ -29,11 +29,12 @@
 # [core/losses.py](../synthneg_jax/core/losses.py); gradients are taken by `jax.grad`.
 
 # %% tags=["setup"]
+import sys
+
 REPOSITORY = "https://github.com/OWNER/synthneg_jax"
 # !git clone --quiet --depth=1 {REPOSITORY} synthneg_jax
 # %cd -q synthneg_jax
-# !EXTRA=$(ls /dev/nvidia0 > /dev/null 2>&1 && echo cuda || ls /dev/accel* /dev/vfio/[0-9]* > /dev/null 2>&1 && echo tpu); \
-#   python -m pip install --quiet --editable ".[$EXTRA]"
+# !{sys.executable} -m pip install --quiet --editable ".$(ls /dev/nvidia0 > /dev/null 2>&1 && echo [cuda] || (ls /dev/accel* /dev/vfio/[0-9]* 2> /dev/null | grep -q . && echo [tpu]))"
 
 # %%
 # %matplotlib inline

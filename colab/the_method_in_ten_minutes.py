@@ -29,11 +29,12 @@
 # The next cell fetches and installs the project, on Colab or wherever you are. It leaves you in the project's folder.
 
 # %% tags=["setup"]
+import sys
+
 REPOSITORY = "https://github.com/OWNER/synthneg_jax"
 # !git clone --quiet --depth=1 {REPOSITORY} synthneg_jax
 # %cd -q synthneg_jax
-# !EXTRA=$(ls /dev/nvidia0 > /dev/null 2>&1 && echo cuda || ls /dev/accel* /dev/vfio/[0-9]* > /dev/null 2>&1 && echo tpu); \
-#   python -m pip install --quiet --editable ".[$EXTRA]"
+# !{sys.executable} -m pip install --quiet --editable ".$(ls /dev/nvidia0 > /dev/null 2>&1 && echo [cuda] || (ls /dev/accel* /dev/vfio/[0-9]* 2> /dev/null | grep -q . && echo [tpu]))"
 
 # %%
 # %matplotlib inline
@@ -128,8 +129,9 @@ print(f"{told['traces']} wrong tries with {told['steps']} steps, {told['rollouts
 # %% [markdown]
 # One wrong solution. Orange steps lowered Q, the stronger the more; blue ones raised it. The bars are 95 % intervals: six
 # rollouts do not say much about one step. The frame is the **pit**, the first step with the lowest Q: from there, not one of
-# the rollouts came out right. What follows is lost anyway, and not to blame. (Of a dozen solutions taken at even distances,
-# this is the first one with its pit in the middle.)
+# the rollouts came out right. What follows is lost, and not to blame; a rollout from there that comes out right after all had
+# luck, since on a clock of ten one false answer in ten is the right digit. (Of a dozen solutions taken at even distances, this
+# is the first one with its pit in the middle.)
 
 # %%
 found = report.gather(run)

@@ -11,6 +11,7 @@ import argparse
 import os
 import pathlib
 import re
+import resource
 import time
 
 import jupytext
@@ -112,9 +113,10 @@ def write(name: str, run: bool) -> None:
   notebook, path = with_derived(name), FOLDER / f"{name}.ipynb"
   jupytext.write(notebook, FOLDER / f"{name}.py", fmt="py:percent")
   if run:
-    start = time.time()
+    start, of_kernels = time.time(), lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    before = of_kernels()
     notebook = executed(notebook)
-    print(f"{name}: {time.time() - start:.0f} s")
+    print(f"{name}: {time.time() - start:.0f} s, {of_kernels() - before:.0f} s of processors")
   elif path.exists():
     notebook = combine.combine_inputs_with_outputs(notebook, nbformat.read(path, as_version=4))
   for number, cell in enumerate(notebook.cells):

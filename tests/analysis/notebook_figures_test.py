@@ -11,7 +11,7 @@ from synthneg_jax.analysis import figures, loss_figures, trace_figures
 from synthneg_jax.analysis.trace_cards import ShownTrace, Step
 from synthneg_jax.core import losses
 
-HOSTILE = r"It costs $5, $\frac{ and \x $"  # no formula, and none that could be drawn
+HOSTILE = r"$\frac{ costs $5 and \x"  # no formula, and none that could be drawn
 
 
 def shown(pit: int = 1) -> ShownTrace:
