@@ -111,7 +111,11 @@ def executed(
 def write(name: str, run: bool) -> None:
   """Brings one notebook and its script up to date, and runs it if asked to."""
   notebook, path = with_derived(name), FOLDER / f"{name}.ipynb"
-  jupytext.write(notebook, FOLDER / f"{name}.py", fmt="py:percent")
+  text = jupytext.writes(notebook, fmt="py:percent")
+  text = re.sub(
+    r"#   jupytext:\n(#     .*\n)+(?=#   kernelspec)", "", text
+  )  # versions, which jupytext --sync leaves out, too
+  (FOLDER / f"{name}.py").write_text(text)
   if run:
     start, of_kernels = time.time(), lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     before = of_kernels()

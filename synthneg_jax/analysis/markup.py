@@ -61,7 +61,8 @@ details { margin: 0.6rem 0; }
 summary { cursor: pointer; }
 @media (max-width: 30rem) {
   table { font-size: 0.82rem; } th, td { padding-right: 0.5rem; }
-  table.dense { font-size: 0.7rem; } table.dense th, table.dense td { padding-right: 0.35rem; }
+  table.dense { font-size: 0.66rem; } table.dense th { font-size: 0.58rem; }
+  table.dense th, table.dense td { padding-right: 0.25rem; }
   table.loose tr { display: grid; grid-template-columns: 1fr auto 4.6rem; border-bottom: 1px solid var(--line); }
   table.loose th, table.loose td { border: 0; }
   table.loose thead th:last-child { display: none; }
