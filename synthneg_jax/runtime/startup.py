@@ -110,8 +110,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
       for name, _ in config_lib.leaves(flags.FLAGS.config):
         config_lib.check_name(name, "The config file")
       flags.FLAGS.config.task.skip_bad_rows |= flags.FLAGS.skip_bad_rows
-      flags.FLAGS.config.model.check_parity |= flags.FLAGS.check_parity
-      if flags.FLAGS.profile_steps:
+      if "check_parity" in flags.FLAGS:
+        flags.FLAGS.config.model.check_parity |= flags.FLAGS.check_parity
+      if "profile_steps" in flags.FLAGS and flags.FLAGS.profile_steps:
         flags.FLAGS.config.metrics.profile_steps = flags.FLAGS.profile_steps
     return rest
   except flags.Error as error:
