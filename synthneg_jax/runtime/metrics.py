@@ -25,10 +25,11 @@ class JsonLines:
   """
 
   def __init__(self, path: epath.Path, first_step: int):
-    """Keeps the lines before `first_step` of a file that is there."""
+    """Keeps the whole lines of a file that is there, unless training begins anew. A line beyond `first_step` stays until its
+    update is done again: the checkpoint behind it may be one that only cannot be read now."""
     text = path.read_text() if path.exists() and first_step else ""
-    whole = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    self._lines = {line["step"]: json.dumps(line) + "\n" for line in whole if line["step"] < first_step}
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    self._lines = {json.loads(line)["step"]: line for line in whole}
     self._path, self._file = path, None
     self.keep()
     if "://" not in os.fspath(path):
