@@ -10,11 +10,11 @@ def get_config(arg: str = ""):
   c = config
   c.task.name = "star_graph"
   c.task.answers, c.task.step_delimiter = "exact", " "
-  c.task.degree, c.task.path_nodes, c.task.num_nodes = 3, 3, 20
-  c.task.train_problems, c.task.test_problems = 1000, 4000
+  c.task.degree, c.task.path_nodes, c.task.num_nodes = 2, 3, 6
+  c.task.train_problems, c.task.test_problems = 200, 4000
   c.model.max_length = 64
   c.engine.max_new_tokens = 6
-  c.pretrain.num_problems, c.pretrain.batch_size, c.pretrain.wander_share = 64 * 3600, 64, 0.5
+  c.pretrain.num_problems, c.pretrain.batch_size, c.pretrain.wander_share = 64 * 1200, 64, 0.75
   for part in (c.pretrain, c.sft, c.rft, c.dpo):
     part.row_length = 128
     part.save_every_steps = 100
@@ -22,12 +22,13 @@ def get_config(arg: str = ""):
   for part in (c.sft, c.rft, c.dpo):
     part.optimizer.learning_rate, part.optimizer.schedule = 1e-3, "constant"
     part.batch_size = 32
-  c.sft.max_steps, c.dpo.max_steps = 400, 400
+  c.sft.max_steps, c.dpo.max_steps = 150, 150
   c.dpo.beta = 0.1
   c.sample.num_traces, c.sample.temperature = 8, 1.0
   c.credit.num_rollouts, c.credit.temperature, c.credit.best_of = 4, 1.0, 1
   c.pairs.pair_mode, c.pairs.continuation = "shared_prefix", "rollout"
-  c.star_graph.under_trained, c.star_graph.over_trained = (20, 40, 60), (200, 400)
+  c.star_graph.under_trained, c.star_graph.over_trained = (5, 10, 20), (60, 150)
+  c.star_graph.every_steps = 15
   if arg == "smoke":
     c.task.train_problems, c.task.test_problems = 24, 24
     c.pretrain.num_problems, c.pretrain.d_model, c.pretrain.num_layers, c.pretrain.num_heads = 64 * 4, 16, 1, 2
