@@ -103,12 +103,15 @@ def force(model: Model, params, graphs: Graphs) -> tuple[np.ndarray, np.ndarray,
 
 
 def critical_values(model: Model, params, graphs: Graphs) -> tuple[np.ndarray, np.ndarray]:
-  """What the policy gives to every neighbour of the centre, and what is it worth: exact.
+  """What the policy gives to every neighbour of the centre, and what that is worth: exact.
 
   Returns:
     (π(a | prompt, centre) for the first node a of each arm [N, A], Q after it [N, A]: 0 but for the goal's arm).
   """
-  logp_NS, _, critical_NV = force(model, params, graphs)
+  return _values(graphs, *force(model, params, graphs))
+
+
+def _values(graphs: Graphs, logp_NS, _, critical_NV):
   policy_NA = np.exp(np.take_along_axis(critical_NV, star_graph.tokens(graphs.arm_NAL[:, :, 1]), axis=1))
   q_NA = np.zeros_like(policy_NA)
   q_NA[np.arange(len(graphs)), graphs.goal_N] = np.exp(logp_NS[:, 2:].sum(axis=1))
@@ -117,8 +120,8 @@ def critical_values(model: Model, params, graphs: Graphs) -> tuple[np.ndarray, n
 
 def measure(model: Model, params, graphs: Graphs) -> dict[str, float]:
   """Means over problems; the names are explained at the head of this file. `loss` is SFT's, nats per token."""
-  logp_NS, likeliest_NS, _ = force(model, params, graphs)
-  policy_NA, q_NA = critical_values(model, params, graphs)
+  logp_NS, likeliest_NS, critical_NV = force(model, params, graphs)
+  policy_NA, q_NA = _values(graphs, logp_NS, likeliest_NS, critical_NV)
   found = {
     "critical": np.exp(logp_NS[:, 1]).mean(),
     "rest": np.exp(logp_NS[:, 2:].sum(axis=1)).mean(),

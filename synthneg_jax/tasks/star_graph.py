@@ -9,8 +9,8 @@ The node next to the centre is the critical token: the others are copied from th
 it the goal must be traced back. A model that walks any arm to its end is right with probability 1/degree: chance.
 
 What a base model is taught here, and they are not: every look-up, along the edges and against them, without a plan. Marks
-say what is asked: `=` the path (a base walks some arm), `<` a walk from a leaf back to the centre, `^` a node's predecessor.
-The form of the base's documents is ours. Node names are numbers below `num_nodes`; arrays hold them as they are.
+say what is asked: `=` the path (a base walks some arm), `<` a walk from the goal back to the centre. The form of the base's
+documents is ours. Node names are numbers below `num_nodes`; arrays hold them as they are.
 Shape letters: N graphs, A arms, L nodes of a path, E edges, C tokens of a prompt.
 """
 
@@ -23,9 +23,9 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from synthneg_jax.runtime.errors import UserError
 
 EOS, PAD = "<eos>", "<pad>"
-PATH, BACK, BEFORE = "=", "<", "^"
+PATH, BACK = "=", "<"
 _BAR, _ASK = "|", "?"
-WORDS = (PAD, EOS, _BAR, _ASK, PATH, BACK, BEFORE)  # their ids are their places; node v is the token len(WORDS) + v
+WORDS = (PAD, EOS, _BAR, _ASK, PATH, BACK)  # their ids are their places; node v is the token len(WORDS) + v
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,23 +71,20 @@ def tokens(node: np.ndarray) -> np.ndarray:
   return np.asarray(node) + len(WORDS)
 
 
-def prompt_ids(graphs: Graphs, mark: str | np.ndarray = PATH, first_N=None, second_N=None) -> np.ndarray:
+def prompt_ids(graphs: Graphs, mark: str | np.ndarray = PATH) -> np.ndarray:
   """Token ids of the prompts, [N, C].
 
   Args:
     graphs: all of one size.
     mark: what is asked, one for all or one a graph.
-    first_N, second_N: nodes that the question names; None for centre and goal.
   """
   count, edges = graphs.edge_NE2.shape[:2]
   column = lambda value: np.broadcast_to(value, count)[:, None]
   bar_NE1 = np.full((count, edges, 1), WORDS.index(_BAR))
   listed_NC = np.concatenate([tokens(graphs.edge_NE2), bar_NE1], axis=2).reshape(count, -1)
   path_NL = graphs.path_NL
-  first_N = path_NL[:, 0] if first_N is None else first_N
-  second_N = path_NL[:, -1] if second_N is None else second_N
   marks_N = np.array([WORDS.index(each) for each in np.atleast_1d(mark)])
-  asked = [column(WORDS.index(_ASK)), column(tokens(first_N)), column(tokens(second_N)), column(marks_N)]
+  asked = [column(WORDS.index(_ASK)), column(tokens(path_NL[:, 0])), column(tokens(path_NL[:, -1])), column(marks_N)]
   return np.concatenate([listed_NC, *asked], axis=1)
 
 
@@ -115,28 +112,17 @@ def tours(rng: np.random.Generator, graphs: Graphs) -> tuple[np.ndarray, np.ndar
   return prompt_ids(graphs, np.where(back_N, BACK, PATH)), tokens(arm_NAL.reshape(count, degree * nodes))
 
 
-def walks(rng: np.random.Generator, graphs: Graphs, shares=(0.3, 0.2, 0.5)) -> tuple[np.ndarray, np.ndarray]:
-  """Documents of one look-up or walk each: some arm (`=`), the goal's arm backwards (`<`), the goal's predecessor (`^`).
-
-  Args:
-    rng: draws kinds, arms, and the node that a `^` question names first, which does not matter for it.
-    graphs: one for each document.
-    shares: of the three kinds.
+def walks(rng: np.random.Generator, graphs: Graphs) -> tuple[np.ndarray, np.ndarray]:
+  """Documents of one walk each: some arm, whatever the goal (`=`), or the goal's arm from leaf to centre (`<`), EOS last.
 
   Returns:
-    (prompts [N, C], responses [N, L + 1], EOS last; short ones are filled up with EOS).
+    (prompts [N, C], responses [N, L + 1]).
   """
-  count, degree, nodes = graphs.arm_NAL.shape
-  kind_N, row_N = rng.choice(3, size=count, p=shares), np.arange(count)
-  some_NL = tokens(graphs.arm_NAL[row_N, rng.integers(degree, size=count)])
-  back_NL = tokens(graphs.path_NL[:, ::-1])
-  before_NL = np.full((count, nodes), WORDS.index(EOS))
-  before_NL[:, 0] = tokens(graphs.path_NL[:, -2])
-  any_N = graphs.arm_NAL.reshape(count, -1)[row_N, rng.integers(degree * nodes, size=count)]
-  prompt_NC = prompt_ids(
-    graphs, np.array([PATH, BACK, BEFORE])[kind_N], np.where(kind_N == 2, any_N, graphs.path_NL[:, 0])
-  )
-  return prompt_NC, with_eos(np.choose(kind_N[:, None], [some_NL, back_NL, before_NL]))
+  count, degree, _ = graphs.arm_NAL.shape
+  back_N = rng.random(count) < 0.5
+  some_NL = graphs.arm_NAL[np.arange(count), rng.integers(degree, size=count)]
+  walked_NL = np.where(back_N[:, None], graphs.path_NL[:, ::-1], some_NL)
+  return prompt_ids(graphs, np.where(back_N, BACK, PATH)), with_eos(tokens(walked_NL))
 
 
 def judge(prompt: str, response: str) -> str:
@@ -196,7 +182,7 @@ def build_tokenizer(num_nodes: int) -> tokenizers.Tokenizer:
   """One token a node (`7 `, its space included, so that each is a step of its own) and one a mark; text round-trips."""
   words = [*WORDS, *(f"{node} " for node in range(num_nodes))]
   tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
-  tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[0-9]+ |[|?=<^]"), behavior="isolated")
+  tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[0-9]+ |[|?=<]"), behavior="isolated")
   tokenizer.decoder = decoders.Fuse()
   tokenizer.add_special_tokens([PAD, EOS])
   return tokenizer

@@ -76,24 +76,20 @@ class StarGraphTest(parameterized.TestCase):
     # Fails if a document holds a false look-up, or if walks of `=` come to the goal more often than by chance.
     rng = np.random.default_rng(0)
     graphs = star_graph.draw(rng, 3000, 3, 3, 20)
-    kinds, arrived = {"=": 0, "<": 0, "^": 0}, 0
+    kinds, arrived = {"=": 0, "<": 0}, 0
     for prompt, response in zip(
       *map(lambda ids: map(star_graph.text, ids), star_graph.walks(rng, graphs)), strict=True
     ):
       before, first, second, mark = read(prompt)
       nodes = response.split()
       kinds[mark] += 1
-      if mark == "^":
-        self.assertEqual(nodes, before[second])
-      else:
-        walked = nodes if mark == "<" else nodes[::-1]
-        self.assertEqual(walked, back_from(before, walked[0]))
-        self.assertEqual(walked[-1], first)
-        arrived += mark == "=" and nodes[-1] == second
-        self.assertTrue(mark == "=" or walked[0] == second)
+      walked = nodes if mark == "<" else nodes[::-1]
+      self.assertEqual(walked, back_from(before, walked[0]))
+      self.assertEqual(walked[-1], first)
+      arrived += mark == "=" and nodes[-1] == second
+      self.assertTrue(mark == "=" or walked[0] == second)
     self.assertBetween(arrived / kinds["="], 0.28, 0.39)  # standard error .016
-    for kind, share in {"=": 0.3, "<": 0.2, "^": 0.5}.items():
-      self.assertBetween(kinds[kind] / 3000, share - 0.04, share + 0.04)
+    self.assertBetween(kinds["="] / 3000, 0.46, 0.54)
     for prompt, response in zip(
       *map(lambda ids: map(star_graph.text, ids), star_graph.tours(rng, graphs)), strict=True
     ):
@@ -141,7 +137,7 @@ class StarGraphTest(parameterized.TestCase):
     # Fails if a part of the path passes for it, or if whitespace counts.
     self.assertEqual(answers.grade(response, "3 11 2", kind="exact").reason, reason)
 
-  @parameterized.parameters({"degree": 1}, {"path_nodes": 2}, {"num_nodes": 6})
+  @parameterized.parameters({"degree": 1}, {"path_nodes": 2}, {"num_nodes": 4})
   def test_sizes_that_make_no_star_are_refused(self, **changes):
     # Fails if the check is left out: names would run out, or there would be nothing to decide.
     with self.assertRaisesRegex(UserError, f"task.{next(iter(changes))}={next(iter(changes.values()))}"):
