@@ -25,15 +25,15 @@ def point(size: int, error: float, seeds=(1, 2), problems: int = 1000) -> study.
 
 
 def curve(sizes, a: float = 0.5, b: float = 8.0) -> list[study.Point]:
-  return [point(size, b * size**-a, problems=100_000) for size in sizes]
+  return [point(size, b * size**-a, problems=10_000) for size in sizes]
 
 
 class ToldTest(absltest.TestCase):
   def test_factors_of_known_curves(self):
     # Fails if a factor is not the ratio of sizes of equal error, or is told at another size.
     c = study_arithmetic.get_config("toy")
-    found = {"sft": curve((256, 1024, 4096)), "rft": [point(256, 8 * 512**-0.5, problems=100_000)]}
-    found["step_dpo"] = [point(size, 8 * (size * 8) ** -0.5, problems=100_000) for size in (32, 256)]
+    found = {"sft": curve((256, 1024, 4096)), "rft": [point(256, 8 * 512**-0.5, problems=10_000)]}
+    found["step_dpo"] = [point(size, 8 * (size * 8) ** -0.5, problems=10_000) for size in (32, 256)]
     c.study.factor_at = 256
     told = study.efficiency(c, found)
     self.assertAlmostEqual(told["rft"]["factor"], 2.0, delta=0.01)
@@ -43,7 +43,7 @@ class ToldTest(absltest.TestCase):
     self.assertAlmostEqual(told["step_dpo"]["by_size"]["32"]["factor"], 8.0, delta=0.05)
     self.assertNotIn("sft", told)
     self.assertEqual((told["rft"]["at"], told["rft"]["seeds"]), (256, 2))
-    found["rft"] = [point(256, 8 * 16384**-0.5, problems=100_000)]
+    found["rft"] = [point(256, 8 * 16384**-0.5, problems=10_000)]
     self.assertTrue(study.efficiency(c, found)["rft"]["extrapolated"])
 
   def test_an_infinite_end_is_null(self):
