@@ -159,7 +159,16 @@ class PipelineTest(absltest.TestCase):
     # Fails if a stage knows the embedded task alone: base, π_sft, traces, credit, pairs and verdicts all meet here.
     workdir = pathlib.Path(tempfile.mkdtemp()) / "run"
     small = config(
-      **{"pretrain.num_problems": 64, "engine.lanes": 8, "credit.lanes": 8, "sft.num_epochs": 30, "sft.max_steps": 0}
+      **{
+        "pretrain.num_problems": 64,
+        "engine.lanes": 8,
+        "credit.lanes": 8,
+        "sft.num_epochs": 80,
+        "sft.max_steps": 0,
+        "sft.save_every_steps": 0,
+        "sft.optimizer.learning_rate": 0.01,
+        "sample.num_traces": 8,
+      }
     )
     pipeline.run(small, workdir, ["pretrain"])
     small.model.path = str(workdir / "pretrain/policy")
