@@ -8,7 +8,8 @@ Copy docs/results/study_arithmetic/cells to DIR/cells and only what is missing t
 
 Protocol, fixed before any cell was made. Task, base and recipe are those of configs/arithmetic.py, whose docstring says how
 they were chosen, with seed 0; the study's seeds are 1 to 4. Figures are told on 4000 test problems (from number 10,000 on)
-that nothing was chosen on. Each size and seed has its own problems (more of them hold the fewer), π_sft, traces, credit and pairs.
+that nothing was chosen on. Each size and seed has its own problems (more of them hold the fewer), π_sft, traces, credit and
+pairs.
 
 What every method may tune, it tuned on validation problems with seed 0. SFT by passes over the data, since its curve is what
 efficiency is told against; test errors on 2000 problems from number 100,000 on:

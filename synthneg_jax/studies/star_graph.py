@@ -210,6 +210,7 @@ class Study:
     return star_graph.draw(np.random.default_rng(purpose), count, task.degree, task.path_nodes, task.num_nodes)
 
   def train_set(self, seed: int) -> Graphs:
+    """The training graphs of a seed."""
     return self._draw(self.config.task.train_problems, _TRAIN, seed)
 
   def _cell(self, name: str, sections, make) -> dict:

@@ -46,6 +46,7 @@ class Graphs:
     return len(self.goal_N)
 
   def take(self, index_M) -> "Graphs":
+    """The graphs of these indices, in their order."""
     return Graphs(self.arm_NAL[index_M], self.edge_NE2[index_M], self.goal_N[index_M])
 
   @property

@@ -8,6 +8,7 @@ import tempfile
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest
 
 from configs import star_graph as star_config
@@ -154,6 +155,7 @@ class StudyTest(absltest.TestCase):
         study_lib.Study(config(**changes), tempfile.mkdtemp())
 
 
+@pytest.mark.long
 class PipelineTest(absltest.TestCase):
   def test_every_stage_takes_the_task(self):
     # Fails if a stage knows the embedded task alone: base, π_sft, traces, credit, pairs and verdicts all meet here.
