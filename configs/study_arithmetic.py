@@ -46,6 +46,7 @@ def get_config(arg: str = ""):
   c.study.family = "clock arithmetic, plain teacher"
   c.study.seeds = (1, 2, 3, 4)
   c.study.factor_at = 500
+  c.study.figures = ("2a", "3", "5a", "9")
   c.study.grid = (
     "250 500 1000 2000: sft rft step_dpo",
     "4000 8000 16000: sft",
@@ -59,6 +60,7 @@ def get_config(arg: str = ""):
   if arg == "toy":
     c.study.seeds, c.study.factor_at = (1, 2), 32
     c.study.grid, c.study.settings = ("32: sft rft step_dpo arbitrary", "48: sft"), ("48: sft.num_epochs=2",)
+    c.study.figures = ("2a", "5a")
     c.task.test_problems = 32
   elif arg:
     raise UserError(f"configs/study_arithmetic.py knows no {arg!r}; it knows toy.")

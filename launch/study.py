@@ -11,9 +11,9 @@ startup.define_flags()
 
 
 def main():
-  from synthneg_jax.studies import study
+  from synthneg_jax.studies import figure
 
-  study.main(flags.FLAGS.config, flags.FLAGS.workdir)
+  figure.whole_study(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

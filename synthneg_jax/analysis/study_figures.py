@@ -6,7 +6,6 @@ Points are means over seeds, thin dots single seeds, and error bars 95 % bootstr
 import csv
 import dataclasses
 import io
-import math
 from collections.abc import Sequence
 
 import matplotlib
@@ -100,11 +99,9 @@ def against_problems(series: Sequence[Series], title: str, reaches: Sequence[Rea
     for reach in reaches:
       arrow = {"arrowstyle": "<-", "color": figures.INK, "linewidth": 0.9}
       axes.annotate("", (reach.baseline_size, reach.error), (reach.size, reach.error), arrowprops=arrow)
-      middle = math.sqrt(reach.size * reach.baseline_size)
-      axes.annotate(
-        reach.label, (middle, reach.error), xytext=(0, -11), textcoords="offset points", ha="center", fontsize=8
-      )
-    _whole_numbers(axes.xaxis, [x for one in series for x in one.x] + [reach.baseline_size for reach in reaches if 0])
+      end = (reach.baseline_size, reach.error)
+      axes.annotate(reach.label, end, xytext=(-3, -10), textcoords="offset points", ha="right", fontsize=8)
+    _whole_numbers(axes.xaxis, [x for one in series for x in one.x])
     low = min(value for one in series for value in one.low)
     high = max(value for one in series for value in one.high)
     ticks = [

@@ -241,6 +241,7 @@ def default() -> ConfigDict:
         "settings": (),  # lines "SIZE SIZE ...: LEAF=VALUE ...", or with methods in place of sizes: leaves that differ there
         "seeds": (0,),  # one run each
         "baseline": "sft",  # method that efficiency is told against
+        "figures": (),  # the paper's figures that it ends in; studies/figure.py has them
         "factor_at": 500,  # problems that the other methods have where their factor is told
       },
       "report": {

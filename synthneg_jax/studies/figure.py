@@ -159,6 +159,8 @@ HELD_OUT, ROLLOUTS = 300, 8  # problems and rollouts a prefix
 
 
 def _held_out(data: Data) -> list[dict]:
+  for name in FIGURE_7:
+    data.points(name)
   folders = [methods.parse(name, data.config).folder for name in FIGURE_7]
 
   def measure(run_: Run) -> dict:
@@ -234,12 +236,29 @@ def write(of: Data, name: str) -> list[epath.Path]:
   return paths
 
 
-def main(config, workdir: str, names: Sequence[str]) -> None:
-  """Makes the study's missing cells, then the figures."""
+def check(names: Sequence[str], where: str) -> None:
+  """Refuses a figure that there is not.
+
+  Raises:
+    UserError: says `where` it was asked for.
+  """
   for name in names:
     if name not in FIGURES:
-      raise UserError(f"--figure={name}: figures are {', '.join(FIGURES)}.")
-  study.make(config, workdir, grid.read(config))
+      raise UserError(f"{where} names {name!r}; figures are {', '.join(FIGURES)}.")
+
+
+def main(config, workdir: str, names: Sequence[str]) -> None:
+  """Makes the study's missing cells, then the figures; prints their files."""
+  check(names, "--figure")
+  if not study.make(config, workdir, grid.read(config)):
+    raise UserError(f"Other processes still work on cells of {workdir}; draw again when they are done.")
   of = data(config, workdir)
   for name in names:
     print("\n".join(map(str, write(of, name))))
+
+
+def whole_study(config, workdir: str) -> None:
+  """A study with the figures that it ends in."""
+  check(config.study.figures, "study.figures")
+  if study.main(config, workdir):
+    main(config, workdir, config.study.figures)

@@ -204,16 +204,14 @@ def write(config, workdir: epath.PathLike, cells: Sequence[grid.Cell]) -> dict:
   return factors
 
 
-def main(config, workdir: str, figures: Sequence[str] | None = None) -> None:
-  """Makes all cells, then what is told from them."""
+def main(config, workdir: str) -> bool:
+  """Makes all cells, then what is told from them; prints the factors, and returns whether all cells are there."""
   cells = grid.read(config)
   if not cells:
     raise UserError("study.grid is empty: --config should be a study's, such as configs/study_arithmetic.py.")
   whole = make(config, workdir, cells)
-  print(
-    json.dumps(
-      {name: {k: v for k, v in each.items() if k != "by_size"} for name, each in write(config, workdir, cells).items()}
-    )
-  )
+  factors = write(config, workdir, cells)
+  print(json.dumps({name: {k: v for k, v in one.items() if k != "by_size"} for name, one in factors.items()}))
   if not whole:
     logging.warning("Study: not all cells are there; other processes still work on them.")
+  return whole

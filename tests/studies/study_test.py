@@ -1,5 +1,6 @@
 """A study: what is told from cells (against closed forms), and the whole of it at toy size."""
 
+import contextlib
 import csv
 import io
 import json
@@ -148,6 +149,21 @@ class ToyTest(absltest.TestCase):
       figure.write(of, "2c")
     with self.assertRaisesRegex(UserError, "needs cells of 'rft_advantage'"):
       figure.write(of, "11")
+
+  def test_a_study_ends_in_its_figures(self):
+    # Fails if the command draws nothing, draws while others still work, or takes a figure that there is not.
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+      figure.whole_study(self.config, str(self.workdir))
+    factors, *files = said.getvalue().splitlines()
+    self.assertEqual(set(json.loads(factors)), {"rft", "step_dpo", "arbitrary"})
+    self.assertLen(files, 6)
+    self.assertTrue(all(pathlib.Path(file).exists() for file in files))
+    other = epath.Path(tempfile.mkdtemp()) / "study"
+    with grid.claim(other / "runs", "32_1"), grid.claim(other / "runs", "48_1"):
+      with self.assertRaisesRegex(UserError, "Other processes still work on cells"):
+        figure.main(self.config, str(other), ["2a"])
+    with self.assertRaisesRegex(UserError, "--figure names '6'; figures are 2a, 2b"):
+      figure.main(self.config, str(self.workdir), ["6"])
 
   def test_cells_of_different_tests_are_not_compared(self):
     # Fails if errors on different problems would be set against each other.
