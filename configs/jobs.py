@@ -2,7 +2,17 @@
 
     python launch/pipeline.py --config=configs/jobs.py --workdir=DIR [--config.seed=1]
 
-Hardware, wall time and result: not yet run.
+A draft: the recipe's settings are those of configs/arithmetic.py, nothing here was tuned, and stages after sample are not yet
+run. The base in the package (`launch/pretrain.py` with this file, 8000 steps, 12 minutes on one core of two CPU cores) reads up to 6
+jobs; 96 % of its steps on the test problems are legal. After SFT (seed 0, 5 passes) 95.5 % are legal on 500 problems, and the test
+error on 2000 problems from number 100,000 on is
+
+    problems   500    1000   2000
+    error      .883   .871   .810
+
+with pass@1 .09 and pass@8 .41 on the 500 training problems at temperature 0.8; a random order of jobs is right for about 1 in 20.
+So the base does not execute well enough, and half of SFT's false steps call a late job punctual, which a final answer cannot tell
+from planning well: to be mended (longer pretraining, 3 to 5 jobs) before any result is told from this task.
 """
 
 from synthneg_jax.runtime import config as config_lib
@@ -14,12 +24,10 @@ def get_config(arg: str = ""):
   config = config_lib.default()
   c = config
   c.task.name = "jobs"
-  c.task.jobs.fewest, c.task.jobs.most, c.task.jobs.slack = 3, 5, 4
   c.task.train_problems, c.task.test_problems = 500, 1000
   c.model.path = "embedded_jobs"
   c.model.max_length = 160
   c.engine.lanes, c.engine.slots, c.engine.max_new_tokens = 32, 8, 64
-  c.pretrain.num_problems = 512_000
   for part in (c.pretrain, c.sft, c.rft, c.dpo):
     part.row_length = 192 if part is c.pretrain else 320
     part.batch_size = 32

@@ -134,11 +134,11 @@ def judge_step(puzzle: Puzzle, done: list[str], line: str) -> str:
 def true_pit(puzzle: Puzzle, lines: list[str]) -> int:
   """The first step after which the solution cannot come out right any more, from 0; -1 if there is none.
 
-  That is the first step that is not legal, that is late, or after which some job must be late.
+  That is the first step that is not legal, or after which some job must be late; a job that is late had to be, before.
   """
   done = []
   for number, line in enumerate(lines):
-    if judge_step(puzzle, done, line) != "legal" or " late " in line:
+    if judge_step(puzzle, done, line) != "legal":
       return number
     done.append(line.split()[0][:-1])
     if not puzzle.can_be_paid({*done}):
