@@ -2,17 +2,17 @@
 
     python launch/pipeline.py --config=configs/jobs.py --workdir=DIR [--config.seed=1]
 
-A draft: the recipe's settings are those of configs/arithmetic.py, nothing here was tuned, and stages after sample are not yet
-run. The base in the package (`launch/pretrain.py` with this file, 8000 steps, 12 minutes on one core of two CPU cores) reads up to 6
-jobs; 96 % of its steps on the test problems are legal. After SFT (seed 0, 5 passes) 95.5 % are legal on 500 problems, and the test
-error on 2000 problems from number 100,000 on is
+A draft: the recipe's settings are those of configs/arithmetic.py, nothing here was tuned, and stages after sample are not
+yet run. The base in the package (`launch/pretrain.py` with this file, 8000 steps, 12 minutes on two shared CPU cores) reads up
+to 6 jobs; 96 % of its steps on the test problems are legal. After SFT (seed 0, 5 passes) 95.5 % are legal on 500 problems, and
+the test error on 2000 problems from number 100,000 on is
 
     problems   500    1000   2000
     error      .883   .871   .810
 
-with pass@1 .09 and pass@8 .41 on the 500 training problems at temperature 0.8; a random order of jobs is right for about 1 in 20.
-So the base does not execute well enough, and half of SFT's false steps call a late job punctual, which a final answer cannot tell
-from planning well: to be mended (longer pretraining, 3 to 5 jobs) before any result is told from this task.
+with pass@1 .09 and pass@8 .41 on the 500 training problems at temperature 0.8; a random order of 5 jobs is right for 6 %. So the
+base does not execute well enough, and half of SFT's false steps call a late job punctual, which a final answer cannot tell from
+planning well: to be mended (longer pretraining, 3 to 5 jobs) before any result is told from this task.
 """
 
 from synthneg_jax.runtime import config as config_lib
