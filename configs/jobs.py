@@ -10,9 +10,9 @@ the test error on 2000 problems from number 100,000 on is
     problems   500    1000   2000
     error      .883   .871   .810
 
-with pass@1 .09 and pass@8 .41 on the 500 training problems at temperature 0.8; a random order of 5 jobs is right for 6 %. So the
-base does not execute well enough, and half of SFT's false steps call a late job punctual, which a final answer cannot tell from
-planning well: to be mended (longer pretraining, 3 to 5 jobs) before any result is told from this task.
+with pass@1 .09 and pass@8 .41 on the 500 training problems at temperature 0.8; a random order of 5 jobs is right for 6 %. So
+the base does not execute well enough, and half of SFT's false steps call a late job punctual, which a final answer cannot
+tell from planning well: to be mended (longer pretraining, 3 to 5 jobs) before any result is told from this task.
 """
 
 from synthneg_jax.runtime import config as config_lib
