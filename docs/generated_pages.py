@@ -170,3 +170,10 @@ def on_files(files, config):
   for path, text in pages().items():
     files.append(File.generated(config, path, content=text))
   return files
+
+
+def on_page_markdown(markdown, page, config, files):
+  """Makes links to what lies outside docs/ into ones to the repository."""
+  address = re.search(r'^REPOSITORY = "(.+)"', (ROOT / "setup.py").read_text(), re.MULTILINE).group(1)
+  outside = "../" * (1 + page.file.src_uri.count("/"))
+  return markdown.replace(f"]({outside}", f"]({address}/blob/main/")
