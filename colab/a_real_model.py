@@ -127,7 +127,7 @@ imports.adopt_sft(run, config.model.path)
 sample.run(run)
 
 # %%
-figures.verdicts(report.gather(run).reasons, markup.REASONS)
+figures.verdicts(report.collect(run).reasons, markup.REASONS)
 
 # %% [markdown]
 # One wrong try of a problem gets credit, by four rollouts from the end of each line. Where the model hardly ever succeeds, Q
@@ -136,7 +136,7 @@ figures.verdicts(report.gather(run).reasons, markup.REASONS)
 
 # %%
 credit.run(run)
-display(*(trace_figures.credit(trace) for trace in report.gather(run).traces[:2]))
+display(*(trace_figures.credit(trace) for trace in report.collect(run).traces[:2]))
 
 # %% [markdown]
 # All stages, training included, on a dozen problems take about 15 minutes on two CPU cores:

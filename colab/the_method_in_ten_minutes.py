@@ -80,7 +80,7 @@ print(problem.prompt, problem.solution, sep="\n")
 
 # %%
 sft.run(run)
-progress.training_figure(report.gather(run).training["sft"][1])
+progress.training_figure(report.collect(run).training["sft"][1])
 
 # %% [markdown]
 # ## 3. Sample: let it try, and look at the answers
@@ -94,7 +94,7 @@ progress.training_figure(report.gather(run).training["sft"][1])
 sample.run(run)
 told = manifest.figures(run.workdir, "sample")
 print(f"pass@1 {told['pass_at_1']}, pass@8 {told['pass_at_8']}")
-figures.verdicts(report.gather(run).reasons, markup.REASONS)
+figures.verdicts(report.collect(run).reasons, markup.REASONS)
 
 # %% [markdown]
 # *RFT* uses the right tries: the base model is trained on them as if a teacher had written them. It throws away the wrong ones,
@@ -128,7 +128,7 @@ print(f"{told['traces']} wrong tries with {told['steps']} steps, {told['rollouts
 # is the first one with its pit in the middle.)
 
 # %%
-found = report.gather(run)
+found = report.collect(run)
 shown = [trace for trace in found.traces if 0 < trace.pit < len(trace.steps) - 2][0]
 print(shown.problem, f"\ngold answer {shown.gold}, given {shown.extracted}")
 trace_figures.credit(shown)
@@ -167,7 +167,7 @@ print(
 # Such a pair; the numbers are the log-probabilities of the two steps before training and after.
 
 # %%
-found = report.gather(run)
+found = report.collect(run)
 shown = [trace for trace in found.traces if trace.preferred and trace.pit > 0][0]
 moved = margins.read(run, "step_dpo")
 pair = moved[f"{shown.id}/{config.pairs.pair_mode}/{shown.pit}"]
@@ -198,7 +198,7 @@ progress.training_figure(found.training["dpo/step_dpo"][1])
 
 # %%
 evaluate.run(run)
-methods = report.gather(run).methods
+methods = report.collect(run).methods
 figures.errors([m.label for m in methods], [m.error for m in methods], [(m.low, m.high) for m in methods])
 
 # %% [markdown]

@@ -144,8 +144,8 @@ class RunTest(parameterized.TestCase):
     with self.assertRaisesRegex(nbclient.exceptions.CellExecutionError, "no_such_room"):
       notebooks.executed(broken)
 
-  @pytest.mark.long
   @parameterized.parameters(*_NAMES)
+  @pytest.mark.long
   def test_runs_at_full_size(self, name):
     # Fails if a notebook as it is given to people does not run through.
     made = notebooks.executed(notebooks.script(name), self.folder, timeout_s=1200)

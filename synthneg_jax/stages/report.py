@@ -193,7 +193,7 @@ def _origin(workdir: epath.Path, names: Sequence[str]) -> tuple[dict[str, str], 
   return {package: " and ".join(found) for package, found in versions.items()}, list(filter(None, commits)), devices
 
 
-def gather(run_: Run) -> analysis.Report:
+def collect(run_: Run) -> analysis.Report:
   """What there is to say of a run, from whatever stages are done; the others are said to be unfinished.
 
   Raises:
@@ -244,7 +244,7 @@ def run(run_: Run) -> dict:
   if not processes.first():
     return {}
   folder = run_.workdir / "report"
-  path = analysis.write(gather(run_), folder)
+  path = analysis.write(collect(run_), folder)
   (folder / "config.py").write_text(_config_file(run_.config)[0])
   viewer.run(run_)
   return {"path": str(path)}
