@@ -15,41 +15,21 @@ the base does not execute well enough, and half of SFT's false steps call a late
 tell from planning well: to be mended (longer pretraining, 3 to 5 jobs) before any result is told from this task.
 """
 
-from synthneg_jax.runtime import config as config_lib
-from synthneg_jax.runtime.errors import UserError
+import importlib.util
+import pathlib
+
+
+def _recipe():
+  path = pathlib.Path(__file__).parent / "arithmetic.py"
+  spec = importlib.util.spec_from_file_location("arithmetic_recipe", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
 def get_config(arg: str = ""):
   """`jobs.py` is the whole recipe; `jobs.py:smoke` runs every stage at toy size."""
-  config = config_lib.default()
-  c = config
-  c.task.name = "jobs"
-  c.task.train_problems, c.task.test_problems = 500, 1000
-  c.model.path = "embedded_jobs"
-  c.model.max_length = 160
-  c.engine.lanes, c.engine.slots, c.engine.max_new_tokens = 32, 8, 64
-  for part in (c.pretrain, c.sft, c.rft, c.dpo):
-    part.row_length = 192 if part is c.pretrain else 320
-    part.batch_size = 32
-    part.save_every_steps = 100
-    part.keep_checkpoints = 1
-  for part in (c.sft, c.rft):
-    part.optimizer.learning_rate = 5e-4
-    part.num_epochs = 5
-  c.sample.num_traces, c.sample.temperature = 8, 0.8
-  c.credit.num_rollouts, c.credit.temperature, c.credit.best_of = 6, 0.8, 1
-  c.credit.max_wrong_per_problem = 3
-  c.credit.lanes, c.credit.slots = 16, 16
-  c.dpo.optimizer.learning_rate, c.dpo.beta, c.dpo.nll_weight = 2e-4, 0.3, 1.0
-  c.dpo.num_epochs, c.dpo.max_steps = 3, 250
-  c.pairs.pair_mode, c.pairs.pit_rule, c.pairs.continuation = "shared_prefix", "lowest_value", "step"
-  if arg == "smoke":
-    c.task.train_problems, c.task.test_problems = 48, 32
-    c.sample.num_traces, c.credit.num_rollouts, c.credit.max_wrong_per_problem = 3, 2, 2
-    c.sft.num_epochs = c.rft.num_epochs = c.dpo.num_epochs = 1
-    c.pretrain.num_problems = 256
-    for part in (c.sft, c.rft, c.dpo):
-      part.save_every_steps = 1
-  elif arg:
-    raise UserError(f"configs/jobs.py knows no {arg!r}; it knows smoke.")
+  config = _recipe().get_config(arg)
+  config.task.name, config.model.path = "jobs", "embedded_jobs"
+  config.engine.max_new_tokens = 64
   return config

@@ -124,12 +124,12 @@ up() {
 }
 
 install() {
-  local archive
-  archive="$(mktemp -d)/synthneg_jax.tar.gz"
+  local archive=TEMPORARY_FOLDER/synthneg_jax.tar.gz
+  if [ -z "$dry" ]; then archive="$(mktemp -d)/synthneg_jax.tar.gz"; fi
   run tar --exclude=./.git --exclude=./.venv --exclude=./runs -czf "$archive" .
   run "${tpus[@]}" tpu-vm scp "$archive" "$name:synthneg_jax.tar.gz" "${where[@]}" --worker=all
   on all "mkdir -p synthneg_jax && tar xzf synthneg_jax.tar.gz -C synthneg_jax && bash synthneg_jax/launch/worker_setup.sh tpu"
-  rm -rf "$(dirname "$archive")"
+  [ -n "$dry" ] || rm -rf "$(dirname "$archive")"
 }
 
 start() {  # detached, so that it lives on when ssh does not

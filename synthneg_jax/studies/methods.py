@@ -35,9 +35,8 @@ class Kind:
   settings: dict[str, object] = dataclasses.field(default_factory=dict)
 
 
-def _dpo(label: str, mode: str, **settings) -> Kind:
-  leaves = {name.replace("__", "."): value for name, value in settings.items()}
-  return Kind(label, _CREDIT, ("dpo", "pairs"), {"pairs.pair_mode": mode, **leaves})
+def _dpo(label: str, mode: str, **dpo) -> Kind:
+  return Kind(label, _CREDIT, ("dpo", "pairs"), {"pairs.pair_mode": mode, **{f"dpo.{k}": v for k, v in dpo.items()}})
 
 
 def _rft(label: str, **settings) -> Kind:
@@ -58,7 +57,7 @@ KINDS = {
   "random_step": _dpo("DPO at a random step", "random_step"),
   "arbitrary": _dpo("DPO, arbitrary pairs", "arbitrary"),
   "furthest": _dpo("DPO, furthest pairs", "furthest"),
-  "dpop": _dpo("DPOP, furthest pairs", "furthest", dpo__loss="dpop"),
+  "dpop": _dpo("DPOP, furthest pairs", "furthest", loss="dpop"),
 }
 
 
