@@ -21,7 +21,7 @@ from jax.experimental import topologies
 
 from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.studies import bill, roofline
+from synthneg_jax.studies import bill, movement, roofline
 from synthneg_jax.studies.recipe import STAGES, Program, Recipe
 
 
@@ -64,6 +64,7 @@ class Report:
     seconds: what each of a chip's parts would need for that alone.
     compile_seconds: wall clock.
     too_large: which part of the peak XLA found too large, where it compiled no program.
+    moves: which arrays its collectives move, and how many times (movement.py).
   """
 
   program: Program
@@ -75,6 +76,7 @@ class Report:
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   compile_seconds: float = 0.0
   too_large: str = ""
+  moves: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
   @property
   def bound_by(self) -> str:
@@ -175,6 +177,7 @@ def _lines(report: Report, chip: Chip, num_devices: int, full_copy: float) -> li
     + (f", {r.cost.memory_bytes / p.least_read:.2f} x weights and cache" if p.least_read else ""),
     f"  links   {r.cost.collective_bytes / giga:.3g} GB sent, {r.cost.collective_bytes / full_copy:.2f} x what a row's "
     f"device needs of all parameters (GB by kind: {kinds})",
+    *(f"    times {line}" for line in movement.lines(r.moves)),
     "  bound   " + ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in r.seconds.items()) + f": {r.bound_by}",
     f"  compiled in {r.compile_seconds:.0f} s; {p.runs:.0f} runs in the recipe",
   ]
@@ -248,8 +251,10 @@ def main(
   precision = jax.default_matmul_precision("float32") if model.dtype == "float32" else contextlib.nullcontext()
   with precision:
     for program in recipe.programs(stages or STAGES):
-      reports.append(compile_program(program, chip, len(devices)))
-      print("\n".join(_lines(reports[-1], chip, len(devices), full_copy)), flush=True)
+      report = compile_program(program, chip, len(devices))
+      report.moves = recipe.moves(report.cost) if report.cost else {}
+      reports.append(report)
+      print("\n".join(_lines(report, chip, len(devices), full_copy)), flush=True)
   made = make_bill(config, recipe, reports, len(devices), efficiency)
   result = {
     "topology": topology,

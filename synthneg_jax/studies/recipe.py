@@ -21,7 +21,7 @@ from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.stages import policies, training
 from synthneg_jax.stages.run import sampling
-from synthneg_jax.studies import bill
+from synthneg_jax.studies import bill, movement, roofline
 from synthneg_jax.training import objectives, reference
 from synthneg_jax.training import optimizer as optimizer_lib
 from synthneg_jax.training import step as step_lib
@@ -111,12 +111,13 @@ class Recipe:
 
   Attributes:
     model: its architecture.
+    mesh: of training; decoding counts fsdp to data.
     work: as `bill.work` has it.
   """
 
   def __init__(self, config, mesh: Mesh, lengths: bill.Lengths):
     """Checks that the mesh can hold the model."""
-    self._config, self._mesh, self._lengths = config, mesh, lengths
+    self._config, self.mesh, self._lengths = config, mesh, lengths
     self.model = architecture(config)
     self._params = policies.shardings(self.model, mesh)
     self.work = bill.work(config, lengths, len(config.evaluate.methods))
@@ -134,6 +135,10 @@ class Recipe:
       if name in stages or name.split("/")[0] in stages:
         yield self._program(name)
 
+  def moves(self, cost: roofline.Cost) -> dict[str, dict[str, float]]:
+    """Which arrays a program's collectives move, and how many times (movement.py)."""
+    return movement.moves(cost, self.model.abstract_params(), self._params, self.mesh)
+
   def _program(self, name: str) -> Program:
     stage, _, part = name.partition("/")
     if name == "dpo/reference":
@@ -143,7 +148,7 @@ class Recipe:
     return self._train(name)
 
   def _train(self, name: str) -> Program:
-    config, model, mesh, stage = self._config, self.model, self._mesh, name.split("/")[0]
+    config, model, mesh, stage = self._config, self.model, self.mesh, name.split("/")[0]
     section = config[stage]
     tree = bill.mean_tree(config, name, self._lengths)
     shape, trees = bill.batch_shape(section, tree, mesh_lib.row_shards(mesh))
@@ -183,7 +188,7 @@ class Recipe:
     )
 
   def _reference(self) -> Program:
-    config, model, mesh = self._config, self.model, self._mesh
+    config, model, mesh = self._config, self.model, self.mesh
     tree, shards = bill.mean_tree(config, "dpo/step_dpo", self._lengths), mesh_lib.row_shards(mesh)
     rows = reference.rows_per_call(mesh)
     shape = dataclasses.replace(bill.batch_shape(config.dpo, tree, shards)[0], rows=rows, pairs=0)
@@ -210,13 +215,13 @@ class Recipe:
       "evaluate": lambda: (1, c.lanes * min(c.slots, 4), 1),
     }[stage]()
     trunk = math.ceil(2 * (lengths.prompt + (lengths.response if stage == "credit" else 0)))
-    shards = mesh_lib.row_shards(self._mesh)
+    shards = mesh_lib.row_shards(self.mesh)
     lanes, bucket = -(-lanes // shards) * shards, engine_lib.bucket
     trunk = min(bucket(trunk), max(config.model.max_length, 1))
     return Geometry(lanes, slots, trunk, bucket(items), c.max_new_tokens, max(lanes // 4, 1)), items
 
   def _engine(self, stage: str, part: str) -> Program:
-    config, model, mesh, lengths = self._config, self.model, mesh_lib.decoding(self._mesh), self._lengths
+    config, model, mesh, lengths = self._config, self.model, mesh_lib.decoding(self.mesh), self._lengths
     g, _ = self._geometry(stage)
     stops, made, m = Stops(_EOS), self.work[stage], model.config
     empty, prefill, decode, *_ = engine_lib.programs(model, mesh, g, sampling(config[stage]), stops)

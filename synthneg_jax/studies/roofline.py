@@ -29,11 +29,15 @@ class Cost:
     flops: of matrix products.
     memory_bytes: read from and written to main memory.
     collectives: bytes sent, by kind; "send" is what goes to other slices, over the data-centre network.
+    moved: the same by (kind, group of devices, array), but for what is sent to other slices.
   """
 
   flops: float = 0.0
   memory_bytes: float = 0.0
   collectives: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+  moved: dict[tuple[str, tuple[int, ...], hlo.Array], float] = dataclasses.field(
+    default_factory=lambda: collections.defaultdict(float)
+  )
 
   def add(self, other: "Cost", times: float = 1.0) -> None:
     """Adds another cost so many times."""
@@ -41,6 +45,8 @@ class Cost:
     self.memory_bytes += times * other.memory_bytes
     for kind, size in other.collectives.items():
       self.collectives[kind] += times * size
+    for key, size in other.moved.items():
+      self.moved[key] += times * size
 
   @property
   def collective_bytes(self) -> float:
@@ -103,14 +109,16 @@ class Program:
         continue
       if called:
         inner = self._cost(called, fused=True)
-        total.add(Cost(inner.flops, 0.0, inner.collectives))
+        total.add(Cost(inner.flops, 0.0, inner.collectives, inner.moved))
       if instruction.opcode in ("convolution", "dot"):
         total.flops += self._product_flops(computation, instruction)
       kind = instruction.opcode.removesuffix("-start")
       if kind in _COLLECTIVES:
         if fused and name.startswith("all-reduce-scatter"):
           kind = "reduce-scatter"
-        total.collectives[kind] += self._sent(computation, instruction, kind)
+        for array, size in self._sent(computation, instruction, kind):
+          total.collectives[kind] += size
+          total.moved[kind, hlo.group(instruction, self._devices), array] += size
       if kind == "send":  # to another slice, by way of the hosts
         total.collectives["send"] += instruction.arrays[0].num_bytes
       if not fused:
@@ -204,24 +212,26 @@ class Program:
       total *= _meetings(size, kernel, places, stride, dilate, reach, int(pads[at].split("_")[0]))
     return total / max(int(instruction.attribute(r"batch_group_count=(\d+)") or 1), 1) if groups else total
 
-  def _sent(self, computation, instruction: hlo.Instruction, kind: str) -> float:
-    """Bytes that a chip sends, by ring algorithms."""
+  def _sent(self, computation, instruction: hlo.Instruction, kind: str) -> list[tuple[hlo.Array, float]]:
+    """(operand, bytes that a chip sends of it), by ring algorithms."""
     if not self._first("sent", instruction):
-      return 0.0
-    sizes = [array.num_bytes for array in instruction.arrays]
+      return []
+    arrays = list(instruction.arrays)
     if instruction.opcode == "collective-permute-start":
-      sizes = sizes[:1]
+      arrays = arrays[:1]
     elif instruction.opcode == "all-gather-start":
-      sizes = sizes[len(sizes) // 2 :]
-    parts = self._group_size(instruction)
-    size, share = sum(sizes), (parts - 1) / parts
+      arrays = arrays[len(arrays) // 2 :]
+    parts = len(hlo.group(instruction, self._devices))
+    times = (parts - 1) / parts
     if kind == "collective-permute":
-      return size
-    if kind == "all-reduce":
-      return 2 * size * share
-    if kind == "reduce-scatter" and instruction.opcode.startswith("reduce-scatter"):
-      return size * (parts - 1)
-    return size * share
+      times = 1.0
+    elif kind == "all-reduce":
+      times *= 2
+    elif kind == "reduce-scatter" and instruction.opcode.startswith("reduce-scatter"):
+      times = parts - 1
+    given = [computation[name].arrays for name in instruction.operands if name in computation]
+    named = [of[0] for of in given] if len(given) == len(arrays) and all(map(len, given)) else arrays
+    return [(name, times * array.num_bytes) for name, array in zip(named, arrays, strict=True)]
 
   def _first(self, what: str, instruction: hlo.Instruction) -> bool:
     """False if this is a further part of a collective that was counted: cut up between other work, it shows in each."""
@@ -231,17 +241,6 @@ class Program:
     new = key not in self._counted
     self._counted.add(key)
     return new
-
-  def _group_size(self, instruction: hlo.Instruction) -> int:
-    text = instruction.attributes
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
-      return int(match.group(2))
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-      return match.group(1).count(",") + 1
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-      sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match.group(1))}
-      return math.prod(sizes.get(name, 1) for name in re.findall(r"'(\w+)'", match.group(2)))
-    return self._devices
 
   def _traffic(self, computation, instruction: hlo.Instruction) -> float:
     """Bytes that an instruction outside of a fusion reads from and writes to main memory."""

@@ -178,6 +178,19 @@ class PreflightTest(parameterized.TestCase):
     self.assertLess(sent["all-reduce"] / copy, 1.3)  # activations over tensor
     self.assertLess(kinds(self.text, "dpo/reference")["all-gather"] / copy, 1.1)
 
+  def test_no_parameter_moves_more_than_twice(self):
+    # Fails if the backward pass gathers a matrix a third time, if a gradient is summed whole, or if what moves is not told from
+    # activations: by hand, query, key, value and output are gathered forward and backward, and scattered once.
+    for name, gathers in (("sft", 2.0), ("rft", 2.0), ("dpo/dpo", 2.0), ("dpo/step_dpo", 2.0), ("dpo/reference", 1.0)):
+      lines = self.text[self.text.index(f"\n{name}: ") + 1 :].split("  bound")[0].splitlines()
+      found = dict(line.removeprefix("    times ").split(": ") for line in lines if line.startswith("    times "))
+      times = {array: dict(part.rsplit(" ", 1) for part in kinds.split(", ")) for array, kinds in found.items()}
+      squares = times["key, output, query, value"]
+      self.assertAlmostEqual(float(squares["all-gather"]), gathers, delta=0.02, msg=name)
+      self.assertAlmostEqual(float(squares.get("reduce-scatter", 0)), gathers - 1, delta=0.02, msg=name)
+      for array in times.keys() - {"activations"}:
+        self.assertLessEqual(max(map(float, times[array].values())), 2.02, (name, array))
+
   def test_scoring_is_one_forward_pass(self):
     # Fails if the reference pass computes a backward pass, or if its rows are not counted.
     entry = self.programs["dpo/reference"]
