@@ -120,6 +120,7 @@ class HandTest(parameterized.TestCase):
     # Read x, a matrix, and three scalars (the index twice, the step); write x.
     self.assertEqual(cost.memory_bytes, turns * (x + matrix + scalars + x))
     self.assertEqual(dict(cost.collectives), {"all-reduce": turns * 2 * x * 3 / 4})
+    self.assertEqual(sum(cost.moved.values()), cost.collective_bytes)
 
   def test_a_loop_of_unknown_length(self):
     # Fails if a loop that only the data ends counts as none, or as known.
