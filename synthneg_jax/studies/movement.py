@@ -57,7 +57,7 @@ def moves(cost: roofline.Cost, params, specs, mesh: Mesh) -> dict[str, dict[str,
     elements = sent / itemsize * parts / (parts - 1)
     own = tuple(sorted(size for size in array.sizes if size != 1))
     surely = (sizes for sizes in whole if own in lies[sizes])
-    perhaps = (sizes for sizes in whole if _is_part(own, sizes, mesh.size))
+    perhaps = (sizes for sizes in whole if kind != "all-gather" and _is_part(own, sizes, mesh.size))
     sizes = next(itertools.chain(surely, perhaps), None)
     if _across(group, mesh) <= {"tensor"}:
       found[ACTIVATIONS][kind] += elements / whole.total()

@@ -15,6 +15,7 @@ import re
 from synthneg_jax.studies import hlo
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_PERMUTE = "collective-permute"
 _FREE = frozenset(
   "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id domain opt-barrier "
   "add-dependency iota".split()
@@ -29,7 +30,7 @@ class Cost:
     flops: of matrix products.
     memory_bytes: read from and written to main memory.
     collectives: bytes sent, by kind; "send" is what goes to other slices, over the data-centre network.
-    moved: the same by (kind, group of devices, array), but for what is sent to other slices.
+    moved: the same by (kind, group of devices, array), but for what is sent to other slices; permutes are of parts or sums.
   """
 
   flops: float = 0.0
@@ -118,7 +119,10 @@ class Program:
           kind = "reduce-scatter"
         for array, size in self._sent(computation, instruction, kind):
           total.collectives[kind] += size
-          total.moved[kind, hlo.group(instruction, self._devices), array] += size
+          of = (
+            f"{kind} of {'sums' if self._is_sum(computation, instruction) else 'parts'}" if kind == _PERMUTE else kind
+          )
+          total.moved[of, hlo.group(instruction, self._devices), array] += size
       if kind == "send":  # to another slice, by way of the hosts
         total.collectives["send"] += instruction.arrays[0].num_bytes
       if not fused:
@@ -232,6 +236,19 @@ class Program:
     given = [computation[name].arrays for name in instruction.operands if name in computation]
     named = [of[0] for of in given] if len(given) == len(arrays) and all(map(len, given)) else arrays
     return [(name, times * array.num_bytes) for name, array in zip(named, arrays, strict=True)]
+
+  def _is_sum(self, computation, permute: hlo.Instruction) -> bool:
+    """Whether a permute passes on sums, as one that scatters does, or parts as they lie, as one that gathers does."""
+    source, passed = computation.get(permute.operands[0]), ("copy", "bitcast", "get-tuple-element", "fusion", _PERMUTE)
+    while source is not None and source.opcode.removesuffix("-done") in passed and not self._adds(source):
+      source = computation.get(source.operands[0])
+    return source is not None and (source.opcode == "while" or self._adds(source))
+
+  def _adds(self, instruction: hlo.Instruction) -> bool:
+    """Whether it makes a sum, or its start: a select, which gives zeros in a loop's first turn."""
+    if instruction.opcode == "fusion":
+      return any(map(self._adds, self._computations[instruction.attribute(r"calls=%?([\w.\-]+)")].values()))
+    return instruction.opcode in ("add", "dot", "convolution", "select") and bool(instruction.arrays[0].sizes)
 
   def _first(self, what: str, instruction: hlo.Instruction) -> bool:
     """False if this is a further part of a collective that was counted: cut up between other work, it shows in each."""

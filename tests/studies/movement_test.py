@@ -53,7 +53,25 @@ class MovementTest(parameterized.TestCase):
       *3 * (f"bf16[4,20] bf16[4,20] collective-permute {ring}",),
     )
     self.assertAlmostEqual(found["embedding"]["all-reduce"], 2.0)
-    self.assertAlmostEqual(found["down, up"]["collective-permute"], 1 / 6)
+    self.assertAlmostEqual(found["down, up"]["collective-permute of parts"], 1 / 6)
+
+  def test_rings_of_parts_and_of_sums(self):
+    # Fails if a ring that scatters sums counts as one that gathers, or the other way round.
+    text = """%begin (p: bf16[4,20]) -> bf16[4,20] {
+  %p = bf16[4,20]{1,0} parameter(0)
+  ROOT %s = bf16[4,20]{1,0} OPCODE(%p, %p)
+}
+
+ENTRY %main (x: bf16[4,20]) -> bf16[4,20] {
+  %x = bf16[4,20]{1,0} parameter(0)
+  %f = bf16[4,20]{1,0} fusion(%x), kind=kLoop, calls=%begin
+  %c = bf16[4,20]{1,0} bitcast(%f)
+  ROOT %y = bf16[4,20]{1,0} collective-permute(%c), channel_id=1, source_target_pairs={{0,2},{2,4},{4,6},{6,0}}
+}
+"""
+    for opcode, what in (("add", "sums"), ("convert", "parts")):
+      moved = roofline.Program(text.replace("OPCODE", opcode), MESH.size).cost.moved
+      self.assertEqual([(kind, group) for kind, group, _ in moved], [(f"collective-permute of {what}", (0, 2, 4, 6))])
 
   def test_activations(self):
     # Fails if what crosses tensor counts as a parameter, though it has its sizes, or if what crosses rows and is no parameter
