@@ -40,28 +40,35 @@ def _recipe():
 
 
 def get_config(arg: str = ""):
-  """`study_arithmetic.py` is the whole study; `study_arithmetic.py:toy` makes a few cells at toy size."""
+  """`study_arithmetic.py` is the study; `:right` what needs credit of right traces, too; `:toy` a few cells at toy size."""
   config = _recipe().get_config("smoke" if arg == "toy" else "")
   c = config
   c.study.family = "clock arithmetic, plain teacher"
   c.study.seeds = (1, 2, 3, 4)
   c.study.factor_at = 500
-  c.study.figures = ("2a", "3", "5a", "9")
+  c.study.figures = ("2a", "2c", "3", "5a", "5c", "7", "7_critical", "9", "controls")
   c.study.grid = (
     "250 500 1000 2000: sft rft step_dpo",
     "4000 8000 16000: sft",
-    "500: rft,rft.max_per_problem=1",
+    "250 500 1000: rft,rft.max_per_problem=1",
+    "500: rft,rft.max_per_problem=2 arbitrary furthest dpop algorithm1 random_step",
+    "500: arbitrary,dpo.beta=0.1 arbitrary,dpo.beta=1 furthest,dpo.beta=0.1 furthest,dpo.beta=1",
+    "500: dpop,dpo.beta=0.1 dpop,dpo.beta=1 step_dpo,dpo.beta=0.1 step_dpo,dpo.beta=1",
   )
   c.study.settings = (
     "250: sft.num_epochs=10 rft.num_epochs=10",
     "arbitrary furthest dpop: dpo.optimizer.learning_rate=3e-5",
   )
   c.task.test_start, c.task.test_problems = 10_000, 4000
+  if arg == "right":
+    c.credit.max_right_per_problem = 2
+    c.study.grid = ("250 500: sft rft rft_clean rft_spurious rft_advantage step_dpo step_dpo_both",)
+    c.study.figures = ("4", "10", "11")
   if arg == "toy":
     c.study.seeds, c.study.factor_at = (1, 2), 32
     c.study.grid, c.study.settings = ("32: sft rft step_dpo arbitrary", "48: sft"), ("48: sft.num_epochs=2",)
     c.study.figures = ("2a", "5a")
     c.task.test_problems = 32
-  elif arg:
-    raise UserError(f"configs/study_arithmetic.py knows no {arg!r}; it knows toy.")
+  elif arg not in ("", "right"):
+    raise UserError(f"configs/study_arithmetic.py knows no {arg!r}; it knows right and toy.")
   return config

@@ -13,6 +13,7 @@ from etils import epath
 
 from synthneg_jax.analysis import figures as drawing
 from synthneg_jax.analysis import study_figures as draw
+from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime import manifest
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.stages.run import Run
@@ -80,12 +81,13 @@ def _against_problems(names: Sequence[str], factors: bool = True) -> Callable[[D
 
 
 def _settings(data: Data, kind: str, leaf: str) -> list[tuple[float, study.Point]]:
-  """(value, point) of every method of a kind that sets this leaf and no other, at study.factor_at."""
+  """(value, point) of every method of a kind that sets this leaf alone, or nothing, at study.factor_at."""
   found = []
   for name, points in data.found.items():
     method = methods.parse(name, data.config)
-    if method.kind == kind and set(method.settings) == {leaf}:
-      found += [(method.settings[leaf], point) for point in points if point.size == data.config.study.factor_at]
+    if method.kind == kind and set(method.settings) <= {leaf}:
+      value = dict(config_lib.leaves(methods.configure(data.config, method)))[leaf]
+      found += [(value, point) for point in points if point.size == data.config.study.factor_at]
   return sorted(found, key=lambda pair: pair[0])
 
 

@@ -9,7 +9,7 @@ from unittest import mock
 from absl.testing import absltest
 
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.studies import benchmark, benchmark_torch
+from synthneg_jax.studies import benchmark, benchmark_items, benchmark_torch
 from synthneg_jax.studies.benchmark import Baseline, Item, Limits, Work
 
 
@@ -37,6 +37,12 @@ def rows_of(item: Item, bench: Bench, limits=None) -> list[dict]:
 
 
 class BenchmarkTest(absltest.TestCase):
+  def test_losses_are_compared_by_the_greatest(self):
+    differ = lambda *found: benchmark_items._losses_differ([0.414131, 9.0e-6], iter(found).__next__)
+    self.assertEqual(differ(0.414131, 9.1e-6), "")  # 1 % of next to nothing
+    self.assertIn("losses [0.414131, 9e-06] and [0.41403, 9e-06]", differ(0.41403, 9.0e-6))
+    self.assertIn("losses", differ(0.414131, 9.0e-5))
+
   def test_calls_alternate(self):
     # Fails if all rounds of one side run before the other's, or if a side is timed before the proof of equality.
     bench = Bench()
