@@ -57,6 +57,7 @@ def get_config(arg: str = ""):
   )
   c.study.settings = (
     "250: sft.num_epochs=10 rft.num_epochs=10",
+    "8000 16000: sft.optimizer.learning_rate=1e-3",
     "arbitrary furthest dpop: dpo.optimizer.learning_rate=3e-5",
   )
   c.task.test_start, c.task.test_problems = 10_000, 4000
