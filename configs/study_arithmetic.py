@@ -40,24 +40,27 @@ def _recipe():
 
 
 def get_config(arg: str = ""):
-  """`study_arithmetic.py` is the study; `:right` what needs credit of right traces, too; `:toy` a few cells at toy size."""
+  """`study_arithmetic.py` is the study; `:right` what needs credit of right traces, too; `:best_of` has values under
+  Best-of-5, not of π_sft; `:leap` a teacher that leaps; `:toy` is a few cells at toy size."""
   config = _recipe().get_config("smoke" if arg == "toy" else "")
   c = config
   c.study.family = "clock arithmetic, plain teacher"
   c.study.seeds = (1, 2, 3, 4)
   c.study.factor_at = 500
-  c.study.figures = ("2a", "2c", "3", "5a", "5c", "7", "7_critical", "9", "controls")
+  c.study.figures = tuple("1 2a 2c 3 5a 5c 7 7_critical 9 controls rounds samples compute".split())
   c.study.grid = (
     "250 500 1000 2000: sft rft step_dpo",
     "4000 8000 16000: sft",
     "250 500 1000: rft,rft.max_per_problem=1",
     "500: rft,rft.max_per_problem=2 arbitrary furthest dpop algorithm1 random_step",
+    "500: sft,sft.num_epochs=16 step_dpo_twice",
     "500: arbitrary,dpo.beta=0.1 arbitrary,dpo.beta=1 furthest,dpo.beta=0.1 furthest,dpo.beta=1",
     "500: dpop,dpo.beta=0.1 dpop,dpo.beta=1 step_dpo,dpo.beta=0.1 step_dpo,dpo.beta=1",
   )
   c.study.settings = (
     "250: sft.num_epochs=10 rft.num_epochs=10",
-    "8000 16000: sft.optimizer.learning_rate=1e-3",
+    "8000: sft.optimizer.learning_rate=1e-3 sft.num_epochs=10",
+    "16000: sft.optimizer.learning_rate=1e-3",
     "arbitrary furthest dpop: dpo.optimizer.learning_rate=3e-5",
   )
   c.task.test_start, c.task.test_problems = 10_000, 4000
@@ -65,11 +68,23 @@ def get_config(arg: str = ""):
     c.credit.max_right_per_problem = 2
     c.study.grid = ("250 500: sft rft rft_clean rft_spurious rft_advantage step_dpo step_dpo_both",)
     c.study.figures = ("4", "10", "11")
+  if arg == "best_of":
+    c.credit.best_of = 5
+    c.study.grid = ("500: sft step_dpo",)
+    c.study.figures = ("5a",)
+  if arg == "leap":
+    c.study.family = "clock arithmetic, leaping teacher"
+    c.task.leap = 0.3
+    c.study.grid = ("250 500 1000 2000 4000 8000: sft", "500: rft step_dpo arbitrary", "1000: rft step_dpo")
+    c.study.figures = ("2a", "5a")
   if arg == "toy":
     c.study.seeds, c.study.factor_at = (1, 2), 32
-    c.study.grid, c.study.settings = ("32: sft rft step_dpo arbitrary", "48: sft"), ("48: sft.num_epochs=2",)
+    twice = (
+      "step_dpo_twice,pairs.pair_mode=algorithm1"  # of so few samples no right one shares a prefix with a wrong one
+    )
+    c.study.grid, c.study.settings = (f"32: sft rft step_dpo arbitrary {twice}", "48: sft"), ("48: sft.num_epochs=2",)
     c.study.figures = ("2a", "5a")
     c.task.test_problems = 32
-  elif arg not in ("", "right"):
-    raise UserError(f"configs/study_arithmetic.py knows no {arg!r}; it knows right and toy.")
+  elif arg not in ("", "right", "best_of", "leap"):
+    raise UserError(f"configs/study_arithmetic.py knows no {arg!r}; it knows right, best_of, leap and toy.")
   return config

@@ -82,6 +82,32 @@ def _whole_numbers(axis, places: Sequence[float]) -> None:
   axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"))
 
 
+def _log_percent(axis, series: Sequence[Series]) -> None:
+  low = min(value for one in series for value in one.low)
+  high = max(value for one in series for value in one.high)
+  ticks = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+  axis.set_major_locator(FixedLocator([tick for tick in ticks if 0.9 * low <= tick <= 1.1 * high]))
+  axis.set_minor_locator(NullLocator())
+  axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+
+
+def against_compute(series: Sequence[Series], title: str) -> Figure:
+  """Test error against floating-point operations, both axes logarithmic."""
+  with matplotlib.rc_context(figures.STYLE):
+    figure = Figure(figsize=(4.3, 3.3), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _draw(axes, series)
+    _log_percent(axes.yaxis, series)
+    axes.set_xlabel("floating-point operations after the base model")
+    axes.set_ylabel("test error, %")
+    axes.grid(axis="y")
+    _legend(axes)
+    figure.suptitle(title, fontsize=9, x=0.02, ha="left")
+    return figure
+
+
 def against_problems(series: Sequence[Series], title: str, reaches: Sequence[Reach] = ()) -> Figure:
   """Test error against |D_syn|, both axes logarithmic: figures 2a, 2b, 5a, 5b, 9, 10 and 11 of the paper.
 
@@ -102,14 +128,7 @@ def against_problems(series: Sequence[Series], title: str, reaches: Sequence[Rea
       end = (reach.baseline_size, reach.error)
       axes.annotate(reach.label, end, xytext=(-3, -10), textcoords="offset points", ha="right", fontsize=8)
     _whole_numbers(axes.xaxis, [x for one in series for x in one.x])
-    low = min(value for one in series for value in one.low)
-    high = max(value for one in series for value in one.high)
-    ticks = [
-      tick for tick in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0) if 0.9 * low <= tick <= 1.1 * high
-    ]
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+    _log_percent(axes.yaxis, series)
     axes.set_xlabel("synthetic problems")
     axes.set_ylabel("test error, %")
     axes.grid(axis="y")
@@ -183,13 +202,13 @@ def bars(series: Sequence[Series], title: str, label: str, percent: bool = True)
 
 
 def by_step(series: Sequence[Series], title: str, label: str = "mean Q") -> Figure:
-  """A mean at each step of a solution: figure 7."""
+  """A mean at each step of a solution, 0 being the bare problem: figure 7."""
   with matplotlib.rc_context(figures.STYLE):
     figure = Figure(figsize=(4.3, 3.1), layout="constrained")
     axes = figure.subplots()
     _draw(axes, series)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("step")
+    axes.set_xlabel("step (0: the bare problem)")
     axes.set_ylabel(label)
     axes.grid(axis="y")
     _legend(axes)

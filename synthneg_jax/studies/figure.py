@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
+from synthneg_jax.analysis import data_way
 from synthneg_jax.analysis import figures as drawing
 from synthneg_jax.analysis import study_figures as draw
 from synthneg_jax.runtime import config as config_lib
@@ -125,9 +126,38 @@ def _bars(names: Sequence[str]) -> Callable[[Data], Drawn]:
   return make
 
 
-def _measured(data: Data, name: str, measure: Callable[[Run], dict]) -> list[dict]:
-  """A measure in the run folder of every seed at study.factor_at, kept as measures/<name>_<size>_<seed>.json."""
-  made, size = [], data.config.study.factor_at
+def _way(data: Data) -> Drawn:
+  size, seed = data.config.study.factor_at, data.config.study.seeds[0]
+  cells = {
+    name: grid.Cell(size, seed, methods.parse(name, data.config))
+    for name in (data.config.study.baseline, "rft", "step_dpo")
+  }
+  for name in cells:
+    if size not in [point.size for point in data.points(name)]:
+      raise UserError(f"This figure needs the cell of {name} from {size} problems (study.factor_at).")
+  last = cells["step_dpo"]
+  sft, sample, credit, pairs = (data.stage(last, name) for name in ("sft", "sample", "credit", last.method.folder))
+  errors = [grid.load(data.workdir / "cells", data.config, cell)["test_error"] for cell in cells.values()]
+  counts = data_way.Counts(
+    problems=data.stage(last, "synthesize")["train"],
+    solutions=sft["solutions"],
+    traces=sample["traces"],
+    right=sample["reasons"].get("right", 0),
+    wrong=sample["reasons"].get("wrong", 0),
+    rft=data.stage(cells["rft"], "rft")["solutions"],
+    credited=credit["traces"],
+    steps=credit["steps"],
+    rollouts=credit["rollouts"],
+    pits=credit["traces"] - pairs["without_pit"],
+    pairs=pairs["pairs"],
+    errors=tuple(errors),
+  )
+  return data_way.draw(counts, f"{data.config.study.family}, {size} problems, seed {seed}"), data_way.as_csv(counts)
+
+
+def _measured(data: Data, name: str, measure: Callable[[Run], dict], size: int | None = None) -> list[dict]:
+  """A measure in the run folder of every seed at a size (study.factor_at), kept as measures/<name>_<size>_<seed>.json."""
+  made, size = [], size or data.config.study.factor_at
   for seed in data.config.study.seeds:
     path = data.workdir / "measures" / f"{name}_{size}_{seed}.json"
     if not path.exists():
@@ -158,6 +188,7 @@ def _likelihoods(data: Data) -> Drawn:
 
 FIGURE_7 = ("sft", "arbitrary", "furthest", "step_dpo")
 HELD_OUT, ROLLOUTS = 300, 8  # problems and rollouts a prefix
+LEAST_RESPONSES = 20  # of a seed that have a step, for the step to be drawn
 
 
 def _held_out(data: Data) -> list[dict]:
@@ -176,14 +207,14 @@ def _by_step(data: Data) -> Drawn:
   made, series = _held_out(data), []
   for name in FIGURE_7:
     each = [one[methods.parse(name, data.config).folder] for one in made]
-    width = min(len(one["mean"]) for one in each)
+    width = min(sum(count >= LEAST_RESPONSES for count in one["responses"]) for one in each)
     values = np.array([[one["start"], *one["mean"][:width]] for one in each])
     mean, half = values.mean(axis=0), 1.96 * values.std(axis=0, ddof=len(values) > 1) / np.sqrt(len(values))
     series.append(
       draw.Series(data.label(name), list(range(width + 1)), mean, mean - half, mean + half, values.T.tolist())
     )
-  title = f"{data.config.study.family}, held-out problems; 0 is the bare problem"
-  return draw.by_step(series, title), draw.as_csv(series, "step")
+  title = f"{data.config.study.family}, {data.config.study.factor_at} problems"
+  return draw.by_step(series, title, "mean Q on held-out problems"), draw.as_csv(series, "step")
 
 
 def _critical(data: Data) -> Drawn:
@@ -197,11 +228,55 @@ def _critical(data: Data) -> Drawn:
     ]
     low, high = np.quantile(draws, [0.025, 0.975])
     series.append(draw.Series(data.label(name), [0], [float(np.mean(values))], [low], [high], [values]))
-  title = f"{data.config.study.family}, before the pits of SFT's wrong solutions"
-  return draw.bars(series, title, "mean Q", percent=False), draw.as_csv(series, "-")
+  title, label = (
+    f"{data.config.study.family}, {data.config.study.factor_at} problems",
+    "mean Q before SFT's pits, held-out problems",
+  )
+  return draw.bars(series, title, label, percent=False), draw.as_csv(series, "-")
+
+
+SAMPLED, SAMPLES = ("sft", "rft", "step_dpo"), 16  # methods, and samples a problem
+
+
+def _many_samples(data: Data) -> Drawn:
+  for name in SAMPLED:
+    data.points(name)
+  folders = {name: methods.parse(name, data.config).folder for name in SAMPLED}
+
+  def measure(run_: Run) -> dict:
+    problems = sorted(run_.problems("test").values(), key=lambda problem: problem.id)[:HELD_OUT]
+    return measures.many_samples(run_, list(folders.values()), problems, SAMPLES)
+
+  made, series = _measured(data, "samples", measure), []
+  for kind, words in (("pass", "any of k"), ("majority", "majority of k")):
+    for name in SAMPLED:
+      values = np.array([one[folders[name]][kind] for one in made])
+      mean, half = values.mean(axis=0), 1.96 * values.std(axis=0, ddof=len(values) > 1) / np.sqrt(len(values))
+      label = f"{data.label(name)}, {words}"
+      ks = made[0][folders[name]]["k"]
+      series.append(draw.Series(label, ks, mean, mean - half, mean + half, values.T.tolist(), kind == "majority"))
+  title = f"{data.config.study.family}, {data.config.study.factor_at} problems; {HELD_OUT} held out"
+  return draw.against_setting(series, title, "k, samples a problem"), draw.as_csv(series, "k")
+
+
+COMPUTED = ("sft", "rft", "step_dpo")
+
+
+def _against_compute(data: Data) -> Drawn:
+  names = [*COMPUTED, *(name for name in data.found if name.startswith("sft,sft.num_epochs="))]
+  series = []
+  for name in names:
+    path, points, columns = methods.parse(name, data.config).path, data.points(name), []
+    for point in points:
+      costs = _measured(data, f"compute-{name}", lambda run_, path=path: measures.compute(run_, path), point.size)
+      columns.append((float(np.mean([sum(cost.values()) for cost in costs])), point.mean, point.low, point.high))
+    dots = [point.wrong_SN.mean(axis=1).tolist() for point in points]
+    series.append(draw.Series(data.label(name), *map(list, zip(*columns, strict=True)), dots, name != names[0]))
+  return draw.against_compute(series, data.config.study.family), draw.as_csv(series, "operations")
 
 
 FIGURES: dict[str, Callable[[Data], Drawn]] = {
+  "1": _way,
   "2a": _against_problems(("sft", "rft")),
   "2b": _against_problems(("sft", "rft")),
   "2c": lambda data: _swept(data, ("rft",), "rft.max_per_problem", "right samples a problem, at most"),
@@ -216,6 +291,9 @@ FIGURES: dict[str, Callable[[Data], Drawn]] = {
   "10": _against_problems(("sft", "step_dpo", "step_dpo_both"), factors=False),
   "11": _against_problems(("sft", "rft", "rft_advantage"), factors=False),
   "controls": _bars(("sft", "random_step", "algorithm1", "step_dpo")),
+  "rounds": _bars(("sft", "step_dpo", "step_dpo_twice")),
+  "samples": _many_samples,
+  "compute": _against_compute,
 }
 
 

@@ -1,19 +1,23 @@
-"""What figures need beyond test errors, measured in a run folder: likelihoods under the base, Q by step under each policy."""
+"""What figures need beyond test errors, from a run folder: likelihoods under the base, Q by step, many samples, compute."""
 
+import collections
 import dataclasses
+import json
 from collections.abc import Sequence
 
 import numpy as np
 
+from synthneg_jax.core import advantages
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.rollouts.engine import Trunk
-from synthneg_jax.runtime import keys
+from synthneg_jax.runtime import keys, manifest
 from synthneg_jax.runtime.progress import Progress
 from synthneg_jax.runtime.records import Problem, Shards, Trace
 from synthneg_jax.stages import traces as traces_lib
 from synthneg_jax.stages import training
 from synthneg_jax.stages.policies import Policy
 from synthneg_jax.stages.run import Run, sampling
+from synthneg_jax.studies import bill
 from synthneg_jax.tasks import prompts
 from synthneg_jax.training import reference
 
@@ -98,15 +102,98 @@ def values(run_: Run, policy: Policy, asked: Sequence[Beginnings], count: int, p
   return found
 
 
-def _sampled(run_: Run, policy: Policy, folder: str, problems: Sequence[Problem]) -> list[Trace]:
-  """One sample of each problem at credit.temperature, in the order of their ids."""
+def _sampled(run_: Run, policy: Policy, purpose: str, problems: Sequence[Problem], count: int) -> list[Trace]:
+  """Samples of each problem at credit.temperature, in the order of their problems' ids, then as they were drawn."""
   prompt = lambda problem: training.prompt_ids(run_, policy, problem)
-  trunks = [traces_lib.trunk(run_, prompt(problem), problem, f"values of {folder}", 1) for problem in problems]
+  trunks = [traces_lib.trunk(run_, prompt(problem), problem, purpose, count) for problem in problems]
+  engine = run_.engine(policy, slots=min(count, run_.config.engine.slots))
   made = [
-    (problems[i], 0, one[0])
-    for i, one in run_.engine(policy, slots=1).run(policy.params, trunks, sampling(run_.config.credit))
+    (problems[i], number, one)
+    for i, several in engine.run(policy.params, trunks, sampling(run_.config.credit))
+    for number, one in enumerate(several)
   ]
-  return sorted(traces_lib.traces_of(run_, policy, "values", made), key=lambda trace: trace.problem_id)
+  return sorted(traces_lib.traces_of(run_, policy, "values", made), key=lambda trace: (trace.problem_id, trace.index))
+
+
+def _most_frequent(traces: Sequence[Trace]) -> bool:
+  """Whether the answer that most of the traces state is right; of equals the one that was stated first; none is wrong."""
+  answers = collections.Counter(trace.extracted for trace in traces if trace.extracted)
+  best = answers.most_common(1)[0][0] if answers else None
+  return best is not None and next(trace.correct for trace in traces if trace.extracted == best)
+
+
+def _majority_at(groups: Sequence[Sequence[Trace]], k: int) -> float:
+  """Share of right majorities among all runs of k consecutive traces of each group, none counted twice."""
+  return float(np.mean([_most_frequent(group[i : i + k]) for group in groups for i in range(0, len(group), k)]))
+
+
+def many_samples(run_: Run, folders: Sequence[str], problems: Sequence[Problem], count: int) -> dict[str, dict]:
+  """What k samples of a policy are worth on problems that it was not trained on, for k = 1, 2, 4, ... up to `count`.
+
+  pass@k is the unbiased estimate from all samples (https://arxiv.org/abs/2107.03374); majority@k is the most frequent answer
+  of k samples, the mean over consecutive groups of k. Both as errors, shares of problems, at credit.temperature.
+
+  Args:
+    run_: of the run folder.
+    folders: stages of the policies.
+    problems: held out.
+    count: samples a problem, a power of two.
+
+  Returns:
+    by folder: {"k": [1, 2, ...], "pass": error for each k, "majority": the same}.
+  """
+  ks, found = [1 << i for i in range(count.bit_length())], {}
+  for folder in folders:
+    policy = run_.policy(folder)
+    groups = traces_lib.by_problem(_sampled(run_, policy, f"samples of {folder}", problems, count))
+    right_N = np.array([sum(trace.correct for trace in group) for group in groups.values()])
+    found[folder] = {
+      "k": ks,
+      "pass": [round(float(1 - advantages.best_of_k(right_N, count, k)[0].mean()), 5) for k in ks],
+      "majority": [round(1 - _majority_at(list(groups.values()), k), 5) for k in ks],
+    }
+  return found
+
+
+def _tokens_trained(folder) -> int:
+  """Non-padding tokens that a training stage went through, from its metrics."""
+  rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+  return round(sum(row["run/step_s"] * row["run/tokens_per_s"] for row in rows))
+
+
+def compute(run_: Run, path: Sequence[str]) -> dict[str, float]:
+  """Floating-point operations of the stages that a policy rests on: 6 N a token trained, 2 N a token read or drawn.
+
+  N are the parameters of all matrices (attention's scores and the norms are left out). Trained tokens are the packed rows'
+  without padding; drawn ones those that were kept or rolled out; each prompt is read once for all its samples, each trace
+  once for the rollouts of all its prefixes, and each DPO pair once by the reference. The base model and the teacher are free.
+
+  Args:
+    run_: of the run folder, where the stages are done.
+    path: names of the stages, such as Method.path.
+
+  Returns:
+    {stage: operations}.
+  """
+  policy, found = run_.policy("sft"), {}
+  model, section = policy.model.config, run_.config.dpo
+  matrices = bill.matrix_params(model) + model.d_model * model.vocab_size
+  problems = run_.problems("train").values()
+  prompt_tokens = sum(len(training.prompt_ids(run_, policy, problem)) for problem in problems)
+  for name in path:
+    if name == "sample":
+      tokens = prompt_tokens + manifest.figures(run_.workdir, name)["tokens"]
+    elif name == "credit":
+      credit, sample = (manifest.figures(run_.workdir, stage) for stage in ("credit", "sample"))
+      read = prompt_tokens / len(problems) + sample["tokens"] / sample["traces"]
+      tokens = credit["rollout_tokens"] + credit["traces"] * read
+    elif name == "synthesize":
+      continue
+    else:
+      trained = _tokens_trained(run_.workdir / name)
+      tokens = 3 * trained + (trained / section.num_epochs if name.startswith("dpo/") else 0)
+    found[name] = round(2.0 * matrices * tokens)
+  return found
 
 
 def held_out(run_: Run, folders: Sequence[str], problems: Sequence[Problem], count: int) -> dict[str, dict]:
@@ -129,7 +216,7 @@ def held_out(run_: Run, folders: Sequence[str], problems: Sequence[Problem], cou
   by_id, made, critical = {problem.id: problem for problem in problems}, {}, []
   for folder in dict.fromkeys(["sft", *folders]):
     policy = run_.policy(folder)
-    traces = [trace for trace in _sampled(run_, policy, folder, problems) if trace.step_ends]
+    traces = [trace for trace in _sampled(run_, policy, f"values of {folder}", problems, 1) if trace.step_ends]
     asked = [Beginnings(by_id[t.problem_id], t.ids, [0, *t.step_ends[:-1]]) for t in traces]
     found = values(run_, policy, asked, count, f"values by {folder}")
     q = np.full((len(traces), 1 + max(len(trace.step_ends) for trace in traces)), np.nan)

@@ -9,7 +9,7 @@ import difflib
 
 from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.stages import credit, dpo, evaluate, rft, sample, sft, synthesize
+from synthneg_jax.stages import credit, dpo, evaluate, imports, rft, sample, sft, synthesize
 from synthneg_jax.stages.run import Run
 
 _SFT = ("synthesize", "sft")
@@ -27,12 +27,15 @@ class Kind:
     before: stages that it shares with others.
     sections: of the config, whose leaves it may set.
     settings: leaves that make it what it is.
+    first: a method whose policy takes the place of π_sft before its stages, which have a folder of their own: a second
+      round on that policy's own traces.
   """
 
   label: str
   before: tuple[str, ...]
   sections: tuple[str, ...]
   settings: dict[str, object] = dataclasses.field(default_factory=dict)
+  first: str = ""
 
 
 def _dpo(label: str, mode: str, **dpo) -> Kind:
@@ -54,6 +57,7 @@ KINDS = {
   "step_dpo": _dpo("per-step DPO", "shared_prefix"),
   "step_dpo_both": _dpo("per-step DPO, right traces too", "positives_too"),
   "algorithm1": _dpo("per-step DPO, algorithm 1", "algorithm1"),
+  "step_dpo_twice": dataclasses.replace(_dpo("per-step DPO, two rounds", "shared_prefix"), first="step_dpo"),
   "random_step": _dpo("DPO at a random step", "random_step"),
   "arbitrary": _dpo("DPO, arbitrary pairs", "arbitrary"),
   "furthest": _dpo("DPO, furthest pairs", "furthest"),
@@ -87,12 +91,22 @@ class Method:
   def folder(self) -> str:
     """Stage folder of its policy; empty for the base model."""
     name = self.name.replace(",", "-")
-    return "" if self.kind == "base" else f"dpo/{name}" if "dpo" in KINDS[self.kind].sections else name
+    made = "" if self.kind == "base" else f"dpo/{name}" if "dpo" in KINDS[self.kind].sections else name
+    return f"{self.second}/{made}" if self.second else made
+
+  @property
+  def second(self) -> str:
+    """Folder of its stages in a second round, in the run folder; empty for methods of one."""
+    first = KINDS[self.kind].first
+    return f"after_{first}" if first else ""
 
   @property
   def path(self) -> tuple[str, ...]:
     """All stages that it rests on, its own last."""
-    return (*KINDS[self.kind].before, *([self.folder] if self.folder else []))
+    kind, again = KINDS[self.kind], ()
+    if kind.first:
+      again = (f"dpo/{kind.first}", *(f"{self.second}/{stage}" for stage in kind.before if stage not in _SFT))
+    return (*kind.before, *again, *([self.folder] if self.folder else []))
 
 
 def parse(text: str, config) -> Method:
@@ -184,13 +198,27 @@ def make(run_: Run, method: Method) -> None:
     run_: of the workdir that the methods of a size and seed share, with the config of all.
     method: what to make.
   """
-  own = dataclasses.replace(run_, config=configure(run_.config, method))
+  kind = KINDS[method.kind]
+  if kind.first:
+    first = parse(kind.first, run_.config)
+    _train(run_, first)
+    again = dataclasses.replace(run_, workdir=run_.workdir / method.second)
+    synthesize.run(again)
+    imports.adopt_sft(again, run_.workdir / first.folder / "policy")
+    _train(again, method)
+  else:
+    _train(run_, method)
+  evaluate.test(run_, method.name.replace(",", "-"), method.folder or None)
+
+
+def _train(run_: Run, method: Method) -> None:
+  """The method's stages in one folder, each where it is not done."""
+  own, name = dataclasses.replace(run_, config=configure(run_.config, method)), method.name.replace(",", "-")
   for stage in KINDS[method.kind].before:
     _RUN[stage](run_)
   if "dpo" in KINDS[method.kind].sections:
-    dpo.variant(own, method.folder.removeprefix("dpo/"), own.config.pairs.pair_mode)
+    dpo.variant(own, name, own.config.pairs.pair_mode)
   elif method.kind == "sft":
-    sft.run(own, method.folder)
+    sft.run(own, name)
   elif method.kind != "base":
-    rft.run(own, method.folder)
-  evaluate.test(run_, method.name.replace(",", "-"), method.folder or None)
+    rft.run(own, name)

@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import tempfile
 
+import jax
 import numpy as np
 from absl.testing import absltest
 from etils import epath
@@ -16,7 +17,14 @@ from matplotlib.figure import Figure
 
 from configs import study_arithmetic
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.studies import figure, grid, study
+from synthneg_jax.runtime.records import Shards, Trace
+from synthneg_jax.stages import training
+from synthneg_jax.stages.run import Run
+from synthneg_jax.studies import figure, grid, measures, methods, study
+from synthneg_jax.tasks import prompts
+
+TWICE = "step_dpo_twice,pairs.pair_mode=algorithm1"
+FOLDER = TWICE.replace(",", "-")
 
 
 def point(size: int, error: float, seeds=(1, 2), problems: int = 1000) -> study.Point:
@@ -71,6 +79,15 @@ class ToldTest(absltest.TestCase):
     self.assertEqual(study._time_left(cells, {"sft": [(32, 64.0)]}, rest), ", about 6 min left")
 
 
+class MajorityTest(absltest.TestCase):
+  def test_most_frequent_answers_by_hand(self):
+    # Fails if ties go to the later answer, answers that are missing are counted, or groups of k overlap.
+    trace = lambda answer, gold: Trace("", "", 0, [], [], "", answer == gold, "", answer, "eos", [], [], "")
+    group = [trace(answer, "7") for answer in ("7", "8", None, None, "8", "7", "8", "7")]
+    # k = 1: three right of eight; k = 2: (7 8) right, nothing, (8 7) wrong, (8 7) wrong; k = 4: (7 8) right, (8 7 8 7) wrong.
+    self.assertEqual([measures._majority_at([group], k) for k in (1, 2, 4, 8)], [3 / 8, 1 / 4, 1 / 2, 1.0])
+
+
 class ToyTest(absltest.TestCase):
   """The whole of a study, with one seed."""
 
@@ -88,20 +105,53 @@ class ToyTest(absltest.TestCase):
     self.assertTrue(self.whole)
     found = study.results(self.config, self.workdir, self.cells)
     self.assertEqual({name: [p.size for p in points] for name, points in found.items()}, {
-      "sft": [32, 48], "rft": [32], "step_dpo": [32], "arbitrary": [32],
+      "sft": [32, 48], "rft": [32], "step_dpo": [32], TWICE: [32], "arbitrary": [32],
     })  # fmt: skip
     for cell in self.cells:
       told = grid.load(self.workdir / "cells", self.config, cell)
-      manifest = self.workdir / "runs" / cell.unit / "evaluate" / cell.method.name / "manifest.json"
+      name = cell.method.name.replace(",", "-")
+      manifest = self.workdir / "runs" / cell.unit / "evaluate" / name / "manifest.json"
       self.assertAlmostEqual(told["test_error"], json.loads(manifest.read_text())["figures"]["test_error"], places=3)
       self.assertEqual(told["stages"]["synthesize"]["train"], cell.size)
     factors = study.write(self.config, self.workdir, self.cells)
-    self.assertEqual(set(factors), {"rft", "step_dpo", "arbitrary"})
+    self.assertEqual(set(factors), {"rft", "step_dpo", TWICE, "arbitrary"})
     written = json.loads((self.workdir / "report" / "efficiency.json").read_text())
     self.assertEqual(written, json.loads(json.dumps(factors)))
     rows = list(csv.DictReader(io.StringIO((self.workdir / "report" / "results.csv").read_text())))
     means = {(row["method"], row["problems"]) for row in rows if row["seed"] == "mean"}
-    self.assertEqual(means, {("sft", "32"), ("sft", "48"), ("rft", "32"), ("step_dpo", "32"), ("arbitrary", "32")})
+    at_32 = ("sft", "rft", "step_dpo", TWICE, "arbitrary")
+    self.assertEqual(means, {("sft", "48"), *((name, "32") for name in at_32)})
+
+  def test_a_second_round_is_of_the_first_rounds_policy(self):
+    # Fails if round two samples from π_sft again, starts from it, or is made where round one's folder is.
+    run_ = self.workdir / "runs" / "32_1"
+    weights = lambda name: json.loads((run_ / name / "policy" / "fingerprint.json").read_text())["fingerprint"]
+    samples = list(Shards(run_ / "after_step_dpo" / "sample" / "traces", Trace).read())
+    self.assertEqual({trace.policy for trace in samples}, {weights("dpo/step_dpo")})
+    self.assertEqual(weights("after_step_dpo/sft"), weights("dpo/step_dpo"))
+    self.assertNotEqual(weights(f"after_step_dpo/dpo/{FOLDER}"), weights("dpo/step_dpo"))
+    references = [path.name for path in (run_ / "after_step_dpo" / "dpo" / "reference").glob("*.npz")]
+    self.assertEqual([name.split("-")[0] for name in references], [weights("dpo/step_dpo")])
+    cell = next(cell for cell in self.cells if cell.method.name == TWICE)
+    stages = grid.load(self.workdir / "cells", self.config, cell)["stages"]
+    for name in ("sft", "credit", "dpo/step_dpo", "after_step_dpo/sample", f"after_step_dpo/dpo/{FOLDER}"):
+      self.assertTrue(stages[name], name)
+
+  def test_compute_is_what_was_trained_and_drawn(self):
+    # Fails if padding is counted, a pass is forgotten, or drawn tokens cost what trained ones do.
+    cell = next(cell for cell in self.cells if cell.method.name == "sft" and cell.size == 32)
+    run_ = Run.open(grid.configure(self.config, cell), self.workdir / "runs" / "32_1")
+    found, base = measures.compute(run_, ("synthesize", "sft", "sample", "credit", "dpo/step_dpo")), run_.base()
+    prompts_ = {key: len(training.prompt_ids(run_, base, p)) for key, p in run_.problems("train").items()}
+    solutions = [len(prompts.encode_solution(base.tokenizer, p.solution)) for p in run_.problems("train").values()]
+    leaves = jax.tree.leaves(base.params)
+    weights = sum(leaf.size for leaf in leaves if leaf.ndim > 1)  # one matrix for embedding and output; no norms
+    tokens = self.config.sft.num_epochs * (sum(prompts_.values()) + sum(solutions))
+    self.assertAlmostEqual(found["sft"] / (6 * weights * tokens), 1.0, delta=0.001)
+    drawn = sum(len(trace.ids) for trace in Shards(run_.workdir / "sample" / "traces", Trace).read())
+    self.assertAlmostEqual(found["sample"] / (2 * weights * (sum(prompts_.values()) + drawn)), 1.0, delta=0.001)
+    self.assertGreater(found["dpo/step_dpo"], 0)
+    self.assertGreater(found["credit"], 0)
 
   def test_cells_go_with_the_study_and_one_made_again_agrees(self):
     # Fails if finished cells are made again on another machine, or a cell from scratch says something else.
@@ -127,19 +177,31 @@ class ToyTest(absltest.TestCase):
 
   def test_figures(self):
     # Fails if a figure cannot be drawn, or says other than the cells; measured ones are measured once.
-    self.enter_context(absltest.mock.patch.multiple(figure, FIGURE_7=("sft", "step_dpo"), HELD_OUT=6, ROLLOUTS=2))
+    self.enter_context(
+      absltest.mock.patch.multiple(figure, FIGURE_7=("sft", "step_dpo"), HELD_OUT=6, ROLLOUTS=2, LEAST_RESPONSES=1)
+    )
     of = figure.data(self.config, self.workdir)
-    for name in ("2a", "5a", "3", "7", "7_critical"):
+    self.enter_context(absltest.mock.patch.object(figure, "SAMPLES", 4))
+    for name in ("1", "2a", "5a", "3", "7", "7_critical", "samples", "compute"):
       svg, png, table = figure.write(of, name)
       self.assertStartsWith(svg.read_text(), "<svg")
       self.assertEqual(png.read_bytes()[:4], b"\x89PNG")
       rows = list(csv.DictReader(io.StringIO(table.read_text())))
-      self.assertTrue(all(math.isfinite(float(row["mean"])) for row in rows))
+      self.assertTrue(all(math.isfinite(float(row["count" if name == "1" else "mean"])) for row in rows))
+      if name == "1":
+        sample = of.stage(grid.Cell(32, 1, methods.parse("rft", self.config)), "sample")
+        told = {row["what"]: float(row["count"]) for row in rows}
+        self.assertEqual((told["traces"], told["right"]), (sample["traces"], sample["reasons"].get("right", 0)))
+      if name == "samples":  # more samples never make "any of k" worse
+        any_ = [float(row["mean"]) for row in rows if row["series"] == "SFT, any of k"]
+        self.assertLen(any_, 3)
+        self.assertEqual(any_, sorted(any_, reverse=True))
       if name == "5a":
         told = {(row["series"], row["problems"]): float(row["mean"]) for row in rows}
         self.assertAlmostEqual(told["per-step DPO", "32"], of.found["step_dpo"][0].mean, places=4)
     kept = sorted(path.name for path in (self.workdir / "measures").iterdir())
-    self.assertEqual(kept, ["likelihoods_32_1.json", "values_32_1.json"])
+    compute = ["compute-rft_32_1.json", "compute-sft_32_1.json", "compute-sft_48_1.json", "compute-step_dpo_32_1.json"]
+    self.assertEqual(kept, [*compute, "likelihoods_32_1.json", "samples_32_1.json", "values_32_1.json"])
     values = json.loads((self.workdir / "measures" / "values_32_1.json").read_text())
     self.assertEqual(set(values), {"sft", "dpo/step_dpo"})
     self.assertEqual(len(values["sft"]["critical"]), len(values["dpo/step_dpo"]["critical"]))
@@ -155,14 +217,14 @@ class ToyTest(absltest.TestCase):
     with contextlib.redirect_stdout(io.StringIO()) as said:
       figure.whole_study(self.config, str(self.workdir))
     factors, *files = said.getvalue().splitlines()
-    self.assertEqual(set(json.loads(factors)), {"rft", "step_dpo", "arbitrary"})
+    self.assertEqual(set(json.loads(factors)), {"rft", "step_dpo", TWICE, "arbitrary"})
     self.assertLen(files, 6)
     self.assertTrue(all(pathlib.Path(file).exists() for file in files))
     other = epath.Path(tempfile.mkdtemp()) / "study"
     with grid.claim(other / "runs", "32_1"), grid.claim(other / "runs", "48_1"):
       with self.assertRaisesRegex(UserError, "Other processes still work on cells"):
         figure.main(self.config, str(other), ["2a"])
-    with self.assertRaisesRegex(UserError, "--figure names '6'; figures are 2a, 2b"):
+    with self.assertRaisesRegex(UserError, "--figure names '6'; figures are 1, 2a"):
       figure.main(self.config, str(self.workdir), ["6"])
 
   def test_cells_of_different_tests_are_not_compared(self):
