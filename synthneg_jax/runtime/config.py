@@ -271,7 +271,7 @@ def plain(config: ConfigDict, sections=None) -> dict:
   }
 
 
-_CHOICES = {
+CHOICES = {
   "task.name": ("arithmetic", "jobs", "star_graph", "gsm8k", "math", "jsonl"),
   "task.prompt": ("plain", "chat"),
   "task.answers": ("integer", "math", "exact"),
@@ -301,7 +301,7 @@ _CHOICES = {
   "pairs.choice": ("random", "shortest", "most_likely", "majority"),
 }
 _PIT_RULES = {  # what each schedule leaves known
-  "all": _CHOICES["pairs.pit_rule"],
+  "all": CHOICES["pairs.pit_rule"],
   "until_first_zero": ("lowest_value", "first_zero", "first_dead", "relative_drop"),
   "bisect": ("lowest_value", "first_zero", "first_dead"),
   "adaptive": ("first_dead",),
@@ -336,7 +336,7 @@ def check_values(config: ConfigDict) -> None:
     UserError: names the leaf and what it may be.
   """
   values = dict(leaves(config))
-  for name, allowed in _CHOICES.items():
+  for name, allowed in CHOICES.items():
     if values[name] not in allowed:
       raise UserError(f"{name}={values[name]!r} is none of {', '.join(allowed)}.")
   for name in _POSITIVE:

@@ -62,7 +62,7 @@ def pits(q, known, v0, section) -> np.ndarray:
   return np.asarray(jax.jit(jax.vmap(rule))(q, known, v0))
 
 
-class _Source:
+class Source:
   """The records of earlier stages, indexed for pair building."""
 
   def __init__(self, run_: Run, policy: Policy):
@@ -110,7 +110,7 @@ class _Source:
     ]
 
 
-def _whole(source: _Source, mode: str) -> list[tuple[Trace, int, core.TokenPair | None]]:
+def _whole(source: Source, mode: str) -> list[tuple[Trace, int, core.TokenPair | None]]:
   """Pairs of whole responses, each with the wrong trace."""
   made = []
   if mode == "arbitrary":
@@ -129,7 +129,7 @@ def _whole(source: _Source, mode: str) -> list[tuple[Trace, int, core.TokenPair 
   return made
 
 
-def _at_step(source: _Source, trace: Trace, step: int, mode: str) -> core.TokenPair | None:
+def _at_step(source: Source, trace: Trace, step: int, mode: str) -> core.TokenPair | None:
   """The pair that rejects one step of a trace."""
   section = source.run.config.pairs
   prompt, response = source.prompt(trace.problem_id), core.Response(trace.ids, trace.step_ends)
@@ -151,7 +151,7 @@ def _at_step(source: _Source, trace: Trace, step: int, mode: str) -> core.TokenP
   )
 
 
-def _by_step(source: _Source, mode: str) -> list[tuple[Trace, int, core.TokenPair | None]]:
+def _by_step(source: Source, mode: str) -> list[tuple[Trace, int, core.TokenPair | None]]:
   """Pairs at the pit of each wrong trace, or at a step of it drawn at random (random_step, a control of ours).
 
   In mode positives_too also at the spurious step of each right trace.
@@ -185,7 +185,7 @@ def build(run_: Run, policy: Policy, mode: str) -> tuple[list[Pair], dict]:
     mean probability that a label is flipped).
   """
   section = run_.config.pairs
-  source = _Source(run_, policy)
+  source = Source(run_, policy)
   whole = mode in ("arbitrary", "furthest")
   made = _whole(source, mode) if whole else _by_step(source, mode)
   found = [(trace, step, pair) for trace, step, pair in made if pair]

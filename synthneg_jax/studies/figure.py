@@ -259,6 +259,25 @@ def _many_samples(data: Data) -> Drawn:
   return draw.against_setting(series, title, "k, samples a problem"), draw.as_csv(series, "k")
 
 
+def _true_pits(data: Data) -> Drawn:
+  if data.config.task.name != "jobs":
+    raise UserError(f"This figure needs task.name=jobs, whose pits are known exactly, not {data.config.task.name!r}.")
+  data.points("step_dpo")
+  folder = methods.parse("step_dpo", data.config).folder
+  made, series = _measured(data, "true_pits", lambda run_: measures.true_pits(run_, folder)), []
+  for part, words in (("pits", "pit by {}"), ("labels", "label {}")):
+    for name in made[0][part]:
+      values = np.array([one[part][name] for one in made])
+      half = 1.96 * values.std(ddof=len(values) > 1) / np.sqrt(len(values))
+      label = words.format(name.replace("_", " "))
+      series.append(
+        draw.Series(label, [0], [values.mean()], [values.mean() - half], [values.mean() + half], [values.tolist()])
+      )
+  title = f"{data.config.study.family}, {data.config.study.factor_at} problems"
+  label = "wrong traces whose pit is the true one, and pairs, %"
+  return draw.bars(series, title, label), draw.as_csv(series, "-")
+
+
 COMPUTED = ("sft", "rft", "step_dpo")
 
 
@@ -294,6 +313,7 @@ FIGURES: dict[str, Callable[[Data], Drawn]] = {
   "rounds": _bars(("sft", "step_dpo", "step_dpo_twice")),
   "samples": _many_samples,
   "compute": _against_compute,
+  "true_pits": _true_pits,
 }
 
 

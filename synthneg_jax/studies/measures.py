@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 
@@ -10,15 +11,17 @@ import numpy as np
 from synthneg_jax.core import advantages
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.rollouts.engine import Trunk
+from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime import keys, manifest
 from synthneg_jax.runtime.progress import Progress
-from synthneg_jax.runtime.records import Problem, Shards, Trace
+from synthneg_jax.runtime.records import Pair, Problem, Shards, Trace
+from synthneg_jax.stages import pairs as pairs_lib
 from synthneg_jax.stages import traces as traces_lib
 from synthneg_jax.stages import training
 from synthneg_jax.stages.policies import Policy
 from synthneg_jax.stages.run import Run, sampling
-from synthneg_jax.studies import bill
-from synthneg_jax.tasks import prompts
+from synthneg_jax.studies import bill, methods
+from synthneg_jax.tasks import jobs, prompts
 from synthneg_jax.training import reference
 
 _MOST_RESPONSES = 4000  # responses scored of each kind
@@ -193,6 +196,53 @@ def compute(run_: Run, path: Sequence[str]) -> dict[str, float]:
       trained = _tokens_trained(run_.workdir / name)
       tokens = 3 * trained + (trained / section.num_epochs if name.startswith("dpo/") else 0)
     found[name] = round(2.0 * matrices * tokens)
+  return found
+
+
+def _outcome(puzzle: jobs.Puzzle, before: Sequence[str], step: str) -> bool:
+  """Whether a solution of legal steps can still come out right after one more."""
+  done = [line.split()[0][:-1] for line in before]
+  if step.split()[:1] == ["####"]:
+    return len(done) == len(puzzle.jobs) and puzzle.can_be_paid({*done}) and step.split()[1:] == [str(puzzle.answer)]
+  return jobs.judge_step(puzzle, done, step) == "legal" and puzzle.can_be_paid({*done, step.split()[0][:-1]})
+
+
+def true_pits(run_: Run, folder: str) -> dict[str, dict[str, float]]:
+  """Estimated pits and the labels of pairs against the truth, which task `jobs` knows exactly.
+
+  Args:
+    run_: of a run folder of task jobs with credit.
+    folder: stage of per-step pairs.
+
+  Returns:
+    "pits": for each pit rule the share of wrong traces with credit whose pit is the first step after which they cannot come
+    out right; "distance": for the config's rule, shares by estimated minus true step; "labels": of pairs, shares "right" (the
+    chosen step keeps a right end possible, the rejected one does not), "flipped" (the other way round) and "neither".
+  """
+  policy = run_.policy("sft")
+  source = pairs_lib.Source(run_, policy)
+  lines = lambda ids: [line for line in policy.token_text.text(list(ids)).split("\n") if line.strip()]
+  puzzles = {key: jobs.read(problem.prompt) for key, problem in source.problems.items()}
+  truth_N = np.array([jobs.true_pit(puzzles[trace.problem_id], lines(trace.ids)) for trace in source.wrong])
+  known = pairs_lib.values(source.wrong, source.estimates, source.v0, run_.config.credit.best_of)
+  found = {"pits": {}, "distance": {}, "labels": collections.Counter(right=0, flipped=0, neither=0)}
+  for rule in config_lib.CHOICES["pairs.pit_rule"]:
+    section = methods.with_leaves(run_.config, {"pairs.pit_rule": rule}).pairs
+    pit_N = pairs_lib.pits(*known, section)
+    found["pits"][rule] = round(float(np.mean(pit_N == truth_N)), 5)
+    if rule == run_.config.pairs.pit_rule:
+      away, counts = np.unique((pit_N - truth_N)[pit_N >= 0], return_counts=True)
+      found["distance"] = {str(n): round(float(count / len(pit_N)), 5) for n, count in zip(away, counts, strict=True)}
+  prompt_size = functools.cache(lambda key: len(training.prompt_ids(run_, policy, source.problems[key])))
+  pairs = list(Shards(run_.workdir / folder / "pairs", Pair).read())
+  for pair in pairs:
+    puzzle, before = puzzles[pair.problem_id], lines(pair.trunk[prompt_size(pair.problem_id) :])
+    if jobs.true_pit(puzzle, before) >= 0:
+      found["labels"]["neither"] += 1
+      continue
+    chosen, rejected = (_outcome(puzzle, before, lines(ids)[0]) for ids in (pair.chosen, pair.rejected))
+    found["labels"]["neither" if chosen == rejected else "right" if chosen else "flipped"] += 1
+  found["labels"] = {name: round(count / len(pairs), 5) for name, count in found["labels"].items()}
   return found
 
 

@@ -155,12 +155,15 @@ def sft_loss(model: Model, prompt: int, params, token_NT):
   return -jnp.mean(_of_targets(response_logprobs(model, params, token_NT, prompt), token_NT))
 
 
-def dpo_loss(model: Model, prompt: int, beta: float, params, token_NT, wrong_N, ref_chosen_N, ref_rejected_N):
+def dpo_loss(
+  model: Model, prompt: int, beta: float, nll_weight: float, params, token_NT, wrong_N, ref_chosen_N, ref_rejected_N
+):
   """DPO of the right rest of the path against a wrong critical node, both after prompt and centre; mean per pair.
 
   Args:
     model, prompt, params: the policy, and how many tokens its prompts have.
     beta: per nat.
+    nll_weight: weight of the right rest's next-token loss per token, which keeps what copying the model has.
     token_NT: prompts with their right responses.
     wrong_N: token ids of the wrong nodes.
     ref_chosen_N, ref_rejected_N: log-probs under the reference, nats.
@@ -168,7 +171,8 @@ def dpo_loss(model: Model, prompt: int, beta: float, params, token_NT, wrong_N, 
   logp_NSV = response_logprobs(model, params, token_NT, prompt)
   chosen_N = jnp.sum(_of_targets(logp_NSV, token_NT)[:, 1:], axis=1)
   rejected_N = jnp.take_along_axis(logp_NSV[:, 1], wrong_N[:, None], axis=1)[:, 0]
-  return jnp.mean(losses.dpo_loss(chosen_N, rejected_N, ref_chosen_N, ref_rejected_N, beta=beta))
+  loss_N = losses.dpo_loss(chosen_N, rejected_N, ref_chosen_N, ref_rejected_N, beta=beta)
+  return jnp.mean(loss_N - nll_weight * chosen_N / (logp_NSV.shape[1] - 1))
 
 
 def _stream(rng: np.random.Generator, count: int, wanted: int) -> np.ndarray:
@@ -259,7 +263,8 @@ class Study:
 
   @functools.cached_property
   def _dpo(self):
-    loss = functools.partial(dpo_loss, self.model, self.num_prompt, self.config.dpo.beta)
+    section = self.config.dpo
+    loss = functools.partial(dpo_loss, self.model, self.num_prompt, section.beta, section.nll_weight)
     return make_training(loss, self.config.dpo, self.config.dpo.max_steps)
 
   def base(self) -> dict:

@@ -73,6 +73,19 @@ class Puzzle:
     return made
 
 
+def read(prompt: str) -> Puzzle:
+  """The problem that a prompt states.
+
+  Raises:
+    ValueError: it states none.
+  """
+  words = prompt.split()
+  if len(words) % 4 != 1 or words[-1] != "?":
+    raise ValueError(f"{prompt!r} lists no jobs.")
+  four = zip(*(iter(words[:-1]),) * 4, strict=True)
+  return Puzzle({name: Job(int(hours[:-1]), int(end[1:]), int(pay[1:])) for name, hours, end, pay in four})
+
+
 def make_puzzle(rng: np.random.Generator, fewest: int, most: int, slack: int) -> Puzzle:
   """Draws a problem that has a solution.
 

@@ -106,7 +106,7 @@ class ValuesTest(absltest.TestCase):
     np.testing.assert_allclose(np.stack([chosen_P, rejected_P], axis=1), logp_P2, atol=1e-4)
     token_PT = np.concatenate([prompt_NC, solution_NS], axis=1).astype(np.int32)[problem_P]
     rejected_ids = wrong_P.astype(np.int32)
-    loss = jax.jit(functools.partial(study_lib.dpo_loss, made.model, made.num_prompt, 0.5))
+    loss = jax.jit(functools.partial(study_lib.dpo_loss, made.model, made.num_prompt, 0.5, 0.0))
     self.assertAlmostEqual(float(loss(params, token_PT, rejected_ids, chosen_P, rejected_P)), np.log(2), places=4)
     margin_P = logp_P2[:, 0] - logp_P2[:, 1]
     wanted = np.mean(np.log1p(np.exp(-0.5 * margin_P)))

@@ -145,7 +145,9 @@ class ToyTest(absltest.TestCase):
     prompts_ = {key: len(training.prompt_ids(run_, base, p)) for key, p in run_.problems("train").items()}
     solutions = [len(prompts.encode_solution(base.tokenizer, p.solution)) for p in run_.problems("train").values()]
     leaves = jax.tree.leaves(base.params)
-    weights = sum(leaf.size for leaf in leaves if leaf.ndim > 1)  # one matrix for embedding and output; no norms
+    model = base.model.config
+    weights = sum(leaf.size for leaf in leaves if leaf.ndim > 1)  # no norms, and no embedding, which is looked up
+    weights -= 0 if model.tie_embeddings else model.vocab_size * model.d_model
     tokens = self.config.sft.num_epochs * (sum(prompts_.values()) + sum(solutions))
     self.assertAlmostEqual(found["sft"] / (6 * weights * tokens), 1.0, delta=0.001)
     drawn = sum(len(trace.ids) for trace in Shards(run_.workdir / "sample" / "traces", Trace).read())

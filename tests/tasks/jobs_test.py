@@ -89,6 +89,14 @@ class JobsTest(parameterized.TestCase):
     # Fails if a false number, a false verdict of lateness, or a job done twice passes.
     self.assertEqual(jobs.judge_step(PUZZLE, done, line), verdict)
 
+  def test_a_prompt_is_read_again(self):
+    # Fails if a job's numbers are swapped or lost, or prose passes for a problem.
+    for seed in range(20):
+      puzzle = jobs.make_puzzle(np.random.default_rng(seed), 1, 8, 4)
+      self.assertEqual(jobs.read(puzzle.prompt), puzzle)
+    with self.assertRaisesRegex(ValueError, "lists no jobs"):
+      jobs.read(" A 3h <9 ?")
+
   def test_the_true_pit_against_all_orders(self):
     # Fails if the pit is found a step early or late.
     rng, where = np.random.default_rng(3), []
