@@ -34,11 +34,11 @@ def get_config(arg: str = ""):
   c.study.family = "jobs with deadlines"
   c.study.seeds = (1, 2, 3, 4)
   c.study.factor_at = 500
-  c.study.figures = ("1", "2a", "5a", "controls", "true_pits")
+  c.study.figures = ("1", "2a", "5a", "true_pits")
   c.study.grid = (
-    "250 500 1000: sft rft step_dpo",
-    "2000 4000 8000: sft",
-    "500: arbitrary random_step algorithm1",
+    "500: sft rft step_dpo arbitrary random_step",
+    "1000: sft step_dpo",
+    "2000 4000: sft",
   )
   c.study.settings = (
     "250: sft.num_epochs=10 rft.num_epochs=10",

@@ -71,6 +71,7 @@ class HostileTest(parameterized.TestCase):
     "=" * 900, "0." + "3" * 5000, "1/" * 400 + "1",
     r"\text{" * 300, "**" * 50_000, r"\$" * 50_000,
     r"\(" * 50_000, r"\\" * 50_000,
+    r"sgn\{\}", "sgn{}", r"\sin\emptyset", "sgn()",
   )  # fmt: skip
   def test_is_quick_and_never_right(self, text):
     # Fails if one of them hangs, raises, or reads as 7.

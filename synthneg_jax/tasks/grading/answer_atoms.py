@@ -370,6 +370,8 @@ def _function(parser, name: str) -> Node:
       inner = Node("mul", (inner, power(parser)))
     arguments = (Node("neg", (inner,)) if negative else inner,)
   parser.depth -= 1
+  if not arguments:
+    raise Unreadable("a function of nothing")
   if name == "sqrt":
     made = Node("root", (arguments[0], num(2)))
   elif name == "cbrt":
