@@ -155,15 +155,17 @@ def _way(data: Data) -> Drawn:
   return data_way.draw(counts, f"{data.config.study.family}, {size} problems, seed {seed}"), data_way.as_csv(counts)
 
 
-def _measured(data: Data, name: str, measure: Callable[[Run], dict], size: int | None = None) -> list[dict]:
-  """A measure in the run folder of every seed at a size (study.factor_at), kept as measures/<name>_<size>_<seed>.json."""
+def _measured(
+  data: Data, name: str, measure: Callable[[Run], dict], size: int | None = None, needs: str = "sample"
+) -> list[dict]:
+  """A measure in the run folder of every seed at a size (study.factor_at), kept in measures/; `needs` is a stage."""
   made, size = [], size or data.config.study.factor_at
   for seed in data.config.study.seeds:
     path = data.workdir / "measures" / f"{name}_{size}_{seed}.json"
     if not path.exists():
       unit = grid.Cell(size, seed, methods.parse(data.config.study.baseline, data.config))
       folder = data.workdir / "runs" / unit.unit
-      if not (folder / "sample" / "manifest.json").exists():
+      if not (folder / needs / "manifest.json").exists():
         raise UserError(f"This figure measures in {folder}, which is not there; launch/study.py makes it.")
       path.parent.mkdir(parents=True, exist_ok=True)
       manifest.write_json(path, measure(Run.open(grid.configure(data.config, unit), folder)))
@@ -287,7 +289,9 @@ def _against_compute(data: Data) -> Drawn:
   for name in names:
     path, points, columns = methods.parse(name, data.config).path, data.points(name), []
     for point in points:
-      costs = _measured(data, f"compute-{name}", lambda run_, path=path: measures.compute(run_, path), point.size)
+      costs = _measured(
+        data, f"compute-{name}", lambda run_, path=path: measures.compute(run_, path), point.size, path[-1]
+      )
       columns.append((float(np.mean([sum(cost.values()) for cost in costs])), point.mean, point.low, point.high))
     dots = [point.wrong_SN.mean(axis=1).tolist() for point in points]
     series.append(draw.Series(data.label(name), *map(list, zip(*columns, strict=True)), dots, name != names[0]))

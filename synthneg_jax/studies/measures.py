@@ -178,7 +178,7 @@ def compute(run_: Run, path: Sequence[str]) -> dict[str, float]:
   Returns:
     {stage: operations}.
   """
-  policy, found = run_.policy("sft"), {}
+  policy, found = run_.base(), {}
   model, section = policy.model.config, run_.config.dpo
   matrices = bill.matrix_params(model) + model.d_model * model.vocab_size
   problems = run_.problems("train").values()

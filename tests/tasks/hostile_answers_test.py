@@ -72,6 +72,7 @@ class HostileTest(parameterized.TestCase):
     r"\text{" * 300, "**" * 50_000, r"\$" * 50_000,
     r"\(" * 50_000, r"\\" * 50_000,
     r"sgn\{\}", "sgn{}", r"\sin\emptyset", "sgn()",
+    "1" * 50 + "=0i", "1" * 20 + ".5+0i", "[0i,2)", "0i<x<3", "x>2+0i", r"\max(1+0i,2)", "3+0i:4", r"\floor(2+0i)",
   )  # fmt: skip
   def test_is_quick_and_never_right(self, text):
     # Fails if one of them hangs, raises, or reads as 7.

@@ -120,8 +120,9 @@ def _equal(gold: Node, answer: Node, rules: Conventions) -> bool:
     return False
   digits = answer_values.Digits(60 + significant)
   decimal, other = (digits.value(gold), digits.value(answer)) if places else (digits.value(answer), digits.value(gold))
-  if digits.ctx.im(other):
+  if digits.ctx.im(other) or digits.ctx.im(decimal):
     return False
+  decimal, other = digits.ctx.re(decimal), digits.ctx.re(other)  # 7 + 0i is no mpf, and has no order
   off, unit = (other - decimal) * (1 if decimal >= 0 else -1), digits.ctx.mpf(10) ** -count
   return abs(off) * 2 <= unit or 0 <= off < unit  # rounded, or cut off
 
