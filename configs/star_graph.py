@@ -12,6 +12,12 @@ memorised 200 and 1000 problems, and 10000 were too slow here. DPO was seen in e
 Result seen, 4 seeds: SFT memorises (training value .99, critical token on test problems .49). Per-step DPO memorises too: its
 test error rises from .59 to .76 from SFT step 20, from .56 to .83 from step 60. No transition; the paper's claim is not
 reproduced. The base finishes right on .72 only once the critical node is right, so it executes badly: to be mended first.
+
+    python launch/star_graph.py --config=configs/star_graph.py:plan --workdir=DIR
+
+The second study, of what was seen missing in the first: a base trained twice as long, DPO with a term that keeps what copying
+there is (dpo.nll_weight) and a smaller step, and 1000 problems, where SFT still fits its problems but begins to plan. Chosen on
+one seed from 400, 600, 1000 problems and step sizes 3e-4 and 1e-3; docs/star_graph.md shows them all.
 """
 
 from synthneg_jax.runtime import config as config_lib
@@ -19,7 +25,7 @@ from synthneg_jax.runtime.errors import UserError
 
 
 def get_config(arg: str = ""):
-  """`star_graph.py` is the published study; `star_graph.py:smoke` runs every cell at toy size."""
+  """`star_graph.py` is the first study; `:plan` the second, of more problems; `:smoke` runs every cell at toy size."""
   config = config_lib.default()
   c = config
   c.task.name = "star_graph"
@@ -43,6 +49,14 @@ def get_config(arg: str = ""):
   c.pairs.pair_mode, c.pairs.continuation = "shared_prefix", "rollout"
   c.star_graph.under_trained, c.star_graph.over_trained = (5, 10, 20), (60, 150)
   c.star_graph.every_steps = 15
+  if arg == "plan":
+    c.pretrain.num_problems = 64 * 2400
+    c.task.train_problems = 1000
+    c.sft.max_steps = c.dpo.max_steps = 600
+    c.dpo.optimizer.learning_rate, c.dpo.nll_weight = 3e-4, 1.0
+    c.star_graph.under_trained, c.star_graph.over_trained = (20, 60), (600,)
+    c.star_graph.every_steps = 30
+    return c
   if arg == "smoke":
     c.task.train_problems, c.task.test_problems = 24, 24
     c.pretrain.num_problems, c.pretrain.d_model, c.pretrain.num_layers, c.pretrain.num_heads = 64 * 4, 16, 1, 2
@@ -54,5 +68,5 @@ def get_config(arg: str = ""):
     for part in (c.sft, c.rft, c.dpo):
       part.save_every_steps = 1
   elif arg:
-    raise UserError(f"configs/star_graph.py knows no {arg!r}; it knows smoke.")
+    raise UserError(f"configs/star_graph.py knows no {arg!r}; it knows plan and smoke.")
   return config
