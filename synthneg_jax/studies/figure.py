@@ -101,7 +101,7 @@ def _swept(data: Data, kinds: Sequence[str], leaf: str, label: str) -> Drawn:
       parts = [[getattr(point, part) for point in points] for part in ("mean", "low", "high")]
       dots = [point.wrong_SN.mean(axis=1).tolist() for point in points]
       series.append(draw.Series(methods.KINDS[kind].label, values, *parts, dots))
-  if not series:
+  if max((len(one.x) for one in series), default=0) < 2:  # one value is no sweep
     raise UserError(
       f"This figure needs cells that set {leaf} at {data.config.study.factor_at} problems; study.grid has none."
     )

@@ -141,8 +141,8 @@ class PublishedTest(absltest.TestCase):
     # Fails if a config is changed, or a cell's file lost or edited, so that docs/results.md tells of something else.
     root = pathlib.Path(__file__).parents[2]
     for results in sorted((root / "docs" / "results").glob("*/cells")):
-      module = __import__(f"configs.{results.parent.name}", fromlist=["get_config"])
-      c = module.get_config("")
+      name, _, arg = results.parent.name.partition(".")  # CONFIG or CONFIG.ARG
+      c = __import__(f"configs.{name}", fromlist=["get_config"]).get_config(arg)
       wanted = {f"{cell.name}.json": cell for cell in grid.read(c)}
       there = {path.name for path in results.glob("*.json")}
       self.assertContainsSubset(there, wanted)

@@ -153,7 +153,9 @@ class ToyTest(absltest.TestCase):
       found["sft"] / (6 * weights * tokens), 1.0, delta=0.01
     )  # seconds are written to microseconds
     drawn = sum(len(trace.ids) for trace in Shards(run_.workdir / "sample" / "traces", Trace).read())
-    self.assertAlmostEqual(found["sample"] / (2 * weights * (sum(prompts_.values()) + drawn)), 1.0, delta=0.001)
+    self.assertAlmostEqual(
+      found["sample"] / (2 * weights * (sum(prompts_.values()) + drawn)), 1.0, delta=0.01
+    )  # seconds are kept to the microsecond
     self.assertGreater(found["dpo/step_dpo"], 0)
     self.assertGreater(found["credit"], 0)
 

@@ -2,10 +2,12 @@
 
 import fractions
 import random
+import time
 
+import sympy
 from absl.testing import absltest, parameterized
 
-from synthneg_jax.tasks.grading import answer_values
+from synthneg_jax.tasks.grading import answer_sympy, answer_values
 from synthneg_jax.tasks.grading.answer_grammar import parse
 from synthneg_jax.tasks.grading.answer_rationals import Undefined, exact
 from synthneg_jax.tasks.grading.answer_tokens import TooLarge
@@ -99,6 +101,55 @@ class ValuesTest(parameterized.TestCase):
     # Fails if a size is not looked at before it is computed.
     with self.assertRaises(TooLarge):
       answer_values.equal(parse(text), parse(r"\pi"))
+
+
+class SympyTest(parameterized.TestCase):
+  def test_sympy_has_the_same_values(self):
+    # Fails if an operation becomes another one, symbols are mixed up, or a constant is a symbol.
+    random_, at = random.Random(2), {"x": fractions.Fraction(7, 5), "y": fractions.Fraction(-3, 4)}
+    texts = [
+      r"\sqrt{x^2+1}", r"\frac{x-y}{2}", r"|y-x|", r"\lfloor 3x \rfloor - \lceil y \rceil", r"\max(x, y) + \min(x, 1)",
+      r"\sin x \cos y", r"\ln(x+2)", r"\log_2 8 + \lg 100", r"e^{x}\pi", r"\sqrt[3]{x+1}", r"5! + \binom{6}{2}", "20\\%",
+      r"30^\circ", r"\arctan x",
+    ]  # fmt: skip
+    trees = [parse(text) for text in texts] + [random_tree(random_, 3)[0] for _ in range(100)]
+    compared = 0
+    for tree in trees:
+      try:
+        wanted = answer_values.Digits(30, at).value(tree)
+      except (Undefined, TooLarge):
+        continue
+      made = answer_sympy.expression(tree).subs(
+        {sympy.Symbol(name, real=True): sympy.Rational(str(v)) for name, v in at.items()}
+      )
+      self.assertAlmostEqual(complex(made.evalf(20)), complex(wanted), places=12, msg=str(tree))
+      compared += 1
+    self.assertGreater(compared, 90)
+
+  @parameterized.parameters(
+    ("|x-5000|", "5000-x", False), ("|x-5000|", "|5000-x|", True), (r"\sqrt{(x-54321)^2}", "54321-x", False),
+    (r"\max(x, 70000)", "70000", False), (r"\max(x, 70000)", r"\frac{x+70000+|x-70000|}{2}", True),
+    ("|x^2-9000000|", "9000000-x^2", False), ("|x-y-40000|", "40000+y-x", False), ("|y-x-40000|", "|40000+x-y|", True),
+    (r"|x-5000|+|x-5002|", r"2", False), (r"\sqrt{x^2}", "|x|", True), ("x^{1/2}", r"\sqrt{x}", True),
+  )  # fmt: skip
+  def test_both_sides_of_a_turn(self, left, right, same):
+    # Fails if expressions pass for equal that differ beyond all points of a fixed choice, or equal ones for different.
+    self.assertEqual(answer_values.equal(parse(left), parse(right)), same)
+
+  @parameterized.parameters(
+    "|x^{9999}-2|-|2-x^{9999}|",
+    "|(x+1)^{99999}|",
+    "|((((x+1)^8)^8)^8)^8|",
+    "|(x+1)^{60}|",
+    r"|x!|",
+    "|2^{x}-3|",
+    r"\sqrt{9^{9^{9}}x}",
+  )
+  def test_hard_ones_are_left_alone(self, text):
+    # Fails if SymPy is asked to write out a large power, or an error of its own gets out.
+    start = time.process_time()
+    self.assertLen(answer_sympy.places(parse(text), {"x": fractions.Fraction(1, 3)}), 0)
+    self.assertLess(time.process_time() - start, 4.0)
 
 
 if __name__ == "__main__":

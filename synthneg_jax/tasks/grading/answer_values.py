@@ -7,8 +7,9 @@ Three ways, the first that applies:
    separation bound of Burnikel, Funke, Mehlhorn, Schirra and Schmitt ("A Separation Bound for Real Algebraic
    Expressions", 2001), so that enough digits decide exactly.
 3. All else (π, e, logarithms, trigonometry, symbols) is compared to many digits, more the larger its parts are, at
-   points of our choosing where there are symbols. Agreement there counts as equality. This is a decision: nobody can
-   decide it in general, and answers that differ agree to so many digits only if they were made to.
+   points of our choosing where there are symbols, and on all sides of where |u|, roots and the like turn. Agreement there
+   counts as equality. This is a decision: nobody can decide it in general, and answers that differ agree to so many
+   digits only if they were made to.
 """
 
 import fractions
@@ -18,6 +19,7 @@ import zlib
 
 from mpmath.ctx_mp import MPContext
 
+from synthneg_jax.tasks.grading import answer_sympy
 from synthneg_jax.tasks.grading.answer_rationals import MAX_BITS, MAX_FACTORIAL, Undefined, exact
 from synthneg_jax.tasks.grading.answer_tokens import TooLarge
 from synthneg_jax.tasks.grading.answer_tree import Node
@@ -59,8 +61,8 @@ class Digits:
     largest: the largest absolute value, or inverse of one, of any part.
   """
 
-  def __init__(self, decimals: int, at: int = 0):
-    """at: the point at which symbols are taken."""
+  def __init__(self, decimals: int, at: int | dict[str, Fraction] = 0):
+    """at: the point at which symbols are taken, by its number or as their values."""
     self.ctx, self.at, self.largest = _context(), at, 1.0
     self.ctx.dps = decimals
 
@@ -113,7 +115,7 @@ class Digits:
       return ctx.mpc(0, 1)
     if name == "oo":
       raise Undefined("infinity is no number")
-    place = point(name, self.at)
+    place = self.at[name] if isinstance(self.at, dict) else point(name, self.at)
     return ctx.mpf(place.numerator) / place.denominator
 
   def _arithmetic(self, op: str, values: list):
@@ -268,7 +270,8 @@ def equal(a: Node, b: Node) -> bool:
     known |= found is not None
   if not known:
     raise Undefined("no value at any point")
-  return True
+  turns = answer_sympy.places(difference, {name: point(name, 0) for name in symbols(difference)})
+  return all(_vanishes_or_none(difference, place) is not False for place in turns)
 
 
 def _same_without(a: Node, b: Node) -> bool:
@@ -276,10 +279,10 @@ def _same_without(a: Node, b: Node) -> bool:
   return all(_vanishes_or_none(Node("add", (a, Node("neg", (b,)))), index) in (True, None) for index in range(2))
 
 
-def _vanishes_or_none(difference: Node, at: int) -> bool | None:
+def _vanishes_or_none(difference: Node, at: int | dict[str, Fraction]) -> bool | None:
   """As `_vanishes`; None where there is no value, or at a point with negative symbols a real function has no real one."""
   try:
-    if at % 2 and not _holds(difference, "i"):
+    if (isinstance(at, dict) or at % 2) and not _holds(difference, "i"):
       values = Digits(20, at)
       if any(values.ctx.im(values.value(side)) for side in (difference.args[0], difference.args[1])):
         return None
@@ -287,7 +290,7 @@ def _vanishes_or_none(difference: Node, at: int) -> bool | None:
   except Undefined:
     return None
   except TooLarge:
-    if at < 2:
+    if at in (0, 1):
       raise
     return None
 
@@ -296,7 +299,7 @@ def _holds(node: Node, name: str) -> bool:
   return node == Node("sym", (name,)) or any(_holds(arg, name) for arg in node.args if isinstance(arg, Node))
 
 
-def _vanishes(difference: Node, at: int) -> bool:
+def _vanishes(difference: Node, at: int | dict[str, Fraction]) -> bool:
   """Whether an expression is 0 at a point."""
   rough = Digits(40, at)
   value = rough.value(difference.args[0]) + rough.value(difference.args[1])  # what is left of it is no part
