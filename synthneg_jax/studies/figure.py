@@ -287,7 +287,8 @@ def _against_compute(data: Data) -> Drawn:
   names = [*COMPUTED, *(name for name in data.found if name.startswith("sft,sft.num_epochs="))]
   series = []
   for name in names:
-    path, points, columns = methods.parse(name, data.config).path, data.points(name), []
+    path, columns = methods.parse(name, data.config).path, []
+    points = [p for p in data.points(name) if name == names[0] or p.size == data.config.study.factor_at]
     for point in points:
       costs = _measured(
         data, f"compute-{name}", lambda run_, path=path: measures.compute(run_, path), point.size, path[-1]
