@@ -18,7 +18,8 @@
 # not over-trained, makes the model generalise.
 #
 # Here you see the task, what SFT does, what a pair at the critical token is, and what per-step DPO made of it **in this
-# implementation: it learns by heart, too. The paper's transition was not seen.** Nothing below is adjusted to look otherwise.
+# implementation from 200 problems: it learns by heart, too.** Nothing below is adjusted to look otherwise. From 1000 problems
+# part of the paper's transition is seen; [docs/star_graph.md](../docs/star_graph.md) has both studies.
 
 # %% tags=["setup"]
 import sys
