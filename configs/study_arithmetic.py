@@ -46,8 +46,8 @@ def _recipe():
 
 
 def get_config(arg: str = ""):
-  """`study_arithmetic.py` is the study; `:right` what needs credit of right traces, too; `:leap` has a teacher that leaps;
-  `:toy` is a few cells at toy size."""
+  """`study_arithmetic.py` is the study; `:reduced` a part of it; `:right` what needs credit of right traces, too; `:leap` has a
+  teacher that leaps; `:toy` is a few cells at toy size."""
   config = _recipe().get_config("smoke" if arg == "toy" else "")
   c = config
   c.study.family = "clock arithmetic, plain teacher"
@@ -70,6 +70,10 @@ def get_config(arg: str = ""):
     "arbitrary furthest dpop: dpo.optimizer.learning_rate=3e-5",
   )
   c.task.test_start, c.task.test_problems = 10_000, 4000
+  if arg == "reduced":
+    c.study.seeds = (1, 2)
+    c.study.grid = ("500: sft rft step_dpo", "250 1000 2000 4000 8000: sft")
+    c.study.figures = ("1", "2a", "5a")
   if arg == "right":
     c.credit.max_right_per_problem = 2
     c.study.grid = ("250 500: sft rft rft_advantage step_dpo step_dpo_both", "500: rft_clean rft_spurious")
@@ -89,6 +93,6 @@ def get_config(arg: str = ""):
     c.study.grid, c.study.settings = (f"32: sft rft step_dpo arbitrary {twice}", "48: sft"), ("48: sft.num_epochs=2",)
     c.study.figures = ("2a", "5a")
     c.task.test_problems = 32
-  elif arg not in ("", "right", "leap"):
-    raise UserError(f"configs/study_arithmetic.py knows no {arg!r}; it knows right, leap and toy.")
+  elif arg not in ("", "reduced", "right", "leap"):
+    raise UserError(f"configs/study_arithmetic.py knows no {arg!r}; it knows reduced, right, leap and toy.")
   return config
