@@ -83,7 +83,7 @@ def get_config(arg: str = ""):
   if arg == "leap":
     c.study.family = "clock arithmetic, leaping teacher"
     c.task.leap = 0.3
-    c.study.grid = ("250 500 1000 2000 4000: sft", "500: rft step_dpo arbitrary", "1000: rft step_dpo")
+    c.study.grid = ("250 500 1000 2000: sft", "500: rft step_dpo arbitrary", "1000: rft step_dpo")
     c.study.figures = ("2a", "5a")
   if arg == "toy":
     c.study.seeds, c.study.factor_at = (1, 2), 32
