@@ -22,6 +22,7 @@ _MOST_BYTES = 500_000
 _SMALL = {
   "the_losses": "",
   "the_method_in_ten_minutes": "TRAIN_PROBLEMS, TEST_PROBLEMS = 120, 32",
+  "the_star_graph": "TRAIN_PROBLEMS, TEST_PROBLEMS, BASE_STEPS = 24, 24, 4",
   "step_credit_on_a_text_of_yours": "TRAIN_PROBLEMS, NUM_ROLLOUTS = 96, 8",
 }
 

@@ -1,4 +1,4 @@
-"""Figure 8 from its cells: curves over seeds with their intervals, as JSON, CSV, SVG and PNG.
+"""Figure 8 from its cells: curves over seeds with their intervals, as JSON, CSV, SVG and PNG; and single graphs and cells.
 
 Intervals are 95 % ones of a mean over seeds, by Student's t.
 """
@@ -132,6 +132,81 @@ def draw(result: dict, under: Sequence[int], over: Sequence[int]) -> Figure:
       axes.legend(frameon=False, fontsize=7)
     for axes in (loss, value):
       axes.set_xlabel("steps")
+    return figure
+
+
+def draw_graph(
+  arm_AL: Sequence[Sequence[int]], goal: int, policy_A: Sequence[float], q_A: Sequence[float] | None = None
+) -> Figure:
+  """One star graph, the right arm blue, with what a policy gives to the first node of each arm.
+
+  Args:
+    arm_AL: nodes of every arm from the centre to its leaf.
+    goal: the arm whose leaf is asked for.
+    policy_A: π(first node | prompt, centre) of each arm.
+    q_A: Q after it; None to leave it out.
+  """
+  with matplotlib.rc_context(figures.STYLE):
+    figure = Figure(figsize=(5.4, 0.4 + 0.75 * len(arm_AL)), layout="constrained")
+    axes = figure.subplots()
+    middle, last = (len(arm_AL) - 1) / 2, len(arm_AL[0]) - 1
+    for arm, nodes in enumerate(arm_AL):
+      color, y = (figures.BLUE if arm == goal else figures.GREY), len(arm_AL) - 1 - arm
+      places = [(0, middle), *((x, y) for x in range(1, last + 1))]
+      for start, end in zip(places, places[1:], strict=False):
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": color, "shrinkA": 11, "shrinkB": 11})
+      for place, node in zip(places[1:], nodes[1:], strict=True):
+        axes.plot(*place, "o", markersize=20, color="white", markeredgecolor=color, markeredgewidth=1.6)
+        axes.annotate(str(node), place, ha="center", va="center")
+      said = f"π = {policy_A[arm]:.2f}" + (f", Q = {q_A[arm]:.2f}" if q_A is not None else "")
+      axes.annotate(said, places[1], (0, 14), textcoords="offset points", ha="center", fontsize=8)
+      if arm == goal:
+        axes.annotate("goal", places[-1], (16, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.plot(0, middle, "o", markersize=20, color=figures.GREY)
+    axes.annotate(str(arm_AL[0][0]), (0, middle), ha="center", va="center", color="white")
+    axes.set_xlim(-0.3, last + 0.5)
+    axes.set_ylim(-0.4, len(arm_AL) - 0.4)
+    axes.set_axis_off()
+    return figure
+
+
+def draw_cell(cell: dict, chance: float) -> Figure:
+  """One training of one seed: its loss, the probability of the right critical node, and the greedy error on test problems.
+
+  Args:
+    cell: of SFT or DPO, as the study leaves it.
+    chance: probability of the right critical node where some arm is walked.
+  """
+  points = cell["curve"]
+  steps = [point["step"] for point in points]
+  of = lambda split, name: [point[split][name] for point in points]
+  ours = {"color": figures.BLUE, "linewidth": 1.6}
+  with matplotlib.rc_context(figures.STYLE):
+    figure = Figure(figsize=(7.0, 2.4), layout="constrained")
+    loss, critical, error = figure.subplots(1, 3)
+    if "dpo_loss" in points[0]:
+      loss.plot(steps, [point["dpo_loss"] for point in points], **ours)
+      loss.set_ylabel("DPO's loss, per pair")
+    else:
+      loss.plot(steps, of("train", "loss"), **ours)
+      loss.plot(steps, of("test", "loss"), "--", **ours)
+      loss.set_ylabel("SFT's loss, nats per token")
+    critical.plot(steps, of("train", "critical"), label="training problems", **ours)
+    critical.plot(steps, of("test", "critical"), "--", label="test problems", **ours)
+    critical.set_ylabel("π(right critical node)")
+    critical.legend(frameon=False, fontsize=7)
+    error.plot(steps, of("test", "error"), "--", **ours)
+    error.set_ylabel("test error, greedy")
+    loss.set_ylim(bottom=0)
+    for axes, level in ((critical, chance), (error, 1 - chance)):
+      axes.set_ylim(0, 1)
+      axes.axhline(level, color=figures.GREY, linewidth=1, linestyle=":")
+      axes.annotate("chance", (1, level), xycoords=("axes fraction", "data"), xytext=(-2, -9), textcoords="offset points",
+                    ha="right", fontsize=7)  # fmt: skip
+    for axes in (loss, critical, error):
+      axes.set_xlabel("steps")
+      axes.grid(axis="y")
+      axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     return figure
 
 

@@ -247,6 +247,17 @@ class Study:
         np.savez(file, *map(np.asarray, jax.tree.leaves(params)))
       temporary.replace(path)
 
+  def weights(self, cell: str):
+    """Parameters that a finished cell has left: of "base", or of SFT, "sft_SEED_CHECKPOINT".
+
+    Raises:
+      UserError: the cell has not been made, or its weights were removed.
+    """
+    found = self._kept(cell)
+    if found is None:
+      raise UserError(f"{self.folder / 'weights' / f'{cell}.npz'} is not there: make the cell first.")
+    return found
+
   def _kept(self, name: str):
     """Weights that a cell left, on the device; None where they are not there."""
     path = self.folder / "weights" / f"{name}.npz"

@@ -7,7 +7,7 @@ import numpy as np
 from absl.testing import absltest
 from matplotlib.patches import FancyBboxPatch
 
-from synthneg_jax.analysis import figures, loss_figures, trace_figures
+from synthneg_jax.analysis import figures, loss_figures, star_graph, trace_figures
 from synthneg_jax.analysis.trace_cards import ShownTrace, Step
 from synthneg_jax.core import losses
 
@@ -116,6 +116,35 @@ class LossFigureTest(absltest.TestCase):
     quiver = loss_figures.by_shifts({"DPOP": dpop}).axes[0].collections[-1]
     left = quiver.XY[:, 0] < 0
     np.testing.assert_allclose(-quiver.U[left] / quiver.V[left], 6.0, rtol=1e-3)
+
+
+class StarGraphFigureTest(absltest.TestCase):
+  def test_graph_tells_each_arm_its_own_values(self):
+    # Fails if values are put to another arm, the goal stands at the wrong one, or a node is left out.
+    figure = star_graph.draw_graph([[7, 1, 2], [7, 3, 4]], 1, [0.25, 0.75], [0.0, 0.5])
+    figures.png(figure)
+    at = {text.get_text(): text.xy for text in figure.axes[0].texts if text.get_text()}
+    self.assertContainsSubset(("7", "1", "2", "3", "4"), at)
+    self.assertEqual(at["π = 0.25, Q = 0.00"], at["1"])
+    self.assertEqual(at["π = 0.75, Q = 0.50"], at["3"])
+    self.assertEqual(at["goal"], at["4"])
+
+  def test_cell_draws_training_solid_and_test_dashed(self):
+    # Fails if the splits or measures are exchanged, or DPO's loss is taken for SFT's.
+    split = lambda base: {"loss": base, "critical": base + 0.1, "error": base + 0.2}
+    curve = [{"step": step, "train": split(0.1 + step / 100), "test": split(0.4 + step / 100)} for step in (0, 15)]
+    with_dpo = [{**point, "dpo_loss": 0.69 - point["step"] / 100} for point in curve]
+    drawn = lambda axes: [
+      (line.get_linestyle(), *line.get_ydata()) for line in axes.lines if len(line.get_xdata()) == 2
+    ]
+    near = lambda found, wanted: self.assertEqual(
+      [(style, round(a, 6), round(b, 6)) for style, a, b in found if a != b], wanted
+    )
+    loss, critical, error = star_graph.draw_cell({"curve": curve}, 0.5).axes
+    near(drawn(loss), [("-", 0.1, 0.25), ("--", 0.4, 0.55)])
+    near(drawn(critical), [("-", 0.2, 0.35), ("--", 0.5, 0.65)])
+    near(drawn(error), [("--", 0.6, 0.75)])
+    near(drawn(star_graph.draw_cell({"curve": with_dpo}, 0.5).axes[0]), [("-", 0.69, 0.54)])
 
 
 class ReportFigureTest(absltest.TestCase):
