@@ -25,7 +25,7 @@ WORK = (
 class ProgressTest(absltest.TestCase):
   def test_log(self):
     # Fails if a log gets a bar, a line at every update, no line at the end, or a wrong rest.
-    clock = iter([100.0, 110.0, 120.0, 120.0, 130.0, 130.0, 130.0, 130.0])
+    clock = iter([100.0, 110.0, 120.0, 120.0, 130.0])
     with (
       mock.patch.object(progress.time, "monotonic", lambda: next(clock)),
       mock.patch.object(sys.stderr, "isatty", lambda: False, create=True),
@@ -37,6 +37,23 @@ class ProgressTest(absltest.TestCase):
         bar.update(2)
     lines = [call.args[0] % call.args[1:] for call in said.call_args_list]
     self.assertEqual(lines, ["sft: 2/4 steps, 20 s, 20 s left, loss 0.25", "sft: 4/4 steps, 30 s"])
+
+  def test_log_leaves_compilation_out_of_the_rest(self):
+    # Fails if the first update's time, most of it compilation, is taken for what each of the others will take.
+    clock = iter([100.0, 130.0, 150.0, 151.0, 151.0])
+    with (
+      mock.patch.object(progress.time, "monotonic", lambda: next(clock)),
+      mock.patch.object(sys.stderr, "isatty", lambda: False, create=True),
+      mock.patch.object(logging, "info") as said,
+    ):
+      with progress.Progress("sft", 122, "steps") as bar:
+        bar.update(1)
+        bar.update(40)
+        bar.update(81)
+    lines = [call.args[0] % call.args[1:] for call in said.call_args_list]
+    self.assertEqual(
+      lines, ["sft: 1/122 steps, 30 s", "sft: 41/122 steps, 50 s, 40 s left", "sft: 122/122 steps, 51 s"]
+    )
 
   def test_terminal(self):
     # Fails if a terminal gets no bar, or one without the time that remains.

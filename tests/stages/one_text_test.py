@@ -24,17 +24,19 @@ class OneTextTest(absltest.TestCase):
     )
 
   def test_counts_are_those_of_the_rollouts(self):
-    # Fails if a rollout is counted for another step than the one it continues, or graded without its prefix.
+    # Fails if a rollout is counted for another step than the one it continues, or none is ever right.
     lines = self.problem.solution.splitlines(keepends=True)
     trace, rollouts = self.credit(self.problem.solution)
     self.assertEqual([step.text for step in trace.steps], lines)
     self.assertLen(rollouts, len(lines))
+    once_right = False
     for number, drawn in enumerate(rollouts):
       self.assertLen(drawn, ROLLOUTS)
       wholes = ["".join(lines[:number]) + text for text, _ in drawn]
       graded = traces_lib.verdicts(self.run_, wholes, [self.problem.answer] * ROLLOUTS, ["eos"] * ROLLOUTS)
       for (_, right), verdict in zip(drawn, graded, strict=True):
         self.assertTrue(verdict.correct or not right)
+        once_right |= right
       right = sum(right for _, right in drawn)
       if number == 0:
         self.assertEqual((trace.right_samples, trace.samples, trace.v0), (right, ROLLOUTS, right / ROLLOUTS))
@@ -42,6 +44,7 @@ class OneTextTest(absltest.TestCase):
         step = trace.steps[number - 1]
         self.assertEqual((step.successes, step.rollouts), (right, ROLLOUTS))
         self.assertAlmostEqual(step.q, right / ROLLOUTS, places=6)
+    self.assertTrue(once_right)  # before the last step only the answer is left to write
 
   def test_a_right_text_has_no_pit_and_ends_at_one(self):
     # Fails if the last step's Q is not the verdict, or a right text is blamed.
