@@ -18,8 +18,12 @@
 # not over-trained, makes the model generalise.
 #
 # Here you see the task, what SFT does, what a pair at the critical token is, and what per-step DPO made of it **in this
+<<<<<<< HEAD
 # implementation from 200 problems: it learns by heart, too.** Nothing below is adjusted to look otherwise. From 1000 problems
 # part of the paper's transition is seen; [docs/star_graph.md](../docs/star_graph.md) has both studies.
+=======
+# implementation: it learns by heart, too. The paper's transition was not seen.** Nothing below is adjusted to look otherwise.
+>>>>>>> 9b032c23b7a09037b0f4f5f3b043e955a36c904f
 
 # %% tags=["setup"]
 import sys
