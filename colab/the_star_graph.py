@@ -18,7 +18,8 @@
 # not over-trained, makes the model generalise.
 #
 # Here you see the task, what SFT does, what a pair at the critical token is, and what per-step DPO made of it **in this
-# implementation: it learns by heart, too. The paper's transition was not seen.** Nothing below is adjusted to look otherwise.
+# implementation: on a few problems it learns by heart, too; on more of them it leaves chance, slowly, and no better than SFT. The
+# sudden transition that the paper shows was not seen.** Nothing below is adjusted to look otherwise.
 
 # %% tags=["setup"]
 import sys
@@ -152,10 +153,21 @@ result = json.loads(pathlib.Path("docs/star_graph/star_graph.json").read_text())
 drawings.draw(result, (5, 10, 20), (60, 150))
 
 # %% [markdown]
-# **What this says, and what not.** With these settings per-step DPO learns by heart, as SFT does, and the paper's transition from
-# under-trained checkpoints was not seen. It does not say that the transition cannot occur: the steps, β and step size of DPO were not tuned; this
-# base looks edges up badly, so that part of every error is copying; and with 300 problems or more SFT finds the plan *by
-# itself* here, so the room between is narrow. [docs/star_graph.md](../docs/star_graph.md) has the numbers, and what was tried.
+# ## 8. With more problems
+#
+# The second study (`configs/star_graph.py:plan`) mends what was wrong with the first: a base that follows a path to its end, 1000
+# problems, a smaller step, and a term in DPO's loss that keeps what copying there is. Again four seeds.
+
+# %%
+result = json.loads(pathlib.Path("docs/star_graph/plan/star_graph.json").read_text())
+drawings.draw(result, (20, 60), (600,))
+
+# %% [markdown]
+# **What this says, and what not.** From under-trained checkpoints per-step DPO now leaves chance: after 600 steps the test error
+# is .40 and .38, down from .49 and .48. It is a slope, not a transition. From the over-trained checkpoint it does harm: .29 becomes .55. Both
+# directions are the paper's. But SFT alone gets to .29 in as many steps, so that here per-step DPO is no better way to the plan than
+# SFT. The settings of the second study were chosen on one seed and the same test problems;
+# [docs/star_graph.md](../docs/star_graph.md) tells how, and what else was tried.
 #
 # Where next: [the_method_in_ten_minutes](the_method_in_ten_minutes.ipynb), where per-step DPO does help; and
 # [docs/credit.md](../docs/credit.md), on what credit by step buys where the truth is known.
