@@ -143,20 +143,14 @@ print(f"{early['pairs']} pairs after {UNDER_TRAINED} steps of SFT, {late['pairs'
 drawings.draw_cell(late, chance)
 
 # %% [markdown]
-# ## 7. The same with four seeds
+# ## 7. With four seeds, and with more problems
 #
-# One seed proves nothing. This is the study as it was run, four training sets, 4000 test problems; bands are 95 % intervals over
-# the four. The files lie in `docs/star_graph/`; `launch/star_graph.py` makes them again (17 minutes on one busy core).
-
-# %%
-result = json.loads(pathlib.Path("docs/star_graph/star_graph.json").read_text())
-drawings.draw(result, (5, 10, 20), (60, 150))
-
-# %% [markdown]
-# ## 8. With more problems
+# One seed proves nothing. Over four training sets and 4000 test problems DPO raised the test error as it does above: from .62 to .79 after
+# 10 steps of SFT, from .56 to .83 after 60 ([docs/star_graph.md](../docs/star_graph.md) has intervals and figure).
 #
-# The second study (`configs/star_graph.py:plan`) mends what was wrong with the first: a base that follows a path to its end, 1000
-# problems, a smaller step, and a term in DPO's loss that keeps what copying there is. Again four seeds.
+# A second study (`configs/star_graph.py:plan`) mends what was wrong with that: a base that follows a path to its end, 1000
+# problems, a smaller step, and a term in DPO's loss that keeps what copying there is. Bands are 95 % intervals over four seeds. (The
+# first point of DPO's loss leaves that term out, hence the jump.)
 
 # %%
 result = json.loads(pathlib.Path("docs/star_graph/plan/star_graph.json").read_text())
