@@ -83,6 +83,7 @@ class Source:
     return prompts.encode_solution(self.policy.tokenizer, text) if text else None
 
   def steps(self, ids: Sequence[int]) -> list[int]:
+    """Where each step of a response ends: offsets into its ids, the last their number."""
     return steps.ends(ids, self.policy.token_text, self.run.config.task)
 
   def count(self, trace: Trace, steps: int) -> core.Count:
