@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from synthneg_jax.analysis import figures
 
@@ -100,6 +100,9 @@ def against_compute(series: Sequence[Series], title: str) -> Figure:
     axes.set_yscale("log")
     _draw(axes, series)
     _log_percent(axes.yaxis, series)
+    axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
     axes.set_xlabel("floating-point operations after the base model")
     axes.set_ylabel("test error, %")
     axes.grid(axis="y")

@@ -276,7 +276,7 @@ def _true_pits(data: Data) -> Drawn:
         draw.Series(label, [0], [values.mean()], [values.mean() - half], [values.mean() + half], [values.tolist()])
       )
   title = f"{data.config.study.family}, {data.config.study.factor_at} problems"
-  label = "wrong traces whose pit is the true one, and pairs, %"
+  label = "right, % of wrong traces and of pairs"
   return draw.bars(series, title, label), draw.as_csv(series, "-")
 
 
