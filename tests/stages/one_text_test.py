@@ -1,10 +1,15 @@
 """Credit of a text that somebody wrote."""
 
+import numpy as np
 from absl.testing import absltest
+from scipy import stats
 
+from synthneg_jax.rollouts.engine import Trunk
+from synthneg_jax.runtime import keys
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.stages import one_text
+from synthneg_jax.stages import one_text, training
 from synthneg_jax.stages import traces as traces_lib
+from synthneg_jax.stages.run import sampling
 from tests.stages import small_run
 
 ROLLOUTS = 6
@@ -44,7 +49,24 @@ class OneTextTest(absltest.TestCase):
         step = trace.steps[number - 1]
         self.assertEqual((step.successes, step.rollouts), (right, ROLLOUTS))
         self.assertAlmostEqual(step.q, right / ROLLOUTS, places=6)
+        wilson = stats.binomtest(right, ROLLOUTS).proportion_ci(method="wilson")
+        np.testing.assert_allclose(step.interval, (wilson.low, wilson.high), atol=1e-3)
     self.assertTrue(once_right)  # before the last step only the answer is left to write
+
+  def test_rollouts_go_on_from_the_end_of_their_step(self):
+    # Fails if a branch forks off a token early or late: then it is not what is drawn with the prefix as the whole trunk.
+    _, rollouts = self.credit(self.problem.solution)
+    prompt = training.prompt_ids(self.run_, self.policy, self.problem)
+    lines, same = self.problem.solution.splitlines(keepends=True), []
+    for number in range(len(lines)):
+      prefix = self.policy.tokenizer.encode("".join(lines[:number]), add_special_tokens=False)
+      seed, hash_ = self.run_.config.seed, keys.hash_ids(prefix)
+      draws = np.stack([keys.draw_key(seed, "one_text", 0, "yours", hash_, index) for index in range(ROLLOUTS)])
+      trunk = Trunk([*prompt, *prefix], [len(prompt) + len(prefix)] * ROLLOUTS, draws)
+      engine = self.run_.engine(self.policy, lanes=1, slots=ROLLOUTS)
+      ((_, made),) = engine.run(self.policy.params, [trunk], sampling(self.run_.config.credit))
+      same += [self.policy.token_text.text(a.ids) == b for a, (b, _) in zip(made, rollouts[number], strict=True)]
+    self.assertGreater(np.mean(same), 0.9)  # a draw at the edge of its interval may fall to the other side
 
   def test_a_right_text_has_no_pit_and_ends_at_one(self):
     # Fails if the last step's Q is not the verdict, or a right text is blamed.
