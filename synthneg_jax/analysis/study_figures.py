@@ -91,28 +91,34 @@ def _log_percent(axis, series: Sequence[Series]) -> None:
   axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
 
 
+def _log_log(series: Sequence[Series], title: str, label: str):
+  """(figure, axes) of test errors against something, both axes logarithmic."""
+  figure = Figure(figsize=(4.3, 3.3), layout="constrained")
+  axes = figure.subplots()
+  axes.set_xscale("log")
+  axes.set_yscale("log")
+  _draw(axes, series)
+  _log_percent(axes.yaxis, series)
+  axes.set_xlabel(label)
+  axes.set_ylabel("test error, %")
+  axes.grid(axis="y")
+  _legend(axes)
+  figure.suptitle(title, fontsize=9, x=0.02, ha="left")
+  return figure, axes
+
+
 def against_compute(series: Sequence[Series], title: str) -> Figure:
-  """Test error against floating-point operations, both axes logarithmic."""
+  """Test error against floating-point operations."""
   with matplotlib.rc_context(figures.STYLE):
-    figure = Figure(figsize=(4.3, 3.3), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    _draw(axes, series)
-    _log_percent(axes.yaxis, series)
+    figure, axes = _log_log(series, title, "floating-point operations after the base model")
     axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
-    axes.set_xlabel("floating-point operations after the base model")
-    axes.set_ylabel("test error, %")
-    axes.grid(axis="y")
-    _legend(axes)
-    figure.suptitle(title, fontsize=9, x=0.02, ha="left")
     return figure
 
 
 def against_problems(series: Sequence[Series], title: str, reaches: Sequence[Reach] = ()) -> Figure:
-  """Test error against |D_syn|, both axes logarithmic: figures 2a, 2b, 5a, 5b, 9, 10 and 11 of the paper.
+  """Test error against |D_syn|: figures 2a, 2b, 5a, 5b, 9, 10 and 11 of the paper.
 
   Args:
     series: x in problems, values in shares.
@@ -120,23 +126,13 @@ def against_problems(series: Sequence[Series], title: str, reaches: Sequence[Rea
     reaches: factors, drawn as arrows from the baseline's line to the method's point.
   """
   with matplotlib.rc_context(figures.STYLE):
-    figure = Figure(figsize=(4.3, 3.3), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    _draw(axes, series)
+    figure, axes = _log_log(series, title, "synthetic problems")
     for reach in reaches:
       arrow = {"arrowstyle": "<-", "color": figures.INK, "linewidth": 0.9}
       axes.annotate("", (reach.baseline_size, reach.error), (reach.size, reach.error), arrowprops=arrow)
       end = (reach.baseline_size, reach.error)
       axes.annotate(reach.label, end, xytext=(-3, -10), textcoords="offset points", ha="right", fontsize=8)
     _whole_numbers(axes.xaxis, [x for one in series for x in one.x])
-    _log_percent(axes.yaxis, series)
-    axes.set_xlabel("synthetic problems")
-    axes.set_ylabel("test error, %")
-    axes.grid(axis="y")
-    _legend(axes)
-    figure.suptitle(title, fontsize=9, x=0.02, ha="left")
     return figure
 
 
