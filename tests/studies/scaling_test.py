@@ -69,8 +69,9 @@ class TablesTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.addClassCleanup(jax.config.update, "jax_enable_compilation_cache", jax.config.jax_enable_compilation_cache)
-    jax.config.update("jax_enable_compilation_cache", False)
+    for name in ("jax_enable_compilation_cache", "jax_debug_nans"):  # under debug_nans nothing is donated
+      cls.addClassCleanup(jax.config.update, name, getattr(jax.config, name))
+      jax.config.update(name, False)
 
   @parameterized.product(model=MODELS, pod=tuple(PODS))
   def test_goals(self, model, pod):
