@@ -63,6 +63,7 @@ setuptools.setup(
       "ipykernel>=6.29",  # the notebooks' tests
       "jupytext>=1.16",
       "libtpu",
+      "math-verify>=0.8",
       "mkdocs-material>=9.6",
       "nbclient>=0.10",
       "openai>=2.0",

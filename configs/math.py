@@ -8,7 +8,7 @@ and so on), or train.jsonl and test.jsonl with problem, level, type and solution
 for in SYNTHNEG_DATA_DIR/math. --config.task.test_path=FILE takes MATH-500 as the test set.
 
 smoke: the problems of MATH's form that come with the package, through every stage, to see that all of it works; its errors
-mean nothing. Seen: 13 minutes beside other work on two CPU cores; 24 samples (13 wrong, 6 truncated, 4 ambiguous, 1
+mean nothing. Seen: 7 minutes on one of two CPU cores; 24 samples (13 wrong, 6 truncated, 4 ambiguous, 1
 unparsable), 7 with credit, 15 rollouts, 7 pairs of each kind, test errors 1.0 on 4 problems. The other models: not yet run.
 Responses are given twice the tokens of GSM8K's, our choice, and rows are cut for responses of 250 tokens in 8 steps, our
 assumption; docs/scaling.md has what the compiler says of them.

@@ -73,12 +73,12 @@ summary { cursor: pointer; }
 
 REASONS = {  # verdicts in words
   "right": "right",
-  "wrong": "wrong number",
+  "wrong": "wrong answer",
   "no_answer": "no answer",
   "truncated": "cut off at the length limit",
   "ambiguous": "several answers",
-  "unparsable": "answer not a number",
-  "too_large": "numeral too long",
+  "unparsable": "answer not readable",
+  "too_large": "answer too large",
   "timeout": "grading took too long",
 }
 

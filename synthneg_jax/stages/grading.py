@@ -75,10 +75,16 @@ def markdown(
   if opinion is not None:
     lines += ["", "# Where the second opinion differs"]
     for name in names:
+      asked = [(trace, problems[trace.problem_id]) for trace in traces[name]]
+      said = [opinion(trace.text, problem.answer) for trace, problem in asked]
       for claim, correct in (("wrong here, right there", False), ("right here, wrong there", True)):
-        asked = [(trace, problems[trace.problem_id]) for trace in traces[name] if trace.correct == correct]
-        found = [(trace, problem) for trace, problem in asked if opinion(trace.text, problem.answer) is (not correct)]
-        lines += ["", f"## {claim}: {name}, {len(found)} of {len(asked)}", "", *_rows(found, most)]
+        found = [
+          pair for pair, right in zip(asked, said, strict=True) if pair[0].correct == correct and right is (not correct)
+        ]
+        of = sum(trace.correct == correct for trace, _ in asked)
+        lines += ["", f"## {claim}: {name}, {len(found)} of {of}", "", *_rows(found, most)]
+      if None in said:
+        lines += ["", f"It has no opinion on {said.count(None)} of {len(said)}: {name}."]
   return "\n".join(lines) + "\n"
 
 

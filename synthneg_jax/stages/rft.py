@@ -1,7 +1,7 @@
 """Stage rft: finetuning on π_sft's own responses: right ones (RFT, https://arxiv.org/abs/2308.01825), or by advantage."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -84,11 +84,26 @@ def _at_most(chosen: dict[str, list], most: int, seed: int) -> dict[str, list]:
   return {key: [pair for pair in of_problem if pair[0].id in kept] for key, of_problem in chosen.items()}
 
 
+def _branches(
+  chosen: Mapping[str, list[tuple[Trace, Sequence[bool] | None]]],
+  solutions: Mapping[str, Sequence[int]],
+  fork: Callable[[str], int],
+) -> dict[str, list[Branch]]:
+  """By problem the branches to be cloned: the chosen traces, then the teacher's solution where there is one."""
+  branches = {
+    key: [Branch(fork(key), tuple(trace.ids), None if mask is None else tuple(mask)) for trace, mask in traces]
+    for key, traces in chosen.items()
+  }
+  for key, ids in solutions.items():
+    branches[key].append(Branch(fork(key), tuple(ids)))
+  return branches
+
+
 def run(run_: Run, name: str = "rft") -> dict:
   """Writes <name>/policy/ and <name>/metrics.jsonl. Training starts from the base model by default, as in RFT's own recipe.
 
   Raises:
-    UserError: rft.keep leaves nothing to train on.
+    UserError: rft.keep leaves nothing to train on, and no solution of a teacher is added.
   """
   section = run_.config.rft
   reads_base, by_credit = section.start == "base", section.keep != "right"
@@ -101,20 +116,14 @@ def run(run_: Run, name: str = "rft") -> dict:
   problems = run_.problems("train")
   groups = traces_lib.by_problem(Shards(run_.workdir / "sample" / "traces", Trace).read(), problems)
   chosen = _at_most(_chosen(run_, groups), section.max_solutions, run_.config.seed)
-  if not any(chosen.values()):
-    raise UserError(f"Stage {name} has no response to train on: rft.keep={section.keep!r} left none of the samples.")
   trunk = functools.cache(lambda key: training.prompt_ids(run_, policy, problems[key]))
-  branches = {
-    key: [
-      Branch(len(trunk(key)), tuple(trace.ids), None if mask is None else tuple(mask)) for trace, mask in of_problem
-    ]
-    for key, of_problem in chosen.items()
-  }
+  solutions = {}
   if section.with_teacher:
-    for key in branches:
-      if problems[key].solution:
-        ids = prompts.encode_solution(policy.tokenizer, problems[key].solution)
-        branches[key].append(Branch(len(trunk(key)), ids))
+    texts = {key: problems[key].solution for key in chosen if problems[key].solution}
+    solutions = {key: prompts.encode_solution(policy.tokenizer, text) for key, text in texts.items()}
+  branches = _branches(chosen, solutions, lambda key: len(trunk(key)))
+  if not any(branches.values()):
+    raise UserError(f"Stage {name} has no response to train on: rft.keep={section.keep!r} left none of the samples.")
   length = min(section.row_length, run_.config.model.max_length)
   most = min(section.max_branches_per_tree, section.batch_size)
   examples, names, dropped = training.branch_trees({key: trunk(key) for key in branches}, branches, most, length)

@@ -216,7 +216,7 @@ def test_steps_rollouts_and_pairs(browser, tmp_path):
   browser.click(".roll")
   browser.wait("document.querySelector('.rollouts li')")
   opened = browser.js("document.querySelector('.rollouts').innerText.replace(/\\s+/g, ' ')")
-  assert "✓ right ×3" in opened and "two again" in opened and "✗ wrong number" in opened
+  assert "✓ right ×3" in opened and "two again" in opened and "✗ wrong answer" in opened
   assert browser.js("document.querySelector('.roll').getAttribute('aria-expanded')") == "true"
   browser.click(".roll")
   assert browser.js("document.querySelector('.rollouts').hidden")
@@ -225,7 +225,7 @@ def test_steps_rollouts_and_pairs(browser, tmp_path):
   assert "better two" in pairs[0] and "chosen − rejected −2.00 1.50 +3.50" in pairs[0]
   assert "not recorded" in pairs[1] and "Trunk: the problem alone." in pairs[1]
   article = browser.js("document.querySelector('article').innerText")
-  assert "✗ wrong number" in article and "gold 4" in article
+  assert "✗ wrong answer" in article and "gold 4" in article
   _quiet(browser)
 
 

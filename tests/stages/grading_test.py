@@ -1,14 +1,17 @@
 """Tests of the grading report."""
 
+import collections
 import dataclasses
 import tempfile
 
+import pytest
 from absl.testing import absltest
 from etils import epath
 
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.records import Problem, Shards, Trace
 from synthneg_jax.stages import grading
+from tests.tasks import math_answers_test
 
 
 def problem(name: str, answer: str) -> Problem:
@@ -52,6 +55,30 @@ class GradingReportTest(absltest.TestCase):
     text = grading.markdown({"sample": self.traces}, problems, lambda response, gold: says[response], 5)
     self.assertIn("## wrong here, right there: sample, 1 of 2", text)
     self.assertIn("## right here, wrong there: sample, 1 of 1", text)
+    self.assertIn("no opinion on 1 of 3: sample", text)
+
+  def test_math_verify_is_asked(self):
+    # Fails if what it is given, or what it says, is read wrongly. Not "right" of both: 1/2^99 for 1/2^98, its known mistake.
+    opinion = grading.math_verify()
+    self.assertIs(opinion(r"So \boxed{0.5}.", r"\frac12"), True)
+    self.assertIs(opinion(r"So \boxed{0.6}.", r"\frac12"), False)
+    self.assertIsNone(opinion(r"\boxed{1}", ""))
+    self.assertIs(opinion(r"\boxed{2^{-98}}", "2^{-99}"), True)
+
+  @pytest.mark.long
+  def test_math_verify_judges_no_kind_of_answer_better(self):
+    # Fails once math-verify is better than our grader on a kind of the own pairs: then it should judge there.
+    opinion, table = grading.math_verify(), collections.defaultdict(collections.Counter)
+    for kind, gold, equal, unequal in math_answers_test.PAIRS:
+      for answer, right in [(a, True) for a in equal] + [(a, False) for a in unequal]:
+        response = rf"So we have it. \boxed{{{answer}}}"
+        table[kind][right, "pairs"] += 1
+        table[kind][right, "ours"] += (math_answers_test.reason(response, gold) == "right") == right
+        table[kind][right, "theirs"] += bool(opinion(response, gold)) == right
+    for kind, row in table.items():
+      print(kind, *(f"{what} {row[right, what]}" for right in (True, False) for what in ("pairs", "ours", "theirs")))
+      for right in (True, False):
+        self.assertGreaterEqual(row[right, "ours"], row[right, "theirs"], kind)
 
   def test_few_are_shown(self):
     text = grading.markdown({"s": [self.traces[1]] * 9}, {"b": problem("b", "8")}, None, 2)

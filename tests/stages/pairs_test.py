@@ -4,6 +4,7 @@ import tempfile
 
 from absl.testing import absltest
 
+from synthneg_jax.core.tree import Branch
 from synthneg_jax.runtime import config as config_lib
 from synthneg_jax.runtime.records import Problem, Rollout, Shards, StepEstimate, Trace
 from synthneg_jax.stages import pairs, policies, rft
@@ -160,6 +161,14 @@ class BuildTest(absltest.TestCase):
     self.assertEqual(before, {"0": FIRST, "2": FIRST, "3": whole["3"]})
     self.assertEqual(self.cloned(keep="spurious"), {"2": whole["2"]})
     self.assertEqual(self.cloned(keep="clean"), {"3": whole["3"]})
+
+  def test_rft_learns_the_teachers_solution_too(self):
+    # Fails if it is left out where no sample was right: then there was nothing to train on.
+    trace = traces_lib.by_problem(Shards(self.run_.workdir / "sample/traces", Trace).read(), ["p"])["p"][3]
+    chosen = {"p": [(trace, None)], "q": [], "r": []}
+    made = rft._branches(chosen, {"p": [7, 8], "q": [9]}, {"p": 3, "q": 4, "r": 5}.get)
+    self.assertEqual(made["p"], [Branch(3, tuple(trace.ids)), Branch(3, (7, 8))])
+    self.assertEqual((made["q"], made["r"]), ([Branch(4, (9,))], []))
 
   def test_arbitrary(self):
     # Fails if a right trace or one without an answer is rejected, or if anything is cut.

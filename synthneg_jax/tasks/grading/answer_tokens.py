@@ -127,6 +127,7 @@ def tidy(text: str) -> str:
   elif r"\begin" not in text:
     text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # a command escaped twice; no line breaks outside matrices
   text = _ENVIRONMENT.sub(" ", text)
+  text = re.sub(r"(?<=[0-9]) ?\{ ?, ?\} ?(?=[0-9]{3})", "{,}", text)  # as tokenizers put 14{,}916 together again
   text = _THIN_GROUPS.sub(lambda found: re.sub(r"[^0-9]", "", found.group()), text)
   text = re.sub(r"(?<=[0-9])\{[.,]\}(?=[0-9])", ".", _BARE_FONT.sub(r" \1", text))
   text = re.sub(r"\b([apAP])\. ?[mM]\b\.?", r"\1m", text)
