@@ -1,5 +1,6 @@
 """Every command that README, docs and launch/ name exists, and takes the flags that they give it."""
 
+import ast
 import importlib.util
 import pathlib
 import re
@@ -56,6 +57,18 @@ class CommandsTest(parameterized.TestCase):
         if flag and not word.startswith("--config."):
           wanted = rf"(?m)^\s+--(\[no\])?{flag.group(1)}\b" if program.suffix == ".py" else rf"--{flag.group(1)}\b"
           self.assertRegex(helps[program], wanted, f"{page}: {' '.join(words)}")
+
+  def test_python_blocks(self):
+    # Fails if a block is no Python, or imports or calls from the package what is not there.
+    blocks = [(page, block) for page in PAGES for block in re.findall(r"(?ms)^```python\n(.*?)^```", page.read_text())]
+    self.assertNotEmpty(blocks)
+    for page, block in blocks:
+      tree, names = ast.parse(block), {}
+      ours = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module.startswith("synthneg_jax")]
+      exec(compile(ast.Module(ours, []), page.name, "exec"), names)
+      for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+          self.assertTrue(hasattr(names[node.value.id], node.attr), f"{page.name}: {ast.unparse(node)}")
 
   def test_configs_are_files_that_load(self):
     # Fails if a page names a config, or an argument of one, that is not there.
