@@ -1,6 +1,7 @@
 """The trace viewer: its data say what is so, it runs nothing that a model wrote, and 20,000 traces do not freeze it."""
 
 import ast
+import dataclasses
 import html.parser
 import json
 import pathlib
@@ -72,14 +73,14 @@ def _toy() -> viewer.Viewer:
   return viewer.Viewer("Toy", sources, (1, 2), (1, 2), problems, 9, 1, 4, 8, "lowest_value")
 
 
-def _hostile() -> viewer.Viewer:
-  steps = (HOSTILE, HOSTILE)
-  drawn = [viewer.Rollout(HOSTILE, False, HOSTILE, 1)]
-  pair = viewer.PairView(HOSTILE, "shared_prefix", 1, HOSTILE, HOSTILE, HOSTILE, 0.0, None, None)
+def _hostile(text=HOSTILE) -> viewer.Viewer:
+  steps = (text, text)
+  drawn = [viewer.Rollout(text, False, text, 1)]
+  pair = viewer.PairView(text, "shared_prefix", 1, text, text, text, 0.0, None, None)
   credit = [_credit(4, 1, 0.25, -0.25, drawn=drawn), _credit(0, 0, 0.0, -0.25, exact=True)]
-  trace = viewer.TraceView(f"x{HOSTILE}", 0, steps, "wrong", HOSTILE, "eos", credit, 1, -1, [pair])
-  problem = viewer.ProblemView(HOSTILE, HOSTILE, HOSTILE, HOSTILE, 0.5, 1, 2, [trace])
-  return viewer.Viewer(f"Title {HOSTILE}".replace("\ud800", ""), (HOSTILE,), (), (), [problem], 1, 1, 4, 8, "rule")
+  trace = viewer.TraceView(f"x{text}", 0, steps, "wrong", text, "eos", credit, 1, -1, [pair])
+  problem = viewer.ProblemView(text, text, text, text, 0.5, 1, 2, [trace])
+  return viewer.Viewer(f"Title {text}".replace("\ud800", ""), (text,), (), (), [problem], 1, 1, 4, 8, "rule")
 
 
 class _Scripts(html.parser.HTMLParser):
@@ -118,6 +119,7 @@ def test_disagreement_is_counted_by_hand():
   assert viewer.flags(_toy().problems[1].traces[0], True) == differ
   half = _trace(0, credit=[_credit(4, 2, 0.5, 0.0), _credit(0, 0, 0.0, -0.5, exact=True)])
   assert viewer.flags(half, False) == credited + solvable
+  assert viewer.flags(dataclasses.replace(half, reason="right"), False) == credited
 
 
 def test_index_and_chunks():
@@ -212,14 +214,19 @@ def test_steps_rollouts_and_pairs(browser, tmp_path):
   assert "Q 0.75 0.10–0.90" in steps[0] and "▲ advantage +0.25" in steps[0] and "4 rollouts, 3 right" in steps[0]
   assert "▼ advantage −0.50" in steps[1] and "◀ pit" in steps[1] and "pit" not in steps[0] + steps[2]
   assert "the verdict" in steps[2]
+  range_, dot = (f"document.querySelector('.{name}').style" for name in ("range", "dot"))
+  assert browser.js(f"[{range_}.left, {range_}.width, {dot}.left]") == ["10%", "80%", "75%"]
   assert not browser.js("Boolean(document.querySelector('.rollouts li'))")
   browser.click(".roll")
   browser.wait("document.querySelector('.rollouts li')")
   opened = browser.js("document.querySelector('.rollouts').innerText.replace(/\\s+/g, ' ')")
   assert "✓ right ×3" in opened and "two again" in opened and "✗ wrong answer" in opened
   assert browser.js("document.querySelector('.roll').getAttribute('aria-expanded')") == "true"
+  assert "not kept" not in opened
   browser.click(".roll")
   assert browser.js("document.querySelector('.rollouts').hidden")
+  browser.js("document.querySelectorAll('.roll')[1].click()")
+  assert "4 more rollouts not kept" in browser.js("document.querySelectorAll('.rollouts')[1].innerText")
   pairs = browser.js("[...document.querySelectorAll('.pair')].map(e => e.innerText.replace(/\\s+/g, ' '))")
   assert "Per-step DPO at step 2" in pairs[0] and "Trunk: the problem and step 1" in pairs[0]
   assert "better two" in pairs[0] and "chosen − rejected −2.00 1.50 +3.50" in pairs[0]
@@ -252,6 +259,10 @@ def test_filters_search_and_order(browser, tmp_path):
     assert len(browser.js(TITLES)) == len(left)
     browser.click("#clear")
     browser.wait("shown.length === 6")
+  _choose(browser, "order", "most steps first")
+  assert browser.js("shown.map(t => COLUMNS.length[t])") == [3, 3, 3, 3, 2, 2]
+  _choose(browser, "order", "as recorded")
+  assert browser.js("shown.map(t => COLUMNS.length[t])") == [3, 3, 2, 2, 3, 3]
   browser.press("/")
   assert browser.js("document.activeElement.id") == "search"
   browser.type("SLIP")
@@ -367,6 +378,19 @@ def test_hostile_text_runs_nothing(browser, tmp_path):
   assert len(browser.complaints) >= 2 and all("Content Security Policy" in text for text in browser.complaints)
 
 
+@pytest.mark.browser
+def test_markup_without_formulas_is_text(browser, tmp_path):
+  # Fails if a text that KaTeX never sees, without $ and backslash, reaches innerHTML.
+  text = "<img src=x onerror='window.owned = 2'><b>bold</b>"
+  _open(browser, tmp_path, _hostile(text))
+  browser.wait("document.querySelector('article')")
+  browser.click(".roll")
+  browser.wait("document.querySelector('.rollouts li')")
+  assert browser.js("document.querySelectorAll('.text img, .text b, .row img, .row b').length") == 0
+  assert browser.js("document.querySelector('.step .text').textContent") == text
+  _quiet(browser)
+
+
 def _luminance(colour):
   linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
   return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -446,6 +470,7 @@ def test_twenty_thousand_traces_do_not_freeze(browser, tmp_path):
   browser.wait("document.querySelector('article') && shown.length === 20000", 60)
   loaded = time.time() - started
   parsed = browser.js("parsed.size")
+  assert browser.js("INDEX.starts.length") > 40
   gaps = """(() => { let last = performance.now(); window.gap = 0;
     setInterval(() => { const now = performance.now(); gap = Math.max(gap, now - last); last = now; }, 5); })()"""
   browser.js(gaps)
