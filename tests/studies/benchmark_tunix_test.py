@@ -60,6 +60,17 @@ class RowsTest(parameterized.TestCase):
 
 
 class SamplerTest(absltest.TestCase):
+  def test_no_program_is_compiled_while_it_is_timed(self):
+    # Fails if the other side meets a temperature for the first time in a timed call.
+    side, calls = mock.MagicMock(size="T"), []
+    other = lambda prompts, new: lambda temperature: calls.append(temperature) or []
+    with mock.patch.object(benchmark_ours, "make_engine"), mock.patch.object(benchmark_ours, "grow", return_value=[]):
+      for item in benchmark_items._sampling(side, "tunix", 1, 4, other):
+        self.assertEqual(item.baselines[0].differs(), "")
+        before = len(calls)
+        item.baselines[0].run()
+        self.assertIn(calls[-1], calls[:before])
+
   def test_no_id_is_padding_or_an_end(self):
     # Fails if a drawn 0 is masked as padding, if an id ends a sequence, or if a beginning is put before the prompt.
     ids = benchmark_tunix._Ids()
