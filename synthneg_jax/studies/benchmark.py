@@ -23,7 +23,7 @@ from etils import epath
 
 from synthneg_jax.runtime.errors import UserError
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "trl")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "trl", "google-tunix")
 
 
 @dataclasses.dataclass(frozen=True)

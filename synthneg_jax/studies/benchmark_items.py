@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from absl import logging
 
 from synthneg_jax.core import losses
 from synthneg_jax.core.tree import Branch, Tree
@@ -13,7 +14,7 @@ from synthneg_jax.rollouts.decode import Geometry
 from synthneg_jax.rollouts.engine import Trunk
 from synthneg_jax.stages import policies
 from synthneg_jax.studies import benchmark_ours as ours
-from synthneg_jax.studies import benchmark_schedules
+from synthneg_jax.studies import benchmark_schedules, benchmark_tunix
 from synthneg_jax.studies import benchmark_torch as theirs
 from synthneg_jax.studies.benchmark import Baseline, Item, Work
 from synthneg_jax.studies.benchmark_ours import LEARNING_RATE, Side
@@ -94,25 +95,54 @@ def _dpo(size: str, pairs: int, times: int, continuation: int) -> Item:
 
 
 def sampling(full: bool) -> Iterator[Item]:
-  """Prompts of 64 tokens: one lane a prompt, with one slot."""
-  for size, counts in (("T", ((1, 64), (16, 64), (64, 64))), ("S", ((1, 32), (16, 32), (64, 16))))[: 1 + full]:
-    side = Side(size)
-    model = theirs.load(side.folder)
+  """Prompts of 64 tokens: one lane a prompt, with one slot.
+
+  Against transformers, then against google-tunix: each where it is installed, since tunix's pins ask for an environment
+  of its own. A first line says which is left out; without both, that the bench extra is missing is an error.
+  """
+  sizes = (("T", ((1, 64), (16, 64), (64, 64))), ("S", ((1, 32), (16, 32), (64, 16))))[: 1 + full]
+  tunix = benchmark_tunix.installed()
+  if theirs.installed() or not tunix:
+    for size, counts in sizes:
+      side = Side(size)
+      model = theirs.load(side.folder)
+      for count, new in counts:
+        yield from _sampling(side, "generate", count, new, functools.partial(_generate, model))
+  else:
+    logging.info("No rows against transformers: torch is not installed here (the bench extra brings it).")
+  if not tunix:
+    logging.info("No rows against tunix: google-tunix is not installed here; it may want an environment of its own.")
+    return
+  for size, counts in sizes:
+    side = Side(size, rope_theta=benchmark_tunix.ROPE_THETA)
     for count, new in counts:
-      yield from _sampling(side, model, count, new)
+      sampler = functools.partial(benchmark_tunix.Sampler, side.folder, side.config)
+      yield from _sampling(side, "tunix", count, new, sampler)
 
 
-def _sampling(side: Side, model, count: int, new: int) -> Iterator[Item]:
+def _generate(model, prompts: Sequence[Sequence[int]], new: int) -> Callable[[float], Sequence[np.ndarray]]:
+  return functools.partial(theirs.generate, model, prompts, new)
+
+
+def _sampling(side: Side, name: str, count: int, new: int, other) -> Iterator[Item]:
+  """`other(prompts, new)` gives the other side's function of a temperature."""
   prompts = side.ids(count, 64).tolist()
   trunks = [Trunk(prompt, [64], ours.draw_keys(i, 1)) for i, prompt in enumerate(prompts)]
   engine = ours.make_engine(side, count, 1, new)
   grow = functools.partial(ours.grow, engine, side, trunks)
-  generate = functools.partial(theirs.generate, model, prompts, new)
+  generate = other(prompts, new)
   differs = functools.cache(lambda: _tokens_differ(lambda: [items[0] for items in grow(0.0)], lambda: generate(0.0)))
   work = side.decode_work([(64 + new / 2, new, 64)] * count, new)
+
+  def proven(temperature: float) -> str:
+    why = differs()
+    if temperature and not why:
+      generate(temperature)  # tunix compiles another program for it
+    return why
+
   for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
     if temperature or side.size == "T":
-      baseline = Baseline("generate", functools.partial(generate, temperature), differs)
+      baseline = Baseline(name, functools.partial(generate, temperature), functools.partial(proven, temperature))
       run = functools.partial(grow, temperature)
       rounds = (7 if count == 1 else 5) if side.size == "T" and count < 64 else 3
       yield Item(f"{count} x {new} tokens, {how}", side.size, run, [baseline], work, rounds)

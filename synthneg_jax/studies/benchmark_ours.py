@@ -1,5 +1,6 @@
 """Our side of the benchmark: random models of two sizes, their weights in a folder for the other side, and our calls."""
 
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Sequence
@@ -43,8 +44,9 @@ LEARNING_RATE = 1e-4
 class Side:
   """Our side of one size: model, random weights, and the folder that the other side reads them from."""
 
-  def __init__(self, size: str, seed: int = 0):
-    self.size, self.config = size, SIZES[size]
+  def __init__(self, size: str, seed: int = 0, **changes):
+    """`changes` are fields of the size's config that this model has otherwise."""
+    self.size, self.config = size, dataclasses.replace(SIZES[size], **changes)
     self.model = Model(self.config)
     self.mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     self.params = self.fresh(seed)

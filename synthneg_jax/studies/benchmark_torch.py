@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +26,11 @@ def need(*names: str):
     return [importlib.import_module(name) for name in names]
   except ImportError as error:
     raise UserError(f'The benchmark needs {error.name}: pip install -e ".[bench]" brings it.') from error
+
+
+def installed() -> bool:
+  """Whether what the rows against transformers need can be imported here."""
+  return importlib.util.find_spec("torch") is not None
 
 
 @functools.cache
