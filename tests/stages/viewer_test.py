@@ -52,6 +52,20 @@ def test_credit_of_a_workdir(run_):
   assert credit is None and row["pit"] == -1 and "".join(steps) == report_test._RIGHT
 
 
+def test_steps_that_a_schedule_left_out(run_):
+  # Fails if a step whose own Q, or the Q before it, is not known is given an advantage all the same.
+  folder = run_.workdir / "credit" / "estimates"
+  left_out = {"rollouts": 0, "successes": 0, "samples": []}
+  estimates = [
+    dataclasses.replace(e, **left_out if e.key == "p0/sample/2/0" else {}) for e in Shards(folder, StepEstimate).read()
+  ]
+  (folder / "00000.jsonl").unlink()
+  Shards(folder, StepEstimate).write(estimates)
+  viewer.run(run_)
+  credit = _traces(run_)["p0/sample/2"][2]
+  assert credit[0] == [0, 0, None, None, None, None, 0] and credit[1][4:] == [0.25, None, 0]
+
+
 def test_report_makes_the_viewer_too_and_pipeline_makes_it_alone(run_):
   # Fails if index.html links to a page that is not there.
   report.run(run_)
@@ -96,7 +110,10 @@ def test_pairs_have_their_margins(run_):
   alone = dataclasses.replace(scored, id="b", chosen=encode(" too long\n"))
   Shards(run_.workdir / "dpo" / "step_dpo" / "pairs", Pair).write([scored, alone])
   report_test._stage(run_.workdir, "dpo/step_dpo", {"pairs": 2})
-  for stage, fingerprint in (("sft", "f" * 16), ("dpo/step_dpo", "e" * 16)):
+  whole = dataclasses.replace(scored, id="c", pair_mode="arbitrary", pit=-1, flip=0.0)
+  Shards(run_.workdir / "dpo" / "dpo" / "pairs", Pair).write([whole])
+  report_test._stage(run_.workdir, "dpo/dpo", {"pairs": 1})
+  for stage, fingerprint in (("sft", "f" * 16), ("dpo/step_dpo", "e" * 16), ("dpo/dpo", "d" * 16)):
     folder = run_.workdir / stage / "policy"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fingerprint.json").write_text(json.dumps({"fingerprint": fingerprint}))
@@ -111,6 +128,8 @@ def test_pairs_have_their_margins(run_):
   viewer.run(run_)
   row, *_, pairs = _traces(run_)["p0/sample/2"]
   branches = [" A: X= 2 + Y= 3 A= 6\n", " good\n", " bad\n"]
+  old, *pairs = pairs
+  assert old == ["dpo", "arbitrary", -1, "", *branches[1:], 0.0, None, None]  # trained without scores being kept
   assert pairs[0] == ["step_dpo", "shared_prefix", 1, *branches, 0.125, [-3.0, -2.0], [-0.75, -5.0]]
   assert pairs[1][4] == " too long\n" and pairs[1][7:] == [None, None]
   assert row["flags"] & 16 and not _traces(run_)["p0/sample/3"][0]["flags"] & 16
