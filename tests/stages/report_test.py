@@ -290,6 +290,8 @@ def test_stage_from_a_workdir(run_):
   assert "Q 3/4 = 0.75 (0.30 – 0.95), advantage +0.25" in text  # V is 2/4; Wilson's interval of 3 in 4
   assert "2 of 4 samples of the problem are right (value 0.50)" in text
   assert "Not finished yet: rft, dpo/dpo, dpo/step_dpo, evaluate/base" in text
+  seconds = [float(line.split(",")[1] or 0) for line in (path.parent / "time.csv").read_text().splitlines()[1:]]
+  assert len(seconds) > 2 and f"all{sum(seconds):.1f}" in text
   assert "25.0 %" in text and "10.0 – 50.0 %" in text and "cut off at the length limit" in text
   assert "would be 20; 20 were drawn" in text and "Seed 0" in text
   assert "abc123" in text and "jax 9.9" in text

@@ -107,6 +107,7 @@ class HedgesTest(parameterized.TestCase):
         r"\boxed{7 \ne 8}", r"\boxed{7<8}", r"\boxed{7 | 8}",
         r"\boxed{[7,8]}", r"\boxed{7 \cup 8}", r"\boxed{7\; 8}", r"\boxed{7 \text{ unless } 8}", r"\boxed{7?}",
         r"\boxed{7 \vee 8}",
+        r"\boxed{7}\boxed{8}\boxed{7}", r"\boxed{8}. \boxed{7}. \boxed{8}",
       ],
       ["7", "8"],
     )
