@@ -5,6 +5,7 @@ import struct
 from absl.testing import absltest
 from tensorboard.backend.event_processing import event_accumulator
 
+from synthneg_jax.runtime import event_files
 from synthneg_jax.runtime.records import Shards, StepEstimate, Trace
 from synthneg_jax.stages import boards
 from tests.stages import small_run
@@ -46,6 +47,16 @@ class BoardsTest(absltest.TestCase):
     counted = shown.Histograms("q/per_step")[0].histogram_value
     self.assertBetween(counted.num, 1, len(estimates))
     self.assertBetween(counted.max, 0.0, 1.06)
+
+  def test_a_histogram_counts_between_its_edges(self):
+    # Fails if a count moves to another bucket: 2 below 0, none from 0 to 1, 3 from 1 to 3, 1 beyond.
+    made = event_files._bucketed([0.0, 1.0, 3.0], [2, 0, 3, 1])
+    self.assertEqual(list(made.bucket_limit), [0.0, 1.0, 3.0, 5.0])
+    self.assertEqual(list(made.bucket), [2, 0, 3, 1])
+    self.assertEqual((made.min, made.max, made.num), (-1.0, 5.0, 6.0))
+    self.assertEqual((made.sum, made.sum_squares), (9.0, 28.5))  # middles -.5, .5, 2, 4
+    inner = event_files._bucketed([0.0, 1.0, 3.0], [0, 4, 0, 0])
+    self.assertEqual((inner.min, inner.max, list(inner.bucket_limit), list(inner.bucket)), (0.0, 1.0, [1.0], [4.0]))
 
   def test_not_asked_for(self):
     # Fails if metrics.tensorboard=False writes one all the same.
