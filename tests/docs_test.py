@@ -10,6 +10,8 @@ import sys
 
 from absl.testing import absltest, parameterized
 
+from synthneg_jax.runtime import config as config_lib
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
   ROOT / "README.md",
@@ -42,8 +44,8 @@ class CommandsTest(parameterized.TestCase):
     self.assertGreater(len(commands()), 25)
 
   def test_each_names_a_program_and_flags_that_exist(self):
-    # Fails if a program is renamed, or a flag dropped, and a page still names it.
-    helps = {}
+    # Fails if a program is renamed, or a flag or a leaf of the config dropped, and a page still names it.
+    helps, leaves = {}, {name for name, _ in config_lib.leaves(config_lib.default())}
     for page, words in commands():
       program = ROOT / words[1]
       self.assertTrue(program.exists(), f"{page}: {' '.join(words)}")
@@ -53,6 +55,9 @@ class CommandsTest(parameterized.TestCase):
           [*runner, str(program), "--help"], capture_output=True, text=True, check=False
         ).stdout
       for word in words[2:]:
+        leaf = re.match(r"--config\.([\w.]+)=", word)
+        if leaf and leaf.group(1) != "part.leaf":
+          self.assertIn(leaf.group(1), leaves, f"{page}: {' '.join(words)}")
         flag = re.match(r"--(\w+)", word)
         if flag and not word.startswith("--config."):
           wanted = rf"(?m)^\s+--(\[no\])?{flag.group(1)}\b" if program.suffix == ".py" else rf"--{flag.group(1)}\b"

@@ -251,6 +251,10 @@ def test_filters_search_and_order(browser, tmp_path):
     ("disagreement", "wrong, though Q", ["p/0/sample/1"]),
     ("disagreement", "right, though Q", ["p/0/sample/2"]),
     ("disagreement", "policies differ", ["t/0/evaluate/0@1", "t/0/evaluate/0@2"]),
+    ("disagreement", "any", ["p/0/sample/1", "p/0/sample/2", "t/0/evaluate/0@1", "t/0/evaluate/0@2"]),
+    ("pit", "has a pit", ["p/0/sample/1", "p/0/sample/0"]),
+    ("credit", "with pairs", ["p/0/sample/0"]),
+    ("credit", "without credit", ["p/1/sample/0", "t/0/evaluate/0@1", "t/0/evaluate/0@2"]),
     ("source", "per-step DPO, test", ["t/0/evaluate/0@2"]),
   ):
     _choose(browser, name, text)
@@ -259,6 +263,11 @@ def test_filters_search_and_order(browser, tmp_path):
     assert len(browser.js(TITLES)) == len(left)
     browser.click("#clear")
     browser.wait("shown.length === 6")
+  _choose(browser, "verdict", "not right")
+  _choose(browser, "pit", "at step 2")
+  browser.wait("shown.length === 1")  # both filters at once
+  browser.click("#clear")
+  browser.wait("shown.length === 6")
   _choose(browser, "order", "most steps first")
   assert browser.js("shown.map(t => COLUMNS.length[t])") == [3, 3, 3, 3, 2, 2]
   _choose(browser, "order", "as recorded")
