@@ -23,9 +23,9 @@ setuptools.setup(
   packages=setuptools.find_packages(include=["synthneg_jax", "synthneg_jax.*"]),
   package_data={
     "synthneg_jax": [
-      "analysis/katex/*",
-      "analysis/katex/fonts/*",
-      "analysis/page/*",
+      "report/katex/*",
+      "report/katex/fonts/*",
+      "report/page/*",
       "tasks/embedded/*",
       "tasks/math_rows/*",
     ]

@@ -38,9 +38,9 @@ from IPython.display import display
 os.environ.setdefault("SYNTHNEG_DATA_DIR", "tests/data")  # 48 + 16 rows of GSM8K; set it to a folder with all of them
 
 from configs import gsm8k
-from synthneg_jax.analysis import figures, markup, trace_figures
-from synthneg_jax.stages import credit, imports, one_text, report, sample, synthesize
-from synthneg_jax.stages.run import Run
+from synthneg_jax.pipeline import credit, import_traces, report, sample, single_solution_credit, synthesize
+from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.report import figures, markup, trace_figures
 
 # %% tags=["parameters"]
 WORKDIR = "runs/a_real_model"
@@ -61,7 +61,7 @@ config = gsm8k.get_config("model=smollm2_135m,smoke")
 config.model.max_length, config.engine.max_new_tokens = 400, 112
 config.task.answers = "math"  # an answer need not stand behind ####: the last number counts
 config.task.train_problems, config.sample.num_traces, config.credit.num_rollouts = PROBLEMS, TRACES, 4
-run = Run.open(config, WORKDIR)
+run = Experiment.open(config, WORKDIR)
 policy = run.base()
 
 # %% [markdown]
@@ -79,7 +79,7 @@ PROBLEM = (
 SOLUTION = """Natalia sold 48/2 = 24 clips in May.
 Natalia sold 48+24 = 72 clips altogether in April and May.
 The answer is 72."""
-trace, rollouts = one_text.credit(run, policy, PROBLEM, SOLUTION, "72", num_rollouts=NUM_ROLLOUTS)
+trace, rollouts = single_solution_credit.credit(run, policy, PROBLEM, SOLUTION, "72", num_rollouts=NUM_ROLLOUTS)
 trace_figures.credit(trace)
 
 # %% [markdown]
@@ -104,7 +104,7 @@ WRONG = """Natalia sold 48/2 = 24 clips in May.
 Natalia sold 48+24 = 72 clips altogether in April and May.
 Half as many as that is 72/2 = 36 clips.
 The answer is 36."""
-trace, _ = one_text.credit(run, policy, PROBLEM, WRONG, "72", num_rollouts=NUM_ROLLOUTS)
+trace, _ = single_solution_credit.credit(run, policy, PROBLEM, WRONG, "72", num_rollouts=NUM_ROLLOUTS)
 trace_figures.credit(trace)
 
 # %% [markdown]
@@ -118,7 +118,7 @@ trace_figures.credit(trace)
 synthesize.run(run)
 
 # %%
-imports.adopt_sft(run, config.model.path)
+import_traces.adopt_sft(run, config.model.path)
 
 # %% [markdown]
 # A few tries at each problem, at temperature 0.7 and of at most 112 tokens; what is not finished by then counts as cut off.

@@ -35,9 +35,9 @@ startup.in_notebook()
 
 # %%
 from configs import arithmetic
-from synthneg_jax.analysis import trace_figures
-from synthneg_jax.stages import one_text, sft, synthesize
-from synthneg_jax.stages.run import Run
+from synthneg_jax.pipeline import sft, single_solution_credit, synthesize
+from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.report import trace_figures
 
 # %% tags=["parameters"]
 WORKDIR = "runs/text_of_yours"
@@ -53,7 +53,7 @@ NUM_ROLLOUTS = 32  # from the end of each step
 # %%
 config = arithmetic.get_config()
 config.task.train_problems = TRAIN_PROBLEMS
-run = Run.open(config, WORKDIR)
+run = Experiment.open(config, WORKDIR)
 synthesize.run(run)
 sft.run(run)
 policy = run.policy("sft")
@@ -77,7 +77,7 @@ SOLUTION = """ E: A+B A= 3 B= 8 E= 1
 ANSWER = "6"
 
 # %%
-trace, rollouts = one_text.credit(run, policy, PROBLEM, SOLUTION, ANSWER, num_rollouts=NUM_ROLLOUTS)
+trace, rollouts = single_solution_credit.credit(run, policy, PROBLEM, SOLUTION, ANSWER, num_rollouts=NUM_ROLLOUTS)
 trace_figures.credit(trace)
 
 # %% [markdown]
@@ -105,7 +105,7 @@ for text, right in rollouts[1][:4]:
 # with one solution we can afford more.
 
 # %%
-few, _ = one_text.credit(run, policy, PROBLEM, SOLUTION, ANSWER, num_rollouts=4)
+few, _ = single_solution_credit.credit(run, policy, PROBLEM, SOLUTION, ANSWER, num_rollouts=4)
 trace_figures.credit(few)
 
 # %% [markdown]
@@ -122,7 +122,7 @@ RIGHT = """ E: A+B A= 3 B= 8 E= 1
  G: E-C E= 1 C= 5 G= 6
  H: F+G F= 0 G= 6 H= 6
  #### 6"""
-trace, _ = one_text.credit(run, policy, PROBLEM, RIGHT, ANSWER, num_rollouts=NUM_ROLLOUTS)
+trace, _ = single_solution_credit.credit(run, policy, PROBLEM, RIGHT, ANSWER, num_rollouts=NUM_ROLLOUTS)
 trace_figures.credit(trace)
 
 # %% [markdown]

@@ -41,8 +41,8 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from synthneg_jax.analysis import loss_figures
 from synthneg_jax.core import losses
+from synthneg_jax.report import loss_figures
 from synthneg_jax.runtime import startup
 
 # %% [markdown]
@@ -144,4 +144,4 @@ loss_figures.by_step(
 # %% [markdown]
 # Where next: [the_method_in_ten_minutes](the_method_in_ten_minutes.ipynb) trains with these losses;
 # [docs/method.md](../docs/method.md) names the source of each. `--config.dpo.loss=dpop` and its neighbours in
-# [runtime/config.py](../synthneg_jax/runtime/config.py) choose one for a run.
+# [runtime/config_schema.py](../synthneg_jax/runtime/config_schema.py) choose one for a run.

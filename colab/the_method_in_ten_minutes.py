@@ -38,10 +38,10 @@ startup.in_notebook()
 
 # %%
 from configs import arithmetic
-from synthneg_jax.analysis import figures, markup, progress, trace_figures
+from synthneg_jax.pipeline import credit, dpo, evaluate, pair_logprobs, report, rft, sample, sft, synthesize
+from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.report import figures, markup, trace_figures, training_sections
 from synthneg_jax.runtime import manifest
-from synthneg_jax.stages import credit, dpo, evaluate, margins, report, rft, sample, sft, synthesize
-from synthneg_jax.stages.run import Run
 
 # %% tags=["parameters"]
 WORKDIR = "runs/ten_minutes"  # all files of the run; a stage that is done there is not done again
@@ -52,13 +52,13 @@ TEST_PROBLEMS = 1000
 # ## 1. Problems, and a teacher's solutions
 #
 # A run is a configuration and a folder. Everything that can be set stands in one tree
-# ([runtime/config.py](../synthneg_jax/runtime/config.py)); `configs/arithmetic.py` is what the README's quickstart runs.
+# ([runtime/config_schema.py](../synthneg_jax/runtime/config_schema.py)); `configs/arithmetic.py` is what the README's quickstart runs.
 
 # %%
 config = arithmetic.get_config()
 config.task.train_problems, config.task.test_problems = TRAIN_PROBLEMS, TEST_PROBLEMS
 config.report.num_traces = 12
-run = Run.open(config, WORKDIR)
+run = Experiment.open(config, WORKDIR)
 synthesize.run(run)
 
 # %% [markdown]
@@ -80,7 +80,7 @@ print(problem.prompt, problem.solution, sep="\n")
 
 # %%
 sft.run(run)
-progress.training_figure(report.collect(run).training["sft"][1])
+training_sections.training_figure(report.collect(run).training["sft"][1])
 
 # %% [markdown]
 # ## 3. Sample: let it try, and look at the answers
@@ -169,7 +169,7 @@ print(
 # %%
 found = report.collect(run)
 shown = [trace for trace in found.traces if trace.preferred and trace.pit > 0][0]
-moved = margins.read(run, "step_dpo")
+moved = pair_logprobs.read(run, "step_dpo")
 pair = moved[f"{shown.id}/{config.pairs.pair_mode}/{shown.pit}"]
 trace_figures.fork(trace_figures.pair_at_pit(shown, pair.chosen, pair.rejected))
 
@@ -187,7 +187,7 @@ figures.shifts(chosen, rejected)
 # pairs; accuracy is the share of pairs with h > 0.
 
 # %%
-progress.training_figure(found.training["dpo/step_dpo"][1])
+training_sections.training_figure(found.training["dpo/step_dpo"][1])
 
 # %% [markdown]
 # ## 6. Does it help?

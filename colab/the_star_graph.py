@@ -42,9 +42,9 @@ import pathlib
 import numpy as np
 
 from configs import star_graph as star_config
-from synthneg_jax.analysis import star_graph as drawings
-from synthneg_jax.analysis import trace_figures
-from synthneg_jax.studies import star_graph as study_lib
+from synthneg_jax.experiments.star_graph import plots
+from synthneg_jax.experiments.star_graph import study as star_graph_study
+from synthneg_jax.report import trace_figures
 from synthneg_jax.tasks import star_graph
 
 # %% tags=["parameters"]
@@ -62,7 +62,7 @@ BASE_STEPS = 1200  # of the base model's pretraining, 64 documents each
 config = star_config.get_config()
 config.task.train_problems, config.task.test_problems = TRAIN_PROBLEMS, TEST_PROBLEMS
 config.pretrain.num_problems = BASE_STEPS * config.pretrain.batch_size
-study = study_lib.Study(config, WORKDIR)
+study = star_graph_study.Study(config, WORKDIR)
 chance = 1 / config.task.degree
 
 problem = study.test.take(slice(0, 1))
@@ -86,8 +86,8 @@ study.base()["test"]
 # Q = 0 for certain. What is missing to 1 in the right arm's Q is a path that is not followed to its end.
 
 # %%
-policy, q = study_lib.critical_values(study.model, study.weights("base"), problem)
-drawings.draw_graph(problem.arm_NAL[0], problem.goal_N[0], policy[0], q[0])
+policy, q = star_graph_study.critical_values(study.model, study.weights("base"), problem)
+plots.draw_graph(problem.arm_NAL[0], problem.goal_N[0], policy[0], q[0])
 
 # %% [markdown]
 # ## 3. SFT learns the critical token by heart
@@ -99,7 +99,7 @@ drawings.draw_graph(problem.arm_NAL[0], problem.goal_N[0], policy[0], q[0])
 
 # %%
 sft = study.sft(0)
-drawings.draw_cell(sft, chance)
+plots.draw_cell(sft, chance)
 
 # %% [markdown]
 # ## 4. A pair at the critical token
@@ -129,7 +129,7 @@ trace_figures.fork(
 
 # %%
 early = study.dpo(0, UNDER_TRAINED)
-drawings.draw_cell(early, chance)
+plots.draw_cell(early, chance)
 
 # %% [markdown]
 # ## 6. From an over-trained checkpoint
@@ -140,7 +140,7 @@ drawings.draw_cell(early, chance)
 # %%
 late = study.dpo(0, OVER_TRAINED)
 print(f"{early['pairs']} pairs after {UNDER_TRAINED} steps of SFT, {late['pairs']} after {OVER_TRAINED}")
-drawings.draw_cell(late, chance)
+plots.draw_cell(late, chance)
 
 # %% [markdown]
 # ## 7. With four seeds, and with more problems
@@ -154,7 +154,7 @@ drawings.draw_cell(late, chance)
 
 # %%
 result = json.loads(pathlib.Path("docs/star_graph/plan/star_graph.json").read_text())
-drawings.draw(result, (20, 60), (600,))
+plots.draw(result, (20, 60), (600,))
 
 # %% [markdown]
 # **What this says, and what not.** From under-trained checkpoints per-step DPO now leaves chance: after 600 steps the test error

@@ -30,13 +30,13 @@ SFT .450 .455 .466; RFT .410 .409 .439; arbitrary pairs .552 .534 .556; per-step
 SFT - per-step, paired: .130, 95 % interval .094 to .166 (`launch/paired.py`).
 """
 
-from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
 
 
 def get_config(arg: str = ""):
   """`arithmetic.py` is the quickstart; `arithmetic.py:smoke` runs every stage at toy size."""
-  config = config_lib.default()
+  config = config_schema.default()
   c = config
   c.task.name = "arithmetic"
   c.task.train_problems, c.task.test_problems = 500, 1000

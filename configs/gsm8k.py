@@ -15,7 +15,7 @@ to 128000 in the paper. Not yet run; docs/scaling.md has what the compiler says 
 
 import os
 
-from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
 
 _CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache")), "synthneg_jax")
@@ -62,7 +62,7 @@ def get_config(arg: str = "model=smollm2_135m"):
     unknown = f"model={name}" if name not in _MODELS else f"pod={pod}" if pod not in _PODS else next(iter(options))
     takes = f"model={'|'.join(_MODELS)}, pod={'|'.join(_PODS)} and smoke"
     raise UserError(f"configs/gsm8k.py knows no {unknown!r}; it takes {takes}.")
-  c = config_lib.default()
+  c = config_schema.default()
   c.task.name = "gsm8k"
   c.model.path, c.task.prompt = _MODELS[name]
   c.task.train_problems, c.task.test_problems = 7000, 1319

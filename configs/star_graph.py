@@ -20,13 +20,13 @@ there is (dpo.nll_weight) and a smaller step, and 1000 problems, where SFT still
 one seed from 400, 600, 1000 problems and step sizes 3e-4 and 1e-3; docs/star_graph.md shows them all.
 """
 
-from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
 
 
 def get_config(arg: str = ""):
   """`star_graph.py` is the first study; `:plan` the second, of more problems; `:smoke` runs every cell at toy size."""
-  config = config_lib.default()
+  config = config_schema.default()
   c = config
   c.task.name = "star_graph"
   c.task.answers, c.task.step_delimiter = "exact", " "

@@ -13,12 +13,26 @@ from collections.abc import Iterator
 from concurrent import futures
 
 ROOT = pathlib.Path(__file__).parents[1]
-ROOMS = ("core", "runtime", "models", "tasks", "rollouts", "training", "analysis", "stages", "studies")
+ROOMS = (
+  "core",
+  "runtime",
+  "models",
+  "grading",
+  "data",
+  "tasks",
+  "teacher",
+  "decoding",
+  "training",
+  "report",
+  "pipeline",
+  "preflight",
+  "experiments",
+)
 
 
 def config_leaves() -> Iterator[tuple[str, str, str]]:
   """(dotted name, default as source text, comment) of every leaf of the default tree; the comment is "" where none is."""
-  source = (ROOT / "synthneg_jax/runtime/config.py").read_text()
+  source = (ROOT / "synthneg_jax/runtime/config_schema.py").read_text()
   lines = source.splitlines()
   functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
 

@@ -16,7 +16,7 @@ flags.DEFINE_string("out", None, "File that takes the rows as JSON.")
 
 
 def main():
-  from synthneg_jax.studies import benchmark
+  from benchmarks import benchmark
 
   benchmark.main(flags.FLAGS.suite, flags.FLAGS.full, flags.FLAGS.out)
 

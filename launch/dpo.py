@@ -11,9 +11,9 @@ startup.define_flags()
 
 
 def main():
-  from synthneg_jax.stages import pipeline
+  from synthneg_jax.pipeline import stages
 
-  pipeline.run(flags.FLAGS.config, flags.FLAGS.workdir, ["dpo"])
+  stages.run(flags.FLAGS.config, flags.FLAGS.workdir, ["dpo"])
 
 
 if __name__ == "__main__":

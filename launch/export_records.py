@@ -17,11 +17,11 @@ flags.mark_flags_as_required(["what", "out"])
 
 
 def main():
-  from synthneg_jax.stages import interchange
-  from synthneg_jax.stages.run import Run
+  from synthneg_jax.pipeline import export_formats
+  from synthneg_jax.pipeline.experiment import Experiment
 
   values = flags.FLAGS
-  count = interchange.write(Run.open(values.config, values.workdir), values.what, values.out, values.source)
+  count = export_formats.write(Experiment.open(values.config, values.workdir), values.what, values.out, values.source)
   logging.info("%s: %d rows.", values.out, count)
 
 

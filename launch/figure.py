@@ -9,12 +9,15 @@ from synthneg_jax.runtime import startup
 
 startup.define_flags()
 flags.DEFINE_list(
-  "figure", None, "Numbers of the paper's figures, such as 2a,5a; studies/figure.py has them all.", required=True
+  "figure",
+  None,
+  "Numbers of the paper's figures, such as 2a,5a; experiments/scaling/figure.py has them all.",
+  required=True,
 )
 
 
 def main():
-  from synthneg_jax.studies import figure
+  from synthneg_jax.experiments.scaling import figure
 
   figure.main(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.figure)
 

@@ -13,9 +13,9 @@ flags.DEFINE_integer("most", 20, "Answers shown for each reason of each set.")
 
 
 def main():
-  from synthneg_jax.stages import grading
+  from synthneg_jax.pipeline import grading_report
 
-  print(grading.report(flags.FLAGS.workdir, flags.FLAGS.second_opinion, flags.FLAGS.most))
+  print(grading_report.report(flags.FLAGS.workdir, flags.FLAGS.second_opinion, flags.FLAGS.most))
 
 
 if __name__ == "__main__":

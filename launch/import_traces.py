@@ -17,14 +17,16 @@ flags.mark_flag_as_required("traces")
 
 
 def main():
-  from synthneg_jax.stages import imports, pipeline
+  from synthneg_jax.pipeline import import_traces, stages
 
   values = flags.FLAGS
   if values.sft_policy:
-    adopt = lambda run_: imports.adopt_sft(run_, values.sft_policy)
-    pipeline.run(values.config, values.workdir, ["sft"], {"sft": adopt})
-  take = lambda run_: imports.run(run_, values.traces, values.assume_finish, values.config.task.skip_bad_rows)
-  pipeline.run(values.config, values.workdir, ["sample"], {"sample": take})
+    adopt = lambda experiment: import_traces.adopt_sft(experiment, values.sft_policy)
+    stages.run(values.config, values.workdir, ["sft"], {"sft": adopt})
+  take = lambda experiment: import_traces.run(
+    experiment, values.traces, values.assume_finish, values.config.task.skip_bad_rows
+  )
+  stages.run(values.config, values.workdir, ["sample"], {"sample": take})
 
 
 if __name__ == "__main__":

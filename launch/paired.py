@@ -14,7 +14,7 @@ flags.DEFINE_string("second", "step_dpo", "The method whose error is subtracted.
 
 
 def main():
-  from synthneg_jax.studies import paired
+  from synthneg_jax.experiments.scaling import paired
 
   paired.main(flags.FLAGS.workdirs, flags.FLAGS.first, flags.FLAGS.second)
 

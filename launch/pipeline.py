@@ -12,9 +12,9 @@ flags.DEFINE_list("stages", None, "Stages to run, in this order; all of the reci
 
 
 def main():
-  from synthneg_jax.stages import pipeline
+  from synthneg_jax.pipeline import stages
 
-  pipeline.run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.stages or pipeline.RECIPE)
+  stages.run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.stages or stages.RECIPE)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ flags.DEFINE_float("efficiency", 0.5, "Share of the roofline's bound that is rea
 
 
 def main():
-  from synthneg_jax.studies import bill, preflight
+  from synthneg_jax.preflight import cost_model, preflight
 
   f = flags.FLAGS
-  lengths = bill.Lengths(f.prompt_tokens, f.response_tokens, f.response_steps, f.pass_rate)
+  lengths = cost_model.Lengths(f.prompt_tokens, f.response_tokens, f.response_steps, f.pass_rate)
   preflight.main(f.config, f.topology, f.stages, f.out, lengths, f.efficiency)
 
 

@@ -12,7 +12,7 @@ flags.DEFINE_enum("view", "all", ["all", "traces"], "What is made: report and tr
 
 
 def main():
-  from synthneg_jax.stages import pipeline
+  from synthneg_jax.pipeline import stages as pipeline
 
   stages = ["traces"] if flags.FLAGS.view == "traces" else ["report"]
   pipeline.run(flags.FLAGS.config, flags.FLAGS.workdir, stages)

@@ -11,9 +11,9 @@ startup.define_flags()
 
 
 def main():
-  from synthneg_jax.studies import star_graph
+  from synthneg_jax.experiments.star_graph import study as star_graph_study
 
-  star_graph.run(flags.FLAGS.config, flags.FLAGS.workdir)
+  star_graph_study.run(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ startup.define_flags()
 
 
 def main():
-  from synthneg_jax.studies import figure
+  from synthneg_jax.experiments.scaling import figure
 
   figure.whole_study(flags.FLAGS.config, flags.FLAGS.workdir)
 

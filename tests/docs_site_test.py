@@ -14,7 +14,7 @@ import yaml
 from absl.testing import absltest, parameterized
 
 from docs import generated_pages
-from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime import config_schema
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -69,7 +69,7 @@ class SiteTest(absltest.TestCase):
       site = pathlib.Path(folder)
       read = lambda name: html.unescape(re.sub(r"<[^>]+>", "", (site / name).read_text()))
       leaves = read("configuration.html")
-      for name, _ in config_lib.leaves(config_lib.default()):
+      for name, _ in config_schema.leaves(config_schema.default()):
         self.assertIn(name, leaves)
       commands = read("commands.html")
       for path in sorted((ROOT / "launch").glob("*.py")):
@@ -98,7 +98,7 @@ class ReferenceTest(absltest.TestCase):
   def test_every_leaf_has_a_comment_and_its_value(self):
     # Fails if a leaf has no comment, if one is overlooked, or if the page shows another value than the tree has.
     found = {name: (ast.literal_eval(value), comment) for name, value, comment in generated_pages.config_leaves()}
-    tree = dict(config_lib.leaves(config_lib.default()))
+    tree = dict(config_schema.leaves(config_schema.default()))
     self.assertEqual(set(found), set(tree))
     self.assertEqual([name for name, (_, comment) in found.items() if len(comment) < 3], [])
     for name, (value, _) in found.items():
@@ -106,7 +106,7 @@ class ReferenceTest(absltest.TestCase):
 
   def test_a_leaf_without_comment_is_seen(self):
     # Fails if the test above passes on anything.
-    source = (ROOT / "synthneg_jax/runtime/config.py").read_text().replace("  # of everything that is drawn", "")
+    source = (ROOT / "synthneg_jax/runtime/config_schema.py").read_text().replace("  # of everything that is drawn", "")
     with mock.patch.object(pathlib.Path, "read_text", lambda self: source):
       self.assertEqual([name for name, _, comment in generated_pages.config_leaves() if not comment], ["seed"])
 
@@ -143,7 +143,7 @@ class TroubleshootingTest(absltest.TestCase):
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     table = [cell for row in re.findall(r"(?m)^\| (.*?) \|", page) for cell in re.findall(r"`([^`]+)`", row)]
     self.assertGreater(len(table), 20)
-    names = {name for name, _ in config_lib.leaves(config_lib.default())}
+    names = {name for name, _ in config_schema.leaves(config_schema.default())}
     for quoted in table:
       if quoted in names or re.fullmatch(r"[a-z_]+(/\w+)?", quoted):  # a leaf, a verdict, a metric
         self.assertTrue(quoted in names or f'"{quoted}"' in sources, quoted)

@@ -10,7 +10,7 @@ import sys
 
 from absl.testing import absltest, parameterized
 
-from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime import config_schema
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
@@ -45,7 +45,7 @@ class CommandsTest(parameterized.TestCase):
 
   def test_each_names_a_program_and_flags_that_exist(self):
     # Fails if a program is renamed, or a flag or a leaf of the config dropped, and a page still names it.
-    helps, leaves = {}, {name for name, _ in config_lib.leaves(config_lib.default())}
+    helps, leaves = {}, {name for name, _ in config_schema.leaves(config_schema.default())}
     for page, words in commands():
       program = ROOT / words[1]
       self.assertTrue(program.exists(), f"{page}: {' '.join(words)}")

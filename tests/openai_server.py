@@ -188,7 +188,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def scripted_chat(task) -> Callable[[dict], str]:
   """The embedded task's teacher as what a server says."""
-  from synthneg_jax.tasks import scripted
+  from synthneg_jax.teacher import scripted
 
   def chat(body: dict) -> str:
     messages = [(message["role"], message["content"]) for message in body["messages"]]

@@ -20,14 +20,17 @@ from synthneg_jax.core import losses
 from synthneg_jax.core import pairs as core_pairs
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.core.tree import Branch, Tree
-from synthneg_jax.runtime.records import Pair
-from synthneg_jax.stages import pairs as pairs_lib
-from synthneg_jax.stages import policies, training
-from synthneg_jax.tasks import answers, arithmetic, prompts, token_text
+from synthneg_jax.data import prompts, token_text
+from synthneg_jax.data.records import Pair
+from synthneg_jax.decoding import policy
+from synthneg_jax.grading import answers
+from synthneg_jax.pipeline import pairs as pairs_lib
+from synthneg_jax.pipeline import train_policy
+from synthneg_jax.tasks import arithmetic
 from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training import objectives, reference
 from synthneg_jax.training.batch import Example, PairInTree, Shape
-from tests import toy
+from tests import tiny_model
 from tests.models import smollm2
 
 EOS = 1
@@ -45,7 +48,7 @@ def tokenizer(family: str):
   Gemma do, with a chat template that writes BOS too.
   """
   if family == "embedded":
-    return transformers.AutoTokenizer.from_pretrained(str(policies.EMBEDDED))
+    return transformers.AutoTokenizer.from_pretrained(str(policy.EMBEDDED))
   found = transformers.AutoTokenizer.from_pretrained(str(smollm2.smollm2_dir()))
   if family == "opening":
     bos = "<|endoftext|>"
@@ -135,7 +138,7 @@ class TokensTest(parameterized.TestCase):
     text = token_text.TokenText(fast)
     problem, solution, wrong = texts(family)
     trunk, solution_ids, response = work(family, style)
-    examples, _, _ = training.solution_trees({"p": trunk}, {"p": [solution_ids]}, 4, 400)
+    examples, _, _ = train_policy.solution_trees({"p": trunk}, {"p": [solution_ids]}, 4, 400)
     rejected = algorithm1(trunk, solution_ids, response, 0)
     trees, _, _ = pair_trees([rejected])
     batch = batch_of([examples[0].tree, *trees])
@@ -190,7 +193,7 @@ class TokensTest(parameterized.TestCase):
     # Fails if anything is cut instead of left out whole, or if what is left out is not counted.
     trunk, other = list(range(2, 12)), list(range(12, 17))
     solutions = {"long": [[1, 2, 3], list(range(20, 31))], "short": [[4, 5], list(range(15, 30))]}
-    examples, names, dropped = training.solution_trees({"long": trunk, "short": other}, solutions, 4, 20)
+    examples, names, dropped = train_policy.solution_trees({"long": trunk, "short": other}, solutions, 4, 20)
     self.assertEqual(dropped, 1)  # 10 + 11 tokens
     self.assertEqual(names, ["long", "short", "short"])  # 5 + 15 fits, in a tree of its own
     kept = [(list(e.tree.trunk), [list(branch.ids) for branch in e.tree.branches]) for e in examples]
@@ -216,7 +219,7 @@ class TokensTest(parameterized.TestCase):
     solution_ids = prompts.encode_solution(fast, solution)
     joined = encode(problem + solution)
     self.assertNotEqual(joined[: len(trunk)], trunk)  # the space and "clips" would become one token
-    examples, _, _ = training.solution_trees({"p": trunk}, {"p": [solution_ids]}, 4, 400)
+    examples, _, _ = train_policy.solution_trees({"p": trunk}, {"p": [solution_ids]}, 4, 400)
     self.assertEqual(list(examples[0].tree.trunk), encode(problem))
     self.assertEqual(list(examples[0].tree.branches[0].ids), encode(solution) + [fast.eos_token_id])
 
@@ -287,7 +290,7 @@ class TokensTest(parameterized.TestCase):
 
 # Losses
 
-MODEL = toy.model(num_layers=1, dtype="float64", param_dtype="float64")
+MODEL = tiny_model.model(num_layers=1, dtype="float64", param_dtype="float64")
 
 
 def preference(model, loss, **settings):
@@ -320,7 +323,7 @@ class LossesTest(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     cls.enterClassContext(jax.enable_x64(True))
-    cls.params = toy.make_params(MODEL)
+    cls.params = tiny_model.make_params(MODEL)
 
   def logprobs(self, params, trunk, *branches):
     """(log π of each branch's tokens, hidden state at the fork), from two sequences that know nothing of trees."""
@@ -427,8 +430,8 @@ class FirstStepTest(absltest.TestCase):
   def test_policy_is_the_reference(self):
     # Log-probs of policy and reference that differ at step 0 (NVIDIA/NeMo-Aligner#227). Fails if `reference.score` and the
     # objective read other tokens, places or branches, in float32 and in another packing of the rows.
-    model = toy.model(num_layers=1)
-    params = toy.make_params(model)
+    model = tiny_model.model(num_layers=1)
+    params = tiny_model.make_params(model)
     pairs = [
       core_pairs.TokenPair([2, 3, 4, 5], [6, 7, EOS], [8, 7, 9]),
       core_pairs.TokenPair([2, 3, 4, 5], [6, 7, EOS], [10]),
@@ -436,7 +439,7 @@ class FirstStepTest(absltest.TestCase):
     ]
     trees, numbered, _ = pair_trees(pairs)
     store = reference.Store(epath.Path(self.enterContext(tempfile.TemporaryDirectory())) / "reference.npz")
-    reference.score(model, params, trees, 11, toy.one_device_mesh(), store)  # each tree in a row of its own
+    reference.score(model, params, trees, 11, tiny_model.one_device_mesh(), store)  # each tree in a row of its own
     batch = batch_lib.build(pairs_lib.examples(trees, numbered, store), SHAPE)
     self.assertEqual(np.max(batch.trees.tree, axis=1).tolist(), [2, 0])
     self.assertLess(np.min(batch.ref_chosen), -1.0)

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from synthneg_jax.models import families
+from synthneg_jax.models import hf_configs
 from synthneg_jax.models.decoder import Model, Params
 from synthneg_jax.runtime.errors import UserError
 
@@ -123,7 +123,7 @@ def save_peft(folder: epath.PathLike, chain, base_name: str) -> None:
   Raises:
     UserError: the folder cannot be written.
   """
-  names = families.tensor_names(chain[0][0].model.config)
+  names = hf_configs.tensor_names(chain[0][0].model.config)
   tensors, ranks = {}, {}
   for name in TARGETS:
     # PEFT multiplies by alpha / rank, here 1: the scale stands in B.

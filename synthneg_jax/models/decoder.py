@@ -15,9 +15,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from synthneg_jax.core import tree as tree_lib
-from synthneg_jax.models import attention, layout
+from synthneg_jax.models import attention, layer_stacking
 from synthneg_jax.models.config import ModelConfig
-from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime import device_mesh
 
 Params = Any
 
@@ -70,7 +70,7 @@ class Layer(nn.Module):
       kernel = self.param(
         name, nn.with_logical_partitioning(init, axes), (shape[0], shape[1]), jnp.dtype(c.param_dtype)
       )
-      return mesh_lib.split_as(kernel.astype(dtype), axes)
+      return device_mesh.split_as(kernel.astype(dtype), axes)
 
     def product(y_ND, name, axes, shape, init=fan_in):
       out_NO = y_ND @ matrix(name, axes, shape, init)
@@ -86,7 +86,7 @@ class Layer(nn.Module):
 
     def in_heads(name, logical, count):
       out = kept(y_ND, name, ("embed", logical), (c.d_model, count * c.head_dim))
-      return mesh_lib.split_as(out.reshape(num, count, c.head_dim), ("rows", logical, None))
+      return device_mesh.split_as(out.reshape(num, count, c.head_dim), ("rows", logical, None))
 
     norm = lambda name: _Norm(c.norm_eps, jnp.dtype(c.param_dtype), c.norm_offset, name=name)
     after = norm if c.post_norms else lambda name: lambda y_ND: y_ND
@@ -164,8 +164,8 @@ def _joined(params: Params) -> Params:
 def _apply(c: ModelConfig, layer_params, x_ND, rotate, attend):
   own = {name: leaf for name, leaf in layer_params.items() if name != "adapter"}
   adapter = layer_params.get("adapter")
-  x_ND, extra = Layer(c).apply({"params": own}, mesh_lib.split_rows(x_ND), rotate, attend, adapter)
-  return mesh_lib.split_rows(x_ND), extra
+  x_ND, extra = Layer(c).apply({"params": own}, device_mesh.split_rows(x_ND), rotate, attend, adapter)
+  return device_mesh.split_rows(x_ND), extra
 
 
 def _scanned(windows: tuple[int, ...]):
@@ -188,7 +188,7 @@ class Model:
     return jax.eval_shape(self.init, jax.random.key(0))
 
   def logical_axes(self) -> Params:
-    """For each parameter a tuple of logical axis names; runtime/mesh.py maps them to mesh axes."""
+    """For each parameter a tuple of logical axis names; runtime/device_mesh.py maps them to mesh axes."""
     boxed = jax.eval_shape(self._boxed_init, jax.random.key(0))
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
     names = lambda prefix, part: jax.tree.map(lambda box: prefix + box.names, part, is_leaf=is_box)
@@ -208,7 +208,7 @@ class Model:
 
   def unstack(self, params: Params) -> Params:
     """The same parameters with a tuple of single layers, for loops on CPU that would slice the stack at each turn."""
-    return layout.apart(_joined(params))
+    return layer_stacking.apart(_joined(params))
 
   def _of_window(self, make):
     """make(window) for every window that layers have, as a function of a layer's window: an int, or a traced scalar."""

@@ -1,4 +1,4 @@
-"""Reads and writes Hugging Face folders: config.json, *.safetensors and the tokenizer's files; models/families.py names them.
+"""Reads and writes Hugging Face folders: config.json, *.safetensors and the tokenizer's files; models/hf_configs.py names them.
 
 Our matrices are the transposes of theirs ([in, out] against [out, in]) and stand stacked over layers; rotary pairs are
 the same, so that no row moves. Neither direction needs torch. Folders are local.
@@ -17,7 +17,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from synthneg_jax.models import families
+from synthneg_jax.models import hf_configs
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.models.decoder import Model, Params
 from synthneg_jax.runtime.errors import UserError
@@ -46,7 +46,7 @@ def read_config(folder: epath.PathLike, *, dtype: str, param_dtype: str, scan_la
   """
   path = epath.Path(folder) / "config.json"
   how = {"dtype": dtype, "param_dtype": param_dtype, "scan_layers": scan_layers, "remat": remat}
-  return families.read(_read_json(path), path, **how)
+  return hf_configs.read(_read_json(path), path, **how)
 
 
 def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
@@ -66,7 +66,7 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
   """
   folder = epath.Path(folder)
   sources = {name: (path, file) for path, file in _open_all(folder) for name in file.keys()}  # noqa: SIM118
-  abstract, names = model.abstract_params(), families.tensor_names(model.config)
+  abstract, names = model.abstract_params(), hf_configs.tensor_names(model.config)
   wanted = _stand_ins(names, abstract)
   for name, value in wanted.items():
     if name not in sources:
@@ -139,7 +139,7 @@ def save(folder, model: Model, params: Params, tokenizer_folder=None, *, max_sha
     generation = _generation_config(source, special["eos_token_id"])
     if (source / "config.json").exists():
       positions = _read_json(source / "config.json").get("max_position_embeddings")
-  config = special | families.write(c, positions)
+  config = special | hf_configs.write(c, positions)
   partial = folder.parent / f".{folder.name}.partial"
   try:
     shutil.rmtree(os.fspath(partial), ignore_errors=True)  # of a killed call
@@ -149,7 +149,7 @@ def save(folder, model: Model, params: Params, tokenizer_folder=None, *, max_sha
       (source / file).copy(partial / file)
     _write_json(partial / "config.json", config)
     _write_json(partial / "generation_config.json", special | generation)
-    _write_weights(partial, families.tensor_names(c), params, max_shard_bytes)
+    _write_weights(partial, hf_configs.tensor_names(c), params, max_shard_bytes)
     os.rename(partial, folder)
   except (OSError, safetensors.SafetensorError) as error:
     raise UserError(f"{folder} cannot be written ({error}).") from error

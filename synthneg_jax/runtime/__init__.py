@@ -1,1 +1,1 @@
-"""What every program needs whatever it computes: config, start-up, mesh, records, checkpoints, progress."""
+"""What every program needs whatever it computes: config schema, start-up, mesh, checkpoints, progress."""

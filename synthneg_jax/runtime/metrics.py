@@ -12,8 +12,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from synthneg_jax.runtime import config as config_lib
-from synthneg_jax.runtime import meter, processes
+from synthneg_jax.runtime import config_schema, processes, throughput
 from synthneg_jax.runtime.errors import UserError, writing
 from synthneg_jax.runtime.event_files import EventFile, Histogram
 
@@ -99,7 +98,7 @@ def check(section) -> None:
       f"metrics.wandb={section.wandb!r} needs the package wandb, which is not installed: pip install wandb."
     )
   if section.profile_steps:
-    meter.parse_steps(section.profile_steps)
+    throughput.parse_steps(section.profile_steps)
 
 
 class _Wandb:
@@ -122,7 +121,7 @@ class _Wandb:
         name=f"{group}/{name}",
         group=group,
         job_type=name,
-        config=config_lib.plain(config),
+        config=config_schema.plain(config),
         dir=local,
         mode=section.wandb_mode,
         resume="allow",
@@ -152,7 +151,7 @@ class Metrics:
   """All that the config asks for, at once; nothing in processes but the first.
 
   Attributes:
-    profile_steps: "a:b", updates to be traced, or empty; as runtime/meter.py takes it.
+    profile_steps: "a:b", updates to be traced, or empty; as runtime/throughput.py takes it.
     measured: whether time, tokens, memory and compilations are to be among the figures.
   """
 

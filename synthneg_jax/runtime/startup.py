@@ -12,8 +12,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from synthneg_jax.runtime import config as config_lib
-from synthneg_jax.runtime import processes
+from synthneg_jax.runtime import config_schema, processes
 from synthneg_jax.runtime.errors import UserError, of_files
 
 _FLAGS = (
@@ -103,13 +102,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
   for arg in argv[1:]:
     match = re.match(r"--(?:no)?config\.([\w.]+)", arg)
     if match:
-      config_lib.check_name(match.group(1), arg.split("=")[0])
+      config_schema.check_name(match.group(1), arg.split("=")[0])
   try:
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS:
       _ = flags.FLAGS.config.seed  # a file that is not there is reported only when asked for
-      for name, _ in config_lib.leaves(flags.FLAGS.config):
-        config_lib.check_name(name, "The config file")
+      for name, _ in config_schema.leaves(flags.FLAGS.config):
+        config_schema.check_name(name, "The config file")
       flags.FLAGS.config.task.skip_bad_rows |= flags.FLAGS.skip_bad_rows
       if "check_parity" in flags.FLAGS:
         flags.FLAGS.config.model.check_parity |= flags.FLAGS.check_parity

@@ -1,1 +1,1 @@
-"""Problems, prompts, step boundaries, answers and grading."""
+"""Problems by task: generated ones and those read from files."""

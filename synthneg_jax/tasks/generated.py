@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from synthneg_jax.runtime.records import Problem
+from synthneg_jax.data.records import Problem
 from synthneg_jax.tasks import arithmetic, jobs, star_graph
 
 _SPLITS = ("train", "test", "pretrain")

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
+from synthneg_jax.data import decontamination
+from synthneg_jax.data.problem_files import Row, Rows
+from synthneg_jax.data.records import Problem
+from synthneg_jax.grading import answers
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.runtime.records import Problem
-from synthneg_jax.tasks import answers, decontamination, generated
-from synthneg_jax.tasks.problem_files import Row, Rows
+from synthneg_jax.tasks import generated
 
 _DATA_DIR = "SYNTHNEG_DATA_DIR"
 
@@ -38,14 +40,14 @@ class Chosen:
 
 
 def prompt_style(task) -> str:
-  """How the task's problems are put to the model (tasks/prompts.py)."""
+  """How the task's problems are put to the model (data/prompts.py)."""
   return "raw" if task.name in generated.TASKS else task.prompt
 
 
 def choose(task, seed: int) -> Chosen:
   """The training and test problems of a task; more of them have the fewer ones first.
 
-  Training problems that overlap a test problem (tasks/decontamination.py), one of the whole test split and of
+  Training problems that overlap a test problem (data/decontamination.py), one of the whole test split and of
   task.apart_from, are left out before the first task.train_problems are taken.
 
   Args:
@@ -168,7 +170,7 @@ def _first(task, rows: Sequence[Row], split: str, seed: int, note: str, count: i
 
 
 def _read(task, path: str, split: str) -> Rows:
-  from synthneg_jax.tasks import datasets  # imports TFDS, which the embedded task does without
+  from synthneg_jax.data import datasets  # imports TFDS, which the embedded task does without
 
   return datasets.from_files(path, task.name, split, skip_bad_rows=task.skip_bad_rows)
 
@@ -188,7 +190,7 @@ def _rows(task, split: str) -> Rows:
     hint = "" if task.name == "jsonl" else f" or set {_DATA_DIR} to the folder that holds math/"
     raise UserError(f"task.path is empty: name the file or folder of the problems by --config.task.path{hint}.")
   if not home:
-    from synthneg_jax.tasks import datasets
+    from synthneg_jax.data import datasets
 
     return datasets.gsm8k(split)
   return _read(task, epath.Path(home) / task.name, split)

@@ -12,13 +12,12 @@ from jax.sharding import Mesh
 
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
-from synthneg_jax.runtime import checkpoints, processes
-from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime import checkpoints, device_mesh, processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.event_files import Histogram
-from synthneg_jax.runtime.meter import Meter, Profiler
 from synthneg_jax.runtime.metrics import Metrics
 from synthneg_jax.runtime.progress import Progress
+from synthneg_jax.runtime.throughput import Meter, Profiler
 from synthneg_jax.training import objectives
 from synthneg_jax.training import optimizer as optimizer_lib
 from synthneg_jax.training import step as step_lib
@@ -129,7 +128,7 @@ def fit(
     for part in ends:
       stack.enter_context(part)
     for step in range(first_step, batches.num_steps):
-      batch = mesh_lib.place(batches.build(step), layout)
+      batch = device_mesh.place(batches.build(step), layout)
       with profiler.before(step):
         state, metrics = run(state, batch, *frozen)
       profiler.after(step, state)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from synthneg_jax.core import losses, masked
+from synthneg_jax.core import losses, masked_stats
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.training.batch import Batch
 
@@ -26,7 +26,7 @@ EDGES = {  # nats
 def _spread(name: str, values, mask):
   """A histogram as a metric."""
   name = f"{HISTOGRAM}{name}"
-  return {name: (masked.histogram(values, mask, EDGES[name]), jnp.sum(mask))}
+  return {name: (masked_stats.histogram(values, mask, EDGES[name]), jnp.sum(mask))}
 
 
 def scored_logprobs(model: Model, params, batch: Batch, chunk: int = 0):
@@ -86,7 +86,7 @@ def _early_eos(model: Model, params, batch: Batch, h_RTD, num_branches: int, eos
   unfinished_RB = (last_RB > 0) & ~jnp.isin(token_RB, jnp.asarray(eos_ids))
   h_RBD = jnp.take_along_axis(lax.stop_gradient(h_RTD), last_RB[..., None], axis=1)
   logits_RBV = model.logits(lax.stop_gradient(params), h_RBD)
-  return masked.total(losses.early_eos(logits_RBV, eos_ids), unfinished_RB)
+  return masked_stats.total(losses.early_eos(logits_RBV, eos_ids), unfinished_RB)
 
 
 def make_sft(model: Model, chunk: int = 0):
@@ -97,7 +97,7 @@ def make_sft(model: Model, chunk: int = 0):
     with jax.named_scope("loss"):
       loss = jnp.sum(jax.vmap(losses.sft_loss)(logp_RS, there_RS)) / batch.num_scored
     spread = _spread("nll/per_token", -logp_RS, there_RS)
-    return loss, {"loss/per_token": masked.total(-logp_RS, there_RS)} | spread
+    return loss, {"loss/per_token": masked_stats.total(-logp_RS, there_RS)} | spread
 
   return objective
 
@@ -141,15 +141,15 @@ def make_preference(
       loss = jnp.sum(jnp.where(pair_RP, loss_RP + nll_weight * nll_RP, 0.0)) / batch.num_pairs
     watched = losses.preference_metrics(*args, beta=beta, penalty=penalty)
     metrics = {
-      "loss/per_pair": masked.total(loss_RP, pair_RP),
-      "margin/per_pair": masked.total(watched["margin"], pair_RP),
-      "accuracy/per_pair": masked.total(watched["accuracy"], pair_RP),
-      "chosen_shift/per_pair": masked.total(watched["chosen_shift"], pair_RP),
-      "rejected_shift/per_pair": masked.total(watched["rejected_shift"], pair_RP),
-      "saturated/per_pair": masked.total(watched["saturated"], pair_RP),
+      "loss/per_pair": masked_stats.total(loss_RP, pair_RP),
+      "margin/per_pair": masked_stats.total(watched["margin"], pair_RP),
+      "accuracy/per_pair": masked_stats.total(watched["accuracy"], pair_RP),
+      "chosen_shift/per_pair": masked_stats.total(watched["chosen_shift"], pair_RP),
+      "rejected_shift/per_pair": masked_stats.total(watched["rejected_shift"], pair_RP),
+      "saturated/per_pair": masked_stats.total(watched["saturated"], pair_RP),
       "nll_chosen/per_token": (
-        masked.total(-chosen_RP, pair_RP)[0],
-        masked.total(tokens_RP, pair_RP)[0],
+        masked_stats.total(-chosen_RP, pair_RP)[0],
+        masked_stats.total(tokens_RP, pair_RP)[0],
       ),
       "early_eos/per_unfinished_branch": _early_eos(model, params, batch, h_RTD, num_branches, eos_ids),
     }

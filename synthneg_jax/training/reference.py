@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.models.decoder import Model
-from synthneg_jax.runtime import mesh as mesh_lib
-from synthneg_jax.runtime import processes
+from synthneg_jax.runtime import device_mesh, processes
 from synthneg_jax.runtime.errors import writing
 from synthneg_jax.runtime.progress import Progress
 from synthneg_jax.training import batch as batch_lib
@@ -26,7 +25,7 @@ _ROWS = 16  # rows a call, at least
 
 def rows_per_call(mesh: Mesh) -> int:
   """Rows that are scored together: a multiple of the mesh's row shards."""
-  return -(-_ROWS // mesh_lib.row_shards(mesh)) * mesh_lib.row_shards(mesh)
+  return -(-_ROWS // device_mesh.row_shards(mesh)) * device_mesh.row_shards(mesh)
 
 
 def branch_key(trunk: Sequence[int], fork: int, ids: Sequence[int]) -> str:
@@ -78,9 +77,9 @@ class Store:
 def make_forward(model: Model, mesh: Mesh, chunk: int = 0):
   """(params, batch) -> log-probs [R, S] of the scored tokens in nats, whole on every device; jitted with its shardings."""
   return jax.jit(
-    mesh_lib.under(mesh, lambda params, batch: objectives.scored_logprobs(model, params, batch, chunk)[0]),
-    in_shardings=(mesh_lib.shardings(mesh, model.logical_axes()), step_lib.batch_shardings(mesh)),
-    out_shardings=mesh_lib.replicated(mesh),
+    device_mesh.under(mesh, lambda params, batch: objectives.scored_logprobs(model, params, batch, chunk)[0]),
+    in_shardings=(device_mesh.shardings(mesh, model.logical_axes()), step_lib.batch_shardings(mesh)),
+    out_shardings=device_mesh.replicated(mesh),
   )
 
 
@@ -113,7 +112,7 @@ def score(
   with Progress("reference", len(calls), "batches") as progress:
     for call in calls:
       batch = batch_lib.build(call, shape)
-      logp_RS = np.asarray(forward(params, mesh_lib.place(batch, step_lib.batch_shardings(mesh))))
+      logp_RS = np.asarray(forward(params, device_mesh.place(batch, step_lib.batch_shardings(mesh))))
       for r, row in enumerate(batch_lib.assign_rows(call, row_length)):
         at = 0
         for index in row:

@@ -7,21 +7,21 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from synthneg_jax.models import layout
+from synthneg_jax.models import layer_stacking
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
-from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime import device_mesh
 from synthneg_jax.training.batch import Batch
 
 
 def state_shardings(model: Model | Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, stacked: bool = False):
   """Shardings of {"params", "opt_state", "step"}, the parameters those of `model`: moments lie as they do.
 
-  As the train step has the state, layers apart or not (models/layout.py), or `stacked` as checkpoints have it. An adapter is
+  As the train step has the state, layers apart or not (layer_stacking), or `stacked` as checkpoints have it. An adapter is
   stacked always: it is small.
   """
-  params = mesh_lib.shardings(mesh, model.logical_axes())
-  replicated = mesh_lib.replicated(mesh)
+  params = device_mesh.shardings(mesh, model.logical_axes())
+  replicated = device_mesh.replicated(mesh)
   opt_state = optax.tree_map_params(
     optimizer,
     lambda _, sharding: sharding,
@@ -30,8 +30,8 @@ def state_shardings(model: Model | Adapter, optimizer: optax.GradientTransformat
     transform_non_params=lambda _: replicated,
   )
   shardings = {"params": params, "opt_state": opt_state, "step": replicated}
-  if isinstance(model, Model) and layout.unrolls(model.config) and not stacked:
-    return layout.shardings_apart(shardings, model.config.num_layers)
+  if isinstance(model, Model) and layer_stacking.unrolls(model.config) and not stacked:
+    return layer_stacking.shardings_apart(shardings, model.config.num_layers)
   return shardings
 
 
@@ -39,20 +39,20 @@ def make_init(optimizer: optax.GradientTransformation, shardings):
   """Stacked params -> train state, laid out by `shardings`; the parameters are donated where they stay as they lie."""
 
   def init(params):
-    params = layout.like(shardings["params"], params)
+    params = layer_stacking.like(shardings["params"], params)
     return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
-  return jax.jit(init, out_shardings=shardings, donate_argnums=() if layout.is_apart(shardings) else 0)
+  return jax.jit(init, out_shardings=shardings, donate_argnums=() if layer_stacking.is_apart(shardings) else 0)
 
 
 def make_relayout(shardings):
   """state -> the same state, stacked or apart as its new shardings are."""
-  return jax.jit(functools.partial(layout.like, shardings), out_shardings=shardings)
+  return jax.jit(functools.partial(layer_stacking.like, shardings), out_shardings=shardings)
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
   """A prefix of a batch: rows split, counts replicated."""
-  rows, replicated = mesh_lib.rows(mesh), mesh_lib.replicated(mesh)
+  rows, replicated = device_mesh.rows(mesh), device_mesh.replicated(mesh)
   return Batch(rows, rows, rows, rows, rows, rows, num_scored=replicated, num_pairs=replicated)
 
 
@@ -104,8 +104,8 @@ def make_step(
     return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
   return jax.jit(
-    mesh_lib.under(mesh, step),
+    device_mesh.under(mesh, step),
     in_shardings=(shardings, batch_shardings(mesh), *frozen),
-    out_shardings=(shardings, mesh_lib.replicated(mesh)),
+    out_shardings=(shardings, device_mesh.replicated(mesh)),
     donate_argnums=0,
   )

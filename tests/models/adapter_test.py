@@ -16,10 +16,9 @@ from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.models import adapter as adapter_lib
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.attention import Cache
-from synthneg_jax.runtime import config as config_lib
-from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime import config_schema, device_mesh
 from synthneg_jax.runtime.errors import UserError
-from tests import toy
+from tests import tiny_model
 from tests.models import tiny_families
 
 TREES = tree_lib.pack([[Tree([5, 6, 7, 8], (Branch(4, [9, 10]), Branch(2, [11, 12, 13])))]], 12)
@@ -109,14 +108,14 @@ class AdapterTest(parameterized.TestCase):
 
   def test_lies_as_its_base(self):
     # Fails if A or B is split otherwise than the matrix they belong to, or merging moves the base.
-    model, mesh = toy.model(vocab_size=32), mesh_lib.make_mesh(2, 2, 2)
+    model, mesh = tiny_model.model(vocab_size=32), device_mesh.make_mesh(2, 2, 2)
     adapter = Adapter(model, 2, 4.0, adapter_lib.TARGETS)
-    layout = mesh_lib.shardings(mesh, adapter.logical_axes())
-    of_base = mesh_lib.shardings(mesh, model.logical_axes())
+    layout = device_mesh.shardings(mesh, adapter.logical_axes())
+    of_base = device_mesh.shardings(mesh, model.logical_axes())
     for name in adapter_lib.TARGETS:
       kernel = of_base["layers"][name].spec
       self.assertEqual((layout[name]["a"].spec[1], layout[name]["b"].spec[2]), (kernel[1], kernel[2]))
-    one = toy.make_params(model)
+    one = tiny_model.make_params(model)
     params = drawn(adapter)
     expected = adapter.merge(jax.tree.map(jnp.copy, one), params)
     split = adapter.merge(jax.device_put(jax.tree.map(jnp.copy, one), of_base), jax.device_put(params, layout))
@@ -125,9 +124,9 @@ class AdapterTest(parameterized.TestCase):
 
   def test_merging_rounds_once(self):
     # Fails if the product is rounded to bfloat16 before it is added, or the result's dtype changes.
-    model = toy.model(param_dtype="bfloat16")
+    model = tiny_model.model(param_dtype="bfloat16")
     adapter = Adapter(model, 2, 2.0, ("up",))
-    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), toy.make_params(model))
+    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_model.make_params(model))
     params = drawn(adapter)
     added = np.einsum("yir,yro->yio", *(np.asarray(part, np.float64) for part in params["up"].values()))
     exact = np.asarray(base["layers"]["up"], np.float64) + added
@@ -169,11 +168,11 @@ class AdapterTest(parameterized.TestCase):
   def test_refuses(self, how, sentence):
     # Fails if a check is lost.
     with self.assertRaisesRegex(UserError, sentence):
-      Adapter(toy.model(), *how)
+      Adapter(tiny_model.model(), *how)
 
   def test_the_config_names_the_same_matrices(self):
     # Fails if a matrix is added to the decoder's adapters and the config's check does not know it, or the other way round.
-    self.assertEqual(adapter_lib.TARGETS, config_lib.MATRICES)
+    self.assertEqual(adapter_lib.TARGETS, config_schema.MATRICES)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from synthneg_jax.core import losses
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.models.attention import Cache
-from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime import device_mesh
 from synthneg_jax.runtime.errors import UserError
-from tests import toy
+from tests import tiny_model
 
 # Within a row no token comes twice and none is 0, so that a token's embedding stands for one place of the row.
 _A = Tree(
@@ -117,8 +117,8 @@ class DecoderTest(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     cls.enterClassContext(jax.enable_x64(True))
-    cls.model = toy.model(**F64)
-    cls.params = toy.make_params(cls.model)
+    cls.model = tiny_model.model(**F64)
+    cls.params = tiny_model.make_params(cls.model)
     cls.trees = tree_lib.pack(ROWS, LENGTH)
     cls.sequences, cls.places = unpack(ROWS)
     cls.weight = np.random.default_rng(0).normal(size=cls.trees.token.shape) * (cls.trees.parent >= 0)
@@ -163,8 +163,8 @@ class DecoderTest(parameterized.TestCase):
 
   def test_tied_embeddings_equal_numpy(self):
     # Fails if the tied model reads another output matrix than the embedding, or keeps one.
-    model = toy.model(**F64, tie_embeddings=True, rope_theta=500.0, norm_eps=0.1, num_kv_heads=1, head_dim=6)
-    params = toy.make_params(model)
+    model = tiny_model.model(**F64, tie_embeddings=True, rope_theta=500.0, norm_eps=0.1, num_kv_heads=1, head_dim=6)
+    params = tiny_model.make_params(model)
     self.assertNotIn("unembedding", params["ends"])
     ids = self.sequences[0]
     h, cache = jax.jit(model.hidden)(params, tree_lib.pack([[Tree(ids)]], len(ids)))
@@ -174,7 +174,7 @@ class DecoderTest(parameterized.TestCase):
   @parameterized.parameters(*itertools.product((True, False), ("none", "full", "selective")))
   def test_scan_and_remat_change_nothing(self, scan, remat):
     # Fails if the scan runs the layers in another order or the recomputation sees other values.
-    model = toy.model(**F64, scan_layers=scan, remat=remat)
+    model = tiny_model.model(**F64, scan_layers=scan, remat=remat)
     (_, logp), gradients = run(model, self.params, self.trees, self.weight)
     np.testing.assert_allclose(logp, self.logp, rtol=0, atol=1e-12)
     self.assert_trees_close(gradients, self.gradients, 1e-11)
@@ -183,7 +183,7 @@ class DecoderTest(parameterized.TestCase):
   def test_what_is_recomputed(self, scan, remat):
     # Fails if `remat` is not read, if "full" keeps a product, or if "selective" computes one anew. A layer has 7 products
     # with matrices and 2 of attention's, and each twice as many in the backward pass; it needs all but the last again.
-    model = toy.model(**F64, scan_layers=scan, remat=remat)
+    model = tiny_model.model(**F64, scan_layers=scan, remat=remat)
     loss = lambda params: jnp.sum(model.hidden(params, self.trees)[0])
     again = {"none": 0, "full": 8, "selective": 2}[remat]
     self.assertEqual(products(jax.make_jaxpr(jax.grad(loss))(self.params)), (1 if scan else 2) * (3 * 9 + again))
@@ -216,7 +216,7 @@ class DecoderTest(parameterized.TestCase):
   @parameterized.parameters(True, False)
   def test_cache_equals_hidden(self, scan):
     # Fails if a slot sees the trunk at its fork or the other slot, if positions restart, or if layers share a cache.
-    model = toy.model(**F64, scan_layers=scan)
+    model = tiny_model.model(**F64, scan_layers=scan)
     hidden = jax.jit(model.hidden, static_argnames="with_cache")
     expected, _ = hidden(self.params, self.trees)
     _, (k, v) = hidden(self.params, tree_lib.pack([[Tree(_A.trunk)]], len(_A.trunk)), with_cache=True)
@@ -234,7 +234,7 @@ class DecoderTest(parameterized.TestCase):
   def test_bfloat16_is_near(self):
     # Fails if logits or gradients lose their float32, or if a step overflows.
     with jax.enable_x64(False):
-      model = toy.model(dtype="bfloat16")
+      model = tiny_model.model(dtype="bfloat16")
       params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), self.params)
       (_, logp), gradients = run(model, params, self.trees, self.weight.astype(np.float32))
       h = jax.eval_shape(lambda: model.hidden(params, self.trees)[0])
@@ -256,17 +256,17 @@ class ShapesTest(parameterized.TestCase):
   @parameterized.parameters(True, False)
   def test_axes_and_counts_fit_the_parameters(self, tied):
     # Fails if a parameter has no logical axes or axes of another rank, or if num_params forgets one.
-    model = toy.model(tie_embeddings=tied)
+    model = tiny_model.model(tie_embeddings=tied)
     shapes = model.abstract_params()
     axes = jax.tree.map(tuple, model.logical_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
     flat = jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     self.assertEqual([len(names) for names in flat], [leaf.ndim for leaf in jax.tree.leaves(shapes)])
-    self.assertContainsSubset({name for names in flat for name in names}, mesh_lib.RULES)
+    self.assertContainsSubset({name for names in flat for name in names}, device_mesh.RULES)
     self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(shapes)), model.config.num_params)
 
   def test_initial_spread(self):
     # Fails if layers share their draws, or if a matrix's spread does not follow its fan-in.
-    model = toy.model(d_model=64, head_dim=16, d_ff=48)
+    model = tiny_model.model(d_model=64, head_dim=16, d_ff=48)
     layers = jax.jit(model.init)(jax.random.key(0))["layers"]
     for name, expected in {"query": 64**-0.5, "gate": 64**-0.5, "output": 64**-0.5 / 2, "down": 48**-0.5 / 2}.items():
       self.assertAlmostEqual(float(jnp.std(layers[name])) / expected, 1.0, delta=0.1)
@@ -281,7 +281,7 @@ class ConfigTest(parameterized.TestCase):
   def test_refuses(self, changes, sentence):
     # Fails if a check is lost.
     with self.assertRaisesRegex(UserError, sentence):
-      dataclasses.replace(toy.CONFIG, **changes)
+      dataclasses.replace(tiny_model.CONFIG, **changes)
 
 
 if __name__ == "__main__":

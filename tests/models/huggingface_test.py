@@ -20,9 +20,9 @@ from absl.testing import absltest, parameterized
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.models import huggingface
 from synthneg_jax.models.decoder import Model
-from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime import device_mesh
 from synthneg_jax.runtime.errors import UserError
-from tests import toy
+from tests import tiny_model
 from tests.models import smollm2
 
 HOW = {"dtype": "float32", "param_dtype": "float32", "scan_layers": False, "remat": "none"}
@@ -100,7 +100,7 @@ OTHERS = {
 
 
 def shardings(model, mesh=None):
-  return mesh_lib.shardings(mesh or toy.one_device_mesh(), model.logical_axes())
+  return device_mesh.shardings(mesh or tiny_model.one_device_mesh(), model.logical_axes())
 
 
 def make_params(model, seed=0):
@@ -134,7 +134,7 @@ class RoundTripTest(FolderTest):
   @parameterized.parameters((False, "float32", None), (True, "bfloat16", 2000), (False, "float16", 1))
   def test_load_gives_the_bits_that_were_saved(self, tied, dtype, limit):
     # Fails if a matrix is not turned both ways, a layer or a shard is lost, or a value passes through another dtype.
-    model = toy.model(tie_embeddings=tied, param_dtype=dtype, rope_theta=123.5, norm_eps=2e-6)
+    model = tiny_model.model(tie_embeddings=tied, param_dtype=dtype, rope_theta=123.5, norm_eps=2e-6)
     params = make_params(model)
     huggingface.save(self.root / "a/b", model, params, **({"max_shard_bytes": limit} if limit else {}))
     self.assertEqual(huggingface.read_config(self.root / "a/b", **HOW | {"param_dtype": dtype}), model.config)
@@ -164,8 +164,8 @@ class RoundTripTest(FolderTest):
 
   def test_parts_lie_where_the_mesh_says(self):
     # Fails if `shardings` is not what the parameters are laid out by.
-    model = toy.model(vocab_size=32)
-    params, mesh = make_params(model), mesh_lib.make_mesh(2, 2, 2)
+    model = tiny_model.model(vocab_size=32)
+    params, mesh = make_params(model), device_mesh.make_mesh(2, 2, 2)
     huggingface.save(self.root / "x", model, params)
     loaded = huggingface.load_params(str(self.root / "x"), model, shardings(model, mesh))
     self.assertEqual(bits(loaded), bits(params))
@@ -176,13 +176,13 @@ class RoundTripTest(FolderTest):
   @parameterized.product(source=[np.float32, np.float16, ml_dtypes.bfloat16], wanted=["float32", "bfloat16", "float16"])
   def test_sources_are_cast(self, source, wanted):
     # Fails if bits are taken for values, or the file's dtype wins over param_dtype.
-    model = toy.model(param_dtype=wanted)
-    huggingface.save(self.root / "x", toy.model(), make_params(toy.model()))
+    model = tiny_model.model(param_dtype=wanted)
+    huggingface.save(self.root / "x", tiny_model.model(), make_params(tiny_model.model()))
     path = self.root / "x/model.safetensors"
     tensors = {name: value.astype(source) for name, value in safetensors.numpy.load_file(path).items()}
     safetensors.numpy.save_file(tensors, path)
     loaded = huggingface.load_params(self.root / "x", model, shardings(model))
-    expected = jax.tree.map(lambda leaf: leaf.astype(source).astype(wanted), make_params(toy.model()))
+    expected = jax.tree.map(lambda leaf: leaf.astype(source).astype(wanted), make_params(tiny_model.model()))
     self.assertEqual(bits(loaded), bits(expected))
 
 
@@ -190,10 +190,10 @@ class MemoryTest(FolderTest):
   @parameterized.parameters((1, 1, 1), (2, 2, 2), (1, 8, 1), (8, 1, 1))
   def test_the_host_holds_one_parameter_at_a_time(self, data, fsdp, tensor):
     # Fails if all tensors, or those of two parameters, are read before they are handed on, or a part is read once a device.
-    model = toy.model(vocab_size=4000, d_model=128, d_ff=512, num_layers=8, head_dim=32)
+    model = tiny_model.model(vocab_size=4000, d_model=128, d_ff=512, num_layers=8, head_dim=32)
     huggingface.save(self.root / "x", model, make_params(model))
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.abstract_params())]
-    mesh = mesh_lib.make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
+    mesh = device_mesh.make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
 
     def hand_on(shape, sharding, part):
       """A device that takes what it is given: on CPU jax would keep the host's own buffer as the parameter."""
@@ -226,7 +226,7 @@ class ExportTest(FolderTest):
     self.make_tokenizer()
     (self.root / "base/config.json").write_text('{"max_position_embeddings": 77}')
     (self.root / "base/model.safetensors").write_bytes(b"not to be copied")
-    model = toy.model(tie_embeddings=True, rope_theta=123.5, norm_eps=2e-6)
+    model = tiny_model.model(tie_embeddings=True, rope_theta=123.5, norm_eps=2e-6)
     huggingface.save(self.root / "x", model, make_params(model), self.root / "base")
     config = transformers.AutoConfig.from_pretrained(self.root / "x")
     self.assertIsInstance(config, transformers.LlamaConfig)
@@ -261,13 +261,13 @@ class ExportTest(FolderTest):
 
   def test_without_a_tokenizer_special_tokens_are_null(self):
     # Fails if the keys are left out: transformers would put 1 and 2 in their place.
-    huggingface.save(self.root / "x", toy.model(), make_params(toy.model()))
+    huggingface.save(self.root / "x", tiny_model.model(), make_params(tiny_model.model()))
     config = transformers.AutoConfig.from_pretrained(self.root / "x")
     self.assertEqual([config.bos_token_id, config.eos_token_id, config.pad_token_id], [None] * 3)
 
   def test_a_failed_call_leaves_nothing_under_the_name(self):
     # Fails if files are written under the final name, or if what a killed call left is in the way or stays.
-    model = toy.model()
+    model = tiny_model.model()
     with mock.patch.object(safetensors.numpy, "save_file", side_effect=OSError("disk full")):
       self.assert_user_error(
         "x cannot be written (disk full).", huggingface.save, self.root / "x", model, make_params(model)
@@ -288,12 +288,16 @@ class ExportTest(FolderTest):
     (self.root / "full/notes.txt").write_text("mine")
     (self.root / "bare").mkdir()
     save = lambda name, model, *base: huggingface.save(self.root / name, model, make_params(model), *base)
-    self.assert_user_error("full exists already and is not an empty folder.", save, "full", toy.model())
-    self.assert_user_error("notes.txt exists already and is not an empty folder.", save, "full/notes.txt", toy.model())
+    self.assert_user_error("full exists already and is not an empty folder.", save, "full", tiny_model.model())
     self.assert_user_error(
-      "bare holds no tokenizer that transformers can read.", save, "x", toy.model(), self.root / "bare"
+      "notes.txt exists already and is not an empty folder.", save, "full/notes.txt", tiny_model.model()
     )
-    self.assert_user_error("a d_model that its num_heads divide, not 18 and 4.", save, "x", toy.model(d_model=18))
+    self.assert_user_error(
+      "bare holds no tokenizer that transformers can read.", save, "x", tiny_model.model(), self.root / "bare"
+    )
+    self.assert_user_error(
+      "a d_model that its num_heads divide, not 18 and 4.", save, "x", tiny_model.model(d_model=18)
+    )
     self.assertSameElements([path.name for path in self.root.iterdir()], ["full", "bare"])
 
 
@@ -318,7 +322,7 @@ class ConfigTest(FolderTest):
   )
   def test_reads(self, changes, expected):
     # Fails if a default is not that of LlamaConfig, or if the rotary base of transformers 5 is not found.
-    self.assertEqual(self.read(**changes), dataclasses.replace(toy.CONFIG, **expected))
+    self.assertEqual(self.read(**changes), dataclasses.replace(tiny_model.CONFIG, **expected))
 
   @parameterized.parameters(
     ({"model_type": "phi3"}, 'model_type "phi3" is not supported, only llama, mistral, qwen2, '),
@@ -427,17 +431,17 @@ class LoadErrorsTest(FolderTest):
   )
   def test_a_tensor_is_named(self, edit, sentence):
     # Fails if the check of names, shapes or dtypes is lost, or does not name the tensor.
-    self.assert_user_error(sentence, self.change, toy.model(), edit)
+    self.assert_user_error(sentence, self.change, tiny_model.model(), edit)
 
   def test_buffers_and_a_tied_head_are_passed_over(self):
     # Fails if older checkpoints' rotary buffers, or the copy of a tied embedding, are refused or read.
-    model = toy.model(tie_embeddings=True)
+    model = tiny_model.model(tie_embeddings=True)
     extra = {"lm_head.weight": np.zeros((31, 16)), "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2)}
     self.assertEqual(bits(self.change(model, lambda tensors: tensors.update(extra))), bits(make_params(model)))
 
   def test_broken_files_are_named(self):
     # Fails if an error of safetensors, of an index or of a missing shard reaches the user without the file's name.
-    model, folder = toy.model(), self.root / "x"
+    model, folder = tiny_model.model(), self.root / "x"
     load = lambda: huggingface.load_params(folder, model, shardings(model))
     folder.mkdir()
     self.assert_user_error("x holds neither model.safetensors nor model.safetensors.index.json.", load)

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from synthneg_jax.models import families
+from synthneg_jax.models import hf_configs
 from synthneg_jax.models.decoder import Model
-from tests import toy
+from tests import tiny_model
 
 RECORDED = pathlib.Path(__file__).parent / "family_logits.json"
 VOCAB, LENGTH = 61, 24
@@ -91,8 +91,8 @@ def config_json(name: str) -> dict:
 
 def model(name: str, **changes) -> Model:
   """The decoder that config.json asks for."""
-  how = {"dtype": "float32", "param_dtype": "float32", "scan_layers": False, "remat": toy.CONFIG.remat} | changes
-  return Model(families.read(config_json(name), "config.json", **how))
+  how = {"dtype": "float32", "param_dtype": "float32", "scan_layers": False, "remat": tiny_model.CONFIG.remat} | changes
+  return Model(hf_configs.read(config_json(name), "config.json", **how))
 
 
 def ids(name: str) -> list[int]:
@@ -108,7 +108,7 @@ def draw(name: str, shape) -> np.ndarray:
 
 def params(of: Model):
   """Parameters of which each layer's are what `draw` gives for its tensors."""
-  names = families.tensor_names(of.config)
+  names = hf_configs.tensor_names(of.config)
 
   def leaf(path, abstract):
     name = names[jax.tree_util.keystr(path, simple=True, separator="/")]
@@ -124,7 +124,7 @@ def write_folder(name: str, folder: pathlib.Path) -> None:
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps(config_json(name)))
   of = model(name)
-  names, tensors = families.tensor_names(of.config), {}
+  names, tensors = hf_configs.tensor_names(of.config), {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(of.abstract_params()):
     tensor = names[jax.tree_util.keystr(path, simple=True, separator="/")]
     if "{}" in tensor:

@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.models import adapter as adapter_lib
-from synthneg_jax.models import families
+from synthneg_jax.models import hf_configs
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training import objectives
@@ -62,7 +62,9 @@ class PeftTest(parameterized.TestCase):
     of_params = lambda params: objective(adapter.join(base, params), batch)
     (loss, _), grads = jax.jit(jax.value_and_grad(of_params, has_aux=True))(params)
 
-    modules = {target: families.tensor_names(model.config)[f"layers/{target}"][: -len(".weight")] for target in params}
+    modules = {
+      target: hf_configs.tensor_names(model.config)[f"layers/{target}"][: -len(".weight")] for target in params
+    }
     config = peft.LoraConfig(
       r=3, lora_alpha=12, target_modules=[module.rpartition(".")[2] for module in modules.values()], lora_dropout=0.0
     )

@@ -14,11 +14,11 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
+from synthneg_jax.decoding.decode import Stops
+from synthneg_jax.decoding.engine import Engine, Trunk
+from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.models import huggingface
-from synthneg_jax.rollouts.decode import Stops
-from synthneg_jax.rollouts.engine import Engine, Trunk
-from synthneg_jax.rollouts.sampling import Sampling
-from tests import toy
+from tests import tiny_model
 from tests.models import tiny_families
 from tests.parity.logits_test import TOLERANCE, load, our_logits, torch_logits
 
@@ -94,7 +94,7 @@ class FamiliesTest(parameterized.TestCase):
     rng = np.random.default_rng(1)
     prompts = [rng.integers(4, 61, size).tolist() for size in (2, 9, 14)]
     trunks = [Trunk(ids, [len(ids)], np.zeros((1, 2), np.uint32)) for ids in prompts]
-    engine = Engine(model, toy.one_device_mesh(), Stops((3,)), lanes=3, slots=1, max_new_tokens=16)
+    engine = Engine(model, tiny_model.one_device_mesh(), Stops((3,)), lanes=3, slots=1, max_new_tokens=16)
     ours = {i: generations[0] for i, generations in engine.run(params, trunks, Sampling(temperature=0.0))}
     for i, ids in enumerate(prompts):
       whole = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=16, pad_token_id=0)

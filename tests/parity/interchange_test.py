@@ -13,10 +13,11 @@ from absl.testing import absltest
 from etils import epath
 
 from synthneg_jax.core.tree import Branch, Tree
-from synthneg_jax.runtime.records import Pair, Shards
-from synthneg_jax.stages import interchange, policies
+from synthneg_jax.data.records import Pair, Shards
+from synthneg_jax.decoding import policy
+from synthneg_jax.pipeline import export_formats
 from synthneg_jax.training import reference
-from tests.stages import small_run
+from tests.pipeline import small_run
 
 
 class Tokens(trl.DPOTrainer):
@@ -28,13 +29,13 @@ class Tokens(trl.DPOTrainer):
 
 def load(what: str, suffix: str = ".jsonl") -> datasets.Dataset:
   out = pathlib.Path(tempfile.mkdtemp()) / f"{what}{suffix}"
-  interchange.write(small_run.opened(small_run.finished()), what, str(out))
+  export_formats.write(small_run.opened(small_run.finished()), what, str(out))
   kind = "json" if suffix == ".jsonl" else "parquet"
   return datasets.load_dataset(kind, data_files=str(out), split="train", cache_dir=str(out.parent / "cache"))
 
 
 def trainer(kind, dataset):
-  embedded = str(policies.EMBEDDED)
+  embedded = str(policy.EMBEDDED)
   model = transformers.AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32)
   tokenizer = transformers.AutoTokenizer.from_pretrained(embedded)
   arguments = trl.DPOConfig(
@@ -82,12 +83,12 @@ class TrlTest(absltest.TestCase):
 
   def test_our_log_probs_of_the_same_rows(self):
     # Fails if prompt and branch come apart elsewhere than TRL's do.
-    run_ = small_run.opened(small_run.finished())
-    base, rows = run_.base(), load("pairs").to_list()[:4]
+    experiment = small_run.opened(small_run.finished())
+    base, rows = experiment.base(), load("pairs").to_list()[:4]
     trees = [Tree(row["prompt_ids"], (Branch(len(row["prompt_ids"]), tuple(row["rejected_ids"])),)) for row in rows]
     store = reference.Store(epath.Path(tempfile.mkdtemp()) / "r.npz")
-    reference.score(base.model, base.params, trees, 160, run_.mesh, store)
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(policies.EMBEDDED), dtype=torch.float32)
+    reference.score(base.model, base.params, trees, 160, experiment.mesh, store)
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(policy.EMBEDDED), dtype=torch.float32)
     for row, tree in zip(rows, trees, strict=True):
       ids = torch.tensor([row["prompt_ids"] + row["rejected_ids"]])
       logp = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]

@@ -10,13 +10,13 @@ import transformers
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import tree as tree_lib
+from synthneg_jax.decoding.decode import Stops
+from synthneg_jax.decoding.engine import Engine, Trunk
+from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.models import huggingface
 from synthneg_jax.models.decoder import Model
-from synthneg_jax.rollouts.decode import Stops
-from synthneg_jax.rollouts.engine import Engine, Trunk
-from synthneg_jax.rollouts.sampling import Sampling
-from synthneg_jax.runtime import mesh as mesh_lib
-from tests import toy
+from synthneg_jax.runtime import device_mesh
+from tests import tiny_model
 from tests.models import smollm2
 
 TOLERANCE = 1e-4  # largest absolute difference of two logits
@@ -68,7 +68,9 @@ def our_logits(model, params, ids):
 def load(folder, dtype="float32", scan_layers=False):
   config = huggingface.read_config(folder, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers, remat="none")
   model = Model(config)
-  return model, huggingface.load_params(folder, model, mesh_lib.shardings(toy.one_device_mesh(), model.logical_axes()))
+  return model, huggingface.load_params(
+    folder, model, device_mesh.shardings(tiny_model.one_device_mesh(), model.logical_axes())
+  )
 
 
 class ParityTest(parameterized.TestCase):
@@ -105,7 +107,7 @@ class ParityTest(parameterized.TestCase):
 
   def test_torch_reads_our_bfloat16(self):
     # Fails if bfloat16 bits are changed on the way into the file.
-    model = toy.model(param_dtype="bfloat16")
+    model = tiny_model.model(param_dtype="bfloat16")
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), model.abstract_params())
     huggingface.save(self.folder / "x", model, params)
@@ -123,7 +125,7 @@ class ParityTest(parameterized.TestCase):
     rng = np.random.default_rng(1)
     prompts = [rng.integers(4, 61, size).tolist() for size in (1, 3, 6, 9, 12, 5, 7, 2)]
     trunks = [Trunk(ids, [len(ids)], np.zeros((1, 2), np.uint32)) for ids in prompts]
-    engine = Engine(model, toy.one_device_mesh(), Stops((3,)), lanes=3, slots=1, max_new_tokens=20)
+    engine = Engine(model, tiny_model.one_device_mesh(), Stops((3,)), lanes=3, slots=1, max_new_tokens=20)
     ours = {i: generations[0] for i, generations in engine.run(params, trunks, Sampling(temperature=0.0))}
     sizes = set()
     for i, ids in enumerate(prompts):

@@ -30,14 +30,14 @@ from trl.trainer import dpo_trainer
 from synthneg_jax.core import losses
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.decoding import policy as policies
 from synthneg_jax.models import huggingface
 from synthneg_jax.models.decoder import Model
-from synthneg_jax.runtime import mesh as mesh_lib
-from synthneg_jax.stages import policies
+from synthneg_jax.runtime import device_mesh
 from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training import objectives, reference
 from synthneg_jax.training.batch import Example, PairInTree
-from tests import toy
+from tests import tiny_model
 
 EOS = 3
 BETA = 0.3
@@ -202,8 +202,8 @@ class WholeStepTest(absltest.TestCase):
     config = huggingface.read_config(
       folder / "policy", dtype="float32", param_dtype="float32", scan_layers=False, remat="none"
     )
-    model, mesh = Model(config), toy.one_device_mesh()
-    load = lambda name: huggingface.load_params(folder / name, model, mesh_lib.shardings(mesh, model.logical_axes()))
+    model, mesh = Model(config), tiny_model.one_device_mesh()
+    load = lambda name: huggingface.load_params(folder / name, model, device_mesh.shardings(mesh, model.logical_axes()))
     trees = (
       Tree(PROMPTS[0], tuple(Branch(5, ids) for ids in PAIRS[0][1:])),
       Tree(PROMPTS[1], tuple(Branch(3, ids) for ids in (*PAIRS[1][1:], PAIRS[2][2]))),

@@ -9,7 +9,7 @@ import torch
 import transformers
 from absl.testing import absltest
 
-from tests.stages import smollm2_test
+from tests.pipeline import smollm2_test
 
 QUESTIONS = ("Ann has 50 pears and buys 51. How many now?", "What is the capital of France?")
 
@@ -20,10 +20,10 @@ class GenerateTest(absltest.TestCase):
     root = pathlib.Path(tempfile.mkdtemp())
     self.addCleanup(shutil.rmtree, root)
     with jax.debug_nans(False):
-      run_ = smollm2_test.trained_and_exported(root)
-      policy = run_.policy("sft")
-      ours = smollm2_test.greedy(run_, policy, QUESTIONS)
-      base = smollm2_test.greedy(run_, run_.base(), QUESTIONS)
+      experiment = smollm2_test.trained_and_exported(root)
+      policy = experiment.policy("sft")
+      ours = smollm2_test.greedy(experiment, policy, QUESTIONS)
+      base = smollm2_test.greedy(experiment, experiment.base(), QUESTIONS)
     folder = root / "run/export/sft/policy"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -11,8 +11,7 @@ from absl.testing import absltest, parameterized
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from synthneg_jax.runtime import checkpoints
-from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime import checkpoints, device_mesh
 from synthneg_jax.runtime.errors import UserError
 
 _rng = np.random.default_rng(0)
@@ -29,7 +28,7 @@ MESHES = ((8, 1, 1), (2, 2, 2), (1, 8, 1))
 
 def shardings(*sizes):
   devices = jax.devices()[: int(np.prod(sizes))]
-  mesh = mesh_lib.make_mesh(*sizes, devices=devices)
+  mesh = device_mesh.make_mesh(*sizes, devices=devices)
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
 
 

@@ -210,7 +210,7 @@ class WaitingTest(parameterized.TestCase):
   @parameterized.parameters(
     ("if processes.first():\n  processes.barrier()", ["barrier at 2"]),
     ("if processes.first():\n  pass\nelse:\n  x = processes.agree(1)", ["agree at 4"]),
-    ("def f():\n  if not processes.first():\n    return {}\n  run_.policy('sft')", ["policy at 4"]),
+    ("def f():\n  if not processes.first():\n    return {}\n  experiment.policy('sft')", ["policy at 4"]),
     ("def f():\n  if processes.mine(3):\n    with a:\n      loop.fit()", ["fit at 4"]),
     ("x = mesh_lib.whole(y) if jax.process_index() == 0 else None", ["whole at 1"]),
     ("if processes.first():\n  write()\nprocesses.barrier()", []),

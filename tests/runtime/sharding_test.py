@@ -13,20 +13,20 @@ from etils import epath
 from synthneg_jax.core import losses
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.core.tree import Branch, PackedTrees, Tree
-from synthneg_jax.rollouts import engine as engine_lib
-from synthneg_jax.rollouts.decode import Stops
-from synthneg_jax.rollouts.engine import Engine, Trunk
-from synthneg_jax.rollouts.sampling import Sampling
+from synthneg_jax.decoding import engine as engine_lib
+from synthneg_jax.decoding.decode import Stops
+from synthneg_jax.decoding.engine import Engine, Trunk
+from synthneg_jax.decoding.sampling import Sampling
+from synthneg_jax.runtime import device_mesh
 from synthneg_jax.runtime import keys as keys_lib
-from synthneg_jax.runtime import mesh as mesh_lib
 from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training import objectives, reference
 from synthneg_jax.training import step as step_lib
 from synthneg_jax.training.batch import Example, PairInTree, Shape
-from tests import toy
+from tests import tiny_model
 
 # Eight heads, 32 tokens, 24 wide feed-forward: every split dimension divides by 8.
-MODEL = toy.model(vocab_size=32, num_heads=8, num_kv_heads=8, head_dim=2, scan_layers=True, remat="selective")
+MODEL = tiny_model.model(vocab_size=32, num_heads=8, num_kv_heads=8, head_dim=2, scan_layers=True, remat="selective")
 SHAPE = Shape(rows=8, length=16, scored=12, pairs=3, branches=4)
 NEW, EOS = 8, 3
 CDF_EDGE = 1e-5  # draws this close to an edge of the CDF may differ between programs
@@ -62,8 +62,8 @@ def make_trunks() -> list[Trunk]:
 
 
 def on_mesh(mesh):
-  layout = mesh_lib.shardings(mesh, MODEL.logical_axes())
-  return jax.device_put(toy.make_params(MODEL), layout), layout
+  layout = device_mesh.shardings(mesh, MODEL.logical_axes())
+  return jax.device_put(tiny_model.make_params(MODEL), layout), layout
 
 
 @functools.cache
@@ -82,9 +82,9 @@ def gradients(mesh):
       made[name] = loss, metrics, grads
     return made
 
-  results = (mesh_lib.replicated(mesh), mesh_lib.replicated(mesh), layout)
+  results = (device_mesh.replicated(mesh), device_mesh.replicated(mesh), layout)
   run = jax.jit(
-    mesh_lib.under(mesh, both),
+    device_mesh.under(mesh, both),
     in_shardings=(layout, step_lib.batch_shardings(mesh)),
     out_shardings={"sft": results, "preference": results},
   )
@@ -133,7 +133,7 @@ def edge_distance(trunk: Trunk, item: int, ids: list[int]) -> float:
   key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(trunk.keys[item])), len(ids) - 1)
   token_T = np.zeros(8 + NEW, np.int32)
   token_T[: len(sequence)] = sequence
-  return float(_edge_distance(toy.make_params(MODEL), token_T, len(sequence), jax.random.uniform(key)))
+  return float(_edge_distance(tiny_model.make_params(MODEL), token_T, len(sequence), jax.random.uniform(key)))
 
 
 class ShardingTest(parameterized.TestCase):
@@ -152,31 +152,31 @@ class ShardingTest(parameterized.TestCase):
   def test_what_is_compared_is_not_nothing(self):
     # Fails if a gradient is zero everywhere, if there is no pair, or if all drawn branches are alike: the tests below
     # would compare nothing.
-    one = gradients(toy.one_device_mesh())
+    one = gradients(tiny_model.one_device_mesh())
     for name, (loss, _, grads) in one.items():
       self.assertGreater(float(loss), 0.1, name)
       for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         self.assertGreater(np.abs(leaf).max(), 1e-3, name + jax.tree_util.keystr(path))
     self.assertEqual(float(one["preference"][1]["loss/per_pair"][1]), 13.0)
-    ends = {len(ids) for items in draws(toy.one_device_mesh()) for ids, _ in items}
+    ends = {len(ids) for items in draws(tiny_model.one_device_mesh()) for ids, _ in items}
     self.assertGreater(len(ends), 3)
 
   @parameterized.parameters(*MESHES)
   def test_losses_and_gradients(self, *sizes):
     # Fails if a device's part of a loss is a mean of its own rows, if sums are not global, or if a parameter's part is
     # taken for the whole.
-    self.assert_close(gradients(mesh_lib.make_mesh(*sizes)), gradients(toy.one_device_mesh()))
+    self.assert_close(gradients(device_mesh.make_mesh(*sizes)), gradients(tiny_model.one_device_mesh()))
 
   @parameterized.parameters(*MESHES[:4])
   def test_reference_scores(self, *sizes):
     # Fails if rows come back in another order than they were sent, or if the scores of a shard's rows are lost.
-    self.assert_close(scores(mesh_lib.make_mesh(*sizes)), scores(toy.one_device_mesh()))
+    self.assert_close(scores(device_mesh.make_mesh(*sizes)), scores(tiny_model.one_device_mesh()))
 
   @parameterized.parameters(*MESHES[:4])
   def test_drawn_tokens(self, *sizes):
     # Fails if a lane's items or its cache leave their device, or if a draw depends on the lane.
     trunks, at_an_edge = make_trunks(), 0
-    found, wanted = draws(mesh_lib.make_mesh(*sizes)), draws(toy.one_device_mesh())
+    found, wanted = draws(device_mesh.make_mesh(*sizes)), draws(tiny_model.one_device_mesh())
     for i, trunk in enumerate(trunks):
       self.assertLen(found[i], len(trunk.forks))
       for item, ((got, got_logp), (ids, logp)) in enumerate(zip(found[i], wanted[i], strict=True)):
@@ -192,10 +192,10 @@ class DecodingTest(absltest.TestCase):
   def test_decoding_reads_less_and_draws_the_same(self):
     # Fails if matrices stay in float32 or split over fsdp (each token would read twice the bytes, or gather them), or if
     # what is cast once differs from what every product would cast.
-    mesh = mesh_lib.make_mesh(2, 2, 2)
-    model = toy.model(vocab_size=32, num_heads=8, num_kv_heads=8, head_dim=2, scan_layers=True, dtype="bfloat16")
-    params = jax.device_put(toy.make_params(model), mesh_lib.shardings(mesh, model.logical_axes()))
-    decoding = mesh_lib.decoding(mesh)
+    mesh = device_mesh.make_mesh(2, 2, 2)
+    model = tiny_model.model(vocab_size=32, num_heads=8, num_kv_heads=8, head_dim=2, scan_layers=True, dtype="bfloat16")
+    params = jax.device_put(tiny_model.make_params(model), device_mesh.shardings(mesh, model.logical_axes()))
+    decoding = device_mesh.decoding(mesh)
     self.assertEqual(tuple(decoding.shape.items()), (("slice", 1), ("data", 4), ("fsdp", 1), ("tensor", 2)))
     self.assertEqual(decoding.devices.reshape(-1).tolist(), mesh.devices.reshape(-1).tolist())
     layout = engine_lib.params_shardings(model, decoding)

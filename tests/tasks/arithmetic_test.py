@@ -4,9 +4,10 @@ import numpy as np
 import transformers
 from absl.testing import absltest, parameterized
 
-from synthneg_jax.runtime import config as config_lib
-from synthneg_jax.tasks import answers, arithmetic, problems
-from synthneg_jax.tasks.token_text import TokenText, step_ends
+from synthneg_jax.data.token_text import TokenText, step_ends
+from synthneg_jax.grading import answers
+from synthneg_jax.runtime import config_schema
+from synthneg_jax.tasks import arithmetic, problems
 
 PUZZLE = arithmetic.Puzzle(
   {"A": 3, "B": 4, "C": ("A", "+", "B"), "D": ("C", "*", "A"), "E": ("B", "-", "A"), "F": ("D", "-", "C")}, "F"
@@ -102,7 +103,7 @@ class ArithmeticTest(parameterized.TestCase):
 
   def test_subsets_are_nested_and_splits_differ(self):
     # Fails if a problem depends on how many are asked for, or test problems on the seed.
-    task = config_lib.default().task
+    task = config_schema.default().task
     few, many = problems.load(task, 3, "train", 5), problems.load(task, 3, "train", 9)
     self.assertEqual(few, many[:5])
     self.assertNotEqual(few, problems.load(task, 4, "train", 5))

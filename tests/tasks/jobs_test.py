@@ -5,9 +5,10 @@ import itertools
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.grading import answers
+from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.tasks import answers, generated, jobs
+from synthneg_jax.tasks import generated, jobs
 
 PUZZLE = jobs.Puzzle({"A": jobs.Job(3, 9, 5), "B": jobs.Job(2, 4, 4), "C": jobs.Job(4, 10, 1)})
 
@@ -119,7 +120,7 @@ class JobsTest(parameterized.TestCase):
 
   def test_settings_that_no_problem_has_are_refused(self):
     # Fails if numbers of jobs go through that the generator would loop or crash on.
-    task = config_lib.default().task
+    task = config_schema.default().task
     task.name = "jobs"
     for leaf, value in (("fewest", 0), ("most", 9), ("fewest", 7), ("slack", -1)):
       changed = task.copy_and_resolve_references()
@@ -132,7 +133,7 @@ class GeneratedTest(parameterized.TestCase):
   @parameterized.parameters(*generated.TASKS)
   def test_text_round_trips_through_tokens(self, name):
     # Fails if a word of a problem, a solution or a document has no token of its own.
-    c = config_lib.default()
+    c = config_schema.default()
     c.task.name, c.pretrain.num_problems = name, 100
     tokenizer = generated.TASKS[name].tokenizer(c.task)
     pad = tokenizer.token_to_id(generated.PAD)
@@ -146,7 +147,7 @@ class GeneratedTest(parameterized.TestCase):
   @parameterized.parameters(*generated.TASKS)
   def test_splits(self, name):
     # Fails if fewer problems are not among more, a seed changes the test split, or test_start does not move it.
-    task = config_lib.default().task
+    task = config_schema.default().task
     task.name = name
     few, more = (generated.load(task, 3, "train", count) for count in (5, 9))
     self.assertEqual(few, more[:5])
@@ -160,7 +161,7 @@ class GeneratedTest(parameterized.TestCase):
   @parameterized.parameters("arithmetic", "jobs")
   def test_documents(self, name):
     # Fails if the base model reads solutions of problems as long as those that it is to learn, or no wandering.
-    c = config_lib.default()
+    c = config_schema.default()
     c.task.name, c.pretrain.num_problems = name, 300
     documents = generated.pretraining(c.task, c.pretrain, 0)
     answered = [each for each in documents if "####" in each.solution]

@@ -8,9 +8,8 @@ from unittest import mock
 
 from absl.testing import absltest, parameterized
 
-from synthneg_jax.runtime import config as config_lib
-from synthneg_jax.runtime import errors
-from synthneg_jax.runtime.records import Problem, Shards
+from synthneg_jax.data.records import Problem, Shards
+from synthneg_jax.runtime import config_schema, errors
 from synthneg_jax.tasks import problems
 
 EXCERPT = pathlib.Path(__file__).parents[1] / "data"
@@ -18,7 +17,7 @@ EXCERPT = pathlib.Path(__file__).parents[1] / "data"
 
 def task(**leaves):
   """The config's section with these leaves."""
-  section = config_lib.default().task
+  section = config_schema.default().task
   section.update(leaves)
   return section
 

@@ -6,9 +6,10 @@ import transformers
 from absl.testing import absltest, parameterized
 from hypothesis import strategies
 
+from synthneg_jax.data.token_text import TokenText, step_ends
+from synthneg_jax.grading import answers
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.tasks import answers, problems, star_graph
-from synthneg_jax.tasks.token_text import TokenText, step_ends
+from synthneg_jax.tasks import problems, star_graph
 
 
 def task(**changes):

@@ -17,12 +17,11 @@ from etils import epath
 from tensorboard.backend.event_processing import event_accumulator, event_file_loader
 from wandb.proto import wandb_internal_pb2
 
-from synthneg_jax.runtime import config as config_lib
-from synthneg_jax.runtime import meter, processes
+from synthneg_jax.runtime import config_schema, processes, throughput
 from synthneg_jax.runtime import metrics as metrics_lib
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import loop, objectives
-from tests import toy
+from tests import tiny_model
 from tests.training import loop_test
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,7 +29,7 @@ STEPS, KILLED_AT = 6, 5
 
 
 def config(**changes):
-  c = config_lib.default()
+  c = config_schema.default()
   c.sft.update(save_every_steps=3, keep_checkpoints=1)
   c.metrics.update(changes)
   return c
@@ -38,10 +37,10 @@ def config(**changes):
 
 def fit(workdir, c, batches, objective=None, open_metrics=None):
   """A real step of the toy decoder, in workdir/sft."""
-  model, folder = toy.model(num_layers=1), epath.Path(workdir) / "sft"
+  model, folder = tiny_model.model(num_layers=1), epath.Path(workdir) / "sft"
   opened = open_metrics or functools.partial(metrics_lib.Metrics, c, epath.Path(workdir), folder)
-  given = (objective or objectives.make_sft(model), batches, toy.one_device_mesh(), folder)
-  return loop.fit("sft", c.sft, model, toy.make_params(model), *given, open_metrics=opened)
+  given = (objective or objectives.make_sft(model), batches, tiny_model.one_device_mesh(), folder)
+  return loop.fit("sft", c.sft, model, tiny_model.make_params(model), *given, open_metrics=opened)
 
 
 def lines(workdir) -> list[dict]:
@@ -209,7 +208,7 @@ class OrderTest(absltest.TestCase):
       made.keep()
       made.close()
       self.assertEqual(list(pathlib.Path(folder).rglob("*")), [])
-      self.assertEqual(meter.Profiler("0:2", epath.Path(folder), 0, 2)._after, 0)
+      self.assertEqual(throughput.Profiler("0:2", epath.Path(folder), 0, 2)._after, 0)
 
   def test_by_flag(self):
     # Fails if a leaf does not turn off what it names.
@@ -247,7 +246,7 @@ class RefusalTest(parameterized.TestCase):
   def test_a_range_beyond_the_end_traces_nothing(self):
     # Fails if the profiler is started and never stopped.
     with tempfile.TemporaryDirectory() as folder:
-      profiler = meter.Profiler("7:9", epath.Path(folder), 0, 3)
+      profiler = throughput.Profiler("7:9", epath.Path(folder), 0, 3)
       for step in range(3):
         with profiler.before(step):
           pass

@@ -17,19 +17,19 @@ from absl.testing import absltest, parameterized
 from etils import epath
 
 from synthneg_jax.core.tree import Branch, Tree
-from synthneg_jax.runtime import config as config_lib
+from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import loop, objectives
 from synthneg_jax.training import optimizer as optimizer_lib
 from synthneg_jax.training.batch import Example
 from synthneg_jax.training.batches import Batches
-from tests import toy
+from tests import tiny_model
 
 
 class StandIn:
   """What the loop asks of a model: two parameters, so that a step compiles at once."""
 
-  config = toy.CONFIG
+  config = tiny_model.CONFIG
 
   def abstract_params(self):
     return jax.eval_shape(lambda: {"matrix": jnp.zeros((6, 4)), "norm": {"scale": jnp.zeros(4)}})
@@ -79,7 +79,7 @@ class LoopTest(parameterized.TestCase):
 
   @classmethod
   def fit(cls, name, batches, save_every=2, check_start=None):
-    section = config_lib.default().sft
+    section = config_schema.default().sft
     section.update(save_every_steps=save_every, keep_checkpoints=2)
     section.optimizer.update(learning_rate=0.05, weight_decay=0.1, warmup_share=0.3)
     with jax.debug_nans(False):
@@ -87,10 +87,10 @@ class LoopTest(parameterized.TestCase):
         name,
         section,
         StandIn(),
-        toy.make_params(StandIn()),
+        tiny_model.make_params(StandIn()),
         objective,
         batches,
-        toy.one_device_mesh(),
+        tiny_model.one_device_mesh(),
         cls.folder / name,
         check_start,
       )
@@ -109,13 +109,13 @@ class LoopTest(parameterized.TestCase):
   def test_checkpoints_know_stacked_layers_only(self):
     # Fails if layers that are unrolled are kept, or given back, apart: a model that scans them goes on from their
     # checkpoint, and ends where the unrolled one does.
-    section = config_lib.default().sft
+    section = config_schema.default().sft
     section.update(save_every_steps=1, keep_checkpoints=2)
 
     def fit(name, batches, scan):
-      model = toy.model(num_layers=2, scan_layers=scan)
-      given = (objectives.make_sft(model), batches, toy.one_device_mesh(), self.folder / name)
-      return loop.fit(name, section, model, toy.make_params(model), *given)[0]
+      model = tiny_model.model(num_layers=2, scan_layers=scan)
+      given = (objectives.make_sft(model), batches, tiny_model.one_device_mesh(), self.folder / name)
+      return loop.fit(name, section, model, tiny_model.make_params(model), *given)[0]
 
     with self.assertRaises(KeyboardInterrupt):
       fit("unrolled", Spy(kill_at=1, num_steps=2), scan=False)
@@ -147,7 +147,7 @@ class LoopTest(parameterized.TestCase):
     self.assertGreater(
       max(
         np.abs(a - b).max()
-        for a, b in zip(jax.tree.leaves(self.whole), jax.tree.leaves(toy.make_params(StandIn())), strict=True)
+        for a, b in zip(jax.tree.leaves(self.whole), jax.tree.leaves(tiny_model.make_params(StandIn())), strict=True)
       ),
       0.05,
     )
@@ -207,7 +207,7 @@ class LoopTest(parameterized.TestCase):
 
 class ScheduleTest(parameterized.TestCase):
   def schedule(self, num_steps, **changes):
-    section = config_lib.default().sft.optimizer
+    section = config_schema.default().sft.optimizer
     section.update(learning_rate=0.5, **changes)
     made = optimizer_lib.make_schedule(section, num_steps)
     return [float(made(step)) for step in range(num_steps + 1)]
@@ -238,9 +238,9 @@ class ScheduleTest(parameterized.TestCase):
 class OptimizerTest(absltest.TestCase):
   def updates(self, gradient, **changes):
     """The first update of every parameter, where each gradient is `gradient` times the parameter's shape of ones."""
-    section = config_lib.default().sft.optimizer
+    section = config_schema.default().sft.optimizer
     section.update(learning_rate=0.1, schedule="constant", warmup_share=0.0, clip_norm=1e9, **changes)
-    made, params = optimizer_lib.make_optimizer(section, 4), toy.make_params(toy.model(num_layers=1))
+    made, params = optimizer_lib.make_optimizer(section, 4), tiny_model.make_params(tiny_model.model(num_layers=1))
     first = lambda params: made.update(
       jax.tree.map(lambda x: gradient * jnp.ones_like(x), params), made.init(params), params
     )[0]
@@ -262,7 +262,7 @@ class OptimizerTest(absltest.TestCase):
   def test_clips_as_optax_does(self):
     # Fails if gradients within the norm are touched, if those beyond are scaled otherwise, or if the states differ, so that
     # a checkpoint of one could not be read by the other.
-    grads = jax.tree.map(lambda x: 0.1 * x, toy.make_params(toy.model()))
+    grads = jax.tree.map(lambda x: 0.1 * x, tiny_model.make_params(tiny_model.model()))
     norm = float(optax.tree.norm(grads))
     for most in (0.3 * norm, 3.0 * norm):
       ours, theirs = optimizer_lib.clip_by_global_norm(most), optax.clip_by_global_norm(most)
@@ -273,7 +273,7 @@ class OptimizerTest(absltest.TestCase):
 
   def test_clipping_and_betas(self):
     # Fails if clipping is missing or comes after AdamW, or if the betas change places.
-    section = config_lib.default().sft.optimizer
+    section = config_schema.default().sft.optimizer
     section.update(learning_rate=0.1, schedule="constant", warmup_share=0.0, clip_norm=1.0, beta1=0.8, beta2=0.9)
     made, x = optimizer_lib.make_optimizer(section, 4), {"w": jnp.zeros(4)}
 

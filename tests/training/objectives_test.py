@@ -15,7 +15,7 @@ from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training import objectives, reference
 from synthneg_jax.training.batch import Example, PairInTree, Shape
-from tests import toy
+from tests import tiny_model
 
 # Pairs 0 and 1 share a rejected branch; in both, chosen and rejected differ at their first token already.
 A = Example(
@@ -34,7 +34,7 @@ BETA, NLL, SMOOTHING = 0.3, 0.2, 0.1
 EOS = (10, 25)  # the ends of A's rejected branch and of C's
 LONGEST = 8
 
-MODEL = toy.model(dtype="float64", param_dtype="float64")
+MODEL = tiny_model.model(dtype="float64", param_dtype="float64")
 sft = jax.jit(objectives.make_sft(MODEL))
 dpo_loss = functools.partial(losses.dpo_loss, beta=BETA, label_smoothing=SMOOTHING)
 dpo = jax.jit(objectives.make_preference(MODEL, 4, dpo_loss, beta=BETA, nll_weight=NLL, eos_ids=EOS))
@@ -74,7 +74,7 @@ class ObjectivesTest(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     cls.enterClassContext(jax.enable_x64(True))
-    cls.params = toy.make_params(MODEL)
+    cls.params = tiny_model.make_params(MODEL)
     cls.batch = batch_lib.build(EXAMPLES, SHAPE)
     cls.alone = unpacked(cls.params, EXAMPLES)
     cls.sft_loss, cls.sft_metrics = sft(cls.params, cls.batch)
@@ -211,7 +211,7 @@ class ObjectivesTest(parameterized.TestCase):
     # that only one of them counts gives a margin of nats. A margin of 0 gives ln 2 under any smoothing.
     folder = self.enterContext(tempfile.TemporaryDirectory())
     store = reference.Store(epath.Path(folder) / "reference.npz")
-    reference.score(MODEL, self.params, [example.tree for example in (A, B)], 18, toy.one_device_mesh(), store)
+    reference.score(MODEL, self.params, [example.tree for example in (A, B)], 18, tiny_model.one_device_mesh(), store)
 
     def referenced(example):
       tree = example.tree

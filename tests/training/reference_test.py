@@ -8,12 +8,12 @@ from absl.testing import absltest
 from etils import epath
 
 from synthneg_jax.core.tree import Branch, Tree
-from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.runtime import device_mesh
 from synthneg_jax.training import reference
 from synthneg_jax.training.reference import Store, branch_key
-from tests import toy
+from tests import tiny_model
 
-MODEL = toy.model(num_layers=1)
+MODEL = tiny_model.model(num_layers=1)
 T1 = Tree([1, 2, 3, 4], (Branch(4, [5, 6, 7]), Branch(4, [8]), Branch(2, [9, 10])))
 T2 = Tree([11, 12], (Branch(2, [13, 14]), Branch(1, [15])))
 # Its first branch is T1's third: equal up to the fork, another trunk beyond; one of its own comes twice.
@@ -79,13 +79,13 @@ class ScoreTest(absltest.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.params = toy.make_params(MODEL)
+    cls.params = tiny_model.make_params(MODEL)
     cls.folder = epath.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
 
   def score(self, name, trees, row_length, mesh=None, params=None):
     store = Store(self.folder / name)
     reference.score(
-      MODEL, self.params if params is None else params, trees, row_length, mesh or toy.one_device_mesh(), store
+      MODEL, self.params if params is None else params, trees, row_length, mesh or tiny_model.one_device_mesh(), store
     )
     return store
 
@@ -94,8 +94,8 @@ class ScoreTest(absltest.TestCase):
     # missing, or if a tree sees its neighbour. Rows of 24 hold two trees, rows of 10 one, and rows over eight devices
     # lie elsewhere again; another order of trees changes rows.
     packed = self.score("a", [T1, T2, T3], 24)
-    mesh = mesh_lib.make_mesh(8, 1, 1)
-    params = jax.device_put(self.params, mesh_lib.shardings(mesh, MODEL.logical_axes()))
+    mesh = device_mesh.make_mesh(8, 1, 1)
+    params = jax.device_put(self.params, device_mesh.shardings(mesh, MODEL.logical_axes()))
     for store in (self.score("b", [T3, T1, T2], 10), self.score("c", [T2, T3, T1], 24, mesh, params)):
       for tree in (T1, T2, T3):
         for branch, key in zip(tree.branches, branch_keys(tree), strict=True):
@@ -112,12 +112,12 @@ class ScoreTest(absltest.TestCase):
     store = Store(self.folder / "d")
     known = branch_keys(T1)[1:]
     store.add({key: np.array([7.0], np.float32) for key in known})
-    reference.score(MODEL, self.params, [T1, T3], 10, toy.one_device_mesh(), store)
+    reference.score(MODEL, self.params, [T1, T3], 10, tiny_model.one_device_mesh(), store)
     for key in known:
       np.testing.assert_array_equal(store[key], [7.0])
     on_disk = Store(self.folder / "d")
     self.assertSameElements(on_disk._values, {*branch_keys(T1, T3)})
-    reference.score(MODEL, None, [T1, T3], 10, toy.one_device_mesh(), on_disk)
+    reference.score(MODEL, None, [T1, T3], 10, tiny_model.one_device_mesh(), on_disk)
     fresh = self.score("e", [T1, T3], 10)
     for key in {*branch_keys(T1, T3)} - {*known}:
       np.testing.assert_allclose(on_disk[key], fresh[key], rtol=0, atol=1e-5)

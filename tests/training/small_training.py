@@ -22,9 +22,9 @@ flags.DEFINE_integer("width", 4, "Columns of the matrix.")
 def main():
   import jax.numpy as jnp
 
-  from synthneg_jax.runtime import config as config_lib
+  from synthneg_jax.runtime import config_schema
   from synthneg_jax.training import loop
-  from tests import toy
+  from tests import tiny_model
   from tests.training import loop_test
 
   class Model(loop_test.StandIn):
@@ -40,7 +40,7 @@ def main():
       time.sleep(flags.FLAGS.step_s)
       return super().build(step)
 
-  section = config_lib.default().sft
+  section = config_schema.default().sft
   section.update(save_every_steps=flags.FLAGS.save_every_steps, keep_checkpoints=2)
   section.optimizer.update(learning_rate=0.05)
   if flags.FLAGS.largest_file:
@@ -50,10 +50,10 @@ def main():
     "small",
     section,
     Model(),
-    toy.make_params(Model()),
+    tiny_model.make_params(Model()),
     loop_test.objective,
     Slow(num_steps=6),
-    toy.one_device_mesh(),
+    tiny_model.one_device_mesh(),
     workdir,
   )
   np.savez(workdir / "trained.npz", matrix=params["matrix"], scale=params["norm"]["scale"])

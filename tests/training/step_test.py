@@ -8,17 +8,16 @@ from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import losses
 from synthneg_jax.core.tree import Branch, Tree
-from synthneg_jax.models import layout
-from synthneg_jax.runtime import config as config_lib
-from synthneg_jax.runtime import mesh as mesh_lib
+from synthneg_jax.models import layer_stacking
+from synthneg_jax.runtime import config_schema, device_mesh
 from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training import objectives, optimizer
 from synthneg_jax.training import step as step_lib
 from synthneg_jax.training.batch import Example, PairInTree, Shape
-from tests import toy
+from tests import tiny_model
 
 # 32 tokens and 16 wide, so that every axis divides by 2 and the width by 8; one layer compiles fastest.
-MODEL = toy.model(dtype="float64", param_dtype="float64", vocab_size=32, num_layers=1)
+MODEL = tiny_model.model(dtype="float64", param_dtype="float64", vocab_size=32, num_layers=1)
 SHAPE = Shape(rows=8, length=12, scored=9, pairs=2, branches=3)
 
 
@@ -36,13 +35,13 @@ def make_batch() -> batch_lib.Batch:
 
 def take_step(mesh, accumulate: int = 1):
   """(metrics, state) after one step from the same parameters, both as numpy."""
-  section = config_lib.default().dpo.optimizer
+  section = config_schema.default().dpo.optimizer
   section.update(learning_rate=0.05, weight_decay=0.1, schedule="constant", warmup_share=0.0)
   made = optimizer.make_optimizer(section, 4)
   shardings = step_lib.state_shardings(MODEL, made, mesh)
   loss = functools.partial(losses.dpo_loss, beta=0.3)
   objective = objectives.make_preference(MODEL, SHAPE.branches, loss, beta=0.3, nll_weight=0.2, eos_ids=(2,))
-  params = jax.device_put(toy.make_params(MODEL), mesh_lib.shardings(mesh, MODEL.logical_axes()))
+  params = jax.device_put(tiny_model.make_params(MODEL), device_mesh.shardings(mesh, MODEL.logical_axes()))
   state = step_lib.make_init(made, shardings)(params)
   batch = jax.device_put(make_batch(), step_lib.batch_shardings(mesh))
   state, metrics = step_lib.make_step(objective, made, shardings, mesh, accumulate)(state, batch)
@@ -60,7 +59,7 @@ class StepTest(parameterized.TestCase):
     # Every program here runs once: compiling is all their time.
     cls.addClassCleanup(jax.config.update, "jax_disable_most_optimizations", False)
     jax.config.update("jax_disable_most_optimizations", True)
-    cls.metrics, cls.state = take_step(toy.one_device_mesh())
+    cls.metrics, cls.state = take_step(tiny_model.one_device_mesh())
 
   def assert_same(self, metrics, state, atol):
     found, wanted = (metrics, state), (self.metrics, self.state)
@@ -71,7 +70,7 @@ class StepTest(parameterized.TestCase):
   def test_the_step_moves_all_parameters(self):
     # Fails if the updates are not applied, if a parameter has no gradient, or if the step is not counted; the tests
     # below would compare parameters that stood still.
-    before = jax.tree.map(np.asarray, layout.apart(toy.make_params(MODEL)))
+    before = jax.tree.map(np.asarray, layer_stacking.apart(tiny_model.make_params(MODEL)))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(self.state["params"]), strict=True):
       self.assertGreater(np.abs(new - old).max(), 0.01)
       self.assertLess(np.abs(new - old).max(), 0.1)
@@ -81,17 +80,17 @@ class StepTest(parameterized.TestCase):
 
   def test_accumulation_changes_nothing(self):
     # Fails if microbatches are averaged, if the last one's gradients or metrics stand for all, or if counts are split.
-    self.assert_same(*take_step(toy.one_device_mesh(), accumulate=2), atol=1e-9)
+    self.assert_same(*take_step(tiny_model.one_device_mesh(), accumulate=2), atol=1e-9)
 
   def test_accumulation_takes_batches_without_pairs(self):
     # Fails if microbatches of an empty array are given a size that has to be guessed from it.
     examples = [Example(Tree([1, 2 + i], (Branch(2, [3, 4]),))) for i in range(2)]
     batch = batch_lib.build(examples, Shape(rows=2, length=4, scored=2, pairs=0, branches=1))
-    made, mesh = optimizer.make_optimizer(config_lib.default().sft.optimizer, 4), toy.one_device_mesh()
+    made, mesh = optimizer.make_optimizer(config_schema.default().sft.optimizer, 4), tiny_model.one_device_mesh()
     shardings = step_lib.state_shardings(MODEL, made, mesh)
 
     def loss(accumulate):
-      state = step_lib.make_init(made, shardings)(toy.make_params(MODEL))
+      state = step_lib.make_init(made, shardings)(tiny_model.make_params(MODEL))
       step = step_lib.make_step(objectives.make_sft(MODEL), made, shardings, mesh, accumulate)
       return np.divide(*jax.device_get(step(state, batch)[1]["loss/per_token"]))
 
@@ -101,25 +100,25 @@ class StepTest(parameterized.TestCase):
   def test_a_mesh_changes_nothing(self, *sizes):
     # Fails if a device's part of the loss is a mean of its own rows, if gradients are not summed over devices, or if
     # moments lie otherwise than their parameters (take_step checks where each leaf of the state lies).
-    self.assert_same(*take_step(mesh_lib.make_mesh(*sizes)), atol=1e-9)
+    self.assert_same(*take_step(device_mesh.make_mesh(*sizes)), atol=1e-9)
 
 
 class ShardingsTest(absltest.TestCase):
   def test_state_and_batch_lie_as_the_rules_say(self):
     # Fails if moments are replicated, if layers are stacked where they are unrolled, or apart where they are scanned or
     # kept, if counts are split over rows, or if a batch's rows are not split.
-    mesh = mesh_lib.make_mesh(2, 2, 2)
-    made = optimizer.make_optimizer(config_lib.default().sft.optimizer, 4)
+    mesh = device_mesh.make_mesh(2, 2, 2)
+    made = optimizer.make_optimizer(config_schema.default().sft.optimizer, 4)
 
     def query(model, **how):
       found = jax.tree_util.tree_leaves_with_path(step_lib.state_shardings(model, made, mesh, **how))
       return [tuple(sharding.spec) for path, sharding in found if jax.tree_util.keystr(path).endswith("['query']")]
 
     stacked = [(None, "fsdp", "tensor")] * 3  # two moments and the parameter
-    self.assertEqual(query(toy.model()), [("fsdp", "tensor")] * 3 * toy.CONFIG.num_layers)
-    self.assertEqual(query(toy.model(scan_layers=True)), stacked)
-    self.assertEqual(query(toy.model(), stacked=True), stacked)
-    shardings = step_lib.state_shardings(toy.model(), made, mesh)
+    self.assertEqual(query(tiny_model.model()), [("fsdp", "tensor")] * 3 * tiny_model.CONFIG.num_layers)
+    self.assertEqual(query(tiny_model.model(scan_layers=True)), stacked)
+    self.assertEqual(query(tiny_model.model(), stacked=True), stacked)
+    shardings = step_lib.state_shardings(tiny_model.model(), made, mesh)
     self.assertEqual(tuple(shardings["step"].spec), ())
     batch = step_lib.batch_shardings(mesh)
     self.assertEqual(tuple(batch.trees.spec), (("slice", "data", "fsdp"),))

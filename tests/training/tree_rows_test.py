@@ -23,10 +23,10 @@ from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training import objectives
 from synthneg_jax.training.batch import Example, PairInTree, Shape
-from tests import toy
+from tests import tiny_model
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
-VOCAB, EOS = toy.CONFIG.vocab_size, 1
+VOCAB, EOS = tiny_model.CONFIG.vocab_size, 1
 BETA, SMOOTHING, NLL, TAU, PENALTY = 0.3, 0.1, 0.2, 0.05, 4.0
 SHAPE = Shape(rows=3, length=64, scored=56, pairs=12, branches=12)
 NUM_ALONE, LONGEST = 24, 24  # unpacked sequences of a case, and their length, padded
@@ -204,7 +204,7 @@ def make_objective(model, name: str, weights):
 
 @functools.cache
 def make_model(dtype: str):
-  return toy.model(dtype=dtype, param_dtype=dtype)
+  return tiny_model.model(dtype=dtype, param_dtype=dtype)
 
 
 @functools.cache
@@ -289,7 +289,7 @@ class TreeRowsTest(parameterized.TestCase):
     self.assertEqual(trees_in_row[-1], 0)  # a row has nothing else
     tolerance = TOLERANCE[dtype]
     with jax.enable_x64(dtype == "float64"):
-      params = toy.make_params(make_model(dtype))
+      params = tiny_model.make_params(make_model(dtype))
       loss, grads, logp_RS = packed(params, batch, objective, dtype)
       expected_loss, expected_grads, expected_logp = alone(params, work, ALONE[objective], dtype)
     self.assertEqual({leaf.dtype for leaf in jax.tree.leaves((loss, grads, logp_RS))}, {np.dtype(dtype)})

@@ -1,0 +1,1 @@
+"""Speed against the tools that users would pick instead. Not part of the installed package."""

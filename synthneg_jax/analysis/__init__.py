@@ -1,1 +1,0 @@
-"""Drawing: the report and the figures."""

@@ -1,0 +1,1 @@
+"""Problem files, datasets and records; prompts, steps and token text."""

@@ -1,0 +1,1 @@
+"""The decoding engine (sampling, rollouts, evaluation), policies, and remote servers behind the same interface."""

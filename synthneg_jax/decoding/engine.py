@@ -1,0 +1,219 @@
+"""The decoding engine: trunks with items go in, branches come out. Sampling, credit and evaluation all use it."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from synthneg_jax.decoding import decode as decode_lib
+from synthneg_jax.decoding.decode import Geometry, Stops
+from synthneg_jax.decoding.sampling import Sampling
+from synthneg_jax.models import layer_stacking
+from synthneg_jax.models.decoder import Model
+from synthneg_jax.runtime import device_mesh, processes
+
+FINISH_REASONS = {decode_lib.EOS: "eos", decode_lib.STOP: "stop", decode_lib.LENGTH: "length"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+  """A trunk and the branches wanted from it.
+
+  Attributes:
+    ids: int [C].
+    forks: for each item how many trunk tokens it continues, 1..C.
+    keys: uint32 [items, 2], a key for each item (runtime/keys.py): its draws depend on it and nothing else.
+    limits: for each item the most new tokens it may have, at least 1; None for the engine's max_new_tokens.
+  """
+
+  ids: Sequence[int]
+  forks: Sequence[int]
+  keys: np.ndarray
+  limits: Sequence[int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """One grown branch.
+
+  Attributes:
+    ids: int32 [n], ending with EOS iff the model stopped there.
+    logp: float32 [n] nats under the untempered model; drawn_logp: under the distribution that was drawn from.
+    finish: "eos", "stop" (a stop string was completed) or "length".
+  """
+
+  ids: np.ndarray
+  logp: np.ndarray
+  drawn_logp: np.ndarray
+  finish: str
+
+
+def bucket(size: int) -> int:
+  """The next of 1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 80, 96, ...: few shapes, little of them empty."""
+  power = 1 << (size - 1).bit_length()
+  quarter = power // 8
+  return power if quarter < 8 else -(-size // quarter) * quarter
+
+
+def as_read(model: Model, params):
+  """Parameters as decoding reads them, once for all its calls.
+
+  Matrices in the dtype of the products that they are cast to anyway, so that no token reads more bytes than it needs (norms'
+  scales enter in float32); unrolled layers are taken apart.
+  """
+  dtype = np.dtype(model.config.dtype)
+  names = lambda axes, leaf: leaf if "norm" in axes else leaf.astype(dtype)
+  params = jax.tree.map(names, model.logical_axes(), params, is_leaf=lambda leaf: isinstance(leaf, tuple))
+  return layer_stacking.apart(params) if layer_stacking.unrolls(model.config) else params
+
+
+def params_shardings(model: Model, mesh: Mesh):
+  """Where `as_read` parameters lie: see `runtime.mesh.decoding`, which made this mesh."""
+  shardings = device_mesh.shardings(mesh, model.logical_axes())
+  return (
+    layer_stacking.shardings_apart(shardings, model.config.num_layers)
+    if layer_stacking.unrolls(model.config)
+    else shardings
+  )
+
+
+@functools.lru_cache(maxsize=64)
+def programs(model: Model, mesh: Mesh, g: Geometry, how: Sampling, stops: Stops):
+  """The compiled programs of one geometry: (empty, prefill, decode, collect, resting); parameters stay as they lie.
+
+  The mesh is one that `runtime.mesh.decoding` made.
+  """
+  state = decode_lib.state_shardings(model, mesh)
+  one = device_mesh.replicated(mesh)
+  bound = lambda fn: device_mesh.under(mesh, functools.partial(fn, model, g, how, stops))
+  return (
+    jax.jit(functools.partial(decode_lib.empty_state, model, g), out_shardings=state),
+    jax.jit(bound(decode_lib.prefill), in_shardings=(None, state) + (one,) * 7, out_shardings=state, donate_argnums=1),
+    jax.jit(bound(decode_lib.decode), in_shardings=(None, state, one), out_shardings=state, donate_argnums=1),
+    jax.jit(decode_lib.collect, in_shardings=(state, one), out_shardings=one),
+    jax.jit(decode_lib.resting, in_shardings=(state,), out_shardings=one),
+  )
+
+
+class Engine:
+  """Decodes any number of trunks with a fixed set of compiled programs.
+
+  Attributes:
+    stats: decode steps, slot steps that did work and slot steps in all, prefilled tokens, over all runs.
+  """
+
+  def __init__(self, model: Model, mesh: Mesh, stops: Stops, *, lanes: int, slots: int, max_new_tokens: int):
+    """Compiles nothing yet.
+
+    Args:
+      model: the architecture.
+      mesh: lanes are split over its "data" and "fsdp" axes, parameters over "tensor" only.
+      stops: EOS ids and stop strings.
+      lanes: trunks held at once; rounded up to a multiple of the mesh's row shards.
+      slots: branches of a trunk that grow at once.
+      max_new_tokens: L.
+    """
+    shards = device_mesh.row_shards(mesh)
+    self._model, self._mesh, self._stops = model, device_mesh.decoding(mesh), stops
+    self._lanes, self._slots, self._new = -(-lanes // shards) * shards, slots, max_new_tokens
+    self._given = self._params = None
+    self.stats = {"steps": 0, "busy_slots": 0, "slots": 0, "prefill_tokens": 0}
+
+  def run(
+    self, params, trunks: Sequence[Trunk], how: Sampling, longest: int = 0
+  ) -> Iterator[tuple[int, list[Generation]]]:
+    """Yields (index of the trunk, its branches in the order of its items) as trunks finish.
+
+    The tokens of an item depend on its trunk, fork and key, not on what shares the batch. Programs are compiled for bucketed
+    numbers of trunks, of their tokens and of their items; a caller that comes in rounds gives the tokens of the `longest`
+    trunk that it will ever bring, so that all rounds share one length. Of several processes each gives the same trunks, runs
+    the same programs in step, and gets all branches.
+
+    Raises:
+      Stopped: SIGTERM came; after the trunks that had finished by then.
+    """
+    if not trunks:
+      return
+    shards = device_mesh.row_shards(self._mesh)
+    lanes = min(self._lanes, -(-bucket(len(trunks)) // shards) * shards)
+    g = Geometry(
+      lanes=lanes,
+      slots=self._slots,
+      trunk=bucket(max(longest, *(len(trunk.ids) for trunk in trunks))),
+      items=bucket(max(len(trunk.forks) for trunk in trunks)),
+      new=self._new,
+      refill=max(lanes // 4, 1),
+    )
+    empty, prefill, decode, collect, resting = programs(self._model, self._mesh, g, how, self._stops)
+    params, state = self._laid_out(params), empty()
+    waiting = list(range(len(trunks)))[::-1]
+    held = [-1] * lanes  # which trunk a lane holds
+
+    while waiting or any(trunk >= 0 for trunk in held):
+      free = [lane for lane in range(lanes) if held[lane] < 0]
+      while waiting and free:
+        group = [(free.pop(0), waiting.pop()) for _ in range(min(g.refill, len(free), len(waiting)))]
+        for lane, index in group:
+          held[lane] = index
+        state = prefill(params, state, *self._arrays(g, [(lane, trunks[index]) for lane, index in group]))
+      state = decode(params, state, np.int32(g.refill if waiting else lanes))
+      rests = np.asarray(resting(state))
+      done = [lane for lane in range(lanes) if held[lane] >= 0 and rests[lane]]
+      for start in range(0, len(done), g.refill):
+        part = done[start : start + g.refill]
+        lane = np.full(g.refill, part[-1], np.int32)
+        lane[: len(part)] = part
+        arrays = jax.device_get(collect(state, lane))
+        for row, lane in enumerate(part):
+          yield held[lane], _generations([array[row] for array in arrays], len(trunks[held[lane]].forks))
+          held[lane] = -1
+      if processes.stopping():
+        raise processes.Stopped
+    steps, busy = jax.device_get((state.steps, state.busy))
+    self.stats["steps"] += int(steps)
+    self.stats["busy_slots"] += int(busy)
+    self.stats["slots"] += int(steps) * lanes * self._slots
+
+  def _laid_out(self, params):
+    """The parameters as the programs read them, laid out once and not in each call."""
+    if self._given is not params:
+      lay_out = jax.jit(
+        functools.partial(as_read, self._model), out_shardings=params_shardings(self._model, self._mesh)
+      )
+      self._given, self._params = params, lay_out(params)
+    return self._params
+
+  def _arrays(self, g: Geometry, group):
+    self.stats["prefill_tokens"] += sum(len(trunk.ids) for _, trunk in group)
+    return trunk_arrays(g, group)
+
+
+def trunk_arrays(g: Geometry, group: Sequence[tuple[int, Trunk]]) -> tuple[np.ndarray, ...]:
+  """What `decode.prefill` takes besides parameters and state, of trunks and the lanes that they go to."""
+  lane = np.full(g.refill, g.lanes, np.int32)
+  token = np.zeros((g.refill, g.trunk), np.int32)
+  length = np.zeros(g.refill, np.int32)
+  fork = np.ones((g.refill, g.items), np.int32)
+  key = np.zeros((g.refill, g.items, 2), np.uint32)
+  limit = np.full((g.refill, g.items), g.new, np.int32)
+  count = np.zeros(g.refill, np.int32)
+  for row, (to, trunk) in enumerate(group):
+    size, items = len(trunk.ids), len(trunk.forks)
+    lane[row], length[row], count[row] = to, size, items
+    token[row, :size], fork[row, :items], key[row, :items] = trunk.ids, trunk.forks, trunk.keys
+    if trunk.limits is not None:
+      limit[row, :items] = np.minimum(trunk.limits, g.new)
+  return lane, token, length, fork, key, limit, count
+
+
+def _generations(arrays, num_items: int) -> list[Generation]:
+  token, logp, drawn, size, finish = arrays
+  return [
+    Generation(
+      token[i, : size[i]].copy(), logp[i, : size[i]].copy(), drawn[i, : size[i]].copy(), FINISH_REASONS[int(finish[i])]
+    )
+    for i in range(num_items)
+  ]

@@ -1,0 +1,134 @@
+"""Rollouts from a server that holds the policy (vLLM, SGLang, or what else speaks OpenAI's completions), as the engine's.
+
+One request a rollout, each with a seed of its own: what is drawn does not hang on what was asked beside it, and servers
+keep the shared prefix's cache. The prompt goes out as token ids and the drawn ids come back, where the server can do that.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from synthneg_jax.decoding.engine import Generation, Trunk
+from synthneg_jax.decoding.sampling import Sampling
+from synthneg_jax.teacher.endpoint import Broken, Endpoint
+
+_TOKEN_ID = re.compile(r"token_id:(\d+)")  # vLLM's --return-tokens-as-token-ids
+
+
+def seed_of(key: np.ndarray) -> int:
+  """A draw's key (uint32 [2]) as a number in [0, 2⁶³)."""
+  return (int(key[0]) << 32 | int(key[1])) >> 1
+
+
+class RemoteEngine:
+  """Has the engine's `run` and `stats`.
+
+  Attributes:
+    stats: the engine's, 0 here, and: requests; retokenised, rollouts that came as text and were tokenised once;
+      without_logp, rollouts whose log-probs did not come.
+  """
+
+  def __init__(
+    self,
+    section,
+    *,
+    eos_id: int,
+    encode: Callable[[str], list[int]],
+    decode: Callable[[Sequence[int]], str],
+    stop: Sequence[str],
+    max_new_tokens: int,
+    send_ids: bool,
+  ):
+    """Opens no connection yet.
+
+    Args:
+      section: config section of the endpoint.
+      eos_id: of the policy's tokenizer.
+      encode, decode: text to ids without special tokens, ids to text with them.
+      stop: strings that end a response besides EOS.
+      max_new_tokens: L.
+      send_ids: the prompt goes as ids and ids are asked for; else both ways as text.
+
+    Raises:
+      UserError: as `Endpoint`.
+    """
+    self._endpoint, self._model = Endpoint(section), section.model
+    self._eos, self._encode, self._decode, self._send_ids = eos_id, encode, decode, send_ids
+    self._stop, self._new = list(stop), max_new_tokens
+    self.stats = {"steps": 0, "busy_slots": 0, "slots": 0, "prefill_tokens": 0}
+    self.stats |= {"requests": 0, "retokenised": 0, "without_logp": 0}
+
+  def run(
+    self, params, trunks: Sequence[Trunk], how: Sampling, longest: int = 0
+  ) -> Iterator[tuple[int, list[Generation]]]:
+    """Yields (index of the trunk, its branches in the order of its items) as trunks are complete; params are not read.
+
+    Raises:
+      UserError: the server refuses, or a request brought nothing in all attempts.
+    """
+    del params, longest
+    items = [(t, n) for t, trunk in enumerate(trunks) for n in range(len(trunk.forks))]
+    made = [[None] * len(trunk.forks) for trunk in trunks]
+    work = lambda item: self._draw(trunks[item[0]], item[1], how)
+    for (t, n), (generation, retokenised) in self._endpoint.many(items, work, max_failed=0):
+      made[t][n] = generation
+      self.stats["requests"] += 1
+      self.stats["retokenised"] += retokenised
+      self.stats["without_logp"] += generation.logp is None
+      if all(made[t]):
+        yield t, made[t]
+
+  def _draw(self, trunk: Trunk, number: int, how: Sampling) -> tuple[Generation, bool]:
+    ids = [int(i) for i in trunk.ids[: trunk.forks[number]]]
+    extra = {"return_token_ids": True} if self._send_ids else {}
+    if how.top_k:
+      extra["top_k"] = how.top_k
+    arguments = {
+      "model": self._model,
+      "prompt": ids if self._send_ids else self._decode(ids),
+      "max_tokens": int(trunk.limits[number]) if trunk.limits else self._new,
+      "temperature": how.temperature,
+      "top_p": how.top_p,
+      "seed": seed_of(trunk.keys[number]),
+      "logprobs": 1,
+      "extra_body": extra,
+    }
+    if self._stop:
+      arguments["stop"] = self._stop
+
+    def send():
+      response = self._endpoint.client.completions.with_raw_response.create(**arguments)
+      try:
+        choice = response.parse().choices[0]
+        return response.headers, self._generation(choice)
+      except Exception as error:  # the parser's; or it is no completion
+        raise Broken(f"no completion ({error})", response.text[:2000]) from error
+
+    return self._endpoint.call(send)[1]
+
+  def _generation(self, choice) -> tuple[Generation, bool]:
+    """A choice as (branch, whether its text had to be tokenised)."""
+    ids, logprobs = getattr(choice, "token_ids", None), choice.logprobs
+    tokens = (logprobs.tokens if logprobs else None) or []
+    logp = (logprobs.token_logprobs if logprobs else None) or None
+    if ids is None and tokens and all(_TOKEN_ID.fullmatch(token) for token in tokens):
+      ids = [int(_TOKEN_ID.fullmatch(token).group(1)) for token in tokens]
+    retokenised = ids is None
+    if retokenised:
+      ids = self._encode(choice.text)
+      if [token.encode() for token in tokens] != [self._decode([i]).encode() for i in ids]:
+        logp = None  # they are of other tokens
+    ids = list(ids)
+    at_string = choice.finish_reason == "stop" and any(stop in self._decode(ids) for stop in self._stop)
+    named = getattr(choice, "stop_reason", None)  # vLLM: the stop string; none where EOS ended it
+    if choice.finish_reason == "stop" and not at_string and not isinstance(named, str) and ids[-1:] != [self._eos]:
+      ids.append(self._eos)  # its author stopped here; the server left EOS out
+    if logp is not None and (len(logp) != len(ids) or any(value is None for value in logp)):
+      logp = None
+    if ids[-1:] == [self._eos]:
+      finish = "eos"
+    else:
+      finish = "stop" if choice.finish_reason == "stop" else "length"
+    logp = None if logp is None else np.asarray(logp, np.float32)
+    return Generation(np.asarray(ids, np.int32), logp, logp, finish), retokenised

@@ -1,0 +1,1 @@
+"""Step-level credit against response-level credit on an MDP where every value is known."""

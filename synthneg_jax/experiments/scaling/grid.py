@@ -1,0 +1,186 @@
+"""Cells of a study: a size of D_syn, a seed and a method, each leaving one small JSON file.
+
+Cells of one size and seed share a run folder, and with it π_sft, traces and credit. Whoever works on such a folder holds its
+claim, a file that is touched every minute, so that several machines may share a workdir.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from synthneg_jax.data.records import Shards, Trace
+from synthneg_jax.experiments.scaling import methods
+from synthneg_jax.pipeline.experiment import is_free
+from synthneg_jax.runtime import config_schema, manifest
+from synthneg_jax.runtime.errors import UserError
+
+_STALE_S = 600.0  # a claim that nobody touched for so long is nobody's
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One point: a method trained from `size` problems, with a seed."""
+
+  size: int
+  seed: int
+  method: methods.Method
+
+  @property
+  def name(self) -> str:
+    """Of its file."""
+    return f"{self.method.name.replace(',', '-')}_{self.size}_{self.seed}"
+
+  @property
+  def unit(self) -> str:
+    """Of the run folder that it shares."""
+    return f"{self.size}_{self.seed}"
+
+
+def read(config) -> list[Cell]:
+  """The cells that study.grid asks for, small ones first, each once.
+
+  Raises:
+    UserError: a line that is not "SIZE SIZE ...: METHOD METHOD ...".
+  """
+  cells = {}
+  for line in config.study.grid:
+    sizes, names = methods.split_line("grid", line, "METHOD METHOD ...")
+    if not all(size.isdigit() and int(size) for size in sizes):
+      raise UserError(f'study.grid: {line!r} is not of the form "SIZE SIZE ...: METHOD METHOD ...", sizes in problems.')
+    for size in map(int, sizes):
+      for name in names:
+        method = methods.parse(name, config)
+        for seed in config.study.seeds:
+          cells.setdefault((size, seed, name), cell := Cell(size, seed, method))
+        methods.configure(configure(config, cell), method)  # refuses now what a stage would refuse hours later
+  return sorted(cells.values(), key=lambda cell: (cell.size, cell.seed))
+
+
+def configure(config, cell: Cell):
+  """The config of a cell's run folder: of all methods there.
+
+  Raises:
+    UserError: a line of study.settings that is not "SIZE SIZE ...: LEAF=VALUE ..." or the same with methods.
+  """
+  leaves = {"seed": cell.seed, "task.train_problems": cell.size}
+  for line in config.study.settings:
+    where, settings = methods.split_line("settings", line, "LEAF=VALUE LEAF=VALUE ...")
+    strange = [word for word in where if not word.isdigit() and word not in methods.KINDS]
+    if strange:
+      raise UserError(f"study.settings: {line!r}: {strange[0]!r} is neither a size in problems nor a method.")
+    for setting in settings if str(cell.size) in where else ():
+      leaves |= methods.read_setting(setting, config, f"study.settings: {line!r}")
+  return methods.with_leaves(config, leaves)
+
+
+def config_hash(config, cell: Cell) -> str:
+  """Of the leaves that decide what the cell holds and differ from the default tree.
+
+  Leaves of stages that it does not rest on are left out, and so are defaults: a leaf that a later version adds leaves
+  published cells valid.
+  """
+  leaves = config_schema.plain(methods.configure(configure(config, cell), cell.method))
+  defaults = config_schema.plain(config_schema.default())
+  stages = {name.split("/")[0] for name in cell.method.path} | set(methods.KINDS[cell.method.kind].sections)
+  sections = {"seed", "task", "model", "engine", "evaluate"} | stages
+  kept = {
+    leaf: value
+    for leaf, value in leaves.items()
+    if leaf.split(".")[0] in sections and not is_free(leaf) and value != defaults[leaf]
+  }
+  return hashlib.sha256(json.dumps([kept, cell.method.name, cell.seed], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(folder: epath.Path, config, cell: Cell) -> dict | None:
+  """What a finished cell left, or None.
+
+  Raises:
+    UserError: the file is of another config, or is none of a cell.
+  """
+  path = folder / f"{cell.name}.json"
+  if not path.exists():
+    return None
+  try:
+    found = json.loads(path.read_text())
+    if found["config_hash"] == config_hash(config, cell):
+      return found
+  except (ValueError, KeyError, TypeError):
+    raise UserError(f"{path} is no cell of a study; delete it to have it made again.") from None
+  raise UserError(f"{path} was made with another config; take another --workdir, or delete it to have it made again.")
+
+
+def wrong(found: dict) -> np.ndarray:
+  """Which test problems the cell's policy gets wrong: bool [N], in the order of their ids."""
+  bits = np.frombuffer(base64.b64decode(found["wrong"]), np.uint8)
+  return np.unpackbits(bits, count=found["num_problems"]).astype(bool)
+
+
+def write(folder: epath.Path, workdir: epath.Path, config, cell: Cell, seconds: float) -> dict:
+  """Gathers a finished cell from its run folder into its JSON file."""
+  test = f"evaluate/{cell.method.name.replace(',', '-')}"
+  traces = sorted(Shards(workdir / test / "traces", Trace).read(), key=lambda trace: trace.problem_id)
+  verdicts = np.array([not trace.correct for trace in traces])
+  figures = {name: manifest.figures(workdir, name) for name in (*cell.method.path, test)}
+  found = {
+    "method": cell.method.name,
+    "size": cell.size,
+    "seed": cell.seed,
+    "config_hash": config_hash(config, cell),
+    "test_error": round(float(verdicts.mean()), 5),
+    "num_problems": len(verdicts),
+    "problems": hashlib.sha256("\n".join(trace.problem_id for trace in traces).encode()).hexdigest()[:16],
+    "wrong": base64.b64encode(np.packbits(verdicts).tobytes()).decode(),
+    "seconds": round(seconds, 1),
+    "stages": figures,
+    "versions": manifest.versions(),
+    "git_commit": manifest.git_commit(),
+  }
+  manifest.write_json(folder / f"{cell.name}.json", found)
+  return found
+
+
+@contextlib.contextmanager
+def claim(folder: epath.Path, unit: str) -> Iterator[bool]:
+  """Holds the claim on a run folder; yields False where another process holds it.
+
+  The claim is a file that is made only where there is none, and that says who made it. A bucket knows no such file: there
+  one machine works alone.
+  """
+  if "://" in os.fspath(folder):
+    yield True
+    return
+  path = folder / f"{unit}.claim"
+  folder.mkdir(parents=True, exist_ok=True)
+  who = f"{socket.gethostname()} {os.getpid()}"
+  if path.exists() and time.time() - path.stat().mtime > _STALE_S:
+    path.unlink()
+  try:
+    with open(os.fspath(path), "x") as file:
+      file.write(who)
+  except FileExistsError:
+    yield False
+    return
+  over = threading.Event()
+
+  def touch():
+    while not over.wait(60.0):
+      os.utime(os.fspath(path))
+
+  thread = threading.Thread(target=touch, daemon=True)
+  thread.start()
+  try:
+    yield True
+  finally:
+    over.set()
+    thread.join()
+    path.unlink(missing_ok=True)

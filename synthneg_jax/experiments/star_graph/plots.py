@@ -1,0 +1,219 @@
+"""Figure 8 from its cells: curves over seeds with their intervals, as JSON, CSV, SVG and PNG; and single graphs and cells.
+
+Intervals are 95 % ones of a mean over seeds, by Student's t.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from synthneg_jax.core.statistics import mean_interval
+from synthneg_jax.report import figures
+
+_SHADES = ("#9ecae9", "#3b86c8", "#1b4f87", "#d9772b", "#8f4513", "#4b2a10")  # checkpoints, the earliest first
+
+
+def _curve(cells: Sequence[dict]) -> dict:
+  """Every measure of these cells, one a seed: {"step": [...], "test/error": [[mean, low, high], ...], ...}."""
+  points_RP = [cell["curve"] for cell in cells]
+  found = {"step": [point["step"] for point in points_RP[0]]}
+  for split in ("train", "test"):
+    for name in points_RP[0][0][split]:
+      found[f"{split}/{name}"] = mean_interval([[point[split][name] for point in points] for points in points_RP])
+  if "dpo_loss" in points_RP[0][0]:
+    found["dpo_loss"] = mean_interval([[point["dpo_loss"] for point in points] for points in points_RP])
+  return found
+
+
+def collect(cells: Sequence[dict], degree: int) -> dict:
+  """What the figure shows.
+
+  Args:
+    cells: the base's, SFT's of every seed, DPO's of every seed and checkpoint. DPO of a checkpoint that leaves a seed without
+      pairs, since nothing was sampled wrong, ends where it began: its curve goes on flat.
+    degree: arms of a graph; chance is 1 / degree.
+
+  Returns:
+    {"chance", "seeds", "base", "sft": curve, "dpo": {checkpoint: {"pairs", **curve}}, "gain": {checkpoint: fall of the test
+    error from the checkpoint to the end of DPO, paired by seed}, "seconds"}; [mean, low, high] wherever seeds are averaged.
+  """
+  base = next(cell for cell in cells if cell["cell"] == "base")
+  sft = [cell for cell in cells if cell["cell"].startswith("sft_")]
+  dpo = [cell for cell in cells if cell["cell"].startswith("dpo_")]
+  longest = max((cell["curve"] for cell in dpo), key=len)
+  for cell in dpo:
+    cell["curve"] += [{**cell["curve"][-1], "step": point["step"]} for point in longest[len(cell["curve"]) :]]
+  of, gain = {}, {}
+  for checkpoint in sorted({cell["checkpoint"] for cell in dpo}):
+    group = [cell for cell in dpo if cell["checkpoint"] == checkpoint]
+    of[str(checkpoint)] = {"pairs": mean_interval([cell["pairs"] for cell in group]), **_curve(group)}
+    errors = [[cell["curve"][i]["test"]["error"] for i in (0, -1)] for cell in group]
+    gain[str(checkpoint)] = mean_interval([start - end for start, end in errors])
+  return {
+    "chance": 1 / degree,
+    "seeds": len(sft),
+    "base": base["test"],
+    "sft": _curve(sft),
+    "dpo": of,
+    "gain": gain,
+    "seconds": round(sum(cell["seconds"] for cell in cells), 1),
+  }
+
+
+def table(result: dict) -> str:
+  """The curves as CSV: method, checkpoint, step, measure, mean, low, high."""
+  text = io.StringIO()
+  rows = csv.writer(text, lineterminator="\n")
+  rows.writerow(["method", "checkpoint", "step", "measure", "mean", "low", "high"])
+  for method, checkpoint, curve in [
+    ("sft", "", result["sft"]),
+    *(("dpo", at, curve) for at, curve in result["dpo"].items()),
+  ]:
+    for name, values in curve.items():
+      if name not in ("step", "pairs"):
+        rows.writerows(
+          [method, checkpoint, step, name, *value] for step, value in zip(curve["step"], values, strict=True)
+        )
+  return text.getvalue()
+
+
+def _line(axes, x, values, color: str, label: str | None = None, dash: str = "-") -> None:
+  mean, low, high = np.array(values).T
+  axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+  axes.plot(x, mean, dash, color=color, linewidth=1.6, label=label)
+
+
+def draw(result: dict, under: Sequence[int], over: Sequence[int]) -> Figure:
+  """Four panels: (a) SFT's and DPO's loss, and the critical token's Q; (b), (c) test error of DPO from its checkpoints.
+
+  Args:
+    result: as `collect` gives it.
+    under, over: the checkpoints of (b) and of (c). (a) shows DPO from the last of `under`.
+  """
+  with matplotlib.rc_context(figures.STYLE):
+    figure = Figure(figsize=(7.0, 4.8), layout="constrained")
+    (loss, value), (early, late) = figure.subplots(2, 2)
+    sft, shown = result["sft"], under[-1]
+    dpo = result["dpo"][str(shown)]
+    x = [shown + step for step in dpo["step"]]
+    for split, dash in (("train", "-"), ("test", "--")):
+      _line(loss, sft["step"], sft[f"{split}/loss"], figures.ORANGE, f"SFT, {split}", dash)
+      _line(value, sft["step"], sft[f"{split}/value"], figures.ORANGE, f"SFT, {split}", dash)
+      _line(value, x, dpo[f"{split}/value"], figures.BLUE, f"DPO from {shown}, {split}", dash)
+    _line(loss, x, dpo["dpo_loss"], figures.BLUE, f"DPO's loss from {shown}")
+    for axes, checkpoints in ((early, under), (late, over)):
+      for checkpoint, color in zip(checkpoints, _SHADES[0 if axes is early else 3 :], strict=False):
+        curve = result["dpo"][str(checkpoint)]
+        _line(axes, curve["step"], curve["test/error"], color, f"from SFT step {checkpoint}")
+      axes.set_ylabel("test error, greedy")
+      axes.set_xlabel("DPO steps")
+      axes.set_ylim(0, 1)
+    for axes, level in ((value, result["chance"]), (early, 1 - result["chance"]), (late, 1 - result["chance"])):
+      axes.axhline(level, color=figures.GREY, linewidth=1, linestyle=":")
+      axes.annotate("chance", (1, level), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
+                    ha="right", fontsize=7)  # fmt: skip
+    loss.set_ylabel("loss")
+    loss.set_ylim(bottom=0)
+    value.set_ylabel("mean Q of the critical token")
+    value.set_ylim(0, 1)
+    for axes, title in zip(
+      (loss, value, early, late), ("a  loss", "a  credit", "b  under-trained", "c  over-trained"), strict=True
+    ):
+      axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
+      axes.grid(axis="y")
+      axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+      axes.legend(frameon=False, fontsize=7)
+    for axes in (loss, value):
+      axes.set_xlabel("steps")
+    return figure
+
+
+def draw_graph(
+  arm_AL: Sequence[Sequence[int]], goal: int, policy_A: Sequence[float], q_A: Sequence[float] | None = None
+) -> Figure:
+  """One star graph, the right arm blue, with what a policy gives to the first node of each arm.
+
+  Args:
+    arm_AL: nodes of every arm from the centre to its leaf.
+    goal: the arm whose leaf is asked for.
+    policy_A: π(first node | prompt, centre) of each arm.
+    q_A: Q after it; None to leave it out.
+  """
+  with matplotlib.rc_context(figures.STYLE):
+    figure = Figure(figsize=(5.4, 0.4 + 0.75 * len(arm_AL)), layout="constrained")
+    axes = figure.subplots()
+    middle, last = (len(arm_AL) - 1) / 2, len(arm_AL[0]) - 1
+    for arm, nodes in enumerate(arm_AL):
+      color, y = (figures.BLUE if arm == goal else figures.GREY), len(arm_AL) - 1 - arm
+      places = [(0, middle), *((x, y) for x in range(1, last + 1))]
+      for start, end in zip(places, places[1:], strict=False):
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": color, "shrinkA": 11, "shrinkB": 11})
+      for place, node in zip(places[1:], nodes[1:], strict=True):
+        axes.plot(*place, "o", markersize=20, color="white", markeredgecolor=color, markeredgewidth=1.6)
+        axes.annotate(str(node), place, ha="center", va="center")
+      said = f"π = {policy_A[arm]:.2f}" + (f", Q = {q_A[arm]:.2f}" if q_A is not None else "")
+      axes.annotate(said, places[1], (0, 14), textcoords="offset points", ha="center", fontsize=8)
+      if arm == goal:
+        axes.annotate("goal", places[-1], (16, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.plot(0, middle, "o", markersize=20, color=figures.GREY)
+    axes.annotate(str(arm_AL[0][0]), (0, middle), ha="center", va="center", color="white")
+    axes.set_xlim(-0.3, last + 0.5)
+    axes.set_ylim(-0.4, len(arm_AL) - 0.4)
+    axes.set_axis_off()
+    return figure
+
+
+def draw_cell(cell: dict, chance: float) -> Figure:
+  """One training of one seed: its loss, the probability of the right critical node, and the greedy error on test problems.
+
+  Args:
+    cell: of SFT or DPO, as the study leaves it.
+    chance: probability of the right critical node where some arm is walked.
+  """
+  points = cell["curve"]
+  steps = [point["step"] for point in points]
+  of = lambda split, name: [point[split][name] for point in points]
+  ours = {"color": figures.BLUE, "linewidth": 1.6}
+  with matplotlib.rc_context(figures.STYLE):
+    figure = Figure(figsize=(7.0, 2.4), layout="constrained")
+    loss, critical, error = figure.subplots(1, 3)
+    if "dpo_loss" in points[0]:
+      loss.plot(steps, [point["dpo_loss"] for point in points], **ours)
+      loss.set_ylabel("DPO's loss, per pair")
+    else:
+      loss.plot(steps, of("train", "loss"), **ours)
+      loss.plot(steps, of("test", "loss"), "--", **ours)
+      loss.set_ylabel("SFT's loss, nats per token")
+    critical.plot(steps, of("train", "critical"), label="training problems", **ours)
+    critical.plot(steps, of("test", "critical"), "--", label="test problems", **ours)
+    critical.set_ylabel("π(right critical node)")
+    critical.legend(frameon=False, fontsize=7)
+    error.plot(steps, of("test", "error"), "--", **ours)
+    error.set_ylabel("test error, greedy")
+    loss.set_ylim(bottom=0)
+    for axes, level in ((critical, chance), (error, 1 - chance)):
+      axes.set_ylim(0, 1)
+      axes.axhline(level, color=figures.GREY, linewidth=1, linestyle=":")
+      axes.annotate("chance", (1, level), xycoords=("axes fraction", "data"), xytext=(-2, -9), textcoords="offset points",
+                    ha="right", fontsize=7)  # fmt: skip
+    for axes in (loss, critical, error):
+      axes.set_xlabel("steps")
+      axes.grid(axis="y")
+      axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    return figure
+
+
+def write(result: dict, folder: epath.PathLike, under: Sequence[int], over: Sequence[int]) -> None:
+  """star_graph.json, star_graph.csv, star_graph.png and star_graph.svg."""
+  folder = epath.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "star_graph.json").write_text(json.dumps(result, indent=1) + "\n")
+  (folder / "star_graph.csv").write_text(table(result))
+  figures.save(draw(result, under, over), folder / "star_graph")

@@ -1,0 +1,244 @@
+"""Stage credit: step-level Q. From every step's prefix of a trace, rollouts of π_sft, counted right or not.
+
+One prefill of prompt and trace serves all its prefixes: a rollout is a branch that forks at a step's end. The last step
+has no rollouts: its value is the trace's verdict. Equal prefixes of a problem are estimated once. Which prefixes get
+rollouts is credit.schedule's to say (core/rollout_schedules.py), round by round where it depends on what came out.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from synthneg_jax.core import pairs, rollout_schedules, selection
+from synthneg_jax.data import steps
+from synthneg_jax.data.records import Rollout, Shards, StepEstimate, Trace
+from synthneg_jax.decoding.engine import Generation, Trunk
+from synthneg_jax.decoding.policy import Policy
+from synthneg_jax.decoding.remote import RemoteEngine
+from synthneg_jax.pipeline import tensorboard_summaries, train_policy
+from synthneg_jax.pipeline import traces as traces_lib
+from synthneg_jax.pipeline.experiment import Experiment, sampling
+from synthneg_jax.runtime import keys, processes
+from synthneg_jax.runtime.progress import Progress
+
+_SHARD = 256  # problems a shard
+_OF_OTHERS = Rollout([], False, "", "", 0.0, 0.0)  # a rollout that another process grades and writes
+
+
+def choose(group: Sequence[Trace], max_wrong: int, max_right: int) -> list[Trace]:
+  """The traces of one problem that get credit: distinct, with an answer, the first of each verdict."""
+  right = selection.keep_right([(trace.ids, trace.correct) for trace in group], max_right)
+  wrong = pairs.negatives([(trace.ids, trace.reason) for trace in group], max_wrong)
+  return [group[index] for index in sorted(right + wrong)]
+
+
+@dataclasses.dataclass
+class _Prefix:
+  """The first `steps` + 1 steps of a trace, the first of its problem that begins so, with the rollouts made from there."""
+
+  trace: Trace
+  step: int
+  hash: str
+  samples: list[Rollout] = dataclasses.field(default_factory=list)
+
+  @property
+  def key(self) -> str:
+    return f"{self.trace.id}/{self.step}"
+
+  @property
+  def successes(self) -> int:
+    return sum(sample.correct for sample in self.samples)
+
+
+def _prefixes(traces: Sequence[Trace]) -> dict[str, list[_Prefix]]:
+  """For each trace of one problem its prefixes but the whole; equal ones are the same object."""
+  known, of_trace = {}, {}
+  for trace in traces:
+    hashes = [keys.hash_ids(trace.ids[:end]) for end in trace.step_ends[:-1]]
+    of_trace[trace.id] = [known.setdefault(h, _Prefix(trace, step, h)) for step, h in enumerate(hashes)]
+  return of_trace
+
+
+def _wanted(experiment: Experiment, of_trace: dict[str, list[_Prefix]]) -> dict[str, list[tuple[_Prefix, int]]]:
+  """By the trace that holds them: prefixes and how many more rollouts the schedule wants from each, now."""
+  section = experiment.config.credit
+  schedule = rollout_schedules.SCHEDULES[section.schedule]
+  more = {}
+  for prefixes in of_trace.values():
+    successes, rollouts = [p.successes for p in prefixes], [len(p.samples) for p in prefixes]
+    for prefix, count in zip(prefixes, schedule(successes, rollouts, section.num_rollouts), strict=True):
+      if count:
+        more[prefix.key] = prefix, max(count, more.get(prefix.key, (None, 0))[1])
+  holders = {}
+  for prefix, count in more.values():
+    holders.setdefault(prefix.trace.id, []).append((prefix, count))
+  return holders
+
+
+def _rollouts(
+  experiment: Experiment, policy: Policy, prefixes: Sequence[_Prefix], made: Sequence[Generation], answer: str
+) -> Iterator[Rollout]:
+  """What was grown from these prefixes of one problem's traces, graded all at once."""
+  ids = [one.ids.tolist() for one in made]
+  wholes = [p.trace.ids[: p.trace.step_ends[p.step]] + grown for p, grown in zip(prefixes, ids, strict=True)]
+  texts = [policy.token_text.text(whole) for whole in wholes]
+  graded = traces_lib.verdicts(experiment, texts, [answer] * len(texts), [one.finish for one in made])
+  for one, grown, verdict in zip(made, ids, graded, strict=True):
+    first = (steps.ends(grown, policy.token_text, experiment.config.task) or [0])[0]
+    logps = [None if one.logp is None else round(float(np.sum(one.logp[:end])), 5) for end in (first, len(grown))]
+    yield Rollout(grown, verdict.correct, verdict.reason, one.finish, *logps)
+
+
+def _roll_out(experiment: Experiment, policy: Policy, engine, wanted, prompts, problems, longest: int) -> Iterator[str]:
+  """One round of the engine: adds the rollouts to their prefixes, and yields the id of each trace whose own are there.
+
+  Of several processes each grades the rollouts of its problems; in the end all know which came out right, which the
+  schedule asks for, and nothing more of the others' rollouts.
+  """
+  section, trunks, items = experiment.config.credit, [], []
+  number_of = {key: number for number, key in enumerate(problems)}
+  for group in wanted.values():
+    trace = group[0][0].trace
+    prompt = prompts[trace.problem_id]
+    places = [(prefix, len(prefix.samples) + n) for prefix, count in group for n in range(count)]
+    ends = [trace.step_ends[prefix.step] for prefix, _ in places]
+    draw_keys = [
+      keys.draw_key(experiment.config.seed, "credit", 0, trace.problem_id, prefix.hash, index)
+      for prefix, index in places
+    ]
+    trunks.append(Trunk(prompt + trace.ids[: max(ends)], [len(prompt) + end for end in ends], np.stack(draw_keys)))
+    items.append(places)
+  graded, stopped = [], None
+  try:
+    for index, generations in engine.run(policy.params, trunks, sampling(section), longest):
+      problem = problems[items[index][0][0].trace.problem_id]
+      made = [_OF_OTHERS] * len(generations)
+      if processes.mine(number_of[problem.id]):
+        made = list(_rollouts(experiment, policy, [prefix for prefix, _ in items[index]], generations, problem.answer))
+        graded.append([index, [rollout.correct for rollout in made]])
+      for (prefix, _), rollout in zip(items[index], made, strict=True):
+        prefix.samples.append(rollout)
+      yield items[index][0][0].trace.id
+  except processes.Stopped as stop:
+    stopped = stop
+  for index, verdicts in itertools.chain(*processes.gather(graded)):
+    for (prefix, place), correct in zip(items[index], verdicts, strict=True):
+      prefix.samples[place] = dataclasses.replace(prefix.samples[place], correct=correct)
+  if stopped is not None:
+    raise stopped
+
+
+def _estimates(trace: Trace, prefixes: Sequence[_Prefix]) -> list[StepEstimate]:
+  records = []
+  for step, end in enumerate(trace.step_ends):
+    key, last = f"{trace.id}/{step}", step == len(trace.step_ends) - 1
+    prefix = _Prefix(trace, step, "") if last else prefixes[step]
+    records.append(
+      StepEstimate(
+        trace_id=trace.id,
+        problem_id=trace.problem_id,
+        step=step,
+        prefix_end=end,
+        rollouts=len(prefix.samples),
+        successes=prefix.successes,
+        exact=last,
+        correct=last and trace.correct,
+        samples=[dataclasses.asdict(sample) for sample in prefix.samples] if prefix.key == key else [],
+        samples_at=prefix.key,
+      )
+    )
+  return records
+
+
+def _credit(
+  experiment: Experiment, policy: Policy, engine, chosen: dict[str, list[Trace]], problems, shards, progress
+) -> None:
+  """Writes the estimates of the chosen traces of some problems, made in as many rounds as the schedule takes.
+
+  Raises:
+    Stopped: SIGTERM came; the problems that were finished by then are written.
+  """
+  problems = {key: problems[key] for key in chosen}
+  prompts = {key: train_policy.prompt_ids(experiment, policy, problem) for key, problem in problems.items()}
+  of_trace = {key: prefixes for traces in chosen.values() for key, prefixes in _prefixes(traces).items()}
+  longest = max(
+    (len(prompts[t.problem_id]) + t.step_ends[-2] for t in itertools.chain(*chosen.values()) if t.step_ends[1:]),
+    default=0,
+  )
+  open_traces, said, stopped = of_trace, set(), None
+  try:
+    while wanted := _wanted(experiment, open_traces):
+      for key in _roll_out(experiment, policy, engine, wanted, prompts, problems, longest):
+        if key not in said and not _wanted(experiment, {key: of_trace[key]}):
+          said.add(key)
+          progress.update(1)
+      busy = {prefix.key for group in wanted.values() for prefix, _ in group}
+      open_traces = {key: prefixes for key, prefixes in open_traces.items() if any(p.key in busy for p in prefixes)}
+    progress.update(len(of_trace) - len(said))
+  except processes.Stopped as stop:
+    stopped = stop
+  shards.write(
+    record
+    for number, traces in enumerate(chosen.values())
+    if processes.mine(number) and not _wanted(experiment, {trace.id: of_trace[trace.id] for trace in traces})
+    for trace in traces
+    for record in _estimates(trace, of_trace[trace.id])
+  )
+  if stopped is not None:
+    raise stopped
+
+
+def _remote(experiment: Experiment, policy: Policy) -> RemoteEngine:
+  """The server of credit.endpoint, which is to hold the SFT policy, as the engine."""
+  processes.alone("Credit by rollouts of a server")
+  c, tokenizer = experiment.config, policy.tokenizer
+  return RemoteEngine(
+    c.credit.endpoint,
+    eos_id=tokenizer.eos_token_id,
+    encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+    decode=lambda ids: policy.token_text.text(ids, special=True),
+    stop=c.engine.stop,
+    max_new_tokens=c.engine.max_new_tokens,
+    send_ids=c.credit.endpoint_ids,
+  )
+
+
+def run(experiment: Experiment) -> dict:
+  """Writes credit/estimates/: one StepEstimate a step of every chosen trace, with its rollouts."""
+  stage = experiment.stage("credit", ["task", "model", "engine", "sample", "credit"], ["synthesize", "sft", "sample"])
+  if stage.done:
+    return {}
+  section, policy = experiment.config.credit, experiment.policy("sft")
+  problems = experiment.problems("train")
+  groups = traces_lib.by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
+  engine = (
+    _remote(experiment, policy)
+    if section.endpoint.url
+    else experiment.engine(policy, lanes=section.lanes, slots=section.slots)
+  )
+  shards = Shards(stage.folder / "estimates", StepEstimate)
+  there = {estimate.problem_id for estimate in shards.read()}
+  chosen = {
+    key: choose(group, section.max_wrong_per_problem, section.max_right_per_problem) for key, group in groups.items()
+  }
+  missing = [key for key in chosen if chosen[key] and key not in there]
+  with Progress("credit", sum(len(chosen[key]) for key in missing), "traces") as progress:
+    for start in range(0, len(missing), _SHARD):
+      part = {key: chosen[key] for key in missing[start : start + _SHARD]}
+      _credit(experiment, policy, engine, part, problems, shards, progress)
+  processes.barrier()
+  estimates = list(shards.read())
+  figures = {
+    "traces": len({estimate.trace_id for estimate in estimates}),
+    "steps": len(estimates),
+    "rollouts": sum(len(estimate.samples) for estimate in estimates),
+    "shared_prefixes": sum(estimate.samples_at != estimate.key for estimate in estimates),
+    "rollout_tokens": sum(len(sample["ids"]) for estimate in estimates for sample in estimate.samples),
+    "slot_use": round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3),
+  }
+  tensorboard_summaries.credited(experiment, stage.folder, problems, groups, estimates)
+  if section.endpoint.url:
+    figures |= {name: engine.stats[name] for name in ("requests", "retokenised", "without_logp")}
+  return stage.finish(figures, shards.files())

@@ -1,0 +1,120 @@
+"""What every stage is given: the config, the workdir, and how to open its own folder and the policies of others."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from synthneg_jax.data.records import Problem, Shards
+from synthneg_jax.decoding import policy as policies
+from synthneg_jax.decoding.engine import Engine
+from synthneg_jax.decoding.sampling import Sampling
+from synthneg_jax.runtime import config_schema, device_mesh, manifest, processes
+from synthneg_jax.runtime.errors import UserError
+
+# How it is computed, or which of it, not what: these leaves may differ between a stage's first and second half.
+FREE_LEAVES = (
+  "mesh.",
+  "task.skip_bad_rows",
+  "engine.lanes",
+  "engine.slots",
+  "credit.lanes",
+  "credit.slots",
+  "model.scan_layers",
+  "model.remat",
+  "evaluate.methods",
+  "model.check_parity",
+  *(
+    f"{section}.endpoint.{leaf}"
+    for section in ("synthesis", "credit")
+    for leaf in ("url", "key_variable", "concurrency", "timeout_s", "attempts", "backoff_s")
+  ),
+  *(
+    f"synthesis.{leaf}"
+    for leaf in ("replies", "stream", "max_rounds", "max_failed", "usd_per_million", "budget_usd", "max_tokens_field")
+  ),
+)
+_FREE_ENDS = (".save_every_steps", ".keep_checkpoints", ".keep_best")
+
+
+def is_free(leaf: str) -> bool:
+  """Whether a leaf may differ between two runs that make the same: it says how, or which of it, not what."""
+  return leaf.startswith(FREE_LEAVES) or leaf.endswith(_FREE_ENDS)
+
+
+@dataclasses.dataclass
+class Experiment:
+  """One workdir with its config."""
+
+  config: object
+  workdir: epath.Path
+  mesh: Mesh
+
+  @classmethod
+  def open(cls, config, workdir) -> "Experiment":
+    """A run on all devices there are."""
+    if config.model.dtype == "float32":  # accelerators would multiply float32 in bfloat16 parts
+      jax.config.update("jax_default_matmul_precision", "float32")
+    mesh = device_mesh.make_mesh(**config.mesh)
+    if processes.count() > 1:
+      processes.barrier()
+      device_mesh.connect(mesh)
+    return cls(config, epath.Path(workdir), mesh)
+
+  def stage(
+    self,
+    name: str,
+    sections: Sequence[str],
+    needs: Sequence[str] = (),
+    *,
+    reads_base: bool = False,
+    given: dict[str, str] | None = None,
+  ) -> manifest.Stage:
+    """Opens a stage that depends on the seed, these config sections, these stages and perhaps the base model.
+
+    What else it reads from outside the workdir is `given`: identities by name.
+    """
+    leaves = config_schema.plain(self.config, ("seed", *sections))
+    fixed = {leaf: value for leaf, value in leaves.items() if not is_free(leaf)}
+    if reads_base:
+      given = (given or {}) | {"base model": policies.identity(policies.resolve(self.config.model.path))}
+    return manifest.Stage(self.workdir, name, fixed, needs, given)
+
+  def base(self) -> policies.Policy:
+    """The base model."""
+    return policies.load(policies.resolve(self.config.model.path), self.config.model, self.mesh)
+
+  def policy(self, stage: str) -> policies.Policy:
+    """What a training stage made."""
+    policy = policies.load(self.workdir / stage / "policy", self.config.model, self.mesh)
+    written = json.loads((policy.folder / "fingerprint.json").read_text())["fingerprint"]
+    if policy.fingerprint != written:
+      raise UserError(
+        f"{policy.folder / 'params'} holds other weights ({policy.fingerprint}) than stage {stage} wrote ({written}); "
+        f"delete {self.workdir / stage} to have it made again."
+      )
+    return policy
+
+  def problems(self, split: str) -> dict[str, Problem]:
+    """Problems by id, as the stage synthesize wrote them."""
+    return Shards(self.workdir / "synthesize" / split, Problem).read_dict()
+
+  def engine(self, policy: policies.Policy, *, lanes: int | None = None, slots: int | None = None) -> Engine:
+    """The decoding engine for a policy."""
+    c = self.config.engine
+    return Engine(
+      policy.model,
+      self.mesh,
+      policy.stops(c.stop),
+      lanes=lanes or c.lanes,
+      slots=slots or c.slots,
+      max_new_tokens=c.max_new_tokens,
+    )
+
+
+def sampling(section) -> Sampling:
+  """Temperature, top-k and top-p of a config section."""
+  return Sampling(section.temperature, section.get("top_k", 0), section.get("top_p", 1.0))

@@ -1,0 +1,85 @@
+"""Stage pretrain: a generated task's base model, from random weights, as a small Hugging Face folder."""
+
+import jax
+import transformers
+
+from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.decoding import policy
+from synthneg_jax.models import huggingface
+from synthneg_jax.models.config import ModelConfig
+from synthneg_jax.models.decoder import Model
+from synthneg_jax.pipeline import train_policy
+from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.runtime import device_mesh, processes
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.tasks import generated
+from synthneg_jax.training import loop, objectives
+from synthneg_jax.training.batch import Example
+
+
+def run(experiment: Experiment) -> dict:
+  """Writes pretrain/policy/: config.json, model.safetensors and the tokenizer."""
+  stage = experiment.stage("pretrain", ["task", "model", "pretrain"])
+  if stage.done:
+    return {}
+  c = experiment.config
+  if c.task.name not in generated.TASKS:
+    raise UserError(
+      f"Stage pretrain makes the base models of generated tasks ({', '.join(generated.TASKS)}); others, such as "
+      f"task.name={c.task.name!r}, name theirs by model.path."
+    )
+  section = c.pretrain
+  tokenizer = generated.TASKS[c.task.name].tokenizer(c.task)
+  documents = generated.pretraining(c.task, section, c.seed)
+  ids = lambda text: tokenizer.encode(text).ids
+  eos = tokenizer.token_to_id(generated.EOS)
+  trunks = [ids(document.prompt) for document in documents]
+  examples = [
+    Example(Tree(trunk, (Branch(len(trunk), ids(document.solution) + [eos]),)))
+    for trunk, document in zip(trunks, documents, strict=True)
+  ]
+  model = Model(
+    ModelConfig(
+      vocab_size=tokenizer.get_vocab_size(),
+      d_model=section.d_model,
+      num_layers=section.num_layers,
+      num_heads=section.num_heads,
+      num_kv_heads=section.num_heads,
+      head_dim=section.d_model // section.num_heads,
+      d_ff=section.d_ff,
+      tie_embeddings=False,
+      scan_layers=c.model.scan_layers,
+      dtype=c.model.dtype,
+    )
+  )
+  plan = train_policy.plan(experiment, section, examples, [document.id for document in documents])
+  shardings = policy.shardings(model, experiment.mesh)
+  params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(c.seed))
+  params, last = loop.fit(
+    "pretrain",
+    section,
+    model,
+    params,
+    objectives.make_sft(model, section.logit_chunk),
+    plan,
+    experiment.mesh,
+    stage.folder,
+  )
+  tokenizer_folder = stage.folder / "tokenizer"
+  params = jax.tree.map(device_mesh.whole, params) if processes.count() > 1 else params
+  if processes.first():
+    _save(stage.folder, tokenizer, tokenizer_folder, model, params)
+  figures = {"parameters": model.config.num_params, "steps": plan.num_steps, **last}
+  return stage.finish(figures, list((stage.folder / "policy").glob("*.safetensors")))
+
+
+def _save(folder, tokenizer, tokenizer_folder, model: Model, params) -> None:
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer,
+    eos_token=generated.EOS,
+    pad_token=generated.PAD,
+    clean_up_tokenization_spaces=False,
+  ).save_pretrained(str(tokenizer_folder))
+  if (folder / "policy").exists():  # of a run that was killed before its manifest was written
+    (folder / "policy").rmtree()
+  huggingface.save(folder / "policy", model, params, tokenizer_folder)

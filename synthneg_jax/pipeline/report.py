@@ -1,0 +1,251 @@
+"""Stage report: gathers what the workdir holds and has it drawn as workdir/report/index.html."""
+
+import json
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from synthneg_jax.core import advantages
+from synthneg_jax.data.records import Pair, Shards, StepEstimate, Trace
+from synthneg_jax.data.token_text import TokenText
+from synthneg_jax.pipeline import evaluate, pairs, viewer
+from synthneg_jax.pipeline import traces as traces_lib
+from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.pipeline.viewer import LABELS
+from synthneg_jax.report import report_page, trace_cards
+from synthneg_jax.runtime import config_schema, manifest, processes
+from synthneg_jax.runtime.errors import UserError
+
+_STAGES = ("synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo")
+
+
+def _manifest(workdir: epath.Path, name: str) -> dict | None:
+  path = workdir / name / "manifest.json"
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def _check_config(experiment: Experiment, names: Sequence[str]) -> None:
+  """Refuses a config that is not the one the stages were made with: the report would say what is not so."""
+  now = json.loads(json.dumps(config_schema.plain(experiment.config)))
+  for name in names:
+    path = experiment.workdir / name / "begun.json"
+    if not path.exists():
+      continue
+    for leaf, value in json.loads(path.read_text())["config"].items():
+      if now.get(leaf) != value:
+        raise UserError(
+          f"Stage {name} in {experiment.workdir} was begun with {leaf}={value!r}, now it is {now.get(leaf)!r}; "
+          "give the report the config of the run."
+        )
+
+
+def _methods(experiment: Experiment) -> list[report_page.Method]:
+  methods = []
+  for name in experiment.config.evaluate.methods:
+    figures = manifest.figures(experiment.workdir, f"evaluate/{name}")
+    label = LABELS.get(name, name)
+    methods.append(
+      report_page.Method(label, figures["test_error"], *figures["ci95"], figures["num_problems"])
+      if figures
+      else report_page.Method(label)
+    )
+  return methods
+
+
+def _training(experiment: Experiment) -> dict[str, tuple[str, list[dict]]]:
+  """What the training stages have measured so far; a stage that still trains may be within a line."""
+  labels = {"sft": "sft", "rft": "rft", "dpo/dpo": "dpo", "dpo/step_dpo": "step_dpo"}
+  found = {}
+  for stage, name in labels.items():
+    path = experiment.workdir / stage / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    found[stage] = LABELS[name], [json.loads(line) for line in lines]
+  return found
+
+
+def _reasons(experiment: Experiment) -> dict[str, dict[str, int]]:
+  columns = [("SFT, samples", "sample")]
+  columns += [(f"{LABELS.get(name, name)}, test", f"evaluate/{name}") for name in experiment.config.evaluate.methods]
+  found = {label: manifest.figures(experiment.workdir, stage) for label, stage in columns}
+  return {label: figures["reasons"] for label, figures in found.items() if figures}
+
+
+def _spread(candidates: Sequence[int], traces: Sequence[Trace], count: int) -> list[int]:
+  """At most `count` of the candidates at even distances, no two of one problem."""
+  firsts = list({traces[i].problem_id: i for i in reversed(candidates)}.values())[::-1]
+  if len(firsts) <= count:
+    return firsts
+  return [firsts[int(place)] for place in np.linspace(0, len(firsts) - 1, count)] if count else []
+
+
+class _Credit:
+  """The credited wrong traces with their values and pits."""
+
+  def __init__(self, experiment: Experiment):
+    config, workdir = experiment.config, experiment.workdir
+    self._run = experiment
+    self.groups = traces_lib.by_problem(
+      Shards(workdir / "sample" / "traces", Trace).read(), experiment.problems("train")
+    )
+    self.estimates = Shards(workdir / "credit" / "estimates", StepEstimate).read_dict()
+    credited = {estimate.trace_id for estimate in self.estimates.values()}
+    self.wrong = [
+      trace for group in self.groups.values() for trace in group if trace.id in credited and not trace.correct
+    ]
+    self.v0_of = {key: (sum(trace.correct for trace in group), len(group)) for key, group in self.groups.items()}
+    self.pits = []
+    if self.wrong:
+      self.q, self.known, self.v0 = pairs.values(self.wrong, self.estimates, self.v0_of, config.credit.best_of)
+      self.pits = pairs.pits(self.q, self.known, self.v0, config.pairs).tolist()
+
+  def means(self) -> report_page.MeanValues:
+    if not self.wrong:
+      return report_page.MeanValues((), (), 0.0, 0, (), ())
+    means, counts = advantages.mean_value_by_step(self.q, self.known)
+    num_problems = len({trace.problem_id for trace in self.wrong})
+    gained = jax.vmap(advantages.step_advantages)(self.q, self.v0)
+    both = self.known & np.concatenate([np.ones_like(self.known[:, :1]), self.known[:, :-1]], axis=1)
+    by_step = [np.asarray(part).tolist() for part in advantages.mean_value_by_step(gained, both)]
+    start = float(self.v0.mean())
+    return report_page.MeanValues(means.tolist(), counts.tolist(), start, num_problems, *by_step)
+
+  def shown(self) -> list[trace_cards.ShownTrace]:
+    """Those that the report shows in full: with a pit if there are enough of them."""
+    count = self._run.config.report.num_traces
+    chosen = _spread([i for i, pit in enumerate(self.pits) if pit >= 0], self.wrong, count)
+    seen = {self.wrong[i].problem_id for i in chosen}
+    others = [i for i, trace in enumerate(self.wrong) if trace.problem_id not in seen]
+    chosen += _spread(others, self.wrong, count - len(chosen))
+    if not chosen:
+      return []
+    text = viewer.token_text(self._run)
+    preferred = None
+    if (self._run.workdir / "dpo" / "step_dpo" / "manifest.json").exists():
+      preferred = {
+        pair.trace_id: text.text(pair.chosen)
+        for pair in Shards(self._run.workdir / "dpo" / "step_dpo" / "pairs", Pair).read()
+      }
+    problems = self._run.problems("train")
+    return [self._show(i, problems[self.wrong[i].problem_id], text, preferred) for i in chosen]
+
+  def _show(self, i: int, problem, text: TokenText, preferred: dict[str, str] | None) -> trace_cards.ShownTrace:
+    trace = self.wrong[i]
+    known, q, v0 = self.known[i], self.q[i], float(self.v0[i])
+    gained = np.asarray(advantages.step_advantages(q, v0))
+    steps, start = [], 0
+    for s, end in enumerate(trace.step_ends):
+      estimate = self.estimates[f"{trace.id}/{s}"]
+      interval = tuple(evaluate.wilson(estimate.successes, estimate.rollouts)) if estimate.rollouts else None
+      before_known = s == 0 or bool(known[s - 1])
+      steps.append(
+        trace_cards.Step(
+          text=text.text(trace.ids[start:end]),
+          rollouts=estimate.rollouts,
+          successes=estimate.successes,
+          interval=interval,
+          q=float(q[s]) if known[s] else None,
+          advantage=float(gained[s]) if known[s] and before_known else None,
+          exact=estimate.exact,
+        )
+      )
+      start = end
+    right, samples = self.v0_of[trace.problem_id]
+    return trace_cards.ShownTrace(
+      id=trace.id,
+      problem=problem.prompt,
+      gold=problem.answer,
+      extracted=trace.extracted,
+      reason=trace.reason,
+      right_samples=right,
+      samples=samples,
+      v0=v0,
+      steps=steps,
+      pit=self.pits[i],
+      preferred=None if preferred is None else preferred.get(trace.id, ""),
+    )
+
+
+def _config_file(config) -> tuple[str, list[str]]:
+  """(text of a config file that gives this config, names of the leaves that differ from the default)."""
+  default = dict(config_schema.leaves(config_schema.default()))
+  changed = {name: value for name, value in config_schema.leaves(config) if value != default[name]}
+  lines = "".join(f"  config.{name} = {value!r}\n" for name, value in changed.items())
+  return (
+    '"""The config of the run whose report stands beside this file."""\n\n'
+    "from synthneg_jax.runtime import config as config_lib\n\n\n"
+    f"def get_config():\n  config = config_lib.default()\n{lines}  return config\n"
+  ), list(changed)
+
+
+def _origin(workdir: epath.Path, names: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
+  """(versions, git commits, devices) that the finished stages were made with; the installed ones where none is."""
+  manifests = [made for made in (_manifest(workdir, name) for name in names) if made]
+  versions = {}
+  for made in manifests or [{"versions": manifest.versions()}]:
+    for package, version in made["versions"].items():
+      versions.setdefault(package, {})[version] = None
+  commits = list(dict.fromkeys(made["git_commit"] for made in manifests or [{"git_commit": manifest.git_commit()}]))
+  about = workdir / "config.json"
+  devices = json.loads(about.read_text())["devices"] if about.exists() else []
+  return {package: " and ".join(found) for package, found in versions.items()}, list(filter(None, commits)), devices
+
+
+def collect(experiment: Experiment) -> report_page.Report:
+  """What there is to say of a run, from whatever stages are done; the others are said to be unfinished.
+
+  Raises:
+    UserError: the config is not the run's, or a file of a finished stage is missing or broken.
+  """
+  workdir, config = experiment.workdir, experiment.config
+  names = [*_STAGES, *(f"evaluate/{method}" for method in config.evaluate.methods)]
+  _check_config(experiment, names)
+  credit = _Credit(experiment) if _manifest(workdir, "credit") else None
+  states = []
+  for name in names:
+    made = _manifest(workdir, name)
+    begun = (workdir / name / "begun.json").exists()
+    states.append(
+      report_page.StageState(
+        name, "done" if made else "begun" if begun else "not begun", made["figures"] if made else {}
+      )
+    )
+  versions, commits, devices = _origin(workdir, names)
+  return report_page.Report(
+    title=f"Learning from wrong solutions: {config.task.name}",
+    methods=_methods(experiment),
+    values=credit.means() if credit else None,
+    pits=credit.pits if credit else None,
+    traces=credit.shown() if credit else None,
+    reasons=_reasons(experiment),
+    stages=states,
+    training=_training(experiment),
+    config=config_schema.plain(config),
+    changed=_config_file(config)[1],
+    versions=versions,
+    commits=commits,
+    devices=devices,
+    command="python launch/pipeline.py \\\n  --config=REPORT_FOLDER/config.py \\\n  --workdir=NEW_FOLDER",
+    num_rollouts=config.credit.num_rollouts,
+    best_of=config.credit.best_of,
+    pit_rule=config.pairs.pit_rule,
+    pair_mode=config.pairs.pair_mode,
+  )
+
+
+def run(experiment: Experiment) -> dict:
+  """Writes report/: index.html, traces.html, config.py, and each figure as PNG and CSV, from whatever stages are done.
+
+  It is always made again. Unfinished stages are shown as such. Of several processes the first makes it alone.
+
+  Raises:
+    UserError: the config is not the run's, or a file of a finished stage is missing or broken.
+  """
+  if not processes.first():
+    return {}
+  folder = experiment.workdir / "report"
+  path = report_page.write(collect(experiment), folder)
+  (folder / "config.py").write_text(_config_file(experiment.config)[0])
+  viewer.run(experiment)
+  return {"path": str(path)}

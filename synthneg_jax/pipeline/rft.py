@@ -1,0 +1,139 @@
+"""Stage rft: finetuning on π_sft's own responses: right ones (RFT, https://arxiv.org/abs/2308.01825), or by advantage."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from synthneg_jax.core import advantages, selection
+from synthneg_jax.core.tree import Branch
+from synthneg_jax.data import prompts
+from synthneg_jax.data.records import Shards, StepEstimate, Trace
+from synthneg_jax.pipeline import pairs, train_policy
+from synthneg_jax.pipeline import traces as traces_lib
+from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.runtime import keys
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.training import objectives
+
+
+class _Credit:
+  """The credited traces with their values."""
+
+  def __init__(self, experiment: Experiment, groups: dict[str, list[Trace]]):
+    estimates = Shards(experiment.workdir / "credit" / "estimates", StepEstimate).read_dict()
+    ids = {estimate.trace_id for estimate in estimates.values()}
+    self.traces = [trace for group in groups.values() for trace in group if trace.id in ids]
+    self.counts = {
+      trace.id: [estimates[f"{trace.id}/{step}"] for step in range(len(trace.step_ends))] for trace in self.traces
+    }
+    self.start = {key: (sum(trace.correct for trace in group), len(group)) for key, group in groups.items()}
+    k = experiment.config.credit.best_of
+    q, self.known, v0 = pairs.values(self.traces, estimates, self.start, k)
+    self.advantages = np.asarray(jax.vmap(advantages.step_advantages)(q, v0))
+
+  def lowest(self) -> list[float]:
+    """min_i A_i of each trace, NaN where a step of it has no estimate."""
+    whole = [bool(known[: len(t.step_ends)].all()) for known, t in zip(self.known, self.traces, strict=True)]
+    return [
+      float(of_trace[: len(trace.step_ends)].min()) if known else np.nan
+      for of_trace, trace, known in zip(self.advantages, self.traces, whole, strict=True)
+    ]
+
+  def spurious(self, trace: Trace) -> bool:
+    """Whether the counts call a step of a right trace a step back."""
+    counted = [(0, 0) if each.exact else (each.successes, each.rollouts) for each in self.counts[trace.id]]
+    return bool(selection.spurious_steps(*zip(*counted, strict=True), self.start[trace.problem_id]))
+
+
+def _chosen(
+  experiment: Experiment, groups: dict[str, list[Trace]]
+) -> dict[str, list[tuple[Trace, Sequence[bool] | None]]]:
+  """By problem the traces to be cloned, each with which of its tokens are scored (None: all)."""
+  section, chosen = experiment.config.rft, {key: [] for key in groups}
+  if section.keep == "right":
+    for key, group in groups.items():
+      kept = selection.keep_right([(trace.ids, trace.correct) for trace in group], section.max_per_problem)
+      chosen[key] = [(group[i], None) for i in kept]
+    return chosen
+  credit = _Credit(experiment, groups)
+  if section.keep in ("spurious", "clean"):
+    for trace in credit.traces:
+      if trace.correct and credit.spurious(trace) == (section.keep == "spurious"):
+        chosen[trace.problem_id].append((trace, None))
+    return {key: traces[: section.max_per_problem] for key, traces in chosen.items()}
+  for i in selection.advantage_filter(credit.lowest(), section.drop_share):
+    trace, mask = credit.traces[i], None
+    if section.clone != "whole":
+      of_trace = credit.advantages[i][: len(trace.step_ends)].tolist()
+      mask = selection.step_mask(of_trace, trace.step_ends, rule=section.clone)
+      if not any(mask):
+        continue
+    chosen[trace.problem_id].append((trace, mask))
+  return {key: traces[: section.max_per_problem] for key, traces in chosen.items()}
+
+
+def _at_most(chosen: dict[str, list], most: int, seed: int) -> dict[str, list]:
+  """At most this many of all, drawn by a hash of their ids, so that fewer are among more; 0 for all."""
+  if not most:
+    return chosen
+  every = [
+    (keys.draw_key(seed, "rft", 0, trace.id, "", 0).tobytes(), trace.id) for of in chosen.values() for trace, _ in of
+  ]
+  kept = {name for _, name in sorted(every)[:most]}
+  return {key: [pair for pair in of_problem if pair[0].id in kept] for key, of_problem in chosen.items()}
+
+
+def _branches(
+  chosen: Mapping[str, list[tuple[Trace, Sequence[bool] | None]]],
+  solutions: Mapping[str, Sequence[int]],
+  fork: Callable[[str], int],
+) -> dict[str, list[Branch]]:
+  """By problem the branches to be cloned: the chosen traces, then the teacher's solution where there is one."""
+  branches = {
+    key: [Branch(fork(key), tuple(trace.ids), None if mask is None else tuple(mask)) for trace, mask in traces]
+    for key, traces in chosen.items()
+  }
+  for key, ids in solutions.items():
+    branches[key].append(Branch(fork(key), tuple(ids)))
+  return branches
+
+
+def run(experiment: Experiment, name: str = "rft") -> dict:
+  """Writes <name>/policy/ and <name>/metrics.jsonl. Training starts from the base model by default, as in RFT's own recipe.
+
+  Raises:
+    UserError: rft.keep leaves nothing to train on, and no solution of a teacher is added.
+  """
+  section = experiment.config.rft
+  reads_base, by_credit = section.start == "base", section.keep != "right"
+  needs = ["synthesize", "sft", "sample"] + ["credit"] * by_credit
+  sections = ["task", "model", "rft"] + ["credit"] * by_credit
+  stage = experiment.stage(name, sections, needs, reads_base=reads_base)
+  if stage.done:
+    return {}
+  policy = experiment.base() if reads_base else experiment.policy("sft")
+  problems = experiment.problems("train")
+  groups = traces_lib.by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
+  chosen = _at_most(_chosen(experiment, groups), section.max_solutions, experiment.config.seed)
+  trunk = functools.cache(lambda key: train_policy.prompt_ids(experiment, policy, problems[key]))
+  solutions = {}
+  if section.with_teacher:
+    texts = {key: problems[key].solution for key in chosen if problems[key].solution}
+    solutions = {key: prompts.encode_solution(policy.tokenizer, text) for key, text in texts.items()}
+  branches = _branches(chosen, solutions, lambda key: len(trunk(key)))
+  if not any(branches.values()):
+    raise UserError(f"Stage {name} has no response to train on: rft.keep={section.keep!r} left none of the samples.")
+  length = min(section.row_length, experiment.config.model.max_length)
+  most = min(section.max_branches_per_tree, section.batch_size)
+  examples, names, dropped = train_policy.branch_trees({key: trunk(key) for key in branches}, branches, most, length)
+  plan = train_policy.plan(experiment, section, examples, names)
+  objective = objectives.make_sft(policy.model, section.logit_chunk)
+  identity, figures = train_policy.train(experiment, name, section, policy, objective, plan, stage.folder)
+  counts = {
+    "solutions": sum(map(len, branches.values())),
+    "problems": sum(map(bool, branches.values())),
+    "wrong": sum(not trace.correct for of_problem in chosen.values() for trace, _ in of_problem),
+  }
+  return stage.finish({**counts, "too_long": dropped, **figures}, identity=identity)

@@ -1,0 +1,26 @@
+"""Stage sft: the base model learns D_syn's solutions; the result is π_sft, which everything after it starts from."""
+
+from synthneg_jax.data import prompts
+from synthneg_jax.pipeline import train_policy
+from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.training import objectives
+
+
+def run(experiment: Experiment, name: str = "sft") -> dict:
+  """Writes <name>/policy/ and <name>/metrics.jsonl."""
+  stage = experiment.stage(name, ["task", "model", "sft"], ["synthesize"], reads_base=True)
+  if stage.done:
+    return {}
+  section, policy = experiment.config.sft, experiment.base()
+  problems = {key: problem for key, problem in experiment.problems("train").items() if problem.solution}
+  trunks = {key: train_policy.prompt_ids(experiment, policy, problem) for key, problem in problems.items()}
+  solutions = {key: [prompts.encode_solution(policy.tokenizer, problem.solution)] for key, problem in problems.items()}
+  length = min(section.row_length, experiment.config.model.max_length)
+  examples, names, dropped = train_policy.solution_trees(
+    trunks, solutions, min(section.max_branches_per_tree, section.batch_size), length
+  )
+  plan = train_policy.plan(experiment, section, examples, names)
+  identity, figures = train_policy.train(
+    experiment, name, section, policy, objectives.make_sft(policy.model, section.logit_chunk), plan, stage.folder
+  )
+  return stage.finish({"solutions": len(names), "too_long": dropped, **figures}, identity=identity)

@@ -1,0 +1,102 @@
+"""All stages in order, or some; after each, config.json and summary.json of the workdir are brought up to date."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+from absl import logging
+
+from synthneg_jax.models import torch_parity
+from synthneg_jax.pipeline import credit, dpo, evaluate, export, pretrain, report, rft, sample, sft, synthesize, viewer
+from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.runtime import config_schema, manifest, metrics, processes
+from synthneg_jax.runtime.errors import UserError
+
+STAGES = {
+  "pretrain": pretrain.run,
+  "synthesize": synthesize.run,
+  "sft": sft.run,
+  "sample": sample.run,
+  "rft": rft.run,
+  "credit": credit.run,
+  "dpo": dpo.run,
+  "evaluate": evaluate.run,
+  "report": report.run,
+  "traces": viewer.run,  # the part of report that is the trace viewer
+  "export": export.run,
+}
+RECIPE = ("synthesize", "sft", "sample", "rft", "credit", "dpo", "evaluate", "report")
+_FOLDERS = ("pretrain", "synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo")
+
+
+def summarize(experiment: Experiment) -> dict:
+  """What all finished stages of the workdir reported, as summary.json, whatever the config of this command."""
+  methods, stages, step_dpo = {}, {}, {}
+  for name in _FOLDERS:
+    figures = manifest.figures(experiment.workdir, name)
+    if figures:
+      stages[name] = figures
+  for method in report.LABELS:
+    figures = manifest.figures(experiment.workdir, f"evaluate/{method}")
+    if figures:
+      methods[method] = {key: figures[key] for key in ("test_error", "ci95", "num_problems")}
+      stages[f"evaluate/{method}"] = figures
+  begun = experiment.workdir / "dpo" / "step_dpo" / "begun.json"
+  if begun.exists():
+    made_with = json.loads(begun.read_text())["config"]
+    step_dpo = {"pair_mode": made_with["pairs.pair_mode"], "pit_rule": made_with["pairs.pit_rule"]}
+  return {"methods": methods, "step_dpo": step_dpo, "stages": stages}
+
+
+def table(methods: dict) -> str:
+  """The test errors as lines of text."""
+  lines = [f"{'method':<24}{'test error':>10}   {'95 % interval':<15}{'problems':>8}"]
+  for name, figures in methods.items():
+    low, high = figures["ci95"]
+    error, count = figures["test_error"], figures["num_problems"]
+    lines.append(f"{report.LABELS[name]:<24}{error:>10.3f}   {low:.3f} - {high:.3f}  {count:>8}")
+  return "\n".join(lines)
+
+
+def run(
+  config,
+  workdir: str,
+  stages: Sequence[str] = RECIPE,
+  instead: Mapping[str, Callable[[Experiment], dict]] | None = None,
+) -> None:
+  """Runs stages in the given order; finished ones are skipped. `instead` does a stage's work in another way.
+
+  Raises:
+    UserError: an unknown stage, or whatever a stage refuses.
+    Stopped: SIGTERM came; what was done is saved.
+  """
+  for name in stages:
+    if name not in STAGES:
+      raise UserError(f"--stages names {name!r}; stages are {', '.join(STAGES)}.")
+  config_schema.check_values(config)
+  metrics.check(config.metrics)
+  experiment = Experiment.open(config, workdir)
+  if config.model.check_parity:
+    base = experiment.base()
+    torch_parity.check(base.folder, base.model, base.params)
+    del base
+  about = {
+    "config": config_schema.plain(config),
+    "versions": manifest.versions(),
+    "git_commit": manifest.git_commit(),
+    "devices": [str(device) for device in jax.devices()],
+  }
+  for name in stages:
+    if processes.stopping():
+      raise processes.Stopped
+    logging.info("Stage %s.", name)
+    figures = (instead or {}).get(name, STAGES[name])(experiment)
+    logging.info("Stage %s: %s", name, json.dumps(figures) if figures else "done before.")
+    if figures:  # the stage has accepted the config and worked by it
+      manifest.write_json(experiment.workdir / "config.json", about)
+    summary = summarize(experiment)
+    manifest.write_json(experiment.workdir / "summary.json", summary)
+  if stages == ["traces"] and processes.first():
+    print(f"Traces: {experiment.workdir / 'report' / 'traces.html'}")
+  if "report" in stages and summary["methods"] and processes.first():
+    print(f"\n{table(summary['methods'])}\n\nReport: {experiment.workdir / 'report' / 'index.html'}")

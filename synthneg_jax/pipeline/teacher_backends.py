@@ -1,0 +1,148 @@
+"""The capable model that stage synthesize asks: an endpoint, a local checkpoint in our own engine, or the scripted teacher."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from absl import logging
+
+from synthneg_jax.data import prompts
+from synthneg_jax.decoding import policy
+from synthneg_jax.decoding.engine import Engine, Trunk
+from synthneg_jax.decoding.sampling import Sampling
+from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.runtime import keys
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime.progress import Progress
+from synthneg_jax.teacher import reply_cache, scripted
+from synthneg_jax.teacher.endpoint import Chat, Endpoint
+from synthneg_jax.teacher.reply_cache import Reply, Request
+
+_BATCH = 512  # prompts that the engine answers before their replies are kept
+
+
+class _Local:
+  """A checkpoint of a chat model, or of any model with prompts that it can go on from."""
+
+  def __init__(self, experiment: Experiment, store: reply_cache.Store):
+    c = experiment.config
+    if not c.synthesis.endpoint.model:
+      raise UserError("synthesis.provider='local' needs synthesis.endpoint.model: the checkpoint's folder.")
+    self._policy = policy.load(policy.resolve(c.synthesis.endpoint.model), c.model, experiment.mesh)
+    self._run, self._store, self.model = experiment, store, self._policy.fingerprint
+    self._style = "chat" if self._policy.tokenizer.chat_template else "raw"
+    self._engine = Engine(
+      self._policy.model,
+      experiment.mesh,
+      self._policy.stops(c.engine.stop),
+      lanes=c.engine.lanes,
+      slots=min(c.engine.slots, c.synthesis.num_solutions),
+      max_new_tokens=c.synthesis.max_tokens,
+    )
+
+  def ask(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Reply]]:
+    groups = {}  # draws for one prompt share its trunk
+    for request in requests:
+      groups.setdefault((request.messages, request.temperature), []).append(request)
+    for temperature in sorted({temperature for _, temperature in groups}):
+      batch = [group for (_, t), group in groups.items() if t == temperature]
+      for start in range(0, len(batch), _BATCH):
+        yield from self._answer(batch[start : start + _BATCH], temperature)
+
+  def _answer(self, batch: Sequence[Sequence[Request]], temperature: float) -> Iterator[tuple[Request, Reply]]:
+    trunks = []
+    for group in batch:
+      text = group[0].messages[-1][1]
+      ids = prompts.encode_prompt(self._policy.tokenizer, text, self._style)
+      seed = self._run.config.seed
+      draws = [keys.draw_key(seed, "synthesize", 0, request.key, "", request.index) for request in group]
+      trunks.append(Trunk(ids, [len(ids)] * len(group), np.stack(draws)))
+    for index, generations in self._engine.run(self._policy.params, trunks, Sampling(temperature)):
+      for request, made in zip(batch[index], generations, strict=True):
+        finish = "length" if made.finish == "length" else "stop"
+        text = self._policy.token_text.text(made.ids.tolist())
+        reply = Reply(text, finish, len(trunks[index].ids), len(made.ids), counted=True)
+        self._store.put(request, reply)
+        yield request, reply
+
+
+class Teacher:
+  """Asks, keeps what is answered, and says what it costs."""
+
+  def __init__(self, experiment: Experiment):
+    """Opens the provider of synthesis.provider.
+
+    Raises:
+      UserError: no such model, no endpoint, or no key.
+    """
+    section = experiment.config.synthesis
+    self._section, self._task = section, experiment.config.task
+    self._prices = reply_cache.Prices(section.usd_per_million_prompt, section.usd_per_million_completion)
+    self._store = reply_cache.Store(section.replies or experiment.workdir / "replies")
+    self._purse = reply_cache.Purse(section.budget_usd, self._store.spent() if section.provider == "endpoint" else 0.0)
+    if section.provider == "endpoint":
+      endpoint = Endpoint(section.endpoint)
+      self._provider = Chat(endpoint, self._store, self._purse, self._prices, section)
+      self.model = section.endpoint.model
+    elif section.provider == "local":
+      self._provider = _Local(experiment, self._store)
+      self.model = self._provider.model
+    else:
+      self._provider, self.model = None, "scripted teacher"
+    self.tokens, self.asked = 0, 0
+
+  @property
+  def spent_usd(self) -> float:
+    """All that the kept replies and lost attempts have cost, those of earlier runs too."""
+    return self._purse.spent
+
+  def request(self, purpose: str, text: str, index: int, temperature: float) -> Request:
+    """One request to this model."""
+    return Request(purpose, self.model, (("user", text),), index, temperature, self._section.max_tokens)
+
+  def ask(self, name: str, requests: Sequence[Request]) -> dict[str, Reply]:
+    """Replies by the request's key; only what is not kept yet is asked.
+
+    Returns:
+      A reply for every request but those that synthesis.max_failed lets go without.
+
+    Raises:
+      UserError: as `Chat.ask`.
+    """
+    if self._provider is None:
+      answer = lambda r: Reply(scripted.reply(self._task, r.messages, r.seed), "stop", 0, 0, counted=False)
+      return {request.key: answer(request) for request in requests}
+    found, missing = {}, []
+    for request in requests:
+      reply = self._store.get(request)
+      if reply is None:
+        missing.append(request)
+      else:
+        found[request.key] = reply
+    self._announce(name, missing, len(found))
+    with Progress(f"synthesize {name}", len(missing), "replies") as progress:
+      for request, reply in self._provider.ask(missing):
+        found[request.key] = reply
+        self.asked += 1
+        self.tokens += reply.prompt_tokens + reply.completion_tokens
+        progress.update(1, tokens=self.tokens, usd=self._purse.spent)
+    return found
+
+  def _announce(self, name: str, missing: Sequence[Request], kept: int) -> None:
+    """Says before anything is sent what it may come to."""
+    if self._section.provider != "endpoint":
+      return
+    guess = reply_cache.estimate(missing, self._prices)
+    logging.info(
+      "synthesize %s: %d requests (%d replies are kept), about %d prompt tokens, at most %d tokens of replies, at most "
+      "%.4f US dollars; %.4f spent before, budget %s.",
+      *(name, len(missing), kept, guess["prompt_tokens"], guess["most_completion_tokens"], guess["most_usd"]),
+      *(self._purse.spent, self._section.budget_usd or "none"),
+    )
+
+
+def identity(experiment: Experiment) -> str:
+  """Tells one capable model from another without opening it: of a checkpoint its files, else its name."""
+  section = experiment.config.synthesis
+  if section.provider == "local":
+    return policy.identity(policy.resolve(section.endpoint.model))
+  return section.endpoint.model if section.provider == "endpoint" else "scripted teacher"

@@ -1,0 +1,114 @@
+"""What the stages sample and credit put on TensorBoard: traces as text, Q by step as images, and histograms."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from etils import epath
+
+from synthneg_jax.core import advantages
+from synthneg_jax.data.records import Problem, StepEstimate, Trace
+from synthneg_jax.pipeline import evaluate, pairs
+from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.report import figures
+from synthneg_jax.runtime import processes
+from synthneg_jax.runtime.event_files import EventFile, Histogram
+
+_SHARES = np.linspace(0.0, 1.0, 21)
+
+
+def _histogram(values, edges) -> Histogram:
+  counts = np.bincount(np.searchsorted(edges, np.asarray(values), side="right"), minlength=len(edges) + 1)
+  return edges, counts
+
+
+def _spread(traces: Sequence[Trace], count: int) -> list[Trace]:
+  """At most `count` of them at even distances."""
+  return [traces[int(place)] for place in np.linspace(0, len(traces) - 1, min(count, len(traces)))]
+
+
+def _text(trace: Trace, problem: Problem) -> str:
+  """A trace as Markdown; what a model wrote stands indented, as code, so that none of it is markup."""
+  indented = lambda text: "".join(f"    {line}\n" for line in text.split("\n"))
+  said = "no answer" if trace.extracted is None else f"answer `{trace.extracted.replace('`', '')}`"
+  return (
+    f"{trace.id}: **{trace.reason}**, {said}, {len(trace.step_ends)} steps\n\n"
+    f"{indented(problem.prompt)}\n---\n\n{indented(trace.text)}"
+  )
+
+
+def sampled(
+  experiment: Experiment, folder: epath.Path, problems: Mapping[str, Problem], traces: Sequence[Trace]
+) -> None:
+  """Writes report.num_traces traces as text, and how long all are; the first process alone, if the config asks for it.
+
+  Raises:
+    UserError: the event file cannot be written.
+  """
+  if not (experiment.config.metrics.tensorboard and processes.first()):
+    return
+  file = EventFile(folder)
+  shown = _spread(traces, experiment.config.report.num_traces)
+  edges = np.linspace(0, experiment.config.engine.max_new_tokens + 1, 33)
+  file.write(
+    0,
+    texts={f"traces/{n}": _text(trace, problems[trace.problem_id]) for n, trace in enumerate(shown)},
+    histograms={
+      "traces/tokens": _histogram([len(trace.ids) for trace in traces], edges),
+      "traces/steps": _histogram([len(trace.step_ends) for trace in traces], np.arange(0.5, 40)),
+    },
+  )
+  file.close()
+
+
+def credited(
+  experiment: Experiment,
+  folder: epath.Path,
+  problems: Mapping[str, Problem],
+  groups: Mapping[str, Sequence[Trace]],
+  estimates: Sequence[StepEstimate],
+) -> None:
+  """Writes Q by step of report.num_traces wrong traces as images beside their text, and histograms of Q and advantage.
+
+  Args:
+    experiment: with the config.
+    folder: takes the event file.
+    problems: by id.
+    groups: all sampled traces, by problem.
+    estimates: of the traces that got credit.
+
+  Raises:
+    UserError: the event file cannot be written.
+  """
+  credited_ids = {estimate.trace_id for estimate in estimates}
+  wrong = [trace for group in groups.values() for trace in group if trace.id in credited_ids and not trace.correct]
+  if not (experiment.config.metrics.tensorboard and processes.first() and wrong):
+    return
+  of_key = {estimate.key: estimate for estimate in estimates}
+  v0_of = {key: (sum(trace.correct for trace in group), len(group)) for key, group in groups.items()}
+  q, known, v0 = pairs.values(wrong, of_key, v0_of, experiment.config.credit.best_of)
+  pits = pairs.pits(q, known, v0, experiment.config.pairs)
+  gained = np.stack([advantages.step_advantages(q_S, v) for q_S, v in zip(q, v0, strict=True)])
+  both = known & np.concatenate([np.ones_like(known[:, :1]), known[:, :-1]], axis=1)
+  images, texts = {}, {}
+  for n, trace in enumerate(_spread(wrong, experiment.config.report.num_traces)):
+    row = wrong.index(trace)
+    steps = [of_key[f"{trace.id}/{step}"] for step in range(len(trace.step_ends))]
+    figure = figures.step_values(
+      [float(q[row, s]) if known[row, s] else None for s in range(len(steps))],
+      [evaluate.wilson(step.successes, step.rollouts) if step.rollouts else None for step in steps],
+      float(v0[row]),
+      int(pits[row]),
+    )
+    images[f"step_q/{n}"] = figures.png(figure, 100)
+    texts[f"step_q/{n}"] = _text(trace, problems[trace.problem_id])
+  file = EventFile(folder)
+  file.write(
+    0,
+    images=images,
+    texts=texts,
+    histograms={
+      "q/per_step": _histogram(q[known], _SHARES),
+      "advantage/per_step": _histogram(gained[both], np.linspace(-1.0, 1.0, 41)),
+    },
+  )
+  file.close()

@@ -1,0 +1,144 @@
+"""Responses of a policy to problems, with verdicts: what sample and evaluate share."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from etils import epath
+
+from synthneg_jax.data import steps, token_text
+from synthneg_jax.data.records import Problem, Shards, Trace
+from synthneg_jax.decoding.engine import Engine, Generation, Trunk
+from synthneg_jax.decoding.policy import Policy
+from synthneg_jax.decoding.sampling import Sampling
+from synthneg_jax.grading import answers
+from synthneg_jax.pipeline import train_policy
+from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.runtime import keys, processes
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime.progress import Progress
+
+_ANSWER = {"integer": "####", "math": "\\boxed", "exact": ""}  # what the answer comes behind
+_SHARD = 512  # problems a shard: what a killed run loses at most
+
+
+def verdicts(
+  experiment: Experiment, texts: Sequence[str], golds: Sequence[str], finishes: Sequence[str]
+) -> list[answers.Verdict]:
+  """Grades responses; one that was cut at the length limit before its answer was whole is "truncated"."""
+  stop, task = list(experiment.config.engine.stop), experiment.config.task
+  rules = {name: value for name, value in task.grading.items() if name != "timeout_s"}
+  graded = answers.grade_many(
+    [token_text.cut_at_stop(text, stop) if stop else text for text in texts],
+    golds,
+    kind=task.answers,
+    timeout_s=task.grading.timeout_s,
+    rules=answers.Conventions(**rules),
+  )
+  marker = _ANSWER[task.answers]
+  # The last line was cut, so what it says is not what the model would have said.
+  cut = [
+    finish == "length" and (verdict.reason == "no_answer" or marker not in text or marker in text.rpartition("\n")[2])
+    for text, finish, verdict in zip(texts, finishes, graded, strict=True)
+  ]
+  truncated = answers.Verdict(False, "truncated", None)
+  return [truncated if was_cut else verdict for verdict, was_cut in zip(graded, cut, strict=True)]
+
+
+def traces_of(
+  experiment: Experiment, policy: Policy, purpose: str, made: Sequence[tuple[Problem, int, Generation]]
+) -> Iterator[Trace]:
+  """Responses, each with its problem and its number there, as records with steps and verdicts; graded all at once."""
+  ids = [one.ids.tolist() for _, _, one in made]
+  texts = [policy.token_text.text(of_one) for of_one in ids]
+  graded = verdicts(experiment, texts, [problem.answer for problem, _, _ in made], [one.finish for _, _, one in made])
+  rounded = lambda values: [round(float(value), 5) for value in values]
+  for (problem, index, one), of_one, text, verdict in zip(made, ids, texts, graded, strict=True):
+    yield Trace(
+      id=f"{problem.id}/{purpose}/{index}",
+      problem_id=problem.id,
+      index=index,
+      ids=of_one,
+      step_ends=steps.ends(of_one, policy.token_text, experiment.config.task),
+      text=text,
+      correct=verdict.correct,
+      reason=verdict.reason,
+      extracted=verdict.extracted,
+      finish=one.finish,
+      logps=rounded(one.logp),
+      drawn_logps=rounded(one.drawn_logp),
+      policy=policy.fingerprint,
+    )
+
+
+def trunk(experiment: Experiment, prompt: Sequence[int], problem: Problem, purpose: str, count: int) -> Trunk:
+  """The prompt of a problem with `count` items, each with its own key."""
+  prefix = keys.hash_ids(prompt)
+  item_keys = [keys.draw_key(experiment.config.seed, purpose, 0, problem.id, prefix, index) for index in range(count)]
+  return Trunk(prompt, [len(prompt)] * count, np.stack(item_keys))
+
+
+def _prompt(experiment: Experiment, policy: Policy, problem: Problem, shots: Sequence[Problem]) -> list[int]:
+  ids = train_policy.prompt_ids(experiment, policy, problem, shots)
+  room, new = experiment.config.model.max_length - len(ids), experiment.config.engine.max_new_tokens
+  if room < new:
+    raise UserError(
+      f"{problem.id}: its prompt has {len(ids)} tokens and leaves {room} of model.max_length="
+      f"{experiment.config.model.max_length}, less than engine.max_new_tokens={new}."
+    )
+  return ids
+
+
+def respond(
+  experiment: Experiment,
+  name: str,
+  policy: Policy,
+  engine: Engine,
+  problems: Sequence[Problem],
+  purpose: str,
+  count: int,
+  how: Sampling,
+  folder: epath.Path,
+  shots: Sequence[Problem] = (),
+) -> Shards:
+  """Writes `count` traces of each problem into folder, a shard at a time; problems that are there are not done again.
+
+  `shots` are worked problems that stand before each in its prompt. Of several processes each grades and writes its share
+  of every shard; all shards are there when it returns.
+
+  Raises:
+    UserError: a prompt leaves no room for engine.max_new_tokens within model.max_length.
+    Stopped: SIGTERM came; the problems that were finished by then are written.
+  """
+  shards = Shards(folder, Trace)
+  there = {trace.problem_id for trace in shards.read()}
+  missing = [problem for problem in problems if problem.id not in there]
+  with Progress(name, len(missing), "problems") as progress:
+    for start in range(0, len(missing), _SHARD):
+      part = missing[start : start + _SHARD]
+      trunks = [
+        trunk(experiment, _prompt(experiment, policy, problem, shots), problem, purpose, count) for problem in part
+      ]
+      made, stopped = {}, None
+      try:
+        for index, generations in engine.run(policy.params, trunks, how):
+          made[index] = generations
+          progress.update(1)
+      except processes.Stopped as stop:
+        stopped = stop
+      mine = [(part[i], index, one) for i in sorted(made) if processes.mine(i) for index, one in enumerate(made[i])]
+      shards.write(traces_of(experiment, policy, purpose, mine))
+      if stopped is not None:
+        raise stopped
+  processes.barrier()
+  return shards
+
+
+def by_problem(traces: Iterable[Trace], order: Iterable[str] = ()) -> dict[str, list[Trace]]:
+  """Traces grouped by their problem, in the order of their numbers; problems in this order, others as they come.
+
+  Shards hold problems in an order that depends on what wrote them; what is made of them must not.
+  """
+  groups = {key: [] for key in order}
+  for trace in traces:
+    groups.setdefault(trace.problem_id, []).append(trace)
+  return {key: sorted(group, key=lambda trace: trace.index) for key, group in groups.items() if group}

@@ -1,0 +1,1 @@
+"""Compiles a config's programs for TPUs that are not there: memory, FLOPs, traffic and cost."""

@@ -1,0 +1,251 @@
+"""The programs that a config's stages run, with the sizes that they would run at, ready to be compiled for abstract arrays."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from synthneg_jax.core import losses
+from synthneg_jax.core.tree import PackedTrees
+from synthneg_jax.decoding import engine, policy
+from synthneg_jax.decoding.decode import Geometry, Stops, state_shardings
+from synthneg_jax.models import huggingface, presets
+from synthneg_jax.models.adapter import Adapter
+from synthneg_jax.models.decoder import Model
+from synthneg_jax.pipeline import train_policy
+from synthneg_jax.pipeline.experiment import sampling
+from synthneg_jax.preflight import collective_traffic, cost_model, roofline
+from synthneg_jax.runtime import device_mesh
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.training import objectives, reference
+from synthneg_jax.training import optimizer as optimizer_lib
+from synthneg_jax.training import step as step_lib
+from synthneg_jax.training.batch import Batch, Shape
+
+STAGES = ("sft", "rft", "dpo", "sample", "credit", "evaluate")
+PROGRAMS = (
+  "sft",
+  "rft",
+  "dpo/reference",
+  "dpo/dpo",
+  "dpo/step_dpo",
+  *(f"{stage}/{part}" for stage in ("sample", "credit", "evaluate") for part in ("prefill", "decode")),
+)
+_EOS = (2,)  # which id ends a response changes no figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One program of the recipe.
+
+  Attributes:
+    name: stage, or stage/part.
+    lower: gives what jax.jit(...).lower(...) gives.
+    runs: how often the recipe runs it; of decoding, turns of its loop.
+    model_flops: what the model itself needs for a run, on all chips; padding is left out.
+    sizes: for the reader.
+    advice: what to change if it does not fit.
+    least_read: decoding: bytes of weights and cache that a chip holds, which a turn cannot but read.
+    beside: bytes of other arrays that a chip holds while it runs: of decoding, the parameters as they were loaded.
+  """
+
+  name: str
+  lower: Callable[[], jax.stages.Lowered]
+  runs: float
+  model_flops: float
+  sizes: str
+  advice: str
+  least_read: float = 0.0
+  beside: float = 0.0
+
+
+def architecture(config) -> Model:
+  """The model of a config: from its folder's config.json, or a preset where there is no folder.
+
+  Raises:
+    UserError: neither.
+  """
+  c = config.model
+  how = {"dtype": c.dtype, "param_dtype": c.param_dtype, "scan_layers": c.scan_layers, "remat": c.remat}
+  folder = policy.resolve(c.path)
+  if (folder / "config.json").exists():
+    return Model(huggingface.read_config(folder, **how))
+  if folder.name in presets.NAMES:
+    return Model(presets.preset(folder.name, **how))
+  raise UserError(f"model.path={c.path} is no folder with a config.json, and no preset ({', '.join(presets.NAMES)}).")
+
+
+def _abstract(tree, shardings):
+  """Shapes and dtypes of a tree with shardings, which may be a prefix of it."""
+  place = lambda sharding: lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.tree.map(lambda sharding, part: jax.tree.map(place(sharding), part), shardings, tree)
+
+
+def _batch(shape: Shape, mesh: Mesh) -> Batch:
+  """Abstract arrays of a batch."""
+  rows, one = device_mesh.rows(mesh), device_mesh.replicated(mesh)
+  make = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype, sharding=rows)
+  i32, f32 = functools.partial(make, jnp.int32), functools.partial(make, jnp.float32)
+  fields = {field.name: i32(shape.rows, shape.length) for field in dataclasses.fields(PackedTrees)}
+  fields["scored"] = make(bool, shape.rows, shape.length)
+  pairs = (shape.rows, shape.pairs)
+  count = jax.ShapeDtypeStruct((), jnp.float32, sharding=one)
+  trees = PackedTrees(**fields)
+  scored = i32(shape.rows, shape.scored)
+  return Batch(trees, scored, i32(*pairs), i32(*pairs), f32(*pairs), f32(*pairs), count, count)
+
+
+def _held(abstract) -> float:
+  """Bytes that one chip holds of abstract arrays with shardings."""
+  leaves = jax.tree.leaves(abstract)
+  return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
+
+
+class Recipe:
+  """The programs of one config on one mesh.
+
+  Attributes:
+    model: its architecture.
+    mesh: of training; decoding counts fsdp to data.
+    work: as `bill.work` has it.
+  """
+
+  def __init__(self, config, mesh: Mesh, lengths: cost_model.Lengths):
+    """Checks that the mesh can hold the model."""
+    self._config, self.mesh, self._lengths = config, mesh, lengths
+    self.model = architecture(config)
+    self._params = policy.shardings(self.model, mesh)
+    self.work = cost_model.work(config, lengths, len(config.evaluate.methods))
+
+  def programs(self, stages: Sequence[str]) -> Iterator[Program]:
+    """Those of the given stages (sft, dpo, ...) or single ones (dpo/step_dpo, sample/decode, ...).
+
+    Raises:
+      UserError: a name is neither.
+    """
+    for name in stages:
+      if name not in STAGES and name not in PROGRAMS:
+        raise UserError(f"--stages: {name!r} is none of {', '.join(STAGES)}, nor one of {', '.join(PROGRAMS)}.")
+    for name in PROGRAMS:
+      if name in stages or name.split("/")[0] in stages:
+        yield self._program(name)
+
+  def moves(self, cost: roofline.Cost) -> dict[str, dict[str, float]]:
+    """Which arrays a program's collectives move, and how many times (movement.py)."""
+    return collective_traffic.moves(cost, self.model.abstract_params(), self._params, self.mesh)
+
+  def _program(self, name: str) -> Program:
+    stage, _, part = name.partition("/")
+    if name == "dpo/reference":
+      return self._reference()
+    if stage in ("sample", "credit", "evaluate"):
+      return self._engine(stage, part)
+    return self._train(name)
+
+  def _train(self, name: str) -> Program:
+    config, model, mesh, stage = self._config, self.model, self.mesh, name.split("/")[0]
+    section = config[stage]
+    tree = cost_model.mean_tree(config, name, self._lengths)
+    shape, trees = cost_model.batch_shape(section, tree, device_mesh.row_shards(mesh))
+    device_mesh.check(f"{name}: a microbatch", (shape.rows // section.accumulate,), ("rows",), mesh)
+    chunk = {"chunk": section.logit_chunk} if section.get("logit_chunk") else {}
+    if stage == "dpo":
+      loss = functools.partial(losses.dpo_loss, beta=section.beta)  # the others of its kind cost the same
+      more = {"beta": section.beta, "nll_weight": section.nll_weight, "eos_ids": _EOS, **chunk}
+      objective = objectives.make_preference(model, shape.branches, loss, **more)
+    else:
+      objective = objectives.make_sft(model, **chunk)
+    optimizer = optimizer_lib.make_optimizer(section.optimizer, max(self.work[name]["steps"], 1))
+    trained, frozen, num_adapter, what = train_policy.trained(model, section), (), 0, ""
+    if isinstance(trained, Adapter):
+      policy.shardings(trained, mesh)  # checks them
+      objective = train_policy.of_adapter(trained, objective)
+      frozen = (_abstract(model.abstract_params(), self._params),)
+      num_adapter = sum(leaf.size for leaf in jax.tree.leaves(trained.abstract_params()))
+      what = f", adapter of {num_adapter / 1e6:.3g} M parameters"
+    layout = step_lib.state_shardings(trained, optimizer, mesh)
+
+    def lower():
+      state = jax.eval_shape(step_lib.make_init(optimizer, layout), trained.abstract_params())
+      lie = jax.tree.map(lambda leaf: leaf.sharding, frozen)
+      run = step_lib.make_step(objective, optimizer, layout, mesh, section.accumulate, lie)
+      return run.lower(_abstract(state, layout), _batch(shape, mesh), *frozen)
+
+    fill, tokens = trees * tree.tokens / (shape.rows * shape.length), trees * tree.tokens
+    less = f", lower {stage}.row_length, or set model.remat to full"
+    return Program(
+      name,
+      lower,
+      self.work[name]["steps"],
+      cost_model.training_flops(model.config, tokens, trees * tree.keys, trees * tree.scored, num_adapter),
+      f"{shape.rows} rows x {shape.length} tokens in {section.accumulate} microbatch(es), {100 * fill:.0f} % full{what}",
+      f"raise {stage}.accumulate or mesh.fsdp{less}" + (", or model.param_dtype to bfloat16" if what else ""),
+    )
+
+  def _reference(self) -> Program:
+    config, model, mesh = self._config, self.model, self.mesh
+    tree, shards = cost_model.mean_tree(config, "dpo/step_dpo", self._lengths), device_mesh.row_shards(mesh)
+    rows = reference.rows_per_call(mesh)
+    shape = dataclasses.replace(cost_model.batch_shape(config.dpo, tree, shards)[0], rows=rows, pairs=0)
+    chunk = {"chunk": config.dpo.logit_chunk} if config.dpo.get("logit_chunk") else {}
+    score = reference.make_forward(model, mesh, **chunk)
+    trees = rows * cost_model.PACKED * shape.length / tree.tokens
+    scored = sum(self.work[name]["tokens_trained"] for name in ("dpo/dpo", "dpo/step_dpo")) / config.dpo.num_epochs
+    return Program(
+      "dpo/reference",
+      lambda: score.lower(_abstract(model.abstract_params(), self._params), _batch(shape, mesh)),
+      math.ceil(scored / (trees * tree.tokens)),
+      cost_model.forward_flops(model.config, trees * tree.tokens, trees * tree.keys, trees * tree.scored),
+      f"{rows} rows x {shape.length} tokens, {100 * cost_model.PACKED:.0f} % full",
+      "lower dpo.row_length, or raise mesh.fsdp",
+    )
+
+  def _geometry(self, stage: str) -> tuple[Geometry, int]:
+    """(sizes at the stage's longest trunks, items of such a trunk)."""
+    config, lengths = self._config, self._lengths
+    c, section = config.engine, config[stage]
+    slots, lanes, items = {
+      "sample": lambda: (min(c.slots, section.num_traces), c.lanes, section.num_traces),
+      "credit": lambda: (section.slots, section.lanes, math.ceil((2 * lengths.steps - 1) * section.num_rollouts)),
+      "evaluate": lambda: (1, c.lanes * min(c.slots, 4), 1),
+    }[stage]()
+    trunk = math.ceil(2 * (lengths.prompt + (lengths.response if stage == "credit" else 0)))
+    shards = device_mesh.row_shards(self.mesh)
+    lanes, bucket = -(-lanes // shards) * shards, engine.bucket
+    trunk = min(bucket(trunk), max(config.model.max_length, 1))
+    return Geometry(lanes, slots, trunk, bucket(items), c.max_new_tokens, max(lanes // 4, 1)), items
+
+  def _engine(self, stage: str, part: str) -> Program:
+    config, model, mesh, lengths = self._config, self.model, device_mesh.decoding(self.mesh), self._lengths
+    g, _ = self._geometry(stage)
+    stops, made, m = Stops(_EOS), self.work[stage], model.config
+    empty, prefill, decode, *_ = engine.programs(model, mesh, g, sampling(config[stage]), stops)
+    as_read = jax.eval_shape(functools.partial(engine.as_read, model), model.abstract_params())
+    beside = _held(_abstract(model.abstract_params(), self._params))
+    params, one = _abstract(as_read, engine.params_shardings(model, mesh)), device_mesh.replicated(mesh)
+    there = lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=one)
+    layout = state_shardings(model, mesh)
+    state = _abstract(jax.eval_shape(empty), layout)
+    sizes = f"{g.lanes} lanes x {g.slots} slots, trunks of {g.trunk}, {g.new} new tokens"
+    section = "credit" if stage == "credit" else "engine"
+    advice = f"lower {section}.lanes, {section}.slots or engine.max_new_tokens, or raise mesh.tensor"
+
+    known = lengths.response if stage == "credit" else 0.0  # of a trunk: the trace whose prefixes are continued
+    grown = lengths.response / (2 if stage == "credit" else 1)  # by a branch
+    trunk = lengths.prompt + known
+    if part == "decode":
+      tokens, seen = g.lanes * g.slots, lengths.prompt + known / 2 + grown / 2
+      flops = cost_model.forward_flops(m, tokens, tokens * seen, tokens)
+      lower = lambda: decode.lower(params, state, there(np.int32(0)))
+      runs, least = made["tokens_decoded"] / tokens, _held(params) + _held(state.cache)
+      return Program(f"{stage}/decode", lower, math.ceil(runs), flops, sizes, advice, least, beside)
+    trunks = [there(x) for x in engine.trunk_arrays(g, [])]
+    branches = made["tokens_decoded"] / grown / max(made["trunks"], 1)
+    flops = cost_model.forward_flops(m, g.refill * trunk, g.refill * trunk * (trunk + 1) / 2, g.refill * branches)
+    runs, lower = math.ceil(made["trunks"] / g.refill), lambda: prefill.lower(params, state, *trunks)
+    return Program(f"{stage}/prefill", lower, runs, flops, f"{g.refill} of {sizes}", advice, 0.0, beside)

@@ -1,1 +1,0 @@
-"""The decoding engine: every sampled or greedy token of this project comes from here."""

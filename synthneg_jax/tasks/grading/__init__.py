@@ -1,1 +1,0 @@
-"""The grader behind `tasks.answers`: the answer grammar, exact comparison, and worker processes."""

@@ -1,0 +1,220 @@
+"""Tests of the problem files."""
+
+import json
+import os
+import pathlib
+import tempfile
+import time
+
+from absl.testing import absltest, parameterized
+
+from synthneg_jax.data import problem_files
+from synthneg_jax.runtime import errors
+
+EXCERPT = pathlib.Path(__file__).parents[1] / "data" / "gsm8k"
+GSM8K = [
+  {"question": "How many clips?", "answer": "48/2 = <<48/2=24>>24\n48+24 = <<48+24=72>>72\n#### 72"},
+  {"question": "How much is a \u00a3540 bill twice?", "answer": "It is \u00a3<<540*2=1080>>1080.\n#### 1,080"},
+]
+MATH = {"problem": "What is $1+1$?", "level": "Level 1", "type": "Algebra", "solution": "It is $\\boxed{2}.$"}
+
+
+class ProblemFilesTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    self.folder = pathlib.Path(folder.name)
+
+  def _file(self, *lines, name="rows.jsonl"):
+    """Writes lines (bytes as they stand, text as UTF-8, all else as JSON) and returns the path."""
+    encoded = [x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode() for x in lines]
+    path = self.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(line + b"\n" for line in encoded))
+    return path
+
+  def _assert_error(self, function, *parts):
+    """Asserts that a call raises one UserError whose text holds all parts."""
+    with self.assertRaises(errors.UserError) as caught:
+      function()
+    for part in parts:
+      self.assertIn(part, str(caught.exception))
+
+  # Fails if annotations stay, the answer keeps its comma, or the id is the line's number.
+  def test_gsm8k(self):
+    rows = problem_files.read(self._file(*GSM8K), "gsm8k", "train").rows
+    self.assertEqual(
+      (rows[1].problem, rows[1].solution, rows[1].answer, rows[1].kind),
+      ("How much is a \u00a3540 bill twice?", "It is \u00a31080.\n#### 1,080", "1080", ""),
+    )
+    self.assertRegex(rows[1].id, r"^gsm8k/train/[0-9a-f]{16}$")
+    again = problem_files.read(self._file(GSM8K[1], name="other.jsonl"), "gsm8k", "train").rows
+    self.assertEqual(again, rows[1:])
+
+  # Fails if the hash that ids are changes from one version, machine or run to another.
+  def test_hashed_id_is_fixed(self):
+    self.assertEqual(problem_files.read(EXCERPT, "gsm8k", "train").rows[0].id, "gsm8k/train/6d009c0edbb6676b")
+
+  # Fails if keep_annotations is ignored.
+  def test_keep_annotations(self):
+    rows = problem_files.read(self._file(*GSM8K), "gsm8k", "train", keep_annotations=True).rows
+    self.assertEqual([row.solution for row in rows], [row["answer"] for row in GSM8K])
+
+  # Fails if real rows are lost, or an annotation survives.
+  @parameterized.parameters((None, 48, 16), ("SYNTHNEG_DATA_DIR", 7473, 1319))
+  def test_real_rows(self, variable, train, test):
+    folder = EXCERPT if variable is None else pathlib.Path(os.environ.get(variable, "/nowhere")) / "gsm8k"
+    if not folder.exists():
+      self.skipTest(f"{variable} is not set")
+    for split, count in (("train", train), ("test", test)):
+      rows = problem_files.read(folder, "gsm8k", split).rows
+      self.assertLen({row.id for row in rows}, count)
+      self.assertFalse(any("<<" in row.solution or ">>" in row.solution for row in rows))
+
+  # Fails if the line number is 0-based, the field is not named, or a broken line is skipped without being asked to; or, if
+  # asked to, stops the rest or is not counted.
+  @parameterized.parameters(
+    ("{", "not JSON"),
+    ("", "blank"),
+    (b"\xff{}", "not JSON in UTF-8"),
+    ("[" * 100_000, "not JSON"),
+    ('{"question": ' + "1" * 5000 + "}", "not JSON"),
+    ([1], "JSON object, not a list"),
+    ("null", "JSON object, not a NoneType"),
+    ({"question": "q"}, '"answer" is missing'),
+    ({"answer": "#### 5"}, '"question"'),
+    ({"question": "q", "answer": 5}, '"answer" must be text in quotes, not a int'),
+    ({"question": ["q"], "answer": "#### 5"}, '"question" must be text in quotes, not a list'),
+    ({"question": " ", "answer": "#### 5"}, '"question" is blank'),
+    ({"question": "\ud800", "answer": "#### 5"}, '"question" holds half of a surrogate pair'),
+    ({"question": "a\0b", "answer": "#### 5"}, '"question" holds a NUL character'),
+    ({"question": "q", "answer": "It is 5."}, '"answer": The solution states no readable answer'),
+    ({"problem": "q", "solution": "It is 5."}, '"solution" has no \\boxed{}'),
+    ({"problem": "q", "solution": "It is \\boxed{5."}, '"solution" has no \\boxed{}'),
+    ({"problem": "q", "solution": "It is \\boxed{ }."}, '"solution" has no \\boxed{}'),
+    ({"problem": "q"}, '"answer" is missing'),
+    ({"problem": "q", "answer": None}, '"answer" must be text in quotes, not a NoneType'),
+    ({"problem": "q", "answer": "5", "solution": 5}, '"solution" must be text in quotes, not a int'),
+  )
+  def test_broken_line(self, line, message):
+    path = self._file(GSM8K[0], line, GSM8K[1])
+    self._assert_error(
+      lambda: problem_files.read(path, "gsm8k", "train"), f"{path}, line 2: ", message, "--skip_bad_rows"
+    )
+    rows = problem_files.read(path, "gsm8k", "train", skip_bad_rows=True)
+    self.assertEqual([row.answer for row in rows.rows], ["72", "1080"])
+    self.assertLen(rows.skipped, 1)
+    self.assertStartsWith(rows.skipped[0], f"{path}, line 2: ")
+    self.assertIn(message, rows.skipped[0])
+
+  # Fails if a missing or an empty file gives no rows, or a traceback of ours; or if nothing but broken rows is taken.
+  def test_missing_and_empty(self):
+    read = lambda path, **how: problem_files.read(path, "jsonl", "train", **how)
+    empty = self.folder / "none" / "empty.jsonl"
+    empty.parent.mkdir()
+    empty.write_bytes(b"")
+    self._assert_error(lambda: read(self.folder / "no.jsonl"), "no.jsonl does not exist")
+    self._assert_error(lambda: read(empty), str(empty), "empty")
+    self._assert_error(lambda: read(self._file("{", "}"), skip_bad_rows=True), "none of 2 rows", "line 1")
+    (self.folder / "bare").mkdir()
+    self._assert_error(lambda: read(self.folder / "bare"), "bare holds no train.jsonl")
+
+  # Fails if a given id or solution is dropped, null or "" is taken for text, or white space makes another problem.
+  def test_jsonl(self):
+    lines = [
+      {"problem": "p", "answer": "5", "solution": "s", "id": "a"},
+      {"problem": "q", "answer": "x", "id": None, "solution": ""},
+    ]
+    first, second = problem_files.read(self._file(*lines, name="mine.jsonl"), "jsonl", "test").rows
+    self.assertEqual(first, problem_files.Row("a", "p", "s", "5", ""))
+    self.assertEqual((second.problem, second.solution, second.answer), ("q", None, "x"))
+    spaced = problem_files.read(self._file({"problem": " q\n", "answer": "x"}), "jsonl", "test").rows
+    self.assertEqual(spaced[0].id, second.id)
+
+  # Fails if a byte-order mark or Windows line ends break a file, or stay in the text.
+  def test_bom_and_crlf(self):
+    row = json.dumps({"problem": "a\r\nb", "answer": "5"}).encode()
+    path = self._file(b"\xef\xbb\xbf" + row + b"\r", row.replace(b'"a\\', b'"c\\') + b"\r")
+    self.assertEqual([row.problem for row in problem_files.read(path, "jsonl", "train").rows], ["a\nb", "c\nb"])
+
+  # Fails if a huge line takes more than linear time.
+  def test_huge_line(self):
+    row = {"problem": "p", "solution": "\\boxed{" * 300_000 + "{" * 300_000 + "\\boxed{7}"}
+    start = time.process_time()
+    self.assertEqual(problem_files.read(self._file(row), "math", "train").rows[0].answer, "7")
+    self.assertLess(time.process_time() - start, 20)
+
+  # Fails if a problem that is there twice is taken twice, its loss is not counted, or two answers to one are taken.
+  def test_duplicates(self):
+    row = {"problem": "p", "answer": "5"}
+    rows = problem_files.read(self._file(row, {"problem": "q", "answer": "5"}, row), "jsonl", "train")
+    self.assertEqual(([row.problem for row in rows.rows], rows.duplicates, rows.skipped), (["p", "q"], 1, []))
+    path = self._file(row, row | {"answer": "6"})
+    self._assert_error(lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 2", f"{path}, line 1")
+    rows = problem_files.read(path, "jsonl", "train", skip_bad_rows=True)
+    self.assertEqual(([row.answer for row in rows.rows], rows.duplicates, len(rows.skipped)), (["5"], 0, 1))
+
+  # Fails if an id that is given twice passes, even where the rows are the same.
+  def test_given_id_twice(self):
+    row = {"problem": "p", "answer": "5"}
+    path = self._file(row | {"id": "a"}, row, row | {"id": "a"})
+    self._assert_error(lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 3", "line 1", "'a'")
+
+  # Fails if optional fields are not checked where they are present.
+  @parameterized.parameters("problem", "answer", "solution", "id")
+  def test_broken_jsonl_field(self, field):
+    row = {"problem": "p", "answer": "5", "solution": "s", "id": "a"}
+    path = self._file(row, row | {"id": "b"} | {field: 7})
+    self._assert_error(
+      lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 2: ", f'"{field}" must be text'
+    )
+
+  # Fails if a tree's files lose their names as ids, if the other split is read, or files that are no rows of it; if MATH-500
+  # calls the same problem by another id; or if the tree's split, given by itself, is not found.
+  def test_math_tree(self):
+    self._file(MATH, name="MATH/train/algebra/2.json")
+    self._file(MATH | {"type": "Geometry", "level": "Level ?"}, name="MATH/train/geometry/10.json")
+    self._file({"any": "thing"}, name="MATH/notes.json")
+    self._file(MATH, name="MATH/test/algebra/7.json")
+    row = MATH | {"subject": MATH["type"], "level": 1, "answer": "2", "unique_id": "test/algebra/7.json"}
+    five_hundred = self._file({key: row[key] for key in row if key != "type"}, name="math500.jsonl")
+    train, test = (problem_files.read(self.folder / "MATH", "math", split).rows for split in ("train", "test"))
+    self.assertEqual([row.id for row in train], ["math/train/algebra/2", "math/train/geometry/10"])
+    self.assertEqual([row.kind for row in train], ["algebra/level 1", "geometry"])
+    self.assertEqual([row.answer for row in train], ["2", "2"])
+    self.assertEqual([row.id for row in test], ["math/test/algebra/7"])
+    self.assertEqual(problem_files.read(five_hundred, "math", "test").rows, test)
+    self.assertEqual(problem_files.read(self.folder / "MATH/test", "math", "test").rows, test)
+    self._file("{", name="MATH/train/algebra/1.json")
+    self._assert_error(lambda: problem_files.read(self.folder / "MATH", "math", "train"), "algebra/1.json: not JSON")
+
+  # Fails if a folder of splits is taken for the split that it lacks.
+  def test_a_missing_split_is_said(self):
+    self._file(MATH, name="MATH/train.jsonl")
+    self.assertLen(problem_files.read(self.folder / "MATH", "math", "train").rows, 1)
+    self._assert_error(lambda: problem_files.read(self.folder / "MATH", "math", "test"), "MATH holds no test.jsonl")
+
+  # Fails if braces inside are not counted, an escaped one is, the first box is taken, or one that is cut off.
+  @parameterized.parameters(
+    ("\\boxed{2}", "2"),
+    ("$\\boxed{1}$, no: $\\boxed{\\frac{1}{2}}.$", "\\frac{1}{2}"),
+    ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
+    ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
+    ("\\boxed{7} and \\boxed{8", "7"),
+    ("\\fbox{4}", "4"),
+    ("\\boxed {5}", "5"),
+    ("\\boxed 6$ and", "6"),
+    ("\\boxed\\frac12\\]", "\\frac12"),
+    ("\\boxed{\\text{(A)}}", "\\text{(A)}"),
+    ("}\\boxed{9}", "9"),
+    ("\\boxedtwo{3}", None),
+    ("\\boxed{}", None),
+    ("none", None),
+  )
+  def test_last_box(self, text, expected):
+    self.assertEqual(problem_files.last_box(text), expected)
+
+
+if __name__ == "__main__":
+  absltest.main()

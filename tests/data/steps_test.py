@@ -1,0 +1,206 @@
+"""Tests of where steps end, in GSM8K's lines and in prose with LaTeX."""
+
+import functools
+import pathlib
+import re
+import time
+import types
+
+import transformers
+from absl.testing import absltest, parameterized
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import synthneg_jax.tasks
+from synthneg_jax.data import problem_files, steps, token_text
+from tests.data import token_text_test
+from tests.models import smollm2
+
+EXCERPT = pathlib.Path(__file__).parents[1] / "data" / "gsm8k"
+MATH_ROWS = pathlib.Path(synthneg_jax.tasks.__file__).with_name("math_rows")
+LINES = types.SimpleNamespace(steps="delimiter", step_delimiter="\n")
+PROSE = types.SimpleNamespace(steps="prose", step_delimiter="\n")
+# What prose and LaTeX are made of, whole and broken; hypothesis puts them together in every order.
+PIECES = [
+  *("$", "$$", "\\$", "\\(", "\\)", "\\[", "\\]", "\\\\", "{", "}", "\\{", "\\}", "\\begin{align*}", "\\end{align*}"),
+  *("\\begin{cases}", "\\end{cases}", "[asy]", "[/asy]", "\n", "\n\n", "\n \n", " ", "  ", ". ", ".", "! ", "? ", ".) "),
+  *("...", ". A", "A", "b", "Then ", "x=2", "x=2.", "3.14", "1,000", "$5", "$x$", "$x.$ ", "e.g. ", "Fig. ", "No. ", "a.m. "),
+  *("1. ", "Step 2. ", "5! ", "Done! ", "\\boxed{7}", "\\text{If so. Then}", "####", " 72", "*", '"'),
+  *("\u20ac", "\u201d", "\u00e9"),
+]  # fmt: skip
+
+
+@functools.cache
+def tokenizers() -> dict:
+  """A tokenizer trained on a few lines, whose tokens cross boundaries, and a real one."""
+  return {
+    "small": token_text_test.byte_level(),
+    "smollm2": transformers.AutoTokenizer.from_pretrained(smollm2.smollm2_dir()),
+  }
+
+
+@functools.cache
+def signs_of(name: str) -> list[int]:
+  """Tokens that hold something that decides over steps."""
+  pieces = map(text_of(name).bytes_of, range(text_of(name).vocab_size))
+  return [i for i, piece in enumerate(pieces) if re.search(rb"[.$\n{}\\!?]", piece)]
+
+
+@functools.cache
+def text_of(name: str) -> token_text.TokenText:
+  return token_text.TokenText(tokenizers()[name])
+
+
+def solutions() -> list[str]:
+  """Real text: GSM8K's, and our rows in MATH's format."""
+  places = ((EXCERPT, "gsm8k"), (MATH_ROWS, "math"))
+  rows = [problem_files.read(path, name, split).rows for path, name in places for split in ("train", "test")]
+  return [row.solution for part in rows for row in part]
+
+
+def cut(text: str) -> list[str]:
+  """Prose cut behind every separator."""
+  data, spans = text.encode(), list(steps.prose_separators(text.encode()))
+  ends = [*(stop for _, stop in spans), len(data)]
+  return [data[start:stop].decode() for start, stop in zip([0, *ends], ends, strict=False) if start < stop]
+
+
+class ProseTest(parameterized.TestCase):
+  # Each line is a text with|  where it is to be cut. Fails where the rule that its comment names is broken.
+  @parameterized.parameters(
+    "It is 3.| Then 4 follows.",
+    "It is 3.\n|Then 4.\n|\n|So 5.",  # lines
+    "Really?| Yes!| So be it.",
+    'He said "no."| She (too.)| **Bold.**| Then.',  # closers
+    "It is \u201cso.\u201d| Then.",
+    "about 3.14 and 1,000.5 of $2.50.| Then 0.5 is left.",  # numbers
+    "It is 3. 5 is more.",  # a number with a space in it, perhaps
+    "as in Fig. 2, e.g. x, i.e. Y, cf. Eq. (3), by Prof. Smith vs. Dr. Jones et al. The end.",  # abbreviations
+    "at 5 p.m. The U.S. Team w.r.t. Time",
+    "See No. 5.| The answer is no.| Then 5 ft. 3 in. tall.| It is 5 ft.| Then.",  # before digits only
+    "for x. then y",  # no sentence begins with a small letter
+    "wait...| Then",
+    "wait... then",
+    "1. First.| 2. Second.| Step 3. Third.| Case i. Fourth.| **Step 5.** Last.",  # line numbers
+    "(a) 5! = 120, n! Is",  # factorials
+    "Then $x=2.$| So $y=3.14$ and \\(z. A\\) hold.| $w$.| $v$",  # formulas, and their last period
+    "a $x,\\ldots$ Then $a, b, ...$ Then",
+    "It costs $5.| He has $3.| Then.",  # money is no formula
+    "It costs $5.| He has $ left.| Then.",
+    "It costs $5.| Then US$7.| So.",
+    "It costs \\$5.| He has \\$3.| Then $2.",
+    "between $ 3. A $ and so.| Then",  # spaces inside both
+    "$$x. Y$$ Then.| \\[x. Y\n = z.\\]| Then.",  # displays
+    "\\begin{align*}\nx &= 2. Y\\\\[2pt]\n\ny\n\\end{align*}\n|Then.",  # environments, over blank lines, too
+    "\\begin{a}\\begin{a} A. B\\end{a} C. D\\end{a} E.| F",  # nested
+    "[asy]\ndraw((0,0). A);\n\nlabel();\n[/asy]\n|Then.",
+    "\\text{If A. Then B} and {c. D {e. F} g. H}.| Then.",  # braces
+    "{ never closed.| Then",
+    "$ never closed.| Then",
+    "\\[ never closed. Then\nmore\n|\n|Then.| So.",  # up to the blank line
+    "\\begin{align*} never closed. Then\nmore",
+    "{ over a blank.| Line\n|\n|no.| Then }",
+    "$x over a blank.| Line\n|\n|no.| Then$",
+    "\\\\[ is a break.| Then \\]",  # an escaped backslash opens nothing
+    "\\{ is a brace.| Then \\}",
+  )
+  def test_cuts(self, marked):
+    parts = marked.split("|")
+    self.assertEqual(cut("".join(parts)), [part for part in parts if part])
+
+  # Fails if a text of nothing but openers, closers or stops takes more than linear time.
+  @parameterized.parameters("{", "$", "\\[", "\\begin{a}", "[asy]", ". ", "1. ", "}", "\\end{a}", "$ x", "\n", "a.")
+  def test_linear(self, piece):
+    data = (piece * 100_000).encode()
+    start = time.process_time()
+    list(steps.prose_separators(data))
+    self.assertLess(time.process_time() - start, 6.0)  # seconds; about half of one was measured
+
+  # An oracle of its own for whole LaTeX: no cut may lie in what a plain regex takes for a formula, environment or brace.
+  # Fails if any of them can be cut, wherever they stand and whatever is in them.
+  @settings(max_examples=400, deadline=None, database=None)
+  @given(st.data())
+  def test_never_inside_latex(self, data):
+    words = ["A. B", "x=2. ", "3.14", "\n", "? So ", "! Now", "e.g. ", " y "]
+    inner = st.lists(st.sampled_from(words), max_size=5).map("".join)
+    environment = ("\\begin{align}", "\\end{align}")
+    wraps = [("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$"), ("$x", "y$"), ("{", "}"), environment, ("[asy]", "[/asy]")]
+    parts = []
+    for _ in range(data.draw(st.integers(1, 5))):
+      opens, closes = data.draw(st.sampled_from(wraps))
+      held = opens + re.sub(r"\n\s*\n", "\n", data.draw(inner)) + closes
+      parts += [(data.draw(st.sampled_from(["Then ", "So. It ", "\n", "is. "])), False), (held, True)]
+    text = "".join(part for part, _ in parts)
+    cuts = {len("".join(cut(text)[: n + 1])) for n in range(len(cut(text)))}
+    at = 0
+    for part, held in parts:
+      if held:
+        self.assertFalse(cuts & set(range(at + 1, at + len(part))), text)
+      at += len(part)
+
+
+class EndsTest(parameterized.TestCase):
+  def _check(self, ids, name, task):
+    """Steps are the response: checked for any ids."""
+    text = text_of(name)
+    ends = steps.ends(ids, text, task)
+    parts = [list(ids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    self.assertEqual(sum(parts, []), list(ids))
+    self.assertTrue(all(parts))
+    if len(parts) > 1:
+      self.assertTrue(all(b"".join(map(text.bytes_of, part)).strip() for part in parts))  # blank is ASCII's white space
+    # The rest of a response after a step has the rest of its steps: rollouts are cut as their traces are.
+    for end in ends[:-1]:
+      rest = [end + other for other in steps.ends(ids[end:], text, task)]
+      self.assertEqual(rest, [other for other in ends if other > end], text.text(ids))
+    return [text.text(part) for part in parts]
+
+  # Fails if an end is lost, doubled, or taken from a text that was put together and tokenised again.
+  @parameterized.product(name=["small", "smollm2"], task=[LINES, PROSE])
+  def test_real_text(self, name, task):
+    tokenizer, cuts = tokenizers()[name], 0
+    for solution in solutions():
+      ids = [*tokenizer.encode(solution, add_special_tokens=False), tokenizer.eos_token_id]
+      cuts += len(self._check(ids, name, task)) - 1
+    self.assertGreater(cuts, 150)
+
+  # Fails if generated text, whole or broken, has steps that are not the response, or ends that depend on what stood before.
+  @settings(max_examples=400, deadline=None, database=None)
+  @given(st.sampled_from(["small", "smollm2"]), st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25))
+  @example("small", ["$", "\n", "\xa0"])
+  @example("smollm2", ["A. ", "1. ", "x"])
+  @example("smollm2", ["Go. ", "$5", ". A", "$"])
+  def test_generated_text(self, name, pieces):
+    text = "".join(pieces).encode(errors="ignore").decode()
+    ids = tokenizers()[name].encode(text, add_special_tokens=False)
+    for task in (LINES, PROSE):
+      self._check(ids, name, task)
+
+  # The same for ids as a model draws them, which no tokenizer would give for their text.
+  @settings(max_examples=200, deadline=None, database=None)
+  @given(st.sampled_from(["small", "smollm2"]), st.data())
+  def test_drawn_ids(self, name, data):
+    size = text_of(name).vocab_size
+    ids = data.draw(st.lists(st.sampled_from(signs_of(name)) | st.integers(0, size - 1), max_size=30))
+    for task in (LINES, PROSE):
+      self._check(ids, name, task)
+
+  # Fails if the space before a sentence counts as its stop (then no sentence ends, for such tokens hold the next word), or
+  # GSM8K's steps are cut at sentences.
+  def test_smollm2_steps(self):
+    encode = lambda text: tokenizers()["smollm2"].encode(text, add_special_tokens=False)
+    text = "First, $f(2)=-1.$ Then it is 3.5. So $f(f(2))=\\boxed{5}.$"
+    expected = ["First, $f(2)=-1.$", " Then it is 3.5.", " So $f(f(2))=\\boxed{5}.$"]
+    self.assertEqual(self._check(encode(text), "smollm2", PROSE), expected)
+    text = "She has 3. Then 4.\nIt is 7.\n#### 7"
+    self.assertEqual(self._check(encode(text), "smollm2", LINES), ["She has 3. Then 4.\n", "It is 7.\n", "#### 7"])
+
+  # Fails if a token that ends one step and begins the next is cut, or given to one of the two.
+  def test_a_token_of_two_steps_joins_them(self):
+    pieces = [b"It is", b" so. The", b"n", b".", b" Now", b"."]
+    fake = types.SimpleNamespace(bytes_of=pieces.__getitem__)
+    self.assertEqual(steps.ends(range(6), fake, PROSE), [4, 6])
+
+
+if __name__ == "__main__":
+  absltest.main()

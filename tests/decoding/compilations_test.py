@@ -1,0 +1,55 @@
+"""How many programs a mixed run of the engine compiles."""
+
+import jax
+import numpy as np
+from absl.testing import absltest
+
+from synthneg_jax.decoding.decode import Stops
+from synthneg_jax.decoding.engine import Engine, Trunk
+from synthneg_jax.decoding.sampling import Sampling
+from tests import tiny_model
+
+_compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+  lambda event, *_, **__: _compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+)
+
+
+def trunks(rng, count: int, longest: int, items: int):
+  """Trunks of 2 to `longest` tokens, one of them that long, with 1 to `items` items."""
+  lengths = [longest, *rng.integers(2, longest + 1, count - 1)]
+  for length in lengths:
+    forks = rng.integers(1, length + 1, size=items)
+    yield Trunk(rng.integers(4, 31, length).tolist(), forks.tolist(), rng.integers(0, 2**32, (items, 2), np.uint32))
+
+
+class CompilationsTest(absltest.TestCase):
+  def test_bucketed_shapes_share_programs(self):
+    # Fails if a program is compiled for every length, number of trunks, of items or of rounds: ten calls fall into two
+    # buckets, of five programs each, and some small transfers; repeated, they compile nothing at all.
+    engine = Engine(tiny_model.model(), tiny_model.one_device_mesh(), Stops((3,)), lanes=4, slots=2, max_new_tokens=5)
+    params, rng = tiny_model.params(), np.random.default_rng(0)
+    calls = [list(trunks(rng, 3 + n % 5, 9 + n % 7, 3 + n % 2)) for n in range(5)]  # up to 16 tokens
+    calls += [list(trunks(rng, 4 + n % 5, 17 + 3 * n, 3)) for n in range(5)]  # up to 32
+    run = lambda: [len(dict(engine.run(params, call, Sampling()))) for call in calls]
+    del _compiled[:]
+    self.assertEqual(run(), [len(call) for call in calls])
+    self.assertBetween(len(_compiled), 10, 16)
+    del _compiled[:]
+    run()
+    self.assertEqual(_compiled, [])
+
+  def test_rounds_share_a_length(self):
+    # Fails if `longest` is not used: rounds with ever shorter trunks would each compile anew.
+    engine = Engine(tiny_model.model(), tiny_model.one_device_mesh(), Stops((3,)), lanes=2, slots=2, max_new_tokens=5)
+    params, rng = tiny_model.params(), np.random.default_rng(1)
+    run = lambda length: dict(engine.run(params, list(trunks(rng, 4, length, 2)), Sampling(), 48))
+    run(48)
+    del _compiled[:]
+    for length in (40, 30, 20, 5):
+      run(length)
+    self.assertEqual(_compiled, [])
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,156 @@
+"""Cells of a study: what a grid's lines mean, when a cell's file counts, and who may work where."""
+
+import json
+import os
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+from absl.testing import absltest, parameterized
+from etils import epath
+
+from synthneg_jax.data.records import Shards, Trace
+from synthneg_jax.experiments.scaling import grid, methods
+from synthneg_jax.runtime import config_schema
+from synthneg_jax.runtime.errors import UserError
+
+
+def config(**study):
+  c = config_schema.default()
+  c.credit.best_of = 1
+  for leaf, value in study.items():
+    c.study[leaf] = value
+  return c
+
+
+def folder() -> epath.Path:
+  return epath.Path(tempfile.mkdtemp())
+
+
+class GridTest(parameterized.TestCase):
+  def test_lines_become_cells_small_ones_first_each_once(self):
+    # Fails if a size, seed or method is lost or made twice, or if large cells come first.
+    lines = ("40 20: sft rft", "20: rft step_dpo,dpo.beta=0.5")
+    cells = grid.read(config(grid=lines, seeds=(1, 2)))
+    expected = [(20, seed, name) for seed in (1, 2) for name in ("sft", "rft", "step_dpo,dpo.beta=0.5")]
+    expected += [(40, seed, name) for seed in (1, 2) for name in ("sft", "rft")]
+    self.assertCountEqual([(cell.size, cell.seed, cell.method.name) for cell in cells], expected)
+    self.assertEqual([cell.size for cell in cells], [20] * 6 + [40] * 4)
+    self.assertLen({cell.name for cell in cells}, 10)
+
+  @parameterized.parameters(
+    (("20 sft",), (), "study.grid: '20 sft' is not of the form"),
+    (("x: sft",), (), "study.grid: 'x: sft' is not of the form"),
+    (("0: sft",), (), "study.grid: '0: sft' is not of the form"),
+    (("20: stf",), (), "names the method 'stf'; known are sft"),
+    (("20: rft,dpo.beta=1",), (), "sets 'dpo.beta=1'; rft may set LEAF=VALUE of rft"),
+    (("20: sft,sft.num_epoch=1",), (), "no leaf 'sft.num_epoch'; did you mean sft.num_epochs"),
+    (("20: sft,sft.num_epochs=x",), (), "'x' is no int"),
+    (("20: rft,rft.with_teacher=yes",), (), "'yes' is no bool"),
+    (("20: rft,rft.start=top",), (), "rft.start='top' is none of base, sft"),
+    (("20: sft",), ("20: sft.num_epochs",), "'sft.num_epochs' is not of the form LEAF=VALUE"),
+    (("20: sft",), ("rtf: rft.start=sft",), "'rtf' is neither a size in problems nor a method"),
+    (("20: rft",), ("rft: sft.num_epochs=1",), "rft may set LEAF=VALUE of rft"),
+  )
+  def test_bad_lines_are_refused_before_any_work(self, lines, settings, message):
+    # Fails if a line that cannot be made is found out only when its cell is reached.
+    with self.assertRaisesRegex(UserError, message):
+      grid.read(config(grid=lines, settings=settings))
+
+  def test_settings_by_size_and_by_method(self):
+    # Fails if a line's leaves reach other sizes or methods, or win over what a method's own name says.
+    lines = ("20 40: sft arbitrary arbitrary,dpo.beta=2.0 step_dpo",)
+    c = config(
+      grid=lines, settings=("20: sft.num_epochs=9", "arbitrary: dpo.beta=0.7 dpo.optimizer.learning_rate=3e-5")
+    )
+    seen = {
+      (cell.size, cell.method.name): methods.configure(grid.configure(c, cell), cell.method) for cell in grid.read(c)
+    }
+    self.assertEqual({size: seen[size, "sft"].sft.num_epochs for size in (20, 40)}, {20: 9, 40: c.sft.num_epochs})
+    self.assertEqual(seen[20, "arbitrary"].sft.num_epochs, 9)
+    self.assertEqual(seen[40, "arbitrary"].dpo.beta, 0.7)
+    self.assertEqual(seen[40, "arbitrary"].dpo.optimizer.learning_rate, 3e-5)
+    self.assertEqual(seen[40, "arbitrary,dpo.beta=2.0"].dpo.beta, 2.0)
+    self.assertEqual(seen[40, "step_dpo"].dpo.beta, c.dpo.beta)
+    self.assertEqual(seen[40, "step_dpo"].pairs.pair_mode, "shared_prefix")
+
+  def test_hash_knows_what_decides_and_nothing_else(self):
+    # Fails if a cell made with other settings is taken for this one, or if a leaf of another stage unmakes it.
+    c = config(grid=("20: sft step_dpo",), seeds=(1,))
+    sft, dpo = ([one for one in grid.read(c) if one.method.name == name][0] for name in ("sft", "step_dpo"))
+    before = grid.config_hash(c, sft), grid.config_hash(c, dpo)
+    c.dpo.beta = 0.7
+    self.assertEqual(grid.config_hash(c, sft), before[0])
+    self.assertNotEqual(grid.config_hash(c, dpo), before[1])
+    c.dpo.beta = 0.1
+    c.engine.lanes, c.study.factor_at, c.sft.save_every_steps = 7, 3, 1
+    self.assertEqual((grid.config_hash(c, sft), grid.config_hash(c, dpo)), before)
+    c.sft.num_epochs += 1
+    self.assertNotEqual(grid.config_hash(c, sft), before[0])
+    self.assertNotEqual(grid.config_hash(c, dpo), before[1])
+    other = grid.Cell(20, 2, sft.method)
+    c.sft.num_epochs -= 1
+    self.assertNotEqual(grid.config_hash(c, other), before[0])
+
+  def test_a_cell_is_written_and_read_again(self):
+    # Fails if a verdict changes its problem on the way, or a file of another config or of none is taken.
+    c = config(grid=("20: sft",), seeds=(1,))
+    (cell,), root = grid.read(c), folder()
+    wrong = np.random.default_rng(0).random(37) < 0.4
+    order = np.random.default_rng(1).permutation(37)
+    Shards(root / "evaluate/sft/traces", Trace).write(
+      Trace(f"p{i:02d}/e/0", f"p{i:02d}", 0, [1], [1], "", not wrong[i], "", None, "eos", [0.0], [0.0], "f")
+      for i in order
+    )
+    self.assertIsNone(grid.load(root, c, cell))
+    grid.write(root, root, c, cell, 1.5)
+    found = grid.load(root, c, cell)
+    np.testing.assert_array_equal(grid.wrong(found), wrong)
+    self.assertAlmostEqual(found["test_error"], wrong.mean(), places=5)
+    c.sft.num_epochs += 1
+    with self.assertRaisesRegex(UserError, "sft_20_1.json was made with another config"):
+      grid.load(root, c, cell)
+    for text in ("{", "[]", "{}"):
+      (root / "sft_20_1.json").write_text(text)
+      with self.assertRaisesRegex(UserError, "sft_20_1.json is no cell of a study"):
+        grid.load(root, c, cell)
+
+  def test_a_claim_is_held_by_one(self):
+    # Fails if two processes may work in one run folder, a claim outlives its holder, or a dead one is never taken over.
+    root = folder()
+    with self.assertRaisesRegex(RuntimeError, "stop"), grid.claim(root, "20_1") as mine:
+      self.assertTrue(mine)
+      self.assertIn(str(os.getpid()), (root / "20_1.claim").read_text())
+      with grid.claim(root, "20_1") as other, grid.claim(root, "20_2") as apart:
+        self.assertEqual((other, apart), (False, True))
+      self.assertTrue((root / "20_1.claim").exists())
+      raise RuntimeError("stop")
+    self.assertFalse((root / "20_1.claim").exists())
+    (root / "20_1.claim").write_text("a machine that is gone")
+    with grid.claim(root, "20_1") as mine:
+      self.assertFalse(mine)
+    long_ago = time.time() - 3600
+    os.utime(root / "20_1.claim", (long_ago, long_ago))
+    with grid.claim(root, "20_1") as mine:
+      self.assertTrue(mine)
+
+
+class PublishedTest(absltest.TestCase):
+  def test_published_cells_are_of_the_configs_in_the_repository(self):
+    # Fails if a config is changed, or a cell's file lost or edited, so that docs/results.md tells of something else.
+    root = pathlib.Path(__file__).parents[2]
+    for results in sorted((root / "docs" / "results").glob("*/cells")):
+      name, _, arg = results.parent.name.partition(".")  # CONFIG or CONFIG.ARG
+      c = __import__(f"configs.{name}", fromlist=["get_config"]).get_config(arg)
+      wanted = {f"{cell.name}.json": cell for cell in grid.read(c)}
+      there = {path.name for path in results.glob("*.json")}
+      self.assertContainsSubset(there, wanted)
+      for name in there:
+        found = grid.load(epath.Path(results), c, wanted[name])
+        self.assertEqual(json.dumps(found["method"]), json.dumps(wanted[name].method.name))
+        self.assertAlmostEqual(float(grid.wrong(found).mean()), found["test_error"], places=5)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,183 @@
+"""Figure 8's study: exact values against enumeration, pairs and losses against the token tree, and all cells end to end."""
+
+import functools
+import itertools
+import json
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import absltest
+
+from configs import star_graph as star_config
+from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.experiments.star_graph import study as star_graph_study
+from synthneg_jax.pipeline import stages
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.tasks import star_graph
+from synthneg_jax.training import batch as batch_lib
+from synthneg_jax.training import objectives
+from synthneg_jax.training.batch import Example
+from tests import tiny_model
+
+
+def config(**changes):
+  found = star_config.get_config("smoke")
+  found.update_from_flattened_dict(changes)
+  return found
+
+
+@functools.cache
+def study():
+  """A study of graphs so small that every completion can be enumerated, with a model of random weights."""
+  small = config(**{"task.degree": 2, "task.num_nodes": 5, "task.train_problems": 6, "task.test_problems": 3})
+  made = star_graph_study.Study(small, tempfile.mkdtemp())
+  return made, tiny_model.make_params(made.model)
+
+
+def by_tree(model, params, trees: list[Tree]) -> np.ndarray:
+  """Summed log-probs of the branches of trees that have as many each, by the token tree: [trees, branches]."""
+  examples = [Example(tree) for tree in trees]
+  batch = batch_lib.build(examples, batch_lib.measure(examples, max(tree.num_tokens for tree in trees)))
+  logp_RS, _ = jax.jit(objectives.scored_logprobs, static_argnums=0)(model, params, batch)
+  count = len(trees[0].branches)
+  return np.asarray(objectives.branch_sums(batch, logp_RS, count))[:, 1:]
+
+
+class ValuesTest(absltest.TestCase):
+  def test_critical_values_by_enumeration(self):
+    # Fails if Q is read one place off, leaves out EOS, goes to another arm, or if π is taken after another prefix.
+    made, params = study()
+    policy_NA, q_NA = star_graph_study.critical_values(made.model, params, made.test)
+    prompt_NC, vocab = star_graph.prompt_ids(made.test), made.model.config.vocab_size
+    endings = list(itertools.product(range(vocab), repeat=2))  # leaf and EOS, or anything else
+    for row in range(3):
+      prompt, right = prompt_NC[row].tolist(), star_graph.text(star_graph.solution_ids(made.test)[row])
+      center = star_graph.tokens(made.test.arm_NAL[row, 0, 0])
+      for arm in range(2):
+        node = star_graph.tokens(made.test.arm_NAL[row, arm, 1])
+        trunk = [*prompt, center, node]
+        grown = [Branch(len(trunk), list(ending)) for ending in endings] + [Branch(len(trunk) - 1, [node])]
+        *logp_E, first = by_tree(made.model, params, [Tree(trunk, tuple(grown))])[0]
+        said = [star_graph.text([center, node, *ending]) for ending in endings]
+        hits = [
+          text == right and ending[-1] == star_graph.WORDS.index("<eos>")
+          for text, ending in zip(said, endings, strict=True)
+        ]
+        self.assertAlmostEqual(np.exp(logp_E).sum(), 1.0, places=4)
+        self.assertAlmostEqual(np.exp(logp_E)[np.array(hits)].sum(), q_NA[row, arm], places=5)
+        self.assertAlmostEqual(np.exp(first), policy_NA[row, arm], places=5)
+
+  def test_measures_are_means_of_the_values(self):
+    # Fails if `value` is not the probability of the right path given the centre, or if the last, filled-up call counts twice.
+    made, params = study()
+    trees = [
+      Tree([*prompt, path[0]], (Branch(len(prompt) + 1, path[1:]),))
+      for prompt, path in zip(
+        star_graph.prompt_ids(made.test).tolist(), star_graph.solution_ids(made.test).tolist(), strict=True
+      )
+    ]
+    whole_N = np.exp(by_tree(made.model, params, trees)[:, 0])
+    found = star_graph_study.measure(made.model, params, made.test)
+    self.assertAlmostEqual(found["value"], whole_N.mean(), places=5)
+    again = made.test.take(np.arange(1001) % 3)  # two calls
+    self.assertAlmostEqual(
+      star_graph_study.measure(made.model, params, again)["value"], whole_N[np.arange(1001) % 3].mean(), places=4
+    )
+
+  def test_pairs_and_their_loss(self):
+    # Fails if a right node is rejected, equal pairs count twice, or reference and policy score other tokens than the pair's.
+    made, params = study()
+    graphs = made.train_set(0)
+    problem_P, wrong_P, chosen_P, rejected_P = made.pairs(params, graphs, np.random.default_rng(0))
+    self.assertNotEmpty(problem_P)
+    self.assertLen({*zip(problem_P, wrong_P, strict=True)}, len(problem_P))
+    self.assertFalse(np.any(wrong_P == star_graph.tokens(graphs.path_NL[problem_P, 1])))
+    prompt_NC, solution_NS = star_graph.prompt_ids(graphs), star_graph.solution_ids(graphs)
+    trees = []
+    for problem, wrong in zip(problem_P, wrong_P, strict=True):
+      trunk = [*prompt_NC[problem].tolist(), int(solution_NS[problem, 0])]
+      trees.append(
+        Tree(trunk, (Branch(len(trunk), solution_NS[problem, 1:].tolist()), Branch(len(trunk), [int(wrong)])))
+      )
+    logp_P2 = by_tree(made.model, params, trees)
+    np.testing.assert_allclose(np.stack([chosen_P, rejected_P], axis=1), logp_P2, atol=1e-4)
+    token_PT = np.concatenate([prompt_NC, solution_NS], axis=1).astype(np.int32)[problem_P]
+    rejected_ids = wrong_P.astype(np.int32)
+    loss = jax.jit(functools.partial(star_graph_study.dpo_loss, made.model, made.num_prompt, 0.5, 0.0))
+    self.assertAlmostEqual(float(loss(params, token_PT, rejected_ids, chosen_P, rejected_P)), np.log(2), places=4)
+    margin_P = logp_P2[:, 0] - logp_P2[:, 1]
+    wanted = np.mean(np.log1p(np.exp(-0.5 * margin_P)))
+    self.assertAlmostEqual(float(loss(params, token_PT, rejected_ids, 0 * chosen_P, 0 * rejected_P)), wanted, places=3)
+
+
+class StudyTest(absltest.TestCase):
+  def test_end_to_end_and_again(self):
+    # Fails if a cell is not taken from its file, if one that is made again from scratch differs, or if files are missing.
+    workdir = pathlib.Path(tempfile.mkdtemp()) / "run"
+    result = star_graph_study.run(config(), workdir)
+    self.assertEqual(result["seeds"], 2)
+    self.assertEqual(set(result["dpo"]), {"0", "2", "4"})
+    self.assertEqual(result["sft"]["step"], [0, 2, 4])
+    self.assertLess(result["sft"]["train/loss"][-1][0], result["sft"]["train/loss"][0][0])
+    for suffix in ("json", "csv", "png", "svg"):
+      self.assertTrue((workdir / f"report/star_graph.{suffix}").exists(), suffix)
+    self.assertIn("under-trained", (workdir / "report/star_graph.svg").read_text())
+    cell, weights = workdir / "cells/dpo_1_2.json", workdir / "weights/sft_1_2.npz"
+    before = json.loads(cell.read_text())
+    cell.unlink()
+    weights.unlink()
+    stamps = {path.name: path.stat().st_mtime_ns for path in (workdir / "cells").iterdir()}
+    self.assertEqual(star_graph_study.run(config(), workdir)["dpo"], result["dpo"])
+    after = json.loads(cell.read_text())
+    self.assertEqual({**after, "seconds": 0}, {**before, "seconds": 0})
+    self.assertEqual(
+      {path.name: path.stat().st_mtime_ns for path in (workdir / "cells").iterdir() if path != cell}, stamps
+    )
+    with self.assertRaisesRegex(UserError, "other settings"):
+      star_graph_study.run(config(**{"dpo.beta": 0.7}), workdir)
+
+  def test_sft_learns_its_problems_by_heart(self):
+    # Fails if batches hold other responses than their prompts', or if training does not start where the base ends.
+    few = config(**{"task.train_problems": 4, "sft.max_steps": 150, "sft.optimizer.learning_rate": 0.01,
+                    "star_graph.every_steps": 150, "star_graph.over_trained": (150,)})  # fmt: skip
+    made = star_graph_study.Study(few, tempfile.mkdtemp())
+    base, first, last = made.base()["test"], *[made.sft(0)["curve"][i] for i in (0, -1)]
+    self.assertEqual(first["test"], base)
+    self.assertGreater(last["train"]["value"], 0.9)
+
+  def test_bad_settings(self):
+    # Fails if checkpoints beyond SFT's end, a single seed or another task are taken.
+    for changes in ({"star_graph.over_trained": (9,)}, {"star_graph.seeds": 1}, {"task.name": "arithmetic"}):
+      with self.assertRaisesRegex(UserError, next(iter(changes)).replace(".", r"\.")):
+        star_graph_study.Study(config(**changes), tempfile.mkdtemp())
+
+
+@pytest.mark.long
+class PipelineTest(absltest.TestCase):
+  def test_every_stage_takes_the_task(self):
+    # Fails if a stage knows the embedded task alone: base, π_sft, traces, credit, pairs and verdicts all meet here.
+    workdir = pathlib.Path(tempfile.mkdtemp()) / "run"
+    small = config(
+      **{
+        "pretrain.num_problems": 64,
+        "engine.lanes": 8,
+        "credit.lanes": 8,
+        "sft.num_epochs": 80,
+        "sft.max_steps": 0,
+        "sft.save_every_steps": 0,
+        "sft.optimizer.learning_rate": 0.01,
+        "sample.num_traces": 8,
+      }
+    )
+    stages.run(small, workdir, ["pretrain"])
+    small.model.path = str(workdir / "pretrain/policy")
+    stages.run(small, workdir)
+    found = json.loads((workdir / "summary.json").read_text())
+    self.assertIn("step_dpo", json.dumps(found))
+
+
+if __name__ == "__main__":
+  absltest.main()

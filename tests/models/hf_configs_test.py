@@ -1,0 +1,164 @@
+"""Every family: recorded logits of torch, the forms of the forward pass against one another, config.json there and back."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from synthneg_jax.core import tree as tree_lib
+from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.models import hf_configs, huggingface, rope
+from synthneg_jax.models.attention import Cache
+from synthneg_jax.models.config import RopeScaling
+from synthneg_jax.models.decoder import Model
+from synthneg_jax.runtime import device_mesh
+from synthneg_jax.runtime.errors import UserError
+from tests import tiny_model
+from tests.models import tiny_families
+
+F64 = {"dtype": "float64", "param_dtype": "float64"}
+# (case, layers scanned): each family once unrolled, and scanned too where layers differ.
+FORMS = (
+  ("llama, llama3 rope", False),
+  ("mistral", False),
+  ("mistral", True),
+  ("qwen2, windows", True),
+  ("qwen3", False),
+  ("gemma2", False),
+  ("gemma2", True),
+  ("gemma3, linear rope", False),
+  ("gemma3, linear rope", True),
+)
+
+
+class FamiliesTest(parameterized.TestCase):
+  @parameterized.parameters(*tiny_families.CASES)
+  def test_logits_are_those_of_torch(self, name):
+    # Fails if a window, cap, norm, bias, scale, activation or rotary angle of a family changes.
+    model = tiny_families.model(name, scan_layers=True)
+    trees = tree_lib.pack([[Tree(tiny_families.ids(name))]], tiny_families.LENGTH)
+    of = lambda params, trees: model.logits(
+      params, model.hidden(params, trees)[0][0, jnp.asarray(tiny_families.PLACES)]
+    )
+    logits = jax.jit(of)(tiny_families.params(model), trees)
+    recorded = json.loads(tiny_families.RECORDED.read_text())[name]
+    self.assertGreater(np.ptp(recorded), 1.0)
+    np.testing.assert_allclose(logits, recorded, rtol=0, atol=1e-4)
+
+  @parameterized.parameters(*FORMS)
+  def test_forms_agree(self, name, scan):
+    # Fails if packed branches, prefill or decoding miss a window, a cap or a base: in the trunk, across a fork, or within
+    # a branch longer than the window.
+    with jax.enable_x64(True):
+      model = tiny_families.model(name, scan_layers=scan, **F64)
+      params = tiny_families.params(model)
+      text = tiny_families.ids(name)
+      trunk, fork, branch = text[:10], 8, text[10:18]
+      tree = Tree(trunk, (Branch(10, [5, 6, 7]), Branch(fork, branch)))
+      hidden = jax.jit(functools.partial(model.hidden, with_cache=True))
+      packed, _ = hidden(params, tree_lib.pack([[Tree([9, 9, 9]), tree]], 28))
+      alone, _ = hidden(params, tree_lib.pack([[Tree(trunk[:fork] + branch)]], 28))
+      of_branch = packed[0, 3 + 10 + 3 :][: len(branch)]
+      np.testing.assert_allclose(of_branch, alone[0, fork : fork + len(branch)], rtol=0, atol=1e-9)
+
+      _, (k, v) = hidden(params, tree_lib.pack([[Tree(trunk)]], 28))
+      c = model.config
+      stack = (lambda field: field) if scan else tuple
+      suffix = stack(jnp.zeros((c.num_layers, 1, 1, c.num_kv_heads, len(branch), c.head_dim)))
+      cache = Cache(jax.tree.map(lambda x: x.swapaxes(-1, -2), k), v, suffix, suffix)
+      weights = params if scan else model.unstack(params)
+      step = jax.jit(model.hidden_step)
+      at = lambda value: jnp.asarray([[value]], jnp.int32)
+      for index, token in enumerate(branch):
+        h, cache = step(weights, at(token), at(fork), at(index), cache)
+        np.testing.assert_allclose(h[0, 0], alone[0, fork + index], rtol=0, atol=1e-9)
+
+  @parameterized.parameters(*tiny_families.CASES)
+  def test_there_and_back(self, name):
+    # Fails if an option is left out of config.json, if a tensor is written under another name, or bits change.
+    model = tiny_families.model(name)
+    raw = hf_configs.write(model.config, 64)
+    self.assertEqual(hf_configs.read(raw, "x", **self.how(model)), model.config)
+    kept = ("model_type", "num_key_value_heads", "max_position_embeddings", "hidden_size")
+    self.assertEqual([raw[key] for key in kept], [tiny_families.config_json(name)[key] for key in kept])
+    params, layout = (
+      tiny_families.params(model),
+      device_mesh.shardings(tiny_model.one_device_mesh(), model.logical_axes()),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+      huggingface.save(pathlib.Path(folder) / "x", model, params)
+      tiny_families.write_folder(name, pathlib.Path(folder) / "y")
+      for loaded in (huggingface.load_params(pathlib.Path(folder) / which, model, layout) for which in "xy"):
+        jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(params)), model.config.num_params)
+
+  def how(self, model):
+    return {key: getattr(model.config, key) for key in ("dtype", "param_dtype", "scan_layers", "remat")}
+
+  @parameterized.parameters(
+    ({"qkv_bias": True}, "No llama model has qkv_bias True; transformers would compute with False."),
+    ({"attention_cap": 3.0}, "No llama model has attention_cap 3.0"),
+    ({"family": "gemma2"}, 'hidden_activation "silu" is not supported'),
+    ({"family": "qwen2"}, "No qwen2 model has qkv_bias False"),
+  )
+  def test_what_no_family_has_is_not_exported(self, changes, sentence):
+    # Fails if a folder is written that transformers reads without an option of ours.
+    with self.assertRaisesRegex(UserError, sentence):
+      hf_configs.write(dataclasses.replace(tiny_model.CONFIG, **changes))
+
+  def test_windows_by_layer(self):
+    # Fails if the layers that see all are counted from another end, or a full layer has a window.
+    windows = lambda name: tiny_families.model(name).config.layer_windows
+    self.assertEqual(windows("gemma3"), (5, 5, 5, 5, 5, 0, 5))
+    self.assertEqual(windows("gemma2"), (5, 0, 5))
+    self.assertEqual(windows("qwen2, windows"), (0, 4, 4))
+    self.assertEqual(windows("mistral"), (5, 5, 5))
+    self.assertEqual(windows("llama"), (0, 0, 0))
+
+  def test_attention_of_a_window_is_exact(self):
+    # Fails if a window reaches one position further or less, or counts places of the row: gradients beyond it are 0.
+    with jax.enable_x64(True):
+      model = Model(dataclasses.replace(tiny_families.model("mistral", **F64).config, num_layers=1, windowed=(True,)))
+      params = tiny_families.params(model)
+      tree = Tree(list(range(4, 12)), (Branch(3, [20, 21]), Branch(8, [22, 23])))
+      trees = tree_lib.pack([[Tree([30, 31]), tree]], 16)
+
+      def last(embedding):
+        h, _ = model.hidden({**params, "ends": {**params["ends"], "embedding": embedding}}, trees)
+        return jnp.sum(jnp.sin(h[0, jnp.asarray([11, 13])]), axis=-1)
+
+      seen = np.any(jax.jit(jax.jacrev(last))(params["ends"]["embedding"]) != 0, axis=-1)
+      self.assertEqual(np.flatnonzero(seen[0]).tolist(), [4, 5, 6, 20, 21])  # positions 0 to 4: all within 5
+      self.assertEqual(np.flatnonzero(seen[1]).tolist(), [9, 10, 11, 22, 23])  # positions 5 to 9
+
+
+class RopeTest(parameterized.TestCase):
+  def test_llama3_bands(self):
+    # Fails if short waves are stretched, long ones are not, or the ramp between runs the wrong way.
+    plain, _ = rope.frequencies(64, 5e5)
+    scaled, factor = rope.frequencies(64, 5e5, RopeScaling("llama3", 8.0, 8192, 1.0, 4.0))
+    turns, ratio = 8192 * plain / (2 * np.pi), scaled / plain
+    self.assertEqual(factor, 1.0)
+    np.testing.assert_allclose(ratio[turns > 4], 1.0)
+    np.testing.assert_allclose(ratio[turns < 1], 1 / 8)
+    between = ratio[(turns > 1) & (turns < 4)]
+    self.assertNotEmpty(between)
+    self.assertTrue(np.all((between > 1 / 8) & (between < 1) & (np.diff(between, prepend=1.0) < 0)))
+
+  def test_dynamic_and_unknown(self):
+    # Fails if texts within the original length are stretched, or an unknown kind passes for none.
+    np.testing.assert_array_equal(
+      rope.frequencies(8, 1e4, RopeScaling("dynamic", 4.0, 64))[0], rope.frequencies(8, 1e4)[0]
+    )
+    with self.assertRaisesRegex(UserError, "rope_scaling 'ntk' is none of linear, llama3, yarn, dynamic."):
+      rope.frequencies(8, 1e4, RopeScaling("ntk", 2.0))
+
+
+if __name__ == "__main__":
+  absltest.main()

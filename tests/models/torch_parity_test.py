@@ -1,0 +1,42 @@
+"""--check_parity where torch is not: it says so; and it comes before any stage, with the base model."""
+
+import pathlib
+import sys
+import tempfile
+from unittest import mock
+
+from absl.testing import absltest
+
+from synthneg_jax.decoding import policy
+from synthneg_jax.models import torch_parity
+from synthneg_jax.pipeline import stages
+from synthneg_jax.runtime import config_schema
+from synthneg_jax.runtime.errors import UserError
+from tests import tiny_model
+
+
+class CheckParityTest(absltest.TestCase):
+  def test_without_torch(self):
+    # Fails if a check that was asked for is passed over in silence.
+    with mock.patch.dict(sys.modules, {"torch": None}):
+      with self.assertRaisesRegex(UserError, "--check_parity compares with torch, which is not installed"):
+        torch_parity.check(policy.EMBEDDED, tiny_model.model(), None)
+
+  def test_first_of_all(self):
+    # Fails if the leaf that the flag sets is not read, if it is on by itself, or if another model than the base is held
+    # against its folder.
+    config = config_schema.default()
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    with mock.patch.object(torch_parity, "check") as check:
+      stages.run(config, tempfile.mkdtemp(), [])
+      check.assert_not_called()
+      config.model.check_parity = True
+      stages.run(config, tempfile.mkdtemp(), [])
+    ((folder, model, params),) = [call.args for call in check.call_args_list]
+    self.assertEqual(pathlib.Path(folder), policy.EMBEDDED)
+    self.assertEqual(params["ends"]["embedding"].shape, (model.config.vocab_size, model.config.d_model))
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,109 @@
+"""The export stage: folders that hold a policy's bits, its tokenizer and its endings, in files as large as asked."""
+
+import json
+import pathlib
+import shutil
+import sys
+import tempfile
+
+import jax
+import numpy as np
+import safetensors.numpy
+import transformers
+from absl.testing import absltest
+from etils import epath
+
+from synthneg_jax.decoding import policy as policies
+from synthneg_jax.pipeline import export
+from synthneg_jax.pipeline.experiment import Experiment
+from tests import tiny_model
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "configs"))
+import arithmetic  # noqa: E402
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+
+
+def finished_sft(workdir: pathlib.Path, **export_section) -> Experiment:
+  """A run whose stage sft left other weights than the base's, beside a tokenizer with everything a tokenizer may have."""
+  config = arithmetic.get_config("smoke")
+  config.model.path = str(workdir.parent / "base")
+  config.evaluate.methods = ("base", "sft", "rft")  # rft was not trained here
+  config.export.update(export_section)
+  shutil.copytree(policies.EMBEDDED, config.model.path)
+  base_folder = pathlib.Path(config.model.path)
+  generation = {"temperature": 0.6, "do_sample": True, "eos_token_id": [3]}
+  (base_folder / "generation_config.json").write_text(json.dumps(generation))
+  (base_folder / "chat_template.jinja").write_text(TEMPLATE)
+  (base_folder / "additional_chat_templates").mkdir()
+  (base_folder / "additional_chat_templates/terse.jinja").write_text("{{ messages[0]['content'] }}")
+  experiment = Experiment(config, epath.Path(workdir), tiny_model.one_device_mesh())
+  base = experiment.base()
+  stage = experiment.stage("sft", ["sft"], reads_base=True)
+  params = jax.tree.map(lambda leaf: 0.9 * leaf + 0.01, base.params)
+  stage.finish({}, identity=policies.save(stage.folder / "policy", base, params))
+  return experiment
+
+
+class ExportTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.root = pathlib.Path(tempfile.mkdtemp())
+    self.addCleanup(shutil.rmtree, self.root)
+
+  def test_a_folder_for_every_trained_policy(self):
+    # Fails if weights change, a file of the tokenizer, a template or an ending is lost, or the base is exported.
+    experiment = finished_sft(self.root / "run")
+    policy = experiment.policy("sft")
+    self.assertEqual(policy.eos_ids, (policy.tokenizer.eos_token_id, 3))
+    figures = export.run(experiment)
+    folder = self.root / "run/export/sft/policy"
+    self.assertEqual({method: figures[method]["folder"] for method in figures}, {"sft": str(folder)})
+    self.assertEqual([path.name for path in (self.root / "run/export").iterdir()], ["sft"])
+    loaded = policies.load(folder, experiment.config.model, experiment.mesh)
+    self.assertEqual(loaded.fingerprint, policy.fingerprint)
+    self.assertEqual(loaded.model.config, policy.model.config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    self.assertEqual(tokenizer.get_vocab(), policy.tokenizer.get_vocab())
+    self.assertEqual(set(tokenizer.chat_template), {"default", "terse"})
+    asked = [{"role": "user", "content": "a"}]
+    self.assertEqual(tokenizer.apply_chat_template(asked, tokenize=False), "<user>a")
+    generation = transformers.GenerationConfig.from_pretrained(folder)
+    self.assertEqual(generation.eos_token_id, [policy.tokenizer.eos_token_id, 3])
+    self.assertEqual((generation.temperature, generation.pad_token_id), (0.6, policy.tokenizer.pad_token_id))
+    self.assertEqual(export.run(experiment), {})
+
+  def test_large_weights_are_several_files(self):
+    # Fails if export.max_shard_bytes is not read, or the index misses a tensor.
+    experiment = finished_sft(self.root / "run", max_shard_bytes=100_000)
+    export.run(experiment)
+    folder = self.root / "run/export/sft/policy"
+    shards = sorted(folder.glob("*.safetensors"))
+    self.assertGreater(len(shards), 4)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    held = {}
+    for shard in shards:
+      tensors = safetensors.numpy.load_file(shard)
+      self.assertTrue(len(tensors) == 1 or sum(value.nbytes for value in tensors.values()) <= 100_000)
+      held |= dict.fromkeys(tensors, shard.name)
+    self.assertEqual(index, held)
+    self.assertEqual(
+      policies.load(folder, experiment.config.model, experiment.mesh).fingerprint, experiment.policy("sft").fingerprint
+    )
+
+  def test_what_a_killed_call_left_is_written_anew(self):
+    # Fails if half a folder stands in the way of the next call, or passes for done.
+    experiment = finished_sft(self.root / "run")
+    left = self.root / "run/export/sft/policy"
+    left.mkdir(parents=True)
+    (left / "config.json").write_text("{}")
+    export.run(experiment)
+    self.assertEqual(json.loads((left / "config.json").read_text())["model_type"], "llama")
+    weights = safetensors.numpy.load_file(left / "model.safetensors")
+    np.testing.assert_array_equal(
+      weights["model.norm.weight"], experiment.policy("sft").params["ends"]["norm"]["scale"]
+    )
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,206 @@
+"""Pairs of every mode out of hand-made traces and counts: what a run's records become before training."""
+
+import tempfile
+
+from absl.testing import absltest
+
+from synthneg_jax.core.tree import Branch
+from synthneg_jax.data.records import Problem, Rollout, Shards, StepEstimate, Trace
+from synthneg_jax.data.token_text import step_ends
+from synthneg_jax.decoding import policy
+from synthneg_jax.pipeline import pairs, rft
+from synthneg_jax.pipeline import traces as traces_lib
+from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.runtime import config_schema
+from tests import tiny_model
+
+PROMPT = " J= 4 A= 4 L: A-J D: A+L ? D=\n"
+FIRST, SECOND, DETOUR = " L: A-J A= 4 J= 4 L= 0\n", " D: A+L A= 4 L= 0 D= 4\n", " C: D-J D= 4 J= 4 C= 0\n"
+WRONG_FIRST, WRONG_SECOND = " L: A+J A= 4 J= 4 L= 8\n", " D: A-L A= 4 L= 0 D= 5\n"
+RIGHT, WRONG, OTHER = " #### 4", " #### 5", " #### 8"
+# Traces of one problem, with (successes of 4 rollouts) after each step but the last.
+TRACES = (
+  ("wrong", (FIRST, WRONG_SECOND, WRONG), (3, 0)),
+  ("wrong", (WRONG_FIRST, SECOND, OTHER), (1, 0)),
+  ("right", (FIRST, DETOUR, SECOND, RIGHT), (3, 1, 4)),
+  ("right", (FIRST, SECOND, RIGHT), (3, 4)),
+  ("no_answer", (FIRST,), ()),
+)
+# What follows FIRST in the rollouts, three of four right.
+AFTER_FIRST = (
+  (True, (SECOND, RIGHT), -0.5, -3.0),
+  (False, (WRONG_SECOND, WRONG), -1.0, -2.0),
+  (True, (DETOUR, RIGHT), -2.0, -2.5),
+  (True, (SECOND, RIGHT), -0.5, -3.0),
+)
+
+
+class BuildTest(absltest.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    config = config_schema.default()
+    cls.policy = policy.load(policy.resolve("embedded"), config.model, tiny_model.one_device_mesh())
+    cls.experiment = Experiment.open(config, cls.enterClassContext(tempfile.TemporaryDirectory()))
+    eos = cls.policy.tokenizer.eos_token_id
+    encode = lambda lines: cls.policy.tokenizer.encode("".join(lines), add_special_tokens=False)
+    ends = lambda ids: step_ends(ids, cls.policy.token_text)
+    cls.eos = eos
+    problem = Problem("p", PROMPT, "".join((FIRST, SECOND, RIGHT)), "4", "test")
+    traces, estimates = [], []
+    for index, (reason, lines, counts) in enumerate(TRACES):
+      ids, correct = [*encode(lines), eos], reason == "right"
+      key = f"p/sample/{index}"
+      logps = [-0.25] * len(ids)
+      traces.append(
+        Trace(key, "p", index, ids, ends(ids), "".join(lines), correct, reason, None, "eos", logps, logps, "f" * 16)
+      )
+      for step, end in enumerate(ends(ids) if counts else []):
+        last = step == len(counts)
+        holder = "p/sample/0/0" if step == 0 and lines[0] == FIRST else f"{key}/{step}"
+        samples = []
+        if holder == "p/sample/0/0" == f"{key}/{step}":
+          samples = [
+            vars(Rollout([*encode(after), eos], right, "right" if right else "wrong", "eos", *logp))
+            for right, after, *logp in AFTER_FIRST
+          ]
+        estimates.append(
+          StepEstimate(
+            key, "p", step, end, *((0, 0) if last else (4, counts[step])), last, last and correct, samples, holder
+          )
+        )
+    for name, kind, records in (
+      ("synthesize/train", Problem, [problem]),
+      ("sample/traces", Trace, traces),
+      ("credit/estimates", StepEstimate, estimates),
+    ):
+      Shards(cls.experiment.workdir / name, kind).write(records)
+
+  def build(self, mode, best_of=1, **settings):
+    """(for each pair its trace, the trunk beyond the prompt, chosen, rejected as text, and its pit; pairs; figures)."""
+    config = self.experiment.config.copy_and_resolve_references()
+    config.credit.best_of = best_of
+    config.pairs.update(**settings)
+    made, figures = pairs.build(Experiment(config, self.experiment.workdir, self.experiment.mesh), self.policy, mode)
+    text = lambda ids: self.policy.token_text.text([i for i in ids if i != self.eos])
+    rows = []
+    for pair in made:
+      prompt, end, trunk = text(pair.trunk).partition(" D=\n")
+      self.assertEqual((prompt + end, pair.pair_mode), (PROMPT, mode))
+      rows.append((pair.trace_id[-1], trunk, text(pair.chosen), text(pair.rejected), pair.pit))
+    return rows, made, figures
+
+  def test_algorithm1(self):
+    # Fails if the pit is another step, if a right trace gives a pair, if the chosen is not the teacher's with EOS, or if
+    # the pit is held against other counts than those before it.
+    rows, made, figures = self.build("algorithm1")
+    solution = FIRST + SECOND + RIGHT
+    self.assertEqual(rows, [("0", "", solution, FIRST + WRONG_SECOND, 1), ("1", "", solution, WRONG_FIRST + SECOND, 1)])
+    self.assertEqual([pair.chosen[-1] for pair in made], [self.eos] * 2)
+    self.assertNotIn(self.eos, made[0].rejected)
+    flips = [pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(c, 4)) for c in (3, 1)]
+    self.assertEqual([pair.flip for pair in made], flips)
+    self.assertEqual((figures["pairs"], figures["without_pit"], figures["pits_by_step"]), (2, 0, {"1": 2}))
+
+  def test_shared_prefix(self):
+    # Fails if rollouts are taken from another prefix or from a trace that does not hold them, if the pit's own step is
+    # chosen, or if a trace whose prefix has no rollouts at hand raises.
+    rows, made, figures = self.build("shared_prefix", choice="majority")
+    self.assertEqual(rows, [("0", FIRST, SECOND, WRONG_SECOND, 1)])
+    self.assertEqual(made[0].flip, pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(2, 2)))
+    self.assertEqual(figures["without_alternative"], 1)
+    rows, _, _ = self.build("shared_prefix", choice="most_likely", continuation="rollout")
+    self.assertEqual(rows, [("0", FIRST, DETOUR + RIGHT, WRONG_SECOND, 1)])
+
+  def test_a_pit_at_the_start_is_held_against_the_traces(self):
+    # Fails if step 0 has no siblings, or they are not the problem's traces: the first pit of trace 1 by advantage.
+    rows, _, _ = self.build("shared_prefix", pit_rule="relative_drop", drop_ratio=1.0)
+    self.assertIn(("1", "", FIRST, WRONG_FIRST, 0), rows)
+
+  def test_positives_too(self):
+    # Fails if right traces give nothing, if their pit is the lowest value (step 0 of r3) and not the step back, if a right
+    # trace without one gives a pair, or if the detour is chosen for itself.
+    rows, _, figures = self.build("positives_too", choice="majority")
+    self.assertEqual(rows, [("0", FIRST, SECOND, WRONG_SECOND, 1), ("2", FIRST, SECOND, DETOUR, 1)])
+    self.assertEqual(figures["from_right_traces"], 1)
+    self.assertLen(self.build("positives_too", choice="majority", spurious_below=-0.6)[0], 1)
+
+  def test_random_step(self):
+    # Fails if the step is the pit after all, changes from run to run, or pairs are not those of a shared prefix.
+    places = {}
+    for seed in range(12):
+      self.experiment.config.seed = seed
+      rows, _, _ = self.build("random_step", choice="majority")
+      self.assertEqual(rows, self.build("random_step", choice="majority")[0])
+      places |= {(row[0], row[4]): row for row in rows}
+    self.experiment.config.seed = 0
+    self.assertEqual(set(places), {("0", 1), ("1", 0)})  # where rollouts are at hand, with another right way on
+    self.assertEqual(places["1", 0], ("1", "", FIRST, WRONG_FIRST, 0))
+
+  def cloned(self, **settings):
+    """For each response that RFT would learn: its trace, and the text of its scored tokens."""
+    config = self.experiment.config.copy_and_resolve_references()
+    config.credit.best_of = 1
+    config.rft.update(**settings)
+    groups = traces_lib.by_problem(Shards(self.experiment.workdir / "sample/traces", Trace).read(), ["p"])
+    chosen = rft._chosen(Experiment(config, self.experiment.workdir, self.experiment.mesh), groups)["p"]
+    scored = lambda trace, mask: [i for i, on in zip(trace.ids, mask or [True] * len(trace.ids), strict=True) if on]
+    text = lambda ids: self.policy.token_text.text([i for i in ids if i != self.eos])
+    return {trace.id[-1]: text(scored(trace, mask)) for trace, mask in chosen}
+
+  def test_responses_that_rft_learns(self):
+    # Fails if wrong responses of high advantage are left out (figure 11 keeps them), right ones with a step back are kept, the
+    # filter ranks by another figure than the lowest advantage, or a mask leaves a bad step in.
+    whole = {str(n): "".join(lines) for n, (_, lines, _) in enumerate(TRACES)}
+    self.assertEqual(self.cloned(), {n: whole[n] for n in "23"})
+    self.assertEqual(self.cloned(max_per_problem=1), {"2": whole["2"]})
+    # Lowest advantages, V = 2/5: -.75, -.25, -.5 and 0.
+    self.assertEqual(self.cloned(keep="advantage"), {n: whole[n] for n in "13"})
+    self.assertEqual(set(self.cloned(keep="advantage", drop_share=0.25)), set("123"))
+    self.assertEqual(self.cloned(keep="advantage", clone="positive"), {"3": FIRST + SECOND})
+    before = self.cloned(keep="advantage", clone="before_negative", drop_share=0.0)
+    self.assertEqual(before, {"0": FIRST, "2": FIRST, "3": whole["3"]})
+    self.assertEqual(self.cloned(keep="spurious"), {"2": whole["2"]})
+    self.assertEqual(self.cloned(keep="clean"), {"3": whole["3"]})
+
+  def test_rft_learns_the_teachers_solution_too(self):
+    # Fails if it is left out where no sample was right: then there was nothing to train on.
+    trace = traces_lib.by_problem(Shards(self.experiment.workdir / "sample/traces", Trace).read(), ["p"])["p"][3]
+    chosen = {"p": [(trace, None)], "q": [], "r": []}
+    made = rft._branches(chosen, {"p": [7, 8], "q": [9]}, {"p": 3, "q": 4, "r": 5}.get)
+    self.assertEqual(made["p"], [Branch(3, tuple(trace.ids)), Branch(3, (7, 8))])
+    self.assertEqual((made["q"], made["r"]), ([Branch(4, (9,))], []))
+
+  def test_arbitrary(self):
+    # Fails if a right trace or one without an answer is rejected, or if anything is cut.
+    rows, made, figures = self.build("arbitrary")
+    solution = FIRST + SECOND + RIGHT
+    expected = [(str(n), "", solution, "".join(TRACES[n][1]), -1) for n in (0, 1)]
+    self.assertEqual(rows, expected)
+    self.assertEqual([pair.rejected[-1] for pair in made], [self.eos] * 2)
+    self.assertEqual((figures["without_pit"], figures["without_alternative"]), (0, 0))
+    self.assertNotIn("mean_flip", figures)
+
+  def test_furthest(self):
+    # Fails if right traces do not join the teacher's solution, if a wrong one is used twice, or if the variant is not the
+    # config's: these are never far by half of their lengths together.
+    rows, _, _ = self.build("furthest")
+    self.assertEqual([row[2] for row in rows], [FIRST + SECOND + RIGHT, FIRST + DETOUR + SECOND + RIGHT])
+    self.assertEqual({row[3] for row in rows}, {"".join(TRACES[n][1]) for n in (0, 1)})
+    self.assertEqual(self.build("furthest", furthest="shortest_far")[0], [])
+
+  def test_filters(self):
+    # Fails if the cap or the doubt is not the config's.
+    self.assertLen(self.build("algorithm1", max_per_problem=1)[0], 1)
+    rows, _, figures = self.build("algorithm1", max_flip=0.1)
+    self.assertEqual([row[0] for row in rows], ["0"])
+    self.assertEqual(figures["doubtful"], 1)
+
+  def test_best_of_k_needs_k_rollouts(self):
+    # Fails if a step with fewer rollouts than k counts as known: the answer step alone is known then.
+    rows, _, _ = self.build("algorithm1", best_of=5)
+    self.assertEqual([row[4] for row in rows], [2, 2])
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,195 @@
+"""Rollouts from a server over HTTP give the very estimates that our own engine gives, if it draws the same."""
+
+import dataclasses
+
+from absl.testing import absltest, parameterized
+
+from synthneg_jax.data.records import Problem, Shards, StepEstimate, Trace
+from synthneg_jax.decoding import remote
+from synthneg_jax.pipeline import credit, pairs, train_policy
+from synthneg_jax.runtime import keys
+from synthneg_jax.runtime.errors import UserError
+from tests.openai_server import Server
+from tests.pipeline import small_run
+
+
+def estimates(workdir) -> list[StepEstimate]:
+  return list(Shards(workdir / "credit/estimates", StepEstimate).read())
+
+
+class _Policy:
+  """What our own engine drew, by prompt and seed: the server's model."""
+
+  def __init__(self):
+    experiment = small_run.opened(small_run.finished())
+    self.policy = experiment.policy("sft")
+    traces = {t.id: t for t in Shards(experiment.workdir / "sample/traces", Trace).read()}
+    problems = {p.id: p for p in Shards(experiment.workdir / "synthesize/train", Problem).read()}
+    self.known = {}
+    for estimate in estimates(experiment.workdir):
+      prefix = traces[estimate.trace_id].ids[: estimate.prefix_end]
+      prompt = train_policy.prompt_ids(experiment, self.policy, problems[estimate.problem_id]) + prefix
+      for index, sample in enumerate(estimate.samples):
+        key = keys.draw_key(experiment.config.seed, "credit", 0, estimate.problem_id, keys.hash_ids(prefix), index)
+        self.known[tuple(prompt), remote.seed_of(key)] = sample
+
+  def sample(self, body: dict) -> dict:
+    prompt = body["prompt"]
+    if isinstance(prompt, str):
+      prompt = self.policy.tokenizer.encode(prompt, add_special_tokens=False)
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.8, 1.0, 72)
+    return self.known[tuple(prompt), body["seed"]]
+
+  def like_vllm(self, body: dict) -> list[dict]:
+    """Ids, EOS among them, and log-probs; the text without EOS."""
+    assert body["return_token_ids"]
+    sample = self.sample(body)
+    ids, first = sample["ids"], self.first(sample["ids"])
+    # Log-probs that sum to the record's: all of the first step's in its first token, of the rest in its last.
+    logprobs = [0.0] * len(ids)
+    logprobs[0] += sample["step_logp"]
+    logprobs[-1] += sample["logp"] - sample["step_logp"]
+    if first == len(ids):
+      logprobs = [sample["logp"], *[0.0] * (len(ids) - 1)]
+    tokens = [self.policy.token_text.text([i], special=True) for i in ids]
+    finish = "length" if sample["finish"] == "length" else "stop"
+    return [
+      {
+        "index": 0,
+        "text": self.policy.token_text.text(ids),
+        "finish_reason": finish,
+        "stop_reason": None,
+        "token_ids": ids,
+        "prompt_token_ids": list(body["prompt"]),
+        "logprobs": {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": [], "text_offset": []},
+      }
+    ]
+
+  def first(self, ids) -> int:
+    from synthneg_jax.data.token_text import step_ends
+
+    return step_ends(ids, self.policy.token_text)[0]
+
+  def text_alone(self, body: dict) -> list[dict]:
+    """The least that the protocol asks for."""
+    assert isinstance(body["prompt"], str) and "return_token_ids" not in body
+    sample = self.sample(body)
+    finish = "length" if sample["finish"] == "length" else "stop"
+    text = self.policy.token_text.text(sample["ids"])
+    return [{"index": 0, "text": text, "finish_reason": finish, "logprobs": None}]
+
+
+class RemoteCreditTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.model = _Policy()
+
+  def run_credit(self, complete, faults=(), **changes):
+    workdir = small_run.copied("synthesize", "sft", "sample")
+    with Server(complete=complete) as server:
+      server.faults = list(faults)
+      changes = {
+        "credit.endpoint.url": server.url,
+        "credit.endpoint.model": "sft",
+        "credit.endpoint.key_variable": "",
+        "credit.endpoint.backoff_s": 0.01,
+        "credit.endpoint.timeout_s": 2.0,
+      } | changes
+      experiment = small_run.opened(workdir, **changes)
+      return experiment, credit.run(experiment), server
+
+  def test_ids_there_and_back(self):
+    # Fails if a fork, a seed or a count is not ours, if ids or log-probs are altered on the way, or if a request that
+    # failed once leaves a hole.
+    faults = ["503", "", "429:0.05", "", "stall", "401"[:0]]
+    experiment, figures, server = self.run_credit(self.model.like_vllm, faults)
+    ours = estimates(small_run.finished())
+    for estimate, known in zip(estimates(experiment.workdir), ours, strict=True):
+      for sample, drawn in zip(estimate.samples, known.samples, strict=True):
+        for name in ("step_logp", "logp"):
+          self.assertAlmostEqual(sample.pop(name), drawn[name], delta=2e-5)
+        self.assertEqual(sample, {name: value for name, value in drawn.items() if not name.endswith("logp")})
+      same = lambda e: dataclasses.replace(e, samples=[])
+      self.assertEqual(same(estimate), same(known))
+    self.assertEqual((figures["requests"], figures["retokenised"]), (figures["rollouts"], 0))
+    self.assertLen(server.requests, figures["rollouts"] + 3)
+
+  def test_text_alone(self):
+    # Fails if EOS is not put back where a rollout ended by itself, or log-probs are made up.
+    experiment, figures, _ = self.run_credit(self.model.text_alone, **{"credit.endpoint_ids": False})
+    ours = estimates(small_run.finished())
+    for estimate, known in zip(estimates(experiment.workdir), ours, strict=True):
+      self.assertEqual((estimate.successes, estimate.rollouts), (known.successes, known.rollouts))
+      self.assertEqual([s["ids"] for s in estimate.samples], [s["ids"] for s in known.samples])
+      self.assertTrue(all(sample["logp"] is None for sample in estimate.samples))
+    self.assertEqual(figures["retokenised"], figures["rollouts"])
+    made, _ = pairs.build(experiment, self.model.policy, "shared_prefix")
+    self.assertNotEmpty(made)
+    experiment.config.pairs.choice = "most_likely"
+    with self.assertRaisesRegex(UserError, "most_likely.*without any"):
+      pairs.build(experiment, self.model.policy, "shared_prefix")
+
+  def test_a_schedule(self):
+    # Fails if rounds ask for other rollouts than one round does: the first of each prefix must be the same.
+    changes = {"credit.schedule": "until_first_zero"}
+    experiment, figures, _ = self.run_credit(self.model.like_vllm, **changes)
+    drawn = 0
+    for estimate, known in zip(estimates(experiment.workdir), estimates(small_run.finished()), strict=True):
+      ids = [sample["ids"] for sample in estimate.samples]
+      self.assertEqual(ids, [sample["ids"] for sample in known.samples[: len(ids)]])
+      drawn += len(ids)
+    self.assertEqual(drawn, figures["requests"])
+    self.assertLess(drawn, sum(len(known.samples) for known in estimates(small_run.finished())))
+
+  def test_a_server_without_the_model(self):
+    # Fails if the server's word does not reach the user.
+    with self.assertRaisesRegex(UserError, "answered 404"):
+      self.run_credit(self.model.like_vllm, ["404"] * 64)
+
+
+class GenerationTest(parameterized.TestCase):
+  def generation(self, choice: dict, stop=()):
+    from openai.types import CompletionChoice
+
+    engine = remote.RemoteEngine.__new__(remote.RemoteEngine)
+    pieces = {1: "a", 2: "b", 3: "."}
+    engine._eos, engine._stop = 0, list(stop)
+    engine._encode = lambda text: [{v: k for k, v in pieces.items()}[c] for c in text]
+    engine._decode = lambda ids: "".join(pieces.get(i, "") for i in ids)
+    return engine._generation(CompletionChoice.model_validate({"index": 0, "logprobs": None} | choice))
+
+  def test_ids_in_the_names_of_tokens(self):
+    # Fails if vLLM's older way of giving ids is tokenised anew.
+    logprobs = {"tokens": ["token_id:1", "token_id:0"], "token_logprobs": [-1.0, -0.5]}
+    made, retokenised = self.generation({"text": "zzz", "finish_reason": "stop", "logprobs": logprobs})
+    self.assertEqual(
+      (made.ids.tolist(), made.logp.tolist(), made.finish, retokenised), ([1, 0], [-1.0, -0.5], "eos", False)
+    )
+
+  @parameterized.parameters(
+    ({"text": "a.", "finish_reason": "stop"}, ["."], [1, 3], "stop"),
+    ({"text": "a", "finish_reason": "stop", "stop_reason": "."}, ["."], [1], "stop"),
+    ({"text": "a", "finish_reason": "stop"}, ["."], [1, 0], "eos"),
+    ({"text": "a", "finish_reason": "length"}, [], [1], "length"),
+    ({"text": "", "finish_reason": "stop", "token_ids": [0]}, [], [0], "eos"),
+    ({"text": "ab", "finish_reason": "length", "token_ids": [2, 1]}, [], [2, 1], "length"),
+  )
+  def test_how_it_ended(self, choice, stop, ids, finish):
+    # Fails if a stop string is taken for EOS, or the length limit.
+    made, _ = self.generation(choice, stop)
+    self.assertEqual((made.ids.tolist(), made.finish), (ids, finish))
+
+  def test_log_probs_of_other_tokens(self):
+    # Fails if log-probs are kept that are not of these ids.
+    for tokens in (["ab"], ["a", "x"]):
+      logprobs = {"tokens": tokens, "token_logprobs": [-1.0] * len(tokens)}
+      made, _ = self.generation({"text": "ab", "finish_reason": "length", "logprobs": logprobs})
+      self.assertIsNone(made.logp)
+    logprobs = {"tokens": ["a", "b"], "token_logprobs": [-1.0, -2.0]}
+    made, _ = self.generation({"text": "ab", "finish_reason": "length", "logprobs": logprobs})
+    self.assertEqual(made.logp.tolist(), [-1.0, -2.0])
+
+
+if __name__ == "__main__":
+  absltest.main()

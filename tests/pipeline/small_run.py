@@ -1,0 +1,50 @@
+"""A run of the embedded task at toy size, made once a process and copied by whoever changes it."""
+
+import functools
+import pathlib
+import shutil
+import tempfile
+
+from etils import epath
+
+from configs import arithmetic
+from synthneg_jax.data.records import Pair, Shards
+from synthneg_jax.pipeline import credit, pairs, sample, sft, synthesize
+from synthneg_jax.pipeline.experiment import Experiment
+from tests import tiny_model
+
+
+def config():
+  c = arithmetic.get_config("smoke")
+  c.task.train_problems, c.sft.num_epochs = 40, 12
+  c.sft.optimizer.learning_rate = 2e-3  # so that some traces are right
+  c.pairs.pit_rule = "lowest_value"
+  return c
+
+
+@functools.cache
+def finished() -> pathlib.Path:
+  """Stages synthesize, sft, sample and credit are done, and the pairs of step_dpo are written. Not to be changed."""
+  workdir = pathlib.Path(tempfile.mkdtemp(prefix="small_run_")) / "run"
+  experiment = opened(workdir)
+  for stage in (synthesize, sft, sample, credit):
+    stage.run(experiment)
+  made, _ = pairs.build(experiment, experiment.policy("sft"), "shared_prefix")
+  assert len(made) > 3
+  Shards(experiment.workdir / "dpo/step_dpo/pairs", Pair).write(made)
+  return workdir
+
+
+def copied(*stages: str) -> pathlib.Path:
+  """A new workdir with these stages of the finished run."""
+  workdir = pathlib.Path(tempfile.mkdtemp(prefix="small_run_")) / "run"
+  for stage in stages:
+    shutil.copytree(finished() / stage, workdir / stage)
+  return workdir
+
+
+def opened(workdir, **changes) -> Experiment:
+  """The run of a workdir; changes are leaves by their dotted names."""
+  c = config()
+  c.update_from_flattened_dict(changes)
+  return Experiment(c, epath.Path(workdir), tiny_model.one_device_mesh())

@@ -1,0 +1,91 @@
+"""A real model there and back: SmolLM2 from PyPI, our SFT on toy rows, and an export that is read again."""
+
+import json
+import pathlib
+import shutil
+import sys
+import tempfile
+
+import jax
+import numpy as np
+import transformers
+from absl.testing import absltest
+from etils import epath
+
+from synthneg_jax.data import prompts
+from synthneg_jax.decoding import policy as policies
+from synthneg_jax.decoding.engine import Trunk
+from synthneg_jax.decoding.sampling import Sampling
+from synthneg_jax.models import huggingface
+from synthneg_jax.pipeline import export, sft, synthesize
+from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.runtime import device_mesh
+from tests import tiny_model
+from tests.models import smollm2
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "configs"))
+import gsm8k  # noqa: E402
+
+NEW = 12  # tokens of a greedy answer
+
+
+def trained_and_exported(root: pathlib.Path) -> Experiment:
+  """A run of synthesize, sft and export on four sums in GSM8K's format: three steps of SFT of all weights."""
+  (root / "data/gsm8k").mkdir(parents=True)
+  for split, first in (("train", 3), ("test", 50)):
+    rows = [
+      {"question": f"Ann has {n} pears and buys {n + 1}. How many now?", "answer": f"{n} + {n + 1}\n#### {2 * n + 1}"}
+      for n in range(first, first + 4)
+    ]
+    (root / f"data/gsm8k/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  config = gsm8k.get_config("model=smollm2_135m,smoke")
+  config.model.path, config.model.scan_layers = str(smollm2.smollm2_dir()), True
+  config.task.path, config.task.train_problems, config.task.test_problems = str(root / "data/gsm8k"), 4, 4
+  config.sft.row_length, config.sft.batch_size, config.sft.max_steps, config.sft.num_epochs = 128, 2, 3, 2
+  config.sft.optimizer.learning_rate, config.sft.optimizer.schedule = 1e-4, "constant"
+  config.export.max_shard_bytes = 200_000_000
+  config.evaluate.methods, config.model.max_length = ("sft",), 128
+  experiment = Experiment(config, epath.Path(root / "run"), tiny_model.one_device_mesh())
+  for stage in (synthesize, sft, export):
+    stage.run(experiment)
+  return experiment
+
+
+def greedy(experiment: Experiment, policy: policies.Policy, questions) -> list[list[int]]:
+  """Our engine's answers to questions as the chat template puts them."""
+  asked = [prompts.encode_prompt(policy.tokenizer, question, "chat") for question in questions]
+  trunks = [Trunk(ids, [len(ids)], np.zeros((1, 2), np.uint32)) for ids in asked]
+  experiment.config.engine.max_new_tokens = NEW
+  engine = experiment.engine(policy, lanes=len(trunks), slots=1)
+  made = dict(engine.run(policy.params, trunks, Sampling(temperature=0.0)))
+  return [made[index][0].ids.tolist() for index in range(len(trunks))]
+
+
+class SmolLM2Test(absltest.TestCase):
+  def test_there_and_back(self):
+    # Fails if SFT does not reach the weights, or the export's weights, tokenizer or endings are not the policy's.
+    root = pathlib.Path(tempfile.mkdtemp())
+    self.addCleanup(shutil.rmtree, root)
+    with jax.debug_nans(False):
+      experiment = trained_and_exported(root)
+    losses = [json.loads(line)["loss/per_token"] for line in (root / "run/sft/metrics.jsonl").read_text().splitlines()]
+    self.assertLess(losses[-1], losses[0] - 0.1)
+    folder = root / "run/export/sft/policy"
+    self.assertGreater(len(list(folder.glob("*.safetensors"))), 1)
+    policy = experiment.policy("sft")
+    model = type(policy.model)(
+      huggingface.read_config(
+        folder, dtype="float32", param_dtype="float32", scan_layers=True, remat=tiny_model.CONFIG.remat
+      )
+    )
+    self.assertEqual(model.config, policy.model.config)
+    layout = device_mesh.shardings(experiment.mesh, model.logical_axes())
+    jax.tree.map(np.testing.assert_array_equal, huggingface.load_params(folder, model, layout), policy.params)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+      self.assertEqual((folder / name).read_bytes(), (smollm2.smollm2_dir() / name).read_bytes())
+    generation = transformers.GenerationConfig.from_pretrained(folder)
+    self.assertEqual(generation.eos_token_id, policy.tokenizer.eos_token_id)
+
+
+if __name__ == "__main__":
+  absltest.main()

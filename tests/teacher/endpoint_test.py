@@ -1,0 +1,230 @@
+"""The client against a real HTTP server that streams, stalls, rate-limits, sends broken JSON and dies half-way."""
+
+import email.utils
+import json
+import os
+import pathlib
+import tempfile
+import threading
+import time
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+
+from synthneg_jax.runtime import config_schema
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.teacher import endpoint
+from synthneg_jax.teacher.endpoint import Chat, Endpoint
+from synthneg_jax.teacher.reply_cache import Prices, Purse, Request, Store
+from tests.openai_server import Server
+
+KEY = "sk-very-secret-4711"
+TEXT = "One two three four five six seven.\n#### 7"
+
+
+def requests(count: int) -> list[Request]:
+  return [Request("solution", "teacher", (("user", f"Problem {i}"),), 0, 0.7, 100) for i in range(count)]
+
+
+class EndpointTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.server = Server(lambda body: TEXT)
+    self.addCleanup(self.server.close)
+    self.folder = pathlib.Path(tempfile.mkdtemp())
+    self.store = Store(self.folder)
+    self.enterContext(mock.patch.dict(os.environ, {"TEACHER_KEY": KEY}))
+
+  def chat(self, prices=(0.0, 0.0), budget=0.0, **changes) -> Chat:
+    section = config_schema.default().synthesis
+    section.endpoint.update(
+      url=self.server.url, model="teacher", key_variable="TEACHER_KEY", timeout_s=0.6, backoff_s=0.01, attempts=4
+    )
+    for name, value in changes.items():
+      (section if name in section else section.endpoint)[name] = value
+    self.purse = Purse(budget, self.store.spent())
+    section.budget_usd = budget
+    return Chat(Endpoint(section.endpoint), self.store, self.purse, Prices(*prices), section)
+
+  @parameterized.product(stream=[True, False])
+  def test_a_reply_comes_whole_with_its_tokens(self, stream):
+    # Fails if pieces of a stream are lost or doubled, usage is not asked for, or the request is not what was meant.
+    ((request, reply),) = self.chat(stream=stream).ask(requests(1))
+    self.assertEqual((reply.text, reply.finish, reply.counted), (TEXT, "stop", True))
+    self.assertEqual((reply.prompt_tokens, reply.completion_tokens), (2, 9))
+    body = self.server.bodies()[0]
+    self.assertEqual(body["messages"], [{"role": "user", "content": "Problem 0"}])
+    self.assertEqual((body["temperature"], body["max_tokens"], body["seed"]), (0.7, 100, request.seed))
+    self.assertEqual(self.server.requests[0][1]["authorization"], f"Bearer {KEY}")
+
+  @parameterized.product(stream=[True, False], fault=["503", "429:0.05", "stall", "broken_json", "die"])
+  def test_what_goes_wrong_once_is_asked_again(self, stream, fault):
+    # Fails if a fault ends the run, or half a reply is taken for a whole one.
+    self.server.faults = [fault, fault]
+    replies = dict(self.chat(stream=stream).ask(requests(1)))
+    self.assertEqual([reply.text for reply in replies.values()], [TEXT])
+    self.assertLen(self.server.requests, 3)
+
+  @parameterized.parameters(("stall_midway", True), ("cut", True), ("no_choices", False))
+  def test_half_a_reply_is_none(self, fault, stream):
+    # Fails if a stream that stops within the reply, or a reply without choices, is kept.
+    self.server.faults = [fault]
+    ((_, reply),) = self.chat(stream=stream).ask(requests(1))
+    self.assertEqual((reply.text, len(self.server.requests)), (TEXT, 2))
+
+  @parameterized.parameters("429:1.0", "503:1.0")
+  def test_all_threads_wait_as_long_as_the_server_says(self, fault):
+    # Fails if retry-after is not read, or only the thread that was told waits: but for the two that were under way, no
+    # request may come within the second.
+    self.server.faults, self.server.delay_s = [fault], 0.3
+    self.assertLen(dict(self.chat(concurrency=3).ask(requests(9))), 9)
+    told = self.server.times[0]
+    self.assertGreaterEqual(min(self.server.times[3:]) - told, 0.95)
+
+  def test_a_server_that_has_nothing_left_is_left_alone(self):
+    # Fails if x-ratelimit-remaining: 0 is not read: each of three requests after the first would come at once.
+    came = []
+    self.server.chat = lambda body: came.append(time.monotonic()) or TEXT
+    self.server.headers = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "250ms"}
+    list(self.chat(concurrency=1).ask(requests(3)))
+    self.assertGreater(min(b - a for a, b in zip(came, came[1:], strict=False)), 0.2)
+
+  @parameterized.parameters(
+    ({"retry-after": "7"}, 7.0),
+    ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
+    ({"retry-after": email.utils.formatdate(1_000_020, usegmt=True)}, 20.0),
+    ({"retry-after": "soon, perhaps"}, 0.0),
+    ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1m30s"}, 90.0),
+    ({"x-ratelimit-remaining-tokens": "5", "x-ratelimit-reset-tokens": "1m30s"}, 0.0),
+    ({}, 0.0),
+  )
+  def test_wait_of(self, headers, seconds):
+    # Fails if a form of the headers is misread.
+    self.assertAlmostEqual(endpoint.wait_of(headers, 1_000_000.0), seconds, places=6)
+
+  def test_no_more_at_once_than_allowed(self):
+    # Fails if concurrency is not bounded, or requests go one by one.
+    self.server.delay_s = 0.05
+    self.assertLen(list(self.chat(concurrency=3).ask(requests(12))), 12)
+    self.assertEqual(self.server.most_at_once, 3)
+
+  @parameterized.parameters("401", "404", "400", "quota")
+  def test_what_will_not_get_better_stops_at_once(self, fault):
+    # Fails if a refusal is tried again, or its message carries the key.
+    self.server.faults = [fault] * 9
+    with self.assertRaises(UserError) as caught:
+      list(self.chat(concurrency=1).ask(requests(5)))
+    self.assertLen(self.server.requests, 1)
+    self.assertNotIn(KEY, str(caught.exception))
+    self.assertIn("quota" if fault == "quota" else fault, str(caught.exception))
+
+  def test_a_filtered_request_is_a_reply_without_text(self):
+    # Fails if one refused prompt stops all others, or is asked about again.
+    self.server.faults = ["filtered"]
+    replies = dict(self.chat(concurrency=1).ask(requests(2)))
+    self.assertCountEqual([reply.finish for reply in replies.values()], ["content_filter", "stop"])
+    self.assertTrue(all(self.store.get(request) for request in requests(2)))
+
+  def test_a_request_that_never_succeeds(self):
+    # Fails if it is left out without a word, or takes the others with it; max_failed lets it go.
+    def chat(body):
+      if body["messages"][0]["content"] == "Problem 1":
+        raise BrokenPipeError
+      return TEXT
+
+    self.server.chat = chat
+    kept = []
+    with self.assertRaisesRegex(UserError, "1 of 4 requests brought no whole reply in 4 attempts"):
+      kept.extend(self.chat(concurrency=2).ask(requests(4)))
+    self.assertLen(kept, 3)
+    self.assertLen(list(self.chat(max_failed=1).ask(requests(4))), 3)
+
+  def test_a_server_that_is_not_there(self):
+    # Fails if every one of many requests is tried to its end against a server that is down.
+    self.server.close()
+    start = time.monotonic()
+    with self.assertRaisesRegex(UserError, "ConnectError"):
+      list(self.chat(concurrency=2).ask(requests(500)))
+    self.assertLess(time.monotonic() - start, 5.0)
+
+  def test_the_budget_is_never_passed(self):
+    # Fails if requests under way are not reckoned with, or replies are lost when the money is spent. A prompt has 25
+    # tokens at most (9 bytes and 16), a reply 100 at most and 9 in fact.
+    self.server.delay_s = 0.02
+    kept = []
+    with self.assertRaisesRegex(UserError, "budget_usd=0.001"):
+      kept.extend(self.chat(prices=(0.0, 4.0), budget=0.001, concurrency=8).ask(requests(100)))
+    spent = self.store.spent()
+    self.assertAlmostEqual(spent, len(kept) * 9 * 4e-6, places=9)
+    self.assertBetween(spent, 0.001 - 100 * 4e-6 - 1e-9, 0.001)
+    self.assertAlmostEqual(self.purse.spent, spent, places=9)
+    asked = len(self.server.requests)
+    self.assertEqual(asked, len(kept))
+
+  def test_lost_attempts_count_with_the_most_that_they_can_have_cost(self):
+    # Fails if a reply that was cut off is free, or a refused connection is not; and if what came is thrown away.
+    self.server.faults = ["die", "503"]
+    list(self.chat(prices=(1.0, 10.0)).ask(requests(1)))
+    lost, paid = (25 * 1 + 100 * 10) * 1e-6, (2 * 1 + 9 * 10) * 1e-6
+    self.assertAlmostEqual(self.store.spent(), lost + paid, places=9)
+    self.assertAlmostEqual(self.purse.spent, lost + paid, places=9)
+    (note,) = [json.loads(path.read_text()) for path in self.folder.glob("*/*.attempt.json")]
+    self.assertTrue(note["text"] and TEXT.startswith(note["text"]), note)
+
+  def test_a_killed_run_is_reckoned_with(self):
+    # Fails if an attempt that was under way when the process was killed counts for nothing.
+    self.store.begin(requests(1)[0], 0.25)
+    self.assertEqual(self.store.spent(), 0.25)
+
+  def test_usage_that_the_server_keeps_to_itself_is_bounded(self):
+    # Fails if such a reply costs nothing.
+    self.server.usage = False
+    ((_, reply),) = self.chat().ask(requests(1))
+    self.assertEqual((reply.prompt_tokens, reply.completion_tokens, reply.counted), (25, 100, False))
+
+  def test_the_key_is_written_nowhere(self):
+    # Fails if what the server echoes (in a reply, an error, half a reply) is kept as it came.
+    self.server.faults = ["echo", "503", "echo"]
+    with self.assertLogs("absl", "DEBUG") as logs:
+      endpoint.logging.info("so that there is a line")
+      list(self.chat(concurrency=1).ask(requests(3)))
+    files = [path.read_text() for path in self.folder.rglob("*") if path.is_file()]
+    self.assertTrue(any("[key]" in text for text in files))
+    self.assertFalse([text for text in [*files, *logs.output] if KEY in text])
+
+  @parameterized.parameters(
+    ({"url": "localhost:8000"}, "is no URL"),
+    ({"url": "http://me:secret@localhost/v1"}, "carries a user"),
+    ({"url": "http://localhost/v1?key=secret"}, "carries a user"),
+    ({"model": ""}, "endpoint.model is empty"),
+    ({"key_variable": "NOT_SET_4711"}, "NOT_SET_4711"),
+  )
+  def test_settings_that_cannot_work(self, changes, message):
+    # Fails if they are found out by the first request, or the message repeats a secret.
+    with self.assertRaisesRegex(UserError, message) as caught:
+      self.chat(**changes)
+    self.assertNotIn("secret", str(caught.exception))
+
+
+class PurseTest(absltest.TestCase):
+  def test_money_held_is_not_there_for_others(self):
+    # Fails if two requests may hold the same money, or if what comes back of it is not given to the one who waits.
+    purse, held = Purse(1.0, 0.0), []
+    self.assertEqual([purse.hold(0.3) for _ in range(3)], [True] * 3)
+    waiting = threading.Thread(target=lambda: held.append(purse.hold(0.3)))
+    waiting.start()
+    waiting.join(0.2)
+    self.assertTrue(waiting.is_alive())
+    purse.settle(0.3, 0.3)
+    waiting.join(0.2)
+    self.assertTrue(waiting.is_alive())
+    purse.settle(0.3, 0.05)
+    waiting.join(10)
+    self.assertEqual(held, [True])
+    purse.settle(0.6, 0.4)
+    self.assertFalse(purse.hold(0.3))
+    self.assertAlmostEqual(purse.spent, 0.75)
+
+
+if __name__ == "__main__":
+  absltest.main()
