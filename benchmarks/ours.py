@@ -83,7 +83,7 @@ class Side:
 def train_step(side: Side, objective, batch) -> Callable[[], float]:
   """A function that takes one step and returns the loss before it."""
   section = config_schema.default().sft.optimizer
-  section.update(learning_rate=LEARNING_RATE, schedule="constant", warmup_share=0.0, clip_norm=1e9)
+  section.update(learning_rate=LEARNING_RATE, schedule="constant", warmup_fraction=0.0, clip_norm=1e9)
   made = optimizer.make_optimizer(section, 1000)
   shardings = step_lib.state_shardings(side.model, made, side.mesh)
   held = {"state": step_lib.make_init(made, shardings)(side.fresh())}

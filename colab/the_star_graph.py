@@ -63,7 +63,7 @@ config = star_config.get_config()
 config.task.train_problems, config.task.test_problems = TRAIN_PROBLEMS, TEST_PROBLEMS
 config.pretrain.num_problems = BASE_STEPS * config.pretrain.batch_size
 study = star_graph_study.Study(config, WORKDIR)
-chance = 1 / config.task.degree
+chance = 1 / config.task.star_graph.degree
 
 problem = study.test.take(slice(0, 1))
 print(star_graph.text(star_graph.prompt_ids(problem)[0]), star_graph.text(star_graph.solution_ids(problem)[0]), sep=" ")

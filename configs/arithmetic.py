@@ -4,7 +4,7 @@
 
 Hardware and wall time: two CPU cores, 1 minute 45 seconds for all stages once programs are compiled.
 
-Task and base, fixed before any preference loss was run, from base and SFT alone. The teacher is plain (task.leap = 0)
+Task and base, fixed before any preference loss was run, from base and SFT alone. The teacher is plain (skip_step_prob = 0)
 and writes what the question needs in the problem's order. The base (`launch/pretrain.py` with this file, 8000 steps, 11
 minutes on one core) has seen legal steps without plan or answer, and answers to problems of at most two operations. On
 problems of 3 to 5 operations its steps are legal in 93 % and their values right in 99.8 %, and it hardly ever answers
@@ -48,7 +48,7 @@ def get_config(arg: str = ""):
     part.row_length = 192 if part is c.pretrain else 320  # whole trees fill the longer rows better: .72, not .53 (dpo)
     part.batch_size = 32
     part.save_every_steps = 100
-    part.keep_checkpoints = 1
+    part.max_to_keep = 1
   for part in (c.sft, c.rft):
     part.optimizer.learning_rate = 5e-4
     part.num_epochs = 5

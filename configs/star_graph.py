@@ -30,15 +30,15 @@ def get_config(arg: str = ""):
   c = config
   c.task.name = "star_graph"
   c.task.answers, c.task.step_delimiter = "exact", " "
-  c.task.degree, c.task.path_nodes, c.task.num_nodes = 2, 3, 6
+  c.task.star_graph.degree, c.task.star_graph.path_nodes, c.task.star_graph.num_nodes = 2, 3, 6
   c.task.train_problems, c.task.test_problems = 200, 4000
   c.model.max_length = 64
   c.engine.max_new_tokens = 6
-  c.pretrain.num_problems, c.pretrain.batch_size, c.pretrain.wander_share = 64 * 1200, 64, 0.75
+  c.pretrain.num_problems, c.pretrain.batch_size, c.pretrain.random_step_fraction = 64 * 1200, 64, 0.75
   for part in (c.pretrain, c.sft, c.rft, c.dpo):
     part.row_length = 128
     part.save_every_steps = 100
-    part.keep_checkpoints = 1
+    part.max_to_keep = 1
   for part in (c.sft, c.rft, c.dpo):
     part.optimizer.learning_rate, part.optimizer.schedule = 1e-3, "constant"
     part.batch_size = 32

@@ -52,7 +52,7 @@ def get_config(arg: str = ""):
   c = config
   c.study.family = "clock arithmetic, plain teacher"
   c.study.seeds = (1, 2, 3, 4)
-  c.study.factor_at = 500
+  c.study.reference_size = 500
   c.study.figures = tuple("1 2a 2c 3 5a 5c 7 7_critical 9 controls rounds samples compute".split())
   c.study.grid = (
     "250 500 1000 2000: sft rft step_dpo",
@@ -82,11 +82,11 @@ def get_config(arg: str = ""):
     c.study.figures = ("4", "10", "11")
   if arg == "leap":
     c.study.family = "clock arithmetic, leaping teacher"
-    c.task.leap = 0.3
+    c.task.arithmetic.skip_step_prob = 0.3
     c.study.grid = ("250 500 1000 2000: sft", "500: rft step_dpo arbitrary", "1000: rft step_dpo")
     c.study.figures = ("2a", "5a")
   if arg == "toy":
-    c.study.seeds, c.study.factor_at = (1, 2), 32
+    c.study.seeds, c.study.reference_size = (1, 2), 32
     twice = (
       "step_dpo_twice,pairs.pair_mode=algorithm1"  # of so few samples no right one shares a prefix with a wrong one
     )

@@ -33,7 +33,7 @@ def get_config(arg: str = ""):
   c = config
   c.study.family = "jobs with deadlines"
   c.study.seeds = (1, 2, 3, 4)
-  c.study.factor_at = 500
+  c.study.reference_size = 500
   c.study.figures = ("1", "2a", "5a", "true_pits")
   c.study.grid = (
     "500: sft rft step_dpo arbitrary random_step",
@@ -42,7 +42,7 @@ def get_config(arg: str = ""):
   c.study.settings = ("arbitrary: dpo.optimizer.learning_rate=3e-5",)
   c.task.test_start, c.task.test_problems = 10_000, 4000
   if arg == "toy":
-    c.study.seeds, c.study.factor_at = (1, 2), 32
+    c.study.seeds, c.study.reference_size = (1, 2), 32
     c.study.grid, c.study.settings = ("32: sft rft step_dpo", "48: sft"), ()
     c.study.figures = ("2a",)
     c.task.test_problems = 32

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from concurrent import futures
 
+from synthneg_jax.runtime import config_schema
+
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = (
   "core",
@@ -30,62 +32,30 @@ ROOMS = (
 )
 
 
-def config_leaves() -> Iterator[tuple[str, str, str]]:
-  """(dotted name, default as source text, comment) of every leaf of the default tree; the comment is "" where none is."""
-  source = (ROOT / "synthneg_jax/runtime/config_schema.py").read_text()
-  lines = source.splitlines()
-  functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-
-  def comment(node) -> str:
-    return lines[node.end_lineno - 1][node.end_col_offset :].lstrip(",").partition("# ")[2].strip()
-
-  def of(node, prefix, names) -> Iterator[tuple[str, str, str]]:
-    """Leaves of a dict; of a call of one of the file's functions or of ConfigDict, those of what it returns."""
-    if isinstance(node, ast.Dict):
-      for key, value in zip(node.keys, node.values, strict=True):
-        if key is None:
-          yield from of(value, prefix, names)
-        elif isinstance(value, ast.Dict | ast.Call):
-          yield from of(value, f"{prefix}{key.value}.", names)
-        else:
-          text = ast.unparse(names.get(value.id, value) if isinstance(value, ast.Name) else value)
-          yield f"{prefix}{key.value}", text, comment(value)
-    elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in functions:
-      function = functions[node.func.id]
-      given = dict(zip((arg.arg for arg in function.args.args), node.args, strict=True))
-      given = {
-        name: names.get(value.id, value) if isinstance(value, ast.Name) else value for name, value in given.items()
-      }
-      returned = next(part.value for part in function.body if isinstance(part, ast.Return))
-      yield from of(returned, prefix, names | given)
-    elif isinstance(node, ast.Call):  # ConfigDict({...}), and .lock() of it
-      yield from of(node.args[0] if node.args else node.func.value, prefix, names)
-
-  constants = {
-    part.targets[0].id: part.value
-    for part in ast.parse(source).body
-    if isinstance(part, ast.Assign) and isinstance(part.targets[0], ast.Name)
-  }
-  returned = next(part.value for part in functions["default"].body if isinstance(part, ast.Return))
-  yield from of(returned, "", constants)
-
-
 def configuration() -> str:
-  """The page of all leaves, one table a section."""
+  """The page of all leaves, one table per section."""
   sections = {}
-  for name, value, comment in config_leaves():
-    section = name.rpartition(".")[0].split(".")[0] or "seed"
-    sections.setdefault(section, []).append((name, value, comment))
-  cell = lambda text: text.replace("|", "\\|")
-  code = lambda text: f"`` {cell(text)} ``" if "`" in text else f"`{cell(text)}`"
+  for name, leaf in config_schema.LEAVES.items():
+    sections.setdefault(name.split(".")[0], []).append((name, leaf))
   parts = [
-    "# Configuration\n\nEvery leaf of the default tree. A config file (`configs/NAME.py`) changes some, the command line "
-    "others: `--config.part.leaf=value`. An unknown leaf is refused with the nearest names.\n"
+    "# Configuration\n\nEvery leaf of the config. A config file (`configs/NAME.py`) changes some, the command line "
+    "others: `--config.part.leaf=value`. An unknown leaf is refused with the nearest names, a value outside its range with "
+    "the range. Leaves marked * say how something is computed or what is kept, not what comes out: they may change when a "
+    "stage is resumed.\n"
   ]
   for section, leaves in sections.items():
-    rows = "\n".join(f"| `{name}` | {code(value)} | {cell(comment)} |" for name, value, comment in leaves)
-    parts.append(f"## {section}\n\n| leaf | default | meaning |\n| --- | --- | --- |\n{rows}\n")
+    rows = "\n".join(_leaf_row(name, leaf) for name, leaf in leaves)
+    header = "| leaf | default | values | unit | meaning |\n| --- | --- | --- | --- | --- |"
+    parts.append(f"## {section}\n\n{header}\n{rows}\n")
   return "\n".join(parts)
+
+
+def _leaf_row(name: str, leaf: config_schema.Leaf) -> str:
+  mark = "" if leaf.changes_results else "*"
+  default = repr(leaf.default)
+  default = f"`` {default} ``" if "`" in default else f"`{default}`"
+  cells = [f"`{name}`{mark}", default, leaf.domain, leaf.unit, leaf.doc]
+  return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def commands() -> str:

@@ -72,7 +72,7 @@ def texts(family: str) -> tuple[str, str, str]:
   if family != "embedded":
     return WORDS
   puzzle = arithmetic.make_puzzle(np.random.default_rng(0), 3, 4, (2, 2))
-  solution = arithmetic.teach(np.random.default_rng(0), puzzle, leap=0.0)
+  solution = arithmetic.teach(np.random.default_rng(0), puzzle, skip_step_prob=0.0)
   return puzzle.prompt, solution, solution.replace("= 2", "= 7").replace("= 1", "= 8")[:-1] + "0"
 
 

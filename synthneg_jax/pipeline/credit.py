@@ -201,7 +201,7 @@ def _remote(experiment: Experiment, policy: Policy) -> RemoteEngine:
     decode=lambda ids: policy.token_text.text(ids, special=True),
     stop=c.engine.stop,
     max_new_tokens=c.engine.max_new_tokens,
-    send_ids=c.credit.endpoint_ids,
+    send_ids=c.credit.send_token_ids,
   )
 
 

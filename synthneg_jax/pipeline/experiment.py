@@ -15,35 +15,6 @@ from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.runtime import config_schema, device_mesh, manifest, processes
 from synthneg_jax.runtime.errors import UserError
 
-# How it is computed, or which of it, not what: these leaves may differ between a stage's first and second half.
-FREE_LEAVES = (
-  "mesh.",
-  "task.skip_bad_rows",
-  "engine.lanes",
-  "engine.slots",
-  "credit.lanes",
-  "credit.slots",
-  "model.scan_layers",
-  "model.remat",
-  "evaluate.methods",
-  "model.check_parity",
-  *(
-    f"{section}.endpoint.{leaf}"
-    for section in ("synthesis", "credit")
-    for leaf in ("url", "key_variable", "concurrency", "timeout_s", "attempts", "backoff_s")
-  ),
-  *(
-    f"synthesis.{leaf}"
-    for leaf in ("replies", "stream", "max_rounds", "max_failed", "usd_per_million", "budget_usd", "max_tokens_field")
-  ),
-)
-_FREE_ENDS = (".save_every_steps", ".keep_checkpoints", ".keep_best")
-
-
-def is_free(leaf: str) -> bool:
-  """Whether a leaf may differ between two runs that make the same: it says how, or which of it, not what."""
-  return leaf.startswith(FREE_LEAVES) or leaf.endswith(_FREE_ENDS)
-
 
 @dataclasses.dataclass
 class Experiment:
@@ -78,7 +49,7 @@ class Experiment:
     What else it reads from outside the workdir is `given`: identities by name.
     """
     leaves = config_schema.plain(self.config, ("seed", *sections))
-    fixed = {leaf: value for leaf, value in leaves.items() if not is_free(leaf)}
+    fixed = {leaf: value for leaf, value in leaves.items() if config_schema.changes_results(leaf)}
     if reads_base:
       given = (given or {}) | {"base model": policies.identity(policies.resolve(self.config.model.path))}
     return manifest.Stage(self.workdir, name, fixed, needs, given)

@@ -34,7 +34,7 @@ class Synthesis:
   def run(self) -> tuple[problems.Chosen, list[Candidate]]:
     """(problems kept, with the task's test problems; everything considered)."""
     section, c = self._section, self._config
-    if section.ask == "solutions":
+    if section.generate == "solutions":
       chosen = problems.choose(c.task, c.seed)
       written = self._solved(chosen.train)
       kept = [candidate for candidate in written if candidate.outcome == "kept"]
@@ -104,7 +104,9 @@ class Synthesis:
         for prompt in synthesis.read_problems(replies[request.key].text, self._raw)
       ]
       tested = set(self._tested)
-      overlaps = decontamination.overlaps(texts, self._tested, c.task.overlap_words) if c.task.overlap_words else []
+      overlaps = (
+        decontamination.overlaps(texts, self._tested, c.task.decontaminate_ngram) if c.task.decontaminate_ngram else []
+      )
       contaminated = {found.index for found in overlaps} | {i for i, text in enumerate(texts) if text in tested}
       fresh = []
       for i, prompt in enumerate(texts):

@@ -174,8 +174,8 @@ def _config_file(config) -> tuple[str, list[str]]:
   lines = "".join(f"  config.{name} = {value!r}\n" for name, value in changed.items())
   return (
     '"""The config of the run whose report stands beside this file."""\n\n'
-    "from synthneg_jax.runtime import config as config_lib\n\n\n"
-    f"def get_config():\n  config = config_lib.default()\n{lines}  return config\n"
+    "from synthneg_jax.runtime import config_schema\n\n\n"
+    f"def get_config():\n  config = config_schema.default()\n{lines}  return config\n"
   ), list(changed)
 
 

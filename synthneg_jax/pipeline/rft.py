@@ -63,11 +63,11 @@ def _chosen(
       if trace.correct and credit.spurious(trace) == (section.keep == "spurious"):
         chosen[trace.problem_id].append((trace, None))
     return {key: traces[: section.max_per_problem] for key, traces in chosen.items()}
-  for i in selection.advantage_filter(credit.lowest(), section.drop_share):
+  for i in selection.advantage_filter(credit.lowest(), section.drop_fraction):
     trace, mask = credit.traces[i], None
-    if section.clone != "whole":
+    if section.loss_mask != "whole":
       of_trace = credit.advantages[i][: len(trace.step_ends)].tolist()
-      mask = selection.step_mask(of_trace, trace.step_ends, rule=section.clone)
+      mask = selection.step_mask(of_trace, trace.step_ends, rule=section.loss_mask)
       if not any(mask):
         continue
     chosen[trace.problem_id].append((trace, mask))

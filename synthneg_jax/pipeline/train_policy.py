@@ -80,7 +80,7 @@ def plan(experiment: Experiment, section, examples: Sequence[Example], names: Se
     num_epochs=section.num_epochs,
     max_steps=section.max_steps,
     row_length=section.row_length,
-    rows_multiple_of=section.accumulate * device_mesh.row_shards(experiment.mesh),
+    rows_multiple_of=section.grad_accum_steps * device_mesh.row_shards(experiment.mesh),
     seed=experiment.config.seed,
   )
 

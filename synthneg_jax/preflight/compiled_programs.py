@@ -152,7 +152,7 @@ class Recipe:
     section = config[stage]
     tree = cost_model.mean_tree(config, name, self._lengths)
     shape, trees = cost_model.batch_shape(section, tree, device_mesh.row_shards(mesh))
-    device_mesh.check(f"{name}: a microbatch", (shape.rows // section.accumulate,), ("rows",), mesh)
+    device_mesh.check(f"{name}: a microbatch", (shape.rows // section.grad_accum_steps,), ("rows",), mesh)
     chunk = {"chunk": section.logit_chunk} if section.get("logit_chunk") else {}
     if stage == "dpo":
       loss = functools.partial(losses.dpo_loss, beta=section.beta)  # the others of its kind cost the same
@@ -173,7 +173,7 @@ class Recipe:
     def lower():
       state = jax.eval_shape(step_lib.make_init(optimizer, layout), trained.abstract_params())
       lie = jax.tree.map(lambda leaf: leaf.sharding, frozen)
-      run = step_lib.make_step(objective, optimizer, layout, mesh, section.accumulate, lie)
+      run = step_lib.make_step(objective, optimizer, layout, mesh, section.grad_accum_steps, lie)
       return run.lower(_abstract(state, layout), _batch(shape, mesh), *frozen)
 
     fill, tokens = trees * tree.tokens / (shape.rows * shape.length), trees * tree.tokens
@@ -183,8 +183,8 @@ class Recipe:
       lower,
       self.work[name]["steps"],
       cost_model.training_flops(model.config, tokens, trees * tree.keys, trees * tree.scored, num_adapter),
-      f"{shape.rows} rows x {shape.length} tokens in {section.accumulate} microbatch(es), {100 * fill:.0f} % full{what}",
-      f"raise {stage}.accumulate or mesh.fsdp{less}" + (", or model.param_dtype to bfloat16" if what else ""),
+      f"{shape.rows} rows x {shape.length} tokens in {section.grad_accum_steps} microbatch(es), {100 * fill:.0f} % full{what}",
+      f"raise {stage}.grad_accum_steps or mesh.fsdp{less}" + (", or model.param_dtype to bfloat16" if what else ""),
     )
 
   def _reference(self) -> Program:

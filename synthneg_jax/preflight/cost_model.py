@@ -101,7 +101,7 @@ def batch_shape(section, tree: MeanTree, row_shards: int) -> tuple[Shape, float]
   if per_row < 1:
     raise UserError(f"A tree has {tree.tokens:.0f} tokens, more than row_length={section.row_length}.")
   held = per_row * PACKED if per_row >= 3 else float(int(per_row))
-  multiple = row_shards * section.accumulate
+  multiple = row_shards * section.grad_accum_steps
   rows = math.ceil(math.ceil(trees / held) / multiple) * multiple
   in_a_row = math.ceil(per_row)
   paired = tree.weight if len(tree.branches) > 1 else 0
@@ -194,7 +194,7 @@ def storage(config, model: Model, made: dict) -> dict[str, float]:
     size = num_bytes(train_policy.trained(model, section).abstract_params())
     policies += size
     # parameters and two moments each
-    checkpoints += 3 * size * section.keep_checkpoints * bool(section.save_every_steps)
+    checkpoints += 3 * size * section.max_to_keep * bool(section.save_every_steps)
   decoded = lambda name: made[name]["tokens_decoded"]
   return {
     "policies": policies,

@@ -18,19 +18,19 @@ from synthneg_jax.runtime.errors import UserError, writing
 class TrainCheckpoints:
   """The checkpoints of one training: train state, and the step, which is the data position.
 
-  The newest `keep` stay, and besides them the `keep_best` with the lowest loss. All processes call every method.
+  The newest `keep` stay, and besides them the `max_to_keep_best` with the lowest loss. All processes call every method.
   """
 
-  def __init__(self, folder: epath.PathLike, keep: int, every_steps: int, keep_best: int = 0):
+  def __init__(self, folder: epath.PathLike, keep: int, every_steps: int, max_to_keep_best: int = 0):
     self._every_steps, self._folder = every_steps, epath.Path(folder)
     self._unreadable = set()
     kept = [preservation_policy.LatestN(keep)]
-    if keep_best:
+    if max_to_keep_best:
       loss = lambda metrics: metrics["loss"]
-      kept.append(preservation_policy.BestN(get_metric_fn=loss, reverse=True, n=keep_best))
+      kept.append(preservation_policy.BestN(get_metric_fn=loss, reverse=True, n=max_to_keep_best))
     options = ocp.CheckpointManagerOptions(
       create=True,
-      best_fn=(lambda metrics: metrics["loss"]) if keep_best else None,
+      best_fn=(lambda metrics: metrics["loss"]) if max_to_keep_best else None,
       best_mode="min",
       preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
     )

@@ -1,268 +1,571 @@
-"""The one default config tree. Every leaf has a comment with its unit; an unknown leaf is refused with the nearest names.
+"""The config schema: one `Leaf` per setting, and everything that is derived from it.
 
-A config file (configs/*.py) defines `get_config(arg)` which starts from `default()` and changes leaves; the command line
+A leaf has a default, a sentence of documentation, a unit, allowed values or a range, and whether it changes results. The
+default tree (`default`), the text of --help (`help_text`), the reference page (docs/generated_pages.py), the checks
+(`check_values`) and the leaves that a stage's fingerprint holds (`changes_results`) all come from `SCHEMA`.
+
+A config file (configs/*.py) defines `get_config(arg)`, which starts from `default()` and changes leaves; the command line
 changes leaves with --config.part.leaf=value.
 """
 
+import dataclasses
 import difflib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
 from synthneg_jax.runtime.errors import UserError
 
 
-def _optimizer(learning_rate: float) -> ConfigDict:
-  return ConfigDict(
-    {
-      "learning_rate": learning_rate,  # peak step size of AdamW, per update
-      "schedule": "cosine",  # after warm-up: cosine or linear to zero, or constant
-      "warmup_share": 0.03,  # share of all steps in which the rate rises
-      "clip_norm": 1.0,  # bound on the gradient's global norm
-      "beta1": 0.9,  # decay of AdamW's first moment, per step
-      "beta2": 0.95,  # decay of AdamW's second moment, per step
-      "weight_decay": 0.0,  # AdamW's decoupled decay, times the rate, per step; norms' scales are spared
-    }
-  )
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One setting.
+
+  Attributes:
+    default: its value where nothing else is said; fixes its type.
+    doc: one sentence.
+    unit: of its value, "" where it has none.
+    within: the interval of a number, or of each number of a tuple, as "[0, 1)" or "[1, inf)".
+    also: numbers outside that interval that have a meaning of their own.
+    choices: all values of a string, or of each string of a tuple.
+    changes_results: False for what only says how a stage computes or what it keeps; such leaves may differ between the two
+      halves of a resumed stage.
+  """
+
+  default: object
+  doc: str
+  _: dataclasses.KW_ONLY
+  unit: str = ""
+  within: str = ""
+  also: tuple = ()
+  choices: tuple[str, ...] = ()
+  changes_results: bool = True
+
+  @property
+  def domain(self) -> str:
+    """The values it may have, as text: an interval, a list of choices, or ""."""
+    if self.choices:
+      return ", ".join(self.choices)
+    return " or ".join([*map(str, self.also), self.within]) if self.within else ""
+
+  def problem(self, value: object) -> str:
+    """What is wrong with a value, as the end of a sentence; "" if nothing is."""
+    for part in value if isinstance(value, tuple | list) else (value,):
+      if self.choices and part not in self.choices:
+        return f"must be one of {', '.join(self.choices)}"
+      if self.within and part not in self.also and not _inside(part, self.within):
+        return f"must be in {self.domain}"
+    return ""
+
+
+def _inside(value: float, interval: str) -> bool:
+  """Whether a number lies in an interval such as "(0, 1]"; a NaN lies in none."""
+  low, high = (float(bound) for bound in interval[1:-1].split(","))
+  above = value >= low if interval[0] == "[" else value > low
+  below = value <= high if interval[-1] == "]" else value < high
+  return above and below and not (math.isinf(value) and math.isinf(high))
 
 
 MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # of a layer
+COUNT, AT_LEAST_0 = "[1, inf)", "[0, inf)"
 
 
-def _training(learning_rate: float, batch_size: int, num_epochs: float) -> dict:
+def _how(default: object, doc: str, **kwargs) -> Leaf:
+  """A leaf that does not change results."""
+  return Leaf(default, doc, changes_results=False, **kwargs)
+
+
+def _optimizer(learning_rate: float) -> dict:
+  return {
+    "learning_rate": Leaf(learning_rate, "Peak step size of AdamW.", unit="per update", within=AT_LEAST_0),
+    "schedule": Leaf("cosine", "Course of the step size after warm-up.", choices=("cosine", "linear", "constant")),
+    "warmup_fraction": Leaf(0.03, "Fraction of all steps over which the step size rises from 0.", within="[0, 1]"),
+    "clip_norm": Leaf(1.0, "Bound on the global norm of the gradient.", within="(0, inf)"),
+    "beta1": Leaf(0.9, "Decay of AdamW's first moment.", unit="per step", within="[0, 1)"),
+    "beta2": Leaf(0.95, "Decay of AdamW's second moment.", unit="per step", within="[0, 1)"),
+    "weight_decay": Leaf(
+      0.0,
+      "AdamW's decoupled weight decay, times the step size; norm scales are exempt.",
+      unit="per step",
+      within=AT_LEAST_0,
+    ),
+  }
+
+
+def _training(learning_rate: float, batch_size: int, num_epochs: int) -> dict:
   return {
     "optimizer": _optimizer(learning_rate),
-    "batch_size": batch_size,  # solutions (SFT, RFT, pretraining) or pairs (DPO) a step
-    "num_epochs": num_epochs,  # passes over the solutions or pairs
-    "max_steps": 0,  # bound on the steps; 0 for none
-    "row_length": 1024,  # tokens a row into which trees are packed
-    "accumulate": 1,  # microbatches a step
-    "logit_chunk": 0,  # scored tokens a row whose logits exist at once; 0 for all
-    "max_branches_per_tree": 5,  # branches of one problem in a step; bounds how much it weighs there
-    "save_every_steps": 200,  # steps between checkpoints; 0 for none
-    "keep_checkpoints": 2,  # newest checkpoints kept
-    "keep_best": 0,  # checkpoints with the lowest loss, mean since the one before, kept besides
+    "batch_size": Leaf(
+      batch_size, "Solutions (SFT, RFT, pretraining) or pairs (DPO) in a step.", unit="solutions or pairs", within=COUNT
+    ),
+    "num_epochs": Leaf(num_epochs, "Passes over the solutions or pairs.", within=COUNT),
+    "max_steps": Leaf(0, "Bound on the number of steps; 0 for none.", unit="steps", within=AT_LEAST_0),
+    "row_length": Leaf(1024, "Length of a row into which trees are packed.", unit="tokens", within="[2, inf)"),
+    "grad_accum_steps": Leaf(1, "Microbatches whose gradients are summed in a step.", within=COUNT),
+    "logit_chunk": Leaf(
+      0, "Scored tokens of a row whose logits exist at once; 0 for all.", unit="tokens", within=AT_LEAST_0
+    ),
+    "max_branches_per_tree": Leaf(
+      5, "Branches of one problem in a step, at most; bounds how much one problem weighs there.", within=COUNT
+    ),
+    "save_every_steps": _how(200, "Steps between checkpoints; 0 for none.", unit="steps", within=AT_LEAST_0),
+    "max_to_keep": _how(2, "Newest checkpoints that are kept.", within=COUNT),
+    "max_to_keep_best": _how(
+      0, "Checkpoints kept besides for the lowest mean loss since the checkpoint before.", within=AT_LEAST_0
+    ),
     "lora": {
-      "rank": 0,  # of the adapter that is trained in place of all weights; 0 trains all weights
-      "alpha": 16.0,  # the adapter counts alpha / rank times, no unit
-      "targets": MATRICES,  # matrices of a layer that it adapts
+      "rank": Leaf(
+        0, "Rank of the adapter that is trained instead of all weights; 0 trains all weights.", within=AT_LEAST_0
+      ),
+      "alpha": Leaf(16.0, "Scale of the adapter: it is multiplied by alpha / rank.", within="(0, inf)"),
+      "targets": Leaf(MATRICES, "Matrices of a layer that the adapter changes.", choices=MATRICES),
     },
   }
 
 
 def _endpoint(concurrency: int) -> dict:
   return {
-    "url": "",  # of an OpenAI-compatible server, such as http://localhost:8000/v1
-    "model": "",  # its name there
-    "key_variable": "OPENAI_API_KEY",  # environment variable that holds the key; empty for a server that wants none
-    "concurrency": concurrency,  # requests under way at once
-    "timeout_s": 120.0,  # seconds without a byte after which an attempt is given up
-    "attempts": 8,  # attempts at one request
-    "backoff_s": 1.0,  # seconds before the second attempt; doubles, up to 60
+    "url": _how("", "Address of an OpenAI-compatible server, such as http://localhost:8000/v1."),
+    "model": Leaf("", "Name of the model there."),
+    "key_variable": _how(
+      "OPENAI_API_KEY", "Environment variable that holds the API key; empty if the server wants none."
+    ),
+    "concurrency": _how(concurrency, "Requests in flight at once.", within=COUNT),
+    "timeout_s": _how(
+      120.0, "Time without a byte after which an attempt is given up.", unit="seconds", within="(0, inf)"
+    ),
+    "attempts": _how(8, "Attempts at one request.", within=COUNT),
+    "backoff_s": _how(
+      1.0, "Wait before the second attempt; doubles with each, up to 60.", unit="seconds", within=AT_LEAST_0
+    ),
   }
 
 
-def default() -> ConfigDict:
-  """The default tree, locked."""
-  return ConfigDict(
-    {
-      "seed": 0,  # of everything that is drawn
-      "task": {
-        "name": "arithmetic",  # arithmetic, jobs or star_graph (generated), gsm8k, math (competition MATH) or jsonl (any file)
-        "train_problems": 1000,  # |D_syn|: problems with solutions that SFT sees
-        "test_problems": 1000,  # problems that figures are reported on
-        "path": "",  # files: folder of both splits, or file to train on; empty: docs/datasets.md says what is taken
-        "test_path": "",  # files: file or folder of the test problems, such as MATH-500; empty: the path's own
-        "apart_from": (),  # files: more files or folders with test problems that training must not overlap
-        "overlap_words": 13,  # files: a training problem with so many words in a row of a test problem goes; 0: none
-        "skip_bad_rows": False,  # leave broken rows out, counted, instead of stopping at the first; also --skip_bad_rows
-        "answers": "integer",  # how answers compare: integer (after ####), math (in \boxed{}) or exact (the whole response)
-        "grading": {  # what counts as the same answer, of answers=math; docs/grading.md
-          "percent": "either",  # what 20% equals: either (20 and 0.2), fraction (0.2) or number (20)
-          "units": "optional",  # a unit that the answer leaves out: optional, required or ignored
-          "tuples": "ordered",  # ordered, or unordered: (1,2) is (2,1)
-          "lists": "auto",  # 1, 2, 3 without braces: ordered, unordered, or auto (three numbers that do not ascend are ordered)
-          "decimal_digits": 12,  # significant digits from which a rounded decimal equals what it rounds; 0: never
-          "extraction": "last",  # last: an unmarked response is read for its last formula or number; marked: it has no answer
-          "timeout_s": 2.0,  # seconds of a processor that one answer may take
-        },
-        "prompt": "plain",  # files: plain ("Question: ...\nAnswer:\n") or chat (the tokenizer's template)
-        "instruction": "",  # files: text put after every problem, on a line of its own
-        "steps": "delimiter",  # where a step ends: delimiter (task.step_delimiter) or prose (lines, sentences, not in LaTeX)
-        "step_delimiter": "\n",  # steps=delimiter: text that ends a step
-        "leap": 0.0,  # arithmetic: probability that the teacher does an addition in its head
-        "num_leaves": 4,  # arithmetic: quantities with a given value
-        "num_operations": 6,  # arithmetic: operations defined, needed or not
-        "needed_min": 3,  # arithmetic: fewest operations that the question rests on
-        "needed_max": 5,  # arithmetic: most of them
-        "degree": 3,  # star_graph: arms of a graph; chance is 1 / degree
-        "path_nodes": 3,  # star_graph: nodes of an arm, centre and leaf included
-        "num_nodes": 20,  # star_graph: names that nodes are drawn from
-        "jobs": {
-          "fewest": 4,  # jobs: jobs of a problem, at least
-          "most": 6,  # jobs: at most
-          "slack": 4,  # jobs: hours that a deadline lies behind the job's end in a hidden order, at most
-        },
-        "test_start": 0,  # generated tasks: number of the first test problem
-      },
-      "model": {
-        "path": "embedded",  # policy or Hugging Face folder of the base model; embedded, embedded_jobs: in the package
-        "dtype": "float32",  # of activations and matrix products: float32 or bfloat16
-        "param_dtype": "float32",  # that parameters are kept in
-        "scan_layers": False,  # one compiled layer scanned (deep models, TPU) or one a layer (CPU)
-        "remat": "none",  # what of a layer the backward pass computes anew: none, full, or selective (all but products)
-        "max_length": 1024,  # tokens of prompt and response together, at most
-        "check_parity": False,  # hold the base model's logits against torch's before work begins; --check_parity sets it
-      },
-      "mesh": {
-        "data": -1,  # devices along the data axis; -1 takes what is left
-        "fsdp": 1,  # devices along the axis that parameters and rows are split over
-        "tensor": 1,  # devices along the axis that heads and feed-forward width are split over
-        "slices": 1,  # TPU slices, joined by the data-centre network; each holds all parameters and its part of the rows
-      },
-      "engine": {
-        "lanes": 32,  # trunks that decode at once
-        "slots": 8,  # branches of a trunk that decode at once
-        "max_new_tokens": 256,  # tokens of a response, at most
-        "stop": (),  # strings that end a response besides EOS
-      },
-      "synthesis": {
-        "provider": "task",  # who writes D_syn: task (its own problems and solutions), endpoint, local or scripted
-        "ask": "problems",  # problems (new ones with solutions, from seeds) or solutions (of the task's own problems)
-        "endpoint": ConfigDict(_endpoint(16)),  # where the model is asked; local: its model is a checkpoint's folder
-        "prompts": "configs/prompts/gsm8k",  # folder with problems.txt and solution.txt
-        "replies": "",  # folder of all raw replies, may be shared by runs; empty: replies/ in the workdir
-        "seed_problems": 1000,  # the task's training problems that new ones are modelled on
-        "seeds_per_request": 3,  # of them shown in a request
-        "new_per_request": 4,  # new problems asked for in a request
-        "num_solutions": 4,  # solutions asked for, a problem
-        "min_agreement": 0.5,  # share of them that must state the answer; others are dropped as unsolved
-        "temperature_problems": 1.0,  # of sampling problems
-        "temperature_solutions": 0.7,  # of sampling solutions
-        "max_tokens": 2048,  # tokens of a reply, at most
-        "max_tokens_field": "max_tokens",  # what the server calls that: max_tokens or max_completion_tokens
-        "near_duplicate": 0.2,  # problems within this edit distance, as a share of the longer, of one before are dropped
-        "surplus": 1.25,  # problems kept before balancing by difficulty, per problem wanted
-        "max_rounds": 8,  # of asking for more problems until there are enough
-        "stream": True,  # replies come piece by piece: a server that stalls is noticed sooner
-        "send_seed": True,  # send a seed of each draw
-        "max_failed": 0,  # requests that may stay without a reply
-        "usd_per_million_prompt": 0.0,  # price of a million prompt tokens, US dollars
-        "usd_per_million_completion": 0.0,  # price of a million tokens of replies, US dollars
-        "budget_usd": 0.0,  # never spend more than this, all runs of the workdir together; 0 for no limit
-      },
-      "pretrain": {
-        **_training(3e-3, 32, 1),
-        "num_problems": 256000,  # generated problems, each seen once
-        "wander_share": 0.5,  # share of them that shows legal steps without plan or answer
-        "answered_max": 2,  # most operations that an answered problem rests on
-        "d_model": 64,  # width of the embedded base model
-        "num_layers": 3,  # its layers
-        "num_heads": 4,  # its attention heads
-        "d_ff": 160,  # width of its feed-forward part
-      },
-      "sft": _training(1e-5, 128, 3),
-      "rft": {
-        **_training(1e-5, 128, 3),
-        "start": "base",  # base or sft: where RFT's training starts
-        "max_per_problem": 4,  # right solutions kept a problem
-        "with_teacher": False,  # also train on the known solutions
-        "keep": "right",  # right; of those with credit: spurious or clean (right, with or without a step back), advantage
-        "drop_share": 0.5,  # advantage: share of right and wrong responses, those with the lowest step, that goes
-        "clone": "whole",  # advantage: what of a response is learned: whole, before_negative steps, or positive steps
-        "max_solutions": 0,  # solutions in all, at most; 0 for no bound
-      },
-      "sample": {
-        "num_traces": 8,  # traces a problem
-        "temperature": 0.7,  # of sampling
-        "top_k": 0,  # only the k most likely tokens; 0 for all
-        "top_p": 1.0,  # only the most likely tokens with this much probability
-      },
-      "credit": {
-        "schedule": "all",  # which prefixes get rollouts: all, until_first_zero, bisect or adaptive (core/rollout_schedules.py)
-        "num_rollouts": 10,  # rollouts from each prefix; of the schedules but all, at most
-        "temperature": 0.7,  # of rollouts
-        "top_k": 0,  # as in sample
-        "top_p": 1.0,  # as in sample
-        "best_of": 5,  # k of Best-of-k, the policy that values are of; 1 for the SFT policy itself
-        "max_wrong_per_problem": 8,  # wrong traces that get credit, a problem
-        "max_right_per_problem": 0,  # right traces that get credit, a problem
-        "slots": 8,  # branches of a trace that decode at once
-        "lanes": 8,  # traces whose rollouts decode at once
-        "endpoint": ConfigDict(_endpoint(32)),  # a server of the SFT policy for rollouts; url empty: our own engine
-        "endpoint_ids": True,  # prompts go there as token ids, and ids are asked for; False: both ways as text
-      },
-      "dpo": {
-        **_training(1e-6, 64, 1),
-        "beta": 0.1,  # strength of the pull to the reference, per nat
-        "loss": "dpo",  # dpo, ipo or dpop (DPO-Positive)
-        "label_smoothing": 0.0,  # dpo: assumed share of flipped labels, in [0, 0.5)
-        "tau": 0.1,  # ipo: strength of the pull to the reference, per nat; beta then only tells which pairs are saturated
-        "penalty": 50.0,  # dpop: weight of the chosen branch's fall below the reference, no unit
-        "nll_weight": 0.0,  # weight of the chosen branch's next-token loss per token
-      },
-      "pairs": {
-        "pair_mode": "algorithm1",  # of step_dpo: algorithm1, shared_prefix, positives_too, random_step, arbitrary, furthest
-        "outcome_mode": "arbitrary",  # of dpo: arbitrary, or furthest in edit distance (Pal et al.)
-        "furthest": "largest",  # furthest: each right takes the largest distance, or shortest_far, the shortest that is far
-        "pit_rule": "lowest_value",  # lowest_value, first_zero, first_dead, least_advantage or relative_drop
-        "drop_ratio": 0.34,  # relative_drop: Q falls to this share of Q before, or below
-        "min_before": 0.25,  # relative_drop: and Q before is at least this
-        "spurious_below": 0.0,  # positives_too: a right trace's step is rejected if its advantage is below this
-        "continuation": "step",  # shared_prefix: what is chosen of a right rollout: its first step, or all (rollout)
-        "choice": "random",  # shared_prefix: which right rollout: random, shortest, most_likely or majority
-        "max_per_problem": 8,  # pairs a problem
-        "max_flip": 1.0,  # pairs whose label is flipped with a higher probability, by the counts, are dropped
-      },
-      "star_graph": {
-        "seeds": 4,  # training sets, each with its SFT and DPO runs; at least 2
-        "under_trained": (30, 60),  # steps of SFT from which DPO starts, before the training set is known by heart
-        "over_trained": (300,),  # and after
-        "every_steps": 50,  # steps of SFT or DPO between measurements
-      },
-      "evaluate": {
-        "temperature": 0.0,  # of the reported response; 0 for greedy
-        "base_shots": 0,  # files: worked training problems before the base model's question; goes with engine.stop
-        "methods": ("base", "sft", "rft", "dpo", "step_dpo"),  # policies to be tested
-      },
-      "metrics": {  # of the training stages
-        "jsonl": True,  # metrics.jsonl, a line an update; the report draws its curves from it
-        "tensorboard": True,  # TensorBoard event files in the stages' folders; sample and credit write some too
-        "wandb": "",  # project of Weights & Biases that takes them; empty for none
-        "wandb_mode": "online",  # online, or offline: kept in the stages' folders for `wandb sync`
-        "profile_steps": "",  # a:b, updates a to b - 1 of every training are traced; also --profile_steps; empty for none
-      },
-      "export": {
-        "max_shard_bytes": 5_000_000_000,  # largest file of exported weights, but for a larger tensor
-      },
-      "study": {
-        "family": "",  # what figures call the task
-        "grid": (),  # lines "SIZE SIZE ...: METHOD METHOD ...", sizes in problems; methods: experiments/scaling/methods.py
-        "settings": (),  # lines "SIZE SIZE ...: LEAF=VALUE ...", or with methods in place of sizes: leaves that differ there
-        "seeds": (0,),  # one run each
-        "baseline": "sft",  # method that efficiency is told against
-        "figures": (),  # the paper's figures that it ends in; experiments/scaling/figure.py has them
-        "factor_at": 500,  # problems that the other methods have where their factor is told
-      },
-      "report": {
-        "num_traces": 5,  # traces shown with their Q
-        "max_traces": 20000,  # traces in the trace viewer, at most; of more, whole problems at even distances
-        "max_rollouts": 8,  # different rollouts from a step that the trace viewer holds, at most
-      },
-    }
-  ).lock()
+def _drawing(of: str, temperature: float) -> dict:
+  return {
+    "temperature": Leaf(temperature, f"Temperature of {of}; 0 is greedy.", within=AT_LEAST_0),
+    "top_k": Leaf(0, "Only the k most likely tokens are drawn; 0 for all.", unit="tokens", within=AT_LEAST_0),
+    "top_p": Leaf(1.0, "Only the most likely tokens that together have this probability are drawn.", within="(0, 1]"),
+  }
 
 
-def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
-  """(dotted name, value) of every leaf."""
-  for name, value in config.items():
-    if isinstance(value, ConfigDict):
-      yield from leaves(value, f"{prefix}{name}.")
+SCHEMA = {
+  "seed": Leaf(0, "Seed of everything that is drawn.", within="[0, 4294967295]"),
+  "task": {
+    "name": Leaf(
+      "arithmetic",
+      "Generated tasks (arithmetic, jobs, star_graph), GSM8K, competition MATH, or any file of problems (jsonl).",
+      choices=("arithmetic", "jobs", "star_graph", "gsm8k", "math", "jsonl"),
+    ),
+    "train_problems": Leaf(1000, "|D_syn|: problems with solutions that SFT sees.", unit="problems", within=COUNT),
+    "test_problems": Leaf(1000, "Problems on which test errors are measured.", unit="problems", within=COUNT),
+    "path": Leaf("", "Folder of both splits, or file to train on; empty: see docs/datasets.md. Tasks from files only."),
+    "test_path": Leaf("", "File or folder of the test problems, such as MATH-500; empty: that of task.path."),
+    "decontaminate_against": Leaf(
+      (), "More files or folders of test problems that training problems must not overlap."
+    ),
+    "decontaminate_ngram": Leaf(
+      13,
+      "A training problem that shares this many words in a row with a test problem is dropped; 0 for never.",
+      unit="words",
+      within=AT_LEAST_0,
+    ),
+    "skip_bad_rows": _how(
+      False, "Skip and count broken rows of problem files instead of stopping; also --skip_bad_rows."
+    ),
+    "answers": Leaf(
+      "integer",
+      "How answers are compared: integer (after ####), math (in \\boxed{}) or exact (the whole response).",
+      choices=("integer", "math", "exact"),
+    ),
+    "grading": {
+      "percent": Leaf(
+        "either",
+        "What 20% equals: 20 and 0.2 (either), 0.2 (fraction) or 20 (number).",
+        choices=("either", "fraction", "number"),
+      ),
+      "units": Leaf(
+        "optional",
+        "Whether an answer may leave out a unit that the gold answer has.",
+        choices=("optional", "required", "ignored"),
+      ),
+      "tuples": Leaf("ordered", "Whether (1,2) and (2,1) differ.", choices=("ordered", "unordered")),
+      "lists": Leaf(
+        "auto",
+        "Whether the order of 1, 2, 3 without braces counts; auto: of three numbers that do not ascend.",
+        choices=("auto", "ordered", "unordered"),
+      ),
+      "decimal_digits": Leaf(
+        12,
+        "Significant digits from which a rounded decimal equals what it rounds; 0 for never.",
+        unit="digits",
+        within=AT_LEAST_0,
+      ),
+      "extraction": Leaf(
+        "last",
+        "Whether an unmarked response is read for its last formula or number (last) or has no answer (marked).",
+        choices=("last", "marked"),
+      ),
+      "timeout_s": Leaf(2.0, "Processor time that one answer may take.", unit="seconds", within="(0, inf)"),
+    },
+    "prompt": Leaf(
+      "plain",
+      'Prompt form of tasks from files: plain ("Question: ...\\nAnswer:\\n") or the tokenizer\'s chat template.',
+      choices=("plain", "chat"),
+    ),
+    "instruction": Leaf("", "Text appended to every problem on a line of its own. Tasks from files only."),
+    "steps": Leaf(
+      "delimiter",
+      "Where a step ends: at task.step_delimiter, or by lines and sentences outside LaTeX (prose).",
+      choices=("delimiter", "prose"),
+    ),
+    "step_delimiter": Leaf("\n", "Text that ends a step where task.steps=delimiter."),
+    "test_start": Leaf(0, "Number of the first test problem of a generated task.", within=AT_LEAST_0),
+    "arithmetic": {
+      "skip_step_prob": Leaf(0.0, "Probability that the teacher does an addition in its head.", within="[0, 1]"),
+      "num_leaves": Leaf(4, "Quantities with a given value.", within=COUNT),
+      "num_operations": Leaf(6, "Operations that are defined, needed or not.", within=COUNT),
+      "min_needed_ops": Leaf(3, "Fewest operations that the question rests on.", within=COUNT),
+      "max_needed_ops": Leaf(5, "Most operations that the question rests on.", within=COUNT),
+    },
+    "star_graph": {
+      "degree": Leaf(3, "Arms of a graph; chance is 1 / degree.", within="[2, inf)"),
+      "path_nodes": Leaf(3, "Nodes of an arm, centre and leaf included.", unit="nodes", within="[2, inf)"),
+      "num_nodes": Leaf(20, "Names that nodes are drawn from.", within="[2, inf)"),
+    },
+    "jobs": {
+      "fewest": Leaf(4, "Fewest jobs of a problem.", unit="jobs", within=COUNT),
+      "most": Leaf(6, "Most jobs of a problem.", unit="jobs", within=COUNT),
+      "slack": Leaf(
+        4,
+        "Most hours between a job's end in a hidden feasible order and its deadline.",
+        unit="hours",
+        within=AT_LEAST_0,
+      ),
+    },
+  },
+  "model": {
+    "path": Leaf(
+      "embedded", "Policy or Hugging Face folder of the base model; embedded and embedded_jobs come with the package."
+    ),
+    "dtype": Leaf("float32", "Type of activations and matrix products.", choices=("float32", "bfloat16")),
+    "param_dtype": Leaf("float32", "Type in which parameters are kept.", choices=("float32", "bfloat16")),
+    "scan_layers": _how(False, "Scan one compiled layer (deep models, TPU) instead of compiling each (CPU)."),
+    "remat": _how(
+      "none",
+      "What the backward pass recomputes of a layer: nothing, everything, or all but matrix products.",
+      choices=("none", "full", "selective"),
+    ),
+    "max_length": Leaf(1024, "Longest prompt and response together.", unit="tokens", within="[2, inf)"),
+    "check_parity": _how(
+      False, "Compare the base model's logits with torch's before work begins; also --check_parity."
+    ),
+  },
+  "mesh": {
+    "data": _how(-1, "Devices along the data axis; -1 takes what is left.", within=COUNT, also=(-1,)),
+    "fsdp": _how(1, "Devices along the axis over which parameters and rows are split.", within=COUNT, also=(-1,)),
+    "tensor": _how(
+      1, "Devices along the axis over which heads and feed-forward width are split.", within=COUNT, also=(-1,)
+    ),
+    "slices": _how(
+      1,
+      "TPU slices joined by the data-centre network; each holds all parameters and its share of the rows.",
+      within=COUNT,
+    ),
+  },
+  "engine": {
+    "lanes": _how(32, "Trunks that decode at once.", within=COUNT),
+    "slots": _how(8, "Branches of a trunk that decode at once.", within=COUNT),
+    "max_new_tokens": Leaf(256, "Longest response.", unit="tokens", within=COUNT),
+    "stop": Leaf((), "Strings that end a response besides EOS."),
+  },
+  "synthesis": {
+    "provider": Leaf(
+      "task",
+      "Who writes D_syn: the task itself, a server, a local checkpoint, or the scripted teacher.",
+      choices=("task", "endpoint", "local", "scripted"),
+    ),
+    "generate": Leaf(
+      "problems",
+      "New problems with solutions from seed problems, or solutions of the task's own problems.",
+      choices=("problems", "solutions"),
+    ),
+    "endpoint": _endpoint(16),
+    "prompts": Leaf("configs/prompts/gsm8k", "Folder with problems.txt and solution.txt."),
+    "replies": _how("", "Folder of all raw replies, which runs may share; empty: replies/ in the workdir."),
+    "seed_problems": Leaf(
+      1000, "Training problems of the task that new ones are modelled on.", unit="problems", within=COUNT
+    ),
+    "seeds_per_request": Leaf(3, "Seed problems shown in a request.", unit="problems", within=COUNT),
+    "new_per_request": Leaf(4, "New problems asked for in a request.", unit="problems", within=COUNT),
+    "num_solutions": Leaf(4, "Solutions asked for per problem.", unit="solutions", within=COUNT),
+    "min_agreement": Leaf(
+      0.5,
+      "Fraction of the solutions that must state the same answer; other problems are dropped as unsolved.",
+      within="[0, 1]",
+    ),
+    "temperature_problems": Leaf(1.0, "Temperature at which problems are sampled.", within=AT_LEAST_0),
+    "temperature_solutions": Leaf(0.7, "Temperature at which solutions are sampled.", within=AT_LEAST_0),
+    "max_tokens": Leaf(2048, "Longest reply.", unit="tokens", within=COUNT),
+    "max_tokens_field": _how(
+      "max_tokens", "What the server calls that limit.", choices=("max_tokens", "max_completion_tokens")
+    ),
+    "near_duplicate": Leaf(
+      0.2,
+      "Problems within this edit distance of an earlier one, as a fraction of the longer text, are dropped.",
+      within="[0, 1]",
+    ),
+    "surplus": Leaf(1.25, "Problems kept before balancing by difficulty, per problem wanted.", within=COUNT),
+    "max_rounds": _how(8, "Rounds of asking for more problems until there are enough.", within=COUNT),
+    "stream": _how(True, "Receive replies piece by piece, so that a stalled server is noticed sooner."),
+    "send_seed": Leaf(True, "Send a seed with each request."),
+    "max_failed": _how(0, "Requests that may stay without a reply.", within=AT_LEAST_0),
+    "usd_per_million_prompt": _how(0.0, "Price of a million prompt tokens.", unit="US dollars", within=AT_LEAST_0),
+    "usd_per_million_completion": _how(0.0, "Price of a million reply tokens.", unit="US dollars", within=AT_LEAST_0),
+    "budget_usd": _how(
+      0.0,
+      "Bound on the spending of all runs of the workdir together; 0 for none.",
+      unit="US dollars",
+      within=AT_LEAST_0,
+    ),
+  },
+  "pretrain": {
+    **_training(3e-3, 32, 1),
+    "num_problems": Leaf(256000, "Generated problems, each seen once.", unit="problems", within=COUNT),
+    "random_step_fraction": Leaf(
+      0.5, "Fraction of the problems that show legal steps without a plan or an answer.", within="[0, 1]"
+    ),
+    "max_answered_ops": Leaf(2, "Most operations that an answered problem rests on.", within=AT_LEAST_0),
+    "d_model": Leaf(64, "Width of the embedded base model.", within=COUNT),
+    "num_layers": Leaf(3, "Its layers.", within=COUNT),
+    "num_heads": Leaf(4, "Its attention heads.", within=COUNT),
+    "d_ff": Leaf(160, "Width of its feed-forward part.", within=COUNT),
+  },
+  "sft": _training(1e-5, 128, 3),
+  "rft": {
+    **_training(1e-5, 128, 3),
+    "start": Leaf("base", "Policy from which RFT starts.", choices=("base", "sft")),
+    "max_per_problem": Leaf(4, "Solutions kept per problem, at most.", unit="solutions", within=COUNT),
+    "with_teacher": Leaf(False, "Also train on the teacher's solutions."),
+    "keep": Leaf(
+      "right",
+      "Which traces are cloned: right ones; right ones with credit that contain a spurious step (spurious) or none (clean); "
+      "those whose lowest step advantage is not among the worst (advantage).",
+      choices=("right", "spurious", "clean", "advantage"),
+    ),
+    "drop_fraction": Leaf(
+      0.5,
+      "rft.keep=advantage: fraction of the traces, those with the lowest step advantage, that is dropped.",
+      within="[0, 1)",
+    ),
+    "loss_mask": Leaf(
+      "whole",
+      "rft.keep=advantage: steps of a trace that are trained on: all, those before the first negative advantage, or those with "
+      "a positive one.",
+      choices=("whole", "before_negative", "positive"),
+    ),
+    "max_solutions": Leaf(0, "Solutions in all, at most; 0 for no bound.", unit="solutions", within=AT_LEAST_0),
+  },
+  "sample": {"num_traces": Leaf(8, "Traces per problem.", unit="traces", within=COUNT), **_drawing("sampling", 0.7)},
+  "credit": {
+    "schedule": Leaf(
+      "all",
+      "Which prefixes get rollouts (core/rollout_schedules.py).",
+      choices=("all", "until_first_zero", "bisect", "adaptive"),
+    ),
+    "num_rollouts": Leaf(
+      10, "Rollouts from each prefix; at most so many for schedules other than all.", unit="rollouts", within=COUNT
+    ),
+    **_drawing("rollouts", 0.7),
+    "best_of": Leaf(5, "k of Best-of-k, the policy whose values are estimated; 1 for π_sft itself.", within=COUNT),
+    "max_wrong_per_problem": Leaf(8, "Wrong traces per problem that get credit.", unit="traces", within=AT_LEAST_0),
+    "max_right_per_problem": Leaf(0, "Right traces per problem that get credit.", unit="traces", within=AT_LEAST_0),
+    "slots": _how(8, "Branches of a trace that decode at once.", within=COUNT),
+    "lanes": _how(8, "Traces whose rollouts decode at once.", within=COUNT),
+    "endpoint": _endpoint(32),
+    "send_token_ids": Leaf(
+      True, "Send prompts to the endpoint as token ids and ask for ids; False sends and receives text."
+    ),
+  },
+  "dpo": {
+    **_training(1e-6, 64, 1),
+    "beta": Leaf(0.1, "Strength of the pull to the reference.", unit="per nat", within="(0, inf)"),
+    "loss": Leaf("dpo", "Preference loss: DPO, IPO or DPO-Positive.", choices=("dpo", "ipo", "dpop")),
+    "label_smoothing": Leaf(0.0, "dpo.loss=dpo: assumed fraction of flipped labels.", within="[0, 0.5)"),
+    "tau": Leaf(
+      0.1,
+      "dpo.loss=ipo: strength of the pull to the reference; beta then only says which pairs are saturated.",
+      unit="per nat",
+      within="(0, inf)",
+    ),
+    "penalty": Leaf(50.0, "dpo.loss=dpop: weight of the chosen branch's fall below the reference.", within=AT_LEAST_0),
+    "nll_weight": Leaf(0.0, "Weight of the chosen branch's next-token loss per token.", within=AT_LEAST_0),
+  },
+  "pairs": {
+    "pair_mode": Leaf(
+      "algorithm1",
+      "How pairs/step_dpo builds its pairs (docs/method.md).",
+      choices=("algorithm1", "shared_prefix", "positives_too", "random_step", "arbitrary", "furthest"),
+    ),
+    "outcome_mode": Leaf(
+      "arbitrary",
+      "How pairs/dpo builds its pairs: arbitrary, or furthest in edit distance (Pal et al.).",
+      choices=("arbitrary", "furthest"),
+    ),
+    "furthest": Leaf(
+      "largest",
+      "What furthest means: each right response takes the wrong one at the largest distance, or the shortest that is far.",
+      choices=("largest", "shortest_far"),
+    ),
+    "pit_rule": Leaf(
+      "lowest_value",
+      "Which step of a wrong trace is its first pit (core/pits.py).",
+      choices=("lowest_value", "first_zero", "first_dead", "least_advantage", "relative_drop"),
+    ),
+    "drop_ratio": Leaf(
+      0.34, "pit_rule=relative_drop: Q after the pit is at most this fraction of Q before it.", within="[0, 1]"
+    ),
+    "min_before": Leaf(0.25, "pit_rule=relative_drop: Q before the pit is at least this.", within="[0, 1]"),
+    "spurious_below": Leaf(
+      0.0, "pair_mode=positives_too: a right trace's step is rejected if its advantage is below this.", within="[-1, 1]"
+    ),
+    "continuation": Leaf(
+      "step",
+      "pair_mode=shared_prefix: what is chosen of a right rollout: its first step, or all of it.",
+      choices=("step", "rollout"),
+    ),
+    "choice": Leaf(
+      "random",
+      "pair_mode=shared_prefix: which right rollout is chosen.",
+      choices=("random", "shortest", "most_likely", "majority"),
+    ),
+    "max_per_problem": Leaf(8, "Pairs per problem, at most.", unit="pairs", within=COUNT),
+    "max_flip": Leaf(
+      1.0,
+      "Pairs whose label is flipped with a higher probability, by the rollout counts, are dropped.",
+      within="[0, 1]",
+    ),
+  },
+  "evaluate": {
+    "temperature": Leaf(0.0, "Temperature of the graded response; 0 is greedy.", within=AT_LEAST_0),
+    "base_shots": Leaf(
+      0,
+      "Worked training problems before the base model's question; needs engine.stop. Tasks from files only.",
+      unit="problems",
+      within=AT_LEAST_0,
+    ),
+    "methods": _how(
+      ("base", "sft", "rft", "dpo", "step_dpo"),
+      "Policies that are tested.",
+      choices=("base", "sft", "rft", "dpo", "step_dpo"),
+    ),
+  },
+  "metrics": {
+    "jsonl": _how(True, "Write metrics.jsonl, a line per update; the report draws its curves from it."),
+    "tensorboard": _how(True, "Write TensorBoard event files into the stages' folders."),
+    "wandb": _how("", "Weights & Biases project that receives the metrics; empty for none."),
+    "wandb_mode": _how(
+      "online", "Send at once, or keep in the stages' folders for `wandb sync`.", choices=("online", "offline")
+    ),
+    "profile_steps": _how(
+      "", "a:b traces updates a to b - 1 of every training stage; also --profile_steps; empty for none."
+    ),
+  },
+  "export": {
+    "max_shard_bytes": Leaf(
+      5_000_000_000, "Largest file of exported weights, unless one tensor is larger.", unit="bytes", within=COUNT
+    ),
+  },
+  "report": {
+    "num_traces": _how(5, "Traces shown with their Q.", unit="traces", within=AT_LEAST_0),
+    "max_traces": _how(
+      20000,
+      "Traces in the trace viewer, at most; beyond that, whole problems at even distances.",
+      unit="traces",
+      within=COUNT,
+    ),
+    "max_rollouts": _how(8, "Different rollouts from a step that the trace viewer holds, at most.", within=AT_LEAST_0),
+  },
+  "study": {
+    "family": Leaf("", "What figures call the task."),
+    "grid": Leaf((), "Cells, as rows (sizes, methods, overrides); see experiments/scaling/grid.py."),
+    "settings": Leaf((), "Overrides of some sizes or methods, as rows (sizes or methods, overrides)."),
+    "seeds": Leaf((0,), "One run each.", within=AT_LEAST_0),
+    "baseline": Leaf("sft", "Method against which efficiency is measured."),
+    "figures": Leaf((), "The paper's figures that the study ends in; see experiments/scaling/figure.py."),
+    "reference_size": Leaf(
+      500, "Size at which the other methods' efficiency factors are reported.", unit="problems", within=COUNT
+    ),
+  },
+  "star_graph": {
+    "seeds": Leaf(4, "Training sets, each with its SFT and DPO runs.", within="[2, inf)"),
+    "under_trained": Leaf(
+      (30, 60), "SFT steps from which DPO starts before the training set is memorised.", unit="steps", within=AT_LEAST_0
+    ),
+    "over_trained": Leaf((300,), "SFT steps from which DPO starts afterwards.", unit="steps", within=AT_LEAST_0),
+    "every_steps": Leaf(50, "SFT or DPO steps between measurements.", unit="steps", within=COUNT),
+  },
+}
+
+_TRAINING_RENAMES = {
+  "optimizer.warmup_share": "optimizer.warmup_fraction",
+  "accumulate": "grad_accum_steps",
+  "keep_checkpoints": "max_to_keep",
+  "keep_best": "max_to_keep_best",
+}
+RENAMED = {  # leaves of version 1
+  **{
+    f"{part}.{old}": f"{part}.{new}"
+    for part in ("pretrain", "sft", "rft", "dpo")
+    for old, new in _TRAINING_RENAMES.items()
+  },
+  "task.apart_from": "task.decontaminate_against",
+  "task.overlap_words": "task.decontaminate_ngram",
+  "task.leap": "task.arithmetic.skip_step_prob",
+  "task.num_leaves": "task.arithmetic.num_leaves",
+  "task.num_operations": "task.arithmetic.num_operations",
+  "task.needed_min": "task.arithmetic.min_needed_ops",
+  "task.needed_max": "task.arithmetic.max_needed_ops",
+  "task.degree": "task.star_graph.degree",
+  "task.path_nodes": "task.star_graph.path_nodes",
+  "task.num_nodes": "task.star_graph.num_nodes",
+  "pretrain.wander_share": "pretrain.random_step_fraction",
+  "pretrain.answered_max": "pretrain.max_answered_ops",
+  "rft.clone": "rft.loss_mask",
+  "rft.drop_share": "rft.drop_fraction",
+  "synthesis.ask": "synthesis.generate",
+  "study.factor_at": "study.reference_size",
+  "credit.endpoint_ids": "credit.send_token_ids",
+}
+
+
+def _flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
+  for name, value in tree.items():
+    if isinstance(value, Mapping | ConfigDict):
+      yield from _flatten(value, f"{prefix}{name}.")
     else:
       yield prefix + name, value
 
 
-def plain(config: ConfigDict, sections=None) -> dict:
+LEAVES: dict[str, Leaf] = dict(_flatten(SCHEMA))
+
+
+def default() -> ConfigDict:
+  """The default tree, locked."""
+
+  def values(tree: Mapping) -> dict:
+    return {name: leaf.default if isinstance(leaf, Leaf) else values(leaf) for name, leaf in tree.items()}
+
+  return ConfigDict(values(SCHEMA)).lock()
+
+
+def leaves(config: ConfigDict) -> Iterator[tuple[str, object]]:
+  """(dotted name, value) of every leaf."""
+  return _flatten(config)
+
+
+def plain(config: ConfigDict, sections: Sequence[str] | None = None) -> dict:
   """Leaves as a flat JSON-ready dict, of these top-level sections or leaves, or of all."""
   return {
     name: list(value) if isinstance(value, tuple) else value
@@ -271,80 +574,40 @@ def plain(config: ConfigDict, sections=None) -> dict:
   }
 
 
-CHOICES = {
-  "task.name": ("arithmetic", "jobs", "star_graph", "gsm8k", "math", "jsonl"),
-  "task.prompt": ("plain", "chat"),
-  "task.answers": ("integer", "math", "exact"),
-  "task.grading.percent": ("either", "fraction", "number"),
-  "task.grading.units": ("optional", "required", "ignored"),
-  "task.grading.tuples": ("ordered", "unordered"),
-  "task.grading.lists": ("auto", "ordered", "unordered"),
-  "task.grading.extraction": ("last", "marked"),
-  "task.steps": ("delimiter", "prose"),
-  "metrics.wandb_mode": ("online", "offline"),
-  "model.dtype": ("float32", "bfloat16"),
-  "model.param_dtype": ("float32", "bfloat16"),
-  "model.remat": ("none", "full", "selective"),
-  "synthesis.provider": ("task", "endpoint", "local", "scripted"),
-  "synthesis.ask": ("problems", "solutions"),
-  "synthesis.max_tokens_field": ("max_tokens", "max_completion_tokens"),
-  "rft.start": ("base", "sft"),
-  "rft.keep": ("right", "spurious", "clean", "advantage"),
-  "rft.clone": ("whole", "before_negative", "positive"),
-  "credit.schedule": ("all", "until_first_zero", "bisect", "adaptive"),
-  "dpo.loss": ("dpo", "ipo", "dpop"),
-  "pairs.pair_mode": ("algorithm1", "shared_prefix", "positives_too", "random_step", "arbitrary", "furthest"),
-  "pairs.outcome_mode": ("arbitrary", "furthest"),
-  "pairs.furthest": ("largest", "shortest_far"),
-  "pairs.pit_rule": ("lowest_value", "first_zero", "first_dead", "least_advantage", "relative_drop"),
-  "pairs.continuation": ("step", "rollout"),
-  "pairs.choice": ("random", "shortest", "most_likely", "majority"),
-}
+def changes_results(leaf: str) -> bool:
+  """Whether two runs that differ in this leaf make different things."""
+  return LEAVES[leaf].changes_results
+
+
+def help_text(sections: Sequence[str]) -> str:
+  """The leaves of some sections as --help shows them: name, default, allowed values, unit and sentence."""
+  lines = []
+  for name, leaf in LEAVES.items():
+    if name.split(".")[0] in sections:
+      about = ", ".join(part for part in (leaf.domain, leaf.unit) if part)
+      lines.append(f"  --config.{name}={leaf.default!r}" + (f"  ({about})" if about else ""))
+      lines.append(f"      {leaf.doc}")
+  return "\n".join(lines)
+
+
 _PIT_RULES = {  # what each schedule leaves known
-  "all": CHOICES["pairs.pit_rule"],
+  "all": LEAVES["pairs.pit_rule"].choices,
   "until_first_zero": ("lowest_value", "first_zero", "first_dead", "relative_drop"),
   "bisect": ("lowest_value", "first_zero", "first_dead"),
   "adaptive": ("first_dead",),
 }
-_POSITIVE = (
-  "task.train_problems",
-  "task.test_problems",
-  "sample.num_traces",
-  "credit.num_rollouts",
-  "credit.best_of",
-  "engine.lanes",
-  "engine.slots",
-  "engine.max_new_tokens",
-  "synthesis.seed_problems",
-  "synthesis.seeds_per_request",
-  "synthesis.new_per_request",
-  "synthesis.num_solutions",
-  "synthesis.max_tokens",
-  "synthesis.max_rounds",
-  "synthesis.surplus",
-  "synthesis.endpoint.concurrency",
-  "synthesis.endpoint.attempts",
-  "credit.endpoint.concurrency",
-  "credit.endpoint.attempts",
-)
 
 
 def check_values(config: ConfigDict) -> None:
-  """Refuses values that some stage would stumble over hours later.
+  """Refuses values outside a leaf's choices or range, and values that do not go together.
 
   Raises:
-    UserError: names the leaf and what it may be.
+    UserError: names the leaf and the values it may have.
   """
   values = dict(leaves(config))
-  for name, allowed in CHOICES.items():
-    if values[name] not in allowed:
-      raise UserError(f"{name}={values[name]!r} is none of {', '.join(allowed)}.")
-  for name in _POSITIVE:
-    if values[name] < 1:
-      raise UserError(f"{name}={values[name]} must be at least 1.")
-  for name in ("task.overlap_words", "task.test_start", "evaluate.base_shots"):
-    if values[name] < 0:
-      raise UserError(f"{name}={values[name]} must not be negative; 0 is none.")
+  for name, leaf in LEAVES.items():
+    if problem := leaf.problem(values[name]):
+      raise UserError(f"{name}={values[name]!r} {problem}.")
   if values["evaluate.base_shots"] and not values["engine.stop"]:
     raise UserError(
       f"evaluate.base_shots={values['evaluate.base_shots']} needs engine.stop, such as ('\\nQuestion:',): a base model that "
@@ -362,26 +625,18 @@ def check_values(config: ConfigDict) -> None:
       f"pairs.pit_rule={rule!r} needs values that credit.schedule={schedule!r} leaves out; it goes with "
       f"{', '.join(_PIT_RULES[schedule])}."
     )
-  for part in ("sft", "rft", "dpo"):
-    for target in values[f"{part}.lora.targets"]:
-      if target not in MATRICES:
-        raise UserError(f"{part}.lora.targets names {target!r}, none of {', '.join(MATRICES)}.")
-  if values["pretrain.lora.rank"]:
-    raise UserError("pretrain.lora.rank must be 0: there is nothing yet that could be adapted.")
-  k = values["credit.best_of"]
-  for name in ("credit.num_rollouts", "sample.num_traces"):
-    if values[name] < k:
-      raise UserError(f"{name}={values[name]} is less than credit.best_of={k}: Best-of-k needs k draws at least.")
 
 
 def check_name(name: str, where: str) -> None:
-  """Refuses a dotted name that is no leaf of the default tree, with the nearest names.
+  """Refuses a dotted name that is not a leaf, with its new name if it was renamed, else with the nearest names.
 
   Raises:
     UserError: unknown leaf.
   """
-  known = [known for known, _ in leaves(default())]
-  if name not in known:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "."
-    raise UserError(f"{where}: the config has no leaf {name!r}{hint}")
+  if name in LEAVES:
+    return
+  if name in RENAMED:
+    raise UserError(f"{where}: {name} is now called {RENAMED[name]}.")
+  near = difflib.get_close_matches(name, LEAVES, n=3, cutoff=0.5)
+  hint = f"; did you mean {' or '.join(near)}?" if near else "."
+  raise UserError(f"{where}: the config has no leaf {name!r}{hint}")

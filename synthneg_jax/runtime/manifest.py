@@ -12,6 +12,8 @@ from etils import epath
 from synthneg_jax.runtime import processes
 from synthneg_jax.runtime.errors import UserError, writing
 
+FORMAT = 2  # of the stages' files; version 1 wrote none, had other leaf names, and made pairs within stage dpo
+_LOGS = ("begun.json", "metrics.jsonl")  # besides TensorBoard's; a stage with nothing else has made nothing yet
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "synthneg_jax")
 
 
@@ -82,26 +84,34 @@ class Stage:
       given: identities of what it reads from outside the workdir, by name.
 
     Raises:
-      UserError: a needed stage is not done, or its files changed since; or this stage was begun with another config or
-        other inputs.
+      UserError: a needed stage is not done, or its files changed since; or this stage has made something with another config
+        or other inputs, or in an earlier version's format.
     """
     self.name, self.folder = name, epath.Path(workdir) / name
     self._workdir, self._started = epath.Path(workdir), time.time()
     inputs = {need: self._identity(need) for need in needs} | (given or {})
-    self._begun = {"config": json.loads(json.dumps(config)), "inputs": inputs}
+    self._begun = {"format": FORMAT, "config": json.loads(json.dumps(config)), "inputs": inputs}
     begun_path, manifest_path = self.folder / "begun.json", self.folder / "manifest.json"
-    if begun_path.exists():
-      self._refuse_change(json.loads(begun_path.read_text()))
+    before = json.loads(begun_path.read_text()) if begun_path.exists() else None
+    if before not in (None, self._begun) and not self._made_nothing():
+      self._refuse_change(before)
     self.done = processes.agree(manifest_path.exists())  # and all have read what is there before anything is written
-    if not begun_path.exists():
+    if before != self._begun:
+      if before is not None and processes.first():
+        self.folder.rmtree()  # logs of a start that made nothing
       write_json(begun_path, self._begun)
     processes.barrier()  # the folder is there
+
+  def _made_nothing(self) -> bool:
+    """Whether the stage's folder holds nothing but its beginning and logs."""
+    return all(path.name in _LOGS or path.name.startswith("events.out.") for path in self.folder.iterdir())
 
   def _identity(self, need: str) -> str:
     path = self._workdir / need / "manifest.json"
     if not path.exists():
       raise UserError(f"Stage {self.name} needs stage {need}, which is not done in {self._workdir}; run it first.")
     manifest = json.loads(path.read_text())
+    self._check_format(manifest, need)
     for file, expected in manifest["files"].items():
       found = self._workdir / need / file
       if not found.exists():
@@ -112,7 +122,15 @@ class Stage:
         )
     return manifest["identity"]
 
+  def _check_format(self, found: dict, stage: str) -> None:
+    if found.get("format") != FORMAT:
+      raise UserError(
+        f"Stage {stage} in {self._workdir} was made by version 1 of synthneg_jax, whose files and config leaves differ; take "
+        f"another --workdir, or delete {self._workdir / stage} and the stages after it to rebuild them."
+      )
+
   def _refuse_change(self, before: dict):
+    self._check_format(before, self.name)
     old, new = before["config"], self._begun["config"]
     for leaf in sorted(set(old) | set(new)):
       if old.get(leaf) != new.get(leaf):

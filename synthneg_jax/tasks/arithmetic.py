@@ -8,8 +8,8 @@ looked up and its result worked out, and ends like GSM8K's:
      #### 2
 
 Some defined operations do not matter for the question. The teacher writes those that do, in the order of the problem.
-With probability `leap` it does an addition in its head: the line is left out and only its result is used (capable models
-skip what is easy for them). The rules that say what a legal step is serve the diagnosis, never the training.
+With probability `skip_step_prob` it does an addition in its head: the line is left out and only its result is used (capable
+models skip what is easy for them). The rules that say what a legal step is serve the diagnosis, never the training.
 """
 
 import dataclasses
@@ -84,8 +84,8 @@ def make_puzzle(rng: np.random.Generator, num_leaves: int, num_operations: int, 
       return dataclasses.replace(puzzle, query=queries[rng.integers(len(queries))])
 
 
-def teach(rng: np.random.Generator, puzzle: Puzzle, leap: float) -> str:
-  """A teacher's solution; with probability `leap` an addition that the query does not ask for is done silently.
+def teach(rng: np.random.Generator, puzzle: Puzzle, skip_step_prob: float) -> str:
+  """A teacher's solution; with probability `skip_step_prob` an addition that the query does not ask for is done silently.
 
   Never two in one line: an operation over a silent one is written.
   """
@@ -93,7 +93,7 @@ def teach(rng: np.random.Generator, puzzle: Puzzle, leap: float) -> str:
   needed = puzzle.needed(puzzle.query)
   for name in [name for name in puzzle.definitions if name in needed]:
     left, operator, right = puzzle.definitions[name]
-    if operator == "+" and name != puzzle.query and not {left, right} & silent and rng.random() < leap:
+    if operator == "+" and name != puzzle.query and not {left, right} & silent and rng.random() < skip_step_prob:
       silent.add(name)
     else:
       lines.append(puzzle.line(name))
@@ -162,19 +162,21 @@ def check(task) -> None:
   Raises:
     UserError: names the leaves of the config.
   """
-  most = len(NAMES) - task.num_leaves
-  if not (2 <= task.num_leaves and 1 <= task.needed_min <= task.needed_max <= task.num_operations <= most):
+  c = task.arithmetic
+  most = len(NAMES) - c.num_leaves
+  if not (2 <= c.num_leaves and 1 <= c.min_needed_ops <= c.max_needed_ops <= c.num_operations <= most):
     raise UserError(
-      f"task.num_leaves={task.num_leaves}, task.num_operations={task.num_operations}, task.needed_min={task.needed_min}, "
-      f"task.needed_max={task.needed_max}: 2 leaves at least, 1 <= needed_min <= needed_max <= num_operations, and "
-      f"{len(NAMES)} names in all."
+      f"task.arithmetic.num_leaves={c.num_leaves}, task.arithmetic.num_operations={c.num_operations}, "
+      f"task.arithmetic.min_needed_ops={c.min_needed_ops}, task.arithmetic.max_needed_ops={c.max_needed_ops}: there must be "
+      f"at least 2 leaves, 1 <= min_needed_ops <= max_needed_ops <= num_operations, and at most {len(NAMES)} names in all."
     )
 
 
 def draw(rng: np.random.Generator, task) -> tuple[str, str, str]:
   """A problem of the config: (prompt, teacher's solution, answer)."""
-  puzzle = make_puzzle(rng, task.num_leaves, task.num_operations, (task.needed_min, task.needed_max))
-  return puzzle.prompt, teach(rng, puzzle, task.leap), str(puzzle.value(puzzle.query))
+  c = task.arithmetic
+  puzzle = make_puzzle(rng, c.num_leaves, c.num_operations, (c.min_needed_ops, c.max_needed_ops))
+  return puzzle.prompt, teach(rng, puzzle, c.skip_step_prob), str(puzzle.value(puzzle.query))
 
 
 def document(rng: np.random.Generator, task, section) -> tuple[str, str, str]:
@@ -182,10 +184,10 @@ def document(rng: np.random.Generator, task, section) -> tuple[str, str, str]:
 
   Small problems stand beside full-sized ones: looking up is learned on short contexts first.
   """
-  wandering = rng.random() < section.wander_share
-  num_leaves = int(rng.integers(2, task.num_leaves + 1))
-  num_operations = int(rng.integers(1, task.num_operations + 1))
-  most = min(task.needed_max if wandering else section.answered_max, num_operations)
+  wandering = rng.random() < section.random_step_fraction
+  num_leaves = int(rng.integers(2, task.arithmetic.num_leaves + 1))
+  num_operations = int(rng.integers(1, task.arithmetic.num_operations + 1))
+  most = min(task.arithmetic.max_needed_ops if wandering else section.max_answered_ops, num_operations)
   puzzle = make_puzzle(rng, num_leaves, num_operations, (1, most))
-  text = wander(rng, puzzle) if wandering else teach(rng, puzzle, leap=0.0)
+  text = wander(rng, puzzle) if wandering else teach(rng, puzzle, skip_step_prob=0.0)
   return puzzle.prompt, text, str(puzzle.value(puzzle.query))

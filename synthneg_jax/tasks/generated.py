@@ -41,7 +41,10 @@ TASKS = {
   "arithmetic": Task(arithmetic.check, arithmetic.draw, arithmetic.document, lambda task: arithmetic.build_tokenizer()),
   "jobs": Task(jobs.check, jobs.draw, jobs.document, lambda task: jobs.build_tokenizer()),
   "star_graph": Task(
-    star_graph.check, star_graph.problem, star_graph.document, lambda task: star_graph.build_tokenizer(task.num_nodes)
+    star_graph.check,
+    star_graph.problem,
+    star_graph.document,
+    lambda task: star_graph.build_tokenizer(task.star_graph.num_nodes),
   ),
 }
 

@@ -196,7 +196,7 @@ def draw(rng: np.random.Generator, task) -> tuple[str, str, str]:
 
 def document(rng: np.random.Generator, task, section) -> tuple[str, str, str]:
   """What the base model reads: jobs done in any order without an answer, or a short problem solved by the teacher."""
-  wandering = rng.random() < section.wander_share
-  most = task.jobs.most if wandering else min(section.answered_max, task.jobs.most)
+  wandering = rng.random() < section.random_step_fraction
+  most = task.jobs.most if wandering else min(section.max_answered_ops, task.jobs.most)
   puzzle = make_puzzle(rng, 1, most, task.jobs.slack)
   return puzzle.prompt, (wander if wandering else teach)(rng, puzzle), str(puzzle.answer)

@@ -48,7 +48,7 @@ def choose(task, seed: int) -> Chosen:
   """The training and test problems of a task; more of them have the fewer ones first.
 
   Training problems that overlap a test problem (data/decontamination.py), one of the whole test split and of
-  task.apart_from, are left out before the first task.train_problems are taken.
+  task.decontaminate_against, are left out before the first task.train_problems are taken.
 
   Args:
     task: the config's section.
@@ -65,11 +65,11 @@ def choose(task, seed: int) -> Chosen:
   test, train = _rows(task, "test"), _rows(task, "train")
   for rows in (test, train):
     _check_answers(task, rows)
-  known = [*test.rows, *(row for path in task.apart_from for row in _read(task, path, "test").rows)]
+  known = [*test.rows, *(row for path in task.decontaminate_against for row in _read(task, path, "test").rows)]
   dropped = {}
-  if task.overlap_words:
+  if task.decontaminate_ngram:
     texts = [[row.problem for row in rows] for rows in (train.rows, known)]
-    dropped = {found.index: found for found in decontamination.overlaps(*texts, task.overlap_words)}
+    dropped = {found.index: found for found in decontamination.overlaps(*texts, task.decontaminate_ngram)}
   unseen = {row.problem for row in known}
   kept = [row for i, row in enumerate(train.rows) if i not in dropped and row.problem not in unseen]
   figures = {
@@ -129,10 +129,10 @@ def _check_answers(task, rows: Rows) -> None:
 
 
 def test_texts(task, seed: int) -> list[str]:
-  """What no training problem may overlap: all problems of the test split, and those of task.apart_from."""
+  """What no training problem may overlap: all problems of the test split, and those of task.decontaminate_against."""
   if task.name in generated.TASKS:
     return [problem.prompt for problem in load(task, seed, "test", task.test_problems)]
-  paths = [_rows(task, "test"), *(_read(task, path, "test") for path in task.apart_from)]
+  paths = [_rows(task, "test"), *(_read(task, path, "test") for path in task.decontaminate_against)]
   return [row.problem for rows in paths for row in rows.rows]
 
 

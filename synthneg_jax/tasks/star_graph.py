@@ -154,15 +154,16 @@ def problem(rng: np.random.Generator, task) -> tuple[str, str, str]:
 
 
 def document(rng: np.random.Generator, task, section) -> tuple[str, str, str]:
-  """What the base model reads: `tours` by section.wander_share, else `walks`; no answer."""
-  tour = rng.random() < section.wander_share
+  """What the base model reads: `tours` by section.random_step_fraction, else `walks`; no answer."""
+  tour = rng.random() < section.random_step_fraction
   prompt_NC, response_NT = (tours if tour else walks)(rng, _drawn(task, rng, 1))
   return text(prompt_NC[0]), text(response_NT[0]), ""
 
 
 def _drawn(task, rng: np.random.Generator, count: int) -> Graphs:
   check(task)
-  return draw(rng, count, task.degree, task.path_nodes, task.num_nodes)
+  c = task.star_graph
+  return draw(rng, count, c.degree, c.path_nodes, c.num_nodes)
 
 
 def check(task) -> None:
@@ -171,11 +172,11 @@ def check(task) -> None:
   Raises:
     UserError: names the leaves.
   """
-  needed = 1 + task.degree * (task.path_nodes - 1)
-  if task.degree < 2 or task.path_nodes < 3 or task.num_nodes < needed:
+  c = task.star_graph
+  if c.degree < 2 or c.path_nodes < 3 or c.num_nodes < 1 + c.degree * (c.path_nodes - 1):
     raise UserError(
-      f"task.degree={task.degree}, task.path_nodes={task.path_nodes}, task.num_nodes={task.num_nodes}: 2 arms and 3 nodes of "
-      "a path at least, and as many names as 1 + degree * (path_nodes - 1)."
+      f"task.star_graph.degree={c.degree}, task.star_graph.path_nodes={c.path_nodes}, task.star_graph.num_nodes={c.num_nodes}: "
+      "there must be at least 2 arms, 3 nodes in a path, and 1 + degree * (path_nodes - 1) names."
     )
 
 

@@ -39,15 +39,17 @@ def reply(task, messages: Sequence[tuple[str, str]], seed: int) -> str:
   Args:
     task: the config's section.
     messages: (role, text); only the last counts.
-    seed: another one, another draw; with task.leap = 0 every solution of a problem is the same.
+    seed: another one, another draw; with task.arithmetic.skip_step_prob = 0 every solution of a problem is the same.
   """
   text = messages[-1][1]
   digest = hashlib.blake2b(f"{text}|{seed}".encode(), digest_size=8).digest()
   rng = np.random.default_rng(int.from_bytes(digest))
   wanted = _COUNT.search(text)
   if wanted:
-    draw = lambda: arithmetic.make_puzzle(rng, task.num_leaves, task.num_operations, (task.needed_min, task.needed_max))
-    return "\n".join(f"<problem>\n{draw().prompt}</problem>" for _ in range(int(wanted.group(1))))
+    c = task.arithmetic
+    sizes = (c.num_leaves, c.num_operations, (c.min_needed_ops, c.max_needed_ops))
+    puzzles = (arithmetic.make_puzzle(rng, *sizes) for _ in range(int(wanted.group(1))))
+    return "\n".join(f"<problem>\n{puzzle.prompt}</problem>" for puzzle in puzzles)
   blocks = _BLOCK.findall(text)
   puzzle = parse(blocks[-1]) if blocks else None
-  return arithmetic.teach(rng, puzzle, task.leap) if puzzle else "I see no problem here."
+  return arithmetic.teach(rng, puzzle, task.arithmetic.skip_step_prob) if puzzle else "I see no problem here."

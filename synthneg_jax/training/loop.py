@@ -52,7 +52,7 @@ def fit(
 
   Args:
     name: for progress lines.
-    config: the config's section with `optimizer`, `accumulate`, `save_every_steps` and `keep_checkpoints`.
+    config: the config's section with `optimizer`, `grad_accum_steps`, `save_every_steps` and `max_to_keep`.
     model: what is trained: the policy's architecture, or an adapter of it.
     params: where training starts; consumed (donated).
     objective: as training/objectives.py makes them.
@@ -75,7 +75,7 @@ def fit(
   optimizer = optimizer_lib.make_optimizer(config.optimizer, batches.num_steps)
   shardings = step_lib.state_shardings(model, optimizer, mesh)
   keeper = checkpoints.TrainCheckpoints(
-    folder / "checkpoints", config.keep_checkpoints, config.save_every_steps, config.keep_best
+    folder / "checkpoints", config.max_to_keep, config.save_every_steps, config.max_to_keep_best
   )
   kept = step_lib.state_shardings(model, optimizer, mesh, stacked=True)
   abstract = jax.eval_shape(step_lib.make_init(optimizer, kept), model.abstract_params())
@@ -90,7 +90,7 @@ def fit(
   if first_step:
     logging.info("%s: going on from step %d.", name, first_step)
   run = step_lib.make_step(
-    objective, optimizer, shardings, mesh, config.accumulate, jax.tree.map(lambda leaf: leaf.sharding, frozen)
+    objective, optimizer, shardings, mesh, config.grad_accum_steps, jax.tree.map(lambda leaf: leaf.sharding, frozen)
   )
   layout = step_lib.batch_shardings(mesh)
   lines = (open_metrics or functools.partial(Metrics, None, folder, folder))(first_step)

@@ -10,7 +10,7 @@ from synthneg_jax.runtime.errors import UserError
 
 def make_schedule(config, num_steps: int):
   """Learning rate as a function of the step: linear warm-up, then cosine, linear or constant."""
-  warmup = min(round(config.warmup_share * num_steps), max(num_steps - 1, 0))
+  warmup = min(round(config.warmup_fraction * num_steps), max(num_steps - 1, 0))
   rest = max(num_steps - warmup, 1)
   decays = {
     "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),

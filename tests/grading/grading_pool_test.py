@@ -116,7 +116,7 @@ class UseTest(absltest.TestCase):
     # Fails if a __main__ guard, a file of the main program or jax in the workers were needed; run from stdin, elsewhere.
     program = textwrap.dedent(r"""
       import sys
-      from synthneg_jax.tasks import answers
+      from synthneg_jax.grading import answers
       print(answers.grade(r"\boxed{0.5}", r"\frac12", kind="math").reason)
       print("jax" in sys.modules)
     """)
@@ -136,7 +136,7 @@ class UseTest(absltest.TestCase):
   def test_workers_end_with_the_process(self):
     # Fails if workers outlive a process that was killed.
     program = (
-      "import os\nfrom synthneg_jax.tasks import answers as a\na.grade('5', '5', kind='math')\n"
+      "import os\nfrom synthneg_jax.grading import answers as a\na.grade('5', '5', kind='math')\n"
       "print(a._pool()._idle[0].process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
     )  # fmt: skip
     done = subprocess.run(

@@ -29,7 +29,7 @@ def make_config():
   config.task.train_problems, config.sft.batch_size, config.sft.num_epochs = 24, 12, 4
   config.sft.optimizer.learning_rate = 3e-2
   config.sft.lora.rank, config.sft.lora.alpha = 1, 2.0
-  config.sft.save_every_steps, config.sft.keep_checkpoints = 3, 3
+  config.sft.save_every_steps, config.sft.max_to_keep = 3, 3
   config.dpo.lora.rank, config.dpo.lora.targets = 2, ("query", "down")
   config.evaluate.methods = ("sft", "dpo")
   return config

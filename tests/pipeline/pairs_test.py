@@ -156,9 +156,9 @@ class BuildTest(absltest.TestCase):
     self.assertEqual(self.cloned(max_per_problem=1), {"2": whole["2"]})
     # Lowest advantages, V = 2/5: -.75, -.25, -.5 and 0.
     self.assertEqual(self.cloned(keep="advantage"), {n: whole[n] for n in "13"})
-    self.assertEqual(set(self.cloned(keep="advantage", drop_share=0.25)), set("123"))
-    self.assertEqual(self.cloned(keep="advantage", clone="positive"), {"3": FIRST + SECOND})
-    before = self.cloned(keep="advantage", clone="before_negative", drop_share=0.0)
+    self.assertEqual(set(self.cloned(keep="advantage", drop_fraction=0.25)), set("123"))
+    self.assertEqual(self.cloned(keep="advantage", loss_mask="positive"), {"3": FIRST + SECOND})
+    before = self.cloned(keep="advantage", loss_mask="before_negative", drop_fraction=0.0)
     self.assertEqual(before, {"0": FIRST, "2": FIRST, "3": whole["3"]})
     self.assertEqual(self.cloned(keep="spurious"), {"2": whole["2"]})
     self.assertEqual(self.cloned(keep="clean"), {"3": whole["3"]})

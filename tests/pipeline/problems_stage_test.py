@@ -30,7 +30,7 @@ class SynthesizeTest(absltest.TestCase):
     (folder / "train.jsonl").write_text(row("first", "1") + row(leak + " fourteen", "2") + "{\n" + row("last", "3"))
     (folder / "test.jsonl").write_text(row(leak, "4"))
     (folder / "mine.py").write_text(
-      "from synthneg_jax.runtime import config\n\n\ndef get_config():\n  c = config.default()\n"
+      "from synthneg_jax.runtime import config_schema\n\n\ndef get_config():\n  c = config_schema.default()\n"
       f"  c.task.name, c.task.path = 'jsonl', {str(folder)!r}\n"
       "  c.task.train_problems, c.task.test_problems = 2, 1\n  return c\n"
     )
@@ -101,8 +101,8 @@ class ShotsTest(parameterized.TestCase):
   # Fails if a base model may be asked so without a stop string: it goes on with problems of its own.
   @parameterized.parameters(
     ({"evaluate.base_shots": 2}, "engine.stop"),
-    ({"evaluate.base_shots": -1}, "negative"),
-    ({"task.overlap_words": -1}, "negative"),
+    ({"evaluate.base_shots": -1}, r"base_shots=-1 must be in \[0, inf\)"),
+    ({"task.decontaminate_ngram": -1}, r"must be in \[0, inf\)"),
     ({"task.steps": "words"}, "delimiter, prose"),
     ({"task.answers": "text"}, "integer, math"),
   )

@@ -117,7 +117,7 @@ class RemoteCreditTest(parameterized.TestCase):
 
   def test_text_alone(self):
     # Fails if EOS is not put back where a rollout ended by itself, or log-probs are made up.
-    experiment, figures, _ = self.run_credit(self.model.text_alone, **{"credit.endpoint_ids": False})
+    experiment, figures, _ = self.run_credit(self.model.text_alone, **{"credit.send_token_ids": False})
     ours = estimates(small_run.finished())
     for estimate, known in zip(estimates(experiment.workdir), ours, strict=True):
       self.assertEqual((estimate.successes, estimate.rollouts), (known.successes, known.rollouts))

@@ -322,7 +322,7 @@ class RefusalTest(parameterized.TestCase):
     ("--config.credit.best_of=9", ("credit.best_of=9",)),
     ("--config.credit.schedule=adaptive", ("credit.schedule='adaptive'", "first_dead")),
     ("--config.pairs.pair_mode=positives_too", ("positives_too", "credit.max_right_per_problem")),
-    ("--config.task.num_operations=2", ("task.num_operations=2",)),
+    ("--config.task.arithmetic.num_operations=2", ("task.arithmetic.num_operations=2",)),
   )
   def test_flags(self, flag, parts):
     # Fails if an unknown leaf is taken, or its neighbours are not named.
@@ -332,7 +332,7 @@ class RefusalTest(parameterized.TestCase):
     # Fails if config files may add leaves that nothing reads.
     path = scratch() / "mine.py"
     path.write_text(
-      "from synthneg_jax.runtime import config\n\n\ndef get_config():\n  c = config.default()\n"
+      "from synthneg_jax.runtime import config_schema\n\n\ndef get_config():\n  c = config_schema.default()\n"
       "  c.dpo.betta = 1.0\n  return c\n"
     )
     self.assert_refuses(launch(scratch() / "x", config=path), "mine.py, line 6", "betta", "beta")

@@ -79,7 +79,7 @@ class SynthesizeTest(parameterized.TestCase):
 
   def test_solutions_over_http_train_the_same(self):
     # Fails if D_syn with the solutions of a teacher behind HTTP differs, by a space, from that made in process.
-    own, there = open_run(make_config(provider="task")), open_run(served(self.server, ask="solutions"))
+    own, there = open_run(make_config(provider="task")), open_run(served(self.server, generate="solutions"))
     prints = []
     for experiment in (own, there):
       synthesize.run(experiment)
@@ -159,7 +159,7 @@ class SynthesizeTest(parameterized.TestCase):
   def test_a_local_checkpoint(self):
     # Fails if our own engine cannot be asked, or its replies are drawn again or all with one key. The embedded base solves
     # next to nothing, so what it writes is looked at, not what is kept.
-    config = make_config(provider="local", ask="solutions", max_tokens=40, temperature_solutions=3.0)
+    config = make_config(provider="local", generate="solutions", max_tokens=40, temperature_solutions=3.0)
     config.task.train_problems = 3
     config.synthesis.endpoint.model = "embedded"
     config.engine.lanes, config.engine.slots = 2, 2

@@ -162,14 +162,14 @@ class TrainCheckpointsTest(FolderTestCase):
       self.assertTrue(leaf.sharding.is_equivalent_to(sharding, leaf.ndim))
 
   def test_the_best_are_kept_besides_the_newest(self):
-    # Fails if keep_best is not read, if the highest loss counts as best, or if the newest make room for the best.
-    keeper = checkpoints.TrainCheckpoints(self.folder, keep=1, every_steps=1, keep_best=2)
+    # Fails if max_to_keep_best is not read, if the highest loss counts as best, or if the newest make room for the best.
+    keeper = checkpoints.TrainCheckpoints(self.folder, keep=1, every_steps=1, max_to_keep_best=2)
     state = jax.device_put(PARAMS, shardings(1, 1, 1))
     for step, loss in enumerate((3.0, 1.0, 2.0, 5.0, 4.0), start=1):
       keeper.save(step, state, loss)
     keeper.close()
     self.assertCountEqual([path.name for path in self.folder.iterdir()], ["2", "3", "5"])
-    again = checkpoints.TrainCheckpoints(self.folder, keep=1, every_steps=1, keep_best=2)
+    again = checkpoints.TrainCheckpoints(self.folder, keep=1, every_steps=1, max_to_keep_best=2)
     again.restore(abstract(PARAMS), shardings(1, 1, 1))
     again.save(6, state, 0.5)
     again.close()

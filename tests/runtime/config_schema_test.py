@@ -1,71 +1,117 @@
-"""The default config: every leaf is explained where it stands, and unknown names are refused with the nearest."""
+"""The config schema: every leaf is documented and bounded, bad values and old or unknown names are refused."""
 
-import ast
-import inspect
-import io
-import textwrap
-import tokenize
+import importlib
+import pathlib
+import re
 
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.runtime import config_schema
+from synthneg_jax.runtime.config_schema import LEAVES, Leaf
 from synthneg_jax.runtime.errors import UserError
 
 
-def uncommented(source: str) -> tuple[list[str], set[str]]:
-  """Leaves of the source's dict literals without a comment behind them, and the names of all leaves.
-
-  A value that is a dict, or a call of a function of the source, is a section and no leaf.
-  """
-  comments = {
-    token.start[0]: token.string.strip("# ")
-    for token in tokenize.generate_tokens(io.StringIO(source).readline)
-    if token.type == tokenize.COMMENT
-  }
-  tree = ast.parse(source)
-  functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-  lines = source.splitlines()
-  missing, names = [], set()
-  for node in ast.walk(tree):
-    for key, value in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
-      section = (
-        isinstance(value, ast.Dict) or isinstance(value, ast.Call) and getattr(value.func, "id", "") in functions
-      )
-      if key is None or section or not isinstance(key, ast.Constant):
-        continue
-      names.add(key.value)
-      behind = lines[value.end_lineno - 1][value.end_col_offset :].lstrip(", }")
-      if not comments.get(value.end_lineno) or not behind.startswith("#"):
-        missing.append(f"line {value.lineno}: {key.value}")
-  return missing, names
+def is_number(value) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-class CommentsTest(absltest.TestCase):
-  def test_every_leaf_has_a_comment(self):
-    # Fails for a leaf of default() without a comment behind its value.
-    parts = (config_schema._optimizer, config_schema._training, config_schema._endpoint, config_schema.default)
-    missing, names = uncommented("\n\n".join(map(inspect.getsource, parts)))
-    self.assertEqual(missing, [])
-    # Fails if leaves are made elsewhere than in the literals that were looked at.
-    self.assertContainsSubset({name.split(".")[-1] for name, _ in config_schema.leaves(config_schema.default())}, names)
+class SchemaTest(parameterized.TestCase):
+  def test_every_leaf_is_documented_and_bounded(self):
+    # Fails for a leaf without a sentence, a number without a range, or a default that its own leaf refuses.
+    self.assertGreater(len(LEAVES), 180)
+    for name, leaf in LEAVES.items():
+      self.assertRegex(leaf.doc, r"^\S.*\.$", name)
+      numbers = leaf.default if isinstance(leaf.default, tuple) else (leaf.default,)
+      if any(map(is_number, numbers)):
+        self.assertRegex(leaf.within, r"^[\[(]\S+, \S+[\])]$", name)
+      self.assertEqual(leaf.problem(leaf.default), "", name)
 
-  def test_the_checker_sees_a_bare_leaf(self):
-    # Fails if the checker takes a comment of another line or another leaf, or overlooks nested sections.
-    source = textwrap.dedent("""
-        def make():
-          # beta has no comment of its own
-          return {"beta": 0.1,
-                  "a": {"rate": 1, "size": 2},  # two leaves, one comment
-                  **other(1),
-                  "b": make(2),
-                  "tuple": (1,
-                            2),  # fine
-                  "empty": 3,  #
-                  "fine": 4}  # comment
-        """)
-    missing, names = uncommented(source)
-    self.assertEqual([leaf.split()[-1] for leaf in missing], ["beta", "empty", "rate"])
-    self.assertEqual(names, {"beta", "rate", "size", "tuple", "empty", "fine"})
+  def test_defaults_are_those_of_the_tree(self):
+    # Fails if a leaf of the schema is missing from the tree, or another value stands there.
+    tree = dict(config_schema.leaves(config_schema.default()))
+    self.assertEqual(tree, {name: leaf.default for name, leaf in LEAVES.items()})
+
+  @parameterized.parameters(
+    ("[0, 1)", 0, 0.99, (-0.001, 1, 1.5)),
+    ("(0, 1]", 0.01, 1, (0, 1.01, -1)),
+    ("[1, inf)", 1, 10**9, (0, 0.5, -3)),
+    ("(0, inf)", 1e-9, 1e9, (0, -1e-9)),
+  )
+  def test_intervals(self, within, low, high, outside):
+    # Fails if a bound is read as the other kind, or if NaN or infinity passes for a number in the interval.
+    leaf = Leaf(low, "A number.", within=within)
+    self.assertEqual((leaf.problem(low), leaf.problem(high)), ("", ""))
+    for value in (*outside, float("nan"), float("inf"), float("-inf")):
+      self.assertIn(within, leaf.problem(value))
+
+  def test_every_number_of_a_tuple_counts(self):
+    # Fails if only the first is looked at, or if a value of its own meaning is refused.
+    self.assertIn("[0, inf)", Leaf((1,), "Numbers.", within="[0, inf)").problem((1, 2, -1)))
+    self.assertEqual(Leaf(-1, "A size.", within="[1, inf)", also=(-1,)).problem(-1), "")
+    self.assertEqual(Leaf(-1, "A size.", within="[1, inf)", also=(-1,)).problem(0), "must be in -1 or [1, inf)")
+    self.assertEqual(Leaf(("a",), "Names.", choices=("a", "b")).problem(("b", "c")), "must be one of a, b")
+
+  @parameterized.parameters(
+    ("sample.top_p", 0.0),  # would draw token 0 for ever
+    ("credit.top_p", 1.5),
+    ("sample.top_k", -1),
+    ("dpo.label_smoothing", 0.7),
+    ("dpo.beta", -0.1),
+    ("dpo.beta", 0.0),
+    ("dpo.tau", 0.0),
+    ("dpo.penalty", -1.0),
+    ("sft.optimizer.learning_rate", -1.0),
+    ("rft.optimizer.beta1", 1.0),
+    ("dpo.optimizer.clip_norm", 0.0),
+    ("sft.grad_accum_steps", 0),
+    ("sft.batch_size", 0),
+    ("pretrain.num_layers", 0),
+    ("rft.drop_fraction", 1.0),
+    ("credit.temperature", -0.5),
+    ("pairs.max_flip", 1.2),
+    ("task.test_problems", 0),
+    ("synthesis.budget_usd", -5.0),
+    ("star_graph.seeds", 1),
+    ("star_graph.under_trained", (5, -1)),
+    ("sft.lora.targets", ("query", "keys")),
+    ("mesh.data", 0),
+  )
+  def test_values_that_a_stage_would_stumble_over(self, name, value):
+    # Fails if the value is accepted, or if the sentence does not say what the leaf may be.
+    config = config_schema.default()
+    config.update_from_flattened_dict({name: value})
+    with self.assertRaisesRegex(UserError, re.escape(f"{name}={value!r} must be ")):
+      config_schema.check_values(config)
+
+  def test_the_default_tree_and_every_shipped_config_pass(self):
+    # Fails if a range is narrower than what the project itself uses.
+    config_schema.check_values(config_schema.default())
+    folder = pathlib.Path(__file__).parents[2] / "configs"
+    names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    self.assertContainsSubset(["arithmetic", "gsm8k", "star_graph"], names)
+    for name in names:
+      config_schema.check_values(importlib.import_module(f"configs.{name}").get_config())
+
+  def test_fingerprints_hold_what_changes_results(self):
+    # Fails if a leaf that only says how to compute refuses a resumed run, or one that decides results does not.
+    for name in (
+      "engine.lanes",
+      "credit.slots",
+      "mesh.fsdp",
+      "sft.save_every_steps",
+      "dpo.max_to_keep_best",
+      "model.remat",
+    ):
+      self.assertFalse(config_schema.changes_results(name), name)
+    for name in ("seed", "dpo.beta", "task.path", "credit.endpoint.model", "sample.num_traces", "model.max_length"):
+      self.assertTrue(config_schema.changes_results(name), name)
+
+  def test_help_text(self):
+    # Fails if a section's leaf, its default, range, unit or sentence is missing, or if another section is shown.
+    text = config_schema.help_text(["dpo"])
+    self.assertIn("--config.dpo.beta=0.1  ((0, inf), per nat)\n      Strength of the pull to the reference.", text)
+    self.assertIn("--config.dpo.loss='dpo'  (dpo, ipo, dpop)", text)
+    self.assertNotIn("config.pairs", text)
 
 
 class NamesTest(parameterized.TestCase):
@@ -79,12 +125,21 @@ class NamesTest(parameterized.TestCase):
     ("sft.optimizer.learningrate", "did you mean sft.optimizer.learning_rate"),
     ("beta", "no leaf 'beta'"),  # a leaf's last name alone is none
     ("dpo", "no leaf 'dpo'"),  # nor is a section
+    ("task.leap", "--config.task.leap: task.leap is now called task.arithmetic.skip_step_prob"),
+    ("dpo.accumulate", "dpo.accumulate is now called dpo.grad_accum_steps"),
+    ("rft.optimizer.warmup_share", "is now called rft.optimizer.warmup_fraction"),
     ("zzzzzzzzzzzzzzzz", "the config has no leaf 'zzzzzzzzzzzzzzzz'\\.$"),
   )
   def test_unknown_names(self, name, sentence):
     # Fails if an unknown name passes, or if the nearest names are missing, far off, or offered where there are none.
     with self.assertRaisesRegex(UserError, sentence):
       config_schema.check_name(name, f"--config.{name}")
+
+  def test_renamed_leaves_lead_to_leaves(self):
+    # Fails if an old name is still in use, or its new name leads nowhere.
+    for old, new in config_schema.RENAMED.items():
+      self.assertNotIn(old, LEAVES)
+      self.assertIn(new, LEAVES)
 
 
 class TreeTest(absltest.TestCase):

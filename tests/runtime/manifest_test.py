@@ -56,11 +56,40 @@ class StageTest(parameterized.TestCase):
       sorted(p.name for p in (self.workdir / "sample").iterdir()), ["begun.json", "manifest.json", "traces"]
     )
 
+  def test_a_stage_that_has_made_nothing_takes_a_changed_config(self):
+    # Fails if a mistyped setting must be cleaned up by hand, or if logs of the abandoned start are mixed with new ones.
+    folder = Stage(self.workdir, "sft", CONFIG).folder
+    for name in ("metrics.jsonl", "events.out.tfevents.1"):
+      (folder / name).write_text("of the first start")
+    self.assertFalse(Stage(self.workdir, "sft", CONFIG | {"seed": 1}).done)
+    self.assertEqual([path.name for path in folder.iterdir()], ["begun.json"])
+    self.assertIn("seed=1, now it is 0", self.made_something_then_refused(folder))
+
+  def made_something_then_refused(self, folder):
+    (folder / "checkpoints").mkdir()
+    return self.refused("sft", CONFIG)
+
+  def test_what_version_1_made_is_refused(self):
+    # Fails if files of the earlier format are read as today's, as this stage's own or as its inputs.
+    self.make()
+    for name in ("begun.json", "manifest.json"):
+      path = self.workdir / "sample" / name
+      written = json.loads(path.read_text())
+      del written["format"]
+      path.write_text(json.dumps(written))
+    sentence = f"Stage sample in {self.workdir} was made by version 1 of synthneg_jax"
+    for said in (self.refused("sample", CONFIG), self.refused("credit", CONFIG, ["sample"])):
+      self.assertStartsWith(said, sentence)
+      self.assertIn(f"delete {self.workdir / 'sample'} and the stages after it", said)
+
   @parameterized.parameters(True, False)
   def test_changed_config(self, finished):
     # Fails if a changed, new or dropped leaf goes unseen, before the stage is done or after, or if the sentence does not
     # name leaf, both values and the workdir.
-    self.make() if finished else Stage(self.workdir, "sample", CONFIG)
+    if finished:
+      self.make()
+    else:
+      (Stage(self.workdir, "sample", CONFIG).folder / "traces").mkdir()
     message = self.refused("sample", {**CONFIG, "sample.num_traces": 16})
     self.assertStartsWith(message, f"Stage sample in {self.workdir} was begun with sample.num_traces=8, now it is 16;")
     self.assertIn("--workdir", message)

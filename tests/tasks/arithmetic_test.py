@@ -47,7 +47,7 @@ class ArithmeticTest(parameterized.TestCase):
     for _ in range(200):
       puzzle = arithmetic.make_puzzle(rng, 4, 6, (3, 5))
       self.assertBetween(len(puzzle.needed(puzzle.query)), 3, 5)
-      solution = arithmetic.teach(rng, puzzle, leap=0.0)
+      solution = arithmetic.teach(rng, puzzle, skip_step_prob=0.0)
       self.assertTrue(answers.grade(solution, str(evaluate(puzzle.prompt))).correct)
       known = set()
       for line in solution.split("\n")[:-1]:
@@ -60,7 +60,7 @@ class ArithmeticTest(parameterized.TestCase):
     rng, leaps, places = np.random.default_rng(1), 0, 0
     for _ in range(300):
       puzzle = arithmetic.make_puzzle(rng, 4, 6, (3, 5))
-      solution = arithmetic.teach(rng, puzzle, leap=0.5)
+      solution = arithmetic.teach(rng, puzzle, skip_step_prob=0.5)
       self.assertTrue(answers.grade(solution, str(puzzle.value(puzzle.query))).correct)
       written = {line.split()[0][:-1] for line in solution.split("\n")[:-1]}
       silent = puzzle.needed(puzzle.query) - written

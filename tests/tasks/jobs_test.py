@@ -166,8 +166,8 @@ class GeneratedTest(parameterized.TestCase):
     documents = generated.pretraining(c.task, c.pretrain, 0)
     answered = [each for each in documents if "####" in each.solution]
     self.assertBetween(len(answered), 100, 200)
-    self.assertLessEqual(max(each.solution.count("\n") for each in answered), c.pretrain.answered_max)
-    self.assertGreater(max(each.solution.count("\n") for each in documents), c.pretrain.answered_max)
+    self.assertLessEqual(max(each.solution.count("\n") for each in answered), c.pretrain.max_answered_ops)
+    self.assertGreater(max(each.solution.count("\n") for each in documents), c.pretrain.max_answered_ops)
 
 
 if __name__ == "__main__":

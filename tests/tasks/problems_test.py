@@ -62,14 +62,14 @@ class ProblemsTest(parameterized.TestCase):
     self.assertEqual(again[:60], large.train[:60])
     self.assertEqual(again[60:159], large.train[61:])
 
-  # Fails if an overlap with a test problem beyond the first test_problems, or with one of apart_from, passes; if the count
-  # shrinks by it; if the report does not say which; or if overlap_words=0 looks for overlaps all the same.
+  # Fails if an overlap with a test problem beyond the first test_problems, or with one of decontaminate_against, passes; if the
+  # count shrinks by it; if the report does not say which; or if decontaminate_ngram=0 looks for overlaps all the same.
   def test_overlaps_go_before_the_count_is_taken(self):
     leaked = [text(i) + f" and {text(1000 + i)}" for i in range(30)] + ["more " + text(2000) + " still"]
     self._file([*leaked, *(text(100 + i) for i in range(50))])
     self._file([text(1000 + i) for i in range(30)], "test.jsonl")
     other = self._file([text(2000)], "elsewhere.jsonl", id="that")
-    chosen = self._chosen(train_problems=50, test_problems=2, apart_from=(str(other),))
+    chosen = self._chosen(train_problems=50, test_problems=2, decontaminate_against=(str(other),))
     self.assertLen(chosen.train, 50)
     self.assertFalse({p.prompt for p in chosen.train} & set(leaked))
     self.assertEqual(chosen.figures, {"dropped_as_test": 31, "skipped_rows": 0, "duplicates": 0})
@@ -77,14 +77,14 @@ class ProblemsTest(parameterized.TestCase):
     self.assertLen(chosen.report, 31)
     self.assertEqual((last[0]["words"], last[0]["share"]), (" ".join(text(2000).split()[:13]), 0.8))
     with self.assertRaisesRegex(errors.UserError, "has 50 problems .31 more overlap.*train_problems=51 asks for more"):
-      self._chosen(train_problems=51, test_problems=2, apart_from=(str(other),))
-    self.assertLen(self._chosen(train_problems=81, test_problems=2, overlap_words=0).train, 81)
+      self._chosen(train_problems=51, test_problems=2, decontaminate_against=(str(other),))
+    self.assertLen(self._chosen(train_problems=81, test_problems=2, decontaminate_ngram=0).train, 81)
 
   # Fails if a training problem that is a test problem passes where overlaps are not looked for.
   def test_equal_problems_always_go(self):
     self._file([text(0), text(1), text(2)])
     self._file([text(1)], "test.jsonl")
-    chosen = self._chosen(train_problems=2, test_problems=1, overlap_words=0)
+    chosen = self._chosen(train_problems=2, test_problems=1, decontaminate_ngram=0)
     self.assertEqual({p.prompt for p in chosen.train}, {text(0), text(2)})
 
   # Fails if broken rows stop a run that was told to go on, or are not counted and listed.

@@ -16,7 +16,8 @@ def task(**changes):
   from configs import star_graph as config
 
   found = config.get_config().task
-  found.update(changes)
+  found.star_graph.update({name: value for name, value in changes.items() if name in found.star_graph})
+  found.update({name: value for name, value in changes.items() if name not in found.star_graph})
   return found
 
 
@@ -141,7 +142,7 @@ class StarGraphTest(parameterized.TestCase):
   @parameterized.parameters({"degree": 1}, {"path_nodes": 2}, {"num_nodes": 4})
   def test_sizes_that_make_no_star_are_refused(self, **changes):
     # Fails if the check is left out: names would run out, or there would be nothing to decide.
-    with self.assertRaisesRegex(UserError, f"task.{next(iter(changes))}={next(iter(changes.values()))}"):
+    with self.assertRaisesRegex(UserError, f"task.star_graph.{next(iter(changes))}={next(iter(changes.values()))}"):
       problems.load(task(**changes), 0, "train", 1)
 
 

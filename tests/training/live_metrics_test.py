@@ -30,7 +30,7 @@ STEPS, KILLED_AT = 6, 5
 
 def config(**changes):
   c = config_schema.default()
-  c.sft.update(save_every_steps=3, keep_checkpoints=1)
+  c.sft.update(save_every_steps=3, max_to_keep=1)
   c.metrics.update(changes)
   return c
 

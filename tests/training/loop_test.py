@@ -80,8 +80,8 @@ class LoopTest(parameterized.TestCase):
   @classmethod
   def fit(cls, name, batches, save_every=2, check_start=None):
     section = config_schema.default().sft
-    section.update(save_every_steps=save_every, keep_checkpoints=2)
-    section.optimizer.update(learning_rate=0.05, weight_decay=0.1, warmup_share=0.3)
+    section.update(save_every_steps=save_every, max_to_keep=2)
+    section.optimizer.update(learning_rate=0.05, weight_decay=0.1, warmup_fraction=0.3)
     with jax.debug_nans(False):
       params, averages = loop.fit(
         name,
@@ -110,7 +110,7 @@ class LoopTest(parameterized.TestCase):
     # Fails if layers that are unrolled are kept, or given back, apart: a model that scans them goes on from their
     # checkpoint, and ends where the unrolled one does.
     section = config_schema.default().sft
-    section.update(save_every_steps=1, keep_checkpoints=2)
+    section.update(save_every_steps=1, max_to_keep=2)
 
     def fit(name, batches, scan):
       model = tiny_model.model(num_layers=2, scan_layers=scan)
@@ -157,7 +157,7 @@ class LoopTest(parameterized.TestCase):
   def test_a_bad_checkpoint_is_passed_over(self, kind):
     # Fails if a checkpoint that was cut off stops the run, is taken for good, or sends the run back to the start.
     shutil.copytree(self.folder / "whole", self.folder / kind)
-    self.assertEqual(self.kept(kind), [2, 3])  # the newest keep_checkpoints; the last state is not kept, the policy is
+    self.assertEqual(self.kept(kind), [2, 3])  # the newest max_to_keep; the last state is not kept, the policy is
     newest = pathlib.Path(self.folder / kind / "checkpoints" / "3")
     files = [path for path in newest.rglob("*") if path.is_file()]
     bad = {
@@ -221,13 +221,13 @@ class ScheduleTest(parameterized.TestCase):
     # Fails if the first update has no rate, if warm-up takes another share, if the peak is not reached, or if the decay
     # does not end at zero with the last step.
     expected = [0.5 * x for x in [1 / 3, 2 / 3, *after]]
-    np.testing.assert_allclose(self.schedule(10, schedule=name, warmup_share=0.2), expected, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(self.schedule(10, schedule=name, warmup_fraction=0.2), expected, rtol=1e-5, atol=1e-8)
 
   def test_no_warmup(self):
     # Fails if a share that rounds to no step still takes the first step's rate away.
-    self.assertEqual(self.schedule(4, schedule="constant", warmup_share=0.1), [0.5] * 5)
-    self.assertAlmostEqual(self.schedule(4, schedule="cosine", warmup_share=0.0)[0], 0.5)
-    self.assertEqual(self.schedule(1, schedule="constant", warmup_share=1.0), [0.5, 0.5])
+    self.assertEqual(self.schedule(4, schedule="constant", warmup_fraction=0.1), [0.5] * 5)
+    self.assertAlmostEqual(self.schedule(4, schedule="cosine", warmup_fraction=0.0)[0], 0.5)
+    self.assertEqual(self.schedule(1, schedule="constant", warmup_fraction=1.0), [0.5, 0.5])
 
   def test_unknown_name(self):
     # Fails if an unknown schedule is taken for one of the three.
@@ -239,7 +239,7 @@ class OptimizerTest(absltest.TestCase):
   def updates(self, gradient, **changes):
     """The first update of every parameter, where each gradient is `gradient` times the parameter's shape of ones."""
     section = config_schema.default().sft.optimizer
-    section.update(learning_rate=0.1, schedule="constant", warmup_share=0.0, clip_norm=1e9, **changes)
+    section.update(learning_rate=0.1, schedule="constant", warmup_fraction=0.0, clip_norm=1e9, **changes)
     made, params = optimizer_lib.make_optimizer(section, 4), tiny_model.make_params(tiny_model.model(num_layers=1))
     first = lambda params: made.update(
       jax.tree.map(lambda x: gradient * jnp.ones_like(x), params), made.init(params), params
@@ -274,7 +274,7 @@ class OptimizerTest(absltest.TestCase):
   def test_clipping_and_betas(self):
     # Fails if clipping is missing or comes after AdamW, or if the betas change places.
     section = config_schema.default().sft.optimizer
-    section.update(learning_rate=0.1, schedule="constant", warmup_share=0.0, clip_norm=1.0, beta1=0.8, beta2=0.9)
+    section.update(learning_rate=0.1, schedule="constant", warmup_fraction=0.0, clip_norm=1.0, beta1=0.8, beta2=0.9)
     made, x = optimizer_lib.make_optimizer(section, 4), {"w": jnp.zeros(4)}
 
     @jax.jit

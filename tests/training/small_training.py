@@ -41,7 +41,7 @@ def main():
       return super().build(step)
 
   section = config_schema.default().sft
-  section.update(save_every_steps=flags.FLAGS.save_every_steps, keep_checkpoints=2)
+  section.update(save_every_steps=flags.FLAGS.save_every_steps, max_to_keep=2)
   section.optimizer.update(learning_rate=0.05)
   if flags.FLAGS.largest_file:
     resource.setrlimit(resource.RLIMIT_FSIZE, (flags.FLAGS.largest_file, flags.FLAGS.largest_file))

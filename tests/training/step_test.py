@@ -36,7 +36,7 @@ def make_batch() -> batch_lib.Batch:
 def take_step(mesh, accumulate: int = 1):
   """(metrics, state) after one step from the same parameters, both as numpy."""
   section = config_schema.default().dpo.optimizer
-  section.update(learning_rate=0.05, weight_decay=0.1, schedule="constant", warmup_share=0.0)
+  section.update(learning_rate=0.05, weight_decay=0.1, schedule="constant", warmup_fraction=0.0)
   made = optimizer.make_optimizer(section, 4)
   shardings = step_lib.state_shardings(MODEL, made, mesh)
   loss = functools.partial(losses.dpo_loss, beta=0.3)

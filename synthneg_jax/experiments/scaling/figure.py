@@ -79,13 +79,13 @@ def _against_problems(names: Sequence[str], factors: bool = True) -> Callable[[D
 
 
 def _settings(data: Data, kind: str, leaf: str) -> list[tuple[float, study.Point]]:
-  """(value, point) of every method of a kind that sets this leaf alone, or nothing, at study.factor_at."""
+  """(value, point) of every method of a kind that sets this leaf alone, or nothing, at study.reference_size."""
   found = []
   for name, points in data.found.items():
     method = methods.parse(name, data.config)
     if method.kind == kind and set(method.settings) <= {leaf}:
       value = dict(config_schema.leaves(methods.configure(data.config, method)))[leaf]
-      found += [(value, point) for point in points if point.size == data.config.study.factor_at]
+      found += [(value, point) for point in points if point.size == data.config.study.reference_size]
   return sorted(found, key=lambda pair: pair[0])
 
 
@@ -100,17 +100,17 @@ def _swept(data: Data, kinds: Sequence[str], leaf: str, label: str) -> Drawn:
       series.append(plots.Series(methods.KINDS[kind].label, values, *parts, dots))
   if max((len(one.x) for one in series), default=0) < 2:  # one value is no sweep
     raise UserError(
-      f"This figure needs cells that set {leaf} at {data.config.study.factor_at} problems; study.grid has none."
+      f"This figure needs cells that set {leaf} at {data.config.study.reference_size} problems; study.grid has none."
     )
-  baseline = [p for p in data.points(data.config.study.baseline) if p.size == data.config.study.factor_at]
+  baseline = [p for p in data.points(data.config.study.baseline) if p.size == data.config.study.reference_size]
   level = (baseline[0].mean, data.label(data.config.study.baseline)) if baseline else None
-  title = f"{data.config.study.family}, {data.config.study.factor_at} problems"
+  title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
   return plots.against_setting(series, title, label, level), plots.as_csv(series, leaf)
 
 
 def _bars(names: Sequence[str]) -> Callable[[Data], Drawn]:
   def make(data: Data) -> Drawn:
-    series, size = [], data.config.study.factor_at
+    series, size = [], data.config.study.reference_size
     for name in names:
       for point in data.points(name):
         if point.size == size:
@@ -124,14 +124,14 @@ def _bars(names: Sequence[str]) -> Callable[[Data], Drawn]:
 
 
 def _way(data: Data) -> Drawn:
-  size, seed = data.config.study.factor_at, data.config.study.seeds[0]
+  size, seed = data.config.study.reference_size, data.config.study.seeds[0]
   cells = {
     name: grid.Cell(size, seed, methods.parse(name, data.config))
     for name in (data.config.study.baseline, "rft", "step_dpo")
   }
   for name in cells:
     if size not in [point.size for point in data.points(name)]:
-      raise UserError(f"This figure needs the cell of {name} from {size} problems (study.factor_at).")
+      raise UserError(f"This figure needs the cell of {name} from {size} problems (study.reference_size).")
   last = cells["step_dpo"]
   sft, sample, credit, pairs = (data.stage(last, name) for name in ("sft", "sample", "credit", last.method.folder))
   errors = [grid.load(data.workdir / "cells", data.config, cell)["test_error"] for cell in cells.values()]
@@ -157,8 +157,8 @@ def _way(data: Data) -> Drawn:
 def _measured(
   data: Data, name: str, measure: Callable[[Experiment], dict], size: int | None = None, needs: str = "sample"
 ) -> list[dict]:
-  """A measure in the run folder of every seed at a size (study.factor_at), kept in measures/; `needs` is a stage."""
-  made, size = [], size or data.config.study.factor_at
+  """A measure in the run folder of every seed at a size (study.reference_size), kept in measures/; `needs` is a stage."""
+  made, size = [], size or data.config.study.reference_size
   for seed in data.config.study.seeds:
     path = data.workdir / "measures" / f"{name}_{size}_{seed}.json"
     if not path.exists():
@@ -181,7 +181,7 @@ def _likelihoods(data: Data) -> Drawn:
     plots.Series(labels[name], list(data.config.study.seeds), *[[float(np.mean(each[name])) for each in made]] * 3)
     for name in joined
   ]
-  title = f"{data.config.study.family}, {data.config.study.factor_at} problems"
+  title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
   return plots.distributions(samples, title, "negative log-likelihood under the base, nats a token"), plots.as_csv(
     rows, "seed"
   )
@@ -214,7 +214,7 @@ def _by_step(data: Data) -> Drawn:
     series.append(
       plots.Series(data.label(name), list(range(width + 1)), mean, mean - half, mean + half, values.T.tolist())
     )
-  title = f"{data.config.study.family}, {data.config.study.factor_at} problems"
+  title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
   return plots.by_step(series, title, "mean Q on held-out problems"), plots.as_csv(series, "step")
 
 
@@ -230,7 +230,7 @@ def _critical(data: Data) -> Drawn:
     low, high = np.quantile(draws, [0.025, 0.975])
     series.append(plots.Series(data.label(name), [0], [float(np.mean(values))], [low], [high], [values]))
   title, label = (
-    f"{data.config.study.family}, {data.config.study.factor_at} problems",
+    f"{data.config.study.family}, {data.config.study.reference_size} problems",
     "mean Q before SFT's pits, held-out problems",
   )
   return plots.bars(series, title, label, percent=False), plots.as_csv(series, "-")
@@ -256,7 +256,7 @@ def _many_samples(data: Data) -> Drawn:
       label = f"{data.label(name)}, {words}"
       ks = made[0][folders[name]]["k"]
       series.append(plots.Series(label, ks, mean, mean - half, mean + half, values.T.tolist(), kind == "majority"))
-  title = f"{data.config.study.family}, {data.config.study.factor_at} problems; {HELD_OUT} held out"
+  title = f"{data.config.study.family}, {data.config.study.reference_size} problems; {HELD_OUT} held out"
   return plots.against_setting(series, title, "k, samples a problem"), plots.as_csv(series, "k")
 
 
@@ -274,7 +274,7 @@ def _true_pits(data: Data) -> Drawn:
       series.append(
         plots.Series(label, [0], [values.mean()], [values.mean() - half], [values.mean() + half], [values.tolist()])
       )
-  title = f"{data.config.study.family}, {data.config.study.factor_at} problems"
+  title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
   label = "right, % of wrong traces and of pairs"
   return plots.bars(series, title, label), plots.as_csv(series, "-")
 
@@ -287,7 +287,7 @@ def _against_compute(data: Data) -> Drawn:
   series = []
   for name in names:
     path, columns = methods.parse(name, data.config).path, []
-    points = [p for p in data.points(name) if name == names[0] or p.size == data.config.study.factor_at]
+    points = [p for p in data.points(name) if name == names[0] or p.size == data.config.study.reference_size]
     for point in points:
       costs = _measured(
         data, f"compute-{name}", lambda experiment, path=path: measures.compute(experiment, path), point.size, path[-1]

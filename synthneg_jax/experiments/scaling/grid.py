@@ -20,7 +20,6 @@ from etils import epath
 
 from synthneg_jax.data.records import Shards, Trace
 from synthneg_jax.experiments.scaling import methods
-from synthneg_jax.pipeline.experiment import is_free
 from synthneg_jax.runtime import config_schema, manifest
 from synthneg_jax.runtime.errors import UserError
 
@@ -96,7 +95,7 @@ def config_hash(config, cell: Cell) -> str:
   kept = {
     leaf: value
     for leaf, value in leaves.items()
-    if leaf.split(".")[0] in sections and not is_free(leaf) and value != defaults[leaf]
+    if leaf.split(".")[0] in sections and config_schema.changes_results(leaf) and value != defaults[leaf]
   }
   return hashlib.sha256(json.dumps([kept, cell.method.name, cell.seed], sort_keys=True).encode()).hexdigest()[:16]
 

@@ -237,7 +237,7 @@ def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]
   truth_N = np.array([jobs.true_pit(puzzles[trace.problem_id], lines(trace.ids)) for trace in source.wrong])
   known = pairs_lib.values(source.wrong, source.estimates, source.v0, experiment.config.credit.best_of)
   found = {"pits": {}, "distance": {}, "labels": collections.Counter(right=0, flipped=0, neither=0)}
-  for rule in config_schema.CHOICES["pairs.pit_rule"]:
+  for rule in config_schema.LEAVES["pairs.pit_rule"].choices:
     section = methods.with_leaves(experiment.config, {"pairs.pit_rule": rule}).pairs
     pit_N = pairs_lib.pits(*known, section)
     found["pits"][rule] = round(float(np.mean(pit_N == truth_N)), 5)

@@ -123,7 +123,7 @@ def results(config, workdir: epath.PathLike, cells: Sequence[grid.Cell]) -> Resu
 
 
 def efficiency(config, found: Results) -> dict[str, dict]:
-  """How many times the data the baseline needs for each method's error, at every size and at study.factor_at.
+  """How many times the data the baseline needs for each method's error, at every size and at study.reference_size.
 
   Returns:
     by method: factor, its 95 % bootstrap interval over seeds and problems (low, high; null for infinity), whether it was
@@ -151,9 +151,9 @@ def efficiency(config, found: Results) -> dict[str, dict]:
         "extrapolated_share": round(one.extrapolated_share, 3),
         "seeds": len(point.seeds),
       }
-    at = str(config.study.factor_at)
+    at = str(config.study.reference_size)
     if at in by_size:
-      made[name] = {**by_size[at], "at": config.study.factor_at, "by_size": by_size}
+      made[name] = {**by_size[at], "at": config.study.reference_size, "by_size": by_size}
   return made
 
 

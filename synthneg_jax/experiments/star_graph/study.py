@@ -52,7 +52,7 @@ def make_model(config) -> Model:
   section = config.pretrain
   return Model(
     ModelConfig(
-      vocab_size=len(star_graph.WORDS) + config.task.num_nodes,
+      vocab_size=len(star_graph.WORDS) + config.task.star_graph.num_nodes,
       d_model=section.d_model,
       num_layers=section.num_layers,
       num_heads=section.num_heads,
@@ -206,12 +206,18 @@ class Study:
     if config.star_graph.seeds < 2:
       raise UserError("star_graph.seeds must be 2 at least: intervals are over seeds.")
     self.config, self.folder, self.model = config, epath.Path(workdir), make_model(config)
-    self.num_prompt = 3 * config.task.degree * (config.task.path_nodes - 1) + 4
+    self.num_prompt = 3 * config.task.star_graph.degree * (config.task.star_graph.path_nodes - 1) + 4
     self.test = self._draw(config.task.test_problems, _TEST, 0)
 
   def _draw(self, count: int, *purpose: int) -> Graphs:
     task = self.config.task
-    return star_graph.draw(np.random.default_rng(purpose), count, task.degree, task.path_nodes, task.num_nodes)
+    return star_graph.draw(
+      np.random.default_rng(purpose),
+      count,
+      task.star_graph.degree,
+      task.star_graph.path_nodes,
+      task.star_graph.num_nodes,
+    )
 
   def train_set(self, seed: int) -> Graphs:
     """The training graphs of a seed."""
@@ -288,7 +294,7 @@ class Study:
     loss = functools.partial(sft_loss, self.model, self.num_prompt)
     init, run = make_training(loss, section, num_steps)
     params = jax.jit(self.model.init)(jax.random.key(0))
-    state, of_tours = init(params), round(num_steps * section.wander_share)
+    state, of_tours = init(params), round(num_steps * section.random_step_fraction)
     for first, last in [
       *_parts(of_tours, 100),
       *((of_tours + a, of_tours + b) for a, b in _parts(num_steps - of_tours, 100)),
@@ -392,6 +398,6 @@ def run(config, workdir: epath.PathLike) -> dict:
     made += time.monotonic() - before > 0.5
     left = (time.monotonic() - begin) / max(made, 1) * (len(todo) - number - 1)
     logging.info("%d of %d cells, %s; about %.0f min left.", number + 1, len(todo), cells[-1]["cell"], left / 60)
-  result = plots.collect(cells, config.task.degree)
+  result = plots.collect(cells, config.task.star_graph.degree)
   plots.write(result, epath.Path(workdir) / "report", marks.under_trained, marks.over_trained)
   return result

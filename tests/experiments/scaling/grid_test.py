@@ -84,7 +84,7 @@ class GridTest(parameterized.TestCase):
     self.assertEqual(grid.config_hash(c, sft), before[0])
     self.assertNotEqual(grid.config_hash(c, dpo), before[1])
     c.dpo.beta = 0.1
-    c.engine.lanes, c.study.factor_at, c.sft.save_every_steps = 7, 3, 1
+    c.engine.lanes, c.study.reference_size, c.sft.save_every_steps = 7, 3, 1
     self.assertEqual((grid.config_hash(c, sft), grid.config_hash(c, dpo)), before)
     c.sft.num_epochs += 1
     self.assertNotEqual(grid.config_hash(c, sft), before[0])
@@ -139,8 +139,10 @@ class GridTest(parameterized.TestCase):
 class PublishedTest(absltest.TestCase):
   def test_published_cells_are_of_the_configs_in_the_repository(self):
     # Fails if a config is changed, or a cell's file lost or edited, so that docs/results.md tells of something else.
-    root = pathlib.Path(__file__).parents[2]
-    for results in sorted((root / "docs" / "results").glob("*/cells")):
+    root = pathlib.Path(__file__).parents[3]
+    folders = sorted((root / "docs" / "results").glob("*/cells"))
+    self.assertNotEmpty(folders)
+    for results in folders:
       name, _, arg = results.parent.name.partition(".")  # CONFIG or CONFIG.ARG
       c = __import__(f"configs.{name}", fromlist=["get_config"]).get_config(arg)
       wanted = {f"{cell.name}.json": cell for cell in grid.read(c)}

@@ -43,7 +43,7 @@ class ToldTest(absltest.TestCase):
     c = study_arithmetic.get_config("toy")
     found = {"sft": curve((256, 1024, 4096)), "rft": [point(256, 8 * 512**-0.5, problems=10_000)]}
     found["step_dpo"] = [point(size, 8 * (size * 8) ** -0.5, problems=10_000) for size in (32, 256)]
-    c.study.factor_at = 256
+    c.study.reference_size = 256
     told = study.efficiency(c, found)
     self.assertAlmostEqual(told["rft"]["factor"], 2.0, delta=0.01)
     self.assertAlmostEqual(told["step_dpo"]["factor"], 8.0, delta=0.05)
@@ -58,7 +58,7 @@ class ToldTest(absltest.TestCase):
   def test_an_infinite_end_is_null(self):
     # Fails if efficiency.json would hold a number that is not JSON.
     c = study_arithmetic.get_config("toy")
-    c.study.factor_at = 10
+    c.study.reference_size = 10
     found = {"sft": [point(10, 0.5), point(20, 0.5)], "rft": [point(10, 0.1)]}
     told = study.efficiency(c, found)["rft"]
     self.assertIsNone(told["factor"])

@@ -32,7 +32,9 @@ def config(**changes):
 @functools.cache
 def study():
   """A study of graphs so small that every completion can be enumerated, with a model of random weights."""
-  small = config(**{"task.degree": 2, "task.num_nodes": 5, "task.train_problems": 6, "task.test_problems": 3})
+  small = config(
+    **{"task.star_graph.degree": 2, "task.star_graph.num_nodes": 5, "task.train_problems": 6, "task.test_problems": 3}
+  )
   made = star_graph_study.Study(small, tempfile.mkdtemp())
   return made, tiny_model.make_params(made.model)
 
