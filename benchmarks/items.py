@@ -13,9 +13,9 @@ from benchmarks.benchmark import Baseline, Item, Work
 from benchmarks.ours import LEARNING_RATE, Side
 from synthneg_jax.core import losses
 from synthneg_jax.core.tree import Branch, Tree
-from synthneg_jax.decoding import policy
 from synthneg_jax.decoding.decode import Geometry
 from synthneg_jax.decoding.engine import Trunk
+from synthneg_jax.decoding.policy import EMBEDDED
 from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training import objectives
 from synthneg_jax.training.batch import Example, PairInTree
@@ -86,7 +86,7 @@ def _dpo(size: str, pairs: int, times: int, continuation: int) -> Item:
     row | {"ref_chosen_logps": good, "ref_rejected_logps": bad} for row, (good, bad) in zip(plain, sums, strict=True)
   ]
   for name, data in (("TRL, reference precomputed", known), ("TRL, reference at each step", plain)):
-    other = torch_baselines.DpoStep(side.folder, reference.folder, str(policy.EMBEDDED), data, _BETA, LEARNING_RATE)
+    other = torch_baselines.DpoStep(side.folder, reference.folder, str(EMBEDDED), data, _BETA, LEARNING_RATE)
     baselines.append(Baseline(name, other.run, functools.partial(_losses_differ, expected, other.run)))
   work = Work(3 * side.forward_flops(pairs * length, 2 * continuation * pairs, length / 2))
   return Item(f"DPO step, {pairs} pairs {times}:1", size, step, baselines, work, rounds=7 if size == "T" else 3)

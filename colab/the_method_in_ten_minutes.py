@@ -38,7 +38,7 @@ startup.in_notebook()
 
 # %%
 from configs import arithmetic
-from synthneg_jax.pipeline import credit, dpo, evaluate, pair_logprobs, report, rft, sample, sft, synthesize
+from synthneg_jax.pipeline import credit, dpo, evaluate, pair_logprobs, pairs, report, rft, sample, sft, synthesize
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.report import figures, markup, trace_figures, training_sections
 from synthneg_jax.runtime import manifest
@@ -157,10 +157,12 @@ figures.pits([found.pits.count(step) for step in range(len(found.values.means))]
 # For comparison the stage also trains *standard* DPO: whole right solutions against whole wrong ones ("arbitrary pairs").
 
 # %%
+pairs.run(run)
 dpo.run(run)
-told = manifest.figures(run.workdir, "dpo/step_dpo")
+told = manifest.figures(run.workdir, "pairs/step_dpo")
 print(
-  f"{told['pairs']} pairs at pits of {told['problems']} problems; {told['without_alternative']} pits without a right rollout"
+  f"{told['pairs']} pairs at pits of {told['problems']} problems; "
+  f"{told['dropped']['without_alternative']} pits without a right rollout"
 )
 
 # %% [markdown]

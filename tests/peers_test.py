@@ -22,13 +22,12 @@ from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.data import prompts, token_text
 from synthneg_jax.data.records import Pair
-from synthneg_jax.decoding import policy
+from synthneg_jax.decoding.policy import EMBEDDED
 from synthneg_jax.grading import answers
-from synthneg_jax.pipeline import pairs as pairs_lib
 from synthneg_jax.pipeline import train_policy
 from synthneg_jax.tasks import arithmetic
 from synthneg_jax.training import batch as batch_lib
-from synthneg_jax.training import objectives, reference
+from synthneg_jax.training import objectives, pair_trees, reference
 from synthneg_jax.training.batch import Example, PairInTree, Shape
 from tests import tiny_model
 from tests.models import smollm2
@@ -48,7 +47,7 @@ def tokenizer(family: str):
   Gemma do, with a chat template that writes BOS too.
   """
   if family == "embedded":
-    return transformers.AutoTokenizer.from_pretrained(str(policy.EMBEDDED))
+    return transformers.AutoTokenizer.from_pretrained(str(EMBEDDED))
   found = transformers.AutoTokenizer.from_pretrained(str(smollm2.smollm2_dir()))
   if family == "opening":
     bos = "<|endoftext|>"
@@ -100,8 +99,8 @@ def algorithm1(trunk, solution, response, pit: int) -> core_pairs.TokenPair:
   return core_pairs.algorithm1(trunk, solution, response, pit, **counts)
 
 
-def pair_trees(pairs, length: int = 400):
-  """Token pairs as stage dpo turns them into trees: (trees, pairs in each, how many pairs were left out)."""
+def trees_of(pairs, length: int = 400) -> pair_trees.PairTrees:
+  """Token pairs as stage dpo turns them into trees."""
   records = [
     Pair(
       id=str(n),
@@ -116,8 +115,7 @@ def pair_trees(pairs, length: int = 400):
     )
     for n, pair in enumerate(pairs)
   ]
-  trees, numbered, _, dropped = pairs_lib.trees(records, 5, length)
-  return trees, numbered, dropped
+  return pair_trees.build(records, max_branches=5, length=length)
 
 
 def batch_of(trees):
@@ -140,7 +138,7 @@ class TokensTest(parameterized.TestCase):
     trunk, solution_ids, response = work(family, style)
     examples, _, _ = train_policy.solution_trees({"p": trunk}, {"p": [solution_ids]}, 4, 400)
     rejected = algorithm1(trunk, solution_ids, response, 0)
-    trees, _, _ = pair_trees([rejected])
+    trees = trees_of([rejected]).trees
     batch = batch_of([examples[0].tree, *trees])
     parts = {}
     for tree, branch in ((1, 1), (2, 2), (2, 3)):
@@ -203,10 +201,13 @@ class TokensTest(parameterized.TestCase):
       core_pairs.TokenPair(trunk, [1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]),  # 21 tokens
       core_pairs.TokenPair(trunk, [1, 2, 3, 4, 5], [7, 8, 9, 10, 11]),  # 20
     ]
-    trees, numbered, dropped = pair_trees(token_pairs, length=20)
-    self.assertEqual((dropped, numbered), (1, [[(0, 1)]]))
-    self.assertEqual(list(trees[0].trunk), trunk)
-    self.assertEqual([list(branch.ids) for branch in trees[0].branches], [[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]])
+    with self.assertRaisesRegex(
+      ValueError, "has 21 tokens, more than 20"
+    ):  # stage pairs has left it out and counted it
+      trees_of(token_pairs, length=20)
+    (tree,), numbered, _ = trees_of(token_pairs[1:], length=20)
+    self.assertEqual((numbered, list(tree.trunk)), ([[(0, 1)]], trunk))
+    self.assertEqual([list(branch.ids) for branch in tree.branches], [[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]])
 
   def test_nothing_is_tokenised_again(self):
     # Prompt and completion tokenised together have other tokens at the seam than the prompt alone (trl#2054, trl#2209,
@@ -250,7 +251,7 @@ class TokensTest(parameterized.TestCase):
         rng=np.random.default_rng(0),
       ),
     ]
-    trees, _, _ = pair_trees(pairs)
+    trees = trees_of(pairs).trees
     first, second = response.step_ends[:2]
     self.assertEqual(list(trees[0].branches[1].ids), drawn[:second])
     self.assertEqual(list(trees[1].trunk), trunk + drawn[:first])
@@ -284,7 +285,7 @@ class TokensTest(parameterized.TestCase):
         self.assertNotIn(eos, pair.trunk)
         self.assertEqual(pair.rejected.count(eos), int(pit == last))
         self.assertEqual(pair.chosen.count(eos), int(continuation == "rollout"))
-        (tree,), _, _ = pair_trees([pair])
+        (tree,) = trees_of([pair]).trees
         self.assertEqual([list(branch.ids) for branch in tree.branches], [pair.chosen, pair.rejected])
 
 
@@ -437,10 +438,10 @@ class FirstStepTest(absltest.TestCase):
       core_pairs.TokenPair([2, 3, 4, 5], [6, 7, EOS], [10]),
       core_pairs.TokenPair([2, 3, 11], [12, EOS], [13, 14, 15]),
     ]
-    trees, numbered, _ = pair_trees(pairs)
+    made = trees_of(pairs)
     store = reference.Store(epath.Path(self.enterContext(tempfile.TemporaryDirectory())) / "reference.npz")
-    reference.score(model, params, trees, 11, tiny_model.one_device_mesh(), store)  # each tree in a row of its own
-    batch = batch_lib.build(pairs_lib.examples(trees, numbered, store), SHAPE)
+    reference.score(model, params, made.trees, 11, tiny_model.one_device_mesh(), store)  # each tree in a row of its own
+    batch = batch_lib.build(pair_trees.examples(made, store), SHAPE)
     self.assertEqual(np.max(batch.trees.tree, axis=1).tolist(), [2, 0])
     self.assertLess(np.min(batch.ref_chosen), -1.0)
     (loss, metrics), grads = preference(model, DPO)(params, batch)

@@ -238,7 +238,7 @@ def filter_pairs(
 
   Returns:
     (indices into `pairs`, rising; how many were dropped, by reason: `same` where chosen and rejected are equal,
-    `doubtful`, `duplicate` where trunk and rejected stood before, `beyond_cap`).
+    `doubtful`, `repeated` where trunk and rejected stood before, `beyond_cap`).
   """
   kept, seen = [], set()
   per_problem, dropped = collections.Counter(), collections.Counter()
@@ -249,7 +249,7 @@ def filter_pairs(
     elif pair.flip > max_flip:
       dropped["doubtful"] += 1
     elif key in seen:
-      dropped["duplicate"] += 1
+      dropped["repeated"] += 1
     elif per_problem[problem] >= most:
       dropped["beyond_cap"] += 1
     else:

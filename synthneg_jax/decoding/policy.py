@@ -52,10 +52,125 @@ class Policy:
   eos_ids: tuple[int, ...]
   adapters: tuple = ()
 
+  @classmethod
+  def load(cls, path: epath.PathLike, config, mesh: Mesh) -> "Policy":
+    """Reads a policy folder or a Hugging Face folder: config, tokenizer, endings, weights; then its adapter, if any.
+
+    Args:
+      path: the folder.
+      config: the config's section `model`.
+      mesh: where the weights go.
+
+    Raises:
+      UserError: no such folder, weights that are missing or of another shape, or a model that the mesh cannot split.
+    """
+    folder = epath.Path(path)
+    if not folder.exists():
+      hint = "; bash launch/get_smollm2.sh makes it" if "smollm2" in folder.name else ""
+      raise UserError(f"The model folder {folder} does not exist{hint}.")
+    if (folder / _ADAPTER).exists():
+      return cls._load_adapted(folder, config, mesh)
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+      raise UserError(f"{folder} holds an adapter of PEFT; have PEFT merge it into its base and name that folder.")
+
+    model = Model(
+      huggingface.read_config(
+        folder, dtype=config.dtype, param_dtype=config.param_dtype, scan_layers=config.scan_layers, remat=config.remat
+      )
+    )
+    _check_rope_scaling(folder, model, config.max_length)
+    tokenizer = load_tokenizer(folder)
+    eos_ids = tuple(huggingface.eos_ids(folder, tokenizer.eos_token_id))
+    layout = param_shardings(model, mesh)
+    if (folder / "params").exists() or not list(folder.glob("*.safetensors*")):
+      params = checkpoints.load_params(folder, model.abstract_params(), layout)
+    else:
+      params = huggingface.load_params(folder, model, layout)
+    return cls(
+      model=model,
+      params=params,
+      tokenizer=tokenizer,
+      token_text=TokenText(tokenizer),
+      fingerprint=checkpoints.fingerprint(params),
+      folder=folder,
+      base=folder,
+      eos_ids=eos_ids,
+    )
+
+  @classmethod
+  def _load_adapted(cls, folder: epath.Path, config, mesh: Mesh) -> "Policy":
+    spec = json.loads((folder / _ADAPTER).read_text())
+    base = folder
+    if spec["base"].startswith(".."):  # in the same workdir, which may have been moved
+      for part in spec["base"].split("/"):
+        base = base.parent if part == ".." else base / part
+    else:
+      base = resolve(spec["base"])
+    policy = cls.load(base, config, mesh)
+    adapter = Adapter(policy.model, spec["rank"], spec["alpha"], tuple(spec["targets"]))
+    params = checkpoints.load_params(folder, adapter.abstract_params(), param_shardings(adapter, mesh))
+    return dataclasses.replace(
+      policy,
+      params=adapter.merge(policy.params, params),
+      fingerprint=_joint_fingerprint(policy, params, adapter),
+      folder=folder,
+      adapters=(*policy.adapters, (adapter, params)),
+    )
+
+  def save(self, folder: epath.PathLike, params, adapter: Adapter | None = None) -> str:
+    """Writes trained weights as a policy folder with this policy's architecture and tokenizer.
+
+    Args:
+      folder: made with its parents.
+      params: all parameters, or those of `adapter`, whose base this policy is.
+      adapter: None where all were trained.
+
+    Returns:
+      The fingerprint of the weights.
+    """
+    folder = epath.Path(folder)
+    fingerprint = checkpoints.fingerprint(params)
+    if adapter is not None:
+      fingerprint = _joint_fingerprint(self, params, adapter)
+    with writing(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+      checkpoints.save_params(folder, params)
+      if processes.first():
+        for name in ("config.json", "generation_config.json", *huggingface.tokenizer_files(self.folder)):
+          if (self.folder / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (self.folder / name).copy(folder / name, overwrite=True)
+        if adapter is not None:
+          (folder / _ADAPTER).write_text(json.dumps(_adapter_spec(folder, self, adapter)) + "\n")
+        (folder / "fingerprint.json").write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+    processes.barrier()
+    return fingerprint
+
   def stops(self, strings) -> Stops:
     """EOS and these stop strings."""
     table = stop_table(self.token_text, list(strings))[0] if strings else None
     return Stops(self.eos_ids, table, self.token_text.vocab_size)
+
+
+def _check_rope_scaling(folder: epath.Path, model: Model, max_length: int) -> None:
+  scaling = model.config.rope_scaling
+  if scaling is not None and scaling.kind == "dynamic" and max_length > scaling.original_positions:
+    raise UserError(
+      f"{folder}: beyond {scaling.original_positions} tokens, dynamic rope scaling would change every key with the "
+      f"length of the text, which is not supported; model.max_length={max_length} must not exceed that."
+    )
+
+
+def load_tokenizer(folder: epath.Path) -> transformers.PreTrainedTokenizerFast:
+  """The tokenizer of a policy folder or Hugging Face folder.
+
+  Raises:
+    UserError: there is none that transformers can load.
+  """
+  try:
+    return transformers.AutoTokenizer.from_pretrained(tokenizer_folder(folder), local_files_only=True)
+  except (OSError, ValueError) as error:
+    raise UserError(f"{folder} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
 
 
 def resolve(path: str) -> epath.Path:
@@ -75,7 +190,7 @@ def tokenizer_folder(folder: epath.Path) -> str:
   return os.fspath(copy)
 
 
-def identity(folder: epath.Path) -> str:
+def files_identity(folder: epath.Path) -> str:
   """Tells one base model's files from another's: their names and sizes, and 16 samples of 64 KiB of each.
 
   Reading all of a large model only to open a stage would take too long; training changes nearly all of them.
@@ -93,7 +208,7 @@ def identity(folder: epath.Path) -> str:
   return digest.hexdigest()[:16]
 
 
-def shardings(model: Model | Adapter, mesh: Mesh):
+def param_shardings(model: Model | Adapter, mesh: Mesh):
   """Where a model's parameters, or an adapter's, lie.
 
   Raises:
@@ -107,77 +222,6 @@ def shardings(model: Model | Adapter, mesh: Mesh):
   device_mesh.check("attention", (c.num_heads,), ("heads",), mesh)
   device_mesh.check("cache", (c.num_kv_heads,), ("kv_heads",), mesh)
   return device_mesh.shardings(mesh, axes)
-
-
-def load(path: epath.PathLike, config, mesh: Mesh) -> Policy:
-  """Reads a policy folder, or a Hugging Face folder.
-
-  Args:
-    path: the folder.
-    config: the config's section `model`.
-    mesh: where the weights go.
-
-  Raises:
-    UserError: no such folder, weights that are missing or of another shape, or a model that the mesh cannot split.
-  """
-  folder = epath.Path(path)
-  if not folder.exists():
-    hint = "; bash launch/get_smollm2.sh makes it" if "smollm2" in folder.name else ""
-    raise UserError(f"The model folder {folder} does not exist{hint}.")
-  if (folder / _ADAPTER).exists():
-    return _load_adapted(folder, config, mesh)
-  if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
-    raise UserError(f"{folder} holds an adapter of PEFT; have PEFT merge it into its base and name that folder.")
-  model = Model(
-    huggingface.read_config(
-      folder, dtype=config.dtype, param_dtype=config.param_dtype, scan_layers=config.scan_layers, remat=config.remat
-    )
-  )
-  layout = shardings(model, mesh)
-  if (folder / "params").exists() or not list(folder.glob("*.safetensors*")):
-    params = checkpoints.load_params(folder, model.abstract_params(), layout)
-  else:
-    params = huggingface.load_params(folder, model, layout)
-  try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder(folder))
-  except (OSError, ValueError) as error:
-    raise UserError(f"{folder} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
-  scaling = model.config.rope_scaling
-  if scaling is not None and scaling.kind == "dynamic" and config.max_length > scaling.original_positions:
-    raise UserError(
-      f"{folder}: beyond {scaling.original_positions} tokens, dynamic rope scaling would change every key with the "
-      f"length of the text, which is not supported; model.max_length={config.max_length} must not exceed that."
-    )
-  return Policy(
-    model,
-    params,
-    tokenizer,
-    TokenText(tokenizer),
-    checkpoints.fingerprint(params),
-    folder,
-    folder,
-    tuple(huggingface.eos_ids(folder, tokenizer.eos_token_id)),
-  )
-
-
-def _load_adapted(folder: epath.Path, config, mesh: Mesh) -> Policy:
-  spec = json.loads((folder / _ADAPTER).read_text())
-  base = folder
-  if spec["base"].startswith(".."):  # in the same workdir, which may have been moved
-    for part in spec["base"].split("/"):
-      base = base.parent if part == ".." else base / part
-  else:
-    base = resolve(spec["base"])
-  policy = load(base, config, mesh)
-  adapter = Adapter(policy.model, spec["rank"], spec["alpha"], tuple(spec["targets"]))
-  params = checkpoints.load_params(folder, adapter.abstract_params(), shardings(adapter, mesh))
-  return dataclasses.replace(
-    policy,
-    params=adapter.merge(policy.params, params),
-    fingerprint=_joint_fingerprint(policy, params, adapter),
-    folder=folder,
-    adapters=(*policy.adapters, (adapter, params)),
-  )
 
 
 def _joint_fingerprint(base: Policy, params, adapter: Adapter) -> str:
@@ -195,34 +239,3 @@ def _adapter_spec(folder: epath.Path, policy: Policy, adapter: Adapter) -> dict:
   elif "://" not in base:
     base = os.path.abspath(base)
   return {"base": base, "rank": adapter.rank, "alpha": adapter.alpha, "targets": list(adapter.targets)}
-
-
-def save(folder: epath.PathLike, policy: Policy, params, adapter: Adapter | None = None) -> str:
-  """Writes trained weights as a policy folder with the given policy's architecture and tokenizer.
-
-  Args:
-    folder: made with its parents.
-    policy: that training started from.
-    params: all parameters, or those of `adapter`, whose base the policy is.
-    adapter: None where all were trained.
-
-  Returns:
-    The fingerprint of the weights.
-  """
-  folder = epath.Path(folder)
-  fingerprint = checkpoints.fingerprint(params)
-  if adapter is not None:
-    fingerprint = _joint_fingerprint(policy, params, adapter)
-  with writing(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoints.save_params(folder, params)
-    if processes.first():
-      for name in ("config.json", "generation_config.json", *huggingface.tokenizer_files(policy.folder)):
-        if (policy.folder / name).exists():
-          (folder / name).parent.mkdir(exist_ok=True)
-          (policy.folder / name).copy(folder / name, overwrite=True)
-      if adapter is not None:
-        (folder / _ADAPTER).write_text(json.dumps(_adapter_spec(folder, policy, adapter)) + "\n")
-      (folder / "fingerprint.json").write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
-  processes.barrier()
-  return fingerprint

@@ -13,6 +13,7 @@ import numpy as np
 
 from synthneg_jax.core import pairs, rollout_schedules, selection
 from synthneg_jax.data import steps
+from synthneg_jax.data.credited_traces import CreditedTraces, by_problem
 from synthneg_jax.data.records import Rollout, Shards, StepEstimate, Trace
 from synthneg_jax.decoding.engine import Generation, Trunk
 from synthneg_jax.decoding.policy import Policy
@@ -161,7 +162,7 @@ def _credit(
     Stopped: SIGTERM came; the problems that were finished by then are written.
   """
   problems = {key: problems[key] for key in chosen}
-  prompts = {key: train_policy.prompt_ids(experiment, policy, problem) for key, problem in problems.items()}
+  prompts = {key: train_policy.prompt_ids(experiment, policy.tokenizer, problem) for key, problem in problems.items()}
   of_trace = {key: prefixes for traces in chosen.values() for key, prefixes in _prefixes(traces).items()}
   longest = max(
     (len(prompts[t.problem_id]) + t.step_ends[-2] for t in itertools.chain(*chosen.values()) if t.step_ends[1:]),
@@ -212,7 +213,7 @@ def run(experiment: Experiment) -> dict:
     return {}
   section, policy = experiment.config.credit, experiment.policy("sft")
   problems = experiment.problems("train")
-  groups = traces_lib.by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
+  groups = by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
   engine = (
     _remote(experiment, policy)
     if section.endpoint.url
@@ -238,7 +239,8 @@ def run(experiment: Experiment) -> dict:
     "rollout_tokens": sum(len(sample["ids"]) for estimate in estimates for sample in estimate.samples),
     "slot_use": round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3),
   }
-  tensorboard_summaries.credited(experiment, stage.folder, problems, groups, estimates)
+  credited = CreditedTraces(groups, {estimate.key: estimate for estimate in estimates}, section.best_of)
+  tensorboard_summaries.credited(experiment, stage.folder, problems, credited)
   if section.endpoint.url:
     figures |= {name: engine.stats[name] for name in ("requests", "retokenised", "without_logp")}
   return stage.finish(figures, shards.files())

@@ -1,20 +1,26 @@
-"""Stage dpo: from π_sft, against π_sft, on pairs. Twice: whole responses ("dpo") and per-step pairs ("step_dpo")."""
+"""Stage dpo: from π_sft, against π_sft, on the pairs of stage pairs.
+
+Two variants, each a stage of its own: dpo/dpo (whole responses) and dpo/step_dpo (per-step pairs).
+"""
 
 import functools
+from collections.abc import Sequence
+
+import numpy as np
 
 from synthneg_jax.core import losses
-from synthneg_jax.data.records import Pair, Shards
+from synthneg_jax.data.records import Pair, Shards, Trace
+from synthneg_jax.decoding.policy import Policy
 from synthneg_jax.pipeline import pair_logprobs, train_policy
-from synthneg_jax.pipeline import pairs as pairs_lib
 from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.pipeline.pairs import VARIANTS
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.training import batches, objectives, reference
+from synthneg_jax.training import batches, objectives, pair_trees, reference
 
 
 def run(experiment: Experiment) -> dict:
-  """Writes dpo/dpo/ and dpo/step_dpo/: pairs/, policy/, scores/ and metrics.jsonl; dpo/reference/ holds what both share."""
-  variants = {"dpo": experiment.config.pairs.outcome_mode, "step_dpo": experiment.config.pairs.pair_mode}
-  results = {name: variant(experiment, name, mode) for name, mode in variants.items()}
+  """Writes dpo/dpo/ and dpo/step_dpo/: policy/, scores/ and metrics.jsonl; dpo/reference/ holds what both share."""
+  results = {name: variant(experiment, name) for name in VARIANTS}
   return {name: figures for name, figures in results.items() if figures}
 
 
@@ -45,33 +51,47 @@ def _loss(section):
   return functools.partial(losses.dpo_loss, beta=section.beta, label_smoothing=section.label_smoothing)
 
 
-def variant(experiment: Experiment, name: str, mode: str) -> dict:
-  """Writes dpo/<name>/, trained on pairs of a mode (as pairs.pair_mode)."""
-  stage = experiment.stage(
-    f"dpo/{name}", ["task", "model", "dpo", "pairs", "credit"], ["synthesize", "sft", "sample", "credit"]
-  )
+def _sampler_gap(experiment: Experiment, policy: Policy, pairs: Sequence[Pair], store: reference.Store) -> float:
+  """The largest difference between sampler and trainer over the rejected tokens' log-probs under π_sft, nats.
+
+  Both passes are of one model; what lies between them is rounding, or a defect.
+  """
+  traces = {trace.id: trace for trace in Shards(experiment.workdir / "sample" / "traces", Trace).read()}
+  problems, largest = experiment.problems("train"), 0.0
+
+  @functools.cache
+  def prompt_size(problem_id: str) -> int:
+    return len(train_policy.prompt_ids(experiment, policy.tokenizer, problems[problem_id]))
+
+  for pair in pairs:
+    start = len(pair.trunk) - prompt_size(pair.problem_id)
+    drawn = traces[pair.trace_id].logps[start : start + len(pair.rejected)]
+    scored = store[reference.branch_key(pair.trunk, len(pair.trunk), pair.rejected)]
+    largest = max(largest, float(np.max(np.abs(scored - np.asarray(drawn)))))
+  return largest
+
+
+def variant(experiment: Experiment, name: str) -> dict:
+  """Writes dpo/<name>/, trained on the pairs of pairs/<name>/."""
+  needs = ["synthesize", "sft", "sample", f"pairs/{name}"]
+  stage = experiment.stage(f"dpo/{name}", ["task", "model", "dpo"], needs)
   if stage.done:
     return {}
   section, policy = experiment.config.dpo, experiment.policy("sft")
-  pairs, figures = pairs_lib.build(experiment, policy, mode)
-  if not pairs:
-    raise UserError(
-      f"Stage dpo/{name} found no pair ({figures}): more traces (sample.num_traces), more rollouts "
-      "(credit.num_rollouts) or another pairs.pit_rule may give some."
-    )
-  shards = Shards(stage.folder / "pairs", Pair)
-  shards.write_shared(pairs)
-
-  length = min(section.row_length, experiment.config.model.max_length)
-  trees, numbered, names, too_long = pairs_lib.trees(
-    pairs, min(section.max_branches_per_tree, section.batch_size + 1), length
+  pairs = list(Shards(experiment.workdir / "pairs" / name / "pairs", Pair).read())
+  made = pair_trees.build(
+    pairs,
+    max_branches=min(section.max_branches_per_tree, section.batch_size + 1),
+    length=min(section.row_length, experiment.config.model.max_length),
   )
   store = reference.Store(
     experiment.workdir / "dpo" / "reference" / f"{policy.fingerprint}-{experiment.config.model.dtype}.npz"
   )
-  reference.score(policy.model, policy.params, trees, section.row_length, experiment.mesh, store, section.logit_chunk)
-  figures["sampler_gap_nats"] = round(pairs_lib.sampler_gap(experiment, policy, pairs, store), 7)
-  plan = train_policy.plan(experiment, section, pairs_lib.examples(trees, numbered, store), names)
+  reference.score(
+    policy.model, policy.params, made.trees, section.row_length, experiment.mesh, store, section.logit_chunk
+  )
+  sampler_gap = round(_sampler_gap(experiment, policy, pairs, store), 7)
+  plan = train_policy.plan(experiment, section, pair_trees.examples(made, store), made.names)
   objective = objectives.make_preference(
     policy.model,
     plan.shape.branches,
@@ -85,5 +105,5 @@ def variant(experiment: Experiment, name: str, mode: str) -> dict:
   identity, last = train_policy.train(
     experiment, name, section, policy, objective, plan, stage.folder, _start_check(experiment.config.model.dtype, plan)
   )
-  pair_logprobs.keep(experiment, name, section, identity, trees)
-  return stage.finish({**figures, "too_long": too_long, **last}, shards.files(), identity)
+  pair_logprobs.keep(experiment, name, section, identity, made.trees)
+  return stage.finish({"sampler_gap_nats": sampler_gap, **last}, identity=identity)

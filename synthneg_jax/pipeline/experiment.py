@@ -9,8 +9,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from synthneg_jax.data.records import Problem, Shards
-from synthneg_jax.decoding import policy as policies
 from synthneg_jax.decoding.engine import Engine
+from synthneg_jax.decoding.policy import Policy, files_identity, resolve
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.runtime import config_schema, device_mesh, manifest, processes
 from synthneg_jax.runtime.errors import UserError
@@ -44,23 +44,23 @@ class Experiment:
     reads_base: bool = False,
     given: dict[str, str] | None = None,
   ) -> manifest.Stage:
-    """Opens a stage that depends on the seed, these config sections, these stages and perhaps the base model.
+    """Opens a stage that depends on the seed, these config sections or leaves, these stages and perhaps the base model.
 
     What else it reads from outside the workdir is `given`: identities by name.
     """
     leaves = config_schema.plain(self.config, ("seed", *sections))
     fixed = {leaf: value for leaf, value in leaves.items() if config_schema.changes_results(leaf)}
     if reads_base:
-      given = (given or {}) | {"base model": policies.identity(policies.resolve(self.config.model.path))}
+      given = (given or {}) | {"base model": files_identity(resolve(self.config.model.path))}
     return manifest.Stage(self.workdir, name, fixed, needs, given)
 
-  def base(self) -> policies.Policy:
+  def base(self) -> Policy:
     """The base model."""
-    return policies.load(policies.resolve(self.config.model.path), self.config.model, self.mesh)
+    return Policy.load(resolve(self.config.model.path), self.config.model, self.mesh)
 
-  def policy(self, stage: str) -> policies.Policy:
+  def policy(self, stage: str) -> Policy:
     """What a training stage made."""
-    policy = policies.load(self.workdir / stage / "policy", self.config.model, self.mesh)
+    policy = Policy.load(self.workdir / stage / "policy", self.config.model, self.mesh)
     written = json.loads((policy.folder / "fingerprint.json").read_text())["fingerprint"]
     if policy.fingerprint != written:
       raise UserError(
@@ -73,7 +73,7 @@ class Experiment:
     """Problems by id, as the stage synthesize wrote them."""
     return Shards(self.workdir / "synthesize" / split, Problem).read_dict()
 
-  def engine(self, policy: policies.Policy, *, lanes: int | None = None, slots: int | None = None) -> Engine:
+  def engine(self, policy: Policy, *, lanes: int | None = None, slots: int | None = None) -> Engine:
     """The decoding engine for a policy."""
     c = self.config.engine
     return Engine(

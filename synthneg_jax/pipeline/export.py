@@ -6,7 +6,7 @@ import tempfile
 import jax
 from etils import epath
 
-from synthneg_jax.decoding import policy as policies
+from synthneg_jax.decoding.policy import tokenizer_folder
 from synthneg_jax.models import adapter as adapter_lib
 from synthneg_jax.models import huggingface
 from synthneg_jax.pipeline import evaluate
@@ -37,7 +37,7 @@ def run(experiment: Experiment) -> dict:
         with tempfile.TemporaryDirectory() as local:  # a Hugging Face folder is written on a local disk
           in_bucket = "://" in os.fspath(folder)
           made = epath.Path(local) if in_bucket else stage.folder
-          tokenizer = policies.tokenizer_folder(policy.folder)
+          tokenizer = tokenizer_folder(policy.folder)
           huggingface.save(made / "policy", policy.model, params, tokenizer, max_shard_bytes=limit)
           if policy.adapters:
             adapter_lib.save_peft(made / "adapter", policy.adapters, os.fspath(policy.base))

@@ -70,7 +70,7 @@ def pairs(workdir: _Workdir, variant: str) -> Iterator[dict]:
     workdir: read from.
     variant: "step_dpo" or "dpo".
   """
-  for pair in workdir.read(f"dpo/{variant}/pairs", Pair):
+  for pair in workdir.read(f"pairs/{variant}/pairs", Pair):
     texts = {"prompt": pair.trunk, "chosen": pair.chosen, "rejected": pair.rejected}
     yield {
       **{name: workdir.text(ids) for name, ids in texts.items()},

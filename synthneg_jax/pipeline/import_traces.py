@@ -15,10 +15,10 @@ import numpy as np
 from etils import epath
 
 from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.data.credited_traces import by_problem
 from synthneg_jax.data.records import Problem, Shards, Trace
-from synthneg_jax.decoding import policy as policies
 from synthneg_jax.decoding.engine import Generation
-from synthneg_jax.decoding.policy import Policy
+from synthneg_jax.decoding.policy import Policy, resolve
 from synthneg_jax.pipeline import record_io, traces, train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import processes
@@ -51,14 +51,14 @@ def adopt_sft(experiment: Experiment, folder: str) -> dict:
     UserError: no such folder, or a model that does not fit; or stage sft was done with other weights.
   """
   stage = experiment.stage("sft", ["task", "model", "sft"], ["synthesize"], reads_base=True)
-  policy = policies.load(policies.resolve(folder), experiment.config.model, experiment.mesh)
+  policy = Policy.load(resolve(folder), experiment.config.model, experiment.mesh)
   if stage.done:
     if experiment.policy("sft").fingerprint != policy.fingerprint:
       raise UserError(
         f"Stage sft in {experiment.workdir} is done, with other weights than {folder}; take another --workdir."
       )
     return {}
-  return stage.finish({"adopted": str(folder)}, identity=policies.save(stage.folder / "policy", policy, policy.params))
+  return stage.finish({"adopted": str(folder)}, identity=policy.save(stage.folder / "policy", policy.params))
 
 
 @dataclasses.dataclass
@@ -304,7 +304,7 @@ def run(experiment: Experiment, files: Sequence[str], assume_finish: str = "", s
     shards.write(_records(experiment, policy, responses[start : start + _SHARD]))
   report = _report(reader.counts)
   write_json(stage.folder / "import_report.json", report)
-  groups = traces.by_problem(shards.read())
+  groups = by_problem(shards.read())
   every = [trace for group in groups.values() for trace in group]
   figures = {
     "traces": len(every),

@@ -51,7 +51,7 @@ def read(experiment: Experiment, name: str) -> dict[str, Margin]:
   except FileNotFoundError:
     return {}
   margins = {}
-  for pair in Shards(experiment.workdir / "dpo" / name / "pairs", Pair).read():
+  for pair in Shards(experiment.workdir / "pairs" / name / "pairs", Pair).read():
     keys = [reference.branch_key(pair.trunk, len(pair.trunk), ids) for ids in (pair.chosen, pair.rejected)]
     if all(key in store for key in keys for store in (before, after)):
       sums = [tuple(float(np.sum(store[key], dtype=np.float64)) for store in (before, after)) for key in keys]

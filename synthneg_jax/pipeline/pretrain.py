@@ -4,7 +4,7 @@ import jax
 import transformers
 
 from synthneg_jax.core.tree import Branch, Tree
-from synthneg_jax.decoding import policy
+from synthneg_jax.decoding.policy import param_shardings
 from synthneg_jax.models import huggingface
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.models.decoder import Model
@@ -53,7 +53,7 @@ def run(experiment: Experiment) -> dict:
     )
   )
   plan = train_policy.plan(experiment, section, examples, [document.id for document in documents])
-  shardings = policy.shardings(model, experiment.mesh)
+  shardings = param_shardings(model, experiment.mesh)
   params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(c.seed))
   params, last = loop.fit(
     "pretrain",

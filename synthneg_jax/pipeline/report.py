@@ -8,17 +8,17 @@ import numpy as np
 from etils import epath
 
 from synthneg_jax.core import advantages
-from synthneg_jax.data.records import Pair, Shards, StepEstimate, Trace
+from synthneg_jax.data.credited_traces import CreditedTraces, first_pits, pad
+from synthneg_jax.data.records import Pair, Shards, Trace
 from synthneg_jax.data.token_text import TokenText
-from synthneg_jax.pipeline import evaluate, pairs, viewer
-from synthneg_jax.pipeline import traces as traces_lib
+from synthneg_jax.pipeline import evaluate, viewer
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.pipeline.viewer import LABELS
 from synthneg_jax.report import report_page, trace_cards
 from synthneg_jax.runtime import config_schema, manifest, processes
 from synthneg_jax.runtime.errors import UserError
 
-_STAGES = ("synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo")
+_STAGES = ("synthesize", "sft", "sample", "rft", "credit", "pairs/dpo", "pairs/step_dpo", "dpo/dpo", "dpo/step_dpo")
 
 
 def _manifest(workdir: epath.Path, name: str) -> dict | None:
@@ -84,74 +84,56 @@ class _Credit:
   """The credited wrong traces with their values and pits."""
 
   def __init__(self, experiment: Experiment):
-    config, workdir = experiment.config, experiment.workdir
-    self._run = experiment
-    self.groups = traces_lib.by_problem(
-      Shards(workdir / "sample" / "traces", Trace).read(), experiment.problems("train")
-    )
-    self.estimates = Shards(workdir / "credit" / "estimates", StepEstimate).read_dict()
-    credited = {estimate.trace_id for estimate in self.estimates.values()}
-    self.wrong = [
-      trace for group in self.groups.values() for trace in group if trace.id in credited and not trace.correct
-    ]
-    self.v0_of = {key: (sum(trace.correct for trace in group), len(group)) for key, group in self.groups.items()}
-    self.pits = []
-    if self.wrong:
-      self.q, self.known, self.v0 = pairs.values(self.wrong, self.estimates, self.v0_of, config.credit.best_of)
-      self.pits = pairs.pits(self.q, self.known, self.v0, config.pairs).tolist()
+    config = experiment.config
+    self._experiment = experiment
+    self._credited = CreditedTraces.load(experiment.workdir, config.credit.best_of, experiment.problems("train"))
+    self.wrong = self._credited.wrong
+    self.pits = first_pits(self.wrong, config.pairs)
 
   def means(self) -> report_page.MeanValues:
     if not self.wrong:
       return report_page.MeanValues((), (), 0.0, 0, (), ())
-    means, counts = advantages.mean_value_by_step(self.q, self.known)
-    num_problems = len({trace.problem_id for trace in self.wrong})
-    gained = jax.vmap(advantages.step_advantages)(self.q, self.v0)
-    both = self.known & np.concatenate([np.ones_like(self.known[:, :1]), self.known[:, :-1]], axis=1)
+    q, known, v0 = pad(self.wrong)
+    means, counts = advantages.mean_value_by_step(q, known)
+    num_problems = len({credited.trace.problem_id for credited in self.wrong})
+    gained = jax.vmap(advantages.step_advantages)(q, v0)
+    both = known & np.concatenate([np.ones_like(known[:, :1]), known[:, :-1]], axis=1)
     by_step = [np.asarray(part).tolist() for part in advantages.mean_value_by_step(gained, both)]
-    start = float(self.v0.mean())
-    return report_page.MeanValues(means.tolist(), counts.tolist(), start, num_problems, *by_step)
+    return report_page.MeanValues(means.tolist(), counts.tolist(), float(v0.mean()), num_problems, *by_step)
 
   def shown(self) -> list[trace_cards.ShownTrace]:
     """Those that the report shows in full: with a pit if there are enough of them."""
-    count = self._run.config.report.num_traces
-    chosen = _spread([i for i, pit in enumerate(self.pits) if pit >= 0], self.wrong, count)
-    seen = {self.wrong[i].problem_id for i in chosen}
-    others = [i for i, trace in enumerate(self.wrong) if trace.problem_id not in seen]
-    chosen += _spread(others, self.wrong, count - len(chosen))
+    count, traces = self._experiment.config.report.num_traces, [credited.trace for credited in self.wrong]
+    chosen = _spread([i for i, pit in enumerate(self.pits) if pit >= 0], traces, count)
+    seen = {traces[i].problem_id for i in chosen}
+    others = [i for i, trace in enumerate(traces) if trace.problem_id not in seen]
+    chosen += _spread(others, traces, count - len(chosen))
     if not chosen:
       return []
-    text = viewer.token_text(self._run)
-    preferred = None
-    if (self._run.workdir / "dpo" / "step_dpo" / "manifest.json").exists():
-      preferred = {
-        pair.trace_id: text.text(pair.chosen)
-        for pair in Shards(self._run.workdir / "dpo" / "step_dpo" / "pairs", Pair).read()
-      }
-    problems = self._run.problems("train")
-    return [self._show(i, problems[self.wrong[i].problem_id], text, preferred) for i in chosen]
+    text, preferred = viewer.token_text(self._experiment), None
+    if _manifest(self._experiment.workdir, "pairs/step_dpo"):
+      pairs = Shards(self._experiment.workdir / "pairs" / "step_dpo" / "pairs", Pair).read()
+      preferred = {pair.trace_id: text.text(pair.chosen) for pair in pairs}
+    problems = self._experiment.problems("train")
+    return [self._show(i, problems[traces[i].problem_id], text, preferred) for i in chosen]
 
   def _show(self, i: int, problem, text: TokenText, preferred: dict[str, str] | None) -> trace_cards.ShownTrace:
-    trace = self.wrong[i]
-    known, q, v0 = self.known[i], self.q[i], float(self.v0[i])
-    gained = np.asarray(advantages.step_advantages(q, v0))
-    steps, start = [], 0
-    for s, end in enumerate(trace.step_ends):
-      estimate = self.estimates[f"{trace.id}/{s}"]
-      interval = tuple(evaluate.wilson(estimate.successes, estimate.rollouts)) if estimate.rollouts else None
-      before_known = s == 0 or bool(known[s - 1])
+    credited = self.wrong[i]
+    trace, steps, start = credited.trace, [], 0
+    for s, (end, estimate) in enumerate(zip(trace.step_ends, credited.estimates, strict=True)):
       steps.append(
         trace_cards.Step(
           text=text.text(trace.ids[start:end]),
           rollouts=estimate.rollouts,
           successes=estimate.successes,
-          interval=interval,
-          q=float(q[s]) if known[s] else None,
-          advantage=float(gained[s]) if known[s] and before_known else None,
+          interval=tuple(evaluate.wilson(estimate.successes, estimate.rollouts)) if estimate.rollouts else None,
+          q=float(credited.q[s]) if credited.known[s] else None,
+          advantage=float(credited.advantage[s]) if credited.advantage_known[s] else None,
           exact=estimate.exact,
         )
       )
       start = end
-    right, samples = self.v0_of[trace.problem_id]
+    right, samples = self._credited.start[trace.problem_id]
     return trace_cards.ShownTrace(
       id=trace.id,
       problem=problem.prompt,
@@ -160,7 +142,7 @@ class _Credit:
       reason=trace.reason,
       right_samples=right,
       samples=samples,
-      v0=v0,
+      v0=credited.v0,
       steps=steps,
       pit=self.pits[i],
       preferred=None if preferred is None else preferred.get(trace.id, ""),

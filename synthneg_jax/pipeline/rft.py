@@ -3,71 +3,48 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import numpy as np
 
-from synthneg_jax.core import advantages, selection
+from synthneg_jax.core import selection
 from synthneg_jax.core.tree import Branch
 from synthneg_jax.data import prompts
-from synthneg_jax.data.records import Shards, StepEstimate, Trace
-from synthneg_jax.pipeline import pairs, train_policy
-from synthneg_jax.pipeline import traces as traces_lib
+from synthneg_jax.data.credited_traces import CreditedTrace, CreditedTraces, by_problem
+from synthneg_jax.data.records import Shards, Trace
+from synthneg_jax.pipeline import train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import keys
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import objectives
 
 
-class _Credit:
-  """The credited traces with their values."""
-
-  def __init__(self, experiment: Experiment, groups: dict[str, list[Trace]]):
-    estimates = Shards(experiment.workdir / "credit" / "estimates", StepEstimate).read_dict()
-    ids = {estimate.trace_id for estimate in estimates.values()}
-    self.traces = [trace for group in groups.values() for trace in group if trace.id in ids]
-    self.counts = {
-      trace.id: [estimates[f"{trace.id}/{step}"] for step in range(len(trace.step_ends))] for trace in self.traces
-    }
-    self.start = {key: (sum(trace.correct for trace in group), len(group)) for key, group in groups.items()}
-    k = experiment.config.credit.best_of
-    q, self.known, v0 = pairs.values(self.traces, estimates, self.start, k)
-    self.advantages = np.asarray(jax.vmap(advantages.step_advantages)(q, v0))
-
-  def lowest(self) -> list[float]:
-    """min_i A_i of each trace, NaN where a step of it has no estimate."""
-    whole = [bool(known[: len(t.step_ends)].all()) for known, t in zip(self.known, self.traces, strict=True)]
-    return [
-      float(of_trace[: len(trace.step_ends)].min()) if known else np.nan
-      for of_trace, trace, known in zip(self.advantages, self.traces, whole, strict=True)
-    ]
-
-  def spurious(self, trace: Trace) -> bool:
-    """Whether the counts call a step of a right trace a step back."""
-    counted = [(0, 0) if each.exact else (each.successes, each.rollouts) for each in self.counts[trace.id]]
-    return bool(selection.spurious_steps(*zip(*counted, strict=True), self.start[trace.problem_id]))
+def _is_spurious(credited: CreditedTrace, start: tuple[int, int]) -> bool:
+  """Whether the counts call a step of a right trace a step back."""
+  counted = [(0, 0) if each.exact else (each.successes, each.rollouts) for each in credited.estimates]
+  return bool(selection.spurious_steps(*zip(*counted, strict=True), start))
 
 
 def _chosen(
-  experiment: Experiment, groups: dict[str, list[Trace]]
+  experiment: Experiment, groups: Mapping[str, Sequence[Trace]]
 ) -> dict[str, list[tuple[Trace, Sequence[bool] | None]]]:
-  """By problem the traces to be cloned, each with which of its tokens are scored (None: all)."""
+  """The traces to be cloned, by problem, each with a mask of its scored tokens (None: all)."""
   section, chosen = experiment.config.rft, {key: [] for key in groups}
   if section.keep == "right":
     for key, group in groups.items():
       kept = selection.keep_right([(trace.ids, trace.correct) for trace in group], section.max_per_problem)
       chosen[key] = [(group[i], None) for i in kept]
     return chosen
-  credit = _Credit(experiment, groups)
+  credit = CreditedTraces.load(experiment.workdir, experiment.config.credit.best_of, groups)
   if section.keep in ("spurious", "clean"):
-    for trace in credit.traces:
-      if trace.correct and credit.spurious(trace) == (section.keep == "spurious"):
-        chosen[trace.problem_id].append((trace, None))
+    for credited in credit.right:
+      key = credited.trace.problem_id
+      if _is_spurious(credited, credit.start[key]) == (section.keep == "spurious"):
+        chosen[key].append((credited.trace, None))
     return {key: traces[: section.max_per_problem] for key, traces in chosen.items()}
-  for i in selection.advantage_filter(credit.lowest(), section.drop_fraction):
-    trace, mask = credit.traces[i], None
+  lowest = [float(each.advantage.min()) if each.known.all() else np.nan for each in credit.traces]
+  for i in selection.advantage_filter(lowest, section.drop_fraction):
+    trace, mask = credit.traces[i].trace, None
     if section.loss_mask != "whole":
-      of_trace = credit.advantages[i][: len(trace.step_ends)].tolist()
-      mask = selection.step_mask(of_trace, trace.step_ends, rule=section.loss_mask)
+      mask = selection.step_mask(credit.traces[i].advantage.tolist(), trace.step_ends, rule=section.loss_mask)
       if not any(mask):
         continue
     chosen[trace.problem_id].append((trace, mask))
@@ -115,9 +92,9 @@ def run(experiment: Experiment, name: str = "rft") -> dict:
     return {}
   policy = experiment.base() if reads_base else experiment.policy("sft")
   problems = experiment.problems("train")
-  groups = traces_lib.by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
+  groups = by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
   chosen = _at_most(_chosen(experiment, groups), section.max_solutions, experiment.config.seed)
-  trunk = functools.cache(lambda key: train_policy.prompt_ids(experiment, policy, problems[key]))
+  trunk = functools.cache(lambda key: train_policy.prompt_ids(experiment, policy.tokenizer, problems[key]))
   solutions = {}
   if section.with_teacher:
     texts = {key: problems[key].solution for key in chosen if problems[key].solution}

@@ -2,6 +2,7 @@
 
 import collections
 
+from synthneg_jax.data.credited_traces import by_problem
 from synthneg_jax.data.records import Shards, Trace
 from synthneg_jax.pipeline import tensorboard_summaries, traces
 from synthneg_jax.pipeline.experiment import Experiment, sampling
@@ -26,7 +27,7 @@ def run(experiment: Experiment) -> dict:
     sampling(section),
     stage.folder / "traces",
   )
-  groups = traces.by_problem(shards.read(), problems)
+  groups = by_problem(shards.read(), problems)
   every = [trace for group in groups.values() for trace in group]
   figures = {
     "traces": len(every),

@@ -13,7 +13,7 @@ def run(experiment: Experiment, name: str = "sft") -> dict:
     return {}
   section, policy = experiment.config.sft, experiment.base()
   problems = {key: problem for key, problem in experiment.problems("train").items() if problem.solution}
-  trunks = {key: train_policy.prompt_ids(experiment, policy, problem) for key, problem in problems.items()}
+  trunks = {key: train_policy.prompt_ids(experiment, policy.tokenizer, problem) for key, problem in problems.items()}
   solutions = {key: [prompts.encode_solution(policy.tokenizer, problem.solution)] for key, problem in problems.items()}
   length = min(section.row_length, experiment.config.model.max_length)
   examples, names, dropped = train_policy.solution_trees(

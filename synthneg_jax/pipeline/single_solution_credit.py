@@ -6,7 +6,7 @@ and the text; branches fork off at the end of the problem (they give V) and at t
 
 import numpy as np
 
-from synthneg_jax.core import advantages
+from synthneg_jax.core import advantages, pits
 from synthneg_jax.data import steps as steps_lib
 from synthneg_jax.data.records import Problem
 from synthneg_jax.decoding.engine import Trunk
@@ -55,7 +55,7 @@ def credit(
   """
   config = experiment.config
   given = Problem(id="yours", prompt=problem, solution="", answer=answer, source="yours")
-  prompt = train_policy.prompt_ids(experiment, policy, given)
+  prompt = train_policy.prompt_ids(experiment, policy.tokenizer, given)
   if config.task.name == "arithmetic":
     _encoded(policy, "problem", problem)  # other prompts have a template around them
   ids = [*_encoded(policy, "solution", text), policy.tokenizer.eos_token_id]
@@ -95,7 +95,7 @@ def _shown(config, policy: Policy, problem: Problem, ids, ends, successes, num_r
   rule = {name: config.pairs[name] for name in ("drop_ratio", "min_before")}
   pit = -1
   if not verdict.correct:
-    pit = int(advantages.first_pit(q, np.ones(len(q), bool), v0, rule=config.pairs.pit_rule, **rule))
+    pit = int(pits.first_pit(q, np.ones(len(q), bool), v0, rule=config.pairs.pit_rule, **rule))
   steps = []
   for s, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
     last = s == len(ends) - 1

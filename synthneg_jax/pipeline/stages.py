@@ -1,5 +1,6 @@
 """All stages in order, or some; after each, config.json and summary.json of the workdir are brought up to date."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 
@@ -7,7 +8,20 @@ import jax
 from absl import logging
 
 from synthneg_jax.models import torch_parity
-from synthneg_jax.pipeline import credit, dpo, evaluate, export, pretrain, report, rft, sample, sft, synthesize, viewer
+from synthneg_jax.pipeline import (
+  credit,
+  dpo,
+  evaluate,
+  export,
+  pairs,
+  pretrain,
+  report,
+  rft,
+  sample,
+  sft,
+  synthesize,
+  viewer,
+)
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import config_schema, manifest, metrics, processes
 from synthneg_jax.runtime.errors import UserError
@@ -19,14 +33,31 @@ STAGES = {
   "sample": sample.run,
   "rft": rft.run,
   "credit": credit.run,
+  "pairs": pairs.run,
   "dpo": dpo.run,
   "evaluate": evaluate.run,
   "report": report.run,
   "traces": viewer.run,  # the part of report that is the trace viewer
   "export": export.run,
 }
-RECIPE = ("synthesize", "sft", "sample", "rft", "credit", "dpo", "evaluate", "report")
-_FOLDERS = ("pretrain", "synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo")
+VARIANTS = {"pairs": pairs.variant, "dpo": dpo.variant}  # stages with variants that can be made alone: pairs/step_dpo
+RECIPE = ("synthesize", "sft", "sample", "rft", "credit", "pairs", "dpo", "evaluate", "report")
+_FOLDERS = ("pretrain", *RECIPE[:5], *(f"{stage}/{name}" for stage in VARIANTS for name in pairs.VARIANTS))
+
+
+def _function(name: str) -> Callable[[Experiment], dict]:
+  """What runs a stage, or a variant of one such as dpo/step_dpo.
+
+  Raises:
+    UserError: there is no such stage or variant.
+  """
+  if name in STAGES:
+    return STAGES[name]
+  stage, _, variant = name.partition("/")
+  if stage in VARIANTS and variant in pairs.VARIANTS:
+    return functools.partial(VARIANTS[stage], name=variant)
+  known = [*STAGES, *(f"{stage}/{variant}" for stage in VARIANTS for variant in pairs.VARIANTS)]
+  raise UserError(f"--stages names {name!r}; stages are {', '.join(known)}.")
 
 
 def summarize(experiment: Experiment) -> dict:
@@ -41,10 +72,10 @@ def summarize(experiment: Experiment) -> dict:
     if figures:
       methods[method] = {key: figures[key] for key in ("test_error", "ci95", "num_problems")}
       stages[f"evaluate/{method}"] = figures
-  begun = experiment.workdir / "dpo" / "step_dpo" / "begun.json"
+  begun = experiment.workdir / "pairs" / "step_dpo" / "begun.json"
   if begun.exists():
     made_with = json.loads(begun.read_text())["config"]
-    step_dpo = {"pair_mode": made_with["pairs.pair_mode"], "pit_rule": made_with["pairs.pit_rule"]}
+    step_dpo = {"pair_mode": made_with["pairs.pair_mode"], "pit_rule": made_with.get("pairs.pit_rule", "")}
   return {"methods": methods, "step_dpo": step_dpo, "stages": stages}
 
 
@@ -70,9 +101,7 @@ def run(
     UserError: an unknown stage, or whatever a stage refuses.
     Stopped: SIGTERM came; what was done is saved.
   """
-  for name in stages:
-    if name not in STAGES:
-      raise UserError(f"--stages names {name!r}; stages are {', '.join(STAGES)}.")
+  functions = {name: _function(name) for name in stages} | dict(instead or {})
   config_schema.check_values(config)
   metrics.check(config.metrics)
   experiment = Experiment.open(config, workdir)
@@ -90,7 +119,7 @@ def run(
     if processes.stopping():
       raise processes.Stopped
     logging.info("Stage %s.", name)
-    figures = (instead or {}).get(name, STAGES[name])(experiment)
+    figures = functions[name](experiment)
     logging.info("Stage %s: %s", name, json.dumps(figures) if figures else "done before.")
     if figures:  # the stage has accepted the config and worked by it
       manifest.write_json(experiment.workdir / "config.json", about)

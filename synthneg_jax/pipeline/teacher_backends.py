@@ -6,8 +6,8 @@ import numpy as np
 from absl import logging
 
 from synthneg_jax.data import prompts
-from synthneg_jax.decoding import policy
 from synthneg_jax.decoding.engine import Engine, Trunk
+from synthneg_jax.decoding.policy import Policy, files_identity, resolve
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import keys
@@ -27,7 +27,7 @@ class _Local:
     c = experiment.config
     if not c.synthesis.endpoint.model:
       raise UserError("synthesis.provider='local' needs synthesis.endpoint.model: the checkpoint's folder.")
-    self._policy = policy.load(policy.resolve(c.synthesis.endpoint.model), c.model, experiment.mesh)
+    self._policy = Policy.load(resolve(c.synthesis.endpoint.model), c.model, experiment.mesh)
     self._run, self._store, self.model = experiment, store, self._policy.fingerprint
     self._style = "chat" if self._policy.tokenizer.chat_template else "raw"
     self._engine = Engine(
@@ -144,5 +144,5 @@ def identity(experiment: Experiment) -> str:
   """Tells one capable model from another without opening it: of a checkpoint its files, else its name."""
   section = experiment.config.synthesis
   if section.provider == "local":
-    return policy.identity(policy.resolve(section.endpoint.model))
+    return files_identity(resolve(section.endpoint.model))
   return section.endpoint.model if section.provider == "endpoint" else "scripted teacher"

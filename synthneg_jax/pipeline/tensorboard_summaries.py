@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from etils import epath
 
-from synthneg_jax.core import advantages
-from synthneg_jax.data.records import Problem, StepEstimate, Trace
-from synthneg_jax.pipeline import evaluate, pairs
+from synthneg_jax.data.credited_traces import CreditedTraces, first_pits
+from synthneg_jax.data.records import Problem, Trace
+from synthneg_jax.pipeline import evaluate
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.report import figures
 from synthneg_jax.runtime import processes
@@ -21,7 +21,7 @@ def _histogram(values, edges) -> Histogram:
   return edges, counts
 
 
-def _spread(traces: Sequence[Trace], count: int) -> list[Trace]:
+def _spread(traces: Sequence, count: int) -> list:
   """At most `count` of them at even distances."""
   return [traces[int(place)] for place in np.linspace(0, len(traces) - 1, min(count, len(traces)))]
 
@@ -61,11 +61,7 @@ def sampled(
 
 
 def credited(
-  experiment: Experiment,
-  folder: epath.Path,
-  problems: Mapping[str, Problem],
-  groups: Mapping[str, Sequence[Trace]],
-  estimates: Sequence[StepEstimate],
+  experiment: Experiment, folder: epath.Path, problems: Mapping[str, Problem], credited_traces: CreditedTraces
 ) -> None:
   """Writes Q by step of report.num_traces wrong traces as images beside their text, and histograms of Q and advantage.
 
@@ -73,42 +69,35 @@ def credited(
     experiment: with the config.
     folder: takes the event file.
     problems: by id.
-    groups: all sampled traces, by problem.
-    estimates: of the traces that got credit.
+    credited_traces: of stage credit.
 
   Raises:
     UserError: the event file cannot be written.
   """
-  credited_ids = {estimate.trace_id for estimate in estimates}
-  wrong = [trace for group in groups.values() for trace in group if trace.id in credited_ids and not trace.correct]
+  wrong = credited_traces.wrong
   if not (experiment.config.metrics.tensorboard and processes.first() and wrong):
     return
-  of_key = {estimate.key: estimate for estimate in estimates}
-  v0_of = {key: (sum(trace.correct for trace in group), len(group)) for key, group in groups.items()}
-  q, known, v0 = pairs.values(wrong, of_key, v0_of, experiment.config.credit.best_of)
-  pits = pairs.pits(q, known, v0, experiment.config.pairs)
-  gained = np.stack([advantages.step_advantages(q_S, v) for q_S, v in zip(q, v0, strict=True)])
-  both = known & np.concatenate([np.ones_like(known[:, :1]), known[:, :-1]], axis=1)
+  pits = dict(zip((each.trace.id for each in wrong), first_pits(wrong, experiment.config.pairs), strict=True))
   images, texts = {}, {}
-  for n, trace in enumerate(_spread(wrong, experiment.config.report.num_traces)):
-    row = wrong.index(trace)
-    steps = [of_key[f"{trace.id}/{step}"] for step in range(len(trace.step_ends))]
+  for n, each in enumerate(_spread(wrong, experiment.config.report.num_traces)):
     figure = figures.step_values(
-      [float(q[row, s]) if known[row, s] else None for s in range(len(steps))],
-      [evaluate.wilson(step.successes, step.rollouts) if step.rollouts else None for step in steps],
-      float(v0[row]),
-      int(pits[row]),
+      [float(q) if known else None for q, known in zip(each.q, each.known, strict=True)],
+      [evaluate.wilson(step.successes, step.rollouts) if step.rollouts else None for step in each.estimates],
+      each.v0,
+      pits[each.trace.id],
     )
     images[f"step_q/{n}"] = figures.png(figure, 100)
-    texts[f"step_q/{n}"] = _text(trace, problems[trace.problem_id])
+    texts[f"step_q/{n}"] = _text(each.trace, problems[each.trace.problem_id])
   file = EventFile(folder)
   file.write(
     0,
     images=images,
     texts=texts,
     histograms={
-      "q/per_step": _histogram(q[known], _SHARES),
-      "advantage/per_step": _histogram(gained[both], np.linspace(-1.0, 1.0, 41)),
+      "q/per_step": _histogram(np.concatenate([each.q[each.known] for each in wrong]), _SHARES),
+      "advantage/per_step": _histogram(
+        np.concatenate([each.advantage[each.advantage_known] for each in wrong]), np.linspace(-1.0, 1.0, 41)
+      ),
     },
   )
   file.close()

@@ -1,6 +1,6 @@
 """Responses of a policy to problems, with verdicts: what sample and evaluate share."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -78,7 +78,7 @@ def trunk(experiment: Experiment, prompt: Sequence[int], problem: Problem, purpo
 
 
 def _prompt(experiment: Experiment, policy: Policy, problem: Problem, shots: Sequence[Problem]) -> list[int]:
-  ids = train_policy.prompt_ids(experiment, policy, problem, shots)
+  ids = train_policy.prompt_ids(experiment, policy.tokenizer, problem, shots)
   room, new = experiment.config.model.max_length - len(ids), experiment.config.engine.max_new_tokens
   if room < new:
     raise UserError(
@@ -131,14 +131,3 @@ def respond(
         raise stopped
   processes.barrier()
   return shards
-
-
-def by_problem(traces: Iterable[Trace], order: Iterable[str] = ()) -> dict[str, list[Trace]]:
-  """Traces grouped by their problem, in the order of their numbers; problems in this order, others as they come.
-
-  Shards hold problems in an order that depends on what wrote them; what is made of them must not.
-  """
-  groups = {key: [] for key in order}
-  for trace in traces:
-    groups.setdefault(trace.problem_id, []).append(trace)
-  return {key: sorted(group, key=lambda trace: trace.index) for key, group in groups.items() if group}

@@ -9,7 +9,7 @@ from etils import epath
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.data import prompts
 from synthneg_jax.data.records import Problem
-from synthneg_jax.decoding import policy as policies
+from synthneg_jax.decoding.policy import Policy, param_shardings
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.pipeline.experiment import Experiment
@@ -20,13 +20,11 @@ from synthneg_jax.training import batches, loop
 from synthneg_jax.training.batch import Example
 
 
-def prompt_ids(
-  experiment: Experiment, policy: policies.Policy, problem: Problem, shots: Sequence[Problem] = ()
-) -> list[int]:
+def prompt_ids(experiment: Experiment, tokenizer, problem: Problem, shots: Sequence[Problem] = ()) -> list[int]:
   """The trunk of everything about a problem; `shots` are worked problems that come before it."""
   task = experiment.config.task
   return prompts.encode_prompt(
-    policy.tokenizer,
+    tokenizer,
     problem.prompt,
     problems_lib.prompt_style(task),
     instruction=task.instruction,
@@ -100,7 +98,7 @@ def train(
   experiment: Experiment,
   name: str,
   section,
-  policy: policies.Policy,
+  policy: Policy,
   objective,
   plan_: batches.Batches,
   folder: epath.Path,
@@ -115,7 +113,7 @@ def train(
   open_metrics = functools.partial(Metrics, experiment.config, experiment.workdir, folder)
   adapter = trained(policy.model, section)
   if isinstance(adapter, Adapter):
-    layout = policies.shardings(adapter, experiment.mesh)
+    layout = param_shardings(adapter, experiment.mesh)
     key = jax.random.wrap_key_data(keys.draw_key(experiment.config.seed, "adapter", 0, name, "", 0))
     params = jax.jit(adapter.init, out_shardings=layout)(key)
     figures["trained"] = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -133,11 +131,11 @@ def train(
       (frozen,),
       open_metrics,
     )
-    fingerprint = policies.save(folder / "policy", policy, params, adapter)
+    fingerprint = policy.save(folder / "policy", params, adapter)
   else:
     params, policy.params = policy.params, None  # donated
     params, last = loop.fit(
       name, section, policy.model, params, objective, plan_, experiment.mesh, folder, check_start, (), open_metrics
     )
-    fingerprint = policies.save(folder / "policy", policy, params)
+    fingerprint = policy.save(folder / "policy", params)
   return fingerprint, figures | {key: round(value, 5) for key, value in last.items()}

@@ -1,23 +1,21 @@
 """The trace viewer of a run: gathers traces, credit, rollouts and pairs, and has them written as report/traces.html."""
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-import jax
 import numpy as np
-import transformers
 
 from synthneg_jax.core import advantages
-from synthneg_jax.data.records import Pair, Problem, Shards, StepEstimate, Trace
+from synthneg_jax.data.credited_traces import CreditedTrace, CreditedTraces, first_pits, spurious_steps
+from synthneg_jax.data.records import Pair, Problem, Shards, Trace
 from synthneg_jax.data.token_text import TokenText
-from synthneg_jax.decoding import policy
-from synthneg_jax.pipeline import pair_logprobs, pairs
+from synthneg_jax.decoding.policy import load_tokenizer, resolve
+from synthneg_jax.pipeline import pair_logprobs
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.report import viewer_page
 from synthneg_jax.runtime import manifest, processes
-from synthneg_jax.runtime.errors import UserError
 
 LABELS = {
   "base": "base model",
@@ -36,23 +34,14 @@ def token_text(experiment: Experiment) -> TokenText:
   """
   folder = experiment.workdir / "sft" / "policy"
   if not folder.exists():  # the base model may have been tested first
-    folder = policy.resolve(experiment.config.model.path)
-  try:
-    return TokenText(transformers.AutoTokenizer.from_pretrained(policy.tokenizer_folder(folder), local_files_only=True))
-  except (OSError, ValueError) as error:
-    raise UserError(
-      f"{folder} has no tokenizer that transformers can load; the report needs it to show the steps of traces."
-    ) from error
+    folder = resolve(experiment.config.model.path)
+  return TokenText(load_tokenizer(folder))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Known:
-  """What credit gave one trace, padded to the longest."""
+class _Blame(NamedTuple):
+  """A credited trace with the step it is blamed for: the pit of a wrong trace, the spurious step of a right one; else -1."""
 
-  q: np.ndarray  # float [S]
-  known: np.ndarray  # bool [S]
-  v0: float
-  advantage: np.ndarray  # float [S]
+  credited: CreditedTrace
   pit: int
   spurious: int
 
@@ -75,13 +64,15 @@ class _Run:
         for trace in Shards(workdir / stage / "traces", Trace).read():
           self.groups[trace.problem_id].append((len(self.sources), trace))
         self.sources.append(label)
-    self.estimates = Shards(workdir / "credit" / "estimates", StepEstimate).read_dict() if done("credit") else {}
-    self.known = self._known()
+    self.credited, self.known = None, {}
+    if done("credit"):
+      self.credited = CreditedTraces.load(workdir, config.credit.best_of, self.problems)
+      self.known = self._blamed()
     self.pairs = collections.defaultdict(list)
     for stage in ("dpo", "step_dpo"):
-      if done(f"dpo/{stage}"):
+      if done(f"pairs/{stage}"):
         moved = pair_logprobs.read(experiment, stage)
-        for pair in Shards(workdir / "dpo" / stage / "pairs", Pair).read():
+        for pair in Shards(workdir / "pairs" / stage / "pairs", Pair).read():
           self.pairs[pair.trace_id].append((stage, pair, moved.get(pair.id)))
     self.text = token_text(experiment) if self.sources else None
 
@@ -91,28 +82,12 @@ class _Run:
     samples = {key: [t for source, t in group if source not in self.methods] for key, group in self.groups.items()}
     return {key: (sum(trace.correct for trace in group), len(group)) for key, group in samples.items()}
 
-  def _known(self) -> dict[str, _Known]:
-    credited = dict.fromkeys(estimate.trace_id for estimate in self.estimates.values())
-    traces = [trace for group in self.groups.values() for _, trace in group if trace.id in credited]
-    if not traces:
-      return {}
-    config = self.run.config
-    q, known, v0 = pairs.values(traces, self.estimates, self.value_of, config.credit.best_of)
-    gained = np.asarray(jax.jit(jax.vmap(advantages.step_advantages))(q, v0))
-    pits = pairs.pits(q, known, v0, config.pairs).tolist()
-    rule = functools.partial(advantages.spurious_step, below=config.pairs.spurious_below)
-    spurious = np.asarray(jax.jit(jax.vmap(rule))(q, known, v0)).tolist()
-    return {
-      trace.id: _Known(
-        q[i],
-        known[i],
-        float(v0[i]),
-        gained[i],
-        -1 if trace.correct else pits[i],  # a pit is of a wrong trace, a spurious step of a right one
-        spurious[i] if trace.correct else -1,
-      )
-      for i, trace in enumerate(traces)
-    }
+  def _blamed(self) -> dict[str, _Blame]:
+    pairs, wrong, right = self.run.config.pairs, self.credited.wrong, self.credited.right
+    blamed = [_Blame(each, pit, -1) for each, pit in zip(wrong, first_pits(wrong, pairs), strict=True)]
+    spurious = spurious_steps(right, pairs.spurious_below)
+    blamed += [_Blame(each, -1, step) for each, step in zip(right, spurious, strict=True)]
+    return {blame.credited.trace.id: blame for blame in blamed}
 
   def chosen(self) -> list[str]:
     """Ids of the problems that are shown: all, or whole ones at even distances so that max_traces are not exceeded."""
@@ -131,7 +106,9 @@ class _Run:
       problem: Problem = self.problems[key]
       known = [self.known[trace.id] for _, trace in self.groups[key] if trace.id in self.known]
       right, samples = self.value_of[key]
-      value = known[0].v0 if known else right / samples if samples and self.run.config.credit.best_of == 1 else None
+      value = (
+        known[0].credited.v0 if known else right / samples if samples and self.run.config.credit.best_of == 1 else None
+      )
       shown = [self._view(source, trace) for source, trace in self.groups[key]]
       yield viewer_page.ProblemView(key, problem.prompt, problem.answer, problem.solution, value, right, samples, shown)
 
@@ -146,25 +123,23 @@ class _Run:
       reason=trace.reason,
       extracted=trace.extracted,
       finish=trace.finish,
-      credit=self._credit(trace, known) if known else None,
+      credit=self._credit(known.credited) if known else None,
       pit=known.pit if known else -1,
       spurious=known.spurious if known else -1,
       pairs=[self._pair(trace, *made) for made in self.pairs.get(trace.id, ())],
     )
 
-  def _credit(self, trace: Trace, known: _Known) -> list[viewer_page.Credit]:
+  def _credit(self, credited: CreditedTrace) -> list[viewer_page.Credit]:
     steps = []
-    for s in range(len(trace.step_ends)):
-      estimate = self.estimates[f"{trace.id}/{s}"]
+    for s, estimate in enumerate(credited.estimates):
       count = (estimate.successes, estimate.rollouts)
-      both = bool(known.known[s]) and (s == 0 or bool(known.known[s - 1]))
       steps.append(
         viewer_page.Credit(
           rollouts=estimate.rollouts,
           successes=estimate.successes,
           interval=tuple(map(float, advantages.value_interval(*count))) if estimate.rollouts else None,
-          q=float(known.q[s]) if known.known[s] else None,
-          advantage=float(known.advantage[s]) if both else None,
+          q=float(credited.q[s]) if credited.known[s] else None,
+          advantage=float(credited.advantage[s]) if credited.advantage_known[s] else None,
           exact=estimate.exact,
           drawn=self._drawn(estimate.samples_at),
         )
@@ -174,7 +149,7 @@ class _Run:
   def _drawn(self, holder: str) -> Sequence[viewer_page.Rollout]:
     """The rollouts of an estimate, equal ones once, the most frequent first, as many as the config has kept."""
     times = collections.Counter()
-    for sample in self.estimates[holder].samples:
+    for sample in self.credited.estimates[holder].samples:
       times[tuple(sample["ids"]), sample["correct"], sample["reason"]] += 1
     kept = times.most_common(self.run.config.report.max_rollouts)
     return [viewer_page.Rollout(self.text.text(ids), right, reason, n) for (ids, right, reason), n in kept]

@@ -119,7 +119,7 @@ class Recipe:
     """Checks that the mesh can hold the model."""
     self._config, self.mesh, self._lengths = config, mesh, lengths
     self.model = architecture(config)
-    self._params = policy.shardings(self.model, mesh)
+    self._params = policy.param_shardings(self.model, mesh)
     self.work = cost_model.work(config, lengths, len(config.evaluate.methods))
 
   def programs(self, stages: Sequence[str]) -> Iterator[Program]:
@@ -163,7 +163,7 @@ class Recipe:
     optimizer = optimizer_lib.make_optimizer(section.optimizer, max(self.work[name]["steps"], 1))
     trained, frozen, num_adapter, what = train_policy.trained(model, section), (), 0, ""
     if isinstance(trained, Adapter):
-      policy.shardings(trained, mesh)  # checks them
+      policy.param_shardings(trained, mesh)  # checks them
       objective = train_policy.of_adapter(trained, objective)
       frozen = (_abstract(model.abstract_params(), self._params),)
       num_adapter = sum(leaf.size for leaf in jax.tree.leaves(trained.abstract_params()))

@@ -566,11 +566,11 @@ def leaves(config: ConfigDict) -> Iterator[tuple[str, object]]:
 
 
 def plain(config: ConfigDict, sections: Sequence[str] | None = None) -> dict:
-  """Leaves as a flat JSON-ready dict, of these top-level sections or leaves, or of all."""
+  """Leaves as a flat JSON-ready dict: of these sections or single leaves, such as ("seed", "dpo.row_length"), or all."""
   return {
     name: list(value) if isinstance(value, tuple) else value
     for name, value in leaves(config)
-    if sections is None or name.split(".")[0] in sections
+    if sections is None or name in sections or name.split(".")[0] in sections
   }
 
 

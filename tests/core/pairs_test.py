@@ -277,9 +277,9 @@ class FiltersTest(parameterized.TestCase):
     ]
     kept, dropped = pairs.filter_pairs(*zip(*made, strict=True), most=2, max_flip=0.2)
     self.assertEqual(kept, [2, 4, 6, 7])
-    self.assertEqual(dropped, {"same": 1, "doubtful": 1, "duplicate": 1, "beyond_cap": 1})
+    self.assertEqual(dropped, {"same": 1, "doubtful": 1, "repeated": 1, "beyond_cap": 1})
     self.assertEqual(pairs.filter_pairs([], [], most=2, max_flip=1.0), ([], {}))
-    self.assertEqual(pairs.filter_pairs(*zip(*made[1:3], strict=True), most=2, max_flip=0.25), ([0], {"duplicate": 1}))
+    self.assertEqual(pairs.filter_pairs(*zip(*made[1:3], strict=True), most=2, max_flip=0.25), ([0], {"repeated": 1}))
 
   def test_settings_go_by_name(self):
     # Fails if a setting can be given by its place, where it may be taken for its neighbour.

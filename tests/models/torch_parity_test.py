@@ -7,7 +7,7 @@ from unittest import mock
 
 from absl.testing import absltest
 
-from synthneg_jax.decoding import policy
+from synthneg_jax.decoding.policy import EMBEDDED
 from synthneg_jax.models import torch_parity
 from synthneg_jax.pipeline import stages
 from synthneg_jax.runtime import config_schema
@@ -20,7 +20,7 @@ class CheckParityTest(absltest.TestCase):
     # Fails if a check that was asked for is passed over in silence.
     with mock.patch.dict(sys.modules, {"torch": None}):
       with self.assertRaisesRegex(UserError, "--check_parity compares with torch, which is not installed"):
-        torch_parity.check(policy.EMBEDDED, tiny_model.model(), None)
+        torch_parity.check(EMBEDDED, tiny_model.model(), None)
 
   def test_first_of_all(self):
     # Fails if the leaf that the flag sets is not read, if it is on by itself, or if another model than the base is held
@@ -34,7 +34,7 @@ class CheckParityTest(absltest.TestCase):
       config.model.check_parity = True
       stages.run(config, tempfile.mkdtemp(), [])
     ((folder, model, params),) = [call.args for call in check.call_args_list]
-    self.assertEqual(pathlib.Path(folder), policy.EMBEDDED)
+    self.assertEqual(pathlib.Path(folder), EMBEDDED)
     self.assertEqual(params["ends"]["embedding"].shape, (model.config.vocab_size, model.config.d_model))
 
 

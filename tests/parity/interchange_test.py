@@ -14,7 +14,7 @@ from etils import epath
 
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.data.records import Pair, Shards
-from synthneg_jax.decoding import policy
+from synthneg_jax.decoding.policy import EMBEDDED
 from synthneg_jax.pipeline import export_formats
 from synthneg_jax.training import reference
 from tests.pipeline import small_run
@@ -35,7 +35,7 @@ def load(what: str, suffix: str = ".jsonl") -> datasets.Dataset:
 
 
 def trainer(kind, dataset):
-  embedded = str(policy.EMBEDDED)
+  embedded = str(EMBEDDED)
   model = transformers.AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32)
   tokenizer = transformers.AutoTokenizer.from_pretrained(embedded)
   arguments = trl.DPOConfig(
@@ -63,7 +63,7 @@ class TrlTest(absltest.TestCase):
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["input_ids"]
       )
     self.assertIsNotNone(logits)
-    pairs = list(Shards(epath.Path(small_run.finished()) / "dpo/step_dpo/pairs", Pair).read())
+    pairs = list(Shards(epath.Path(small_run.finished()) / "pairs/step_dpo/pairs", Pair).read())
     rows = {
       tuple(ids[mask].tolist()) for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
     }
@@ -88,7 +88,7 @@ class TrlTest(absltest.TestCase):
     trees = [Tree(row["prompt_ids"], (Branch(len(row["prompt_ids"]), tuple(row["rejected_ids"])),)) for row in rows]
     store = reference.Store(epath.Path(tempfile.mkdtemp()) / "r.npz")
     reference.score(base.model, base.params, trees, 160, experiment.mesh, store)
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(policy.EMBEDDED), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(EMBEDDED), dtype=torch.float32)
     for row, tree in zip(rows, trees, strict=True):
       ids = torch.tensor([row["prompt_ids"] + row["rejected_ids"]])
       logp = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]

@@ -30,7 +30,7 @@ from trl.trainer import dpo_trainer
 from synthneg_jax.core import losses
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.core.tree import Branch, Tree
-from synthneg_jax.decoding import policy as policies
+from synthneg_jax.decoding.policy import EMBEDDED
 from synthneg_jax.models import huggingface
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import device_mesh
@@ -79,7 +79,7 @@ def make_trainer(folder: pathlib.Path, policy, ref_policy) -> trl.DPOTrainer:
     ref_model=ref_policy,
     args=config,
     train_dataset=datasets.Dataset.from_list([text]),
-    processing_class=transformers.AutoTokenizer.from_pretrained(str(policies.EMBEDDED)),
+    processing_class=transformers.AutoTokenizer.from_pretrained(str(EMBEDDED)),
   )
 
 

@@ -245,7 +245,7 @@ class ExportTest(parameterized.TestCase):
 
   def test_pairs(self):
     # Fails if ids and text are not of one pair, EOS is added to a step, or a pair is lost.
-    records = {pair.id: pair for pair in read(small_run.finished(), "dpo/step_dpo/pairs", Pair)}
+    records = {pair.id: pair for pair in read(small_run.finished(), "pairs/step_dpo/pairs", Pair)}
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(small_run.finished() / "sft/policy"))
     rows = exported("pairs")
     self.assertEqual([row["id"] for row in rows], list(records))

@@ -13,7 +13,7 @@ import transformers
 from absl.testing import absltest
 from etils import epath
 
-from synthneg_jax.decoding import policy as policies
+from synthneg_jax.decoding.policy import EMBEDDED, Policy
 from synthneg_jax.pipeline import export
 from synthneg_jax.pipeline.experiment import Experiment
 from tests import tiny_model
@@ -30,7 +30,7 @@ def finished_sft(workdir: pathlib.Path, **export_section) -> Experiment:
   config.model.path = str(workdir.parent / "base")
   config.evaluate.methods = ("base", "sft", "rft")  # rft was not trained here
   config.export.update(export_section)
-  shutil.copytree(policies.EMBEDDED, config.model.path)
+  shutil.copytree(EMBEDDED, config.model.path)
   base_folder = pathlib.Path(config.model.path)
   generation = {"temperature": 0.6, "do_sample": True, "eos_token_id": [3]}
   (base_folder / "generation_config.json").write_text(json.dumps(generation))
@@ -41,7 +41,7 @@ def finished_sft(workdir: pathlib.Path, **export_section) -> Experiment:
   base = experiment.base()
   stage = experiment.stage("sft", ["sft"], reads_base=True)
   params = jax.tree.map(lambda leaf: 0.9 * leaf + 0.01, base.params)
-  stage.finish({}, identity=policies.save(stage.folder / "policy", base, params))
+  stage.finish({}, identity=base.save(stage.folder / "policy", params))
   return experiment
 
 
@@ -60,7 +60,7 @@ class ExportTest(absltest.TestCase):
     folder = self.root / "run/export/sft/policy"
     self.assertEqual({method: figures[method]["folder"] for method in figures}, {"sft": str(folder)})
     self.assertEqual([path.name for path in (self.root / "run/export").iterdir()], ["sft"])
-    loaded = policies.load(folder, experiment.config.model, experiment.mesh)
+    loaded = Policy.load(folder, experiment.config.model, experiment.mesh)
     self.assertEqual(loaded.fingerprint, policy.fingerprint)
     self.assertEqual(loaded.model.config, policy.model.config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -88,7 +88,7 @@ class ExportTest(absltest.TestCase):
       held |= dict.fromkeys(tensors, shard.name)
     self.assertEqual(index, held)
     self.assertEqual(
-      policies.load(folder, experiment.config.model, experiment.mesh).fingerprint, experiment.policy("sft").fingerprint
+      Policy.load(folder, experiment.config.model, experiment.mesh).fingerprint, experiment.policy("sft").fingerprint
     )
 
   def test_what_a_killed_call_left_is_written_anew(self):

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import safetensors.numpy
 from absl.testing import absltest
+from etils import epath
 
-from synthneg_jax.decoding import policy as policies
+from synthneg_jax.decoding.policy import EMBEDDED
 from synthneg_jax.pipeline import export, sft, synthesize, train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import config_schema
@@ -36,7 +37,7 @@ def make_config():
 
 
 def open_run(workdir) -> Experiment:
-  return Experiment(make_config(), policies.epath.Path(workdir), tiny_model.one_device_mesh())
+  return Experiment(make_config(), epath.Path(workdir), tiny_model.one_device_mesh())
 
 
 def num_bytes(folder) -> int:
@@ -51,7 +52,7 @@ class LoraTest(absltest.TestCase):
     cls.experiment = open_run(cls.root / "run")
     synthesize.run(cls.experiment)
     cls.figures = sft.run(cls.experiment)
-    cls.base_bytes = (pathlib.Path(policies.EMBEDDED) / "model.safetensors").stat().st_size
+    cls.base_bytes = (pathlib.Path(EMBEDDED) / "model.safetensors").stat().st_size
 
   def copy_of_run(self) -> Experiment:
     workdir = pathlib.Path(tempfile.mkdtemp(dir=self.root)) / "moved"
@@ -122,7 +123,7 @@ class LoraTest(absltest.TestCase):
     self.assertEqual(set(figures), {"sft", "dpo"})
     exported = safetensors.numpy.load_file(moved / "export/dpo/policy/model.safetensors")
     adapter = safetensors.numpy.load_file(moved / "export/dpo/adapter/adapter_model.safetensors")
-    base = safetensors.numpy.load_file(pathlib.Path(policies.EMBEDDED) / "model.safetensors")
+    base = safetensors.numpy.load_file(pathlib.Path(EMBEDDED) / "model.safetensors")
     for name in ("model.layers.1.self_attn.q_proj", "model.layers.2.mlp.up_proj"):
       pair = [adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "BA"]
       self.assertEqual(pair[0].shape[1], 3 if "q_proj" in name else 1)

@@ -1,15 +1,16 @@
 """Pairs of every mode out of hand-made traces and counts: what a run's records become before training."""
 
+import shutil
 import tempfile
 
 from absl.testing import absltest
 
 from synthneg_jax.core.tree import Branch
+from synthneg_jax.data.credited_traces import by_problem
 from synthneg_jax.data.records import Problem, Rollout, Shards, StepEstimate, Trace
 from synthneg_jax.data.token_text import step_ends
-from synthneg_jax.decoding import policy
+from synthneg_jax.decoding.policy import EMBEDDED, Policy
 from synthneg_jax.pipeline import pairs, rft
-from synthneg_jax.pipeline import traces as traces_lib
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import config_schema
 from tests import tiny_model
@@ -40,7 +41,7 @@ class BuildTest(absltest.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     config = config_schema.default()
-    cls.policy = policy.load(policy.resolve("embedded"), config.model, tiny_model.one_device_mesh())
+    cls.policy = Policy.load(EMBEDDED, config.model, tiny_model.one_device_mesh())
     cls.experiment = Experiment.open(config, cls.enterClassContext(tempfile.TemporaryDirectory()))
     eos = cls.policy.tokenizer.eos_token_id
     encode = lambda lines: cls.policy.tokenizer.encode("".join(lines), add_special_tokens=False)
@@ -69,6 +70,10 @@ class BuildTest(absltest.TestCase):
             key, "p", step, end, *((0, 0) if last else (4, counts[step])), last, last and correct, samples, holder
           )
         )
+    tokenizer = cls.experiment.workdir / "sft" / "policy"
+    tokenizer.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+      shutil.copy(EMBEDDED / name, tokenizer / name)
     for name, kind, records in (
       ("synthesize/train", Problem, [problem]),
       ("sample/traces", Trace, traces),
@@ -81,7 +86,7 @@ class BuildTest(absltest.TestCase):
     config = self.experiment.config.copy_and_resolve_references()
     config.credit.best_of = best_of
     config.pairs.update(**settings)
-    made, figures = pairs.build(Experiment(config, self.experiment.workdir, self.experiment.mesh), self.policy, mode)
+    made, figures = pairs.build(Experiment(config, self.experiment.workdir, self.experiment.mesh), mode)
     text = lambda ids: self.policy.token_text.text([i for i in ids if i != self.eos])
     rows = []
     for pair in made:
@@ -100,7 +105,7 @@ class BuildTest(absltest.TestCase):
     self.assertNotIn(self.eos, made[0].rejected)
     flips = [pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(c, 4)) for c in (3, 1)]
     self.assertEqual([pair.flip for pair in made], flips)
-    self.assertEqual((figures["pairs"], figures["without_pit"], figures["pits_by_step"]), (2, 0, {"1": 2}))
+    self.assertEqual((figures["pairs"], figures["dropped"]["without_pit"], figures["pits_by_step"]), (2, 0, {"1": 2}))
 
   def test_shared_prefix(self):
     # Fails if rollouts are taken from another prefix or from a trace that does not hold them, if the pit's own step is
@@ -108,7 +113,7 @@ class BuildTest(absltest.TestCase):
     rows, made, figures = self.build("shared_prefix", choice="majority")
     self.assertEqual(rows, [("0", FIRST, SECOND, WRONG_SECOND, 1)])
     self.assertEqual(made[0].flip, pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(2, 2)))
-    self.assertEqual(figures["without_alternative"], 1)
+    self.assertEqual(figures["dropped"]["without_alternative"], 1)
     rows, _, _ = self.build("shared_prefix", choice="most_likely", continuation="rollout")
     self.assertEqual(rows, [("0", FIRST, DETOUR + RIGHT, WRONG_SECOND, 1)])
 
@@ -142,7 +147,7 @@ class BuildTest(absltest.TestCase):
     config = self.experiment.config.copy_and_resolve_references()
     config.credit.best_of = 1
     config.rft.update(**settings)
-    groups = traces_lib.by_problem(Shards(self.experiment.workdir / "sample/traces", Trace).read(), ["p"])
+    groups = by_problem(Shards(self.experiment.workdir / "sample/traces", Trace).read(), ["p"])
     chosen = rft._chosen(Experiment(config, self.experiment.workdir, self.experiment.mesh), groups)["p"]
     scored = lambda trace, mask: [i for i, on in zip(trace.ids, mask or [True] * len(trace.ids), strict=True) if on]
     text = lambda ids: self.policy.token_text.text([i for i in ids if i != self.eos])
@@ -165,7 +170,7 @@ class BuildTest(absltest.TestCase):
 
   def test_rft_learns_the_teachers_solution_too(self):
     # Fails if it is left out where no sample was right: then there was nothing to train on.
-    trace = traces_lib.by_problem(Shards(self.experiment.workdir / "sample/traces", Trace).read(), ["p"])["p"][3]
+    trace = by_problem(Shards(self.experiment.workdir / "sample/traces", Trace).read(), ["p"])["p"][3]
     chosen = {"p": [(trace, None)], "q": [], "r": []}
     made = rft._branches(chosen, {"p": [7, 8], "q": [9]}, {"p": 3, "q": 4, "r": 5}.get)
     self.assertEqual(made["p"], [Branch(3, tuple(trace.ids)), Branch(3, (7, 8))])
@@ -178,7 +183,7 @@ class BuildTest(absltest.TestCase):
     expected = [(str(n), "", solution, "".join(TRACES[n][1]), -1) for n in (0, 1)]
     self.assertEqual(rows, expected)
     self.assertEqual([pair.rejected[-1] for pair in made], [self.eos] * 2)
-    self.assertEqual((figures["without_pit"], figures["without_alternative"]), (0, 0))
+    self.assertEqual(figures["dropped"], {"without_pit": 0, "without_alternative": 0, "too_long": 0})
     self.assertNotIn("mean_flip", figures)
 
   def test_furthest(self):
@@ -194,7 +199,19 @@ class BuildTest(absltest.TestCase):
     self.assertLen(self.build("algorithm1", max_per_problem=1)[0], 1)
     rows, _, figures = self.build("algorithm1", max_flip=0.1)
     self.assertEqual([row[0] for row in rows], ["0"])
-    self.assertEqual(figures["doubtful"], 1)
+    self.assertEqual(figures["dropped"]["doubtful"], 1)
+
+  def test_pairs_beyond_the_row_are_counted_and_left_out(self):
+    # Fails if a pair that no training row holds is written, so that dpo would stumble over it, or goes uncounted.
+    _, made, figures = self.build("algorithm1")
+    sizes = sorted(len(pair.trunk) + len(pair.chosen) + len(pair.rejected) for pair in made)
+    self.assertEqual((len(sizes), figures["dropped"]["too_long"]), (2, 0))
+    before = self.experiment.config.dpo.row_length
+    self.experiment.config.dpo.row_length = sizes[-1] - 1
+    _, made, figures = self.build("algorithm1")
+    self.experiment.config.dpo.row_length = before
+    kept = [size for size in sizes if size < sizes[-1]]
+    self.assertEqual((len(made), figures["dropped"]["too_long"]), (len(kept), 2 - len(kept)))
 
   def test_best_of_k_needs_k_rollouts(self):
     # Fails if a step with fewer rollouts than k counts as known: the answer step alone is known then.

@@ -112,7 +112,7 @@ def losses(workdir) -> list[float]:
 class PodTestCase(absltest.TestCase):
   def assert_same_records(self, workdir, count: int):
     """Traces, rollouts and pairs are one process's; log-probs to rounding; each process wrote its part of all."""
-    for name in ("sample/traces", "credit/estimates", "dpo/dpo/pairs", "dpo/step_dpo/pairs"):
+    for name in ("sample/traces", "credit/estimates", "pairs/dpo/pairs", "pairs/step_dpo/pairs"):
       found, expected = records(workdir, name), records(alone(), name)
       self.assertNotEmpty(expected, name)
       self.assertEqual(set(found), set(expected), name)

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from absl.testing import absltest
 
-from synthneg_jax.decoding import policy as policies
 from synthneg_jax.decoding.engine import Engine
+from synthneg_jax.decoding.policy import EMBEDDED, Policy
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.pipeline import traces
 from synthneg_jax.pipeline.experiment import Experiment
@@ -25,8 +25,8 @@ class PretrainTest(absltest.TestCase):
     workdir = pathlib.Path(tempfile.mkdtemp())
     done = stages_test.launch(workdir, program="pretrain")
     self.assertEqual(done.returncode, 0, done.stderr[-2000:])
-    policy = policies.load(workdir / "pretrain/policy", config_schema.default().model, tiny_model.one_device_mesh())
-    shipped = policies.load(policies.EMBEDDED, config_schema.default().model, tiny_model.one_device_mesh())
+    policy = Policy.load(workdir / "pretrain/policy", config_schema.default().model, tiny_model.one_device_mesh())
+    shipped = Policy.load(EMBEDDED, config_schema.default().model, tiny_model.one_device_mesh())
     self.assertEqual(policy.model.config, shipped.model.config)
     self.assertEqual(policy.tokenizer.get_vocab(), shipped.tokenizer.get_vocab())
     self.assertNotEqual(policy.fingerprint, shipped.fingerprint)
@@ -35,7 +35,7 @@ class PretrainTest(absltest.TestCase):
     # Fails if the weights do not belong to the tokenizer or the task: legal steps would be rare.
     config = config_schema.default()
     run = Experiment(config, None, tiny_model.one_device_mesh())
-    policy = policies.load(policies.EMBEDDED, config.model, run.mesh)
+    policy = Policy.load(EMBEDDED, config.model, run.mesh)
     engine = Engine(policy.model, run.mesh, policy.stops(()), lanes=32, slots=1, max_new_tokens=64)
     rng, puzzles = np.random.default_rng(7), []
     while len(puzzles) < 64:

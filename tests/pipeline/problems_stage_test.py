@@ -91,7 +91,7 @@ class ShotsTest(parameterized.TestCase):
   def test_prompt(self):
     experiment = self._run()
     ids = train_policy.prompt_ids(
-      experiment, experiment.base(), Problem("9", "q9", "", "5", ""), [experiment.problems("train")["0"]]
+      experiment, experiment.base().tokenizer, Problem("9", "q9", "", "5", ""), [experiment.problems("train")["0"]]
     )
     self.assertEqual(
       experiment.base().tokenizer.decode(ids),

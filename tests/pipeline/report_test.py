@@ -288,7 +288,7 @@ def test_stage_from_a_workdir(experiment):
   assert "1. A: X= 2 + Y= 3 A= 6" in text
   assert "Q 3/4 = 0.75 (0.30 – 0.95), advantage +0.25" in text  # V is 2/4; Wilson's interval of 3 in 4
   assert "2 of 4 samples of the problem are right (value 0.50)" in text
-  assert "Not finished yet: rft, dpo/dpo, dpo/step_dpo, evaluate/base" in text
+  assert "Not finished yet: rft, pairs/dpo, pairs/step_dpo, dpo/dpo, dpo/step_dpo, evaluate/base" in text
   seconds = [float(line.split(",")[1] or 0) for line in (path.parent / "time.csv").read_text().splitlines()[1:]]
   assert len(seconds) > 2 and f"all{sum(seconds):.1f}" in text
   assert "25.0 %" in text and "10.0 – 50.0 %" in text and "cut off at the length limit" in text
@@ -299,10 +299,10 @@ def test_stage_from_a_workdir(experiment):
 def test_stage_shows_the_preferred_branch(experiment):
   tokenizer = transformers.AutoTokenizer.from_pretrained(str(experiment.workdir / "sft" / "policy"))
   chosen = tokenizer.encode(" A: X= 2 + Y= 3 A= 5\n")
-  Shards(experiment.workdir / "dpo" / "step_dpo" / "pairs", Pair).write(
+  Shards(experiment.workdir / "pairs" / "step_dpo" / "pairs", Pair).write(
     [Pair("a", "p1", "p1/sample/3", [1], chosen, [2], "shared_prefix", 1, 0.0)]
   )
-  _stage(experiment.workdir, "dpo/step_dpo", {"pairs": 1})
+  _stage(experiment.workdir, "pairs/step_dpo", {"pairs": 1})
   text = _Page(epath.Path(report.run(experiment)["path"]).read_text()).text
   assert text.count("The per-step pair prefers") == 1 and "A: X= 2 + Y= 3 A= 5" in text
   assert text.count("This trace gave no per-step pair") == 1  # p0/sample/2 has a pit and no pair

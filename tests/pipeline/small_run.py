@@ -8,7 +8,6 @@ import tempfile
 from etils import epath
 
 from configs import arithmetic
-from synthneg_jax.data.records import Pair, Shards
 from synthneg_jax.pipeline import credit, pairs, sample, sft, synthesize
 from synthneg_jax.pipeline.experiment import Experiment
 from tests import tiny_model
@@ -24,14 +23,12 @@ def config():
 
 @functools.cache
 def finished() -> pathlib.Path:
-  """Stages synthesize, sft, sample and credit are done, and the pairs of step_dpo are written. Not to be changed."""
+  """Stages synthesize, sft, sample, credit and pairs/step_dpo are done. Not to be changed."""
   workdir = pathlib.Path(tempfile.mkdtemp(prefix="small_run_")) / "run"
   experiment = opened(workdir)
   for stage in (synthesize, sft, sample, credit):
     stage.run(experiment)
-  made, _ = pairs.build(experiment, experiment.policy("sft"), "shared_prefix")
-  assert len(made) > 3
-  Shards(experiment.workdir / "dpo/step_dpo/pairs", Pair).write(made)
+  assert pairs.variant(experiment, "step_dpo")["pairs"] > 3
   return workdir
 
 

@@ -13,8 +13,8 @@ from absl.testing import absltest
 from etils import epath
 
 from synthneg_jax.data import prompts
-from synthneg_jax.decoding import policy as policies
 from synthneg_jax.decoding.engine import Trunk
+from synthneg_jax.decoding.policy import Policy
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.models import huggingface
 from synthneg_jax.pipeline import export, sft, synthesize
@@ -51,7 +51,7 @@ def trained_and_exported(root: pathlib.Path) -> Experiment:
   return experiment
 
 
-def greedy(experiment: Experiment, policy: policies.Policy, questions) -> list[list[int]]:
+def greedy(experiment: Experiment, policy: Policy, questions) -> list[list[int]]:
   """Our engine's answers to questions as the chat template puts them."""
   asked = [prompts.encode_prompt(policy.tokenizer, question, "chat") for question in questions]
   trunks = [Trunk(ids, [len(ids)], np.zeros((1, 2), np.uint32)) for ids in asked]

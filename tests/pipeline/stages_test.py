@@ -113,7 +113,17 @@ class RecipeTest(absltest.TestCase):
       self.assertEqual(figures["num_problems"], 32)
       self.assertBetween(figures["test_error"], figures["ci95"][0] - 1e-4, figures["ci95"][1] + 1e-4)
     self.assertEqual(summary["step_dpo"], {"pair_mode": "shared_prefix", "pit_rule": "lowest_value"})
-    for stage in ("synthesize", "sft", "sample", "rft", "credit", "dpo/dpo", "dpo/step_dpo"):
+    for stage in (
+      "synthesize",
+      "sft",
+      "sample",
+      "rft",
+      "credit",
+      "pairs/dpo",
+      "pairs/step_dpo",
+      "dpo/dpo",
+      "dpo/step_dpo",
+    ):
       self.assertGreaterEqual(summary["stages"][stage]["seconds"], 0)
     self.assertIn("</html>", (finished() / "report/index.html").read_text())
     config = json.loads((finished() / "config.json").read_text())
@@ -145,7 +155,7 @@ class RecipeTest(absltest.TestCase):
     experiment = Experiment.open(arithmetic.get_config("smoke"), finished())
     self.assertIn('id="texts-0"', (finished() / "report/traces.html").read_text())
     for name in ("dpo", "step_dpo"):
-      pairs = {pair.id: pair for pair in Shards(experiment.workdir / "dpo" / name / "pairs", Pair).read()}
+      pairs = {pair.id: pair for pair in Shards(experiment.workdir / "pairs" / name / "pairs", Pair).read()}
       moved = pair_logprobs.read(experiment, name)
       self.assertEqual(set(moved), set(pairs))
       for key in list(pairs)[:2]:
@@ -189,12 +199,18 @@ class RecipeTest(absltest.TestCase):
     # Fails if dpo.loss or pairs.outcome_mode is not read: DPO-Positive starts at ln 2 too, IPO at (1/2τ)² = 4.
     workdir = copy_of_finished()
     shutil.rmtree(workdir / "dpo")
-    flags = ["--stages=dpo", "--config.dpo.loss=ipo", "--config.dpo.tau=0.25", "--config.pairs.outcome_mode=furthest"]
+    shutil.rmtree(workdir / "pairs/dpo")
+    flags = [
+      "--stages=pairs,dpo/dpo",
+      "--config.dpo.loss=ipo",
+      "--config.dpo.tau=0.25",
+      "--config.pairs.outcome_mode=furthest",
+    ]
     done = launch(workdir, *flags)
     self.assertEqual(done.returncode, 0, done.stderr[-2000:])
     first = json.loads((workdir / "dpo/dpo/metrics.jsonl").read_text().splitlines()[0])
     self.assertAlmostEqual(first["loss/per_pair"], 4.0, delta=1e-3)
-    self.assertIn('"pair_mode": "furthest"', (workdir / "dpo/dpo/pairs/00000.jsonl").read_text())
+    self.assertIn('"pair_mode": "furthest"', (workdir / "pairs/dpo/pairs/00000.jsonl").read_text())
 
   def test_another_schedule(self):
     # Fails if the schedule is not read, if rounds draw other rollouts than one round does (their keys count on), if a

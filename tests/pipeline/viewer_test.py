@@ -110,11 +110,11 @@ def test_pairs_have_their_margins(experiment):
   trunk = encode("P A: X= 2 + Y= 3 A= 6\n")
   scored = Pair("a", "p0", "p0/sample/2", trunk, encode(" good\n"), encode(" bad\n"), "shared_prefix", 1, 0.125)
   alone = dataclasses.replace(scored, id="b", chosen=encode(" too long\n"))
-  Shards(experiment.workdir / "dpo" / "step_dpo" / "pairs", Pair).write([scored, alone])
-  report_test._stage(experiment.workdir, "dpo/step_dpo", {"pairs": 2})
+  Shards(experiment.workdir / "pairs" / "step_dpo" / "pairs", Pair).write([scored, alone])
+  report_test._stage(experiment.workdir, "pairs/step_dpo", {"pairs": 2})
   whole = dataclasses.replace(scored, id="c", pair_mode="arbitrary", pit=-1, flip=0.0)
-  Shards(experiment.workdir / "dpo" / "dpo" / "pairs", Pair).write([whole])
-  report_test._stage(experiment.workdir, "dpo/dpo", {"pairs": 1})
+  Shards(experiment.workdir / "pairs" / "dpo" / "pairs", Pair).write([whole])
+  report_test._stage(experiment.workdir, "pairs/dpo", {"pairs": 1})
   for stage, fingerprint in (("sft", "f" * 16), ("dpo/step_dpo", "e" * 16), ("dpo/dpo", "d" * 16)):
     folder = experiment.workdir / stage / "policy"
     folder.mkdir(parents=True, exist_ok=True)

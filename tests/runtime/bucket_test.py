@@ -7,7 +7,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from synthneg_jax.data import problem_files
 from synthneg_jax.data.records import Problem, Shards
-from synthneg_jax.decoding import policy
+from synthneg_jax.decoding.policy import EMBEDDED, tokenizer_folder
 from synthneg_jax.runtime import event_files, manifest, metrics
 from synthneg_jax.runtime.errors import UserError
 
@@ -96,12 +96,12 @@ class BucketTest(absltest.TestCase):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text('{"problem": "1 + 1", "answer": "2"}\n')
     self.assertEqual([row.answer for row in problem_files.read(path, "jsonl", "train").rows], ["2"])
-    for file in epath.Path(policy.EMBEDDED).iterdir():
+    for file in epath.Path(EMBEDDED).iterdir():
       if file.suffix == ".json":
         (self.workdir / file.name).write_bytes(file.read_bytes())
     import transformers
 
-    local = policy.tokenizer_folder(self.workdir)
+    local = tokenizer_folder(self.workdir)
     self.assertNotIn("://", local)
     self.assertGreater(len(transformers.AutoTokenizer.from_pretrained(local)), 10)
 

@@ -7,7 +7,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec
 
-from synthneg_jax.decoding import policy
+from synthneg_jax.decoding.policy import param_shardings
 from synthneg_jax.runtime import device_mesh
 from synthneg_jax.runtime.errors import UserError
 from tests import tiny_model
@@ -129,8 +129,8 @@ class CheckTest(absltest.TestCase):
     # Fails if a tree's arrays are not all looked at, if heads that do not divide while their widths do pass (the cache
     # could not be split), or if a model that fits is refused.
     toy_mesh = lambda fsdp, tensor: device_mesh.make_mesh(1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor])
-    policy.shardings(tiny_model.model(vocab_size=32), toy_mesh(8, 1))
-    policy.shardings(tiny_model.model(vocab_size=32), toy_mesh(4, 2))
+    param_shardings(tiny_model.model(vocab_size=32), toy_mesh(8, 1))
+    param_shardings(tiny_model.model(vocab_size=32), toy_mesh(4, 2))
     for model, mesh, sentence in (
       (tiny_model.model(), toy_mesh(1, 2), "ends.embedding: dimension vocab=31 does not divide by tensor=2."),
       (tiny_model.model(d_model=17), toy_mesh(2, 1), "ends.embedding: dimension embed=17 does not divide by fsdp=2."),
@@ -143,7 +143,7 @@ class CheckTest(absltest.TestCase):
       (tiny_model.model(vocab_size=32), toy_mesh(1, 8), "attention: dimension heads=4 does not divide by tensor=8."),
     ):
       with self.assertRaises(UserError) as caught:
-        policy.shardings(model, mesh)
+        param_shardings(model, mesh)
       self.assertEqual(str(caught.exception), sentence)
 
 

@@ -31,7 +31,7 @@ import optax
 from etils import epath
 from scipy import special
 
-from synthneg_jax.core import advantages, losses, statistics
+from synthneg_jax.core import advantages, losses, pits, statistics
 from synthneg_jax.experiments.credit_toy import plots, reasoning_mdp
 from synthneg_jax.experiments.credit_toy.reasoning_mdp import Policy, ReasoningMDP
 from synthneg_jax.report import figures
@@ -92,7 +92,7 @@ def step_pairs(
   """The pit of every wrong response against the same step of a right rollout out of the prefix before it.
 
   Q after each step is estimated from `rollouts` continuations by the policy; after the last it is the verdict. The pit is
-  that of `advantages.first_pit` by `rule`. The continuations from the prefix before the pit serve again for the chosen
+  that of `pits.first_pit` by `rule`. The continuations from the prefix before the pit serve again for the chosen
   step (for a pit at the first step: responses to the problem that were sampled anyway). A pit without a right rollout
   that begins otherwise gives no pair.
   """
@@ -115,7 +115,7 @@ def step_pairs(
 @functools.partial(jax.jit, static_argnames="rule")
 def _pits(successes_WL, rollouts, v0_W, rule):
   q_WL, known_WL = advantages.step_values(successes_WL, jnp.full(successes_WL.shape, rollouts))
-  return jax.vmap(functools.partial(advantages.first_pit, rule=rule))(q_WL, known_WL, v0_W)
+  return jax.vmap(functools.partial(pits.first_pit, rule=rule))(q_WL, known_WL, v0_W)
 
 
 def _random_true(which_NK: np.ndarray, rng: np.random.Generator) -> np.ndarray:

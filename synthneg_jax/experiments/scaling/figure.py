@@ -133,7 +133,9 @@ def _way(data: Data) -> Drawn:
     if size not in [point.size for point in data.points(name)]:
       raise UserError(f"This figure needs the cell of {name} from {size} problems (study.reference_size).")
   last = cells["step_dpo"]
-  sft, sample, credit, pairs = (data.stage(last, name) for name in ("sft", "sample", "credit", last.method.folder))
+  sft, sample, credit, pairs = (
+    data.stage(last, name) for name in ("sft", "sample", "credit", last.method.pairs_folder)
+  )
   errors = [grid.load(data.workdir / "cells", data.config, cell)["test_error"] for cell in cells.values()]
   counts = dataflow_diagram.Counts(
     problems=data.stage(last, "synthesize")["train"],
@@ -145,7 +147,7 @@ def _way(data: Data) -> Drawn:
     credited=credit["traces"],
     steps=credit["steps"],
     rollouts=credit["rollouts"],
-    pits=credit["traces"] - pairs["without_pit"],
+    pits=credit["traces"] - pairs["dropped"]["without_pit"],
     pairs=pairs["pairs"],
     errors=tuple(errors),
   )
@@ -264,7 +266,7 @@ def _true_pits(data: Data) -> Drawn:
   if data.config.task.name != "jobs":
     raise UserError(f"This figure needs task.name=jobs, whose pits are known exactly, not {data.config.task.name!r}.")
   data.points("step_dpo")
-  folder = methods.parse("step_dpo", data.config).folder
+  folder = methods.parse("step_dpo", data.config).pairs_folder
   made, series = _measured(data, "true_pits", lambda experiment: measures.true_pits(experiment, folder)), []
   for part, words in (("pits", "pit by {}"), ("labels", "label {}")):
     for name in made[0][part]:

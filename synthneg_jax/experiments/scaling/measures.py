@@ -11,11 +11,11 @@ import numpy as np
 from synthneg_jax.core import advantages
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.data import prompts
+from synthneg_jax.data.credited_traces import CreditedTraces, by_problem, first_pits
 from synthneg_jax.data.records import Pair, Problem, Shards, Trace
 from synthneg_jax.decoding.engine import Trunk
 from synthneg_jax.decoding.policy import Policy
 from synthneg_jax.experiments.scaling import methods
-from synthneg_jax.pipeline import pairs as pairs_lib
 from synthneg_jax.pipeline import traces as traces_lib
 from synthneg_jax.pipeline import train_policy
 from synthneg_jax.pipeline.experiment import Experiment, sampling
@@ -38,12 +38,12 @@ def likelihoods(experiment: Experiment) -> dict[str, list[float]]:
     {"D_syn": nats a token of each solution, "D_plus": the same of each right sample}, in one order of problems.
   """
   policy, problems = experiment.base(), experiment.problems("train")
-  groups = traces_lib.by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
+  groups = by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
   right = {key: next((t.ids for t in group if t.correct), None) for key, group in groups.items()}
   kept = [key for key, ids in right.items() if ids and problems[key].solution][:_MOST_RESPONSES]
   trees = []
   for key in kept:
-    trunk = train_policy.prompt_ids(experiment, policy, problems[key])
+    trunk = train_policy.prompt_ids(experiment, policy.tokenizer, problems[key])
     solution = prompts.encode_solution(policy.tokenizer, problems[key].solution)
     trees.append(Tree(trunk, tuple(Branch(len(trunk), ids) for ids in (solution, right[key]))))
   store = reference.Store(experiment.workdir / "measures" / f"likelihoods-{policy.fingerprint}.npz")
@@ -86,7 +86,7 @@ def values(
   """
   section, trunks = experiment.config.credit, []
   for one in asked:
-    prompt = train_policy.prompt_ids(experiment, policy, one.problem)
+    prompt = train_policy.prompt_ids(experiment, policy.tokenizer, one.problem)
     draws = [
       keys.draw_key(experiment.config.seed, purpose, 0, one.problem.id, keys.hash_ids(one.ids[:end]), k)
       for end in one.ends
@@ -114,7 +114,7 @@ def _sampled(
   experiment: Experiment, policy: Policy, purpose: str, problems: Sequence[Problem], count: int
 ) -> list[Trace]:
   """Samples of each problem at credit.temperature, in the order of their problems' ids, then as they were drawn."""
-  prompt = lambda problem: train_policy.prompt_ids(experiment, policy, problem)
+  prompt = lambda problem: train_policy.prompt_ids(experiment, policy.tokenizer, problem)
   trunks = [traces_lib.trunk(experiment, prompt(problem), problem, purpose, count) for problem in problems]
   engine = experiment.engine(policy, slots=min(count, experiment.config.engine.slots))
   made = [
@@ -159,7 +159,7 @@ def many_samples(
   ks, found = [1 << i for i in range(count.bit_length())], {}
   for folder in folders:
     policy = experiment.policy(folder)
-    groups = traces_lib.by_problem(_sampled(experiment, policy, f"samples of {folder}", problems, count))
+    groups = by_problem(_sampled(experiment, policy, f"samples of {folder}", problems, count))
     right_N = np.array([sum(trace.correct for trace in group) for group in groups.values()])
     found[folder] = {
       "k": ks,
@@ -193,7 +193,7 @@ def compute(experiment: Experiment, path: Sequence[str]) -> dict[str, float]:
   model, section = policy.model.config, experiment.config.dpo
   matrices = cost_model.matrix_params(model) + model.d_model * model.vocab_size
   problems = experiment.problems("train").values()
-  prompt_tokens = sum(len(train_policy.prompt_ids(experiment, policy, problem)) for problem in problems)
+  prompt_tokens = sum(len(train_policy.prompt_ids(experiment, policy.tokenizer, problem)) for problem in problems)
   for name in path:
     if name == "sample":
       tokens = prompt_tokens + manifest.figures(experiment.workdir, name)["tokens"]
@@ -201,7 +201,7 @@ def compute(experiment: Experiment, path: Sequence[str]) -> dict[str, float]:
       credit, sample = (manifest.figures(experiment.workdir, stage) for stage in ("credit", "sample"))
       read = prompt_tokens / len(problems) + sample["tokens"] / sample["traces"]
       tokens = credit["rollout_tokens"] + credit["traces"] * read
-    elif name == "synthesize":
+    elif name == "synthesize" or "pairs/" in name:
       continue
     else:
       trained = _tokens_trained(experiment.workdir / name)
@@ -223,7 +223,7 @@ def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]
 
   Args:
     experiment: of a run folder of task jobs with credit.
-    folder: stage of per-step pairs.
+    folder: of the stage that made the per-step pairs.
 
   Returns:
     "pits": for each pit rule the share of wrong traces with credit whose pit is the first step after which they cannot come
@@ -231,20 +231,20 @@ def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]
     chosen step keeps a right end possible, the rejected one does not), "flipped" (the other way round) and "neither".
   """
   policy = experiment.policy("sft")
-  source = pairs_lib.Source(experiment, policy)
+  problems = experiment.problems("train")
+  wrong = CreditedTraces.load(experiment.workdir, experiment.config.credit.best_of, problems).wrong
   lines = lambda ids: [line for line in policy.token_text.text(list(ids)).split("\n") if line.strip()]
-  puzzles = {key: jobs.read(problem.prompt) for key, problem in source.problems.items()}
-  truth_N = np.array([jobs.true_pit(puzzles[trace.problem_id], lines(trace.ids)) for trace in source.wrong])
-  known = pairs_lib.values(source.wrong, source.estimates, source.v0, experiment.config.credit.best_of)
+  puzzles = {key: jobs.read(problem.prompt) for key, problem in problems.items()}
+  truth_N = np.array([jobs.true_pit(puzzles[each.trace.problem_id], lines(each.trace.ids)) for each in wrong])
   found = {"pits": {}, "distance": {}, "labels": collections.Counter(right=0, flipped=0, neither=0)}
   for rule in config_schema.LEAVES["pairs.pit_rule"].choices:
     section = methods.with_leaves(experiment.config, {"pairs.pit_rule": rule}).pairs
-    pit_N = pairs_lib.pits(*known, section)
+    pit_N = np.array(first_pits(wrong, section))
     found["pits"][rule] = round(float(np.mean(pit_N == truth_N)), 5)
     if rule == experiment.config.pairs.pit_rule:
       away, counts = np.unique((pit_N - truth_N)[pit_N >= 0], return_counts=True)
       found["distance"] = {str(n): round(float(count / len(pit_N)), 5) for n, count in zip(away, counts, strict=True)}
-  prompt_size = functools.cache(lambda key: len(train_policy.prompt_ids(experiment, policy, source.problems[key])))
+  prompt_size = functools.cache(lambda key: len(train_policy.prompt_ids(experiment, policy.tokenizer, problems[key])))
   pairs = list(Shards(experiment.workdir / folder / "pairs", Pair).read())
   for pair in pairs:
     puzzle, before = puzzles[pair.problem_id], lines(pair.trunk[prompt_size(pair.problem_id) :])

@@ -7,7 +7,7 @@ that what comes before (π_sft, its traces, their credit) is made once and share
 import dataclasses
 import difflib
 
-from synthneg_jax.pipeline import credit, dpo, evaluate, import_traces, rft, sample, sft, synthesize
+from synthneg_jax.pipeline import credit, dpo, evaluate, import_traces, pairs, rft, sample, sft, synthesize
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
@@ -95,6 +95,11 @@ class Method:
     return f"{self.second}/{made}" if self.second else made
 
   @property
+  def pairs_folder(self) -> str:
+    """Stage folder of the pairs that it trains on; empty for methods without any."""
+    return self.folder.replace("dpo/", "pairs/") if "dpo" in KINDS[self.kind].sections else ""
+
+  @property
   def second(self) -> str:
     """Folder of its stages in a second round, in the run folder; empty for methods of one."""
     first = KINDS[self.kind].first
@@ -105,8 +110,13 @@ class Method:
     """All stages that it rests on, its own last."""
     kind, again = KINDS[self.kind], ()
     if kind.first:
-      again = (f"dpo/{kind.first}", *(f"{self.second}/{stage}" for stage in kind.before if stage not in _SFT))
-    return (*kind.before, *again, *([self.folder] if self.folder else []))
+      again = (
+        f"pairs/{kind.first}",
+        f"dpo/{kind.first}",
+        *(f"{self.second}/{stage}" for stage in kind.before if stage not in _SFT),
+      )
+    own = [self.pairs_folder, self.folder] if "dpo" in kind.sections else [self.folder]
+    return (*kind.before, *again, *filter(None, own))
 
 
 def parse(text: str, config) -> Method:
@@ -220,7 +230,8 @@ def _train(experiment: Experiment, method: Method) -> None:
   for stage in KINDS[method.kind].before:
     _RUN[stage](experiment)
   if "dpo" in KINDS[method.kind].sections:
-    dpo.variant(own, name, own.config.pairs.pair_mode)
+    pairs.variant(own, name)
+    dpo.variant(own, name)
   elif method.kind == "sft":
     sft.run(own, name)
   elif method.kind != "base":

@@ -146,7 +146,8 @@ class ToyTest(absltest.TestCase):
       experiment.base(),
     )
     prompts_ = {
-      key: len(train_policy.prompt_ids(experiment, base, p)) for key, p in experiment.problems("train").items()
+      key: len(train_policy.prompt_ids(experiment, base.tokenizer, p))
+      for key, p in experiment.problems("train").items()
     }
     solutions = [
       len(prompts.encode_solution(base.tokenizer, p.solution)) for p in experiment.problems("train").values()
