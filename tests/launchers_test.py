@@ -268,7 +268,7 @@ class TpuPodTest(LauncherTestCase):
     (("up", "--zone=z"), "--name is missing"),
     (("up", "--name=n"), "--zone is missing"),
     (("run", "--name=n", "--zone=z"), "names no program"),
-    (("run", "--name=n", "--zone=z", "pipelin"), "'pipelin' is no program"),
+    (("run", "--name=n", "--zone=z", "pipelin"), "'pipelin' is no command"),
     (("up", "--name=n", "--zone=z", "--spott"), "--spott is no flag"),
   )
   def test_refusals(self, args, sentence):
