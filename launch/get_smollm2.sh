@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Fetches SmolLM2-135M-Instruct as a Hugging Face folder: `synthneg get-smollm2`, with the Python of this checkout.
 #
-#   bash launch/get_smollm2.sh [--dir=DIR]      --help tells more
+#   bash launch/get_smollm2.sh [--dir=DIR]
 #
-# Python is $PYTHON, else .venv/bin/python of this checkout, else python3; the project's requirements are installed there.
+# --help tells more. Python is $PYTHON, else .venv/bin/python of this checkout, else python3.
 set -euo pipefail
 fail() { echo "get_smollm2.sh: $1" >&2; exit 1; }
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -122,7 +122,7 @@ def load(path: epath.PathLike, config, mesh: Mesh) -> Policy:
   """
   folder = epath.Path(path)
   if not folder.exists():
-    hint = "; bash launch/get_smollm2.sh makes it" if "smollm2" in folder.name else ""
+    hint = "; `synthneg get-smollm2` makes it" if "smollm2" in folder.name else ""
     raise UserError(f"The model folder {folder} does not exist{hint}.")
   if (folder / _ADAPTER).exists():
     return _load_adapted(folder, config, mesh)
