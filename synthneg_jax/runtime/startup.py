@@ -105,7 +105,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return rest
   except flags.Error as error:
     raise UserError(str(error).strip().replace("\n", " ")) from error
-  except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, OSError) as error:
+  except (AttributeError, ImportError, KeyError, NameError, SyntaxError, TypeError, ValueError, OSError) as error:
     # The config file itself failed: the file and line are the last ones of the traceback inside it.
     frames = [
       f

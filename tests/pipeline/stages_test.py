@@ -332,7 +332,7 @@ class RefusalTest(parameterized.TestCase):
     # Fails if config files may add leaves that nothing reads.
     path = scratch() / "mine.py"
     path.write_text(
-      "from synthneg_jax.runtime import config\n\n\ndef get_config():\n  c = config.default()\n"
+      "from synthneg_jax.runtime import config_schema\n\n\ndef get_config():\n  c = config_schema.default()\n"
       "  c.dpo.betta = 1.0\n  return c\n"
     )
     self.assert_refuses(launch(scratch() / "x", config=path), "mine.py, line 6", "betta", "beta")
