@@ -20,15 +20,19 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   url=REPOSITORY,
-  packages=setuptools.find_packages(include=["synthneg_jax", "synthneg_jax.*"]),
+  # configs/ stays at the top of a checkout, where people read and change it; a wheel holds it within the package.
+  packages=[*setuptools.find_packages(include=["synthneg_jax", "synthneg_jax.*"]), "synthneg_jax.configs"],
+  package_dir={"synthneg_jax.configs": "configs"},
+  entry_points={"console_scripts": ["synthneg = synthneg_jax.cli:main"]},
   package_data={
+    "synthneg_jax.configs": ["prompts/*/*.txt"],
     "synthneg_jax": [
       "report/katex/*",
       "report/katex/fonts/*",
       "report/page/*",
       "tasks/embedded/*",
       "tasks/math_rows/*",
-    ]
+    ],
   },
   python_requires=">=3.11",
   install_requires=[

@@ -1,6 +1,6 @@
 """MkDocs hook: the pages that no file holds. Home is the README, and what the code knows is read from the code.
 
-configuration.md: every leaf of the default tree with its value and comment. commands.md: each program's --help. api/*.md: every
+configuration.md: every leaf of the default tree with its value and comment. commands.md: each command's --help. api/*.md: every
 public name of each room with its docstring. Pages of docs/ that mkdocs.yml does not name go to the end of the menu.
 """
 
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from concurrent import futures
 
+from synthneg_jax import cli
 from synthneg_jax.runtime import config_schema
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -59,19 +60,22 @@ def _leaf_row(name: str, leaf: config_schema.Leaf) -> str:
 
 
 def commands() -> str:
-  """The page of all programs, as each one's --help says it."""
-  programs = [*sorted((ROOT / "launch").glob("*.py")), *sorted((ROOT / "launch").glob("*.sh")), ROOT / "tests/run.sh"]
-  programs = [path for path in programs if path.name != "worker_setup.sh"]  # started by others, takes no --help
+  """The page of all commands and scripts, with the --help of each."""
+  scripts = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "tests/run.sh"]
+  calls = {f"synthneg {name}": [sys.executable, "-m", "synthneg_jax.cli", name] for name in cli.COMMANDS}
+  calls |= {f"bash {path.relative_to(ROOT)}": ["bash", str(path)] for path in scripts}
 
-  def told(path: pathlib.Path) -> str:
-    runner = sys.executable if path.suffix == ".py" else "bash"
-    done = subprocess.run([runner, str(path), "--help"], capture_output=True, text=True, check=False, cwd=ROOT)
-    text = (done.stdout or done.stderr).replace(str(ROOT) + "/", "").strip()
-    return f"## {path.relative_to(ROOT)}\n\n```text\n{text}\n```\n"
+  def section(title: str) -> str:
+    done = subprocess.run([*calls[title], "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
+    return f"## {title}\n\n```text\n{done.stdout.strip()}\n```\n"
 
   with futures.ThreadPoolExecutor(4) as pool:
-    pages = list(pool.map(told, programs))
-  return "# Commands\n\nWhat each program says to `--help`.\n\n" + "\n".join(pages)
+    sections = list(pool.map(section, calls))
+  about = (
+    "`synthneg NAME` runs a command wherever the package is installed. In a checkout, `python launch/NAME.py` is the "
+    "same command, with underscores for hyphens. Below is the `--help` of each command and of each shell script."
+  )
+  return f"# Commands\n\n{about}\n\n" + "\n".join(sections)
 
 
 def public(source: str) -> Iterator[tuple[str, str, str | None]]:

@@ -1,20 +1,9 @@
-"""Stage credit alone, in one process.
+"""Estimates the value of every step of wrong solutions by rollouts.
 
-python launch/credit.py --config=configs/arithmetic.py --workdir=DIR
+python launch/credit.py --config=arithmetic --workdir=DIR
 """
 
-from absl import flags
-
-from synthneg_jax.runtime import startup
-
-startup.define_flags()
-
-
-def main():
-  from synthneg_jax.pipeline import stages
-
-  stages.run(flags.FLAGS.config, flags.FLAGS.workdir, ["credit"])
-
+from synthneg_jax import cli
 
 if __name__ == "__main__":
-  startup.run(main)
+  cli.main("credit")

@@ -1,20 +1,9 @@
-"""Stage dpo alone, in one process.
+"""Trains with DPO on arbitrary pairs and on per-step pairs.
 
-python launch/dpo.py --config=configs/arithmetic.py --workdir=DIR
+python launch/dpo.py --config=arithmetic --workdir=DIR
 """
 
-from absl import flags
-
-from synthneg_jax.runtime import startup
-
-startup.define_flags()
-
-
-def main():
-  from synthneg_jax.pipeline import stages
-
-  stages.run(flags.FLAGS.config, flags.FLAGS.workdir, ["dpo"])
-
+from synthneg_jax import cli
 
 if __name__ == "__main__":
-  startup.run(main)
+  cli.main("dpo")

@@ -1,20 +1,9 @@
-"""Stage evaluate alone, in one process.
+"""Measures every policy's error on the test problems.
 
-python launch/evaluate.py --config=configs/arithmetic.py --workdir=DIR
+python launch/evaluate.py --config=arithmetic --workdir=DIR
 """
 
-from absl import flags
-
-from synthneg_jax.runtime import startup
-
-startup.define_flags()
-
-
-def main():
-  from synthneg_jax.pipeline import stages
-
-  stages.run(flags.FLAGS.config, flags.FLAGS.workdir, ["evaluate"])
-
+from synthneg_jax import cli
 
 if __name__ == "__main__":
-  startup.run(main)
+  cli.main("evaluate")

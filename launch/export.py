@@ -1,20 +1,9 @@
-"""Stage export alone, in one process.
+"""Writes trained policies as Hugging Face folders.
 
-python launch/export.py --config=configs/arithmetic.py --workdir=DIR
+python launch/export.py --config=arithmetic --workdir=DIR
 """
 
-from absl import flags
-
-from synthneg_jax.runtime import startup
-
-startup.define_flags()
-
-
-def main():
-  from synthneg_jax.pipeline import stages
-
-  stages.run(flags.FLAGS.config, flags.FLAGS.workdir, ["export"])
-
+from synthneg_jax import cli
 
 if __name__ == "__main__":
-  startup.run(main)
+  cli.main("export")

@@ -3,8 +3,8 @@
 #
 #   bash launch/gpu.sh [--dry_run] PROGRAM FLAGS      bash launch/gpu.sh pipeline --config=configs/arithmetic.py --workdir=DIR
 #
-# PROGRAM is the name of a file in launch/, FLAGS are its own (--config, --workdir, ...). SIGTERM makes it save and end with
-# status 75; the same command goes on. --dry_run prints the commands and runs none.
+# PROGRAM is a command as `synthneg --help` lists them, FLAGS are its own (--config, --workdir, ...). SIGTERM makes it save and
+# end with status 75; the same command goes on. --dry_run prints the commands and runs none.
 set -euo pipefail
 fail() { echo "gpu.sh: $1" >&2; exit 1; }
 dry=""
@@ -14,7 +14,8 @@ case "${1:-}" in
 esac
 cd "$(dirname "$0")/.."
 program="${1:-}"
-[ -f "launch/$program.py" ] || fail "'$program' is no program of launch/."
+program="${program//-/_}"  # import-traces is import_traces.py
+[ -f "launch/$program.py" ] || fail "'$program' is no command; synthneg --help lists them."
 shift
 run() {
   printf '%q ' "$@"; echo

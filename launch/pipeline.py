@@ -1,21 +1,9 @@
-"""All stages of the recipe, or some.
+"""Runs all stages of the recipe, or some.
 
-python launch/pipeline.py --config=configs/arithmetic.py --workdir=DIR [--stages=sft,sample]
+python launch/pipeline.py --config=arithmetic --workdir=DIR [--stages=sft,sample]
 """
 
-from absl import flags
-
-from synthneg_jax.runtime import startup
-
-startup.define_flags()
-flags.DEFINE_list("stages", None, "Stages to run, in this order; all of the recipe if not given.")
-
-
-def main():
-  from synthneg_jax.pipeline import stages
-
-  stages.run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.stages or stages.RECIPE)
-
+from synthneg_jax import cli
 
 if __name__ == "__main__":
-  startup.run(main)
+  cli.main("pipeline")

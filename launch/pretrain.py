@@ -1,20 +1,9 @@
-"""Stage pretrain alone, in one process.
+"""Trains the small base model of an embedded task.
 
-python launch/pretrain.py --config=configs/arithmetic.py --workdir=DIR
+python launch/pretrain.py --config=arithmetic --workdir=DIR
 """
 
-from absl import flags
-
-from synthneg_jax.runtime import startup
-
-startup.define_flags()
-
-
-def main():
-  from synthneg_jax.pipeline import stages
-
-  stages.run(flags.FLAGS.config, flags.FLAGS.workdir, ["pretrain"])
-
+from synthneg_jax import cli
 
 if __name__ == "__main__":
-  startup.run(main)
+  cli.main("pretrain")

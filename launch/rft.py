@@ -1,20 +1,9 @@
-"""Stage rft alone, in one process.
+"""Fine-tunes the base model on the policy's own correct solutions.
 
-python launch/rft.py --config=configs/arithmetic.py --workdir=DIR
+python launch/rft.py --config=arithmetic --workdir=DIR
 """
 
-from absl import flags
-
-from synthneg_jax.runtime import startup
-
-startup.define_flags()
-
-
-def main():
-  from synthneg_jax.pipeline import stages
-
-  stages.run(flags.FLAGS.config, flags.FLAGS.workdir, ["rft"])
-
+from synthneg_jax import cli
 
 if __name__ == "__main__":
-  startup.run(main)
+  cli.main("rft")

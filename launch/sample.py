@@ -1,20 +1,9 @@
-"""Stage sample alone, in one process.
+"""Samples solutions from the SFT policy and grades them.
 
-python launch/sample.py --config=configs/arithmetic.py --workdir=DIR
+python launch/sample.py --config=arithmetic --workdir=DIR
 """
 
-from absl import flags
-
-from synthneg_jax.runtime import startup
-
-startup.define_flags()
-
-
-def main():
-  from synthneg_jax.pipeline import stages
-
-  stages.run(flags.FLAGS.config, flags.FLAGS.workdir, ["sample"])
-
+from synthneg_jax import cli
 
 if __name__ == "__main__":
-  startup.run(main)
+  cli.main("sample")

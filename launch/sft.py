@@ -1,20 +1,9 @@
-"""Stage sft alone, in one process.
+"""Fine-tunes the base model on the teacher's solutions.
 
-python launch/sft.py --config=configs/arithmetic.py --workdir=DIR
+python launch/sft.py --config=arithmetic --workdir=DIR
 """
 
-from absl import flags
-
-from synthneg_jax.runtime import startup
-
-startup.define_flags()
-
-
-def main():
-  from synthneg_jax.pipeline import stages
-
-  stages.run(flags.FLAGS.config, flags.FLAGS.workdir, ["sft"])
-
+from synthneg_jax import cli
 
 if __name__ == "__main__":
-  startup.run(main)
+  cli.main("sft")

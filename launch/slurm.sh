@@ -4,8 +4,8 @@
 #   bash launch/slurm.sh [--nodes=1] [--gpus_per_node=8] [--time=1-00:00:00] [--partition=P] [--account=A] [--name=N]
 #                        [--grace_s=120] [--dry_run] PROGRAM FLAGS
 #
-# PROGRAM is the name of a file in launch/, FLAGS are its own (--config, --workdir, ...); --distributed is added. The workdir
-# and this folder must be seen by all nodes; bash launch/worker_setup.sh cuda installs, once, before. --grace_s seconds before
+# PROGRAM is a command as `synthneg --help` lists them, FLAGS are its own (--config, --workdir, ...); --distributed is added.
+# The workdir and this folder must be seen by all nodes; bash launch/worker_setup.sh cuda installs, once, before. --grace_s seconds before
 # the time is up all processes get SIGTERM, save and end with status 75, and the job goes back to the queue, as it does where
 # a process dies (76). --dry_run prints the commands and submits nothing. Flags: https://slurm.schedmd.com/sbatch.html, srun.html.
 set -euo pipefail
@@ -40,8 +40,9 @@ while [ $# -gt 0 ]; do
 done
 cd "$(dirname "$0")/.."
 program="${1:-}"
+program="${program//-/_}"  # import-traces is import_traces.py
 [ -n "$program" ] || fail "names no program; see --help."
-[ -f "launch/$program.py" ] || fail "'$program' is no program of launch/."
+[ -f "launch/$program.py" ] || fail "'$program' is no command; synthneg --help lists them."
 shift
 case "$nodes$gpus$grace" in *[!0-9]*) fail "--nodes, --gpus_per_node and --grace_s are numbers.";; esac
 [ -n "$dry" ] || [ -x .venv/bin/python ] || fail ".venv is not there; first: bash launch/worker_setup.sh cuda"

@@ -1,20 +1,9 @@
-"""Stage synthesize alone, in one process; docs/synthesis.md has a capable model write the problems.
+"""Makes the synthetic problems, D_syn; docs/synthesis.md has a capable model write them.
 
-python launch/synthesize.py --config=configs/arithmetic.py --workdir=DIR [--config.synthesis.provider=scripted]
+python launch/synthesize.py --config=arithmetic --workdir=DIR
 """
 
-from absl import flags
-
-from synthneg_jax.runtime import startup
-
-startup.define_flags()
-
-
-def main():
-  from synthneg_jax.pipeline import stages
-
-  stages.run(flags.FLAGS.config, flags.FLAGS.workdir, ["synthesize"])
-
+from synthneg_jax import cli
 
 if __name__ == "__main__":
-  startup.run(main)
+  cli.main("synthesize")

@@ -12,8 +12,8 @@
 #   start    start PROGRAM on every worker, detached     tail     show worker 0's log as it grows
 #   delete   delete it, whatever runs on it
 #
-# PROGRAM is the name of a file in launch/, FLAGS are its own (--config, --workdir, --compilation_cache=workdir, ...);
-# --distributed is added. The workdir must be seen by all workers: gs://BUCKET/PATH. SYNTHNEG_DATA_DIR and HF_HOME are handed on
+# PROGRAM is a command as `synthneg --help` lists them, FLAGS are its own (--config, --workdir, --compilation_cache=workdir,
+# ...); --distributed is added. The workdir must be seen by all workers: gs://BUCKET/PATH. SYNTHNEG_DATA_DIR and HF_HOME are handed on
 # where they are set. --dry_run prints every command and runs none.
 # gcloud's flags: https://cloud.google.com/sdk/gcloud/reference/compute/tpus
 set -euo pipefail
@@ -48,10 +48,11 @@ done
 [ -n "$zone" ] || fail "--zone is missing; see --help."
 cd "$(dirname "$0")/.."
 program="${1:-}"
+program="${program//-/_}"  # import-traces is import_traces.py
 case "$verb" in
   run|start)
     [ -n "$program" ] || fail "$verb names no program; see --help."
-    [ -f "launch/$program.py" ] || fail "'$program' is no program of launch/."
+    [ -f "launch/$program.py" ] || fail "'$program' is no command; synthneg --help lists them."
     shift;;
   *) [ -z "$program" ] || fail "$verb takes no program, but there is '$program'.";;
 esac

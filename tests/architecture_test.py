@@ -24,6 +24,7 @@ ROOMS = (  # low to high: a room knows those before it
   "preflight",
   "experiments",
   "benchmarks",
+  "cli",
   "launch",
 )
 ARRAY_MODULES = ("tree", "losses", "advantages", "masked_stats")

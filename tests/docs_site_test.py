@@ -13,6 +13,7 @@ import yaml
 from absl.testing import absltest, parameterized
 
 from docs import generated_pages
+from synthneg_jax import cli
 from synthneg_jax.runtime import config_schema
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,8 +72,8 @@ class SiteTest(absltest.TestCase):
       for name, _ in config_schema.leaves(config_schema.default()):
         self.assertIn(name, leaves)
       commands = read("commands.html")
-      for path in sorted((ROOT / "launch").glob("*.py")):
-        self.assertIn(f"{path.relative_to(ROOT)}", commands)
+      for name in cli.COMMANDS:
+        self.assertIn(f"synthneg {name}", commands)
       self.assertIn("--profile_steps", commands)
       self.assertIn("dpo_loss", read("api/core.html"))
       self.assertIn("not the authors' code", read("index.html"))

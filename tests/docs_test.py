@@ -1,4 +1,4 @@
-"""Every command that README, docs and launch/ name exists, and takes the flags that they give it."""
+"""Every command that README, docs and launch/ name exists, in both forms, and takes the flags that they give it."""
 
 import ast
 import importlib.util
@@ -10,6 +10,7 @@ import sys
 
 from absl.testing import absltest, parameterized
 
+from synthneg_jax import cli
 from synthneg_jax.runtime import config_schema
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def commands() -> list[tuple[str, list[str]]]:
   found = []
   for page in PAGES:
     for line in page.read_text().splitlines():
-      match = re.match(r"\s*(?:#\s+)?!?(?:\.venv/bin/)?((?:python|bash) (?:launch|tests)/\S+.*)", line)
+      match = re.match(r"\s*(?:#\s+)?!?(?:\.venv/bin/)?((?:(?:python|bash) (?:launch|tests)/|synthneg )\S+.*)", line)
       if match:
         text = match.group(1).split("  #")[0].replace("…", "X").replace("[", "").replace("]", "")
         options = re.search(r"\{([\w,]+)\}", text)
@@ -41,19 +42,23 @@ def commands() -> list[tuple[str, list[str]]]:
 class CommandsTest(parameterized.TestCase):
   def test_there_are_commands(self):
     # Fails if the pattern above finds nothing, and so the test below tests nothing.
-    self.assertGreater(len(commands()), 25)
+    found = commands()
+    self.assertGreater(len(found), 25)
+    self.assertGreater(len([words for _, words in found if words[0] == "synthneg"]), 3)
 
   def test_each_names_a_program_and_flags_that_exist(self):
     # Fails if a program is renamed, or a flag or a leaf of the config dropped, and a page still names it.
     helps, leaves = {}, {name for name, _ in config_schema.leaves(config_schema.default())}
     for page, words in commands():
-      program = ROOT / words[1]
-      self.assertTrue(program.exists(), f"{page}: {' '.join(words)}")
+      if words[0] == "synthneg":
+        program, runner = pathlib.Path(f"{words[1]}.py"), [sys.executable, "-m", "synthneg_jax.cli", words[1]]
+        self.assertIn(words[1], cli.COMMANDS, f"{page}: {' '.join(words)}")
+      else:
+        program = ROOT / words[1]
+        runner = [sys.executable if program.suffix == ".py" else "bash", str(program)]
+        self.assertTrue(program.exists(), f"{page}: {' '.join(words)}")
       if program not in helps:
-        runner = [sys.executable] if program.suffix == ".py" else ["bash"]
-        helps[program] = subprocess.run(
-          [*runner, str(program), "--help"], capture_output=True, text=True, check=False
-        ).stdout
+        helps[program] = subprocess.run([*runner, "--help"], capture_output=True, text=True, check=False).stdout
       for word in words[2:]:
         leaf = re.match(r"--config\.([\w.]+)=", word)
         if leaf and leaf.group(1) != "part.leaf":
@@ -85,6 +90,7 @@ class CommandsTest(parameterized.TestCase):
     named = set()
     for page in PAGES:
       named |= set(re.findall(r"configs/(\w+)\.py(?::([\w=,]+))?", page.read_text()))
+      named |= set(re.findall(r"--config=(\w+)(?::([\w=,]+))?(?= |$)", page.read_text(), re.MULTILINE))
     named -= {("NAME", "")}
     self.assertNotEmpty(named)
     for name, argument in sorted(named):

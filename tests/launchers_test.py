@@ -268,7 +268,7 @@ class TpuPodTest(LauncherTestCase):
     (("up", "--zone=z"), "--name is missing"),
     (("up", "--name=n"), "--zone is missing"),
     (("run", "--name=n", "--zone=z"), "names no program"),
-    (("run", "--name=n", "--zone=z", "pipelin"), "'pipelin' is no program"),
+    (("run", "--name=n", "--zone=z", "pipelin"), "'pipelin' is no command"),
     (("up", "--name=n", "--zone=z", "--spott"), "--spott is no flag"),
   )
   def test_refusals(self, args, sentence):
@@ -354,6 +354,22 @@ class OthersTest(LauncherTestCase):
         [".venv/bin/python", "launch/pipeline.py", "--config=configs/arithmetic.py", "--workdir=/w w"],
       ],
     )
+
+  @parameterized.parameters(
+    ("gpu.sh", ()), ("slurm.sh", ()), ("tpu_pod.sh", ("run", "--name=n", "--zone=z")), ("examples/xpk.sh", ("job",))
+  )
+  def test_a_command_in_either_spelling(self, script, words):
+    # Fails if a command with a hyphen, as `synthneg --help` lists it, is not the file of launch/ with an underscore.
+    words = words if script.startswith("examples") else (*words, "--dry_run")
+    first = ("--dry_run",) if script.startswith("examples") else ()
+    env = {"CLUSTER": "c", "PROJECT": "p", "ZONE": "z"}
+    spellings = [
+      self.run_script(ROOT / "launch" / script, *first, *words, name, "--workdir=w", **env)
+      for name in ("import-traces", "import_traces")
+    ]
+    self.assertEqual([done.returncode for done in spellings], [0, 0], spellings[0].stderr)
+    self.assertIn("launch/import_traces.py", spellings[0].stdout)
+    self.assertEqual(spellings[0].stdout, spellings[1].stdout)
 
   def test_an_older_python_goes_through_uv(self):
     # Fails if an image's Python 3.10 is taken, or uv's Python is not the one that installs.

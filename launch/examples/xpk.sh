@@ -17,7 +17,8 @@ for variable in CLUSTER PROJECT ZONE; do
 done
 cd "$(dirname "$0")/../.."
 name="$1" program="${2:-}"
-[ -f "launch/$program.py" ] || { echo "xpk.sh: '$program' is no program of launch/." >&2; exit 1; }
+program="${program//-/_}"  # import-traces is import_traces.py
+[ -f "launch/$program.py" ] || { echo "xpk.sh: '$program' is no command; synthneg --help lists them." >&2; exit 1; }
 shift 2
 command=(
   xpk workload create "--cluster=$CLUSTER" "--project=$PROJECT" "--zone=$ZONE" "--workload=$name"

@@ -66,7 +66,7 @@ class Policy:
     """
     folder = epath.Path(path)
     if not folder.exists():
-      hint = "; bash launch/get_smollm2.sh makes it" if "smollm2" in folder.name else ""
+      hint = "; `synthneg get-smollm2` makes it" if "smollm2" in folder.name else ""
       raise UserError(f"The model folder {folder} does not exist{hint}.")
     if (folder / _ADAPTER).exists():
       return cls._load_adapted(folder, config, mesh)

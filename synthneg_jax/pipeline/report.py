@@ -208,7 +208,7 @@ def collect(experiment: Experiment) -> report_page.Report:
     versions=versions,
     commits=commits,
     devices=devices,
-    command="python launch/pipeline.py \\\n  --config=REPORT_FOLDER/config.py \\\n  --workdir=NEW_FOLDER",
+    command="synthneg pipeline \\\n  --config=REPORT_FOLDER/config.py \\\n  --workdir=NEW_FOLDER",
     num_rollouts=config.credit.num_rollouts,
     best_of=config.credit.best_of,
     pit_rule=config.pairs.pit_rule,

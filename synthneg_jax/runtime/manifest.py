@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import pathlib
 import subprocess
 import time
 from collections.abc import Sequence
@@ -29,13 +30,22 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-  """The commit of the source tree, "+" appended where it was changed; empty outside a checkout."""
-  here = str(epath.Path(__file__).parent)
-  call = lambda *args: subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=False)
+  """The commit of the source tree, "+" appended where it was changed; empty outside a checkout of this project."""
+  root = pathlib.Path(__file__).resolve().parents[2]
+
+  def git(*args: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
   try:
-    commit = call("rev-parse", "HEAD").stdout.strip()
-    return commit + ("+" if commit and call("status", "--porcelain").stdout.strip() else "")
-  except FileNotFoundError:
+    top = git("rev-parse", "--show-toplevel")
+    if (
+      not top or pathlib.Path(top).resolve() != root
+    ):  # a package within another project's repository has no commit there
+      return ""
+    commit = git("rev-parse", "HEAD")
+    return commit + ("+" if commit and git("status", "--porcelain") else "")
+  except OSError:  # no git on this machine
     return ""
 
 

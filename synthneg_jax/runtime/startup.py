@@ -12,29 +12,18 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from synthneg_jax.runtime import config_schema, processes
+from synthneg_jax.runtime import config_files, config_schema, processes
 from synthneg_jax.runtime.errors import UserError, of_files
-
-_FLAGS = (
-  "config",
-  "check_parity",
-  "profile_steps",
-  "workdir",
-  "skip_bad_rows",
-  "compilation_cache",
-  "distributed",
-  "coordinator_address",
-  "num_processes",
-  "process_id",
-  "keep_freed_memory",
-)
 
 
 def define_flags(config: bool = True, workdir: bool = True) -> None:
   """--config, --workdir and what every program takes."""
   if config:
     config_flags.DEFINE_config_file(
-      "config", None, "Config file, configs/NAME.py[:arg]; --config.part.leaf=value changes a leaf.", lock_config=True
+      "config",
+      None,
+      "Config that comes with the project, NAME[:arg], or a file, PATH.py[:arg]; --config.part.leaf=value changes a leaf.",
+      lock_config=True,
     )
     flags.mark_flag_as_required("config")
     flags.DEFINE_bool(
@@ -68,9 +57,6 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
   flags.DEFINE_bool(
     "keep_freed_memory", True, "CPU: let malloc keep freed memory, which spares page faults at every step."
   )
-  for name in _FLAGS:
-    if name in flags.FLAGS:  # shown by the program's own --help, not by --helpfull alone
-      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
 def _keep_freed_memory():
@@ -103,6 +89,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     match = re.match(r"--(?:no)?config\.([\w.]+)", arg)
     if match:
       config_schema.check_name(match.group(1), arg.split("=")[0])
+  if "config" in flags.FLAGS:
+    config_files.resolve_flag(argv)
   try:
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS:
@@ -117,7 +105,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return rest
   except flags.Error as error:
     raise UserError(str(error).strip().replace("\n", " ")) from error
-  except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, OSError) as error:
+  except (AttributeError, ImportError, KeyError, NameError, SyntaxError, TypeError, ValueError, OSError) as error:
     # The config file itself failed: the file and line are the last ones of the traceback inside it.
     frames = [
       f
@@ -181,6 +169,38 @@ def _cache_folder() -> str:
   return os.path.join(f.workdir, "compilation_cache")
 
 
+def _program(argv: list[str]) -> str:
+  """The name that stands before every message."""
+  return pathlib.Path(argv[0]).name
+
+
+def _parse_or_exit(argv: list[str]) -> list[str]:
+  try:
+    rest = _parse_flags(argv)
+    if len(rest) > 1:
+      raise UserError(f"{rest[1]!r} is no flag.")
+    return rest
+  except UserError as error:
+    print(f"{_program(argv)}: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+def run_without_jax(main: Callable[[], None]) -> None:
+  """Runs a program that computes nothing, in a moment: parses flags, calls main() and exits, 0 only if the work is done."""
+
+  def start(argv):
+    try:
+      main()
+    except Exception as error:
+      meant = error if isinstance(error, UserError) else of_files(error)
+      if meant is None:
+        raise
+      print(f"{_program(argv)}: {meant}", file=sys.stderr)
+      sys.exit(1)
+
+  app.run(start, flags_parser=_parse_or_exit)
+
+
 def run(main: Callable[[], None]) -> None:
   """Runs a program: parses flags, prepares jax, calls main() and exits, 0 only if the work is done.
 
@@ -189,17 +209,7 @@ def run(main: Callable[[], None]) -> None:
   goes on where it was.
   """
 
-  def parse(argv):
-    try:
-      return _parse_flags(argv)
-    except UserError as error:
-      print(f"{pathlib.Path(argv[0]).name}: {error}", file=sys.stderr)
-      sys.exit(1)
-
   def start(argv):
-    if len(argv) > 1:
-      print(f"{pathlib.Path(argv[0]).name}: {argv[1]!r} is no flag.", file=sys.stderr)
-      sys.exit(1)
     _quiet_logs()
     if flags.FLAGS.keep_freed_memory and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
       _keep_freed_memory()
@@ -217,7 +227,7 @@ def run(main: Callable[[], None]) -> None:
     except processes.Stopped:
       processes.finish()
       said = "stopped by SIGTERM; what was done is saved. The same command goes on."
-      print(f"{pathlib.Path(argv[0]).name}: {said}", file=sys.stderr)
+      print(f"{_program(argv)}: {said}", file=sys.stderr)
       sys.exit(processes.PREEMPTED)
     except Exception as error:
       meant = error if isinstance(error, UserError) else of_files(error)
@@ -228,7 +238,7 @@ def run(main: Callable[[], None]) -> None:
       processes.fail(str(meant or f"{type(error).__name__}: {error}"))
       if meant is None:
         raise
-      print(f"{pathlib.Path(argv[0]).name}: {meant}", file=sys.stderr)
+      print(f"{_program(argv)}: {meant}", file=sys.stderr)
       sys.exit(1)
 
-  app.run(start, flags_parser=parse)
+  app.run(start, flags_parser=_parse_or_exit)

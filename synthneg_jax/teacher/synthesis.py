@@ -6,7 +6,6 @@ The paper's prompts, filters and thresholds are not known from public sources; a
 import collections
 import dataclasses
 import hashlib
-import pathlib
 import re
 from collections.abc import Sequence
 
@@ -15,6 +14,7 @@ from rapidfuzz.distance import Levenshtein
 
 from synthneg_jax.data import problem_files
 from synthneg_jax.grading import answers
+from synthneg_jax.runtime import config_files
 from synthneg_jax.runtime.errors import UserError
 
 _PROBLEM = re.compile(r"<problem>[ \t]*\n?(.*?)</problem>", re.DOTALL)
@@ -36,14 +36,13 @@ class Templates:
 
   @classmethod
   def read(cls, folder: str) -> "Templates":
-    """Reads problems.txt and solution.txt of a folder, named from here or from the checkout.
+    """Reads problems.txt and solution.txt of a folder; configs/prompts/... comes with the project, wherever this runs.
 
     Raises:
       UserError: a file is missing, or a placeholder in it.
     """
-    checkout = pathlib.Path(__file__).parents[2]
-    path = next((p for p in (pathlib.Path(folder).expanduser(), checkout / folder) if p.is_dir()), None)
-    if path is None:
+    path = config_files.shipped_path(folder)
+    if not path.is_dir():
       raise UserError(f"synthesis.prompts={folder!r} is no folder; configs/prompts/gsm8k is one.")
     texts = []
     for name, placeholders in (("problems", ("{seeds}", "{count}")), ("solution", ("{problem}",))):

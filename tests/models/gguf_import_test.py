@@ -340,13 +340,13 @@ class GetSmollm2Test(absltest.TestCase):
     )
 
   def test_help(self):
-    # Fails when --help starts the work or exits with another status; PYTHON would stop the work.
-    result = self._run("--help", PYTHON="/nonexistent/python")
+    # Fails when --help starts the work or exits with another status; without a home the work would stop.
+    result = self._run("--help", HOME="", XDG_CACHE_HOME="")
     self.assertEqual((result.returncode, result.stderr), (0, ""))
     self.assertIn("--dir=DIR", result.stdout)
 
   def test_complete_folder_is_left_alone(self):
-    # Fails when the script works on a folder that has all files: PYTHON would then stop it with status 1.
+    # Fails when the script works on a folder that has all files: it would refuse them, or leave a lock file.
     folder = temporary_folder(self)
     for name in (
       "config.json",
@@ -356,8 +356,9 @@ class GetSmollm2Test(absltest.TestCase):
       "tokenizer_config.json",
     ):
       (folder / name).write_text("x")
-    result = self._run(f"--dir={folder}", PYTHON="/nonexistent/python")
+    result = self._run(f"--dir={folder}")
     self.assertEqual((result.returncode, result.stdout), (0, f"{folder} is already complete; nothing to do.\n"))
+    self.assertFalse(folder.with_name(f"{folder.name}.lock").exists())
 
   def test_errors_are_one_sentence(self):
     # Fails when an unknown argument is ignored, a PYTHON that is not there is replaced by another, or a folder with
@@ -366,14 +367,15 @@ class GetSmollm2Test(absltest.TestCase):
     folder.mkdir()
     (folder / "config.json").write_text("mine")
     cases = [
-      (("--folder=x",), {}, "unknown argument '--folder=x'"),
+      (("--folder=x",), {}, "Unknown command line flag 'folder'"),
       ((f"--dir={folder}",), {"PYTHON": "/nonexistent/python"}, "no Python at '/nonexistent/python'"),
       ((f"--dir={folder}",), {}, "is not a complete model; remove it"),
+      ((), {"HOME": "", "XDG_CACHE_HOME": ""}, "neither HOME nor XDG_CACHE_HOME is set"),
     ]
     for args, env, message in cases:
       result = self._run(*args, **env)
       self.assertEqual(result.returncode, 1, message)
-      self.assertRegex(result.stderr, f"^get_smollm2.sh: .*{message}.*[.]\n$")
+      self.assertRegex(result.stderr, rf"^get_smollm2\.(sh|py): .*{message}.*\n$")
     self.assertEqual(os.listdir(folder), ["config.json"])
 
 

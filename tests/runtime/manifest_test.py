@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import subprocess
 import tempfile
 from unittest import mock
 
@@ -185,6 +187,18 @@ class GitCommitTest(absltest.TestCase):
     self.assertRegex(manifest.git_commit(), r"^([0-9a-f]{40}\+?)?$")
     with mock.patch.object(manifest.subprocess, "run", side_effect=FileNotFoundError):
       self.assertEqual(manifest.git_commit(), "")
+
+  def test_of_this_project_alone(self):
+    # Fails if a package that is installed within another project's repository takes that project's commit for its own.
+    root = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message=m"], check=True)
+    for package, pattern in (("synthneg_jax", r"^[0-9a-f]{40}$"), (".venv/lib/synthneg_jax", "^$")):
+      path = root / package / "runtime" / "manifest.py"
+      path.parent.mkdir(parents=True)
+      with mock.patch.object(manifest, "__file__", str(path)):
+        self.assertRegex(manifest.git_commit(), pattern)
 
 
 if __name__ == "__main__":

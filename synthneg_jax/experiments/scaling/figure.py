@@ -167,7 +167,7 @@ def _measured(
       unit = grid.Cell(size, seed, methods.parse(data.config.study.baseline, data.config))
       folder = data.workdir / "runs" / unit.unit
       if not (folder / needs / "manifest.json").exists():
-        raise UserError(f"This figure measures in {folder}, which is not there; launch/study.py makes it.")
+        raise UserError(f"This figure measures in {folder}, which is not there; `synthneg study` makes it.")
       path.parent.mkdir(parents=True, exist_ok=True)
       manifest.write_json(path, measure(Experiment.open(grid.configure(data.config, unit), folder)))
     made.append(json.loads(path.read_text()))

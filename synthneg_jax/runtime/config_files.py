@@ -1,0 +1,56 @@
+"""The config files and prompts that come with the project: in the installed package, or in configs/ of a checkout."""
+
+import difflib
+import pathlib
+import re
+
+from synthneg_jax.runtime.errors import UserError
+
+_PACKAGE = pathlib.Path(__file__).parents[1]
+
+
+def folder() -> pathlib.Path:
+  """The folder configs/: within the package where a wheel was installed, beside it in a checkout."""
+  installed = _PACKAGE / "configs"
+  return installed if installed.is_dir() else _PACKAGE.parent / "configs"
+
+
+def shipped_path(path: str) -> pathlib.Path:
+  """A path as given where it exists; else configs/... from any working directory is the one that comes with the project."""
+  given = pathlib.Path(path).expanduser()
+  shipped = folder().parent / path
+  return shipped if given.parts[:1] == ("configs",) and not given.exists() and shipped.exists() else given
+
+
+def resolve(value: str) -> str:
+  """The value of --config with its file located: NAME[:arg] or PATH[:arg] becomes PATH[:arg].
+
+  A bare name, without slash and .py, is a config that comes with the project.
+
+  Raises:
+    UserError: no config has this name.
+  """
+  name, colon, arg = value.partition(":")
+  if not re.fullmatch(r"\w+", name):
+    return f"{shipped_path(name)}{colon}{arg}" if name else value
+  path = folder() / f"{name}.py"
+  if not path.exists():
+    names = sorted(file.stem for file in folder().glob("*.py"))
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UserError(f"--config: unknown config {name!r}; {hint}The names are {', '.join(names)}; a file needs its .py.")
+  return f"{path}{colon}{arg}"
+
+
+def resolve_flag(argv: list[str]) -> None:
+  """Resolves the value of --config in a command line, in place.
+
+  Raises:
+    UserError: no config has this name.
+  """
+  for i, arg in enumerate(argv):
+    match = re.fullmatch(r"(--?config)(?:=(.*))?", arg, re.DOTALL)
+    if match and match.group(2) is not None:
+      argv[i] = f"{match.group(1)}={resolve(match.group(2))}"
+    elif match and i + 1 < len(argv):
+      argv[i + 1] = resolve(argv[i + 1])
