@@ -168,7 +168,9 @@ class CheckerTest(parameterized.TestCase):
   def test_foreign(self):
     # Fails if another library or room passes for an array module's, or if an allowed one does not.
     source = "import jax.numpy as jnp\nimport flax\nfrom etils import epath\nimport dataclasses\nimport numpy as np\n"
-    source += "from synthneg_jax.core import tree\nfrom synthneg_jax.runtime import device_mesh\nfrom . import masked_stats\n"
+    source += (
+      "from synthneg_jax.core import tree\nfrom synthneg_jax.runtime import device_mesh\nfrom . import masked_stats\n"
+    )
     self.assertEqual(
       foreign("synthneg_jax.core.losses", source), ["flax", "etils.epath", "synthneg_jax.runtime.device_mesh"]
     )
