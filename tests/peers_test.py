@@ -96,7 +96,7 @@ def work(family: str, style: str):
 
 def algorithm1(trunk, solution, response, pit: int) -> core_pairs.TokenPair:
   counts = {"after": core_pairs.Count(0, 4), "before": core_pairs.Count(3, 4)}
-  return core_pairs.algorithm1(trunk, solution, response, pit, **counts)
+  return core_pairs.algorithm1(trunk, solution, response, pit=pit, **counts)
 
 
 def trees_of(pairs, length: int = 400) -> pair_trees.PairTrees:
@@ -244,7 +244,7 @@ class TokensTest(parameterized.TestCase):
         trunk,
         response,
         1,
-        [rollout],
+        siblings=[rollout],
         after=core_pairs.Count(0, 4),
         continuation="rollout",
         choice="random",
@@ -276,7 +276,7 @@ class TokensTest(parameterized.TestCase):
           trunk,
           response,
           pit,
-          [sibling],
+          siblings=[sibling],
           after=core_pairs.Count(0, 4),
           continuation=continuation,
           choice="shortest",
@@ -295,7 +295,8 @@ MODEL = tiny_model.model(num_layers=1, dtype="float64", param_dtype="float64")
 
 
 def preference(model, loss, **settings):
-  objective = objectives.make_preference(model, SHAPE.branches, loss, beta=BETA, eos_ids=(EOS,), **settings)
+  given = objectives.Preference(loss=loss, beta=BETA, **settings)
+  objective = objectives.make_preference(model, SHAPE.branches, given, eos_ids=(EOS,))
   return jax.jit(jax.value_and_grad(objective, has_aux=True))
 
 
@@ -440,7 +441,8 @@ class FirstStepTest(absltest.TestCase):
     ]
     made = trees_of(pairs)
     store = reference.Store(epath.Path(self.enterContext(tempfile.TemporaryDirectory())) / "reference.npz")
-    reference.score(model, params, made.trees, 11, tiny_model.one_device_mesh(), store)  # each tree in a row of its own
+    packing = reference.Packing(tiny_model.one_device_mesh(), 11)  # each tree in a row of its own
+    reference.score(model, params, made.trees, store=store, packing=packing)
     batch = batch_lib.build(pair_trees.examples(made, store), SHAPE)
     self.assertEqual(np.max(batch.trees.tree, axis=1).tolist(), [2, 0])
     self.assertLess(np.min(batch.ref_chosen), -1.0)

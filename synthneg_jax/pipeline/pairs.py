@@ -119,14 +119,14 @@ class Builder:
     after = self.credited.count(trace, step + 1)
     if mode == "algorithm1":
       solution, before = self._solution(trace.problem_id), self.credited.count(trace, step)
-      pair = core.algorithm1(prompt, solution, response, step, after=after, before=before) if solution else None
+      pair = core.algorithm1(prompt, solution, response, pit=step, after=after, before=before) if solution else None
       return Candidate(trace, step, pair)
     seed = int(keys.draw_key(self._experiment.config.seed, "pairs", 0, trace.id, "", step)[0])
     pair = core.shared_prefix(
       prompt,
       response,
       step,
-      self._siblings(trace, step),
+      siblings=self._siblings(trace, step),
       after=after,
       continuation=self._section.continuation,
       choice=self._section.choice,
