@@ -223,7 +223,10 @@ def _credit_of_many_lengths(side: Side, model, ids, trace: _Trace, slots: int, m
   def differs() -> str:
     made = ours.grow(engine, side, [trunk], 0.0)[0]
     wrong = [len(row) for row in made] != lengths.tolist()
-    other = lambda: [row for row in each(0.0) for _ in range(trace.rollouts)]
+
+    def other():
+      return [row for row in each(0.0) for _ in range(trace.rollouts)]
+
     return "lengths" if wrong else _tokens_differ(lambda: made, other)
 
   baseline = Baseline("generate, one call a prefix", lambda: each(1.0), differs)
@@ -243,11 +246,16 @@ def _credit_memory(side: Side, ids, trace: _Trace, slots: int) -> Item:
     made = ours.grow(ours.make_engine(side, lanes, slots, trace.new), side, trunks, 0.0)
     return [row for items in made for row in items]
 
-  differs = lambda: _tokens_differ(lambda: grown(1, slots, [trunk]), lambda: grown(count, 1, copied))
+  def differs():
+    return _tokens_differ(lambda: grown(1, slots, [trunk]), lambda: grown(count, 1, copied))
+
   shared = Geometry(lanes=1, slots=slots, trunk=len(ids), items=count, new=trace.new, refill=1)
   copies = Geometry(lanes=count, slots=1, trunk=len(ids), items=1, new=trace.new, refill=1)
   baseline = Baseline("a cache copy a rollout", lambda: ours.peak_bytes(side, copies), differs)
-  run = lambda: ours.peak_bytes(side, shared)
+
+  def run():
+    return ours.peak_bytes(side, shared)
+
   return Item(f"{trace}, memory but for weights", side.size, run, [baseline], rounds=1, unit="bytes")
 
 

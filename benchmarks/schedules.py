@@ -72,11 +72,17 @@ def spend(schedule: Callable, values: Sequence[np.ndarray], num_rollouts: int, s
 def item(name: str, values: Sequence[np.ndarray]) -> Item:
   """`adaptive` against `until_first_zero` with 8 rollouts a step: rollouts a response, at no higher error."""
   cost = functools.cache(lambda schedule, most, seed: spend(rollout_schedules.SCHEDULES[schedule], values, most, seed))
-  error = lambda schedule, most: np.mean([cost(schedule, most, seed)[1] for seed in range(_ROUNDS)])
+
+  def error(schedule, most):
+    return np.mean([cost(schedule, most, seed)[1] for seed in range(_ROUNDS)])
+
   goal = error("until_first_zero", _ROLLOUTS)
   fits = next((most for most in range(2, 4 * _ROLLOUTS) if error("adaptive", most) <= goal), None)
   ours, theirs = iter(range(10**6)), iter(range(10**6))
-  draw = lambda schedule, most, rounds: cost(schedule, most, next(rounds) % _ROUNDS)[0]
+
+  def draw(schedule, most, rounds):
+    return cost(schedule, most, next(rounds) % _ROUNDS)[0]
+
   baseline = Baseline(
     "until_first_zero",
     lambda: draw("until_first_zero", _ROLLOUTS, theirs),

@@ -69,7 +69,10 @@ def generate(model, prompts: Sequence[Sequence[int]], new: int, temperature: flo
   """`new` tokens for each prompt, int [prompts · copies, new]; prompts are padded on the left to the longest."""
   torch = _torch()
   longest = max(map(len, prompts))
-  pad = lambda values, fill: [[fill] * (longest - len(row)) + list(row) for row in values]
+
+  def pad(values, fill):
+    return [[fill] * (longest - len(row)) + list(row) for row in values]
+
   ids = torch.tensor(pad(prompts, PAD), device=device())
   mask = torch.tensor(pad([[1] * len(row) for row in prompts], 0), device=device())
   how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}

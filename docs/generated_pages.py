@@ -104,7 +104,10 @@ def public(source: str) -> Iterator[tuple[str, str, str | None]]:
 def api(room: str) -> str:
   """The page of a room: its modules with their public names."""
   parts = [f"# synthneg_jax/{room}\n"]
-  fenced = lambda text: f"```text\n{text}\n```\n"
+
+  def fenced(text):
+    return f"```text\n{text}\n```\n"
+
   for path in sorted((ROOT / "synthneg_jax" / room).rglob("*.py")):
     source = path.read_text()
     about, title = (

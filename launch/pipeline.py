@@ -1,6 +1,6 @@
 """Runs all stages of the recipe, or some.
 
-python launch/pipeline.py --config=arithmetic --workdir=DIR [--stages=sft,sample]
+python launch/pipeline.py --config=arithmetic --workdir=DIR [--stages=pairs/step_dpo,dpo/step_dpo]
 """
 
 from synthneg_jax import cli

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from absl import flags, logging
 
-from synthneg_jax.runtime import startup
+from synthneg_jax.runtime import config_schema, startup
 from synthneg_jax.runtime.errors import UserError
 
 _HELP_FLAGS = ("--help", "-help", "-h", "--helpshort", "--helpfull")
@@ -30,6 +30,7 @@ class Command:
     define_flags: defines its flags; nothing has imported jax yet.
     main: does the work, once flags are parsed.
     uses_jax: whether jax, its devices and its compilation cache are prepared before main().
+    sections: of the config, whose leaves --help lists.
   """
 
   about: str
@@ -37,6 +38,7 @@ class Command:
   define_flags: Callable[[], None]
   main: Callable[[], None]
   uses_jax: bool = True
+  sections: tuple[str, ...] = ()
 
 
 def _stage(name: str, about: str) -> Command:
@@ -47,12 +49,16 @@ def _stage(name: str, about: str) -> Command:
 
     stages.run(flags.FLAGS.config, flags.FLAGS.workdir, [name])
 
-  return Command(about, _RUN_FLAGS, startup.define_flags, main)
+  return Command(about, _RUN_FLAGS, startup.define_flags, main, sections=_SECTIONS.get(name, (name,)))
 
 
 def _pipeline_flags():
   startup.define_flags()
-  flags.DEFINE_list("stages", None, "Stages to run, in this order; all of the recipe if not given.")
+  flags.DEFINE_list(
+    "stages",
+    None,
+    "Stages to run, in this order, or variants of one, such as dpo/step_dpo; all of the recipe if not given.",
+  )
 
 
 def _pipeline():
@@ -249,14 +255,25 @@ _STAGES = {
   "sample": "Samples solutions from the SFT policy and grades them.",
   "rft": "Fine-tunes the base model on the policy's own correct solutions.",
   "credit": "Estimates the value of every step of wrong solutions by rollouts.",
+  "pairs": "Builds preference pairs from traces and their credit: whole responses, and per step.",
   "dpo": "Trains with DPO on arbitrary pairs and on per-step pairs.",
   "evaluate": "Measures every policy's error on the test problems.",
   "export": "Writes trained policies as Hugging Face folders.",
 }
 
+_SECTIONS = {  # of stages that are told by more than the section of their own name
+  "synthesize": ("task", "synthesis"),
+  "sample": ("sample", "engine"),
+  "evaluate": ("evaluate", "engine"),
+}
+
 COMMANDS = {
   "pipeline": Command(
-    "Runs all stages of the recipe, or some.", f"{_RUN_FLAGS} [--stages=sft,sample]", _pipeline_flags, _pipeline
+    "Runs all stages of the recipe, or some.",
+    f"{_RUN_FLAGS} [--stages=pairs/step_dpo,dpo/step_dpo]",
+    _pipeline_flags,
+    _pipeline,
+    sections=("seed", "task", "model", "mesh", "engine", "metrics"),
   ),
   **{name: _stage(name, about) for name, about in _STAGES.items()},
   "report": Command(
@@ -264,6 +281,7 @@ COMMANDS = {
     f"{_RUN_FLAGS} [--view=traces]",
     _report_flags,
     _report,
+    sections=("report",),
   ),
   "import-traces": Command(
     "Imports traces sampled elsewhere, in place of stage sample.\n\nRun stages synthesize and sft first.",
@@ -294,6 +312,7 @@ COMMANDS = {
     "--config=study_arithmetic --workdir=DIR",
     startup.define_flags,
     _study,
+    sections=("study",),
   ),
   "figure": Command(
     "Draws figures of the paper from a study, after running its missing cells.",
@@ -306,6 +325,7 @@ COMMANDS = {
     "--config=star_graph --workdir=DIR",
     startup.define_flags,
     _star_graph,
+    sections=("star_graph",),
   ),
   "credit-toy": Command(
     "Compares per-step with per-response credit where every value is known; a minute on one core.",
@@ -353,7 +373,10 @@ def _help(command: Command, invocation: str, names: list[str]) -> str:
   """What `synthneg NAME --help` prints: what it does, its usage line, its flags."""
   for name in names:
     flags.FLAGS.register_key_flag_for_module("flags", flags.FLAGS[name])
-  return f"{command.about}\n\n  {invocation} {command.usage}\n{flags.FLAGS.module_help('flags')}"
+  text = f"{command.about}\n\n  {invocation} {command.usage}\n{flags.FLAGS.module_help('flags')}"
+  if command.sections:
+    text += f"\nLeaves of the config:\n\n{config_schema.help_text(command.sections)}\n"
+  return text
 
 
 def _find(name: str) -> str:

@@ -109,7 +109,10 @@ def from_files(path: epath.PathLike, name: str, split: str, *, skip_bad_rows: bo
   """
   files = problem_files.find(path, split)
   config = tfds.core.BuilderConfig(name=f"{name}_{split}_{_mark(files, name, split, skip_bad_rows)}")
-  make = lambda rows=None: SynthnegProblems(rows, config=config, data_dir=folder(), file_format="array_record")
+
+  def make(rows=None):
+    return SynthnegProblems(rows, config=config, data_dir=folder(), file_format="array_record")
+
   try:
     with _quiet():
       builder = make()
@@ -155,5 +158,8 @@ def gsm8k(split: str) -> Rows:
     ) from error
   source = builder.as_data_source(split)
   made = [source[index] for index in range(len(source))]
-  decode = lambda example: {name: example[name].decode("utf-8") for name in ("question", "answer")}
+
+  def decode(example):
+    return {name: example[name].decode("utf-8") for name in ("question", "answer")}
+
   return Rows([problem_files.read_row(decode(example), f"gsm8k/{split}") for example in made])

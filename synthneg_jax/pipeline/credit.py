@@ -7,15 +7,16 @@ rollouts is credit.schedule's to say (core/rollout_schedules.py), round by round
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from synthneg_jax.core import pairs, rollout_schedules, selection
 from synthneg_jax.data import steps
 from synthneg_jax.data.credited_traces import CreditedTraces, by_problem
-from synthneg_jax.data.records import Rollout, Shards, StepEstimate, Trace
-from synthneg_jax.decoding.engine import Generation, Trunk
+from synthneg_jax.data.records import Problem, Rollout, Shards, StepEstimate, Trace
+from synthneg_jax.decoding.engine import Engine, Generation, Trunk
 from synthneg_jax.decoding.policy import Policy
 from synthneg_jax.decoding.remote import Codec, RemoteEngine
 from synthneg_jax.pipeline import tensorboard_summaries, train_policy
@@ -78,10 +79,20 @@ def _wanted(experiment: Experiment, of_trace: dict[str, list[_Prefix]]) -> dict[
   return holders
 
 
+class _Resources(NamedTuple):
+  """What rolling out takes besides traces."""
+
+  experiment: Experiment
+  policy: Policy
+  engine: Engine | RemoteEngine
+  problems: Mapping[str, Problem]  # those at hand, by id
+
+
 def _rollouts(
-  experiment: Experiment, policy: Policy, prefixes: Sequence[_Prefix], made: Sequence[Generation], answer: str
+  given: _Resources, prefixes: Sequence[_Prefix], made: Sequence[Generation], answer: str
 ) -> Iterator[Rollout]:
-  """What was grown from these prefixes of one problem's traces, graded all at once."""
+  """The rollouts grown from these prefixes of one problem's traces, graded all at once."""
+  experiment, policy = given.experiment, given.policy
   ids = [one.ids.tolist() for one in made]
   wholes = [p.trace.ids[: p.trace.step_ends[p.step]] + grown for p, grown in zip(prefixes, ids, strict=True)]
   texts = [policy.token_text.text(whole) for whole in wholes]
@@ -92,32 +103,32 @@ def _rollouts(
     yield Rollout(grown, verdict.correct, verdict.reason, one.finish, *logps)
 
 
-def _roll_out(experiment: Experiment, policy: Policy, engine, wanted, prompts, problems, longest: int) -> Iterator[str]:
+def _roll_out(
+  given: _Resources, wanted: Mapping[str, list[tuple[_Prefix, int]]], prompts: Mapping[str, list[int]], *, longest: int
+) -> Iterator[str]:
   """One round of the engine: adds the rollouts to their prefixes, and yields the id of each trace whose own are there.
 
   Of several processes each grades the rollouts of its problems; in the end all know which came out right, which the
   schedule asks for, and nothing more of the others' rollouts.
   """
-  section, trunks, items = experiment.config.credit, [], []
-  number_of = {key: number for number, key in enumerate(problems)}
+  section, seed = given.experiment.config.credit, given.experiment.config.seed
+  trunks, items = [], []
+  number_of = {key: number for number, key in enumerate(given.problems)}
   for group in wanted.values():
     trace = group[0][0].trace
     prompt = prompts[trace.problem_id]
     places = [(prefix, len(prefix.samples) + n) for prefix, count in group for n in range(count)]
     ends = [trace.step_ends[prefix.step] for prefix, _ in places]
-    draw_keys = [
-      keys.draw_key(experiment.config.seed, "credit", 0, trace.problem_id, prefix.hash, index)
-      for prefix, index in places
-    ]
+    draw_keys = [keys.draw_key(seed, "credit", 0, trace.problem_id, prefix.hash, index) for prefix, index in places]
     trunks.append(Trunk(prompt + trace.ids[: max(ends)], [len(prompt) + end for end in ends], np.stack(draw_keys)))
     items.append(places)
   graded, stopped = [], None
   try:
-    for index, generations in engine.run(policy.params, trunks, sampling(section), longest=longest):
-      problem = problems[items[index][0][0].trace.problem_id]
+    for index, generations in given.engine.run(given.policy.params, trunks, sampling(section), longest=longest):
+      problem = given.problems[items[index][0][0].trace.problem_id]
       made = [_OF_OTHERS] * len(generations)
       if processes.mine(number_of[problem.id]):
-        made = list(_rollouts(experiment, policy, [prefix for prefix, _ in items[index]], generations, problem.answer))
+        made = list(_rollouts(given, [prefix for prefix, _ in items[index]], generations, problem.answer))
         graded.append([index, [rollout.correct for rollout in made]])
       for (prefix, _), rollout in zip(items[index], made, strict=True):
         prefix.samples.append(rollout)
@@ -153,16 +164,15 @@ def _estimates(trace: Trace, prefixes: Sequence[_Prefix]) -> list[StepEstimate]:
   return records
 
 
-def _credit(
-  experiment: Experiment, policy: Policy, engine, chosen: dict[str, list[Trace]], problems, shards, progress
-) -> None:
+def _credit(given: _Resources, chosen: dict[str, list[Trace]], shards: Shards, progress: Progress) -> None:
   """Writes the estimates of the chosen traces of some problems, made in as many rounds as the schedule takes.
 
   Raises:
     Stopped: SIGTERM came; the problems that were finished by then are written.
   """
-  problems = {key: problems[key] for key in chosen}
-  prompts = {key: train_policy.prompt_ids(experiment, policy.tokenizer, problem) for key, problem in problems.items()}
+  experiment, tokenizer = given.experiment, given.policy.tokenizer
+  given = given._replace(problems={key: given.problems[key] for key in chosen})
+  prompts = {key: train_policy.prompt_ids(experiment, tokenizer, problem) for key, problem in given.problems.items()}
   of_trace = {key: prefixes for traces in chosen.values() for key, prefixes in _prefixes(traces).items()}
   longest = max(
     (len(prompts[t.problem_id]) + t.step_ends[-2] for t in itertools.chain(*chosen.values()) if t.step_ends[1:]),
@@ -171,7 +181,7 @@ def _credit(
   open_traces, said, stopped = of_trace, set(), None
   try:
     while wanted := _wanted(experiment, open_traces):
-      for key in _roll_out(experiment, policy, engine, wanted, prompts, problems, longest):
+      for key in _roll_out(given, wanted, prompts, longest=longest):
         if key not in said and not _wanted(experiment, {key: of_trace[key]}):
           said.add(key)
           progress.update(1)
@@ -221,6 +231,7 @@ def run(experiment: Experiment) -> dict:
     if section.endpoint.url
     else experiment.engine(policy, lanes=section.lanes, slots=section.slots)
   )
+  given = _Resources(experiment, policy, engine, problems)
   shards = Shards(stage.folder / "estimates", StepEstimate)
   there = {estimate.problem_id for estimate in shards.read()}
   chosen = {
@@ -230,7 +241,7 @@ def run(experiment: Experiment) -> dict:
   with Progress("credit", sum(len(chosen[key]) for key in missing), "traces") as progress:
     for start in range(0, len(missing), _SHARD):
       part = {key: chosen[key] for key in missing[start : start + _SHARD]}
-      _credit(experiment, policy, engine, part, problems, shards, progress)
+      _credit(given, part, shards, progress)
   processes.barrier()
   estimates = list(shards.read())
   figures = {

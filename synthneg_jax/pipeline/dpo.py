@@ -15,7 +15,7 @@ from synthneg_jax.pipeline import pair_logprobs, train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.pipeline.pairs import VARIANTS
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.training import batches, objectives, pair_trees, reference
+from synthneg_jax.training import batches, loop, objectives, pair_trees, reference
 
 
 def run(experiment: Experiment) -> dict:
@@ -103,8 +103,16 @@ def variant(experiment: Experiment, name: str) -> dict:
     eos_ids=policy.eos_ids,
     chunk=section.logit_chunk,
   )
-  identity, last = train_policy.train(
-    experiment, name, section, policy, objective, plan, stage.folder, _start_check(experiment.config.model.dtype, plan)
+  training = loop.Run(
+    name=name,
+    section=section,
+    model=policy.model,
+    objective=objective,
+    batches=plan,
+    mesh=experiment.mesh,
+    folder=stage.folder,
+    check_start=_start_check(experiment.config.model.dtype, plan),
   )
+  identity, last = train_policy.train(experiment, policy, training)
   pair_logprobs.keep(experiment, name, section, identity, made.trees)
   return stage.finish({"sampler_gap_nats": sampler_gap, **last}, identity=identity)

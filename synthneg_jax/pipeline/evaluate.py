@@ -42,17 +42,11 @@ def test(experiment: Experiment, name: str, folder: str | None) -> dict:
   engine = experiment.engine(
     policy, slots=1, lanes=experiment.config.engine.lanes * min(experiment.config.engine.slots, 4)
   )
+  request = traces.Request(
+    label=f"evaluate {name}", purpose="evaluate", count=1, sampling=sampling(section), shots=shots
+  )
   shards = traces.respond(
-    experiment,
-    f"evaluate {name}",
-    policy,
-    engine,
-    problems,
-    "evaluate",
-    1,
-    sampling(section),
-    stage.folder / "traces",
-    shots,
+    experiment, policy, engine, problems=problems, request=request, folder=stage.folder / "traces"
   )
   made: list[Trace] = list(shards.read())
   wrong = sum(not trace.correct for trace in made)

@@ -142,7 +142,10 @@ def math_shepherd(workdir: _Workdir) -> Iterator[dict]:
   for row in _labelled(workdir):
     numbered = [f"Step {n}: {step.strip()}" for n, step in enumerate(row.steps, start=1)]
     signs = ["+" if label else "-" for label in row.labels]
-    join = lambda marks, numbered=numbered: "\n".join(f"{s} {m}" for s, m in zip(numbered, marks, strict=True))
+
+    def join(marks, numbered=numbered):
+      return "\n".join(f"{s} {m}" for s, m in zip(numbered, marks, strict=True))
+
     yield {
       "input": f"{row.problem.prompt.strip()} {join([STEP_TAG] * len(numbered))}",
       "label": f"{row.problem.prompt.strip()} {join(signs)}",
@@ -157,7 +160,10 @@ def prm800k(workdir: _Workdir) -> Iterator[dict]:
   """
   for row in _labelled(workdir):
     end = next((i + 1 for i, label in enumerate(row.labels) if not label), len(row.labels))
-    completion = lambda text, label: {"text": text, "rating": 1 if label else -1, "flagged": None}
+
+    def completion(text, label):
+      return {"text": text, "rating": 1 if label else -1, "flagged": None}
+
     steps = [
       {"completions": [completion(step, label)], "human_completion": None, "chosen_completion": 0 if label else None}
       for step, label in zip(row.steps[:end], row.labels[:end], strict=True)

@@ -45,7 +45,10 @@ def keep(experiment: Experiment, name: str, section, fingerprint: str, trees: Se
 
 def read(experiment: Experiment, name: str) -> dict[str, Margin]:
   """Margins of the pairs of dpo/`name` by pair id, but for pairs that were too long; none where no scores were kept."""
-  policy = lambda stage: json.loads((experiment.workdir / stage / "policy" / "fingerprint.json").read_text())
+
+  def policy(stage):
+    return json.loads((experiment.workdir / stage / "policy" / "fingerprint.json").read_text())
+
   try:
     before = _store(experiment, experiment.workdir / "dpo" / "reference", policy("sft")["fingerprint"])
     after = _store(experiment, experiment.workdir / "dpo" / name / "scores", policy(f"dpo/{name}")["fingerprint"])

@@ -65,7 +65,10 @@ class Synthesis:
       "tokens": self._teacher.tokens,
       "spent_usd": round(self._teacher.spent_usd, 6),
     }
-    as_problem = lambda w: Problem(w.id, w.prompt, w.solutions[w.chosen]["text"], w.answer, self._source)
+
+    def as_problem(w):
+      return Problem(w.id, w.prompt, w.solutions[w.chosen]["text"], w.answer, self._source)
+
     return problems.Chosen([as_problem(w) for w in kept], chosen.test, figures, chosen.report), written
 
   def _seeds(self) -> problems.Chosen:

@@ -14,7 +14,7 @@ from synthneg_jax.pipeline import train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import keys
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.training import objectives
+from synthneg_jax.training import loop, objectives
 
 
 def _is_spurious(credited: CreditedTrace, start: tuple[int, int]) -> bool:
@@ -106,8 +106,16 @@ def run(experiment: Experiment, name: str = "rft") -> dict:
   most = min(section.max_branches_per_tree, section.batch_size)
   examples, names, dropped = train_policy.branch_trees({key: trunk(key) for key in branches}, branches, most, length)
   plan = train_policy.plan(experiment, section, examples, names)
-  objective = objectives.make_sft(policy.model, section.logit_chunk)
-  identity, figures = train_policy.train(experiment, name, section, policy, objective, plan, stage.folder)
+  training = loop.Run(
+    name=name,
+    section=section,
+    model=policy.model,
+    objective=objectives.make_sft(policy.model, section.logit_chunk),
+    batches=plan,
+    mesh=experiment.mesh,
+    folder=stage.folder,
+  )
+  identity, figures = train_policy.train(experiment, policy, training)
   counts = {
     "solutions": sum(map(len, branches.values())),
     "problems": sum(map(bool, branches.values())),

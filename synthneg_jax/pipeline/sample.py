@@ -16,16 +16,9 @@ def run(experiment: Experiment) -> dict:
   section, policy = experiment.config.sample, experiment.policy("sft")
   problems = experiment.problems("train")
   engine = experiment.engine(policy, slots=min(experiment.config.engine.slots, section.num_traces))
+  request = traces.Request(label="sample", purpose="sample", count=section.num_traces, sampling=sampling(section))
   shards = traces.respond(
-    experiment,
-    "sample",
-    policy,
-    engine,
-    list(problems.values()),
-    "sample",
-    section.num_traces,
-    sampling(section),
-    stage.folder / "traces",
+    experiment, policy, engine, problems=list(problems.values()), request=request, folder=stage.folder / "traces"
   )
   groups = by_problem(shards.read(), problems)
   every = [trace for group in groups.values() for trace in group]

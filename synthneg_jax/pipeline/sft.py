@@ -3,7 +3,7 @@
 from synthneg_jax.data import prompts
 from synthneg_jax.pipeline import train_policy
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.training import objectives
+from synthneg_jax.training import loop, objectives
 
 
 def run(experiment: Experiment, name: str = "sft") -> dict:
@@ -20,7 +20,14 @@ def run(experiment: Experiment, name: str = "sft") -> dict:
     trunks, solutions, min(section.max_branches_per_tree, section.batch_size), length
   )
   plan = train_policy.plan(experiment, section, examples, names)
-  identity, figures = train_policy.train(
-    experiment, name, section, policy, objectives.make_sft(policy.model, section.logit_chunk), plan, stage.folder
+  training = loop.Run(
+    name=name,
+    section=section,
+    model=policy.model,
+    objective=objectives.make_sft(policy.model, section.logit_chunk),
+    batches=plan,
+    mesh=experiment.mesh,
+    folder=stage.folder,
   )
+  identity, figures = train_policy.train(experiment, policy, training)
   return stage.finish({"solutions": len(names), "too_long": dropped, **figures}, identity=identity)

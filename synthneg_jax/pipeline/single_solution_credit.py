@@ -4,13 +4,17 @@ The same question that stage credit asks of thousands of traces, asked of one te
 and the text; branches fork off at the end of the problem (they give V) and at the end of every step but the last.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from synthneg_jax.core import advantages, pits
 from synthneg_jax.data import steps as steps_lib
 from synthneg_jax.data.records import Problem
+from synthneg_jax.data.token_text import TokenText
 from synthneg_jax.decoding.engine import Trunk
 from synthneg_jax.decoding.policy import Policy
+from synthneg_jax.grading.answers import Verdict
 from synthneg_jax.pipeline import traces, train_policy
 from synthneg_jax.pipeline.experiment import Experiment, sampling
 from synthneg_jax.report.trace_cards import ShownTrace, Step
@@ -84,24 +88,36 @@ def credit(
     list(zip(grown[first : first + num_rollouts], right[row].tolist(), strict=True))
     for row, first in enumerate(range(0, len(grown), num_rollouts))
   ]
-  return _shown(config, policy, given, ids, ends, right.sum(axis=1), num_rollouts, verdict), drawn
+  solution = _Solution(given, ids, ends, verdict)
+  return _shown(config, policy.token_text, solution, right.sum(axis=1), num_rollouts), drawn
 
 
-def _shown(config, policy: Policy, problem: Problem, ids, ends, successes, num_rollouts: int, verdict) -> ShownTrace:
+class _Solution(NamedTuple):
+  """A solution with its steps and verdict."""
+
+  problem: Problem
+  ids: list[int]
+  ends: list[int]
+  verdict: Verdict
+
+
+def _shown(config, token_text: TokenText, solution: _Solution, successes: np.ndarray, num_rollouts: int) -> ShownTrace:
+  """The solution with its credit, from the right rollouts before each step."""
+  problem, ids, ends, verdict = solution
   q = np.append(successes[1:] / num_rollouts, float(verdict.correct)).astype(np.float32)
   v0 = float(successes[0] / num_rollouts)
   gained = np.asarray(advantages.step_advantages(q, v0))
   low, high = advantages.value_interval(successes[1:], num_rollouts)
-  rule = {name: config.pairs[name] for name in ("drop_ratio", "min_before")}
   pit = -1
   if not verdict.correct:
-    pit = int(pits.first_pit(q, np.ones(len(q), bool), v0, rule=config.pairs.pit_rule, **rule))
+    thresholds = {name: config.pairs[name] for name in ("drop_ratio", "min_before")}
+    pit = int(pits.first_pit(q, np.ones(len(q), bool), v0, rule=config.pairs.pit_rule, **thresholds))
   steps = []
   for s, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
     last = s == len(ends) - 1
     steps.append(
       Step(
-        text=policy.token_text.text(ids[start:end]),
+        text=token_text.text(ids[start:end]),
         rollouts=0 if last else num_rollouts,
         successes=0 if last else int(successes[s + 1]),
         interval=None if last else (float(low[s]), float(high[s])),

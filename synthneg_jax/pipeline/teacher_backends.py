@@ -109,7 +109,10 @@ class Teacher:
       UserError: as `Chat.ask`.
     """
     if self._provider is None:
-      answer = lambda r: Reply(scripted.reply(self._task, r.messages, r.seed), "stop", 0, 0, counted=False)
+
+      def answer(r):
+        return Reply(scripted.reply(self._task, r.messages, r.seed), "stop", 0, 0, counted=False)
+
       return {request.key: answer(request) for request in requests}
     found, missing = {}, []
     for request in requests:

@@ -28,7 +28,10 @@ def _spread(traces: Sequence, count: int) -> list:
 
 def _text(trace: Trace, problem: Problem) -> str:
   """A trace as Markdown; what a model wrote stands indented, as code, so that none of it is markup."""
-  indented = lambda text: "".join(f"    {line}\n" for line in text.split("\n"))
+
+  def indented(text):
+    return "".join(f"    {line}\n" for line in text.split("\n"))
+
   said = "no answer" if trace.extracted is None else f"answer `{trace.extracted.replace('`', '')}`"
   return (
     f"{trace.id}: **{trace.reason}**, {said}, {len(trace.step_ends)} steps\n\n"

@@ -1,5 +1,6 @@
 """Responses of a policy to problems, with verdicts: what sample and evaluate share."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -51,7 +52,10 @@ def traces_of(
   ids = [one.ids.tolist() for _, _, one in made]
   texts = [policy.token_text.text(of_one) for of_one in ids]
   graded = verdicts(experiment, texts, [problem.answer for problem, _, _ in made], [one.finish for _, _, one in made])
-  rounded = lambda values: [round(float(value), 5) for value in values]
+
+  def rounded(values):
+    return [round(float(value), 5) for value in values]
+
   for (problem, index, one), of_one, text, verdict in zip(made, ids, texts, graded, strict=True):
     yield Trace(
       id=f"{problem.id}/{purpose}/{index}",
@@ -88,45 +92,61 @@ def _prompt(experiment: Experiment, policy: Policy, problem: Problem, shots: Seq
   return ids
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """What is asked of a policy for each of some problems.
+
+  Attributes:
+    label: for progress lines.
+    purpose: separates the random draws of stages, and stands in the traces' ids.
+    count: responses per problem.
+    sampling: how they are drawn.
+    shots: worked problems that stand before each problem in its prompt.
+  """
+
+  label: str
+  purpose: str
+  count: int
+  sampling: Sampling
+  shots: Sequence[Problem] = ()
+
+
 def respond(
   experiment: Experiment,
-  name: str,
   policy: Policy,
   engine: Engine,
+  *,
   problems: Sequence[Problem],
-  purpose: str,
-  count: int,
-  how: Sampling,
+  request: Request,
   folder: epath.Path,
-  shots: Sequence[Problem] = (),
 ) -> Shards:
-  """Writes `count` traces of each problem into folder, a shard at a time; problems that are there are not done again.
+  """Writes traces of each problem into folder, a shard at a time; problems that are there are not repeated.
 
-  `shots` are worked problems that stand before each in its prompt. Of several processes each grades and writes its share
-  of every shard; all shards are there when it returns.
+  Of several processes each grades and writes its share of every shard; all shards are there when it returns.
 
   Raises:
     UserError: a prompt leaves no room for engine.max_new_tokens within model.max_length.
     Stopped: SIGTERM came; the problems that were finished by then are written.
   """
   shards = Shards(folder, Trace)
-  there = {trace.problem_id for trace in shards.read()}
-  missing = [problem for problem in problems if problem.id not in there]
-  with Progress(name, len(missing), "problems") as progress:
+  done = {trace.problem_id for trace in shards.read()}
+  missing = [problem for problem in problems if problem.id not in done]
+  with Progress(request.label, len(missing), "problems") as progress:
     for start in range(0, len(missing), _SHARD):
       part = missing[start : start + _SHARD]
-      trunks = [
-        trunk(experiment, _prompt(experiment, policy, problem, shots), problem, purpose, count) for problem in part
-      ]
+      trunks = []
+      for problem in part:
+        prompt = _prompt(experiment, policy, problem, request.shots)
+        trunks.append(trunk(experiment, prompt, problem, request.purpose, request.count))
       made, stopped = {}, None
       try:
-        for index, generations in engine.run(policy.params, trunks, how):
+        for index, generations in engine.run(policy.params, trunks, request.sampling):
           made[index] = generations
           progress.update(1)
       except processes.Stopped as stop:
         stopped = stop
       mine = [(part[i], index, one) for i in sorted(made) if processes.mine(i) for index, one in enumerate(made[i])]
-      shards.write(traces_of(experiment, policy, purpose, mine))
+      shards.write(traces_of(experiment, policy, request.purpose, mine))
       if stopped is not None:
         raise stopped
   processes.barrier()

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import jax
-from etils import epath
 
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.data import prompts
@@ -101,44 +100,31 @@ def of_adapter(adapter: Adapter, objective):
   return joint
 
 
-def train(
-  experiment: Experiment,
-  name: str,
-  section,
-  policy: Policy,
-  objective,
-  plan_: batches.Batches,
-  folder: epath.Path,
-  check_start=None,
-) -> tuple[str, dict]:
-  """Trains a policy's weights, or by `section.lora` an adapter of them, and writes the result to folder/policy.
+def train(experiment: Experiment, policy: Policy, run: loop.Run) -> tuple[str, dict]:
+  """Trains a policy's weights, or by `lora` of the run's section an adapter of them, and writes the result to policy/.
+
+  Args:
+    experiment: gives seed and config.
+    policy: where training starts; its parameters are consumed.
+    run: of `policy.model`, without `open_metrics`.
 
   Returns:
-    (fingerprint of the new weights, figures: steps, the packed rows' fill and the last step's metrics).
+    (fingerprint of the new weights; figures: steps, how full the packed rows are, and the last step's metrics).
   """
-  figures = {"steps": plan_.num_steps, "fill": round(plan_.packing_efficiency, 3)}
-  run = loop.Run(
-    name=name,
-    section=section,
-    model=policy.model,
-    objective=objective,
-    batches=plan_,
-    mesh=experiment.mesh,
-    folder=folder,
-    check_start=check_start,
-    open_metrics=functools.partial(Metrics, experiment.config, experiment.workdir, folder),
-  )
+  figures = {"steps": run.batches.num_steps, "fill": round(run.batches.packing_efficiency, 3)}
+  open_metrics = functools.partial(Metrics, experiment.config, experiment.workdir, run.folder)
+  run = dataclasses.replace(run, open_metrics=open_metrics)
   start, policy.params = policy.params, None  # trained in place, or frozen under an adapter
-  adapter = trained(policy.model, section)
+  adapter = trained(policy.model, run.section)
   if isinstance(adapter, Adapter):
     shardings = param_shardings(adapter, experiment.mesh)
-    key = jax.random.wrap_key_data(keys.draw_key(experiment.config.seed, "adapter", 0, name, "", 0))
+    key = jax.random.wrap_key_data(keys.draw_key(experiment.config.seed, "adapter", 0, run.name, "", 0))
     params = jax.jit(adapter.init, out_shardings=shardings)(key)
     figures["trained"] = sum(leaf.size for leaf in jax.tree.leaves(params))
-    run = dataclasses.replace(run, model=adapter, objective=of_adapter(adapter, objective))
+    run = dataclasses.replace(run, model=adapter, objective=of_adapter(adapter, run.objective))
     params, last = loop.fit(run, params, frozen=(start,))
-    fingerprint = policy.save(folder / "policy", params, adapter)
+    fingerprint = policy.save(run.folder / "policy", params, adapter)
   else:
     params, last = loop.fit(run, start)
-    fingerprint = policy.save(folder / "policy", params)
+    fingerprint = policy.save(run.folder / "policy", params)
   return fingerprint, figures | {key: round(value, 5) for key, value in last.items()}

@@ -51,7 +51,10 @@ class _Run:
 
   def __init__(self, experiment: Experiment):
     self.run, config, workdir = experiment, experiment.config, experiment.workdir
-    done = lambda name: manifest.figures(workdir, name) is not None
+
+    def done(name):
+      return manifest.figures(workdir, name) is not None
+
     self.sources, self.problems, self.groups = [], {}, collections.defaultdict(list)
     self.methods = {}  # of each source that is one policy's answers to the test problems
     wanted = [("SFT, samples", "sample", "train")]

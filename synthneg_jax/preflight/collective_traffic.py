@@ -76,7 +76,10 @@ def _across(group: Sequence[int], mesh: Mesh) -> set[str]:
 
 def _is_part(own: Sequence[int], whole: Sequence[int], devices: int) -> bool:
   """Whether an array may be a parameter of these sizes, turned or not, or what some of the mesh's axes leave of it."""
-  fits = lambda part, size: size % part == 0 and devices % (size // part) == 0
+
+  def fits(part, size):
+    return size % part == 0 and devices % (size // part) == 0
+
   return len(own) == len(whole) and any(all(map(fits, turned, whole)) for turned in itertools.permutations(own))
 
 
@@ -91,5 +94,8 @@ def worst(found: dict[str, dict[str, float]]) -> tuple[float, str, str]:
 def lines(found: dict[str, dict[str, float]]) -> list[str]:
   """For a reader, a line each; what moves less than a hundredth is left out."""
   shown = {name: {kind: times for kind, times in kinds.items() if times >= 0.01} for name, kinds in found.items()}
-  each = lambda kinds: ", ".join(f"{kind} {times:.2f}" for kind, times in sorted(kinds.items()))
+
+  def each(kinds):
+    return ", ".join(f"{kind} {times:.2f}" for kind, times in sorted(kinds.items()))
+
   return [f"{name}: {each(kinds)}" for name, kinds in shown.items() if kinds]

@@ -69,7 +69,10 @@ class MeanTree:
   @property
   def keys(self) -> float:
     """Keys that all its tokens together look at."""
-    triangle = lambda size: size * (size + 1) / 2
+
+    def triangle(size):
+      return size * (size + 1) / 2
+
     return triangle(self.trunk) + sum(size * self.trunk + triangle(size) for size in self.branches)
 
 
@@ -195,7 +198,10 @@ def storage(config, model: Model, made: dict) -> dict[str, float]:
     policies += size
     # parameters and two moments each
     checkpoints += 3 * size * section.max_to_keep * bool(section.save_every_steps)
-  decoded = lambda name: made[name]["tokens_decoded"]
+
+  def decoded(name):
+    return made[name]["tokens_decoded"]
+
   return {
     "policies": policies,
     "checkpoints": checkpoints,

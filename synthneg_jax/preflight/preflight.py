@@ -191,7 +191,10 @@ def make_bill(config, recipe: Recipe, reports: Sequence[Report], num_devices: in
     for r in reports
     if r.seconds
   }
-  total = lambda key: round(sum(stage.get(key, 0) for stage in recipe.work.values()))
+
+  def total(key):
+    return round(sum(stage.get(key, 0) for stage in recipe.work.values()))
+
   stored = cost_model.storage(config, recipe.model, recipe.work)
   return {
     "tokens_trained": total("tokens_trained"),

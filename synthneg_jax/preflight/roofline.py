@@ -147,7 +147,10 @@ class Program:
     if root.attribute(r"direction=(\w+)") == "GT":
       sides.reverse()
     index = sides[0].attribute(r"index=(\d+)") if sides[0].opcode == "get-tuple-element" else None
-    start = lambda place: self._constant(computation, first.operands[place]) if first.opcode == "tuple" else None
+
+    def start(place):
+      return self._constant(computation, first.operands[place]) if first.opcode == "tuple" else None
+
     bound = self._constant(condition, sides[1].name)
     result = self._root(body)
     if bound is None and sides[1].opcode == "get-tuple-element" and first is not None and result.opcode == "tuple":

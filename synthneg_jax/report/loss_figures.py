@@ -40,7 +40,10 @@ def with_nll(loss: Loss, weight: float, num_tokens: int, ref_chosen: float) -> L
 
 def slopes(loss: Loss, chosen_P: jax.Array, rejected_P: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """(loss, ∂loss/∂ log π(y⁺), ∂loss/∂ log π(y⁻)) [P] each, where the branches have shifted so far from a reference at 0."""
-  total = lambda c_P, r_P: jnp.sum(loss(c_P, r_P, jnp.zeros_like(c_P), jnp.zeros_like(r_P)))
+
+  def total(c_P, r_P):
+    return jnp.sum(loss(c_P, r_P, jnp.zeros_like(c_P), jnp.zeros_like(r_P)))
+
   by_chosen_P, by_rejected_P = jax.grad(total, argnums=(0, 1))(chosen_P, rejected_P)
   return loss(chosen_P, rejected_P, jnp.zeros_like(chosen_P), jnp.zeros_like(rejected_P)), by_chosen_P, by_rejected_P
 

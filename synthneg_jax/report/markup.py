@@ -119,7 +119,10 @@ def table(
     caption: escaped.
     loose: the last column may break anywhere, and stands below the others on a phone.
   """
-  kind = lambda i: ' class="num"' if i in numeric else ""
+
+  def kind(i):
+    return ' class="num"' if i in numeric else ""
+
   head = "".join(f"<th{kind(i)}>{cell}</th>" for i, cell in enumerate(header))
   body = "".join(
     "<tr>" + "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>\n" for row in rows

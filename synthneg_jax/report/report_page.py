@@ -173,7 +173,10 @@ def _reasons(report: Report) -> str:
   rows = []
   for label, column in report.reasons.items():
     total = sum(column.values())
-    share = lambda name, of=column, total=total: markup.percent(of.get(name, 0) / total).removesuffix(" %")
+
+    def share(name, of=column, total=total):
+      return markup.percent(of.get(name, 0) / total).removesuffix(" %")
+
     cells = (f"{column.get(name, 0)} <br>{share(name).replace('under ', '&lt; ')}" for name in names)
     rows.append((markup.escape(label), *cells, str(total)))
   return markup.table(
@@ -219,7 +222,9 @@ def _bill(report: Report, folder: markup.Folder) -> str:
 
 
 def _origin(report: Report) -> str:
-  kind = lambda name: ' class="changed"' if name in report.changed else ""
+  def kind(name):
+    return ' class="changed"' if name in report.changed else ""
+
   leaves = "".join(
     f"<tr{kind(name)}><td><code>{markup.escape(name)}</code></td><td><code>{markup.escape(value)}</code></td></tr>\n"
     for name, value in report.config.items()

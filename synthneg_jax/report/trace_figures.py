@@ -87,7 +87,10 @@ def credit(trace: ShownTrace, best_of: int = 1) -> Figure:
     axes.set_ylim(-sum(heights) - 0.5, 0.12)
     axes.axis("off")
     left, right, said = width + 0.25, width + 1.45, width + 1.65  # where Q is 0 and 1, and where it is said
-    place = lambda q: left + (right - left) * q
+
+    def place(q):
+      return left + (right - left) * q
+
     for q in (0, 0.5, 1):
       axes.plot([place(q)] * 2, [0, -sum(heights)], color=figures.INK, alpha=0.15, linewidth=0.8)
       _text(axes, place(q), -sum(heights) - 0.12, f"{q:g}", fontsize=8, ha="center")
@@ -144,7 +147,10 @@ def fork(pair: Pair) -> Figure:
   )
   sizes = [0.55 + _LINE * (len(_branch_lines(text)) + bool(logp)) for _, text, logp, _ in branches]
   height = max(sum(sizes) + 0.15, 0.5 + _LINE * len(trunk))
-  longest = lambda lines: _LETTER * max(map(len, lines))
+
+  def longest(lines):
+    return _LETTER * max(map(len, lines))
+
   fork_at = 0.3 + max(1.8, longest(trunk))
   wide = max(2.4, *(longest(_branch_lines(text)) for _, text, _, _ in branches))
   with matplotlib.rc_context(figures.STYLE):

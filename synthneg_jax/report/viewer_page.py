@@ -240,7 +240,10 @@ def _katex() -> tuple[str, str]:
 def page(viewer: Viewer) -> str:
   """The page as HTML."""
   chunks = _Chunks(viewer)
-  read = lambda name: (_HERE / "page" / name).read_text()
+
+  def read(name):
+    return (_HERE / "page" / name).read_text()
+
   scripts, styles = [read("text.js"), read("data.js"), read("trace.js"), read("list.js")], [read("traces.css")]
   if chunks.latex:
     script, style = _katex()
@@ -260,7 +263,10 @@ def page(viewer: Viewer) -> str:
     "maxRollouts": viewer.max_rollouts,
     "pitRule": viewer.pit_rule,
   }
-  digest = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+  def digest(text):
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
   allowed = " ".join(f"'sha256-{digest(script)}'" for script in scripts)
   policy = (
     f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; font-src data:; base-uri 'none'; "

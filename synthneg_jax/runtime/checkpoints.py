@@ -26,7 +26,10 @@ class TrainCheckpoints:
     self._unreadable = set()
     kept = [preservation_policy.LatestN(keep)]
     if max_to_keep_best:
-      loss = lambda metrics: metrics["loss"]
+
+      def loss(metrics):
+        return metrics["loss"]
+
       kept.append(preservation_policy.BestN(get_metric_fn=loss, reverse=True, n=max_to_keep_best))
     options = ocp.CheckpointManagerOptions(
       create=True,
@@ -64,10 +67,12 @@ class TrainCheckpoints:
     return None
 
   def _refuse_other(self, step: int, target) -> None:
-    shapes = lambda tree: {
-      jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    def shapes(tree):
+      return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+      }
+
     found, wanted = shapes(self._manager.item_metadata(step)), shapes(target)
     if not found:
       raise ValueError("its list of arrays is missing")

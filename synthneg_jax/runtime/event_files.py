@@ -27,7 +27,10 @@ Histogram = tuple[Sequence[float], Sequence[float]]  # (E edges, E + 1 counts)
 
 def _record(event: Event) -> bytes:
   data = event.SerializeToString()
-  masked = lambda part: struct.pack("<I", (((crc := crc32c(part)) >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+  def masked(part):
+    return struct.pack("<I", (((crc := crc32c(part)) >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
   length = struct.pack("<Q", len(data))
   return length + masked(length) + data + masked(data)
 

@@ -104,7 +104,10 @@ def _check_answers(task, rows: Rows) -> None:
     UserError: there is one, and task.skip_bad_rows is not set.
   """
   state = "#### {}".format if task.answers == "integer" else str
-  grade = lambda golds: answers.grade_many([state(gold) for gold in golds], golds, kind=task.answers)
+
+  def grade(golds):
+    return answers.grade_many([state(gold) for gold in golds], golds, kind=task.answers)
+
   golds = [row.answer for row in rows.rows]
   try:
     if all(verdict.correct for verdict in grade(golds)):
@@ -155,7 +158,10 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
 
 def ordered(rows: Iterable[Row], seed: int) -> list[Row]:
   """Rows in the order of a hash of seed and id."""
-  rank = lambda row: hashlib.blake2b(f"{seed}|{row.id}".encode(), digest_size=16).digest()
+
+  def rank(row):
+    return hashlib.blake2b(f"{seed}|{row.id}".encode(), digest_size=16).digest()
+
   return sorted(rows, key=rank)
 
 
@@ -163,7 +169,10 @@ def _first(task, rows: Sequence[Row], split: str, seed: int, note: str, count: i
   count = task[f"{split}_problems"] if count is None else count
   if count > len(rows):
     raise UserError(f"The {split} split has {len(rows)} problems{note}; task.{split}_problems={count} asks for more.")
-  source = lambda row: "/".join([task.name, split] + ([row.kind] if row.kind else []))
+
+  def source(row):
+    return "/".join([task.name, split] + ([row.kind] if row.kind else []))
+
   return [
     Problem(row.id, row.problem, row.solution or "", row.answer, source(row)) for row in ordered(rows, seed)[:count]
   ]

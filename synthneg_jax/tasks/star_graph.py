@@ -80,7 +80,10 @@ def prompt_ids(graphs: Graphs, mark: str | np.ndarray = PATH) -> np.ndarray:
     mark: what is asked, one for all or one a graph.
   """
   count, edges = graphs.edge_NE2.shape[:2]
-  column = lambda value: np.broadcast_to(value, count)[:, None]
+
+  def column(value):
+    return np.broadcast_to(value, count)[:, None]
+
   bar_NE1 = np.full((count, edges, 1), WORDS.index(_BAR))
   listed_NC = np.concatenate([tokens(graphs.edge_NE2), bar_NE1], axis=2).reshape(count, -1)
   path_NL = graphs.path_NL

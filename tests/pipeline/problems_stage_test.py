@@ -79,8 +79,8 @@ class ShotsTest(parameterized.TestCase):
     experiment = self._run(base_shots=shots, methods=(method,))
     given = []
 
-    def respond(*args):
-      given.append(args[-1])
+    def respond(*args, request, **kwargs):
+      given.append(request.shots)
       raise StopIteration
 
     with mock.patch.object(traces, "respond", respond), self.assertRaises(StopIteration):
