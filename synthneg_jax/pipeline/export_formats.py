@@ -40,7 +40,7 @@ class _Workdir:
     return {problem.id: problem for problem in self.read(f"synthesize/{split}", Problem)}
 
   def prompt_ids(self, problem: Problem) -> list[int]:
-    return train_policy.prompt_ids(self._run, self, problem)
+    return train_policy.prompt_ids(self._run, self.tokenizer, problem)
 
   def text(self, ids: Sequence[int]) -> str:
     """Text of ids with the special ones spelled out."""

@@ -94,7 +94,7 @@ class _Reader:
   def prompt(self, problem: Problem) -> list[int]:
     """Its tokens, worked out once."""
     if problem.id not in self._prompts:
-      self._prompts[problem.id] = train_policy.prompt_ids(self._run, self._policy, problem)
+      self._prompts[problem.id] = train_policy.prompt_ids(self._run, self._policy.tokenizer, problem)
     return self._prompts[problem.id]
 
   def _encode(self, text: str) -> list[int]:

@@ -625,6 +625,12 @@ def check_values(config: ConfigDict) -> None:
       f"pairs.pit_rule={rule!r} needs values that credit.schedule={schedule!r} leaves out; it goes with "
       f"{', '.join(_PIT_RULES[schedule])}."
     )
+  if values["pretrain.lora.rank"]:
+    raise UserError("pretrain.lora.rank must be 0: there is nothing yet that could be adapted.")
+  k = values["credit.best_of"]
+  for name in ("credit.num_rollouts", "sample.num_traces"):
+    if values[name] < k:
+      raise UserError(f"{name}={values[name]} is less than credit.best_of={k}: Best-of-k needs k draws at least.")
 
 
 def check_name(name: str, where: str) -> None:

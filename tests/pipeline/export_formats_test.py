@@ -96,7 +96,7 @@ class RoundTripTest(parameterized.TestCase):
     # Fails if the mains do not fit what they call, or the stage is not done afterwards.
     out, workdir = pathlib.Path(tempfile.mkdtemp()), small_run.copied("synthesize", "sft")
     (out / "config.py").write_text(
-      "from tests.stages import small_run\n\n\ndef get_config():\n  return small_run.config()\n"
+      "from tests.pipeline import small_run\n\n\ndef get_config():\n  return small_run.config()\n"
     )
 
     def launch(program, workdir, *flags):

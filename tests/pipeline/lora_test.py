@@ -18,7 +18,7 @@ from synthneg_jax.pipeline import export, sft, synthesize, train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.training import objectives
+from synthneg_jax.training import loop, objectives
 from tests import tiny_model
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "configs"))
@@ -111,7 +111,16 @@ class LoraTest(absltest.TestCase):
     plan = train_policy.plan(experiment, section, examples, names)
     stage = experiment.stage("dpo/dpo", ["dpo"], ["sft"])
     objective = objectives.make_sft(policy.model)
-    identity, _ = train_policy.train(experiment, "dpo", section, policy, objective, plan, stage.folder)
+    training = loop.Run(
+      name="dpo",
+      section=section,
+      model=policy.model,
+      objective=objective,
+      batches=plan,
+      mesh=experiment.mesh,
+      folder=stage.folder,
+    )
+    identity, _ = train_policy.train(experiment, policy, training)
     stage.finish({}, identity=identity)
     moved = experiment.workdir.parent / "again"
     experiment.workdir.rename(moved)
@@ -139,7 +148,7 @@ class LoraTest(absltest.TestCase):
     with self.assertRaisesRegex(UserError, "pretrain.lora.rank must be 0"):
       config_schema.check_values(config)
     config.pretrain.lora.rank, config.rft.lora.targets = 0, ("query", "q_proj")
-    with self.assertRaisesRegex(UserError, "rft.lora.targets names 'q_proj', none of query, key, "):
+    with self.assertRaisesRegex(UserError, "rft.lora.targets=.*q_proj.* must be one of query, key, "):
       config_schema.check_values(config)
 
 

@@ -28,7 +28,7 @@ class _Policy:
     self.known = {}
     for estimate in estimates(experiment.workdir):
       prefix = traces[estimate.trace_id].ids[: estimate.prefix_end]
-      prompt = train_policy.prompt_ids(experiment, self.policy, problems[estimate.problem_id]) + prefix
+      prompt = train_policy.prompt_ids(experiment, self.policy.tokenizer, problems[estimate.problem_id]) + prefix
       for index, sample in enumerate(estimate.samples):
         key = keys.draw_key(experiment.config.seed, "credit", 0, estimate.problem_id, keys.hash_ids(prefix), index)
         self.known[tuple(prompt), remote.seed_of(key)] = sample
@@ -124,11 +124,11 @@ class RemoteCreditTest(parameterized.TestCase):
       self.assertEqual([s["ids"] for s in estimate.samples], [s["ids"] for s in known.samples])
       self.assertTrue(all(sample["logp"] is None for sample in estimate.samples))
     self.assertEqual(figures["retokenised"], figures["rollouts"])
-    made, _ = pairs.build(experiment, self.model.policy, "shared_prefix")
+    made, _ = pairs.build(experiment, "shared_prefix")
     self.assertNotEmpty(made)
     experiment.config.pairs.choice = "most_likely"
     with self.assertRaisesRegex(UserError, "most_likely.*without any"):
-      pairs.build(experiment, self.model.policy, "shared_prefix")
+      pairs.build(experiment, "shared_prefix")
 
   def test_a_schedule(self):
     # Fails if rounds ask for other rollouts than one round does: the first of each prefix must be the same.

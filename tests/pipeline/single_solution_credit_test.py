@@ -55,7 +55,7 @@ class OneTextTest(absltest.TestCase):
   def test_rollouts_go_on_from_the_end_of_their_step(self):
     # Fails if a branch forks off a token early or late: then it is not what is drawn with the prefix as the whole trunk.
     _, rollouts = self.credit(self.problem.solution)
-    prompt = train_policy.prompt_ids(self.experiment, self.policy, self.problem)
+    prompt = train_policy.prompt_ids(self.experiment, self.policy.tokenizer, self.problem)
     lines, same = self.problem.solution.splitlines(keepends=True), []
     for number in range(len(lines)):
       prefix = self.policy.tokenizer.encode("".join(lines[:number]), add_special_tokens=False)
