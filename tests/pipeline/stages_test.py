@@ -212,6 +212,18 @@ class RecipeTest(absltest.TestCase):
     self.assertAlmostEqual(first["loss/per_pair"], 4.0, delta=1e-3)
     self.assertIn('"pair_mode": "furthest"', (workdir / "pairs/dpo/pairs/00000.jsonl").read_text())
 
+  def test_one_variant_alone(self):
+    # Fails if per-step pairs cannot be built, or trained on, without arbitrary ones, or if what they make differs.
+    workdir = copy_of_finished()
+    for stage in ("pairs", "dpo/dpo", "dpo/step_dpo"):
+      shutil.rmtree(workdir / stage)
+    done = launch(workdir, "--stages=pairs/step_dpo,dpo/step_dpo")
+    self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+    self.assertFalse((workdir / "pairs/dpo").exists() or (workdir / "dpo/dpo").exists())
+    self.assertEqual(methods(workdir), methods(finished()))
+    for path in ("pairs/step_dpo/pairs/00000.jsonl", "dpo/step_dpo/policy/fingerprint.json"):
+      self.assertEqual((workdir / path).read_text(), (finished() / path).read_text())
+
   def test_another_schedule(self):
     # Fails if the schedule is not read, if rounds draw other rollouts than one round does (their keys count on), if a
     # round's rollouts are lost or counted twice, or if one goes on for good.
@@ -331,6 +343,7 @@ class RefusalTest(parameterized.TestCase):
     ("--config.dpo.betta=1", ("dpo.betta", "dpo.beta")),
     ("--config.dpo.beta=high", ("dpo.beta", "high")),
     ("--stages=sft,samples", ("samples", "sample")),
+    ("--stages=dpo/steps", ("'dpo/steps'", "dpo/step_dpo")),
     ("--config.task.name=gsm9k", ("gsm9k", "gsm8k")),
     ("--config.model.path=not_there", ("not_there",)),
     ("--config.mesh.tensor=3", ("mesh.tensor=3",)),
