@@ -49,12 +49,12 @@ def likelihoods(experiment: Experiment) -> dict[str, list[float]]:
   store = reference.Store(experiment.workdir / "measures" / f"likelihoods-{policy.fingerprint}.npz")
   section = experiment.config.sft
   reference.score(policy.model, policy.params, trees, section.row_length, experiment.mesh, store, section.logit_chunk)
-  cost = lambda tree, n: (
-    -float(
-      np.mean(store[reference.branch_key(tree.trunk, tree.branches[n].fork, tree.branches[n].ids)], dtype=np.float64)
-    )
-  )
-  return {name: [round(cost(tree, n), 5) for tree in trees] for n, name in enumerate(("D_syn", "D_plus"))}
+
+  def cost(tree: Tree, branch: Branch) -> float:
+    logp_S = store[reference.branch_key(tree.trunk, branch.fork, branch.ids)]
+    return round(-float(np.mean(logp_S, dtype=np.float64)), 5)
+
+  return {name: [cost(tree, tree.branches[n]) for tree in trees] for n, name in enumerate(("D_syn", "D_plus"))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +114,11 @@ def _sampled(
   experiment: Experiment, policy: Policy, purpose: str, problems: Sequence[Problem], count: int
 ) -> list[Trace]:
   """Samples of each problem at credit.temperature, in the order of their problems' ids, then as they were drawn."""
-  prompt = lambda problem: train_policy.prompt_ids(experiment, policy, problem)
-  trunks = [traces_lib.trunk(experiment, prompt(problem), problem, purpose, count) for problem in problems]
+  trunk_ids = [train_policy.prompt_ids(experiment, policy, problem) for problem in problems]
+  trunks = [
+    traces_lib.trunk(experiment, prompt, problem, purpose, count)
+    for prompt, problem in zip(trunk_ids, problems, strict=True)
+  ]
   engine = experiment.engine(policy, slots=min(count, experiment.config.engine.slots))
   made = [
     (problems[i], number, one)
@@ -232,7 +235,10 @@ def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]
   """
   policy = experiment.policy("sft")
   source = pairs_lib.Source(experiment, policy)
-  lines = lambda ids: [line for line in policy.token_text.text(list(ids)).split("\n") if line.strip()]
+
+  def lines(ids: Sequence[int]) -> list[str]:
+    return [line for line in policy.token_text.text(list(ids)).split("\n") if line.strip()]
+
   puzzles = {key: jobs.read(problem.prompt) for key, problem in source.problems.items()}
   truth_N = np.array([jobs.true_pit(puzzles[trace.problem_id], lines(trace.ids)) for trace in source.wrong])
   known = pairs_lib.values(source.wrong, source.estimates, source.v0, experiment.config.credit.best_of)
