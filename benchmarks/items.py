@@ -78,7 +78,7 @@ def _dpo(size: str, pairs: int, times: int, continuation: int) -> Item:
   sums = np.asarray(logp, np.float64).reshape(pairs, 2, continuation).sum(-1).tolist()
   examples = [Example(tree, (PairInTree(0, 1, *row),)) for tree, row in zip(trees, sums, strict=True)]
   loss = functools.partial(losses.dpo_loss, beta=_BETA)
-  objective = objectives.make_preference(side.model, 2, loss, beta=_BETA, eos_ids=(0,))
+  objective = objectives.make_preference(side.model, 2, objectives.Preference(loss=loss, beta=_BETA), eos_ids=(0,))
   step = ours.train_step(side, objective, batch_lib.build(examples, batch_lib.measure(examples, length)))
   expected, baselines = [step(), step()], []
   plain = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)) for row in rows]
@@ -244,8 +244,8 @@ def _credit_memory(side: Side, ids, trace: _Trace, slots: int) -> Item:
     return [row for items in made for row in items]
 
   differs = lambda: _tokens_differ(lambda: grown(1, slots, [trunk]), lambda: grown(count, 1, copied))
-  shared = Geometry(1, slots, len(ids), count, trace.new, 1)
-  copies = Geometry(count, 1, len(ids), 1, trace.new, 1)
+  shared = Geometry(lanes=1, slots=slots, trunk=len(ids), items=count, new=trace.new, refill=1)
+  copies = Geometry(lanes=count, slots=1, trunk=len(ids), items=1, new=trace.new, refill=1)
   baseline = Baseline("a cache copy a rollout", lambda: ours.peak_bytes(side, copies), differs)
   run = lambda: ours.peak_bytes(side, shared)
   return Item(f"{trace}, memory but for weights", side.size, run, [baseline], rounds=1, unit="bytes")

@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks.benchmark import Work
 from synthneg_jax.decoding import decode
-from synthneg_jax.decoding.decode import Geometry, Stops
-from synthneg_jax.decoding.engine import Engine, Trunk
+from synthneg_jax.decoding.decode import DecodeSpec, Geometry, Stops
+from synthneg_jax.decoding.engine import Engine, Trunk, trunk_arrays
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.models import huggingface
 from synthneg_jax.models.config import ModelConfig
@@ -87,7 +87,7 @@ def train_step(side: Side, objective, batch) -> Callable[[], float]:
   made = optimizer.make_optimizer(section, 1000)
   shardings = step_lib.state_shardings(side.model, made, side.mesh)
   held = {"state": step_lib.make_init(made, shardings)(side.fresh())}
-  run = step_lib.make_step(objective, made, shardings, side.mesh)
+  run = step_lib.make_step(objective, made, shardings, mesh=side.mesh)
   batch = jax.device_put(batch, step_lib.batch_shardings(side.mesh))
 
   def step():
@@ -116,17 +116,14 @@ def draw_keys(number: int, items: int) -> np.ndarray:
 
 def peak_bytes(side: Side, g: Geometry) -> float:
   """State and temporaries of the greater of prefill and decode, by XLA's analysis; the weights are not counted."""
-  how, stops = Sampling(1.0), Stops(())
+  spec = DecodeSpec(model=side.model, geometry=g, sampling=Sampling(1.0), stops=Stops(()))
   state = jax.eval_shape(functools.partial(decode.empty_state, side.model, g))
-  ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)
-  rows, items = g.refill, (g.refill, g.items)
-  keys = jax.ShapeDtypeStruct((*items, 2), np.uint32)
-  trunk = (ints(rows), ints(rows, g.trunk), ints(rows), ints(*items), keys, ints(*items), ints(rows))
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trunk_arrays(g, []))
   params = side.model.unstack(side.params)  # as the engine hands them over
-  bound = lambda fn: jax.jit(functools.partial(fn, side.model, g, how, stops), donate_argnums=1)
-  programs = (
-    bound(decode.prefill).lower(params, state, *trunk),
-    bound(decode.decode).lower(params, state, np.int32(1)),
-  )
+
+  def lower(fn, *args):
+    return jax.jit(functools.partial(fn, spec), donate_argnums=1).lower(params, state, *args)
+
+  programs = (lower(decode.prefill, batch), lower(decode.decode, np.int32(1)))
   held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
   return held + max(program.compile().memory_analysis().temp_size_in_bytes for program in programs)

@@ -97,7 +97,7 @@ def work(family: str, style: str):
 
 def algorithm1(trunk, solution, response, pit: int) -> core_pairs.TokenPair:
   counts = {"after": core_pairs.Count(0, 4), "before": core_pairs.Count(3, 4)}
-  return core_pairs.algorithm1(trunk, solution, response, pit, **counts)
+  return core_pairs.algorithm1(trunk, solution, response, pit=pit, **counts)
 
 
 def pair_trees(pairs, length: int = 400):
@@ -243,7 +243,7 @@ class TokensTest(parameterized.TestCase):
         trunk,
         response,
         1,
-        [rollout],
+        siblings=[rollout],
         after=core_pairs.Count(0, 4),
         continuation="rollout",
         choice="random",
@@ -275,7 +275,7 @@ class TokensTest(parameterized.TestCase):
           trunk,
           response,
           pit,
-          [sibling],
+          siblings=[sibling],
           after=core_pairs.Count(0, 4),
           continuation=continuation,
           choice="shortest",
@@ -294,7 +294,8 @@ MODEL = tiny_model.model(num_layers=1, dtype="float64", param_dtype="float64")
 
 
 def preference(model, loss, **settings):
-  objective = objectives.make_preference(model, SHAPE.branches, loss, beta=BETA, eos_ids=(EOS,), **settings)
+  given = objectives.Preference(loss=loss, beta=BETA, **settings)
+  objective = objectives.make_preference(model, SHAPE.branches, given, eos_ids=(EOS,))
   return jax.jit(jax.value_and_grad(objective, has_aux=True))
 
 
@@ -439,7 +440,8 @@ class FirstStepTest(absltest.TestCase):
     ]
     trees, numbered, _ = pair_trees(pairs)
     store = reference.Store(epath.Path(self.enterContext(tempfile.TemporaryDirectory())) / "reference.npz")
-    reference.score(model, params, trees, 11, tiny_model.one_device_mesh(), store)  # each tree in a row of its own
+    packing = reference.Packing(tiny_model.one_device_mesh(), 11)  # each tree in a row of its own
+    reference.score(model, params, trees, store=store, packing=packing)
     batch = batch_lib.build(pairs_lib.examples(trees, numbered, store), SHAPE)
     self.assertEqual(np.max(batch.trees.tree, axis=1).tolist(), [2, 0])
     self.assertLess(np.min(batch.ref_chosen), -1.0)

@@ -215,7 +215,7 @@ def value_interval(
   raise ValueError(f"No interval method {method!r}: wilson or beta.")
 
 
-def sign_confidence(successes, rollouts, successes_before, rollouts_before) -> np.ndarray:
+def sign_confidence(successes, rollouts, *, successes_before, rollouts_before) -> np.ndarray:
   """P(Q_after < Q_before): how sure the counts make us that a step's advantage is negative. Ours.
 
   Q_after ~ Beta(c + ½, M - c + ½) and Q_before likewise are independent posteriors under Jeffreys' prior, and

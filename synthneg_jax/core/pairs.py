@@ -67,6 +67,15 @@ class TokenPair:
   flip: float = 0.0
 
 
+def _value(count: Count) -> float:
+  return count.successes / count.rollouts
+
+
+def _below(count: Count, q: float) -> float:
+  """P(Q < q) after these counts, under Jeffreys' prior."""
+  return float(special.betainc(count.successes + 0.5, count.rollouts - count.successes + 0.5, q))
+
+
 def flip_probability(rejected: Count, other: Count) -> float:
   """P(Q_rejected > Q_other): how likely the counts make it that a pair's label is flipped. Ours.
 
@@ -78,16 +87,16 @@ def flip_probability(rejected: Count, other: Count) -> float:
   """
   if not (rejected.exact or other.exact):
     return 1.0 - float(
-      advantages.sign_confidence(rejected.successes, rejected.rollouts, other.successes, other.rollouts)
+      advantages.sign_confidence(
+        rejected.successes, rejected.rollouts, successes_before=other.successes, rollouts_before=other.rollouts
+      )
     )
-  value = lambda count: count.successes / count.rollouts
-  below = lambda count, q: float(special.betainc(count.successes + 0.5, count.rollouts - count.successes + 0.5, q))
   if rejected.exact and other.exact:
-    return float(np.heaviside(value(rejected) - value(other), 0.5))
-  return below(other, value(rejected)) if rejected.exact else 1.0 - below(rejected, value(other))
+    return float(np.heaviside(_value(rejected) - _value(other), 0.5))
+  return _below(other, _value(rejected)) if rejected.exact else 1.0 - _below(rejected, _value(other))
 
 
-def algorithm1(prompt: Ids, solution: Ids, response: Response, pit: int, *, after: Count, before: Count) -> TokenPair:
+def algorithm1(prompt: Ids, solution: Ids, response: Response, *, pit: int, after: Count, before: Count) -> TokenPair:
   """(x, y, ŷ_1:c): the known solution against the prefix of a response that ends with the pit.
 
   The paper's practical algorithm (Algorithm 1 of https://arxiv.org/abs/2406.14532, VERIFIED second-hand; that the chosen
@@ -148,8 +157,8 @@ def shared_prefix(
   prompt: Ids,
   response: Response,
   pit: int,
-  siblings: Sequence[Sibling],
   *,
+  siblings: Sequence[Sibling],
   after: Count,
   continuation: str,
   choice: str,
@@ -195,8 +204,8 @@ def shared_prefix(
   elif choice == "most_likely":
     chosen = max(right, key=lambda sibling: sibling.step_logp if continuation == "step" else sibling.logp)
   elif choice == "majority":
-    lead = lambda first: 2 * score[first] - counts[first]
-    chosen = max(right, key=lambda sibling: lead(tuple(sibling.step(0))))
+    lead = {first: 2 * score[first] - counts[first] for first in counts}  # right minus wrong
+    chosen = max(right, key=lambda sibling: lead[tuple(sibling.step(0))])
   else:
     raise ValueError(f"No choice {choice!r}: random, shortest, most_likely or majority.")
   first = tuple(chosen.step(0))

@@ -1,6 +1,8 @@
 """Error against the amount of data: the power law, and how many times the data another method would need. On the host."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,7 +37,7 @@ def _positive(values) -> np.ndarray:
   return values
 
 
-def efficiency_factor(sizes, baseline_errors, size: float, method_error: float) -> tuple[float, bool]:
+def efficiency_factor(sizes, baseline_errors, *, size: float, method_error: float) -> tuple[float, bool]:
   """How many times the data the baseline needs for a method's error: D_base(e) / D_method, e the method's error.
 
   D_base(e) is the smallest size at which the baseline reaches e, on its curve drawn straight between points in log-log
@@ -86,8 +88,20 @@ class Efficiency:
   extrapolated_share: float
 
 
+class Baseline(NamedTuple):
+  """The method that others are compared with.
+
+  Attributes:
+    sizes: [D] numbers of problems that it was trained on, rising.
+    wrong_DSN: bool [D, S, N], whether training seed s at size d is wrong on test problem n.
+  """
+
+  sizes: Sequence[float]
+  wrong_DSN: np.ndarray
+
+
 def bootstrap_efficiency(
-  sizes, baseline_wrong_DSN, size: float, method_wrong_SN, *, draws: int = 1000, level: float = 0.95, seed: int = 0
+  baseline: Baseline, size: float, method_wrong_SN, *, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Efficiency:
   """`efficiency_factor` of mean errors, with a percentile bootstrap over training seeds and test problems.
 
@@ -96,8 +110,7 @@ def bootstrap_efficiency(
   Few seeds make the interval too narrow, as in every bootstrap. Ours.
 
   Args:
-    sizes: [D] numbers of problems that the baseline was trained on, rising.
-    baseline_wrong_DSN: bool [D, S, N], whether seed s of size d is wrong on test problem n.
+    baseline: its sizes and mistakes.
     size: number of problems that the method had.
     method_wrong_SN: bool [S', N], the same problems in the same order.
     draws: bootstrap draws.
@@ -107,14 +120,14 @@ def bootstrap_efficiency(
   Returns:
     Efficiency; an end of the interval may be inf.
   """
-  baseline_DSN, method_SN = np.asarray(baseline_wrong_DSN, np.float64), np.asarray(method_wrong_SN, np.float64)
+  baseline_DSN, method_SN = np.asarray(baseline.wrong_DSN, np.float64), np.asarray(method_wrong_SN, np.float64)
   D, S, N = baseline_DSN.shape
   rng = np.random.default_rng(seed)
 
   def factor_of(baseline_DS, method_S):
     floors = 0.5 / (N * S), 0.5 / (N * len(method_S))
     baseline_D, method = np.maximum(baseline_DS.mean(1), floors[0]), max(float(method_S.mean()), floors[1])
-    return efficiency_factor(sizes, baseline_D, size, method)
+    return efficiency_factor(baseline.sizes, baseline_D, size=size, method_error=method)
 
   factor, extrapolated = factor_of(baseline_DSN.mean(2), method_SN.mean(1))
   factors, beyond = [], []

@@ -196,4 +196,9 @@ def spurious_steps(
   """
   after = list(zip(successes, rollouts, strict=True))
   known = [i for i, (now, before) in enumerate(zip(after, [start, *after], strict=False)) if now[1] and before[1]]
-  return [i for i in known if sign_confidence(*after[i], *(after[i - 1] if i else start)) >= confidence]
+
+  def steps_back(i: int) -> bool:
+    before = after[i - 1] if i else start
+    return sign_confidence(*after[i], successes_before=before[0], rollouts_before=before[1]) >= confidence
+
+  return [i for i in known if steps_back(i)]

@@ -71,9 +71,10 @@ class Tree:
   @property
   def num_scored(self) -> int:
     """Tokens of the tree that count in a loss."""
-    in_branch = lambda branch: len(branch.ids) if branch.scored is None else int(np.sum(branch.scored))
-    in_trunk = 0 if self.trunk_scored is None else int(np.sum(self.trunk_scored))
-    return in_trunk + sum(map(in_branch, self.branches))
+    total = 0 if self.trunk_scored is None else int(np.sum(self.trunk_scored))
+    for branch in self.branches:
+      total += len(branch.ids) if branch.scored is None else int(np.sum(branch.scored))
+    return total
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +103,10 @@ class PackedTrees:
 
 def empty_rows(num_rows: int, length: int) -> PackedTrees:
   """[num_rows, length] of padding, as numpy arrays."""
-  zeros = lambda: np.zeros((num_rows, length), np.int32)
+
+  def zeros():
+    return np.zeros((num_rows, length), np.int32)
+
   return PackedTrees(
     token=zeros(),
     position=zeros(),
@@ -195,8 +199,13 @@ def attention_mask(trees: PackedTrees, window: int = 0) -> jax.Array:
   Returns:
     bool [..., T, T]; True where the query (second to last axis) sees the key (last axis). Padding sees nothing.
   """
-  query = lambda field: field[..., :, None]
-  key = lambda field: field[..., None, :]
+
+  def query(field):
+    return field[..., :, None]
+
+  def key(field):
+    return field[..., None, :]
+
   same_tree = (query(trees.tree) == key(trees.tree)) & (query(trees.tree) != 0)
   same_branch = (query(trees.branch) == key(trees.branch)) & (key(trees.position) <= query(trees.position))
   before_fork = (key(trees.branch) == 0) & (key(trees.position) < query(trees.fork))

@@ -66,47 +66,66 @@ class _Numbers:
     return total
 
 
+class _Index:
+  """The runs of n words of all test texts, for training texts to be looked up in."""
+
+  def __init__(self, test: Sequence[str], n: int):
+    self._n, self._numbers = n, {}
+    self._test = _Numbers(test, self._numbers, grow=True)
+    random = np.random.default_rng(0).integers(1, 1 << 63, size=n, dtype=np.uint64)
+    self._factors = random * np.uint64(2) + np.uint64(1)
+    windows = self._test.windows(n)
+    self._hashes, first = np.unique(self._test.hashes(windows, self._factors), return_index=True)
+    self._windows = windows[first]
+    self._short = {}  # whole texts of fewer than n words, by their words
+    for index, text in enumerate(self._test.words):
+      if 0 < len(text) < n:
+        self._short.setdefault(tuple(text), index)
+
+  def overlaps(self, texts: Sequence[str], first_index: int) -> list[Overlap]:
+    """Overlaps of some training texts, the first of them number `first_index`."""
+    n, train = self._n, _Numbers(texts, self._numbers, grow=False)
+    at, test_at = self._matches(train)
+    overlaps = []
+    of_text, first, count = np.unique(train.text[at], return_index=True, return_counts=True)
+    shared = {int(text): (int(i), int(c)) for text, i, c in zip(of_text, first, count, strict=True)}
+    for index, text in enumerate(train.words):
+      if index in shared:
+        i, c = shared[index]
+        begin = int(at[i] - train.starts[index])
+        run, test_index = text[begin : begin + n], int(self._test.text[test_at[i]])
+        overlaps.append(Overlap(first_index + index, test_index, " ".join(run), c / (len(text) - n + 1)))
+      elif tuple(text) in self._short:
+        overlaps.append(Overlap(first_index + index, self._short[tuple(text)], " ".join(text), 1.0))
+    return overlaps
+
+  def _matches(self, train: _Numbers) -> tuple[np.ndarray, np.ndarray]:
+    """Where windows of training texts begin that equal one of a test text, and where the latter begins."""
+    at = train.windows(self._n)
+    if not len(self._hashes):
+      return at[:0], at[:0]
+    hashes = train.hashes(at, self._factors)
+    rank = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+    hit = self._hashes[rank] == hashes
+    at, test_at = at[hit], self._windows[rank[hit]]
+    for offset in range(self._n):  # equal hashes do not prove equal words
+      same = train.flat[at + offset] == self._test.flat[test_at + offset]
+      at, test_at = at[same], test_at[same]
+    return at, test_at
+
+
 def overlaps(train: Sequence[str], test: Sequence[str], n: int = 13) -> list[Overlap]:
   """The training texts that overlap a test text, in order.
 
-  Linear in the number of words; what the hash finds is checked word by word, so that no text goes by accident.
+  Linear in the number of words. Matches of hashes are checked word by word, so no training text goes by accident.
 
   Args:
     train: texts.
     test: texts.
     n: words in a row, at least 1.
   """
-  numbers, found = {}, []
-  known = _Numbers(test, numbers, grow=True)
-  factors = np.random.default_rng(0).integers(1, 1 << 63, size=n, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-  places = known.windows(n)
-  hashes, first = np.unique(known.hashes(places, factors), return_index=True)
-  places = places[first]
-  whole = {tuple(text): index for index, text in reversed(list(enumerate(known.words))) if 0 < len(text) < n}
-  for start in range(0, len(train), _CHUNK):
-    found += _in_chunk(train[start : start + _CHUNK], start, n, numbers, known, hashes, places, factors, whole)
-  return found
-
-
-def _in_chunk(texts, start, n, numbers, known, hashes, places, factors, whole) -> list[Overlap]:
-  """Overlaps of some training texts, the first of them number `start`."""
-  chunk = _Numbers(texts, numbers, grow=False)
-  at = chunk.windows(n)
-  rank = np.minimum(np.searchsorted(hashes, mine := chunk.hashes(at, factors)), max(len(hashes) - 1, 0))
-  hit = hashes[rank] == mine if len(hashes) else np.zeros(len(at), bool)
-  at, there = at[hit], places[rank[hit]] if len(hashes) else places
-  for offset in range(n):
-    same = chunk.flat[at + offset] == known.flat[there + offset]
-    at, there = at[same], there[same]
+  index = _Index(test, n)
   found = []
-  of_text, first, count = np.unique(chunk.text[at], return_index=True, return_counts=True)
-  shared = {int(text): (int(i), int(c)) for text, i, c in zip(of_text, first, count, strict=True)}
-  for index, text in enumerate(chunk.words):
-    if index in shared:
-      i, c = shared[index]
-      begin = int(at[i] - chunk.starts[index])
-      run, of_test = text[begin : begin + n], int(known.text[there[i]])
-      found.append(Overlap(start + index, of_test, " ".join(run), c / (len(text) - n + 1)))
-    elif tuple(text) in whole:  # it is shorter than n
-      found.append(Overlap(start + index, whole[tuple(text)], " ".join(text), 1.0))
+  for start in range(0, len(train), _CHUNK):
+    found += index.overlaps(train[start : start + _CHUNK], start)
   return found

@@ -7,9 +7,12 @@ state at fork - 1, so that taking an item costs nothing.
 
 import dataclasses
 import functools
+import hashlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 
@@ -23,16 +26,17 @@ from synthneg_jax.runtime import device_mesh
 UNFINISHED, EOS, STOP, LENGTH = range(4)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
   """The sizes that programs are compiled for.
 
   Attributes:
-    lanes, slots: as above.
-    trunk: C, most tokens of a trunk.
-    items: Q, most items of a lane.
-    new: L, most new tokens of a branch.
-    refill: lanes that are filled together.
+    lanes: trunks that are held at once.
+    slots: S, branches of a trunk that grow at once.
+    trunk: C, the most tokens of a trunk.
+    items: Q, the most items of a lane.
+    new: L, the most new tokens of a branch.
+    refill: R, lanes that are filled together.
   """
 
   lanes: int
@@ -43,22 +47,87 @@ class Geometry:
   refill: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Stops:
-  """When a branch ends, and which tokens it may hold.
+  """When a branch ends, and which tokens it may hold. Equal content compares and hashes equal, so programs are shared.
 
   Attributes:
     eos_ids: tokens that end a branch.
-    table: int32 [states, V], the automaton of the stop strings, whose last state accepts; None for none.
-    num_tokens: ids from here on are no tokens (output matrices are often padded) and are never drawn; 0 for no bound.
+    table: int32 [states, V], the automaton of the stop strings, whose last state accepts; None for no stop strings. The
+      given array is copied, and the copy is read-only.
+    num_tokens: V of the tokenizer. Ids from here on are padding of the output matrix and are never drawn; 0 for no bound.
   """
 
   eos_ids: tuple[int, ...]
-  table: object = None
+  table: np.ndarray | None = None
   num_tokens: int = 0
 
-  def __hash__(self):
-    return hash((self.eos_ids, id(self.table), self.num_tokens))
+  def __post_init__(self):
+    if self.table is not None:
+      table = np.array(self.table, np.int32)
+      table.setflags(write=False)
+      object.__setattr__(self, "table", table)
+
+  @functools.cached_property
+  def _content(self) -> tuple:
+    """What is compared and hashed; the table, which may hold megabytes, by its shape and digest."""
+    table = None if self.table is None else (self.table.shape, hashlib.sha256(self.table.tobytes()).digest())
+    return self.eos_ids, table, self.num_tokens
+
+  def __eq__(self, other) -> bool:
+    return isinstance(other, Stops) and self._content == other._content
+
+  def __hash__(self) -> int:
+    return hash(self._content)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeSpec:
+  """What is fixed when `prefill` and `decode` are compiled. Hashable: equal specs share their programs."""
+
+  model: Model
+  geometry: Geometry
+  sampling: Sampling
+  stops: Stops
+
+
+class TrunkBatch(NamedTuple):
+  """New trunks with their items, on their way into lanes. R rows, C trunk tokens, Q items.
+
+  Attributes:
+    lane: int32 [R], the lane that each row goes to; `Geometry.lanes` for an empty row.
+    token: int32 [R, C], the trunks.
+    length: int32 [R], how many of their tokens count.
+    item_fork: int32 [R, Q], trunk tokens that each item continues.
+    item_key: uint32 [R, Q, 2], each item's own key.
+    item_limit: int32 [R, Q], the most new tokens of each item, at most L.
+    num_items: int32 [R], how many of the row's items count.
+  """
+
+  lane: jax.Array
+  token: jax.Array
+  length: jax.Array
+  item_fork: jax.Array
+  item_key: jax.Array
+  item_limit: jax.Array
+  num_items: jax.Array
+
+
+class Collected(NamedTuple):
+  """What lanes hold when they rest. R lanes, Q items, L new tokens.
+
+  Attributes:
+    token: int32 [R, Q, L].
+    logp, drawn_logp: float32 [R, Q, L], nats: untempered, and under the distribution that was drawn from.
+    size: int32 [R, Q], tokens of each item.
+    finish: int32 [R, Q], EOS, STOP or LENGTH.
+  """
+
+  token: jax.Array
+  logp: jax.Array
+  drawn_logp: jax.Array
+  size: jax.Array
+  finish: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +170,7 @@ class State:
 
 
 def empty_state(model: Model, g: Geometry) -> State:
-  """No trunk anywhere."""
+  """The state in which no lane holds a trunk."""
   c = model.config
   dtype = jnp.dtype(c.dtype)
 
@@ -110,8 +179,12 @@ def empty_state(model: Model, g: Geometry) -> State:
       return tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers))
     return jnp.zeros((c.num_layers, *shape), dtype)
 
-  ints = lambda *shape: jnp.zeros(shape, jnp.int32)
-  floats = lambda *shape: jnp.zeros(shape, jnp.float32)
+  def ints(*shape):
+    return jnp.zeros(shape, jnp.int32)
+
+  def floats(*shape):
+    return jnp.zeros(shape, jnp.float32)
+
   k, h = c.num_kv_heads, c.head_dim
   per_item = (g.lanes, g.items)
   return State(
@@ -150,7 +223,10 @@ def state_shardings(model: Model, mesh: Mesh) -> State:
   would be padded to two, and lies well either way.)
   """
   lead = () if layer_stacking.unrolls(model.config) else ("layers",)
-  sharding = lambda *names: NamedSharding(mesh, device_mesh.spec(*lead, *names))
+
+  def sharding(*names):
+    return NamedSharding(mesh, device_mesh.spec(*lead, *names))
+
   rows, replicated = device_mesh.rows(mesh), device_mesh.replicated(mesh)
   fields = {field.name: rows for field in dataclasses.fields(State)}
   trunk, suffix = sharding("rows", "kv_heads"), sharding("rows", None, "kv_heads")
@@ -162,15 +238,19 @@ def state_shardings(model: Model, mesh: Mesh) -> State:
 
 
 @jax.named_scope("draw")
-def _pick(logits, uniform, how: Sampling, stops: Stops):
-  """Tokens for [lanes, n] places, each by its own uniform number."""
-  if 0 < stops.num_tokens < logits.shape[-1]:
-    logits = jnp.where(jnp.arange(logits.shape[-1])[None, None] < stops.num_tokens, logits, -jnp.inf)
+def _pick(spec: DecodeSpec, logits, uniform):
+  """`sampling.pick` for logits [lanes, n, V], each draw by its own uniform number [lanes, n]."""
+  num_tokens = spec.stops.num_tokens
+  if 0 < num_tokens < logits.shape[-1]:
+    logits = jnp.where(jnp.arange(logits.shape[-1])[None, None] < num_tokens, logits, -jnp.inf)
 
-  return jax.vmap(jax.vmap(lambda logits_V, uniform: pick(logits_V, uniform, how)))(logits, uniform)
+  def pick_one(logits_V, uniform):
+    return pick(logits_V, uniform, spec.sampling)
+
+  return jax.vmap(jax.vmap(pick_one))(logits, uniform)
 
 
-def _ending(token, stop_state, size, limit, stops: Stops):
+def _ending(stops: Stops, token, stop_state, *, size, limit):
   """(the automaton's next state, why the branch ends with this token or UNFINISHED)."""
   if stops.table is not None:
     table = jnp.asarray(stops.table)
@@ -183,50 +263,44 @@ def _ending(token, stop_state, size, limit, stops: Stops):
   return stop_state, finish.astype(jnp.int32)
 
 
+def _at_item(field, item):
+  """Of a field [lanes, Q], the entries of the items [lanes, S] that slots work on."""
+  return jnp.take_along_axis(field, item, axis=1)
+
+
 def _take_items(state: State) -> State:
   """Idle slots take their lane's next items."""
   idle = state.slot_item < 0
   place = state.queue_next[:, None] + jnp.cumsum(idle, axis=1) - 1
   takes = idle & (place < state.queue_size[:, None])
-  item = jnp.take_along_axis(state.queue, jnp.where(takes, place, 0), axis=1)
+  item = _at_item(state.queue, jnp.where(takes, place, 0))
   item = jnp.where(takes, item, state.slot_item)
-  of_item = lambda field: jnp.take_along_axis(field, jnp.maximum(item, 0), axis=1)
-  first = of_item(state.token[:, :, 0])
+  held = jnp.maximum(item, 0)
+  first = _at_item(state.token[:, :, 0], held)
   return dataclasses.replace(
     state,
     slot_item=item,
-    slot_fork=jnp.where(takes, of_item(state.item_fork), state.slot_fork),
+    slot_fork=jnp.where(takes, _at_item(state.item_fork, held), state.slot_fork),
     slot_size=jnp.where(takes, 1, state.slot_size),
     slot_token=jnp.where(takes, first, state.slot_token),
     queue_next=state.queue_next + jnp.sum(takes, axis=1, dtype=jnp.int32),
   )
 
 
-def prefill(
-  model: Model,
-  g: Geometry,
-  how: Sampling,
-  stops: Stops,
-  params,
-  state: State,
-  lane,
-  token,
-  length,
-  item_fork,
-  item_key,
-  item_limit,
-  num_items,
-) -> State:
+def prefill(spec: DecodeSpec, params, state: State, batch: TrunkBatch) -> State:
   """Puts new trunks with their items into lanes and draws every item's first token.
 
   Args:
-    model, g, how, stops: fixed at compile time.
-    params: the policy.
-    state: as before; the lanes named here are overwritten.
-    lane: int32 [R], where the trunks go; `g.lanes` for none.
-    token: int32 [R, C]; length: int32 [R], the trunks and how many of their tokens count.
-    item_fork: int32 [R, Q]; item_key: uint32 [R, Q, 2]; item_limit: int32 [R, Q], at most L; num_items: int32 [R].
+    spec: fixed at compile time.
+    params: the policy's, stacked or unstacked.
+    state: as before; the lanes that the batch names are overwritten.
+    batch: the trunks.
+
+  Returns:
+    The state in which idle slots have taken the new items.
   """
+  model, g = spec.model, spec.geometry
+  lane, token, length = batch.lane, batch.token, batch.length
   rows, width = token.shape
   position = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), token.shape)
   zeros = jnp.zeros_like(token)
@@ -241,12 +315,12 @@ def prefill(
   )
   h_RCD, (k, v) = model.hidden(params, trees, with_cache=True)
 
-  h_RQD = jnp.take_along_axis(h_RCD, jnp.maximum(item_fork - 1, 0)[..., None], axis=1)
-  uniform = jax.vmap(jax.vmap(lambda key_data: uniforms(key_data, g.new)))(item_key)
-  first, logp, drawn = _pick(model.logits(params, h_RQD), uniform[..., 0], how, stops)
-  stop, finish = _ending(first, jnp.zeros_like(first), 1, item_limit, stops)
-  there = jnp.arange(g.items)[None] < num_items[:, None]
-  waits = there & (finish == UNFINISHED)
+  h_RQD = jnp.take_along_axis(h_RCD, jnp.maximum(batch.item_fork - 1, 0)[..., None], axis=1)
+  uniform = jax.vmap(jax.vmap(lambda key_data: uniforms(key_data, g.new)))(batch.item_key)
+  first, logp, drawn = _pick(spec, model.logits(params, h_RQD), uniform[..., 0])
+  stop, finish = _ending(spec.stops, first, jnp.zeros_like(first), size=1, limit=batch.item_limit)
+  valid = jnp.arange(g.items)[None] < batch.num_items[:, None]
+  waits = valid & (finish == UNFINISHED)
 
   def put(field, new):
     return field.at[lane].set(new.astype(field.dtype), mode="drop")
@@ -257,7 +331,10 @@ def prefill(
     axes = (0, *(axis + 1 for axis in axes))
     return field.at[:, lane].set(new.transpose(axes).astype(field.dtype), mode="drop")
 
-  at_start = lambda values: jnp.pad(values[..., None], ((0, 0), (0, 0), (0, g.new - 1)))
+  def at_start(values):
+    """[R, Q] as the first tokens of [R, Q, L]."""
+    return jnp.pad(values[..., None], ((0, 0), (0, 0), (0, g.new - 1)))
+
   state = dataclasses.replace(
     state,
     cache=dataclasses.replace(
@@ -265,8 +342,8 @@ def prefill(
       trunk_k=put_trunk(state.cache.trunk_k, k, (0, 1, 3, 2)),
       trunk_v=put_trunk(state.cache.trunk_v, v, (0, 1, 2, 3)),
     ),
-    item_fork=put(state.item_fork, item_fork),
-    item_limit=put(state.item_limit, item_limit),
+    item_fork=put(state.item_fork, batch.item_fork),
+    item_limit=put(state.item_limit, batch.item_limit),
     item_uniform=put(state.item_uniform, uniform),
     queue=put(state.queue, jnp.argsort(~waits, axis=1, stable=True)),
     queue_size=put(state.queue_size, jnp.sum(waits, axis=1)),
@@ -276,15 +353,23 @@ def prefill(
     token=put(state.token, at_start(first)),
     logp=put(state.logp, at_start(logp)),
     drawn_logp=put(state.drawn_logp, at_start(drawn)),
-    size=put(state.size, there),
-    finish=put(state.finish, jnp.where(there, finish, UNFINISHED)),
+    size=put(state.size, valid),
+    finish=put(state.finish, jnp.where(valid, finish, UNFINISHED)),
   )
   return _take_items(state)
 
 
-def decode(model: Model, g: Geometry, how: Sampling, stops: Stops, params, state: State, enough) -> State:
-  """Grows all branches until at least `enough` (traced int32) lanes have nothing left to do, or all have."""
-  params = layer_stacking.apart(params) if layer_stacking.unrolls(model.config) else params
+def decode(spec: DecodeSpec, params, state: State, enough) -> State:
+  """Grows all branches until at least `enough` lanes rest, or all of them do.
+
+  Args:
+    spec: fixed at compile time.
+    params: the policy's, stacked or unstacked.
+    state: as `prefill` left it.
+    enough: int32 scalar, traced.
+  """
+  model, g = spec.model, spec.geometry
+  params = layer_stacking.unstack(params) if layer_stacking.unrolls(model.config) else params
   lanes = jnp.arange(g.lanes)[:, None]
 
   def works(state: State):
@@ -295,16 +380,22 @@ def decode(model: Model, g: Geometry, how: Sampling, stops: Stops, params, state
     active = state.slot_item >= 0
     item = jnp.maximum(state.slot_item, 0)
     index = jnp.where(active, state.slot_size - 1, 0)
-    h_LSD, cache = model.hidden_step(params, state.slot_token, state.slot_fork, index, state.cache)
+    h_LSD, cache = model.hidden_step(params, state.slot_token, state.cache, fork=state.slot_fork, index=index)
     uniform = state.item_uniform[lanes, item, index + 1]
-    token, logp, drawn = _pick(model.logits(params, h_LSD), uniform, how, stops)
+    token, logp, drawn = _pick(spec, model.logits(params, h_LSD), uniform)
     size = state.slot_size + 1
-    of_item = lambda field: jnp.take_along_axis(field, item, axis=1)
-    stop, finish = _ending(token, of_item(state.item_stop), size, of_item(state.item_limit), stops)
-
+    stop_state, limit = _at_item(state.item_stop, item), _at_item(state.item_limit, item)
+    stop, finish = _ending(spec.stops, token, stop_state, size=size, limit=limit)
     to = jnp.where(active, item, g.items)  # what idle slots computed is dropped
-    write = lambda field, new: field.at[lanes, to, index + 1].set(new.astype(field.dtype), mode="drop")
-    mark = lambda field, new: field.at[lanes, to].set(new, mode="drop")
+
+    def write(field, new):
+      """Puts the newest tokens' values into a field [lanes, Q, L]."""
+      return field.at[lanes, to, index + 1].set(new.astype(field.dtype), mode="drop")
+
+    def mark(field, new):
+      """Puts the items' values into a field [lanes, Q]."""
+      return field.at[lanes, to].set(new, mode="drop")
+
     state = dataclasses.replace(
       state,
       cache=cache,
@@ -325,10 +416,9 @@ def decode(model: Model, g: Geometry, how: Sampling, stops: Stops, params, state
   return jax.lax.while_loop(works, step, state)
 
 
-def collect(state: State, lane):
-  """What the lanes [R] hold: (token, logp, drawn_logp [R, Q, L], size, finish [R, Q])."""
-  fields = (state.token, state.logp, state.drawn_logp, state.size, state.finish)
-  return tuple(jnp.take(field, lane, axis=0, mode="clip") for field in fields)
+def collect(state: State, lane) -> Collected:
+  """What the lanes int32 [R] hold."""
+  return Collected(*(jnp.take(getattr(state, name), lane, axis=0, mode="clip") for name in Collected._fields))
 
 
 def resting(state: State):

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from synthneg_jax.decoding import decode as decode_lib
-from synthneg_jax.decoding.decode import Geometry, Stops
+from synthneg_jax.decoding.decode import Collected, DecodeSpec, Geometry, State, Stops, TrunkBatch
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.models import layer_stacking
 from synthneg_jax.models.decoder import Model
@@ -58,43 +58,70 @@ def bucket(size: int) -> int:
   return power if quarter < 8 else -(-size // quarter) * quarter
 
 
-def as_read(model: Model, params):
-  """Parameters as decoding reads them, once for all its calls.
+def cast_for_decoding(model: Model, params):
+  """Parameters as decoding reads them, cast once for all its calls.
 
   Matrices in the dtype of the products that they are cast to anyway, so that no token reads more bytes than it needs (norms'
-  scales enter in float32); unrolled layers are taken apart.
+  scales enter in float32); unrolled layers are unstacked.
   """
   dtype = np.dtype(model.config.dtype)
-  names = lambda axes, leaf: leaf if "norm" in axes else leaf.astype(dtype)
-  params = jax.tree.map(names, model.logical_axes(), params, is_leaf=lambda leaf: isinstance(leaf, tuple))
-  return layer_stacking.apart(params) if layer_stacking.unrolls(model.config) else params
+
+  def cast(axes, leaf):
+    return leaf if "norm" in axes else leaf.astype(dtype)
+
+  params = jax.tree.map(cast, model.logical_axes(), params, is_leaf=lambda leaf: isinstance(leaf, tuple))
+  return layer_stacking.unstack(params) if layer_stacking.unrolls(model.config) else params
 
 
 def params_shardings(model: Model, mesh: Mesh):
-  """Where `as_read` parameters lie: see `runtime.mesh.decoding`, which made this mesh."""
+  """Shardings of what `cast_for_decoding` returns, on a mesh that `runtime.device_mesh.decoding` made."""
   shardings = device_mesh.shardings(mesh, model.logical_axes())
-  return (
-    layer_stacking.shardings_apart(shardings, model.config.num_layers)
-    if layer_stacking.unrolls(model.config)
-    else shardings
-  )
+  if layer_stacking.unrolls(model.config):
+    return layer_stacking.unstacked_shardings(shardings, model.config.num_layers)
+  return shardings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+  """The jitted programs of one `DecodeSpec` on one mesh; each compiles at its first call.
+
+  Attributes:
+    empty: () -> State.
+    prefill: (params, State, TrunkBatch) -> State; the state is donated.
+    decode: (params, State, enough) -> State; the state is donated.
+    collect: (State, lane) -> Collected, whole on every device.
+    resting: (State,) -> bool [lanes], whole on every device.
+  """
+
+  empty: Callable[[], State]
+  prefill: Callable[..., State]
+  decode: Callable[..., State]
+  collect: Callable[..., Collected]
+  resting: Callable[[State], jax.Array]
 
 
 @functools.lru_cache(maxsize=64)
-def programs(model: Model, mesh: Mesh, g: Geometry, how: Sampling, stops: Stops):
-  """The compiled programs of one geometry: (empty, prefill, decode, collect, resting); parameters stay as they lie.
+def programs(spec: DecodeSpec, mesh: Mesh) -> Programs:
+  """The programs of a spec, made once; parameters stay where they are.
 
-  The mesh is one that `runtime.mesh.decoding` made.
+  Args:
+    spec: compared by content.
+    mesh: one that `runtime.device_mesh.decoding` made.
   """
-  state = decode_lib.state_shardings(model, mesh)
-  one = device_mesh.replicated(mesh)
-  bound = lambda fn: device_mesh.under(mesh, functools.partial(fn, model, g, how, stops))
-  return (
-    jax.jit(functools.partial(decode_lib.empty_state, model, g), out_shardings=state),
-    jax.jit(bound(decode_lib.prefill), in_shardings=(None, state) + (one,) * 7, out_shardings=state, donate_argnums=1),
-    jax.jit(bound(decode_lib.decode), in_shardings=(None, state, one), out_shardings=state, donate_argnums=1),
-    jax.jit(decode_lib.collect, in_shardings=(state, one), out_shardings=one),
-    jax.jit(decode_lib.resting, in_shardings=(state,), out_shardings=one),
+  state = decode_lib.state_shardings(spec.model, mesh)
+  replicated = device_mesh.replicated(mesh)
+
+  def update(fn):
+    """(params, state, replicated arrays) -> state."""
+    fn = device_mesh.under(mesh, functools.partial(fn, spec))
+    return jax.jit(fn, in_shardings=(None, state, replicated), out_shardings=state, donate_argnums=1)
+
+  return Programs(
+    empty=jax.jit(functools.partial(decode_lib.empty_state, spec.model, spec.geometry), out_shardings=state),
+    prefill=update(decode_lib.prefill),
+    decode=update(decode_lib.decode),
+    collect=jax.jit(decode_lib.collect, in_shardings=(state, replicated), out_shardings=replicated),
+    resting=jax.jit(decode_lib.resting, in_shardings=(state,), out_shardings=replicated),
   )
 
 
@@ -123,7 +150,7 @@ class Engine:
     self.stats = {"steps": 0, "busy_slots": 0, "slots": 0, "prefill_tokens": 0}
 
   def run(
-    self, params, trunks: Sequence[Trunk], how: Sampling, longest: int = 0
+    self, params, trunks: Sequence[Trunk], sampling: Sampling, *, longest: int = 0
   ) -> Iterator[tuple[int, list[Generation]]]:
     """Yields (index of the trunk, its branches in the order of its items) as trunks finish.
 
@@ -147,8 +174,9 @@ class Engine:
       new=self._new,
       refill=max(lanes // 4, 1),
     )
-    empty, prefill, decode, collect, resting = programs(self._model, self._mesh, g, how, self._stops)
-    params, state = self._laid_out(params), empty()
+    spec = DecodeSpec(model=self._model, geometry=g, sampling=sampling, stops=self._stops)
+    compiled = programs(spec, self._mesh)
+    params, state = self._laid_out(params), compiled.empty()
     waiting = list(range(len(trunks)))[::-1]
     held = [-1] * lanes  # which trunk a lane holds
 
@@ -158,17 +186,19 @@ class Engine:
         group = [(free.pop(0), waiting.pop()) for _ in range(min(g.refill, len(free), len(waiting)))]
         for lane, index in group:
           held[lane] = index
-        state = prefill(params, state, *self._arrays(g, [(lane, trunks[index]) for lane, index in group]))
-      state = decode(params, state, np.int32(g.refill if waiting else lanes))
-      rests = np.asarray(resting(state))
+        self.stats["prefill_tokens"] += sum(len(trunks[index].ids) for _, index in group)
+        batch = trunk_arrays(g, [(lane, trunks[index]) for lane, index in group])
+        state = compiled.prefill(params, state, batch)
+      state = compiled.decode(params, state, np.int32(g.refill if waiting else lanes))
+      rests = np.asarray(compiled.resting(state))
       done = [lane for lane in range(lanes) if held[lane] >= 0 and rests[lane]]
       for start in range(0, len(done), g.refill):
         part = done[start : start + g.refill]
         lane = np.full(g.refill, part[-1], np.int32)
         lane[: len(part)] = part
-        arrays = jax.device_get(collect(state, lane))
+        collected = jax.device_get(compiled.collect(state, lane))
         for row, lane in enumerate(part):
-          yield held[lane], _generations([array[row] for array in arrays], len(trunks[held[lane]].forks))
+          yield held[lane], _generations(collected, row, num_items=len(trunks[held[lane]].forks))
           held[lane] = -1
       if processes.stopping():
         raise processes.Stopped
@@ -181,39 +211,44 @@ class Engine:
     """The parameters as the programs read them, laid out once and not in each call."""
     if self._given is not params:
       lay_out = jax.jit(
-        functools.partial(as_read, self._model), out_shardings=params_shardings(self._model, self._mesh)
+        functools.partial(cast_for_decoding, self._model), out_shardings=params_shardings(self._model, self._mesh)
       )
       self._given, self._params = params, lay_out(params)
     return self._params
 
-  def _arrays(self, g: Geometry, group):
-    self.stats["prefill_tokens"] += sum(len(trunk.ids) for _, trunk in group)
-    return trunk_arrays(g, group)
 
-
-def trunk_arrays(g: Geometry, group: Sequence[tuple[int, Trunk]]) -> tuple[np.ndarray, ...]:
-  """What `decode.prefill` takes besides parameters and state, of trunks and the lanes that they go to."""
-  lane = np.full(g.refill, g.lanes, np.int32)
-  token = np.zeros((g.refill, g.trunk), np.int32)
-  length = np.zeros(g.refill, np.int32)
-  fork = np.ones((g.refill, g.items), np.int32)
-  key = np.zeros((g.refill, g.items, 2), np.uint32)
-  limit = np.full((g.refill, g.items), g.new, np.int32)
-  count = np.zeros(g.refill, np.int32)
-  for row, (to, trunk) in enumerate(group):
+def trunk_arrays(g: Geometry, group: Sequence[tuple[int, Trunk]]) -> TrunkBatch:
+  """Trunks and the lanes that they go to, as numpy arrays for `decode.prefill`; the rows beyond them are empty."""
+  batch = TrunkBatch(
+    lane=np.full(g.refill, g.lanes, np.int32),
+    token=np.zeros((g.refill, g.trunk), np.int32),
+    length=np.zeros(g.refill, np.int32),
+    item_fork=np.ones((g.refill, g.items), np.int32),
+    item_key=np.zeros((g.refill, g.items, 2), np.uint32),
+    item_limit=np.full((g.refill, g.items), g.new, np.int32),
+    num_items=np.zeros(g.refill, np.int32),
+  )
+  for row, (lane, trunk) in enumerate(group):
     size, items = len(trunk.ids), len(trunk.forks)
-    lane[row], length[row], count[row] = to, size, items
-    token[row, :size], fork[row, :items], key[row, :items] = trunk.ids, trunk.forks, trunk.keys
+    batch.lane[row], batch.length[row], batch.num_items[row] = lane, size, items
+    batch.token[row, :size] = trunk.ids
+    batch.item_fork[row, :items], batch.item_key[row, :items] = trunk.forks, trunk.keys
     if trunk.limits is not None:
-      limit[row, :items] = np.minimum(trunk.limits, g.new)
-  return lane, token, length, fork, key, limit, count
+      batch.item_limit[row, :items] = np.minimum(trunk.limits, g.new)
+  return batch
 
 
-def _generations(arrays, num_items: int) -> list[Generation]:
-  token, logp, drawn, size, finish = arrays
-  return [
-    Generation(
-      token[i, : size[i]].copy(), logp[i, : size[i]].copy(), drawn[i, : size[i]].copy(), FINISH_REASONS[int(finish[i])]
+def _generations(collected: Collected, row: int, *, num_items: int) -> list[Generation]:
+  """The branches of one collected lane, numpy arrays of their own."""
+  branches = []
+  for item in range(num_items):
+    place = (row, item, slice(collected.size[row, item]))
+    branches.append(
+      Generation(
+        ids=collected.token[place].copy(),
+        logp=collected.logp[place].copy(),
+        drawn_logp=collected.drawn_logp[place].copy(),
+        finish=FINISH_REASONS[int(collected.finish[row, item])],
+      )
     )
-    for i in range(num_items)
-  ]
+  return branches

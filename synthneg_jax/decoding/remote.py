@@ -6,6 +6,7 @@ keep the shared prefix's cache. The prompt goes out as token ids and the drawn i
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,20 @@ def seed_of(key: np.ndarray) -> int:
   return (int(key[0]) << 32 | int(key[1])) >> 1
 
 
+class Codec(NamedTuple):
+  """What the engine needs of the policy's tokenizer.
+
+  Attributes:
+    eos_id: the token that ends a response.
+    encode: text -> ids, without special tokens.
+    decode: ids -> text, with them.
+  """
+
+  eos_id: int
+  encode: Callable[[str], list[int]]
+  decode: Callable[[Sequence[int]], str]
+
+
 class RemoteEngine:
   """Has the engine's `run` and `stats`.
 
@@ -29,38 +44,27 @@ class RemoteEngine:
       without_logp, rollouts whose log-probs did not come.
   """
 
-  def __init__(
-    self,
-    section,
-    *,
-    eos_id: int,
-    encode: Callable[[str], list[int]],
-    decode: Callable[[Sequence[int]], str],
-    stop: Sequence[str],
-    max_new_tokens: int,
-    send_ids: bool,
-  ):
+  def __init__(self, section, codec: Codec, *, stop: Sequence[str], max_new_tokens: int, send_ids: bool):
     """Opens no connection yet.
 
     Args:
       section: config section of the endpoint.
-      eos_id: of the policy's tokenizer.
-      encode, decode: text to ids without special tokens, ids to text with them.
+      codec: the policy's tokenizer.
       stop: strings that end a response besides EOS.
       max_new_tokens: L.
-      send_ids: the prompt goes as ids and ids are asked for; else both ways as text.
+      send_ids: send the prompt as ids and ask for ids; otherwise text goes both ways.
 
     Raises:
       UserError: as `Endpoint`.
     """
     self._endpoint, self._model = Endpoint(section), section.model
-    self._eos, self._encode, self._decode, self._send_ids = eos_id, encode, decode, send_ids
+    self._eos, self._encode, self._decode, self._send_ids = *codec, send_ids
     self._stop, self._new = list(stop), max_new_tokens
     self.stats = {"steps": 0, "busy_slots": 0, "slots": 0, "prefill_tokens": 0}
     self.stats |= {"requests": 0, "retokenised": 0, "without_logp": 0}
 
   def run(
-    self, params, trunks: Sequence[Trunk], how: Sampling, longest: int = 0
+    self, params, trunks: Sequence[Trunk], sampling: Sampling, *, longest: int = 0
   ) -> Iterator[tuple[int, list[Generation]]]:
     """Yields (index of the trunk, its branches in the order of its items) as trunks are complete; params are not read.
 
@@ -69,27 +73,31 @@ class RemoteEngine:
     """
     del params, longest
     items = [(t, n) for t, trunk in enumerate(trunks) for n in range(len(trunk.forks))]
-    made = [[None] * len(trunk.forks) for trunk in trunks]
-    work = lambda item: self._draw(trunks[item[0]], item[1], how)
-    for (t, n), (generation, retokenised) in self._endpoint.many(items, work, max_failed=0):
-      made[t][n] = generation
+    branches = [[None] * len(trunk.forks) for trunk in trunks]
+
+    def draw(item):
+      t, n = item
+      return self._draw(trunks[t], n, sampling)
+
+    for (t, n), (generation, retokenised) in self._endpoint.many(items, draw, max_failed=0):
+      branches[t][n] = generation
       self.stats["requests"] += 1
       self.stats["retokenised"] += retokenised
       self.stats["without_logp"] += generation.logp is None
-      if all(made[t]):
-        yield t, made[t]
+      if all(branches[t]):
+        yield t, branches[t]
 
-  def _draw(self, trunk: Trunk, number: int, how: Sampling) -> tuple[Generation, bool]:
+  def _draw(self, trunk: Trunk, number: int, sampling: Sampling) -> tuple[Generation, bool]:
     ids = [int(i) for i in trunk.ids[: trunk.forks[number]]]
     extra = {"return_token_ids": True} if self._send_ids else {}
-    if how.top_k:
-      extra["top_k"] = how.top_k
+    if sampling.top_k:
+      extra["top_k"] = sampling.top_k
     arguments = {
       "model": self._model,
       "prompt": ids if self._send_ids else self._decode(ids),
       "max_tokens": int(trunk.limits[number]) if trunk.limits else self._new,
-      "temperature": how.temperature,
-      "top_p": how.top_p,
+      "temperature": sampling.temperature,
+      "top_p": sampling.top_p,
       "seed": seed_of(trunk.keys[number]),
       "logprobs": 1,
       "extra_body": extra,

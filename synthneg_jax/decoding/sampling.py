@@ -51,39 +51,42 @@ def inverse_cdf(prob_V: jax.Array, uniform: jax.Array) -> jax.Array:
 
 def uniforms(key_data: jax.Array, count: int) -> jax.Array:
   """The uniform numbers in [0, 1) of an item's first `count` tokens: place t takes its key folded with t."""
-  one = lambda place: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_data), place))
-  return jax.vmap(one)(jnp.arange(count))
+
+  def uniform(place):
+    return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_data), place))
+
+  return jax.vmap(uniform)(jnp.arange(count))
 
 
-def draw(logits_V: jax.Array, key: jax.Array, how: Sampling):
+def draw(logits_V: jax.Array, key: jax.Array, sampling: Sampling):
   """Draws one token with a key of its own: `pick` with the key's uniform number."""
-  return pick(logits_V, jax.random.uniform(key), how)
+  return pick(logits_V, jax.random.uniform(key), sampling)
 
 
-def pick(logits_V: jax.Array, uniform: jax.Array, how: Sampling):
+def pick(logits_V: jax.Array, uniform: jax.Array, sampling: Sampling):
   """The token that a uniform number picks.
 
   Args:
     logits_V: [V] float.
     uniform: scalar in [0, 1).
-    how: fixed at compile time.
+    sampling: fixed at compile time.
 
   Returns:
     (token int32, its log-prob under softmax(logits), its log-prob under the distribution it was drawn from), nats.
   """
   logp_V = jax.nn.log_softmax(logits_V)
-  if how.temperature == 0:
+  if sampling.temperature == 0:
     token = jnp.argmax(logits_V).astype(jnp.int32)
     return token, logp_V[token], jnp.zeros((), logp_V.dtype)
-  scaled_V = logits_V / how.temperature
-  if how.top_k:
-    floor = jax.lax.top_k(scaled_V, how.top_k)[0][-1]
+  scaled_V = logits_V / sampling.temperature
+  if sampling.top_k:
+    floor = jax.lax.top_k(scaled_V, sampling.top_k)[0][-1]
     scaled_V = jnp.where(scaled_V >= floor, scaled_V, -jnp.inf)
-  if how.top_p < 1:
+  if sampling.top_p < 1:
     prob_V = jax.nn.softmax(scaled_V)
     sorted_V = jnp.sort(prob_V)[::-1]
     # A token stays if what is more likely than it has less than top_p.
-    inside = jnp.cumsum(sorted_V) - sorted_V < how.top_p
+    inside = jnp.cumsum(sorted_V) - sorted_V < sampling.top_p
     floor = jnp.min(jnp.where(inside, sorted_V, jnp.inf))
     scaled_V = jnp.where(prob_V >= floor, scaled_V, -jnp.inf)
   drawn_V = jax.nn.log_softmax(scaled_V)

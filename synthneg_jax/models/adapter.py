@@ -66,14 +66,19 @@ class Adapter:
 
     def pair(shape):
       count, inputs, outputs = shape
-      part = lambda *sizes: jax.ShapeDtypeStruct((count, *sizes), jnp.float32)
-      return {"a": part(inputs, self.rank), "b": part(self.rank, outputs)}
+      return {
+        "a": jax.ShapeDtypeStruct((count, inputs, self.rank), jnp.float32),
+        "b": jax.ShapeDtypeStruct((count, self.rank, outputs), jnp.float32),
+      }
 
     return {name: pair(layers[name].shape) for name in self.targets}
 
   def logical_axes(self) -> Params:
     """For each parameter a tuple of logical axis names: the base's, and none for r."""
-    pair = lambda inputs, outputs: {"a": ("layers", inputs, None), "b": ("layers", None, outputs)}
+
+    def pair(inputs, outputs):
+      return {"a": ("layers", inputs, None), "b": ("layers", None, outputs)}
+
     return {name: pair(*_AXES[name]) for name in self.targets}
 
   def init(self, key: jax.Array) -> Params:

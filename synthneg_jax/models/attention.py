@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +37,54 @@ class Cache:
     return self.trunk_v[0].shape[-2] + self.suffix_v[0].shape[-2]
 
 
-def rotary(position_N: jax.Array, num_positions: int, head_dim: int, theta: float, dtype, scaling=None):
-  """A function that turns [N, heads, H] by the rotary embedding of its positions, all below `num_positions`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scoring:
+  """How scores are formed from queries and keys.
+
+  Attributes:
+    scale: multiplies them; 0 for H^-1/2.
+    cap: bounds them, by cap·tanh(score / cap); 0 for none.
+  """
+
+  scale: float = 0.0
+  cap: float = 0.0
+
+
+_UNCAPPED = Scoring()
+
+
+class NewestTokens(NamedTuple):
+  """Where the newest tokens of all slots stand, in one layer.
+
+  Attributes:
+    layer: its number: an int where the cache is a tuple, a traced scalar where it is stacked.
+    fork: int32 [lanes, slots], trunk tokens that each slot sees.
+    index: int32 [lanes, slots], the newest tokens' places in their suffixes, from 0.
+    window: positions that a token sees, its own included: an int that is 0 for all, or an int32 scalar.
+  """
+
+  layer: int | jax.Array
+  fork: jax.Array
+  index: jax.Array
+  window: int | jax.Array = 0
+
+
+def rotary(position_N: jax.Array, num_positions: int, *, head_dim: int, theta: float, dtype, scaling=None):
+  """Returns rotate(x [N, heads, H]), the rotary embedding at these positions, all below `num_positions`.
 
   Pairs are (i, i + H/2), as in Hugging Face checkpoints of this family; models/rope.py has the angles.
   Cosines and sines are constants of the program: computed in it, they would be computed anew by every use.
+
+  Args:
+    position_N: int32 [N].
+    num_positions: rows of the tables.
+    head_dim: H.
+    theta: base of the frequencies.
+    dtype: of x; angles are computed in float32 at least.
+    scaling: RopeScaling, or None.
   """
-  angles = rope.tables(num_positions, head_dim, theta, scaling, jnp.promote_types(dtype, jnp.float32))
+  wide = jnp.promote_types(dtype, jnp.float32)
+  angles = rope.tables(num_positions, head_dim, theta=theta, scaling=scaling, dtype=wide)
   cos, sin = (jnp.asarray(table, dtype)[position_N][:, None] for table in angles)
 
   def rotate(x):
@@ -57,15 +99,14 @@ def _capped(scores, cap: float):
   return cap * jnp.tanh(scores / cap) if cap else scores
 
 
-def tree_attention(q, k, v, mask_BTT, *, scale: float = 0.0, cap: float = 0.0):
+def tree_attention(q, k, v, *, mask_BTT, scoring: Scoring = _UNCAPPED):
   """Attention of rows of packed trees, in blocks of queries.
 
   Args:
     q: [B·T, N, H]; k, v: [B·T, K, H], rotary positions applied.
     mask_BTT: bool, True where a query sees a key. Of a row's keys no query sees one that stands behind it (trees are
       packed trunk first), so a block of queries is held against the keys up to its end only.
-    scale: of the scores; 0 for H^-1/2.
-    cap: bounds them, by cap·tanh(score / cap); 0 for none.
+    scoring: scale and cap of the scores.
 
   Returns:
     (out [B·T, N, H], keys [B, K, T, H], values [B, K, T, H]).
@@ -73,7 +114,8 @@ def tree_attention(q, k, v, mask_BTT, *, scale: float = 0.0, cap: float = 0.0):
   rows, length, _ = mask_BTT.shape
   kv_heads, head_dim = k.shape[1], k.shape[2]
   groups = q.shape[1] // kv_heads
-  q = q.reshape(rows, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4) * (scale or head_dim**-0.5)
+  q = q.reshape(rows, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
+  q *= scoring.scale or head_dim**-0.5
   k_BKTH = k.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3)
   v_BKTH = v.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3)
   size = -(-length // min(_BLOCKS, -(-length // _LEAST_BLOCK)))
@@ -81,22 +123,20 @@ def tree_attention(q, k, v, mask_BTT, *, scale: float = 0.0, cap: float = 0.0):
   for start in range(0, length, size):
     stop = min(start + size, length)
     block = q[:, :, :, start:stop], k_BKTH[:, :, :stop], v_BKTH[:, :, :stop], mask_BTT[:, start:stop, :stop]
-    parts.append(_attend(*block, cap))
+    # Capped scores have no backward pass by hand.
+    parts.append(_attend_forward(*block, scoring.cap)[0] if scoring.cap else _attend(*block))
   out = jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(rows * length, kv_heads * groups, head_dim)
   return out, k_BKTH, v_BKTH
 
 
-def _attend(q, k, v, mask, cap: float = 0.0):
-  """Softmax attention of q [B, K, G, T, H] over k, v [B, K, S, H] where mask [B, T, S] allows; scores capped."""
-  return _attend_forward(q, k, v, mask, cap)[0] if cap else _attend_uncapped(q, k, v, mask)
-
-
 @jax.custom_vjp
-def _attend_uncapped(q, k, v, mask):
+def _attend(q, k, v, mask):
+  """Softmax attention of q [B, K, G, T, H] over k, v [B, K, S, H] where mask [B, T, S] allows."""
   return _attend_forward(q, k, v, mask)[0]
 
 
 def _attend_forward(q, k, v, mask, cap: float = 0.0):
+  """(what `_attend` returns, for scores capped where cap is not 0; what the backward pass needs)."""
   rows, kv_heads, groups, length, head_dim = q.shape
   keys = k.shape[2]
   wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -114,9 +154,9 @@ def _attend_forward(q, k, v, mask, cap: float = 0.0):
   return out.astype(v.dtype).reshape(rows, kv_heads, groups, length, head_dim), (q, k, v, weights, total, out)
 
 
-def _attend_backward(kept, d_out):
+def _attend_backward(residuals, d_out):
   """By hand, to pass over the scores once: with P = weights / total, dS = P (dO Vᵀ - rowsum(dO · O)), 0 where masked."""
-  q, k, v, weights, total, out = kept
+  q, k, v, weights, total, out = residuals
   wide = out.dtype
   product = functools.partial(jnp.einsum, preferred_element_type=wide)
   d_scaled = d_out.reshape(out.shape).astype(wide) / total
@@ -129,25 +169,22 @@ def _attend_backward(kept, d_out):
   return d_q.reshape(d_out.shape), d_k, d_v, None
 
 
-_attend_uncapped.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
-def cached_attention(
-  q, k, v, cache: Cache, at, fork, index, *, window: int | jax.Array = 0, scale: float = 0.0, cap: float = 0.0
-):
+def cached_attention(q, k, v, *, cache: Cache, newest: NewestTokens, scoring: Scoring = _UNCAPPED):
   """One joint softmax of each slot's newest token over its lane's trunk and its own suffix.
 
   Args:
     q: [lanes·slots, N, H]; k, v: [lanes·slots, K, H], rotary positions applied.
-    cache: before the newest token.
-    at: the layer's number: an int where the cache is a tuple, a traced scalar where it is stacked.
-    fork: int32 [lanes, slots]; index: int32 [lanes, slots], the newest tokens' places in their suffixes.
-    window: positions that a token sees, its own included; an int that is 0 for all, or an int32 scalar.
-    scale, cap: as in `tree_attention`.
+    cache: before the newest tokens.
+    newest: where they stand.
+    scoring: scale and cap of the scores.
 
   Returns:
-    (out [lanes·slots, N, H], the cache with k and v written at `index`).
+    (out [lanes·slots, N, H], the cache with k and v written at the newest tokens' places).
   """
+  layer, fork, index, window = newest
   lanes, slots = fork.shape
   kv_heads, head_dim = k.shape[1], k.shape[2]
   groups = q.shape[1] // kv_heads
@@ -165,13 +202,14 @@ def cached_attention(
   def write(field, new):
     new = new.reshape(lanes, slots, kv_heads, head_dim)
     if isinstance(field, tuple):
-      return field[:at] + (field[at].at[place].set(new),) + field[at + 1 :]
-    return field.at[(at, *place)].set(new)
+      return field[:layer] + (field[layer].at[place].set(new),) + field[layer + 1 :]
+    return field.at[(layer, *place)].set(new)
 
   cache = dataclasses.replace(cache, suffix_k=write(cache.suffix_k, k), suffix_v=write(cache.suffix_v, v))
-  trunk_k, trunk_v, suffix_k, suffix_v = cache.trunk_k[at], cache.trunk_v[at], cache.suffix_k[at], cache.suffix_v[at]
+  trunk_k, trunk_v = cache.trunk_k[layer], cache.trunk_v[layer]
+  suffix_k, suffix_v = cache.suffix_k[layer], cache.suffix_v[layer]
 
-  q = q.reshape(lanes, slots, kv_heads, groups, head_dim) * (scale or head_dim**-0.5)
+  q = q.reshape(lanes, slots, kv_heads, groups, head_dim) * (scoring.scale or head_dim**-0.5)
   q_trunk = q.transpose(0, 2, 1, 3, 4).reshape(lanes, kv_heads, slots * groups, head_dim)
   trunk = jnp.einsum("lkqh,lkhc->lkqc", q_trunk, trunk_k, preferred_element_type=wide)
   trunk = trunk.reshape(lanes, kv_heads, slots, groups, -1).transpose(0, 2, 1, 3, 4)
@@ -182,8 +220,8 @@ def cached_attention(
   if not isinstance(window, int) or window:  # a trunk's token stands at its place, a suffix's at fork + its place
     trunk_mask &= trunk_place > (fork + index)[..., None] - window
     suffix_mask &= suffix_place > index[..., None] - window
-  trunk = jnp.where(trunk_mask[:, :, None, None], _capped(trunk, cap), _MASKED)
-  suffix = jnp.where(suffix_mask[:, :, None, None], _capped(suffix, cap), _MASKED)
+  trunk = jnp.where(trunk_mask[:, :, None, None], _capped(trunk, scoring.cap), _MASKED)
+  suffix = jnp.where(suffix_mask[:, :, None, None], _capped(suffix, scoring.cap), _MASKED)
   top = jnp.maximum(jnp.max(trunk, -1), jnp.max(suffix, -1))[..., None]
   trunk, suffix = jnp.exp(trunk - top), jnp.exp(suffix - top)
   total = jnp.sum(trunk, -1) + jnp.sum(suffix, -1)

@@ -6,6 +6,7 @@ The cache is an argument and a return value; there is no other state.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,7 +47,11 @@ class _Norm(nn.Module):
     return (y_ND * jnp.expand_dims(scale_D, tuple(range(y_ND.ndim - 1)))).astype(x_ND.dtype)
 
 
-_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
+def _gelu_tanh(x):
+  return nn.gelu(x, approximate=True)
+
+
+_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": _gelu_tanh}
 
 
 class Layer(nn.Module):
@@ -60,20 +65,20 @@ class Layer(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_ND, rotate, attend, adapter=None):
+  def __call__(self, x_ND, rotate, attend, *, adapter=None):
+    """The stream after the layer [N, D], and what `attend` gave besides its output."""
     c = self.config
     dtype = jnp.dtype(c.dtype)
     fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
     adapter, biased = adapter or {}, ("query", "key", "value") if c.qkv_bias else ()
 
-    def matrix(name, axes, shape, init=fan_in):
-      kernel = self.param(
-        name, nn.with_logical_partitioning(init, axes), (shape[0], shape[1]), jnp.dtype(c.param_dtype)
-      )
+    def matrix(name, axes, *, shape, init):
+      kernel = self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(c.param_dtype))
       return device_mesh.split_as(kernel.astype(dtype), axes)
 
-    def product(y_ND, name, axes, shape, init=fan_in):
-      out_NO = y_ND @ matrix(name, axes, shape, init)
+    def product(y_ND, name, axes, *, shape, init=fan_in):
+      """y times the matrix of that name [in, out], plus its bias and its adapter where it has them."""
+      out_NO = y_ND @ matrix(name, axes, shape=shape, init=init)
       if name in biased:
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
         bias_O = self.param(f"{name}_bias", zeros, shape[1:], jnp.dtype(c.param_dtype))
@@ -82,32 +87,41 @@ class Layer(nn.Module):
         out_NO += (y_ND @ adapter[name]["a"].astype(dtype)) @ adapter[name]["b"].astype(dtype)
       return out_NO
 
-    kept = lambda *product_args: checkpoint_name(product(*product_args), _PRODUCT)
+    def saved_product(y_ND, name, axes, **kwargs):
+      """A product that selective rematerialisation keeps for the backward pass."""
+      return checkpoint_name(product(y_ND, name, axes, **kwargs), _PRODUCT)
 
-    def in_heads(name, logical, count):
-      out = kept(y_ND, name, ("embed", logical), (c.d_model, count * c.head_dim))
+    def in_heads(y_ND, name, *, logical, count):
+      out = saved_product(y_ND, name, ("embed", logical), shape=(c.d_model, count * c.head_dim))
       return device_mesh.split_as(out.reshape(num, count, c.head_dim), ("rows", logical, None))
 
-    norm = lambda name: _Norm(c.norm_eps, jnp.dtype(c.param_dtype), c.norm_offset, name=name)
-    after = norm if c.post_norms else lambda name: lambda y_ND: y_ND
+    def norm(name, y):
+      return _Norm(c.norm_eps, jnp.dtype(c.param_dtype), c.norm_offset, name=name)(y)
+
+    def post_norm(name, y_ND):
+      return norm(name, y_ND) if c.post_norms else y_ND
+
     out_init = nn.initializers.variance_scaling(1.0 / (2 * c.num_layers), "fan_in", "normal")
     num, heads = x_ND.shape[0], c.num_heads * c.head_dim
     with jax.named_scope("attention"):
-      y_ND = norm("attention_norm")(x_ND)
-      q = in_heads("query", "heads", c.num_heads)
-      k, v = (in_heads(name, "kv_heads", c.num_kv_heads) for name in ("key", "value"))
+      y_ND = norm("attention_norm", x_ND)
+      q = in_heads(y_ND, "query", logical="heads", count=c.num_heads)
+      k = in_heads(y_ND, "key", logical="kv_heads", count=c.num_kv_heads)
+      v = in_heads(y_ND, "value", logical="kv_heads", count=c.num_kv_heads)
       if c.qk_norm:
-        q, k = norm("query_norm")(q), norm("key_norm")(k)
+        q, k = norm("query_norm", q), norm("key_norm", k)
       out, extra = attend(rotate(q), rotate(k), v)
-      y_ND = kept(out.reshape(num, heads), "output", ("heads", "embed"), (heads, c.d_model), out_init)
-      x_ND = x_ND + after("attention_post_norm")(y_ND)
+      out = out.reshape(num, heads)
+      y_ND = saved_product(out, "output", ("heads", "embed"), shape=(heads, c.d_model), init=out_init)
+      x_ND = x_ND + post_norm("attention_post_norm", y_ND)
 
     with jax.named_scope("feed_forward"):
-      y_ND = norm("mlp_norm")(x_ND)
-      gate = _ACTIVATIONS[c.activation](kept(y_ND, "gate", ("embed", "mlp"), (c.d_model, c.d_ff)))
-      up = kept(y_ND, "up", ("embed", "mlp"), (c.d_model, c.d_ff))
-      y_ND = product(gate * up, "down", ("mlp", "embed"), (c.d_ff, c.d_model), out_init)
-      return x_ND + after("mlp_post_norm")(y_ND), extra
+      y_ND = norm("mlp_norm", x_ND)
+      gate = saved_product(y_ND, "gate", ("embed", "mlp"), shape=(c.d_model, c.d_ff))
+      gate = _ACTIVATIONS[c.activation](gate)
+      up = saved_product(y_ND, "up", ("embed", "mlp"), shape=(c.d_model, c.d_ff))
+      y_ND = product(gate * up, "down", ("mlp", "embed"), shape=(c.d_ff, c.d_model), init=out_init)
+      return x_ND + post_norm("mlp_post_norm", y_ND), extra
 
 
 class Ends(nn.Module):
@@ -161,16 +175,21 @@ def _joined(params: Params) -> Params:
   return {"ends": params["ends"], "layers": {**params["layers"], "adapter": params["adapter"]}}
 
 
-def _apply(c: ModelConfig, layer_params, x_ND, rotate, attend):
+def _apply(c: ModelConfig, layer_params, x_ND, *, rotate, attend):
+  """One layer with its parameters, an adapter's among them: (the stream [N, D] after it, what `attend` gave besides)."""
   own = {name: leaf for name, leaf in layer_params.items() if name != "adapter"}
   adapter = layer_params.get("adapter")
-  x_ND, extra = Layer(c).apply({"params": own}, device_mesh.split_rows(x_ND), rotate, attend, adapter)
+  x_ND, extra = Layer(c).apply({"params": own}, device_mesh.split_rows(x_ND), rotate, attend, adapter=adapter)
   return device_mesh.split_rows(x_ND), extra
 
 
-def _scanned(windows: tuple[int, ...]):
-  """int32 [Y] where layers differ, None where they do not."""
-  return jnp.asarray(windows, jnp.int32) if len(set(windows)) > 1 else None
+def _is_box(leaf) -> bool:
+  return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def _axis_names(boxed, prefix: tuple[str, ...] = ()):
+  """The logical axes of each parameter, behind those of `prefix`."""
+  return jax.tree.map(lambda box: prefix + box.names, boxed, is_leaf=_is_box)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,66 +209,64 @@ class Model:
   def logical_axes(self) -> Params:
     """For each parameter a tuple of logical axis names; runtime/device_mesh.py maps them to mesh axes."""
     boxed = jax.eval_shape(self._boxed_init, jax.random.key(0))
-    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
-    names = lambda prefix, part: jax.tree.map(lambda box: prefix + box.names, part, is_leaf=is_box)
-    return {"ends": names((), boxed["ends"]), "layers": names(("layers",), boxed["layers"])}
+    return {"ends": _axis_names(boxed["ends"]), "layers": _axis_names(boxed["layers"], ("layers",))}
 
   def _boxed_init(self, key):
     c = self.config
     ends_key, layers_key = jax.random.split(key)
-    identity = lambda x: x
-    attend = lambda q, k, v: (q, None)
+
+    def rotate(x):  # neither rotation nor attention has parameters
+      return x
+
+    def attend(q, k, v):
+      return q, None
 
     def init_layer(layer_key):
-      return Layer(c).init(layer_key, jnp.zeros((1, c.d_model), jnp.dtype(c.dtype)), identity, attend)["params"]
+      return Layer(c).init(layer_key, jnp.zeros((1, c.d_model), jnp.dtype(c.dtype)), rotate, attend)["params"]
 
     layers = jax.vmap(init_layer)(jax.random.split(layers_key, c.num_layers))
     return {"ends": Ends(c).init(ends_key, jnp.zeros(1, jnp.int32))["params"], "layers": layers}
 
   def unstack(self, params: Params) -> Params:
     """The same parameters with a tuple of single layers, for loops on CPU that would slice the stack at each turn."""
-    return layer_stacking.apart(_joined(params))
+    return layer_stacking.unstack(_joined(params))
 
-  def _of_window(self, make):
-    """make(window) for every window that layers have, as a function of a layer's window: an int, or a traced scalar."""
-    made = {window: make(window) for window in set(self.config.layer_windows)}
+  @property
+  def _scoring(self) -> attention.Scoring:
+    return attention.Scoring(scale=self.config.score_scale, cap=self.config.attention_cap)
 
-    def of(window):
-      if isinstance(window, int):
-        return made[window]
-      return jax.tree.map(
-        lambda windowed, plain: jnp.where(window > 0, windowed, plain), made[self.config.window], made[0]
-      )
+  def _ends(self, params: Params, x, method: str):
+    """A method of `Ends` with its parameters."""
+    return Ends(self.config).apply({"params": params["ends"]}, x, method=method)
 
-    return of
-
-  def _rotation(self, position_N, num_positions: int):
-    """The rotation of queries and keys as a function of a layer's window: windowed layers may have a base of their own."""
+  def _rotations(self, position_N, num_positions: int) -> dict[int, Callable]:
+    """By window: what rotates queries and keys [N, heads, H]. Windowed layers may have a base of their own."""
     c = self.config
 
-    def make(window):
+    def rotation(window):
       windowed = window > 0 and c.windowed_rope_theta > 0
       theta, scaling = (c.windowed_rope_theta, None) if windowed else (c.rope_theta, c.rope_scaling)
-      return attention.rotary(position_N, num_positions, c.head_dim, theta, jnp.dtype(c.dtype), scaling)
+      return attention.rotary(
+        position_N, num_positions, head_dim=c.head_dim, theta=theta, dtype=jnp.dtype(c.dtype), scaling=scaling
+      )
 
     if not c.windowed_rope_theta:
-      every = make(0)
-      return lambda window: every
-    made = {window: make(window) for window in set(c.layer_windows)}
+      return dict.fromkeys(c.layer_windows, rotation(0))
+    return {window: rotation(window) for window in set(c.layer_windows)}
 
-    def of(window):
-      if isinstance(window, int):
-        return made[window]
-      return lambda x: jnp.where(window > 0, made[c.window](x), made[0](x))
-
-    return of
+  def _rotate_by(self, window, rotations: dict[int, Callable]) -> Callable:
+    """The rotation of a layer whose window is a traced scalar, in a model with full and windowed layers."""
+    full, windowed = rotations[0], rotations[self.config.window]
+    if not self.config.windowed_rope_theta:
+      return full
+    return lambda x: jnp.where(window > 0, windowed(x), full(x))
 
   @jax.named_scope("hidden")
   def hidden(self, params: Params, trees: tree_lib.PackedTrees, *, with_cache: bool = False):
     """Hidden states of packed trees.
 
     Args:
-      params: as from `init`.
+      params: as from `init`, or, where layers are unrolled, from `unstack`.
       trees: fields [B, T].
       with_cache: also return every layer's keys and values, for a cache of these rows.
 
@@ -257,82 +274,129 @@ class Model:
       (h [B, T, D] after the last norm, cache), cache None or (k, v), each [Y, B, K, T, H] (a tuple of Y arrays where the
       layers are unrolled).
     """
+    x_ND = self._ends(params, trees.token.reshape(-1), "embed")
+    layers = self._scanned_layers if self.config.scan_layers else self._unrolled_layers
+    x_ND, cache = layers(params, x_ND, trees, with_cache=with_cache)
+    h_ND = self._ends(params, x_ND, "last_norm")
+    return h_ND.reshape(*trees.token.shape, -1), cache
+
+  def _unrolled_layers(self, params: Params, x_ND, trees: tree_lib.PackedTrees, *, with_cache: bool):
+    """The layers of `hidden` as a Python loop."""
+    windows = self.config.layer_windows
+    masks = {window: tree_lib.attention_mask(trees, window) for window in set(windows)}
+    rotations = self._rotations(trees.position.reshape(-1), trees.token.shape[1])
+    pairs = []
+    for layer_params, window in zip(self.unstack(params)["layers"], windows, strict=True):
+      layer = self._tree_layer(lambda mask=masks[window]: mask, rotations[window], with_cache=with_cache)
+      x_ND, pair = layer(x_ND, layer_params)
+      pairs.append(pair)
+    return x_ND, tuple(zip(*pairs, strict=True)) if with_cache else None
+
+  def _scanned_layers(self, params: Params, x_ND, trees: tree_lib.PackedTrees, *, with_cache: bool):
+    """The layers of `hidden` as a scan; where their windows differ, each reads its own from an array."""
+    windows = self.config.layer_windows
+    masks = {window: tree_lib.attention_mask(trees, window) for window in set(windows)}
+    rotations = self._rotations(trees.position.reshape(-1), trees.token.shape[1])
+    layers = _joined(params)["layers"]
+    if len(masks) == 1:
+      window = windows[0]
+      return lax.scan(self._tree_layer(lambda: masks[window], rotations[window], with_cache=with_cache), x_ND, layers)
+
+    def body(x_ND, xs):
+      layer_params, window = xs
+
+      def mask():
+        return jnp.where(window > 0, masks[self.config.window], masks[0])
+
+      return self._tree_layer(mask, self._rotate_by(window, rotations), with_cache=with_cache)(x_ND, layer_params)
+
+    return lax.scan(body, x_ND, (layers, jnp.asarray(windows, jnp.int32)))
+
+  def _tree_layer(self, mask_fn: Callable, rotate: Callable, *, with_cache: bool):
+    """Returns layer(x [N, D], its parameters) -> (x, (keys, values) or None), rematerialised as the config says.
+
+    Args:
+      mask_fn: gives the mask, bool [B, T, T]; called within the layer, so that no layer's mask is kept for its gradient.
+      rotate: the rotary embedding.
+      with_cache: also return keys and values [B, K, T, H].
+    """
     c = self.config
-    num_rows, length = trees.token.shape
-    mask_of = self._of_window(lambda window: tree_lib.attention_mask(trees, window))
-    rotate_of = self._rotation(trees.position.reshape(-1), length)
 
-    def layer_with(window):
-      def attend(q, k, v):
-        mask_BTT = mask_of(window)
-        out, k_BKTH, v_BKTH = attention.tree_attention(q, k, v, mask_BTT, scale=c.score_scale, cap=c.attention_cap)
-        return out, ((k_BKTH, v_BKTH) if with_cache else None)
+    def attend(q, k, v):
+      out, k_BKTH, v_BKTH = attention.tree_attention(q, k, v, mask_BTT=mask_fn(), scoring=self._scoring)
+      return out, ((k_BKTH, v_BKTH) if with_cache else None)
 
-      def layer(x_ND, layer_params):
-        return _apply(c, layer_params, x_ND, rotate_of(window), attend)
+    def layer(x_ND, layer_params):
+      return _apply(c, layer_params, x_ND, rotate=rotate, attend=attend)
 
-      if c.remat == "none":
-        return layer
-      policy = _PRODUCTS_KEPT if c.remat == "selective" else None
-      return jax.checkpoint(layer, policy=policy, prevent_cse=not c.scan_layers)  # a scan keeps the two passes apart
-
-    x_ND = Ends(c).apply({"params": params["ends"]}, trees.token.reshape(-1), method="embed")
-    if c.scan_layers:
-      windows = _scanned(c.layer_windows)
-      same = c.layer_windows[0] if windows is None else None
-      body = lambda x_ND, xs: layer_with(same if xs[1] is None else xs[1])(x_ND, xs[0])
-      x_ND, cache = lax.scan(body, x_ND, (_joined(params)["layers"], windows))
-    else:
-      pairs = []
-      for layer_params, window in zip(self.unstack(params)["layers"], c.layer_windows, strict=True):
-        x_ND, pair = layer_with(window)(x_ND, layer_params)
-        pairs.append(pair)
-      cache = tuple(zip(*pairs, strict=True)) if with_cache else None
-    h_ND = Ends(c).apply({"params": params["ends"]}, x_ND, method="last_norm")
-    return h_ND.reshape(num_rows, length, c.d_model), cache
+    if c.remat == "none":
+      return layer
+    policy = _PRODUCTS_KEPT if c.remat == "selective" else None
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not c.scan_layers)  # a scan keeps the two passes apart
 
   @jax.named_scope("hidden_step")
-  def hidden_step(self, params: Params, token, fork, index, cache):
+  def hidden_step(self, params: Params, token, cache: attention.Cache, *, fork, index):
     """One more token for every slot: a branch grows by one.
 
     Args:
       params: as from `init`, or from `unstack`.
       token: int32 [lanes, slots], the branches' newest tokens.
+      cache: keys and values before them.
       fork: int32 [lanes, slots], trunk tokens that each branch sees.
       index: int32 [lanes, slots], the newest tokens' places in their branches, from 0.
-      cache: attention.Cache.
 
     Returns:
       (h [lanes, slots, D] after the last norm, the cache with the new tokens' keys and values).
     """
+    rotations = self._rotations((fork + index).reshape(-1), cache.num_positions)
+    x_ND = self._ends(params, token.reshape(-1), "embed")
+    newest = attention.NewestTokens(0, fork, index)
+    layers = self._unrolled_step if isinstance(params["layers"], tuple) else self._scanned_step
+    x_ND, cache = layers(params, (x_ND, cache), newest=newest, rotations=rotations)
+    h_ND = self._ends(params, x_ND, "last_norm")
+    return h_ND.reshape(*token.shape, -1), cache
+
+  def _unrolled_step(self, params: Params, carry, *, newest: attention.NewestTokens, rotations: dict[int, Callable]):
+    """The layers of `hidden_step` as a Python loop over unstacked parameters; carry is (x [N, D], cache)."""
+    for number, (layer_params, window) in enumerate(zip(params["layers"], self.config.layer_windows, strict=True)):
+      here = newest._replace(layer=number, window=window)
+      carry = self._step_layer(layer_params, carry, newest=here, rotate=rotations[window])
+    return carry
+
+  def _scanned_step(self, params: Params, carry, *, newest: attention.NewestTokens, rotations: dict[int, Callable]):
+    """The layers of `hidden_step` as a scan; where their windows differ, each reads its own from an array."""
     c = self.config
-    lanes, slots = token.shape
-    rotate_of = self._rotation((fork + index).reshape(-1), cache.num_positions)
-
-    def layer(x_ND, layer_params, cache, at, window):
-      how = {"window": window, "scale": c.score_scale, "cap": c.attention_cap}
-      if not isinstance(window, int):
-        how["window"] = jnp.where(window > 0, window, cache.num_positions)
-      attend = lambda q, k, v: attention.cached_attention(q, k, v, cache, at, fork, index, **how)
-      return _apply(c, layer_params, x_ND, rotate_of(window), attend)
-
-    x_ND = Ends(c).apply({"params": params["ends"]}, token.reshape(-1), method="embed")
-    if isinstance(params["layers"], tuple):
-      for at, (layer_params, window) in enumerate(zip(params["layers"], c.layer_windows, strict=True)):
-        x_ND, cache = layer(x_ND, layer_params, cache, at, window)
-    else:
-      windows = _scanned(c.layer_windows)
+    layers, numbers = _joined(params)["layers"], jnp.arange(c.num_layers)
+    if len(rotations) == 1:
+      window = c.layer_windows[0]
 
       def body(carry, xs):
-        layer_params, at, window = xs
-        return layer(carry[0], layer_params, carry[1], at, c.layer_windows[0] if window is None else window), None
+        layer_params, number = xs
+        here = newest._replace(layer=number, window=window)
+        return self._step_layer(layer_params, carry, newest=here, rotate=rotations[window]), None
 
-      xs = (_joined(params)["layers"], jnp.arange(c.num_layers), windows)
-      (x_ND, cache), _ = lax.scan(body, (x_ND, cache), xs)
-    h_ND = Ends(c).apply({"params": params["ends"]}, x_ND, method="last_norm")
-    return h_ND.reshape(lanes, slots, c.d_model), cache
+      return lax.scan(body, carry, (layers, numbers))[0]
+
+    num_positions = carry[1].num_positions
+
+    def windowed_body(carry, xs):
+      layer_params, number, window = xs
+      here = newest._replace(layer=number, window=jnp.where(window > 0, window, num_positions))
+      rotate = self._rotate_by(window, rotations)
+      return self._step_layer(layer_params, carry, newest=here, rotate=rotate), None
+
+    return lax.scan(windowed_body, carry, (layers, numbers, jnp.asarray(c.layer_windows, jnp.int32)))[0]
+
+  def _step_layer(self, layer_params, carry, *, newest: attention.NewestTokens, rotate: Callable):
+    """One layer of `hidden_step`: (x [N, D], cache) -> the same with its token's keys and values written."""
+    x_ND, cache = carry
+
+    def attend(q, k, v):
+      return attention.cached_attention(q, k, v, cache=cache, newest=newest, scoring=self._scoring)
+
+    return _apply(self.config, layer_params, x_ND, rotate=rotate, attend=attend)
 
   @jax.named_scope("logits")
   def logits(self, params: Params, h_ND: jax.Array) -> jax.Array:
     """Logits [..., V], float32 at least, of hidden states [..., D]: gather the rows that you need first."""
-    return Ends(self.config).apply({"params": params["ends"]}, h_ND, method="logits")
+    return self._ends(params, h_ND, "logits")

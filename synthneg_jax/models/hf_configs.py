@@ -107,16 +107,25 @@ class _File:
   def get(self, key: str):
     return self.raw.get(key)
 
-  def number(self, key: str, default=None, kind=(int, float), wanted="number", within=None, name=""):
-    """A positive number of an object of the file; null and a missing key give the default."""
+  def number(self, key: str, default=None, *, whole: bool = False, within=None, name: str = ""):
+    """A positive number of an object of the file; null and a missing key give the default.
+
+    Args:
+      key: in the object.
+      default: of it.
+      whole: refuse fractions.
+      within: the object; None for the whole file.
+      name: of the object with a dot, for messages.
+    """
     within = self.raw if within is None else within
     value = default if within.get(key) is None else within[key]
+    kind, wanted = (int, "whole number") if whole else ((int, float), "number")
     if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < float("inf"):
       raise UserError(f"{self.path}: {name}{key} is {json.dumps(value)}, not a positive {wanted}.")
     return value
 
   def size(self, key: str, default=None, **where) -> int:
-    return self.number(key, default, int, "whole number", **where)
+    return self.number(key, default, whole=True, **where)
 
   def only(self, key: str, value, covered) -> None:
     """Refuses any value but null and the one that is computed."""
@@ -207,12 +216,12 @@ def _rope(file: _File) -> dict[str, Any]:
   if file.kind == "gemma3_text":
     local = {"rope_theta": file.get("rope_local_base_freq")} | dict(new.get(_SLIDING) or {})
     new = dict(new.get(_FULL) or {} if _FULL in new or _SLIDING in new else new)
-    _check_kind(file, f"rope_parameters.{_SLIDING}", local, ("default",))
+    _check_kind(file, f"rope_parameters.{_SLIDING}", local, kinds=("default",))
   elif _FULL in new or _SLIDING in new:
     raise UserError(f"{file.path}: rope_parameters of a {file.kind} model by kind of layer are not supported.")
-  _check_kind(file, "", file.raw, _ROPE_KINDS)
-  _check_kind(file, "rope_parameters", new, _ROPE_KINDS)
-  _check_kind(file, "rope_scaling", scaled, _ROPE_KINDS)
+  _check_kind(file, "", file.raw, kinds=_ROPE_KINDS)
+  _check_kind(file, "rope_parameters", new, kinds=_ROPE_KINDS)
+  _check_kind(file, "rope_scaling", scaled, kinds=_ROPE_KINDS)
   rope = {"rope_theta": file.get("rope_theta")} | {key: value for key, value in new.items() if value is not None}
   rope |= {key: value for key, value in scaled.items() if value is not None}
   name = "rope_scaling." if scaled else "rope_parameters."
@@ -221,11 +230,12 @@ def _rope(file: _File) -> dict[str, Any]:
     fields["windowed_rope_theta"] = float(file.number("rope_theta", 1e4, within=local, name=f"{_SLIDING}."))
   kind = rope.get("rope_type") or rope.get("type") or "default"
   if kind != "default":
-    fields["rope_scaling"] = _scaling(file, kind, rope, {"within": rope, "name": name})
+    fields["rope_scaling"] = _scaling(file, kind, rope, name=name)
   return fields
 
 
-def _check_kind(file: _File, name: str, rope: dict[str, Any], kinds) -> None:
+def _check_kind(file: _File, name: str, rope: dict[str, Any], *, kinds: tuple[str, ...]) -> None:
+  """Refuses a rotation of the object `name` that is none of these kinds, or is partial."""
   for key in ("rope_type", "type"):
     if rope.get(key) is not None and rope[key] not in kinds:
       place = f"{name}.{key}".lstrip(".")
@@ -234,7 +244,9 @@ def _check_kind(file: _File, name: str, rope: dict[str, Any], kinds) -> None:
   file.only(f"{name}.partial_rotary_factor".lstrip("."), rope.get("partial_rotary_factor"), 1.0)
 
 
-def _scaling(file: _File, kind: str, rope: dict[str, Any], where: dict[str, Any]) -> RopeScaling:
+def _scaling(file: _File, kind: str, rope: dict[str, Any], *, name: str) -> RopeScaling:
+  """The scaling of positions that the file's object `rope` asks for, which messages call `name`."""
+  where = {"within": rope, "name": name}
   factor = float(file.number("factor", **where))
   if kind == "linear":
     return RopeScaling(kind, factor)
@@ -245,7 +257,10 @@ def _scaling(file: _File, kind: str, rope: dict[str, Any], where: dict[str, Any]
   if kind == "llama3":
     low, high = (float(file.number(key, **where)) for key in ("low_freq_factor", "high_freq_factor"))
     return RopeScaling(kind, factor, positions, low, high)
-  stretch = lambda scale: 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+  def stretch(scale):
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
   attention = stretch(1.0)
   if rope.get("mscale") and rope.get("mscale_all_dim"):
     attention = stretch(rope["mscale"]) / stretch(rope["mscale_all_dim"])

@@ -105,7 +105,7 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
   return jax.tree_util.tree_map_with_path(load, abstract, shardings)
 
 
-def save(folder, model: Model, params: Params, tokenizer_folder=None, *, max_shard_bytes: int = 5 * 10**9) -> None:
+def save(folder, model: Model, params: Params, *, tokenizer_folder=None, max_shard_bytes: int = 5 * 10**9) -> None:
   """Writes a folder that transformers.AutoModelForCausalLM loads; a killed call leaves nothing under its name.
 
   Parameters keep their dtype and their bits. One file of weights and one parameter are on the host at a time.
@@ -149,7 +149,7 @@ def save(folder, model: Model, params: Params, tokenizer_folder=None, *, max_sha
       (source / file).copy(partial / file)
     _write_json(partial / "config.json", config)
     _write_json(partial / "generation_config.json", special | generation)
-    _write_weights(partial, hf_configs.tensor_names(c), params, max_shard_bytes)
+    _write_weights(partial, hf_configs.tensor_names(c), params, max_shard_bytes=max_shard_bytes)
     os.rename(partial, folder)
   except (OSError, safetensors.SafetensorError) as error:
     raise UserError(f"{folder} cannot be written ({error}).") from error
@@ -189,12 +189,20 @@ def _views(name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 def _stand_ins(names, params) -> dict[str, np.ndarray]:
   """The tensors of all parameters by their Hugging Face names, as arrays of shape and dtype that take no memory."""
-  empty = lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  return dict(tensor for key_path, leaf in leaves for tensor in _views(names[_place(key_path)], empty(leaf)))
+  tensors = {}
+  for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    empty = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+    tensors.update(_views(names[_place(key_path)], empty))
+  return tensors
 
 
-def _write_weights(folder: epath.Path, names: dict[str, str], params: Params, max_shard_bytes: int) -> None:
+def _tensors(names, params):
+  """(Hugging Face name, array on the host) of all parameters' tensors, one parameter after another."""
+  for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    yield from _views(names[_place(key_path)], np.asarray(jax.device_get(leaf)))
+
+
+def _write_weights(folder: epath.Path, names: dict[str, str], params: Params, *, max_shard_bytes: int) -> None:
   shard_of, sizes = {}, [0]
   for name, value in _stand_ins(names, params).items():
     if sizes[-1] and sizes[-1] + value.nbytes > max_shard_bytes:
@@ -204,10 +212,7 @@ def _write_weights(folder: epath.Path, names: dict[str, str], params: Params, ma
   count = len(sizes)
   files = [_SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  on_host = lambda leaf: np.asarray(jax.device_get(leaf))
-  tensors = (tensor for key_path, leaf in leaves for tensor in _views(names[_place(key_path)], on_host(leaf)))
-  for shard, group in itertools.groupby(tensors, lambda tensor: shard_of[tensor[0]]):
+  for shard, group in itertools.groupby(_tensors(names, params), lambda tensor: shard_of[tensor[0]]):
     path = os.fspath(folder / files[shard])
     contents = {name: np.ascontiguousarray(view) for name, view in group}
     safetensors.numpy.save_file(contents, path, metadata={"format": "pt"})

@@ -1,8 +1,8 @@
-"""How layers lie while programs run: the one place that says it, for training and for decoding.
+"""How layers are arranged while programs run: the one place that decides it, for training and for decoding.
 
 Canonical parameters (checkpoints, export, sharding rules) are stacked, {"ends": ..., "layers": {name: [Y, ...]}}. A scan
-reads them so (`scan_layers`: TPU, deep models). Unrolled layers (CPU) are kept apart, a tuple of Y trees: slices of a
-stack, and in training a stack of the slices' gradients, would be copied at every step.
+reads them like this (`scan_layers`: TPU, deep models). Unrolled layers (CPU) are kept unstacked, a tuple of Y trees: slices
+of a stack, and in training a stack of the slices' gradients, would be copied at every step.
 """
 
 import jax
@@ -14,18 +14,25 @@ from synthneg_jax.models.config import ModelConfig
 
 
 def unrolls(config: ModelConfig) -> bool:
-  """Whether programs of this model take its layers apart."""
+  """Whether programs of this model unroll the loop over layers, and so want them unstacked."""
   return not config.scan_layers
 
 
-def _each_params(fn, tree):
-  """fn of every dict with "layers" in a tree: of parameters, and of what looks like them, such as moments."""
-  holds = lambda node: isinstance(node, dict) and "layers" in node
-  return jax.tree.map(lambda node: {**node, "layers": fn(node["layers"])} if holds(node) else node, tree, is_leaf=holds)
+def _has_layers(node) -> bool:
+  return isinstance(node, dict) and "layers" in node
 
 
-def apart(tree):
-  """The same with layers apart; what is apart already stays."""
+def _map_layers(fn, tree):
+  """Applies fn to "layers" of every dict that has them: of parameters, and of what looks like them, such as moments."""
+
+  def apply(node):
+    return {**node, "layers": fn(node["layers"])} if _has_layers(node) else node
+
+  return jax.tree.map(apply, tree, is_leaf=_has_layers)
+
+
+def unstack(tree):
+  """The same tree with a tuple of single layers in place of each stack; unstacked layers stay as they are."""
 
   def split(layers):
     leaves, treedef = jax.tree.flatten(layers)
@@ -33,28 +40,35 @@ def apart(tree):
     columns = [lax.split(leaf, (1,) * count) for leaf in leaves]  # its gradient is one concatenation
     return tuple(treedef.unflatten([lax.squeeze(column[i], (0,)) for column in columns]) for i in range(count))
 
-  return tree if is_apart(tree) else _each_params(split, tree)
+  return tree if is_unstacked(tree) else _map_layers(split, tree)
 
 
-def stacked(tree):
-  """The same with layers stacked: the inverse of `apart`."""
-  stack = lambda layers: jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
-  return _each_params(lambda layers: stack(layers) if isinstance(layers, tuple) else layers, tree)
+def stack(tree):
+  """The inverse of `unstack`; stacked layers stay as they are."""
+
+  def join(layers):
+    if not isinstance(layers, tuple):
+      return layers
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+
+  return _map_layers(join, tree)
 
 
-def shardings_apart(tree, count: int):
-  """Shardings of stacked layers become those of `count` layers apart."""
-  of_layer = lambda sharding: NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-  return _each_params(lambda layers: (jax.tree.map(of_layer, layers),) * count, tree)
+def unstacked_shardings(tree, count: int):
+  """The shardings of `count` unstacked layers, from those of stacked ones."""
+
+  def of_layer(sharding):
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+  return _map_layers(lambda layers: (jax.tree.map(of_layer, layers),) * count, tree)
 
 
-def is_apart(tree) -> bool:
-  """Whether a tree's layers are apart, whatever its leaves are."""
-  found = []
-  _each_params(lambda layers: found.append(isinstance(layers, tuple)), tree)
-  return any(found)
+def is_unstacked(tree) -> bool:
+  """Whether a tree's layers are unstacked, whatever its leaves are."""
+  nodes = [node for node in jax.tree.leaves(tree, is_leaf=_has_layers) if _has_layers(node)]
+  return any(isinstance(node["layers"], tuple) for node in nodes)
 
 
 def like(template, tree):
-  """A tree whose layers lie as those of the template."""
-  return apart(tree) if is_apart(template) else stacked(tree)
+  """A tree whose layers are stacked or unstacked as those of the template are."""
+  return unstack(tree) if is_unstacked(template) else stack(tree)

@@ -48,7 +48,7 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
 
 
 def tables(
-  num_positions: int, head_dim: int, theta: float, scaling: RopeScaling | None, dtype
+  num_positions: int, head_dim: int, *, theta: float, scaling: RopeScaling | None, dtype
 ) -> tuple[np.ndarray, np.ndarray]:
   """Cosines and sines, [num_positions, H/2] of dtype."""
   frequency, factor = frequencies(head_dim, theta, scaling)

@@ -16,7 +16,7 @@ from synthneg_jax.data import steps
 from synthneg_jax.data.records import Rollout, Shards, StepEstimate, Trace
 from synthneg_jax.decoding.engine import Generation, Trunk
 from synthneg_jax.decoding.policy import Policy
-from synthneg_jax.decoding.remote import RemoteEngine
+from synthneg_jax.decoding.remote import Codec, RemoteEngine
 from synthneg_jax.pipeline import tensorboard_summaries, train_policy
 from synthneg_jax.pipeline import traces as traces_lib
 from synthneg_jax.pipeline.experiment import Experiment, sampling
@@ -112,7 +112,7 @@ def _roll_out(experiment: Experiment, policy: Policy, engine, wanted, prompts, p
     items.append(places)
   graded, stopped = [], None
   try:
-    for index, generations in engine.run(policy.params, trunks, sampling(section), longest):
+    for index, generations in engine.run(policy.params, trunks, sampling(section), longest=longest):
       problem = problems[items[index][0][0].trace.problem_id]
       made = [_OF_OTHERS] * len(generations)
       if processes.mine(number_of[problem.id]):
@@ -196,9 +196,11 @@ def _remote(experiment: Experiment, policy: Policy) -> RemoteEngine:
   c, tokenizer = experiment.config, policy.tokenizer
   return RemoteEngine(
     c.credit.endpoint,
-    eos_id=tokenizer.eos_token_id,
-    encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
-    decode=lambda ids: policy.token_text.text(ids, special=True),
+    Codec(
+      tokenizer.eos_token_id,
+      encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+      decode=lambda ids: policy.token_text.text(ids, special=True),
+    ),
     stop=c.engine.stop,
     max_new_tokens=c.engine.max_new_tokens,
     send_ids=c.credit.send_token_ids,

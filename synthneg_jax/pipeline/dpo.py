@@ -69,16 +69,19 @@ def variant(experiment: Experiment, name: str, mode: str) -> dict:
   store = reference.Store(
     experiment.workdir / "dpo" / "reference" / f"{policy.fingerprint}-{experiment.config.model.dtype}.npz"
   )
-  reference.score(policy.model, policy.params, trees, section.row_length, experiment.mesh, store, section.logit_chunk)
+  packing = reference.Packing(experiment.mesh, section.row_length, section.logit_chunk)
+  reference.score(policy.model, policy.params, trees, store=store, packing=packing)
   figures["sampler_gap_nats"] = round(pairs_lib.sampler_gap(experiment, policy, pairs, store), 7)
   plan = train_policy.plan(experiment, section, pairs_lib.examples(trees, numbered, store), names)
   objective = objectives.make_preference(
     policy.model,
     plan.shape.branches,
-    _loss(section),
-    beta=section.beta,
-    penalty=section.penalty if section.loss == "dpop" else 0.0,
-    nll_weight=section.nll_weight,
+    objectives.Preference(
+      loss=_loss(section),
+      beta=section.beta,
+      penalty=section.penalty if section.loss == "dpop" else 0.0,
+      nll_weight=section.nll_weight,
+    ),
     eos_ids=policy.eos_ids,
     chunk=section.logit_chunk,
   )

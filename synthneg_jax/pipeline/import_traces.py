@@ -253,7 +253,8 @@ def _score(
       made.append(Tree(prompt, (Branch(len(prompt), tuple(response.ids)),)))
   store = reference.Store(path)
   length = max(experiment.config.model.max_length, *(len(tree.trunk) + len(tree.branches[0].ids) for tree in made))
-  reference.score(policy.model, policy.params, made, length, experiment.mesh, store, experiment.config.dpo.logit_chunk)
+  packing = reference.Packing(experiment.mesh, length, experiment.config.dpo.logit_chunk)
+  reference.score(policy.model, policy.params, made, store=store, packing=packing)
   for response in missing:
     prompt = reader.prompt(response.problem)
     response.logp = store[reference.branch_key(prompt, len(prompt), response.ids)].tolist()

@@ -39,7 +39,8 @@ def keep(experiment: Experiment, name: str, section, fingerprint: str, trees: Se
   """Scores the trees' branches under what stage dpo/`name` has just trained, into dpo/<name>/scores/."""
   trained = experiment.policy(f"dpo/{name}")
   store = _store(experiment, experiment.workdir / "dpo" / name / "scores", fingerprint)
-  reference.score(trained.model, trained.params, trees, section.row_length, experiment.mesh, store, section.logit_chunk)
+  packing = reference.Packing(experiment.mesh, section.row_length, section.logit_chunk)
+  reference.score(trained.model, trained.params, trees, store=store, packing=packing)
 
 
 def read(experiment: Experiment, name: str) -> dict[str, Margin]:

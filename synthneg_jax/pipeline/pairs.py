@@ -138,13 +138,13 @@ def _at_step(source: Source, trace: Trace, step: int, mode: str) -> core.TokenPa
   if mode == "algorithm1":
     solution = source.solution(trace.problem_id)
     before = source.count(trace, step)
-    return core.algorithm1(prompt, solution, response, step, after=after, before=before) if solution else None
+    return core.algorithm1(prompt, solution, response, pit=step, after=after, before=before) if solution else None
   seed = int(keys.draw_key(source.run.config.seed, "pairs", 0, trace.id, "", step)[0])
   return core.shared_prefix(
     prompt,
     response,
     step,
-    source.siblings(trace, step),
+    siblings=source.siblings(trace, step),
     after=after,
     continuation=section.continuation,
     choice=section.choice,

@@ -31,7 +31,10 @@ def run(experiment: Experiment) -> dict:
   section = c.pretrain
   tokenizer = generated.TASKS[c.task.name].tokenizer(c.task)
   documents = generated.pretraining(c.task, section, c.seed)
-  ids = lambda text: tokenizer.encode(text).ids
+
+  def ids(text):
+    return tokenizer.encode(text).ids
+
   eos = tokenizer.token_to_id(generated.EOS)
   trunks = [ids(document.prompt) for document in documents]
   examples = [
@@ -55,16 +58,16 @@ def run(experiment: Experiment) -> dict:
   plan = train_policy.plan(experiment, section, examples, [document.id for document in documents])
   shardings = policy.shardings(model, experiment.mesh)
   params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(c.seed))
-  params, last = loop.fit(
-    "pretrain",
-    section,
-    model,
-    params,
-    objectives.make_sft(model, section.logit_chunk),
-    plan,
-    experiment.mesh,
-    stage.folder,
+  run = loop.Run(
+    name="pretrain",
+    section=section,
+    model=model,
+    objective=objectives.make_sft(model, section.logit_chunk),
+    batches=plan,
+    mesh=experiment.mesh,
+    folder=stage.folder,
   )
+  params, last = loop.fit(run, params)
   tokenizer_folder = stage.folder / "tokenizer"
   params = jax.tree.map(device_mesh.whole, params) if processes.count() > 1 else params
   if processes.first():
@@ -82,4 +85,4 @@ def _save(folder, tokenizer, tokenizer_folder, model: Model, params) -> None:
   ).save_pretrained(str(tokenizer_folder))
   if (folder / "policy").exists():  # of a run that was killed before its manifest was written
     (folder / "policy").rmtree()
-  huggingface.save(folder / "policy", model, params, tokenizer_folder)
+  huggingface.save(folder / "policy", model, params, tokenizer_folder=tokenizer_folder)

@@ -1,5 +1,6 @@
 """What the training stages share: trees of solutions, and one call of the train loop."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -76,12 +77,14 @@ def plan(experiment: Experiment, section, examples: Sequence[Example], names: Se
   return batches.Batches(
     examples,
     names,
-    batch_size=section.batch_size,
-    num_epochs=section.num_epochs,
-    max_steps=section.max_steps,
+    schedule=batches.Schedule(
+      batch_size=section.batch_size,
+      num_epochs=section.num_epochs,
+      max_steps=section.max_steps,
+      seed=experiment.config.seed,
+    ),
     row_length=section.row_length,
     rows_multiple_of=section.grad_accum_steps * device_mesh.row_shards(experiment.mesh),
-    seed=experiment.config.seed,
   )
 
 
@@ -92,8 +95,12 @@ def trained(model: Model, section) -> Model | Adapter:
 
 
 def of_adapter(adapter: Adapter, objective):
-  """(adapter's parameters, batch, base's) -> what the objective gives for both together."""
-  return lambda params, batch, base: objective(adapter.join(base, params), batch)
+  """Returns joint(adapter's parameters, batch, base's) -> what the objective gives for both together."""
+
+  def joint(params, batch, base):
+    return objective(adapter.join(base, params), batch)
+
+  return joint
 
 
 def train(
@@ -112,32 +119,28 @@ def train(
     (fingerprint of the new weights, figures: steps, the packed rows' fill and the last step's metrics).
   """
   figures = {"steps": plan_.num_steps, "fill": round(plan_.fill, 3)}
-  open_metrics = functools.partial(Metrics, experiment.config, experiment.workdir, folder)
+  run = loop.Run(
+    name=name,
+    section=section,
+    model=policy.model,
+    objective=objective,
+    batches=plan_,
+    mesh=experiment.mesh,
+    folder=folder,
+    check_start=check_start,
+    open_metrics=functools.partial(Metrics, experiment.config, experiment.workdir, folder),
+  )
+  start, policy.params = policy.params, None  # trained in place, or frozen under an adapter
   adapter = trained(policy.model, section)
   if isinstance(adapter, Adapter):
-    layout = policies.shardings(adapter, experiment.mesh)
+    shardings = policies.shardings(adapter, experiment.mesh)
     key = jax.random.wrap_key_data(keys.draw_key(experiment.config.seed, "adapter", 0, name, "", 0))
-    params = jax.jit(adapter.init, out_shardings=layout)(key)
+    params = jax.jit(adapter.init, out_shardings=shardings)(key)
     figures["trained"] = sum(leaf.size for leaf in jax.tree.leaves(params))
-    frozen, policy.params = policy.params, None
-    params, last = loop.fit(
-      name,
-      section,
-      adapter,
-      params,
-      of_adapter(adapter, objective),
-      plan_,
-      experiment.mesh,
-      folder,
-      check_start,
-      (frozen,),
-      open_metrics,
-    )
+    run = dataclasses.replace(run, model=adapter, objective=of_adapter(adapter, objective))
+    params, last = loop.fit(run, params, frozen=(start,))
     fingerprint = policies.save(folder / "policy", policy, params, adapter)
   else:
-    params, policy.params = policy.params, None  # donated
-    params, last = loop.fit(
-      name, section, policy.model, params, objective, plan_, experiment.mesh, folder, check_start, (), open_metrics
-    )
+    params, last = loop.fit(run, start)
     fingerprint = policies.save(folder / "policy", policy, params)
   return fingerprint, figures | {key: round(value, 5) for key, value in last.items()}

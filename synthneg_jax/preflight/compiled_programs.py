@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from synthneg_jax.core import losses
 from synthneg_jax.core.tree import PackedTrees
 from synthneg_jax.decoding import engine, policy
-from synthneg_jax.decoding.decode import Geometry, Stops, state_shardings
+from synthneg_jax.decoding.decode import DecodeSpec, Geometry, Stops, state_shardings
 from synthneg_jax.models import huggingface, presets
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
@@ -71,25 +71,31 @@ def architecture(config) -> Model:
     UserError: neither.
   """
   c = config.model
-  how = {"dtype": c.dtype, "param_dtype": c.param_dtype, "scan_layers": c.scan_layers, "remat": c.remat}
+  settings = {"dtype": c.dtype, "param_dtype": c.param_dtype, "scan_layers": c.scan_layers, "remat": c.remat}
   folder = policy.resolve(c.path)
   if (folder / "config.json").exists():
-    return Model(huggingface.read_config(folder, **how))
+    return Model(huggingface.read_config(folder, **settings))
   if folder.name in presets.NAMES:
-    return Model(presets.preset(folder.name, **how))
+    return Model(presets.preset(folder.name, **settings))
   raise UserError(f"model.path={c.path} is no folder with a config.json, and no preset ({', '.join(presets.NAMES)}).")
 
 
 def _abstract(tree, shardings):
   """Shapes and dtypes of a tree with shardings, which may be a prefix of it."""
-  place = lambda sharding: lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-  return jax.tree.map(lambda sharding, part: jax.tree.map(place(sharding), part), shardings, tree)
+
+  def with_sharding(sharding, part):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+
+  return jax.tree.map(with_sharding, shardings, tree)
 
 
 def _batch(shape: Shape, mesh: Mesh) -> Batch:
   """Abstract arrays of a batch."""
   rows, one = device_mesh.rows(mesh), device_mesh.replicated(mesh)
-  make = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype, sharding=rows)
+
+  def make(dtype, *sizes):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=rows)
+
   i32, f32 = functools.partial(make, jnp.int32), functools.partial(make, jnp.float32)
   fields = {field.name: i32(shape.rows, shape.length) for field in dataclasses.fields(PackedTrees)}
   fields["scored"] = make(bool, shape.rows, shape.length)
@@ -156,8 +162,8 @@ class Recipe:
     chunk = {"chunk": section.logit_chunk} if section.get("logit_chunk") else {}
     if stage == "dpo":
       loss = functools.partial(losses.dpo_loss, beta=section.beta)  # the others of its kind cost the same
-      more = {"beta": section.beta, "nll_weight": section.nll_weight, "eos_ids": _EOS, **chunk}
-      objective = objectives.make_preference(model, shape.branches, loss, **more)
+      preference = objectives.Preference(loss=loss, beta=section.beta, nll_weight=section.nll_weight)
+      objective = objectives.make_preference(model, shape.branches, preference, eos_ids=_EOS, **chunk)
     else:
       objective = objectives.make_sft(model, **chunk)
     optimizer = optimizer_lib.make_optimizer(section.optimizer, max(self.work[name]["steps"], 1))
@@ -172,8 +178,10 @@ class Recipe:
 
     def lower():
       state = jax.eval_shape(step_lib.make_init(optimizer, layout), trained.abstract_params())
-      lie = jax.tree.map(lambda leaf: leaf.sharding, frozen)
-      run = step_lib.make_step(objective, optimizer, layout, mesh, section.grad_accum_steps, lie)
+      frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen)
+      run = step_lib.make_step(
+        objective, optimizer, layout, mesh=mesh, accumulate=section.grad_accum_steps, frozen=frozen_shardings
+      )
       return run.lower(_abstract(state, layout), _batch(shape, mesh), *frozen)
 
     fill, tokens = trees * tree.tokens / (shape.rows * shape.length), trees * tree.tokens
@@ -218,19 +226,26 @@ class Recipe:
     shards = device_mesh.row_shards(self.mesh)
     lanes, bucket = -(-lanes // shards) * shards, engine.bucket
     trunk = min(bucket(trunk), max(config.model.max_length, 1))
-    return Geometry(lanes, slots, trunk, bucket(items), c.max_new_tokens, max(lanes // 4, 1)), items
+    g = Geometry(
+      lanes=lanes,
+      slots=slots,
+      trunk=trunk,
+      items=bucket(items),
+      new=c.max_new_tokens,
+      refill=max(lanes // 4, 1),
+    )
+    return g, items
 
   def _engine(self, stage: str, part: str) -> Program:
     config, model, mesh, lengths = self._config, self.model, device_mesh.decoding(self.mesh), self._lengths
     g, _ = self._geometry(stage)
-    stops, made, m = Stops(_EOS), self.work[stage], model.config
-    empty, prefill, decode, *_ = engine.programs(model, mesh, g, sampling(config[stage]), stops)
-    as_read = jax.eval_shape(functools.partial(engine.as_read, model), model.abstract_params())
+    made, m = self.work[stage], model.config
+    spec = DecodeSpec(model=model, geometry=g, sampling=sampling(config[stage]), stops=Stops(_EOS))
+    programs, replicated = engine.programs(spec, mesh), device_mesh.replicated(mesh)
+    cast = jax.eval_shape(functools.partial(engine.cast_for_decoding, model), model.abstract_params())
     beside = _held(_abstract(model.abstract_params(), self._params))
-    params, one = _abstract(as_read, engine.params_shardings(model, mesh)), device_mesh.replicated(mesh)
-    there = lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=one)
-    layout = state_shardings(model, mesh)
-    state = _abstract(jax.eval_shape(empty), layout)
+    params = _abstract(cast, engine.params_shardings(model, mesh))
+    state = _abstract(jax.eval_shape(programs.empty), state_shardings(model, mesh))
     sizes = f"{g.lanes} lanes x {g.slots} slots, trunks of {g.trunk}, {g.new} new tokens"
     section = "credit" if stage == "credit" else "engine"
     advice = f"lower {section}.lanes, {section}.slots or engine.max_new_tokens, or raise mesh.tensor"
@@ -241,11 +256,19 @@ class Recipe:
     if part == "decode":
       tokens, seen = g.lanes * g.slots, lengths.prompt + known / 2 + grown / 2
       flops = cost_model.forward_flops(m, tokens, tokens * seen, tokens)
-      lower = lambda: decode.lower(params, state, there(np.int32(0)))
+      enough = _abstract(np.int32(0), replicated)
+
+      def lower():
+        return programs.decode.lower(params, state, enough)
+
       runs, least = made["tokens_decoded"] / tokens, _held(params) + _held(state.cache)
       return Program(f"{stage}/decode", lower, math.ceil(runs), flops, sizes, advice, least, beside)
-    trunks = [there(x) for x in engine.trunk_arrays(g, [])]
+    batch = _abstract(engine.trunk_arrays(g, []), replicated)
     branches = made["tokens_decoded"] / grown / max(made["trunks"], 1)
     flops = cost_model.forward_flops(m, g.refill * trunk, g.refill * trunk * (trunk + 1) / 2, g.refill * branches)
-    runs, lower = math.ceil(made["trunks"] / g.refill), lambda: prefill.lower(params, state, *trunks)
+    runs = math.ceil(made["trunks"] / g.refill)
+
+    def lower():
+      return programs.prefill.lower(params, state, batch)
+
     return Program(f"{stage}/prefill", lower, runs, flops, f"{g.refill} of {sizes}", advice, 0.0, beside)

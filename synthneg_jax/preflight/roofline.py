@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import re
+from typing import NamedTuple
 
 from synthneg_jax.preflight import hlo
 
@@ -202,18 +203,29 @@ class Program:
     labels = instruction.attribute(r"dim_labels=(\S+?)(?:,|$)")
     of_left, of_right, of_out = re.split(r"_|->", labels)
     groups = int(instruction.attribute(r"feature_group_count=(\d+)") or 1)
-    window = instruction.attribute(r"window=\{([^}]*)\}") or ""
+    attributes = instruction.attribute(r"window=\{([^}]*)\}") or ""
     spatial = [label for label in of_out if label.isdigit()]
-    field = lambda key, default: (re.search(rf"\b{key}=(\S+)", window) or [None, default])[1].split("x")
-    many = lambda key, default: field(key, "x".join([default] * max(len(spatial), 1)))
-    strides, dilations, kernel_dilations = many("stride", "1"), many("lhs_dilate", "1"), many("rhs_dilate", "1")
-    pads = many("pad", "0_0")
+
+    def by_dimension(key, default):
+      """An attribute's value for each spatial dimension."""
+      given = re.search(rf"\b{key}=(\S+)", attributes)
+      return given[1].split("x") if given else [default] * max(len(spatial), 1)
+
+    strides, pads = by_dimension("stride", "1"), by_dimension("pad", "0_0")
+    dilations, kernel_dilations = by_dimension("lhs_dilate", "1"), by_dimension("rhs_dilate", "1")
     total = 2.0 * out[of_out.index("b")] * out[of_out.index("f")] * right[of_right.index("i")]
     for label in spatial:  # pairs of output and kernel places that meet an element of the input
       at = int(label)
-      size, kernel, places = left[of_left.index(label)], right[of_right.index(label)], out[of_out.index(label)]
-      stride, dilate, reach = int(strides[at]), int(dilations[at]), int(kernel_dilations[at])
-      total *= _meetings(size, kernel, places, stride, dilate, reach, int(pads[at].split("_")[0]))
+      window = _Window(
+        size=left[of_left.index(label)],
+        kernel=right[of_right.index(label)],
+        places=out[of_out.index(label)],
+        stride=int(strides[at]),
+        dilate=int(dilations[at]),
+        reach=int(kernel_dilations[at]),
+        pad=int(pads[at].split("_")[0]),
+      )
+      total *= _meetings(window)
     return total / max(int(instruction.attribute(r"batch_group_count=(\d+)") or 1), 1) if groups else total
 
   def _sent(self, computation, instruction: hlo.Instruction, kind: str) -> list[tuple[hlo.Array, float]]:
@@ -338,9 +350,32 @@ class Program:
     return total
 
 
+class _Window(NamedTuple):
+  """One dimension of a convolution.
+
+  Attributes:
+    size: elements of the input.
+    kernel: places of the kernel.
+    places: places of the output.
+    stride: of the output places, in input places.
+    dilate: input places from one element to the next; between them are gaps.
+    reach: input places from one kernel place to the next.
+    pad: places before the first element.
+  """
+
+  size: int
+  kernel: int
+  places: int
+  stride: int
+  dilate: int
+  reach: int
+  pad: int
+
+
 @functools.lru_cache(maxsize=4096)
-def _meetings(size: int, kernel: int, places: int, stride: int, dilate: int, reach: int, pad: int) -> int:
+def _meetings(window: _Window) -> int:
   """How many pairs (output place, kernel place) of a window meet an element of the input, not padding or a gap."""
+  size, kernel, places, stride, dilate, reach, pad = window
   total, extent = 0, (size - 1) * dilate + 1
   for k in range(kernel):
     low = k * reach - pad  # the input place of output place 0

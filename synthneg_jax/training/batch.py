@@ -70,7 +70,11 @@ def assign_rows(examples: Sequence[Example], length: int) -> list[list[int]]:
 def measure(examples: Sequence[Example], length: int, multiple_of: int = 1) -> Shape:
   """The smallest shape that holds these examples as one batch, rows rounded up to a multiple."""
   rows = assign_rows(examples, length)
-  widest = lambda count: max((sum(count(examples[i]) for i in row) for row in rows), default=0)
+
+  def widest(count):
+    """The most that a row holds of what `count` counts in an example."""
+    return max((sum(count(examples[i]) for i in row) for row in rows), default=0)
+
   return Shape(
     rows=-(-max(len(rows), 1) // multiple_of) * multiple_of,
     length=length,

@@ -1,5 +1,6 @@
 """Which examples make which batch: a function of (seed, step), so that a resumed run sees what an unbroken one sees."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,24 @@ from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training.batch import Example
 
 
-def plan(weights: Sequence[int], batch_size: int, num_epochs: float, seed: int) -> list[list[int]]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+  """How many steps there are, and what they take.
+
+  Attributes:
+    batch_size: solutions (SFT, RFT) or pairs (DPO) a step.
+    num_epochs: passes over the examples; a fraction takes that share of the last pass.
+    max_steps: upper bound on the steps; 0 for none.
+    seed: of the shuffles.
+  """
+
+  batch_size: int
+  num_epochs: float
+  max_steps: int = 0
+  seed: int = 0
+
+
+def plan(weights: Sequence[int], schedule: Schedule) -> list[list[int]]:
   """The examples of each step.
 
   Epoch after epoch, each shuffled by (seed, epoch), examples are taken in order until the next would make the batch
@@ -17,20 +35,22 @@ def plan(weights: Sequence[int], batch_size: int, num_epochs: float, seed: int) 
 
   Args:
     weights: what each example counts: its solutions (SFT, RFT) or its pairs (DPO), never more than batch_size.
-    batch_size: solutions or pairs a batch.
-    num_epochs: passes over the data; a fraction takes that share of the last pass.
-    seed: of the shuffles.
+    schedule: how many steps there are, and what they take.
 
   Returns:
     For each step the indices of its examples.
+
+  Raises:
+    UserError: there is no example, or none is taken, or one weighs more than a batch.
   """
+  batch_size, num_epochs = schedule.batch_size, schedule.num_epochs
   if not weights:
     raise UserError("There is nothing to train on: no example is left after selection.")
   if max(weights) > batch_size:
     raise UserError(f"An example weighs {max(weights)}, more than batch_size={batch_size}.")
   stream = []
   for epoch in range(int(np.ceil(num_epochs))):
-    order = np.random.default_rng([seed, epoch]).permutation(len(weights))
+    order = np.random.default_rng([schedule.seed, epoch]).permutation(len(weights))
     stream.extend(order[: round(min(num_epochs - epoch, 1.0) * len(order))])
   if not stream:
     raise UserError(f"num_epochs={num_epochs} of {len(weights)} example(s) trains on none of them.")
@@ -41,7 +61,7 @@ def plan(weights: Sequence[int], batch_size: int, num_epochs: float, seed: int) 
       weight = 0
     steps[-1].append(int(index))
     weight += weights[index]
-  return steps
+  return steps[: schedule.max_steps] if schedule.max_steps else steps
 
 
 class Batches:
@@ -57,24 +77,18 @@ class Batches:
     examples: Sequence[Example],
     keys: Sequence[str],
     *,
-    batch_size: int,
-    num_epochs: float,
-    max_steps: int,
+    schedule: Schedule,
     row_length: int,
     rows_multiple_of: int,
-    seed: int,
   ):
     """Plans the run.
 
     Args:
       examples: trees with their pairs.
       keys: a name for each example, for error messages.
-      batch_size: solutions or pairs a step.
-      num_epochs: passes over the examples.
-      max_steps: upper bound on the steps; 0 for none.
+      schedule: how many steps there are, and what they take.
       row_length: T, tokens a row.
       rows_multiple_of: accumulation steps × the mesh's row shards.
-      seed: of the shuffles.
 
     Raises:
       UserError: an example is longer than a row, or there is none.
@@ -84,11 +98,12 @@ class Batches:
       if example.tree.num_tokens > row_length:
         raise UserError(f"{key}: its tree has {example.tree.num_tokens} tokens, more than row_length={row_length}.")
     weights = [max(len(example.pairs), 1) if example.pairs else len(example.tree.branches) for example in examples]
-    self._steps = plan(weights, batch_size, num_epochs, seed)
-    if max_steps:
-      self._steps = self._steps[:max_steps]
+    self._steps = plan(weights, schedule)
     shapes = [batch_lib.measure([examples[i] for i in step], row_length, rows_multiple_of) for step in self._steps]
-    widest = lambda field: max(getattr(shape, field) for shape in shapes)
+
+    def widest(field):
+      return max(getattr(shape, field) for shape in shapes)
+
     self.shape = batch_lib.Shape(
       rows=widest("rows"),
       length=row_length,

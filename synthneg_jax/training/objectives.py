@@ -5,6 +5,7 @@ over the whole batch, so parts add up over rows, devices and accumulation steps)
 (sum, count). A metric whose name begins with `HISTOGRAM` is a pair (counts [E + 1], count), between the edges of `EDGES`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -29,7 +30,7 @@ def _spread(name: str, values, mask):
   return {name: (masked_stats.histogram(values, mask, EDGES[name]), jnp.sum(mask))}
 
 
-def scored_logprobs(model: Model, params, batch: Batch, chunk: int = 0):
+def scored_logprobs(model: Model, params, batch: Batch, *, chunk: int = 0):
   """Log-probs of the scored tokens; logits exist at their predictors only.
 
   Args:
@@ -39,31 +40,40 @@ def scored_logprobs(model: Model, params, batch: Batch, chunk: int = 0):
       exists; 0 for all at once. It pays where that array would be the largest.
 
   Returns:
-    (logp_RS nats, zero where there is no token; bool [R, S] which are there).
+    (logp_RS nats, zero where there is no token; bool [R, S], True where there is one).
   """
   h_RTD, _ = model.hidden(params, batch.trees)
-  return _scored(model, params, batch, h_RTD, chunk)
+  return _scored(model, params, batch, h_RTD=h_RTD, chunk=chunk)
 
 
-def _scored(model: Model, params, batch: Batch, h_RTD, chunk: int):
-  there_RS = batch.scored_at >= 0
+def _scored(model: Model, params, batch: Batch, *, h_RTD, chunk: int):
+  """`scored_logprobs` from hidden states."""
+  valid_RS = batch.scored_at >= 0
   at_RS = jnp.maximum(batch.scored_at, 0)
   target_RS = jnp.take_along_axis(batch.trees.token, at_RS, axis=1)
   parent_RS = jnp.maximum(jnp.take_along_axis(batch.trees.parent, at_RS, axis=1), 0)
   h_RSD = jnp.take_along_axis(h_RTD, parent_RS[..., None], axis=1)
-  logp = lambda h, target: losses.token_logprobs(model.logits(params, h), target)
+
+  def logp(h, target):
+    return losses.token_logprobs(model.logits(params, h), target)
+
   if 0 < chunk < target_RS.shape[1]:
     R, S = target_RS.shape
     parts = -(-S // chunk)
-    cut = lambda x: jnp.pad(x, ((0, 0), (0, parts * chunk - S), *((0, 0),) * (x.ndim - 2))).reshape(
-      R, parts, chunk, *x.shape[2:]
-    )
-    part = lambda _, xs: (None, jax.checkpoint(logp)(*xs))
-    _, logp_PRC = lax.scan(part, None, (cut(h_RSD).swapaxes(0, 1), cut(target_RS).swapaxes(0, 1)))
+
+    def cut(x):
+      """[R, S, ...], padded, as [parts, R, chunk, ...]."""
+      x = jnp.pad(x, ((0, 0), (0, parts * chunk - S), *((0, 0),) * (x.ndim - 2)))
+      return x.reshape(R, parts, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    def score_part(_, xs):
+      return None, jax.checkpoint(logp)(*xs)
+
+    _, logp_PRC = lax.scan(score_part, None, (cut(h_RSD), cut(target_RS)))
     logp_RS = logp_PRC.swapaxes(0, 1).reshape(R, parts * chunk)[:, :S]
   else:
     logp_RS = logp(h_RSD, target_RS)
-  return jnp.where(there_RS, logp_RS, 0.0), there_RS
+  return jnp.where(valid_RS, logp_RS, 0.0), valid_RS
 
 
 def branch_sums(batch: Batch, values_RS, num_branches: int):
@@ -74,7 +84,7 @@ def branch_sums(batch: Batch, values_RS, num_branches: int):
   )
 
 
-def _early_eos(model: Model, params, batch: Batch, h_RTD, num_branches: int, eos_ids: Sequence[int]):
+def _early_eos(model: Model, params, batch: Batch, *, h_RTD, num_branches: int, eos_ids: Sequence[int]):
   """(Σ of P(EOS) at the ends of branches without EOS, how many those are)."""
   R, T = batch.trees.token.shape
   row_R1 = jnp.arange(R)[:, None]
@@ -93,53 +103,59 @@ def make_sft(model: Model, chunk: int = 0):
   """The next-token objective, for SFT, RFT and pretraining: mean nats per scored token; `chunk` as in `scored_logprobs`."""
 
   def objective(params, batch: Batch):
-    logp_RS, there_RS = scored_logprobs(model, params, batch, chunk)
+    logp_RS, valid_RS = scored_logprobs(model, params, batch, chunk=chunk)
     with jax.named_scope("loss"):
-      loss = jnp.sum(jax.vmap(losses.sft_loss)(logp_RS, there_RS)) / batch.num_scored
-    spread = _spread("nll/per_token", -logp_RS, there_RS)
-    return loss, {"loss/per_token": masked_stats.total(-logp_RS, there_RS)} | spread
+      loss = jnp.sum(jax.vmap(losses.sft_loss)(logp_RS, valid_RS)) / batch.num_scored
+    spread = _spread("nll/per_token", -logp_RS, valid_RS)
+    return loss, {"loss/per_token": masked_stats.total(-logp_RS, valid_RS)} | spread
 
   return objective
 
 
-def make_preference(
-  model: Model,
-  num_branches: int,
-  preference_loss: Callable[..., jax.Array],
-  *,
-  beta: float,
-  penalty: float = 0.0,
-  nll_weight: float = 0.0,
-  eos_ids: Sequence[int],
-  chunk: int = 0,
-):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preference:
+  """What is minimised over pairs.
+
+  Attributes:
+    loss: of (chosen, rejected, ref_chosen, ref_rejected), [R, P] each, nats: `dpo_loss`, `ipo_loss` or `dpop_loss` with
+      its settings.
+    beta, penalty: as `core.losses.preference_metrics` takes them.
+    nll_weight: weight of the chosen branch's next-token loss per token.
+  """
+
+  loss: Callable[..., jax.Array]
+  beta: float
+  penalty: float = 0.0
+  nll_weight: float = 0.0
+
+
+def make_preference(model: Model, num_branches: int, preference: Preference, *, eos_ids: Sequence[int], chunk: int = 0):
   """The preference objective over pairs of branches: mean per pair of a loss of `core.losses` + nll_weight · nll_term.
 
   Args:
     model: the policy's architecture.
     num_branches: the most branches that a row holds.
-    preference_loss: of (chosen, rejected, ref_chosen, ref_rejected), [R, P] each: `dpo_loss`, `ipo_loss` or `dpop_loss`
-      with its settings.
-    beta, penalty: as `core.losses.preference_metrics` takes them.
-    nll_weight: weight of the chosen branch's next-token loss per token.
+    preference: the loss and its weights.
     eos_ids: the ids that end a response.
     chunk: as in `scored_logprobs`.
   """
 
+  def at_pairs(values_RB, branch_RP):
+    return jnp.take_along_axis(values_RB, branch_RP, axis=1)
+
   def objective(params, batch: Batch):
     h_RTD, _ = model.hidden(params, batch.trees)
-    logp_RS, there_RS = _scored(model, params, batch, h_RTD, chunk)
+    logp_RS, valid_RS = _scored(model, params, batch, h_RTD=h_RTD, chunk=chunk)
     logp_RB = branch_sums(batch, logp_RS, num_branches)
-    count_RB = branch_sums(batch, there_RS.astype(logp_RS.dtype), num_branches)
-    of = lambda values, index: jnp.take_along_axis(values, index, axis=1)
-    chosen_RP, tokens_RP = of(logp_RB, batch.chosen), of(count_RB, batch.chosen)
+    count_RB = branch_sums(batch, valid_RS.astype(logp_RS.dtype), num_branches)
+    chosen_RP, tokens_RP = at_pairs(logp_RB, batch.chosen), at_pairs(count_RB, batch.chosen)
     pair_RP = batch.chosen > 0
-    args = (chosen_RP, of(logp_RB, batch.rejected), batch.ref_chosen, batch.ref_rejected)
+    args = (chosen_RP, at_pairs(logp_RB, batch.rejected), batch.ref_chosen, batch.ref_rejected)
     with jax.named_scope("loss"):
-      loss_RP = preference_loss(*args)
+      loss_RP = preference.loss(*args)
       nll_RP = losses.nll_term(chosen_RP, tokens_RP)
-      loss = jnp.sum(jnp.where(pair_RP, loss_RP + nll_weight * nll_RP, 0.0)) / batch.num_pairs
-    watched = losses.preference_metrics(*args, beta=beta, penalty=penalty)
+      loss = jnp.sum(jnp.where(pair_RP, loss_RP + preference.nll_weight * nll_RP, 0.0)) / batch.num_pairs
+    watched = losses.preference_metrics(*args, beta=preference.beta, penalty=preference.penalty)
     metrics = {
       "loss/per_pair": masked_stats.total(loss_RP, pair_RP),
       "margin/per_pair": masked_stats.total(watched["margin"], pair_RP),
@@ -151,7 +167,9 @@ def make_preference(
         masked_stats.total(-chosen_RP, pair_RP)[0],
         masked_stats.total(tokens_RP, pair_RP)[0],
       ),
-      "early_eos/per_unfinished_branch": _early_eos(model, params, batch, h_RTD, num_branches, eos_ids),
+      "early_eos/per_unfinished_branch": _early_eos(
+        model, params, batch, h_RTD=h_RTD, num_branches=num_branches, eos_ids=eos_ids
+      ),
     }
     return loss, metrics | _spread("margin/per_pair", watched["margin"], pair_RP)
 

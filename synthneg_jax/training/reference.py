@@ -3,6 +3,7 @@
 import hashlib
 import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -75,18 +76,45 @@ class Store:
 
 
 def make_forward(model: Model, mesh: Mesh, chunk: int = 0):
-  """(params, batch) -> log-probs [R, S] of the scored tokens in nats, whole on every device; jitted with its shardings."""
+  """Returns forward(params, batch) -> log-probs [R, S] of the scored tokens in nats, whole on every device; jitted."""
+
+  def forward(params, batch):
+    return objectives.scored_logprobs(model, params, batch, chunk=chunk)[0]
+
   return jax.jit(
-    device_mesh.under(mesh, lambda params, batch: objectives.scored_logprobs(model, params, batch, chunk)[0]),
+    device_mesh.under(mesh, forward),
     in_shardings=(device_mesh.shardings(mesh, model.logical_axes()), step_lib.batch_shardings(mesh)),
     out_shardings=device_mesh.replicated(mesh),
   )
 
 
-def score(
-  model: Model, params, trees: Sequence[Tree], row_length: int, mesh: Mesh, store: Store, chunk: int = 0
-) -> None:
-  """Puts every branch of the trees that is not there yet into the store; `chunk` as in `objectives.scored_logprobs`."""
+class Packing(NamedTuple):
+  """How trees are packed to be scored.
+
+  Attributes:
+    mesh: where the forward pass runs.
+    row_length: T, tokens a row.
+    logit_chunk: as `chunk` of `objectives.scored_logprobs`.
+  """
+
+  mesh: Mesh
+  row_length: int
+  logit_chunk: int = 0
+
+
+def score(model: Model, params, trees: Sequence[Tree], *, store: Store, packing: Packing) -> None:
+  """Scores every branch that the store lacks, and adds it.
+
+  Args:
+    model, params: the reference; params are not read where nothing is missing.
+    trees: their branches are scored.
+    store: takes the log-probs.
+    packing: how trees are packed.
+
+  Raises:
+    Stopped: SIGTERM came; what was scored by then is in the store.
+  """
+  mesh, row_length, chunk = packing
   wanted = []
   for tree in trees:
     missing = {}

@@ -14,11 +14,17 @@ from synthneg_jax.runtime import device_mesh
 from synthneg_jax.training.batch import Batch
 
 
-def state_shardings(model: Model | Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, stacked: bool = False):
-  """Shardings of {"params", "opt_state", "step"}, the parameters those of `model`: moments lie as they do.
+def state_shardings(
+  model: Model | Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, *, stacked: bool = False
+):
+  """Shardings of the train state {"params", "opt_state", "step"}; moments are sharded as their parameters are.
 
-  As the train step has the state, layers apart or not (layer_stacking), or `stacked` as checkpoints have it. An adapter is
-  stacked always: it is small.
+  Args:
+    model: its parameters are trained.
+    optimizer: of them.
+    mesh: where the state is.
+    stacked: layers as checkpoints hold them; otherwise as the train step wants them (models/layer_stacking.py). An
+      adapter, which is small, is always stacked.
   """
   params = device_mesh.shardings(mesh, model.logical_axes())
   replicated = device_mesh.replicated(mesh)
@@ -31,47 +37,53 @@ def state_shardings(model: Model | Adapter, optimizer: optax.GradientTransformat
   )
   shardings = {"params": params, "opt_state": opt_state, "step": replicated}
   if isinstance(model, Model) and layer_stacking.unrolls(model.config) and not stacked:
-    return layer_stacking.shardings_apart(shardings, model.config.num_layers)
+    return layer_stacking.unstacked_shardings(shardings, model.config.num_layers)
   return shardings
 
 
 def make_init(optimizer: optax.GradientTransformation, shardings):
-  """Stacked params -> train state, laid out by `shardings`; the parameters are donated where they stay as they lie."""
+  """Returns init(stacked params) -> train state with these shardings; donates the parameters where their layout stays."""
 
   def init(params):
     params = layer_stacking.like(shardings["params"], params)
     return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
-  return jax.jit(init, out_shardings=shardings, donate_argnums=() if layer_stacking.is_apart(shardings) else 0)
+  return jax.jit(init, out_shardings=shardings, donate_argnums=() if layer_stacking.is_unstacked(shardings) else 0)
 
 
 def make_relayout(shardings):
-  """state -> the same state, stacked or apart as its new shardings are."""
+  """Returns relayout(state) -> the same state, stacked or unstacked as its new shardings are."""
   return jax.jit(functools.partial(layer_stacking.like, shardings), out_shardings=shardings)
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
-  """A prefix of a batch: rows split, counts replicated."""
+  """Shardings of a batch, as a prefix of it: rows split, counts replicated."""
   rows, replicated = device_mesh.rows(mesh), device_mesh.replicated(mesh)
   return Batch(rows, rows, rows, rows, rows, rows, num_scored=replicated, num_pairs=replicated)
 
 
 def make_step(
-  objective, optimizer: optax.GradientTransformation, shardings, mesh: Mesh, accumulate: int = 1, frozen=()
+  objective, optimizer: optax.GradientTransformation, shardings, *, mesh: Mesh, accumulate: int = 1, frozen=()
 ):
-  """(state, batch, *frozen) -> (state, metrics), jitted with its shardings; the state is donated.
+  """Returns step(state, batch, *frozen) -> (state, metrics), jitted with its shardings; the state is donated.
 
   Args:
     objective: as training/objectives.py makes them.
     optimizer: of the parameters.
-    shardings: as `state_shardings` gives them.
+    shardings: of the state, from `state_shardings`.
     mesh: where it runs.
     accumulate: microbatches that a batch's rows are cut into, one after another; the sums are the whole batch's.
-    frozen: shardings of what the objective takes after parameters and batch, and training leaves as it is.
+    frozen: shardings of the parameters that the objective takes after the batch, which are not trained.
 
   Returns:
-    The compiled step. Metrics are pairs (sum, count) of scalars.
+    The jitted step. Metrics are pairs (sum, count) of scalars.
   """
+
+  def split(x):
+    """Rows [R, ...] as microbatches [accumulate, R / accumulate, ...]; each of them takes a scalar whole."""
+    if not x.ndim:
+      return jnp.broadcast_to(x, accumulate)
+    return x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
 
   def gradients(params, batch: Batch, *frozen):
     grad = jax.value_and_grad(lambda params, batch: objective(params, batch, *frozen), has_aux=True)
@@ -79,20 +91,16 @@ def make_step(
       (_, metrics), grads = grad(params, batch)
       return grads, metrics
 
-    split = lambda x: (
-      x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]) if x.ndim else jnp.broadcast_to(x, accumulate)
-    )
-    parts = jax.tree.map(split, batch)
+    def sums(params, part):
+      (_, metrics), grads = grad(params, part)
+      return grads, metrics
 
     def add(total, part):
-      (_, metrics), grads = grad(params, part)
-      return jax.tree.map(jnp.add, total, (grads, metrics)), None
+      return jax.tree.map(jnp.add, total, sums(params, part)), None
 
+    parts = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype),
-      jax.eval_shape(lambda p, b: (lambda out: (out[1], out[0][1]))(grad(p, b)), params, first),
-    )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, params, first))
     return jax.lax.scan(add, zeros, parts)[0]
 
   def step(state, batch: Batch, *frozen):

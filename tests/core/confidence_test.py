@@ -82,7 +82,7 @@ class SignConfidenceTest(parameterized.TestCase):
     rng, draws = np.random.default_rng(0), 400_000
     after = rng.beta(c + 0.5, m - c + 0.5, draws)
     rate = np.mean(after < rng.beta(c_before + 0.5, m_before - c_before + 0.5, draws))
-    got = float(advantages.sign_confidence(c, m, c_before, m_before))
+    got = float(advantages.sign_confidence(c, m, successes_before=c_before, rollouts_before=m_before))
     self.assertAlmostEqual(got, rate, delta=4.5 * math.sqrt(max(got * (1 - got), 1e-6) / draws))
 
   @parameterized.parameters((2, 5, 3, 7), (0, 4, 1, 4), (12, 30, 20, 30))
@@ -90,31 +90,37 @@ class SignConfidenceTest(parameterized.TestCase):
     # Fails if the nodes are too few, or on an error below Monte Carlo's.
     after, before = stats.beta(c + 0.5, m - c + 0.5), stats.beta(c_before + 0.5, m_before - c_before + 0.5)
     area, _ = integrate.quad(lambda q: before.pdf(q) * after.cdf(q), 0, 1, epsabs=1e-12, limit=500)
-    self.assertAlmostEqual(float(advantages.sign_confidence(c, m, c_before, m_before)), area, delta=1e-8)
+    self.assertAlmostEqual(
+      float(advantages.sign_confidence(c, m, successes_before=c_before, rollouts_before=m_before)), area, delta=1e-8
+    )
 
   def test_symmetry(self):
     # Fails if after and before are treated unlike each other, or with too few nodes for many rollouts.
     rng = np.random.default_rng(0)
     m, m_before = rng.integers(0, 2000, (2, 50))
     c, c_before = rng.integers(0, m + 1), rng.integers(0, m_before + 1)
-    there = advantages.sign_confidence(c, m, c_before, m_before)
-    np.testing.assert_allclose(there + advantages.sign_confidence(c_before, m_before, c, m), 1.0, atol=1e-9)
-    np.testing.assert_allclose(advantages.sign_confidence(c, m, c, m), 0.5, atol=1e-9)
+    there = advantages.sign_confidence(c, m, successes_before=c_before, rollouts_before=m_before)
+    np.testing.assert_allclose(
+      there + advantages.sign_confidence(c_before, m_before, successes_before=c, rollouts_before=m), 1.0, atol=1e-9
+    )
+    np.testing.assert_allclose(advantages.sign_confidence(c, m, successes_before=c, rollouts_before=m), 0.5, atol=1e-9)
 
   def test_nothing_known(self):
     # Fails if no rollouts at all leave no nodes to sum over.
-    self.assertAlmostEqual(float(advantages.sign_confidence(0, 0, 0, 0)), 0.5, delta=1e-9)
+    self.assertAlmostEqual(
+      float(advantages.sign_confidence(0, 0, successes_before=0, rollouts_before=0)), 0.5, delta=1e-9
+    )
 
   def test_shapes(self):
     # Fails if counts must have one shape, or if a batch is summed.
-    got = advantages.sign_confidence(np.zeros((3, 1), int), 10, np.array([0, 9]), 10)
+    got = advantages.sign_confidence(np.zeros((3, 1), int), 10, successes_before=np.array([0, 9]), rollouts_before=10)
     self.assertEqual(got.shape, (3, 2))
     np.testing.assert_array_equal(got[:, 1] > 0.99, True)
 
   def test_is_a_probability(self):
     # Fails if rounding takes what is certain beyond 1: without the bound it does for some of these.
     m = np.arange(0, 3000, 7)
-    self.assertEqual(float(np.max(advantages.sign_confidence(0, m, m, m))), 1.0)
+    self.assertEqual(float(np.max(advantages.sign_confidence(0, m, successes_before=m, rollouts_before=m))), 1.0)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def shared(pit=1, siblings=(SAME, LONG, SHORT, AGAIN), after=ZERO, continuation=
     PROMPT,
     WRONG,
     pit,
-    siblings,
+    siblings=siblings,
     after=after,
     continuation=named(continuation),
     choice=named(choice),
@@ -97,7 +97,7 @@ class WholeResponseTest(parameterized.TestCase):
     # Fails if the pit itself is cut off, if the whole wrong response is rejected (EOS and what follows the pit), if the
     # chosen loses its EOS, if steps before the pit become trunk, or if the flip is that of other counts.
     after, before = Count(0, 8), Count(3, 8)
-    got = pairs.algorithm1(PROMPT, SOLUTION, WRONG, pit, after=after, before=before)
+    got = pairs.algorithm1(PROMPT, SOLUTION, WRONG, pit=pit, after=after, before=before)
     self.assertEqual(got, TokenPair([90, 91], SOLUTION, rejected, pairs.flip_probability(after, before)))
     self.assertBetween(got.flip, 0.001, 0.1)
     if pit < 2:

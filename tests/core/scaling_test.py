@@ -6,6 +6,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import scaling
+from synthneg_jax.core.scaling import Baseline
 
 SIZES = np.array([1000.0, 2000.0, 4000.0, 8000.0])
 
@@ -38,7 +39,9 @@ class EfficiencyFactorTest(parameterized.TestCase):
     # Fails if the ratio is turned, if interpolation is linear in either axis, or if extrapolation takes a wrong end.
     errors = 2.0 * SIZES**-0.15
     size = 1000.0
-    got, extrapolated = scaling.efficiency_factor(SIZES, errors, size, float(2.0 * (factor * size) ** -0.15))
+    got, extrapolated = scaling.efficiency_factor(
+      SIZES, errors, size=size, method_error=float(2.0 * (factor * size) ** -0.15)
+    )
     self.assertAlmostEqual(got / factor, 1.0, delta=1e-9)
     if factor not in (1.0, 8.0):  # at an end itself rounding decides
       self.assertEqual(extrapolated, factor < 1 or factor > 8)
@@ -47,33 +50,41 @@ class EfficiencyFactorTest(parameterized.TestCase):
   def test_where_the_curve_rises(self, error, factor):
     # Fails if a rise is crossed, or if a level reached twice gives the later size: the lowest so far are .8, .4, .4, .2, so
     # that .4 is reached first at 2000, and errors below it between 4000 and 8000.
-    got, extrapolated = scaling.efficiency_factor(SIZES, [0.8, 0.4, 0.6, 0.2], 1000.0, error)
+    got, extrapolated = scaling.efficiency_factor(SIZES, [0.8, 0.4, 0.6, 0.2], size=1000.0, method_error=error)
     self.assertAlmostEqual(got, factor, delta=1e-9)
     self.assertFalse(extrapolated)
 
   def test_by_hand_beyond_the_ends(self):
     # Fails if extrapolation does not start at the curve's own end: exponent 1, half the last error takes twice its size.
     errors = [0.8, 0.4, 0.2, 0.1]
-    self.assertEqual([round(v, 9) for v in scaling.efficiency_factor(SIZES, errors, 2000.0, 0.05)], [8.0, True])
-    np.testing.assert_allclose(scaling.efficiency_factor(SIZES, errors, 2000.0, 1.0), (0.4, True), rtol=1e-9)
+    self.assertEqual(
+      [round(v, 9) for v in scaling.efficiency_factor(SIZES, errors, size=2000.0, method_error=0.05)], [8.0, True]
+    )
+    np.testing.assert_allclose(
+      scaling.efficiency_factor(SIZES, errors, size=2000.0, method_error=1.0), (0.4, True), rtol=1e-9
+    )
     bent = [0.8, 0.4, 0.2, 0.15]
     exponent, _ = scaling.power_law_fit(SIZES, bent)
     for error, expected in ((0.05, 4 * 3 ** (1 / exponent)), (1.0, 0.5 * 0.8 ** (1 / exponent))):
-      np.testing.assert_allclose(scaling.efficiency_factor(SIZES, bent, 2000.0, error), (expected, True), rtol=1e-9)
+      np.testing.assert_allclose(
+        scaling.efficiency_factor(SIZES, bent, size=2000.0, method_error=error), (expected, True), rtol=1e-9
+      )
 
   def test_baseline_that_does_not_fall(self):
     # Fails if a factor is made up from an exponent that is 0 or negative.
-    self.assertEqual(scaling.efficiency_factor(SIZES, [0.2, 0.3, 0.4, 0.5], 1000.0, 0.1), (np.inf, True))
-    self.assertEqual(scaling.efficiency_factor(SIZES, [0.2, 0.3, 0.4, 0.5], 1000.0, 0.3), (0.0, True))
-    self.assertEqual(scaling.efficiency_factor(SIZES, [1.0] * 4, 1000.0, 0.5), (np.inf, True))
+    self.assertEqual(
+      scaling.efficiency_factor(SIZES, [0.2, 0.3, 0.4, 0.5], size=1000.0, method_error=0.1), (np.inf, True)
+    )
+    self.assertEqual(scaling.efficiency_factor(SIZES, [0.2, 0.3, 0.4, 0.5], size=1000.0, method_error=0.3), (0.0, True))
+    self.assertEqual(scaling.efficiency_factor(SIZES, [1.0] * 4, size=1000.0, method_error=0.5), (np.inf, True))
 
   def test_refuses(self):
     # Fails if sizes out of order, or one size twice, are interpolated, or an error of 0 gives inf without a word.
     for sizes in ([2.0, 1.0, 3.0], [1.0, 1.0, 3.0]):
       with self.assertRaisesRegex(ValueError, "Sizes must rise"):
-        scaling.efficiency_factor(sizes, [0.3, 0.2, 0.1], 1.0, 0.1)
+        scaling.efficiency_factor(sizes, [0.3, 0.2, 0.1], size=1.0, method_error=0.1)
     with self.assertRaisesRegex(ValueError, "Not positive"):
-      scaling.efficiency_factor([1.0, 2.0], [0.2, 0.1], 1.0, 0.0)
+      scaling.efficiency_factor([1.0, 2.0], [0.2, 0.1], size=1.0, method_error=0.0)
 
 
 class BootstrapEfficiencyTest(absltest.TestCase):
@@ -88,10 +99,10 @@ class BootstrapEfficiencyTest(absltest.TestCase):
   def test_factor_is_of_the_mean_errors(self):
     # Fails if seeds and problems are mixed up, if the point is taken from the draws, or if the draws are not reproducible.
     baseline, method = self.data(0)
-    got = scaling.bootstrap_efficiency(SIZES, baseline, 1000.0, method, draws=50)
-    expected = scaling.efficiency_factor(SIZES, baseline.mean((1, 2)), 1000.0, float(method.mean()))
+    got = scaling.bootstrap_efficiency(Baseline(SIZES, baseline), 1000.0, method, draws=50)
+    expected = scaling.efficiency_factor(SIZES, baseline.mean((1, 2)), size=1000.0, method_error=float(method.mean()))
     np.testing.assert_allclose((got.factor, got.extrapolated), expected, rtol=1e-12)
-    self.assertEqual(got, scaling.bootstrap_efficiency(SIZES, baseline, 1000.0, method, draws=50))
+    self.assertEqual(got, scaling.bootstrap_efficiency(Baseline(SIZES, baseline), 1000.0, method, draws=50))
     self.assertLess(got.low, got.high)
 
   def test_covers(self):
@@ -99,7 +110,7 @@ class BootstrapEfficiencyTest(absltest.TestCase):
     hits = 0
     for seed in range(20):
       baseline, method = self.data(seed)
-      got = scaling.bootstrap_efficiency(SIZES, baseline, 1000.0, method, draws=200, level=0.9, seed=seed)
+      got = scaling.bootstrap_efficiency(Baseline(SIZES, baseline), 1000.0, method, draws=200, level=0.9, seed=seed)
       hits += got.low <= 4.0 <= got.high
       self.assertLess(got.high / got.low, 4.0)
     self.assertGreaterEqual(hits, 14)
@@ -107,7 +118,7 @@ class BootstrapEfficiencyTest(absltest.TestCase):
   def test_problems_are_shared(self):
     # Fails if methods draw problems apart: a method equal to the baseline at 2000, one seed, has factor 2 in every draw.
     baseline = self.data(0)[0][:, :1]
-    got = scaling.bootstrap_efficiency(SIZES, baseline, 1000.0, baseline[1], draws=100)
+    got = scaling.bootstrap_efficiency(Baseline(SIZES, baseline), 1000.0, baseline[1], draws=100)
     np.testing.assert_allclose((got.low, got.high), (2.0, 2.0), rtol=1e-9)
 
   def test_seeds_are_drawn(self):
@@ -116,15 +127,17 @@ class BootstrapEfficiencyTest(absltest.TestCase):
     for size, wrong in enumerate((8, 6, 4, 2)):
       baseline[size] = np.arange(8) < wrong
     method = np.stack([np.ones(8, bool), np.zeros(8, bool)])
-    got = scaling.bootstrap_efficiency(SIZES, baseline, 1000.0, method, draws=200)
+    got = scaling.bootstrap_efficiency(Baseline(SIZES, baseline), 1000.0, method, draws=200)
     self.assertGreater(got.high / got.low, 10.0)
     self.assertBetween(got.extrapolated_share, 0.1, 0.9)
 
   def test_no_mistakes_count_as_half_a_mistake_of_one_seed(self):
     # Fails if the floor is that of all seeds or problems alone, or the other's: 1/36 of 18 answers, 1/48 of 24.
     baseline = np.arange(6) < np.array([6, 4, 2, 0])[:, None, None]
-    got = scaling.bootstrap_efficiency(SIZES, np.repeat(baseline, 3, axis=1), 1000.0, np.zeros((4, 6), bool), draws=3)
-    expected = scaling.efficiency_factor(SIZES, [1.0, 2 / 3, 1 / 3, 1 / 36], 1000.0, 1 / 48)
+    got = scaling.bootstrap_efficiency(
+      Baseline(SIZES, np.repeat(baseline, 3, axis=1)), 1000.0, np.zeros((4, 6), bool), draws=3
+    )
+    expected = scaling.efficiency_factor(SIZES, [1.0, 2 / 3, 1 / 3, 1 / 36], size=1000.0, method_error=1 / 48)
     np.testing.assert_allclose((got.factor, got.extrapolated), expected, rtol=1e-12)
 
   def test_interval_is_of_the_level(self):
@@ -133,28 +146,30 @@ class BootstrapEfficiencyTest(absltest.TestCase):
     # 1/12, in a quarter. The baseline falls to 0, counted as 1/6.
     baseline = np.repeat(np.array([1, 1, 1, 0], bool), 3).reshape(4, 1, 3)
     method = np.repeat([[True], [False]], 3, axis=1)
-    factor = lambda error: scaling.efficiency_factor(SIZES, [1.0, 1.0, 1.0, 1 / 6], 1000.0, error)[0]
-    interval = lambda level: scaling.bootstrap_efficiency(SIZES, baseline, 1000.0, method, level=level)
+    factor = lambda error: scaling.efficiency_factor(SIZES, [1.0, 1.0, 1.0, 1 / 6], size=1000.0, method_error=error)[0]
+    interval = lambda level: scaling.bootstrap_efficiency(Baseline(SIZES, baseline), 1000.0, method, level=level)
     for level, ends in ((0.4, (factor(0.5), factor(0.5))), (0.6, (factor(1.0), factor(1 / 12)))):
       got = interval(level)
       np.testing.assert_allclose((got.low, got.high), ends, rtol=1e-9)
       self.assertBetween(got.extrapolated_share, 0.2, 0.3)
-    self.assertEqual(interval(0.95), scaling.bootstrap_efficiency(SIZES, baseline, 1000.0, method))
-    self.assertEqual(got, scaling.bootstrap_efficiency(SIZES, baseline, 1000.0, method, level=0.6, draws=1000, seed=0))
+    self.assertEqual(interval(0.95), scaling.bootstrap_efficiency(Baseline(SIZES, baseline), 1000.0, method))
+    self.assertEqual(
+      got, scaling.bootstrap_efficiency(Baseline(SIZES, baseline), 1000.0, method, level=0.6, draws=1000, seed=0)
+    )
 
   def test_seeds_of_the_baseline_are_drawn_alike(self):
     # Fails if a seed is drawn more often than another. The method's error is half a mistake, 1/2; the baseline's at 2000 is
     # 1 in a quarter of the draws (and the method's is never reached), 1/2 in half of them and 1/4 in a quarter.
     baseline = np.array([[[True], [True]], [[True], [False]]])
     for level, ends in ((0.4, (2.0, 2.0)), (0.6, (2.0**0.5, np.inf))):
-      got = scaling.bootstrap_efficiency([1000.0, 2000.0], baseline, 1000.0, np.array([[False]]), level=level)
+      got = scaling.bootstrap_efficiency(Baseline([1000.0, 2000.0], baseline), 1000.0, np.array([[False]]), level=level)
       np.testing.assert_allclose((got.low, got.high), ends, rtol=1e-9)
       self.assertBetween(got.extrapolated_share, 0.2, 0.3)
 
   def test_settings_go_by_name(self):
     # Fails if draws, level and seed can be given by their place.
     with self.assertRaises(TypeError):
-      scaling.bootstrap_efficiency(SIZES, np.ones((4, 1, 1)), 1000.0, np.ones((1, 1)), 10)
+      scaling.bootstrap_efficiency(Baseline(SIZES, np.ones((4, 1, 1))), 1000.0, np.ones((1, 1)), 10)
 
   def test_cannot_be_changed(self):
     # Fails if a result can be edited.

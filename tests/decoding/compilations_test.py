@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from absl.testing import absltest
 
+from synthneg_jax.decoding import engine as engine_lib
 from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.decoding.engine import Engine, Trunk
 from synthneg_jax.decoding.sampling import Sampling
@@ -21,6 +22,15 @@ def trunks(rng, count: int, longest: int, items: int):
   for length in lengths:
     forks = rng.integers(1, length + 1, size=items)
     yield Trunk(rng.integers(4, 31, length).tolist(), forks.tolist(), rng.integers(0, 2**32, (items, 2), np.uint32))
+
+
+def stop_table() -> np.ndarray:
+  """A new array each time: an odd token followed by an even one ends a branch."""
+  table = np.zeros((3, 31), np.int32)
+  table[:, 1::2] = 1
+  table[1, 0::2] = 2
+  table[2] = 2
+  return table
 
 
 class CompilationsTest(absltest.TestCase):
@@ -43,12 +53,45 @@ class CompilationsTest(absltest.TestCase):
     # Fails if `longest` is not used: rounds with ever shorter trunks would each compile anew.
     engine = Engine(tiny_model.model(), tiny_model.one_device_mesh(), Stops((3,)), lanes=2, slots=2, max_new_tokens=5)
     params, rng = tiny_model.params(), np.random.default_rng(1)
-    run = lambda length: dict(engine.run(params, list(trunks(rng, 4, length, 2)), Sampling(), 48))
+    run = lambda length: dict(engine.run(params, list(trunks(rng, 4, length, 2)), Sampling(), longest=48))
     run(48)
     del _compiled[:]
     for length in (40, 30, 20, 5):
       run(length)
     self.assertEqual(_compiled, [])
+
+  def test_stops_compare_by_content(self):
+    # Fails if a table is hashed by its identity, compared as an array (which raises), or by its bytes alone (two shapes
+    # may have the same).
+    stops = Stops((3,), stop_table(), 31)
+    self.assertEqual(stops, Stops((3,), stop_table(), 31))
+    self.assertEqual(hash(stops), hash(Stops((3,), stop_table(), 31)))
+    other = stop_table()
+    other[0, 0] = 1
+    for different in (other, stop_table().reshape(1, -1), None):
+      self.assertNotEqual(stops, Stops((3,), different, 31))
+    other[0, 0] = 0
+    given = Stops((3,), other, 31)
+    other[0, 0] = 1  # the caller's array is its own
+    self.assertEqual(given, stops)
+
+  def test_engines_with_equal_stop_strings_share_programs(self):
+    # Fails if the cache of programs misses for a second engine with the same stop strings: everything compiles again.
+    params, call = tiny_model.params(), list(trunks(np.random.default_rng(2), 3, 9, 3))
+
+    def run():
+      model, stops = tiny_model.model(), Stops((3,), stop_table(), 31)
+      engine = Engine(model, tiny_model.one_device_mesh(), stops, lanes=2, slots=2, max_new_tokens=6)
+      return [[item.finish for item in made] for _, made in sorted(engine.run(params, call, Sampling()))]
+
+    first = run()
+    self.assertIn("stop", sum(first, []))
+    before = engine_lib.programs.cache_info()
+    del _compiled[:]
+    self.assertEqual(run(), first)
+    after = engine_lib.programs.cache_info()
+    self.assertEqual((after.hits, after.misses), (before.hits + 1, before.misses))
+    self.assertLessEqual(len(_compiled), 1)  # the second engine lays its parameters out; no program of decoding
 
 
 if __name__ == "__main__":

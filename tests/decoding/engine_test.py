@@ -42,19 +42,19 @@ def _next_logits(params, ids, size):
 
 
 _draw = jax.jit(
-  lambda logits, key, at, how: draw(logits, jax.random.fold_in(jax.random.wrap_key_data(key), at), how),
+  lambda logits, key, at, sampling: draw(logits, jax.random.fold_in(jax.random.wrap_key_data(key), at), sampling),
   static_argnums=3,
 )
 
 
-def naive(params, trunk, item, how, stop_table=None):
+def naive(params, trunk, item, sampling, stop_table=None):
   """The oracle: one branch, token by token, without cache, lanes or slots."""
   ids, new, logps, state = list(trunk.ids[: trunk.forks[item]]), [], [], 0
   while True:
     padded = np.zeros(24, np.int32)
     padded[: len(ids)] = ids
     logits = _next_logits(params, jnp.asarray(padded), len(ids))
-    token, logp, _ = _draw(logits, trunk.keys[item], len(new), how)
+    token, logp, _ = _draw(logits, trunk.keys[item], len(new), sampling)
     ids.append(int(token))
     new.append(int(token))
     logps.append(float(logp))
@@ -68,12 +68,12 @@ def naive(params, trunk, item, how, stop_table=None):
       return new, logps, "length"
 
 
-def near_edge(params, trunk, item, ids, how):
+def near_edge(params, trunk, item, ids, sampling):
   """Whether the draw of ids[-1] lies within CDF_EDGE of an edge of its CDF, in the naive loop's program."""
   padded = np.zeros(24, np.int32)
   sequence = [*trunk.ids[: trunk.forks[item]], *ids[:-1]]
   padded[: len(sequence)] = sequence
-  scaled = _next_logits(params, jnp.asarray(padded), len(sequence)) / how.temperature
+  scaled = _next_logits(params, jnp.asarray(padded), len(sequence)) / sampling.temperature
   key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(trunk.keys[item])), len(ids) - 1)
   return float(jnp.min(jnp.abs(jnp.cumsum(jax.nn.softmax(scaled)) - jax.random.uniform(key)))) < CDF_EDGE
 
@@ -85,19 +85,19 @@ class EngineTest(parameterized.TestCase):
     Sampling(temperature=1.3, top_k=5),
     Sampling(temperature=1.0, top_p=0.7),
   )
-  def test_equals_naive_loop(self, how):
+  def test_equals_naive_loop(self, sampling):
     # Fails if a branch sees trunk tokens at or after its fork, if a refilled slot keeps its suffix, or if keys move.
     params, trunks = tiny_model.params(), make_trunks(np.random.default_rng(0))
     engine = Engine(
       tiny_model.model(), tiny_model.one_device_mesh(), Stops((EOS,)), lanes=3, slots=2, max_new_tokens=NEW
     )
-    results = dict(engine.run(params, trunks, how))
+    results = dict(engine.run(params, trunks, sampling))
     self.assertSameElements(results, range(len(trunks)))
     finishes = set()
     for i, trunk in enumerate(trunks):
       self.assertLen(results[i], len(trunk.forks))
       for item, generation in enumerate(results[i]):
-        ids, logps, finish = naive(params, trunk, item, how)
+        ids, logps, finish = naive(params, trunk, item, sampling)
         self.assertEqual(generation.ids.tolist(), ids)
         np.testing.assert_allclose(generation.logp, logps, atol=1e-4)
         self.assertEqual(generation.finish, finish)
@@ -122,18 +122,18 @@ class EngineTest(parameterized.TestCase):
         finishes.add(finish)
     self.assertIn("stop", finishes)
 
-  def assert_same_draws(self, params, trunks, order, engine, how, params_there=None):
-    """Equal tokens to the shared geometry's, but for draws at an edge of the CDF; `params_there` lie as `engine` wants."""
+  def assert_same_draws(self, params, trunks, order, engine, sampling, other_params=None):
+    """Equal tokens to the shared geometry's, but for draws at an edge of the CDF; `other_params` are on `engine`'s mesh."""
     reference = Engine(
       tiny_model.model(), tiny_model.one_device_mesh(), Stops((EOS,)), lanes=3, slots=2, max_new_tokens=NEW
     )
-    expected, compared = dict(reference.run(params, trunks, how)), 0
-    for i, generations in engine.run(params_there or params, [trunks[j] for j in order], how):
+    expected, compared = dict(reference.run(params, trunks, sampling)), 0
+    for i, generations in engine.run(other_params or params, [trunks[j] for j in order], sampling):
       for item, (got, wanted) in enumerate(zip(generations, expected[order[i]], strict=True)):
         got, wanted = got.ids.tolist(), wanted.ids.tolist()
         if got != wanted:
           first = next(n for n in range(len(wanted)) if got[: n + 1] != wanted[: n + 1])
-          self.assertTrue(near_edge(params, trunks[order[i]], item, wanted[: first + 1], how), (got, wanted))
+          self.assertTrue(near_edge(params, trunks[order[i]], item, wanted[: first + 1], sampling), (got, wanted))
         compared += 1
     self.assertEqual(compared, sum(len(trunk.forks) for trunk in trunks))
 
@@ -158,8 +158,8 @@ class EngineTest(parameterized.TestCase):
     params, trunks = tiny_model.params(), make_trunks(np.random.default_rng(3), count=9)
     mesh = device_mesh.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
     other = Engine(tiny_model.model(), mesh, Stops((EOS,)), lanes=32, slots=2, max_new_tokens=NEW)
-    params_there = jax.device_put(params, device_mesh.shardings(mesh, tiny_model.model().logical_axes()))
-    self.assert_same_draws(params, trunks, range(len(trunks)), other, Sampling(temperature=1.0), params_there)
+    other_params = jax.device_put(params, device_mesh.shardings(mesh, tiny_model.model().logical_axes()))
+    self.assert_same_draws(params, trunks, range(len(trunks)), other, Sampling(temperature=1.0), other_params)
 
   def test_padding_of_the_vocabulary_is_never_drawn(self):
     # Fails if ids that the tokenizer does not know can be drawn.

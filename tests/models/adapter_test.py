@@ -71,7 +71,7 @@ class AdapterTest(parameterized.TestCase):
     cache, at = Cache(trunk.swapaxes(-1, -2), trunk, suffix, suffix), lambda value: jnp.asarray([[value]], jnp.int32)
     step = jax.jit(model.hidden_step)
     for index, token in enumerate([5, 6, 7]):
-      h, cache = step(joined, at(token), at(0), at(index), cache)
+      h, cache = step(joined, at(token), cache, fork=at(0), index=at(index))
       np.testing.assert_allclose(h[0, 0], expected[0, index], rtol=0, atol=1e-5)
 
   def test_starts_as_the_base(self):

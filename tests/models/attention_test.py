@@ -36,7 +36,7 @@ class TreeAttentionTest(parameterized.TestCase):
     with np.errstate(invalid="ignore"):
       expected = np.einsum("bnqk,bknh->bqnh", weights / weights.sum(-1, keepdims=True), wide_v)
     flat = [jnp.asarray(x.reshape(2 * length, -1, size), jnp.float32) for x in (q, k, v)]
-    out, *_ = jax.jit(attention.tree_attention)(*flat, mask)
+    out, *_ = jax.jit(attention.tree_attention)(*flat, mask_BTT=mask)
     out = np.asarray(out).reshape(expected.shape)
     there = np.asarray(trees.tree) != 0
     self.assertTrue(np.isfinite(out).all())
@@ -61,7 +61,7 @@ class TreeAttentionTest(parameterized.TestCase):
         return jnp.einsum("bnqk,bknh->bqnh", shares, rows(v)).reshape(q.shape)
 
       gradients = lambda fn: jax.jit(jax.grad(lambda *args: jnp.sum(weights * fn(*args)), argnums=(0, 1, 2)))(q, k, v)
-      ours = gradients(lambda *args: attention.tree_attention(*args, mask)[0])
+      ours = gradients(lambda *args: attention.tree_attention(*args, mask_BTT=mask)[0])
       for name, got, expected in zip("qkv", ours, gradients(plain), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-12, err_msg=name)
 

@@ -189,13 +189,13 @@ class DecoderTest(parameterized.TestCase):
     self.assertEqual(products(jax.make_jaxpr(jax.grad(loss))(self.params)), (1 if scan else 2) * (3 * 9 + again))
 
   def test_unstack_is_exact(self):
-    # Fails if layers change places or bits, or if an unstacked tree is taken apart again.
-    apart = self.model.unstack(self.params)
-    self.assertLen(apart["layers"], 2)
-    for i, layer in enumerate(apart["layers"]):
+    # Fails if layers change places or bits, or if an unstacked tree is unstacked again.
+    unstacked = self.model.unstack(self.params)
+    self.assertLen(unstacked["layers"], 2)
+    for i, layer in enumerate(unstacked["layers"]):
       self.assert_trees_close(layer, jax.tree.map(lambda leaf, i=i: leaf[i], self.params["layers"]), 0)
-    self.assert_trees_close(apart["ends"], self.params["ends"], 0)
-    self.assertIs(self.model.unstack(apart), apart)
+    self.assert_trees_close(unstacked["ends"], self.params["ends"], 0)
+    self.assertIs(self.model.unstack(unstacked), unstacked)
 
   def test_tokens_that_are_not_seen_have_gradients_of_exactly_zero(self):
     # Fails if a masked score is merely small, or if a mask lets a token through or holds one back.
@@ -228,7 +228,8 @@ class DecoderTest(parameterized.TestCase):
     step = jax.jit(model.hidden_step)
     for at in range(2):  # slots: the branches of _A with numbers 0 (row places 6, 7, 8) and 2 (row places 11, 12)
       token = jnp.asarray([[_A.branches[0].ids[at], _A.branches[2].ids[at]]], jnp.int32)
-      h, cache = step(params, token, jnp.asarray([[2, 6]], jnp.int32), jnp.full((1, 2), at, jnp.int32), cache)
+      fork, index = jnp.asarray([[2, 6]], jnp.int32), jnp.full((1, 2), at, jnp.int32)
+      h, cache = step(params, token, cache, fork=fork, index=index)
       np.testing.assert_allclose(h[0], expected[0, jnp.asarray([6 + at, 11 + at])], rtol=0, atol=1e-10)
 
   def test_bfloat16_is_near(self):

@@ -76,7 +76,7 @@ class FamiliesTest(parameterized.TestCase):
       step = jax.jit(model.hidden_step)
       at = lambda value: jnp.asarray([[value]], jnp.int32)
       for index, token in enumerate(branch):
-        h, cache = step(weights, at(token), at(fork), at(index), cache)
+        h, cache = step(weights, at(token), cache, fork=at(fork), index=at(index))
         np.testing.assert_allclose(h[0, 0], alone[0, fork + index], rtol=0, atol=1e-9)
 
   @parameterized.parameters(*tiny_families.CASES)

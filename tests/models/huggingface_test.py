@@ -227,7 +227,7 @@ class ExportTest(FolderTest):
     (self.root / "base/config.json").write_text('{"max_position_embeddings": 77}')
     (self.root / "base/model.safetensors").write_bytes(b"not to be copied")
     model = tiny_model.model(tie_embeddings=True, rope_theta=123.5, norm_eps=2e-6)
-    huggingface.save(self.root / "x", model, make_params(model), self.root / "base")
+    huggingface.save(self.root / "x", model, make_params(model), tokenizer_folder=self.root / "base")
     config = transformers.AutoConfig.from_pretrained(self.root / "x")
     self.assertIsInstance(config, transformers.LlamaConfig)
     expected = {
@@ -287,7 +287,10 @@ class ExportTest(FolderTest):
     (self.root / "full").mkdir()
     (self.root / "full/notes.txt").write_text("mine")
     (self.root / "bare").mkdir()
-    save = lambda name, model, *base: huggingface.save(self.root / name, model, make_params(model), *base)
+
+    def save(name, model, base=None):
+      huggingface.save(self.root / name, model, make_params(model), tokenizer_folder=base)
+
     self.assert_user_error("full exists already and is not an empty folder.", save, "full", tiny_model.model())
     self.assert_user_error(
       "notes.txt exists already and is not an empty folder.", save, "full/notes.txt", tiny_model.model()

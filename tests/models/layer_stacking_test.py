@@ -1,4 +1,4 @@
-"""Layers stacked and apart: one state, two ways to lie."""
+"""Stacked and unstacked layers: one state, two layouts."""
 
 import jax
 import numpy as np
@@ -13,18 +13,18 @@ from tests import tiny_model
 class LayoutTest(absltest.TestCase):
   def test_there_and_back(self):
     # Fails if a layer is lost or changes its place, if the moments of an optimizer are passed over, if the ends or the
-    # count are touched, or if a second call takes apart what is apart.
+    # count are touched, or if a second call unstacks again.
     params = tiny_model.make_params(tiny_model.model())
     state = {"params": params, "opt_state": optax.adamw(1e-3).init(params), "step": np.int32(3)}
-    apart = layer_stacking.apart(state)
-    self.assertEqual((layer_stacking.is_apart(state), layer_stacking.is_apart(apart)), (False, True))
-    for tree in (apart["params"], apart["opt_state"][0].mu):
+    unstacked = layer_stacking.unstack(state)
+    self.assertEqual((layer_stacking.is_unstacked(state), layer_stacking.is_unstacked(unstacked)), (False, True))
+    for tree in (unstacked["params"], unstacked["opt_state"][0].mu):
       self.assertLen(tree["layers"], tiny_model.CONFIG.num_layers)
-    for number, layer in enumerate(apart["params"]["layers"]):
+    for number, layer in enumerate(unstacked["params"]["layers"]):
       np.testing.assert_array_equal(layer["query"], params["layers"]["query"][number])
-    self.assertEqual(jax.tree.structure(layer_stacking.apart(apart)), jax.tree.structure(apart))
-    self.assertEqual(jax.tree.structure(layer_stacking.like(apart, state)), jax.tree.structure(apart))
-    for back in (layer_stacking.stacked(apart), layer_stacking.like(state, apart)):
+    self.assertEqual(jax.tree.structure(layer_stacking.unstack(unstacked)), jax.tree.structure(unstacked))
+    self.assertEqual(jax.tree.structure(layer_stacking.like(unstacked, state)), jax.tree.structure(unstacked))
+    for back in (layer_stacking.stack(unstacked), layer_stacking.like(state, unstacked)):
       self.assertEqual(jax.tree.structure(back), jax.tree.structure(state))
       for (path, got), expected in zip(jax.tree_util.tree_leaves_with_path(back), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(got, expected, err_msg=jax.tree_util.keystr(path))
@@ -32,11 +32,11 @@ class LayoutTest(absltest.TestCase):
   def test_shardings_fit_the_arrays(self):
     # Fails if the layers' own dimension keeps a name, or if a layer's names shift.
     mesh, model = device_mesh.make_mesh(2, 2, 2), tiny_model.model()
-    shardings = layer_stacking.shardings_apart(
+    shardings = layer_stacking.unstacked_shardings(
       device_mesh.shardings(mesh, model.logical_axes()), tiny_model.CONFIG.num_layers
     )
     self.assertEqual(
-      jax.tree.structure(shardings), jax.tree.structure(layer_stacking.apart(tiny_model.make_params(model)))
+      jax.tree.structure(shardings), jax.tree.structure(layer_stacking.unstack(tiny_model.make_params(model)))
     )
     self.assertEqual(tuple(shardings["layers"][1]["down"].spec), ("tensor", "fsdp"))
 

@@ -87,7 +87,7 @@ class TrlTest(absltest.TestCase):
     base, rows = experiment.base(), load("pairs").to_list()[:4]
     trees = [Tree(row["prompt_ids"], (Branch(len(row["prompt_ids"]), tuple(row["rejected_ids"])),)) for row in rows]
     store = reference.Store(epath.Path(tempfile.mkdtemp()) / "r.npz")
-    reference.score(base.model, base.params, trees, 160, experiment.mesh, store)
+    reference.score(base.model, base.params, trees, store=store, packing=reference.Packing(experiment.mesh, 160))
     model = transformers.AutoModelForCausalLM.from_pretrained(str(policy.EMBEDDED), dtype=torch.float32)
     for row, tree in zip(rows, trees, strict=True):
       ids = torch.tensor([row["prompt_ids"] + row["rejected_ids"]])

@@ -209,7 +209,7 @@ class WholeStepTest(absltest.TestCase):
       Tree(PROMPTS[1], tuple(Branch(3, ids) for ids in (*PAIRS[1][1:], PAIRS[2][2]))),
     )
     store = reference.Store(epath.Path(folder / "reference.npz"))
-    reference.score(model, load("reference"), trees, 32, mesh, store)
+    reference.score(model, load("reference"), trees, store=store, packing=reference.Packing(mesh, 32))
 
     def referenced(tree: tree_lib.Tree, *pairs) -> Example:
       keys = [reference.branch_key(tree.trunk, branch.fork, branch.ids) for branch in tree.branches]
@@ -223,7 +223,8 @@ class WholeStepTest(absltest.TestCase):
     def dpo(*columns):
       return losses.dpo_loss(*columns, beta=BETA)
 
-    objective = objectives.make_preference(model, shape.branches, dpo, beta=BETA, eos_ids=(EOS,))
+    preference = objectives.Preference(loss=dpo, beta=BETA)
+    objective = objectives.make_preference(model, shape.branches, preference, eos_ids=(EOS,))
     batch = batch_lib.build(examples, shape)
     (ours, _), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(load("policy"), batch)
     self.assertGreater(abs(loss - np.log(2.0)), 0.1)  # policy and reference differ

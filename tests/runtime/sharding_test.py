@@ -71,7 +71,10 @@ def gradients(mesh):
   """{objective: (loss, metrics, gradients)} of one batch."""
   params, layout = on_mesh(mesh)
   preference = objectives.make_preference(
-    MODEL, SHAPE.branches, functools.partial(losses.dpo_loss, beta=0.3), beta=0.3, nll_weight=0.2, eos_ids=(EOS,)
+    MODEL,
+    SHAPE.branches,
+    objectives.Preference(loss=functools.partial(losses.dpo_loss, beta=0.3), beta=0.3, nll_weight=0.2),
+    eos_ids=(EOS,),
   )
   batch = jax.device_put(batch_lib.build(make_examples(), SHAPE), step_lib.batch_shardings(mesh))
 
@@ -96,7 +99,7 @@ def scores(mesh) -> dict[str, np.ndarray]:
   """The reference's log-probs by branch."""
   store = reference.Store(epath.Path(tempfile.mkdtemp()) / "scores.npz")
   trees = [example.tree for example in make_examples()]
-  reference.score(MODEL, on_mesh(mesh)[0], trees, SHAPE.length, mesh, store)
+  reference.score(MODEL, on_mesh(mesh)[0], trees, store=store, packing=reference.Packing(mesh, SHAPE.length))
   names = [reference.branch_key(tree.trunk, branch.fork, branch.ids) for tree in trees for branch in tree.branches]
   return {name: store[name] for name in names}
 
@@ -199,7 +202,7 @@ class DecodingTest(absltest.TestCase):
     self.assertEqual(tuple(decoding.shape.items()), (("slice", 1), ("data", 4), ("fsdp", 1), ("tensor", 2)))
     self.assertEqual(decoding.devices.reshape(-1).tolist(), mesh.devices.reshape(-1).tolist())
     layout = engine_lib.params_shardings(model, decoding)
-    read = jax.jit(functools.partial(engine_lib.as_read, model), out_shardings=layout)(params)
+    read = jax.jit(functools.partial(engine_lib.cast_for_decoding, model), out_shardings=layout)(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(read):
       is_norm = path[-1].key == "scale"
       self.assertEqual(leaf.dtype, jnp.float32 if is_norm else jnp.bfloat16, path)

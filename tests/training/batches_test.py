@@ -8,8 +8,9 @@ from absl.testing import absltest, parameterized
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import batch as batch_lib
+from synthneg_jax.training import batches as batches_lib
 from synthneg_jax.training.batch import Example, PairInTree, Shape
-from synthneg_jax.training.batches import Batches, plan
+from synthneg_jax.training.batches import Batches, Schedule
 
 # 7 tokens: trunk 1 2 3, branches 4 5 | 6 | 7, the last of them unscored; two pairs share the rejected branch.
 A = Example(
@@ -18,6 +19,11 @@ A = Example(
 )
 B = Example(Tree([8, 9], (Branch(1, [10]),)))  # 3 tokens, no pair
 C = Example(Tree([11], (Branch(1, [12]), Branch(1, [13, 14, 15]))), (PairInTree(1, 0, -4.5, -5.5),))  # 5 tokens
+
+
+def plan(weights, batch_size, num_epochs, seed):
+  """The steps of these weights."""
+  return batches_lib.plan(weights, Schedule(batch_size=batch_size, num_epochs=num_epochs, seed=seed))
 
 
 class PlanTest(parameterized.TestCase):
@@ -73,12 +79,9 @@ class BatchesTest(parameterized.TestCase):
     return Batches(
       examples,
       [f"p{i}" for i in range(len(examples))],
-      batch_size=batch_size,
-      num_epochs=num_epochs,
-      max_steps=max_steps,
+      schedule=Schedule(batch_size=batch_size, num_epochs=num_epochs, max_steps=max_steps),
       row_length=row_length,
       rows_multiple_of=rows_multiple_of,
-      seed=0,
     )
 
   def test_one_shape_holds_all_steps(self):

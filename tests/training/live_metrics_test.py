@@ -39,8 +39,17 @@ def fit(workdir, c, batches, objective=None, open_metrics=None):
   """A real step of the toy decoder, in workdir/sft."""
   model, folder = tiny_model.model(num_layers=1), epath.Path(workdir) / "sft"
   opened = open_metrics or functools.partial(metrics_lib.Metrics, c, epath.Path(workdir), folder)
-  given = (objective or objectives.make_sft(model), batches, tiny_model.one_device_mesh(), folder)
-  return loop.fit("sft", c.sft, model, tiny_model.make_params(model), *given, open_metrics=opened)
+  run = loop.Run(
+    name="sft",
+    section=c.sft,
+    model=model,
+    objective=objective or objectives.make_sft(model),
+    batches=batches,
+    mesh=tiny_model.one_device_mesh(),
+    folder=folder,
+    open_metrics=opened,
+  )
+  return loop.fit(run, tiny_model.make_params(model))
 
 
 def lines(workdir) -> list[dict]:

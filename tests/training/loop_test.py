@@ -22,7 +22,7 @@ from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import loop, objectives
 from synthneg_jax.training import optimizer as optimizer_lib
 from synthneg_jax.training.batch import Example
-from synthneg_jax.training.batches import Batches
+from synthneg_jax.training.batches import Batches, Schedule
 from tests import tiny_model
 
 
@@ -53,12 +53,9 @@ class Spy(Batches):
     super().__init__(
       examples,
       [f"problem-{i}" for i in range(num_steps)],
-      batch_size=1,
-      num_epochs=1,
-      max_steps=0,
+      schedule=Schedule(batch_size=1, num_epochs=1),
       row_length=8,
       rows_multiple_of=1,
-      seed=0,
     )
     self.built, self._kill_at, self._nan_at = [], kill_at, nan_at
 
@@ -78,22 +75,22 @@ class LoopTest(parameterized.TestCase):
     cls.whole, cls.averages = cls.fit("whole", Spy(), save_every=1)
 
   @classmethod
-  def fit(cls, name, batches, save_every=2, check_start=None):
+  def fit(cls, name, batches, save_every=2, **options):
     section = config_schema.default().sft
     section.update(save_every_steps=save_every, max_to_keep=2)
     section.optimizer.update(learning_rate=0.05, weight_decay=0.1, warmup_fraction=0.3)
+    run = loop.Run(
+      name=name,
+      section=section,
+      model=StandIn(),
+      objective=objective,
+      batches=batches,
+      mesh=tiny_model.one_device_mesh(),
+      folder=cls.folder / name,
+      **options,
+    )
     with jax.debug_nans(False):
-      params, averages = loop.fit(
-        name,
-        section,
-        StandIn(),
-        tiny_model.make_params(StandIn()),
-        objective,
-        batches,
-        tiny_model.one_device_mesh(),
-        cls.folder / name,
-        check_start,
-      )
+      params, averages = loop.fit(run, tiny_model.make_params(StandIn()))
     return jax.tree.map(np.asarray, params), averages
 
   def lines(self, name):
@@ -107,15 +104,23 @@ class LoopTest(parameterized.TestCase):
       np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
   def test_checkpoints_know_stacked_layers_only(self):
-    # Fails if layers that are unrolled are kept, or given back, apart: a model that scans them goes on from their
+    # Fails if layers that are unrolled are saved, or given back, unstacked: a model that scans them goes on from their
     # checkpoint, and ends where the unrolled one does.
     section = config_schema.default().sft
     section.update(save_every_steps=1, max_to_keep=2)
 
     def fit(name, batches, scan):
       model = tiny_model.model(num_layers=2, scan_layers=scan)
-      given = (objectives.make_sft(model), batches, tiny_model.one_device_mesh(), self.folder / name)
-      return loop.fit(name, section, model, tiny_model.make_params(model), *given)[0]
+      run = loop.Run(
+        name=name,
+        section=section,
+        model=model,
+        objective=objectives.make_sft(model),
+        batches=batches,
+        mesh=tiny_model.one_device_mesh(),
+        folder=self.folder / name,
+      )
+      return loop.fit(run, tiny_model.make_params(model))[0]
 
     with self.assertRaises(KeyboardInterrupt):
       fit("unrolled", Spy(kill_at=1, num_steps=2), scan=False)
@@ -151,6 +156,45 @@ class LoopTest(parameterized.TestCase):
       ),
       0.05,
     )
+
+  def test_measures_after_each_update(self):
+    # Fails if a measurement sees the parameters of another step, if the last step has none, if a resumed run repeats
+    # those of steps before its checkpoint, or if measuring changes what is trained.
+    seen = []
+
+    def measure(step, params):
+      seen.append((step, float(jnp.sum(params["matrix"]))))
+
+    trained, averages = self.fit("measured", Spy(), after_step=measure)
+    self.assert_bitwise(trained, self.whole)
+    self.assertEqual(averages, self.averages)
+    self.assertEqual([step for step, _ in seen], [1, 2, 3, 4])
+    self.assertLen({value for _, value in seen}, 4)
+    self.assertEqual(seen[-1][1], float(jnp.sum(trained["matrix"])))
+    whole = list(seen)
+    with self.assertRaises(KeyboardInterrupt):
+      self.fit("measured twice", Spy(kill_at=3), after_step=measure)
+    del seen[:]
+    self.fit("measured twice", Spy(), after_step=measure)
+    self.assertEqual(seen, whole[2:])
+
+  def test_without_checkpoints(self):
+    # Fails if a run that is not resumable writes checkpoints, reads those of another, or trains otherwise.
+    with self.assertRaises(KeyboardInterrupt):
+      self.fit("free", Spy(kill_at=3))
+    shutil.copytree(self.folder / "free", self.folder / "copy")
+    shutil.rmtree(self.folder / "free" / "checkpoints")
+    for name in ("free", "copy"):
+      batches = Spy()
+      trained, averages = self.fit(name, batches, resumable=False)
+      self.assertEqual(batches.built, [0, 1, 2, 3])
+      self.assert_bitwise(trained, self.whole)
+      self.assertEqual(averages, self.averages)
+      self.assertEqual(self.lines(name), self.lines("whole"))
+    self.assertFalse((self.folder / "free" / "checkpoints").exists())
+    self.assertEqual(self.kept("copy"), [2])
+    with self.assertRaisesRegex(UserError, "step 1 is not finite .*; no checkpoint was kept"):
+      self.fit("free", Spy(nan_at=1), resumable=False)
 
   @parameterized.parameters("largest", "metadata", "manifest")
   @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves coroutines behind

@@ -37,7 +37,9 @@ LONGEST = 8
 MODEL = tiny_model.model(dtype="float64", param_dtype="float64")
 sft = jax.jit(objectives.make_sft(MODEL))
 dpo_loss = functools.partial(losses.dpo_loss, beta=BETA, label_smoothing=SMOOTHING)
-dpo = jax.jit(objectives.make_preference(MODEL, 4, dpo_loss, beta=BETA, nll_weight=NLL, eos_ids=EOS))
+dpo = jax.jit(
+  objectives.make_preference(MODEL, 4, objectives.Preference(loss=dpo_loss, beta=BETA, nll_weight=NLL), eos_ids=EOS)
+)
 
 
 @jax.jit
@@ -211,7 +213,8 @@ class ObjectivesTest(parameterized.TestCase):
     # that only one of them counts gives a margin of nats. A margin of 0 gives ln 2 under any smoothing.
     folder = self.enterContext(tempfile.TemporaryDirectory())
     store = reference.Store(epath.Path(folder) / "reference.npz")
-    reference.score(MODEL, self.params, [example.tree for example in (A, B)], 18, tiny_model.one_device_mesh(), store)
+    packing = reference.Packing(tiny_model.one_device_mesh(), 18)
+    reference.score(MODEL, self.params, [example.tree for example in (A, B)], store=store, packing=packing)
 
     def referenced(example):
       tree = example.tree

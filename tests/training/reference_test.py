@@ -84,9 +84,8 @@ class ScoreTest(absltest.TestCase):
 
   def score(self, name, trees, row_length, mesh=None, params=None):
     store = Store(self.folder / name)
-    reference.score(
-      MODEL, self.params if params is None else params, trees, row_length, mesh or tiny_model.one_device_mesh(), store
-    )
+    packing = reference.Packing(mesh or tiny_model.one_device_mesh(), row_length)
+    reference.score(MODEL, self.params if params is None else params, trees, store=store, packing=packing)
     return store
 
   def test_values_are_independent_of_packing(self):
@@ -112,12 +111,13 @@ class ScoreTest(absltest.TestCase):
     store = Store(self.folder / "d")
     known = branch_keys(T1)[1:]
     store.add({key: np.array([7.0], np.float32) for key in known})
-    reference.score(MODEL, self.params, [T1, T3], 10, tiny_model.one_device_mesh(), store)
+    packing = reference.Packing(tiny_model.one_device_mesh(), 10)
+    reference.score(MODEL, self.params, [T1, T3], store=store, packing=packing)
     for key in known:
       np.testing.assert_array_equal(store[key], [7.0])
     on_disk = Store(self.folder / "d")
     self.assertSameElements(on_disk._values, {*branch_keys(T1, T3)})
-    reference.score(MODEL, None, [T1, T3], 10, tiny_model.one_device_mesh(), on_disk)
+    reference.score(MODEL, None, [T1, T3], store=on_disk, packing=packing)
     fresh = self.score("e", [T1, T3], 10)
     for key in {*branch_keys(T1, T3)} - {*known}:
       np.testing.assert_allclose(on_disk[key], fresh[key], rtol=0, atol=1e-5)

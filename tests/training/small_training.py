@@ -46,16 +46,16 @@ def main():
   if flags.FLAGS.largest_file:
     resource.setrlimit(resource.RLIMIT_FSIZE, (flags.FLAGS.largest_file, flags.FLAGS.largest_file))
   workdir = epath.Path(flags.FLAGS.workdir)
-  params, _ = loop.fit(
-    "small",
-    section,
-    Model(),
-    tiny_model.make_params(Model()),
-    loop_test.objective,
-    Slow(num_steps=6),
-    tiny_model.one_device_mesh(),
-    workdir,
+  run = loop.Run(
+    name="small",
+    section=section,
+    model=Model(),
+    objective=loop_test.objective,
+    batches=Slow(num_steps=6),
+    mesh=tiny_model.one_device_mesh(),
+    folder=workdir,
   )
+  params, _ = loop.fit(run, tiny_model.make_params(Model()))
   np.savez(workdir / "trained.npz", matrix=params["matrix"], scale=params["norm"]["scale"])
 
 

@@ -40,11 +40,12 @@ def take_step(mesh, accumulate: int = 1):
   made = optimizer.make_optimizer(section, 4)
   shardings = step_lib.state_shardings(MODEL, made, mesh)
   loss = functools.partial(losses.dpo_loss, beta=0.3)
-  objective = objectives.make_preference(MODEL, SHAPE.branches, loss, beta=0.3, nll_weight=0.2, eos_ids=(2,))
+  preference = objectives.Preference(loss=loss, beta=0.3, nll_weight=0.2)
+  objective = objectives.make_preference(MODEL, SHAPE.branches, preference, eos_ids=(2,))
   params = jax.device_put(tiny_model.make_params(MODEL), device_mesh.shardings(mesh, MODEL.logical_axes()))
   state = step_lib.make_init(made, shardings)(params)
   batch = jax.device_put(make_batch(), step_lib.batch_shardings(mesh))
-  state, metrics = step_lib.make_step(objective, made, shardings, mesh, accumulate)(state, batch)
+  state, metrics = step_lib.make_step(objective, made, shardings, mesh=mesh, accumulate=accumulate)(state, batch)
   for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
     if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
       raise AssertionError(f"{leaf.shape} lies as {leaf.sharding}, not as {sharding}")
@@ -70,7 +71,7 @@ class StepTest(parameterized.TestCase):
   def test_the_step_moves_all_parameters(self):
     # Fails if the updates are not applied, if a parameter has no gradient, or if the step is not counted; the tests
     # below would compare parameters that stood still.
-    before = jax.tree.map(np.asarray, layer_stacking.apart(tiny_model.make_params(MODEL)))
+    before = jax.tree.map(np.asarray, layer_stacking.unstack(tiny_model.make_params(MODEL)))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(self.state["params"]), strict=True):
       self.assertGreater(np.abs(new - old).max(), 0.01)
       self.assertLess(np.abs(new - old).max(), 0.1)
@@ -91,7 +92,7 @@ class StepTest(parameterized.TestCase):
 
     def loss(accumulate):
       state = step_lib.make_init(made, shardings)(tiny_model.make_params(MODEL))
-      step = step_lib.make_step(objectives.make_sft(MODEL), made, shardings, mesh, accumulate)
+      step = step_lib.make_step(objectives.make_sft(MODEL), made, shardings, mesh=mesh, accumulate=accumulate)
       return np.divide(*jax.device_get(step(state, batch)[1]["loss/per_token"]))
 
     np.testing.assert_allclose(loss(2), loss(1), rtol=1e-12)
@@ -105,13 +106,13 @@ class StepTest(parameterized.TestCase):
 
 class ShardingsTest(absltest.TestCase):
   def test_state_and_batch_lie_as_the_rules_say(self):
-    # Fails if moments are replicated, if layers are stacked where they are unrolled, or apart where they are scanned or
-    # kept, if counts are split over rows, or if a batch's rows are not split.
+    # Fails if moments are replicated, if layers are stacked where they are unrolled, or unstacked where they are scanned
+    # or kept, if counts are split over rows, or if a batch's rows are not split.
     mesh = device_mesh.make_mesh(2, 2, 2)
     made = optimizer.make_optimizer(config_schema.default().sft.optimizer, 4)
 
-    def query(model, **how):
-      found = jax.tree_util.tree_leaves_with_path(step_lib.state_shardings(model, made, mesh, **how))
+    def query(model, **kwargs):
+      found = jax.tree_util.tree_leaves_with_path(step_lib.state_shardings(model, made, mesh, **kwargs))
       return [tuple(sharding.spec) for path, sharding in found if jax.tree_util.keystr(path).endswith("['query']")]
 
     stacked = [(None, "fsdp", "tensor")] * 3  # two moments and the parameter

@@ -199,7 +199,8 @@ def make_objective(model, name: str, weights):
     )
     return sum(weight * value for weight, value in zip(weights[:3], found, strict=True))
 
-  return objectives.make_preference(model, SHAPE.branches, loss, beta=BETA, nll_weight=weights[3], eos_ids=(EOS,))
+  preference = objectives.Preference(loss=loss, beta=BETA, nll_weight=weights[3])
+  return objectives.make_preference(model, SHAPE.branches, preference, eos_ids=(EOS,))
 
 
 @functools.cache

@@ -48,7 +48,8 @@ def likelihoods(experiment: Experiment) -> dict[str, list[float]]:
     trees.append(Tree(trunk, tuple(Branch(len(trunk), ids) for ids in (solution, right[key]))))
   store = reference.Store(experiment.workdir / "measures" / f"likelihoods-{policy.fingerprint}.npz")
   section = experiment.config.sft
-  reference.score(policy.model, policy.params, trees, section.row_length, experiment.mesh, store, section.logit_chunk)
+  packing = reference.Packing(experiment.mesh, section.row_length, section.logit_chunk)
+  reference.score(policy.model, policy.params, trees, store=store, packing=packing)
 
   def cost(tree: Tree, branch: Branch) -> float:
     logp_S = store[reference.branch_key(tree.trunk, branch.fork, branch.ids)]
@@ -98,7 +99,7 @@ def values(
   longest = max(len(trunk.ids) for trunk in trunks)
   found = [np.zeros(0)] * len(asked)
   with Progress(f"values {purpose}", len(asked), "solutions") as progress:
-    for index, made in engine.run(policy.params, trunks, sampling(section), longest):
+    for index, made in engine.run(policy.params, trunks, sampling(section), longest=longest):
       one = asked[index]
       begun = [list(one.ids[:end]) for end in one.ends for _ in range(count)]
       texts = [policy.token_text.text(ids + each.ids.tolist()) for ids, each in zip(begun, made, strict=True)]

@@ -141,7 +141,7 @@ def efficiency(config, found: Results) -> dict[str, dict]:
       continue
     by_size = {}
     for point in points:
-      one = scaling.bootstrap_efficiency(sizes, baseline_DSN, point.size, point.wrong_SN)
+      one = scaling.bootstrap_efficiency(scaling.Baseline(sizes, baseline_DSN), point.size, point.wrong_SN)
       by_size[str(point.size)] = {
         "factor": _finite(one.factor),
         "low": _finite(one.low),
