@@ -93,7 +93,8 @@ class ValuesTest(absltest.TestCase):
     # Fails if a right node is rejected, equal pairs count twice, or reference and policy score other tokens than the pair's.
     made, params = study()
     graphs = made.train_set(0)
-    problem_P, wrong_P, chosen_P, rejected_P = made.pairs(params, graphs, np.random.default_rng(0))
+    pairs = made.pairs(params, graphs, np.random.default_rng(0))
+    problem_P, wrong_P = pairs.problem_P, pairs.wrong_P
     self.assertNotEmpty(problem_P)
     self.assertLen({*zip(problem_P, wrong_P, strict=True)}, len(problem_P))
     self.assertFalse(np.any(wrong_P == star_graph.tokens(graphs.path_NL[problem_P, 1])))
@@ -105,14 +106,23 @@ class ValuesTest(absltest.TestCase):
         Tree(trunk, (Branch(len(trunk), solution_NS[problem, 1:].tolist()), Branch(len(trunk), [int(wrong)])))
       )
     logp_P2 = by_tree(made.model, params, trees)
-    np.testing.assert_allclose(np.stack([chosen_P, rejected_P], axis=1), logp_P2, atol=1e-4)
-    token_PT = np.concatenate([prompt_NC, solution_NS], axis=1).astype(np.int32)[problem_P]
-    rejected_ids = wrong_P.astype(np.int32)
-    loss = jax.jit(functools.partial(star_graph_study.dpo_loss, made.model, made.num_prompt, 0.5, 0.0))
-    self.assertAlmostEqual(float(loss(params, token_PT, rejected_ids, chosen_P, rejected_P)), np.log(2), places=4)
+    np.testing.assert_allclose(np.stack([pairs.ref_chosen_P, pairs.ref_rejected_P], axis=1), logp_P2, atol=1e-4)
     margin_P = logp_P2[:, 0] - logp_P2[:, 1]
-    wanted = np.mean(np.log1p(np.exp(-0.5 * margin_P)))
-    self.assertAlmostEqual(float(loss(params, token_PT, rejected_ids, 0 * chosen_P, 0 * rejected_P)), wanted, places=3)
+    zeros_P = 0 * pairs.ref_chosen_P
+    no_reference = pairs._replace(ref_chosen_P=zeros_P, ref_rejected_P=zeros_P)
+    nll = -np.mean(logp_P2[:, 0]) / 3  # critical node, leaf, EOS
+    for used, wanted in ((pairs, np.log(2)), (no_reference, np.mean(np.log1p(np.exp(-0.5 * margin_P))))):
+      for nll_weight in (0.0, 2.0):
+        loss = loss_of(made, params, star_graph_study.pair_examples(graphs, used), nll_weight)
+        self.assertAlmostEqual(loss, wanted + nll_weight * nll, places=3)
+
+
+def loss_of(made, params, examples, nll_weight: float) -> float:
+  """The study's DPO objective with beta 0.5 of pairs packed into one batch."""
+  section = config(**{"dpo.beta": 0.5, "dpo.nll_weight": nll_weight}).dpo
+  batch = batch_lib.build(examples, shape := batch_lib.measure(examples, section.row_length))
+  objective = star_graph_study.dpo_objective(made.model, section, shape.branches)
+  return float(jax.jit(objective)(params, batch)[0])
 
 
 class StudyTest(absltest.TestCase):
@@ -141,7 +151,26 @@ class StudyTest(absltest.TestCase):
     with self.assertRaisesRegex(UserError, "other settings"):
       star_graph_study.run(config(**{"dpo.beta": 0.7}), workdir)
 
-  def test_sft_learns_its_problems_by_heart(self):
+  def test_base_reads_tours_then_walks(self):
+    # Fails if the curriculum is shuffled, its share of tours is another, or the loss is told of other steps than its point's.
+    workdir = pathlib.Path(tempfile.mkdtemp())
+    made = star_graph_study.Study(config(), workdir)
+    documents = made._documents(4)
+    self.assertLen(documents, 4 * made.config.pretrain.batch_size)
+    nodes = made.config.task.star_graph.path_nodes
+    lengths = [len(example.tree.branches[0].ids) for example in documents]
+    self.assertEqual(lengths, [2 * nodes] * (3 * 64) + [nodes + 1] * 64)
+    batches = made._batches(made.config.pretrain, documents, num_steps=4, seed=None)
+    self.assertEqual(sum((batches.keys(step) for step in range(4)), []), [str(i) for i in range(4 * 64)])
+    cell = made.dpo(0, 2)
+    lines = (workdir / "training/dpo_0_2/metrics.jsonl").read_text().splitlines()
+    loss_T = [json.loads(line)["loss/per_pair"] for line in lines]
+    self.assertEqual([point["step"] for point in cell["curve"]], [0, 2, 4])
+    np.testing.assert_allclose(
+      [point["dpo_loss"] for point in cell["curve"]], [np.log(2), np.mean(loss_T[:2]), np.mean(loss_T[2:])], atol=1e-5
+    )
+
+  def test_sft_memorises_its_problems(self):
     # Fails if batches hold other responses than their prompts', or if training does not start where the base ends.
     few = config(**{"task.train_problems": 4, "sft.max_steps": 150, "sft.optimizer.learning_rate": 0.01,
                     "star_graph.every_steps": 150, "star_graph.over_trained": (150,)})  # fmt: skip
