@@ -1,6 +1,6 @@
 """Credit by step against credit by response, on a task where every value is known. About a minute on one core.
 
-python launch/credit_matters.py --out=DIR [--seeds=20]
+python launch/credit_toy.py --out=DIR [--seeds=20]
 """
 
 from absl import flags
