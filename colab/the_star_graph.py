@@ -111,9 +111,9 @@ plots.draw_cell(sft, chance)
 UNDER_TRAINED, OVER_TRAINED = 10, 60  # steps of SFT
 graphs, start = study.train_set(0), study.weights(f"sft_0_{UNDER_TRAINED}")
 pairs = study.pairs(start, graphs, np.random.default_rng(0))
-number, wrong = int(pairs[0][0]), int(pairs[1][0])
+number, wrong = int(pairs.problem_P[0]), int(pairs.wrong_P[0])
 prompt, path = star_graph.prompt_ids(graphs)[number], star_graph.solution_ids(graphs)[number]
-print(f"{len(pairs[0])} pairs of {len(graphs)} problems")
+print(f"{len(pairs.problem_P)} pairs of {len(graphs)} problems")
 trace_figures.fork(
   trace_figures.Pair(
     [star_graph.text(prompt), star_graph.text(path[:1])], star_graph.text(path[1:]), star_graph.text([wrong])
