@@ -130,6 +130,7 @@ def draw(result: dict, under: Sequence[int], over: Sequence[int]) -> Figure:
       axes.grid(axis="y")
       axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
       axes.legend(frameon=False, fontsize=7)
+    value.legend(frameon=False, fontsize=7, ncols=2, loc="lower left")  # below all curves
     for axes in (loss, value):
       axes.set_xlabel("steps")
     return figure

@@ -127,57 +127,65 @@ def loss_of(made, params, examples, nll_weight: float) -> float:
 
 
 class StudyTest(absltest.TestCase):
-  def test_end_to_end_and_again(self):
-    # Fails if a cell is not taken from its file, if one that is made again from scratch differs, or if files are missing.
-    workdir = pathlib.Path(tempfile.mkdtemp()) / "run"
-    few = config(**{"star_graph.under_trained": (2,)})
-    result = star_graph_study.run(few, workdir)
-    self.assertEqual(result["seeds"], 2)
-    self.assertEqual(set(result["dpo"]), {"2", "4"})
-    self.assertEqual(result["sft"]["step"], [0, 2, 4])
-    self.assertLess(result["sft"]["train/loss"][-1][0], result["sft"]["train/loss"][0][0])
-    for suffix in ("json", "csv", "png", "svg"):
-      self.assertTrue((workdir / f"report/star_graph.{suffix}").exists(), suffix)
-    self.assertIn("under-trained", (workdir / "report/star_graph.svg").read_text())
-    cell, weights = workdir / "cells/dpo_1_2.json", workdir / "weights/sft_1_2.npz"
-    before = json.loads(cell.read_text())
-    cell.unlink()
-    weights.unlink()
-    stamps = {path.name: path.stat().st_mtime_ns for path in (workdir / "cells").iterdir()}
-    self.assertEqual(star_graph_study.run(few, workdir)["dpo"], result["dpo"])
-    after = json.loads(cell.read_text())
-    self.assertEqual({**after, "seconds": 0}, {**before, "seconds": 0})
-    self.assertEqual(
-      {path.name: path.stat().st_mtime_ns for path in (workdir / "cells").iterdir() if path != cell}, stamps
-    )
-    with self.assertRaisesRegex(UserError, "other settings"):
-      star_graph_study.run(config(**{"star_graph.under_trained": (2,), "dpo.beta": 0.7}), workdir)
+  """All cells at toy size, made once; what each training read is kept."""
 
-  def test_base_reads_tours_then_walks(self):
-    # Fails if the curriculum is shuffled, its share of tours is another, or the loss is told of other steps than its point's.
-    workdir = pathlib.Path(tempfile.mkdtemp())
-    made = star_graph_study.Study(config(), workdir)
-    documents = made._documents(4)
-    self.assertLen(documents, 4 * made.config.pretrain.batch_size)
-    nodes = made.config.task.star_graph.path_nodes
-    lengths = [len(example.tree.branches[0].ids) for example in documents]
-    self.assertEqual(lengths, [2 * nodes] * (3 * 64) + [nodes + 1] * 64)
-    batches, fit = {}, star_graph_study.Study._fit
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.config = config(**{"star_graph.under_trained": (2,)})
+    cls.workdir = pathlib.Path(tempfile.mkdtemp()) / "run"
+    cls.batches, fit = {}, star_graph_study.Study._fit
 
     def spy(self, name, params, **kwargs):
-      batches[name] = kwargs["batches"]
+      cls.batches[name] = kwargs["batches"]
       return fit(self, name, params, **kwargs)
 
     with absltest.mock.patch.object(star_graph_study.Study, "_fit", spy):
-      cell = made.dpo(0, 2)
-    read = sum((batches["base"].keys(step) for step in range(batches["base"].num_steps)), [])
-    self.assertEqual(read, [str(i) for i in range(4 * 64)])
-    lines = (workdir / "training/dpo_0_2/metrics.jsonl").read_text().splitlines()
+      cls.result = star_graph_study.run(cls.config, cls.workdir)
+
+  def test_end_to_end(self):
+    # Fails if a cell, a measurement or a file is missing, or if SFT trains on other responses.
+    self.assertEqual(self.result["seeds"], 2)
+    self.assertEqual(set(self.result["dpo"]), {"2", "4"})
+    self.assertEqual(self.result["sft"]["step"], [0, 2, 4])
+    self.assertLess(self.result["sft"]["train/loss"][-1][0], self.result["sft"]["train/loss"][0][0])
+    for suffix in ("json", "csv", "png", "svg"):
+      self.assertTrue((self.workdir / f"report/star_graph.{suffix}").exists(), suffix)
+    self.assertIn("under-trained", (self.workdir / "report/star_graph.svg").read_text())
+
+  def test_made_again(self):
+    # Fails if a cell is not taken from its file, or if one that is made again from scratch differs.
+    cell, weights = self.workdir / "cells/dpo_1_2.json", self.workdir / "weights/sft_1_2.npz"
+    before = json.loads(cell.read_text())
+    cell.unlink()
+    weights.unlink()
+    stamps = {path.name: path.stat().st_mtime_ns for path in (self.workdir / "cells").iterdir()}
+    self.assertEqual(star_graph_study.run(self.config, self.workdir)["dpo"], self.result["dpo"])
+    after = json.loads(cell.read_text())
+    self.assertEqual({**after, "seconds": 0}, {**before, "seconds": 0})
+    self.assertEqual(
+      {path.name: path.stat().st_mtime_ns for path in (self.workdir / "cells").iterdir() if path != cell}, stamps
+    )
+    other = config(**{"star_graph.under_trained": (2,), "dpo.beta": 0.7})
+    with self.assertRaisesRegex(UserError, "other settings"):
+      star_graph_study.run(other, self.workdir)
+
+  def test_base_reads_tours_then_walks(self):
+    # Fails if the curriculum is shuffled, or its share of tours is another.
+    nodes, base = self.config.task.star_graph.path_nodes, self.batches["base"]
+    self.assertEqual(base.num_steps, 4)
+    self.assertEqual(sum(map(base.keys, range(4)), []), [str(i) for i in range(4 * 64)])
+    scored = [float(base.build(step).num_scored) for step in range(4)]
+    self.assertEqual(scored, [64 * 2 * nodes] * 3 + [64 * (nodes + 1)])
+
+  def test_dpo_loss_is_told_of_the_steps_before_its_point(self):
+    # Fails if a point's loss is a mean over other updates than those since the point before, or another metric.
+    cell = json.loads((self.workdir / "cells/dpo_0_2.json").read_text())
+    lines = (self.workdir / "training/dpo_0_2/metrics.jsonl").read_text().splitlines()
     loss_T = [json.loads(line)["loss/per_pair"] for line in lines]
     self.assertEqual([point["step"] for point in cell["curve"]], [0, 2, 4])
-    np.testing.assert_allclose(
-      [point["dpo_loss"] for point in cell["curve"]], [np.log(2), np.mean(loss_T[:2]), np.mean(loss_T[2:])], atol=1e-5
-    )
+    told = [point["dpo_loss"] for point in cell["curve"]]
+    np.testing.assert_allclose(told, [np.log(2), np.mean(loss_T[:2]), np.mean(loss_T[2:])], atol=1e-5)
 
   def test_sft_memorises_its_problems(self):
     # Fails if batches hold other responses than their prompts', or if training does not start where the base ends.
