@@ -1,8 +1,9 @@
 """Figure 8: does per-step DPO teach what SFT only memorises? The star graph (tasks/star_graph.py), every value exact.
 
-One base model, which looks edges up and does not plan. For each seed a training set; SFT on it, from the base, far beyond
-the point where it has memorised the set; and per-step DPO from SFT's checkpoints, on the same problems and no others. All
-three train with the project's train loop on packed token trees (training/).
+One base model, which looks edges up and does not plan; the config's seed draws its first weights. For each of
+`star_graph.seeds` a training set; SFT on it, from the base, far beyond the point where it has memorised the set; and per-step
+DPO from SFT's checkpoints, on the same problems and no others. All three train with the project's train loop on packed token
+trees (training/).
 
 Pairs. A checkpoint is reference and start. From each training problem `sample.num_traces` responses are sampled; where the
 node after the centre, the critical token, is wrong, Q is 0 from there on, and it is the first pit. The pair has the
@@ -233,7 +234,7 @@ class Study:
 
   def _cell(self, name: str, sections: Sequence[str], make: Callable[[], dict]) -> dict:
     """The cell's JSON: from the disk if it is of these settings, else made."""
-    leaves = config_schema.plain(self.config, ("task", *sections))
+    leaves = config_schema.plain(self.config, ("seed", "task", *sections))
     plain = {leaf: value for leaf, value in leaves.items() if config_schema.changes_results(leaf)}
     key = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
     path = self.folder / "cells" / f"{name}.json"
@@ -325,7 +326,7 @@ class Study:
     num_steps = section.num_problems // section.batch_size
     batches = self._batches(section, self._documents(num_steps), num_steps=num_steps, seed=None)
     objective = objectives.make_sft(self.model, section.logit_chunk)
-    start = jax.jit(self.model.init)(jax.random.key(0))
+    start = jax.jit(self.model.init)(jax.random.key(self.config.seed))
     params = self._fit("base", start, section=section, objective=objective, batches=batches)
     self._keep("base", params)
     return {"parameters": self.model.config.num_params, "test": measure(self.model, params, self.test)}
