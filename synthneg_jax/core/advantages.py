@@ -50,11 +50,11 @@ def best_of_k(
   Returns:
     (q [...] probabilities, 0 where unknown; known bool [...]: from M < k no unbiased estimate exists, unless `exact`).
   """
-  plugin, there = best_of_k_plugin(successes, rollouts, k)
+  plugin, valid = best_of_k_plugin(successes, rollouts, k)
   misses = jnp.ones(plugin.shape, plugin.dtype)
   for i in range(k):
     misses = misses * jnp.maximum(rollouts - successes - i, 0) / jnp.maximum(rollouts - i, 1)
-  known = jnp.where(exact, there, rollouts >= k)
+  known = jnp.where(exact, valid, rollouts >= k)
   return jnp.where(known, jnp.where(exact, plugin, 1.0 - misses), 0.0), known
 
 
@@ -207,7 +207,7 @@ def value_interval(
     middle = c + z**2 / 2
     half = z * np.sqrt(c * (m - c) / np.maximum(m, 1) + z**2 / 4)
     low, high = (middle - half) / (m + z**2), (middle + half) / (m + z**2)
-    return np.where(c > 0, low, 0.0), np.where(c < m, high, 1.0)  # exact there, rounding apart
+    return np.where(c > 0, low, 0.0), np.where(c < m, high, 1.0)  # exact at the ends, but for rounding
   if method == "beta":
     tail = (1 - level) / 2
     low = np.where(c > 0, special.betaincinv(c + 0.5, m - c + 0.5, tail), 0.0)

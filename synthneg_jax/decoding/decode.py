@@ -216,11 +216,11 @@ def empty_state(model: Model, g: Geometry) -> State:
 
 
 def state_shardings(model: Model, mesh: Mesh) -> State:
-  """Lanes over the rows' axes; kv heads over "tensor".
+  """Shardings of the state: lanes over the rows' axes, kv heads over "tensor".
 
-  On TPU suffixes lie in memory as the decode loop writes them, a new token's heads side by side: laid out as they are
-  named, all of them would be copied when the loop begins and when it ends, and there would be room for two. (One head alone
-  would be padded to two, and lies well either way.)
+  On TPU, suffixes get the memory layout in which the decode loop writes them, with a new token's heads side by side. In
+  the default layout, the loop would copy all of them when it begins and when it ends, and need memory for two. (A single
+  head would be padded to two, and is fast either way.)
   """
   lead = () if layer_stacking.unrolls(model.config) else ("layers",)
 

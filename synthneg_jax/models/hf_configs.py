@@ -139,13 +139,13 @@ class _File:
     return value
 
 
-def read(raw: dict[str, Any], path, **how) -> ModelConfig:
+def read(raw: dict[str, Any], path, **settings) -> ModelConfig:
   """The architecture that config.json describes.
 
   Args:
     raw: its content.
     path: its name, for errors.
-    how: ModelConfig's dtype, param_dtype, scan_layers and remat.
+    settings: ModelConfig's dtype, param_dtype, scan_layers and remat.
 
   Raises:
     UserError: a family that is not known, a size that is missing, or an option that the decoder does not compute.
@@ -174,7 +174,7 @@ def read(raw: dict[str, Any], path, **how) -> ModelConfig:
     **fields,
     **_windows(file, layers),
     **_rope(file),
-    **how,
+    **settings,
   )
 
 
@@ -334,8 +334,8 @@ def write(config: ModelConfig, positions: int | None = None) -> dict[str, Any]:
     else:
       local = {"rope_theta": c.windowed_rope_theta, "rope_type": "default"}
       raw |= {"rope_parameters": {_FULL: rope, _SLIDING: local}, "rope_local_base_freq": c.windowed_rope_theta}
-  how = {key: getattr(c, key) for key in ("dtype", "param_dtype", "scan_layers", "remat")}
-  back = read(raw, "config.json", **how)
+  settings = {key: getattr(c, key) for key in ("dtype", "param_dtype", "scan_layers", "remat")}
+  back = read(raw, "config.json", **settings)
   for field in dataclasses.fields(ModelConfig):
     ours, theirs = getattr(c, field.name), getattr(back, field.name)
     if ours != theirs and not (field.name == "windowed" and not any((*ours, *theirs))):

@@ -45,8 +45,8 @@ def read_config(folder: epath.PathLike, *, dtype: str, param_dtype: str, scan_la
     UserError: config.json is missing or broken, lacks a size, or asks for what the decoder does not compute.
   """
   path = epath.Path(folder) / "config.json"
-  how = {"dtype": dtype, "param_dtype": param_dtype, "scan_layers": scan_layers, "remat": remat}
-  return hf_configs.read(_read_json(path), path, **how)
+  settings = {"dtype": dtype, "param_dtype": param_dtype, "scan_layers": scan_layers, "remat": remat}
+  return hf_configs.read(_read_json(path), path, **settings)
 
 
 def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:

@@ -118,7 +118,7 @@ def train(
   Returns:
     (fingerprint of the new weights, figures: steps, the packed rows' fill and the last step's metrics).
   """
-  figures = {"steps": plan_.num_steps, "fill": round(plan_.fill, 3)}
+  figures = {"steps": plan_.num_steps, "fill": round(plan_.packing_efficiency, 3)}
   run = loop.Run(
     name=name,
     section=section,

@@ -71,7 +71,7 @@ class Batches:
 
   Attributes:
     shape: the one shape that holds each of them, so that one compiled program serves all.
-    fill: share of all rows' places that hold a token.
+    packing_efficiency: share of all rows' places that hold a token.
   """
 
   def __init__(
@@ -114,7 +114,7 @@ class Batches:
       branches=widest("branches"),
     )
     tokens = sum(examples[i].tree.num_tokens for step in self._steps for i in step)
-    self.fill = tokens / (len(self._steps) * self.shape.rows * row_length)
+    self.packing_efficiency = tokens / (len(self._steps) * self.shape.rows * row_length)
 
   @property
   def num_steps(self) -> int:

@@ -51,7 +51,7 @@ class Run:
     mesh: where it runs.
     folder: takes checkpoints/ and metrics.jsonl (loss and its companions, averages over one step's batch).
     resumable: whether checkpoints are written and read. Without them a run that was stopped starts over.
-    check_start: called with the metrics of step 0 before the second update; may raise. None for no check.
+    check_start: called with the metrics of step 0, which are computed before any update; may raise. None for no check.
     after_step: called after each update with (updates so far, current parameters), to measure them; a resumed run does
       not repeat calls of earlier steps. The next update consumes the parameters, so copy what you keep. Layers that are
       unrolled are unstacked, as `Model.hidden` takes them too. None for nothing.
@@ -150,7 +150,9 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
     losses.clear()
     lines.keep()
 
-  logging.info("%s: %d steps, %s, %.0f %% full.", run.name, batches.num_steps, batches.shape, 100 * batches.fill)
+  logging.info(
+    "%s: %d steps, %s, %.0f %% full.", run.name, batches.num_steps, batches.shape, 100 * batches.packing_efficiency
+  )
   previous, meter = None, Meter()
   remaining = Progress(run.name, batches.num_steps - first_step, "steps")
   with contextlib.ExitStack() as closers, remaining as progress:

@@ -116,7 +116,7 @@ class BatchesTest(parameterized.TestCase):
     # Fails if padding rows or the ends of rows do not count as empty, or if steps are left out.
     batches = self.make()
     full = np.mean([batches.build(step).trees.tree > 0 for step in range(batches.num_steps)])
-    self.assertAlmostEqual(batches.fill, full)
+    self.assertAlmostEqual(batches.packing_efficiency, full)
     self.assertBetween(full, 0.1, 0.9)
 
   def test_weights_and_keys(self):
