@@ -29,7 +29,7 @@ def exact_values(num: int = 400, seed: int = 0) -> list[np.ndarray]:
   value, found = reasoning_mdp.values(mdp, policy), []
   while len(found) < num:
     x = rng.integers(mdp.num_problems)
-    response = reasoning_mdp.sample(mdp, policy, np.array([x]), np.array([0]), 0, rng)[0]
+    response = reasoning_mdp.sample(mdp, policy, np.array([x]), prefix_N=np.array([0]), steps=0, rng=rng)[0]
     if not mdp.right_XN[x, response]:
       steps = range(1, mdp.num_steps + 1)
       found.append(np.array([value[step][x, mdp.prefix(response, step)] for step in steps]))

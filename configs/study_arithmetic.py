@@ -55,42 +55,57 @@ def get_config(arg: str = ""):
   c.study.reference_size = 500
   c.study.figures = tuple("1 2a 2c 3 5a 5c 7 7_critical 9 controls rounds samples compute".split())
   c.study.grid = (
-    "250 500 1000 2000: sft rft step_dpo",
-    "4000 8000 16000: sft",
-    "250 500 1000: rft,rft.max_per_problem=1",
-    "500: rft,rft.max_per_problem=2 arbitrary furthest dpop algorithm1 random_step",
-    "500: sft,sft.num_epochs=16 step_dpo_twice",
-    "500: arbitrary,dpo.beta=0.1 arbitrary,dpo.beta=1 furthest,dpo.beta=0.1 furthest,dpo.beta=1",
-    "500: dpop,dpo.beta=0.1 dpop,dpo.beta=1 step_dpo,dpo.beta=0.1 step_dpo,dpo.beta=1",
+    ((250, 500, 1000, 2000), ("sft", "rft", "step_dpo"), {}),
+    ((4000, 8000, 16000), ("sft",), {}),
+    ((250, 500, 1000), ("rft",), {"rft.max_per_problem": 1}),
+    ((500,), ("rft",), {"rft.max_per_problem": 2}),
+    ((500,), ("arbitrary", "furthest", "dpop", "algorithm1", "random_step"), {}),
+    ((500,), ("sft",), {"sft.num_epochs": 16}),
+    ((500,), ("step_dpo_twice",), {}),
+    ((500,), ("arbitrary", "furthest", "dpop", "step_dpo"), {"dpo.beta": 0.1}),
+    ((500,), ("arbitrary", "furthest", "dpop", "step_dpo"), {"dpo.beta": 1}),
   )
   c.study.settings = (
-    "250: sft.num_epochs=10 rft.num_epochs=10",
-    "8000: sft.optimizer.learning_rate=1e-3 sft.num_epochs=10",
-    "16000: sft.optimizer.learning_rate=1e-3",
-    "arbitrary furthest dpop: dpo.optimizer.learning_rate=3e-5",
+    ((250,), {"sft.num_epochs": 10, "rft.num_epochs": 10}),
+    ((8000,), {"sft.optimizer.learning_rate": 1e-3, "sft.num_epochs": 10}),
+    ((16000,), {"sft.optimizer.learning_rate": 1e-3}),
+    (("arbitrary", "furthest", "dpop"), {"dpo.optimizer.learning_rate": 3e-5}),
   )
   c.task.test_start, c.task.test_problems = 10_000, 4000
   if arg == "reduced":
     c.study.seeds = (1, 2)
-    c.study.grid = ("500: sft rft step_dpo", "250 1000 2000 4000 8000: sft")
+    c.study.grid = (
+      ((500,), ("sft", "rft", "step_dpo"), {}),
+      ((250, 1000, 2000, 4000, 8000), ("sft",), {}),
+    )
     c.study.figures = ("1", "2a", "5a")
   if arg == "right":
     c.credit.max_right_per_problem = 2
-    c.study.grid = ("250 500: sft rft rft_advantage step_dpo step_dpo_both", "500: rft_clean rft_spurious")
+    c.study.grid = (
+      ((250, 500), ("sft", "rft", "rft_advantage", "step_dpo", "step_dpo_both"), {}),
+      ((500,), ("rft_clean", "rft_spurious"), {}),
+    )
     # 227 is the least that any seed has of spurious ones; of so few, as many passes as of 250 problems.
-    c.study.settings += ("rft_clean rft_spurious: rft.max_solutions=227 rft.num_epochs=10",)
+    c.study.settings += ((("rft_clean", "rft_spurious"), {"rft.max_solutions": 227, "rft.num_epochs": 10}),)
     c.study.figures = ("4", "10", "11")
   if arg == "leap":
     c.study.family = "clock arithmetic, leaping teacher"
     c.task.arithmetic.skip_step_prob = 0.3
-    c.study.grid = ("250 500 1000 2000: sft", "500: rft step_dpo arbitrary", "1000: rft step_dpo")
+    c.study.grid = (
+      ((250, 500, 1000, 2000), ("sft",), {}),
+      ((500,), ("rft", "step_dpo", "arbitrary"), {}),
+      ((1000,), ("rft", "step_dpo"), {}),
+    )
     c.study.figures = ("2a", "5a")
   if arg == "toy":
     c.study.seeds, c.study.reference_size = (1, 2), 32
-    twice = (
-      "step_dpo_twice,pairs.pair_mode=algorithm1"  # of so few samples no right one shares a prefix with a wrong one
+    c.study.grid = (
+      ((32,), ("sft", "rft", "step_dpo", "arbitrary"), {}),
+      # Of so few samples no right one shares a prefix with a wrong one, hence algorithm1.
+      ((32,), ("step_dpo_twice",), {"pairs.pair_mode": "algorithm1"}),
+      ((48,), ("sft",), {}),
     )
-    c.study.grid, c.study.settings = (f"32: sft rft step_dpo arbitrary {twice}", "48: sft"), ("48: sft.num_epochs=2",)
+    c.study.settings = (((48,), {"sft.num_epochs": 2}),)
     c.study.figures = ("2a", "5a")
     c.task.test_problems = 32
   elif arg not in ("", "reduced", "right", "leap"):

@@ -36,14 +36,14 @@ def get_config(arg: str = ""):
   c.study.reference_size = 500
   c.study.figures = ("1", "2a", "5a", "true_pits")
   c.study.grid = (
-    "500: sft rft step_dpo arbitrary random_step",
-    "1000 2000: sft",
+    ((500,), ("sft", "rft", "step_dpo", "arbitrary", "random_step"), {}),
+    ((1000, 2000), ("sft",), {}),
   )
-  c.study.settings = ("arbitrary: dpo.optimizer.learning_rate=3e-5",)
+  c.study.settings = ((("arbitrary",), {"dpo.optimizer.learning_rate": 3e-5}),)
   c.task.test_start, c.task.test_problems = 10_000, 4000
   if arg == "toy":
     c.study.seeds, c.study.reference_size = (1, 2), 32
-    c.study.grid, c.study.settings = ("32: sft rft step_dpo", "48: sft"), ()
+    c.study.grid, c.study.settings = (((32,), ("sft", "rft", "step_dpo"), {}), ((48,), ("sft",), {})), ()
     c.study.figures = ("2a",)
     c.task.test_problems = 32
   elif arg:

@@ -489,8 +489,10 @@ SCHEMA = {
   },
   "study": {
     "family": Leaf("", "What figures call the task."),
-    "grid": Leaf((), "Cells, as rows (sizes, methods, overrides); see experiments/scaling/grid.py."),
-    "settings": Leaf((), "Overrides of some sizes or methods, as rows (sizes or methods, overrides)."),
+    "grid": Leaf((), 'Cells, as rows (sizes, methods, overrides), such as ((250, 500), ("sft", "rft"), {}).'),
+    "settings": Leaf(
+      (), 'Overrides for all cells of some sizes or methods, as rows such as ((250, 500), {"sft.num_epochs": 10}).'
+    ),
     "seeds": Leaf((0,), "One run each.", within=AT_LEAST_0),
     "baseline": Leaf("sft", "Method against which efficiency is measured."),
     "figures": Leaf((), "The paper's figures that the study ends in; see experiments/scaling/figure.py."),

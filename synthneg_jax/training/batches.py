@@ -18,20 +18,20 @@ class Schedule:
     batch_size: solutions (SFT, RFT) or pairs (DPO) a step.
     num_epochs: passes over the examples; a fraction takes that share of the last pass.
     max_steps: upper bound on the steps; 0 for none.
-    seed: of the shuffles.
+    seed: of the shuffles; None for a curriculum, which takes the examples in their order.
   """
 
   batch_size: int
   num_epochs: float
   max_steps: int = 0
-  seed: int = 0
+  seed: int | None = 0
 
 
 def plan(weights: Sequence[int], schedule: Schedule) -> list[list[int]]:
   """The examples of each step.
 
-  Epoch after epoch, each shuffled by (seed, epoch), examples are taken in order until the next would make the batch
-  weigh more than `batch_size`; batches cross the ends of epochs, and only the last may be small.
+  Epoch after epoch, each shuffled by (seed, epoch) if there is a seed, examples are taken in order until the next would make
+  the batch weigh more than `batch_size`; batches cross the ends of epochs, and only the last may be small.
 
   Args:
     weights: what each example counts: its solutions (SFT, RFT) or its pairs (DPO), never more than batch_size.
@@ -50,7 +50,9 @@ def plan(weights: Sequence[int], schedule: Schedule) -> list[list[int]]:
     raise UserError(f"An example weighs {max(weights)}, more than batch_size={batch_size}.")
   stream = []
   for epoch in range(int(np.ceil(num_epochs))):
-    order = np.random.default_rng([schedule.seed, epoch]).permutation(len(weights))
+    order = np.arange(len(weights))
+    if schedule.seed is not None:
+      order = np.random.default_rng([schedule.seed, epoch]).permutation(order)
     stream.extend(order[: round(min(num_epochs - epoch, 1.0) * len(order))])
   if not stream:
     raise UserError(f"num_epochs={num_epochs} of {len(weights)} example(s) trains on none of them.")

@@ -41,12 +41,16 @@ def state_shardings(
   return shardings
 
 
+def initial_state(optimizer: optax.GradientTransformation, params):
+  """The train state before the first update."""
+  return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+
 def make_init(optimizer: optax.GradientTransformation, shardings):
   """Returns init(stacked params) -> train state with these shardings; donates the parameters where their layout stays."""
 
   def init(params):
-    params = layer_stacking.like(shardings["params"], params)
-    return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+    return initial_state(optimizer, layer_stacking.like(shardings["params"], params))
 
   return jax.jit(init, out_shardings=shardings, donate_argnums=() if layer_stacking.is_unstacked(shardings) else 0)
 
@@ -62,21 +66,16 @@ def batch_shardings(mesh: Mesh) -> Batch:
   return Batch(rows, rows, rows, rows, rows, rows, num_scored=replicated, num_pairs=replicated)
 
 
-def make_step(
-  objective, optimizer: optax.GradientTransformation, shardings, *, mesh: Mesh, accumulate: int = 1, frozen=()
-):
-  """Returns step(state, batch, *frozen) -> (state, metrics), jitted with its shardings; the state is donated.
+def make_update(objective, optimizer: optax.GradientTransformation, *, accumulate: int = 1):
+  """Returns update(state, batch, *frozen) -> (state, metrics): the pure function inside the train step, without a mesh.
 
   Args:
     objective: as training/objectives.py makes them.
     optimizer: of the parameters.
-    shardings: of the state, from `state_shardings`.
-    mesh: where it runs.
     accumulate: microbatches that a batch's rows are cut into, one after another; the sums are the whole batch's.
-    frozen: shardings of the parameters that the objective takes after the batch, which are not trained.
 
   Returns:
-    The jitted step. Metrics are pairs (sum, count) of scalars.
+    The update. Metrics are pairs (sum, count) of scalars.
   """
 
   def split(x):
@@ -103,7 +102,7 @@ def make_step(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, params, first))
     return jax.lax.scan(add, zeros, parts)[0]
 
-  def step(state, batch: Batch, *frozen):
+  def update(state, batch: Batch, *frozen):
     grads, metrics = gradients(state["params"], batch, *frozen)
     with jax.named_scope("update"):
       updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
@@ -111,8 +110,22 @@ def make_step(
       params = optax.apply_updates(state["params"], updates)
     return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
+  return update
+
+
+def make_step(
+  objective, optimizer: optax.GradientTransformation, shardings, *, mesh: Mesh, accumulate: int = 1, frozen=()
+):
+  """Returns step(state, batch, *frozen) -> (state, metrics), jitted with its shardings; the state is donated.
+
+  Args:
+    objective, optimizer, accumulate: as `make_update` takes them.
+    shardings: of the state, from `state_shardings`.
+    mesh: where it runs.
+    frozen: shardings of the parameters that the objective takes after the batch, which are not trained.
+  """
   return jax.jit(
-    device_mesh.under(mesh, step),
+    device_mesh.under(mesh, make_update(objective, optimizer, accumulate=accumulate)),
     in_shardings=(shardings, batch_shardings(mesh), *frozen),
     out_shardings=(shardings, device_mesh.replicated(mesh)),
     donate_argnums=0,

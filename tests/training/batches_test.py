@@ -52,6 +52,11 @@ class PlanTest(parameterized.TestCase):
     self.assertNotEqual(first[0], first[1])
     self.assertNotEqual(first[0], list(range(20)))
 
+  def test_a_curriculum_keeps_its_order(self):
+    # Fails if examples are shuffled although there is no seed, in the first epoch or a later one.
+    steps = batches_lib.plan([1] * 5, Schedule(batch_size=3, num_epochs=2, seed=None))
+    self.assertEqual(steps, [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4]])
+
   @parameterized.parameters((0.25, 2), (0.5, 4), (1.5, 12), (2.0, 16), (2.75, 22))
   def test_fractional_epochs(self, num_epochs, size):
     # Fails if the fraction is rounded up to an epoch, dropped, or repeats examples within an epoch.

@@ -53,7 +53,7 @@ class ReasoningMDP:
     return response_N[..., None] // power_L % self.num_actions
 
 
-def make(keep_XL: np.ndarray, num_actions: int, luck: float, rng: np.random.Generator) -> ReasoningMDP:
+def make(keep_XL: np.ndarray, num_actions: int, *, luck: float, rng: np.random.Generator) -> ReasoningMDP:
   """The task with the given right actions.
 
   Args:
@@ -85,7 +85,7 @@ def draw(
   keep_XL = np.full((problems, steps), ANY)
   decisive = [*critical, steps - 1]
   keep_XL[:, decisive] = rng.integers(num_actions, size=(problems, len(decisive)))
-  return make(keep_XL, num_actions, luck, rng)
+  return make(keep_XL, num_actions, luck=luck, rng=rng)
 
 
 def reference_logits(
@@ -118,9 +118,9 @@ def mean_return(mdp: ReasoningMDP, policy: Policy) -> float:
 
 
 def sample(
-  mdp: ReasoningMDP, policy: Policy, x_N: np.ndarray, prefix_N: np.ndarray, steps: int, rng: np.random.Generator
+  mdp: ReasoningMDP, policy: Policy, x_N: np.ndarray, *, prefix_N: np.ndarray, steps: int, rng: np.random.Generator
 ) -> np.ndarray:
-  """Goes on with prefixes up to the answer.
+  """Continues prefixes up to the answer.
 
   Args:
     mdp, policy: the task and who answers it.

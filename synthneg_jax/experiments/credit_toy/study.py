@@ -5,6 +5,12 @@ is also the reference. They differ in their pairs: a right against a wrong respo
 response against the same step of a right rollout out of the same prefix, that step alone scored. Returns are exact, not
 sampled. The whole design is ours.
 
+Training. The update is the train step's own (training/step.py) over the project's losses (core/losses.py). It is scanned
+here, in one compiled program, instead of stepped by training/loop.py, for three reasons. A study is about 700 trainings of
+200 updates, each a few microseconds, which the loop's batches, transfers and one compilation per training would turn from a
+minute into an hour. Figures and costs need the weights after every update. And the policies are tables and logistic
+functions of step features, which no token tree describes.
+
 Budget. The policy is a table (problem, step, action). What does a pair buy, and what does it cost? β and learning rate are
 chosen for each method from one grid, on seeds of their own. And what moves on the way, from 100 pairs each, at every β? A
 rollout is a sampled response or a continuation from a prefix; cost is also counted in steps sampled. The problems are those
@@ -31,10 +37,19 @@ import optax
 from etils import epath
 from scipy import special
 
-from synthneg_jax.core import advantages, losses, pits, statistics
+from synthneg_jax.core import advantages, losses, masked_stats, pits, statistics
 from synthneg_jax.experiments.credit_toy import plots, reasoning_mdp
 from synthneg_jax.experiments.credit_toy.reasoning_mdp import Policy, ReasoningMDP
 from synthneg_jax.report import figures
+from synthneg_jax.training import step as step_lib
+
+
+class PitSearch(NamedTuple):
+  """How a first pit is found: by continuations from every prefix, and a rule of `pits.first_pit`."""
+
+  rollouts: int
+  rule: str
+
 
 METHODS = ("response", "step")
 _NUM_STEPS, _EVERY = 200, 10  # of gradient descent, and between the points of a curve
@@ -42,7 +57,7 @@ _TUNING_SEEDS = range(10_000, 10_004)
 
 # Budget. The pit is the step with the largest fall of Q. The paper's rule, the first step with the lowest Q, is as good for
 # 8 rollouts, but off track, where luck keeps Q above 0, the lowest Q is anywhere, and more rollouts only find that out.
-_ROLLOUTS, _RULE = 8, "least_advantage"
+_BUDGET_SEARCH = PitSearch(8, "least_advantage")
 _PER_PROBLEM = {"response": (2, 4, 8, 16, 32, 64), "step": (2, 4, 8, 16, 32)}  # sampled responses per problem
 _TUNED_AT = (4, 16)  # responses per problem
 _PATH_RESPONSES, _PATH_PAIRS = 16, 100  # of the runs that are followed through training
@@ -53,10 +68,29 @@ _BUDGET_BETAS, _BUDGET_SPEEDS, _PATH_SPEED = (0.03, 0.1, 0.3, 1.0), (1.0, 3.0, 1
 # Spurious. No luck here, hence the paper's rule.
 _FEATURES, _HABIT = 8, 0.9
 _SOLUTIONS, _PROBLEMS, _TEST_PROBLEMS, _RESPONSES = 32, 24, 1000, 16
-_SPURIOUS_ROLLOUTS, _SPURIOUS_RULE = 32, "lowest_value"
+_SPURIOUS_SEARCH = PitSearch(32, "lowest_value")
 _SFT_LR, _SFT_STEPS = 1.0, 20
 _BETAS, _SPEED = (0.1, 0.3, 1.0), 0.05
 _DRAWN_BETA = 0.3  # in both figures
+
+
+class Task(NamedTuple):
+  """Problems, and what the policy sees of them.
+
+  Attributes:
+    mdp: the problems.
+    features: of each step, [X, n^i, F] by problem and prefix, or [X, 1, F].
+  """
+
+  mdp: ReasoningMDP
+  features: Sequence[np.ndarray]
+
+
+class Sample(NamedTuple):
+  """K responses to every problem and their verdicts, [X, K] each."""
+
+  response_XK: np.ndarray
+  right_XK: np.ndarray
 
 
 class Pairs(NamedTuple):
@@ -72,50 +106,83 @@ class Pairs(NamedTuple):
     return Pairs(*(column[index_P] for column in self))
 
 
-def sample(mdp: ReasoningMDP, policy: Policy, per_problem: int, rng: np.random.Generator) -> tuple:
-  """`per_problem` responses to every problem and their verdicts, [X, K] each."""
+class Responses(NamedTuple):
+  """P responses as a policy scores them: features of their prefixes float32 [P, L, F], and actions [P, L]."""
+
+  feature_PLF: np.ndarray
+  action_PL: np.ndarray
+
+
+class PairBatch(NamedTuple):
+  """Pairs as the objective takes them, padded; `valid_P` is False at padding."""
+
+  chosen: Responses
+  rejected: Responses
+  scored_PL: np.ndarray
+  valid_P: np.ndarray
+
+
+class Setting(NamedTuple):
+  """Hyperparameters of DPO.
+
+  Attributes:
+    beta: per nat.
+    speed: β times the learning rate, so that the first gradient steps are alike for every β.
+  """
+
+  beta: float
+  speed: float
+
+  @property
+  def learning_rate(self) -> float:
+    """Of gradient descent."""
+    return self.speed / self.beta
+
+
+def draw_sample(mdp: ReasoningMDP, policy: Policy, per_problem: int, *, rng: np.random.Generator) -> Sample:
+  """`per_problem` responses to every problem."""
   x_XK = np.repeat(np.arange(mdp.num_problems)[:, None], per_problem, axis=1)
-  response_XK = reasoning_mdp.sample(mdp, policy, x_XK, np.zeros((1, 1), int), 0, rng)
-  return response_XK, mdp.right_XN[x_XK, response_XK]
+  response_XK = reasoning_mdp.sample(mdp, policy, x_XK, prefix_N=np.zeros((1, 1), int), steps=0, rng=rng)
+  return Sample(response_XK, mdp.right_XN[x_XK, response_XK])
 
 
-def response_pairs(mdp: ReasoningMDP, response_XK, right_XK, rng: np.random.Generator) -> Pairs:
+def response_pairs(mdp: ReasoningMDP, sample: Sample, rng: np.random.Generator) -> Pairs:
   """Every wrong response against a right one to the same problem, drawn at random; none where there is no right one."""
-  x_P, k_P = np.nonzero(~right_XK & right_XK.any(axis=1, keepdims=True))
-  chosen_P = response_XK[x_P, _random_true(right_XK[x_P], rng)]
-  return Pairs(x_P, chosen_P, response_XK[x_P, k_P], np.ones((x_P.size, mdp.num_steps), bool))
+  x_P, k_P = np.nonzero(~sample.right_XK & sample.right_XK.any(axis=1, keepdims=True))
+  chosen_P = sample.response_XK[x_P, _random_true(sample.right_XK[x_P], rng)]
+  return Pairs(x_P, chosen_P, sample.response_XK[x_P, k_P], np.ones((x_P.size, mdp.num_steps), bool))
 
 
 def step_pairs(
-  mdp: ReasoningMDP, policy: Policy, response_XK, right_XK, rollouts: int, rule: str, rng: np.random.Generator
+  mdp: ReasoningMDP, policy: Policy, sample: Sample, *, search: PitSearch, rng: np.random.Generator
 ) -> Pairs:
   """The pit of every wrong response against the same step of a right rollout out of the prefix before it.
 
-  Q after each step is estimated from `rollouts` continuations by the policy; after the last it is the verdict. The pit is
-  that of `pits.first_pit` by `rule`. The continuations from the prefix before the pit serve again for the chosen
-  step (for a pit at the first step: responses to the problem that were sampled anyway). A pit without a right rollout
-  that begins otherwise gives no pair.
+  Q after each step is estimated from continuations by the policy; after the last it is the verdict. The continuations
+  from the prefix before the pit serve again for the chosen step (for a pit at the first step: responses to the problem
+  that were sampled anyway). A pit without a right rollout that begins otherwise gives no pair.
   """
+  response_XK, right_XK = sample
   x_W, k_W = np.nonzero(~right_XK)
   wrong_W, row_W = response_XK[x_W, k_W], np.arange(x_W.size)
-  from_LWM = [response_XK[x_W[:, None], rng.integers(response_XK.shape[1], size=(x_W.size, rollouts))]]
+  from_LWM = [response_XK[x_W[:, None], rng.integers(response_XK.shape[1], size=(x_W.size, search.rollouts))]]
   for steps in range(1, mdp.num_steps):
-    prefix_WM = np.repeat(mdp.prefix(wrong_W, steps)[:, None], rollouts, axis=1)
-    from_LWM.append(reasoning_mdp.sample(mdp, policy, x_W[:, None], prefix_WM, steps, rng))
+    prefix_WM = np.repeat(mdp.prefix(wrong_W, steps)[:, None], search.rollouts, axis=1)
+    from_LWM.append(reasoning_mdp.sample(mdp, policy, x_W[:, None], prefix_N=prefix_WM, steps=steps, rng=rng))
   from_WLM = np.stack(from_LWM, axis=1)
   right_WLM = mdp.right_XN[x_W[:, None, None], from_WLM]
   successes_WL = np.concatenate([right_WLM[:, 1:].sum(axis=-1), np.zeros((x_W.size, 1), int)], axis=1)
-  pit_W = np.asarray(_pits(successes_WL, rollouts, right_XK.mean(axis=1)[x_W], rule))
+  pit_W = np.asarray(_pits(successes_WL, right_XK.mean(axis=1)[x_W], search=search))
   begins_WM = np.take_along_axis(mdp.actions(from_WLM[row_W, pit_W]), pit_W[:, None, None], axis=-1)[..., 0]
   usable_WM = right_WLM[row_W, pit_W] & (begins_WM != mdp.actions(wrong_W)[row_W, pit_W][:, None])
   chosen_W = from_WLM[row_W, pit_W, _random_true(usable_WM, rng)]
   return Pairs(x_W, chosen_W, wrong_W, np.arange(mdp.num_steps) == pit_W[:, None]).take(usable_WM.any(axis=1))
 
 
-@functools.partial(jax.jit, static_argnames="rule")
-def _pits(successes_WL, rollouts, v0_W, rule):
-  q_WL, known_WL = advantages.step_values(successes_WL, jnp.full(successes_WL.shape, rollouts))
-  return jax.vmap(functools.partial(pits.first_pit, rule=rule))(q_WL, known_WL, v0_W)
+@functools.partial(jax.jit, static_argnames="search")
+def _pits(successes_WL, v0_W, *, search: PitSearch):
+  q_WL, known_WL = advantages.step_values(successes_WL, jnp.full(successes_WL.shape, search.rollouts))
+  return jax.vmap(functools.partial(pits.first_pit, rule=search.rule))(q_WL, known_WL, v0_W)
 
 
 def _random_true(which_NK: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -128,71 +195,74 @@ def policy_of(weight_LFA: np.ndarray, features: Sequence[np.ndarray]) -> list[np
   return [special.softmax(f_XPF @ w_FA, axis=-1) for f_XPF, w_FA in zip(features, np.float64(weight_LFA), strict=True)]
 
 
-def _features_at(mdp, features, x_N, response_N) -> np.ndarray:
-  """What the policy saw at each step of responses; float32 [N, L, F]."""
-  rows = [mdp.prefix(response_N, i) if f_XPF.shape[1] > 1 else 0 for i, f_XPF in enumerate(features)]
-  return np.stack([f_XPF[x_N, row] for f_XPF, row in zip(features, rows, strict=True)], axis=1).astype(np.float32)
+def _responses(task: Task, x_P: np.ndarray, response_P: np.ndarray) -> Responses:
+  """Responses to problems, with what the policy saw at each of their steps."""
+  rows = [task.mdp.prefix(response_P, i) if f_XPF.shape[1] > 1 else 0 for i, f_XPF in enumerate(task.features)]
+  feature_LPF = [f_XPF[x_P, row] for f_XPF, row in zip(task.features, rows, strict=True)]
+  return Responses(np.stack(feature_LPF, axis=1).astype(np.float32), task.mdp.actions(response_P))
 
 
-def _descend(loss_fn, start_LFA, lr, num_steps):
-  """Plain gradient descent; the weights after every step, [steps, L, F, A]."""
-  optimizer = optax.sgd(lr)
-
-  def step(carry, _):
-    weight_LFA, state = carry
-    update_LFA, state = optimizer.update(jax.grad(loss_fn)(weight_LFA), state)
-    weight_LFA = optax.apply_updates(weight_LFA, update_LFA)
-    return (weight_LFA, state), weight_LFA
-
-  return jax.lax.scan(step, (start_LFA, optimizer.init(start_LFA)), length=num_steps)[1]
+def _logps(weight_LFA, responses: Responses):
+  """Log-probs of the responses' steps, [P, L] nats."""
+  logits_PLA = jnp.einsum("plf,lfa->pla", responses.feature_PLF, weight_LFA)
+  return losses.token_logprobs(logits_PLA, responses.action_PL)
 
 
-def _logps(weight_LFA, feature_NLF, action_NL):
-  return losses.token_logprobs(jnp.einsum("nlf,lfa->nla", feature_NLF, weight_LFA), action_NL)
+def _descend(objective, start_LFA, batch, *, learning_rate, num_steps: int):
+  """Plain gradient descent on one batch, by the train step's update; the weights after every update, [steps, L, F, A]."""
+  optimizer = optax.sgd(learning_rate)
+  update = step_lib.make_update(objective, optimizer)
 
+  def step(state, _):
+    state, _ = update(state, batch)
+    return state, state["params"]
 
-@jax.jit
-def _sft(feature_NLF, action_NL):
-  start_LFA = jnp.zeros((*feature_NLF.shape[1:], 2))
-  loss_fn = lambda weight_LFA: -jnp.mean(jnp.sum(_logps(weight_LFA, feature_NLF, action_NL), axis=1))
-  return _descend(loss_fn, start_LFA, _SFT_LR, _SFT_STEPS)[-1]
+  return jax.lax.scan(step, step_lib.initial_state(optimizer, start_LFA), length=num_steps)[1]
 
 
 @jax.jit
-def _dpo(start_LFA, chosen, rejected, scored_PL, counts_P, beta, lr):
-  branch = lambda weight_LFA, side: jnp.sum(jnp.where(scored_PL, _logps(weight_LFA, *side), 0.0), axis=1)
-  ref_chosen_P, ref_rejected_P = branch(start_LFA, chosen), branch(start_LFA, rejected)
+def _sft(solutions: Responses):
+  """The weights after SFT from zero on the solutions, [L, F, A]."""
 
-  def loss_fn(weight_LFA):
-    branches = branch(weight_LFA, chosen), branch(weight_LFA, rejected)
-    loss_P = losses.dpo_loss(*branches, ref_chosen_P, ref_rejected_P, beta=beta)
-    return jnp.sum(counts_P * loss_P) / jnp.sum(counts_P)
+  def objective(weight_LFA, solutions: Responses):
+    loss_P = -jnp.sum(_logps(weight_LFA, solutions), axis=1)
+    return jnp.mean(loss_P), {"loss/per_solution": masked_stats.total(loss_P, True)}
 
-  return _descend(loss_fn, start_LFA, lr, _NUM_STEPS)
+  start_LFA = jnp.zeros((*solutions.feature_PLF.shape[1:], 2))
+  return _descend(objective, start_LFA, solutions, learning_rate=_SFT_LR, num_steps=_SFT_STEPS)[-1]
 
 
-def dpo(mdp, features, start_LFA, pairs: Pairs, beta: float, speed: float) -> np.ndarray:
-  """DPO on pairs, mean loss per pair.
+@jax.jit
+def _dpo(start_LFA, batch: PairBatch, setting: Setting):
+  """The weights after every update of DPO, of which `start_LFA` is start and reference; [_NUM_STEPS, L, F, A]."""
 
-  Args:
-    mdp, features: the task, and what the policy sees of it.
-    start_LFA: weights of start and reference.
-    pairs: at least one.
-    beta: per nat.
-    speed: β times the learning rate, so that the first gradient steps are alike for every β.
+  def branches(weight_LFA, batch: PairBatch):
+    """Log-probs of the scored steps of the chosen and the rejected responses, [P] nats each."""
+    sides = batch.chosen, batch.rejected
+    return [jnp.sum(jnp.where(batch.scored_PL, _logps(weight_LFA, side), 0.0), axis=1) for side in sides]
+
+  reference = branches(start_LFA, batch)
+
+  def objective(weight_LFA, batch: PairBatch):
+    loss_P = losses.dpo_loss(*branches(weight_LFA, batch), *reference, beta=setting.beta)
+    total, count = masked_stats.total(loss_P, batch.valid_P)
+    return total / count, {"loss/per_pair": (total, count)}
+
+  return _descend(objective, start_LFA, batch, learning_rate=setting.learning_rate, num_steps=_NUM_STEPS)
+
+
+def dpo(task: Task, start_LFA: np.ndarray, pairs: Pairs, *, setting: Setting) -> np.ndarray:
+  """DPO on pairs, at least one, mean loss per pair.
 
   Returns:
-    The weights before the first gradient step and after each, float32 [_NUM_STEPS + 1, L, F, A].
+    The weights before the first update and after each, float32 [_NUM_STEPS + 1, L, F, A].
   """
   num = pairs.x_P.size
   padded = max(64, 1 << (num - 1).bit_length())  # few sizes, so that few programs are compiled
   full = pairs.take(np.arange(padded) % num)
-  sides = [
-    (_features_at(mdp, features, full.x_P, response_P), mdp.actions(response_P))
-    for response_P in (full.chosen_P, full.rejected_P)
-  ]
-  counts_P = (np.arange(padded) < num).astype(np.float32)
-  path_TLFA = _dpo(np.float32(start_LFA), *sides, full.scored_PL, counts_P, beta, speed / beta)
+  chosen, rejected = (_responses(task, full.x_P, response_P) for response_P in (full.chosen_P, full.rejected_P))
+  batch = PairBatch(chosen, rejected, full.scored_PL, np.arange(padded) < num)
+  path_TLFA = _dpo(np.float32(start_LFA), batch, setting)
   return np.concatenate([np.float32(start_LFA)[None], path_TLFA])
 
 
@@ -208,44 +278,52 @@ class BudgetRun:
 
   def __init__(self, seed: int, method: str, per_problem: int):
     rng = np.random.default_rng(seed)
-    self.mdp = reasoning_mdp.draw(rng)
-    self.start_LFA = reasoning_mdp.reference_logits(self.mdp, rng)
-    self.features = [np.eye(self.mdp.num_problems)[:, None]] * self.mdp.num_steps
-    self.reference = policy_of(self.start_LFA, self.features)
-    response_XK, right_XK = sample(self.mdp, self.reference, per_problem, rng)
-    steps = self.mdp.num_steps
-    self.rollouts, self.steps = right_XK.size, right_XK.size * steps
+    mdp = reasoning_mdp.draw(rng)
+    self.task = Task(mdp, [np.eye(mdp.num_problems)[:, None]] * mdp.num_steps)
+    self.start_LFA = reasoning_mdp.reference_logits(mdp, rng)
+    self.reference = policy_of(self.start_LFA, self.task.features)
+    sample = draw_sample(mdp, self.reference, per_problem, rng=rng)
+    steps = mdp.num_steps
+    self.rollouts, self.steps = sample.right_XK.size, sample.right_XK.size * steps
     if method == "step":
-      continued = int(np.sum(~right_XK)) * _ROLLOUTS
+      continued = int(np.sum(~sample.right_XK)) * _BUDGET_SEARCH.rollouts
       self.rollouts += continued * (steps - 1)
       self.steps += continued * steps * (steps - 1) // 2  # from a prefix of i steps, L - i are sampled
-      pairs = step_pairs(self.mdp, self.reference, response_XK, right_XK, _ROLLOUTS, _RULE, rng)
+      pairs = step_pairs(mdp, self.reference, sample, search=_BUDGET_SEARCH, rng=rng)
     else:
-      pairs = response_pairs(self.mdp, response_XK, right_XK, rng)
+      pairs = response_pairs(mdp, sample, rng)
     self.pairs = pairs.take(rng.permutation(pairs.x_P.size))
 
-  def train(self, setting: tuple[float, float], pairs: Pairs, at: Sequence[int] = (_NUM_STEPS,)) -> np.ndarray:
-    """(return, KL at irrelevant steps, KL at critical ones) at some gradient steps, [len(at), 3]."""
-    path_TLFA = dpo(self.mdp, self.features, self.start_LFA, pairs, *setting)
-    measure = lambda policy: (reasoning_mdp.mean_return(self.mdp, policy), *_movement(self.mdp, policy, self.reference))
-    return np.array([measure(policy_of(path_TLFA[t], self.features)) for t in at])
+  def train(self, setting: Setting, pairs: Pairs, at: Sequence[int] = (_NUM_STEPS,)) -> np.ndarray:
+    """(return, KL at irrelevant steps, KL at critical ones) after some updates, [len(at), 3]."""
+    path_TLFA = dpo(self.task, self.start_LFA, pairs, setting=setting)
+    rows = []
+    for t in at:
+      policy = policy_of(path_TLFA[t], self.task.features)
+      mdp = self.task.mdp
+      rows.append((reasoning_mdp.mean_return(mdp, policy), *_movement(mdp, policy, self.reference)))
+    return np.array(rows)
 
 
-def _tuned(method: str) -> tuple[float, float]:
-  """The (β, speed) of the grid with the highest mean return over the tuning seeds, for few pairs and for more."""
+def _tuned(method: str) -> Setting:
+  """The setting of the grid with the highest mean return over the tuning seeds, for few pairs and for more."""
   runs = [BudgetRun(seed, method, per_problem) for seed in _TUNING_SEEDS for per_problem in _TUNED_AT]
-  grid = itertools.product(_BUDGET_BETAS, _BUDGET_SPEEDS)
+  grid = itertools.starmap(Setting, itertools.product(_BUDGET_BETAS, _BUDGET_SPEEDS))
   score = {setting: np.mean([run.train(setting, run.pairs)[0, 0] for run in runs]) for setting in grid}
   return max(score, key=score.get)
 
 
-def budget(seeds: Sequence[int], per_problem: dict[str, Sequence[int]] = _PER_PROBLEM, settings=None) -> dict:
+def budget(
+  seeds: Sequence[int],
+  per_problem: dict[str, Sequence[int]] = _PER_PROBLEM,
+  settings: dict[str, Setting] | None = None,
+) -> dict:
   """Return and movement against the number of pairs and of rollouts; see the head of this file.
 
   Args:
     seeds: each a task of its own, at least 2; the same for both methods.
     per_problem: sampled responses per problem, by method, in rising order.
-    settings: (β, speed) by method, the speed being β times the learning rate; None tunes them.
+    settings: by method; None tunes them.
   """
   settings = settings or {method: _tuned(method) for method in METHODS}
   curves, paths, costs = {}, {}, {}
@@ -265,14 +343,16 @@ def budget(seeds: Sequence[int], per_problem: dict[str, Sequence[int]] = _PER_PR
     paths[method] = {}
     for beta in _BUDGET_BETAS:
       path_RTM = np.stack(
-        [run.train((beta, _PATH_SPEED), run.pairs.take(slice(_PATH_PAIRS)), _PATH_STEPS) for run in runs]
+        [run.train(Setting(beta, _PATH_SPEED), run.pairs.take(slice(_PATH_PAIRS)), _PATH_STEPS) for run in runs]
       )
       paths[method][str(beta)] = {name: statistics.mean_interval(path_RTM[..., i]) for i, name in enumerate(names[3:])}
       moved = [plots.first_at(path_TM[:, 1], path_TM[:, 0], _TARGET) for path_TM in path_RTM]
       costs[method][f"kl_irrelevant, beta {beta}"] = np.array(moved)
   return {
-    "settings": {method: {"beta": beta, "lr": speed / beta} for method, (beta, speed) in settings.items()},
-    "reference_return": statistics.mean_interval([reasoning_mdp.mean_return(run.mdp, run.reference) for run in runs]),
+    "settings": {method: {"beta": each.beta, "lr": each.learning_rate} for method, each in settings.items()},
+    "reference_return": statistics.mean_interval(
+      [reasoning_mdp.mean_return(run.task.mdp, run.reference) for run in runs]
+    ),
     "curves": curves,
     "paths": paths,
     "target": _TARGET,
@@ -280,9 +360,7 @@ def budget(seeds: Sequence[int], per_problem: dict[str, Sequence[int]] = _PER_PR
   }
 
 
-def _remark_task(
-  rng: np.random.Generator, teacher_F: np.ndarray, problems: int
-) -> tuple[ReasoningMDP, list[np.ndarray]]:
+def _remark_task(rng: np.random.Generator, teacher_F: np.ndarray, problems: int) -> Task:
   """Problems of two classes, and what the policy sees at the three steps: remark, decision, answer (always 1).
 
   A constant at every step; at the decision also the problem's features and the remark, 1 where it is there, else -1.
@@ -295,7 +373,7 @@ def _remark_task(
   decision = np.repeat(constant, 2, axis=1)
   decision[..., 1:-1] = seen_XF[:, None]
   decision[..., -1] = (-1.0, 1.0)
-  return reasoning_mdp.make(keep_XL, 2, 0.0, rng), [constant, decision, constant]
+  return Task(reasoning_mdp.make(keep_XL, 2, luck=0.0, rng=rng), [constant, decision, constant])
 
 
 def _log_odds(weight_LFA: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -304,45 +382,54 @@ def _log_odds(weight_LFA: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return difference_LF[..., 0, 0], 2.0 * difference_LF[..., 1, -1]
 
 
+def _failure_log_odds_ratio(mdp: ReasoningMDP, sample: Sample) -> float:
+  """Log odds ratio of failure with the remark and without it in a sample; half a response is added to each count."""
+  remark_XK = mdp.actions(sample.response_XK)[..., 0] == 1
+  (right_with, wrong_with), (right_without, wrong_without) = (
+    (np.sum(group_XK & sample.right_XK) + 0.5, np.sum(group_XK & ~sample.right_XK) + 0.5)
+    for group_XK in (remark_XK, ~remark_XK)
+  )
+  return float(np.log(wrong_with * right_without / (right_with * wrong_without)))
+
+
 def _spurious_run(seed: int) -> dict:
   """One teacher, student, sample; both methods at every β from equally many pairs."""
   rng = np.random.default_rng(seed)
   teacher_F = rng.normal(size=_FEATURES)
-  shown, shown_features = _remark_task(rng, teacher_F, _SOLUTIONS)
-  remark_N = (rng.random(_SOLUTIONS) < np.where(shown.keep_XL[:, 1] == 1, _HABIT, 1 - _HABIT)).astype(int)
-  solution_N = 4 * remark_N + 2 * shown.keep_XL[:, 1] + 1
-  seen = _features_at(shown, shown_features, np.arange(_SOLUTIONS), solution_N)
-  start_LFA = np.asarray(_sft(seen, shown.actions(solution_N)))
+  shown = _remark_task(rng, teacher_F, _SOLUTIONS)
+  decision_N = shown.mdp.keep_XL[:, 1]
+  remark_N = (rng.random(_SOLUTIONS) < np.where(decision_N == 1, _HABIT, 1 - _HABIT)).astype(int)
+  solutions = _responses(shown, np.arange(_SOLUTIONS), 4 * remark_N + 2 * decision_N + 1)
+  start_LFA = np.asarray(_sft(solutions))
 
-  mdp, features = _remark_task(rng, teacher_F, _PROBLEMS)
-  test, test_features = _remark_task(rng, teacher_F, _TEST_PROBLEMS)
-  policy = policy_of(start_LFA, features)
-  response_XK, right_XK = sample(mdp, policy, _RESPONSES, rng)
-  remark_XK = mdp.actions(response_XK)[..., 0]
-  count = lambda remark, right: np.sum((remark_XK == remark) & (right_XK == right)) + 0.5
+  task = _remark_task(rng, teacher_F, _PROBLEMS)
+  test = _remark_task(rng, teacher_F, _TEST_PROBLEMS)
+  policy = policy_of(start_LFA, task.features)
+  sample = draw_sample(task.mdp, policy, _RESPONSES, rng=rng)
   pairs = {
-    "response": response_pairs(mdp, response_XK, right_XK, rng),
-    "step": step_pairs(mdp, policy, response_XK, right_XK, _SPURIOUS_ROLLOUTS, _SPURIOUS_RULE, rng),
+    "response": response_pairs(task.mdp, sample, rng),
+    "step": step_pairs(task.mdp, policy, sample, search=_SPURIOUS_SEARCH, rng=rng),
   }
   num = min(each.x_P.size for each in pairs.values())
   remark, lean = _log_odds(start_LFA)
+  tested = policy_of(start_LFA, test.features)
   result = {
-    "failure_log_odds_ratio": np.log(count(1, False) * count(0, True) / (count(1, True) * count(0, False))),
-    "value_of_remark": np.diff(reasoning_mdp.values(test, policy_of(start_LFA, test_features))[1].mean(axis=0))[0],
+    "failure_log_odds_ratio": _failure_log_odds_ratio(task.mdp, sample),
+    "value_of_remark": np.diff(reasoning_mdp.values(test.mdp, tested)[1].mean(axis=0))[0],
     "pairs": num,
     "pits_at_remark": pairs["step"].scored_PL[:, 0].mean(),
     "lean": lean,
-    "return": reasoning_mdp.mean_return(test, policy_of(start_LFA, test_features)),
+    "return": reasoning_mdp.mean_return(test.mdp, tested),
   }
   for method in METHODS:
     used = pairs[method].take(rng.permutation(pairs[method].x_P.size)[:num])
     for beta in _BETAS:
-      path_TLFA = dpo(mdp, features, start_LFA, used, beta, _SPEED)
+      path_TLFA = dpo(task, start_LFA, used, setting=Setting(beta, _SPEED))
       remark_T, lean_T = _log_odds(path_TLFA)
       halved_T = lean_T <= lean / 2
       half = int(np.argmax(halved_T)) if halved_T.any() else _NUM_STEPS
       curve = path_TLFA[::_EVERY]
-      returns = [reasoning_mdp.mean_return(test, policy_of(weight_LFA, test_features)) for weight_LFA in curve]
+      returns = [reasoning_mdp.mean_return(test.mdp, policy_of(weight_LFA, test.features)) for weight_LFA in curve]
       result[method, beta] = {
         "shift": (remark_T - remark)[::_EVERY],
         "lean": lean_T[::_EVERY],
@@ -361,10 +448,9 @@ def spurious(seeds: Sequence[int]) -> dict:
   `slope` that of the shift of the remark's log-odds on the sample's log odds ratio of failure with the remark.
   """
   runs = [_spurious_run(seed) for seed in seeds]
-  column = lambda name: np.array([run[name] for run in runs])
-  ratio_R = column("failure_log_odds_ratio")
+  ratio_R = np.array([run["failure_log_odds_ratio"] for run in runs])
   names = ("value_of_remark", "pairs", "pits_at_remark", "lean", "return")
-  result = {name: statistics.mean_interval(column(name)) for name in names}
+  result = {name: statistics.mean_interval([run[name] for run in runs]) for name in names}
   result["failure_log_odds_ratio"] = ratio_R.round(4).tolist()
   result |= {"training_steps": list(range(0, _NUM_STEPS + 1, _EVERY)), "response": {}, "step": {}}
   for method in METHODS:

@@ -30,9 +30,20 @@ class Data:
   found: study.Results
   factors: dict[str, dict]
 
+  def method(self, name: str) -> methods.Method:
+    """A method of the study's cells by its name.
+
+    Raises:
+      UserError: the study has none of that name.
+    """
+    for cell in self.cells:
+      if cell.method.name == name:
+        return cell.method
+    raise UserError(f"This figure needs cells of {name!r}, which study.grid of this config does not make.")
+
   def label(self, name: str) -> str:
     """A method as figures call it."""
-    return methods.parse(name, self.config).label
+    return self.method(name).label
 
   def points(self, name: str) -> list[study.Point]:
     """A method's points.
@@ -40,8 +51,9 @@ class Data:
     Raises:
       UserError: the study has none.
     """
+    self.method(name)
     if name not in self.found:
-      raise UserError(f"This figure needs cells of {name!r}, which study.grid of this config does not make.")
+      raise UserError(f"This figure needs cells of {name!r}, and none of them is finished.")
     return self.found[name]
 
   def series(self, name: str, dashed: bool = False) -> plots.Series:
@@ -82,7 +94,7 @@ def _settings(data: Data, kind: str, leaf: str) -> list[tuple[float, study.Point
   """(value, point) of every method of a kind that sets this leaf alone, or nothing, at study.reference_size."""
   found = []
   for name, points in data.found.items():
-    method = methods.parse(name, data.config)
+    method = data.method(name)
     if method.kind == kind and set(method.settings) <= {leaf}:
       value = dict(config_schema.leaves(methods.configure(data.config, method)))[leaf]
       found += [(value, point) for point in points if point.size == data.config.study.reference_size]
@@ -125,10 +137,7 @@ def _bars(names: Sequence[str]) -> Callable[[Data], Drawn]:
 
 def _way(data: Data) -> Drawn:
   size, seed = data.config.study.reference_size, data.config.study.seeds[0]
-  cells = {
-    name: grid.Cell(size, seed, methods.parse(name, data.config))
-    for name in (data.config.study.baseline, "rft", "step_dpo")
-  }
+  cells = {name: grid.Cell(size, seed, data.method(name)) for name in (data.config.study.baseline, "rft", "step_dpo")}
   for name in cells:
     if size not in [point.size for point in data.points(name)]:
       raise UserError(f"This figure needs the cell of {name} from {size} problems (study.reference_size).")
@@ -164,7 +173,7 @@ def _measured(
   for seed in data.config.study.seeds:
     path = data.workdir / "measures" / f"{name}_{size}_{seed}.json"
     if not path.exists():
-      unit = grid.Cell(size, seed, methods.parse(data.config.study.baseline, data.config))
+      unit = grid.Cell(size, seed, data.method(data.config.study.baseline))
       folder = data.workdir / "runs" / unit.unit
       if not (folder / needs / "manifest.json").exists():
         raise UserError(f"This figure measures in {folder}, which is not there; `synthneg study` makes it.")
@@ -197,7 +206,7 @@ LEAST_RESPONSES = 20  # of a seed that have a step, for the step to be drawn
 def _held_out(data: Data) -> list[dict]:
   for name in FIGURE_7:
     data.points(name)
-  folders = [methods.parse(name, data.config).folder for name in FIGURE_7]
+  folders = [data.method(name).folder for name in FIGURE_7]
 
   def measure(experiment: Experiment) -> dict:
     problems = sorted(experiment.problems("test").values(), key=lambda problem: problem.id)[:HELD_OUT]
@@ -209,7 +218,7 @@ def _held_out(data: Data) -> list[dict]:
 def _by_step(data: Data) -> Drawn:
   made, series = _held_out(data), []
   for name in FIGURE_7:
-    each = [one[methods.parse(name, data.config).folder] for one in made]
+    each = [one[data.method(name).folder] for one in made]
     width = min(sum(count >= LEAST_RESPONSES for count in one["responses"]) for one in each)
     values = np.array([[one["start"], *one["mean"][:width]] for one in each])
     mean, half = values.mean(axis=0), 1.96 * values.std(axis=0, ddof=len(values) > 1) / np.sqrt(len(values))
@@ -223,7 +232,7 @@ def _by_step(data: Data) -> Drawn:
 def _critical(data: Data) -> Drawn:
   made, series = _held_out(data), []
   for name in FIGURE_7:
-    each = [one[methods.parse(name, data.config).folder]["critical"] for one in made]
+    each = [one[data.method(name).folder]["critical"] for one in made]
     values, rng = [float(np.mean(one)) for one in each], np.random.default_rng(0)
     draws = [
       np.mean([np.mean(rng.choice(each[i], len(each[i]))) for i in rng.integers(0, len(each), len(each))])
@@ -244,7 +253,7 @@ SAMPLED, SAMPLES = ("sft", "rft", "step_dpo"), 16  # methods, and samples a prob
 def _many_samples(data: Data) -> Drawn:
   for name in SAMPLED:
     data.points(name)
-  folders = {name: methods.parse(name, data.config).folder for name in SAMPLED}
+  folders = {name: data.method(name).folder for name in SAMPLED}
 
   def measure(experiment: Experiment) -> dict:
     problems = sorted(experiment.problems("test").values(), key=lambda problem: problem.id)[:HELD_OUT]
@@ -266,7 +275,7 @@ def _true_pits(data: Data) -> Drawn:
   if data.config.task.name != "jobs":
     raise UserError(f"This figure needs task.name=jobs, whose pits are known exactly, not {data.config.task.name!r}.")
   data.points("step_dpo")
-  folder = methods.parse("step_dpo", data.config).pairs_folder
+  folder = data.method("step_dpo").pairs_folder
   made, series = _measured(data, "true_pits", lambda experiment: measures.true_pits(experiment, folder)), []
   for part, words in (("pits", "pit by {}"), ("labels", "label {}")):
     for name in made[0][part]:
@@ -285,10 +294,11 @@ COMPUTED = ("sft", "rft", "step_dpo")
 
 
 def _against_compute(data: Data) -> Drawn:
-  names = [*COMPUTED, *(name for name in data.found if name.startswith("sft,sft.num_epochs="))]
+  longer = [name for name in data.found if name != "sft" and set(data.method(name).settings) == {"sft.num_epochs"}]
+  names = [*COMPUTED, *longer]
   series = []
   for name in names:
-    path, columns = methods.parse(name, data.config).path, []
+    path, columns = data.method(name).path, []
     points = [p for p in data.points(name) if name == names[0] or p.size == data.config.study.reference_size]
     for point in points:
       costs = _measured(
@@ -300,19 +310,28 @@ def _against_compute(data: Data) -> Drawn:
   return plots.against_compute(series, data.config.study.family), plots.as_csv(series, "operations")
 
 
+def _samples_kept(data: Data) -> Drawn:
+  return _swept(data, ("rft",), "rft.max_per_problem", "right samples a problem, at most")
+
+
+def _betas(data: Data) -> Drawn:
+  return _swept(data, ("arbitrary", "furthest", "dpop", "step_dpo"), "dpo.beta", "β")
+
+
+ONE_SAMPLE = methods.name_of("rft", {"rft.max_per_problem": 1})
 FIGURES: dict[str, Callable[[Data], Drawn]] = {
   "1": _way,
   "2a": _against_problems(("sft", "rft")),
   "2b": _against_problems(("sft", "rft")),
-  "2c": lambda data: _swept(data, ("rft",), "rft.max_per_problem", "right samples a problem, at most"),
+  "2c": _samples_kept,
   "3": _likelihoods,
   "4": _bars(("sft", "rft_clean", "rft_spurious")),
   "5a": _against_problems(("sft", "rft", "step_dpo")),
   "5b": _against_problems(("sft", "rft", "step_dpo")),
-  "5c": lambda data: _swept(data, ("arbitrary", "furthest", "dpop", "step_dpo"), "dpo.beta", "β"),
+  "5c": _betas,
   "7": _by_step,
   "7_critical": _critical,
-  "9": _against_problems(("sft", "rft,rft.max_per_problem=1")),
+  "9": _against_problems(("sft", ONE_SAMPLE)),
   "10": _against_problems(("sft", "step_dpo", "step_dpo_both"), factors=False),
   "11": _against_problems(("sft", "rft", "rft_advantage"), factors=False),
   "controls": _bars(("sft", "random_step", "algorithm1", "step_dpo")),

@@ -1,5 +1,11 @@
 """Cells of a study: a size of D_syn, a seed and a method, each leaving one small JSON file.
 
+`study.grid` asks for them as rows (sizes, methods, overrides); the overrides are leaves that each method of the row has as
+its own (methods.py):
+
+    ((250, 500, 1000), ("sft", "rft", "step_dpo"), {})
+    ((500,), ("arbitrary", "furthest"), {"dpo.beta": 0.1})
+
 Cells of one size and seed share a run folder, and with it π_sft, traces and credit. Whoever works on such a folder holds its
 claim, a file that is touched every minute, so that several machines may share a workdir.
 """
@@ -8,12 +14,14 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -45,40 +53,56 @@ class Cell:
     return f"{self.size}_{self.seed}"
 
 
+class Row(NamedTuple):
+  """A row of study.grid; `methods` are kinds of methods.KINDS."""
+
+  sizes: Sequence[int]
+  methods: Sequence[str]
+  overrides: Mapping[str, object]
+
+
+def _rows(config) -> list[Row]:
+  """The rows of study.grid.
+
+  Raises:
+    UserError: a row of another form; names it.
+  """
+  for number, row in enumerate(config.study.grid, start=1):
+    well_formed = methods.is_sequence(row) and len(row) == 3 and all(map(methods.is_sequence, row[:2]))
+    if not well_formed or not row[0] or not row[1] or not all(map(methods.is_size, row[0])):
+      raise UserError(
+        f"study.grid: row {number}, {row!r}, must be (sizes in problems, methods, overrides), such as "
+        '((250, 500), ("sft", "rft"), {}).'
+      )
+  return [Row(*row) for row in config.study.grid]
+
+
 def read(config) -> list[Cell]:
   """The cells that study.grid asks for, small ones first, each once.
 
   Raises:
-    UserError: a line that is not "SIZE SIZE ...: METHOD METHOD ...".
+    UserError: a row of study.grid or study.settings that cannot be made; names it.
   """
   cells = {}
-  for line in config.study.grid:
-    sizes, names = methods.split_line("grid", line, "METHOD METHOD ...")
-    if not all(size.isdigit() and int(size) for size in sizes):
-      raise UserError(f'study.grid: {line!r} is not of the form "SIZE SIZE ...: METHOD METHOD ...", sizes in problems.')
-    for size in map(int, sizes):
-      for name in names:
-        method = methods.parse(name, config)
-        for seed in config.study.seeds:
-          cells.setdefault((size, seed, name), cell := Cell(size, seed, method))
-        methods.configure(configure(config, cell), method)  # refuses now what a stage would refuse hours later
+  for number, row in enumerate(_rows(config), start=1):
+    for size, kind in itertools.product(row.sizes, row.methods):
+      method = methods.resolve(config, kind, row.overrides, where=f"study.grid: row {number}")
+      for seed in config.study.seeds:
+        cells.setdefault((size, seed, method.name), cell := Cell(size, seed, method))
+      methods.configure(configure(config, cell), method)  # refuses now what a stage would refuse hours later
   return sorted(cells.values(), key=lambda cell: (cell.size, cell.seed))
 
 
 def configure(config, cell: Cell):
-  """The config of a cell's run folder: of all methods there.
+  """The config of a cell's run folder, which all methods there share.
 
   Raises:
-    UserError: a line of study.settings that is not "SIZE SIZE ...: LEAF=VALUE ..." or the same with methods.
+    UserError: a row of study.settings that is not (sizes or kinds, overrides); names it.
   """
   leaves = {"seed": cell.seed, "task.train_problems": cell.size}
-  for line in config.study.settings:
-    where, settings = methods.split_line("settings", line, "LEAF=VALUE LEAF=VALUE ...")
-    strange = [word for word in where if not word.isdigit() and word not in methods.KINDS]
-    if strange:
-      raise UserError(f"study.settings: {line!r}: {strange[0]!r} is neither a size in problems nor a method.")
-    for setting in settings if str(cell.size) in where else ():
-      leaves |= methods.read_setting(setting, config, f"study.settings: {line!r}")
+  for row in methods.settings_rows(config):
+    if cell.size in row.sizes_or_kinds:
+      leaves |= row.overrides
   return methods.with_leaves(config, leaves)
 
 

@@ -50,12 +50,12 @@ def likelihoods(experiment: Experiment) -> dict[str, list[float]]:
   section = experiment.config.sft
   packing = reference.Packing(experiment.mesh, section.row_length, section.logit_chunk)
   reference.score(policy.model, policy.params, trees, store=store, packing=packing)
-  cost = lambda tree, n: (
-    -float(
-      np.mean(store[reference.branch_key(tree.trunk, tree.branches[n].fork, tree.branches[n].ids)], dtype=np.float64)
-    )
-  )
-  return {name: [round(cost(tree, n), 5) for tree in trees] for n, name in enumerate(("D_syn", "D_plus"))}
+
+  def cost(tree: Tree, branch: Branch) -> float:
+    logp_S = store[reference.branch_key(tree.trunk, branch.fork, branch.ids)]
+    return round(-float(np.mean(logp_S, dtype=np.float64)), 5)
+
+  return {name: [cost(tree, tree.branches[n]) for tree in trees] for n, name in enumerate(("D_syn", "D_plus"))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +115,11 @@ def _sampled(
   experiment: Experiment, policy: Policy, purpose: str, problems: Sequence[Problem], count: int
 ) -> list[Trace]:
   """Samples of each problem at credit.temperature, in the order of their problems' ids, then as they were drawn."""
-  prompt = lambda problem: train_policy.prompt_ids(experiment, policy.tokenizer, problem)
-  trunks = [traces_lib.trunk(experiment, prompt(problem), problem, purpose, count) for problem in problems]
+  trunk_ids = [train_policy.prompt_ids(experiment, policy.tokenizer, problem) for problem in problems]
+  trunks = [
+    traces_lib.trunk(experiment, prompt, problem, purpose, count)
+    for prompt, problem in zip(trunk_ids, problems, strict=True)
+  ]
   engine = experiment.engine(policy, slots=min(count, experiment.config.engine.slots))
   made = [
     (problems[i], number, one)
@@ -234,7 +237,10 @@ def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]
   policy = experiment.policy("sft")
   problems = experiment.problems("train")
   wrong = CreditedTraces.load(experiment.workdir, experiment.config.credit.best_of, problems).wrong
-  lines = lambda ids: [line for line in policy.token_text.text(list(ids)).split("\n") if line.strip()]
+
+  def lines(ids: Sequence[int]) -> list[str]:
+    return [line for line in policy.token_text.text(list(ids)).split("\n") if line.strip()]
+
   puzzles = {key: jobs.read(problem.prompt) for key, problem in problems.items()}
   truth_N = np.array([jobs.true_pit(puzzles[each.trace.problem_id], lines(each.trace.ids)) for each in wrong])
   found = {"pits": {}, "distance": {}, "labels": collections.Counter(right=0, flipped=0, neither=0)}

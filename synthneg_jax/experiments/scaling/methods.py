@@ -1,11 +1,18 @@
-"""What a cell of a study trains: a method by name, with leaves of the config that are its own.
+"""What a cell of a study trains: a kind of method, and overrides of config leaves that tell it from others of its kind.
 
-A method is written NAME or NAME,LEAF=VALUE,...: `rft,rft.max_per_problem=1`. Its leaves belong to the stage that makes it, so
-that what comes before (π_sft, its traces, their credit) is made once and shared by all methods of a size and seed.
+A method may override leaves of the stage that makes it and no others, so that what comes before (π_sft, its traces, their
+credit) is made once and shared by all methods of a size and seed. Its name joins both: `rft,rft.max_per_problem=1`.
+
+`study.settings` overrides leaves for all cells of some sizes or kinds, as rows (sizes or kinds, overrides):
+
+    ((250,), {"sft.num_epochs": 10, "rft.num_epochs": 10})
+    (("arbitrary", "furthest"), {"dpo.optimizer.learning_rate": 3e-5})
 """
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from synthneg_jax.pipeline import credit, dpo, evaluate, import_traces, pairs, rft, sample, sft, synthesize
 from synthneg_jax.pipeline.experiment import Experiment
@@ -20,12 +27,12 @@ _RUN = {"synthesize": synthesize.run, "sft": sft.run, "sample": sample.run, "cre
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """A method without its own leaves.
+  """A method without overrides.
 
   Attributes:
     label: for figures.
     before: stages that it shares with others.
-    sections: of the config, whose leaves it may set.
+    sections: the config sections whose leaves it may override.
     settings: leaves that make it what it is.
     first: a method whose policy takes the place of π_sft before its stages, which have a folder of their own: a second
       round on that policy's own traces.
@@ -65,15 +72,22 @@ KINDS = {
 }
 
 
+class SettingsRow(NamedTuple):
+  """A checked row of study.settings: overrides for all cells of some sizes (in problems) or kinds of methods."""
+
+  sizes_or_kinds: tuple[int | str, ...]
+  overrides: dict[str, object]
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A kind with leaves of its own.
+  """A kind with overrides of its own.
 
   Attributes:
-    name: as it was written.
+    name: from `name_of`.
     kind: its kind's name.
-    settings: leaves that the name sets.
-    given: leaves that study.settings sets for all of its kind.
+    settings: its own overrides.
+    given: overrides that study.settings has for all methods of its kind.
   """
 
   name: str
@@ -119,61 +133,92 @@ class Method:
     return (*kind.before, *again, *filter(None, own))
 
 
-def parse(text: str, config) -> Method:
-  """A method from its name.
+def name_of(kind: str, overrides: Mapping[str, object]) -> str:
+  """A method's name: its kind and its own overrides, as in `rft,rft.max_per_problem=1`."""
+  return ",".join([kind, *(f"{leaf}={value}" for leaf, value in overrides.items())])
+
+
+def resolve(config, kind: str, overrides: Mapping[str, object] | None = None, *, where: str = "") -> Method:
+  """The method of a kind and its overrides, with what study.settings gives to all of that kind.
+
+  Args:
+    config: the study's.
+    kind: one of `KINDS`.
+    overrides: leaves of its own stage with their values.
+    where: what error messages begin with, such as the row that asks for it.
 
   Raises:
-    UserError: an unknown kind or leaf, a leaf of another stage, or a value that is none.
+    UserError: an unknown kind or leaf, a leaf of another stage, or a value of another type.
   """
-  kind, *settings = text.split(",")
   if kind not in KINDS:
-    near = difflib.get_close_matches(kind, KINDS, n=2)
-    raise UserError(f"study.grid names the method {kind!r}; known are {', '.join(near or KINDS)}.")
-  own, given = {}, {}
-  for setting in settings:
-    own |= _own_setting(kind, setting, config, f"study.grid: {text!r}")
-  for line in config.study.settings:
-    kinds, all_settings = split_line("settings", line, "LEAF=VALUE LEAF=VALUE ...")
-    for setting in all_settings if kind in kinds else ():
-      given |= _own_setting(kind, setting, config, f"study.settings: {line!r}")
-  return Method(text, kind, own, given)
+    near = difflib.get_close_matches(str(kind), KINDS, n=2)
+    raise UserError(f"{where} names the method {kind!r}; known are {', '.join(near or KINDS)}.")
+  given = {}
+  for number, row in enumerate(settings_rows(config), start=1):
+    if kind in row.sizes_or_kinds:
+      _check_own(kind, row.overrides, f"study.settings: row {number}")
+      given |= row.overrides
+  overrides = {} if overrides is None else overrides
+  own = typed_overrides(config, overrides, where)
+  _check_own(kind, own, where)
+  return Method(name_of(kind, overrides), kind, own, given)
 
 
-def split_line(leaf: str, line: str, form: str) -> tuple[list[str], list[str]]:
-  """The words before and after the colon of a line of study.<leaf>.
-
-  Raises:
-    UserError: there are none; says what `form` the rest has.
-  """
-  first, _, rest = line.partition(":")
-  if not rest.split() or not first.split():
-    raise UserError(f'study.{leaf}: {line!r} is not of the form "SIZE SIZE ...: {form}", sizes in problems.')
-  return first.split(), rest.split()
+def _check_own(kind: str, overrides: Mapping[str, object], where: str) -> None:
+  for leaf in overrides:
+    if leaf.split(".")[0] not in KINDS[kind].sections:
+      sections = " and ".join(f"{name}.*" for name in KINDS[kind].sections) or "no leaves"
+      raise UserError(f"{where} overrides {leaf!r}; {kind} may override {sections}.")
 
 
-def _own_setting(kind: str, setting: str, config, where: str) -> dict[str, object]:
-  if setting.split(".")[0] not in KINDS[kind].sections:
-    sections = " and ".join(f"{name}.*" for name in KINDS[kind].sections) or "no leaves"
-    raise UserError(f"{where} sets {setting!r}; {kind} may set LEAF=VALUE of {sections}.")
-  return read_setting(setting, config, where)
-
-
-def read_setting(text: str, config, where: str) -> dict[str, object]:
-  """LEAF=VALUE as {leaf: value}, of the leaf's type.
+def settings_rows(config) -> list[SettingsRow]:
+  """The rows of study.settings, values as the leaves' types.
 
   Raises:
-    UserError: says `where`: an unknown leaf, or a value that is none of its type.
+    UserError: a row that is not (sizes or kinds, overrides); names it.
   """
-  values = dict(config_schema.leaves(config))
-  leaf, equals, value = text.partition("=")
-  if not equals:
-    raise UserError(f"{where}: {text!r} is not of the form LEAF=VALUE.")
-  config_schema.check_name(leaf, where)
-  kind = type(values[leaf])
-  try:
-    return {leaf: {"True": True, "False": False}[value] if kind is bool else kind(value)}
-  except (KeyError, ValueError):
-    raise UserError(f"{where}: {value!r} is no {kind.__name__}, which {leaf} is.") from None
+  rows = []
+  for number, row in enumerate(config.study.settings, start=1):
+    where = f"study.settings: row {number}"
+    if not (is_sequence(row) and len(row) == 2 and is_sequence(row[0]) and row[0]):
+      raise UserError(
+        f'{where}, {row!r}, must be (sizes or methods, overrides), such as ((250, 500), {{"sft.num_epochs": 10}}).'
+      )
+    for entry in row[0]:
+      if entry not in KINDS and not is_size(entry):
+        raise UserError(f"{where} names {entry!r}, which is neither a size in problems nor a method.")
+    rows.append(SettingsRow(tuple(row[0]), typed_overrides(config, row[1], where)))
+  return rows
+
+
+def is_sequence(value: object) -> bool:
+  """Whether a value is a tuple or list; ("sft") without a comma is a string."""
+  return isinstance(value, tuple | list)
+
+
+def is_size(value: object) -> bool:
+  """Whether a value is a number of problems."""
+  return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def typed_overrides(config, overrides: object, where: str) -> dict[str, object]:
+  """Overrides with each value as its leaf's type, so that 1 and 1.0 of a float leaf are the same.
+
+  Raises:
+    UserError: begins with `where`: not a dict, an unknown leaf, or a value of another type.
+  """
+  if not isinstance(overrides, Mapping):
+    raise UserError(f'{where}: overrides must be a dict such as {{"dpo.beta": 0.1}}, not {overrides!r}.')
+  defaults, typed = dict(config_schema.leaves(config)), {}
+  for leaf, value in overrides.items():
+    config_schema.check_name(leaf, where)
+    wanted = type(defaults[leaf])
+    if wanted is float and type(value) is int or wanted is tuple and type(value) is list:
+      value = wanted(value)
+    if type(value) is not wanted:
+      raise UserError(f"{where}: {leaf} takes values of type {wanted.__name__}, and {value!r} is not one.")
+    typed[leaf] = value
+  return typed
 
 
 def with_leaves(config, leaves: dict[str, object]):
@@ -210,7 +255,7 @@ def make(experiment: Experiment, method: Method) -> None:
   """
   kind = KINDS[method.kind]
   if kind.first:
-    first = parse(kind.first, experiment.config)
+    first = resolve(experiment.config, kind.first)
     _train(experiment, first)
     again = dataclasses.replace(experiment, workdir=experiment.workdir / method.second)
     synthesize.run(again)
@@ -223,10 +268,8 @@ def make(experiment: Experiment, method: Method) -> None:
 
 def _train(experiment: Experiment, method: Method) -> None:
   """The method's stages in one folder, each where it is not done."""
-  own, name = (
-    dataclasses.replace(experiment, config=configure(experiment.config, method)),
-    method.name.replace(",", "-"),
-  )
+  own = dataclasses.replace(experiment, config=configure(experiment.config, method))
+  name = method.name.replace(",", "-")
   for stage in KINDS[method.kind].before:
     _RUN[stage](experiment)
   if "dpo" in KINDS[method.kind].sections:

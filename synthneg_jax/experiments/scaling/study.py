@@ -133,8 +133,8 @@ def efficiency(config, found: Results) -> dict[str, dict]:
   seeds = set.intersection(*(set(point.seeds) for point in baseline)) if baseline else set()
   if len(baseline) < 2 or not seeds:
     return {}
-  pick = lambda point: point.wrong_SN[[i for i, seed in enumerate(point.seeds) if seed in seeds]]
-  sizes, baseline_DSN = [point.size for point in baseline], np.stack([pick(point) for point in baseline])
+  sizes = [point.size for point in baseline]
+  baseline_DSN = np.stack([point.wrong_SN[np.isin(point.seeds, list(seeds))] for point in baseline])
   made = {}
   for name, points in found.items():
     if name == config.study.baseline or name == "base":
@@ -142,11 +142,10 @@ def efficiency(config, found: Results) -> dict[str, dict]:
     by_size = {}
     for point in points:
       one = scaling.bootstrap_efficiency(scaling.Baseline(sizes, baseline_DSN), point.size, point.wrong_SN)
-      finite = lambda value: round(value, 3) if math.isfinite(value) else None
       by_size[str(point.size)] = {
-        "factor": finite(one.factor),
-        "low": finite(one.low),
-        "high": finite(one.high),
+        "factor": _finite(one.factor),
+        "low": _finite(one.low),
+        "high": _finite(one.high),
         "extrapolated": one.extrapolated,
         "extrapolated_share": round(one.extrapolated_share, 3),
         "seeds": len(point.seeds),
@@ -155,6 +154,11 @@ def efficiency(config, found: Results) -> dict[str, dict]:
     if at in by_size:
       made[name] = {**by_size[at], "at": config.study.reference_size, "by_size": by_size}
   return made
+
+
+def _finite(value: float) -> float | None:
+  """A factor as JSON has it: null for infinity."""
+  return round(value, 3) if math.isfinite(value) else None
 
 
 def exponents(found: Results) -> dict[str, dict]:

@@ -130,6 +130,7 @@ def draw(result: dict, under: Sequence[int], over: Sequence[int]) -> Figure:
       axes.grid(axis="y")
       axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
       axes.legend(frameon=False, fontsize=7)
+    value.legend(frameon=False, fontsize=7, ncols=2, loc="lower left")  # below all curves
     for axes in (loss, value):
       axes.set_xlabel("steps")
     return figure
@@ -179,7 +180,10 @@ def draw_cell(cell: dict, chance: float) -> Figure:
   """
   points = cell["curve"]
   steps = [point["step"] for point in points]
-  of = lambda split, name: [point[split][name] for point in points]
+
+  def values(split: str, name: str) -> list[float]:
+    return [point[split][name] for point in points]
+
   ours = {"color": figures.BLUE, "linewidth": 1.6}
   with matplotlib.rc_context(figures.STYLE):
     figure = Figure(figsize=(7.0, 2.4), layout="constrained")
@@ -188,14 +192,14 @@ def draw_cell(cell: dict, chance: float) -> Figure:
       loss.plot(steps, [point["dpo_loss"] for point in points], **ours)
       loss.set_ylabel("DPO's loss, per pair")
     else:
-      loss.plot(steps, of("train", "loss"), **ours)
-      loss.plot(steps, of("test", "loss"), "--", **ours)
+      loss.plot(steps, values("train", "loss"), **ours)
+      loss.plot(steps, values("test", "loss"), "--", **ours)
       loss.set_ylabel("SFT's loss, nats per token")
-    critical.plot(steps, of("train", "critical"), label="training problems", **ours)
-    critical.plot(steps, of("test", "critical"), "--", label="test problems", **ours)
+    critical.plot(steps, values("train", "critical"), label="training problems", **ours)
+    critical.plot(steps, values("test", "critical"), "--", label="test problems", **ours)
     critical.set_ylabel("π(right critical node)")
     critical.legend(frameon=False, fontsize=7)
-    error.plot(steps, of("test", "error"), "--", **ours)
+    error.plot(steps, values("test", "error"), "--", **ours)
     error.set_ylabel("test error, greedy")
     loss.set_ylim(bottom=0)
     for axes, level in ((critical, chance), (error, 1 - chance)):

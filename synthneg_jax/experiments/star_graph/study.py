@@ -1,50 +1,61 @@
 """Figure 8: does per-step DPO teach what SFT only memorises? The star graph (tasks/star_graph.py), every value exact.
 
-One base model, which looks edges up and does not plan. For each seed a training set; SFT on it, from the base, far beyond
-the point where it knows the set by heart; and per-step DPO from SFT's checkpoints, on the same problems and no others.
+One base model, which looks edges up and does not plan; the config's seed draws its first weights. For each of
+`star_graph.seeds` a training set; SFT on it, from the base, far beyond the point where it has memorised the set; and per-step
+DPO from SFT's checkpoints, on the same problems and no others. All three train with the project's train loop on packed token
+trees (training/).
 
 Pairs. A checkpoint is reference and start. From each training problem `sample.num_traces` responses are sampled; where the
-node after the centre, the critical token, is wrong, Q is 0 from there on, and it is the first pit. The pair is that of the
+node after the centre, the critical token, is wrong, Q is 0 from there on, and it is the first pit. The pair has the
 shared-prefix form: the right rest of the path against the wrong node, after prompt and centre. Equal pairs count once. The
 critical node is drawn from its exact distribution, which is what a sampler does.
 
-Values. A response is right if it is the path, so Q is 0 after a wrong critical node, and after the right one the probability
-of the rest of the path, by one forced pass: no rollouts, no sampling error. What is reported of problems: `critical`, the
-probability of the right critical node; `rest`, Q after it; `value`, their product, the mean Q of the critical token;
-`error`, of the greedy response; `legal`, the probability of the critical node being any neighbour of the centre. A model
-that walks some arm has critical = value = 1 / degree.
+Values. A response is right if it is the path, so Q is 0 after a wrong critical node, and after the right one it is the
+probability of the rest of the path, by one forced pass: no rollouts, no sampling error. Reported means over problems:
+`critical`, the probability of the right critical node; `rest`, Q after it; `value`, their product, the mean Q of the
+critical token; `error`, of the greedy response; `legal`, the probability that the critical node is any neighbour of the
+centre. A model that walks some arm has critical = value = 1 / degree.
 
-Files. Each cell (the base; SFT of a seed; DPO of a seed and checkpoint) leaves cells/NAME.json with the hash of the settings
-that it depends on, and is skipped when that is there; weights lie in weights/ and are made again where they are wanted and
-missing. Batches and draws are functions of seed, checkpoint and step.
+Files. Each cell (the base; SFT of a seed; DPO of a seed and checkpoint) writes cells/NAME.json with the hash of the settings
+that it depends on, and is skipped when that file exists; weights are in weights/ and are made again when they are needed and
+missing; training/NAME/metrics.jsonl has every update. Batches and draws are functions of seed, checkpoint and step.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
+import math
 import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from etils import epath
 
 from synthneg_jax.core import losses
-from synthneg_jax.core.tree import PackedTrees
+from synthneg_jax.core import tree as tree_lib
+from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.experiments.star_graph import plots
+from synthneg_jax.models import layer_stacking
 from synthneg_jax.models.config import ModelConfig
-from synthneg_jax.models.decoder import Model
-from synthneg_jax.runtime import config_schema
+from synthneg_jax.models.decoder import Model, Params
+from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.runtime import config_schema, device_mesh
 from synthneg_jax.runtime.errors import UserError, writing
 from synthneg_jax.tasks import star_graph
 from synthneg_jax.tasks.star_graph import Graphs
-from synthneg_jax.training import optimizer as optimizer_lib
+from synthneg_jax.training import loop, objectives
+from synthneg_jax.training.batch import Example, PairInTree
+from synthneg_jax.training.batches import Batches, Schedule
 
-_TRAIN, _TEST, _BASE, _ORDER, _DRAWS = range(5)  # purposes of generators
+_TRAIN, _TEST, _BASE, _DRAWS = 0, 1, 2, 4  # purposes of random generators
 _MEASURED = 1000  # training problems that are measured, at most; of test problems all
-_CALL = 1000  # problems a forward pass
+_CALL = 1000  # problems in a forward pass
+_DRAWN_STEPS = 100  # steps of the base whose documents are drawn at once
 
 
 def make_model(config) -> Model:
@@ -65,123 +76,121 @@ def make_model(config) -> Model:
   )
 
 
-def response_logprobs(model: Model, params, token_NT, prompt: int):
-  """Log-probs [N, T - prompt, V] of what may stand at each place behind the prompt, given all before it."""
-  count, length = token_NT.shape
-  zero_NT = jnp.zeros((count, length), jnp.int32)
-  position_NT = zero_NT + jnp.arange(length, dtype=jnp.int32)[None]
-  trunks = PackedTrees(token_NT, position_NT, zero_NT + 1, zero_NT, zero_NT, position_NT - 1, zero_NT > 0)
-  h_NTD, _ = model.hidden(params, trunks)
-  return jax.nn.log_softmax(model.logits(params, h_NTD[:, prompt - 1 : -1]))
+class Forced(NamedTuple):
+  """What a policy gives to the right paths of N graphs, by one forced pass.
 
-
-def _of_targets(logp_NSV, token_NT):
-  return jnp.take_along_axis(logp_NSV, token_NT[:, -logp_NSV.shape[1] :, None], axis=-1)[..., 0]
-
-
-@functools.partial(jax.jit, static_argnames=("model", "prompt"))
-def _forced(model, params, token_NT, prompt):
-  """Of right responses: log-probs of their tokens, whether each is the likeliest, and of all that may follow the centre."""
-  logp_NSV = response_logprobs(model, params, token_NT, prompt)
-  likeliest_NS = jnp.argmax(logp_NSV, axis=-1) == token_NT[:, prompt:]
-  return _of_targets(logp_NSV, token_NT), likeliest_NS, logp_NSV[:, 1]
-
-
-def force(model: Model, params, graphs: Graphs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """One forced pass along the right paths.
-
-  Returns:
-    (log-probs of the path's tokens and EOS [N, L + 1] nats, whether greedy decoding takes each [N, L + 1], log-probs of
-    all tokens at the critical place [N, V]).
+  Attributes:
+    logp_NS: log-probs of the path's nodes and EOS, nats.
+    greedy_NS: bool, whether greedy decoding takes each of them.
+    critical_NV: log-probs of all tokens at the critical place, nats.
   """
+
+  logp_NS: np.ndarray
+  greedy_NS: np.ndarray
+  critical_NV: np.ndarray
+
+
+class CriticalValues(NamedTuple):
+  """π(a | prompt, centre) for the first node a of each arm, and Q after it: 0 except for the goal's arm."""
+
+  policy_NA: np.ndarray
+  q_NA: np.ndarray
+
+
+class CriticalPairs(NamedTuple):
+  """P pairs at the critical token: the right rest of the path is chosen, a wrong node rejected, after prompt and centre.
+
+  Attributes:
+    problem_P: index of the graph.
+    wrong_P: token id of the wrong node.
+    ref_chosen_P, ref_rejected_P: log-probs under the reference, nats.
+  """
+
+  problem_P: np.ndarray
+  wrong_P: np.ndarray
+  ref_chosen_P: np.ndarray
+  ref_rejected_P: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=("model", "num_prompt"))
+def _forced(model: Model, params: Params, token_NT, *, num_prompt: int) -> Forced:
+  """`force` of one call's rows; each row is one trunk."""
+  row = tree_lib.pack([[Tree(np.zeros(token_NT.shape[1], int))]], token_NT.shape[1])
+  trunks = jax.tree.map(lambda field: jnp.broadcast_to(field, token_NT.shape), row)
+  h_NTD, _ = model.hidden(params, dataclasses.replace(trunks, token=token_NT))
+  logp_NSV = jax.nn.log_softmax(model.logits(params, h_NTD[:, num_prompt - 1 : -1]))
+  target_NS = token_NT[:, num_prompt:]
+  logp_NS = jnp.take_along_axis(logp_NSV, target_NS[..., None], axis=-1)[..., 0]
+  return Forced(logp_NS, jnp.argmax(logp_NSV, axis=-1) == target_NS, logp_NSV[:, 1])
+
+
+def force(model: Model, params: Params, graphs: Graphs) -> Forced:
+  """One forced pass along the right paths."""
   prompt_NC = star_graph.prompt_ids(graphs)
   token_NT = np.concatenate([prompt_NC, star_graph.solution_ids(graphs)], axis=1).astype(np.int32)
-  count, rows = len(token_NT), -(-len(token_NT) // _CALL) * _CALL if len(token_NT) > _CALL else len(token_NT)
-  token_NT = np.resize(token_NT, (rows, token_NT.shape[1]))  # full calls, so that one program serves
-  parts = [_forced(model, params, token_NT[at : at + _CALL], prompt_NC.shape[1]) for at in range(0, rows, _CALL)]
-  return tuple(np.concatenate([np.asarray(part) for part in column])[:count] for column in zip(*parts, strict=True))
+  count = len(token_NT)
+  if count > _CALL:  # whole calls, so that one compiled program serves
+    token_NT = np.resize(token_NT, (-(-count // _CALL) * _CALL, token_NT.shape[1]))
+  calls = [
+    _forced(model, params, token_NT[at : at + _CALL], num_prompt=prompt_NC.shape[1])
+    for at in range(0, len(token_NT), _CALL)
+  ]
+  return Forced(*(np.concatenate(parts)[:count] for parts in zip(*calls, strict=True)))
 
 
-def critical_values(model: Model, params, graphs: Graphs) -> tuple[np.ndarray, np.ndarray]:
-  """What the policy gives to every neighbour of the centre, and what that is worth: exact.
-
-  Returns:
-    (π(a | prompt, centre) for the first node a of each arm [N, A], Q after it [N, A]: 0 but for the goal's arm).
-  """
-  return _values(graphs, *force(model, params, graphs))
+def critical_values(model: Model, params: Params, graphs: Graphs) -> CriticalValues:
+  """What the policy gives to every neighbour of the centre, and what that is worth: exact."""
+  return _values(graphs, force(model, params, graphs))
 
 
-def _values(graphs: Graphs, logp_NS, _, critical_NV):
-  policy_NA = np.exp(np.take_along_axis(critical_NV, star_graph.tokens(graphs.arm_NAL[:, :, 1]), axis=1))
+def _values(graphs: Graphs, forced: Forced) -> CriticalValues:
+  policy_NA = np.exp(np.take_along_axis(forced.critical_NV, star_graph.tokens(graphs.arm_NAL[:, :, 1]), axis=1))
   q_NA = np.zeros_like(policy_NA)
-  q_NA[np.arange(len(graphs)), graphs.goal_N] = np.exp(logp_NS[:, 2:].sum(axis=1))
-  return policy_NA, q_NA
+  q_NA[np.arange(len(graphs)), graphs.goal_N] = np.exp(forced.logp_NS[:, 2:].sum(axis=1))
+  return CriticalValues(policy_NA, q_NA)
 
 
-def measure(model: Model, params, graphs: Graphs) -> dict[str, float]:
-  """Means over problems; the names are explained at the head of this file. `loss` is SFT's, nats per token."""
-  logp_NS, likeliest_NS, critical_NV = force(model, params, graphs)
-  policy_NA, q_NA = _values(graphs, logp_NS, likeliest_NS, critical_NV)
-  found = {
-    "critical": np.exp(logp_NS[:, 1]).mean(),
-    "rest": np.exp(logp_NS[:, 2:].sum(axis=1)).mean(),
+def measure(model: Model, params: Params, graphs: Graphs) -> dict[str, float]:
+  """Means over problems, by the names in the module docstring, and `loss`, SFT's in nats per token."""
+  forced = force(model, params, graphs)
+  policy_NA, q_NA = _values(graphs, forced)
+  means = {
+    "critical": np.exp(forced.logp_NS[:, 1]).mean(),
+    "rest": np.exp(forced.logp_NS[:, 2:].sum(axis=1)).mean(),
     "value": (policy_NA * q_NA).sum(axis=1).mean(),
     "legal": policy_NA.sum(axis=1).mean(),
-    "error": 1 - likeliest_NS.all(axis=1).mean(),
-    "loss": -logp_NS.mean(),
+    "error": 1 - forced.greedy_NS.all(axis=1).mean(),
+    "loss": -forced.logp_NS.mean(),
   }
-  return {name: round(float(value), 5) for name, value in found.items()}
+  return {name: round(float(value), 5) for name, value in means.items()}
 
 
-def make_training(loss_fn, section, num_steps: int):
-  """(initial optimizer state of params, (params, state, batches [steps, ...]) -> (params, state, losses [steps]))."""
-  optimizer = optimizer_lib.make_optimizer(section.optimizer, num_steps)
-
-  def step(carry, batch):
-    params, state = carry
-    loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
-    updates, state = optimizer.update(grads, state, params)
-    return (optax.apply_updates(params, updates), state), loss
-
-  def run(params, state, batches):
-    (params, state), loss_S = jax.lax.scan(step, (params, state), batches)
-    return params, state, loss_S
-
-  return jax.jit(optimizer.init), jax.jit(run, donate_argnums=(0, 1))
+def response_examples(prompt_NC: np.ndarray, response_NS: np.ndarray) -> list[Example]:
+  """Token trees for the next-token loss: a prompt with its response, all tokens of which are scored."""
+  return [
+    Example(Tree(prompt_C, (Branch(len(prompt_C), response_S),)))
+    for prompt_C, response_S in zip(prompt_NC, response_NS, strict=True)
+  ]
 
 
-def sft_loss(model: Model, prompt: int, params, token_NT):
-  """Next-token loss of the responses, mean nats per token."""
-  return -jnp.mean(_of_targets(response_logprobs(model, params, token_NT, prompt), token_NT))
+def pair_examples(graphs: Graphs, pairs: CriticalPairs) -> list[Example]:
+  """Token trees for the preference loss: prompt and centre, off which the right rest and the wrong node branch."""
+  prompt_NC, path_NS = star_graph.prompt_ids(graphs), star_graph.solution_ids(graphs)
+  examples = []
+  for problem, wrong, ref_chosen, ref_rejected in zip(*pairs, strict=True):
+    trunk = np.append(prompt_NC[problem], path_NS[problem, 0])
+    branches = (Branch(len(trunk), path_NS[problem, 1:]), Branch(len(trunk), [wrong]))
+    examples.append(Example(Tree(trunk, branches), (PairInTree(0, 1, float(ref_chosen), float(ref_rejected)),)))
+  return examples
 
 
-def dpo_loss(
-  model: Model, prompt: int, beta: float, nll_weight: float, params, token_NT, wrong_N, ref_chosen_N, ref_rejected_N
-):
-  """DPO of the right rest of the path against a wrong critical node, both after prompt and centre; mean per pair.
-
-  Args:
-    model, prompt, params: the policy, and how many tokens its prompts have.
-    beta: per nat.
-    nll_weight: weight of the right rest's next-token loss per token, which keeps what copying the model has.
-    token_NT: prompts with their right responses.
-    wrong_N: token ids of the wrong nodes.
-    ref_chosen_N, ref_rejected_N: log-probs under the reference, nats.
-  """
-  logp_NSV = response_logprobs(model, params, token_NT, prompt)
-  chosen_N = jnp.sum(_of_targets(logp_NSV, token_NT)[:, 1:], axis=1)
-  rejected_N = jnp.take_along_axis(logp_NSV[:, 1], wrong_N[:, None], axis=1)[:, 0]
-  loss_N = losses.dpo_loss(chosen_N, rejected_N, ref_chosen_N, ref_rejected_N, beta=beta)
-  return jnp.mean(loss_N - nll_weight * chosen_N / (logp_NSV.shape[1] - 1))
-
-
-def _stream(rng: np.random.Generator, count: int, wanted: int) -> np.ndarray:
-  """Epoch after epoch of numbers below `count`, each shuffled, the first `wanted`."""
-  return np.concatenate([rng.permutation(count) for _ in range(-(-wanted // count))])[:wanted]
-
-
-def _parts(num_steps: int, every: int) -> list[tuple[int, int]]:
-  return [(at, min(at + every, num_steps)) for at in range(0, num_steps, every)]
+def dpo_objective(model: Model, section, num_branches: int):
+  """DPO with the settings of the config's section dpo, over rows of at most `num_branches` branches."""
+  preference = objectives.Preference(
+    loss=functools.partial(losses.dpo_loss, beta=section.beta), beta=section.beta, nll_weight=section.nll_weight
+  )
+  eos_ids = (star_graph.WORDS.index(star_graph.EOS),)
+  return objectives.make_preference(model, num_branches, preference, eos_ids=eos_ids, chunk=section.logit_chunk)
 
 
 class Study:
@@ -206,7 +215,7 @@ class Study:
     if config.star_graph.seeds < 2:
       raise UserError("star_graph.seeds must be 2 at least: intervals are over seeds.")
     self.config, self.folder, self.model = config, epath.Path(workdir), make_model(config)
-    self.num_prompt = 3 * config.task.star_graph.degree * (config.task.star_graph.path_nodes - 1) + 4
+    self.mesh = Experiment.open(config, workdir).mesh
     self.test = self._draw(config.task.test_problems, _TEST, 0)
 
   def _draw(self, count: int, *purpose: int) -> Graphs:
@@ -223,9 +232,10 @@ class Study:
     """The training graphs of a seed."""
     return self._draw(self.config.task.train_problems, _TRAIN, seed)
 
-  def _cell(self, name: str, sections, make) -> dict:
+  def _cell(self, name: str, sections: Sequence[str], make: Callable[[], dict]) -> dict:
     """The cell's JSON: from the disk if it is of these settings, else made."""
-    plain = config_schema.plain(self.config, ("task", *sections))
+    leaves = config_schema.plain(self.config, ("seed", "task", *sections))
+    plain = {leaf: value for leaf, value in leaves.items() if config_schema.changes_results(leaf)}
     key = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
     path = self.folder / "cells" / f"{name}.json"
     if path.exists():
@@ -244,13 +254,14 @@ class Study:
     logging.info("%s: %.0f s.", name, made["seconds"])
     return made
 
-  def _keep(self, name: str, params) -> None:
+  def _keep(self, name: str, params: Params) -> None:
+    """Writes weights, layers stacked."""
     path = self.folder / "weights" / f"{name}.npz"
     with writing(path):
       path.parent.mkdir(parents=True, exist_ok=True)
       temporary = path.parent / f"{path.name}.tmp"
       with temporary.open("wb") as file:
-        np.savez(file, *map(np.asarray, jax.tree.leaves(params)))
+        np.savez(file, *map(np.asarray, jax.tree.leaves(layer_stacking.stack(params))))
       temporary.replace(path)
 
   def weights(self, cell: str):
@@ -273,67 +284,96 @@ class Study:
       leaves = [jnp.asarray(found[key]) for key in found.files]
     return jax.tree.unflatten(jax.tree.structure(self.model.abstract_params()), leaves)
 
-  @functools.cached_property
-  def _sft(self):
-    loss = functools.partial(sft_loss, self.model, self.num_prompt)
-    return make_training(loss, self.config.sft, self.config.sft.max_steps)
+  def _batches(self, section, examples: Sequence[Example], *, num_steps: int, seed: int | None) -> Batches:
+    """The first `num_steps` batches of passes over the examples; without a seed in their order."""
+    return Batches(
+      examples,
+      [str(number) for number in range(len(examples))],
+      schedule=Schedule(
+        batch_size=section.batch_size,
+        num_epochs=math.ceil(num_steps * section.batch_size / len(examples)),
+        max_steps=num_steps,
+        seed=seed,
+      ),
+      row_length=section.row_length,
+      rows_multiple_of=section.grad_accum_steps * device_mesh.row_shards(self.mesh),
+    )
 
-  @functools.cached_property
-  def _dpo(self):
-    section = self.config.dpo
-    loss = functools.partial(dpo_loss, self.model, self.num_prompt, section.beta, section.nll_weight)
-    return make_training(loss, self.config.dpo, self.config.dpo.max_steps)
+  def _fit(self, name: str, params: Params, *, section, objective, batches: Batches, after_step=None) -> Params:
+    """Trains with the project's loop; a cell that is stopped starts over, so no checkpoints are written."""
+    run = loop.Run(
+      name=name,
+      section=section,
+      model=self.model,
+      objective=objective,
+      batches=batches,
+      mesh=self.mesh,
+      folder=self._training_folder(name),
+      resumable=False,
+      after_step=after_step,
+    )
+    return loop.fit(run, params)[0]
+
+  def _training_folder(self, name: str) -> epath.Path:
+    return self.folder / "training" / name
 
   def base(self) -> dict:
     """Pretrains the base: tours first, then walks."""
     return self._cell("base", ("pretrain",), self._make_base)
 
   def _make_base(self) -> dict:
-    section, rng = self.config.pretrain, np.random.default_rng([_BASE, 0])
-    num_steps, size = section.num_problems // section.batch_size, section.batch_size
-    loss = functools.partial(sft_loss, self.model, self.num_prompt)
-    init, run = make_training(loss, section, num_steps)
-    params = jax.jit(self.model.init)(jax.random.key(0))
-    state, of_tours = init(params), round(num_steps * section.random_step_fraction)
-    for first, last in [
-      *_parts(of_tours, 100),
-      *((of_tours + a, of_tours + b) for a, b in _parts(num_steps - of_tours, 100)),
-    ]:
-      kind = star_graph.tours if first < of_tours else star_graph.walks
-      graphs = self._draw((last - first) * size, _BASE, first)
-      token_NT = np.concatenate(kind(rng, graphs), axis=1).astype(np.int32)
-      params, state, loss_S = run(params, state, (token_NT.reshape(last - first, size, -1),))
-      logging.info("base: step %d of %d, loss %.3f.", last, num_steps, float(loss_S[-1]))
+    section = self.config.pretrain
+    num_steps = section.num_problems // section.batch_size
+    batches = self._batches(section, self._documents(num_steps), num_steps=num_steps, seed=None)
+    objective = objectives.make_sft(self.model, section.logit_chunk)
+    start = jax.jit(self.model.init)(jax.random.key(self.config.seed))
+    params = self._fit("base", start, section=section, objective=objective, batches=batches)
     self._keep("base", params)
     return {"parameters": self.model.config.num_params, "test": measure(self.model, params, self.test)}
+
+  def _documents(self, num_steps: int) -> list[Example]:
+    """What the base reads, in order: tours for the first `random_step_fraction` of the steps, then walks."""
+    section, rng = self.config.pretrain, np.random.default_rng([_BASE, 0])
+    num_tour_steps = round(num_steps * section.random_step_fraction)
+    examples = []
+    for kind, begin, end in ((star_graph.tours, 0, num_tour_steps), (star_graph.walks, num_tour_steps, num_steps)):
+      for first in range(begin, end, _DRAWN_STEPS):
+        count = (min(first + _DRAWN_STEPS, end) - first) * section.batch_size
+        examples += response_examples(*kind(rng, self._draw(count, _BASE, first)))
+    return examples
 
   def sft(self, seed: int) -> dict:
     """SFT of one seed, far beyond memorisation, measured every `star_graph.every_steps` steps."""
     self.base()
-    return self._cell(f"sft_{seed}", ("pretrain", "sft", "star_graph"), lambda: self._make_sft(seed))
+    return self._cell(f"sft_{seed}", ("pretrain", "sft", "star_graph"), functools.partial(self._make_sft, seed))
 
   def _make_sft(self, seed: int) -> dict:
-    section, marks, graphs = self.config.sft, self.config.star_graph, self.train_set(seed)
-    token_NT = np.concatenate([star_graph.prompt_ids(graphs), star_graph.solution_ids(graphs)], axis=1).astype(np.int32)
-    order = _stream(np.random.default_rng([_ORDER, seed]), len(graphs), section.max_steps * section.batch_size)
-    order = order.reshape(section.max_steps, section.batch_size)
+    section, graphs = self.config.sft, self.train_set(seed)
+    examples = response_examples(star_graph.prompt_ids(graphs), star_graph.solution_ids(graphs))
+    batches = self._batches(section, examples, num_steps=section.max_steps, seed=seed)
     params = self._kept("base")
     if params is None:
       self._make_base()
       params = self._kept("base")
-    init, run = self._sft
-    state = init(params)
-    stops = sorted({0, section.max_steps, *self.checkpoints, *range(0, section.max_steps, marks.every_steps)})
-    curve = [self._point(0, params, graphs)]
-    for first, last in zip([0, *stops], stops, strict=False):
-      if last > first:
-        params, state, _ = run(params, state, (token_NT[order[first:last]],))
-        curve.append(self._point(last, params, graphs))
-      if last in self.checkpoints:
-        self._keep(f"sft_{seed}_{last}", params)
+    curve = []
+    measured = {*self._measured_steps(section.max_steps), *self.checkpoints}
+
+    def look(step: int, params: Params) -> None:
+      if step in measured:
+        curve.append(self._point(step, params, graphs))
+      if step in self.checkpoints:
+        self._keep(f"sft_{seed}_{step}", params)
+
+    look(0, params)
+    objective = objectives.make_sft(self.model, section.logit_chunk)
+    self._fit(f"sft_{seed}", params, section=section, objective=objective, batches=batches, after_step=look)
     return {"seed": seed, "curve": curve}
 
-  def _point(self, step: int, params, graphs: Graphs) -> dict:
+  def _measured_steps(self, num_steps: int) -> list[int]:
+    """Every `star_graph.every_steps`-th step from 0 on, and the last."""
+    return sorted({*range(0, num_steps, self.config.star_graph.every_steps), num_steps})
+
+  def _point(self, step: int, params: Params, graphs: Graphs) -> dict:
     train = measure(self.model, params, graphs.take(slice(_MEASURED)))
     return {"step": step, "train": train, "test": measure(self.model, params, self.test)}
 
@@ -341,44 +381,48 @@ class Study:
     """Per-step DPO from one checkpoint."""
     self.sft(seed)
     sections = ("pretrain", "sft", "star_graph", "sample", "dpo")
-    return self._cell(f"dpo_{seed}_{checkpoint}", sections, lambda: self._make_dpo(seed, checkpoint))
+    make = functools.partial(self._make_dpo, seed, checkpoint)
+    return self._cell(f"dpo_{seed}_{checkpoint}", sections, make)
 
-  def pairs(self, params, graphs: Graphs, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """(problem, token id of the wrong node, reference log-probs of chosen and rejected) of each pair, [P] each."""
-    how = self.config.sample
-    logp_NS, _, critical_NV = force(self.model, params, graphs)
-    share_NV = np.exp((critical_NV - critical_NV.max(axis=1, keepdims=True)).astype(np.float64) / how.temperature)
+  def pairs(self, params: Params, graphs: Graphs, rng: np.random.Generator) -> CriticalPairs:
+    """The pairs that `sample.num_traces` responses of the policy to each graph give; equal ones count once."""
+    section = self.config.sample
+    forced = force(self.model, params, graphs)
+    scaled_NV = forced.critical_NV - forced.critical_NV.max(axis=1, keepdims=True)
+    share_NV = np.exp(scaled_NV.astype(np.float64) / section.temperature)
     below_NV = np.cumsum(share_NV / share_NV.sum(axis=1, keepdims=True), axis=1)[:, :-1]
-    drawn_NK = np.sum(rng.random((len(graphs), how.num_traces, 1)) >= below_NV[:, None], axis=-1)
+    drawn_NK = np.sum(rng.random((len(graphs), section.num_traces, 1)) >= below_NV[:, None], axis=-1)
     right_N = star_graph.tokens(graphs.path_NL[:, 1])
     problem_W, k_W = np.nonzero(drawn_NK != right_N[:, None])
-    pair_P2 = np.unique(np.stack([problem_W, drawn_NK[problem_W, k_W]], axis=1), axis=0)
-    problem_P, wrong_P = pair_P2.T
-    return problem_P, wrong_P, logp_NS[problem_P, 1:].sum(axis=1), critical_NV[problem_P, wrong_P]
+    problem_P, wrong_P = np.unique(np.stack([problem_W, drawn_NK[problem_W, k_W]], axis=1), axis=0).T
+    ref_chosen_P = forced.logp_NS[problem_P, 1:].sum(axis=1)
+    return CriticalPairs(problem_P, wrong_P, ref_chosen_P, forced.critical_NV[problem_P, wrong_P])
 
   def _make_dpo(self, seed: int, checkpoint: int) -> dict:
-    section, graphs = self.config.dpo, self.train_set(seed)
+    name, section, graphs = f"dpo_{seed}_{checkpoint}", self.config.dpo, self.train_set(seed)
     params = self._kept(f"sft_{seed}_{checkpoint}")
     if params is None:
       self._make_sft(seed)
       params = self._kept(f"sft_{seed}_{checkpoint}")
-    rng = np.random.default_rng([_DRAWS, seed, checkpoint])
-    problem_P, *columns = self.pairs(params, graphs, rng)
-    curve = [{**self._point(0, params, graphs), "dpo_loss": round(float(np.log(2)), 5)}]
-    found = {"seed": seed, "checkpoint": checkpoint, "pairs": len(problem_P), "curve": curve}
-    if len(problem_P) == 0:
-      return found
-    token_NT = np.concatenate([star_graph.prompt_ids(graphs), star_graph.solution_ids(graphs)], axis=1).astype(np.int32)
-    order = _stream(rng, len(problem_P), section.max_steps * section.batch_size)
-    order = order.reshape(section.max_steps, section.batch_size)
-    init, run = self._dpo
-    state = init(params)
-    for first, last in _parts(section.max_steps, self.config.star_graph.every_steps):
-      at = order[first:last]
-      batch = (token_NT[problem_P[at]], columns[0][at].astype(np.int32), columns[1][at], columns[2][at])
-      params, state, loss_S = run(params, state, batch)
-      curve.append({**self._point(last, params, graphs), "dpo_loss": round(float(np.mean(loss_S)), 5)})
-    return found
+    pairs = self.pairs(params, graphs, np.random.default_rng([_DRAWS, seed, checkpoint]))
+    curve = [{**self._point(0, params, graphs), "dpo_loss": round(math.log(2), 5)}]
+    cell = {"seed": seed, "checkpoint": checkpoint, "pairs": len(pairs.problem_P), "curve": curve}
+    if not cell["pairs"]:
+      return cell
+    batches = self._batches(section, pair_examples(graphs, pairs), num_steps=section.max_steps, seed=seed)
+    measured = self._measured_steps(section.max_steps)
+
+    def look(step: int, params: Params) -> None:
+      if step in measured:
+        curve.append(self._point(step, params, graphs))
+
+    objective = dpo_objective(self.model, section, batches.shape.branches)
+    self._fit(name, params, section=section, objective=objective, batches=batches, after_step=look)
+    metrics = (self._training_folder(name) / "metrics.jsonl").read_text().splitlines()
+    loss_T = [json.loads(line)["loss/per_pair"] for line in metrics]
+    for before, point in zip(curve, curve[1:], strict=False):
+      point["dpo_loss"] = round(float(np.mean(loss_T[before["step"] : point["step"]])), 5)
+    return cell
 
 
 def run(config, workdir: epath.PathLike) -> dict:

@@ -49,7 +49,9 @@ def rollout_counts(mdp, policy, rollouts: int, repeats: int, seed: int):
   q, counts = [], []
   for steps, value_XP in enumerate(reasoning_mdp.values(mdp, policy)[:-1]):
     x, prefix = (index[..., None] for index in np.indices(value_XP.shape).reshape(2, -1))
-    response = reasoning_mdp.sample(mdp, policy, x, np.repeat(prefix, rollouts * repeats, axis=1), steps, rng)
+    response = reasoning_mdp.sample(
+      mdp, policy, x, prefix_N=np.repeat(prefix, rollouts * repeats, axis=1), steps=steps, rng=rng
+    )
     counts.append(mdp.right_XN[x, response].reshape(-1, repeats, rollouts).sum(axis=-1))
     q.append(value_XP.reshape(-1))
   return np.concatenate(q), np.concatenate(counts)
@@ -61,9 +63,11 @@ class ReasoningMDPTest(parameterized.TestCase):
     # helps a wrong answer on track.
     keep = np.array([[reasoning_mdp.ANY, 1, 0]])
     on_track = np.array([[0, 0, 1, 0, 0, 0, 1, 0]], bool)  # 010 and 110
-    np.testing.assert_array_equal(reasoning_mdp.make(keep, 2, 0.0, np.random.default_rng(0)).right_XN, on_track)
+    np.testing.assert_array_equal(
+      reasoning_mdp.make(keep, 2, luck=0.0, rng=np.random.default_rng(0)).right_XN, on_track
+    )
     off_track = np.array([[1, 1, 0, 0, 1, 1, 0, 0]], bool)  # 00a and 10a
-    lucky = reasoning_mdp.make(keep, 2, 1.0, np.random.default_rng(0))
+    lucky = reasoning_mdp.make(keep, 2, luck=1.0, rng=np.random.default_rng(0))
     np.testing.assert_array_equal(lucky.right_XN, on_track | off_track)
     np.testing.assert_array_equal(lucky.actions(np.array([2, 6])), [[0, 1, 0], [1, 1, 0]])
     np.testing.assert_array_equal(lucky.prefix(np.array([2, 6]), 2), [1, 3])
@@ -85,7 +89,8 @@ class ReasoningMDPTest(parameterized.TestCase):
     for one, other in zip(reasoning_mdp.values(mdp, short), reasoning_mdp.values(mdp, long), strict=True):
       np.testing.assert_allclose(one, other, rtol=1e-12)
     draws = [
-      reasoning_mdp.sample(mdp, p, np.arange(3), np.zeros(3, int), 0, np.random.default_rng(1)) for p in (short, long)
+      reasoning_mdp.sample(mdp, p, np.arange(3), prefix_N=np.zeros(3, int), steps=0, rng=np.random.default_rng(1))
+      for p in (short, long)
     ]
     np.testing.assert_array_equal(*draws)
 
@@ -94,7 +99,9 @@ class ReasoningMDPTest(parameterized.TestCase):
     mdp, policy = small()
     num = 30_000
     x = np.arange(PROBLEMS)[:, None]
-    drawn = reasoning_mdp.sample(mdp, policy, x, np.zeros((1, num), int), 0, np.random.default_rng(0))
+    drawn = reasoning_mdp.sample(
+      mdp, policy, x, prefix_N=np.zeros((1, num), int), steps=0, rng=np.random.default_rng(0)
+    )
     share = np.stack([np.bincount(row, minlength=ACTIONS**STEPS) for row in drawn]) / num
     expected = np.ones((PROBLEMS, 1))
     for step in policy:

@@ -203,7 +203,7 @@ class ToyTest(absltest.TestCase):
       rows = list(csv.DictReader(io.StringIO(table.read_text())))
       self.assertTrue(all(math.isfinite(float(row["count" if name == "1" else "mean"])) for row in rows))
       if name == "1":
-        sample = of.stage(grid.Cell(32, 1, methods.parse("rft", self.config)), "sample")
+        sample = of.stage(grid.Cell(32, 1, methods.resolve(self.config, "rft")), "sample")
         told = {row["what"]: float(row["count"]) for row in rows}
         self.assertEqual((told["traces"], told["right"]), (sample["traces"], sample["reasons"].get("right", 0)))
       if name == "samples":  # more samples never make "any of k" worse

@@ -4,12 +4,13 @@ import functools
 import itertools
 import json
 import pathlib
+import shutil
 import tempfile
 
 import jax
 import numpy as np
 import pytest
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from configs import star_graph as star_config
 from synthneg_jax.core.tree import Branch, Tree
@@ -93,7 +94,8 @@ class ValuesTest(absltest.TestCase):
     # Fails if a right node is rejected, equal pairs count twice, or reference and policy score other tokens than the pair's.
     made, params = study()
     graphs = made.train_set(0)
-    problem_P, wrong_P, chosen_P, rejected_P = made.pairs(params, graphs, np.random.default_rng(0))
+    pairs = made.pairs(params, graphs, np.random.default_rng(0))
+    problem_P, wrong_P = pairs.problem_P, pairs.wrong_P
     self.assertNotEmpty(problem_P)
     self.assertLen({*zip(problem_P, wrong_P, strict=True)}, len(problem_P))
     self.assertFalse(np.any(wrong_P == star_graph.tokens(graphs.path_NL[problem_P, 1])))
@@ -105,43 +107,87 @@ class ValuesTest(absltest.TestCase):
         Tree(trunk, (Branch(len(trunk), solution_NS[problem, 1:].tolist()), Branch(len(trunk), [int(wrong)])))
       )
     logp_P2 = by_tree(made.model, params, trees)
-    np.testing.assert_allclose(np.stack([chosen_P, rejected_P], axis=1), logp_P2, atol=1e-4)
-    token_PT = np.concatenate([prompt_NC, solution_NS], axis=1).astype(np.int32)[problem_P]
-    rejected_ids = wrong_P.astype(np.int32)
-    loss = jax.jit(functools.partial(star_graph_study.dpo_loss, made.model, made.num_prompt, 0.5, 0.0))
-    self.assertAlmostEqual(float(loss(params, token_PT, rejected_ids, chosen_P, rejected_P)), np.log(2), places=4)
+    np.testing.assert_allclose(np.stack([pairs.ref_chosen_P, pairs.ref_rejected_P], axis=1), logp_P2, atol=1e-4)
     margin_P = logp_P2[:, 0] - logp_P2[:, 1]
-    wanted = np.mean(np.log1p(np.exp(-0.5 * margin_P)))
-    self.assertAlmostEqual(float(loss(params, token_PT, rejected_ids, 0 * chosen_P, 0 * rejected_P)), wanted, places=3)
+    zeros_P = 0 * pairs.ref_chosen_P
+    no_reference = pairs._replace(ref_chosen_P=zeros_P, ref_rejected_P=zeros_P)
+    nll = -np.mean(logp_P2[:, 0]) / 3  # critical node, leaf, EOS
+    for used, wanted in ((pairs, np.log(2)), (no_reference, np.mean(np.log1p(np.exp(-0.5 * margin_P))))):
+      for nll_weight in (0.0, 2.0):
+        loss = loss_of(made, params, star_graph_study.pair_examples(graphs, used), nll_weight)
+        self.assertAlmostEqual(loss, wanted + nll_weight * nll, places=3)
+
+
+def loss_of(made, params, examples, nll_weight: float) -> float:
+  """The study's DPO objective with beta 0.5 of pairs packed into one batch."""
+  section = config(**{"dpo.beta": 0.5, "dpo.nll_weight": nll_weight}).dpo
+  batch = batch_lib.build(examples, shape := batch_lib.measure(examples, section.row_length))
+  objective = star_graph_study.dpo_objective(made.model, section, shape.branches)
+  return float(jax.jit(objective)(params, batch)[0])
 
 
 class StudyTest(absltest.TestCase):
-  def test_end_to_end_and_again(self):
-    # Fails if a cell is not taken from its file, if one that is made again from scratch differs, or if files are missing.
-    workdir = pathlib.Path(tempfile.mkdtemp()) / "run"
-    result = star_graph_study.run(config(), workdir)
-    self.assertEqual(result["seeds"], 2)
-    self.assertEqual(set(result["dpo"]), {"0", "2", "4"})
-    self.assertEqual(result["sft"]["step"], [0, 2, 4])
-    self.assertLess(result["sft"]["train/loss"][-1][0], result["sft"]["train/loss"][0][0])
+  """All cells at toy size, made once; what each training read is kept."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.config = config(**{"star_graph.under_trained": (2,)})
+    cls.workdir = pathlib.Path(tempfile.mkdtemp()) / "run"
+    cls.batches, fit = {}, star_graph_study.Study._fit
+
+    def spy(self, name, params, **kwargs):
+      cls.batches[name] = kwargs["batches"]
+      return fit(self, name, params, **kwargs)
+
+    with absltest.mock.patch.object(star_graph_study.Study, "_fit", spy):
+      cls.result = star_graph_study.run(cls.config, cls.workdir)
+
+  def test_end_to_end(self):
+    # Fails if a cell, a measurement or a file is missing, or if SFT trains on other responses.
+    self.assertEqual(self.result["seeds"], 2)
+    self.assertEqual(set(self.result["dpo"]), {"2", "4"})
+    self.assertEqual(self.result["sft"]["step"], [0, 2, 4])
+    self.assertLess(self.result["sft"]["train/loss"][-1][0], self.result["sft"]["train/loss"][0][0])
     for suffix in ("json", "csv", "png", "svg"):
-      self.assertTrue((workdir / f"report/star_graph.{suffix}").exists(), suffix)
-    self.assertIn("under-trained", (workdir / "report/star_graph.svg").read_text())
-    cell, weights = workdir / "cells/dpo_1_2.json", workdir / "weights/sft_1_2.npz"
+      self.assertTrue((self.workdir / f"report/star_graph.{suffix}").exists(), suffix)
+    self.assertIn("under-trained", (self.workdir / "report/star_graph.svg").read_text())
+
+  def test_made_again(self):
+    # Fails if a cell is not taken from its file, or if one that is made again from scratch differs.
+    cell, weights = self.workdir / "cells/dpo_1_2.json", self.workdir / "weights/sft_1_2.npz"
     before = json.loads(cell.read_text())
     cell.unlink()
     weights.unlink()
-    stamps = {path.name: path.stat().st_mtime_ns for path in (workdir / "cells").iterdir()}
-    self.assertEqual(star_graph_study.run(config(), workdir)["dpo"], result["dpo"])
+    stamps = {path.name: path.stat().st_mtime_ns for path in (self.workdir / "cells").iterdir()}
+    self.assertEqual(star_graph_study.run(self.config, self.workdir)["dpo"], self.result["dpo"])
     after = json.loads(cell.read_text())
     self.assertEqual({**after, "seconds": 0}, {**before, "seconds": 0})
     self.assertEqual(
-      {path.name: path.stat().st_mtime_ns for path in (workdir / "cells").iterdir() if path != cell}, stamps
+      {path.name: path.stat().st_mtime_ns for path in (self.workdir / "cells").iterdir() if path != cell}, stamps
     )
+    other = config(**{"star_graph.under_trained": (2,), "dpo.beta": 0.7})
     with self.assertRaisesRegex(UserError, "other settings"):
-      star_graph_study.run(config(**{"dpo.beta": 0.7}), workdir)
+      star_graph_study.run(other, self.workdir)
 
-  def test_sft_learns_its_problems_by_heart(self):
+  def test_base_reads_tours_then_walks(self):
+    # Fails if the curriculum is shuffled, or its share of tours is another.
+    nodes, base = self.config.task.star_graph.path_nodes, self.batches["base"]
+    self.assertEqual(base.num_steps, 4)
+    self.assertEqual(sum(map(base.keys, range(4)), []), [str(i) for i in range(4 * 64)])
+    scored = [float(base.build(step).num_scored) for step in range(4)]
+    self.assertEqual(scored, [64 * 2 * nodes] * 3 + [64 * (nodes + 1)])
+
+  def test_dpo_loss_is_told_of_the_steps_before_its_point(self):
+    # Fails if a point's loss is a mean over other updates than those since the point before, or another metric.
+    cell = json.loads((self.workdir / "cells/dpo_0_2.json").read_text())
+    lines = (self.workdir / "training/dpo_0_2/metrics.jsonl").read_text().splitlines()
+    loss_T = [json.loads(line)["loss/per_pair"] for line in lines]
+    self.assertEqual([point["step"] for point in cell["curve"]], [0, 2, 4])
+    told = [point["dpo_loss"] for point in cell["curve"]]
+    np.testing.assert_allclose(told, [np.log(2), np.mean(loss_T[:2]), np.mean(loss_T[2:])], atol=1e-5)
+
+  def test_sft_memorises_its_problems(self):
     # Fails if batches hold other responses than their prompts', or if training does not start where the base ends.
     few = config(**{"task.train_problems": 4, "sft.max_steps": 150, "sft.optimizer.learning_rate": 0.01,
                     "star_graph.every_steps": 150, "star_graph.over_trained": (150,)})  # fmt: skip
@@ -155,6 +201,23 @@ class StudyTest(absltest.TestCase):
     for changes in ({"star_graph.over_trained": (9,)}, {"star_graph.seeds": 1}, {"task.name": "arithmetic"}):
       with self.assertRaisesRegex(UserError, next(iter(changes)).replace(".", r"\.")):
         star_graph_study.Study(config(**changes), tempfile.mkdtemp())
+
+
+class PublishedTest(parameterized.TestCase):
+  @parameterized.parameters(("", "."), ("plan", "plan"))
+  def test_published_cells_are_of_the_configs_in_the_repository(self, arg, folder):
+    # Fails if a config is changed, or a cell lost or edited, so that docs/star_graph.md tells of something else: a cell of
+    # other settings is refused, and one that is missing would be made here.
+    published = pathlib.Path(__file__).parents[3] / "docs" / "star_graph" / folder
+    workdir = pathlib.Path(tempfile.mkdtemp())
+    (workdir / "cells").mkdir()
+    for path in published.glob("*_*.json"):
+      shutil.copy(path, workdir / "cells")
+    shutil.copy(published / "base.json", workdir / "cells")
+    with absltest.mock.patch.object(star_graph_study.Study, "_fit", side_effect=AssertionError("a cell is missing")):
+      star_graph_study.run(star_config.get_config(arg), workdir)
+    for name in ("star_graph.json", "star_graph.csv"):
+      self.assertEqual((workdir / "report" / name).read_text(), (published / name).read_text())
 
 
 @pytest.mark.long
