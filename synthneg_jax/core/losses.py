@@ -167,6 +167,14 @@ def dpop_loss(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, beta: float
   return jax.nn.softplus(-beta * (h_P - penalty * fallen_P))
 
 
+# The choices of dpo.loss: each loss with the leaves of section `dpo` that it takes as arguments.
+PREFERENCE_LOSSES = {
+  "dpo": (dpo_loss, ("beta", "label_smoothing")),
+  "ipo": (ipo_loss, ("tau",)),
+  "dpop": (dpop_loss, ("beta", "penalty")),
+}
+
+
 def advantage_weighted_loss(
   logp_S: jax.Array, advantage_S: jax.Array, *, temperature: float, max_weight: float
 ) -> jax.Array:

@@ -3,6 +3,7 @@
 The *first pit* is the earliest step from which the policy no longer recovers; `first_pit` has the rules that make this
 precise. Functions take one response of S steps and are meant to be `vmap`ed; `known_S` says which steps have an estimate,
 and no rule picks a step without one.
+A new rule is also a choice of pairs.pit_rule in runtime/config_schema.py, which says which schedules leave it enough values.
 """
 
 import jax

@@ -1,4 +1,7 @@
-"""Attention over packed trees, and over a lane's trunk and its slots' suffixes. Rotary positions."""
+"""Attention over packed trees, and over a lane's trunk and its slots' suffixes. Rotary positions.
+
+Which token attends to which is decided in core/tree.py (`attention_mask`).
+"""
 
 import dataclasses
 import functools

@@ -1,5 +1,7 @@
 """Stage credit: step-level Q. From every step's prefix of a trace, rollouts of π_sft, counted right or not.
 
+Counts become values in core/advantages.py.
+
 One prefill of prompt and trace serves all its prefixes: a rollout is a branch that forks at a step's end. The last step
 has no rollouts: its value is the trace's verdict. Equal prefixes of a problem are estimated once. Which prefixes get
 rollouts is credit.schedule's to say (core/rollout_schedules.py), round by round where it depends on what came out.

@@ -44,11 +44,8 @@ def _start_check(dtype: str, plan: batches.Batches):
 
 def _loss(section):
   """The preference loss of the config, with its settings."""
-  if section.loss == "ipo":
-    return functools.partial(losses.ipo_loss, tau=section.tau)
-  if section.loss == "dpop":
-    return functools.partial(losses.dpop_loss, beta=section.beta, penalty=section.penalty)
-  return functools.partial(losses.dpo_loss, beta=section.beta, label_smoothing=section.label_smoothing)
+  loss, leaves = losses.PREFERENCE_LOSSES[section.loss]
+  return functools.partial(loss, **{leaf: section[leaf] for leaf in leaves})
 
 
 def _sampler_gap(experiment: Experiment, policy: Policy, pairs: Sequence[Pair], store: reference.Store) -> float:

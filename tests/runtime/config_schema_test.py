@@ -6,9 +6,11 @@ import re
 
 from absl.testing import absltest, parameterized
 
+from synthneg_jax.core import losses, rollout_schedules
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.config_schema import LEAVES, Leaf
 from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.tasks import generated
 
 
 def is_number(value) -> bool:
@@ -105,6 +107,12 @@ class SchemaTest(parameterized.TestCase):
       self.assertFalse(config_schema.changes_results(name), name)
     for name in ("seed", "dpo.beta", "task.path", "credit.endpoint.model", "sample.num_traces", "model.max_length"):
       self.assertTrue(config_schema.changes_results(name), name)
+
+  def test_choices_are_what_the_code_knows(self):
+    # Fails if a loss, a schedule or a task is added to the code and not to the schema, or the other way round.
+    self.assertEqual(LEAVES["dpo.loss"].choices, tuple(losses.PREFERENCE_LOSSES))
+    self.assertEqual(set(LEAVES["credit.schedule"].choices), set(rollout_schedules.SCHEDULES))
+    self.assertContainsSubset(generated.TASKS, LEAVES["task.name"].choices)
 
   def test_help_text(self):
     # Fails if a section's leaf, its default, range, unit or sentence is missing, or if another section is shown.

@@ -1,6 +1,7 @@
 """Drawings of studies: error against problems, against a setting, bars, distributions, Q by step; each also a table.
 
-Points are means over seeds, thin dots single seeds, and error bars 95 % bootstrap intervals. Ink and mode as in figures.py.
+Points are means over seeds, thin dots single seeds, and error bars 95 % bootstrap intervals. Ink and mode as in
+report/figures.py. Which figure is drawn by what is in figure.py.
 """
 
 import csv
