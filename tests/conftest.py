@@ -1,11 +1,26 @@
-"""Eight forced CPU devices, strict rank promotion, and NaN checks for every test."""
+"""Eight forced CPU devices, strict rank promotion and NaN checks for every test; compiled programs are kept on disk.
 
+The cache of compiled programs is shared by the workers of a run, by the programs that tests start, and by later runs. After
+each module a worker drops its own programs, so that its memory does not grow with the suite.
+"""
+
+import ctypes
+import gc
 import os
+import pathlib
+import subprocess
 import tempfile
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["TFDS_DATA_DIR"] = os.path.join(tempfile.gettempdir(), "synthneg_jax_tests_tfds")  # not a user's own
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+CACHE = pathlib.Path(__file__).parents[1] / "build" / "test_xla_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 << 30))  # bytes; the least recently used programs go
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
 
@@ -15,10 +30,44 @@ jax.config.update("jax_debug_nans", True)
 
 def pytest_addoption(parser):
   parser.addoption("--long", action="store_true", help="also run what takes full size or hours")
+  parser.addoption("--fast", action="store_true", help="leave out what is marked slow; no test may start a process")
 
 
 def pytest_collection_modifyitems(config, items):
-  if not config.getoption("--long"):
-    deselected = [item for item in items if item.get_closest_marker("long")]
-    config.hook.pytest_deselected(items=deselected)
-    items[:] = [item for item in items if not item.get_closest_marker("long")]
+  """Leaves out what was not asked for; modules that take longest come first, so that no worker ends with one alone."""
+  left_out = set() if config.getoption("--long") else {"long"}
+  left_out |= {"slow", "browser"} if config.getoption("--fast") else set()
+  deselected = [item for item in items if any(map(item.get_closest_marker, left_out))]
+  config.hook.pytest_deselected(items=deselected)
+  kept = [item for item in items if not any(map(item.get_closest_marker, left_out))]
+  items[:] = sorted(kept, key=_rank)
+
+
+_LONGEST = ()
+
+
+def _rank(item) -> int:
+  name = item.nodeid.partition("::")[0].removeprefix("tests/")
+  return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_programs():
+  yield
+  jax.clear_caches()
+  gc.collect()
+  try:
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+  except (OSError, AttributeError):  # not glibc
+    pass
+
+
+@pytest.fixture(autouse=True)
+def _no_processes(request, monkeypatch):
+  """Under --fast, a test that starts a process fails."""
+  if request.config.getoption("--fast"):
+
+    def refuse(self, args, *rest, **kwargs):
+      raise RuntimeError(f"This test starts a process ({args}); mark it slow.")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)

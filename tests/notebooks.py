@@ -108,6 +108,14 @@ def executed(
   return notebook
 
 
+def without_bars(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+  """The notebook without what progress bars drew as text, changed in place."""
+  for cell in notebook.cells:
+    if cell.get("outputs"):
+      cell.outputs = [output for output in cell.outputs if not output.get("text", "").startswith("\r")]
+  return notebook
+
+
 def write(name: str, run: bool) -> None:
   """Brings one notebook and its script up to date, and runs it if asked to."""
   notebook, path = with_derived(name), FOLDER / f"{name}.ipynb"
@@ -119,7 +127,7 @@ def write(name: str, run: bool) -> None:
   if run:
     start, of_kernels = time.time(), lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     before = of_kernels()
-    notebook = executed(notebook)
+    notebook = without_bars(executed(notebook))
     print(f"{name}: {time.time() - start:.0f} s, {of_kernels() - before:.0f} s of processors")
   elif path.exists():
     notebook = combine.combine_inputs_with_outputs(notebook, nbformat.read(path, as_version=4))

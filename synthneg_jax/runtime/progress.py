@@ -56,8 +56,8 @@ class Progress:
     self._notes = notes
     self._first = self._first or (now, self._done)
     if self._bar:
+      self._bar.set_postfix({name: f"{value:.4g}" for name, value in notes.items()}, refresh=False)
       self._bar.update(count)
-      self._bar.set_postfix({name: f"{value:.4g}" for name, value in notes.items()})
     elif now - self._said > self._every_s:
       self._say(now)
 

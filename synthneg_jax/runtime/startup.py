@@ -154,6 +154,7 @@ def in_notebook() -> None:
   warnings.filterwarnings(
     "ignore", message=r"os\.fork\(\) was called"
   )  # by cells that run a shell, which share nothing
+  warnings.filterwarnings("ignore", message="IProgress not found")  # a bar of text does without ipywidgets
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   _keep_compiled(os.path.expanduser(os.path.join("~", ".cache", "synthneg_jax", "xla")))
