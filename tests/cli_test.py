@@ -17,6 +17,8 @@ from absl.testing import absltest, parameterized
 
 from synthneg_jax import cli
 
+pytestmark = pytest.mark.slow  # starts processes
+
 ROOT = pathlib.Path(__file__).parents[1]
 SYNTHNEG = [sys.executable, "-m", "synthneg_jax.cli"]
 

@@ -43,7 +43,21 @@ def pytest_collection_modifyitems(config, items):
   items[:] = sorted(kept, key=_rank)
 
 
-_LONGEST = ()
+_LONGEST = (  # modules by their seconds, the longest first
+  "pipeline/stages_test.py",
+  "pipeline/pods_test.py",
+  "experiments/scaling/study_test.py",
+  "preflight/preflight_test.py",
+  "notebooks_test.py",
+  "training/preemption_test.py",
+  "pipeline/export_formats_test.py",
+  "cli_test.py",
+  "training/live_metrics_test.py",
+  "experiments/star_graph/study_test.py",
+  "pipeline/synthesize_test.py",
+  "pipeline/smollm2_test.py",
+  "runtime/processes_test.py",
+)
 
 
 def _rank(item) -> int:

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import tempfile
 
+import pytest
 import yaml
 from absl.testing import absltest, parameterized
 
 from docs import generated_pages
 from synthneg_jax import cli
 from synthneg_jax.runtime import config_schema
+
+pytestmark = pytest.mark.slow  # builds the site
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]

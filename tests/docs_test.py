@@ -8,10 +8,13 @@ import shlex
 import subprocess
 import sys
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax import cli
 from synthneg_jax.runtime import config_schema
+
+pytestmark = pytest.mark.slow  # starts processes
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [

@@ -11,8 +11,11 @@ import sys
 import tempfile
 import time
 
+import pytest
 import yaml
 from absl.testing import absltest, parameterized
+
+pytestmark = pytest.mark.slow  # starts processes
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = sorted([*(ROOT / "launch").rglob("*.sh"), *(ROOT / "tests").glob("*.sh")])

@@ -15,6 +15,8 @@ from absl.testing import absltest, parameterized
 
 from tests import notebooks
 
+pytestmark = pytest.mark.slow  # runs notebooks
+
 _NAMES = notebooks.names()
 _LOGIC = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.While, ast.Try, ast.If)
 _MOST_BYTES = 500_000

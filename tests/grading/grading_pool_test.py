@@ -15,6 +15,8 @@ from synthneg_jax.grading import answers, grading_pool
 from synthneg_jax.grading.answer_scalars import Conventions
 from synthneg_jax.runtime import errors
 
+pytestmark = pytest.mark.slow  # starts processes
+
 RULES = Conventions()
 ROOT = pathlib.Path(__file__).parents[2]
 

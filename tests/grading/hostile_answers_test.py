@@ -15,6 +15,8 @@ from synthneg_jax.grading.answer_scalars import Conventions
 from synthneg_jax.grading.math_answers import grade_math
 from tests.grading import hostile_answers
 
+pytestmark = pytest.mark.slow  # starts processes
+
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDS = ("7", "x+1", r"\sqrt{2}", r"\{1,2\}", "[0,1)", "x=8")
 RULES = Conventions()

@@ -10,6 +10,7 @@ import tempfile
 
 import gguf
 import numpy as np
+import pytest
 import safetensors
 import safetensors.numpy
 import transformers
@@ -19,6 +20,8 @@ from tokenizers import pre_tokenizers
 from synthneg_jax.models import gguf_import
 from synthneg_jax.runtime.errors import UserError
 from tests.models import smollm2
+
+pytestmark = pytest.mark.slow  # starts processes
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, BLOCKS = 48, 64, 6, 2, 8, 2
 # The last of these has no role, so nothing but its type says that it is special; WHOLE is matched but not special.

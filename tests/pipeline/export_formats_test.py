@@ -10,6 +10,7 @@ import tempfile
 import types
 
 import numpy as np
+import pytest
 import tokenizers
 import transformers
 from absl.testing import absltest, parameterized
@@ -19,6 +20,8 @@ from synthneg_jax.data.token_text import TokenText
 from synthneg_jax.pipeline import credit, export_formats, import_traces, record_io
 from synthneg_jax.runtime.errors import UserError
 from tests.pipeline import small_run
+
+pytestmark = pytest.mark.slow  # starts processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 

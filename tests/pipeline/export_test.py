@@ -8,6 +8,7 @@ import tempfile
 
 import jax
 import numpy as np
+import pytest
 import safetensors.numpy
 import transformers
 from absl.testing import absltest
@@ -20,6 +21,8 @@ from tests import tiny_model
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "configs"))
 import arithmetic  # noqa: E402
+
+pytestmark = pytest.mark.slow  # trains
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 

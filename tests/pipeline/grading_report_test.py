@@ -13,6 +13,8 @@ from synthneg_jax.pipeline import grading_report
 from synthneg_jax.runtime.errors import UserError
 from tests.grading import math_answers_test
 
+pytestmark = pytest.mark.slow  # starts processes
+
 
 def problem(name: str, answer: str) -> Problem:
   made = {field.name: "" for field in dataclasses.fields(Problem)}

@@ -9,6 +9,7 @@ import tempfile
 
 import jax
 import numpy as np
+import pytest
 import safetensors.numpy
 from absl.testing import absltest
 from etils import epath
@@ -23,6 +24,8 @@ from tests import tiny_model
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "configs"))
 import arithmetic  # noqa: E402
+
+pytestmark = pytest.mark.slow  # trains
 
 
 def make_config():

@@ -17,6 +17,8 @@ from absl.testing import absltest
 
 from synthneg_jax.runtime import processes
 
+pytestmark = pytest.mark.slow  # starts processes
+
 ROOT = pathlib.Path(__file__).parents[2]
 DEVICES = 4  # of all processes together
 STAGES = "synthesize,sft,sample,credit,dpo"

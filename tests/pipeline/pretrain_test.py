@@ -6,6 +6,7 @@ import tempfile
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest
 
 from synthneg_jax.decoding.engine import Engine
@@ -17,6 +18,8 @@ from synthneg_jax.runtime import config_schema
 from synthneg_jax.tasks import arithmetic
 from tests import tiny_model
 from tests.pipeline import stages_test
+
+pytestmark = pytest.mark.slow  # starts processes
 
 
 class PretrainTest(absltest.TestCase):

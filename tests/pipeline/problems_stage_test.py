@@ -9,6 +9,7 @@ import tempfile
 import types
 from unittest import mock
 
+import pytest
 import transformers
 from absl.testing import absltest, parameterized
 
@@ -16,6 +17,8 @@ from synthneg_jax.data.records import Problem
 from synthneg_jax.pipeline import evaluate, traces, train_policy
 from synthneg_jax.runtime import config_schema, errors
 from tests.models import smollm2
+
+pytestmark = pytest.mark.slow  # starts processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.data.records import Problem, Shards, StepEstimate, Trace
@@ -11,6 +12,8 @@ from synthneg_jax.runtime import keys
 from synthneg_jax.runtime.errors import UserError
 from tests.openai_server import Server
 from tests.pipeline import small_run
+
+pytestmark = pytest.mark.slow  # trains
 
 
 def estimates(workdir) -> list[StepEstimate]:

@@ -1,6 +1,7 @@
 """Credit of a text that somebody wrote."""
 
 import numpy as np
+import pytest
 from absl.testing import absltest
 from scipy import stats
 
@@ -10,6 +11,8 @@ from synthneg_jax.pipeline.experiment import sampling
 from synthneg_jax.runtime import keys
 from synthneg_jax.runtime.errors import UserError
 from tests.pipeline import small_run
+
+pytestmark = pytest.mark.slow  # trains
 
 ROLLOUTS = 6
 

@@ -8,6 +8,7 @@ import tempfile
 
 import jax
 import numpy as np
+import pytest
 import transformers
 from absl.testing import absltest
 from etils import epath
@@ -25,6 +26,8 @@ from tests.models import smollm2
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "configs"))
 import gsm8k  # noqa: E402
+
+pytestmark = pytest.mark.slow  # a model of 135 million parameters
 
 NEW = 12  # tokens of a greedy answer
 

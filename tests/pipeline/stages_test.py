@@ -23,6 +23,8 @@ from synthneg_jax.data.records import Pair, Shards
 from synthneg_jax.pipeline import pair_logprobs
 from synthneg_jax.pipeline.experiment import Experiment
 
+pytestmark = pytest.mark.slow  # starts processes
+
 ROOT = pathlib.Path(__file__).parents[2]
 METHODS = ["base", "sft", "rft", "dpo", "step_dpo"]
 

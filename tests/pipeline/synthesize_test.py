@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 
+import pytest
 from absl.testing import absltest, parameterized
 from etils import epath
 
@@ -22,6 +23,8 @@ from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.teacher import scripted
 from tests import tiny_model
 from tests.openai_server import ROOT, Server, scripted_chat
+
+pytestmark = pytest.mark.slow  # starts processes
 
 KEY = "sk-very-secret-4711"
 

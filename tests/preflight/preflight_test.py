@@ -13,6 +13,8 @@ import sys
 import tempfile
 from unittest import mock
 
+import pytest
+
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -26,6 +28,8 @@ from synthneg_jax.preflight import cost_model, preflight
 from synthneg_jax.preflight.compiled_programs import PROGRAMS, Program, Recipe, architecture
 from synthneg_jax.runtime import config_schema, device_mesh
 from synthneg_jax.runtime.errors import UserError
+
+pytestmark = pytest.mark.slow  # compiles for TPUs
 
 SIZES = {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512}
 LENGTHS = cost_model.Lengths(prompt=12, response=24, steps=4, pass_rate=0.5)

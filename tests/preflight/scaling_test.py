@@ -17,6 +17,8 @@ from synthneg_jax.preflight import collective_traffic, cost_model, preflight
 from synthneg_jax.preflight.compiled_programs import Recipe
 from synthneg_jax.runtime import device_mesh
 
+pytestmark = pytest.mark.slow  # compiles for TPUs
+
 MODELS = ("deepseek_math_7b", "llama2_7b")
 PODS = {"v5e_64": "v5e:8x8", "v5e_256": "v5e:16x16", "v5p_128": "v5p:4x4x8", "v6e_256": "v6e:16x16"}
 STAGES = ("sft", "rft", "dpo/reference", "dpo/step_dpo", "sample", "credit")

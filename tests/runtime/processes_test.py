@@ -8,9 +8,12 @@ import tempfile
 import textwrap
 import time
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.runtime import processes
+
+pytestmark = pytest.mark.slow  # starts processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -9,11 +9,14 @@ import sys
 import termios
 from unittest import mock
 
+import pytest
 from absl import logging
 from absl.testing import absltest
 from jupyter_client.manager import start_new_kernel
 
 from synthneg_jax.runtime import processes, progress
+
+pytestmark = pytest.mark.slow  # starts processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORK = (

@@ -7,6 +7,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from etils import epath
 
@@ -24,6 +25,8 @@ from synthneg_jax.training import objectives, reference
 from synthneg_jax.training import step as step_lib
 from synthneg_jax.training.batch import Example, PairInTree, Shape
 from tests import tiny_model
+
+pytestmark = pytest.mark.slow  # compiles much
 
 # Eight heads, 32 tokens, 24 wide feed-forward: every split dimension divides by 8.
 MODEL = tiny_model.model(vocab_size=32, num_heads=8, num_kv_heads=8, head_dim=2, scan_layers=True, remat="selective")

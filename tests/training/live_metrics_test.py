@@ -12,6 +12,7 @@ import tempfile
 from unittest import mock
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from etils import epath
 from tensorboard.backend.event_processing import event_accumulator, event_file_loader
@@ -23,6 +24,8 @@ from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import loop, objectives
 from tests import tiny_model
 from tests.training import loop_test
+
+pytestmark = pytest.mark.slow  # starts processes, compiles for TPUs
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, KILLED_AT = 6, 5

@@ -11,9 +11,12 @@ import tempfile
 import time
 
 import numpy as np
+import pytest
 from absl.testing import absltest
 
 from synthneg_jax.runtime import processes
+
+pytestmark = pytest.mark.slow  # starts processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -11,6 +11,7 @@ import tempfile
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest
 from etils import epath
 from matplotlib.figure import Figure
@@ -22,6 +23,8 @@ from synthneg_jax.experiments.scaling import figure, grid, measures, methods, st
 from synthneg_jax.pipeline import train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime.errors import UserError
+
+pytestmark = pytest.mark.slow  # trains
 
 TWICE = "step_dpo_twice,pairs.pair_mode=algorithm1"
 FOLDER = TWICE.replace(",", "-")

@@ -23,6 +23,8 @@ from synthneg_jax.training import objectives
 from synthneg_jax.training.batch import Example
 from tests import tiny_model
 
+pytestmark = pytest.mark.slow  # trains
+
 
 def config(**changes):
   found = star_config.get_config("smoke")
