@@ -108,6 +108,18 @@ def executed(
   return notebook
 
 
+def without_bars(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+  """The notebook, changed in place, without the text of progress bars and tqdm's warning that it cannot draw better ones."""
+  for cell in notebook.cells:
+    for output in cell.get("outputs", ()):
+      if output.output_type == "stream":
+        bar = "\r" in output.text or "TqdmWarning" in output.text
+        output.text = "" if bar else output.text.lstrip("\n")
+    if cell.cell_type == "code":
+      cell.outputs = [output for output in cell.outputs if output.get("text") != ""]
+  return notebook
+
+
 def write(name: str, run: bool) -> None:
   """Brings one notebook and its script up to date, and runs it if asked to."""
   notebook, path = with_derived(name), FOLDER / f"{name}.ipynb"
@@ -119,7 +131,7 @@ def write(name: str, run: bool) -> None:
   if run:
     start, of_kernels = time.time(), lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     before = of_kernels()
-    notebook = executed(notebook)
+    notebook = without_bars(executed(notebook))
     print(f"{name}: {time.time() - start:.0f} s, {of_kernels() - before:.0f} s of processors")
   elif path.exists():
     notebook = combine.combine_inputs_with_outputs(notebook, nbformat.read(path, as_version=4))
