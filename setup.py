@@ -31,6 +31,7 @@ setuptools.setup(
       "report/katex/fonts/*",
       "report/page/*",
       "tasks/embedded/*",
+      "tasks/embedded_jobs/*",
       "tasks/math_rows/*",
     ],
   },

@@ -149,8 +149,8 @@ plots.draw_cell(late, chance)
 # 10 steps of SFT, from .56 to .86 after 60 ([docs/star_graph.md](../docs/star_graph.md) has intervals and figure).
 #
 # A second study (`configs/star_graph.py:plan`) mends what was wrong with that: a base that follows a path to its end, 1000
-# problems, a smaller step, and a term in DPO's loss that keeps what copying there is. Bands are 95 % intervals over four seeds. (The
-# first point of DPO's loss leaves that term out, hence the jump.)
+# problems, a smaller step, and a term in DPO's objective that keeps what copying there is. Bands are 95 % intervals over four
+# training sets.
 
 # %%
 result = json.loads(pathlib.Path("docs/star_graph/plan/star_graph.json").read_text())
@@ -158,10 +158,10 @@ plots.draw(result, (20, 60), (600,))
 
 # %% [markdown]
 # **What this says, and what not.** From under-trained checkpoints per-step DPO now leaves chance: after 600 steps the test error
-# is .40 and .38, down from .49 and .48. It is a slope, not a transition. From the over-trained checkpoint it does harm: .29 becomes .55. Both
-# directions are the paper's. But SFT alone gets to .29 in as many steps, so that here per-step DPO is no better way to the plan than
-# SFT. The settings of the second study were chosen on one seed and the same test problems;
-# [docs/star_graph.md](../docs/star_graph.md) tells how, and what else was tried.
+# is .16 and .22, down from .49 and .48. It is a slope, not a transition. From the over-trained checkpoint it does harm: .08 becomes .41.
+# Both directions are the paper's. But SFT alone gets to .08 in as many steps, so that here per-step DPO is no better way to the plan
+# than SFT. And all four training sets share one base: on other bases of the same settings SFT ends anywhere between .00 and .29.
+# [docs/star_graph.md](../docs/star_graph.md) tells how the settings were chosen, and what else was tried.
 #
 # Where next: [the_method_in_ten_minutes](the_method_in_ten_minutes.ipynb), where per-step DPO does help; and
 # [docs/credit.md](../docs/credit.md), on what credit by step buys where the truth is known.

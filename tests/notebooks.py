@@ -109,10 +109,14 @@ def executed(
 
 
 def without_bars(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-  """The notebook without what progress bars drew as text, changed in place."""
+  """The notebook, changed in place, without the text of progress bars and tqdm's warning that it cannot draw better ones."""
   for cell in notebook.cells:
-    if cell.get("outputs"):
-      cell.outputs = [output for output in cell.outputs if not output.get("text", "").startswith("\r")]
+    for output in cell.get("outputs", ()):
+      if output.output_type == "stream":
+        bar = "\r" in output.text or "TqdmWarning" in output.text
+        output.text = "" if bar else output.text.lstrip("\n")
+    if cell.cell_type == "code":
+      cell.outputs = [output for output in cell.outputs if output.get("text") != ""]
   return notebook
 
 

@@ -57,6 +57,11 @@ class BestOfKTest(parameterized.TestCase):
     np.testing.assert_allclose(q, [1.0, 0.0, 0.75, 5 / 6, 0.0], atol=1e-6)
     np.testing.assert_array_equal(known, [True, True, True, True, False])
 
+  def test_exactness_goes_by_name(self):
+    # Fails if `exact` can be given by its place, where it is easily taken for another argument.
+    with self.assertRaises(TypeError):
+      advantages.best_of_k(jnp.zeros(2), jnp.ones(2), 1, True)
+
 
 class BestOfKPluginTest(parameterized.TestCase):
   @parameterized.parameters(1, 2, 5, 12)

@@ -118,8 +118,6 @@ class FirstPitTest(parameterized.TestCase):
       pits.first_pit(jnp.zeros(2), jnp.ones(2, bool), jnp.asarray(0.0), "first_zero")
     with self.assertRaises(TypeError):
       pits.spurious_step(jnp.zeros(2), jnp.ones(2, bool), jnp.asarray(0.0), -0.1)
-    with self.assertRaises(TypeError):
-      pits.best_of_k(jnp.zeros(2), jnp.ones(2), 1, True)
 
   def test_unknown_rule(self):
     # Fails if an unknown rule falls through to one of the others.

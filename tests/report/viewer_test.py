@@ -518,11 +518,11 @@ def test_the_page_is_installed_with_the_package():
   root = pathlib.Path(viewer_page.__file__).parents[1]
   patterns = ast.literal_eval(
     re.search(
-      r"package_data=\{\s*\"synthneg_jax\": (\[.*?\])", (root.parent / "setup.py").read_text(), re.DOTALL
+      r"package_data=\{.*?\"synthneg_jax\": (\[.*?\])", (root.parent / "setup.py").read_text(), re.DOTALL
     ).group(1)
   )
   installed = {path for pattern in patterns for path in root.glob(pattern)}
   parts = {
-    p for p in (root / "analysis").rglob("*") if p.suffix in (".js", ".css", ".html", ".woff2") or p.name == "LICENSE"
+    p for p in (root / "report").rglob("*") if p.suffix in (".js", ".css", ".html", ".woff2") or p.name == "LICENSE"
   }
   assert len(parts) == 29 and parts <= installed
