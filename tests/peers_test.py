@@ -11,6 +11,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import transformers
 from absl.testing import absltest, parameterized
 from etils import epath
@@ -123,6 +124,7 @@ def batch_of(trees):
   return batch_lib.build(examples, batch_lib.measure(examples, 512))
 
 
+@pytest.mark.slow  # SmolLM2's tokenizer is fetched by a process
 class TokensTest(parameterized.TestCase):
   @parameterized.parameters(*FAMILIES)
   def test_bos_and_eos(self, family, style):

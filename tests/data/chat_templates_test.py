@@ -1,5 +1,6 @@
 """Prompts as ids: chat templates of every family's form render as apply_chat_template does, each special token once."""
 
+import pytest
 import tokenizers
 import transformers
 from absl.testing import absltest, parameterized
@@ -89,6 +90,7 @@ class ChatTest(parameterized.TestCase):
     tokenizer.chat_template = {"tool_use": "{{ 'x' }}", "default": TEMPLATES["qwen 3"]}
     self.assertIn(tokenizer.convert_tokens_to_ids("<|im_start|>"), self.assert_renders(tokenizer))
 
+  @pytest.mark.slow  # SmolLM2's tokenizer is fetched by a process
   def test_the_real_one(self):
     # Fails if SmolLM2's own template, system turn and all, comes out otherwise.
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2.smollm2_dir())

@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import transformers
 from absl.testing import absltest, parameterized
 
@@ -18,6 +19,7 @@ def tokenizer():
   return transformers.AutoTokenizer.from_pretrained(smollm2.smollm2_dir())
 
 
+@pytest.mark.slow  # SmolLM2's tokenizer is fetched by a process
 class PromptsTest(parameterized.TestCase):
   def _text(self, style, **how):
     return tokenizer().decode(prompts.encode_prompt(tokenizer(), "What is 3+3?", style, **how))

@@ -6,6 +6,7 @@ import re
 import time
 import types
 
+import pytest
 import transformers
 from absl.testing import absltest, parameterized
 from hypothesis import example, given, settings
@@ -139,6 +140,7 @@ class ProseTest(parameterized.TestCase):
       at += len(part)
 
 
+@pytest.mark.slow  # SmolLM2's tokenizer is fetched by a process
 class EndsTest(parameterized.TestCase):
   def _check(self, ids, name, task):
     """Steps are the response: checked for any ids."""

@@ -11,6 +11,7 @@ from unittest import mock
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 import safetensors
 import safetensors.numpy
 import tokenizers
@@ -459,6 +460,7 @@ class LoadErrorsTest(FolderTest):
       self.assert_user_error("model.safetensors is missing or no safetensors file", load)
 
 
+@pytest.mark.slow  # a model of 135 million parameters
 class SmolLM2Test(absltest.TestCase):
   def test_logits_are_those_of_torch(self):
     # Fails if two matrices change places, the rotary pairs are neighbours, or the base 100000 or ε is not read.

@@ -6,6 +6,7 @@ import pathlib
 import tempfile
 from unittest import mock
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.data.records import Problem, Shards
@@ -99,6 +100,7 @@ class ProblemsTest(parameterized.TestCase):
     self.assertStartsWith(chosen.report[0]["skipped"], f"{path}, line 3: ")
 
   # Fails if a gold answer that no response can be held against is found hours later, in the first verdict.
+  @pytest.mark.slow  # grades in worker processes
   def test_answers_that_are_no_numbers(self):
     path = self._file([text(0), text(1)])
     path.write_text(path.read_text() + json.dumps({"problem": text(2), "answer": "\\frac{1}{2}", "id": "half"}) + "\n")

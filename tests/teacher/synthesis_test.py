@@ -5,6 +5,7 @@ import pathlib
 import tempfile
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import selection
@@ -92,6 +93,7 @@ class VoteTest(parameterized.TestCase):
     self.assertEqual(synthesis.vote(draws), synthesis.Vote("1/2", 2 / 3, 1, 1))
     self.assertEqual(synthesis.vote(draws[:2], gold="1.50/3").chosen, 1)
 
+  @pytest.mark.slow  # grades in worker processes
   def test_forms_of_a_formula_vote_together(self):
     # Fails if boxed answers are compared as text.
     draws = [("x", "2"), ("x", "\\frac{1}{2}"), ("x", "0.5"), ("x", "\\dfrac12")]
