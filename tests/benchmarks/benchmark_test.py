@@ -6,12 +6,15 @@ import sys
 import tempfile
 from unittest import mock
 
+import pytest
 from absl.testing import absltest
 
 from benchmarks import benchmark, torch_baselines
 from benchmarks import items as benchmark_items
 from benchmarks.benchmark import Baseline, Item, Limits, Work
 from synthneg_jax.runtime.errors import UserError
+
+pytestmark = pytest.mark.slow  # measures
 
 
 class Bench:

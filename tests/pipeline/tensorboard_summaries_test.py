@@ -2,6 +2,7 @@
 
 import struct
 
+import pytest
 from absl.testing import absltest
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -9,6 +10,8 @@ from synthneg_jax.data.records import Shards, StepEstimate, Trace
 from synthneg_jax.pipeline import tensorboard_summaries
 from synthneg_jax.runtime import event_files
 from tests.pipeline import small_run
+
+pytestmark = pytest.mark.slow  # trains
 
 
 def board(stage: str):

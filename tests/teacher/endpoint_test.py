@@ -9,6 +9,7 @@ import threading
 import time
 from unittest import mock
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.runtime import config_schema
@@ -17,6 +18,8 @@ from synthneg_jax.teacher import endpoint
 from synthneg_jax.teacher.endpoint import Chat, Endpoint
 from synthneg_jax.teacher.reply_cache import Prices, Purse, Request, Store
 from tests.openai_server import Server
+
+pytestmark = pytest.mark.slow  # waits for a server
 
 KEY = "sk-very-secret-4711"
 TEXT = "One two three four five six seven.\n#### 7"

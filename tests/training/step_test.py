@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import losses
@@ -97,6 +98,7 @@ class StepTest(parameterized.TestCase):
 
     np.testing.assert_allclose(loss(2), loss(1), rtol=1e-12)
 
+  @pytest.mark.slow  # compiles for eight devices
   @parameterized.parameters((8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8))
   def test_a_mesh_changes_nothing(self, *sizes):
     # Fails if a device's part of the loss is a mean of its own rows, if gradients are not summed over devices, or if

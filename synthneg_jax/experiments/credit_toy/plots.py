@@ -58,7 +58,7 @@ def _panels(titles: list[str]):
   return figure, panels
 
 
-def _band(axes, method: str, x, summaries, marker: str = "") -> None:
+def _band(axes, method: str, x, *, summaries, marker: str = "") -> None:
   mean, low, high = np.array(summaries).T
   axes.fill_between(x, low, high, color=_COLOR[method], alpha=0.2, linewidth=0)
   axes.plot(x, mean, f"{marker}-", color=_COLOR[method], linewidth=1.8, markersize=4)
@@ -88,8 +88,8 @@ def budget(result: dict, beta: float) -> Figure:
     for method in _COLOR:
       curve, path = result["curves"][method], result["paths"][method][str(beta)]
       for axes, cost in ((pairs, "pairs"), (rollouts, "rollouts")):
-        _band(axes, method, [mean for mean, _, _ in curve[cost]], curve["return"], "o")
-      _band(moved, method, [mean for mean, _, _ in path["return"]], path["kl_irrelevant"], ".")
+        _band(axes, method, [mean for mean, _, _ in curve[cost]], summaries=curve["return"], marker="o")
+      _band(moved, method, [mean for mean, _, _ in path["return"]], summaries=path["kl_irrelevant"], marker=".")
     start = result["reference_return"][0]
     for axes, ticks in ((pairs, [10, 100, 1000]), (rollouts, [100, 1000, 10000])):
       axes.axhline(start, color=figures.GREY, linewidth=1, linestyle="--")
@@ -128,8 +128,8 @@ def spurious(result: dict, beta: float) -> Figure:
       slope, shift = of_method["slope_at_half"][0], np.array(of_method["shift_at_half"])
       ends = np.array([ratio.min(), ratio.max()])
       blame.plot(ends, shift.mean() + slope * (ends - ratio.mean()), color=_COLOR[method], linewidth=1.2)
-      _band(lean, method, steps, of_method["lean"])
-      _band(value, method, steps, of_method["return"])
+      _band(lean, method, steps, summaries=of_method["lean"])
+      _band(value, method, steps, summaries=of_method["return"])
     for axes in (blame, lean):
       axes.axhline(0, color=figures.INK, linewidth=0.8)
     blame.set_xlabel("failure with the remark,\nlog odds ratio in the sample")

@@ -117,7 +117,7 @@ def _swept(data: Data, kinds: Sequence[str], leaf: str, label: str) -> Drawn:
   baseline = [p for p in data.points(data.config.study.baseline) if p.size == data.config.study.reference_size]
   level = (baseline[0].mean, data.label(data.config.study.baseline)) if baseline else None
   title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
-  return plots.against_setting(series, title, label, level), plots.as_csv(series, leaf)
+  return plots.against_setting(series, title, label, level=level), plots.as_csv(series, leaf)
 
 
 def _bars(names: Sequence[str]) -> Callable[[Data], Drawn]:
@@ -166,7 +166,7 @@ def _way(data: Data) -> Drawn:
 
 
 def _measured(
-  data: Data, name: str, measure: Callable[[Experiment], dict], size: int | None = None, needs: str = "sample"
+  data: Data, name: str, measure: Callable[[Experiment], dict], *, size: int | None = None, needs: str = "sample"
 ) -> list[dict]:
   """A measure in the run folder of every seed at a size (study.reference_size), kept in measures/; `needs` is a stage."""
   made, size = [], size or data.config.study.reference_size
@@ -302,7 +302,11 @@ def _against_compute(data: Data) -> Drawn:
     points = [p for p in data.points(name) if name == names[0] or p.size == data.config.study.reference_size]
     for point in points:
       costs = _measured(
-        data, f"compute-{name}", lambda experiment, path=path: measures.compute(experiment, path), point.size, path[-1]
+        data,
+        f"compute-{name}",
+        lambda experiment, path=path: measures.compute(experiment, path),
+        size=point.size,
+        needs=path[-1],
       )
       columns.append((float(np.mean([sum(cost.values()) for cost in costs])), point.mean, point.low, point.high))
     dots = [point.wrong_SN.mean(axis=1).tolist() for point in points]

@@ -148,7 +148,7 @@ def wrong(found: dict) -> np.ndarray:
   return np.unpackbits(bits, count=found["num_problems"]).astype(bool)
 
 
-def write(folder: epath.Path, workdir: epath.Path, config, cell: Cell, seconds: float) -> dict:
+def write(folder: epath.Path, workdir: epath.Path, config, *, cell: Cell, seconds: float) -> dict:
   """Gathers a finished cell from its run folder into its JSON file."""
   test = f"evaluate/{cell.method.name.replace(',', '-')}"
   traces = sorted(Shards(workdir / test / "traces", Trace).read(), key=lambda trace: trace.problem_id)

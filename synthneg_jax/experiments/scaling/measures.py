@@ -74,7 +74,7 @@ class Beginnings:
 
 
 def values(
-  experiment: Experiment, policy: Policy, asked: Sequence[Beginnings], count: int, purpose: str
+  experiment: Experiment, policy: Policy, asked: Sequence[Beginnings], *, count: int, purpose: str
 ) -> list[np.ndarray]:
   """Q under a policy: of each prefix of each solution, the share of `count` rollouts at credit.temperature that come out right.
 
@@ -112,7 +112,7 @@ def values(
 
 
 def _sampled(
-  experiment: Experiment, policy: Policy, purpose: str, problems: Sequence[Problem], count: int
+  experiment: Experiment, policy: Policy, problems: Sequence[Problem], *, count: int, purpose: str
 ) -> list[Trace]:
   """Samples of each problem at credit.temperature, in the order of their problems' ids, then as they were drawn."""
   trunk_ids = [train_policy.prompt_ids(experiment, policy.tokenizer, problem) for problem in problems]
@@ -163,7 +163,7 @@ def many_samples(
   ks, found = [1 << i for i in range(count.bit_length())], {}
   for folder in folders:
     policy = experiment.policy(folder)
-    groups = by_problem(_sampled(experiment, policy, f"samples of {folder}", problems, count))
+    groups = by_problem(_sampled(experiment, policy, problems, count=count, purpose=f"samples of {folder}"))
     right_N = np.array([sum(trace.correct for trace in group) for group in groups.values()])
     found[folder] = {
       "k": ks,
@@ -286,9 +286,10 @@ def held_out(
   by_id, made, critical = {problem.id: problem for problem in problems}, {}, []
   for folder in dict.fromkeys(["sft", *folders]):
     policy = experiment.policy(folder)
-    traces = [trace for trace in _sampled(experiment, policy, f"values of {folder}", problems, 1) if trace.step_ends]
+    sampled = _sampled(experiment, policy, problems, count=1, purpose=f"values of {folder}")
+    traces = [trace for trace in sampled if trace.step_ends]
     asked = [Beginnings(by_id[t.problem_id], t.ids, [0, *t.step_ends[:-1]]) for t in traces]
-    found = values(experiment, policy, asked, count, f"values by {folder}")
+    found = values(experiment, policy, asked, count=count, purpose=f"values by {folder}")
     q = np.full((len(traces), 1 + max(len(trace.step_ends) for trace in traces)), np.nan)
     for row, trace, of_trace in zip(q, traces, found, strict=True):
       row[: len(of_trace) + 1] = [*of_trace, trace.correct]
@@ -302,7 +303,8 @@ def held_out(
       "mean": np.nanmean(q[:, 1:], axis=0).round(5).tolist(),
       "responses": np.isfinite(q[:, 1:]).sum(axis=0).tolist(),
       "critical": [
-        round(float(one[0]), 4) for one in values(experiment, policy, critical, count, "values at critical steps")
+        round(float(one[0]), 4)
+        for one in values(experiment, policy, critical, count=count, purpose="values at critical steps")
       ],
     }
   return made

@@ -138,7 +138,7 @@ def against_problems(series: Sequence[Series], title: str, reaches: Sequence[Rea
 
 
 def against_setting(
-  series: Sequence[Series], title: str, label: str, level: tuple[float, str] | None = None, log: bool = True
+  series: Sequence[Series], title: str, label: str, *, level: tuple[float, str] | None = None, log: bool = True
 ) -> Figure:
   """Test error against a setting such as beta or positives a problem: figures 2c and 5c.
 

@@ -82,7 +82,7 @@ def make(config, workdir: epath.PathLike, cells: Sequence[grid.Cell]) -> bool:
         experiment = Experiment.open(grid.configure(config, cell), workdir / "runs" / unit)
         methods.make(experiment, cell.method)
         taken = time.monotonic() - started
-        found = grid.write(folder, experiment.workdir, config, cell, taken)
+        found = grid.write(folder, experiment.workdir, config, cell=cell, seconds=taken)
         seconds.setdefault(cell.method.kind, []).append((cell.size, taken))
         rest = [other for other in missing if not (folder / f"{other.name}.json").exists()]
         logging.info(

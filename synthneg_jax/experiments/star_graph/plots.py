@@ -84,7 +84,7 @@ def table(result: dict) -> str:
   return text.getvalue()
 
 
-def _line(axes, x, values, color: str, label: str | None = None, dash: str = "-") -> None:
+def _line(axes, x, values, *, color: str, label: str, dash: str = "-") -> None:
   mean, low, high = np.array(values).T
   axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
   axes.plot(x, mean, dash, color=color, linewidth=1.6, label=label)
@@ -104,14 +104,14 @@ def draw(result: dict, under: Sequence[int], over: Sequence[int]) -> Figure:
     dpo = result["dpo"][str(shown)]
     x = [shown + step for step in dpo["step"]]
     for split, dash in (("train", "-"), ("test", "--")):
-      _line(loss, sft["step"], sft[f"{split}/loss"], figures.ORANGE, f"SFT, {split}", dash)
-      _line(value, sft["step"], sft[f"{split}/value"], figures.ORANGE, f"SFT, {split}", dash)
-      _line(value, x, dpo[f"{split}/value"], figures.BLUE, f"DPO from {shown}, {split}", dash)
-    _line(loss, x, dpo["dpo_loss"], figures.BLUE, f"DPO's loss from {shown}")
+      _line(loss, sft["step"], sft[f"{split}/loss"], color=figures.ORANGE, label=f"SFT, {split}", dash=dash)
+      _line(value, sft["step"], sft[f"{split}/value"], color=figures.ORANGE, label=f"SFT, {split}", dash=dash)
+      _line(value, x, dpo[f"{split}/value"], color=figures.BLUE, label=f"DPO from {shown}, {split}", dash=dash)
+    _line(loss, x, dpo["dpo_loss"], color=figures.BLUE, label=f"DPO's loss from {shown}")
     for axes, checkpoints in ((early, under), (late, over)):
       for checkpoint, color in zip(checkpoints, _SHADES[0 if axes is early else 3 :], strict=False):
         curve = result["dpo"][str(checkpoint)]
-        _line(axes, curve["step"], curve["test/error"], color, f"from SFT step {checkpoint}")
+        _line(axes, curve["step"], curve["test/error"], color=color, label=f"from SFT step {checkpoint}")
       axes.set_ylabel("test error, greedy")
       axes.set_xlabel("DPO steps")
       axes.set_ylim(0, 1)

@@ -145,7 +145,7 @@ class GridTest(parameterized.TestCase):
       for i in order
     )
     self.assertIsNone(grid.load(root, c, cell))
-    grid.write(root, root, c, cell, 1.5)
+    grid.write(root, root, c, cell=cell, seconds=1.5)
     found = grid.load(root, c, cell)
     np.testing.assert_array_equal(grid.wrong(found), wrong)
     self.assertAlmostEqual(found["test_error"], wrong.mean(), places=5)

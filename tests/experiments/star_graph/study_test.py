@@ -156,7 +156,8 @@ class StudyTest(absltest.TestCase):
     self.assertIn("under-trained", (self.workdir / "report/star_graph.svg").read_text())
 
   def test_made_again(self):
-    # Fails if a cell is not taken from its file, or if one that is made again from scratch differs.
+    # Fails if a cell is not taken from its file, if one that is made again from scratch differs, or if one of another beta
+    # or of another base is taken.
     cell, weights = self.workdir / "cells/dpo_1_2.json", self.workdir / "weights/sft_1_2.npz"
     before = json.loads(cell.read_text())
     cell.unlink()
@@ -168,9 +169,10 @@ class StudyTest(absltest.TestCase):
     self.assertEqual(
       {path.name: path.stat().st_mtime_ns for path in (self.workdir / "cells").iterdir() if path != cell}, stamps
     )
-    other = config(**{"star_graph.under_trained": (2,), "dpo.beta": 0.7})
-    with self.assertRaisesRegex(UserError, "other settings"):
-      star_graph_study.run(other, self.workdir)
+    for change in ({"dpo.beta": 0.7}, {"seed": 1}):
+      other = config(**{"star_graph.under_trained": (2,), **change})
+      with self.assertRaisesRegex(UserError, "other settings"):
+        star_graph_study.run(other, self.workdir)
 
   def test_base_reads_tours_then_walks(self):
     # Fails if the curriculum is shuffled, or its share of tours is another.
