@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow  # starts processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 DEVICES = 4  # of all processes together
-STAGES = "synthesize,sft,sample,credit,dpo"
+STAGES = "synthesize,sft,sample,credit,pairs,dpo"
 SETTINGS = (  # 50 steps of SFT; verdicts of both kinds, so that there are pairs
   "--config.task.train_problems=32",
   "--config.sft.batch_size=3",
@@ -187,7 +187,7 @@ class TwoProcessesTest(PodTestCase):
     # Fails if a draw depends on the number of processes, a process grades or writes another's share, the records' order
     # reaches the pairs, or any process enters a program that another does not (then it hangs).
     workdir = after_sft("records")
-    finish(start(workdir, 2, "sample,credit,dpo"), workdir, 0)
+    finish(start(workdir, 2, "sample,credit,pairs,dpo"), workdir, 0)
     self.assert_same_records(workdir, 2)
 
   def test_deaths_and_ways_back(self):
@@ -241,7 +241,7 @@ class FourProcessesTest(PodTestCase):
     self.assert_same_losses(workdir)
     self.assertTrue((workdir / "report/index.html").exists())
     workdir = after_sft("four_records")
-    finish(start(workdir, 4, "sample,credit,dpo"), workdir, 0)
+    finish(start(workdir, 4, "sample,credit,pairs,dpo"), workdir, 0)
     self.assert_same_records(workdir, 4)
 
   def test_deaths_and_ways_back(self):
