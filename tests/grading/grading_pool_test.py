@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # A worker that grades as the real one does, but for responses that tell it to misbehave.
 UNRULY = """
 import os, signal, sys, time
-from synthneg_jax.tasks.grading import grading_worker
+from synthneg_jax.grading import grading_worker
 def grade(response, gold, rules, timeout_s):
   if response == "hang":
     signal.signal(signal.SIGVTALRM, signal.SIG_IGN)
