@@ -146,11 +146,11 @@ class WheelTest(absltest.TestCase):
     pip.append("--disable-pip-version-check")
     done = run([sys.executable, "-m", "venv", "--without-pip", venv], cwd=self.empty)
     self.assertEqual(done.returncode, 0, done.stderr)
-    if borrow:  # a .pth file within the borrowed folder is not read, so the editable install is not seen
-      (packages,) = venv.glob("lib/python*/site-packages")
-      (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     done = run([*pip, *(["--no-deps"] if borrow else []), self.wheel], cwd=self.empty)
     self.assertEqual(done.returncode, 0, done.stderr)
+    if borrow:  # afterwards: pip would take the editable install there for this one
+      (packages,) = venv.glob("lib/python*/site-packages")  # a .pth file within a borrowed folder is not read
+      (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return venv / "bin"
 
   def check_smoke(self, path: pathlib.Path) -> None:
