@@ -146,9 +146,10 @@ class WheelTest(absltest.TestCase):
     pip.append("--disable-pip-version-check")
     done = run([sys.executable, "-m", "venv", "--without-pip", venv], cwd=self.empty)
     self.assertEqual(done.returncode, 0, done.stderr)
-    done = run([*pip, *(["--no-deps"] if borrow else []), self.wheel], cwd=self.empty)
+    # Without PYTHONPATH: beside the sources lies the metadata of the editable install, which pip would take for this one.
+    done = run([*pip, *(["--no-deps"] if borrow else []), self.wheel], cwd=self.empty, PYTHONPATH="")
     self.assertEqual(done.returncode, 0, done.stderr)
-    if borrow:  # afterwards: pip would take the editable install there for this one
+    if borrow:  # afterwards, for the same reason
       (packages,) = venv.glob("lib/python*/site-packages")  # a .pth file within a borrowed folder is not read
       (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return venv / "bin"
