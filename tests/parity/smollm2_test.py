@@ -9,6 +9,7 @@ import torch
 import transformers
 from absl.testing import absltest
 
+from tests.models import smollm2
 from tests.pipeline import smollm2_test
 
 QUESTIONS = ("Ann has 50 pears and buys 51. How many now?", "What is the capital of France?")
@@ -20,7 +21,7 @@ class GenerateTest(absltest.TestCase):
     root = pathlib.Path(tempfile.mkdtemp())
     self.addCleanup(shutil.rmtree, root)
     with jax.debug_nans(False):
-      experiment = smollm2_test.trained_and_exported(root)
+      experiment = smollm2_test.trained_and_exported(root, smollm2.smollm2_dir())
       policy = experiment.policy("sft")
       ours = smollm2_test.greedy(experiment, policy, QUESTIONS)
       base = smollm2_test.greedy(experiment, experiment.base(), QUESTIONS)
