@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest
 
 from synthneg_jax.decoding import engine as engine_lib
@@ -9,6 +10,8 @@ from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.decoding.engine import Engine, Trunk
 from synthneg_jax.decoding.sampling import Sampling
 from tests import tiny_model
+
+pytestmark = pytest.mark.slow  # compiles much
 
 _compiled = []
 jax.monitoring.register_event_duration_secs_listener(

@@ -7,6 +7,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
@@ -20,6 +21,8 @@ from synthneg_jax.runtime import config_schema, device_mesh
 from synthneg_jax.runtime.errors import UserError
 from tests import tiny_model
 from tests.models import tiny_families
+
+pytestmark = pytest.mark.slow  # compiles much
 
 TREES = tree_lib.pack([[Tree([5, 6, 7, 8], (Branch(4, [9, 10]), Branch(2, [11, 12, 13])))]], 12)
 

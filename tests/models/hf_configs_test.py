@@ -9,6 +9,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import tree as tree_lib
@@ -21,6 +22,8 @@ from synthneg_jax.runtime import device_mesh
 from synthneg_jax.runtime.errors import UserError
 from tests import tiny_model
 from tests.models import tiny_families
+
+pytestmark = pytest.mark.slow  # compiles a model per family
 
 F64 = {"dtype": "float64", "param_dtype": "float64"}
 # (case, layers scanned): each family once unrolled, and scanned too where layers differ.

@@ -4,6 +4,7 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest
 from matplotlib.patches import FancyBboxPatch
 
@@ -11,6 +12,8 @@ from synthneg_jax.core import losses
 from synthneg_jax.experiments.star_graph import plots
 from synthneg_jax.report import figures, loss_figures, trace_figures
 from synthneg_jax.report.trace_cards import ShownTrace, Step
+
+pytestmark = pytest.mark.slow  # draws
 
 HOSTILE = r"$\frac{ costs $5 and \x"  # no formula, and none that could be drawn
 

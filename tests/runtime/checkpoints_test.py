@@ -14,6 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from synthneg_jax.runtime import checkpoints, device_mesh
 from synthneg_jax.runtime.errors import UserError
 
+pytestmark = pytest.mark.slow  # writes checkpoints
+
 _rng = np.random.default_rng(0)
 PARAMS = {
   "ends": {"embedding": _rng.normal(size=(16, 8)).astype(np.float32)},

@@ -6,10 +6,13 @@ import pathlib
 import tempfile
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.experiments.credit_toy import plots, reasoning_mdp
 from synthneg_jax.experiments.credit_toy import study as credit_toy
+
+pytestmark = pytest.mark.slow  # trains
 
 ANY = reasoning_mdp.ANY
 
