@@ -383,7 +383,7 @@ def _find(name: str) -> str:
   """The command of this name; underscores serve as hyphens.
 
   Raises:
-    UserError: there is none.
+    UserError: unknown command.
   """
   hyphenated = name.replace("_", "-")
   if hyphenated in COMMANDS:

@@ -61,7 +61,7 @@ def pad(traces: Sequence[CreditedTrace]) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def first_pits(traces: Sequence[CreditedTrace], section) -> list[int]:
-  """The first pit of each wrong trace by the rule of the config's section `pairs`; -1 where there is none."""
+  """The first pit of each wrong trace by the rule of the config's section `pairs`; -1 if the rule finds none."""
   if not traces:
     return []
   rule = functools.partial(
@@ -71,7 +71,7 @@ def first_pits(traces: Sequence[CreditedTrace], section) -> list[int]:
 
 
 def spurious_steps(traces: Sequence[CreditedTrace], below: float) -> list[int]:
-  """The spurious step of each right trace, whose advantage is below `below`; -1 where there is none."""
+  """The spurious step of each right trace, whose advantage is below `below`; -1 if the rule finds none."""
   if not traces:
     return []
   rule = functools.partial(pits.spurious_step, below=below)

@@ -165,7 +165,7 @@ def load_tokenizer(folder: epath.Path) -> transformers.PreTrainedTokenizerFast:
   """The tokenizer of a policy folder or Hugging Face folder.
 
   Raises:
-    UserError: there is none that transformers can load.
+    UserError: transformers can load no tokenizer from it.
   """
   try:
     return transformers.AutoTokenizer.from_pretrained(tokenizer_folder(folder), local_files_only=True)

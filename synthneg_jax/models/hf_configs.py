@@ -235,7 +235,7 @@ def _rope(file: _File) -> dict[str, Any]:
 
 
 def _check_kind(file: _File, name: str, rope: dict[str, Any], *, kinds: tuple[str, ...]) -> None:
-  """Refuses a rotation of the object `name` that is none of these kinds, or is partial."""
+  """Refuses a rotation of the object `name` of another kind, or a partial one."""
   for key in ("rope_type", "type"):
     if rope.get(key) is not None and rope[key] not in kinds:
       place = f"{name}.{key}".lstrip(".")

@@ -186,7 +186,7 @@ def _pits(successes_WL, v0_W, *, search: PitSearch):
 
 
 def _random_true(which_NK: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """A random True of every row, as its place; anything where there is none."""
+  """The index of a random True in each row; arbitrary for rows without one."""
   return np.argmax(which_NK * (1.0 - rng.random(which_NK.shape)), axis=1)
 
 
