@@ -230,7 +230,7 @@ _FILLER = (
   r"still|also|always|finally|obviously|to\s+be|the\s+following)\b,?)*\s*[:：]?"
 )
 _LINE = re.compile(
-  rf"(?:\b(?:answers?|ans\.?|solutions?(?:\s+set)?|option|choice)|^[ \t]*A(?=:)|答案|結果|结果){_ABOUT}{_COPULA}{_FILLER}",
+  rf"(?:\b(?:answers?|ans\.?|solutions?(?:\s+set)?|option|choice)|答案|結果|结果){_ABOUT}{_COPULA}{_FILLER}",
   re.IGNORECASE | re.MULTILINE,
 )
 _WORKING = re.compile(r"(?:solutions?|option|choice)\s*[:：]", re.IGNORECASE)
@@ -361,7 +361,7 @@ def _markers(text: str) -> Iterator[_Found]:
 
 def _lines(text: str) -> Iterator[_Found]:
   """ "The answer is ..." and what stands below an "Answer" heading."""
-  if not re.search("answer|solution|ans|option|choice|^[ \t]*A:|答案|结果|result", text, re.IGNORECASE | re.MULTILINE):
+  if not re.search("answer|solution|ans|option|choice|答案|结果|result", text, re.IGNORECASE | re.MULTILINE):
     return
   reached = -1
   for match in list(_LINE.finditer(text))[-_MAX_STATEMENTS:]:
@@ -381,6 +381,18 @@ def _lines(text: str) -> Iterator[_Found]:
       content, end = _block(text, place)
       if content and not _LINE.search(content) and ":" not in line:
         yield _Found(place, end, Statement(content, "line"))
+
+
+_SHORT_ANSWER = re.compile(r"^A: *(?!.*^B:)", re.MULTILINE | re.DOTALL)
+
+
+def _short_answer(text: str) -> list[_Found]:
+  """What stands behind the last "A:", as in "Q: ... A: ..."; none where a "B:" makes it a choice."""
+  *_, last = [None, *_SHORT_ANSWER.finditer(text)]
+  if last is None:
+    return []
+  content, end = _block(text, last.end())
+  return [_Found(last.start(), end, Statement(content, "line"))] if content else []
 
 
 def _tags(text: str) -> Iterator[_Found]:
@@ -580,6 +592,7 @@ def read_response(response: str, *, marked_only: bool = False) -> Reading:
     return Reading((), "no_answer")
   text = without_markdown(text.replace("\r\n", "\n").replace("\x0c", r"\f"))
   found, is_open = _explicit(text)
+  found = found or _short_answer(text)
   if is_open:
     return Reading((), "unparsable")
   if "nswer>" in text:

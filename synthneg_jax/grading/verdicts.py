@@ -412,7 +412,9 @@ def _graded(response: str, gold: Gold | IntegerGold, rules: Conventions) -> tupl
   for other in others:
     if other.reason in ("ambiguous", "too_large"):
       return "ambiguous", shown
-    if other.value is None or _is_words(other.value) or other.reason == outcome.reason:
+    if other.value is None or _is_words(other.value):
+      continue
+    if other.reason == outcome.reason and (isinstance(other.value, Node) or other.value == outcome.value):
       continue
     if outcome.reason == "right" and gold.is_part(other):
       continue  # parts that are then restated whole

@@ -17,6 +17,7 @@ from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import keys, processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.progress import Progress
+from synthneg_jax.tasks import generated
 from synthneg_jax.tasks import problems as problems_lib
 
 _SHARD = 512  # problems a shard: what a killed run loses at most
@@ -36,6 +37,8 @@ def verdicts(
   """Grades responses; one that was cut at the length limit before its answer was whole is "truncated"."""
   stop, task = list(experiment.config.engine.stop), experiment.config.task
   rules = answers.Conventions(**{name: value for name, value in task.grading.items() if name != "timeout_s"})
+  if task.name in generated.TASKS:
+    rules = dataclasses.replace(rules, extraction="marked")  # their solutions end in ####: without it nothing is answered
   texts = [token_text.cut_at_stop(text, stop) if stop else text for text in texts]
   graded: list[answers.Verdict] = [answers.Verdict(False, "truncated", None)] * len(texts)
   cut = [finish == "length" for finish in finishes]
