@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
-from synthneg_jax.data import decontamination
+from synthneg_jax.data import decontamination, hub
 from synthneg_jax.data.problem_files import Row, Rows
 from synthneg_jax.data.records import Problem
 from synthneg_jax.grading import answers
+from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.tasks import generated
 
@@ -77,6 +78,9 @@ def choose(task, seed: int) -> Chosen:
     "skipped_rows": len(train.skipped) + len(test.skipped),
     "duplicates": train.duplicates + test.duplicates,
   }
+  paths = [path for path in (task.path, task.test_path, *task.decontaminate_against) if hub.is_hub(path)]
+  if paths:
+    figures["hub_commits"] = {path: hub.commit(path) for path in paths}
   report = [
     {
       "id": train.rows[i].id,
@@ -181,7 +185,8 @@ def _first(task, rows: Sequence[Row], split: str, seed: int, note: str, count: i
 def _read(task, path: str, split: str) -> Rows:
   from synthneg_jax.data import datasets  # imports TFDS, which the embedded task does without
 
-  return datasets.from_files(path, task.name, split, skip_bad_rows=task.skip_bad_rows)
+  fields = config_schema.field_map(task.fields)
+  return datasets.from_files(path, task.name, split, skip_bad_rows=task.skip_bad_rows, fields=fields)
 
 
 def _rows(task, split: str) -> Rows:
@@ -189,9 +194,10 @@ def _rows(task, split: str) -> Rows:
   if split == "test" and task.test_path:
     return _read(task, task.test_path, "test")
   if task.path:
-    if split == "test" and epath.Path(task.path).expanduser().is_file():
+    kind = "split" if hub.is_hub(task.path) and hub.parse(task.path).split else "file"
+    if split == "test" and (kind == "split" or epath.Path(task.path).expanduser().is_file()):
       raise UserError(
-        f"task.path={task.path} is a file of training problems; name the test problems by task.test_path."
+        f"task.path={task.path} is a {kind} of training problems; name the test problems by task.test_path."
       )
     return _read(task, task.path, split)
   home = os.environ.get(_DATA_DIR, "")

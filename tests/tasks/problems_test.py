@@ -135,6 +135,16 @@ class ProblemsTest(parameterized.TestCase):
     chosen = self._chosen(train_problems=1, test_problems=1, test_path=str(path))
     self.assertEqual([(p.id, p.source) for p in chosen.test], [("math/test/algebra/3", "jsonl/test/algebra/level 2")])
 
+  # Fails if task.fields does not reach the files, or test files in another form need it.
+  def test_fields(self):
+    self._file([text(0)])
+    (self.folder / "mine.jsonl").write_text(json.dumps({"q": text(3), "a": {"gold": 7}, "answer": "6"}))
+    chosen = self._chosen(
+      path=str(self.folder / "mine.jsonl"), test_path=str(self.folder / "train.jsonl"),
+      fields="problem=q,answer=a.gold", train_problems=1, test_problems=1,
+    )  # fmt: skip
+    self.assertEqual([(p.prompt, p.answer) for p in (*chosen.train, *chosen.test)], [(text(3), "7"), (text(0), "5")])
+
   # Fails if GSM8K in SYNTHNEG_DATA_DIR is not found, or a path is overruled by it.
   def test_where_gsm8k_is_looked_for(self):
     with mock.patch.dict(os.environ, {"SYNTHNEG_DATA_DIR": str(EXCERPT)}):
