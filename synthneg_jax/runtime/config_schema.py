@@ -248,6 +248,11 @@ SCHEMA = {
     "skip_bad_rows": _how(
       False, "Skip and count broken rows of problem files instead of stopping; also --skip_bad_rows."
     ),
+    "gold_disagreements": Leaf(
+      "drop",
+      "Training problems of files whose own solution states another answer than the gold one; test problems always stay.",
+      choices=("drop", "keep"),
+    ),
     "answers": Leaf(
       "integer",
       "How answers are compared: integer (after ####), math (in \\boxed{}) or exact (the whole response).",
