@@ -161,7 +161,10 @@ def step_ends(ids: Sequence[int], token_text: TokenText, delimiter: str = "\n") 
   Raises:
     UserError: the delimiter is empty, or a pattern that is invalid or matches without text.
   """
-  pattern = config_schema.step_pattern(delimiter)
+  try:
+    pattern = config_schema.step_pattern(delimiter)
+  except errors.UserError as error:
+    raise errors.UserError(f"The delimiter between steps, {delimiter!r}, {error}") from None
 
   def separators(data: bytes) -> Iterator[tuple[int, int]]:
     text = data.decode("utf-8", "surrogateescape")  # whose offsets are turned back into those of bytes
