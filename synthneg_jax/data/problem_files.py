@@ -205,13 +205,15 @@ def _text(row: dict, field: str) -> str:
 
 def _answer(row: dict) -> str | None:
   """The gold answer that a row gives, text or a number; None where it gives none."""
-  answer = row.get("answer")
+  answer, reward = row.get("answer"), row.get("reward_model")
+  if answer is None and isinstance(reward, dict):
+    answer = reward.get("ground_truth")
   if answer is None or answer == "":
     return None
   if isinstance(answer, bool) or not isinstance(answer, str | int | float):
     raise errors.UserError(f'the field "answer" must be text or a number, not a {type(answer).__name__}')
   if isinstance(answer, str):
-    return _text(row, "answer")
+    return _text({"answer": answer}, "answer")
   if not math.isfinite(answer):
     raise errors.UserError('the field "answer" must be a finite number')
   return str(int(answer) if answer == int(answer) else answer)
@@ -232,9 +234,7 @@ def _chat(row: dict, field: str) -> dict:
     raise errors.UserError(f'the field "{field}" must hold one turn of the user, not {len(asked)}')
   if said and (field == "prompt" or len(said) > 1 or turns[-1]["role"] != "assistant"):
     raise errors.UserError(f'the field "{field}" must not hold a turn of an assistant before the end of a solution')
-  reward = row.get("reward_model")
-  given = {"answer": reward.get("ground_truth")} if isinstance(reward, dict) and "answer" not in row else {}
-  return row | given | {"problem": asked[0]} | ({"solution": said[0]} if said else {})
+  return row | {"problem": asked[0]} | ({"solution": said[0]} if said else {})
 
 
 def _mapped(row: dict, fields: Mapping[str, str]) -> dict:

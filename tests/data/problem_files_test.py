@@ -167,6 +167,7 @@ class ProblemFilesTest(parameterized.TestCase):
       "34",
     ),
     ({"prompt": [{"role": "user", "content": "p"}], "reward_model": {"ground_truth": 3}}, "p", None, "3"),
+    ({"prompt": "p", "reward_model": {"ground_truth": "3"}}, "p", None, "3"),
     (  # chats for finetuning
       {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "s \\boxed{5}"}]},
       "p",
