@@ -59,7 +59,7 @@ class OverlapsTest(parameterized.TestCase):
     train = [ask.format("u v w"), ask.format("t3a t3b t3c"), "t5b t5c remember to be brief x"]
     found = decontamination.overlaps(train, test, 5)
     self.assertEqual([(o.index, o.test_index) for o in found], [(1, 3), (2, 5)])
-    self.assertLen(decontamination.overlaps(train, test[:4], 5), 3)  # four texts are too few to tell
+    self.assertLen(decontamination.overlaps(train, test[:4], 5), 2)  # four texts are too few to tell
 
   # Fails if chunks lose their place.
   def test_many_texts(self):
