@@ -232,8 +232,10 @@ def _chat(row: dict, field: str) -> dict:
   asked, said = by_role["user"], by_role["assistant"]
   if len(asked) != 1:
     raise errors.UserError(f'the field "{field}" must hold one turn of the user, not {len(asked)}')
-  if said and (field == "prompt" or len(said) > 1 or turns[-1]["role"] != "assistant"):
-    raise errors.UserError(f'the field "{field}" must not hold a turn of an assistant before the end of a solution')
+  if said and field == "prompt":
+    raise errors.UserError('the field "prompt" must not hold a turn of an assistant')
+  if said and (len(said) > 1 or turns[-1]["role"] != "assistant"):
+    raise errors.UserError(f'the field "{field}" must end in its one turn of the assistant')
   return row | {"problem": asked[0]} | ({"solution": said[0]} if said else {})
 
 
@@ -301,7 +303,8 @@ def read_row(
     UserError: the field that is at fault, without the place.
   """
   row = _mapped(row, fields or {})
-  asked = next((name for name in ("problem", "question", "query", "prompt", "messages") if name in row), None)
+  names = ("problem", "question", "query", "prompt", "messages")
+  asked = next((name for name in names if row.get(name) is not None), None)
   if asked is None:
     raise errors.UserError(
       'the field "problem" is missing (or "question", "query", "prompt" or "messages"; task.fields takes other names)'
