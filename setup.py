@@ -40,6 +40,7 @@ setuptools.setup(
     "absl-py>=2.1",
     "etils[epath]>=1.12",
     "flax>=0.12.8",
+    "huggingface_hub>=1.0",  # transformers needs it, too
     "importlib_resources",  # tensorflow-datasets imports it and does not say so
     "jax>=0.10",
     "matplotlib>=3.9",
@@ -47,6 +48,7 @@ setuptools.setup(
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
+    "pyarrow>=17",
     "rapidfuzz>=3.9",
     "safetensors>=0.5",
     "scipy>=1.14",
@@ -61,7 +63,6 @@ setuptools.setup(
     "tpu": ["etils[epath-gcs]>=1.12", "jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "synthesize": ["openai>=2.0"],
-    "parquet": ["pyarrow>=17"],
     "test": [
       "gguf>=0.17",
       "hypothesis>=6.100",
@@ -72,7 +73,6 @@ setuptools.setup(
       "mkdocs-material>=9.6",
       "nbclient>=0.10",
       "openai>=2.0",
-      "pyarrow>=17",
       "pytest>=8",
       "pytest-xdist>=3.6",
       "ruff==0.17.*",

@@ -12,6 +12,7 @@ import inspect
 import io
 import os
 import urllib.request
+from collections.abc import Mapping
 
 import tensorflow_datasets.public_api as tfds
 from absl import logging
@@ -101,14 +102,21 @@ def _decode(example: dict) -> Row:
   return Row(**fields | {"solution": fields["solution"] or None})
 
 
-def from_files(path: epath.PathLike, name: str, split: str, *, skip_bad_rows: bool = False) -> Rows:
+def from_files(
+  path: epath.PathLike,
+  name: str,
+  split: str,
+  *,
+  skip_bad_rows: bool = False,
+  fields: Mapping[str, str] | None = None,
+) -> Rows:
   """The rows of a split of a dataset in files; arguments and errors as in `problem_files.read`.
 
   Raises:
     UserError: also, the prepared dataset cannot be written.
   """
   files = problem_files.find(path, split)
-  config = tfds.core.BuilderConfig(name=f"{name}_{split}_{_mark(files, name, split, skip_bad_rows)}")
+  config = tfds.core.BuilderConfig(name=f"{name}_{split}_{_mark(files, name, split, skip_bad_rows, fields or {})}")
 
   def make(rows=None):
     return SynthnegProblems(rows, config=config, data_dir=folder(), file_format="array_record")
@@ -117,7 +125,7 @@ def from_files(path: epath.PathLike, name: str, split: str, *, skip_bad_rows: bo
     with _quiet():
       builder = make()
       if not builder.is_prepared():
-        _prepare(make(problem_files.read(path, name, split, skip_bad_rows=skip_bad_rows)))
+        _prepare(make(problem_files.read(path, name, split, skip_bad_rows=skip_bad_rows, fields=fields)))
         builder = make()
   except OSError as error:
     raise errors.UserError(

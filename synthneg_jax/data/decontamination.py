@@ -3,7 +3,8 @@
 The rule is ours (what the paper did is not known): a training problem goes if it shares `n` words in a row with a test
 problem, 13 by default, as is common for language models' training data. Words are runs of letters and digits, case aside,
 so that layout, punctuation and LaTeX's signs do not matter (`\\frac{1}{2}` is frac, 1, 2). A text of fewer words counts
-only if its words are all those of a test problem. Problems are compared, solutions are not.
+only if its words are all those of a test problem. A run that more than half of the test problems have is an instruction
+("Solve the following problem step by step ...") and does not count. Problems are compared, solutions are not.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _WORD = re.compile(r"[^\W_]+")
+_FEWEST = 8  # test texts from which on a run that more than half of them have is an instruction
 _CHUNK = 1 << 14  # texts whose words are held as numbers at once
 
 
@@ -75,8 +77,9 @@ class _Index:
     random = np.random.default_rng(0).integers(1, 1 << 63, size=n, dtype=np.uint64)
     self._factors = random * np.uint64(2) + np.uint64(1)
     windows = self._test.windows(n)
-    self._hashes, first = np.unique(self._test.hashes(windows, self._factors), return_index=True)
-    self._windows = windows[first]
+    hashes, first, count = np.unique(self._test.hashes(windows, self._factors), return_index=True, return_counts=True)
+    own = np.flatnonzero((count <= len(test) / 2) | (len(test) < _FEWEST))
+    self._hashes, self._windows = hashes[own], windows[first[own]]
     self._short = {}  # whole texts of fewer than n words, by their words
     for index, text in enumerate(self._test.words):
       if 0 < len(text) < n:

@@ -1,25 +1,41 @@
-"""Problems from files: JSON lines or a tree of JSON files, in the formats that people have.
+"""Problems from files: JSON lines, JSON, Parquet or a tree of JSON files, in the formats that people have.
 
-What a row is, is told by its fields, so that training and test files may differ:
+A row's fields say what it is, so that training and test files may differ:
 
     question, answer                     GSM8K as published: `answer` is the solution and ends in `#### gold answer`
-    problem, solution [level, type]      competition MATH: the gold answer is the solution's last \\boxed{}
-    problem, answer [solution, id ...]   any other file; MATH-500's `unique_id` counts as an id
+    problem, solution [level, type]      competition MATH: the gold answer is what the solution states
+    problem or question, answer [solution, id ...]   any other file; MATH-500's `unique_id` counts as an id
+    query, response                      MetaMathQA: the response is the solution
+    prompt, reward_model.ground_truth    DAPO and verl: `prompt` is a chat with one turn of the user
+    messages [answer]                    a chat for finetuning: the assistant's turn is the solution
     prompt, answer, id [solution]        a Problem record of ours: a written D_syn
 
+A gold answer that no field gives is what the solution states: its \\boxed{} (all of them where they are parts of one answer),
+else what follows the last `####` or "the answer is". A chat's system turn is dropped: what the model is told besides the
+problem is task.instruction's matter.
+
 A broken row is an error that names the file, the line (1-based) and the field, or, where the caller asks for it, is left
-out and counted. Ids are stable: the one given; for a tree the file's place in it; else a hash of the problem's text, so
-that neither order nor file matters.
+out and counted. Ids are stable: the one given (a number behind the dataset's name and the split); for a tree the file's
+place in it; else a hash of the problem's text, so that neither order nor file matters.
 """
 
 import dataclasses
+import fnmatch
+import gzip
 import hashlib
+import io
+import itertools
 import json
+import math
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from etils import epath
 
+from synthneg_jax.data import hub
+from synthneg_jax.data.hub import SUFFIXES
 from synthneg_jax.grading import answers
 from synthneg_jax.runtime import errors
 
@@ -29,6 +45,12 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE = re.compile(r"(?:[^$\n\\]|\\(?![\])])){0,200}")
 _MATH_ID = re.compile(r"(?:train|test)/.+\.json")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+# What stands between boxes that are parts of one answer: punctuation of LaTeX, "and", "or", `x =`.
+_JOINT = re.compile(
+  r"(?:[\s$,;&]|\\[\[\]()\\,;: ]|\\q?quad|\\(?:text|mbox|textrm|mathrm)\s*\{[\s,;]*(?:and|or)?[\s,;]*\}|\b(?:and|or)\b"
+  r"|\b[A-Za-z]\s*=)*+"
+)
+_STATED = re.compile(r"(?:#{4,}|\bthe (?:final )?answer is:?)[ \t]*(.+)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +79,33 @@ class Rows:
   duplicates: int = 0
 
 
+def _of_kind(folder: epath.Path) -> list[epath.Path]:
+  """The problem files in a folder: of one suffix, or, where it has none, the JSON files in its folders (MATH's tree)."""
+  names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+  for suffix in SUFFIXES:
+    if found := [folder / name for name in names if name.endswith(suffix)]:
+      return found
+  return sorted(folder.glob("*/*.json"))
+
+
+def _of_split(folder: epath.Path, split: str) -> list[epath.Path]:
+  """The files of a split: one of its name, or parts (train-00000-of-00001.parquet), here or in data/; or its folder."""
+  for place in (folder, folder / "data"):
+    names = sorted(file.name for file in place.iterdir()) if place.is_dir() else []
+    for pattern in (split, f"{split}-*"):
+      for suffix in SUFFIXES:
+        if found := [place / name for name in fnmatch.filter(names, pattern + suffix)]:
+          return found
+  return _of_kind(folder / split) if (folder / split).is_dir() else []
+
+
 def find(path: epath.PathLike, split: str) -> list[epath.Path]:
-  """The files of a split.
+  """The files of a split, .jsonl, .jsonl.gz, .parquet or .json.
 
   Args:
-    path: a file; or a folder with `<split>.jsonl`, with a folder `<split>/` of JSON lines, of single JSON files, or of folders
-      of those (MATH's tree), or, where it has no splits, with such files itself.
+    path: a dataset on the Hub (data/hub.py); a file; or a folder with `<split>.jsonl`, with parts of that name, perhaps in a
+      folder `data/` (`train-00000-of-00001.parquet`), with a folder `<split>/` of such files, of single JSON files, or of
+      folders of those (MATH's tree), or, where it has no splits, with such files itself.
     split: "train" or "test".
 
   Returns:
@@ -71,45 +114,75 @@ def find(path: epath.PathLike, split: str) -> list[epath.Path]:
   Raises:
     UserError: there is none.
   """
+  if hub.is_hub(path):
+    return hub.files(path, split)
   path = epath.Path(path).expanduser()
   try:
     if path.is_file():
       return [path]
-    if (path / f"{split}.jsonl").is_file():
-      return [path / f"{split}.jsonl"]
-    other = {"train": "test", "test": "train"}[split]
-    for folder in (path / split, path):
-      if folder == path and ((path / other).is_dir() or (path / f"{other}.jsonl").is_file()):
-        break  # it holds splits, but not this one
-      for pattern in ("*.jsonl", "*.json", "*/*.json"):
-        if folder.is_dir() and (found := sorted(folder.glob(pattern))):
-          return found
+    if found := _of_split(path, split):
+      return found
+    if not _of_split(path, {"train": "test", "test": "train"}[split]) and (found := _of_kind(path)):
+      return found
   except OSError as error:
     raise errors.UserError(f"The problems in {path} cannot be read: {error.strerror}.") from None
   if not path.exists():
     raise errors.UserError(f"The problem file {path} does not exist.")
-  raise errors.UserError(f"The folder {path} holds no {split}.jsonl, no {split}/ with JSON files and none of its own.")
+  raise errors.UserError(
+    f"The folder {path} holds no {split}.jsonl, no {split}/ with JSON files and none of its own "
+    f"({', '.join(SUFFIXES)})."
+  )
 
 
-def last_box(text: str) -> str | None:
-  """What the last \\boxed{} (or \\fbox{}) of a text holds, braces balanced; None where none is whole.
+class _Box(NamedTuple):
+  """A box of a text and what it holds."""
 
-  `\\boxed 7` holds what follows up to the formula's end, as in MATH. One pass, whatever the text.
-  """
+  start: int
+  stop: int
+  content: str
+
+
+def _boxes(text: str) -> list[_Box]:
+  """All \\boxed{} and \\fbox{} that are whole and not empty. One pass, whatever the text."""
   opened, close_of = [], {}
   for brace in _BRACE.finditer(text):
     if brace.group() == "{":
       opened.append(brace.start())
     elif brace.group() == "}" and opened:
       close_of[opened.pop()] = brace.start()
-  found = None
+  found = []
   for box in _BOX.finditer(text):
     start = box.end()
     if text[start : start + 1] != "{":
-      found = _BARE.match(text, start).group().strip() or found
+      bare = _BARE.match(text, start)
+      found.append(_Box(box.start(), bare.end(), bare.group().strip()))
     elif start in close_of:
-      found = text[start + 1 : close_of[start]].strip() or found
-  return found
+      found.append(_Box(box.start(), close_of[start] + 1, text[start + 1 : close_of[start]].strip()))
+  return [box for box in found if box.content]
+
+
+def last_box(text: str) -> str | None:
+  """What the last \\boxed{} (or \\fbox{}) of a text holds, braces balanced; None where none is whole.
+
+  `\\boxed 7` holds what follows up to the formula's end, as in MATH.
+  """
+  boxes = _boxes(text)
+  return boxes[-1].content if boxes else None
+
+
+def stated_answer(solution: str) -> str | None:
+  """The answer that a solution states: that of its boxes, else what follows the last `####` or "the answer is".
+
+  Several boxes with little but commas, "and", "or" or line breaks between them are one answer, "2, 3"; else the last counts.
+  """
+  if boxes := _boxes(solution):
+    gaps = [solution[before.stop : after.start] for before, after in zip(boxes, boxes[1:], strict=False)]
+    parts = boxes if all(map(_JOINT.fullmatch, gaps)) else boxes[-1:]
+    return ", ".join(dict.fromkeys(box.content for box in parts))
+  stated = _STATED.findall(solution)
+  text = stated[-1].strip().removesuffix(".").strip() if stated else ""
+  formula = re.fullmatch(r"\$([^$]+)\$", text)
+  return (formula.group(1) if formula else text).strip() or None
 
 
 def _text(row: dict, field: str) -> str:
@@ -130,6 +203,54 @@ def _text(row: dict, field: str) -> str:
   return value.replace("\r\n", "\n")
 
 
+def _answer(row: dict) -> str | None:
+  """The gold answer that a row gives, text or a number; None where it gives none."""
+  answer, reward = row.get("answer"), row.get("reward_model")
+  if answer is None and isinstance(reward, dict):
+    answer = reward.get("ground_truth")
+  if answer is None or answer == "":
+    return None
+  if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+    raise errors.UserError(f'the field "answer" must be text or a number, not a {type(answer).__name__}')
+  if isinstance(answer, str):
+    return _text({"answer": answer}, "answer")
+  if not math.isfinite(answer):
+    raise errors.UserError('the field "answer" must be a finite number')
+  return str(int(answer) if answer == int(answer) else answer)
+
+
+def _chat(row: dict, field: str) -> dict:
+  """A row whose problem is a chat, as one with "problem" and, where the assistant answers, "solution"."""
+  turns = row[field]
+  if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    raise errors.UserError(f'the field "{field}" must hold turns with "role" and "content"')
+  by_role = {"system": [], "user": [], "assistant": []}
+  for turn in turns:
+    if turn.get("role") not in by_role:
+      raise errors.UserError(f'a "role" in "{field}" must be one of {", ".join(by_role)}, not {turn.get("role")!r}')
+    by_role[turn["role"]].append(_text(turn, "content"))
+  asked, said = by_role["user"], by_role["assistant"]
+  if len(asked) != 1:
+    raise errors.UserError(f'the field "{field}" must hold one turn of the user, not {len(asked)}')
+  if said and field == "prompt":
+    raise errors.UserError('the field "prompt" must not hold a turn of an assistant')
+  if said and (len(said) > 1 or turns[-1]["role"] != "assistant"):
+    raise errors.UserError(f'the field "{field}" must end in its one turn of the assistant')
+  return row | {"problem": asked[0]} | ({"solution": said[0]} if said else {})
+
+
+def _mapped(row: dict, fields: Mapping[str, str]) -> dict:
+  """The row with what `fields` names under our names; as it is where it has none of them."""
+  found = {}
+  for target, source in fields.items():
+    value = row
+    for name in source.split("."):
+      value = value.get(name) if isinstance(value, dict) else None
+    if value is not None:
+      found[target] = value
+  return {name: value for name, value in row.items() if name not in fields} | found if found else row
+
+
 def _optional(row: dict, field: str) -> str | None:
   """As `_text`, but None for a field that is absent, null or empty."""
   return None if row.get(field) in (None, "") else _text(row, field)
@@ -143,50 +264,74 @@ def _kind(row: dict) -> str:
   return "/".join(parts + ([f"level {digits.group()}"] if digits else []))
 
 
-def _parse(data: bytes) -> dict:
-  """The JSON object in a line or file; UserError without the place for anything else."""
-  if not data.strip():
-    raise errors.UserError("blank")
+def _json(data: bytes) -> object:
   try:
-    row = json.loads(data.decode("utf-8"))
+    return json.loads(data.decode("utf-8"))
   except (ValueError, RecursionError) as error:
     raise errors.UserError(f"not JSON in UTF-8 ({error})") from None
+
+
+def _object(content: bytes | object) -> dict:
+  """The fields of an entry; UserError without the place where it is no JSON object."""
+  if isinstance(content, bytes) and not content.strip():
+    raise errors.UserError("blank")
+  row = _json(content) if isinstance(content, bytes) else content
   if not isinstance(row, dict):
     raise errors.UserError(f"it must be a JSON object, not a {type(row).__name__}")
   return row
 
 
-def read_row(row: dict, prefix: str, given_id: str | None = None, keep_annotations: bool = False) -> Row:
+def read_row(
+  row: dict,
+  prefix: str,
+  given_id: str | None = None,
+  *,
+  keep_annotations: bool = False,
+  fields: Mapping[str, str] | None = None,
+) -> Row:
   """One row in any of the formats.
 
   Args:
     row: the JSON object.
-    prefix: of an id that is a hash, "gsm8k/train".
+    prefix: of an id that is a hash or a number, "gsm8k/train".
     given_id: of a row whose place is its id.
     keep_annotations: keeps GSM8K's calculator annotations `<<...>>` in the solution.
+    fields: "problem", "solution", "answer" or "id" -> the row's own name of it, dotted for a field of an object. A row that
+      has none of these names is read by its fields alone.
 
   Raises:
     UserError: the field that is at fault, without the place.
   """
-  if "question" in row and "problem" not in row:
-    problem, solution = _text(row, "question"), _text(row, "answer")
+  row = _mapped(row, fields or {})
+  names = ("problem", "question", "query", "prompt", "messages")
+  asked = next((name for name in names if row.get(name) is not None), None)
+  if asked is None:
+    raise errors.UserError(
+      'the field "problem" is missing (or "question", "query", "prompt" or "messages"; task.fields takes other names)'
+    )
+  if asked == "messages" or (asked == "prompt" and not isinstance(row["prompt"], str)):
+    row, asked = _chat(row, asked), "problem"
+  problem, answer = _text(row, asked), _answer(row)
+  worked = "response" if asked == "query" and "solution" not in row else "solution"
+  solution = _optional(row, worked)
+  is_solution = answer is not None and ("####" in answer or (asked == "question" and "\n" in answer.strip()))
+  if is_solution and solution is None:
     try:
-      answer = answers.extract_gold(solution)
+      solution, answer = answer, answers.extract_gold(answer)
     except errors.UserError as error:
       raise errors.UserError(f'the field "answer": {str(error).removesuffix(".")}') from None
     if not keep_annotations:
       solution = _ANNOTATION.sub("", solution)
-  elif "problem" in row or "prompt" in row:
-    problem = _text(row, "problem" if "problem" in row else "prompt")
-    solution = _optional(row, "solution")
-    answer = None if "answer" not in row and solution else _text(row, "answer")
-    if answer is None:
-      answer = last_box(solution)
-    if answer is None:
-      raise errors.UserError('the field "solution" has no \\boxed{} with an answer, and there is no "answer"')
-  else:
-    raise errors.UserError('the field "problem" is missing (or "question", as in GSM8K, or "prompt", as in a D_syn)')
-  name = given_id or _optional(row, "id") or _optional(row, "unique_id")
+  if answer is None and solution is None:
+    raise errors.UserError(f'the field "answer" is missing, and there is no "{worked}"; task.fields takes other names')
+  if answer is None:
+    answer = stated_answer(solution)
+  if answer is None:
+    raise errors.UserError(
+      f'the field "{worked}" has no \\boxed{{}}, #### or "the answer is" with an answer, and there is no "answer"'
+    )
+  numbered = type(row.get("id")) is int
+  name = given_id or (f"{prefix}/{row['id']}" if numbered else _optional(row, "id")) or _optional(row, "unique_id")
   if name is not None and _MATH_ID.fullmatch(name):
     name = f"math/{name.removesuffix('.json')}"  # MATH-500 names MATH's files
   if name is None:
@@ -194,29 +339,78 @@ def read_row(row: dict, prefix: str, given_id: str | None = None, keep_annotatio
   return Row(name, problem, solution, answer, _kind(row))
 
 
-def _entries(
-  files: list[epath.Path], path: epath.Path, name: str, split: str
-) -> Iterator[tuple[str, str | None, bytes]]:
-  """(place, id of the place or None, bytes) of every line of JSON lines, and of every single JSON file."""
+class _Entry(NamedTuple):
+  """What may be a row: where it stands, the id that its place gives or None, and its JSON text or its fields."""
+
+  place: str
+  given_id: str | None
+  content: bytes | object
+
+
+def _parquet(file: epath.Path, data: bytes) -> Iterator[_Entry]:
+  import pyarrow  # not for tasks without files
+  from pyarrow import parquet
+
+  try:
+    batches = parquet.ParquetFile(io.BytesIO(data)).iter_batches()
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    for number, row in enumerate(rows, start=1):
+      yield _Entry(f"{file}, row {number}", None, row)
+  except pyarrow.ArrowException as error:
+    raise errors.UserError(f"The problem file {file} is not Parquet: {str(error).splitlines()[0]}") from None
+
+
+def _is_json_lines(data: bytes) -> bool:
+  """Whether a file called .json has more than one line, and its first line is an object by itself."""
+  first, _, rest = data.strip().partition(b"\n")
+  try:
+    return bool(rest) and isinstance(json.loads(first), dict)
+  except (ValueError, RecursionError):
+    return False
+
+
+def _entries(files: Sequence[epath.Path], path: epath.Path, name: str, split: str) -> Iterator[_Entry]:
+  """Every line of JSON lines, row of Parquet, item of a JSON list, and JSON file that holds one row."""
   folder = path / split if (path / split).is_dir() else path
   for file in files:
     try:
       data = file.read_bytes()
     except OSError as error:
       raise errors.UserError(f"The problem file {file} cannot be read: {error.strerror}.") from None
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    if file.suffix == ".json":
-      place = file.relative_to(folder).with_suffix("") if file != path else file.stem
-      yield str(file), f"{name}/{split}/{place}", data
+    if file.suffix == ".parquet":
+      yield from _parquet(file, data)
       continue
-    if not data:
+    if file.suffix == ".gz":
+      try:
+        data = gzip.decompress(data)
+      except (OSError, EOFError, zlib.error) as error:
+        raise errors.UserError(f"The problem file {file} is not gzip: {error}.") from None
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if file.suffix == ".json" and not _is_json_lines(data):
+      try:
+        content = _json(data)
+      except errors.UserError:
+        content = data  # refused, or left out, as a row is
+      if isinstance(content, list):
+        yield from (_Entry(f"{file}, item {number}", None, row) for number, row in enumerate(content, start=1))
+        continue
+      place = file.relative_to(folder).with_suffix("") if file.is_relative_to(folder) and file != path else file.stem
+      yield _Entry(str(file), f"{name}/{split}/{place}", content)
+      continue
+    if not data.strip():
       raise errors.UserError(f"The problem file {file} is empty.")
-    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
-      yield f"{file}, line {number}", None, line
+    for number, line in enumerate(data.rstrip().split(b"\n"), start=1):
+      yield _Entry(f"{file}, line {number}", None, line)
 
 
 def read(
-  path: epath.PathLike, name: str, split: str, *, skip_bad_rows: bool = False, keep_annotations: bool = False
+  path: epath.PathLike,
+  name: str,
+  split: str,
+  *,
+  skip_bad_rows: bool = False,
+  keep_annotations: bool = False,
+  fields: Mapping[str, str] | None = None,
 ) -> Rows:
   """All rows of a split of a dataset.
 
@@ -225,15 +419,15 @@ def read(
     name: of the dataset: "gsm8k", "math" or "jsonl"; ids that are not given begin with it and the split.
     split: "train" or "test".
     skip_bad_rows: leaves broken rows out, with a sentence each, instead of stopping at the first.
-    keep_annotations: as in `read_row`.
+    keep_annotations, fields: as in `read_row`.
 
   Raises:
     UserError: no file, or (unless skip_bad_rows) a broken row, or one whose id stands in an earlier row; no good row.
   """
   made, place_of, seen = Rows(), {}, {}
-  for place, given_id, data in _entries(find(path, split), epath.Path(path).expanduser(), name, split):
+  for place, given_id, content in _entries(find(path, split), epath.Path(path).expanduser(), name, split):
     try:
-      row = read_row(_parse(data), f"{name}/{split}", given_id, keep_annotations)
+      row = read_row(_object(content), f"{name}/{split}", given_id, keep_annotations=keep_annotations, fields=fields)
       if row.id in seen:
         if (row.problem.split(), row.answer) == seen[row.id] and row.id.startswith(f"{name}/{split}/"):
           made.duplicates += 1

@@ -8,7 +8,9 @@ space or before a digit, unless spaces are inside both (nearly pandoc's rule): "
 
 A sentence ends with `.`, `?` or `!` and the closing brackets, quotes and stars after it, before whitespace and a word that
 does not begin with a small letter; or with a formula whose last sign is a period (`$x=2.$ Then`). So no number is cut
-(3.14, 1,000), and no abbreviation (e.g., Fig. 2, a.m.), nor a line's number (`1.`, `Step 2.`). `5!` is a factorial.
+(3.14, 1,000), and no abbreviation (e.g., Fig. 2), nor a line's number (`1.`, `Step 2.`). `5!` is a factorial, and `5!.` ends
+a sentence. A time (5 p.m.) ends one before a capital letter, unless a weekday or a time zone follows. The full-width stops of
+Chinese and Japanese (`。`, `！`, `？`) end a sentence whatever follows, and take closing brackets and quotes along.
 
 What follows a step does not depend on what stood before it: the steps of a response's rest are the rest of its steps.
 """
@@ -22,8 +24,10 @@ from synthneg_jax.data.token_text import TokenText
 _SIGN = re.compile(
   rb"\\begin\s*\{(?P<begin>[A-Za-z]+\*?)\}|\\end\s*\{(?P<end>[A-Za-z]+\*?)\}|(?P<asy>\[asy\])|(?P<yas>\[/asy\])"
   rb"|\\(?P<escape>[^\n])|(?P<dollar>\$\$?)|(?P<brace>[{}])|(?P<blank>\n[ \t\r]*(?=\n))|(?P<line>\n)|(?P<stop>[.?!]+)"
+  rb"|(?P<wide>(?:\xe3\x80\x82|\xef\xbc[\x81\x9f])+)"  # 。 ！ ？
 )
-_CLOSERS = re.compile(rb"(?:[)\]\"'*_]|\xe2\x80[\x99\x9d])*")
+# Brackets, quotes, stars; ’ ” 》 」 』 】 ）.
+_CLOSERS = re.compile(rb"(?:[)\]\"'*_]|\xe2\x80[\x99\x9d]|\xe3\x80[\x8b\x8d\x8f\x91]|\xef\xbc\x89)*")
 _SENTENCE_BEGINS = re.compile(rb"[ \t\r]+(?=([^a-z\s,;:.?!=<>+/^|)\]}]))")
 _WORD = re.compile(rb"[A-Za-z]+(?:\.[A-Za-z]+)*\Z")
 _LINE_NUMBER = re.compile(
@@ -37,6 +41,8 @@ _ABBREVIATIONS = frozenset(
 _BEFORE_DIGITS = frozenset(
   b"art ch ft hr hrs in lb lbs min mins no nos oz p pp sec secs vol yd".split()
 )  # No. 5, 5 ft. 3
+_TIMES = (b"a.m", b"p.m")
+_NEW_SENTENCE = re.compile(rb"(?!(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|[A-Z]{2,4}\b)[A-Z]")  # after a time of day
 _CLOSER_OF = {"[": "]", "(": ")"}
 
 
@@ -44,7 +50,7 @@ class _Text:
   """The signs of a text that matter, and for each that opens something, where that ends.
 
   Attributes:
-    signs: (kind, start, stop) in order; kinds are `[ ] ( ) { } $ $$ begin end asy yas blank line stop`.
+    signs: (kind, start, stop) in order; kinds are `[ ] ( ) { } $ $$ begin end asy yas blank line stop wide`.
     ends: for a sign that opens something the number of the sign that closes it, or, where it is held together up to a
       blank line or the end, the number of the sign there, negative and less 1; None for all others.
   """
@@ -105,6 +111,8 @@ class _Text:
       return False
     before = self.data[max(last, start - _LONGEST) : start]
     if self.data[start : start + 1] == b"!":
+      if self.data[start:stop].lstrip(b"!")[:1] in (b".", b"?"):  # the factorial 5! and then a period
+        return True
       return before[-2:].isalpha() and len(before) > 1
     if self.data[start : start + 1] == b"?":
       return True
@@ -115,6 +123,8 @@ class _Text:
       return False
     found = _WORD.search(before)
     word = found.group().lower() if found else b""
+    if word in _TIMES:
+      return _NEW_SENTENCE.match(self.data, begins.end()) is not None
     if b"." in word:
       return any(len(part) > 2 for part in word.split(b"."))
     return word not in _ABBREVIATIONS and not (digit_follows and word in _BEFORE_DIGITS)
@@ -129,6 +139,8 @@ def prose_separators(data: bytes) -> Iterator[tuple[int, int]]:
     if kind == "stop":
       stop = _CLOSERS.match(data, stop).end()
       separates = text.ends_sentence(last, start, stop)
+    elif kind == "wide":
+      stop, separates = _CLOSERS.match(data, stop).end(), True
     elif end is not None and end < 0:  # held together up to the sign there
       i = -1 - end
       continue

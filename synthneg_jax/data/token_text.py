@@ -4,11 +4,11 @@ import bisect
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from synthneg_jax.runtime import errors
+from synthneg_jax.runtime import config_schema, errors
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE_MARK = "\u2581"  # the SentencePiece sign for a space
@@ -153,13 +153,30 @@ def ends_at(
 def step_ends(ids: Sequence[int], token_text: TokenText, delimiter: str = "\n") -> list[int]:
   """Returns the ends of steps, as `ends_at`, where each delimiter separates two.
 
+  Args:
+    ids: the response.
+    token_text: of its tokenizer.
+    delimiter: text; or "re:" and a regular expression, whose matches separate steps.
+
   Raises:
-    UserError: the delimiter is empty.
+    UserError: the delimiter is empty, or a pattern that is invalid or matches without text.
   """
-  if not delimiter:
-    raise errors.UserError("The delimiter between steps must not be empty.")
-  pattern = re.compile(re.escape(delimiter.encode("utf-8")))
-  return ends_at(ids, token_text, lambda data: (found.span() for found in pattern.finditer(data)))
+  try:
+    pattern = config_schema.step_pattern(delimiter)
+  except errors.UserError as error:
+    raise errors.UserError(f"The delimiter between steps, {delimiter!r}, {error}") from None
+
+  def separators(data: bytes) -> Iterator[tuple[int, int]]:
+    text = data.decode("utf-8", "surrogateescape")  # whose offsets are turned back into those of bytes
+    done = at = 0
+    for found in pattern.finditer(text):
+      if not found.group():
+        raise errors.UserError(f"task.step_delimiter={delimiter!r} matches without text, where no step can end.")
+      start = at + len(text[done : found.start()].encode("utf-8", "surrogateescape"))
+      at, done = start + len(found.group().encode("utf-8", "surrogateescape")), found.end()
+      yield start, at
+
+  return ends_at(ids, token_text, separators)
 
 
 def _checked_stops(stop_strings: Sequence[str]) -> list[str]:

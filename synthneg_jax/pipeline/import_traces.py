@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -157,14 +158,16 @@ class _Reader:
     values = row.get(name)
     if values is None:
       return None
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) and value <= 1e-6 for value in values):
+    if not all(type(value) in (int, float) and value <= 1e-6 for value in values if value == value):
       raise UserError(f'"{name}" must hold log-probs, numbers that are not above 0')
+    if not all(map(math.isfinite, values)):
+      raise UserError(f'"{name}" must hold finite log-probs; -inf and NaN are none of a token that was drawn')
     return values
 
   def _given(self, row: dict, finish: str, logp) -> tuple[list[int], list[float] | None]:
     """Ids as they are; EOS where the response ended by itself and the server left it out."""
     ids, size = list(row["ids"]), self._policy.token_text.vocab_size
-    if not all(isinstance(i, int) and 0 <= i < size for i in ids):
+    if not all(type(i) is int and 0 <= i < size for i in ids):  # a bool is no id
       raise UserError(f'"ids" must hold whole numbers from 0 to {size - 1}, the vocabulary of this policy')
     if logp is not None and len(logp) != len(ids):
       raise UserError(f'"logps" has {len(logp)} numbers for {len(ids)} ids')

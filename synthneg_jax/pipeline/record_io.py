@@ -1,24 +1,16 @@
-"""Rows in files that others read and write: JSON lines, and Parquet where pyarrow is installed."""
+"""Rows in files that others read and write: JSON lines and Parquet."""
 
-import importlib
 import io
 import json
 from collections.abc import Iterable, Iterator
 
+import pyarrow
 from etils import epath
+from pyarrow import parquet
 
 from synthneg_jax.runtime.errors import UserError
 
 SUFFIXES = (".jsonl", ".parquet")
-
-
-def _pyarrow(name: str):
-  try:
-    return importlib.import_module(name)
-  except ImportError as error:
-    raise UserError(
-      'Parquet needs the package pyarrow: pip install "synthneg_jax[parquet]" (in a checkout: .[parquet]).'
-    ) from error
 
 
 def content(path: epath.Path) -> bytes:
@@ -43,10 +35,9 @@ def read(path: epath.Path) -> Iterator[tuple[str, dict]]:
   """
   data = content(path)
   if path.suffix == ".parquet":
-    parquet, arrow = _pyarrow("pyarrow.parquet"), _pyarrow("pyarrow")
     try:
       table = parquet.read_table(io.BytesIO(data))
-    except arrow.ArrowException as error:
+    except pyarrow.ArrowException as error:
       raise UserError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from None
     for number, row in enumerate(table.to_pylist(), start=1):
       yield f"{path}, row {number}", row
@@ -66,7 +57,7 @@ def write(path: epath.Path, rows: Iterable[dict]) -> int:
   """Writes a .jsonl or .parquet file under a temporary name and renames it; returns how many rows it has.
 
   Raises:
-    UserError: another ending, no pyarrow for Parquet, or a folder that cannot be written.
+    UserError: another ending, or a folder that cannot be written.
   """
   if path.suffix not in SUFFIXES:
     raise UserError(f"{path} ends in none of {', '.join(SUFFIXES)}.")
@@ -74,8 +65,7 @@ def write(path: epath.Path, rows: Iterable[dict]) -> int:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-      arrow, parquet = _pyarrow("pyarrow"), _pyarrow("pyarrow.parquet")
-      table = arrow.Table.from_pylist(list(rows))
+      table = pyarrow.Table.from_pylist(list(rows))
       buffer = io.BytesIO()
       parquet.write_table(table, buffer)
       temporary.write_bytes(buffer.getvalue())

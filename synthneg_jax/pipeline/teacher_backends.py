@@ -10,7 +10,7 @@ from synthneg_jax.decoding.engine import Engine, Trunk
 from synthneg_jax.decoding.policy import Policy, files_identity, resolve
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.runtime import keys
+from synthneg_jax.runtime import config_schema, keys
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.progress import Progress
 from synthneg_jax.teacher import reply_cache, scripted
@@ -29,6 +29,7 @@ class _Local:
       raise UserError("synthesis.provider='local' needs synthesis.endpoint.model: the checkpoint's folder.")
     self._policy = Policy.load(resolve(c.synthesis.endpoint.model), c.model, experiment.mesh)
     self._run, self._store, self.model = experiment, store, self._policy.fingerprint
+    self._template_args = config_schema.template_args(c.task.template_args)
     self._style = "chat" if self._policy.tokenizer.chat_template else "raw"
     self._engine = Engine(
       self._policy.model,
@@ -52,7 +53,7 @@ class _Local:
     trunks = []
     for group in batch:
       text = group[0].messages[-1][1]
-      ids = prompts.encode_prompt(self._policy.tokenizer, text, self._style)
+      ids = prompts.encode_prompt(self._policy.tokenizer, text, self._style, template_args=self._template_args)
       seed = self._run.config.seed
       draws = [keys.draw_key(seed, "synthesize", 0, request.key, "", request.index) for request in group]
       trunks.append(Trunk(ids, [len(ids)] * len(group), np.stack(draws)))

@@ -13,7 +13,7 @@ from synthneg_jax.decoding.policy import Policy, param_shardings
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.runtime import device_mesh, keys
+from synthneg_jax.runtime import config_schema, device_mesh, keys
 from synthneg_jax.runtime.metrics import Metrics
 from synthneg_jax.tasks import problems as problems_lib
 from synthneg_jax.training import batches, loop
@@ -29,6 +29,7 @@ def prompt_ids(experiment: Experiment, tokenizer, problem: Problem, shots: Seque
     problems_lib.prompt_style(task),
     instruction=task.instruction,
     shots=[(shot.prompt, shot.solution) for shot in shots],
+    template_args=config_schema.template_args(task.template_args),
   )
 
 

@@ -10,8 +10,10 @@ changes leaves with --config.part.leaf=value.
 
 import dataclasses
 import difflib
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
@@ -29,6 +31,7 @@ class Leaf:
     within: the interval of a number, or of each number of a tuple, as "[0, 1)" or "[1, inf)".
     also: numbers outside that interval that have a meaning of their own.
     choices: all values of a string, or of each string of a tuple.
+    parse: reads a text with a form of its own; its UserError says what is wrong, as the end of a sentence.
     changes_results: False for what only says how a stage computes or what it keeps; such leaves may differ between the two
       halves of a resumed stage.
   """
@@ -40,6 +43,7 @@ class Leaf:
   within: str = ""
   also: tuple = ()
   choices: tuple[str, ...] = ()
+  parse: Callable[[str], object] | None = None
   changes_results: bool = True
 
   @property
@@ -56,6 +60,11 @@ class Leaf:
         return f"must be one of {', '.join(self.choices)}"
       if self.within and part not in self.also and not _inside(part, self.within):
         return f"must be in {self.domain}"
+    if self.parse is not None:
+      try:
+        self.parse(value)
+      except UserError as error:
+        return str(error).removesuffix(".")
     return ""
 
 
@@ -65,6 +74,66 @@ def _inside(value: float, interval: str) -> bool:
   above = value >= low if interval[0] == "[" else value > low
   below = value <= high if interval[-1] == "]" else value < high
   return above and below and not (math.isinf(value) and math.isinf(high))
+
+
+def step_pattern(text: str) -> re.Pattern[str]:
+  """What task.step_delimiter matches: the text itself or, after "re:", a regular expression.
+
+  Raises:
+    UserError: it is empty, invalid, or matches the empty text.
+  """
+  if not text:
+    raise UserError("must be text, not empty.")
+  try:
+    pattern = re.compile(text.removeprefix("re:") if text.startswith("re:") else re.escape(text))
+  except re.error as error:
+    raise UserError(f"must be a regular expression after re: ({error}).") from None
+  if pattern.search(""):
+    raise UserError("must be a pattern that does not match the empty text.")
+  return pattern
+
+
+_TARGETS = ("problem", "solution", "answer", "id")
+_OWN_ARGUMENTS = {
+  "add_generation_prompt",
+  "chat_template",
+  "continue_final_message",
+  "conversation",
+  "return_dict",
+  "tokenize",
+}
+
+
+def field_map(text: str) -> dict[str, str]:
+  """The pairs of task.fields: what a row's field is (problem, solution, answer or id) -> where it stands, perhaps dotted.
+
+  Raises:
+    UserError: it is no list of such pairs.
+  """
+  pairs = [[side.strip() for side in pair.split("=", 1)] for pair in text.split(",") if text.strip()]
+  targets = [pair[0] for pair in pairs]
+  if not all(len(pair) == 2 and pair[1] for pair in pairs) or len(set(targets)) < len(targets):
+    raise UserError("must be pairs such as problem=query,solution=response, each name once.")
+  if not set(targets) <= set(_TARGETS):
+    raise UserError(f"must be pairs whose first name is one of {', '.join(_TARGETS)}.")
+  return dict(pairs)
+
+
+def template_args(text: str) -> dict:
+  """The arguments of task.template_args, a JSON object; {} for the empty text.
+
+  Raises:
+    UserError: it is none, or sets what the program sets itself.
+  """
+  try:
+    arguments = json.loads(text or "{}")
+  except ValueError:
+    arguments = None
+  if not isinstance(arguments, dict):
+    raise UserError('must be a JSON object, such as {"enable_thinking": false}.')
+  if taken := sorted(_OWN_ARGUMENTS & arguments.keys()):
+    raise UserError(f"must be without {', '.join(taken)}, which the program sets itself.")
+  return arguments
 
 
 MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # of a layer
@@ -162,6 +231,11 @@ SCHEMA = {
     "test_problems": Leaf(1000, "Problems on which test errors are measured.", unit="problems", within=COUNT),
     "path": Leaf("", "Folder of both splits, or file to train on; empty: see docs/datasets.md. Tasks from files only."),
     "test_path": Leaf("", "File or folder of the test problems, such as MATH-500; empty: that of task.path."),
+    "fields": Leaf(
+      "",
+      "Names of a row's fields where they are others: problem=query,solution=response; also of answer and id, and dotted.",
+      parse=field_map,
+    ),
     "decontaminate_against": Leaf(
       (), "More files or folders of test problems that training problems must not overlap."
     ),
@@ -173,6 +247,11 @@ SCHEMA = {
     ),
     "skip_bad_rows": _how(
       False, "Skip and count broken rows of problem files instead of stopping; also --skip_bad_rows."
+    ),
+    "gold_disagreements": Leaf(
+      "drop",
+      "Training problems of files whose own solution states another answer than the gold one; test problems always stay.",
+      choices=("drop", "keep"),
     ),
     "answers": Leaf(
       "integer",
@@ -219,13 +298,22 @@ SCHEMA = {
       'Prompt form of tasks from files: plain ("Question: ...\\nAnswer:\\n") or the tokenizer\'s chat template.',
       choices=("plain", "chat"),
     ),
+    "template_args": Leaf(
+      "",
+      'Arguments of the chat template as a JSON object, such as {"enable_thinking": false}; where task.prompt=chat.',
+      parse=template_args,
+    ),
     "instruction": Leaf("", "Text appended to every problem on a line of its own. Tasks from files only."),
     "steps": Leaf(
       "delimiter",
       "Where a step ends: at task.step_delimiter, or by lines and sentences outside LaTeX (prose).",
       choices=("delimiter", "prose"),
     ),
-    "step_delimiter": Leaf("\n", "Text that ends a step where task.steps=delimiter."),
+    "step_delimiter": Leaf(
+      "\n",
+      "Text that ends a step where task.steps=delimiter; re: and a regular expression for a pattern.",
+      parse=step_pattern,
+    ),
     "test_start": Leaf(0, "Number of the first test problem of a generated task.", within=AT_LEAST_0),
     "arithmetic": {
       "skip_step_prob": Leaf(0.0, "Probability that the teacher does an addition in its head.", within="[0, 1]"),

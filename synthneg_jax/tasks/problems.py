@@ -7,19 +7,24 @@ count. The test split's order is that of seed 0 whatever the run's seed.
 
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 
+from absl import logging
 from etils import epath
 
-from synthneg_jax.data import decontamination
+from synthneg_jax.data import decontamination, hub
 from synthneg_jax.data.problem_files import Row, Rows
 from synthneg_jax.data.records import Problem
 from synthneg_jax.grading import answers
+from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.tasks import generated
 
 _DATA_DIR = "SYNTHNEG_DATA_DIR"
+_LOGGED = 5  # rows that are logged one by one
+_ANNOUNCED = 2000  # solutions whose grading takes seconds
 
 
 @dataclasses.dataclass
@@ -29,8 +34,8 @@ class Chosen:
   Attributes:
     train, test: problems.
     figures: counts of what was left out, for the stage's manifest.
-    report: one JSON-ready object a training problem that was left out because it overlaps a test problem, and one a
-      broken row; docs/data.md has the fields.
+    report: one JSON-ready object a training problem that was left out because it overlaps a test problem, one a broken
+      row, and one a row whose solution is not graded as right; docs/data.md has the fields.
   """
 
   train: list[Problem]
@@ -48,7 +53,8 @@ def choose(task, seed: int) -> Chosen:
   """The training and test problems of a task; more of them have the fewer ones first.
 
   Training problems that overlap a test problem (data/decontamination.py), one of the whole test split and of
-  task.decontaminate_against, are left out before the first task.train_problems are taken.
+  task.decontaminate_against, are left out before the first task.train_problems are taken; so are, among these, problems
+  whose own solution states another answer than the gold one, unless task.gold_disagreements says keep.
 
   Args:
     task: the config's section.
@@ -77,6 +83,9 @@ def choose(task, seed: int) -> Chosen:
     "skipped_rows": len(train.skipped) + len(test.skipped),
     "duplicates": train.duplicates + test.duplicates,
   }
+  paths = [path for path in (task.path, task.test_path, *task.decontaminate_against) if hub.is_hub(path)]
+  if paths:
+    figures["hub_commits"] = {path: hub.commit(path) for path in paths}
   report = [
     {
       "id": train.rows[i].id,
@@ -87,14 +96,15 @@ def choose(task, seed: int) -> Chosen:
     for i, found in dropped.items()
   ]
   report += [{"skipped": sentence} for rows in (train, test) for sentence in rows.skipped]
-  made = [
-    _first(task, rows, split, order_seed, note)
-    for rows, split, order_seed, note in (
-      (kept, "train", seed, f" ({figures['dropped_as_test']} more overlap test problems)"),
-      (test.rows, "test", 0, ""),
-    )
-  ]
-  return Chosen(*made, figures, report)
+  note = f"{figures['dropped_as_test']} more overlap test problems"
+  taken, doubts = _first(task, kept, "train", seed, note)
+  tested, test_doubts = _first(task, test.rows, "test", 0, "")
+  figures["gold_disagreements"] = sum(doubt["reason"] == "wrong" for doubt in doubts)
+  figures["test_gold_disagreements"] = sum(doubt["reason"] == "wrong" for doubt in test_doubts)
+  doubts += test_doubts
+  figures["unreadable_solutions"] = sum(doubt["reason"] != "wrong" for doubt in doubts)
+  _log_disagreements([doubt for doubt in doubts if doubt["reason"] == "wrong"])
+  return Chosen(taken, tested, figures, report + doubts)
 
 
 def _check_answers(task, rows: Rows) -> None:
@@ -106,7 +116,7 @@ def _check_answers(task, rows: Rows) -> None:
   state = "#### {}".format if task.answers == "integer" else str
 
   def grade(golds):
-    return answers.grade_many([state(gold) for gold in golds], golds, kind=task.answers)
+    return _grade(task, [state(gold) for gold in golds], golds)
 
   golds = [row.answer for row in rows.rows]
   try:
@@ -131,6 +141,26 @@ def _check_answers(task, rows: Rows) -> None:
   rows.rows = kept
 
 
+def _grade(task, responses: Sequence[str], golds: Sequence[str]) -> list[answers.Verdict]:
+  """Verdicts by the task's rules."""
+  rules = {name: value for name, value in task.grading.items() if name != "timeout_s"}
+  rules = answers.Conventions(**rules)
+  return answers.grade_many(responses, golds, kind=task.answers, timeout_s=task.grading.timeout_s, rules=rules)
+
+
+def _log_disagreements(doubts: Sequence[dict]) -> None:
+  for doubt in doubts[:_LOGGED]:
+    logging.warning(
+      "%s: the gold answer is %s, and the solution states %s; the row is %s.",
+      doubt["id"],
+      doubt["gold"],
+      doubt["states"],
+      "left out" if doubt["left_out"] else "kept",
+    )
+  if len(doubts) > _LOGGED:
+    logging.warning("%d more rows state another answer than their gold answer.", len(doubts) - _LOGGED)
+
+
 def test_texts(task, seed: int) -> list[str]:
   """What no training problem may overlap: all problems of the test split, and those of task.decontaminate_against."""
   if task.name in generated.TASKS:
@@ -153,7 +183,7 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
   """
   if task.name in generated.TASKS:
     return generated.load(task, seed, split, count)
-  return _first(task, _rows(task, split).rows, split, seed if split == "train" else 0, "", count)
+  return _first(task, _rows(task, split).rows, split, seed if split == "train" else 0, "", count)[0]
 
 
 def ordered(rows: Iterable[Row], seed: int) -> list[Row]:
@@ -165,23 +195,62 @@ def ordered(rows: Iterable[Row], seed: int) -> list[Row]:
   return sorted(rows, key=rank)
 
 
-def _first(task, rows: Sequence[Row], split: str, seed: int, note: str, count: int | None = None) -> list[Problem]:
+def _first(
+  task, rows: Sequence[Row], split: str, seed: int, note: str, count: int | None = None
+) -> tuple[list[Problem], list[dict]]:
+  """The first problems of a split, without training problems whose solution states another answer than the gold one.
+
+  Args:
+    task: the config's section.
+    rows: all that may be taken.
+    split: "train" or "test"; problems of the test split are never left out.
+    seed: of the order.
+    note: about rows that are gone already, for the sentence of the error.
+    count: how many; None for the config's number.
+
+  Returns:
+    (the problems; for each row looked at whose solution is not graded as right, an entry of the report).
+
+  Raises:
+    UserError: there are too few.
+  """
   count = task[f"{split}_problems"] if count is None else count
-  if count > len(rows):
-    raise UserError(f"The {split} split has {len(rows)} problems{note}; task.{split}_problems={count} asks for more.")
+  queue, taken, doubts = iter(ordered(rows, seed)), [], []
+  drops = split == "train" and task.gold_disagreements == "drop"
+  while batch := list(itertools.islice(queue, count - len(taken))):
+    solved = [row for row in batch if row.solution]
+    if task.answers == "math" and len(solved) > _ANNOUNCED:
+      logging.info("%d solutions are graded against their gold answers.", len(solved))
+    graded = _grade(task, [row.solution for row in solved], [row.answer for row in solved]) if solved else []
+    verdicts = {row.id: verdict for row, verdict in zip(solved, graded, strict=True) if not verdict.correct}
+    for row in batch:
+      verdict = verdicts.get(row.id)
+      left_out = drops and verdict is not None and verdict.reason == "wrong"
+      if not left_out:
+        taken.append(row)
+      if verdict is not None:
+        about = {"id": row.id, "gold": row.answer, "states": verdict.extracted, "reason": verdict.reason}
+        doubts.append(about | {"left_out": left_out})
+  if count > len(taken):
+    notes = [note] if note else []
+    if gone := sum(doubt["left_out"] for doubt in doubts):
+      notes.append(f"{gone} more state another answer in the solution than the gold one")
+    others = f" ({', '.join(notes)})" if notes else ""
+    raise UserError(
+      f"The {split} split has {len(taken)} problems{others}; task.{split}_problems={count} asks for more."
+    )
 
   def source(row):
     return "/".join([task.name, split] + ([row.kind] if row.kind else []))
 
-  return [
-    Problem(row.id, row.problem, row.solution or "", row.answer, source(row)) for row in ordered(rows, seed)[:count]
-  ]
+  return [Problem(row.id, row.problem, row.solution or "", row.answer, source(row)) for row in taken], doubts
 
 
 def _read(task, path: str, split: str) -> Rows:
   from synthneg_jax.data import datasets  # imports TFDS, which the embedded task does without
 
-  return datasets.from_files(path, task.name, split, skip_bad_rows=task.skip_bad_rows)
+  fields = config_schema.field_map(task.fields)
+  return datasets.from_files(path, task.name, split, skip_bad_rows=task.skip_bad_rows, fields=fields)
 
 
 def _rows(task, split: str) -> Rows:
@@ -189,9 +258,10 @@ def _rows(task, split: str) -> Rows:
   if split == "test" and task.test_path:
     return _read(task, task.test_path, "test")
   if task.path:
-    if split == "test" and epath.Path(task.path).expanduser().is_file():
+    kind = "split" if hub.is_hub(task.path) and hub.parse(task.path).split else "file"
+    if split == "test" and (kind == "split" or epath.Path(task.path).expanduser().is_file()):
       raise UserError(
-        f"task.path={task.path} is a file of training problems; name the test problems by task.test_path."
+        f"task.path={task.path} is a {kind} of training problems; name the test problems by task.test_path."
       )
     return _read(task, task.path, split)
   home = os.environ.get(_DATA_DIR, "")

@@ -27,7 +27,10 @@ SPECIAL = (
 _TURN = "{% for m in messages %}"
 # Our own writing of the forms that the families' templates have.
 TEMPLATES = {
-  "llama 2 and mistral": "{{ bos_token }}" + _TURN + "[INST] {{ m['content'] | trim }} [/INST]{% endfor %}",
+  "llama 2 and mistral": "{{ bos_token }}"
+  + _TURN
+  + "{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
+  + "{% else %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}",
   "llama 3": "{{ bos_token }}"
   + _TURN
   + "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
@@ -83,6 +86,29 @@ class ChatTest(parameterized.TestCase):
     self.assertIn(QUESTION.strip(), text)
     open_turn = ("[/INST]", "assistant<|end_header_id|>\n\n", "Assistant:", "assistant\n", "model\n")
     self.assertEndsWith(text, next(end for end in open_turn if text.endswith(end)))
+
+  def test_template_args(self):
+    # Fails if an argument does not reach the template.
+    tokenizer = make_tokenizer(False)
+    tokenizer.chat_template = TEMPLATES["qwen 3"]
+    thinks, does_not = (
+      tokenizer.decode(prompts.encode_prompt(tokenizer, "Hi", "chat", template_args=args))
+      for args in (None, {"enable_thinking": False})
+    )
+    self.assertEqual(does_not, f"{thinks}<think>\n\n</think>\n\n")
+
+  @parameterized.parameters(True, False)
+  def test_a_template_that_opens_no_turn_is_refused(self, has_shots):
+    # Fails if the model is asked without being told that it is its turn, or a template that needs no prompt is refused.
+    tokenizer = make_tokenizer(False)
+    shots = (("1+1?", "2"),) if has_shots else ()
+    turn = _TURN + "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    tokenizer.chat_template = turn
+    with self.assertRaisesRegex(UserError, "does not open the assistant's turn.*task.prompt=plain"):
+      prompts.encode_prompt(tokenizer, QUESTION, "chat", shots=shots)
+    for opened in (turn + "<|im_start|>assistant\n", _TURN + "{{ m['content'] }}\n{% endfor %}"):
+      tokenizer.chat_template = opened
+      prompts.encode_prompt(tokenizer, QUESTION, "chat", shots=shots)
 
   def test_of_several_templates_the_default(self):
     # Fails if a tokenizer with templates by name is refused, or another than "default" is taken.

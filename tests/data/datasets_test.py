@@ -65,6 +65,12 @@ class DatasetsTest(absltest.TestCase):
       skipped = datasets.from_files(path, "jsonl", "train", skip_bad_rows=True).skipped
       self.assertEqual((len(skipped), skipped[-1]), (1001, "and 500 more."))
 
+  # Fails if what was prepared under other names of the fields is taken.
+  def test_fields(self):
+    path = self._file({"problem": "p", "answer": "5", "other": "6"})
+    answers = [datasets.from_files(path, "jsonl", "train", fields=f).rows[0].answer for f in ({}, {"answer": "other"})]
+    self.assertEqual(answers, ["5", "6"])
+
   # Fails if an edited file is answered from what was prepared before.
   def test_changed_file(self):
     path = self._file({"problem": "p", "answer": "5"})

@@ -52,6 +52,15 @@ class OverlapsTest(parameterized.TestCase):
   def test_nothing_to_compare(self, train, test):
     self.assertEqual(decontamination.overlaps(train, test, 13), [])
 
+  # Fails if an instruction that test problems share makes every problem with it an overlap, or hides one that is.
+  def test_shared_instruction(self):
+    ask = "solve this problem step by step and put the answer on a line of its own {} remember to be brief"
+    test = [ask.format(f"t{i}a t{i}b t{i}c") for i in range(8)]
+    train = [ask.format("u v w"), ask.format("t3a t3b t3c"), "t5b t5c remember to be brief x"]
+    found = decontamination.overlaps(train, test, 5)
+    self.assertEqual([(o.index, o.test_index) for o in found], [(1, 3), (2, 5)])
+    self.assertLen(decontamination.overlaps(train, test[:4], 5), 2)  # four texts are too few to tell
+
   # Fails if chunks lose their place.
   def test_many_texts(self):
     words = [f"w{i}" for i in range(50)]

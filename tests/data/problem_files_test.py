@@ -1,12 +1,16 @@
 """Tests of the problem files."""
 
+import functools
+import gzip
 import json
 import os
 import pathlib
 import tempfile
 import time
 
+import pyarrow
 from absl.testing import absltest, parameterized
+from pyarrow import parquet
 
 from synthneg_jax.data import problem_files
 from synthneg_jax.runtime import errors
@@ -84,17 +88,28 @@ class ProblemFilesTest(parameterized.TestCase):
     ("null", "JSON object, not a NoneType"),
     ({"question": "q"}, '"answer" is missing'),
     ({"answer": "#### 5"}, '"question"'),
-    ({"question": "q", "answer": 5}, '"answer" must be text in quotes, not a int'),
+    ({"question": "q", "answer": [5]}, '"answer" must be text or a number, not a list'),
+    ({"question": "q", "answer": True}, '"answer" must be text or a number, not a bool'),
+    ({"question": "q", "answer": float("nan")}, '"answer" must be a finite number'),
+    ({"query": "q", "response": "It is 5."}, '"response" has no \\boxed{}'),
+    ({"prompt": [{"role": "user", "content": "q"}] * 2, "answer": 5}, '"prompt" must hold one turn of the user, not 2'),
+    ({"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "turn of an assistant"),
+    ({"prompt": [{"role": "user", "content": 5}], "answer": 5}, '"content" must be text in quotes'),
+    ({"prompt": ["q"], "answer": 5}, '"prompt" must hold turns'),
+    ({"prompt": [], "answer": 5}, '"prompt" must hold one turn of the user, not 0'),
+    ({"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": None}}, '"answer" is missing'),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "a"}]}, "not 'tool'"),
     ({"question": ["q"], "answer": "#### 5"}, '"question" must be text in quotes, not a list'),
     ({"question": " ", "answer": "#### 5"}, '"question" is blank'),
     ({"question": "\ud800", "answer": "#### 5"}, '"question" holds half of a surrogate pair'),
     ({"question": "a\0b", "answer": "#### 5"}, '"question" holds a NUL character'),
-    ({"question": "q", "answer": "It is 5."}, '"answer": The solution states no readable answer'),
+    ({"question": "q", "answer": "It is\n5."}, '"answer": The solution states no readable answer'),
     ({"problem": "q", "solution": "It is 5."}, '"solution" has no \\boxed{}'),
     ({"problem": "q", "solution": "It is \\boxed{5."}, '"solution" has no \\boxed{}'),
     ({"problem": "q", "solution": "It is \\boxed{ }."}, '"solution" has no \\boxed{}'),
     ({"problem": "q"}, '"answer" is missing'),
-    ({"problem": "q", "answer": None}, '"answer" must be text in quotes, not a NoneType'),
+    ({"problem": "q", "answer": None}, '"answer" is missing'),
+    ({"problem": "q", "answer": "5", "id": False}, '"id" must be text in quotes, not a bool'),
     ({"problem": "q", "answer": "5", "solution": 5}, '"solution" must be text in quotes, not a int'),
   )
   def test_broken_line(self, line, message):
@@ -119,6 +134,121 @@ class ProblemFilesTest(parameterized.TestCase):
     self._assert_error(lambda: read(self._file("{", "}"), skip_bad_rows=True), "none of 2 rows", "line 1")
     (self.folder / "bare").mkdir()
     self._assert_error(lambda: read(self.folder / "bare"), "bare holds no train.jsonl")
+
+  # Rows as the datasets have them that are named. Fails if one is refused, or its problem, solution or answer is another.
+  @parameterized.parameters(
+    ({"id": 60, "problem": "p", "answer": 204, "url": "u"}, "p", None, "204"),  # AIME
+    ({"problem": "p", "answer": 204.0, "solution": "\\boxed{204}"}, "p", "\\boxed{204}", "204"),
+    ({"problem": "p", "answer": 0.25}, "p", None, "0.25"),
+    ({"problem": "p", "answer": None, "solution": "so \\boxed{7}."}, "p", "so \\boxed{7}.", "7"),
+    ({"problem": "p", "answer": "", "solution": "so \\boxed{7}."}, "p", "so \\boxed{7}.", "7"),
+    ({"problem": "p", "solution": "3+4=7\n#### 7"}, "p", "3+4=7\n#### 7", "7"),
+    ({"question": "p", "answer": "72"}, "p", None, "72"),
+    ({"question": "p", "answer": 72, "solution": "It is 72."}, "p", "It is 72.", "72"),
+    ({"question": "p", "answer": "<<1+1=2>>2\n#### 2"}, "p", "2\n#### 2", "2"),
+    (
+      {"query": "p", "response": "a\n#### 72\nThe answer is: 72", "type": "GSM_Rephrased"},
+      "p",
+      None,
+      "72",
+    ),  # MetaMathQA
+    ({"query": "p", "response": "a\nThe answer is: $\\frac12$"}, "p", None, "\\frac12"),
+    ({"query": "p", "response": "a $\\boxed{\\frac12}$.\nThe answer is: \\frac{1}{2}"}, "p", None, "\\frac12"),
+    ({"query": "p", "response": "a\nThe answer is: 1.5."}, "p", None, "1.5"),
+    (  # DAPO and verl
+      {
+        "data_source": "math_dapo",
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "p"}],
+        "reward_model": {"ground_truth": "34", "style": "rule"},
+        "extra_info": {"index": "9a9b"},
+      },
+      "p",
+      None,
+      "34",
+    ),
+    ({"prompt": [{"role": "user", "content": "p"}], "reward_model": {"ground_truth": 3}}, "p", None, "3"),
+    ({"prompt": "p", "reward_model": {"ground_truth": "3"}}, "p", None, "3"),
+    (  # chats for finetuning
+      {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "s \\boxed{5}"}]},
+      "p",
+      "s \\boxed{5}",
+      "5",
+    ),
+  )
+  def test_formats(self, row, problem, solution, answer):
+    read = problem_files.read(self._file(row), "jsonl", "train").rows[0]
+    self.assertEqual((read.problem, read.solution, read.answer), (problem, solution or row.get("response"), answer))
+    self.assertEqual(read.id.startswith("jsonl/train/60"), "id" in row)
+
+  # Fails if a gold answer in several boxes loses one, holds one twice, or boxes that are steps of an argument are joined.
+  @parameterized.parameters(
+    ("$x=\\boxed{2}$ or $x=\\boxed{3}$", "2, 3"),
+    ("$\\boxed{2}$ or $\\boxed{3}$.", "2, 3"),
+    ("\\boxed{2}, \\boxed{3}, and \\boxed{2}", "2, 3"),
+    ("\\[\\boxed{2}\\qquad\\boxed{3}\\text{ or }\\boxed{5}\\]", "2, 3, 5"),
+    ("$$\\boxed{2}$$\n\n$$\\boxed{3}$$", "2, 3"),
+    ("\\boxed{2}\\\\ &\\boxed{3}", "2, 3"),
+    ("First \\boxed{2}. Then \\boxed{3}", "3"),
+    ("\\boxed{2} and so \\boxed{3}", "3"),
+    ("\\boxed{2} or", "2"),
+  )
+  def test_gold_of_several_boxes(self, solution, answer):
+    row = {"problem": "p", "solution": solution}
+    self.assertEqual(problem_files.read(self._file(row), "math", "train").rows[0].answer, answer)
+
+  # Fails if names of the user's are not followed, into objects, too; if rows without them, of a test file, are not read by
+  # their fields; or if one that is missing beside another goes unnoticed.
+  def test_fields(self):
+    fields = {"problem": "q", "answer": "gold.final", "id": "n"}
+    read = lambda *rows: problem_files.read(self._file(*rows), "jsonl", "train", fields=fields)
+    mine, plain = read({"q": "p", "gold": {"final": 5}, "n": 3, "answer": "x"}, {"question": "r", "answer": "6"}).rows
+    self.assertEqual((mine.problem, mine.answer, mine.id), ("p", "5", "jsonl/train/3"))
+    self.assertEqual((plain.problem, plain.answer), ("r", "6"))
+    self._assert_error(lambda: read({"q": "p", "gold": {}}), 'line 1: the field "answer" is missing', "task.fields")
+
+  # Fails if blank last lines count as rows, or one in the middle does not.
+  def test_blank_lines(self):
+    row = {"problem": "p", "answer": "5"}
+    self.assertLen(problem_files.read(self._file(row, "", " ", "\r"), "jsonl", "train").rows, 1)
+    path = self._file(row, "", row)
+    self._assert_error(lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 2: blank")
+
+  # Fails if Parquet, gzip or a list in one JSON file gives other rows than JSON lines, nested columns are lost, or an error
+  # names no row.
+  def test_other_files(self):
+    rows = [
+      {"prompt": [{"role": "user", "content": f"p{i}"}], "reward_model": {"ground_truth": str(i)}} for i in range(3)
+    ]
+    expected = problem_files.read(self._file(*rows), "jsonl", "train")
+    (self.folder / "a.jsonl.gz").write_bytes(gzip.compress((self.folder / "rows.jsonl").read_bytes()))
+    (self.folder / "a.json").write_text(json.dumps(rows, indent=2))
+    (self.folder / "lines.json").write_bytes((self.folder / "rows.jsonl").read_bytes())
+    parquet.write_table(pyarrow.Table.from_pylist(rows), self.folder / "a.parquet")
+    bad = [*rows, {"prompt": rows[0]["prompt"], "reward_model": {"ground_truth": None}}]
+    (self.folder / "b.json").write_text(json.dumps(bad))
+    parquet.write_table(pyarrow.Table.from_pylist(bad), self.folder / "b.parquet")
+    for name in ("a.jsonl.gz", "a.json", "a.parquet", "lines.json"):
+      self.assertEqual(problem_files.read(self.folder / name, "jsonl", "train"), expected, name)
+    for name, place in (("b.json", "item 4"), ("b.parquet", "row 4")):
+      read = functools.partial(problem_files.read, self.folder / name, "jsonl", "train")
+      self._assert_error(read, f'{name}, {place}: the field "answer" is missing')
+    for name in ("c.parquet", "c.jsonl.gz", "c.json"):
+      self._file("[1", name=name)
+      read = functools.partial(problem_files.read, self.folder / name, "jsonl", "train")
+      self._assert_error(read, name, "not ")
+
+  # Fails if a split is not found under the names that datasets have, or another's files are taken for it.
+  @parameterized.parameters(
+    "train.parquet", "train.jsonl.gz", "train.json", "train/a.parquet", "train/b.jsonl.gz", "data/train-0-of-1.parquet",
+    "train-00000-of-00001-1a2b.parquet",
+  )  # fmt: skip
+  def test_names_of_splits(self, name):
+    row = {"problem": "p", "answer": "5"}
+    path = self._file(row, name=name)
+    self._file(row, name=str(path.relative_to(self.folder)).replace("train", "test", 1))
+    self.assertEqual([str(file) for file in problem_files.find(self.folder, "train")], [str(path)])
+    path.unlink()
+    self._assert_error(lambda: problem_files.find(self.folder, "train"), "holds no train")
 
   # Fails if a given id or solution is dropped, null or "" is taken for text, or white space makes another problem.
   def test_jsonl(self):
@@ -165,7 +295,7 @@ class ProblemFilesTest(parameterized.TestCase):
   @parameterized.parameters("problem", "answer", "solution", "id")
   def test_broken_jsonl_field(self, field):
     row = {"problem": "p", "answer": "5", "solution": "s", "id": "a"}
-    path = self._file(row, row | {"id": "b"} | {field: 7})
+    path = self._file(row, row | {"id": "b"} | {field: [7]})
     self._assert_error(
       lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 2: ", f'"{field}" must be text'
     )

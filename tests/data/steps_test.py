@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import synthneg_jax.tasks
 from synthneg_jax.data import problem_files, steps, token_text
+from synthneg_jax.runtime import errors
 from tests.data import token_text_test
 from tests.models import smollm2
 
@@ -26,6 +27,7 @@ PIECES = [
   *("$", "$$", "\\$", "\\(", "\\)", "\\[", "\\]", "\\\\", "{", "}", "\\{", "\\}", "\\begin{align*}", "\\end{align*}"),
   *("\\begin{cases}", "\\end{cases}", "[asy]", "[/asy]", "\n", "\n\n", "\n \n", " ", "  ", ". ", ".", "! ", "? ", ".) "),
   *("...", ". A", "A", "b", "Then ", "x=2", "x=2.", "3.14", "1,000", "$5", "$x$", "$x.$ ", "e.g. ", "Fig. ", "No. ", "a.m. "),
+  *("\u3002", "\uff1f\u300d", "5!. ", "p.m. "),
   *("1. ", "Step 2. ", "5! ", "Done! ", "\\boxed{7}", "\\text{If so. Then}", "####", " 72", "*", '"'),
   *("\u20ac", "\u201d", "\u00e9"),
 ]  # fmt: skip
@@ -77,13 +79,18 @@ class ProseTest(parameterized.TestCase):
     "about 3.14 and 1,000.5 of $2.50.| Then 0.5 is left.",  # numbers
     "It is 3. 5 is more.",  # a number with a space in it, perhaps
     "as in Fig. 2, e.g. x, i.e. Y, cf. Eq. (3), by Prof. Smith vs. Dr. Jones et al. The end.",  # abbreviations
-    "at 5 p.m. The U.S. Team w.r.t. Time",
+    "The U.S. Team w.r.t. Time",
+    "at 5 p.m.| Then he eats from 7 A.M.| She left at 5 p.m. and came at 6 p.m. 3 left",  # times of day
+    "at 5 p.m. Monday and 6 a.m. EST, e.g. Ann, i.e. Bob",
     "See No. 5.| The answer is no.| Then 5 ft. 3 in. tall.| It is 5 ft.| Then.",  # before digits only
     "for x. then y",  # no sentence begins with a small letter
     "wait...| Then",
     "wait... then",
     "1. First.| 2. Second.| Step 3. Third.| Case i. Fourth.| **Step 5.** Last.",  # line numbers
     "(a) 5! = 120, n! Is",  # factorials
+    "It is 5!.| Then n!.| 3 more (3!).| So 5!. so",  # and a period
+    "\u5171\u67093\u4e2a\u3002|\u5bf9\u5417\uff1f|\u300c\u5bf9\uff01\u300d|So 3.14\u3002\u201d|\u5b8c",  # Chinese
+    "\u7b54\u3048\u306f4\u3067\u3059\u3002|$x\u3002y$\u3067\u3059\uff01\uff09|\u6b21",  # Japanese, and a formula
     "Then $x=2.$| So $y=3.14$ and \\(z. A\\) hold.| $w$.| $v$",  # formulas, and their last period
     "a $x,\\ldots$ Then $a, b, ...$ Then",
     "It costs $5.| He has $3.| Then.",  # money is no formula
@@ -196,6 +203,18 @@ class EndsTest(parameterized.TestCase):
     self.assertEqual(self._check(encode(text), "smollm2", PROSE), expected)
     text = "She has 3. Then 4.\nIt is 7.\n#### 7"
     self.assertEqual(self._check(encode(text), "smollm2", LINES), ["She has 3. Then 4.\n", "It is 7.\n", "#### 7"])
+
+  # Fails if a pattern is taken for text, a class of characters for one of bytes, its spans are misplaced after other
+  # scripts or bytes that are no UTF-8, or a match without text makes a step.
+  def test_pattern(self):
+    def cut_by(delimiter, *pieces):
+      fake = types.SimpleNamespace(bytes_of=[p if isinstance(p, bytes) else p.encode() for p in pieces].__getitem__)
+      return steps.ends(range(len(pieces)), fake, types.SimpleNamespace(steps="delimiter", step_delimiter=delimiter))
+
+    self.assertEqual(cut_by(r"re:\n\n+", "a\n", "b\n", "\n", "\nc\n", "\n", "d"), [5, 6])
+    self.assertEqual(cut_by("re:[\u3002;]", "\u4e2d", "\u3002", b"\xff\xe4", ";", "\u3001", "b"), [2, 4, 6])
+    with self.assertRaisesRegex(errors.UserError, "task.step_delimiter.*without text"):
+      cut_by("re:(?=b)", "a", "b")
 
   # Fails if a token that ends one step and begins the next is cut, or given to one of the two.
   def test_a_token_of_two_steps_joins_them(self):

@@ -141,7 +141,7 @@ class StepEndsTest(parameterized.TestCase):
     self.assertEqual(token_text.step_ends(np.array(word_ids(*words)), texts()["word"], delimiter), expected)
 
   def test_empty_delimiter(self):  # Fails if an empty delimiter ends a step at every byte.
-    with self.assertRaisesRegex(errors.UserError, "must not be empty"):
+    with self.assertRaisesRegex(errors.UserError, "between steps, '', must be text, not empty"):
       token_text.step_ends([1], texts()["word"], "")
 
   # Fails if ends repeat, miss the last token, leave a step without text, or split where no delimiter was completed.

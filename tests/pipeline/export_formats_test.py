@@ -141,6 +141,9 @@ class RefusalTest(parameterized.TestCase):
     ({"ids": [5] * 200, "logps": None}, "leaves room for 1 to"),
     ({"logps": [-0.5]}, '"logps" has 1 numbers'),
     ({"logps": [0.7, "x"]}, "must hold log-probs"),
+    ({"logps": [-0.5, float("-inf")]}, '"logps" must hold finite log-probs'),
+    ({"drawn_logps": [float("nan")]}, '"drawn_logps" must hold finite log-probs'),
+    ({"ids": [5, True], "logps": None}, '"ids" must hold whole numbers'),
     ({"finish": None}, "--assume_finish"),
     ({"finish": "tool_calls"}, "'tool_calls', none of eos, stop, length"),
   )

@@ -77,6 +77,16 @@ class SchemaTest(parameterized.TestCase):
     ("star_graph.under_trained", (5, -1)),
     ("sft.lora.targets", ("query", "keys")),
     ("mesh.data", 0),
+    ("task.step_delimiter", ""),
+    ("task.step_delimiter", "re:("),
+    ("task.step_delimiter", "re:\n*"),
+    ("task.template_args", "enable_thinking=false"),
+    ("task.template_args", "[1]"),
+    ("task.template_args", '{"tokenize": true}'),
+    ("task.fields", "problem"),
+    ("task.fields", "question=query"),
+    ("task.fields", "problem=a,problem=b"),
+    ("task.fields", "problem="),
   )
   def test_values_that_a_stage_would_stumble_over(self, name, value):
     # Fails if the value is accepted, or if the sentence does not say what the leaf may be.

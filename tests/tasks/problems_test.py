@@ -73,7 +73,10 @@ class ProblemsTest(parameterized.TestCase):
     chosen = self._chosen(train_problems=50, test_problems=2, decontaminate_against=(str(other),))
     self.assertLen(chosen.train, 50)
     self.assertFalse({p.prompt for p in chosen.train} & set(leaked))
-    self.assertEqual(chosen.figures, {"dropped_as_test": 31, "skipped_rows": 0, "duplicates": 0})
+    self.assertEqual(chosen.figures, {
+      "dropped_as_test": 31, "skipped_rows": 0, "duplicates": 0, "gold_disagreements": 0, "test_gold_disagreements": 0,
+      "unreadable_solutions": 0,
+    })  # fmt: skip
     last = [line for line in chosen.report if line["overlaps"] == "that"]
     self.assertLen(chosen.report, 31)
     self.assertEqual((last[0]["words"], last[0]["share"]), (" ".join(text(2000).split()[:13]), 0.8))
@@ -115,6 +118,54 @@ class ProblemsTest(parameterized.TestCase):
       self._chosen(train_problems=3, test_problems=1, answers="math")
     self.assertLen(self._chosen(train_problems=3, test_problems=1, answers="math", skip_bad_rows=True).train, 3)
 
+  # Fails if a row whose solution states another answer than its gold is trained on unless that is asked for, one that states
+  # none is dropped, test problems change, or the report, the figures or the order of the others are wrong.
+  @parameterized.parameters("drop", "keep")
+  def test_gold_disagreements(self, choice):
+    self._file([text(i) for i in range(20)], solution="It is 5.\n#### 5")
+    self._file([text(100), text(101)], "test.jsonl", solution="#### 7")
+    before = self._chosen(train_problems=20, test_problems=1).train
+    wrong, silent = before[1], before[3]
+    rows = [
+      {
+        "problem": p.prompt,
+        "answer": "5",
+        "solution": "#### 6" if p is wrong else "It is 5." if p is silent else "#### 5",
+      }
+      for p in before
+    ]
+    (self.folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = self._chosen(train_problems=10, test_problems=2, gold_disagreements=choice)
+    expected = [p.id for p in before if p is not wrong or choice == "keep"][:10]
+    self.assertEqual([p.id for p in chosen.train], expected)
+    self.assertLen(chosen.test, 2)
+    figures = {"gold_disagreements": 1, "test_gold_disagreements": 2, "unreadable_solutions": 1}
+    self.assertEqual({name: chosen.figures[name] for name in figures}, figures)
+    at_fault = {line["id"]: line for line in chosen.report}
+    self.assertEqual(
+      at_fault[wrong.id],
+      {"id": wrong.id, "gold": "5", "states": "6", "reason": "wrong", "left_out": choice == "drop"},
+    )
+    self.assertEqual((at_fault[silent.id]["reason"], at_fault[silent.id]["left_out"]), ("no_answer", False))
+    self.assertEqual({at_fault[p.id]["left_out"] for p in chosen.test}, {False})
+    self.assertEqual(
+      problems.load(task(name="jsonl", path=str(self.folder), gold_disagreements=choice), 0, "train", 10), chosen.train
+    )
+    if choice == "drop":
+      with self.assertRaisesRegex(
+        errors.UserError, "has 19 problems .0 more overlap test problems, 1 more state another answer.*=20 asks"
+      ):
+        self._chosen(train_problems=20, test_problems=2)
+
+  # Fails if the real GSM8K loses a row, has one whose solution states another answer, or is slow to check.
+  def test_golds_of_gsm8k(self):
+    if not os.environ.get("SYNTHNEG_DATA_DIR"):
+      self.skipTest("SYNTHNEG_DATA_DIR is not set")
+    section = task(name="gsm8k", train_problems=7469, test_problems=1319)
+    figures = problems.choose(section, 0).figures
+    names = ("gold_disagreements", "test_gold_disagreements", "unreadable_solutions", "dropped_as_test")
+    self.assertEqual([figures[name] for name in names], [0, 0, 0, 4])
+
   # Fails if a D_syn that a run wrote comes back changed, or under other ids.
   def test_written_d_syn(self):
     made = [Problem(f"mine/{i}", text(i), f"s{i}\n#### 5" if i else "", "5", "teacher") for i in range(5)]
@@ -134,6 +185,16 @@ class ProblemsTest(parameterized.TestCase):
     path = self._file([text(3)], "500.jsonl", unique_id="test/algebra/3.json", level=2, subject="Algebra")
     chosen = self._chosen(train_problems=1, test_problems=1, test_path=str(path))
     self.assertEqual([(p.id, p.source) for p in chosen.test], [("math/test/algebra/3", "jsonl/test/algebra/level 2")])
+
+  # Fails if task.fields does not reach the files, or test files in another form need it.
+  def test_fields(self):
+    self._file([text(0)])
+    (self.folder / "mine.jsonl").write_text(json.dumps({"q": text(3), "a": {"gold": 7}, "answer": "6"}))
+    chosen = self._chosen(
+      path=str(self.folder / "mine.jsonl"), test_path=str(self.folder / "train.jsonl"),
+      fields="problem=q,answer=a.gold", train_problems=1, test_problems=1,
+    )  # fmt: skip
+    self.assertEqual([(p.prompt, p.answer) for p in (*chosen.train, *chosen.test)], [(text(3), "7"), (text(0), "5")])
 
   # Fails if GSM8K in SYNTHNEG_DATA_DIR is not found, or a path is overruled by it.
   def test_where_gsm8k_is_looked_for(self):
