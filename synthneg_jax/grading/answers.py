@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from synthneg_jax.grading import grading_pool
 from synthneg_jax.grading.answer_scalars import Conventions
 from synthneg_jax.grading.responses import opens_thought
-from synthneg_jax.grading.verdicts import MAX_EXTRACTED, extract_gold, grade_response
+from synthneg_jax.grading.verdicts import MAX_EXTRACTED, extract_gold, grade_response, stated_answer
 from synthneg_jax.runtime import errors
 
 __all__ = (
   "KINDS", "MAX_EXTRACTED", "REASONS", "Conventions", "Verdict", "extract_gold", "grade", "grade_many", "opens_thought",
+  "stated_answer",
 )  # fmt: skip
 
 KINDS = ("integer", "math", "exact")

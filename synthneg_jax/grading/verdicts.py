@@ -431,6 +431,12 @@ def _is_words(value) -> bool:
   return isinstance(value, Node) and value.op in ("text", "opaque")
 
 
+def stated_answer(solution: str) -> str | None:
+  """The answer that a solution marks, as written; the last one of several, None where none is marked."""
+  statements = responses.read_response(solution, marked_only=True).statements
+  return statements[-1].text.strip().strip("$").strip() or None if statements else None
+
+
 def extract_gold(solution: str) -> str:
   """Returns the answer of a GSM8K solution as a reduced fraction without commas, for example "1080".
 
