@@ -230,10 +230,11 @@ _FILLER = (
   r"still|also|always|finally|obviously|to\s+be|the\s+following)\b,?)*\s*[:：]?"
 )
 _LINE = re.compile(
-  rf"(?:\b(?:answers?|ans\.?|solutions?(?:\s+set)?|option|choice)|答案|結果|结果){_ABOUT}{_COPULA}{_FILLER}",
+  rf"(?:\b(?:answers?|ans\.?|solutions?(?:\s+set)?|(?:correct|right|best)\s+(?:option|choice))|答案|結果|结果){_ABOUT}{_COPULA}{_FILLER}",
   re.IGNORECASE | re.MULTILINE,
 )
-_WORKING = re.compile(r"(?:solutions?|option|choice)\s*[:：]", re.IGNORECASE)
+_WORKING = re.compile(r"solutions?\s*[:：]", re.IGNORECASE)
+_LEADS = re.compile(rf"(?:^|[.!?:;,。，\n])[\s*#>(-]*(?:{_ANSWER_NAME})\Z|[\u4e00-\u9fff]\Z", re.IGNORECASE)
 _PARTIAL = re.compile(
   r"\b(?:first|second|third|previous|earlier|intermediate|partial|sub|wrong|incorrect|other|naive|student'?s?|their|his|her|"
   r"initial|expected|this part'?s?)\s*\Z|\bno\s*\Z",
@@ -365,9 +366,11 @@ def _lines(text: str) -> Iterator[_Found]:
     return
   reached = -1
   for match in list(_LINE.finditer(text))[-_MAX_STATEMENTS:]:
-    before = text[max(0, match.start() - 40) : match.start()]
+    before = text[max(0, match.start() - 60) : match.start()]
     if match.start() < reached or _PARTIAL.search(before):
       continue
+    if match.group().rstrip()[-1:] in ":：=" and " is" not in match.group() and not _LEADS.search("\n" + before.rpartition("\n")[2]):
+      continue  # a colon in the middle of a sentence about an answer
     content, end = _block(text, match.end())
     if _WORKING.match(match.group()) and (_HOLDS_VALUE.search(text[end:]) or not _HOLDS_VALUE.search(content)):
       continue
