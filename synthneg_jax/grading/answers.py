@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 
 from synthneg_jax.grading import grading_pool
-from synthneg_jax.grading.answer_scalars import Conventions
+from synthneg_jax.grading.answer_equality import Conventions
 from synthneg_jax.grading.integer_answers import MAX_EXTRACTED, MAX_NUMERAL, extract_gold, grade_integer
 from synthneg_jax.runtime import errors
 

@@ -7,11 +7,11 @@ compared by kind. Model text reaches regexes and the parser of `answer_grammar` 
 import functools
 import re
 
-from synthneg_jax.grading import answer_equality, answer_extraction, answer_grammar, answer_values
-from synthneg_jax.grading.answer_scalars import Ambiguous, Conventions
+from synthneg_jax.grading import answer_equality, answer_extraction, answer_grammar
+from synthneg_jax.grading.answer_equality import Ambiguous, Conventions
+from synthneg_jax.grading.answer_numbers import Undefined, exact
 from synthneg_jax.grading.answer_tokens import MAX_CHARS, TooLarge, Unreadable, tidy
-from synthneg_jax.grading.answer_tree import Node
-from synthneg_jax.grading.answer_values import Undefined
+from synthneg_jax.grading.answer_tree import Node, Opaque, Symbol, Text
 from synthneg_jax.runtime import errors
 
 MAX_EXTRACTED = 200  # characters of an answer kept in a verdict
@@ -48,7 +48,7 @@ def read(text: str) -> Node:
   try:
     return answer_grammar.parse(text)
   except Unreadable:
-    return Node("opaque", (canonical(text),))
+    return Opaque(canonical(text))
   except RecursionError:
     raise TooLarge("depth") from None
 
@@ -71,8 +71,11 @@ def _gold(gold: str) -> tuple[Node, str]:
 
 def _letter(gold: Node, plain: str) -> str | None:
   """The letter of a multiple-choice gold answer; None for any other."""
-  found = _LETTER.fullmatch(str(gold.args[0])) if gold.op in ("sym", "text") else _CHOICE.fullmatch(plain)
-  return found.group(1) if found and (gold.op in ("sym", "text") or plain[1:2] in ".)") else None
+  if isinstance(gold, (Symbol, Text)):
+    found = _LETTER.fullmatch(gold.name if isinstance(gold, Symbol) else gold.text)
+    return found.group(1) if found else None
+  found = _CHOICE.fullmatch(plain)
+  return found.group(1) if found and plain[1:2] in ".)" else None
 
 
 def _judge(node: Node, gold: Node, rules: Conventions) -> str:
@@ -107,29 +110,29 @@ def _grade_text(text: str, gold: str, rules: Conventions, whole: str) -> tuple[s
   letter = _letter(wanted, plain)
   if letter is not None:
     if _LETTER.fullmatch(canonical(text)):
-      return ("right" if letter in canonical(text) else "wrong"), Node("sym", (letter,))
+      return ("right" if letter in canonical(text) else "wrong"), Symbol(letter)
     chosen = _CHOICE.fullmatch(re.sub(r"\\[a-z]+\{([^{}]*)\}", r"\1", tidy(text[:MAX_CHARS])).strip())
     if chosen and not _OPEN_WORDS.search(chosen.group(2)):
-      return ("right" if chosen.group(1) == letter else "wrong"), Node("sym", (chosen.group(1),))
+      return ("right" if chosen.group(1) == letter else "wrong"), Symbol(chosen.group(1))
   try:
     node = read(text)
   except TooLarge:
     return "too_large", None
-  if node.op != "opaque":
+  if not isinstance(node, Opaque):
     return _judge_either(text, node, gold, wanted, rules)
   if whole:
     after = _IS.split(text)[-1]
     if after != text and not _OPEN_WORDS.search(after) and re.search(r"[0-9$\\]", after):
       found = read(after)
-      if found.op not in ("opaque", "text"):
+      if not isinstance(found, (Opaque, Text)):
         return _judge_either(after, found, gold, wanted, rules)
   if _OPEN_WORDS.search(text):
     return "ambiguous", None
   for part in _within(text, whole):
     found = read(part)
-    if found.op != "opaque":
+    if not isinstance(found, Opaque):
       return _judge_either(part, found, gold, wanted, rules)
-  if wanted.op == "opaque" and answer_equality.words(plain) == answer_equality.words(node.args[0]):
+  if isinstance(wanted, Opaque) and answer_equality.words(plain) == answer_equality.words(node.text):
     return ("right" if wanted == node else "unparsable"), node
   return "unparsable", None
 
@@ -160,7 +163,7 @@ def _within(text: str, whole: str) -> list[str]:
 def _shown(node: Node | None, text: str) -> str | None:
   if node is not None:
     try:
-      value = answer_values.exact(node)
+      value = exact(node)
       if value is not None and len(str(value.numerator)) + len(str(value.denominator)) < MAX_EXTRACTED:
         return str(value)
     except (Undefined, TooLarge, RecursionError, ValueError):
@@ -200,7 +203,7 @@ def _graded(response: str, gold: str, rules: Conventions) -> tuple[str, str | No
       return "right", _shown(all_of_them, ", ".join([*others, stated.text]))
   for text in others[: answer_equality.MAX_ITEMS]:
     earlier, tree = _grade_text(text, gold, rules, stated.whole)
-    readable = tree is not None and tree.op not in ("text", "opaque")
+    readable = tree is not None and not isinstance(tree, (Text, Opaque))
     if earlier in ("ambiguous", "too_large") or (readable and earlier != reason):
       return "ambiguous", shown
   return reason, shown

@@ -11,7 +11,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.grading import answers
-from synthneg_jax.grading.answer_scalars import Conventions
+from synthneg_jax.grading.answer_equality import Conventions
 from synthneg_jax.grading.math_answers import grade_math
 from tests.grading import hostile_answers
 
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import atheris
 with atheris.instrument_imports(include=["synthneg_jax.tasks"]):
-  from synthneg_jax.grading.answer_scalars import Conventions
+  from synthneg_jax.grading.answer_equality import Conventions
   from synthneg_jax.grading.math_answers import grade_math
 from synthneg_jax.grading.integer_answers import grade_integer
 RULES = Conventions()

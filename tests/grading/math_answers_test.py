@@ -10,7 +10,7 @@ import sympy
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.grading import answer_grammar, math_answers
-from synthneg_jax.grading.answer_scalars import Conventions
+from synthneg_jax.grading.answer_equality import Conventions
 from synthneg_jax.runtime import errors
 
 RULES = Conventions()
