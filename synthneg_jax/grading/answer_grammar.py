@@ -26,6 +26,7 @@ _FUNCTIONS = frozenset(
   "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth log ln lg "
   "exp gcd lcm max min floor ceil abs sqrt cbrt sgn asin acos atan cis".split()
 )
+_ALIASES = {"ln": "log", "asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _INVERSE = {
   "sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", "sec": "arcsec",
   "csc": "arccsc",
@@ -67,7 +68,7 @@ _BRACKET_FUNCTIONS = {
   "lfloor": ("rfloor", "floor"),
   "lceil": ("rceil", "ceil"),
   "lvert": ("rvert", "abs"),
-  "lVert": ("rVert", "norm"),
+  "lVert": ("rVert", "abs"),
 }
 _CLOSERS = frozenset([")", "]", "}", r"\}", "rfloor", "rceil", "rangle", "rvert", "rVert", "end"])
 _MATRICES = frozenset("pmatrix bmatrix matrix vmatrix Bmatrix Vmatrix smallmatrix array".split())
@@ -371,7 +372,7 @@ class Parser:
       if self.at("pm", "mp"):
         result = self._plus_minus(result)
       else:
-        result = tree.added(result, _signed(self._signs(), self.product))
+        result = result + _signed(self._signs(), self.product)
     self._depth -= 1
     return result
 
@@ -391,7 +392,7 @@ class Parser:
         self.next()
         result = Operation(_PRODUCTS[token.value], (result, _signed(self._signs(), self.power)))
       elif self._starts_factor(result):
-        result = tree.multiplied(result, self.power())
+        result = result * self.power()
       else:
         return result
 
@@ -484,7 +485,7 @@ class Parser:
     if token.value.isdigit():
       fraction = self._proper_fraction()
       if fraction is not None:
-        return tree.added(number(token.value), fraction)
+        return number(token.value) + fraction
     if self.at("^") and self.peek(1).kind == "text":
       raise Unreadable("text as a power")
     return number(token.value)
@@ -521,7 +522,7 @@ class Parser:
     numerals = above.kind == below.kind == "num" and above.value.isdigit() and below.value.isdigit()
     if numerals and above.spaced and slash.value == "/" and 0 < int(above.value) < int(below.value):
       self._position += 3
-      return tree.divided(number(above.value), number(below.value))
+      return number(above.value) / number(below.value)
     return None
 
   def _word(self) -> Node:
@@ -566,7 +567,7 @@ class Parser:
         base = self._argument()
     if base is not None and name != "log":
       raise Unreadable("a function with a subscript")
-    if exponent == tree.negated(number(1)) and name in _INVERSE:
+    if exponent == -number(1) and name in _INVERSE:
       name, exponent = _INVERSE[name], None
     self._deeper(MAX_NESTED)
     operands = self._function_operands(name)
@@ -575,7 +576,14 @@ class Parser:
       raise Unreadable("a function of nothing")
     if name in ("sqrt", "cbrt"):
       result = Operation("root", (operands[0], number(2 if name == "sqrt" else 3)))
+    elif name == "exp":
+      result = Operation("pow", (Symbol("e"), *operands))
+    elif name == "cis":
+      result = Operation("pow", (Symbol("e"), *(Symbol("i") * operand for operand in operands)))
+    elif name == "lg":
+      result = Operation("log", (*operands, number(10)))
     else:
+      name = _ALIASES.get(name, name)
       result = Operation(name, operands if base is None else (*operands, base))
     return result if exponent is None else Operation("pow", (result, exponent))
 
@@ -591,8 +599,8 @@ class Parser:
     while self._starts_factor(argument) and name != "sqrt":
       if self.at("(") or self.peek().value in _FUNCTIONS:
         break
-      argument = tree.multiplied(argument, self.power())
-    return (tree.negated(argument) if negative else argument,)
+      argument = argument * self.power()
+    return (-argument if negative else argument,)
 
   # Commands and their arguments
 
@@ -650,7 +658,7 @@ class Parser:
     if self._currency is not None:
       raise Unreadable("two currencies")
     self._currency = currency
-    return tree.negated(self.atom()) if self.take("-") else self.atom()
+    return -self.atom() if self.take("-") else self.atom()
 
   def _decorated(self, name: str) -> Node:
     r"""\vec{v}, \overline{AB}: a symbol of its own; \mathbb{R} is R."""
@@ -732,7 +740,7 @@ class Parser:
     inner = self.sum()
     self._open_bars -= 1
     self.need(bar)
-    return Operation("abs" if bar == "|" else "norm", (inner,))
+    return Operation("abs", (inner,))
 
   def finite_set(self) -> Node:
     r"""\{ ... \}: a finite set, or the condition of a set such as \{x | x > 1\}."""
@@ -819,7 +827,7 @@ _COMMANDS = {
 def _signed(negative: bool, read) -> Node:
   """What `read` reads, negated if `negative`."""
   value = read()
-  return tree.negated(value) if negative else value
+  return -value if negative else value
 
 
 def _members(node: Node) -> tuple[Node, ...]:

@@ -16,28 +16,19 @@ SymPy's objects are made by its constructors from a tree of our own grammar; no 
 """
 
 import fractions
+import itertools
 import math
 import operator
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from mpmath.ctx_mp import MPContext
 
+from synthneg_jax.grading import answer_tree as tree
 from synthneg_jax.grading.answer_tokens import TooLarge
-from synthneg_jax.grading.answer_tree import (
-  Node,
-  Number,
-  Operation,
-  Quantity,
-  Symbol,
-  children,
-  contains,
-  is_operation,
-  subtracted,
-  symbols,
-)
+from synthneg_jax.grading.answer_tree import Node, is_operation
 
 Fraction = fractions.Fraction
 
@@ -48,7 +39,7 @@ MAX_POWER = 10**6  # exponent of a power to many digits
 MAX_ARGUMENT = 10**6  # of a function to many digits
 MAX_GAMMA_DECIMALS = 450  # the Gamma function takes long to many digits
 MAX_ROOT = 64  # degree of a root that is taken exactly
-POINTS = 6  # at which expressions in symbols are compared
+POINTS = 6  # at which expressions in tree.symbols are compared
 _ARITHMETIC = {
   "neg": operator.neg,
   "add": operator.add,
@@ -71,9 +62,9 @@ def exact(node: Node) -> Fraction | None:
     TooLarge: the value has more than MAX_BITS.
     Undefined: it has none.
   """
-  if isinstance(node, Number):
+  if isinstance(node, tree.Number):
     return node.value
-  if not isinstance(node, Operation) or node.op not in _EXACT:
+  if not isinstance(node, tree.Operation) or node.op not in _EXACT:
     return None
   values = []
   for operand in node.operands:
@@ -166,44 +157,41 @@ _EXACT = _ARITHMETIC | {
 # Many digits
 
 _LOCAL = threading.local()
-# Functions that mpmath and SymPy have under another name.
-_LIBRARY_NAMES = {
-  "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot", "arcsec": "asec",
-  "arccsc": "acsc", "sgn": "sign", "ln": "log",
-}  # fmt: skip
-_SMALL_ARGUMENT = frozenset(
-  "exp sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc asin acos atan sinh cosh tanh coth cis".split()
-)
-_ANY_ARGUMENT = frozenset("abs norm sgn floor ceil".split())
+_ELEMENTARY = frozenset("sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth".split())
 
 
-def _context() -> MPContext:
-  if not hasattr(_LOCAL, "context"):
-    _LOCAL.context = MPContext()
-  return _LOCAL.context
+def _library_name(function: str) -> str:
+  """The name that mpmath and SymPy have for an elementary function."""
+  return function.replace("arc", "a")
 
 
-def sample(name: str, index: int) -> Fraction:
-  """Where a symbol is put at a point; the same in every process.
+def sample_point(names: Iterable[str], index: int) -> dict[str, Fraction]:
+  """Values of symbols at a point, the same in every process.
 
-  It is positive at even points, negative at odd ones, and ever farther out, so that |x - 3| and
+  They are positive at even points, negative at odd ones, and ever farther out, so that |x - 3| and
   3 - x are told apart.
   """
-  seed = zlib.crc32(f"{name}/{index}".encode())
-  distance = (1, 19, 1009)[index // 2]
-  return Fraction(seed % 2_000_003 + 300_007, 1_000_003) * (-1) ** index * distance
+  distance = (-1) ** index * (1, 19, 1009)[index // 2]
+  point = {}
+  for name in names:
+    seed = zlib.crc32(f"{name}/{index}".encode())
+    point[name] = Fraction(seed % 2_000_003 + 300_007, 1_000_003) * distance
+  return point
 
 
 class Digits:
   """The value of a tree to a number of decimal digits; remembers how large its parts were.
 
   Attributes:
+    ctx: the mpmath context of its numbers.
     largest: the largest binary magnitude, in absolute value, of any part.
   """
 
   def __init__(self, decimals: int, at: Mapping[str, Fraction] | None = None):
     """at: values of symbols; by default those of point 0."""
-    self.ctx, self.at, self.largest = _context(), at or {}, 1.0
+    if not hasattr(_LOCAL, "context"):
+      _LOCAL.context = MPContext()
+    self.ctx, self.at, self.largest = _LOCAL.context, at or {}, 1.0
     self.ctx.dps = decimals
 
   def value(self, node: Node):
@@ -219,13 +207,13 @@ class Digits:
       raise Undefined(str(error)) from None
 
   def _value(self, node: Node):
-    if isinstance(node, Number):
-      value = self.rational(node.value)
-    elif isinstance(node, Symbol):
+    if isinstance(node, tree.Number):
+      value = self._rational(node.value)
+    elif isinstance(node, tree.Symbol):
       value = self._symbol(node.name)
-    elif isinstance(node, Quantity):
+    elif isinstance(node, tree.Quantity):
       value = self._value(node.value)
-    elif isinstance(node, Operation):
+    elif isinstance(node, tree.Operation):
       value = self._operation(node.op, [self._value(operand) for operand in node.operands])
     else:
       raise Undefined(f"{type(node).__name__} is no number")
@@ -237,8 +225,7 @@ class Digits:
     self.largest = max(self.largest, magnitude)
     return value
 
-  def rational(self, value: Fraction):
-    """A rational to as many digits."""
+  def _rational(self, value: Fraction):
     return self.ctx.mpf(value.numerator) / value.denominator
 
   def _symbol(self, name: str):
@@ -248,21 +235,18 @@ class Digits:
       return self.ctx.mpc(0, 1)
     if name == "oo":
       raise Undefined("infinity is no number")
-    return self.rational(self.at[name] if name in self.at else sample(name, 0))
+    return self._rational(self.at[name] if name in self.at else sample_point([name], 0)[name])
 
   def _operation(self, op: str, values: list):
-    ctx, first = self.ctx, values[0]
     if op in _ARITHMETIC:
       return _ARITHMETIC[op](*values)
     if op in _DIGITS:
       return _DIGITS[op](self, *values)
-    if len(values) != 1 or op not in _SMALL_ARGUMENT | _ANY_ARGUMENT:
+    if op not in _ELEMENTARY:
       raise Undefined(op)
-    if op in ("abs", "norm"):
-      return abs(first)
-    if op in _SMALL_ARGUMENT and abs(first) > MAX_ARGUMENT:
+    if abs(values[0]) > MAX_ARGUMENT:
       raise TooLarge("argument")
-    return getattr(ctx, "expj" if op == "cis" else _LIBRARY_NAMES.get(op, op))(first)
+    return getattr(self.ctx, _library_name(op))(*values)
 
   def _factorial(self, value):
     if abs(value) > MAX_FACTORIAL:
@@ -285,11 +269,6 @@ class Digits:
     if self.ctx.dps > MAX_GAMMA_DECIMALS:
       raise TooLarge("digits of a factorial")
 
-  def _root(self, radicand, degree):
-    if abs(degree) > MAX_POWER:
-      raise TooLarge("root")
-    return self._power(radicand, 1 / degree)
-
   def _power(self, base, exponent):
     """base ** exponent; the real value for a negative base and an exponent of odd denominator."""
     ctx = self.ctx
@@ -304,35 +283,30 @@ class Digits:
       return ctx.mpf(1) if exponent == 0 else ctx.mpf("nan")
     return base**exponent
 
+  def _root(self, radicand, degree):
+    if abs(degree) > MAX_POWER:
+      raise TooLarge("root")
+    return self._power(radicand, 1 / degree)
+
   def _log(self, value, base=None):
     return self.ctx.log(value) if base is None else self.ctx.log(value) / self.ctx.log(base)
 
-  def _common_log(self, value):
-    return self._log(value, self.ctx.mpf(10))
-
-  def _extreme(self, choose, values):
-    if any(self.ctx.im(value) for value in values):
-      raise Undefined("complex numbers have no order")
-    return choose(values)
-
-  def _max(self, *values):
-    return self._extreme(max, values)
-
-  def _min(self, *values):
-    return self._extreme(min, values)
-
-  def _percent(self, value):
-    return value / 100
-
-  def _degree(self, value):
-    return value * self.ctx.pi / 180
-
 
 _DIGITS = {
-  "pow": Digits._power, "root": Digits._root, "fact": Digits._factorial, "binom": Digits._binomial,
-  "log": Digits._log, "ln": Digits._log, "lg": Digits._common_log, "max": Digits._max,
-  "min": Digits._min, "percent": Digits._percent, "degree": Digits._degree,
-}  # fmt: skip
+  "pow": Digits._power,
+  "root": Digits._root,
+  "fact": Digits._factorial,
+  "binom": Digits._binomial,
+  "log": Digits._log,
+  "abs": lambda digits, value: abs(value),
+  "floor": lambda digits, value: digits.ctx.floor(value),
+  "ceil": lambda digits, value: digits.ctx.ceil(value),
+  "sgn": lambda digits, value: digits.ctx.sign(value),
+  "max": lambda digits, *values: max(values),
+  "min": lambda digits, *values: min(values),
+  "percent": lambda digits, value: value / 100,
+  "degree": lambda digits, value: value * digits.ctx.pi / 180,
+}
 
 
 # Equality
@@ -348,9 +322,9 @@ class Separation(NamedTuple):
 
 def separation(node: Node) -> Separation | None:
   """None if a tree is no algebraic constant of rationals, + - * /, i and roots of whole degree."""
-  if isinstance(node, Number):
+  if isinstance(node, tree.Number):
     return Separation(_log2(node.value.numerator), _log2(node.value.denominator), 1)
-  if isinstance(node, Symbol):
+  if isinstance(node, tree.Symbol):
     return Separation(0.0, 0.0, 2) if node.name == "i" else None
   if not is_operation(node, "neg", "add", "mul", "div", "pow", "root"):
     return None
@@ -404,10 +378,10 @@ def equal(a: Node, b: Node) -> bool:
   left, right = exact(a), exact(b)
   if left is not None and right is not None:
     return left == right
-  names = symbols(a) | symbols(b)
+  names = tree.symbols(a - b)
   if not names:
     return _equal_at(a, b, {})
-  if symbols(a) != symbols(b) and any(_agree(a, b, index) is False for index in range(2)):
+  if tree.symbols(a) != tree.symbols(b) and any(_agree(a, b, index) is False for index in range(2)):
     return False  # a symbol of one side makes a difference, unlike x in x + 5 - x
   outcomes = set()
   for index in range(POINTS):
@@ -416,17 +390,13 @@ def equal(a: Node, b: Node) -> bool:
       return False
   if True not in outcomes:
     raise Undefined("no value at any point")
-  turns = turning_points(subtracted(a, b), _point(names, 0))
+  turns = turning_points(a - b, sample_point(names, 0))
   return all(_agree_or_unknown(a, b, turn, real=True) is not False for turn in turns)
-
-
-def _point(names: frozenset[str], index: int) -> dict[str, Fraction]:
-  return {name: sample(name, index) for name in names}
 
 
 def _agree(a: Node, b: Node, index: int) -> bool | None:
   """As `_agree_or_unknown`, at one of the POINTS; raises TooLarge at the first two."""
-  at = _point(symbols(a) | symbols(b), index)
+  at = sample_point(tree.symbols(a - b), index)
   return _agree_or_unknown(a, b, at, real=index % 2 == 1, may_skip=index >= 2)
 
 
@@ -440,7 +410,7 @@ def _agree_or_unknown(
     may_skip: whether None is returned, and TooLarge not raised, for values beyond the limits.
   """
   try:
-    if real and not contains(a, _is_i) and not contains(b, _is_i):
+    if real and not any(part == tree.Symbol("i") for part in tree.walk(a - b)):
       digits = Digits(20, at)
       if any(digits.ctx.im(digits.value(side)) for side in (a, b)):
         return None
@@ -453,17 +423,13 @@ def _agree_or_unknown(
     raise
 
 
-def _is_i(node: Node) -> bool:
-  return node == Symbol("i")
-
-
 def _equal_at(a: Node, b: Node, at: Mapping[str, Fraction]) -> bool:
   """Whether two expressions have one value at a point."""
   rough = Digits(40, at)
   value = rough.value(a) - rough.value(b)
   if value and rough.ctx.mag(value) > max(rough.largest * 2 - 60, -60):
     return False
-  difference = subtracted(a, b)
+  difference = a - b
   bound = separation(difference)
   if bound is not None:
     bits = bound.log2_l + (bound.degree - 1) * bound.log2_u + rough.largest + 40
@@ -484,12 +450,8 @@ def _equal_at(a: Node, b: Node, at: Mapping[str, Fraction]) -> bool:
 MAX_TURN_DEGREE = 8  # of polynomials whose roots are looked for
 MAX_TURNS = 24
 MAX_COEFFICIENT_BITS = 256
-_MAX_SYMPY_POWER = 64  # exponent of a constant that SymPy is given
-_SYMPY_NAMES = {"abs": "Abs", "norm": "Abs", "ceil": "ceiling", "max": "Max", "min": "Min"}
-_SYMPY_FUNCTIONS = frozenset(
-  "abs norm floor ceil sgn exp ln max min sin cos tan cot sec csc arcsin arccos arctan asin acos "
-  "atan sinh cosh tanh log".split()
-)
+MAX_SYMPY_POWER = 64  # exponent of a constant that SymPy is given
+MAX_SYMPY_FACTORIAL = 300
 
 
 def sympy_expression(node: Node):
@@ -501,58 +463,62 @@ def sympy_expression(node: Node):
   """
   import sympy  # takes half a second, and most answers do not need it
 
-  if isinstance(node, Number):
+  if isinstance(node, tree.Number):
     return sympy.Rational(node.value.numerator, node.value.denominator)
-  if isinstance(node, Symbol):
+  if isinstance(node, tree.Symbol):
     constants = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "oo": sympy.oo}
     return constants.get(node.name, sympy.Symbol(node.name, real=True))
-  if isinstance(node, Quantity):
+  if isinstance(node, tree.Quantity):
     return sympy_expression(node.value)
-  if not isinstance(node, Operation):
+  if not isinstance(node, tree.Operation):
     raise Undefined(f"{type(node).__name__} is no number")
-  op = node.op
-  first, *rest = values = [sympy_expression(operand) for operand in node.operands]
+  op, values = node.op, [sympy_expression(operand) for operand in node.operands]
   if op in _ARITHMETIC:
     return _ARITHMETIC[op](*values)
-  if op in _SYMPY_FUNCTIONS:
-    name = _SYMPY_NAMES.get(op) or _LIBRARY_NAMES.get(op, op)
-    return getattr(sympy, name)(*values)
-  if op == "lg":
-    return sympy.log(first, 10)
-  if op == "root":
-    return first ** (1 / rest[0])
-  if op == "percent":
-    return first / 100
-  if op == "degree":
-    return first * sympy.pi / 180
-  if op == "pow":
-    both_numbers = first.is_number and rest[0].is_number
-    if both_numbers and not abs(rest[0].evalf(15)) <= _MAX_SYMPY_POWER:
+  if op in _ELEMENTARY:
+    return getattr(sympy, _library_name(op))(*values)
+  if op == "pow" and all(value.is_number for value in values):
+    if not abs(values[1].evalf(15)) <= MAX_SYMPY_POWER:
       raise TooLarge("power")
-    return first ** rest[0]
-  if op in ("fact", "binom"):
-    if first.is_number and not abs(first.evalf(15)) <= MAX_FACTORIAL // 10:
+  if op in ("fact", "binom") and values[0].is_number:
+    if not abs(values[0].evalf(15)) <= MAX_SYMPY_FACTORIAL:
       raise TooLarge(op)
-    return sympy.factorial(first) if op == "fact" else sympy.binomial(first, rest[0])
-  raise Undefined(op)
+  functions = {
+    "pow": operator.pow,
+    "root": lambda radicand, degree: radicand ** (1 / degree),
+    "fact": sympy.factorial,
+    "binom": sympy.binomial,
+    "log": sympy.log,
+    "abs": sympy.Abs,
+    "floor": sympy.floor,
+    "ceil": sympy.ceiling,
+    "sgn": sympy.sign,
+    "max": sympy.Max,
+    "min": sympy.Min,
+    "percent": lambda value: value / 100,
+    "degree": lambda value: value * sympy.pi / 180,
+  }
+  if op not in functions:
+    raise Undefined(op)
+  return functions[op](*values)
 
 
 def _degree_bound(node: Node, name: str) -> float:
   """Degree of a polynomial, at most, before it is multiplied out; infinity if it is none."""
-  if isinstance(node, Symbol):
+  if isinstance(node, tree.Symbol):
     return float(node.name == name)
-  degrees = [_degree_bound(child, name) for child in children(node)]
+  degrees = [_degree_bound(child, name) for child in tree.children(node)]
   if not any(degrees):
     return 0.0
   if is_operation(node, "add"):
     return max(degrees)
   if is_operation(node, "mul"):
     return sum(degrees)
-  if is_operation(node, "neg", "percent", "degree") or isinstance(node, Quantity):
+  if is_operation(node, "neg", "percent", "degree") or isinstance(node, tree.Quantity):
     return degrees[0]
   if is_operation(node, "div") and not degrees[1]:
     return degrees[0]
-  if is_operation(node, "pow") and isinstance(node.operands[1], Number):
+  if is_operation(node, "pow") and isinstance(node.operands[1], tree.Number):
     exponent = node.operands[1].value
     return degrees[0] * float(exponent) if exponent >= 0 else math.inf
   return math.inf
@@ -561,21 +527,21 @@ def _degree_bound(node: Node, name: str) -> float:
 def _is_integer(node: Node) -> bool:
   if is_operation(node, "neg"):
     return _is_integer(node.operands[0])
-  return isinstance(node, Number) and node.value.denominator == 1
+  return isinstance(node, tree.Number) and node.value.denominator == 1
 
 
 def _turning_parts(node: Node) -> list[Node]:
   """What changes sign where a tree turns: u of |u|, ⌊u⌋, sgn u, √u; a - b of max(a, b)."""
-  parts = [part for child in children(node) for part in _turning_parts(child)]
-  if is_operation(node, "abs", "norm", "floor", "ceil", "sgn"):
-    parts += node.operands
-  elif is_operation(node, "max", "min"):
-    for index, left in enumerate(node.operands):
-      parts += [subtracted(left, right) for right in node.operands[:index]]
-  elif is_operation(node, "root"):
-    parts.append(node.operands[0])
-  elif is_operation(node, "pow") and not _is_integer(node.operands[1]):
-    parts.append(node.operands[0])
+  parts = []
+  for part in tree.walk(node):
+    if is_operation(part, "abs", "floor", "ceil", "sgn"):
+      parts += part.operands
+    elif is_operation(part, "max", "min"):
+      parts += [a - b for a, b in itertools.combinations(part.operands, 2)]
+    elif is_operation(part, "root"):
+      parts.append(part.operands[0])
+    elif is_operation(part, "pow") and not _is_integer(part.operands[1]):
+      parts.append(part.operands[0])
   return parts
 
 
@@ -615,7 +581,7 @@ def turning_points(node: Node, at: Mapping[str, Fraction]) -> list[dict[str, Fra
 
   Args:
     node: an expression.
-    at: a value of each of its symbols, which it keeps while another symbol moves.
+    at: a value of each of its tree.symbols, which it keeps while another symbol moves.
 
   Returns:
     at most MAX_TURNS points, none where nothing turns.

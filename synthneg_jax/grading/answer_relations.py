@@ -1,32 +1,13 @@
-"""Equations and inequalities as answers: the values they state, the sets they describe, and whether
-two of them say the same."""
+"""Equations and inequalities as answers: what they state, describe, and whether two are the same."""
 
 import fractions
 import functools
+import operator
 from typing import NamedTuple
 
 from synthneg_jax.grading import answer_tree as tree
-from synthneg_jax.grading.answer_numbers import Digits, Undefined, equal, sample
-from synthneg_jax.grading.answer_tree import (
-  Bracket,
-  ListValue,
-  Node,
-  Number,
-  Relation,
-  SetOperation,
-  SetValue,
-  Symbol,
-  children,
-  infinite_sign,
-  is_operation,
-  is_scalar,
-  multiplied,
-  negated,
-  number,
-  substitute,
-  subtracted,
-  symbols,
-)
+from synthneg_jax.grading.answer_numbers import Digits, Undefined, equal, sample_point
+from synthneg_jax.grading.answer_tree import Node, is_operation
 
 _FUNCTION_NAMES = frozenset("f g h F G H P Q T S p q a b r A V".split())
 _CONVERSE = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
@@ -34,7 +15,7 @@ _CONVERSE = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
 def is_constant(node: Node) -> bool:
   """Whether a tree is a single value without unknowns."""
-  return is_scalar(node) and not symbols(node)
+  return tree.is_scalar(node) and not tree.symbols(node)
 
 
 # Names and what an equation says of them
@@ -52,18 +33,18 @@ def label(node: Node) -> Label | None:
 
   Of several sides after the name the last one is the value: the others lead to it.
   """
-  if not isinstance(node, Relation) or set(node.signs) != {"="}:
+  if not isinstance(node, tree.Relation) or set(node.signs) != {"="}:
     return None
   head, *sides = node.operands
   if not is_name(head):
-    is_expression = is_scalar(head) and symbols(head)
+    is_expression = tree.is_scalar(head) and tree.symbols(head)
     if len(sides) > 1 or not is_name(sides[0]) or is_expression:
       return None
     head, sides = sides[0], [head]
-  if isinstance(head, Symbol) and any(symbols(head) & symbols(side) for side in sides):
+  if isinstance(head, tree.Symbol) and any(tree.symbols(head) & tree.symbols(side) for side in sides):
     return None
   value = sides[-1]
-  if is_operation(head, "mul") and not symbols(value) and not _is_segment(head):
+  if is_operation(head, "mul") and not tree.symbols(value) and not _is_segment(head):
     head = head.operands[0]  # f(x) = 5 and f(n) = 5 name the same
   return Label(_spelled(head), value)
 
@@ -76,28 +57,28 @@ def unlabelled(node: Node) -> Node:
 
 def _spelled(name: Node) -> str:
   """A name as text; a segment and its length, AB and |AB|, are spelled alike."""
-  if is_operation(name, "abs", "norm", "det"):
+  if is_operation(name, "abs"):
     return _spelled(name.operands[0])
   if is_operation(name, "mul") and _is_segment(name):
     return "".join(map(_spelled, name.operands))
-  return name.name.removeprefix("overline ") if isinstance(name, Symbol) else repr(name)
+  return name.name.removeprefix("overline ") if isinstance(name, tree.Symbol) else repr(name)
 
 
 def is_name(node: Node) -> bool:
   """Whether a tree is a symbol, f(x), a segment (AB), the length of one, or a tuple of symbols."""
-  if isinstance(node, Symbol):
+  if isinstance(node, tree.Symbol):
     return node.name not in ("pi", "i", "oo")
-  if is_operation(node, "abs", "norm", "det"):
+  if is_operation(node, "abs"):
     return is_name(node.operands[0])
-  if isinstance(node, Bracket):
-    return all(isinstance(item, Symbol) for item in node.items)
+  if isinstance(node, tree.Bracket):
+    return all(isinstance(item, tree.Symbol) for item in node.items)
   if is_operation(node, "div") or isinstance(node, tree.Ratio):
-    return all(map(is_name, children(node)))
+    return all(map(is_name, tree.children(node)))
   if not is_operation(node, "mul"):
     return False
   head = node.operands[0]
   head = head.operands[0] if is_operation(head, "pow") else head
-  if isinstance(head, Symbol) and head.name.split("_")[0].rstrip("'") in _FUNCTION_NAMES:
+  if isinstance(head, tree.Symbol) and head.name.split("_")[0].rstrip("'") in _FUNCTION_NAMES:
     return True
   return _is_segment(head) and _is_segment(node.operands[1])
 
@@ -106,15 +87,15 @@ def _is_segment(node: Node) -> bool:
   """Whether a tree is a product of capital letters."""
   if is_operation(node, "mul"):
     return all(map(_is_segment, node.operands))
-  return isinstance(node, Symbol) and len(node.name) == 1 and node.name.isupper()
+  return isinstance(node, tree.Symbol) and len(node.name) == 1 and node.name.isupper()
 
 
 def is_function(head: Node) -> bool:
   """Whether a name is y, or that of a function of something."""
-  return head == Symbol("y") or (is_operation(head, "mul") and not _is_segment(head))
+  return head == tree.Symbol("y") or (is_operation(head, "mul") and not _is_segment(head))
 
 
-def stated(node: Relation, gold: Node) -> list[Node]:
+def stated(node: tree.Relation, gold: Node) -> list[Node]:
   """The values that a relation states where the gold answer is a single value.
 
   x = 5 states 5; a ≈ b states a, and b if it is close.
@@ -132,18 +113,18 @@ def stated(node: Relation, gold: Node) -> list[Node]:
   if named:
     return [named.value]
   try:
-    if all(is_scalar(side) and equal(operands[0], side) for side in operands[1:]):
+    if all(tree.is_scalar(side) and equal(operands[0], side) for side in operands[1:]):
       return [operands[0]]
   except Undefined:
     pass
   return []
 
 
-def _stated_approximately(node: Relation, gold: Node) -> list[Node]:
+def _stated_approximately(node: tree.Relation, gold: Node) -> list[Node]:
   first = node.signs.index("~")
   before, after = node.operands[: first + 1], node.operands[first + 1 :]
   if len(before) > 1:
-    values = stated(Relation(before, node.signs[:first]), gold)
+    values = stated(tree.Relation(before, node.signs[:first]), gold)
   elif is_name(before[0]):
     return [after[0]]
   else:
@@ -153,9 +134,9 @@ def _stated_approximately(node: Relation, gold: Node) -> list[Node]:
 
 def _has_numeral(node: Node) -> bool:
   """Whether an expression has numerals: a + b = 7 states a + b, but 2x = 10 is yet to be solved."""
-  if isinstance(node, Number):
+  if isinstance(node, tree.Number):
     return True
-  return not is_name(node) and any(map(_has_numeral, children(node)))
+  return not is_name(node) and any(map(_has_numeral, tree.children(node)))
 
 
 def _is_close(value: Node, approximation: Node) -> bool:
@@ -170,16 +151,16 @@ def _is_close(value: Node, approximation: Node) -> bool:
 # Relations in several unknowns
 
 
-def same_relation(gold: Relation, answer: Relation) -> bool:
+def same_relation(gold: tree.Relation, answer: tree.Relation) -> bool:
   """Whether two equations or inequalities in several unknowns say the same.
 
   2x - y = 3 equals 4x = 2y + 6; y > x equals x - y < 0; y = 1/x equals xy = 1.
   """
   if len(gold.signs) != 1 or len(answer.signs) != 1:
     return False
-  if not all(map(is_scalar, gold.operands + answer.operands)):
+  if not all(map(tree.is_scalar, gold.operands + answer.operands)):
     return False
-  left, right = subtracted(*gold.operands), subtracted(*answer.operands)
+  left, right = (a - b for a, b in (gold.operands, answer.operands))
   sign, other_sign = gold.signs[0], answer.signs[0]
   if sign == other_sign == "=":
     return _proportional(left, right) or _solves(gold, right) or _solves(answer, left)
@@ -194,19 +175,19 @@ def same_relation(gold: Relation, answer: Relation) -> bool:
 
 def _proportional(left: Node, right: Node, sign: int = 0) -> bool:
   """Whether left = c · right for a constant c that is not 0, and has this sign unless it is 0."""
-  names = symbols(left)
-  if names != symbols(right) or not names:
+  names = tree.symbols(left)
+  if names != tree.symbols(right) or not names:
     return False
   for index in (0, 2):
-    digits = Digits(40, {name: sample(name, index) for name in names})
+    digits = Digits(40, sample_point(names, index))
     above, below = digits.value(left), digits.value(right)
     if not above or not below:
       return False
     ratio = digits.ctx.re(above / below)
     if ratio * sign < 0:
       return False
-    factor = number(_simplest_fraction(ratio))
-    if factor.value and equal(left, multiplied(factor, right)):
+    factor = tree.number(_simplest_fraction(ratio))
+    if factor.value and equal(left, factor * right):
       return True
   return False
 
@@ -218,116 +199,157 @@ def _simplest_fraction(value) -> fractions.Fraction:
   return (-magnitude if value < 0 else magnitude).limit_denominator(10**6)
 
 
-def _solves(solution: Relation, equation: Node) -> bool:
+def _solves(solution: tree.Relation, equation: Node) -> bool:
   """Whether `solution` is y = v, and v for y makes `equation`, which is linear in y, 0."""
   named = label(solution)
-  heads = [side for side in solution.operands if isinstance(side, Symbol)]
-  if not named or not heads or not is_scalar(named.value):
+  heads = [side for side in solution.operands if isinstance(side, tree.Symbol)]
+  if not named or not heads or not tree.is_scalar(named.value):
     return False
-  name, zero = heads[0].name, number(0)
-  if name not in symbols(equation):
+  name, zero = heads[0].name, tree.number(0)
+  if name not in tree.symbols(equation):
     return False
-  below, at, above = (substitute(equation, name, tree.added(named.value, number(step))) for step in (-1, 0, 1))
-  bend = subtracted(tree.added(below, above), multiplied(number(2), at))
+  below, at, above = (tree.substitute(equation, name, named.value + tree.number(step)) for step in (-1, 0, 1))
+  bend = below + above - tree.number(2) * at
   return equal(at, zero) and equal(bend, zero) and not equal(above, zero)
 
 
 # Sets of real numbers
 
 
-class Interval(NamedTuple):
-  """The reals between two ends, infinity included; *_in: whether an end belongs to it."""
-
-  low: Node
-  low_in: bool
-  high: Node
-  high_in: bool
-
-
-_PLUS, _MINUS = tree.INFINITY, negated(tree.INFINITY)
-_LINE = Interval(_MINUS, False, _PLUS, False)
-
-
 def same_set(a: Node, b: Node) -> bool | None:
-  """Whether two trees describe the same set of reals; None where one describes none."""
-  try:
-    left, right = intervals(a), intervals(b)
-    if left is None or right is None:
-      return None
-    left, right = _merged(left), _merged(right)
-    return len(left) == len(right) and all(map(_same_interval, left, right))
-  except Undefined:
-    return None
+  """Whether two trees describe the same set of reals; None where one describes none.
 
-
-def intervals(node: Node) -> list[Interval] | None:
-  """The set that a tree describes as a union; None where it describes none.
-
-  It is an interval, a finite set, a union, the real line, an inequality in one unknown, or a list
+  They may be intervals, finite sets, unions, the real line, inequalities in one unknown, or lists
   of such joined by "or" or "and".
   """
-  if isinstance(node, Bracket) and len(node.items) == 2:
-    low, high = node.items
-    return [Interval(low, node.opener == "[", high, node.closer == "]")]
-  if isinstance(node, SetValue):
-    no_numbers = (Relation, ListValue, tree.Text, Bracket)
-    return [Interval(item, True, item, True) for item in node.items if not isinstance(item, no_numbers)]
-  if node == Symbol("R"):
-    return [_LINE]
-  if isinstance(node, SetOperation):
-    left, right = intervals(node.left), intervals(node.right)
-    if left is None or right is None:
-      return None
-    if node.op == "union":
-      return left + right
-    return _intersection(left, right if node.op == "intersection" else _complement(right))
-  if isinstance(node, Relation):
-    return _solutions(node)
-  if isinstance(node, ListValue):
-    parts = [None if isinstance(item, SetValue) else intervals(item) for item in node.items]
-    if None in parts:
-      return None
-    if node.joiner == "or" or not all(isinstance(item, Relation) for item in node.items):
-      return [interval for part in parts for interval in part]
-    return functools.reduce(_intersection, parts)
-  return None
-
-
-def _solutions(node: Relation) -> list[Interval] | None:
-  """The solutions of x < 5, 1 <= x < 5, |x| < 2, x in A: an unknown between constants."""
-  operands, signs = node.operands, node.signs
-  if signs == ("in",) and is_name(operands[0]):
-    return intervals(operands[1])
-  if any(sign not in _CONVERSE for sign in signs) or signs == ("=",):
+  try:
+    line = _Line(a, b)
+    left, right = line.cells(a), line.cells(b)
+  except Undefined:
     return None
-  unknowns = [index for index, operand in enumerate(operands) if symbols(operand)]
-  if len(unknowns) != 1 or not is_name(operands[unknowns[0]]):
+  return None if left is None or right is None else left == right
+
+
+class _Line:
+  """The real line, cut at every number that two trees mention.
+
+  With n cuts it has 2n + 1 cells: cell 2k + 1 is the k-th cut and cell 2k what lies before it. A
+  set of reals is a set of cells, so that Python's operators unite, intersect and subtract them.
+  """
+
+  def __init__(self, *nodes: Node):
+    """Raises Undefined where a number is no real one."""
+    cuts = [cut for node in nodes for cut in _cuts(node)]
+    if any(is_operation(part, "abs") for node in nodes for part in tree.walk(node)):  # |x| < 2
+      cuts += [tree.number(0), *(-cut for cut in cuts)]
+    self.cuts = []
+    for cut in sorted(cuts, key=functools.cmp_to_key(_compare)):
+      if not self.cuts or _compare(self.cuts[-1], cut):
+        self.cuts.append(cut)
+    self.all = frozenset(range(2 * len(self.cuts) + 1))
+
+  def cell(self, end: Node) -> int:
+    """The cell of a number; infinity has one beyond the last, minus infinity before the first."""
+    sign = tree.infinite_sign(end)
+    if sign:
+      return len(self.all) if sign > 0 else -1
+    return 2 * next(k for k, cut in enumerate(self.cuts) if not _compare(cut, end)) + 1
+
+  def ray(self, sign: str, end: Node) -> frozenset[int]:
+    """The numbers x with x `sign` end."""
+    cell = self.cell(end)
+    equal_to, less = self.all & {cell}, frozenset(c for c in self.all if c < cell)
+    return {
+      "=": equal_to,
+      "!=": self.all - equal_to,
+      "<": less,
+      "<=": less | equal_to,
+      ">": self.all - less - equal_to,
+      ">=": self.all - less,
+    }[sign]
+
+  def cells(self, node: Node) -> frozenset[int] | None:
+    """The set that a tree describes; None where it describes none."""
+    if isinstance(node, tree.Bracket) and len(node.items) == 2:
+      low, high = node.items
+      if _compare(low, high) > 0:
+        return frozenset([node])  # the wrong way round: equal to itself only
+      above = self.ray(">=" if node.opener == "[" else ">", low)
+      return above & self.ray("<=" if node.closer == "]" else "<", high)
+    if isinstance(node, tree.SetValue):
+      return frozenset().union(*(self.ray("=", item) for item in _numbers(node)))
+    if node == tree.Symbol("R"):
+      return self.all
+    if isinstance(node, tree.SetOperation):
+      left, right = self.cells(node.left), self.cells(node.right)
+      if left is None or right is None:
+        return None
+      return _SET_OPERATORS[node.op](left, right)
+    if isinstance(node, tree.Relation):
+      return self._solutions(node)
+    if isinstance(node, tree.ListValue):
+      parts = [None if isinstance(i, tree.SetValue) else self.cells(i) for i in node.items]
+      if None in parts:
+        return None
+      relations = all(isinstance(item, tree.Relation) for item in node.items)
+      join = operator.and_ if relations and node.joiner != "or" else operator.or_
+      return functools.reduce(join, parts)
     return None
-  at = unknowns[0]
-  rays = [_ray(_CONVERSE[sign], side) for sign, side in zip(signs[:at], operands, strict=False)]
-  rays += [_ray(sign, side) for sign, side in zip(signs[at:], operands[at + 1 :], strict=True)]
-  result = functools.reduce(_intersection, rays, [_LINE])
-  if not is_operation(operands[at], "abs", "norm", "det"):
-    return result
-  result = _intersection(result, _ray(">=", number(0)))
-  mirrored = [Interval(negated(part.high), part.high_in, negated(part.low), part.low_in) for part in result]
-  return result + mirrored
+
+  def _solutions(self, node: tree.Relation) -> frozenset[int] | None:
+    """Solutions of x < 5, 1 <= x < 5, |x| < 2, x in A: an unknown between constants."""
+    if node.signs == ("in",) and is_name(node.operands[0]):
+      return self.cells(node.operands[1])
+    unknown = _unknown(node)
+    if unknown is None:
+      return None
+    solutions, at = self.all, node.operands.index(unknown)
+    for index, sign in enumerate(node.signs):
+      if index < at:
+        solutions &= self.ray(_CONVERSE[sign], node.operands[index])
+      else:
+        solutions &= self.ray(sign, node.operands[index + 1])
+    if is_operation(unknown, "abs"):
+      solutions &= self.ray(">=", tree.number(0))
+      solutions |= {len(self.all) - 1 - cell for cell in solutions}
+    return solutions
 
 
-def _ray(sign: str, bound: Node) -> list[Interval]:
-  """The numbers x with x `sign` bound."""
-  if sign in ("<", "<="):
-    return [Interval(_MINUS, False, bound, sign == "<=")]
-  if sign in (">", ">="):
-    return [Interval(bound, sign == ">=", _PLUS, False)]
-  if sign == "=":
-    return [Interval(bound, True, bound, True)]
-  return [Interval(_MINUS, False, bound, False), Interval(bound, False, _PLUS, False)]
+_SET_OPERATORS = {"union": operator.or_, "intersection": operator.and_, "minus": operator.sub}
+
+
+def _unknown(node: tree.Relation) -> Node | None:
+  """The only unknown of an inequality between constants; None where there is no such."""
+  if node.signs == ("=",) or any(sign not in _CONVERSE for sign in node.signs):
+    return None
+  unknowns = [operand for operand in node.operands if tree.symbols(operand)]
+  return unknowns[0] if len(unknowns) == 1 and is_name(unknowns[0]) else None
+
+
+def _numbers(node: tree.SetValue) -> list[Node]:
+  others = (tree.Relation, tree.ListValue, tree.Text, tree.Bracket)
+  return [item for item in node.items if not isinstance(item, others)]
+
+
+def _cuts(node: Node) -> list[Node]:
+  """The finite numbers at which sets that a tree describes begin or end."""
+  ends = []
+  if isinstance(node, (tree.SetOperation, tree.ListValue)):
+    return [cut for child in tree.children(node) for cut in _cuts(child)]
+  if isinstance(node, tree.Bracket):
+    ends = node.items
+  elif isinstance(node, tree.SetValue):
+    ends = _numbers(node)
+  elif isinstance(node, tree.Relation) and node.signs == ("in",):
+    return _cuts(node.operands[1])
+  elif isinstance(node, tree.Relation) and _unknown(node) is not None:
+    ends = [operand for operand in node.operands if operand != _unknown(node)]
+  return [end for end in ends if not tree.infinite_sign(end)]
 
 
 def _compare(a: Node, b: Node) -> int:
   """-1, 0, 1 as two ends lie; raises Undefined for ends that are no real numbers."""
-  first, second = infinite_sign(a), infinite_sign(b)
+  first, second = tree.infinite_sign(a), tree.infinite_sign(b)
   if first or second:
     return (first > second) - (first < second)
   if equal(a, b):
@@ -337,59 +359,3 @@ def _compare(a: Node, b: Node) -> int:
   if digits.ctx.im(difference):
     raise Undefined("ends that are not real")
   return 1 if digits.ctx.re(difference) > 0 else -1
-
-
-def _intersection(left: list[Interval], right: list[Interval]) -> list[Interval]:
-  result = []
-  for a in left:
-    for b in right:
-      order = _compare(a.low, b.low)
-      low, low_in = (b.low, b.low_in) if order < 0 else (a.low, a.low_in)
-      low_in = low_in and (order != 0 or b.low_in)
-      order = _compare(a.high, b.high)
-      high, high_in = (a.high, a.high_in) if order < 0 else (b.high, b.high_in)
-      high_in = high_in and (order != 0 or a.high_in)
-      order = _compare(low, high)
-      if order < 0 or (order == 0 and low_in and high_in):
-        result.append(Interval(low, low_in, high, high_in))
-  return result
-
-
-def _complement(parts: list[Interval]) -> list[Interval]:
-  result = [_LINE]
-  for part in parts:
-    sides = []
-    if not infinite_sign(part.low):
-      sides.append(Interval(_MINUS, False, part.low, not part.low_in))
-    if not infinite_sign(part.high):
-      sides.append(Interval(part.high, not part.high_in, _PLUS, False))
-    result = _intersection(result, sides)
-  return result
-
-
-def _by_low_end(a: Interval, b: Interval) -> int:
-  return _compare(a.low, b.low) or b.low_in - a.low_in
-
-
-def _merged(parts: list[Interval]) -> list[Interval]:
-  """The intervals from left to right, those that meet merged."""
-  result = []
-  for part in sorted(parts, key=functools.cmp_to_key(_by_low_end)):
-    if result:
-      last = result[-1]
-      order = _compare(part.low, last.high)
-      if order < 0 or (order == 0 and (part.low_in or last.high_in)):
-        order = _compare(part.high, last.high)
-        if order > 0:
-          last = last._replace(high=part.high, high_in=part.high_in)
-        elif order == 0:
-          last = last._replace(high_in=last.high_in or part.high_in)
-        result[-1] = last
-        continue
-    result.append(part)
-  return result
-
-
-def _same_interval(a: Interval, b: Interval) -> bool:
-  ends_in = (a.low_in, a.high_in) == (b.low_in, b.high_in)
-  return ends_in and _compare(a.low, b.low) == 0 and _compare(a.high, b.high) == 0

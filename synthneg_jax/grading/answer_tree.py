@@ -1,66 +1,69 @@
-"""The tree of a written answer: what the grammar reads and the other answer modules compare.
+r"""The tree of a written answer: what the grammar reads and the other answer modules compare.
 
-Nodes are immutable and equal if they are written alike: 1/2 and 2/4 are different trees of equal value.
+    Number, Symbol            leaves: 3/4; x, x_1, and the CONSTANTS
+    Operation                 arithmetic (add, mul, div, pow, neg, fact, binom, percent, degree),
+                              root with (radicand, degree), functions; log may have a base
+    PlusMinus                 left ± right; `upper` is "+" for \pm and "-" for \mp
+    Based, Ratio, Clock       1011_2; 3:2; 10:30, which may also be a ratio
+    Quantity, Modular         5 cm; 3 (mod 7)
+    Bracket                   (a, b), [a, b), (a, b, c): a tuple or an interval
+    SetValue, ListValue       {1, 2}; 1, 2 and 3, where `joiner` is ",", "and" or "or"
+    SetOperation              union, intersection or minus
+    Matrix, Relation          rows; 1 <= x < 5 has three operands and two signs
+    Text, Opaque              words that are the whole answer; text outside the grammar
+
+Nodes are immutable, and equal if they are written alike: 1/2 and 2/4 are different trees of equal
+value. Python's operators build trees: a - b is the tree of a plus the negative of b.
 """
 
 import dataclasses
 import fractions
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from synthneg_jax.grading.answer_units import Unit
 
-_node = dataclasses.dataclass(frozen=True, slots=True)
 CONSTANTS = frozenset(("pi", "e", "i", "oo"))  # symbols that are not unknowns; oo is infinity
+_node = dataclasses.dataclass(frozen=True, slots=True)
 
 
 @_node
 class Node:
-  """Base class of all nodes. Fields of a subclass hold nodes, tuples of nodes, or plain values."""
+  """Base class of all nodes. Their fields hold nodes, tuples of nodes, or plain values."""
+
+  def __add__(self, other: "Node") -> "Node":
+    return Operation("add", (self, other))
+
+  def __neg__(self) -> "Node":
+    return Operation("neg", (self,))
+
+  def __sub__(self, other: "Node") -> "Node":
+    return self + -other
+
+  def __mul__(self, other: "Node") -> "Node":
+    return Operation("mul", (self, other))
+
+  def __truediv__(self, other: "Node") -> "Node":
+    return Operation("div", (self, other))
 
 
 @_node
 class Number(Node):
-  """A rational numeral."""
-
   value: fractions.Fraction
 
 
 @_node
 class Symbol(Node):
-  """An unknown, or one of CONSTANTS: x, x_1, pi."""
-
   name: str
 
 
 @_node
-class Text(Node):
-  """Words that are the whole answer."""
-
-  text: str
-
-
-@_node
-class Opaque(Node):
-  """Text outside the grammar."""
-
-  text: str
-
-
-@_node
 class Operation(Node):
-  """Arithmetic (add, mul, div, pow, neg, root, fact, binom, percent, degree) or a function (sin, log, max, ...).
-
-  root has the operands (radicand, degree); log may have a base as its second operand.
-  """
-
   op: str
   operands: tuple[Node, ...]
 
 
 @_node
 class PlusMinus(Node):
-  r"""left ± right; `upper` is "+" for \pm and "-" for \mp."""
-
   left: Node
   right: Node
   upper: str
@@ -68,46 +71,34 @@ class PlusMinus(Node):
 
 @_node
 class Based(Node):
-  """A numeral with its base as a subscript: 1011_2."""
-
   digits: str
   base: int
 
 
 @_node
 class Ratio(Node):
-  """3:2, 1:2:3."""
-
   parts: tuple[Node, ...]
 
 
 @_node
-class Clock(Node):
-  """A time of day: hours, two digits of minutes, and perhaps of seconds."""
-
-  parts: tuple[Node, ...]
+class Clock(Ratio):
+  """Hours, two digits of minutes, and perhaps of seconds."""
 
 
 @_node
 class Quantity(Node):
-  """A value with its unit: 5 cm."""
-
   value: Node
   unit: Unit
 
 
 @_node
 class Modular(Node):
-  r"""3 \pmod 7."""
-
   value: Node
   modulus: Node
 
 
 @_node
 class Bracket(Node):
-  """(a, b), [a, b), (a, b, c): a tuple or an interval; only the other answer can tell which."""
-
   opener: str
   items: tuple[Node, ...]
   closer: str
@@ -115,23 +106,17 @@ class Bracket(Node):
 
 @_node
 class SetValue(Node):
-  """A finite set in braces."""
-
   items: tuple[Node, ...]
 
 
 @_node
 class ListValue(Node):
-  """Several values without brackets; joiner is ",", "and" or "or"."""
-
   joiner: str
   items: tuple[Node, ...]
 
 
 @_node
 class SetOperation(Node):
-  """union, intersection or minus of two sets."""
-
   op: str
   left: Node
   right: Node
@@ -139,28 +124,32 @@ class SetOperation(Node):
 
 @_node
 class Matrix(Node):
-  """Rows of equal length."""
-
   rows: tuple[tuple[Node, ...], ...]
 
 
 @_node
 class Relation(Node):
-  """A chain of equations or inequalities: 1 <= x < 5 has three operands and two signs."""
-
   operands: tuple[Node, ...]
   signs: tuple[str, ...]
 
 
+@_node
+class Text(Node):
+  text: str
+
+
+@_node
+class Opaque(Node):
+  text: str
+
+
 INFINITY = Symbol("oo")
-_NOT_SCALAR = (
-  Text, Opaque, PlusMinus, Bracket, SetValue, ListValue, SetOperation, Matrix, Relation,
-)  # fmt: skip
+_SCALARS = (Number, Symbol, Operation, Based, Ratio, Quantity, Modular)
 
 
 def is_scalar(node: Node) -> bool:
   """Whether a tree is a single value and not a collection, relation or text."""
-  return not isinstance(node, _NOT_SCALAR)
+  return isinstance(node, _SCALARS)
 
 
 def is_operation(node: Node, *ops: str) -> bool:
@@ -173,67 +162,47 @@ def number(value) -> Number:
   return Number(fractions.Fraction(value))
 
 
-def negated(node: Node) -> Node:
-  """-node."""
-  return Operation("neg", (node,))
-
-
-def added(left: Node, right: Node) -> Node:
-  """left + right."""
-  return Operation("add", (left, right))
-
-
-def subtracted(left: Node, right: Node) -> Node:
-  """left - right."""
-  return added(left, negated(right))
-
-
-def multiplied(left: Node, right: Node) -> Node:
-  """left · right."""
-  return Operation("mul", (left, right))
-
-
-def divided(left: Node, right: Node) -> Node:
-  """left / right."""
-  return Operation("div", (left, right))
+def _fields(node: Node) -> list:
+  return [getattr(node, field) for field in node.__dataclass_fields__]
 
 
 def children(node: Node) -> list[Node]:
   """The nodes directly within a node, from left to right."""
-  return _nodes_in(tuple(getattr(node, name) for name in node.__slots__))
+  nodes = []
+  pending = _fields(node)[::-1]
+  while pending:
+    field = pending.pop()
+    if isinstance(field, Node):
+      nodes.append(field)
+    elif isinstance(field, tuple):
+      pending += field[::-1]
+  return nodes
 
 
-def _nodes_in(field) -> list[Node]:
-  if isinstance(field, Node):
-    return [field]
-  if isinstance(field, tuple):
-    return [node for part in field for node in _nodes_in(part)]
-  return []
+def walk(node: Node) -> Iterator[Node]:
+  """A node and all nodes within it, in no order."""
+  pending = [node]
+  while pending:
+    node = pending.pop()
+    yield node
+    pending += children(node)
 
 
 def map_children(node: Node, change: Callable[[Node], Node]) -> Node:
   """The node with `change` applied to each node directly within it."""
-  return type(node)(*(_mapped(getattr(node, name), change) for name in node.__slots__))
 
+  def changed(field):
+    if isinstance(field, tuple):
+      return tuple([changed(part) for part in field])
+    return change(field) if isinstance(field, Node) else field
 
-def _mapped(field, change: Callable[[Node], Node]):
-  if isinstance(field, Node):
-    return change(field)
-  if isinstance(field, tuple):
-    return tuple(_mapped(part, change) for part in field)
-  return field
-
-
-def contains(node: Node, predicate: Callable[[Node], bool]) -> bool:
-  """Whether a node, or any within it, satisfies a predicate."""
-  return predicate(node) or any(contains(child, predicate) for child in children(node))
+  return type(node)(*map(changed, _fields(node)))
 
 
 def symbols(node: Node) -> frozenset[str]:
   """Names of the unknowns of a tree."""
-  if isinstance(node, Symbol):
-    return frozenset((node.name,)) - CONSTANTS
-  return frozenset().union(*map(symbols, children(node)))
+  names = {part.name for part in walk(node) if isinstance(part, Symbol)}
+  return frozenset(names - CONSTANTS)
 
 
 def substitute(node: Node, name: str, value: Node) -> Node:
@@ -245,6 +214,6 @@ def substitute(node: Node, name: str, value: Node) -> Node:
 
 def infinite_sign(node: Node) -> int:
   """1 for infinity, -1 for minus infinity, 0 for anything else."""
-  if node == INFINITY:
-    return 1
-  return -infinite_sign(node.operands[0]) if is_operation(node, "neg") else 0
+  if is_operation(node, "neg"):
+    return -infinite_sign(node.operands[0])
+  return int(node == INFINITY)
