@@ -1,85 +1,111 @@
 r"""The grammar of written answers: tokens to trees (answer_tree.py).
 
-    answer   = item {("," | ";" | "and" | "or") item}
-    item     = operand {relation operand}
-    operand  = words | union {":" union} [unit words]
-    union    = sum {("\cup" | "\cap" | "\setminus") sum}
-    sum      = ["+" | "-" | "±"] product {("+" | "-" | "±") product}
-    product  = power {["*" | "/" | ...] power}          left to right: 1/2x is (1/2)x
-    power    = atom {"!" | "%" | "°" | "_" label} ["^" exponent]
-    atom     = numeral | symbol | function argument | bracket | \command arguments
+    answer     = item {("," | ";" | "and" | "or") item}
+    item       = [label "="] operand {relation operand}
+    operand    = words | expression {":" expression} [unit words] ["\pmod" power]
+    expression = [sign] power {operator [sign] power}, where nothing between two powers is a product
+    power      = atom {"!" | "%" | "°" | "_" label} ["^" exponent]
+    atom       = numeral | symbol | function argument | bracket | \command arguments
 
-No value is computed here, so 9^9^9 is three leaves. Brackets may lie about `MAX_DEPTH` deep.
+Operators join from left to right, products before sums before unions: 1/2x is (1/2)x. No value is
+computed here, so 9^9^9 is three leaves.
 """
 
+import functools
+import operator
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 from synthneg_jax.grading import answer_tree as tree
 from synthneg_jax.grading import answer_units
 from synthneg_jax.grading.answer_tokens import Token, TooLarge, Unreadable, tidy, tokens
 from synthneg_jax.grading.answer_tree import Node, Number, Operation, Symbol, is_operation, number
 
-MAX_DEPTH = 40
-MAX_NESTED = 80  # functions and powers within each other
+MAX_DEPTH = 40  # brackets, functions and powers within each other
 
+
+def _by_spelling(spellings: dict[str, str]) -> dict[str, str]:
+  """{"and": "land wedge"} as {"land": "and", "wedge": "and"}."""
+  return {word: meaning for meaning, words in spellings.items() for word in words.split()}
+
+
+_JOINERS = _by_spelling({",": ", ;", "and": "and land wedge", "or": "or lor vee"})
+_RELATIONS = _by_spelling(
+  {
+    "=": "= == equiv coloneqq",
+    "!=": "!= ne neq",
+    "<": "< lt",
+    ">": "> gt",
+    "<=": "<= le leq leqslant",
+    ">=": ">= ge geq geqslant",
+    "~": "approx simeq thickapprox",
+    "in": "in",
+    "notin": "notin",
+    "subset": "subset subseteq",
+    "divides": "mid",
+    "not divides": "nmid",
+    "perp": "perp",
+    "parallel": "parallel",
+  }
+)
+_ARROWS = frozenset(
+  "Rightarrow implies iff Leftrightarrow Longrightarrow to rightarrow therefore".split()
+)
+_UNION, _SUM, _PRODUCT, _POWER = range(4)  # how tightly operators bind
+
+
+class _Operator(NamedTuple):
+  level: int
+  join: Callable[[Node, Node], Node]
+
+
+_TIMES, _OVER = _Operator(_PRODUCT, operator.mul), _Operator(_PRODUCT, operator.truediv)
+_BESIDE = _Operator(_PRODUCT, operator.mul)  # nothing between two factors
+_CUP = _Operator(_UNION, functools.partial(tree.SetOperation, "union"))
+_MINUS_SET = _Operator(_UNION, functools.partial(tree.SetOperation, "minus"))
+_OPERATORS = {
+  "cup": _CUP,
+  "cap": _Operator(_UNION, functools.partial(tree.SetOperation, "intersection")),
+  "setminus": _MINUS_SET,
+  "backslash": _MINUS_SET,
+  "+": _Operator(_SUM, operator.add),
+  "-": _Operator(_SUM, operator.sub),
+  "pm": _Operator(_SUM, functools.partial(tree.PlusMinus, "+")),
+  "mp": _Operator(_SUM, functools.partial(tree.PlusMinus, "-")),
+  "/": _OVER,
+  "div": _OVER,
+  **dict.fromkeys(("*", "cdot", "times", "ast", "bullet"), _TIMES),
+}
 _FUNCTIONS = frozenset(
   "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth log ln lg "
   "exp gcd lcm max min floor ceil abs sqrt cbrt sgn asin acos atan cis".split()
 )
 _ALIASES = {"ln": "log", "asin": "arcsin", "acos": "arccos", "atan": "arctan"}
-_INVERSE = {
-  "sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", "sec": "arcsec",
-  "csc": "arccsc",
-}  # fmt: skip
-_CONSTANTS = {
-  "pi": "pi", "infty": "oo", "infinity": "oo", "inf": "oo", "oo": "oo", "Infinity": "oo", "e": "e",
-  "i": "i",
-}  # fmt: skip
-_GREEK = frozenset(
-  "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
-  "rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi "
-  "Omega ell hbar angle triangle square star top".split()
-)
-_DECORATIONS = frozenset(
-  "vec hat bar overline overrightarrow tilde dot widehat mathcal mathbb mathfrak mathscr overparen widetilde".split()
-)
-_CURRENCIES = {
-  "dollar": "dollar", "euro": "euro", "pounds": "pounds sterling", "pound": "pounds sterling",
-}  # fmt: skip
-
-_RELATIONS = {
-  "=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "le": "<=",
-  "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "lt": "<", "gt": ">",
-  "ne": "!=", "neq": "!=", "in": "in", "approx": "~", "simeq": "~", "thickapprox": "~",
-  "equiv": "=", "coloneqq": "=", "subset": "subset", "subseteq": "subset", "mid": "divides",
-  "nmid": "not divides", "perp": "perp", "parallel": "parallel", "notin": "notin",
-}  # fmt: skip
-_ARROWS = frozenset("Rightarrow implies iff Leftrightarrow Longrightarrow to rightarrow therefore".split())
-_PRODUCTS = {
-  "*": "mul", "cdot": "mul", "times": "mul", "ast": "mul", "bullet": "mul", "/": "div",
-  "div": "div",
-}  # fmt: skip
-_UNIONS = {"cup": "union", "cap": "intersection", "setminus": "minus", "backslash": "minus"}
-_JOINERS = {
-  ",": ",", ";": ",", "and": "and", "or": "or", "lor": "or", "land": "and", "vee": "or",
-  "wedge": "and",
-}  # fmt: skip
+_INVERTIBLE = frozenset("sin cos tan cot sec csc".split())
 _BRACKET_FUNCTIONS = {
   "lfloor": ("rfloor", "floor"),
   "lceil": ("rceil", "ceil"),
   "lvert": ("rvert", "abs"),
   "lVert": ("rVert", "abs"),
 }
-_CLOSERS = frozenset([")", "]", "}", r"\}", "rfloor", "rceil", "rangle", "rvert", "rVert", "end"])
+_CONSTANTS = _by_spelling({"pi": "pi", "oo": "infty infinity inf oo Infinity", "e": "e", "i": "i"})
+_GREEK = frozenset(
+  "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
+  "rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi "
+  "Psi Omega ell hbar angle triangle square star top".split()
+)
+_DECORATIONS = frozenset(
+  "vec hat bar overline overrightarrow tilde dot widehat mathcal mathbb mathfrak mathscr overparen "
+  "widetilde".split()
+)
+_CURRENCIES = _by_spelling({"dollar": "dollar", "euro": "euro", "pounds sterling": "pounds pound"})
+_CLOSERS = frozenset([")", "]", "}", r"\}", *"rfloor rceil rangle rvert rVert end".split()])
 _MATRICES = frozenset("pmatrix bmatrix matrix vmatrix Bmatrix Vmatrix smallmatrix array".split())
-_FACTOR_COMMANDS = (  # commands that can stand beside a factor
-  frozenset(
-    "frac sqrt pi infty infinity binom lfloor lceil langle lvert emptyset varnothing begin "
-    "dollar euro pounds operatorname".split()
-  )
-  | _FUNCTIONS
-  | _GREEK
-  | _DECORATIONS
+_FACTOR_COMMANDS = _FUNCTIONS | _GREEK | _DECORATIONS  # that can stand beside a factor
+_FACTOR_COMMANDS |= frozenset(
+  "frac sqrt pi infty infinity binom lfloor lceil langle lvert emptyset varnothing begin dollar "
+  "euro pounds operatorname".split()
 )
 _NOT_SYMBOLS = frozenset(  # commands that do not stand for themselves
   "oplus otimes circ mod bmod pmod land lor wedge vee neg cup cap setminus end right left choose "
@@ -107,9 +133,9 @@ def parse(text: str) -> Node:
 
 
 class Parser:
-  """Recursive descent over the tokens of one answer; methods read the rules of the grammar above.
+  """Recursive descent over the tokens of one answer; each method reads a rule of the grammar.
 
-  All of them raise Unreadable for tokens outside their rule, and TooLarge for nesting too deep.
+  All of them raise Unreadable for tokens outside their rule, and TooLarge beyond MAX_DEPTH.
   """
 
   def __init__(self, answer_tokens: list[Token]):
@@ -155,11 +181,6 @@ class Parser:
     token = self._tokens[index]
     first = token._replace(value=token.value[:length])
     self._tokens[index : index + 1] = [first, Token(token.kind, token.value[length:])]
-
-  def _deeper(self, limit: int) -> None:
-    self._depth += 1
-    if self._depth > limit:
-      raise TooLarge("brackets within brackets")
 
   def _signs(self) -> bool:
     """Takes plus and minus signs; returns whether they negate what follows."""
@@ -253,7 +274,7 @@ class Parser:
   # Operands: words, and values with units
 
   def operand(self) -> Node:
-    """operand: words alone, or a union or ratio with its unit."""
+    """operand: words alone, or an expression or ratio with its unit."""
     outer_currency, self._currency = self._currency, None
     words = self._words_alone()
     if words is not None:
@@ -292,11 +313,11 @@ class Parser:
     return tree.Text(text)
 
   def _ratio(self) -> Node:
-    """A union, a ratio of several, or a time of day."""
+    """An expression, a ratio of several, or a time of day."""
     start = self._position
-    parts = [self.union()]
+    parts = [self.expression()]
     while not self._colon_separates and self.take(":"):
-      parts.append(self.union())
+      parts.append(self.expression())
     if len(parts) == 1:
       return parts[0]
     digits = self._tokens[start : self._position]
@@ -347,54 +368,33 @@ class Parser:
 
   # Arithmetic
 
-  def union(self) -> Node:
-    """union: sums with set operators between them."""
-    result = self.sum()
-    while (self.peek().kind == "cmd" and self.peek().value in _UNIONS) or self._at_letter_union():
-      op = _UNIONS.get(self.next().value, "union")
-      result = tree.SetOperation(op, result, self.sum())
-    return result
-
-  def _at_letter_union(self) -> bool:
-    """Whether a U between two sets comes next."""
-    token = self.peek()
-    is_u = token.kind == "word" and token.value == "U"
-    return is_u and self.peek(1).value in ("(", "[", r"\{")
-
-  def sum(self) -> Node:
-    """sum: products with signs between them."""
-    self._deeper(MAX_DEPTH)
-    if self.at("pm", "mp"):
-      result = self._plus_minus(number(0))
+  def expression(self, level: int = _UNION) -> Node:
+    """Powers joined by operators that bind at least as tightly as `level`."""
+    if level <= _SUM and self.at("pm", "mp"):
+      result = number(0)
+    elif self.at("+", "-"):
+      negative = self._signs()
+      result = self.expression(max(level, _PRODUCT))
+      result = -result if negative else result
     else:
-      result = _signed(self._signs(), self.product)
-    while self.at("+", "-", "pm", "mp"):
-      if self.at("pm", "mp"):
-        result = self._plus_minus(result)
-      else:
-        result = result + _signed(self._signs(), self.product)
-    self._depth -= 1
-    return result
-
-  def _plus_minus(self, left: Node) -> Node:
-    upper = "+" if self.next().value == "pm" else "-"
-    return tree.PlusMinus(left, self.product(), upper)
-
-  def product(self) -> Node:
-    """product: powers with times, over, or nothing between them."""
-    result = self.power()
+      result = self.power()
     while True:
-      token = self.peek()
-      if token.kind in ("op", "cmd") and token.value in _PRODUCTS:
-        after = self.peek(1)
-        if token.value == "/" and len(after.value) > 1 and _is_unit_word(after):
-          return result
-        self.next()
-        result = Operation(_PRODUCTS[token.value], (result, _signed(self._signs(), self.power)))
-      elif self._starts_factor(result):
-        result = result * self.power()
-      else:
+      joint = self._operator(result)
+      if joint is None or joint.level < level:
         return result
+      if joint is not _BESIDE:
+        self.next()
+      result = joint.join(result, self.expression(joint.level + 1))
+
+  def _operator(self, left: Node) -> _Operator | None:
+    """The operator after a value, _BESIDE where a factor follows; it is not taken."""
+    token, after = self.peek(), self.peek(1)
+    if token.kind in ("op", "cmd") and token.value in _OPERATORS:
+      starts_unit = token.value == "/" and len(after.value) > 1 and _is_unit_word(after)
+      return None if starts_unit else _OPERATORS[token.value]
+    if token.kind == "word" and token.value == "U" and after.value in ("(", "[", r"\{"):
+      return _CUP
+    return _BESIDE if self._starts_factor(left) else None
 
   def _starts_factor(self, left: Node) -> bool:
     """Whether the next token continues a product by standing beside it."""
@@ -405,8 +405,6 @@ class Parser:
       is_power = is_operation(last, "pow") and self.peek(1).value == "^"
       return token.spaced and (is_operation(last, "fact") or is_power)
     if kind in ("word", "text"):
-      if kind == "word" and value == "U":
-        return not self._at_letter_union()
       word = value.lower().strip(" ,;.") if kind == "text" else value
       return word not in ("", "and", "or") and not _is_unit_word(token)
     if kind == "cmd":
@@ -417,7 +415,9 @@ class Parser:
 
   def power(self) -> Node:
     """power: an atom with its postfix signs, and an exponent, which binds to the right."""
-    self._deeper(MAX_NESTED)
+    self._depth += 1
+    if self._depth > MAX_DEPTH:
+      raise TooLarge("brackets within brackets")
     result = self._postfix(self.atom())
     if self.take("^"):
       if self.at("'") or (self.at("{") and self.peek(1).value in ("'", "prime")):
@@ -427,15 +427,14 @@ class Parser:
     return result
 
   def _exponent(self) -> Node:
-    return _signed(self._signs(), self._unsigned_exponent)
-
-  def _unsigned_exponent(self) -> Node:
-    if not self.at("{"):
-      return self.power()
-    exponent = self._postfix(self.group())
-    if self.take("^"):
-      exponent = Operation("pow", (exponent, self._exponent()))
-    return exponent
+    negative = self._signs()
+    if self.at("{"):
+      exponent = self._postfix(self.group())
+      if self.take("^"):
+        exponent = Operation("pow", (exponent, self._exponent()))
+    else:
+      exponent = self.power()
+    return -exponent if negative else exponent
 
   def _postfix(self, value: Node) -> Node:
     """A value with the factorials, percent and degree signs, primes and subscripts after it."""
@@ -469,11 +468,23 @@ class Parser:
   def atom(self) -> Node:
     """atom: the number, word, command or bracket that comes next."""
     token = self.peek()
-    if token.kind in _ATOMS:
-      return _ATOMS[token.kind](self)
-    if token.value in _OPENERS:
-      return _OPENERS[token.value](self)
-    raise Unreadable(f"{token.value!r} where a value is wanted" if token.value else "no value")
+    if token.kind == "num":
+      return self._number()
+    if token.kind == "word":
+      return self._word()
+    if token.kind == "text":
+      return self._text()
+    if token.kind == "cmd":
+      return self._command()
+    if token.value in ("(", "[", "]"):
+      return self.bracket()
+    if token.value == "{":
+      return self.group()
+    if token.value == r"\{":
+      return self.finite_set()
+    if token.value in ("|", r"\|"):
+      return self._bars()
+    raise Unreadable(f"{token.value!r} where a value is wanted")
 
   def _number(self) -> Node:
     """A numeral, a repeating decimal, or a mixed number."""
@@ -567,24 +578,20 @@ class Parser:
         base = self._argument()
     if base is not None and name != "log":
       raise Unreadable("a function with a subscript")
-    if exponent == -number(1) and name in _INVERSE:
-      name, exponent = _INVERSE[name], None
-    self._deeper(MAX_NESTED)
+    if exponent == -number(1) and name in _INVERTIBLE:
+      name, exponent = "arc" + name, None
     operands = self._function_operands(name)
-    self._depth -= 1
     if not operands:
       raise Unreadable("a function of nothing")
+    first = operands[0]
     if name in ("sqrt", "cbrt"):
-      result = Operation("root", (operands[0], number(2 if name == "sqrt" else 3)))
-    elif name == "exp":
-      result = Operation("pow", (Symbol("e"), *operands))
-    elif name == "cis":
-      result = Operation("pow", (Symbol("e"), *(Symbol("i") * operand for operand in operands)))
+      result = Operation("root", (first, number(2 if name == "sqrt" else 3)))
+    elif name in ("exp", "cis"):
+      result = Operation("pow", (Symbol("e"), first if name == "exp" else Symbol("i") * first))
     elif name == "lg":
-      result = Operation("log", (*operands, number(10)))
+      result = Operation("log", (first, number(10)))
     else:
-      name = _ALIASES.get(name, name)
-      result = Operation(name, operands if base is None else (*operands, base))
+      result = Operation(_ALIASES.get(name, name), operands if base is None else (*operands, base))
     return result if exponent is None else Operation("pow", (result, exponent))
 
   def _function_operands(self, name: str) -> tuple[Node, ...]:
@@ -599,7 +606,7 @@ class Parser:
     while self._starts_factor(argument) and name != "sqrt":
       if self.at("(") or self.peek().value in _FUNCTIONS:
         break
-      argument = argument * self.power()
+      argument *= self.power()
     return (-argument if negative else argument,)
 
   # Commands and their arguments
@@ -621,6 +628,10 @@ class Parser:
       inner = self.items(closer)
       self.need(closer)
       return Operation(function, (inner,))
+    if name in ("emptyset", "varnothing"):
+      return tree.SetValue(())
+    if name in ("ldots", "dots", "cdots"):
+      return Symbol("...")
     if name in _CURRENCIES:
       return self._amount(_CURRENCIES[name])
     if name in _DECORATIONS:
@@ -648,7 +659,7 @@ class Parser:
   def _root(self) -> Node:
     degree = number(2)
     if self.take("["):
-      degree = self.sum()
+      degree = self.expression(_SUM)
       self.need("]")
     radicand = self.group() if self.at("{") else self.atom()
     return Operation("root", (radicand, degree))
@@ -666,12 +677,6 @@ class Parser:
     if not re.fullmatch("[A-Za-z0-9']{1,12}", name_below):
       raise Unreadable("what a decoration stands over")
     return Symbol(name_below if name == "mathbb" else f"{name} {name_below}")
-
-  def _empty_set(self) -> Node:
-    return tree.SetValue(())
-
-  def _ellipsis(self) -> Node:
-    return Symbol("...")
 
   def label(self) -> str:
     """The text of a subscript or of a group that is no formula."""
@@ -737,7 +742,7 @@ class Parser:
     """|x| or \\|x\\|."""
     bar = self.next().value
     self._open_bars += 1
-    inner = self.sum()
+    inner = self.expression(_SUM)
     self._open_bars -= 1
     self.need(bar)
     return Operation("abs", (inner,))
@@ -795,39 +800,13 @@ class Parser:
     return tree.ListValue("and", tuple(equations))
 
 
-_ATOMS = {
-  "num": Parser._number,
-  "word": Parser._word,
-  "text": Parser._text,
-  "cmd": Parser._command,
-}
-_OPENERS = {
-  "(": Parser.bracket,
-  "[": Parser.bracket,
-  "]": Parser.bracket,
-  "{": Parser.group,
-  r"\{": Parser.finite_set,
-  "|": Parser._bars,
-  r"\|": Parser._bars,
-}
 _COMMANDS = {
   "frac": Parser._fraction,
   "sqrt": Parser._root,
   "binom": Parser._binomial,
   "langle": Parser._angle_bracket,
-  "emptyset": Parser._empty_set,
-  "varnothing": Parser._empty_set,
   "begin": Parser._environment,
-  "ldots": Parser._ellipsis,
-  "dots": Parser._ellipsis,
-  "cdots": Parser._ellipsis,
 }
-
-
-def _signed(negative: bool, read) -> Node:
-  """What `read` reads, negated if `negative`."""
-  value = read()
-  return -value if negative else value
 
 
 def _members(node: Node) -> tuple[Node, ...]:

@@ -64,9 +64,9 @@ class Operation(Node):
 
 @_node
 class PlusMinus(Node):
+  upper: str
   left: Node
   right: Node
-  upper: str
 
 
 @_node
