@@ -43,15 +43,12 @@ _RELATIONS = _by_spelling(
     "in": "in",
     "notin": "notin",
     "subset": "subset subseteq",
-    "divides": "mid",
     "not divides": "nmid",
     "perp": "perp",
     "parallel": "parallel",
   }
 )
-_ARROWS = frozenset(
-  "Rightarrow implies iff Leftrightarrow Longrightarrow to rightarrow therefore".split()
-)
+_ARROWS = frozenset("Rightarrow implies iff Leftrightarrow Longrightarrow to rightarrow therefore".split())
 _UNION, _SUM, _PRODUCT, _POWER = range(4)  # how tightly operators bind
 
 
@@ -96,22 +93,21 @@ _GREEK = frozenset(
   "Psi Omega ell hbar angle triangle square star top".split()
 )
 _DECORATIONS = frozenset(
-  "vec hat bar overline overrightarrow tilde dot widehat mathcal mathbb mathfrak mathscr overparen "
-  "widetilde".split()
+  "vec hat bar overline overrightarrow tilde dot widehat mathcal mathbb mathfrak mathscr overparen widetilde".split()
 )
 _CURRENCIES = _by_spelling({"dollar": "dollar", "euro": "euro", "pounds sterling": "pounds pound"})
-_CLOSERS = frozenset([")", "]", "}", r"\}", *"rfloor rceil rangle rvert rVert end".split()])
+_CLOSERS = frozenset([")", "]", "}", r"\}", *"rfloor rceil rvert rVert end".split()])
 _MATRICES = frozenset("pmatrix bmatrix matrix vmatrix Bmatrix Vmatrix smallmatrix array".split())
 _FACTOR_COMMANDS = _FUNCTIONS | _GREEK | _DECORATIONS  # that can stand beside a factor
 _FACTOR_COMMANDS |= frozenset(
-  "frac sqrt pi infty infinity binom lfloor lceil langle lvert emptyset varnothing begin dollar "
+  "frac sqrt pi infty infinity binom lfloor lceil lvert emptyset varnothing begin dollar "
   "euro pounds operatorname".split()
 )
 _NOT_SYMBOLS = frozenset(  # commands that do not stand for themselves
   "oplus otimes circ mod bmod pmod land lor wedge vee neg cup cap setminus end right left choose "
   "over atop iff to rightarrow implies Rightarrow le ge leq geq ne neq in notin subset subseteq "
   "approx equiv sim cong propto mid parallel perp times cdot div ast pm mp text boxed rfloor rceil "
-  "rangle rvert rVert input write def catcode".split()
+  "rvert rVert input write def catcode".split()
 )
 _MAX_LETTERS = 3  # that stand together as a product of symbols; more are a word
 _ENGLISH = frozenset(
@@ -452,7 +448,7 @@ class Parser:
       elif self.at("'", "prime") and isinstance(value, Symbol):
         self.next()
         value = Symbol(value.name + "'")
-      elif self.at("dollar", "euro", "pounds") and self._currency is None and _is_amount(value):
+      elif self.at(*_CURRENCIES) and self._currency is None and _is_numeral(value):
         self._currency = _CURRENCIES[self.next().value]
       elif self.at("_") and isinstance(value, Symbol):
         self.next()
@@ -558,14 +554,12 @@ class Parser:
     return Symbol(_CONSTANTS.get(word[0], word[0]))
 
   def _text(self) -> Node:
-    """The words of a text command, where they are a function, a letter or a number."""
+    """The words of a text command, where they are a function or a letter."""
     word = self.next().value.strip()
     if word.lower() in _FUNCTIONS:
       return self._function(word.lower())
     if re.fullmatch("[A-Za-z]", word):
       return Symbol(_CONSTANTS.get(word, word))
-    if re.fullmatch(r"[0-9]+(?:\.[0-9]+)?", word):
-      return number(word)
     raise Unreadable(f"the word {word[:20]!r}")
 
   def _function(self, name: str) -> Node:
@@ -613,8 +607,13 @@ class Parser:
 
   def _command(self) -> Node:
     name = self.next().value
-    if name in _COMMANDS:
-      return _COMMANDS[name](self)
+    if name in ("frac", "binom"):
+      above = self._argument()
+      return Operation("div" if name == "frac" else "binom", (above, self._argument()))
+    if name == "sqrt":
+      return self._root()
+    if name == "begin":
+      return self._environment()
     if name in _FUNCTIONS:
       return self._function(name)
     if name in _CONSTANTS:
@@ -633,7 +632,10 @@ class Parser:
     if name in ("ldots", "dots", "cdots"):
       return Symbol("...")
     if name in _CURRENCIES:
-      return self._amount(_CURRENCIES[name])
+      if self._currency is not None:
+        raise Unreadable("two currencies")
+      self._currency = _CURRENCIES[name]
+      return -self.atom() if self.take("-") else self.atom()
     if name in _DECORATIONS:
       return self._decorated(name)
     if name in _NOT_SYMBOLS or self.at("{", "["):
@@ -650,12 +652,6 @@ class Parser:
       return number(self.next().value)
     return self.atom()
 
-  def _fraction(self) -> Node:
-    return Operation("div", (self._argument(), self._argument()))
-
-  def _binomial(self) -> Node:
-    return Operation("binom", (self._argument(), self._argument()))
-
   def _root(self) -> Node:
     degree = number(2)
     if self.take("["):
@@ -663,13 +659,6 @@ class Parser:
       self.need("]")
     radicand = self.group() if self.at("{") else self.atom()
     return Operation("root", (radicand, degree))
-
-  def _amount(self, currency: str) -> Node:
-    """What follows a currency sign."""
-    if self._currency is not None:
-      raise Unreadable("two currencies")
-    self._currency = currency
-    return -self.atom() if self.take("-") else self.atom()
 
   def _decorated(self, name: str) -> Node:
     r"""\vec{v}, \overline{AB}: a symbol of its own; \mathbb{R} is R."""
@@ -722,11 +711,6 @@ class Parser:
       raise Unreadable("brackets that do not match")
     return items[0]
 
-  def _angle_bracket(self) -> Node:
-    inner = self.items("rangle")
-    self.need("rangle")
-    return tree.Bracket("(", _members(inner), ")")
-
   def group(self) -> Node:
     """{ ... } around a formula, or a list."""
     self.need("{")
@@ -753,77 +737,46 @@ class Parser:
     if self.take(r"\}"):
       return tree.SetValue(())
     inner = self._enclosed(r"\}", bars=1, colon_separates=True)
-    condition = _after_mid(inner)
-    if condition is None and self.take("|", ":"):
-      condition = self._enclosed(r"\}", bars=1, colon_separates=True)
+    has_condition = self.take("|", ":", "mid")
+    if has_condition:
+      inner = self._enclosed(r"\}", bars=1, colon_separates=True)
     self.need(r"\}")
-    return condition or tree.SetValue(_members(inner))
+    return inner if has_condition else tree.SetValue(_members(inner))
 
   def _environment(self) -> Node:
-    r"""A matrix, or a system of equations, the parser being behind its \begin."""
-    self.need("{")
-    name = self.next().value
-    self.need("}")
-    if name == "cases":
-      return self._cases()
-    if name not in _MATRICES:
+    r"""A matrix, or a system of equations as a list, the parser being behind its \begin."""
+    name = self.label()
+    if name not in _MATRICES and name != "cases":
       raise Unreadable(f"the environment {name[:20]!r}")
     if name == "array":
       self.label()  # the alignment of its columns
-    rows, row = [], [self.operand()]
-    while not self.at("end"):
+    read_entry = self.item if name == "cases" else self.operand
+    rows = [[read_entry()]]
+    while not self.take("end"):
       if self.take("&"):
-        row.append(self.operand())
-        continue
-      self.need("\\\\")
-      rows.append(tuple(row))
-      row = [] if self.at("end") else [self.operand()]
-    if row:
-      rows.append(tuple(row))
-    self.next()
-    self.need("{")
-    self.next()
-    self.need("}")
+        rows[-1].append(read_entry())
+      elif self.take("\\\\"):
+        if not self.at("end"):
+          rows.append([read_entry()])
+      elif not (name == "cases" and self.take(",")):
+        raise Unreadable("an entry that does not end")
+    if self.label() != name:
+      raise Unreadable("an environment that does not end")
     if len({len(row) for row in rows}) != 1:
       raise Unreadable("rows of different length")
-    matrix = tree.Matrix(tuple(rows))
-    return Operation("det", (matrix,)) if name == "vmatrix" else matrix
-
-  def _cases(self) -> Node:
-    equations = []
-    while not self.take("end"):
-      equations.append(self.item())
-      self.take(",")
-      if not self.take("\\\\") and not self.at("end"):
-        raise Unreadable("a case with a condition")
-    self.label()
-    return tree.ListValue("and", tuple(equations))
-
-
-_COMMANDS = {
-  "frac": Parser._fraction,
-  "sqrt": Parser._root,
-  "binom": Parser._binomial,
-  "langle": Parser._angle_bracket,
-  "begin": Parser._environment,
-}
+    if name != "cases":
+      matrix = tree.Matrix(tuple(map(tuple, rows)))
+      return Operation("det", (matrix,)) if name == "vmatrix" else matrix
+    if len(rows[0]) > 1:
+      raise Unreadable("a case with a condition")
+    return tree.ListValue("and", tuple(row[0] for row in rows))
 
 
 def _members(node: Node) -> tuple[Node, ...]:
   return node.items if isinstance(node, tree.ListValue) else (node,)
 
 
-def _after_mid(node: Node) -> Node | None:
-  r"""The condition of x \mid condition, which reads as a chain of relations; None if it is none."""
-  if not isinstance(node, tree.Relation) or node.signs[0] != "divides":
-    return None
-  if len(node.signs) == 1:
-    return node.operands[1]
-  return tree.Relation(node.operands[1:], node.signs[1:])
-
-
-def _is_amount(node: Node) -> bool:
-  """Whether a currency sign may follow."""
+def _is_numeral(node: Node) -> bool:
   return isinstance(node, Number) or is_operation(node, "neg")
 
 

@@ -39,7 +39,7 @@ _SIGNS = {
   "°": r"\degree ", "′’‘": "'", "“”\u00a0\u2009\u202f\u2003\u2002\u3000": " ", "≈": r"\approx ",
   "∨": r"\lor ", "∧": r"\land ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
   "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
-  "⌈": r"\lceil ", "⌉": r"\rceil ", "⟨": r"\langle ", "⟩": r"\rangle ", "…⋯": r"\ldots ",
+  "⌈": r"\lceil ", "⌉": r"\rceil ", "⟨": "(", "⟩": ")", "…⋯": r"\ldots ",
   "→": r"\to ", "⇒": r"\Rightarrow ", "∖": r"\setminus ", "€": r"\euro ", "£": r"\pounds ",
   "，、": ",", "。": ".", "；": ";", "（": "(", "）": ")", "＝": "=", "＋": "+", "：": ":",
   "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}",
@@ -80,7 +80,7 @@ _TEXT = re.compile(rf"\\({'|'.join(_WORD_COMMANDS + _FONT_COMMANDS)})\*?\s*(?=\{
 _BARE_FONT = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+([A-Za-z0-9])(?![A-Za-z])")
 _OLD_FONT = re.compile(r"\\(?:rm|bf|it|tt|sf|cal|boldmath|centering|large|Large|small)(?![A-Za-z])")
 _DEGREE = re.compile(r"\^ ?(?:\{ ?\\(?:circ|degree) ?\}|\\(?:circ|degree)(?![A-Za-z]))")
-_BRACES = {r"\lbrace": r"\{", r"\rbrace": r"\}"}
+_BRACKETS = {r"\lbrace": r"\{", r"\rbrace": r"\}", r"\langle": "(", r"\rangle": ")"}
 _FULL_STOP = re.compile(r"(?<![.0-9])\.$|(?<=[0-9])\.$")
 _OPENERS, _CLOSERS = ("(", "[", r"\{"), (")", "]", r"\}")
 _SCAN = re.compile(
@@ -136,7 +136,7 @@ def tidy(text: str) -> str:
     text = layout.sub(" ", text)
   text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace("`", " ")
   text = re.sub(r"\\[dt]binom(?![A-Za-z])", r"\\binom", text)
-  text = re.sub(r"\\[lr]brace(?![A-Za-z])", lambda match: _BRACES[match[0]], text)
+  text = re.sub(r"\\(?:[lr]brace|[lr]angle)(?![A-Za-z])", lambda match: _BRACKETS[match[0]], text)
   text = _currency(_DEGREE.sub(r"\\degree ", text))
   return _FULL_STOP.sub("", text.strip().rstrip("\\").strip()).strip()
 
