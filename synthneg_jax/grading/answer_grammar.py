@@ -34,7 +34,7 @@ _JOINERS = _by_spelling({",": ", ;", "and": "and land wedge", "or": "or lor vee"
 _RELATIONS = _by_spelling(
   {
     "=": "= == equiv coloneqq",
-    "!=": "!= ne neq",
+    "!=": "!= =/= /= <> ne neq",
     "<": "< lt",
     ">": "> gt",
     "<=": "<= le leq leqslant",
@@ -276,6 +276,8 @@ class Parser:
     if words is not None:
       return words
     value = self._ratio()
+    scale = self._scale()
+    value = value if scale == 1 else number(scale) * value
     unit = self._unit()
     while unit and unit[0][0].lower() in ("percent", "pct", "percentage"):
       value, unit = Operation("percent", (value,)), unit[1:]
@@ -323,6 +325,20 @@ class Parser:
       return tree.Clock(tuple(parts))
     return tree.Ratio(tuple(parts))
 
+  def _scale(self) -> int:
+    """Takes the words that multiply a number, as in 7 million; returns their product."""
+    scale = 1
+    while self.peek().kind in ("text", "word"):
+      word, _, rest = self.peek().value.strip().partition(" ")
+      if word.lower() not in answer_units.SCALES:
+        break
+      scale *= answer_units.SCALES[word.lower()]
+      self.next()
+      if rest:
+        self._position -= 1
+        self._tokens[self._position] = Token("text", rest, spaced=True)
+    return scale
+
   def _unit(self) -> list[tuple[str, int]]:
     """Reads the words after a number as (word, power); refuses words that change the number."""
     parts, sign = [], 1
@@ -332,9 +348,10 @@ class Parser:
         word = token.value.lower().strip(" ,;.")
         if word in _JOINERS or not word:
           return parts
-        if answer_units.changes_number(token.value):
-          raise Unreadable(f"{token.value!r} beside a number")
         for word in re.findall(r"[^\s,;()]+", token.value):
+          is_scale = sign > 0 and word.lower() in answer_units.SCALES  # unlike 7 per dozen
+          if is_scale or answer_units.changes_number(word):
+            raise Unreadable(f"{word!r} beside a number")
           if word in ("per", "/"):
             sign = -1
           else:
@@ -495,6 +512,10 @@ class Parser:
         return number(token.value) + fraction
     if self.at("^") and self.peek(1).kind == "text":
       raise Unreadable("text as a power")
+    suffix = self.peek()
+    if self._currency and not suffix.spaced and suffix.value in answer_units.MONEY_SCALES:
+      self.next()
+      return number(number(token.value).value * answer_units.MONEY_SCALES[suffix.value])
     return number(token.value)
 
   def _repeating_digits(self) -> str:
@@ -815,7 +836,7 @@ def _is_unit_word(token: Token) -> bool:
   word = token.value
   if token.kind not in ("text", "word"):
     return False
-  if word == "min":
+  if word in ("min", "per"):
     return True
   is_unit = answer_units.unit_of(word) is not None
   if token.kind == "text":

@@ -44,7 +44,7 @@ _SIGNS = {
   "，、": ",", "。": ".", "；": ";", "（": "(", "）": ")", "＝": "=", "＋": "+", "：": ":",
   "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}",
   "⅔": r"\frac{2}{3}", "⅛": r"\frac{1}{8}", "∠": r"\angle ", "∣": "|", "∥": r"\| ",
-  "\u200b\u200c\u200d\ufeff\u2060\u2061\u2062\u2063": "",
+  "\u200b\u200c\u200d\ufeff\u2060\u2061\u2062\u2063✓✔✅": "",
 }  # fmt: skip
 _GREEK = (
   "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigmaf "
@@ -78,7 +78,16 @@ _FONT_COMMANDS = (
 ).split()
 _TEXT = re.compile(rf"\\({'|'.join(_WORD_COMMANDS + _FONT_COMMANDS)})\*?\s*(?=\{{)")
 _BARE_FONT = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+([A-Za-z0-9])(?![A-Za-z])")
-_OLD_FONT = re.compile(r"\\(?:rm|bf|it|tt|sf|cal|boldmath|centering|large|Large|small)(?![A-Za-z])")
+_SHOWN = re.compile(  # what stands around or beside a formula without changing it
+  r"\\(?:text)?color\s*(?:\[[^\[\]]*+\])?\s*\{[^{}]*+\}|\\colorbox\s*\{[^{}]*+\}|"
+  r"\\fcolorbox\s*\{[^{}]*+\}\s*\{[^{}]*+\}|\\bbox\s*(?:\[[^\[\]]*+\])?(?![A-Za-z])|"
+  r"\\(?:boxed|fbox|framebox|underbrace|overbrace|checkmark)(?![A-Za-z])"
+)
+_QUOTED = re.compile(r"\"([^\"]*+)\"|``([^`']*+)''")
+_OLD_FONT = re.compile(
+  r"\\(?:rm|bf|it|tt|sf|cal|boldmath|centering|tiny|small|normalsize|"
+  r"large|Large|LARGE|huge|Huge)(?![A-Za-z])"
+)
 _DEGREE = re.compile(r"\^ ?(?:\{ ?\\(?:circ|degree) ?\}|\\(?:circ|degree)(?![A-Za-z]))")
 _BRACKETS = {r"\lbrace": r"\{", r"\rbrace": r"\}", r"\langle": "(", r"\rangle": ")"}
 _FULL_STOP = re.compile(r"(?<![.0-9])\.$|(?<=[0-9])\.$")
@@ -90,7 +99,7 @@ _SCAN = re.compile(
   r"(?:[eE][+-]?[0-9]++(?![A-Za-z]))?)"
   r"|(?P<cmd>\\[A-Za-z]++\*?)"
   r"|(?P<word>[A-Za-z]++)"
-  r"|(?P<op>\\[\\{}|$%#&_]|\*\*|<=|>=|!=|==|->|[-+*/^_=<>()\[\]{}|,;:!'%&$.?\"@#~])"
+  r"|(?P<op>\\[\\{}|$%#&_]|\*\*|=/=|/=|<>|<=|>=|!=|==|->|[-+*/^_=<>()\[\]{}|,;:!'%&$.?\"@#~])"
 )
 
 
@@ -120,6 +129,7 @@ def _plain_signs(text: str) -> str:
 def tidy(text: str) -> str:
   """The text without layout: spaces, sizes, math delimiters, display environments, a final stop."""
   text = re.sub(r"\\[()\[\]]", " ", _plain_signs(text)).replace("**", "^")
+  text = re.sub(r"\\not\s*=", r"\\ne ", text)
   if text.startswith("^") or text.endswith("^"):
     text = text.strip("^ ")  # it was bold
   if r"\\begin" in text:
@@ -132,8 +142,9 @@ def tidy(text: str) -> str:
   text = _BARE_FONT.sub(r" \1", text)
   text = re.sub(r"(?<=[0-9])\{[.,]\}(?=[0-9])", ".", text)
   text = re.sub(r"\b([apAP])\. ?[mM]\b\.?", r"\1m", text)
-  for layout in (_LAYOUT, _SPACES, _OLD_FONT):
+  for layout in (_LAYOUT, _SPACES, _OLD_FONT, _SHOWN):
     text = layout.sub(" ", text)
+  text = _QUOTED.sub(r" \1\2 ", text)
   text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace("`", " ")
   text = re.sub(r"\\[dt]binom(?![A-Za-z])", r"\\binom", text)
   text = re.sub(r"\\(?:[lr]brace|[lr]angle)(?![A-Za-z])", lambda match: _BRACKETS[match[0]], text)

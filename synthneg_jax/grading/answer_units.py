@@ -48,20 +48,28 @@ _DIMENSIONS = {
 _UNITS = {name: (dimension, _F(factor)) for dimension, table in _DIMENSIONS.items() for name, factor in table.items()}
 _POWERS = {"square": 2, "cubic": 3}  # of the unit after the word
 
+# Words after a number that multiply it.
+SCALES = {
+  "dozen": 12, "dozens": 12, "hundred": 100, "thousand": 10**3, "million": 10**6,
+  "millions": 10**6, "billion": 10**9, "billions": 10**9, "trillion": 10**12, "trillions": 10**12,
+}  # fmt: skip
+# Letters that multiply an amount of money right before them: $7k.
+MONEY_SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "bn": 10**9}
 # Words after a number that leave open which number is meant, or make it another one.
 _HEDGES = frozenset(
   "or nor not maybe perhaps possibly either unless plus minus negative squared cubed half halves "
-  "quarter quarters dozen zero one two three four five six seven eight nine ten eleven twelve "
+  "third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth "
+  "eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths millionth "
+  "millionths factorial root reciprocal zero one two three four five six seven eight nine ten eleven twelve "
   "thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty "
-  "seventy eighty ninety hundred hundreds thousand thousands million millions billion billions "
-  "trillion trillions times more less than fewer least most if else but vs versus where "
+  "seventy eighty ninety hundreds thousands times more less than fewer least most if else but vs versus where "
   "when".split()
 )
 _ABBREVIATED = frozenset("mm cm dm km ft yd mi kg mg lb oz ml mph kph hr sec min percent pct".split())
 
 
 def changes_number(words: str) -> bool:
-  """Whether words beside a number hedge it, negate it or multiply it: "or more", "million"."""
+  """Whether words beside a number hedge it or make another one of it: "or more", "squared"."""
   return any(word.lower() in _HEDGES for word in re.findall("[A-Za-z]+", words))
 
 
