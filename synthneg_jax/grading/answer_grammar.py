@@ -188,19 +188,13 @@ class Parser:
   # Lists and relations
 
   def answer(self) -> Node:
-    """answer: one item or several, and nothing after them."""
-    has_groups = any(token.value == ";" for token in self._tokens)
-    result = self._groups() if has_groups else self.items()
-    if self.peek() is not _END:
-      raise Unreadable(f"left over: {self.peek().value!r}")
-    return result
-
-  def _groups(self) -> Node:
-    """Lists in a list, separated by semicolons: x=1, y=2; x=3, y=4."""
+    """answer: a list, or several separated by semicolons: x=1, y=2; x=3, y=4."""
     groups = [self.items(";")]
     while self.take(";"):
       if self.peek() is not _END:
         groups.append(self.items(";"))
+    if self.peek() is not _END:
+      raise Unreadable(f"left over: {self.peek().value!r}")
     return groups[0] if len(groups) == 1 else tree.ListValue("and", tuple(groups))
 
   def items(self, *closers: str) -> Node:
@@ -329,14 +323,9 @@ class Parser:
     """Takes the words that multiply a number, as in 7 million; returns their product."""
     scale = 1
     while self.peek().kind in ("text", "word"):
-      word, _, rest = self.peek().value.strip().partition(" ")
-      if word.lower() not in answer_units.SCALES:
+      if self.peek().value.lower() not in answer_units.SCALES:
         break
-      scale *= answer_units.SCALES[word.lower()]
-      self.next()
-      if rest:
-        self._position -= 1
-        self._tokens[self._position] = Token("text", rest, spaced=True)
+      scale *= answer_units.SCALES[self.next().value.lower()]
     return scale
 
   def _unit(self) -> list[tuple[str, int]]:
@@ -345,17 +334,16 @@ class Parser:
     while True:
       token, after = self.peek(), self.peek(1)
       if token.kind in ("text", "word"):
-        word = token.value.lower().strip(" ,;.")
-        if word in _JOINERS or not word:
+        word = token.value.strip(",;()")
+        if word.lower() in _JOINERS or not word.strip("."):
           return parts
-        for word in re.findall(r"[^\s,;()]+", token.value):
-          is_scale = sign > 0 and word.lower() in answer_units.SCALES  # unlike 7 per dozen
-          if is_scale or answer_units.changes_number(word):
-            raise Unreadable(f"{word!r} beside a number")
-          if word in ("per", "/"):
-            sign = -1
-          else:
-            parts += _unit_parts(word, sign)
+        is_scale = sign > 0 and word.lower() in answer_units.SCALES  # unlike 7 per dozen
+        if is_scale or answer_units.changes_number(word):
+          raise Unreadable(f"{word!r} beside a number")
+        if word in ("per", "/"):
+          sign = -1
+        else:
+          parts += _unit_parts(word, sign)
         self.next()
       elif parts and token.value == "^" and after.kind in ("num", "op"):
         self.next()
@@ -600,7 +588,7 @@ class Parser:
       raise Unreadable("a function of nothing")
     first = operands[0]
     if name in ("sqrt", "cbrt"):
-      result = Operation("root", (first, number(2 if name == "sqrt" else 3)))
+      result = tree.root(first, number(2 if name == "sqrt" else 3))
     elif name in ("exp", "cis"):
       result = Operation("pow", (Symbol("e"), first if name == "exp" else Symbol("i") * first))
     elif name == "lg":
@@ -679,7 +667,7 @@ class Parser:
       degree = self.expression(_SUM)
       self.need("]")
     radicand = self.group() if self.at("{") else self.atom()
-    return Operation("root", (radicand, degree))
+    return tree.root(radicand, degree)
 
   def _decorated(self, name: str) -> Node:
     r"""\vec{v}, \overline{AB}: a symbol of its own; \mathbb{R} is R."""

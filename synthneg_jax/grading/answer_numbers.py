@@ -39,7 +39,7 @@ MAX_POWER = 10**6  # exponent of a power to many digits
 MAX_ARGUMENT = 10**6  # of a function to many digits
 MAX_GAMMA_DECIMALS = 450  # the Gamma function takes long to many digits
 MAX_ROOT = 64  # degree of a root that is taken exactly
-POINTS = 6  # at which expressions in tree.symbols are compared
+POINTS = 6  # at which expressions in symbols are compared
 _ARITHMETIC = {
   "neg": operator.neg,
   "add": operator.add,
@@ -121,10 +121,6 @@ def _integer_root(value: int, degree: int) -> int | None:
   return low if low**degree == value else None
 
 
-def _exact_root(radicand: Fraction, degree: Fraction) -> Fraction | None:
-  return _exact_power(radicand, 1 / degree)
-
-
 def _counted(value: Fraction) -> int:
   if value.denominator != 1 or value < 0:
     raise Undefined("factorial of what is no count")
@@ -141,7 +137,6 @@ def _integers(values) -> list[int]:
 
 _EXACT = _ARITHMETIC | {
   "pow": _exact_power,
-  "root": _exact_root,
   "fact": lambda value: Fraction(math.factorial(_counted(value))),
   "binom": lambda above, below: Fraction(math.comb(_counted(above), _counted(below))),
   "gcd": lambda *values: Fraction(math.gcd(*_integers(values))),
@@ -283,18 +278,12 @@ class Digits:
       return ctx.mpf(1) if exponent == 0 else ctx.mpf("nan")
     return base**exponent
 
-  def _root(self, radicand, degree):
-    if abs(degree) > MAX_POWER:
-      raise TooLarge("root")
-    return self._power(radicand, 1 / degree)
-
   def _log(self, value, base=None):
     return self.ctx.log(value) if base is None else self.ctx.log(value) / self.ctx.log(base)
 
 
 _DIGITS = {
   "pow": Digits._power,
-  "root": Digits._root,
   "fact": Digits._factorial,
   "binom": Digits._binomial,
   "log": Digits._log,
@@ -326,15 +315,13 @@ def separation(node: Node) -> Separation | None:
     return Separation(_log2(node.value.numerator), _log2(node.value.denominator), 1)
   if isinstance(node, tree.Symbol):
     return Separation(0.0, 0.0, 2) if node.name == "i" else None
-  if not is_operation(node, "neg", "add", "mul", "div", "pow", "root"):
+  if not is_operation(node, "neg", "add", "mul", "div", "pow"):
     return None
   left = separation(node.operands[0])
   if left is None or node.op == "neg":
     return left
-  if node.op in ("pow", "root"):
+  if node.op == "pow":
     exponent = exact(node.operands[1])
-    if exponent is not None and node.op == "root":
-      exponent = Fraction(1, exponent) if exponent.denominator == 1 and exponent > 0 else None
     if exponent is None or exponent.denominator > MAX_ROOT or abs(exponent) > 1000:
       return None
     return _power_separation(left, exponent)
@@ -485,7 +472,6 @@ def sympy_expression(node: Node):
       raise TooLarge(op)
   functions = {
     "pow": operator.pow,
-    "root": lambda radicand, degree: radicand ** (1 / degree),
     "fact": sympy.factorial,
     "binom": sympy.binomial,
     "log": sympy.log,
@@ -520,14 +506,9 @@ def _degree_bound(node: Node, name: str) -> float:
     return degrees[0]
   if is_operation(node, "pow") and isinstance(node.operands[1], tree.Number):
     exponent = node.operands[1].value
-    return degrees[0] * float(exponent) if exponent >= 0 else math.inf
+    if exponent >= 0 and exponent.denominator == 1:
+      return degrees[0] * float(exponent)
   return math.inf
-
-
-def _is_integer(node: Node) -> bool:
-  if is_operation(node, "neg"):
-    return _is_integer(node.operands[0])
-  return isinstance(node, tree.Number) and node.value.denominator == 1
 
 
 def _turning_parts(node: Node) -> list[Node]:
@@ -538,10 +519,10 @@ def _turning_parts(node: Node) -> list[Node]:
       parts += part.operands
     elif is_operation(part, "max", "min"):
       parts += [a - b for a, b in itertools.combinations(part.operands, 2)]
-    elif is_operation(part, "root"):
-      parts.append(part.operands[0])
-    elif is_operation(part, "pow") and not _is_integer(part.operands[1]):
-      parts.append(part.operands[0])
+    elif is_operation(part, "pow"):
+      exponent = exact(part.operands[1])
+      if exponent is None or exponent.denominator != 1:
+        parts.append(part.operands[0])
   return parts
 
 

@@ -23,7 +23,7 @@ class TooLarge(Exception):
 
 
 class Token(NamedTuple):
-  """kind: num (digits, point, exponent), word (letters), cmd (LaTeX command), text (words of a text
+  """kind: num (digits, point, exponent), word (letters), cmd (LaTeX command), text (a word of a text
   command), op (anything else); spaced: whether a space stands before it."""
 
   kind: str
@@ -180,7 +180,9 @@ def tokens(text: str) -> list[Token]:
       if _is_formula(words, command[1]):
         index = command.end()  # the braces are read as a group
       else:
-        result.append(Token("text", words, spaced))
+        for word in words.split() or [""]:
+          result.append(Token("text", word, spaced))
+          spaced = True
         index, spaced = end + 1, False
       continue
     match = _SCAN.match(text, index)

@@ -1,8 +1,8 @@
 r"""The tree of a written answer: what the grammar reads and the other answer modules compare.
 
     Number, Symbol            leaves: 3/4; x, x_1, and the CONSTANTS
-    Operation                 arithmetic (add, mul, div, pow, neg, fact, binom, percent, degree),
-                              root with (radicand, degree), functions; log may have a base
+    Operation                 arithmetic (add, mul, div, pow, neg, fact, binom, percent, degree)
+                              and functions; log may have a base; roots are powers
     PlusMinus                 left ± right; `upper` is "+" for \pm and "-" for \mp
     Based, Ratio, Clock       1011_2; 3:2; 10:30, which may also be a ratio
     Quantity, Modular         5 cm; 3 (mod 7)
@@ -155,6 +155,11 @@ def is_scalar(node: Node) -> bool:
 def is_operation(node: Node, *ops: str) -> bool:
   """Whether a tree is one of these operations."""
   return isinstance(node, Operation) and node.op in ops
+
+
+def root(radicand: Node, degree: Node) -> Node:
+  """A power with the inverse of the degree as its exponent."""
+  return Operation("pow", (radicand, number(1) / degree))
 
 
 def number(value) -> Number:

@@ -5,7 +5,7 @@ import fractions
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.grading import answer_tree as tree
-from synthneg_jax.grading.answer_equality import same
+from synthneg_jax.grading.answer_equality import Ambiguous, same
 from synthneg_jax.grading.answer_grammar import parse
 from synthneg_jax.grading.answer_numbers import exact
 from synthneg_jax.grading.answer_tokens import Unreadable
@@ -32,13 +32,19 @@ class ScaleTest(parameterized.TestCase):
     self.assertFalse(same(parse(gold), parse(text)))
 
   @parameterized.parameters(
-    "7 tenths", "7 hundredths", "2 thirds", "3 fifths", "5 factorial", "5 squared", r"7\text{ or more}", "7 dollars million",
-    r"7\text{ and a half}", "7 hundreds",
+    "7 tenths", "7 hundredths", "2 thirds", "3 fifths", "5 factorial", "5 squared", "7 dollars million",
+    r"7\text{ less}", "7 hundreds",
   )  # fmt: skip
   def test_words_that_make_another_number_are_refused(self, text):
     # Fails if a word that changes the number counts as its unit.
     with self.assertRaises(Unreadable):
       parse(text)
+
+  @parameterized.parameters("7 or more", r"7\text{ or more}", "7 and a half", r"7\text{ and a half}")
+  def test_hedges_are_lists(self, text):
+    # Fails if the first number of a hedge is read as the answer.
+    with self.assertRaises(Ambiguous):
+      same(parse("7"), parse(text))
 
 
 class DecorationTest(parameterized.TestCase):
