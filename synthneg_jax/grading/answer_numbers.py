@@ -365,31 +365,22 @@ def equal(a: Node, b: Node) -> bool:
   left, right = exact(a), exact(b)
   if left is not None and right is not None:
     return left == right
-  names = tree.symbols(a - b)
-  if not names:
+  names, other_names = tree.symbols(a), tree.symbols(b)
+  if not names and not other_names:
     return _equal_at(a, b, {})
-  if tree.symbols(a) != tree.symbols(b) and any(_agree(a, b, index) is False for index in range(2)):
-    return False  # a symbol of one side makes a difference, unlike x in x + 5 - x
+  points = [sample_point(names | other_names, index) for index in range(POINTS)]
   outcomes = set()
-  for index in range(POINTS):
-    outcomes.add(_agree(a, b, index))
+  for index, point in enumerate(points):
+    outcomes.add(_agree(a, b, point, real=index % 2 == 1, may_skip=index >= 2))
     if False in outcomes:
       return False
   if True not in outcomes:
     raise Undefined("no value at any point")
-  turns = turning_points(a - b, sample_point(names, 0))
-  return all(_agree_or_unknown(a, b, turn, real=True) is not False for turn in turns)
+  turns = turning_points(a - b, points[0])
+  return all(_agree(a, b, turn, real=True) is not False for turn in turns)
 
 
-def _agree(a: Node, b: Node, index: int) -> bool | None:
-  """As `_agree_or_unknown`, at one of the POINTS; raises TooLarge at the first two."""
-  at = sample_point(tree.symbols(a - b), index)
-  return _agree_or_unknown(a, b, at, real=index % 2 == 1, may_skip=index >= 2)
-
-
-def _agree_or_unknown(
-  a: Node, b: Node, at: Mapping[str, Fraction], *, real: bool, may_skip: bool = True
-) -> bool | None:
+def _agree(a: Node, b: Node, at: Mapping[str, Fraction], *, real: bool, may_skip: bool = True) -> bool | None:
   """Whether two expressions agree at a point; None where they have no value.
 
   Args:

@@ -5,6 +5,7 @@ pass of regexes over at most `MAX_CHARS` characters; nothing is evaluated, and a
 rule knows is an error, never skipped.
 """
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -126,6 +127,7 @@ def _plain_signs(text: str) -> str:
   return text.translate(_SIGN_TABLE)
 
 
+@functools.lru_cache(maxsize=1024)  # a response's answer is tidied several times
 def tidy(text: str) -> str:
   """The text without layout: spaces, sizes, math delimiters, display environments, a final stop."""
   text = re.sub(r"\\[()\[\]]", " ", _plain_signs(text)).replace("**", "^")
