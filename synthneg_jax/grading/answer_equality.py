@@ -415,7 +415,7 @@ class _Time(NamedTuple):
 def _time_of_day(node: Node) -> _Time | None:
   half = None
   if isinstance(node, tree.Quantity):
-    half = next((name for name in ("am", "pm") if name in node.unit.dimensions), None)
+    half = next((name for name, _ in node.unit.dimensions if name in ("am", "pm")), None)
     node = node.value
   if not isinstance(node, tree.Clock):
     return None

@@ -31,24 +31,15 @@ def _by_spelling(spellings: dict[str, str]) -> dict[str, str]:
 
 
 _JOINERS = _by_spelling({",": ", ;", "and": "and land wedge", "or": "or lor vee"})
-_RELATIONS = _by_spelling(
-  {
-    "=": "= == equiv coloneqq",
-    "!=": "!= =/= /= <> ne neq",
-    "<": "< lt",
-    ">": "> gt",
-    "<=": "<= le leq leqslant",
-    ">=": ">= ge geq geqslant",
-    "~": "approx simeq thickapprox",
-    "in": "in",
-    "notin": "notin",
-    "subset": "subset subseteq",
-    "not divides": "nmid",
-    "perp": "perp",
-    "parallel": "parallel",
-  }
+_RELATIONS = _by_spelling({
+  "=": "= == equiv coloneqq", "!=": "!= =/= /= <> ne neq", "<": "< lt", ">": "> gt",
+  "<=": "<= le leq leqslant", ">=": ">= ge geq geqslant", "~": "approx simeq thickapprox",
+  "in": "in", "notin": "notin", "subset": "subset subseteq", "not divides": "nmid",
+  "perp": "perp", "parallel": "parallel",
+})  # fmt: skip
+_ARROWS = frozenset(
+  "Rightarrow implies iff Leftrightarrow Longrightarrow Longleftrightarrow to rightarrow therefore".split()
 )
-_ARROWS = frozenset("Rightarrow implies iff Leftrightarrow Longrightarrow to rightarrow therefore".split())
 _UNION, _SUM, _PRODUCT, _POWER = range(4)  # how tightly operators bind
 
 
@@ -57,21 +48,20 @@ class _Operator(NamedTuple):
   join: Callable[[Node, Node], Node]
 
 
-_TIMES, _OVER = _Operator(_PRODUCT, operator.mul), _Operator(_PRODUCT, operator.truediv)
+_TIMES = _Operator(_PRODUCT, operator.mul)
+_OVER = _Operator(_PRODUCT, operator.truediv)
 _BESIDE = _Operator(_PRODUCT, operator.mul)  # nothing between two factors
 _CUP = _Operator(_UNION, functools.partial(tree.SetOperation, "union"))
 _MINUS_SET = _Operator(_UNION, functools.partial(tree.SetOperation, "minus"))
 _OPERATORS = {
   "cup": _CUP,
   "cap": _Operator(_UNION, functools.partial(tree.SetOperation, "intersection")),
-  "setminus": _MINUS_SET,
-  "backslash": _MINUS_SET,
+  **dict.fromkeys(("setminus", "backslash"), _MINUS_SET),
   "+": _Operator(_SUM, operator.add),
   "-": _Operator(_SUM, operator.sub),
   "pm": _Operator(_SUM, functools.partial(tree.PlusMinus, "+")),
   "mp": _Operator(_SUM, functools.partial(tree.PlusMinus, "-")),
-  "/": _OVER,
-  "div": _OVER,
+  **dict.fromkeys(("/", "div"), _OVER),
   **dict.fromkeys(("*", "cdot", "times", "ast", "bullet"), _TIMES),
 }
 _FUNCTIONS = frozenset(
@@ -80,12 +70,7 @@ _FUNCTIONS = frozenset(
 )
 _ALIASES = {"ln": "log", "asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _INVERTIBLE = frozenset("sin cos tan cot sec csc".split())
-_BRACKET_FUNCTIONS = {
-  "lfloor": ("rfloor", "floor"),
-  "lceil": ("rceil", "ceil"),
-  "lvert": ("rvert", "abs"),
-  "lVert": ("rVert", "abs"),
-}
+_BRACKET_FUNCTIONS = {"lfloor": "floor", "lceil": "ceil", "lvert": "abs", "lVert": "abs"}
 _CONSTANTS = _by_spelling({"pi": "pi", "oo": "infty infinity inf oo Infinity", "e": "e", "i": "i"})
 _GREEK = frozenset(
   "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
@@ -254,10 +239,10 @@ class Parser:
     """Skips a name before its value, as in \\text{Area} = 5, or a leading equals sign."""
     if self.take("="):
       return
-    ahead = 0
-    while self.peek(ahead).kind == "text" or (self.peek(ahead).kind == "word" and len(self.peek(ahead).value) > 2):
+    ahead, token = 0, self.peek()
+    while token.kind == "text" or (token.kind == "word" and len(token.value) > 2):
       ahead += 1
-    token = self.peek(ahead)
+      token = self.peek(ahead)
     if ahead and token.kind == "op" and token.value in ("=", ":"):
       self._position += ahead + 1
 
@@ -279,7 +264,7 @@ class Parser:
       unit = [(self._currency, 1), *unit]
     self._currency = outer_currency
     if unit:
-      value = tree.Quantity(value, answer_units.Unit(unit))
+      value = tree.Quantity(value, answer_units.unit(unit))
     if self.take("pmod", "bmod", "mod"):
       value = tree.Modular(value, self.power())
     return value
@@ -293,13 +278,12 @@ class Parser:
       if not is_word or (token.kind == "word" and token.value in ("and", "or")):
         break
       words.append(token.value)
-    ends = token is _END or (token.kind != "text" and (token.value in _JOINERS or token.value in _CLOSERS))
-    if not words or not ends or max(map(len, words)) < 2:
-      return None
+    ends = token is _END or token.value in _JOINERS or token.value in _CLOSERS
     text = " ".join(words)
-    if len(text) < 3 and text not in ("no", "No"):
+    is_symbol = text in _FUNCTIONS or text in _CONSTANTS or text in _GREEK
+    if not ends or is_symbol or max(map(len, words), default=0) < 2:
       return None
-    if text in _FUNCTIONS or text in _CONSTANTS or text in _GREEK:
+    if len(text) < 3 and text not in ("no", "No"):
       return None
     self._position += len(words)
     return tree.Text(text)
@@ -453,7 +437,7 @@ class Parser:
       elif self.at("'", "prime") and isinstance(value, Symbol):
         self.next()
         value = Symbol(value.name + "'")
-      elif self.at(*_CURRENCIES) and self._currency is None and _is_numeral(value):
+      elif self.at(*_CURRENCIES) and self._currency is None and isinstance(value, Number):
         self._currency = _CURRENCIES[self.next().value]
       elif self.at("_") and isinstance(value, Symbol):
         self.next()
@@ -632,10 +616,9 @@ class Parser:
     if name in _GREEK:
       return Symbol(name)
     if name in _BRACKET_FUNCTIONS:
-      closer, function = _BRACKET_FUNCTIONS[name]
-      inner = self.items(closer)
-      self.need(closer)
-      return Operation(function, (inner,))
+      inner = self.items("r" + name[1:])
+      self.need("r" + name[1:])
+      return Operation(_BRACKET_FUNCTIONS[name], (inner,))
     if name in ("emptyset", "varnothing"):
       return tree.SetValue(())
     if name in ("ldots", "dots", "cdots"):
@@ -785,10 +768,6 @@ def _members(node: Node) -> tuple[Node, ...]:
   return node.items if isinstance(node, tree.ListValue) else (node,)
 
 
-def _is_numeral(node: Node) -> bool:
-  return isinstance(node, Number) or is_operation(node, "neg")
-
-
 def _based(numeral: Number, label: str) -> Node:
   is_base = re.fullmatch("[0-9]{1,2}", label) and 2 <= int(label) <= 36
   if numeral.value.denominator != 1 or not is_base:
@@ -831,6 +810,5 @@ def _is_unit_word(token: Token) -> bool:
     return word.lower() not in _FUNCTIONS and (len(word) > 1 or is_unit)
   if word in _FUNCTIONS or word in _CONSTANTS or _function_prefix(word):
     return False
-  if answer_units.is_abbreviation(word) or len(word) > _MAX_LETTERS:
-    return True
-  return is_unit and len(word) > 1
+  is_long = len(word) > _MAX_LETTERS or (is_unit and len(word) > 1)
+  return is_long or answer_units.is_abbreviation(word)

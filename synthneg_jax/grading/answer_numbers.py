@@ -41,11 +41,8 @@ MAX_GAMMA_DECIMALS = 450  # the Gamma function takes long to many digits
 MAX_ROOT = 64  # degree of a root that is taken exactly
 POINTS = 6  # at which expressions in symbols are compared
 _ARITHMETIC = {
-  "neg": operator.neg,
-  "add": operator.add,
-  "mul": operator.mul,
-  "div": operator.truediv,
-}
+  "neg": operator.neg, "add": operator.add, "mul": operator.mul, "div": operator.truediv,
+}  # fmt: skip
 
 
 class Undefined(Exception):
@@ -152,7 +149,8 @@ _EXACT = _ARITHMETIC | {
 # Many digits
 
 _LOCAL = threading.local()
-_ELEMENTARY = frozenset("sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth".split())
+_CIRCULAR = "sin cos tan cot sec csc".split()
+_ELEMENTARY = {*_CIRCULAR, *("arc" + name for name in _CIRCULAR), "sinh", "cosh", "tanh", "coth"}
 
 
 def _library_name(function: str) -> str:
@@ -380,7 +378,9 @@ def equal(a: Node, b: Node) -> bool:
   return all(_agree(a, b, turn, real=True) is not False for turn in turns)
 
 
-def _agree(a: Node, b: Node, at: Mapping[str, Fraction], *, real: bool, may_skip: bool = True) -> bool | None:
+def _agree(
+  a: Node, b: Node, at: dict[str, Fraction], *, real: bool, may_skip: bool = True
+) -> bool | None:  # fmt: skip
   """Whether two expressions agree at a point; None where they have no value.
 
   Args:
@@ -462,19 +462,11 @@ def sympy_expression(node: Node):
     if not abs(values[0].evalf(15)) <= MAX_SYMPY_FACTORIAL:
       raise TooLarge(op)
   functions = {
-    "pow": operator.pow,
-    "fact": sympy.factorial,
-    "binom": sympy.binomial,
-    "log": sympy.log,
-    "abs": sympy.Abs,
-    "floor": sympy.floor,
-    "ceil": sympy.ceiling,
-    "sgn": sympy.sign,
-    "max": sympy.Max,
-    "min": sympy.Min,
-    "percent": lambda value: value / 100,
+    "pow": operator.pow, "fact": sympy.factorial, "binom": sympy.binomial, "log": sympy.log,
+    "abs": sympy.Abs, "floor": sympy.floor, "ceil": sympy.ceiling, "sgn": sympy.sign,
+    "max": sympy.Max, "min": sympy.Min, "percent": lambda value: value / 100,
     "degree": lambda value: value * sympy.pi / 180,
-  }
+  }  # fmt: skip
   if op not in functions:
     raise Undefined(op)
   return functions[op](*values)

@@ -63,7 +63,10 @@ _LAYOUT = re.compile(
   r"mathstrut|strut|phantom\{[^{}]*+\}|[hv]space\*?\{[^{}]*+\}|hfill|noindent|allowbreak|nonumber|"
   r"notag|label\{[^{}]*+\}|tag\{[^{}]*+\})(?![A-Za-z])\.?"
 )
-_SPACES = re.compile(r"(?<!\\)\\[,;:!> ~]|~|\\q?quad|\\(?:thinspace|enspace|medspace|thickspace)(?![A-Za-z])|&nbsp;")
+_SPACES = re.compile(
+  r"(?<!\\)\\[,;:!> ~]|~|&nbsp;|"
+  r"\\q?quad|\\(?:thinspace|enspace|medspace|thickspace)(?![A-Za-z])"
+)
 _THIN_GROUPS = re.compile(
   r"(?<![0-9.,])"
   r"([0-9]{1,3}(?>(?:(?:\\,|\\!,\\!|\\!|\{,\}\\?!?|,\\! ?|\{\\,\})[0-9]{3})+))"
@@ -78,7 +81,10 @@ _FONT_COMMANDS = (
   "mathnormal boldsymbol bm pmb rm bf it underline"
 ).split()
 _TEXT = re.compile(rf"\\({'|'.join(_WORD_COMMANDS + _FONT_COMMANDS)})\*?\s*(?=\{{)")
-_BARE_FONT = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+([A-Za-z0-9])(?![A-Za-z])")
+_BARE_FONT = re.compile(
+  r"\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+"
+  r"([A-Za-z0-9])(?![A-Za-z])"
+)
 _SHOWN = re.compile(  # what stands around or beside a formula without changing it
   r"\\(?:text)?color\s*(?:\[[^\[\]]*+\])?\s*\{[^{}]*+\}|\\colorbox\s*\{[^{}]*+\}|"
   r"\\fcolorbox\s*\{[^{}]*+\}\s*\{[^{}]*+\}|\\bbox\s*(?:\[[^\[\]]*+\])?(?![A-Za-z])|"
