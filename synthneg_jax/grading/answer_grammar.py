@@ -236,13 +236,16 @@ class Parser:
     return tree.Relation(tuple(operands), tuple(signs))
 
   def _skip_label(self) -> None:
-    """Skips a name before its value, as in \\text{Area} = 5, or a leading equals sign."""
+    r"""Skips a name before its value, as in \text{Area} = 5 or \text{Area: } 5, or a leading =."""
     if self.take("="):
       return
     ahead, token = 0, self.peek()
     while token.kind == "text" or (token.kind == "word" and len(token.value) > 2):
       ahead += 1
-      token = self.peek(ahead)
+      ends, token = token.value.endswith(":"), self.peek(ahead)
+      if ends and token is not _END:
+        self._position += ahead
+        return
     if ahead and token.kind == "op" and token.value in ("=", ":"):
       self._position += ahead + 1
 

@@ -515,14 +515,11 @@ def _real_roots(node: Node, name: str, at: Mapping[str, Fraction]) -> list[Fract
 
   if not 1 <= _degree_bound(node, name) <= MAX_TURN_DEGREE:
     return []
-  others = {
-    sympy.Symbol(other, real=True): sympy.Rational(value.numerator, value.denominator)
-    for other, value in at.items()
-    if other != name
-  }
+  for other, value in at.items():
+    if other != name:
+      node = tree.substitute(node, other, tree.number(value))
   try:
-    unknown = sympy.Symbol(name, real=True)
-    polynomial = sympy.Poly(sympy_expression(node).subs(others), unknown)
+    polynomial = sympy.Poly(sympy_expression(node), sympy.Symbol(name, real=True))
     if polynomial.domain not in (sympy.ZZ, sympy.QQ):
       return []
     if not 1 <= polynomial.degree() <= MAX_TURN_DEGREE:
@@ -545,7 +542,7 @@ def turning_points(node: Node, at: Mapping[str, Fraction]) -> list[dict[str, Fra
 
   Args:
     node: an expression.
-    at: a value of each of its tree.symbols, which it keeps while another symbol moves.
+    at: a value of each of its symbols, which it keeps while another symbol moves.
 
   Returns:
     at most MAX_TURNS points, none where nothing turns.

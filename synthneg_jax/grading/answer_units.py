@@ -61,6 +61,7 @@ SCALES = {
 MONEY_SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "bn": 10**9}
 # Words after a number that leave open which number is meant, or make it another one.
 _HEDGES = frozenset(
+  "wrong false incorrect impossible invalid untrue never cannot unlikely excluded contradiction "
   "or nor not maybe perhaps possibly either unless plus minus negative squared cubed half halves "
   "third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth "
   "eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths millionth "
@@ -75,7 +76,7 @@ _ABBREVIATED = frozenset(
 
 
 def changes_number(words: str) -> bool:
-  """Whether words beside a number hedge it or make another one of it: "or more", "squared"."""
+  """Whether words beside a number hedge, refute or change it: "or more", "is wrong", "squared"."""
   return any(word.lower() in _HEDGES for word in re.findall("[A-Za-z]+", words))
 
 
