@@ -13,7 +13,7 @@ import re
 from typing import NamedTuple
 
 from synthneg_jax.grading import answer_tree as tree
-from synthneg_jax.grading.answer_numbers import Digits, Undefined, equal, exact
+from synthneg_jax.grading.answer_numbers import Digits, Undefined, bits, equal, exact
 from synthneg_jax.grading.answer_relations import (
   is_constant,
   is_function,
@@ -469,7 +469,7 @@ class _DecimalForm(NamedTuple):
 def _decimal_form(node: Node) -> _DecimalForm | None:
   """Decimal places and significant digits of a constant; None if it is no finite decimal."""
   value = exact(node)
-  if value is None or max(value.numerator.bit_length(), value.denominator.bit_length()) > 2000:
+  if value is None or bits(value) > 2000:
     return None
   places = value.denominator.bit_length()  # enough for any power of 2 and 5
   scaled = value * 10**places

@@ -15,11 +15,12 @@ import functools
 import operator
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 from synthneg_jax.grading import answer_tree as tree
 from synthneg_jax.grading import answer_units
-from synthneg_jax.grading.answer_tokens import Token, TooLarge, Unreadable, tidy, tokens
+from synthneg_jax.grading.answer_tokens import MAX_DIGITS, Token, TooLarge, Unreadable, tidy, tokens
 from synthneg_jax.grading.answer_tree import Node, Number, Operation, Symbol, is_operation, number
 
 MAX_DEPTH = 40  # brackets, functions and powers within each other
@@ -100,6 +101,8 @@ _ENGLISH = frozenset(
   "yes set his her if as by on my he she find that than then this from let when with there "
   "are".split()
 )
+_UNIT_POWERS = {number(power): power for power in (1, 2, 3)}
+_UNIT_POWERS |= {-numeral: -power for numeral, power in _UNIT_POWERS.items()}
 _END = Token("end", "")
 
 
@@ -334,8 +337,10 @@ class Parser:
         self.next()
       elif parts and token.value == "^" and after.kind in ("num", "op"):
         self.next()
-        name, power = parts[-1]
-        parts[-1] = (name, power * self._unit_power())
+        power = _UNIT_POWERS.get(self._exponent())
+        if power is None:
+          raise Unreadable("the power of a unit")
+        parts[-1] = (parts[-1][0], parts[-1][1] * power)
       elif parts and token == Token("op", ".", token.spaced):
         self.next()
       elif token.value in ("/", "cdot") and after.kind in ("text", "word"):
@@ -343,16 +348,6 @@ class Parser:
         self.next()
       else:
         return parts
-
-  def _unit_power(self) -> int:
-    braces = self.take("{")
-    sign = -1 if self.take("-") else 1
-    token = self.next()
-    if token.kind != "num" or token.value not in ("1", "2", "3"):
-      raise Unreadable("the power of a unit")
-    if braces:
-      self.need("}")
-    return sign * int(token.value)
 
   # Arithmetic
 
@@ -458,6 +453,8 @@ class Parser:
     token = self.peek()
     if token.kind == "num":
       return self._number()
+    if token.kind == "repeating":
+      return _repeating(self.next().value)
     if token.kind == "word":
       return self._word()
     if token.kind == "text":
@@ -475,12 +472,8 @@ class Parser:
     raise Unreadable(f"{token.value!r} where a value is wanted")
 
   def _number(self) -> Node:
-    """A numeral, a repeating decimal, or a mixed number."""
+    """A numeral, or a mixed number."""
     token = self.next()
-    if re.fullmatch(r"[0-9]*\.[0-9]*", token.value):
-      repeat = self._repeating_digits()
-      if repeat:
-        return _repeating(token.value, repeat)
     if token.value.isdigit():
       fraction = self._proper_fraction()
       if fraction is not None:
@@ -492,23 +485,6 @@ class Parser:
       self.next()
       return number(number(token.value).value * answer_units.MONEY_SCALES[suffix.value])
     return number(token.value)
-
-  def _repeating_digits(self) -> str:
-    r"""The 3 of 0.\overline{3} or 0.(3), the parser being behind the point; else ""."""
-    if self.take("overline", "bar", "dot"):
-      braces = self.take("{")
-      digits = self.next()
-      if digits.kind != "num" or not digits.value.isdigit():
-        raise Unreadable("the digits that repeat")
-      if braces:
-        self.need("}")
-      return digits.value
-    digits = self.peek(1)
-    in_brackets = self.peek().value == "(" and self.peek(2).value == ")"
-    if in_brackets and not self.peek().spaced and digits.kind == "num" and digits.value.isdigit():
-      self._position += 3
-      return digits.value
-    return ""
 
   def _proper_fraction(self) -> Node | None:
     r"""The fraction of a mixed number, 2\frac{3}{5} or 2 3/5; None, and no token taken, if none."""
@@ -778,12 +754,13 @@ def _based(numeral: Number, label: str) -> Node:
   return tree.Based(str(numeral.value), int(label))
 
 
-def _repeating(before: str, repeat: str) -> Node:
-  """The value of a decimal whose last digits repeat."""
-  whole, _, fixed = before.partition(".")
-  start = number(int((whole or "0") + fixed)).value
-  period = number(int(repeat)).value / (10 ** len(repeat) - 1)
-  return number((start + period) / 10 ** len(fixed))
+def _repeating(decimal: str) -> Node:
+  r"""The value of 0.1(6) or 0.1\overline{6}."""
+  whole, fixed, repeat = re.fullmatch(r"([0-9]*)\.([0-9]*)[^0-9]+([0-9]+)[^0-9]*", decimal).groups()
+  if len(decimal) > MAX_DIGITS:
+    raise TooLarge("numeral")
+  period = Fraction(int(repeat), 10 ** len(repeat) - 1)
+  return number((int(whole + fixed or "0") + period) / 10 ** len(fixed))
 
 
 def _unit_parts(word: str, sign: int) -> list[tuple[str, int]]:

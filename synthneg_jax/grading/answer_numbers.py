@@ -75,12 +75,13 @@ def exact(node: Node) -> Fraction | None:
     raise Undefined("division by zero") from None
   except TypeError:
     raise Undefined("number of arguments") from None
-  if value is not None and _bits(value) > MAX_BITS:
+  if value is not None and bits(value) > MAX_BITS:
     raise TooLarge("number")
   return value
 
 
-def _bits(value: Fraction) -> int:
+def bits(value: Fraction) -> int:
+  """Size of the larger of numerator and denominator."""
   return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
@@ -310,7 +311,8 @@ class Separation(NamedTuple):
 def separation(node: Node) -> Separation | None:
   """None if a tree is no algebraic constant of rationals, + - * /, i and roots of whole degree."""
   if isinstance(node, tree.Number):
-    return Separation(_log2(node.value.numerator), _log2(node.value.denominator), 1)
+    above, below = node.value.numerator.bit_length(), node.value.denominator.bit_length()
+    return Separation(float(above), float(below), 1)
   if isinstance(node, tree.Symbol):
     return Separation(0.0, 0.0, 2) if node.name == "i" else None
   if not is_operation(node, "neg", "add", "mul", "div", "pow"):
@@ -333,10 +335,6 @@ def separation(node: Node) -> Separation | None:
     return Separation(left.log2_u + right.log2_u, left.log2_l + right.log2_l, degree)
   above = max(left.log2_u + right.log2_l, right.log2_u + left.log2_l) + 1
   return Separation(above, left.log2_l + right.log2_l, degree)
-
-
-def _log2(value: int) -> float:
-  return float(value.bit_length()) if value else 0.0
 
 
 def _power_separation(base: Separation, exponent: Fraction) -> Separation:

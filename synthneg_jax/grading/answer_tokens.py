@@ -24,8 +24,9 @@ class TooLarge(Exception):
 
 
 class Token(NamedTuple):
-  """kind: num (digits, point, exponent), word (letters), cmd (LaTeX command), text (a word of a text
-  command), op (anything else); spaced: whether a space stands before it."""
+  """kind: num (digits, point, exponent), repeating (a decimal such as 0.1(6)), word (letters), cmd
+  (LaTeX command), text (a word of a text command), op (anything else); spaced: whether a space
+  stands before it."""
 
   kind: str
   value: str
@@ -101,6 +102,8 @@ _FULL_STOP = re.compile(r"(?<![.0-9])\.$|(?<=[0-9])\.$")
 _OPENERS, _CLOSERS = ("(", "[", r"\{"), (")", "]", r"\}")
 _SCAN = re.compile(
   r"(?P<space>\s++)"
+  r"|(?P<repeating>(?:[0-9]++\.[0-9]*+|\.[0-9]++)"  # 0.1(6)
+  r"(?:\(\s*[0-9]++\s*\)|\\(?:overline|bar|dot)\s*(?:\{\s*[0-9]++\s*\}|[0-9]++)))"
   r"|(?P<num>(?:[1-9][0-9]{0,2}(?>(?:,[0-9]{3})+)(?!,?[0-9])(?:\.[0-9]++)?"  # 1,234.5
   r"|[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
   r"(?:[eE][+-]?[0-9]++(?![A-Za-z]))?)"
