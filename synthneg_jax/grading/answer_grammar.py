@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from synthneg_jax.grading import answer_tree as tree
 from synthneg_jax.grading import answer_units
-from synthneg_jax.grading.answer_tokens import MAX_DIGITS, Token, TooLarge, Unreadable, tidy, tokens
+from synthneg_jax.grading.answer_tokens import Token, TooLarge, Unreadable, tidy, tokens
 from synthneg_jax.grading.answer_tree import Node, Number, Operation, Symbol, is_operation, number
 
 MAX_DEPTH = 40  # brackets, functions and powers within each other
@@ -757,8 +757,6 @@ def _based(numeral: Number, label: str) -> Node:
 def _repeating(decimal: str) -> Node:
   r"""The value of 0.1(6) or 0.1\overline{6}."""
   whole, fixed, repeat = re.fullmatch(r"([0-9]*)\.([0-9]*)[^0-9]+([0-9]+)[^0-9]*", decimal).groups()
-  if len(decimal) > MAX_DIGITS:
-    raise TooLarge("numeral")
   period = Fraction(int(repeat), 10 ** len(repeat) - 1)
   return number((int(whole + fixed or "0") + period) / 10 ** len(fixed))
 

@@ -87,8 +87,8 @@ _BARE_FONT = re.compile(
   r"([A-Za-z0-9])(?![A-Za-z])"
 )
 _SHOWN = re.compile(  # what stands around or beside a formula without changing it
-  r"\\(?:text)?color\s*(?:\[[^\[\]]*+\])?\s*\{[^{}]*+\}|\\colorbox\s*\{[^{}]*+\}|"
-  r"\\fcolorbox\s*\{[^{}]*+\}\s*\{[^{}]*+\}|\\bbox\s*(?:\[[^\[\]]*+\])?(?![A-Za-z])|"
+  r"\\(?:text)?color\s*+(?:\[[^\[\]]*+\]\s*+)?\{[^{}]*+\}|\\colorbox\s*+\{[^{}]*+\}|"
+  r"\\fcolorbox\s*+\{[^{}]*+\}\s*+\{[^{}]*+\}|\\bbox(?![A-Za-z])\s*+(?:\[[^\[\]]*+\])?|"
   r"\\(?:boxed|fbox|framebox|underbrace|overbrace|checkmark)(?![A-Za-z])"
 )
 _QUOTED = re.compile(r"\"([^\"]*+)\"|``([^`']*+)''")
@@ -187,11 +187,11 @@ def tokens(text: str) -> list[Token]:
       end = closing(text, command.end())
       if end < 0:
         raise Unreadable("a text command that does not end")
-      words = " ".join(text[command.end() + 1 : end].split())
-      if _is_formula(words, command[1]):
+      words = text[command.end() + 1 : end].split()
+      if _is_formula(" ".join(words), command[1]):
         index = command.end()  # the braces are read as a group
       else:
-        for word in words.split() or [""]:
+        for word in words or [""]:
           result.append(Token("text", word, spaced))
           spaced = True
         index, spaced = end + 1, False
@@ -203,6 +203,8 @@ def tokens(text: str) -> list[Token]:
     if kind == "space":
       spaced = True
       continue
+    if kind == "repeating" and len(value) > MAX_DIGITS:
+      raise TooLarge("numeral")
     if kind == "num":
       result.extend(_numeral(value, spaced, in_brackets=brackets > 0))
     elif kind == "cmd":
