@@ -480,6 +480,8 @@ class Parser:
         return number(token.value) + fraction
     if self.at("^") and self.peek(1).kind == "text":
       raise Unreadable("text as a power")
+    if "." in token.value and self.at("overline", "bar", "dot"):
+      raise Unreadable("the digits that repeat")
     suffix = self.peek()
     if self._currency and not suffix.spaced and suffix.value in answer_units.MONEY_SCALES:
       self.next()
