@@ -86,7 +86,7 @@ _BARE_FONT = re.compile(
   r"\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+"
   r"([A-Za-z0-9])(?![A-Za-z])"
 )
-_SHOWN = re.compile(  # what stands around or beside a formula without changing it
+_SHOWN = re.compile(  # colours, frames and marks, which do not change a formula
   r"\\(?:text)?color\s*+(?:\[[^\[\]]*+\]\s*+)?\{[^{}]*+\}|\\colorbox\s*+\{[^{}]*+\}|"
   r"\\fcolorbox\s*+\{[^{}]*+\}\s*+\{[^{}]*+\}|\\bbox(?![A-Za-z])\s*+(?:\[[^\[\]]*+\])?|"
   r"\\(?:boxed|fbox|framebox|underbrace|overbrace|checkmark)(?![A-Za-z])"
