@@ -39,8 +39,8 @@ _RELATIONS = _by_spelling({
   "perp": "perp", "parallel": "parallel",
 })  # fmt: skip
 _ARROWS = frozenset(
-  "Rightarrow implies iff Leftrightarrow Longrightarrow Longleftrightarrow to rightarrow therefore".split()
-)
+  "Rightarrow implies iff Leftrightarrow Longrightarrow to rightarrow therefore".split()
+)  # fmt: skip
 _UNION, _SUM, _PRODUCT, _POWER = range(4)  # how tightly operators bind
 
 
@@ -79,8 +79,9 @@ _GREEK = frozenset(
   "Psi Omega ell hbar angle triangle square star top".split()
 )
 _DECORATIONS = frozenset(
-  "vec hat bar overline overrightarrow tilde dot widehat mathcal mathbb mathfrak mathscr overparen widetilde".split()
-)
+  "vec hat bar overline overrightarrow tilde dot widehat mathcal mathbb mathfrak mathscr overparen "
+  "widetilde".split()
+)  # fmt: skip
 _CURRENCIES = _by_spelling({"dollar": "dollar", "euro": "euro", "pounds sterling": "pounds pound"})
 _CLOSERS = frozenset([")", "]", "}", r"\}", *"rfloor rceil rvert rVert end".split()])
 _MATRICES = frozenset("pmatrix bmatrix matrix vmatrix Bmatrix Vmatrix smallmatrix array".split())

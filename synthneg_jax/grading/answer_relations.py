@@ -1,4 +1,4 @@
-"""Equations and inequalities as answers: what they state, describe, and whether two are the same."""
+"""Equations and inequalities as answers: what they state or describe, and when two are the same."""
 
 import fractions
 import functools

@@ -62,14 +62,14 @@ MONEY_SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "bn": 10**9}
 # Words after a number that leave open which number is meant, or make it another one.
 _HEDGES = frozenset(
   "wrong false incorrect impossible invalid untrue never cannot unlikely excluded contradiction "
-  "or nor not maybe perhaps possibly either unless plus minus negative squared cubed half halves "
-  "third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth "
-  "eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths millionth "
-  "millionths factorial root reciprocal zero one two three four five six seven eight nine ten eleven twelve "
-  "thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty "
-  "seventy eighty ninety hundreds thousands times more less than fewer least most if else but vs versus where "
-  "when".split()
-)
+  "or nor not maybe perhaps possibly either unless plus minus negative squared cubed half "
+  "halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh "
+  "sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths thousandth "
+  "thousandths millionth millionths factorial root reciprocal zero one two three four five six "
+  "seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+  "nineteen twenty thirty forty fifty sixty seventy eighty ninety hundreds thousands times more "
+  "less than fewer least most if else but vs versus where when".split()
+)  # fmt: skip
 _ABBREVIATED = frozenset(
   "mm cm dm km ft yd mi kg mg lb oz ml mph kph hr sec min percent pct".split()  # no products
 )
