@@ -13,7 +13,7 @@ import re
 from typing import NamedTuple
 
 from synthneg_jax.grading import answer_tree as tree
-from synthneg_jax.grading.answer_numbers import Digits, Undefined, equal, exact
+from synthneg_jax.grading.answer_numbers import Digits, Undefined, bits, equal, exact
 from synthneg_jax.grading.answer_relations import (
   is_constant,
   is_function,
@@ -424,7 +424,7 @@ class _Time(NamedTuple):
 def _time_of_day(node: Node) -> _Time | None:
   half = None
   if isinstance(node, tree.Quantity):
-    half = next((name for name in ("am", "pm") if name in node.unit.dimensions), None)
+    half = next((name for name, _ in node.unit.dimensions if name in ("am", "pm")), None)
     node = node.value
   if not isinstance(node, tree.Clock):
     return None
@@ -478,7 +478,7 @@ class _DecimalForm(NamedTuple):
 def _decimal_form(node: Node) -> _DecimalForm | None:
   """Decimal places and significant digits of a constant; None if it is no finite decimal."""
   value = exact(node)
-  if value is None or max(value.numerator.bit_length(), value.denominator.bit_length()) > 2000:
+  if value is None or bits(value) > 2000:
     return None
   places = value.denominator.bit_length()  # enough for any power of 2 and 5
   scaled = value * 10**places

@@ -15,6 +15,7 @@ import functools
 import operator
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 from synthneg_jax.grading import answer_tree as tree
@@ -31,24 +32,15 @@ def _by_spelling(spellings: dict[str, str]) -> dict[str, str]:
 
 
 _JOINERS = _by_spelling({",": ", ;", "and": "and land wedge", "or": "or lor vee"})
-_RELATIONS = _by_spelling(
-  {
-    "=": "= == equiv coloneqq",
-    "!=": "!= =/= /= <> ne neq",
-    "<": "< lt",
-    ">": "> gt",
-    "<=": "<= le leq leqslant",
-    ">=": ">= ge geq geqslant",
-    "~": "approx simeq thickapprox",
-    "in": "in",
-    "notin": "notin",
-    "subset": "subset subseteq",
-    "not divides": "nmid",
-    "perp": "perp",
-    "parallel": "parallel",
-  }
-)
-_ARROWS = frozenset("Rightarrow implies iff Leftrightarrow Longrightarrow to rightarrow therefore".split())
+_RELATIONS = _by_spelling({
+  "=": "= == equiv coloneqq", "!=": "!= =/= /= <> ne neq", "<": "< lt", ">": "> gt",
+  "<=": "<= le leq leqslant", ">=": ">= ge geq geqslant", "~": "approx simeq thickapprox",
+  "in": "in", "notin": "notin", "subset": "subset subseteq", "not divides": "nmid",
+  "perp": "perp", "parallel": "parallel",
+})  # fmt: skip
+_ARROWS = frozenset(
+  "Rightarrow implies iff Leftrightarrow Longrightarrow to rightarrow therefore".split()
+)  # fmt: skip
 _UNION, _SUM, _PRODUCT, _POWER = range(4)  # how tightly operators bind
 
 
@@ -57,21 +49,20 @@ class _Operator(NamedTuple):
   join: Callable[[Node, Node], Node]
 
 
-_TIMES, _OVER = _Operator(_PRODUCT, operator.mul), _Operator(_PRODUCT, operator.truediv)
+_TIMES = _Operator(_PRODUCT, operator.mul)
+_OVER = _Operator(_PRODUCT, operator.truediv)
 _BESIDE = _Operator(_PRODUCT, operator.mul)  # nothing between two factors
 _CUP = _Operator(_UNION, functools.partial(tree.SetOperation, "union"))
 _MINUS_SET = _Operator(_UNION, functools.partial(tree.SetOperation, "minus"))
 _OPERATORS = {
   "cup": _CUP,
   "cap": _Operator(_UNION, functools.partial(tree.SetOperation, "intersection")),
-  "setminus": _MINUS_SET,
-  "backslash": _MINUS_SET,
+  **dict.fromkeys(("setminus", "backslash"), _MINUS_SET),
   "+": _Operator(_SUM, operator.add),
   "-": _Operator(_SUM, operator.sub),
   "pm": _Operator(_SUM, functools.partial(tree.PlusMinus, "+")),
   "mp": _Operator(_SUM, functools.partial(tree.PlusMinus, "-")),
-  "/": _OVER,
-  "div": _OVER,
+  **dict.fromkeys(("/", "div"), _OVER),
   **dict.fromkeys(("*", "cdot", "times", "ast", "bullet"), _TIMES),
 }
 _FUNCTIONS = frozenset(
@@ -80,12 +71,7 @@ _FUNCTIONS = frozenset(
 )
 _ALIASES = {"ln": "log", "asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _INVERTIBLE = frozenset("sin cos tan cot sec csc".split())
-_BRACKET_FUNCTIONS = {
-  "lfloor": ("rfloor", "floor"),
-  "lceil": ("rceil", "ceil"),
-  "lvert": ("rvert", "abs"),
-  "lVert": ("rVert", "abs"),
-}
+_BRACKET_FUNCTIONS = {"lfloor": "floor", "lceil": "ceil", "lvert": "abs", "lVert": "abs"}
 _CONSTANTS = _by_spelling({"pi": "pi", "oo": "infty infinity inf oo Infinity", "e": "e", "i": "i"})
 _GREEK = frozenset(
   "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
@@ -93,8 +79,9 @@ _GREEK = frozenset(
   "Psi Omega ell hbar angle triangle square star top".split()
 )
 _DECORATIONS = frozenset(
-  "vec hat bar overline overrightarrow tilde dot widehat mathcal mathbb mathfrak mathscr overparen widetilde".split()
-)
+  "vec hat bar overline overrightarrow tilde dot widehat mathcal mathbb mathfrak mathscr overparen "
+  "widetilde".split()
+)  # fmt: skip
 _CURRENCIES = _by_spelling({"dollar": "dollar", "euro": "euro", "pounds sterling": "pounds pound"})
 _CLOSERS = frozenset([")", "]", "}", r"\}", *"rfloor rceil rvert rVert end".split()])
 _MATRICES = frozenset("pmatrix bmatrix matrix vmatrix Bmatrix Vmatrix smallmatrix array".split())
@@ -115,6 +102,8 @@ _ENGLISH = frozenset(
   "yes set his her if as by on my he she find that than then this from let when with there "
   "are".split()
 )
+_UNIT_POWERS = {number(power): power for power in (1, 2, 3)}
+_UNIT_POWERS |= {-numeral: -power for numeral, power in _UNIT_POWERS.items()}
 _END = Token("end", "")
 
 
@@ -251,13 +240,16 @@ class Parser:
     return tree.Relation(tuple(operands), tuple(signs))
 
   def _skip_label(self) -> None:
-    """Skips a name before its value, as in \\text{Area} = 5, or a leading equals sign."""
+    r"""Skips a name before its value, as in \text{Area} = 5 or \text{Area: } 5, or a leading =."""
     if self.take("="):
       return
-    ahead = 0
-    while self.peek(ahead).kind == "text" or (self.peek(ahead).kind == "word" and len(self.peek(ahead).value) > 2):
+    ahead, token = 0, self.peek()
+    while token.kind == "text" or (token.kind == "word" and len(token.value) > 2):
       ahead += 1
-    token = self.peek(ahead)
+      ends, token = token.value.endswith(":"), self.peek(ahead)
+      if ends and token is not _END:
+        self._position += ahead
+        return
     if ahead and token.kind == "op" and token.value in ("=", ":"):
       self._position += ahead + 1
 
@@ -279,7 +271,7 @@ class Parser:
       unit = [(self._currency, 1), *unit]
     self._currency = outer_currency
     if unit:
-      value = tree.Quantity(value, answer_units.Unit(unit))
+      value = tree.Quantity(value, answer_units.unit(unit))
     if self.take("pmod", "bmod", "mod"):
       value = tree.Modular(value, self.power())
     return value
@@ -293,13 +285,12 @@ class Parser:
       if not is_word or (token.kind == "word" and token.value in ("and", "or")):
         break
       words.append(token.value)
-    ends = token is _END or (token.kind != "text" and (token.value in _JOINERS or token.value in _CLOSERS))
-    if not words or not ends or max(map(len, words)) < 2:
-      return None
+    ends = token is _END or token.value in _JOINERS or token.value in _CLOSERS
     text = " ".join(words)
-    if len(text) < 3 and text not in ("no", "No"):
+    is_symbol = text in _FUNCTIONS or text in _CONSTANTS or text in _GREEK
+    if not ends or is_symbol or max(map(len, words), default=0) < 2:
       return None
-    if text in _FUNCTIONS or text in _CONSTANTS or text in _GREEK:
+    if len(text) < 3 and text not in ("no", "No"):
       return None
     self._position += len(words)
     return tree.Text(text)
@@ -347,8 +338,10 @@ class Parser:
         self.next()
       elif parts and token.value == "^" and after.kind in ("num", "op"):
         self.next()
-        name, power = parts[-1]
-        parts[-1] = (name, power * self._unit_power())
+        power = _UNIT_POWERS.get(self._exponent())
+        if power is None:
+          raise Unreadable("the power of a unit")
+        parts[-1] = (parts[-1][0], parts[-1][1] * power)
       elif parts and token == Token("op", ".", token.spaced):
         self.next()
       elif token.value in ("/", "cdot") and after.kind in ("text", "word"):
@@ -356,16 +349,6 @@ class Parser:
         self.next()
       else:
         return parts
-
-  def _unit_power(self) -> int:
-    braces = self.take("{")
-    sign = -1 if self.take("-") else 1
-    token = self.next()
-    if token.kind != "num" or token.value not in ("1", "2", "3"):
-      raise Unreadable("the power of a unit")
-    if braces:
-      self.need("}")
-    return sign * int(token.value)
 
   # Arithmetic
 
@@ -453,7 +436,7 @@ class Parser:
       elif self.at("'", "prime") and isinstance(value, Symbol):
         self.next()
         value = Symbol(value.name + "'")
-      elif self.at(*_CURRENCIES) and self._currency is None and _is_numeral(value):
+      elif self.at(*_CURRENCIES) and self._currency is None and isinstance(value, Number):
         self._currency = _CURRENCIES[self.next().value]
       elif self.at("_") and isinstance(value, Symbol):
         self.next()
@@ -471,6 +454,8 @@ class Parser:
     token = self.peek()
     if token.kind == "num":
       return self._number()
+    if token.kind == "repeating":
+      return _repeating(self.next().value)
     if token.kind == "word":
       return self._word()
     if token.kind == "text":
@@ -488,40 +473,21 @@ class Parser:
     raise Unreadable(f"{token.value!r} where a value is wanted")
 
   def _number(self) -> Node:
-    """A numeral, a repeating decimal, or a mixed number."""
+    """A numeral, or a mixed number."""
     token = self.next()
-    if re.fullmatch(r"[0-9]*\.[0-9]*", token.value):
-      repeat = self._repeating_digits()
-      if repeat:
-        return _repeating(token.value, repeat)
     if token.value.isdigit():
       fraction = self._proper_fraction()
       if fraction is not None:
         return number(token.value) + fraction
     if self.at("^") and self.peek(1).kind == "text":
       raise Unreadable("text as a power")
+    if "." in token.value and self.at("overline", "bar", "dot"):
+      raise Unreadable("the digits that repeat")
     suffix = self.peek()
     if self._currency and not suffix.spaced and suffix.value in answer_units.MONEY_SCALES:
       self.next()
       return number(number(token.value).value * answer_units.MONEY_SCALES[suffix.value])
     return number(token.value)
-
-  def _repeating_digits(self) -> str:
-    r"""The 3 of 0.\overline{3} or 0.(3), the parser being behind the point; else ""."""
-    if self.take("overline", "bar", "dot"):
-      braces = self.take("{")
-      digits = self.next()
-      if digits.kind != "num" or not digits.value.isdigit():
-        raise Unreadable("the digits that repeat")
-      if braces:
-        self.need("}")
-      return digits.value
-    digits = self.peek(1)
-    in_brackets = self.peek().value == "(" and self.peek(2).value == ")"
-    if in_brackets and not self.peek().spaced and digits.kind == "num" and digits.value.isdigit():
-      self._position += 3
-      return digits.value
-    return ""
 
   def _proper_fraction(self) -> Node | None:
     r"""The fraction of a mixed number, 2\frac{3}{5} or 2 3/5; None, and no token taken, if none."""
@@ -632,10 +598,9 @@ class Parser:
     if name in _GREEK:
       return Symbol(name)
     if name in _BRACKET_FUNCTIONS:
-      closer, function = _BRACKET_FUNCTIONS[name]
-      inner = self.items(closer)
-      self.need(closer)
-      return Operation(function, (inner,))
+      inner = self.items("r" + name[1:])
+      self.need("r" + name[1:])
+      return Operation(_BRACKET_FUNCTIONS[name], (inner,))
     if name in ("emptyset", "varnothing"):
       return tree.SetValue(())
     if name in ("ldots", "dots", "cdots"):
@@ -785,10 +750,6 @@ def _members(node: Node) -> tuple[Node, ...]:
   return node.items if isinstance(node, tree.ListValue) else (node,)
 
 
-def _is_numeral(node: Node) -> bool:
-  return isinstance(node, Number) or is_operation(node, "neg")
-
-
 def _based(numeral: Number, label: str) -> Node:
   is_base = re.fullmatch("[0-9]{1,2}", label) and 2 <= int(label) <= 36
   if numeral.value.denominator != 1 or not is_base:
@@ -796,12 +757,11 @@ def _based(numeral: Number, label: str) -> Node:
   return tree.Based(str(numeral.value), int(label))
 
 
-def _repeating(before: str, repeat: str) -> Node:
-  """The value of a decimal whose last digits repeat."""
-  whole, _, fixed = before.partition(".")
-  start = number(int((whole or "0") + fixed)).value
-  period = number(int(repeat)).value / (10 ** len(repeat) - 1)
-  return number((start + period) / 10 ** len(fixed))
+def _repeating(decimal: str) -> Node:
+  r"""The value of 0.1(6) or 0.1\overline{6}."""
+  whole, fixed, repeat = re.fullmatch(r"([0-9]*)\.([0-9]*)[^0-9]+([0-9]+)[^0-9]*", decimal).groups()
+  period = Fraction(int(repeat), 10 ** len(repeat) - 1)
+  return number((int(whole + fixed or "0") + period) / 10 ** len(fixed))
 
 
 def _unit_parts(word: str, sign: int) -> list[tuple[str, int]]:
@@ -831,6 +791,5 @@ def _is_unit_word(token: Token) -> bool:
     return word.lower() not in _FUNCTIONS and (len(word) > 1 or is_unit)
   if word in _FUNCTIONS or word in _CONSTANTS or _function_prefix(word):
     return False
-  if answer_units.is_abbreviation(word) or len(word) > _MAX_LETTERS:
-    return True
-  return is_unit and len(word) > 1
+  is_long = len(word) > _MAX_LETTERS or (is_unit and len(word) > 1)
+  return is_long or answer_units.is_abbreviation(word)

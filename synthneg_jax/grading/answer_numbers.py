@@ -41,11 +41,8 @@ MAX_GAMMA_DECIMALS = 450  # the Gamma function takes long to many digits
 MAX_ROOT = 64  # degree of a root that is taken exactly
 POINTS = 6  # at which expressions in symbols are compared
 _ARITHMETIC = {
-  "neg": operator.neg,
-  "add": operator.add,
-  "mul": operator.mul,
-  "div": operator.truediv,
-}
+  "neg": operator.neg, "add": operator.add, "mul": operator.mul, "div": operator.truediv,
+}  # fmt: skip
 
 
 class Undefined(Exception):
@@ -78,12 +75,13 @@ def exact(node: Node) -> Fraction | None:
     raise Undefined("division by zero") from None
   except TypeError:
     raise Undefined("number of arguments") from None
-  if value is not None and _bits(value) > MAX_BITS:
+  if value is not None and bits(value) > MAX_BITS:
     raise TooLarge("number")
   return value
 
 
-def _bits(value: Fraction) -> int:
+def bits(value: Fraction) -> int:
+  """Size of the larger of numerator and denominator."""
   return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
@@ -152,7 +150,8 @@ _EXACT = _ARITHMETIC | {
 # Many digits
 
 _LOCAL = threading.local()
-_ELEMENTARY = frozenset("sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth".split())
+_CIRCULAR = "sin cos tan cot sec csc".split()
+_ELEMENTARY = {*_CIRCULAR, *("arc" + name for name in _CIRCULAR), "sinh", "cosh", "tanh", "coth"}
 
 
 def _library_name(function: str) -> str:
@@ -312,7 +311,8 @@ class Separation(NamedTuple):
 def separation(node: Node) -> Separation | None:
   """None if a tree is no algebraic constant of rationals, + - * /, i and roots of whole degree."""
   if isinstance(node, tree.Number):
-    return Separation(_log2(node.value.numerator), _log2(node.value.denominator), 1)
+    above, below = node.value.numerator.bit_length(), node.value.denominator.bit_length()
+    return Separation(float(above), float(below), 1)
   if isinstance(node, tree.Symbol):
     return Separation(0.0, 0.0, 2) if node.name == "i" else None
   if not is_operation(node, "neg", "add", "mul", "div", "pow"):
@@ -335,10 +335,6 @@ def separation(node: Node) -> Separation | None:
     return Separation(left.log2_u + right.log2_u, left.log2_l + right.log2_l, degree)
   above = max(left.log2_u + right.log2_l, right.log2_u + left.log2_l) + 1
   return Separation(above, left.log2_l + right.log2_l, degree)
-
-
-def _log2(value: int) -> float:
-  return float(value.bit_length()) if value else 0.0
 
 
 def _power_separation(base: Separation, exponent: Fraction) -> Separation:
@@ -365,31 +361,24 @@ def equal(a: Node, b: Node) -> bool:
   left, right = exact(a), exact(b)
   if left is not None and right is not None:
     return left == right
-  names = tree.symbols(a - b)
-  if not names:
+  names, other_names = tree.symbols(a), tree.symbols(b)
+  if not names and not other_names:
     return _equal_at(a, b, {})
-  if tree.symbols(a) != tree.symbols(b) and any(_agree(a, b, index) is False for index in range(2)):
-    return False  # a symbol of one side makes a difference, unlike x in x + 5 - x
+  points = [sample_point(names | other_names, index) for index in range(POINTS)]
   outcomes = set()
-  for index in range(POINTS):
-    outcomes.add(_agree(a, b, index))
+  for index, point in enumerate(points):
+    outcomes.add(_agree(a, b, point, real=index % 2 == 1, may_skip=index >= 2))
     if False in outcomes:
       return False
   if True not in outcomes:
     raise Undefined("no value at any point")
-  turns = turning_points(a - b, sample_point(names, 0))
-  return all(_agree_or_unknown(a, b, turn, real=True) is not False for turn in turns)
+  turns = turning_points(a - b, points[0])
+  return all(_agree(a, b, turn, real=True) is not False for turn in turns)
 
 
-def _agree(a: Node, b: Node, index: int) -> bool | None:
-  """As `_agree_or_unknown`, at one of the POINTS; raises TooLarge at the first two."""
-  at = sample_point(tree.symbols(a - b), index)
-  return _agree_or_unknown(a, b, at, real=index % 2 == 1, may_skip=index >= 2)
-
-
-def _agree_or_unknown(
-  a: Node, b: Node, at: Mapping[str, Fraction], *, real: bool, may_skip: bool = True
-) -> bool | None:
+def _agree(
+  a: Node, b: Node, at: dict[str, Fraction], *, real: bool, may_skip: bool = True
+) -> bool | None:  # fmt: skip
   """Whether two expressions agree at a point; None where they have no value.
 
   Args:
@@ -471,19 +460,11 @@ def sympy_expression(node: Node):
     if not abs(values[0].evalf(15)) <= MAX_SYMPY_FACTORIAL:
       raise TooLarge(op)
   functions = {
-    "pow": operator.pow,
-    "fact": sympy.factorial,
-    "binom": sympy.binomial,
-    "log": sympy.log,
-    "abs": sympy.Abs,
-    "floor": sympy.floor,
-    "ceil": sympy.ceiling,
-    "sgn": sympy.sign,
-    "max": sympy.Max,
-    "min": sympy.Min,
-    "percent": lambda value: value / 100,
+    "pow": operator.pow, "fact": sympy.factorial, "binom": sympy.binomial, "log": sympy.log,
+    "abs": sympy.Abs, "floor": sympy.floor, "ceil": sympy.ceiling, "sgn": sympy.sign,
+    "max": sympy.Max, "min": sympy.Min, "percent": lambda value: value / 100,
     "degree": lambda value: value * sympy.pi / 180,
-  }
+  }  # fmt: skip
   if op not in functions:
     raise Undefined(op)
   return functions[op](*values)
@@ -532,14 +513,11 @@ def _real_roots(node: Node, name: str, at: Mapping[str, Fraction]) -> list[Fract
 
   if not 1 <= _degree_bound(node, name) <= MAX_TURN_DEGREE:
     return []
-  others = {
-    sympy.Symbol(other, real=True): sympy.Rational(value.numerator, value.denominator)
-    for other, value in at.items()
-    if other != name
-  }
+  for other, value in at.items():
+    if other != name:
+      node = tree.substitute(node, other, tree.number(value))
   try:
-    unknown = sympy.Symbol(name, real=True)
-    polynomial = sympy.Poly(sympy_expression(node).subs(others), unknown)
+    polynomial = sympy.Poly(sympy_expression(node), sympy.Symbol(name, real=True))
     if polynomial.domain not in (sympy.ZZ, sympy.QQ):
       return []
     if not 1 <= polynomial.degree() <= MAX_TURN_DEGREE:
@@ -562,7 +540,7 @@ def turning_points(node: Node, at: Mapping[str, Fraction]) -> list[dict[str, Fra
 
   Args:
     node: an expression.
-    at: a value of each of its tree.symbols, which it keeps while another symbol moves.
+    at: a value of each of its symbols, which it keeps while another symbol moves.
 
   Returns:
     at most MAX_TURNS points, none where nothing turns.

@@ -1,4 +1,4 @@
-"""Equations and inequalities as answers: what they state, describe, and whether two are the same."""
+"""Equations and inequalities as answers: what they state or describe, and when two are the same."""
 
 import fractions
 import functools
@@ -11,6 +11,10 @@ from synthneg_jax.grading.answer_tree import Node, is_operation
 
 _FUNCTION_NAMES = frozenset("f g h F G H P Q T S p q a b r A V".split())
 _CONVERSE = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
+_ORDER = {
+  "<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge, "=": operator.eq,
+  "!=": operator.ne,
+}  # fmt: skip
 
 
 def is_constant(node: Node) -> bool:
@@ -41,7 +45,8 @@ def label(node: Node) -> Label | None:
     if len(sides) > 1 or not is_name(sides[0]) or is_expression:
       return None
     head, sides = sides[0], [head]
-  if isinstance(head, tree.Symbol) and any(tree.symbols(head) & tree.symbols(side) for side in sides):
+  own = tree.symbols(head) if isinstance(head, tree.Symbol) else frozenset()
+  if any(own & tree.symbols(side) for side in sides):
     return None
   value = sides[-1]
   if is_operation(head, "mul") and not tree.symbols(value) and not _is_segment(head):
@@ -208,7 +213,8 @@ def _solves(solution: tree.Relation, equation: Node) -> bool:
   name, zero = heads[0].name, tree.number(0)
   if name not in tree.symbols(equation):
     return False
-  below, at, above = (tree.substitute(equation, name, named.value + tree.number(step)) for step in (-1, 0, 1))
+  values = [named.value + tree.number(step) for step in (-1, 0, 1)]
+  below, at, above = (tree.substitute(equation, name, value) for value in values)
   bend = below + above - tree.number(2) * at
   return equal(at, zero) and equal(bend, zero) and not equal(above, zero)
 
@@ -233,7 +239,7 @@ def same_set(a: Node, b: Node) -> bool | None:
 class _Line:
   """The real line, cut at every number that two trees mention.
 
-  With n cuts it has 2n + 1 cells: cell 2k + 1 is the k-th cut and cell 2k what lies before it. A
+  Each cut is a cell with an odd number, and what lies between two cuts one with an even number. A
   set of reals is a set of cells, so that Python's operators unite, intersect and subtract them.
   """
 
@@ -242,31 +248,19 @@ class _Line:
     cuts = [cut for node in nodes for cut in _cuts(node)]
     if any(is_operation(part, "abs") for node in nodes for part in tree.walk(node)):  # |x| < 2
       cuts += [tree.number(0), *(-cut for cut in cuts)]
-    self.cuts = []
+    self._cells, cell, last = {}, -1, None
     for cut in sorted(cuts, key=functools.cmp_to_key(_compare)):
-      if not self.cuts or _compare(self.cuts[-1], cut):
-        self.cuts.append(cut)
-    self.all = frozenset(range(2 * len(self.cuts) + 1))
-
-  def cell(self, end: Node) -> int:
-    """The cell of a number; infinity has one beyond the last, minus infinity before the first."""
-    sign = tree.infinite_sign(end)
-    if sign:
-      return len(self.all) if sign > 0 else -1
-    return 2 * next(k for k, cut in enumerate(self.cuts) if not _compare(cut, end)) + 1
+      if last is None or _compare(last, cut):
+        cell += 2
+      self._cells[cut] = cell
+      last = cut
+    self.all = frozenset(range(cell + 2))
 
   def ray(self, sign: str, end: Node) -> frozenset[int]:
-    """The numbers x with x `sign` end."""
-    cell = self.cell(end)
-    equal_to, less = self.all & {cell}, frozenset(c for c in self.all if c < cell)
-    return {
-      "=": equal_to,
-      "!=": self.all - equal_to,
-      "<": less,
-      "<=": less | equal_to,
-      ">": self.all - less - equal_to,
-      ">=": self.all - less,
-    }[sign]
+    """The numbers x with x `sign` end; `end` may be infinite."""
+    infinite = tree.infinite_sign(end)
+    cell = infinite * len(self.all) if infinite else self._cells[end]
+    return frozenset(other for other in self.all if _ORDER[sign](other, cell))
 
   def cells(self, node: Node) -> frozenset[int] | None:
     """The set that a tree describes; None where it describes none."""

@@ -5,6 +5,7 @@ pass of regexes over at most `MAX_CHARS` characters; nothing is evaluated, and a
 rule knows is an error, never skipped.
 """
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -23,8 +24,9 @@ class TooLarge(Exception):
 
 
 class Token(NamedTuple):
-  """kind: num (digits, point, exponent), word (letters), cmd (LaTeX command), text (a word of a text
-  command), op (anything else); spaced: whether a space stands before it."""
+  """kind: num (digits, point, exponent), repeating (a decimal such as 0.1(6)), word (letters), cmd
+  (LaTeX command), text (a word of a text command), op (anything else); spaced: whether a space
+  stands before it."""
 
   kind: str
   value: str
@@ -62,7 +64,10 @@ _LAYOUT = re.compile(
   r"mathstrut|strut|phantom\{[^{}]*+\}|[hv]space\*?\{[^{}]*+\}|hfill|noindent|allowbreak|nonumber|"
   r"notag|label\{[^{}]*+\}|tag\{[^{}]*+\})(?![A-Za-z])\.?"
 )
-_SPACES = re.compile(r"(?<!\\)\\[,;:!> ~]|~|\\q?quad|\\(?:thinspace|enspace|medspace|thickspace)(?![A-Za-z])|&nbsp;")
+_SPACES = re.compile(
+  r"(?<!\\)\\[,;:!> ~]|~|&nbsp;|"
+  r"\\q?quad|\\(?:thinspace|enspace|medspace|thickspace)(?![A-Za-z])"
+)
 _THIN_GROUPS = re.compile(
   r"(?<![0-9.,])"
   r"([0-9]{1,3}(?>(?:(?:\\,|\\!,\\!|\\!|\{,\}\\?!?|,\\! ?|\{\\,\})[0-9]{3})+))"
@@ -77,10 +82,13 @@ _FONT_COMMANDS = (
   "mathnormal boldsymbol bm pmb rm bf it underline"
 ).split()
 _TEXT = re.compile(rf"\\({'|'.join(_WORD_COMMANDS + _FONT_COMMANDS)})\*?\s*(?=\{{)")
-_BARE_FONT = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+([A-Za-z0-9])(?![A-Za-z])")
-_SHOWN = re.compile(  # what stands around or beside a formula without changing it
-  r"\\(?:text)?color\s*(?:\[[^\[\]]*+\])?\s*\{[^{}]*+\}|\\colorbox\s*\{[^{}]*+\}|"
-  r"\\fcolorbox\s*\{[^{}]*+\}\s*\{[^{}]*+\}|\\bbox\s*(?:\[[^\[\]]*+\])?(?![A-Za-z])|"
+_BARE_FONT = re.compile(
+  r"\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+"
+  r"([A-Za-z0-9])(?![A-Za-z])"
+)
+_SHOWN = re.compile(  # colours, frames and marks, which do not change a formula
+  r"\\(?:text)?color\s*+(?:\[[^\[\]]*+\]\s*+)?\{[^{}]*+\}|\\colorbox\s*+\{[^{}]*+\}|"
+  r"\\fcolorbox\s*+\{[^{}]*+\}\s*+\{[^{}]*+\}|\\bbox(?![A-Za-z])\s*+(?:\[[^\[\]]*+\])?|"
   r"\\(?:boxed|fbox|framebox|underbrace|overbrace|checkmark)(?![A-Za-z])"
 )
 _QUOTED = re.compile(r"\"([^\"]*+)\"|``([^`']*+)''")
@@ -94,6 +102,8 @@ _FULL_STOP = re.compile(r"(?<![.0-9])\.$|(?<=[0-9])\.$")
 _OPENERS, _CLOSERS = ("(", "[", r"\{"), (")", "]", r"\}")
 _SCAN = re.compile(
   r"(?P<space>\s++)"
+  r"|(?P<repeating>(?:[0-9]++\.[0-9]*+|\.[0-9]++)"  # 0.1(6)
+  r"(?:\(\s*[0-9]++\s*\)|\\(?:overline|bar|dot)\s*(?:\{\s*[0-9]++\s*\}|[0-9]++)))"
   r"|(?P<num>(?:[1-9][0-9]{0,2}(?>(?:,[0-9]{3})+)(?!,?[0-9])(?:\.[0-9]++)?"  # 1,234.5
   r"|[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
   r"(?:[eE][+-]?[0-9]++(?![A-Za-z]))?)"
@@ -126,6 +136,7 @@ def _plain_signs(text: str) -> str:
   return text.translate(_SIGN_TABLE)
 
 
+@functools.lru_cache(maxsize=1024)  # a response's answer is tidied several times
 def tidy(text: str) -> str:
   """The text without layout: spaces, sizes, math delimiters, display environments, a final stop."""
   text = re.sub(r"\\[()\[\]]", " ", _plain_signs(text)).replace("**", "^")
@@ -176,11 +187,11 @@ def tokens(text: str) -> list[Token]:
       end = closing(text, command.end())
       if end < 0:
         raise Unreadable("a text command that does not end")
-      words = " ".join(text[command.end() + 1 : end].split())
-      if _is_formula(words, command[1]):
+      words = text[command.end() + 1 : end].split()
+      if _is_formula(" ".join(words), command[1]):
         index = command.end()  # the braces are read as a group
       else:
-        for word in words.split() or [""]:
+        for word in words or [""]:
           result.append(Token("text", word, spaced))
           spaced = True
         index, spaced = end + 1, False
@@ -192,6 +203,8 @@ def tokens(text: str) -> list[Token]:
     if kind == "space":
       spaced = True
       continue
+    if kind == "repeating" and len(value) > MAX_DIGITS:
+      raise TooLarge("numeral")
     if kind == "num":
       result.extend(_numeral(value, spaced, in_brackets=brackets > 0))
     elif kind == "cmd":

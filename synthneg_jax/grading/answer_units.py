@@ -1,5 +1,7 @@
 """Units of measurement of an answer, and the words around a number: units, and what changes it."""
 
+import collections
+import dataclasses
 import fractions
 import functools
 import re
@@ -45,7 +47,9 @@ _DIMENSIONS = {
   "square": {"sq": 1, "square": 1},
   "cubic": {"cubic": 1},
 }
-_UNITS = {name: (dimension, _F(factor)) for dimension, table in _DIMENSIONS.items() for name, factor in table.items()}
+_UNITS = {}
+for _dimension, _table in _DIMENSIONS.items():
+  _UNITS |= {name: (_dimension, _F(factor)) for name, factor in _table.items()}
 _POWERS = {"square": 2, "cubic": 3}  # of the unit after the word
 
 # Words after a number that multiply it.
@@ -58,19 +62,22 @@ SCALES = {
 MONEY_SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "bn": 10**9}
 # Words after a number that leave open which number is meant, or make it another one.
 _HEDGES = frozenset(
-  "or nor not maybe perhaps possibly either unless plus minus negative squared cubed half halves "
-  "third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth "
-  "eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths millionth "
-  "millionths factorial root reciprocal zero one two three four five six seven eight nine ten eleven twelve "
-  "thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty "
-  "seventy eighty ninety hundreds thousands more less than fewer least most if else but vs versus where "
-  "when".split()
+  "wrong false incorrect impossible invalid untrue never cannot unlikely excluded contradiction "
+  "or nor not maybe perhaps possibly either unless plus minus negative squared cubed half "
+  "halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh "
+  "sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths thousandth "
+  "thousandths millionth millionths factorial root reciprocal zero one two three four five six "
+  "seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+  "nineteen twenty thirty forty fifty sixty seventy eighty ninety hundreds thousands more "
+  "less than fewer least most if else but vs versus where when".split()
+)  # fmt: skip
+_ABBREVIATED = frozenset(
+  "mm cm dm km ft yd mi kg mg lb oz ml mph kph hr sec min percent pct".split()  # no products
 )
-_ABBREVIATED = frozenset("mm cm dm km ft yd mi kg mg lb oz ml mph kph hr sec min percent pct".split())
 
 
 def changes_number(words: str) -> bool:
-  """Whether words beside a number hedge it or make another one of it: "or more", "squared"."""
+  """Whether words beside a number hedge, refute or change it: "or more", "is wrong", "squared"."""
   return any(word.lower() in _HEDGES for word in re.findall("[A-Za-z]+", words))
 
 
@@ -86,41 +93,37 @@ def is_abbreviation(word: str) -> bool:
   return word.lower() in _ABBREVIATED
 
 
+@dataclasses.dataclass(frozen=True)
 class Unit:
-  """The unit of a quantity. Units are equal if their known parts are.
+  """The known part of the unit of a quantity.
 
   Attributes:
-    dimensions: {"length": 2} for an area; {} where no word is a known unit.
-    factor: of the known part, an exact rational.
+    dimensions: (("length", 2),) for an area; () where no word is a known unit.
+    factor: how many of the dimensions' first unit it is, an exact rational.
   """
 
-  def __init__(self, parts: list[tuple[str, int]]):
-    """parts: words and their powers, in the order written; an unknown word counts for nothing."""
-    self.dimensions, self.factor = {}, fractions.Fraction(1)
-    next_power = 1
-    for word, power in parts:
-      dimension, factor = unit_of(word) or ("", 1)
-      if dimension in _POWERS:
-        next_power = _POWERS[dimension]
-      elif dimension:
-        power *= next_power
-        next_power = 1
-        for name, sign in zip(dimension.split("/"), (1, -1), strict=False):
-          self.dimensions[name] = self.dimensions.get(name, 0) + sign * power
-        self.factor *= factor**power
-    self.dimensions = {name: power for name, power in self.dimensions.items() if power}
-
-  def __eq__(self, other) -> bool:
-    return isinstance(other, Unit) and self._key() == other._key()
-
-  def __hash__(self) -> int:
-    return hash(self._key())
-
-  def _key(self) -> tuple:
-    return tuple(sorted(self.dimensions.items())), self.factor
+  dimensions: tuple[tuple[str, int], ...]
+  factor: fractions.Fraction
 
   def ratio(self, other: "Unit") -> fractions.Fraction | None:
     """How many of `other` one of this is: 1 if either is unknown; None if they do not compare."""
     if not self.dimensions or not other.dimensions:
       return fractions.Fraction(1)
     return self.factor / other.factor if self.dimensions == other.dimensions else None
+
+
+def unit(words: list[tuple[str, int]]) -> Unit:
+  """A unit from words and their powers, in the order written; unknown words count for nothing."""
+  powers, total = collections.Counter(), fractions.Fraction(1)
+  next_power = 1
+  for word, power in words:
+    dimension, factor = unit_of(word) or ("", 1)
+    if dimension in _POWERS:
+      next_power = _POWERS[dimension]
+    elif dimension:
+      power *= next_power
+      next_power = 1
+      for name, sign in zip(dimension.split("/"), (1, -1), strict=False):
+        powers[name] += sign * power
+      total *= factor**power
+  return Unit(tuple(sorted((name, power) for name, power in powers.items() if power)), total)

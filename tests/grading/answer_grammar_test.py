@@ -33,7 +33,7 @@ class ScaleTest(parameterized.TestCase):
 
   @parameterized.parameters(
     "7 tenths", "7 hundredths", "2 thirds", "3 fifths", "5 factorial", "5 squared", "7 dollars million",
-    r"7\text{ less}", "7 hundreds",
+    r"7\text{ less}", "7 hundreds", r"7\text{ is wrong}", "7 apples is impossible",
   )  # fmt: skip
   def test_words_that_make_another_number_are_refused(self, text):
     # Fails if a word that changes the number counts as its unit.
@@ -62,6 +62,19 @@ class DecorationTest(parameterized.TestCase):
   def test_what_is_crossed_out_is_unreadable(self, text):
     with self.assertRaises(Unreadable):
       parse(text)
+
+
+class LabelTest(parameterized.TestCase):
+  @parameterized.parameters(
+    r"\text{Answer: }13", r"\text{The area: } 13", r"\text{Area} = 13", "Area: 13", r"\text{Area}: 13", "=13"
+  )
+  def test_a_label_is_skipped(self, text):
+    # Fails if words before a colon or equals sign are read as part of the value.
+    self.assertTrue(same(parse("13"), parse(text)))
+
+  @parameterized.parameters(r"\text{Answer:}", r"\text{Answer: }")
+  def test_a_label_alone_is_text(self, text):
+    self.assertIsInstance(parse(text), tree.Text)
 
 
 class NotEqualTest(parameterized.TestCase):
