@@ -182,7 +182,7 @@ def stated_answer(solution: str) -> str | None:
     parts = boxes if all(map(_JOINT.fullmatch, gaps)) else boxes[-1:]
     return ", ".join(dict.fromkeys(box.content for box in parts))
   stated = _STATED.findall(solution)
-  text = stated[-1].strip().removesuffix(".").strip() if stated else ""
+  text = re.split(r"\.(?:\s|$)", stated[-1].strip(), maxsplit=1)[0].strip() if stated else ""
   formula = re.fullmatch(r"\$([^$]+)\$", text)
   return (formula.group(1) if formula else text).strip() or None
 
@@ -319,7 +319,8 @@ def read_row(
   is_solution = answer is not None and ("####" in answer or (asked == "question" and "\n" in answer.strip()))
   if is_solution and solution is None:
     try:
-      solution, answer = answer, answers.extract_gold(answer)
+      boxed = None if "####" in answer else last_box(answer)
+      solution, answer = answer, stated_answer(answer) if boxed else answers.extract_gold(answer)
     except errors.UserError as error:
       raise errors.UserError(f'the field "answer": {str(error).removesuffix(".")}') from None
     if not keep_annotations:

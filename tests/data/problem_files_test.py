@@ -155,6 +155,8 @@ class ProblemFilesTest(parameterized.TestCase):
     ({"query": "p", "response": "a\nThe answer is: $\\frac12$"}, "p", None, "\\frac12"),
     ({"query": "p", "response": "a $\\boxed{\\frac12}$.\nThe answer is: \\frac{1}{2}"}, "p", None, "\\frac12"),
     ({"query": "p", "response": "a\nThe answer is: 1.5."}, "p", None, "1.5"),
+    ({"query": "p", "response": "The answer is 1.5. So it is."}, "p", None, "1.5"),
+    ({"question": "p", "answer": "First 2.\nSo \\boxed{5}."}, "p", "First 2.\nSo \\boxed{5}.", "5"),
     (  # DAPO and verl
       {
         "data_source": "math_dapo",
