@@ -304,7 +304,19 @@ def read_row(
   Raises:
     UserError: the field that is at fault, without the place.
   """
-  row = _mapped(row, fields or {})
+  fields = fields or {}
+  mapped = _mapped(row, fields)
+  try:
+    return _read_mapped(mapped, prefix, given_id, keep_annotations)
+  except errors.UserError as error:
+    message = str(error)
+  for target, source in fields.items() if mapped is not row else ():
+    message = message.replace(f'the field "{target}"', f'the field "{source}"')
+  raise errors.UserError(message)
+
+
+def _read_mapped(row: dict, prefix: str, given_id: str | None, keep_annotations: bool) -> Row:
+  """As `read_row`, of a row with our names of its fields."""
   names = ("problem", "question", "query", "prompt", "messages")
   asked = next((name for name in names if row.get(name) is not None), None)
   if asked is None:

@@ -206,7 +206,8 @@ class ProblemFilesTest(parameterized.TestCase):
     mine, plain = read({"q": "p", "gold": {"final": 5}, "n": 3, "answer": "x"}, {"question": "r", "answer": "6"}).rows
     self.assertEqual((mine.problem, mine.answer, mine.id), ("p", "5", "jsonl/train/3"))
     self.assertEqual((plain.problem, plain.answer), ("r", "6"))
-    self._assert_error(lambda: read({"q": "p", "gold": {}}), 'line 1: the field "answer" is missing', "task.fields")
+    self._assert_error(lambda: read({"q": "p", "gold": {}}), 'line 1: the field "gold.final" is missing', "task.fields")
+    self._assert_error(lambda: read({"q": 5, "gold": {"final": 5}}), 'the field "q" must be text in quotes')
 
   # Fails if blank last lines count as rows, or one in the middle does not.
   def test_blank_lines(self):
