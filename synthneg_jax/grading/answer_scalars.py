@@ -25,7 +25,8 @@ class Conventions:
     decimal_digits: significant digits from which a decimal that is the other side rounded or cut off counts as equal to
       it, where that has no finite decimal form itself; 0: never. The default takes what a computer prints (1/3 is
       0.333333333333) and nothing that a person rounds.
-    extraction: "last" reads an unmarked response too (rule 5 of answer_extraction.py); "marked" does not.
+    extraction: "last" reads an unmarked response too, by its last display or line (responses.py); "marked" does not.
+    retractions: what "The answer is 7. No wait, it is 8." states: nothing for sure ("ambiguous"), or 8 ("last").
   """
 
   percent: str = "either"
@@ -34,6 +35,7 @@ class Conventions:
   lists: str = "auto"
   decimal_digits: int = 12
   extraction: str = "last"
+  retractions: str = "ambiguous"
 
 
 def is_scalar(node: Node) -> bool:

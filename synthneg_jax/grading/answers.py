@@ -16,11 +16,13 @@ from collections.abc import Sequence
 
 from synthneg_jax.grading import grading_pool
 from synthneg_jax.grading.answer_scalars import Conventions
-from synthneg_jax.grading.integer_answers import MAX_EXTRACTED, MAX_NUMERAL, extract_gold, grade_integer
+from synthneg_jax.grading.responses import opens_thought
+from synthneg_jax.grading.verdicts import MAX_EXTRACTED, extract_gold, grade_response, stated_answer
 from synthneg_jax.runtime import errors
 
 __all__ = (
-  "KINDS", "MAX_EXTRACTED", "MAX_NUMERAL", "REASONS", "Conventions", "Verdict", "extract_gold", "grade", "grade_many",
+  "KINDS", "MAX_EXTRACTED", "REASONS", "Conventions", "Verdict", "extract_gold", "grade", "grade_many", "opens_thought",
+  "stated_answer",
 )  # fmt: skip
 
 KINDS = ("integer", "math", "exact")
@@ -51,21 +53,28 @@ class Verdict:
 
 
 def grade(
-  response: str, gold: str, *, kind: str = "integer", timeout_s: float = 2.0, rules: Conventions = DEFAULT
+  response: str,
+  gold: str,
+  *,
+  kind: str = "integer",
+  timeout_s: float = 2.0,
+  rules: Conventions = DEFAULT,
+  thought_open: bool = False,
 ) -> Verdict:
-  """Grades a response against a gold answer.
+  r"""Grades a response against a gold answer.
 
-  A response should stop after its answer, so several statements that differ are ambiguous; equal ones are fine, and
-  earlier ones that cannot be read (a heading such as `#### Step 1`) do not count.
+  What a response states is read the same way for every kind but "exact" (grading/responses.py). A response should stop
+  after its answer: statements that contradict each other are ambiguous, equal ones are fine.
 
   Args:
     response: the response's text; any string is allowed, hostile ones included.
-    gold: the gold answer alone, without `####`, for example "1,080" or r"\\frac{3}{4}".
+    gold: the gold answer alone, for example "1,080" or r"\frac{3}{4}", or a text whose last boxes hold it.
     kind: how answers compare. "integer", despite its name, compares all rationals exactly: 72.0 equals 72, 3/4 equals
       0.75, and no float is involved; 20% is 20. "math" reads the grammar of docs/grading.md. "exact": the whole response
       is the answer, and equals the gold one but for whitespace.
-    timeout_s: seconds after which an answer is given up ("timeout"); of kind "math" seconds of a processor.
-    rules: what counts as the same answer, of kind "math" only.
+    timeout_s: seconds of a processor after which an answer of kind "math" is given up ("timeout").
+    rules: what counts as the same answer; extraction and retractions hold for kind "integer" too.
+    thought_open: the prompt ends within a thought (`opens_thought`), so that the response begins in one.
 
   Returns:
     The verdict.
@@ -73,7 +82,8 @@ def grade(
   Raises:
     UserError: the kind is not supported, or the gold answer cannot be read.
   """
-  return grade_many([response], [gold], kind=kind, timeout_s=timeout_s, rules=rules)[0]
+  settings = {"kind": kind, "timeout_s": timeout_s, "rules": rules, "thought_open": thought_open}
+  return grade_many([response], [gold], **settings)[0]
 
 
 def grade_many(
@@ -83,18 +93,22 @@ def grade_many(
   kind: str = "integer",
   timeout_s: float = 2.0,
   rules: Conventions = DEFAULT,
+  thought_open: bool = False,
 ) -> list[Verdict]:
   """Grades responses against their gold answers, in order; else as `grade`. Of use from any thread, and in notebooks."""
   if kind not in KINDS:
     raise errors.UserError(f'The answer kind "{kind}" is not supported; the supported kinds: {", ".join(KINDS)}.')
   if len(responses) != len(golds):
     raise ValueError(f"{len(responses)} responses and {len(golds)} gold answers")
+  if thought_open:
+    responses = [f"<think>{response}" for response in responses]
+  pairs = list(zip(responses, golds, strict=True))
   if kind == "exact":
-    graded = [_exact(response.split(), gold.split()) for response, gold in zip(responses, golds, strict=True)]
+    graded = [_exact(response.split(), gold.split()) for response, gold in pairs]
   elif kind == "integer":
-    graded = [grade_integer(response, gold, timeout_s) for response, gold in zip(responses, golds, strict=True)]
+    graded = [grade_response(response, gold, kind=kind, rules=rules) for response, gold in pairs]
   else:
-    graded = _pool().grade(list(zip(responses, golds, strict=True)), rules, timeout_s)
+    graded = _pool().grade(pairs, rules, timeout_s)
   return [Verdict(reason == "right", reason, extracted) for reason, extracted in graded]
 
 

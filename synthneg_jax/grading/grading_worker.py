@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 
 from synthneg_jax.grading.answer_scalars import Conventions
-from synthneg_jax.grading.math_answers import grade_math
+from synthneg_jax.grading.verdicts import grade_response
 from synthneg_jax.runtime import errors
 
 
@@ -30,7 +30,7 @@ def grade_line(response: str, gold: str, rules: Conventions, timeout_s: float) -
   try:
     signal.setitimer(signal.ITIMER_VIRTUAL, timeout_s)
     try:
-      return grade_math(response, gold, rules)
+      return grade_response(response, gold, kind="math", rules=rules)
     finally:
       signal.setitimer(signal.ITIMER_VIRTUAL, 0)
   except OutOfTime:

@@ -98,7 +98,7 @@ def _rollouts(
   ids = [one.ids.tolist() for one in made]
   wholes = [p.trace.ids[: p.trace.step_ends[p.step]] + grown for p, grown in zip(prefixes, ids, strict=True)]
   texts = [policy.token_text.text(whole) for whole in wholes]
-  graded = traces_lib.verdicts(experiment, texts, [answer] * len(texts), [one.finish for one in made])
+  graded = traces_lib.verdicts(experiment, policy, texts, [answer] * len(texts), [one.finish for one in made])
   for one, grown, verdict in zip(made, ids, graded, strict=True):
     first = (steps.ends(grown, policy.token_text, experiment.config.task) or [0])[0]
     logps = [None if one.logp is None else round(float(np.sum(one.logp[:end])), 5) for end in (first, len(grown))]

@@ -17,32 +17,52 @@ from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import keys, processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.progress import Progress
+from synthneg_jax.tasks import generated
+from synthneg_jax.tasks import problems as problems_lib
 
-_ANSWER = {"integer": "####", "math": "\\boxed", "exact": ""}  # what the answer comes behind
 _SHARD = 512  # problems a shard: what a killed run loses at most
 
 
+def _thought_open(experiment: Experiment, policy: Policy) -> bool:
+  """Whether the chat template ends its prompts within a thought, as those that write <think> do."""
+  if problems_lib.prompt_style(experiment.config.task) != "chat":
+    return False
+  ids = train_policy.prompt_ids(experiment, policy.tokenizer, Problem("", "?", "", "", ""))
+  return answers.opens_thought(policy.tokenizer.decode(ids[-64:], skip_special_tokens=False))
+
+
 def verdicts(
-  experiment: Experiment, texts: Sequence[str], golds: Sequence[str], finishes: Sequence[str]
+  experiment: Experiment, policy: Policy, texts: Sequence[str], golds: Sequence[str], finishes: Sequence[str]
 ) -> list[answers.Verdict]:
   """Grades responses; one that was cut at the length limit before its answer was whole is "truncated"."""
   stop, task = list(experiment.config.engine.stop), experiment.config.task
-  rules = {name: value for name, value in task.grading.items() if name != "timeout_s"}
-  graded = answers.grade_many(
-    [token_text.cut_at_stop(text, stop) if stop else text for text in texts],
-    golds,
-    kind=task.answers,
-    timeout_s=task.grading.timeout_s,
-    rules=answers.Conventions(**rules),
-  )
-  marker = _ANSWER[task.answers]
-  # The last line was cut, so what it says is not what the model would have said.
-  cut = [
-    finish == "length" and (verdict.reason == "no_answer" or marker not in text or marker in text.rpartition("\n")[2])
-    for text, finish, verdict in zip(texts, finishes, graded, strict=True)
-  ]
-  truncated = answers.Verdict(False, "truncated", None)
-  return [truncated if was_cut else verdict for verdict, was_cut in zip(graded, cut, strict=True)]
+  rules = answers.Conventions(**{name: value for name, value in task.grading.items() if name != "timeout_s"})
+  if task.name in generated.TASKS:
+    rules = dataclasses.replace(
+      rules, extraction="marked"
+    )  # their solutions end in ####: without it nothing is answered
+  texts = [token_text.cut_at_stop(text, stop) if stop else text for text in texts]
+  graded: list[answers.Verdict] = [answers.Verdict(False, "truncated", None)] * len(texts)
+  cut = [finish == "length" for finish in finishes]
+  for was_cut in (False, True):
+    chosen = [index for index in range(len(texts)) if cut[index] == was_cut]
+    if was_cut and task.answers == "exact":
+      continue
+    if was_cut:
+      # The last line was cut, so what it says is not what the model would have said, and only a marked answer counts.
+      rules = dataclasses.replace(rules, extraction="marked")
+    found = answers.grade_many(
+      [texts[i].rpartition("\n")[0] if was_cut else texts[i] for i in chosen],
+      [golds[i] for i in chosen],
+      kind=task.answers,
+      timeout_s=task.grading.timeout_s,
+      rules=rules,
+      thought_open=_thought_open(experiment, policy),
+    )
+    for index, verdict in zip(chosen, found, strict=True):
+      if not (was_cut and verdict.reason == "no_answer"):
+        graded[index] = verdict
+  return graded
 
 
 def traces_of(
@@ -51,7 +71,8 @@ def traces_of(
   """Responses, each with its problem and its number there, as records with steps and verdicts; graded all at once."""
   ids = [one.ids.tolist() for _, _, one in made]
   texts = [policy.token_text.text(of_one) for of_one in ids]
-  graded = verdicts(experiment, texts, [problem.answer for problem, _, _ in made], [one.finish for _, _, one in made])
+  golds, finishes = [problem.answer for problem, _, _ in made], [one.finish for _, _, one in made]
+  graded = verdicts(experiment, policy, texts, golds, finishes)
 
   def rounded(values):
     return [round(float(value), 5) for value in values]

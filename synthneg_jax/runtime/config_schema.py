@@ -285,8 +285,13 @@ SCHEMA = {
       ),
       "extraction": Leaf(
         "last",
-        "Whether an unmarked response is read for its last formula or number (last) or has no answer (marked).",
+        "Whether a response without a marked answer is read by its last display or line (last) or has none (marked).",
         choices=("last", "marked"),
+      ),
+      "retractions": Leaf(
+        "ambiguous",
+        'What "The answer is 7. No wait, it is 8." states: nothing for sure (ambiguous) or 8 (last).',
+        choices=("ambiguous", "last"),
       ),
       "timeout_s": Leaf(2.0, "Processor time that one answer may take.", unit="seconds", within="(0, inf)"),
     },

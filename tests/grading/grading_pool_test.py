@@ -31,18 +31,18 @@ def grade(response, gold, rules, timeout_s):
   if response == "spin":
     def spin():
       while True: pass
-    grading_worker.grade_math = lambda *_: spin()
+    grading_worker.grade_response = lambda *_, **__: spin()
     made = grading_worker.grade_line(response, gold, rules, timeout_s)
-    from synthneg_jax.grading.math_answers import grade_math
-    grading_worker.grade_math = grade_math
+    from synthneg_jax.grading.verdicts import grade_response
+    grading_worker.grade_response = grade_response
     return made
   if response == "die": os._exit(3)
   if response == "crash": os.kill(os.getpid(), signal.SIGSEGV)
   if response == "eat":
-    grading_worker.grade_math = lambda *_: bytearray(1 << 32)
+    grading_worker.grade_response = lambda *_, **__: bytearray(1 << 32)
     made = grading_worker.grade_line(response, gold, rules, timeout_s)
-    from synthneg_jax.grading.math_answers import grade_math
-    grading_worker.grade_math = grade_math
+    from synthneg_jax.grading.verdicts import grade_response
+    grading_worker.grade_response = grade_response
     return made
   print("noise")
   return grading_worker.grade_line(response, gold, rules, timeout_s)

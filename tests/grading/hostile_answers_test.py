@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 
 from synthneg_jax.grading import answers
 from synthneg_jax.grading.answer_scalars import Conventions
-from synthneg_jax.grading.math_answers import grade_math
+from synthneg_jax.grading.verdicts import grade_response
 from tests.grading import hostile_answers
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -25,10 +25,9 @@ FUZZ = r"""
 import sys
 import tempfile
 import atheris
-with atheris.instrument_imports(include=["synthneg_jax.tasks"]):
+with atheris.instrument_imports(include=["synthneg_jax.grading"]):
   from synthneg_jax.grading.answer_scalars import Conventions
-  from synthneg_jax.grading.math_answers import grade_math
-from synthneg_jax.grading.integer_answers import grade_integer
+  from synthneg_jax.grading.verdicts import grade_response
 RULES = Conventions()
 GOLDS = ("7", "x+1", r"\sqrt{2}", r"\{1,2\}", "[0,1)", "x=8")
 def one(data):
@@ -36,8 +35,8 @@ def one(data):
   gold = GOLDS[provider.ConsumeIntInRange(0, 5)]
   text = provider.ConsumeUnicode(500)
   for response in (text, r"\boxed{" + text + "}"):
-    grade_math(response, gold, RULES)
-    grade_integer(response, "7", 2.0)
+    grade_response(response, gold, kind="math", rules=RULES)
+    grade_response(response, "7", kind="integer", rules=RULES)
 atheris.Setup(sys.argv, one)
 atheris.Fuzz()
 """
@@ -50,7 +49,7 @@ class HostileTest(parameterized.TestCase):
     worst, right = 0.0, []
     for index, text in enumerate(hostile_answers.strings(10_000, seed=3)):
       gold, start = GOLDS[index % len(GOLDS)], time.process_time()
-      reason, _ = grade_math(text if index % 2 else rf"\boxed{{{text}}}", gold, RULES)
+      reason, _ = grade_response(text if index % 2 else rf"\boxed{{{text}}}", gold, kind="math", rules=RULES)
       worst = max(worst, time.process_time() - start)
       self.assertIn(reason, answers.REASONS)
       if reason == "right":
@@ -80,14 +79,14 @@ class HostileTest(parameterized.TestCase):
     # Fails if one of them hangs, raises, or reads as 7.
     for response in (text, rf"\boxed{{{text}}}", f"#### {text}", f"The answer is {text}"):
       start = time.process_time()
-      reason, _ = grade_math(response, "7", RULES)
+      reason, _ = grade_response(response, "7", kind="math", rules=RULES)
       self.assertLess(time.process_time() - start, 4.0)
       self.assertNotEqual(reason, "right", response[:50])
 
   def test_same_verdict_in_a_worker(self):
     # Fails if a worker's limits of memory or time change what an answer is.
     texts = [rf"\boxed{{{text}}}" for text in hostile_answers.strings(500, seed=4)]
-    here = [grade_math(text, "7", RULES)[0] for text in texts]
+    here = [grade_response(text, "7", kind="math", rules=RULES)[0] for text in texts]
     there = [verdict.reason for verdict in answers.grade_many(texts, ["7"] * 500, kind="math", timeout_s=20.0)]
     self.assertEqual(here, there)
 

@@ -40,7 +40,9 @@ class OneTextTest(absltest.TestCase):
     for number, drawn in enumerate(rollouts):
       self.assertLen(drawn, ROLLOUTS)
       wholes = ["".join(lines[:number]) + text for text, _ in drawn]
-      graded = traces.verdicts(self.experiment, wholes, [self.problem.answer] * ROLLOUTS, ["eos"] * ROLLOUTS)
+      graded = traces.verdicts(
+        self.experiment, self.policy, wholes, [self.problem.answer] * ROLLOUTS, ["eos"] * ROLLOUTS
+      )
       for (_, right), verdict in zip(drawn, graded, strict=True):
         self.assertTrue(verdict.correct or not right)
         once_right |= right

@@ -104,7 +104,7 @@ def values(
       begun = [list(one.ids[:end]) for end in one.ends for _ in range(count)]
       texts = [policy.token_text.text(ids + each.ids.tolist()) for ids, each in zip(begun, made, strict=True)]
       verdicts = traces_lib.verdicts(
-        experiment, texts, [one.problem.answer] * len(texts), [each.finish for each in made]
+        experiment, policy, texts, [one.problem.answer] * len(texts), [each.finish for each in made]
       )
       found[index] = np.reshape([verdict.correct for verdict in verdicts], (len(one.ends), count)).mean(axis=1)
       progress.update()
