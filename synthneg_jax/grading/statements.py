@@ -206,6 +206,8 @@ _ENDS_EMPTY = re.compile(r"(?:#{4,}|\\(?:boxed|fbox)\s*(?:\{\s*\})?)[\s$*.]*\Z")
 def boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
   r"""(start, end, content) of every \boxed or \fbox, and whether the last one does not close."""
   found, position = [], 0
+  if "box" not in text and "oxed" not in text:
+    return found, False
   while match := _BOX.search(text, position):
     position = match.end()
     if position < len(text) and text[position] == "{":
@@ -473,7 +475,8 @@ def read_response(response: str, *, marked_only: bool = False) -> Reading:
   asserted = [span for span in spans if not _is_denied(text, span)]
   certain = [span for span in asserted if not _is_hedged(text, span)]
   if certain:
-    fallback = None if marked_only else _implicit(text, bold)
+    is_heading = all(span.statement.source == "heading" for span in certain)
+    fallback = _implicit(text, bold) if is_heading and not marked_only else None
     return _with_retractions(text, certain)._replace(fallback=fallback)
   if asserted:
     return Reading((), "ambiguous")
