@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 import synthneg_jax.tasks
 from synthneg_jax.data.token_text import TokenText, stop_table
 from synthneg_jax.decoding.decode import Stops
-from synthneg_jax.models import huggingface
+from synthneg_jax.models import hf_tokenizers, huggingface
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import checkpoints, device_mesh, processes
@@ -39,7 +39,8 @@ class Policy:
     folder: where it was read.
     base: folder of the weights beneath all adapters.
     adapters: pairs (Adapter, its parameters) that were merged, the first one first.
-    eos_ids: tokens that end a response, the tokenizer's EOS first.
+    eos_ids: all tokens that end a response, by the tokenizer, generation_config.json and config.json; the tokenizer's EOS
+      first. Whatever handles endings takes them from here.
   """
 
   model: Model
@@ -62,7 +63,8 @@ class Policy:
       mesh: where the weights go.
 
     Raises:
-      UserError: no such folder, weights that are missing or of another shape, or a model that the mesh cannot split.
+      UserError: no such folder, weights that are missing or of another shape, a tokenizer that does not belong to the
+        model, or a model that the mesh cannot split.
     """
     folder = epath.Path(path)
     if not folder.exists():
@@ -73,16 +75,19 @@ class Policy:
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
       raise UserError(f"{folder} holds an adapter of PEFT; have PEFT merge it into its base and name that folder.")
 
-    model = Model(
-      huggingface.read_config(
-        folder, dtype=config.dtype, param_dtype=config.param_dtype, scan_layers=config.scan_layers, remat=config.remat
-      )
+    has_params = (folder / "params").exists() or not list(folder.glob("*.safetensors*"))
+    described = huggingface.read_config(
+      folder, dtype=config.dtype, param_dtype=config.param_dtype, scan_layers=config.scan_layers, remat=config.remat
     )
+    model = Model(described if has_params else huggingface.untie_other_head(folder, described))
     _check_rope_scaling(folder, model, config.max_length)
     tokenizer = load_tokenizer(folder)
-    eos_ids = tuple(huggingface.eos_ids(folder, tokenizer.eos_token_id))
+    hf_tokenizers.check(folder, tokenizer, model.config.vocab_size)
+    eos_ids = hf_tokenizers.below(
+      hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id), model.config.vocab_size, folder
+    )
     layout = param_shardings(model, mesh)
-    if (folder / "params").exists() or not list(folder.glob("*.safetensors*")):
+    if has_params:
       params = checkpoints.load_params(folder, model.abstract_params(), layout)
     else:
       params = huggingface.load_params(folder, model, layout)
@@ -90,7 +95,7 @@ class Policy:
       model=model,
       params=params,
       tokenizer=tokenizer,
-      token_text=TokenText(tokenizer),
+      token_text=TokenText(tokenizer, eos_ids),
       fingerprint=checkpoints.fingerprint(params),
       folder=folder,
       base=folder,
@@ -136,10 +141,11 @@ class Policy:
       folder.mkdir(parents=True, exist_ok=True)
       checkpoints.save_params(folder, params)
       if processes.first():
-        for name in ("config.json", "generation_config.json", *huggingface.tokenizer_files(self.folder)):
+        for name in (*hf_tokenizers.CONFIG_FILES, *hf_tokenizers.files(self.folder)):
           if (self.folder / name).exists():
             (folder / name).parent.mkdir(exist_ok=True)
             (self.folder / name).copy(folder / name, overwrite=True)
+        huggingface.set_tie(folder, self.model.config.tie_embeddings)
         if adapter is not None:
           (folder / _ADAPTER).write_text(json.dumps(_adapter_spec(folder, self, adapter)) + "\n")
         (folder / "fingerprint.json").write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
@@ -162,15 +168,14 @@ def _check_rope_scaling(folder: epath.Path, model: Model, max_length: int) -> No
 
 
 def load_tokenizer(folder: epath.Path) -> transformers.PreTrainedTokenizerFast:
-  """The tokenizer of a policy folder or Hugging Face folder.
+  """The tokenizer of a policy folder or Hugging Face folder; errors as in `hf_tokenizers.load`."""
+  return hf_tokenizers.load(tokenizer_folder(folder))
 
-  Raises:
-    UserError: transformers can load no tokenizer from it.
-  """
-  try:
-    return transformers.AutoTokenizer.from_pretrained(tokenizer_folder(folder), local_files_only=True)
-  except (OSError, ValueError) as error:
-    raise UserError(f"{folder} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
+
+def load_token_text(folder: epath.Path) -> tuple[transformers.PreTrainedTokenizerFast, TokenText]:
+  """A folder's tokenizer and the bytes of its tokens, of which those that end a response have none; no weights are read."""
+  tokenizer = load_tokenizer(folder)
+  return tokenizer, TokenText(tokenizer, hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id))
 
 
 def resolve(path: str) -> epath.Path:
@@ -183,7 +188,7 @@ def tokenizer_folder(folder: epath.Path) -> str:
   if "://" not in os.fspath(folder):
     return os.fspath(folder)
   copy = epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
-  for name in ("config.json", *huggingface.tokenizer_files(folder)):
+  for name in (*hf_tokenizers.CONFIG_FILES, *hf_tokenizers.files(folder)):
     if (folder / name).exists():
       (copy / name).parent.mkdir(exist_ok=True)
       (folder / name).copy(copy / name)

@@ -26,12 +26,12 @@ class Codec(NamedTuple):
   """What the engine needs of the policy's tokenizer.
 
   Attributes:
-    eos_id: the token that ends a response.
+    eos_ids: the tokens that end a response; the first is added where the server leaves it out.
     encode: text -> ids, without special tokens.
     decode: ids -> text, with them.
   """
 
-  eos_id: int
+  eos_ids: tuple[int, ...]
   encode: Callable[[str], list[int]]
   decode: Callable[[Sequence[int]], str]
 
@@ -58,7 +58,7 @@ class RemoteEngine:
       UserError: as `Endpoint`.
     """
     self._endpoint, self._model = Endpoint(section), section.model
-    self._eos, self._encode, self._decode, self._send_ids = *codec, send_ids
+    self._eos_ids, self._encode, self._decode, self._send_ids = *codec, send_ids
     self._stop, self._new = list(stop), max_new_tokens
     self.stats = {"steps": 0, "busy_slots": 0, "slots": 0, "prefill_tokens": 0}
     self.stats |= {"requests": 0, "retokenised": 0, "without_logp": 0}
@@ -130,11 +130,12 @@ class RemoteEngine:
     ids = list(ids)
     at_string = choice.finish_reason == "stop" and any(stop in self._decode(ids) for stop in self._stop)
     named = getattr(choice, "stop_reason", None)  # vLLM: the stop string; none where EOS ended it
-    if choice.finish_reason == "stop" and not at_string and not isinstance(named, str) and ids[-1:] != [self._eos]:
-      ids.append(self._eos)  # its author stopped here; the server left EOS out
+    ended = bool(ids) and ids[-1] in self._eos_ids
+    if choice.finish_reason == "stop" and not at_string and not isinstance(named, str) and not ended:
+      ids.append(self._eos_ids[0])  # its author stopped here; the server left EOS out
     if logp is not None and (len(logp) != len(ids) or any(value is None for value in logp)):
       logp = None
-    if ids[-1:] == [self._eos]:
+    if ids and ids[-1] in self._eos_ids:
       finish = "eos"
     else:
       finish = "stop" if choice.finish_reason == "stop" else "length"

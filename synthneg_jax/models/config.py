@@ -1,6 +1,7 @@
 """What a decoder looks like: its sizes, and how it computes."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from synthneg_jax.runtime.errors import UserError
 
@@ -115,6 +116,23 @@ class ModelConfig:
   def layer_windows(self) -> tuple[int, ...]:
     """For each layer the positions that a token sees, its own included; 0 for all."""
     return tuple(self.window if windowed else 0 for windowed in self.windowed or (False,) * self.num_layers)
+
+  def check_ids(self, ids: Sequence[int], where: str) -> None:
+    """Refuses token ids that have no row of the embedding, which a lookup would clamp without a word.
+
+    Args:
+      ids: token ids.
+      where: begins the sentence.
+
+    Raises:
+      UserError: names the greatest id.
+    """
+    if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+      wrong = max(ids) if max(ids) >= self.vocab_size else min(ids)
+      raise UserError(
+        f"{where} holds token id {wrong}, but the model's embedding has {self.vocab_size} rows: tokenizer and model do not "
+        "belong together."
+      )
 
   @property
   def num_params(self) -> int:

@@ -4,17 +4,19 @@ Our matrices are the transposes of theirs ([in, out] against [out, in]) and stan
 the same, so that no row moves. Neither direction needs torch. Folders are local.
 """
 
+import dataclasses
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
 from etils import epath
 
 from synthneg_jax.models import hf_configs
@@ -23,19 +25,9 @@ from synthneg_jax.models.decoder import Model, Params
 from synthneg_jax.runtime.errors import UserError
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_ENDS = ("embedding", "unembedding")
+_ROWS_COMPARED = 4096  # rows of the embedding that are on the host at a time when a head is compared with it
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "tokenizer.model",
-  "vocab.json",
-  "merges.txt",
-  "chat_template.jinja",
-  "chat_template.json",
-)
-_TEMPLATES = "additional_chat_templates"
 
 
 def read_config(folder: epath.PathLike, *, dtype: str, param_dtype: str, scan_layers: bool, remat: str) -> ModelConfig:
@@ -47,6 +39,34 @@ def read_config(folder: epath.PathLike, *, dtype: str, param_dtype: str, scan_la
   path = epath.Path(folder) / "config.json"
   settings = {"dtype": dtype, "param_dtype": param_dtype, "scan_layers": scan_layers, "remat": remat}
   return hf_configs.read(_read_json(path), path, **settings)
+
+
+def untie_other_head(folder: epath.PathLike, config: ModelConfig) -> ModelConfig:
+  """The same architecture, untied where the folder holds an lm_head.weight that differs from the embedding.
+
+  Some trainers leave `tie_word_embeddings: true` in config.json when they have trained a head of its own.
+
+  Raises:
+    UserError: a file is missing or corrupt.
+  """
+  if not config.tie_embeddings:
+    return config
+  sources = {name: file for _, file in _open_all(epath.Path(folder)) for name in file.keys()}  # noqa: SIM118
+  names = hf_configs.tensor_names(config)
+  parts = [sources.get(names[f"ends/{end}"]) for end in _ENDS]
+  if None in parts:
+    return config
+  embedding, head = (file.get_slice(names[f"ends/{end}"]) for file, end in zip(parts, _ENDS, strict=True))
+  shape = embedding.get_shape()
+  if shape == head.get_shape():
+    starts = range(0, shape[0], _ROWS_COMPARED)
+    spans = [slice(start, min(start + _ROWS_COMPARED, shape[0])) for start in starts]
+    if all(np.array_equal(_wide(embedding[span]), _wide(head[span])) for span in spans):
+      return config
+  logging.info(
+    "%s: tie_word_embeddings is true, but lm_head.weight differs from the embedding; the head is kept, untied.", folder
+  )
+  return dataclasses.replace(config, tie_embeddings=False)
 
 
 def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
@@ -105,7 +125,23 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
   return jax.tree_util.tree_map_with_path(load, abstract, shardings)
 
 
-def save(folder, model: Model, params: Params, *, tokenizer_folder=None, max_shard_bytes: int = 5 * 10**9) -> None:
+def set_tie(folder: epath.PathLike, tie_embeddings: bool) -> None:
+  """Has config.json say whether the head is the embedding, where it says otherwise."""
+  path = epath.Path(folder) / "config.json"
+  raw = _read_json(path)
+  if "tie_word_embeddings" in raw and bool(raw["tie_word_embeddings"]) != tie_embeddings:
+    _write_json(path, raw | {"tie_word_embeddings": tie_embeddings})
+
+
+def save(
+  folder,
+  model: Model,
+  params: Params,
+  *,
+  tokenizer_folder=None,
+  eos_ids: Sequence[int] = (),
+  max_shard_bytes: int = 5 * 10**9,
+) -> None:
   """Writes a folder that transformers.AutoModelForCausalLM loads; a killed call leaves nothing under its name.
 
   Parameters keep their dtype and their bits. One file of weights and one parameter are on the host at a time.
@@ -115,7 +151,8 @@ def save(folder, model: Model, params: Params, *, tokenizer_folder=None, max_sha
     model: the architecture.
     params: stacked parameters; this process must be able to address every device's part.
     tokenizer_folder: its tokenizer is copied, its special ids and max_position_embeddings stand in config.json, and its
-      generation_config.json, where it has one, is copied too, the tokenizer's EOS added where it lacks it.
+      generation_config.json, where it has one, is copied too. Both configs name all ids that end a turn.
+    eos_ids: all ids that end a turn; where there are none, those of tokenizer_folder.
     max_shard_bytes: a file of weights is larger only where one tensor is; several files get an index.
 
   Raises:
@@ -127,16 +164,16 @@ def save(folder, model: Model, params: Params, *, tokenizer_folder=None, max_sha
   special, positions, files = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")), None, []
   generation = {}
   if tokenizer_folder is not None:
-    import transformers  # Slow to import; only an export with a tokenizer needs it.
+    from synthneg_jax.models import hf_tokenizers  # transformers is slow to import; only tokenizers need it
 
     source = epath.Path(tokenizer_folder)
-    try:
-      tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(source), local_files_only=True)
-    except Exception as error:  # tokenizers raises no narrower class
-      raise UserError(f"{source} holds no tokenizer that transformers can read.") from error
+    tokenizer = hf_tokenizers.load(source)
     special = {key: getattr(tokenizer, key) for key in special}
-    files = tokenizer_files(source)
-    generation = _generation_config(source, special["eos_token_id"])
+    ends = list(eos_ids) or hf_tokenizers.eos_ids(source, special["eos_token_id"])
+    special["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    files = hf_tokenizers.files(source)
+    if (source / "generation_config.json").exists():
+      generation = _read_json(source / "generation_config.json") | {"eos_token_id": special["eos_token_id"]}
     if (source / "config.json").exists():
       positions = _read_json(source / "config.json").get("max_position_embeddings")
   config = special | hf_configs.write(c, positions)
@@ -155,25 +192,8 @@ def save(folder, model: Model, params: Params, *, tokenizer_folder=None, max_sha
     raise UserError(f"{folder} cannot be written ({error}).") from error
 
 
-def tokenizer_files(folder: epath.Path) -> list[str]:
-  """The names, within the folder, of a tokenizer's files and chat templates."""
-  templates = [f"{_TEMPLATES}/{path.name}" for path in (folder / _TEMPLATES).glob("*.jinja")]
-  return [name for name in TOKENIZER_FILES if (folder / name).exists()] + sorted(templates)
-
-
-def eos_ids(folder: epath.Path, tokenizer_eos: int | None) -> list[int]:
-  """The tokenizer's EOS, then what else ends a text by generation_config.json: a chat model may end its turns otherwise."""
-  path, found = folder / "generation_config.json", [] if tokenizer_eos is None else [tokenizer_eos]
-  more = _read_json(path).get("eos_token_id") if path.exists() else None
-  return found + [eos for eos in (more if isinstance(more, list) else [more]) if eos is not None and eos not in found]
-
-
-def _generation_config(folder: epath.Path, tokenizer_eos: int | None) -> dict[str, Any]:
-  path = folder / "generation_config.json"
-  if not path.exists():
-    return {}
-  ends = eos_ids(folder, tokenizer_eos)
-  return _read_json(path) | {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+def _wide(values: np.ndarray) -> np.ndarray:
+  return values.astype(np.promote_types(values.dtype, np.float32) if values.dtype.kind == "f" else np.float32)
 
 
 def _place(key_path) -> str:

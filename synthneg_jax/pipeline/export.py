@@ -38,7 +38,14 @@ def run(experiment: Experiment) -> dict:
           in_bucket = "://" in os.fspath(folder)
           made = epath.Path(local) if in_bucket else stage.folder
           tokenizer = tokenizer_folder(policy.folder)
-          huggingface.save(made / "policy", policy.model, params, tokenizer_folder=tokenizer, max_shard_bytes=limit)
+          huggingface.save(
+            made / "policy",
+            policy.model,
+            params,
+            tokenizer_folder=tokenizer,
+            eos_ids=policy.eos_ids,
+            max_shard_bytes=limit,
+          )
           if policy.adapters:
             adapter_lib.save_peft(made / "adapter", policy.adapters, os.fspath(policy.base))
           for path in made.rglob("*") if in_bucket else ():

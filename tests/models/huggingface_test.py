@@ -297,7 +297,7 @@ class ExportTest(FolderTest):
       "notes.txt exists already and is not an empty folder.", save, "full/notes.txt", tiny_model.model()
     )
     self.assert_user_error(
-      "bare holds no tokenizer that transformers can read.", save, "x", tiny_model.model(), self.root / "bare"
+      "bare has no tokenizer that transformers can load", save, "x", tiny_model.model(), self.root / "bare"
     )
     self.assert_user_error(
       "a d_model that its num_heads divide, not 18 and 4.", save, "x", tiny_model.model(d_model=18)

@@ -157,7 +157,7 @@ class GenerationTest(parameterized.TestCase):
 
     engine = remote.RemoteEngine.__new__(remote.RemoteEngine)
     pieces = {1: "a", 2: "b", 3: "."}
-    engine._eos, engine._stop = 0, list(stop)
+    engine._eos_ids, engine._stop = (0, 9), list(stop)
     engine._encode = lambda text: [{v: k for k, v in pieces.items()}[c] for c in text]
     engine._decode = lambda ids: "".join(pieces.get(i, "") for i in ids)
     return engine._generation(CompletionChoice.model_validate({"index": 0, "logprobs": None} | choice))
@@ -177,6 +177,7 @@ class GenerationTest(parameterized.TestCase):
     ({"text": "a", "finish_reason": "length"}, [], [1], "length"),
     ({"text": "", "finish_reason": "stop", "token_ids": [0]}, [], [0], "eos"),
     ({"text": "ab", "finish_reason": "length", "token_ids": [2, 1]}, [], [2, 1], "length"),
+    ({"text": "a", "finish_reason": "stop", "token_ids": [1, 9]}, [], [1, 9], "eos"),
   )
   def test_how_it_ended(self, choice, stop, ids, finish):
     # Fails if a stop string is taken for EOS, or the length limit.
