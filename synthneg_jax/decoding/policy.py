@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 import synthneg_jax.tasks
 from synthneg_jax.data.token_text import TokenText, stop_table
 from synthneg_jax.decoding.decode import Stops
-from synthneg_jax.models import hf_tokenizers, huggingface
+from synthneg_jax.models import hf_tokenizers, huggingface, stored_tensors
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import checkpoints, device_mesh, processes
@@ -75,9 +75,14 @@ class Policy:
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
       raise UserError(f"{folder} holds an adapter of PEFT; have PEFT merge it into its base and name that folder.")
 
-    has_params = (folder / "params").exists() or not list(folder.glob("*.safetensors*"))
+    has_params = (folder / "params").exists() or not stored_tensors.has_weights(folder)
     described = huggingface.read_config(
-      folder, dtype=config.dtype, param_dtype=config.param_dtype, scan_layers=config.scan_layers, remat=config.remat
+      folder,
+      dtype=config.dtype,
+      param_dtype=config.param_dtype,
+      scan_layers=config.scan_layers,
+      remat=config.remat,
+      max_length=config.max_length,
     )
     model = Model(described if has_params else huggingface.untie_other_head(folder, described))
     _check_rope_scaling(folder, model, config.max_length)
@@ -202,7 +207,9 @@ def files_identity(folder: epath.Path) -> str:
   """
   digest = hashlib.sha256()
   for path in (
-    sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]) if folder.exists() else []
+    sorted(path for kind in ("safetensors", "bin", "json", "jinja") for path in folder.glob(f"*.{kind}"))
+    if folder.exists()
+    else []
   ):
     size = path.stat().length
     digest.update(f"{path.name}={size};".encode())

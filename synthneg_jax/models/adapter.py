@@ -128,21 +128,29 @@ def save_peft(folder: epath.PathLike, chain, base_name: str) -> None:
   Raises:
     UserError: the folder cannot be written.
   """
-  names = hf_configs.tensor_names(chain[0][0].model.config)
-  tensors, ranks = {}, {}
+  places = hf_configs.tensor_places(chain[0][0].model.config)
+  modules = {}  # module -> the pairs that adapt it, with the first of the rows that each adapts, and its rows
   for name in TARGETS:
     # PEFT multiplies by alpha / rank, here 1: the scale stands in B.
     parts = [(params[name]["a"], params[name]["b"] * adapter.scale) for adapter, params in chain if name in params]
-    if not parts:
-      continue
-    a = np.concatenate([np.asarray(jax.device_get(a)) for a, _ in parts], axis=2)
-    b = np.concatenate([np.asarray(jax.device_get(b)) for _, b in parts], axis=1)
-    module = names[f"layers/{name}"].removesuffix(".weight")
-    ranks[module.rpartition(".")[2]] = a.shape[2]
-    for layer in range(a.shape[0]):
+    place = places[f"layers/{name}"]
+    for a, b in parts:
+      pairs = modules.setdefault(place.name.removesuffix(".weight"), [])
+      pairs.append(
+        (np.asarray(jax.device_get(a)), np.asarray(jax.device_get(b)), place.start, place.rows or b.shape[2])
+      )
+  tensors, ranks = {}, {}
+  for module, pairs in modules.items():
+    rank, rows = sum(a.shape[2] for a, *_ in pairs), pairs[0][3]
+    ranks[module.rpartition(".")[2]] = rank
+    for layer in range(pairs[0][0].shape[0]):
+      b_OR, first = np.zeros((rows, rank), np.float32), 0
+      for _, b, start, _ in pairs:
+        b_OR[start : start + b.shape[2], first : first + b.shape[1]] = b[layer].T
+        first += b.shape[1]
       prefix = f"base_model.model.{module.format(layer)}"
-      tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a[layer].T)
-      tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[layer].T)
+      tensors[f"{prefix}.lora_A.weight"] = np.concatenate([a[layer].T for a, *_ in pairs])
+      tensors[f"{prefix}.lora_B.weight"] = b_OR
   most = max(ranks.values())
   other = {module: rank for module, rank in ranks.items() if rank != most}
   config = {
