@@ -11,6 +11,7 @@ import os
 import pathlib
 import tempfile
 
+import jax
 import transformers
 from etils import epath
 from jax.sharding import Mesh
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 import synthneg_jax.tasks
 from synthneg_jax.data.token_text import TokenText, stop_table
 from synthneg_jax.decoding.decode import Stops
+from synthneg_jax.models import adapter as adapter_lib
 from synthneg_jax.models import hf_tokenizers, huggingface, stored_tensors
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
@@ -37,6 +39,7 @@ class Policy:
     model, params: the decoder; adapters are merged.
     fingerprint: of the weights, or of base and adapter.
     folder: where it was read.
+    about: folder of its config.json, generation_config.json and tokenizer.
     base: folder of the weights beneath all adapters.
     adapters: pairs (Adapter, its parameters) that were merged, the first one first.
     eos_ids: all tokens that end a response, by the tokenizer, generation_config.json and config.json; the tokenizer's EOS
@@ -49,6 +52,7 @@ class Policy:
   token_text: TokenText
   fingerprint: str
   folder: epath.Path
+  about: epath.Path
   base: epath.Path
   eos_ids: tuple[int, ...]
   adapters: tuple = ()
@@ -58,7 +62,7 @@ class Policy:
     """Reads a policy folder or a Hugging Face folder: config, tokenizer, endings, weights; then its adapter, if any.
 
     Args:
-      path: the folder.
+      path: the folder; one of PEFT, with an adapter, names its base itself.
       config: the config's section `model`.
       mesh: where the weights go.
 
@@ -73,7 +77,7 @@ class Policy:
     if (folder / _ADAPTER).exists():
       return cls._load_adapted(folder, config, mesh)
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
-      raise UserError(f"{folder} holds an adapter of PEFT; have PEFT merge it into its base and name that folder.")
+      return cls._load_peft(folder, config, mesh)
 
     has_params = (folder / "params").exists() or not stored_tensors.has_weights(folder)
     described = huggingface.read_config(
@@ -86,11 +90,7 @@ class Policy:
     )
     model = Model(described if has_params else huggingface.untie_other_head(folder, described))
     _check_rope_scaling(folder, model, config.max_length)
-    tokenizer = load_tokenizer(folder)
-    hf_tokenizers.check(folder, tokenizer, model.config.vocab_size)
-    eos_ids = hf_tokenizers.below(
-      hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id), model.config.vocab_size, folder
-    )
+    tokenizer, eos_ids = _tokenizer_and_eos(folder, model.config.vocab_size)
     layout = param_shardings(model, mesh)
     if has_params:
       params = checkpoints.load_params(folder, model.abstract_params(), layout)
@@ -103,8 +103,31 @@ class Policy:
       token_text=TokenText(tokenizer, eos_ids),
       fingerprint=checkpoints.fingerprint(params),
       folder=folder,
+      about=folder,
       base=folder,
       eos_ids=eos_ids,
+    )
+
+  @classmethod
+  def _load_peft(cls, folder: epath.Path, config, mesh: Mesh) -> "Policy":
+    """A base model with an adapter of PEFT, whose tokenizer is taken where it brings one."""
+    policy = cls.load(peft_base(folder), config, mesh)
+    adapter, params = adapter_lib.load_peft(folder, policy.model)
+    params = jax.device_put(params, param_shardings(adapter, mesh))
+    about, tokenizer, eos_ids = policy.about, policy.tokenizer, policy.eos_ids
+    if (folder / "tokenizer.json").exists():
+      about = _overlaid(policy.about, folder)
+      tokenizer, eos_ids = _tokenizer_and_eos(about, policy.model.config.vocab_size)
+    return dataclasses.replace(
+      policy,
+      params=adapter.merge(policy.params, params),
+      tokenizer=tokenizer,
+      token_text=TokenText(tokenizer, eos_ids),
+      fingerprint=_joint_fingerprint(policy, params, adapter),
+      folder=folder,
+      about=about,
+      eos_ids=eos_ids,
+      adapters=(*policy.adapters, (adapter, params)),
     )
 
   @classmethod
@@ -124,6 +147,7 @@ class Policy:
       params=adapter.merge(policy.params, params),
       fingerprint=_joint_fingerprint(policy, params, adapter),
       folder=folder,
+      about=folder if (folder / "config.json").exists() else policy.about,
       adapters=(*policy.adapters, (adapter, params)),
     )
 
@@ -146,10 +170,7 @@ class Policy:
       folder.mkdir(parents=True, exist_ok=True)
       checkpoints.save_params(folder, params)
       if processes.first():
-        for name in (*hf_tokenizers.CONFIG_FILES, *hf_tokenizers.files(self.folder)):
-          if (self.folder / name).exists():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (self.folder / name).copy(folder / name, overwrite=True)
+        _copy_about(self.about, folder)
         huggingface.set_tie(folder, self.model.config.tie_embeddings)
         if adapter is not None:
           (folder / _ADAPTER).write_text(json.dumps(_adapter_spec(folder, self, adapter)) + "\n")
@@ -170,6 +191,54 @@ def _check_rope_scaling(folder: epath.Path, model: Model, max_length: int) -> No
       f"{folder}: beyond {scaling.original_positions} tokens, dynamic rope scaling would change every key with the "
       f"length of the text, which is not supported; model.max_length={max_length} must not exceed that."
     )
+
+
+def _tokenizer_and_eos(
+  folder: epath.Path, num_rows: int
+) -> tuple[transformers.PreTrainedTokenizerFast, tuple[int, ...]]:
+  """A folder's tokenizer, held against an embedding with so many rows, and all ids that end a turn."""
+  tokenizer = load_tokenizer(folder)
+  hf_tokenizers.check(folder, tokenizer, num_rows)
+  return tokenizer, hf_tokenizers.below(hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id), num_rows, folder)
+
+
+def peft_base(folder: epath.Path) -> epath.Path:
+  """The folder of the base model that an adapter of PEFT names.
+
+  Raises:
+    UserError: it names none, or one that is not there.
+  """
+  path = folder / "adapter_config.json"
+  name = stored_tensors.read_json(path).get("base_model_name_or_path")
+  if not name:
+    raise UserError(f"{path}: base_model_name_or_path is empty; name the folder of the adapter's base model there.")
+  try:
+    base = resolve(name)
+  except UserError as error:
+    raise UserError(f"{path}: base_model_name_or_path={name!r}: {error}") from error
+  if not base.exists():
+    raise UserError(
+      f"{path}: base_model_name_or_path={name!r} does not exist; name the folder of the base model there."
+    )
+  return base
+
+
+def _overlaid(base: epath.Path, adapter: epath.Path) -> epath.Path:
+  """A local folder with the configs of a base model and the tokenizer of its adapter."""
+  folder = epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
+  for name in hf_tokenizers.CONFIG_FILES:
+    if (base / name).exists():
+      (base / name).copy(folder / name)
+  _copy_about(adapter, folder)
+  return folder
+
+
+def _copy_about(source: epath.Path, folder: epath.Path) -> None:
+  """Copies a folder's configs and its tokenizer's files."""
+  for name in (*hf_tokenizers.CONFIG_FILES, *hf_tokenizers.files(source)):
+    if (source / name).exists():
+      (folder / name).parent.mkdir(exist_ok=True)
+      (source / name).copy(folder / name, overwrite=True)
 
 
 def load_tokenizer(folder: epath.Path) -> transformers.PreTrainedTokenizerFast:
@@ -193,10 +262,7 @@ def tokenizer_folder(folder: epath.Path) -> str:
   if "://" not in os.fspath(folder):
     return os.fspath(folder)
   copy = epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
-  for name in (*hf_tokenizers.CONFIG_FILES, *hf_tokenizers.files(folder)):
-    if (folder / name).exists():
-      (copy / name).parent.mkdir(exist_ok=True)
-      (folder / name).copy(copy / name)
+  _copy_about(folder, copy)
   return os.fspath(copy)
 
 
@@ -206,6 +272,8 @@ def files_identity(folder: epath.Path) -> str:
   Reading all of a large model only to open a stage would take too long; training changes nearly all of them.
   """
   digest = hashlib.sha256()
+  if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+    digest.update(files_identity(peft_base(folder)).encode())
   for path in (
     sorted(path for kind in ("safetensors", "bin", "json", "jinja") for path in folder.glob(f"*.{kind}"))
     if folder.exists()

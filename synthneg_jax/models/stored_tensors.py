@@ -63,6 +63,19 @@ def read(folder: epath.PathLike) -> dict[str, Tensor]:
   return tensors
 
 
+def read_adapter(folder: epath.Path) -> list[Tensor]:
+  """The tensors of an adapter's folder: adapter_model.safetensors, or adapter_model.bin where torch is installed.
+
+  Raises:
+    UserError: neither is there, or it cannot be read.
+  """
+  if (folder / "adapter_model.safetensors").exists():
+    return list(_safetensors(folder, "adapter_model.safetensors"))
+  if (folder / "adapter_model.bin").exists():
+    return list(_torch(folder, "adapter_model.bin"))
+  raise UserError(f"{folder} holds neither adapter_model.safetensors nor adapter_model.bin.")
+
+
 def usual_name(name: str) -> str | None:
   """A tensor's name in the text model's own class; None for a tensor of a vision part."""
   if _VISION.match(name):
@@ -117,8 +130,8 @@ def _files(folder: epath.Path, single: str, index: str) -> list[str]:
   return sorted(set(weight_map.values()))
 
 
-def _safetensors(folder: epath.Path) -> Iterator[Tensor]:
-  for name in _files(folder, _SINGLE, _INDEX):
+def _safetensors(folder: epath.Path, single: str = _SINGLE) -> Iterator[Tensor]:
+  for name in _files(folder, single, _INDEX):
     path = folder / name
     try:
       file = safetensors.safe_open(os.fspath(path), framework="np")
@@ -136,16 +149,17 @@ def _reader(file, key: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
 _TORCH_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-def _torch(folder: epath.Path) -> Iterator[Tensor]:
+def _torch(folder: epath.Path, single: str = _TORCH_SINGLE) -> Iterator[Tensor]:
   try:
     import torch  # never a requirement: safetensors do without
   except ImportError as error:
+    files = single.replace("model.bin", "model*.bin")
     raise UserError(
-      f"{folder} holds pytorch_model*.bin, which only torch reads: pip install torch, or convert the folder where torch is "
-      'installed: python -c "import transformers; '
+      f"{folder} holds {files}, which only torch reads: pip install torch, or convert the folder where torch is installed: "
+      'python -c "import transformers; '
       f"transformers.AutoModelForCausalLM.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}')\"."
     ) from error
-  for name in _files(folder, _TORCH_SINGLE, _TORCH_INDEX):
+  for name in _files(folder, single, _TORCH_INDEX):
     path = folder / name
     try:
       state = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)

@@ -37,7 +37,7 @@ def run(experiment: Experiment) -> dict:
         with tempfile.TemporaryDirectory() as local:  # a Hugging Face folder is written on a local disk
           in_bucket = "://" in os.fspath(folder)
           made = epath.Path(local) if in_bucket else stage.folder
-          tokenizer = tokenizer_folder(policy.folder)
+          tokenizer = tokenizer_folder(policy.about)
           huggingface.save(
             made / "policy",
             policy.model,

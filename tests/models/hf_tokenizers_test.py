@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import tempfile
 
 import numpy as np
@@ -50,6 +51,7 @@ class FolderTest(parameterized.TestCase):
 
   def write(self, *, rows=IMAGE + 1, config=None, generation=None, tokenizer=None, model=None):
     """A tiny Hugging Face folder; arguments are keys of its files."""
+    shutil.rmtree(self.folder, ignore_errors=True)
     model = model or tiny_model.model(vocab_size=rows)
     huggingface.save(self.folder, model, tiny_model.make_params(model))
     make_backend().save(str(self.folder / "tokenizer.json"))
