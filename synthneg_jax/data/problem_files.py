@@ -50,7 +50,6 @@ _JOINT = re.compile(
   r"(?:[\s$,;&]|\\[\[\]()\\,;: ]|\\q?quad|\\(?:text|mbox|textrm|mathrm)\s*\{[\s,;]*(?:and|or)?[\s,;]*\}|\b(?:and|or)\b"
   r"|\b[A-Za-z]\s*=)*+"
 )
-_STATED = re.compile(r"(?:#{4,}|\bthe (?:final )?answer is:?)[ \t]*(.+)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,10 +178,7 @@ def stated_answer(solution: str) -> str | None:
     gaps = [solution[before.stop : after.start] for before, after in zip(boxes, boxes[1:], strict=False)]
     parts = boxes if all(map(_JOINT.fullmatch, gaps)) else boxes[-1:]
     return ", ".join(dict.fromkeys(box.content for box in parts))
-  stated = _STATED.findall(solution)
-  text = stated[-1].strip().removesuffix(".").strip() if stated else ""
-  formula = re.fullmatch(r"\$([^$]+)\$", text)
-  return (formula.group(1) if formula else text).strip() or None
+  return answers.stated_answer(solution)
 
 
 def _text(row: dict, field: str) -> str:

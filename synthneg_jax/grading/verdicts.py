@@ -1,4 +1,4 @@
-"""Verdicts: what a response states (responses.py) held against the gold answer, for kinds "integer" and "math".
+"""Verdicts: what a response states (statements.py) held against the gold answer, for kinds "integer" and "math".
 
 Both kinds read the same statements with the same grammar. Kind "math" compares trees; kind "integer" takes the one
 rational number that a tree is, and nothing else.
@@ -10,14 +10,15 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from synthneg_jax.grading import answer_equality, answer_grammar, answer_relations, responses
+from synthneg_jax.grading import answer_equality, answer_grammar, answer_relations, assertions, statements
 from synthneg_jax.grading.answer_rationals import Undefined, exact
 from synthneg_jax.grading.answer_scalars import Ambiguous, Conventions
 from synthneg_jax.grading.answer_tokens import MAX_CHARS, TooLarge, Unreadable, tidy
 from synthneg_jax.grading.answer_tree import Node
-from synthneg_jax.grading.responses import Statement
+from synthneg_jax.grading.statements import Statement
 from synthneg_jax.runtime import errors
 
+_MAX_STATEMENTS = 40  # the last ones that are compared
 MAX_EXTRACTED = 200  # characters of an answer kept in a verdict
 _ONE_NUMBER = re.compile(
   r"(?<![A-Za-z0-9.,])-?\$?(?:[1-9][0-9]{0,2}(?>(?:,[0-9]{3})+)|[0-9]++)(?:[.,][0-9]++)?(?:/[0-9]++)?"
@@ -112,7 +113,7 @@ def _candidates(statement: Statement) -> Iterator[str]:
       if (
         re.search(r"[0-9$\\]", after)
         and not _OPEN.search(after)
-        and not responses.is_denied(sentence, last.end(), len(sentence))
+        and not assertions.is_denied(sentence, last.end(), len(sentence))
       ):
         yield after
 
@@ -124,9 +125,9 @@ def _within(text: str, *, first: bool) -> tuple[int, str] | None:
   """
   offset = max(0, len(text) - MAX_CHARS)
   text = text[offset:]
-  found = [(match.start(), next(filter(None, match.groups()), "")) for match in responses.FORMULA.finditer(text)]
+  found = [(match.start(), next(filter(None, match.groups()), "")) for match in statements.FORMULA.finditer(text)]
   outside = (
-    responses.FORMULA.sub(lambda match: " " * len(match.group()), text).replace(r"\$", " $").replace(r"\%", "% ")
+    statements.FORMULA.sub(lambda match: " " * len(match.group()), text).replace(r"\$", " $").replace(r"\%", "% ")
   )
   if not re.search(r"[\\^_{}<>|\[\]*`\x00-\x08]", outside):  # prose, where a number stands for itself
     found += [(match.start(), match.group()) for match in _ONE_NUMBER.finditer(outside)]
@@ -217,7 +218,7 @@ class Gold:
 @functools.lru_cache(maxsize=1 << 14)
 def _math_gold(gold: str) -> tuple[Node, str]:
   """The tree and the canonical text of a gold answer; raises UserError where it is empty or beyond what is read."""
-  text = responses.gold_text(gold)
+  text = statements.gold_text(gold)
   try:
     if tidy(text[: 2 * MAX_CHARS]):
       return read(text), canonical(text)
@@ -336,7 +337,7 @@ def _outcome(statement: Statement, gold: Gold | IntegerGold) -> Outcome:
     return outcome
   in_sentence = statement.source not in ("box", "marker")
   if statement.source in ("last", "retraction") and (
-    text.endswith("?") or _CUT.search(responses.FORMULA.sub("", text))
+    text.endswith("?") or _CUT.search(statements.FORMULA.sub("", text))
   ):
     return Outcome("no_answer" if text.endswith("?") else "unparsable")
   without_value = None
@@ -344,14 +345,14 @@ def _outcome(statement: Statement, gold: Gold | IntegerGold) -> Outcome:
     for candidate in _candidates(statement):
       outcome = gold.compare(candidate)
       if outcome is not None and outcome.reason != "unparsable":
-        hedged = statement.source in ("last", "retraction") and candidate != text and responses.is_hedged(text)
+        hedged = statement.source in ("last", "retraction") and candidate != text and assertions.is_hedged(text)
         return Outcome("ambiguous") if hedged else outcome._replace(whole=True)
       without_value = without_value or outcome
     part = _within(text, first=statement.source == "line") if in_sentence else None
-    if part and responses.is_denied(text, part[0], part[0] + len(part[1])):
+    if part and assertions.is_denied(text, part[0], part[0] + len(part[1])):
       return Outcome("no_answer")
-    clause = responses.clause_from(text, part[0]) if part else text
-    if _OPEN.search(clause) or (in_sentence and responses.is_hedged(text)):
+    clause = text[assertions.clause_start(text, part[0]) :] if part else text
+    if _OPEN.search(clause) or (in_sentence and assertions.is_hedged(text)):
       return Outcome("ambiguous")
     if part and (outcome := gold.compare(part[1])) is not None:
       return outcome
@@ -382,44 +383,41 @@ def grade_response(response: str, gold: str, *, kind: str, rules: Conventions) -
 def _graded(response: str, gold: Gold | IntegerGold, rules: Conventions) -> tuple[str, str | None]:
   if isinstance(gold, Gold) and len(response) <= len(gold.text) + 100 and canonical(response) == canonical(gold.text):
     return "right", gold.shown(Outcome("right", gold.tree), gold.text)
-  reading = responses.read_response(response, marked_only=rules.extraction == "marked")
+  reading = statements.read_response(response, marked_only=rules.extraction == "marked")
   if reading.failure:
     return reading.failure, None
-  statements = list(reading.statements)
+  stated = list(dict.fromkeys(reading.statements))[-_MAX_STATEMENTS:]
   if rules.retractions == "last":
-    turns = [index for index, statement in enumerate(statements) if statement.retracts]
-    statements = statements[turns[-1] :] if turns else statements
-  outcomes = {}
-  for statement in statements:
-    if statement.text not in outcomes and len(outcomes) <= answer_equality.MAX_ITEMS:
-      outcomes[statement.text] = _outcome(statement, gold)
-  pairs = [(statement, outcomes[statement.text]) for statement in statements if statement.text in outcomes]
-  if len(pairs) > 1:
-    # A sentence around "answer" counts beside other statements only where all of it is an answer.
-    firm = [
-      (statement, outcome)
-      for statement, outcome in pairs
-      if outcome.whole
-      or (statement.source == "retraction" and outcome.value is not None)
-      or (statement.source not in ("line", "retraction") and outcome.reason != "no_answer")
-    ]
-    pairs = firm or pairs[-1:]
-  statement, outcome = pairs[-1]
-  shown = gold.shown(outcome, statement.text)
-  if outcome.reason in ("no_answer", "too_large"):
-    return outcome.reason, shown if outcome.reason == "too_large" else None
-  others = [other for other_statement, other in pairs[:-1] if other_statement.text != statement.text]
-  for other in others:
-    if other.reason in ("ambiguous", "too_large"):
-      return "ambiguous", shown
-    if other.value is None or _is_words(other.value):
-      continue
-    if other.reason == outcome.reason and (isinstance(other.value, Node) or other.value == outcome.value):
-      continue
-    if outcome.reason == "right" and gold.is_part(other):
-      continue  # parts that are then restated whole
-    return "ambiguous", shown
-  return outcome.reason, shown
+    turns = [index for index, statement in enumerate(stated) if statement.retracts]
+    stated = stated[turns[-1] :] if turns else stated
+  pairs = [(statement, _outcome(statement, gold)) for statement in stated]
+  pairs = [pair for pair in pairs if _is_firm(*pair)] or pairs[-1:]
+  last, outcome = pairs[-1]
+  if outcome.reason == "no_answer":
+    return "no_answer", None
+  shown = gold.shown(outcome, last.text)
+  contradicts = any(_contradict(other, outcome, gold) for _, other in pairs[:-1])
+  return ("ambiguous" if contradicts and outcome.reason != "too_large" else outcome.reason), shown
+
+
+def _is_firm(statement: Statement, outcome: Outcome) -> bool:
+  """Whether a statement counts beside others: a sentence only if all of it is an answer."""
+  if statement.source == "line":
+    return outcome.whole
+  if statement.source == "retraction":
+    return outcome.value is not None
+  return outcome.reason != "no_answer"
+
+
+def _contradict(earlier: Outcome, last: Outcome, gold: Gold | IntegerGold) -> bool:
+  """Whether what a response states earlier contradicts its last statement."""
+  if earlier.reason in ("ambiguous", "too_large"):
+    return True
+  if earlier.value is None or _is_words(earlier.value):
+    return False
+  if earlier.reason != last.reason:
+    return not (last.reason == "right" and gold.is_part(earlier))  # parts may be restated whole
+  return isinstance(earlier.value, fractions.Fraction) and earlier.value != last.value
 
 
 def _mixes_words(node: Node) -> bool:
@@ -429,6 +427,12 @@ def _mixes_words(node: Node) -> bool:
 
 def _is_words(value) -> bool:
   return isinstance(value, Node) and value.op in ("text", "opaque")
+
+
+def stated_answer(solution: str) -> str | None:
+  """The answer that a solution marks, as written; the last one of several, None where none is marked."""
+  stated = statements.read_response(solution, marked_only=True).statements
+  return stated[-1].text.strip().strip("$").strip() or None if stated else None
 
 
 def extract_gold(solution: str) -> str:

@@ -106,9 +106,9 @@ class ProblemsTest(parameterized.TestCase):
   @pytest.mark.slow  # grades in worker processes
   def test_answers_that_are_no_numbers(self):
     path = self._file([text(0), text(1)])
-    path.write_text(path.read_text() + json.dumps({"problem": text(2), "answer": "\\frac{1}{2}", "id": "half"}) + "\n")
+    path.write_text(path.read_text() + json.dumps({"problem": text(2), "answer": "\\sqrt{2}", "id": "half"}) + "\n")
     self._file([text(5)], "test.jsonl")
-    with self.assertRaisesRegex(errors.UserError, "^half: .*frac.* is not a number .*task.answers=math"):
+    with self.assertRaisesRegex(errors.UserError, "^half: .*sqrt.* is not a number .*task.answers=math"):
       self._chosen(train_problems=3, test_problems=1)
     self.assertLen(self._chosen(train_problems=3, test_problems=1, answers="math").train, 3)
     chosen = self._chosen(train_problems=2, test_problems=1, skip_bad_rows=True)
