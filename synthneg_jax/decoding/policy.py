@@ -20,7 +20,7 @@ import synthneg_jax.tasks
 from synthneg_jax.data.token_text import TokenText, stop_table
 from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.models import adapter as adapter_lib
-from synthneg_jax.models import hf_tokenizers, huggingface, stored_tensors
+from synthneg_jax.models import hf_tokenizers, huggingface, model_hub, stored_tensors
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import checkpoints, device_mesh, processes
@@ -252,9 +252,25 @@ def load_token_text(folder: epath.Path) -> tuple[transformers.PreTrainedTokenize
   return tokenizer, TokenText(tokenizer, hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id))
 
 
-def resolve(path: str) -> epath.Path:
-  """A config's model.path as a folder; one of `BASES` is a base model in the package."""
-  return epath.Path(BASES.get(path, path)).expanduser()
+def resolve(path: str, *, weights: bool = True) -> epath.Path:
+  """A config's model.path as a folder: one of `BASES`, a folder that exists, or a model of the Hub, which is fetched.
+
+  Args:
+    path: as in the config.
+    weights: of a model of the Hub fetch the weights, too, and not the configs and the tokenizer alone.
+
+  Raises:
+    UserError: a model of the Hub cannot be fetched.
+  """
+  folder = epath.Path(BASES.get(path, path)).expanduser()
+  if folder.exists() or not (path.startswith("hf:") or model_hub.is_name(path)):
+    return folder
+  try:
+    return model_hub.download(path, weights=weights)
+  except UserError as error:
+    if path.startswith("hf:"):
+      raise
+    raise UserError(f"There is no folder {path}, and no such model was found: {error}") from error
 
 
 def tokenizer_folder(folder: epath.Path) -> str:
@@ -317,5 +333,5 @@ def _adapter_spec(folder: epath.Path, policy: Policy, adapter: Adapter) -> dict:
   elif policy.folder in map(epath.Path, BASES.values()):
     base = policy.folder.name
   elif "://" not in base:
-    base = os.path.abspath(base)
+    base = model_hub.name_of(base) or os.path.abspath(base)
   return {"base": base, "rank": adapter.rank, "alpha": adapter.alpha, "targets": list(adapter.targets)}

@@ -34,7 +34,7 @@ def token_text(experiment: Experiment) -> TokenText:
   """
   folder = experiment.workdir / "sft" / "policy"
   if not folder.exists():  # the base model may have been tested first
-    folder = resolve(experiment.config.model.path)
+    folder = resolve(experiment.config.model.path, weights=False)
   return load_token_text(folder)[1]
 
 
