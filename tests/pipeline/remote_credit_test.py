@@ -133,6 +133,17 @@ class RemoteCreditTest(parameterized.TestCase):
     with self.assertRaisesRegex(UserError, "most_likely.*without any"):
       pairs.build(experiment, "shared_prefix")
 
+  def test_a_server_that_refuses_ids(self):
+    # Fails if the run ends there, although the same works as text; or a rollout that the server gave up counts.
+    def complete(body):
+      assert isinstance(body["prompt"], str) and "return_token_ids" not in body
+      return self.model.text_alone(body)
+
+    _, figures, server = self.run_credit(complete, ["detail", "error", "abort"], **{"credit.endpoint.concurrency": 1})
+    self.assertEqual(figures["retokenised"], figures["rollouts"])
+    self.assertLen(server.requests, figures["rollouts"] + 3)
+    self.assertLen([body for body in server.bodies() if isinstance(body["prompt"], list)], 1)
+
   def test_a_schedule(self):
     # Fails if rounds ask for other rollouts than one round does: the first of each prefix must be the same.
     changes = {"credit.schedule": "until_first_zero"}
