@@ -5,6 +5,7 @@ pre-tokenizer than tokenizer.json has, and give other ids without a word. So the
 tokenizer.json.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -101,7 +102,9 @@ def check(folder: epath.PathLike, tokenizer, num_rows: int) -> None:
     UserError: names the token.
   """
   probe = "Question: 0123456789 + 42 = ?\nAnswer: the sum is (x - 1) / 2.\n"
-  used = [("EOS", [tokenizer.eos_token_id]), ("text", tokenizer.encode(probe))]  # a BOS that opens texts is in it
+  used = [("EOS", [tokenizer.eos_token_id])]
+  with contextlib.suppress(Exception):  # some tokenizers of one task raise at what they have no token for
+    used.append(("text", tokenizer.encode(probe)))  # a BOS that opens texts is in it
   if tokenizer.chat_template:
     messages = [{"role": "user", "content": probe}]
     try:
@@ -110,7 +113,7 @@ def check(folder: epath.PathLike, tokenizer, num_rows: int) -> None:
     except Exception as error:  # whatever a template raises; it matters only to prompts that use it
       logging.warning("%s: the chat template fails: %s", folder, _first_line(error))
   for what, ids in used:
-    if max(ids) >= num_rows:
+    if ids and max(ids) >= num_rows:
       raise UserError(
         f"{folder}: the tokenizer's {what} uses {tokenizer.convert_ids_to_tokens(max(ids))!r}, id {max(ids)}, but the "
         f"model's embedding has {num_rows} rows: tokenizer and model do not belong together."

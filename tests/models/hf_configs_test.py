@@ -110,6 +110,22 @@ class FamiliesTest(parameterized.TestCase):
         jax.tree.map(np.testing.assert_array_equal, loaded, params)
     self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(params)), model.config.num_params)
 
+  @parameterized.parameters("llama, biases", "olmo2", "phi3", "granite")
+  def test_split_over_devices(self, name):
+    # Fails if a bias, a norm over all heads or a part of a fused tensor lies elsewhere than its matrix.
+    model = Model(dataclasses.replace(tiny_families.model(name).config, vocab_size=64))  # a size that divides
+    whole, mesh = tiny_families.params(model), device_mesh.make_mesh(2, 2, 2)
+    layout = device_mesh.shardings(mesh, model.logical_axes())
+    with tempfile.TemporaryDirectory() as folder:
+      huggingface.save(pathlib.Path(folder) / "x", model, whole)
+      split = huggingface.load_params(pathlib.Path(folder) / "x", model, layout)
+    self.assertEqual(jax.tree.map(lambda leaf: leaf.sharding, split), layout)
+    trees = tree_lib.pack([[Tree(tiny_families.ids(name))]] * 4, tiny_families.LENGTH)
+    forward = lambda params, trees: model.logits(params, model.hidden(params, trees)[0])
+    expected = jax.jit(forward)(whole, trees)
+    logits = jax.jit(device_mesh.under(mesh, forward))(split, trees)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
   def how(self, model):
     return {key: getattr(model.config, key) for key in ("dtype", "param_dtype", "scan_layers", "remat")}
 

@@ -131,6 +131,14 @@ class EmbeddingTest(FolderTest):
     self.write(rows=rows, tokenizer={"chat_template": template, "eos_token": eos})
     self.assert_refused(re.escape(sentence))
 
+  def test_a_tokenizer_of_one_task(self):
+    # Fails if a vocabulary that cannot spell the probe is refused.
+    self.write()
+    for model in (token_models.WordLevel({"a": 0, "<eos>": 1}), token_models.BPE({"a": 0, "<eos>": 1}, [])):
+      tokenizers.Tokenizer(model).save(str(self.folder / "tokenizer.json"))
+      self.assertEqual(hf_tokenizers.load(self.folder).eos_token_id, 1)
+      hf_tokenizers.check(self.folder, hf_tokenizers.load(self.folder), 2)
+
   def test_prompts_and_examples(self):
     # Fails if ids beyond the embedding reach a lookup, which would clamp them.
     model = tiny_model.model()
