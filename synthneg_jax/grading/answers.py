@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 
 from synthneg_jax.grading import grading_pool
-from synthneg_jax.grading.answer_scalars import Conventions
+from synthneg_jax.grading.answer_equality import Conventions
 from synthneg_jax.grading.response_text import opens_thought
 from synthneg_jax.grading.verdicts import MAX_EXTRACTED, extract_gold, grade_response, stated_answer
 from synthneg_jax.runtime import errors

@@ -38,7 +38,7 @@ SENTENCE_END = re.compile(
 
 # Before the value. Words that may stand between the denial and it:
 _SMALL_WORDS = _any_of(
-  "to|be|equal|equals|exactly|really|actually|necessarily|possibly|simply|just|even|the|answer|is|value|of"
+  "have|has|need|get|cost|contain|make|take|want|write|to|be|equal|equals|exactly|really|actually|necessarily|possibly|simply|just|even|the|answer|is|value|of"
 )
 _LEADS_IN = rf"(?:{_SMALL_WORDS}\b\s*)*[\s$:=({{]*(?:\\[(\[]\s*)?(?:[A-Za-z]\s*=\s*)?\Z"
 _DENIED_BEFORE = _compiled(
@@ -46,8 +46,8 @@ _DENIED_BEFORE = _compiled(
   r"(?:≠|!=|=/=|/=|<>|\\neq?)\s*" + _LEADS_IN,
   r"(?:\bnot|n['’]t|\b"
   + _any_of(
-    "never|cannot|hardly|unlikely|anything but|far from|other than|rather than|instead of|nowhere near"
-    "|no longer|neither|except"
+    r"never|cannot|hardly|unlikely|anything but|far from|(?<!none\s)other than|different from"
+    "|rather than|instead of|nowhere near|no longer|neither|except"
   )
   + r")\s*"
   + _LEADS_IN,
@@ -63,11 +63,16 @@ _DENIED_BEFORE = _compiled(
   + rf"|(?:{_CANNOT}|do(?:es)?{_NOT}|not)\s+(?:\w+\s+){{0,2}}?"
   + _any_of("sure|certain|clear|known|true|the case|correct|right|know|say|tell|think|believe|follow|mean")
   + r")\b(?:\s+\w+){0,4}?\s+(?:that|whether|if|how)\b[^.;\n]{0,60}\Z",
-  rf"\b(?:do(?:es)?{_NOT}\s+(?:think|believe)|(?<!no\s)doubt)\b[^.;\n]{{0,60}}\Z",
+  rf"\b(?:do(?:es)?{_NOT}\s+(?:think|believe)|(?<!no\s)doubt|whether|suppose|assume|assuming|imagine)\b[^.;\n]{{0,60}}\Z",
+  # "some people think the answer is", "a common misconception that", "a wrong answer is"
+  r"\b(?!(?:I|we)\s)(?!so\s)\w+\s+(?:(?:might|may|would|could|often|initially)\s+)?(?:thinks?|believes?|claims?|says?|argues?|guess(?:es)?|assumes?)\b[^.;\n]{0,60}\Z",
+  r"\b(?:misconception|mistake|no\s+way|not\s+conclude|cannot\s+conclude|cannot\s+say)\b[^.;\n]{0,60}\Z",
+  r"(?<!of\s)\b(?:wrong|incorrect)(?:\s+(?:answer|result|value|solution))?(?:\s+(?:is|would\s+be))?[\s:]*\Z",
+  "(?:无法确定|不能说|不能确定)[^。，,]{0,30}\\Z",
 )
 _BEGINS_DENIED = re.compile(
-  r"\s*(?:(?:definitely|certainly)\s+)?(?:不是|不等于|≠|!=|(?:not|never|unlikely|neither)\b"
-  r"|anything\s+but|no\s+longer)",
+  r"\s*(?:(?:definitely|certainly)\s+)?(?:不是|不等于|≠|!=|(?:not|never|unlikely)\b"
+  r"|anything\s+but|no\s+longer|neither\b(?=.*[0-9$\\]))",
   re.IGNORECASE,
 )
 _DENYING_VERB = _compiled(r"\b(?:not|never|cannot|unlikely)\b", r"n['’]t\b", "≠", "!=")
@@ -75,7 +80,7 @@ _DENYING_VERB = _compiled(r"\b(?:not|never|cannot|unlikely)\b", r"n['’]t\b", "
 # After the value
 
 _REFUTED = _compiled(
-  r"\b(?:is|are|was|were|be|seems|looks|as|being)\s+(?:(?:\w+ly|just|also|thus)\s+)?"
+  r"(?:\b(?:is|are|was|were|be|seems|looks|as|being)|['’]s)\s+(?:(?:\w+ly|just|also|thus|a)\s+)?"
   + _any_of(
     "wrong|incorrect|false|impossible|invalid|excluded|ruled out|untrue|mistaken|absurd|a mistake"
     "|an error|unlikely|rejected|inadmissible|extraneous|refuted|out of the question"
@@ -87,22 +92,34 @@ _REFUTED = _compiled(
   rf"\b{_CANNOT}\s+(?:\w+\s+)?be\s+(?:right|correct|true|the|it\b|so\b|possible)",
   rf"\b(?:does|do|did){_NOT}\s+" + _any_of("work|hold|satisfy|fit|make sense|count|solve"),
   r"\b(?:fails|contradicts|leads\s+to\s+a\s+contradiction)\b",
+  r"\bwould\s+be\s+(?:wrong|incorrect)\b",
+  r"\((?:wrong|incorrect|not\s+(?:right|correct))\b",
+  r"(?:这)?(?:是|并)?(?:错误|错的|不正确|不对)|不是答案",
 )
 
 # The whole sentence
 
 _HEDGED = _compiled(
-  r"\b(?:might|may|could)\s+(?:\w+\s+)?(?:be|equal)\b",
-  r"\b(?:maybe|perhaps|possibly|probably|presumably|likely|unsure)\b",
+  r"\b(?:might|may|could)\s+(?:\w+\s+)?(?:be|equal)\b(?!\s+(?:\w+(?:ed|en)|sur\w+|other|chosen)\b)",
+  r"\b(?:maybe|perhaps|possibly|probably|presumably|likely|unsure)\b(?!\s+\w+ly,)",
   r"\b"
-  + _any_of("I(?: (?:would|will|can only|am just|just))? guess|I'm guessing|my guess|not (?:sure|certain)|just a guess")
+  + _any_of(
+    "I(?: (?:would|will|can only|am just|just))? guess|I'm guessing|my (?:best )?guess|had to guess"
+    "|not (?:sure|certain)|just a guess|I suppose|I don't know"
+  )
   + r"\b",
-  "可能|也许|大概|或许",
+  "可能|也许|大概|或许|我猜",
 )
 _UNKNOWN = _compiled(
   rf"\bI\s+(?:(?:really|simply|just)\s+)?(?:do{_NOT}|{_CANNOT}|could{_NOT}|am\s+(?:not|un)\s*able)\b"
   r"[^.\n]{0,30}(?:know|solve|answer|determine|tell|find|say|help|figure)",
   r"\b" + _any_of(r"no idea|don't know|I(?:'m|\sam|\swas) (?:sorry|not sure|unable)"),
+)
+
+_DISOWNED = _compiled(
+  r"\A\W*(?:an?\s+)?(?:\w+\s+)?(?:wrong|incorrect)\b(?!\s+answers\b)",
+  r"\bif\b[^.]*\bwould\b",
+  r"\b" + _any_of("not enough information|please provide|cannot be determined|something went wrong"),
 )
 
 # What takes a statement back: words that begin a later sentence
@@ -112,7 +129,8 @@ _TURNS = re.compile(
   _OPENERS.format("so")
   + _any_of(
     r"no\b(?! (?:other|more|further|need|matter|one|doubt))|nope|wait|hmm+|actually|hold on|hang on|sorry"
-    r"|apologies|let me (?:re|correct|double|check|fix|try)|on second thoughts?|edit\b|rather\b|my bad"
+    r"|apologies|upon re|strike that|等等|不对|let me (?:re|correct|double|check|fix|try)"
+    r"|on second thoughts?|edit\b|rather\b|my (?:bad|mistake)"
   ),
   re.IGNORECASE,
 )
@@ -123,13 +141,16 @@ _TURNS_FIRMLY = re.compile(
   + _any_of(
     r"correction|scratch that|oops|never\s*mind|disregard|i (?:made|have made) an? \w*\s*(?:mistake|error)"
     r"|i was wrong|i (?:misread|miscounted|miscalculated|forgot)"
-    r"|(?:that|this) (?:doesn't (?:work|seem|make)|contradicts)"
+    r"|(?:that|this) (?:does(?:n't|\snot) (?:work|seem|make)|contradicts)|something went wrong"
+    r"|there must be an? (?:error|mistake)|(?:this|the|that|my) (?:answer|result|value|solution) is"
+    r" (?:wrong|incorrect|not (?:right|correct))|(?:wrong|incorrect|no)[.!]*\s*\Z|(?:wrong|incorrect)!"
+    r"|i'm not sure|this leads to a contradiction|contradiction"
     r"|(?:that|this|it|which) (?:can't be|cannot be|isn't) (?:\w+ly )?(?:right|correct)"
   )
   + "|"
   + _THAT
   + _any_of(
-    "wrong|incorrect|a mistake|an error|not (?:right|correct)|false|too (?:big|small|large)"
+    "wrong|incorrect|a mistake|an error|not (?:right|correct|possible)|false|too (?:big|small|large)"
     "|impossible(?! (?:to|that|for))"
   )
   + ")",
@@ -138,8 +159,8 @@ _TURNS_FIRMLY = re.compile(
 _CONFIRMS = _compiled(
   r"\b"
   + _any_of(
-    r"yes|yep|indeed|confirm\w*|checks? out|matches|consistent|as expected|verified|still|correct|right|works"
-    r"|holds|same|agrees?|good"
+    r"yes|yep|indeed|confirm\w*|checks? out|matches|consistent|as expected|verified|holds|agrees?"
+    r"|(?:is|was|are|that's|it's|still) (?:\w+ly )?(?:correct|right|the same|good)"
   )
   + r"\b",
   "✓|✔",
@@ -161,12 +182,16 @@ def clause_start(text: str, end: int) -> int:
 
 def is_denied(text: str, start: int, end: int) -> bool:
   """Whether a text denies what stands at [start, end) of it: "isn't 7", "7 is wrong"."""
-  if _DENIED_BEFORE.search(_words(text[clause_start(text, start) : start])):
+  begin = len(text[:start].rstrip(" \t$"))
+  if re.search(r"[:：]\s*\Z", text[max(0, begin - 10) : begin]):  # "The following is wrong:"
+    begin = len(text[:begin].rstrip(" \n\t:：$"))
+  begin -= 2 * text[:begin].endswith(("\\[", "\\("))
+  if _DENIED_BEFORE.search(_words(text[clause_start(text, begin) : start])):
     return True
-  after = SENTENCE_END.split(text[end : end + _REACH].partition("\n")[0])[0]
-  boundary = _CLAUSE.search(_words(after))
-  after = _words(after)[: boundary.start() if boundary else None].lstrip(" $)}]\\.\"'")
-  return _REFUTED.match(after) is not None or after.startswith("(wrong")
+  after = _words(text[end : end + _REACH]).lstrip(" $)}]\\\"'\n")
+  after = SENTENCE_END.split(after.partition("\n")[0])[0]
+  boundary = _CLAUSE.search(after)
+  return _REFUTED.match(after[: boundary.start() if boundary else None]) is not None
 
 
 def denies_itself(text: str) -> bool:
@@ -185,7 +210,12 @@ def has_denying_verb(text: str) -> bool:
 
 def is_hedged(text: str) -> bool:
   """Whether a sentence leaves its value open: "might be 7", "probably 7"."""
-  return _HEDGED.search(_words(text)) is not None
+  return _HEDGED.search(re.split(r"\bbut\b", _words(text))[-1]) is not None
+
+
+def disowns(text: str) -> bool:
+  """Whether a last line only seems to state something: "Wrong answer: 7", "if so, it would be 7"."""
+  return _DISOWNED.search(text) is not None
 
 
 def admits_ignorance(text: str) -> bool:
@@ -208,16 +238,15 @@ def _sentences(text: str) -> Iterator[int]:
 
 
 def turn(text: str) -> tuple[int, bool] | None:
-  """The first sentence of a text that turns on what stands before it.
+  """The first words of a text that turn on what stands before it, at the beginning of a sentence.
 
   Returns:
-    (start, firm), where firm sentences take it back whatever follows ("That is wrong") and others
-    only if they go on to another value ("Wait, ..."); None where no sentence does.
+    (end, firm) of the words; firm ones take it back whatever follows ("That is wrong"), others only
+    if another value follows ("Wait, ..."); None where there are none.
   """
   for start in sorted(_sentences(text)):
     begin = _SENTENCE_START.match(text, start).end()
-    if _TURNS_FIRMLY.match(text, begin):
-      return start, True
-    if _TURNS.match(text, begin):
-      return start, False
+    for words, firm in ((_TURNS_FIRMLY, True), (_TURNS, False)):
+      if found := words.match(text, begin):
+        return found.end(), firm
   return None

@@ -10,15 +10,16 @@ import re
 
 _THOUGHT = re.compile(
   r"""
-  </?(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|analysis
-      |inner_thoughts?|inner_monologue)\s*>
+  <\s*/?\s*(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|analysis
+      |inner_thoughts?|inner_monologue|long_thought|cot|chain_of_thought|plan(?:ning)?)\s*>
+  | <unused[0-9]+>(?:thought)?
   | \[/?THINK\] | ◁/?think▷
   | <\|(?:begin|end)_of_thought\|> | <\|(?:START|END)_THINKING\|>
   | <\|channel>\s*thought | <channel\|>
   """,
   re.IGNORECASE | re.VERBOSE,
 )
-_THOUGHT_ENDS = re.compile(r"\W*/|<\|end_|<channel", re.IGNORECASE)
+_THOUGHT_ENDS = re.compile(r"\W*/|<\|end_|<channel|<unused[0-9]+>\Z", re.IGNORECASE)
 _CHANNEL = re.compile(r"<\|channel\|>\s*([A-Za-z]+)[^<|]{0,80}<\|message\|>")
 # The same where the tokenizer dropped the marks: "analysisLet me see ... assistantfinalIt is 7."
 _BARE_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\s]).*assistant\s?final(?=[A-Z0-9\s\\$*#(-])", re.DOTALL)
@@ -56,12 +57,15 @@ _TURN_ENDS = re.compile(
 
 _FORMULA_OR_BOX = re.compile(
   r"""
-  \$\$[^$]++\$\$ | \$(?=\S)[^$\n]++(?<=\S)\$(?![0-9])
-  | \\\((?>(?:[^\\]|\\(?!\)))+)\\\) | \\\[(?>(?:[^\\]|\\(?!\]))+)\\\]
+  \$\$[^$]{1,1500}+\$\$ | \$(?=\S)[^$\n]++(?<=\S)\$(?![0-9])
+  | \\\((?>(?:[^\\]|\\(?!\))){1,1500})\\\) | \\\[(?>(?:[^\\]|\\(?!\])){1,1500})\\\]
   | \\(?:boxed|fbox)\{(?>(?:[^{}\n]|\{(?>(?:[^{}\n]|\{[^{}\n]*+\})*)\})*)\}
   """,
   re.VERBOSE,
 )
+_BOLD = re.compile(r"\*\*(?=\S)([^*\n]{1,200})(?<=\S)\*\*")
+_ANNOTATION = re.compile(r"<<[^<>\n]{0,200}>>")  # of GSM8K's calculator
+_END_OF_PROOF = re.compile(r"(?:\$?\\(?:blacksquare|square|qed|Box)\b\$?|[∎■□])\Z")
 _EMPHASIS = re.compile(r"\*{1,3}|_{1,3}|~~")
 _LINE_START = re.compile(r"^[ \t]*(?:(?:>[ \t]*)++|(?:```|~~~)[^\n]*$|#{1,3}[ \t]+)", re.MULTILINE)
 _HTML = re.compile(
@@ -105,6 +109,8 @@ def answer_text(response: str) -> str | None:
     response = response[channels[-1].end() :]
   elif bare := _BARE_CHANNELS.match(response):
     response = response[bare.end() :]
+  elif re.match(r"\s*analysis(?=[A-Z])", response):
+    return None
   response = _without_thoughts(response)
   if response is None:
     return None
@@ -136,12 +142,18 @@ def _emphasis(masked: str) -> list[tuple[str, int, int]]:
   return pairs
 
 
+def bold_parts(text: str) -> list[str]:
+  """What is bold in a text, without Markdown."""
+  return [without_markdown(part).strip() for part in _BOLD.findall(text)]
+
+
 def without_markdown(text: str) -> str:
   """The text without Markdown and emoji; formulas and boxes stay as they are."""
   if not text.isascii():
     text = _EMOJI.sub(" ", _CROSS.sub(" is wrong ", text))
+  text = _END_OF_PROOF.sub("", text.rstrip()).rstrip()
   if "<" in text:
-    text = _HTML.sub(" ", text)
+    text = _HTML.sub(" ", _ANNOTATION.sub("", text))
   if "&" in text:
     for entity, sign in _ENTITIES.items():
       text = text.replace(entity, sign)

@@ -229,15 +229,17 @@ SCHEMA = {
     ),
     "train_problems": Leaf(1000, "|D_syn|: problems with solutions that SFT sees.", unit="problems", within=COUNT),
     "test_problems": Leaf(1000, "Problems on which test errors are measured.", unit="problems", within=COUNT),
-    "path": Leaf("", "Folder of both splits, or file to train on; empty: see docs/datasets.md. Tasks from files only."),
-    "test_path": Leaf("", "File or folder of the test problems, such as MATH-500; empty: that of task.path."),
+    "path": Leaf(
+      "", "Folder of both splits, file to train on, or dataset on the Hub (hf:ORG/NAME); empty: see docs/datasets.md."
+    ),
+    "test_path": Leaf("", "The same for the test problems, such as MATH-500; empty: those of task.path."),
     "fields": Leaf(
       "",
       "Names of a row's fields where they are others: problem=query,solution=response; also of answer and id, and dotted.",
       parse=field_map,
     ),
     "decontaminate_against": Leaf(
-      (), "More files or folders of test problems that training problems must not overlap."
+      (), "More files, folders or datasets of test problems that training problems must not overlap."
     ),
     "decontaminate_ngram": Leaf(
       13,

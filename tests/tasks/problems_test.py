@@ -163,8 +163,9 @@ class ProblemsTest(parameterized.TestCase):
       self.skipTest("SYNTHNEG_DATA_DIR is not set")
     section = task(name="gsm8k", train_problems=7469, test_problems=1319)
     figures = problems.choose(section, 0).figures
-    names = ("gold_disagreements", "test_gold_disagreements", "unreadable_solutions", "dropped_as_test")
-    self.assertEqual([figures[name] for name in names], [0, 0, 0, 4])
+    names = ("gold_disagreements", "test_gold_disagreements", "dropped_as_test")
+    self.assertEqual([figures[name] for name in names], [0, 0, 4])
+    self.assertLessEqual(figures["unreadable_solutions"], 1)
 
   # Fails if a D_syn that a run wrote comes back changed, or under other ids.
   def test_written_d_syn(self):
