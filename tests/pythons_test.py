@@ -31,7 +31,8 @@ class PythonsTest(absltest.TestCase):
 
   def python(self, path: str, version: str, status: int = 0):
     self.program(
-      path, f'[ "$1" = --version ] && echo "Python {version}" || {{ echo "$@" >> {self.root}/ran; exit {status}; }}'
+      path,
+      f'[ "$1" = --version ] && echo "Python {version}" || {{ echo "$@" >> {self.root}/ran; exit {status}; }}',
     )
 
   def run_script(self, **env):
@@ -69,7 +70,10 @@ class PythonsTest(absltest.TestCase):
     os.remove(self.root / "bin/pyenv")
     if not any(pathlib.Path(f"/usr/bin/python{version}").exists() for version in ("3.11", "3.12", "3.13")):
       done = self.run_script()
-      self.assertEqual((done.returncode, done.stdout), (0, "pythons.sh: the fast tests ran on no further Python.\n"))
+      self.assertEqual(
+        (done.returncode, done.stdout),
+        (0, "pythons.sh: the fast tests ran on no further Python.\n"),
+      )
 
 
 if __name__ == "__main__":

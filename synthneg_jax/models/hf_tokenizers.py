@@ -1,8 +1,8 @@
 """Tokenizers of Hugging Face folders: tokenizer.json as it stands, and the ids that end a turn.
 
-transformers' AutoTokenizer may rebuild a tokenizer from the class that tokenizer_config.json names, with another
-pre-tokenizer than tokenizer.json has, and give other ids without a word. So the class is not asked where there is a
-tokenizer.json.
+transformers' AutoTokenizer may rebuild a tokenizer from the class that tokenizer_config.json names,
+with another pre-tokenizer than tokenizer.json has, and give other ids without a word. So the class
+is not asked where there is a tokenizer.json.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def files(folder: epath.Path) -> list[str]:
 
 
 def load(folder: epath.PathLike) -> transformers.PreTrainedTokenizerFast:
-  """The tokenizer of a local folder; where it names no EOS, that of generation_config.json or config.json is its EOS.
+  """Loads the tokenizer of a local folder; without an EOS of its own it takes the configs'.
 
   Raises:
     UserError: there is no tokenizer, it cannot be read, or nothing names a token that ends a text.
@@ -52,23 +52,25 @@ def load(folder: epath.PathLike) -> transformers.PreTrainedTokenizerFast:
       tokenizers.Tokenizer.from_file(os.fspath(path))
     except Exception as error:  # tokenizers raises no narrower class
       raise UserError(
-        f"{path} cannot be read by tokenizers {tokenizers.__version__} ({_first_line(error)}); if a newer version wrote "
-        "it: pip install --upgrade tokenizers transformers."
+        f"{path} cannot be read by tokenizers {tokenizers.__version__} ({_first_line(error)}); "
+        "if a newer version wrote it: pip install --upgrade tokenizers transformers."
       ) from error
   kind = transformers.PreTrainedTokenizerFast if path.exists() else transformers.AutoTokenizer
   try:
     tokenizer = kind.from_pretrained(os.fspath(folder), local_files_only=True)
   except Exception as error:  # of transformers, tokenizers, sentencepiece: no common class
-    raise UserError(f"{folder} has no tokenizer that transformers can load: {_first_line(error)}") from error
+    reason = _first_line(error)
+    raise UserError(f"{folder} has no tokenizer that transformers can load: {reason}") from error
   if tokenizer.eos_token_id is None:
     tokenizer.eos_token = _eos_of_configs(folder, tokenizer)
   return tokenizer
 
 
 def eos_ids(folder: epath.PathLike, tokenizer_eos: int | None) -> list[int]:
-  """All ids that end a turn: the tokenizer's EOS, then those of generation_config.json and of config.json.
+  """All ids that end a turn, the tokenizer's EOS first.
 
-  Chat models often end their turns with another token than the EOS of their tokenizer.
+  Then come those of generation_config.json and of config.json. Chat models often end their turns
+  with another token than the EOS of their tokenizer.
 
   Raises:
     UserError: an eos_token_id is neither a whole number nor a list of such numbers.
@@ -82,13 +84,16 @@ def eos_ids(folder: epath.PathLike, tokenizer_eos: int | None) -> list[int]:
 
 
 def below(ids: Iterable[int], num_rows: int, folder: epath.PathLike) -> tuple[int, ...]:
-  """Those of the ids that end a turn which have a row of the embedding; the others are logged and left out."""
+  """The ids that have a row of the embedding; the others are logged and left out."""
   kept, other = [], []
   for i in ids:
     (kept if 0 <= i < num_rows else other).append(i)
   if other:
     logging.warning(
-      "%s: eos_token_id names %s, beyond the %d rows of the embedding; left out.", folder, other, num_rows
+      "%s: eos_token_id names %s, beyond the %d rows of the embedding; left out.",
+      folder,
+      other,
+      num_rows,
     )
   return tuple(kept)
 
@@ -96,14 +101,15 @@ def below(ids: Iterable[int], num_rows: int, folder: epath.PathLike) -> tuple[in
 def check(folder: epath.PathLike, tokenizer, num_rows: int) -> None:
   """Refuses a tokenizer whose EOS, BOS, chat template or plain text has ids beyond the embedding.
 
-  What else its vocabulary holds does not matter: some have more tokens than rows, such as those of images.
+  What else its vocabulary holds does not matter: some have more tokens than rows, such as those of
+  images.
 
   Raises:
     UserError: names the token.
   """
   probe = "Question: 0123456789 + 42 = ?\nAnswer: the sum is (x - 1) / 2.\n"
   used = [("EOS", [tokenizer.eos_token_id])]
-  with contextlib.suppress(Exception):  # some tokenizers of one task raise at what they have no token for
+  with contextlib.suppress(Exception):  # tokenizers of one task may have no token for it
     used.append(("text", tokenizer.encode(probe)))  # a BOS that opens texts is in it
   if tokenizer.chat_template:
     messages = [{"role": "user", "content": probe}]
@@ -115,8 +121,9 @@ def check(folder: epath.PathLike, tokenizer, num_rows: int) -> None:
   for what, ids in used:
     if ids and max(ids) >= num_rows:
       raise UserError(
-        f"{folder}: the tokenizer's {what} uses {tokenizer.convert_ids_to_tokens(max(ids))!r}, id {max(ids)}, but the "
-        f"model's embedding has {num_rows} rows: tokenizer and model do not belong together."
+        f"{folder}: the tokenizer's {what} uses {tokenizer.convert_ids_to_tokens(max(ids))!r}, "
+        f"id {max(ids)}, but the model's embedding has {num_rows} rows: "
+        "tokenizer and model do not belong together."
       )
 
 
@@ -147,12 +154,14 @@ def _eos_of_configs(folder: epath.Path, tokenizer) -> str:
   ids = (_eos_of(path) if path.exists() else []) + eos_ids(folder, None)
   token = tokenizer.convert_ids_to_tokens(ids[0]) if ids else None
   if token is None:
-    named = f"the eos_token_id {ids[0]} of its configs is none of its ids" if ids else "neither does config.json"
+    named = "neither does config.json"
+    if ids:
+      named = f"the eos_token_id {ids[0]} of its configs is none of its ids"
     raise UserError(
-      f"{folder}: the tokenizer names no EOS, and {named}; set eos_token in tokenizer_config.json to the token that ends "
-      "a text."
+      f"{folder}: the tokenizer names no EOS, and {named}; set eos_token in "
+      "tokenizer_config.json to the token that ends a text."
     )
-  logging.info("%s: the tokenizer names no EOS; %r is taken, which the model's configs name.", folder, token)
+  logging.info("%s: the tokenizer names no EOS; it takes the configs' %r.", folder, token)
   return token
 
 

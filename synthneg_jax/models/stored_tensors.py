@@ -1,7 +1,8 @@
-"""The tensors of a Hugging Face folder by their usual names, from safetensors or torch's own files, each read when asked for.
+"""The tensors of a Hugging Face folder by their usual names, each read when asked for.
 
-Names differ by who saved them: with and without `model.`, or within the wrapper of a model with images. They are brought
-to those of the text model's own class; a wrapper's vision tensors are passed over.
+Names differ by who saved them: with and without `model.`, or within the wrapper of a model with
+images. They are brought to those of the text model's own class; a wrapper's vision tensors are
+passed over.
 """
 
 import json
@@ -46,11 +47,12 @@ def read(folder: epath.PathLike) -> dict[str, Tensor]:
   """The tensors of a folder by the names that `hf_configs.tensor_places` gives them.
 
   Args:
-    folder: holds model.safetensors, or model.safetensors.index.json and the files that it names; or the same as
-      pytorch_model.bin.
+    folder: holds model.safetensors, or model.safetensors.index.json and the files that it names; or
+      the same as pytorch_model.bin.
 
   Raises:
-    UserError: a file is missing or corrupt, is of a format that is not read, or two tensors have the same name.
+    UserError: a file is missing or corrupt, is of a format that is not read, or two tensors have
+      the same name.
   """
   folder, tensors = epath.Path(folder), {}
   for tensor in _stored(folder):
@@ -58,13 +60,14 @@ def read(folder: epath.PathLike) -> dict[str, Tensor]:
     if name is None:
       continue
     if name in tensors:
-      raise UserError(f"{tensor.path}: the tensors {tensors[name].name} and {tensor.name} are the same.")
+      same = f"{tensors[name].name} and {tensor.name}"
+      raise UserError(f"{tensor.path}: the tensors {same} are the same.")
     tensors[name] = tensor
   return tensors
 
 
 def read_adapter(folder: epath.Path) -> list[Tensor]:
-  """The tensors of an adapter's folder: adapter_model.safetensors, or adapter_model.bin where torch is installed.
+  """The tensors of a PEFT folder: adapter_model.safetensors, or .bin where torch is installed.
 
   Raises:
     UserError: neither is there, or it cannot be read.
@@ -80,7 +83,8 @@ def usual_name(name: str) -> str | None:
   """A tensor's name in the text model's own class; None for a tensor of a vision part."""
   if _VISION.match(name):
     return None
-  name = name.removeprefix("language_model.") if name.startswith("language_model.lm_head.") else name
+  if name.startswith("language_model.lm_head."):
+    name = name.removeprefix("language_model.")
   if name.startswith(_BARE):
     return f"model.{name}"
   found = _PREFIX.match(name)
@@ -116,18 +120,21 @@ def _stored(folder: epath.Path) -> Iterator[Tensor]:
     yield from _torch(folder)
   elif (folder / "consolidated.safetensors").exists():
     raise UserError(
-      f"{folder} holds consolidated.safetensors alone, Mistral's own format with other names and layouts; take the folder "
-      f"with {_SINGLE}, which the same repository usually holds too."
+      f"{folder} holds consolidated.safetensors alone, Mistral's own format with other names "
+      f"and layouts; take the folder with {_SINGLE}, which the same repository usually holds too."
     )
   else:
     raise UserError(f"{folder} holds neither {_SINGLE} nor {_INDEX}.")
 
 
 def _files(folder: epath.Path, single: str, index: str) -> list[str]:
-  weight_map = {"": single} if (folder / single).exists() else read_json(folder / index).get("weight_map")
-  if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+  if (folder / single).exists():
+    return [single]
+  weight_map = read_json(folder / index).get("weight_map")
+  files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+  if not all(isinstance(name, str) for name in files):
     raise UserError(f"{folder / index} has no weight_map from tensors to files.")
-  return sorted(set(weight_map.values()))
+  return sorted(set(files))
 
 
 def _safetensors(folder: epath.Path, single: str = _SINGLE) -> Iterator[Tensor]:
@@ -155,9 +162,10 @@ def _torch(folder: epath.Path, single: str = _TORCH_SINGLE) -> Iterator[Tensor]:
   except ImportError as error:
     files = single.replace("model.bin", "model*.bin")
     raise UserError(
-      f"{folder} holds {files}, which only torch reads: pip install torch, or convert the folder where torch is installed: "
-      'python -c "import transformers; '
-      f"transformers.AutoModelForCausalLM.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}')\"."
+      f"{folder} holds {files}, which only torch reads: pip install torch, or convert the folder "
+      'where torch is installed: python -c "import transformers; '
+      f"transformers.AutoModelForCausalLM.from_pretrained('{folder}', dtype='auto')"
+      f".save_pretrained('{folder}')\"."
     ) from error
   for name in _files(folder, single, _TORCH_INDEX):
     path = folder / name
@@ -169,7 +177,8 @@ def _torch(folder: epath.Path, single: str = _TORCH_SINGLE) -> Iterator[Tensor]:
     for key, value in state.items():
       if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
-        yield Tensor(path, key, tuple(value.shape), _TORCH_DTYPES.get(dtype, dtype), _torch_reader(value))
+        dtype = _TORCH_DTYPES.get(dtype, dtype)
+        yield Tensor(path, key, tuple(value.shape), dtype, _torch_reader(value))
 
 
 def _torch_reader(value) -> Callable[[tuple[slice, ...]], np.ndarray]:

@@ -72,7 +72,12 @@ class FolderTest(parameterized.TestCase):
 
 class TokenizerTest(FolderTest):
   @parameterized.parameters(
-    "GPT2Tokenizer", "GPTNeoXTokenizer", "LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer", "TokenizersBackend"
+    "GPT2Tokenizer",
+    "GPTNeoXTokenizer",
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "Qwen2Tokenizer",
+    "TokenizersBackend",
   )
   def test_ids_are_those_of_tokenizer_json(self, label):
     # Fails if the class in tokenizer_config.json decides: it would merge 12, or lose the spaces.
@@ -122,7 +127,12 @@ class EmbeddingTest(FolderTest):
     self.assertGreater(self.load().token_text.vocab_size, IMAGE)
 
   @parameterized.parameters(
-    (END, TEMPLATE, "<eos>", "chat template uses '<|end|>', id 259, but the model's embedding has 259 rows"),
+    (
+      END,
+      TEMPLATE,
+      "<eos>",
+      "chat template uses '<|end|>', id 259, but the model's embedding has 259 rows",
+    ),
     (EOS, None, "<eos>", "base: the tokenizer's EOS uses '<eos>', id 257"),
     (40, None, "!", "base: the tokenizer's text uses '"),
   )
@@ -134,7 +144,10 @@ class EmbeddingTest(FolderTest):
   def test_a_tokenizer_of_one_task(self):
     # Fails if a vocabulary that cannot spell the probe is refused.
     self.write()
-    for model in (token_models.WordLevel({"a": 0, "<eos>": 1}), token_models.BPE({"a": 0, "<eos>": 1}, [])):
+    for model in (
+      token_models.WordLevel({"a": 0, "<eos>": 1}),
+      token_models.BPE({"a": 0, "<eos>": 1}, []),
+    ):
       tokenizers.Tokenizer(model).save(str(self.folder / "tokenizer.json"))
       self.assertEqual(hf_tokenizers.load(self.folder).eos_token_id, 1)
       hf_tokenizers.check(self.folder, hf_tokenizers.load(self.folder), 2)

@@ -164,7 +164,10 @@ class ModelHubTest(hf_tokenizers_test.FolderTest):
 
   @parameterized.parameters(
     ("hf:me/none", "^The model me/none on the Hub does not exist, or it is private and HF_TOKEN"),
-    ("me/none", "There is no folder me/none, and no such model was found: The model me/none on the Hub does not exist"),
+    (
+      "me/none",
+      "There is no folder me/none, and no such model was found: The model me/none on the Hub does not exist",
+    ),
     ("hf:me/tiny@v9", "The model me/tiny on the Hub has no such revision"),
     ("hf:tiny", "hf:tiny is no model on the Hub; the form is hf:ORG/NAME"),
     ("hf:me/bare", "The model me/bare on the Hub has neither config.json nor adapter_config.json"),

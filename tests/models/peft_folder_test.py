@@ -73,9 +73,15 @@ class PeftFolderTest(hf_tokenizers_test.FolderTest):
     ({"peft_type": "IA3"}, 'peft_type "IA3" is not supported, only LORA is.'),
     ({"use_dora": True}, "use_dora true is not supported, only false is."),
     ({"bias": "all"}, 'bias "all" is not supported, only "none" is.'),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported; have PEFT merge the adapter"),
+    (
+      {"modules_to_save": ["lm_head"]},
+      "modules_to_save is not supported; have PEFT merge the adapter",
+    ),
     ({"base_model_name_or_path": ""}, "base_model_name_or_path is empty; name the folder"),
-    ({"base_model_name_or_path": "/nowhere/x"}, "base_model_name_or_path='/nowhere/x'.*does not exist"),
+    (
+      {"base_model_name_or_path": "/nowhere/x"},
+      "base_model_name_or_path='/nowhere/x'.*does not exist",
+    ),
   )
   def test_refused(self, changes, sentence):
     # Fails if what a pair of matrices does not compute is passed over.
@@ -83,8 +89,16 @@ class PeftFolderTest(hf_tokenizers_test.FolderTest):
     self.assert_refused(sentence)
 
   @parameterized.parameters(
-    ("base_model.model.lm_head.lora_A.weight", (2, 16), "lm_head has lora_A and not the other matrix"),
-    ("base_model.model.lm_head.weight", (3, 16), "lm_head.weight is neither lora_A nor lora_B of a matrix"),
+    (
+      "base_model.model.lm_head.lora_A.weight",
+      (2, 16),
+      "lm_head has lora_A and not the other matrix",
+    ),
+    (
+      "base_model.model.lm_head.weight",
+      (3, 16),
+      "lm_head.weight is neither lora_A nor lora_B of a matrix",
+    ),
     (
       "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
       (2, 15),

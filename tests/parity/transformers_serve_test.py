@@ -38,11 +38,19 @@ class ServeTest(hf_tokenizers_test.FolderTest):
   def setUp(self):
     super().setUp()
     self.write(
-      generation={"eos_token_id": hf_tokenizers_test.END}, tokenizer={"chat_template": hf_tokenizers_test.TEMPLATE}
+      generation={"eos_token_id": hf_tokenizers_test.END},
+      tokenizer={"chat_template": hf_tokenizers_test.TEMPLATE},
     )
     port = free_port()
     self.url = f"http://127.0.0.1:{port}/v1"
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(self.folder), f"--port={port}"]
+    command = [
+      sys.executable,
+      "-m",
+      "transformers.cli.transformers",
+      "serve",
+      str(self.folder),
+      f"--port={port}",
+    ]
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     log = self.enterContext(tempfile.TemporaryFile())
     server = subprocess.Popen([*command, "--host=127.0.0.1", "--device=cpu"], env=env, stdout=log, stderr=log)
@@ -60,7 +68,12 @@ class ServeTest(hf_tokenizers_test.FolderTest):
   def section(self):
     section = config_schema.default().synthesis
     section.endpoint.update(
-      url=self.url, model=str(self.folder), key_variable="", timeout_s=60.0, attempts=2, concurrency=2
+      url=self.url,
+      model=str(self.folder),
+      key_variable="",
+      timeout_s=60.0,
+      attempts=2,
+      concurrency=2,
     )
     return section
 

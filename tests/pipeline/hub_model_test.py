@@ -22,7 +22,8 @@ class HubModelTest(hf_tokenizers_test.FolderTest):
     # Fails if a stage takes the model's name for a folder, asks for it once more, or the policy does not reach the Hub.
     root = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
     self.write(
-      generation={"eos_token_id": hf_tokenizers_test.END}, tokenizer={"chat_template": hf_tokenizers_test.TEMPLATE}
+      generation={"eos_token_id": hf_tokenizers_test.END},
+      tokenizer={"chat_template": hf_tokenizers_test.TEMPLATE},
     )
     (root / "gsm8k").mkdir()
     row = '{{"question": "What is {} and {}?", "answer": "They are {}.\\n#### {}"}}\n'
@@ -43,8 +44,19 @@ class HubModelTest(hf_tokenizers_test.FolderTest):
       "PYTHONPATH": str(ROOT),
     }
     command = [
-      *(sys.executable, "-m", "synthneg_jax.cli", "pipeline", "--config=gsm8k:smoke", f"--workdir={root / 'run'}"),
-      *(f"--config.model.path={NAME}", "--config.model.max_length=256", "--config.engine.max_new_tokens=8"),
+      *(
+        sys.executable,
+        "-m",
+        "synthneg_jax.cli",
+        "pipeline",
+        "--config=gsm8k:smoke",
+        f"--workdir={root / 'run'}",
+      ),
+      *(
+        f"--config.model.path={NAME}",
+        "--config.model.max_length=256",
+        "--config.engine.max_new_tokens=8",
+      ),
       *("--config.export.push_to_hub=me/policy", "--config.evaluate.methods=('base','sft')"),
       "--stages=synthesize,sft,sample,credit,evaluate,export",
     ]

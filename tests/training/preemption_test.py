@@ -167,7 +167,6 @@ class PreemptionTest(absltest.TestCase):
     self.assertIn(f"going on from step {newest.name}", done.stderr)
     self.assert_as_whole(workdir)
 
-
   def test_no_checkpoint_can_be_read(self):
     # Fails if the training does not start from step 0 in the same call, or ends in "cannot be written".
     workdir = scratch() / "all_damaged"
