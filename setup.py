@@ -80,7 +80,7 @@ setuptools.setup(
       "tensorboard>=2.19",
       "wandb>=0.20",
     ],
-    "parity": ["peft>=0.21", "torch==2.13.0", "trl>=1.16"],
+    "parity": ["peft>=0.21", "torch==2.13.0", "transformers[serving]>=5.0", "trl>=1.16"],
     "bench": ["torch==2.13.0", "trl>=1.16"],
     "preflight": ["libtpu"],
     "grading": ["math-verify>=0.8"],

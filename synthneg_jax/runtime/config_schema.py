@@ -342,7 +342,9 @@ SCHEMA = {
   },
   "model": {
     "path": Leaf(
-      "embedded", "Policy or Hugging Face folder of the base model; embedded and embedded_jobs come with the package."
+      "embedded",
+      "The base model: a policy or Hugging Face folder, a model of the Hub (ORG/NAME[@REVISION]), or one that comes with the "
+      "package (embedded, embedded_jobs).",
     ),
     "dtype": Leaf("float32", "Type of activations and matrix products.", choices=("float32", "bfloat16")),
     "param_dtype": Leaf("float32", "Type in which parameters are kept.", choices=("float32", "bfloat16")),
@@ -570,6 +572,11 @@ SCHEMA = {
   "export": {
     "max_shard_bytes": Leaf(
       5_000_000_000, "Largest file of exported weights, unless one tensor is larger.", unit="bytes", within=COUNT
+    ),
+    "push_to_hub": _how(
+      "",
+      "ORG/NAME on the Hugging Face Hub that takes the exported policy; of several, ORG/NAME-METHOD takes each. New ones are "
+      "private.",
     ),
   },
   "report": {
