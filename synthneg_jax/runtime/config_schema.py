@@ -224,10 +224,16 @@ SCHEMA = {
   "task": {
     "name": Leaf(
       "arithmetic",
-      "Generated tasks (arithmetic, jobs, star_graph), GSM8K, competition MATH, or any file of problems (jsonl).",
-      choices=("arithmetic", "jobs", "star_graph", "gsm8k", "math", "jsonl"),
+      "Generated tasks (arithmetic, jobs, star_graph, stories), GSM8K, competition MATH, or any file of problems (jsonl).",
+      choices=("arithmetic", "jobs", "star_graph", "stories", "gsm8k", "math", "jsonl"),
     ),
     "train_problems": Leaf(1000, "|D_syn|: problems with solutions that SFT sees.", unit="problems", within=COUNT),
+    "fresh_problems": Leaf(
+      0,
+      "Training problems that SFT does not see, on which traces are sampled instead of SFT's own; 0 for none.",
+      unit="problems",
+      within=AT_LEAST_0,
+    ),
     "test_problems": Leaf(1000, "Problems on which test errors are measured.", unit="problems", within=COUNT),
     "path": Leaf("", "Folder of both splits, or file to train on; empty: see docs/datasets.md. Tasks from files only."),
     "test_path": Leaf("", "File or folder of the test problems, such as MATH-500; empty: that of task.path."),
@@ -295,7 +301,7 @@ SCHEMA = {
     },
     "prompt": Leaf(
       "plain",
-      'Prompt form of tasks from files: plain ("Question: ...\\nAnswer:\\n") or the tokenizer\'s chat template.',
+      'Prompt form of stories and of tasks from files: plain ("Question: ...\\nAnswer:\\n") or the chat template.',
       choices=("plain", "chat"),
     ),
     "template_args": Leaf(
@@ -336,6 +342,18 @@ SCHEMA = {
         unit="hours",
         within=AT_LEAST_0,
       ),
+    },
+    "stories": {
+      "min_people": Leaf(4, "Fewest people of a story.", unit="people", within="[2, 18]"),
+      "max_people": Leaf(6, "Most people of a story.", unit="people", within="[2, 18]"),
+      "min_derivations": Leaf(
+        2, "Fewest quantities that have to be derived before the sum.", unit="derivations", within="[0, 17]"
+      ),
+      "max_derivations": Leaf(
+        4, "Most quantities that have to be derived before the sum.", unit="derivations", within="[0, 17]"
+      ),
+      "max_distractors": Leaf(3, "Most people who do not matter for the question.", unit="people", within="[0, 16]"),
+      "largest_value": Leaf(99, "Largest number that a person has.", within="[2, inf)"),
     },
   },
   "model": {
@@ -707,6 +725,11 @@ def check_values(config: ConfigDict) -> None:
     raise UserError(
       f"evaluate.base_shots={values['evaluate.base_shots']} needs engine.stop, such as ('\\nQuestion:',): a base model that "
       "has read problems goes on to write some of its own, and the last answer is the one that is graded."
+    )
+  if values["task.fresh_problems"] and (values["synthesis.provider"] != "task" or values["rft.with_teacher"]):
+    raise UserError(
+      f"task.fresh_problems={values['task.fresh_problems']} needs synthesis.provider='task' and rft.with_teacher=False: fresh "
+      "problems are the task's own, and their solutions are not the ones that SFT has seen."
     )
   if values["pairs.pair_mode"] == "positives_too" and values["credit.max_right_per_problem"] < 1:
     raise UserError("pairs.pair_mode='positives_too' needs credit of right traces: credit.max_right_per_problem is 0.")

@@ -7,7 +7,7 @@ import numpy as np
 import tokenizers
 
 from synthneg_jax.data.records import Problem
-from synthneg_jax.tasks import arithmetic, jobs, star_graph
+from synthneg_jax.tasks import arithmetic, jobs, star_graph, stories
 
 _SPLITS = ("train", "test", "pretrain")
 
@@ -28,12 +28,14 @@ class Task(NamedTuple):
     draw: (rng, task) -> Drawn, a problem with its teacher's solution.
     document: (rng, task, pretrain's section) -> Drawn, what the base model reads.
     tokenizer: (task) -> its tokenizer, with EOS and PAD of the names below.
+    raw: its prompts are put to the model as they stand; False: in the form of task.prompt, as those of files are.
   """
 
   check: Callable
   draw: Callable
   document: Callable
   tokenizer: Callable[..., tokenizers.Tokenizer]
+  raw: bool = True
 
 
 EOS, PAD = "<eos>", "<pad>"
@@ -46,6 +48,7 @@ TASKS = {
     star_graph.document,
     lambda task: star_graph.build_tokenizer(task.star_graph.num_nodes),
   ),
+  "stories": Task(stories.check, stories.draw, stories.document, lambda task: stories.build_tokenizer(), raw=False),
 }
 
 
