@@ -8,6 +8,7 @@ A config file (configs/*.py) defines `get_config(arg)`, which starts from `defau
 changes leaves with --config.part.leaf=value.
 """
 
+import ast
 import dataclasses
 import difflib
 import json
@@ -136,6 +137,28 @@ def template_args(text: str) -> dict:
   return arguments
 
 
+def literals(text: str) -> dict[str, object]:
+  """The values of task.reasoning_gym.params, names with literals as in min_terms=2, max_terms=4.
+
+  Raises:
+    UserError: it is no list of such.
+  """
+  try:
+    call = ast.parse(f"parameters({text})", mode="eval").body
+    named = isinstance(call, ast.Call) and not call.args and all(keyword.arg for keyword in call.keywords)
+    if named:
+      return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+  except (SyntaxError, ValueError, MemoryError, RecursionError):
+    pass
+  raise UserError("must be names with literals, such as min_terms=2, max_terms=4.")
+
+
+def _function_name(text: str) -> None:
+  """UserError unless it is empty or of the form module:function."""
+  if text and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
+    raise UserError("must be module:function.")
+
+
 MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # of a layer
 COUNT, AT_LEAST_0 = "[1, inf)", "[0, inf)"
 
@@ -224,8 +247,9 @@ SCHEMA = {
   "task": {
     "name": Leaf(
       "arithmetic",
-      "Generated tasks (arithmetic, jobs, star_graph, stories), GSM8K, competition MATH, or any file of problems (jsonl).",
-      choices=("arithmetic", "jobs", "star_graph", "stories", "gsm8k", "math", "jsonl"),
+      "Generated tasks (arithmetic, jobs, star_graph, stories), those of reasoning_gym, GSM8K, competition MATH, or any file "
+      "of problems (jsonl).",
+      choices=("arithmetic", "jobs", "star_graph", "stories", "reasoning_gym", "gsm8k", "math", "jsonl"),
     ),
     "train_problems": Leaf(1000, "|D_syn|: problems with solutions that SFT sees.", unit="problems", within=COUNT),
     "fresh_problems": Leaf(
@@ -301,7 +325,7 @@ SCHEMA = {
     },
     "prompt": Leaf(
       "plain",
-      'Prompt form of stories and of tasks from files: plain ("Question: ...\\nAnswer:\\n") or the chat template.',
+      'Prompt form of stories, reasoning_gym and tasks from files: plain ("Question: ...\\nAnswer:\\n") or the chat template.',
       choices=("plain", "chat"),
     ),
     "template_args": Leaf(
@@ -321,6 +345,15 @@ SCHEMA = {
       parse=step_pattern,
     ),
     "test_start": Leaf(0, "Number of the first test problem of a generated task.", within=AT_LEAST_0),
+    "verifier": Leaf(
+      "",
+      "Function, as module:function, that judges responses in place of the grader: (response, problem) -> bool.",
+      parse=_function_name,
+    ),
+    "reasoning_gym": {
+      "dataset": Leaf("gsm_symbolic", "Name of the dataset in reasoning-gym."),
+      "params": Leaf("", "Parameters of the dataset's config, such as min_terms=2, max_terms=4.", parse=literals),
+    },
     "arithmetic": {
       "skip_step_prob": Leaf(0.0, "Probability that the teacher does an addition in its head.", within="[0, 1]"),
       "num_leaves": Leaf(4, "Quantities with a given value.", within=COUNT),
@@ -358,7 +391,8 @@ SCHEMA = {
   },
   "model": {
     "path": Leaf(
-      "embedded", "Policy or Hugging Face folder of the base model; embedded and embedded_jobs come with the package."
+      "embedded",
+      "Policy or Hugging Face folder of the base model; embedded, embedded_jobs and embedded_stories come with the package.",
     ),
     "dtype": Leaf("float32", "Type of activations and matrix products.", choices=("float32", "bfloat16")),
     "param_dtype": Leaf("float32", "Type in which parameters are kept.", choices=("float32", "bfloat16")),

@@ -20,7 +20,7 @@ from synthneg_jax.data.records import Problem
 from synthneg_jax.grading import answers
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.tasks import generated
+from synthneg_jax.tasks import generated, reasoning
 
 _DATA_DIR = "SYNTHNEG_DATA_DIR"
 _LOGGED = 5  # rows that are logged one by one
@@ -58,6 +58,11 @@ def prompt_style(task) -> str:
   return "raw" if task.name in generated.TASKS and generated.TASKS[task.name].raw else task.prompt
 
 
+def is_drawn(task) -> bool:
+  """Whether a program writes the task's problems, so that there are as many as one likes; else they are read from files."""
+  return task.name in generated.TASKS or task.name == "reasoning_gym"
+
+
 def choose(task, seed: int) -> Chosen:
   """The training and test problems of a task; more of them have the fewer ones first.
 
@@ -74,7 +79,7 @@ def choose(task, seed: int) -> Chosen:
   Raises:
     UserError: an unknown task, a missing or broken file, or too few problems.
   """
-  if task.name in generated.TASKS:
+  if is_drawn(task):
     counts = {"test": task.test_problems, "train": task.train_problems + task.fresh_problems}
     test, train = (load(task, seed, split, count) for split, count in counts.items())
     unseen = {problem.prompt for problem in test}
@@ -175,7 +180,7 @@ def _log_disagreements(doubts: Sequence[dict]) -> None:
 
 def test_texts(task, seed: int) -> list[str]:
   """What no training problem may overlap: all problems of the test split, and those of task.decontaminate_against."""
-  if task.name in generated.TASKS:
+  if is_drawn(task):
     return [problem.prompt for problem in load(task, seed, "test", task.test_problems)]
   paths = [_rows(task, "test"), *(_read(task, path, "test") for path in task.decontaminate_against)]
   return [row.problem for rows in paths for row in rows.rows]
@@ -193,6 +198,8 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
   Raises:
     UserError: as in `choose`.
   """
+  if task.name == "reasoning_gym":
+    return reasoning.load(task, seed, split, count)
   if task.name in generated.TASKS:
     return generated.load(task, seed, split, count)
   return _first(task, _rows(task, split).rows, split, seed if split == "train" else 0, "", count)[0]

@@ -298,6 +298,11 @@ def true_pit(story: Story, lines: Sequence[str]) -> int:
   return -1
 
 
+def is_open(story: Story, lines: Sequence[str]) -> bool:
+  """Whether a consistent solution that begins with these lines can still come out right."""
+  return true_pit(story, lines) < 0
+
+
 def build_tokenizer() -> tokenizers.Tokenizer:
   """Words with the space before them, digits one by one, and marks; for base models of this task alone. Text round-trips."""
   words = [PAD, EOS, "\n", " ", ".", "?", ":", "'", "s", " +", " -", " *", " /", " =", "####", "Question", "Answer"]

@@ -160,6 +160,7 @@ class StoriesTest(parameterized.TestCase):
   def test_true_pit(self, lines, pit):
     # Fails if the pit is found a step early or late, or at somebody who does not matter.
     self.assertEqual(stories.true_pit(STORY, lines), pit)
+    self.assertEqual(stories.is_open(STORY, lines), pit < 0)
 
   def test_a_prompt_is_read_again(self):
     # Fails if a relation's number or base is lost, or prose passes for a story.
