@@ -38,7 +38,8 @@ def verdicts(
   stop, task = list(experiment.config.engine.stop), experiment.config.task
   rules = answers.Conventions(**{name: value for name, value in task.grading.items() if name != "timeout_s"})
   if task.name in generated.TASKS or task.name == "reasoning_gym":
-    rules = dataclasses.replace(rules, extraction="marked")  # their solutions end in ####: without it nothing is answered
+    # Their solutions end in ####: without it nothing is answered.
+    rules = dataclasses.replace(rules, extraction="marked")
   texts = [token_text.cut_at_stop(text, stop) if stop else text for text in texts]
   graded: list[answers.Verdict] = [answers.Verdict(False, "truncated", None)] * len(texts)
   cut = [finish == "length" for finish in finishes]
