@@ -205,8 +205,8 @@ _SENTENCE = re.compile(
   r"(\w+) has (\d+|\d+ more|\d+ fewer|twice|\d times|half)( as many)? (\w+)(?: (?:than|as) (\w+))?\."
 )
 _QUESTION = re.compile(r"How many (\w+) do (\w+) and (\w+) have together\?$")
-_DERIVATION = re.compile(r"(\w+) has (\w+)'s (\d+) ([-+*/]) (\d+) = (-?\d+) (\w+)\.")
-_SUM = re.compile(r"Together (\w+) and (\w+) have (\d+) \+ (\d+) = (\d+) (\w+)\.")
+_DERIVATION = re.compile(r"(\w+) has (?:(\w+)'s )?(\d+) ([-+*/]) (\d+) = (-?\d+) (\w+)\.")
+_SUM = re.compile(r"Together (\w+) and (\w+) have (\d+) ([-+*/]) (\d+) = (-?\d+) (\w+)\.")
 _ANSWER = re.compile(r"#### (-?\d+)")
 _OPERATORS = {"more": "+", "fewer": "-", "half": "/", "twice": "*", "times": "*"}
 
@@ -234,7 +234,7 @@ class Step(NamedTuple):
   """What a written step is.
 
   Attributes:
-    kind: "derivation", "sum", "answer" or "malformed".
+    kind: "derivation" (from somebody's quantity or a bare number), "sum", "answer" or "malformed".
     legal: it follows from the problem and the steps before: a derivation is by the person's own relation, from a quantity
       that is stated or was derived; a sum is of the two people asked for, both known; an answer repeats the sum.
     value_right: its numbers are right: what it says that somebody has, or that both have, is so, and its equation holds.
@@ -261,20 +261,21 @@ def judge_step(story: Story, known: set[str], line: str) -> Step:
     return name in known or isinstance(story.quantities.get(name), int)
 
   if match := _DERIVATION.fullmatch(line):
-    name, base, *_ = match.groups()
+    name, base = match.groups()[:2]
     relation = story.quantities.get(name)
     number_right = name in story.quantities and int(match[6]) == story.value(name)
     if isinstance(relation, int) or relation is None:
       return Step("derivation", False, False, name)
     exact = line == story.derivation(name)
-    own = (base, match[4], int(match[5])) == dataclasses.astuple(relation)
-    holds = Relation(base, match[4], int(match[5])).apply(int(match[3])) == int(match[6]) if int(match[5]) else False
-    return Step("derivation", own and exact and is_known(base), number_right and holds, name)
+    written = Relation(base or "", match[4], int(match[5]))
+    divides_by_0 = written.operator == "/" and written.number == 0
+    holds = not divides_by_0 and written.apply(int(match[3])) == int(match[6])
+    return Step("derivation", exact and is_known(relation.base), number_right and holds, name)
   if match := _SUM.fullmatch(line):
     asked = set(match.groups()[:2]) == set(story.asked)
-    first, second, total = map(int, match.groups()[2:5])
-    right = total == story.answer and first + second == total
-    exact = asked and right and first == story.value(match[1]) and match[6] == story.item
+    first, second, total = (int(match[group]) for group in (3, 5, 6))
+    right = total == story.answer and match[4] == "+" and first + second == total
+    exact = asked and right and first == story.value(match[1]) and match[7] == story.item
     return Step("sum", exact and all(map(is_known, story.asked)), right)
   if match := _ANSWER.fullmatch(line):
     right = int(match[1]) == story.answer

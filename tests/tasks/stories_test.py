@@ -130,6 +130,9 @@ class StoriesTest(parameterized.TestCase):
     ("Kim has Ben's 7 + 12 = 19 coins.", (), ("derivation", False, True)),
     ("Max has Ben's 7 + 8 = 15 marbles.", (), ("derivation", False, False)),  # stated, not to be derived
     ("Tom has Ben's 7 + 12 = 19 marbles.", (), ("derivation", False, False)),
+    ("Kim has 7 + 12 = 19 marbles.", (), ("derivation", False, True)),  # does not say from whom
+    ("Kim has 7 + 7 = 14 marbles.", (), ("derivation", False, False)),
+    ("Together Ann and Ben have 38 - 7 = 45 marbles.", ("Kim", "Ann"), ("sum", False, False)),
     ("Kim has Ben's 7 / 0 = 19 marbles.", (), ("derivation", False, False)),
     (SUM, ("Kim", "Ann"), ("sum", True, True)),
     (SUM, ("Kim",), ("sum", False, True)),
