@@ -264,13 +264,11 @@ def judge_step(story: Story, known: set[str], line: str) -> Step:
     name, base = match.groups()[:2]
     relation = story.quantities.get(name)
     number_right = name in story.quantities and int(match[6]) == story.value(name)
-    if isinstance(relation, int) or relation is None:
-      return Step("derivation", False, False, name)
-    exact = line == story.derivation(name)
     written = Relation(base or "", match[4], int(match[5]))
     divides_by_0 = written.operator == "/" and written.number == 0
     holds = not divides_by_0 and written.apply(int(match[3])) == int(match[6])
-    return Step("derivation", exact and is_known(relation.base), number_right and holds, name)
+    legal = isinstance(relation, Relation) and line == story.derivation(name) and is_known(relation.base)
+    return Step("derivation", legal, number_right and holds, name)
   if match := _SUM.fullmatch(line):
     asked = set(match.groups()[:2]) == set(story.asked)
     first, second, total = (int(match[group]) for group in (3, 5, 6))

@@ -128,7 +128,8 @@ class StoriesTest(parameterized.TestCase):
     ("Kim has Max's 15 + 12 = 27 marbles.", (), ("derivation", False, False)),
     ("Kim has Max's 15 + 4 = 19 marbles.", (), ("derivation", False, True)),
     ("Kim has Ben's 7 + 12 = 19 coins.", (), ("derivation", False, True)),
-    ("Max has Ben's 7 + 8 = 15 marbles.", (), ("derivation", False, False)),  # stated, not to be derived
+    ("Max has Ben's 7 + 8 = 15 marbles.", (), ("derivation", False, True)),  # stated, not to be derived
+    ("Max has 15 + 15 = 30 marbles.", (), ("derivation", False, False)),
     ("Tom has Ben's 7 + 12 = 19 marbles.", (), ("derivation", False, False)),
     ("Kim has 7 + 12 = 19 marbles.", (), ("derivation", False, True)),  # does not say from whom
     ("Kim has 7 + 7 = 14 marbles.", (), ("derivation", False, False)),
