@@ -1,4 +1,4 @@
-"""Three datasets of reasoning-gym through the stages at toy size: worked solutions, a scripted teacher, and a scorer of its own."""
+"""Three datasets of reasoning-gym through the stages at toy size: worked solutions, a scripted teacher, its scorer."""
 
 import collections
 import pathlib
