@@ -16,7 +16,7 @@ pass@1 on problems that SFT has not seen. Seed 0; pass@k at temperature 0.8 from
 
 The first row is of an earlier generator (a line without the base's name: "Mia has 16 * 4 = 64 marbles."; float32). In the
 second, two derivations give .65 and three .82. Of 89 responses with a true first pit 64 have it at the first step; what is
-wrong there: 30 derive a quantity that is stated, 28 take a wrong number for the base (mostly one that has not been derived yet),
+wrong there: 30 derive a quantity that is stated, 28 take a wrong number for the base (mostly one not derived yet),
 6 another relation, 18 miscalculate, 7 err in the sum. So most errors are of planning. (Before this format: reasoning-gym's
 gsm_symbolic, 300 problems, 2e-4, 3 epochs, gave .94 on new problems; its pass@1 of .30 on training problems was memory.)
 After two epochs SFT knows its own problems no better than new ones, so traces are sampled on them (task.fresh_problems=0).
