@@ -81,9 +81,8 @@ _OPEN_BEFORE = re.compile(
       |(?:step|equation|problem|part|case|figure|page|chapter|question|level|grade|number|room)
       |(?:divided|divisible|dividing|divide|multiplied|multiple|multiplying|multiply)\s+(?:by|of)
       |(?:correct|rounded|close|nearest|accurate)\s+to|with
-      |(?<!total\s)(?<!price\s)(?<!cost\s)(?<!sum\s)(?<!amount\s)(?<!average\s)(?<!length\s)
-       (?<!area\s)(?<!volume\s)(?<!speed\s)(?<!rate\s)(?<!profit\s)(?<!distance\s)(?<!value\s)
-       (?<!height\s)(?<!weight\s)(?<!perimeter\s)(?<!width\s)(?<!maximum\s)(?<!minimum\s)of )\s+
+      |(?:thirds?|hal(?:f|ves)|quarters?|fifths?|tenths?|percent|multiple|square|cube|root|power
+        |opposite|reciprocal|inverse|double|one|each|out|any|factor|divisor|remainder|[0-9%]+)\s+of )\s+
     | 至少[是有为]?\s* | 至多[是有为]?\s* | 大于\s* | 小于\s* | 大约\s* | 约\s* | 不到\s* ) \$?\s*\Z
   """,
   re.IGNORECASE | re.VERBOSE,
