@@ -31,7 +31,7 @@ SENTENCE_END = re.compile(
   \.(?= \s+(?: [A-Z(\\"“#*] | (?:no|wait|but|actually|so|oh|it|we|i|check)\b | hmm | sorry | that
       | this ) | \s*\Z | \s*["”] )
   | (?<=\$)\.(?=\s) | (?<=\.\$\$)(?=\s+[A-Z]) | (?<=\.\\\])(?=\s+[A-Z]) | \.\s*(?=I\ hope) | 。
-  | (?<![0-9A-Za-z)}\]])[!?](?=\s|\Z) | (?<=[a-z])!(?=\s|\Z) | [!?](?=\s+[A-Z])
+  | (?<![\\0-9A-Za-z)}\]])[!?](?=\s|\Z) | (?<=[a-z])!(?=\s|\Z) | (?<!\\)[!?](?=\s+[A-Z])
   """,
   re.VERBOSE,
 )
