@@ -235,7 +235,13 @@ class Study:
   def _cell(self, name: str, sections: Sequence[str], make: Callable[[], dict]) -> dict:
     """The cell's JSON: from the disk if it is of these settings, else made."""
     leaves = config_schema.plain(self.config, ("seed", "task", *sections))
-    plain = {leaf: value for leaf, value in leaves.items() if config_schema.changes_results(leaf)}
+    defaults = config_schema.plain(config_schema.default(), ("seed", "task", *sections))
+    # Defaults are left out: a leaf that a later version adds leaves published cells valid.
+    plain = {
+      leaf: value
+      for leaf, value in leaves.items()
+      if config_schema.changes_results(leaf) and value != defaults[leaf]
+    }
     key = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
     path = self.folder / "cells" / f"{name}.json"
     if path.exists():
