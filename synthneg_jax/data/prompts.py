@@ -13,7 +13,8 @@ from synthneg_jax.runtime.errors import UserError
 Shot = tuple[str, str]  # a problem and its worked solution
 
 
-def _plain(problem: str, shots: Sequence[Shot]) -> str:
+def plain_text(problem: str, shots: Sequence[Shot] = ()) -> str:
+  """The text of style "plain", after worked problems of the same form."""
   question = "Question: {}\nAnswer:\n".format
   return "".join(f"{question(shown)}{solution}\n\n" for shown, solution in shots) + question(problem)
 
@@ -87,7 +88,7 @@ def encode_prompt(
   asked = (lambda text: f"{text}\n{instruction}") if instruction else (lambda text: text)
   problem, shots = asked(problem), [(asked(shown), solution) for shown, solution in shots]
   if style == "plain":
-    ids = tokenizer.encode(_plain(problem, shots), add_special_tokens=False)
+    ids = tokenizer.encode(plain_text(problem, shots), add_special_tokens=False)
     bos = tokenizer.bos_token_id
     # Families whose tokenizer opens every text with BOS were trained with it; others were not.
     return [bos] + ids if bos is not None and tokenizer.encode("")[:1] == [bos] else ids

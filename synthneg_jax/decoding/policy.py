@@ -28,7 +28,8 @@ from synthneg_jax.runtime.errors import UserError, writing
 
 _ADAPTER = "adapter.json"
 EMBEDDED = pathlib.Path(synthneg_jax.tasks.__file__).parent / "embedded"
-BASES = {"embedded": EMBEDDED, "embedded_jobs": EMBEDDED.parent / "embedded_jobs"}  # of arithmetic, of jobs
+# Base models that come with the package: of arithmetic, of jobs, and of stories at toy size.
+BASES = {"embedded": EMBEDDED} | {name: EMBEDDED.parent / name for name in ("embedded_jobs", "embedded_stories")}
 
 
 @dataclasses.dataclass

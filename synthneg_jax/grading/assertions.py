@@ -30,7 +30,7 @@ SENTENCE_END = re.compile(
   r"""
   \.(?= \s+(?: [A-Z(\\"“#*] | (?:no|wait|but|actually|so|oh|it|we|i|check)\b | hmm | sorry | that
       | this ) | \s*\Z | \s*["”] )
-  | (?<=\$)\.(?=\s) | \.\s*(?=I\ hope) | 。
+  | (?<=\$)\.(?=\s) | (?<=\.\$\$)(?=\s+[A-Z]) | (?<=\.\\\])(?=\s+[A-Z]) | \.\s*(?=I\ hope) | 。
   | (?<![0-9A-Za-z)}\]])[!?](?=\s|\Z) | (?<=[a-z])!(?=\s|\Z) | [!?](?=\s+[A-Z])
   """,
   re.VERBOSE,
@@ -100,7 +100,8 @@ _REFUTED = _compiled(
 # The whole sentence
 
 _HEDGED = _compiled(
-  r"\b(?:might|may|could)\s+(?:\w+\s+)?(?:be|equal)\b(?!\s+(?:\w+(?:ed|en)|sur\w+|other|chosen)\b)",
+  r"\b(?:might|may|could)\s+(?:\w+\s+)?(?:be|equal)\b(?=\s*(?:(?:equal\s+to|about|around|just|only)\s+)?"
+  r"(?:[-$\\({0-9:]|[A-Za-z]\b)|\s*\Z)",
   r"\b(?:maybe|perhaps|possibly|probably|presumably|likely|unsure)\b(?!\s+\w+ly,)",
   r"\b"
   + _any_of(

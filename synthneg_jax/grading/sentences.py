@@ -26,6 +26,7 @@ _OPTION = re.compile(
 )
 _CHINESE_UNITS = "[个元人天只本米岁块件条次年月日]+"
 _TRAILING_CHINESE = re.compile(rf"(?:{_TEXT}\{{\s*{_CHINESE_UNITS}\s*\}}|{_CHINESE_UNITS})[\s。.]*\Z")
+_SPACED_THOUSANDS = re.compile(r"\A\s*[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9 ])")
 _UNIT_LETTER = re.compile(r"(?<=[0-9}])([ \t]+)([msghL])(?=\s*(?:\^|[²³]|[.,]?\s*\Z))")
 _EXPLAINED = re.compile(  # "8 (= 7 + 1)", "7 (B)", "none other than 8"
   r"\s*\(\s*(?:=|≈|\\approx)[^()]*\)\s*\.?\Z|(?<=[0-9])\s+\([A-J]\)[\s.]*\Z|\A\s*none\s+other\s+than\s+"
@@ -95,6 +96,7 @@ _OPEN_BEHIND = re.compile(
   """,
   re.IGNORECASE | re.VERBOSE,
 )
+_MULTIPLE_BEHIND = re.compile(r"\s+(hundred|thousand|million|billion|trillion|dozen|lakh|crore)\b")
 _OPEN_AT_ALL = re.compile(
   rf"\b(?:or|nor|maybe|perhaps|possibly|either|squared|cubed|guess|negative|half)\b|\b{_SCALE}", re.IGNORECASE
 )
@@ -131,6 +133,7 @@ def cleaned(statement: Statement) -> Statement:
   around = _TEXT_AROUND.fullmatch(text)
   text = _OPTION.sub("", _ANSWER_LABEL.sub("", around.group(1) if around else text))
   text = _EXPLAINED.sub("", text)
+  text = _SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
   text = _UNIT_LETTER.sub(r"\1\\text{\2}", _TRAILING_CHINESE.sub("", text))
   if statement.source in ("line", "last", "retraction", "heading") and re.search(r"[A-Za-z]\W|\s", text.strip("!. ")):
     text = re.sub(r"(?<=[0-9])!+\s*\Z", "", text)  # an exclamation, not a factorial
@@ -205,7 +208,7 @@ def leaves_open(text: str) -> bool:
 def is_cut_off(statement: Statement) -> bool:
   """Whether an unmarked last line breaks off in a formula or sum, or asks a question."""
   text = statement.text
-  return text.endswith(("?", "？")) or bool(_CUT_OFF.search(statements.FORMULA.sub("", text)))
+  return text.endswith(("?", "？")) or bool(_CUT_OFF.search(statements.FORMULA.sub("x", text)))
 
 
 def part(statement: Statement) -> Part:
@@ -232,6 +235,8 @@ def part(statement: Statement) -> Part:
       return Part("", "ambiguous")
   if assertions.is_denied(text, start, end):
     return Part("", "no_answer")
+  if multiple := _MULTIPLE_BEHIND.match(outside, end):
+    chosen, end = f"{chosen} {multiple.group(1)}", multiple.end()
   clause = text[assertions.clause_start(text, start) : start]
   if _OPEN_BEFORE.search(clause) or _OPEN_BEHIND.match(outside[end:]) or assertions.is_hedged(text):
     return Part("", "ambiguous")

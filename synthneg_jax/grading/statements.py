@@ -75,7 +75,7 @@ _DISPLAY = re.compile(
 )
 FORMULA = re.compile(
   r"""
-  \$\$((?>(?:[^$\\]|\\.){1,1500}))\$\$ | \$(\s[^$]+\s|[^$\s](?:[^$]*[^$\s])?)\$(?![0-9])
+  \$\$((?>(?:[^$\\]|\\.){1,1500}))\$\$ | \$([^$]+)\$(?![0-9])
   | \\\((.{1,1500}?)\\\) | \\\[(.{1,1500}?)\\\]
   """,
   re.DOTALL | re.VERBOSE,
@@ -206,6 +206,8 @@ _ENDS_EMPTY = re.compile(r"(?:#{4,}|\\(?:boxed|fbox)\s*(?:\{\s*\})?)[\s$*.]*\Z")
 def boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
   r"""(start, end, content) of every \boxed or \fbox, and whether the last one does not close."""
   found, position = [], 0
+  if "box" not in text and "oxed" not in text:
+    return found, False
   while match := _BOX.search(text, position):
     position = match.end()
     if position < len(text) and text[position] == "{":
@@ -396,9 +398,19 @@ def _implicit(text: str, bold: Sequence[str] = ()) -> Statement | None:
     if (_HOLDS_VALUE.search(line) and not _AFTERTHOUGHT.match(line)) or len(line) == len(text):
       line = _ITEM_MARK.sub("", line, 1) if len(lines) > 1 and _ITEM_MARK.match(line) else line
       marked = {part for part in bold if part in line and _HOLDS_VALUE.search(part)}
-      chosen = marked.pop() if len(marked) == 1 else line
+      chosen = marked.pop() if len(marked) == 1 else _last_sentence(line)
       return Statement(chosen.strip()[-MAX_SENTENCE:], "last")
   return None
+
+
+def _last_sentence(line: str) -> str:
+  """The last sentence of a line that holds a value; all of it where that sentence turns on the rest."""
+  begins = [0, *(stop.end() for stop in assertions.SENTENCE_END.finditer(line))]
+  for begin, end in reversed(list(zip(begins, [*begins[1:], len(line)], strict=True))):
+    sentence = line[begin:end].strip()
+    if _HOLDS_VALUE.search(sentence) and not _AFTERTHOUGHT.match(sentence):
+      return line if begin and assertions.turn(sentence) else sentence
+  return line
 
 
 def _is_denied(text: str, span: _Span) -> bool:
@@ -463,17 +475,17 @@ def read_response(response: str, *, marked_only: bool = False) -> Reading:
   asserted = [span for span in spans if not _is_denied(text, span)]
   certain = [span for span in asserted if not _is_hedged(text, span)]
   if certain:
-    fallback = None if marked_only else _implicit(text, bold)
+    is_heading = all(span.statement.source == "heading" for span in certain)
+    fallback = _implicit(text, bold) if is_heading and not marked_only else None
     return _with_retractions(text, certain)._replace(fallback=fallback)
   if asserted:
     return Reading((), "ambiguous")
   if spans or marked_only or _ENDS_EMPTY.search(text):
     return Reading((), "no_answer")
   statement = _implicit(text, bold)
-  if (
-    statement is None
-    or assertions.admits_ignorance(statement.text)
-    or (_HOLDS_VALUE.search(statement.text) and assertions.disowns(statement.text))
-  ):
+  last_line = text.strip().rpartition("\n")[2]
+  if statement is None or assertions.admits_ignorance(statement.text):
+    return Reading((), "no_answer")
+  if _HOLDS_VALUE.search(statement.text) and assertions.disowns(last_line):
     return Reading((), "no_answer")
   return Reading((statement,))

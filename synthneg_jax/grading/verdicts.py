@@ -54,7 +54,8 @@ def canonical(text: str) -> str:
   """An answer without layout and spaces; equal answers written alike have equal strings."""
   text = tidy(text[: 2 * MAX_CHARS])
   text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|textit)\{([^{}]*)\}", r"\1", text)
-  return re.sub(r"\s+", "", re.sub(r"(?<=[0-9])\s+(?=[0-9])", "_", text))
+  text = re.sub(r"(?<=[0-9])\s+(?=[0-9])(?![0-9]{3}(?![0-9]))", "_", text)  # 2 3 is not 23
+  return re.sub(r"\s+", "", text)
 
 
 def read(text: str) -> Node:

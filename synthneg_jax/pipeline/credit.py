@@ -91,14 +91,14 @@ class _Resources(NamedTuple):
 
 
 def _rollouts(
-  given: _Resources, prefixes: Sequence[_Prefix], made: Sequence[Generation], answer: str
+  given: _Resources, prefixes: Sequence[_Prefix], made: Sequence[Generation], problem: Problem
 ) -> Iterator[Rollout]:
   """The rollouts grown from these prefixes of one problem's traces, graded all at once."""
   experiment, policy = given.experiment, given.policy
   ids = [one.ids.tolist() for one in made]
   wholes = [p.trace.ids[: p.trace.step_ends[p.step]] + grown for p, grown in zip(prefixes, ids, strict=True)]
   texts = [policy.token_text.text(whole) for whole in wholes]
-  graded = traces_lib.verdicts(experiment, policy, texts, [answer] * len(texts), [one.finish for one in made])
+  graded = traces_lib.verdicts(experiment, policy, texts, [problem] * len(texts), [one.finish for one in made])
   for one, grown, verdict in zip(made, ids, graded, strict=True):
     first = (steps.ends(grown, policy.token_text, experiment.config.task) or [0])[0]
     logps = [None if one.logp is None else round(float(np.sum(one.logp[:end])), 5) for end in (first, len(grown))]
@@ -130,7 +130,7 @@ def _roll_out(
       problem = given.problems[items[index][0][0].trace.problem_id]
       made = [_OF_OTHERS] * len(generations)
       if processes.mine(number_of[problem.id]):
-        made = list(_rollouts(given, [prefix for prefix, _ in items[index]], generations, problem.answer))
+        made = list(_rollouts(given, [prefix for prefix, _ in items[index]], generations, problem))
         graded.append([index, [rollout.correct for rollout in made]])
       for (prefix, _), rollout in zip(items[index], made, strict=True):
         prefix.samples.append(rollout)

@@ -4,6 +4,7 @@ import jax
 import transformers
 
 from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.data import prompts
 from synthneg_jax.decoding.policy import param_shardings
 from synthneg_jax.models import huggingface
 from synthneg_jax.models.config import ModelConfig
@@ -12,7 +13,7 @@ from synthneg_jax.pipeline import train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import device_mesh, processes
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.tasks import generated
+from synthneg_jax.tasks import generated, problems
 from synthneg_jax.training import loop, objectives
 from synthneg_jax.training.batch import Example
 
@@ -36,7 +37,8 @@ def run(experiment: Experiment) -> dict:
     return tokenizer.encode(text).ids
 
   eos = tokenizer.token_to_id(generated.EOS)
-  trunks = [ids(document.prompt) for document in documents]
+  form = str if problems.prompt_style(c.task) == "raw" else prompts.plain_text
+  trunks = [ids(form(document.prompt)) for document in documents]
   examples = [
     Example(Tree(trunk, (Branch(len(trunk), ids(document.solution) + [eos]),)))
     for trunk, document in zip(trunks, documents, strict=True)

@@ -12,7 +12,8 @@ def run(experiment: Experiment, name: str = "sft") -> dict:
   if stage.done:
     return {}
   section, policy = experiment.config.sft, experiment.base()
-  problems = {key: problem for key, problem in experiment.problems("train").items() if problem.solution}
+  split = "sft" if experiment.config.task.fresh_problems else "train"
+  problems = {key: problem for key, problem in experiment.problems(split).items() if problem.solution}
   trunks = {key: train_policy.prompt_ids(experiment, policy.tokenizer, problem) for key, problem in problems.items()}
   solutions = {key: [prompts.encode_solution(policy.tokenizer, problem.solution)] for key, problem in problems.items()}
   length = min(section.row_length, experiment.config.model.max_length)

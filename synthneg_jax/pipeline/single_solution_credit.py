@@ -81,7 +81,7 @@ def credit(
   grown = [policy.token_text.text(one.ids) for one in made]
   wholes = [policy.token_text.text(ids[:fork]) + rest for (fork, _), rest in zip(places, grown, strict=True)]
   verdict, *of_rollouts = traces.verdicts(
-    experiment, policy, [text, *wholes], [answer] * (1 + len(wholes)), ["eos", *(one.finish for one in made)]
+    experiment, policy, [text, *wholes], [given] * (1 + len(wholes)), ["eos", *(one.finish for one in made)]
   )
   right = np.array([one.correct for one in of_rollouts]).reshape(len(forks), num_rollouts)
   drawn = [

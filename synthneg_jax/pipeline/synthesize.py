@@ -16,6 +16,8 @@ from synthneg_jax.teacher import synthesis
 def run(experiment: Experiment) -> dict:
   """Writes synthesize/{train,test}/: problems. Test problems never stand among the training ones.
 
+  With task.fresh_problems, synthesize/sft/ holds SFT's problems, and synthesize/train/ those that traces are sampled on.
+
   Training problems that overlap test problems, and broken rows, are left out and listed in synthesize/left_out.jsonl. Where a
   capable model wrote them, synthesize/candidates/ holds every problem with all its solutions and what became of it.
 
@@ -39,14 +41,16 @@ def run(experiment: Experiment) -> dict:
   for name, kind, records in (
     ("train", Problem, chosen.train),
     ("test", Problem, chosen.test),
+    ("sft", Problem, chosen.sft),
     ("candidates", Candidate, written),
   ):
     shards = Shards(stage.folder / name, kind)
-    if records or name != "candidates":
+    if records or name in ("train", "test"):
       shards.write_shared(records)
     files += shards.files()
   if processes.first():
     temporary = stage.folder / "left_out.jsonl.tmp"
     temporary.write_text("".join(json.dumps(line) + "\n" for line in chosen.report))
     temporary.replace(stage.folder / "left_out.jsonl")
-  return stage.finish({"train": len(chosen.train), "test": len(chosen.test), **chosen.figures}, files)
+  counts = {name: len(records) for name, records in (("sft", chosen.sft), ("train", chosen.train)) if records}
+  return stage.finish({**counts, "test": len(chosen.test), **chosen.figures}, files)

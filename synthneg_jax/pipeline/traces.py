@@ -17,7 +17,7 @@ from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import keys, processes
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.progress import Progress
-from synthneg_jax.tasks import generated
+from synthneg_jax.tasks import generated, verification
 from synthneg_jax.tasks import problems as problems_lib
 
 _SHARD = 512  # problems a shard: what a killed run loses at most
@@ -32,20 +32,25 @@ def _thought_open(experiment: Experiment, policy: Policy) -> bool:
 
 
 def verdicts(
-  experiment: Experiment, policy: Policy, texts: Sequence[str], golds: Sequence[str], finishes: Sequence[str]
+  experiment: Experiment, policy: Policy, texts: Sequence[str], problems: Sequence[Problem], finishes: Sequence[str]
 ) -> list[answers.Verdict]:
-  """Grades responses; one that was cut at the length limit before its answer was whole is "truncated"."""
+  """Grades responses, each to its problem; one that was cut before its answer was whole is "truncated"."""
   stop, task = list(experiment.config.engine.stop), experiment.config.task
   rules = answers.Conventions(**{name: value for name, value in task.grading.items() if name != "timeout_s"})
-  if task.name in generated.TASKS:
-    rules = dataclasses.replace(
-      rules, extraction="marked"
-    )  # their solutions end in ####: without it nothing is answered
+  if task.name in generated.TASKS or task.name == "reasoning_gym":
+    # Their solutions end in ####: without it nothing is answered.
+    rules = dataclasses.replace(rules, extraction="marked")
   texts = [token_text.cut_at_stop(text, stop) if stop else text for text in texts]
   graded: list[answers.Verdict] = [answers.Verdict(False, "truncated", None)] * len(texts)
   cut = [finish == "length" for finish in finishes]
+  judged = {}  # by something else than the grader
+  for index, (text, problem) in enumerate(zip(texts, problems, strict=True)):
+    if (verdict := verification.verdict(task, text, problem)) is not None:
+      judged[index] = verdict
+      if not cut[index]:
+        graded[index] = verdict
   for was_cut in (False, True):
-    chosen = [index for index in range(len(texts)) if cut[index] == was_cut]
+    chosen = [index for index in range(len(texts)) if cut[index] == was_cut and index not in judged]
     if was_cut and task.answers == "exact":
       continue
     if was_cut:
@@ -53,7 +58,7 @@ def verdicts(
       rules = dataclasses.replace(rules, extraction="marked")
     found = answers.grade_many(
       [texts[i].rpartition("\n")[0] if was_cut else texts[i] for i in chosen],
-      [golds[i] for i in chosen],
+      [problems[i].answer for i in chosen],
       kind=task.answers,
       timeout_s=task.grading.timeout_s,
       rules=rules,
@@ -71,8 +76,8 @@ def traces_of(
   """Responses, each with its problem and its number there, as records with steps and verdicts; graded all at once."""
   ids = [one.ids.tolist() for _, _, one in made]
   texts = [policy.token_text.text(of_one) for of_one in ids]
-  golds, finishes = [problem.answer for problem, _, _ in made], [one.finish for _, _, one in made]
-  graded = verdicts(experiment, policy, texts, golds, finishes)
+  problems, finishes = [problem for problem, _, _ in made], [one.finish for _, _, one in made]
+  graded = verdicts(experiment, policy, texts, problems, finishes)
 
   def rounded(values):
     return [round(float(value), 5) for value in values]

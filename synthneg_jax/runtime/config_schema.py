@@ -8,6 +8,7 @@ A config file (configs/*.py) defines `get_config(arg)`, which starts from `defau
 changes leaves with --config.part.leaf=value.
 """
 
+import ast
 import dataclasses
 import difflib
 import json
@@ -136,6 +137,28 @@ def template_args(text: str) -> dict:
   return arguments
 
 
+def literals(text: str) -> dict[str, object]:
+  """The values of task.reasoning_gym.params, names with literals as in min_terms=2, max_terms=4.
+
+  Raises:
+    UserError: it is no list of such.
+  """
+  try:
+    call = ast.parse(f"parameters({text})", mode="eval").body
+    named = isinstance(call, ast.Call) and not call.args and all(keyword.arg for keyword in call.keywords)
+    if named:
+      return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+  except (SyntaxError, ValueError, MemoryError, RecursionError):
+    pass
+  raise UserError("must be names with literals, such as min_terms=2, max_terms=4.")
+
+
+def _function_name(text: str) -> None:
+  """UserError unless it is empty or of the form module:function."""
+  if text and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
+    raise UserError("must be module:function.")
+
+
 MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # of a layer
 COUNT, AT_LEAST_0 = "[1, inf)", "[0, inf)"
 
@@ -224,10 +247,17 @@ SCHEMA = {
   "task": {
     "name": Leaf(
       "arithmetic",
-      "Generated tasks (arithmetic, jobs, star_graph), GSM8K, competition MATH, or any file of problems (jsonl).",
-      choices=("arithmetic", "jobs", "star_graph", "gsm8k", "math", "jsonl"),
+      "Generated tasks (arithmetic, jobs, star_graph, stories), those of reasoning_gym, GSM8K, competition MATH, or any file "
+      "of problems (jsonl).",
+      choices=("arithmetic", "jobs", "star_graph", "stories", "reasoning_gym", "gsm8k", "math", "jsonl"),
     ),
     "train_problems": Leaf(1000, "|D_syn|: problems with solutions that SFT sees.", unit="problems", within=COUNT),
+    "fresh_problems": Leaf(
+      0,
+      "Training problems that SFT does not see, on which traces are sampled instead of SFT's own; 0 for none.",
+      unit="problems",
+      within=AT_LEAST_0,
+    ),
     "test_problems": Leaf(1000, "Problems on which test errors are measured.", unit="problems", within=COUNT),
     "path": Leaf(
       "", "Folder of both splits, file to train on, or dataset on the Hub (hf:ORG/NAME); empty: see docs/datasets.md."
@@ -297,7 +327,7 @@ SCHEMA = {
     },
     "prompt": Leaf(
       "plain",
-      'Prompt form of tasks from files: plain ("Question: ...\\nAnswer:\\n") or the tokenizer\'s chat template.',
+      'Prompt form of stories, reasoning_gym and tasks from files: plain ("Question: ...\\nAnswer:\\n") or the chat template.',
       choices=("plain", "chat"),
     ),
     "template_args": Leaf(
@@ -317,6 +347,15 @@ SCHEMA = {
       parse=step_pattern,
     ),
     "test_start": Leaf(0, "Number of the first test problem of a generated task.", within=AT_LEAST_0),
+    "verifier": Leaf(
+      "",
+      "Function, as module:function, that judges responses in place of the grader: (response, problem) -> bool.",
+      parse=_function_name,
+    ),
+    "reasoning_gym": {
+      "dataset": Leaf("gsm_symbolic", "Name of the dataset in reasoning-gym."),
+      "params": Leaf("", "Parameters of the dataset's config, such as min_terms=2, max_terms=4.", parse=literals),
+    },
     "arithmetic": {
       "skip_step_prob": Leaf(0.0, "Probability that the teacher does an addition in its head.", within="[0, 1]"),
       "num_leaves": Leaf(4, "Quantities with a given value.", within=COUNT),
@@ -339,12 +378,24 @@ SCHEMA = {
         within=AT_LEAST_0,
       ),
     },
+    "stories": {
+      "min_people": Leaf(4, "Fewest people of a story.", unit="people", within="[2, 18]"),
+      "max_people": Leaf(6, "Most people of a story.", unit="people", within="[2, 18]"),
+      "min_derivations": Leaf(
+        2, "Fewest quantities that have to be derived before the sum.", unit="derivations", within="[0, 17]"
+      ),
+      "max_derivations": Leaf(
+        4, "Most quantities that have to be derived before the sum.", unit="derivations", within="[0, 17]"
+      ),
+      "max_distractors": Leaf(3, "Most people who do not matter for the question.", unit="people", within="[0, 16]"),
+      "largest_value": Leaf(99, "Largest number that a person has.", within="[2, inf)"),
+    },
   },
   "model": {
     "path": Leaf(
       "embedded",
       "The base model: a policy or Hugging Face folder, a model of the Hub (ORG/NAME[@REVISION]), or one that comes with the "
-      "package (embedded, embedded_jobs).",
+      "package (embedded, embedded_jobs, embedded_stories).",
     ),
     "dtype": Leaf("float32", "Type of activations and matrix products.", choices=("float32", "bfloat16")),
     "param_dtype": Leaf("float32", "Type in which parameters are kept.", choices=("float32", "bfloat16")),
@@ -716,6 +767,11 @@ def check_values(config: ConfigDict) -> None:
     raise UserError(
       f"evaluate.base_shots={values['evaluate.base_shots']} needs engine.stop, such as ('\\nQuestion:',): a base model that "
       "has read problems goes on to write some of its own, and the last answer is the one that is graded."
+    )
+  if values["task.fresh_problems"] and (values["synthesis.provider"] != "task" or values["rft.with_teacher"]):
+    raise UserError(
+      f"task.fresh_problems={values['task.fresh_problems']} needs synthesis.provider='task' and rft.with_teacher=False: fresh "
+      "problems are the task's own, and their solutions are not the ones that SFT has seen."
     )
   if values["pairs.pair_mode"] == "positives_too" and values["credit.max_right_per_problem"] < 1:
     raise UserError("pairs.pair_mode='positives_too' needs credit of right traces: credit.max_right_per_problem is 0.")

@@ -7,7 +7,7 @@ import numpy as np
 import tokenizers
 
 from synthneg_jax.data.records import Problem
-from synthneg_jax.tasks import arithmetic, jobs, star_graph
+from synthneg_jax.tasks import arithmetic, jobs, star_graph, stories
 
 _SPLITS = ("train", "test", "pretrain")
 
@@ -20,6 +20,20 @@ class Drawn(NamedTuple):
   answer: str
 
 
+class Truth(NamedTuple):
+  """What a task knows exactly about solutions, as lists of lines.
+
+  Attributes:
+    read: (prompt) -> the problem that it states.
+    true_pit: (problem, lines) -> the first line after which a solution cannot come out right any more; -1 if there is none.
+    is_open: (problem, lines) -> whether a solution that begins so can still come out right.
+  """
+
+  read: Callable
+  true_pit: Callable
+  is_open: Callable
+
+
 class Task(NamedTuple):
   """What a generated task is to the others.
 
@@ -28,23 +42,41 @@ class Task(NamedTuple):
     draw: (rng, task) -> Drawn, a problem with its teacher's solution.
     document: (rng, task, pretrain's section) -> Drawn, what the base model reads.
     tokenizer: (task) -> its tokenizer, with EOS and PAD of the names below.
+    raw: its prompts are put to the model as they stand; False: in the form of task.prompt, as those of files are.
+    truth: where it is known exactly which steps a solution recovers from; None for other tasks.
   """
 
   check: Callable
   draw: Callable
   document: Callable
   tokenizer: Callable[..., tokenizers.Tokenizer]
+  raw: bool = True
+  truth: Truth | None = None
 
 
 EOS, PAD = "<eos>", "<pad>"
 TASKS = {
   "arithmetic": Task(arithmetic.check, arithmetic.draw, arithmetic.document, lambda task: arithmetic.build_tokenizer()),
-  "jobs": Task(jobs.check, jobs.draw, jobs.document, lambda task: jobs.build_tokenizer()),
+  "jobs": Task(
+    jobs.check,
+    jobs.draw,
+    jobs.document,
+    lambda task: jobs.build_tokenizer(),
+    truth=Truth(jobs.read, jobs.true_pit, jobs.is_open),
+  ),
   "star_graph": Task(
     star_graph.check,
     star_graph.problem,
     star_graph.document,
     lambda task: star_graph.build_tokenizer(task.star_graph.num_nodes),
+  ),
+  "stories": Task(
+    stories.check,
+    stories.draw,
+    stories.document,
+    lambda task: stories.build_tokenizer(),
+    raw=False,
+    truth=Truth(stories.read, stories.true_pit, stories.is_open),
   ),
 }
 

@@ -159,6 +159,15 @@ def true_pit(puzzle: Puzzle, lines: list[str]) -> int:
   return -1
 
 
+def is_open(puzzle: Puzzle, lines: list[str]) -> bool:
+  """Whether a solution that begins with these lines, an answer perhaps last, can still come out right."""
+  *steps, last = lines
+  if last.split()[:1] == ["####"]:
+    whole = len(steps) == len(puzzle.jobs) and last.split()[1:] == [str(puzzle.answer)]
+    return whole and true_pit(puzzle, steps) < 0
+  return true_pit(puzzle, lines) < 0
+
+
 def build_tokenizer() -> tokenizers.Tokenizer:
   """Typed tokens: a job in the list (` A`) and done (` A:`), hours, deadlines, clock, pay, sums. Text round-trips."""
   longest = len(NAMES) * MOST_HOURS

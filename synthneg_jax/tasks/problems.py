@@ -20,7 +20,7 @@ from synthneg_jax.data.records import Problem
 from synthneg_jax.grading import answers
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.tasks import generated
+from synthneg_jax.tasks import generated, reasoning
 
 _DATA_DIR = "SYNTHNEG_DATA_DIR"
 _LOGGED = 5  # rows that are logged one by one
@@ -32,7 +32,8 @@ class Chosen:
   """The problems of a run.
 
   Attributes:
-    train, test: problems.
+    train, test: problems; traces are sampled on the training problems.
+    sft: problems whose solutions SFT sees instead of those of `train`; empty unless task.fresh_problems is set.
     figures: counts of what was left out, for the stage's manifest.
     report: one JSON-ready object a training problem that was left out because it overlaps a test problem, one a broken
       row, and one a row whose solution is not graded as right; docs/data.md has the fields.
@@ -42,15 +43,30 @@ class Chosen:
   test: list[Problem]
   figures: dict
   report: list[dict]
+  sft: list[Problem] = dataclasses.field(default_factory=list)
+
+  def sample_on_fresh(self, task) -> "Chosen":
+    """With task.fresh_problems, the first task.train_problems are SFT's alone, and traces are sampled on the others."""
+    if not task.fresh_problems:
+      return self
+    count = len(self.train) - task.fresh_problems
+    return dataclasses.replace(self, sft=self.train[:count], train=self.train[count:])
 
 
 def prompt_style(task) -> str:
   """How the task's problems are put to the model (data/prompts.py)."""
-  return "raw" if task.name in generated.TASKS else task.prompt
+  return "raw" if task.name in generated.TASKS and generated.TASKS[task.name].raw else task.prompt
+
+
+def is_drawn(task) -> bool:
+  """Whether a program writes the task's problems, so that there are as many as one likes; else they are read from files."""
+  return task.name in generated.TASKS or task.name == "reasoning_gym"
 
 
 def choose(task, seed: int) -> Chosen:
   """The training and test problems of a task; more of them have the fewer ones first.
+
+  With task.fresh_problems the training problems after the first task.train_problems are the ones sampled on.
 
   Training problems that overlap a test problem (data/decontamination.py), one of the whole test split and of
   task.decontaminate_against, are left out before the first task.train_problems are taken. So are those of which the solution
@@ -63,11 +79,12 @@ def choose(task, seed: int) -> Chosen:
   Raises:
     UserError: an unknown task, a missing or broken file, or too few problems.
   """
-  if task.name in generated.TASKS:
-    test, train = (load(task, seed, split, task[f"{split}_problems"]) for split in ("test", "train"))
+  if is_drawn(task):
+    counts = {"test": task.test_problems, "train": task.train_problems + task.fresh_problems}
+    test, train = (load(task, seed, split, count) for split, count in counts.items())
     unseen = {problem.prompt for problem in test}
     kept = [problem for problem in train if problem.prompt not in unseen]
-    return Chosen(kept, test, {"dropped_as_test": len(train) - len(kept)}, [])
+    return Chosen(kept, test, {"dropped_as_test": len(train) - len(kept)}, []).sample_on_fresh(task)
   test, train = _rows(task, "test"), _rows(task, "train")
   for rows in (test, train):
     _check_answers(task, rows)
@@ -97,14 +114,14 @@ def choose(task, seed: int) -> Chosen:
   ]
   report += [{"skipped": sentence} for rows in (train, test) for sentence in rows.skipped]
   note = f"{figures['dropped_as_test']} more overlap test problems"
-  taken, doubts = _first(task, kept, "train", seed, note)
+  taken, doubts = _first(task, kept, "train", seed, note, task.train_problems + task.fresh_problems)
   tested, test_doubts = _first(task, test.rows, "test", 0, "")
   figures["gold_disagreements"] = sum(doubt["reason"] == "wrong" for doubt in doubts)
   figures["test_gold_disagreements"] = sum(doubt["reason"] == "wrong" for doubt in test_doubts)
   doubts += test_doubts
   figures["unreadable_solutions"] = sum(doubt["reason"] != "wrong" for doubt in doubts)
   _log_disagreements([doubt for doubt in doubts if doubt["reason"] == "wrong"])
-  return Chosen(taken, tested, figures, report + doubts)
+  return Chosen(taken, tested, figures, report + doubts).sample_on_fresh(task)
 
 
 def _check_answers(task, rows: Rows) -> None:
@@ -163,7 +180,7 @@ def _log_disagreements(doubts: Sequence[dict]) -> None:
 
 def test_texts(task, seed: int) -> list[str]:
   """What no training problem may overlap: all problems of the test split, and those of task.decontaminate_against."""
-  if task.name in generated.TASKS:
+  if is_drawn(task):
     return [problem.prompt for problem in load(task, seed, "test", task.test_problems)]
   paths = [_rows(task, "test"), *(_read(task, path, "test") for path in task.decontaminate_against)]
   return [row.problem for rows in paths for row in rows.rows]
@@ -181,6 +198,8 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
   Raises:
     UserError: as in `choose`.
   """
+  if task.name == "reasoning_gym":
+    return reasoning.load(task, seed, split, count)
   if task.name in generated.TASKS:
     return generated.load(task, seed, split, count)
   return _first(task, _rows(task, split).rows, split, seed if split == "train" else 0, "", count)[0]

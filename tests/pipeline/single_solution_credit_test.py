@@ -40,9 +40,7 @@ class OneTextTest(absltest.TestCase):
     for number, drawn in enumerate(rollouts):
       self.assertLen(drawn, ROLLOUTS)
       wholes = ["".join(lines[:number]) + text for text, _ in drawn]
-      graded = traces.verdicts(
-        self.experiment, self.policy, wholes, [self.problem.answer] * ROLLOUTS, ["eos"] * ROLLOUTS
-      )
+      graded = traces.verdicts(self.experiment, self.policy, wholes, [self.problem] * ROLLOUTS, ["eos"] * ROLLOUTS)
       for (_, right), verdict in zip(drawn, graded, strict=True):
         self.assertTrue(verdict.correct or not right)
         once_right |= right

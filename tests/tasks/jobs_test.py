@@ -118,6 +118,14 @@ class JobsTest(parameterized.TestCase):
     self.assertEqual(jobs.true_pit(PUZZLE, lie), 0)  # after C nothing helps B any more
     self.assertEqual(jobs.true_pit(PUZZLE, [" B: 2h <4 @2 ok $4 = 5"]), 0)
 
+  def test_what_is_still_open(self):
+    # Fails if an answer before all jobs are done, a wrong one, or a late job passes.
+    whole = [line[:-1] for line in PUZZLE.lines("BAC")]
+    self.assertTrue(jobs.is_open(PUZZLE, whole[:1]))
+    self.assertTrue(jobs.is_open(PUZZLE, [*whole, " #### 10"]))
+    for lines in ([*whole[:2], " #### 9"], [*whole, " #### 9"], [line[:-1] for line in PUZZLE.lines("C")]):
+      self.assertFalse(jobs.is_open(PUZZLE, lines))
+
   def test_settings_that_no_problem_has_are_refused(self):
     # Fails if numbers of jobs go through that the generator would loop or crash on.
     task = config_schema.default().task

@@ -16,6 +16,7 @@ from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.report import dataflow_diagram, figures
 from synthneg_jax.runtime import config_schema, manifest
 from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.tasks import generated
 
 Drawn = tuple[object, str]  # a matplotlib figure, and the same as CSV
 
@@ -272,8 +273,11 @@ def _many_samples(data: Data) -> Drawn:
 
 
 def _true_pits(data: Data) -> Drawn:
-  if data.config.task.name != "jobs":
-    raise UserError(f"This figure needs task.name=jobs, whose pits are known exactly, not {data.config.task.name!r}.")
+  known = [name for name, task in generated.TASKS.items() if task.truth]
+  if data.config.task.name not in known:
+    raise UserError(
+      f"This figure needs a task whose pits are known exactly ({', '.join(known)}), not {data.config.task.name!r}."
+    )
   data.points("step_dpo")
   folder = data.method("step_dpo").pairs_folder
   made, series = _measured(data, "true_pits", lambda experiment: measures.true_pits(experiment, folder)), []

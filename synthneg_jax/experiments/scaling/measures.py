@@ -22,7 +22,7 @@ from synthneg_jax.pipeline.experiment import Experiment, sampling
 from synthneg_jax.preflight import cost_model
 from synthneg_jax.runtime import config_schema, keys, manifest
 from synthneg_jax.runtime.progress import Progress
-from synthneg_jax.tasks import jobs
+from synthneg_jax.tasks import generated
 from synthneg_jax.training import reference
 
 _MOST_RESPONSES = 4000  # responses scored of each kind
@@ -104,7 +104,7 @@ def values(
       begun = [list(one.ids[:end]) for end in one.ends for _ in range(count)]
       texts = [policy.token_text.text(ids + each.ids.tolist()) for ids, each in zip(begun, made, strict=True)]
       verdicts = traces_lib.verdicts(
-        experiment, policy, texts, [one.problem.answer] * len(texts), [each.finish for each in made]
+        experiment, policy, texts, [one.problem] * len(texts), [each.finish for each in made]
       )
       found[index] = np.reshape([verdict.correct for verdict in verdicts], (len(one.ends), count)).mean(axis=1)
       progress.update()
@@ -214,19 +214,11 @@ def compute(experiment: Experiment, path: Sequence[str]) -> dict[str, float]:
   return found
 
 
-def _outcome(puzzle: jobs.Puzzle, before: Sequence[str], step: str) -> bool:
-  """Whether a solution of legal steps can still come out right after one more."""
-  done = [line.split()[0][:-1] for line in before]
-  if step.split()[:1] == ["####"]:
-    return len(done) == len(puzzle.jobs) and puzzle.can_be_paid({*done}) and step.split()[1:] == [str(puzzle.answer)]
-  return jobs.judge_step(puzzle, done, step) == "legal" and puzzle.can_be_paid({*done, step.split()[0][:-1]})
-
-
 def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]]:
-  """Estimated pits and the labels of pairs against the truth, which task `jobs` knows exactly.
+  """Estimated pits and the labels of pairs against the truth, which some generated tasks know exactly.
 
   Args:
-    experiment: of a run folder of task jobs with credit.
+    experiment: of a run folder with credit, whose task has a `truth` (tasks/generated.py).
     folder: of the stage that made the per-step pairs.
 
   Returns:
@@ -234,15 +226,15 @@ def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]
     out right; "distance": for the config's rule, shares by estimated minus true step; "labels": of pairs, shares "right" (the
     chosen step keeps a right end possible, the rejected one does not), "flipped" (the other way round) and "neither".
   """
-  policy = experiment.policy("sft")
+  policy, truth = experiment.policy("sft"), generated.TASKS[experiment.config.task.name].truth
   problems = experiment.problems("train")
   wrong = CreditedTraces.load(experiment.workdir, experiment.config.credit.best_of, problems).wrong
 
   def lines(ids: Sequence[int]) -> list[str]:
     return [line for line in policy.token_text.text(list(ids)).split("\n") if line.strip()]
 
-  puzzles = {key: jobs.read(problem.prompt) for key, problem in problems.items()}
-  truth_N = np.array([jobs.true_pit(puzzles[each.trace.problem_id], lines(each.trace.ids)) for each in wrong])
+  puzzles = {key: truth.read(problem.prompt) for key, problem in problems.items()}
+  truth_N = np.array([truth.true_pit(puzzles[each.trace.problem_id], lines(each.trace.ids)) for each in wrong])
   found = {"pits": {}, "distance": {}, "labels": collections.Counter(right=0, flipped=0, neither=0)}
   for rule in config_schema.LEAVES["pairs.pit_rule"].choices:
     section = methods.with_leaves(experiment.config, {"pairs.pit_rule": rule}).pairs
@@ -255,10 +247,10 @@ def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]
   pairs = list(Shards(experiment.workdir / folder / "pairs", Pair).read())
   for pair in pairs:
     puzzle, before = puzzles[pair.problem_id], lines(pair.trunk[prompt_size(pair.problem_id) :])
-    if jobs.true_pit(puzzle, before) >= 0:
+    if truth.true_pit(puzzle, before) >= 0:
       found["labels"]["neither"] += 1
       continue
-    chosen, rejected = (_outcome(puzzle, before, lines(ids)[0]) for ids in (pair.chosen, pair.rejected))
+    chosen, rejected = (truth.is_open(puzzle, [*before, lines(ids)[0]]) for ids in (pair.chosen, pair.rejected))
     found["labels"]["neither" if chosen == rejected else "right" if chosen else "flipped"] += 1
   found["labels"] = {name: round(count / len(pairs), 5) for name, count in found["labels"].items()}
   return found
