@@ -210,11 +210,13 @@ def peft_base(folder: epath.Path) -> epath.Path:
     UserError: it names none, or one that is not there.
   """
   path = folder / "adapter_config.json"
-  name = stored_tensors.read_json(path).get("base_model_name_or_path")
+  raw = stored_tensors.read_json(path)
+  name = raw.get("base_model_name_or_path")
   if not name:
     raise UserError(f"{path}: base_model_name_or_path is empty; name the folder of the adapter's base model there.")
+  is_hub = model_hub.is_name(name) and "@" not in name and not epath.Path(name).exists()
   try:
-    base = resolve(name)
+    base = resolve(f"{name}@{raw['revision']}" if is_hub and raw.get("revision") else name)
   except UserError as error:
     raise UserError(f"{path}: base_model_name_or_path={name!r}: {error}") from error
   if not base.exists():

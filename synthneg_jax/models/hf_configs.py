@@ -332,8 +332,8 @@ def read(raw: dict[str, Any], path, *, max_length: int = 0, **settings) -> Model
     fields["embedding_scale"] = math.sqrt(width)
   if file.kind in ("gemma2", "gemma3_text"):
     fields["query_scalar"] = float(file.number("query_pre_attn_scalar"))
-    fields["attention_cap"] = float(file.get("attn_logit_softcapping") or 0.0)
-    fields["logit_cap"] = float(file.get("final_logit_softcapping") or 0.0)
+    for key, name in (("attn_logit_softcapping", "attention_cap"), ("final_logit_softcapping", "logit_cap")):
+      fields[name] = float(file.number(key)) if _as_number(file.get(key)) else 0.0
   if file.kind == "smollm3":
     fields |= _unrotated(file, layers)
   return ModelConfig(
@@ -362,7 +362,7 @@ def _unrotated(file: _File, layers: int) -> dict[str, Any]:
     rotated = [(layer + 1) % interval for layer in range(layers)]
   if not isinstance(rotated, list) or len(rotated) != layers:
     raise UserError(f"{file.path}: no_rope_layers is not a list of {layers} numbers, one for each layer.")
-  unrotated = tuple(not value for value in rotated)
+  unrotated = tuple(not _as_number(value) for value in rotated)
   return {"unrotated": unrotated} if any(unrotated) else {}
 
 
@@ -375,7 +375,7 @@ def _windows(file: _File, layers: int, unrotated: tuple[bool, ...]) -> dict[str,
   elif file.kind == "smollm3":
     windowed = unrotated if file.flag("use_sliding_window") else (False,) * layers
   elif file.kind.startswith("qwen"):
-    first = file.get("max_window_layers") if file.flag("use_sliding_window") else layers
+    first = _as_number(file.get("max_window_layers")) if file.flag("use_sliding_window") else layers
     windowed = tuple(layer >= first for layer in range(layers))
   else:
     pattern = file.size("sliding_window_pattern")
@@ -486,7 +486,7 @@ def _scaling(file: _File, kind: str, rope: dict[str, Any], *, name: str) -> Rope
 
   attention = stretch(1.0)
   if rope.get("mscale") and rope.get("mscale_all_dim"):
-    attention = stretch(rope["mscale"]) / stretch(rope["mscale_all_dim"])
+    attention = stretch(_as_number(rope["mscale"])) / stretch(_as_number(rope["mscale_all_dim"]))
   return RopeScaling(
     kind,
     factor,

@@ -328,6 +328,10 @@ class ConfigTest(FolderTest):
     # Numbers as others write them.
     ({"hidden_size": "16", "vocab_size": 31.0, "num_hidden_layers": "2.0", "rms_norm_eps": "1e-5"}, {}),
     ({"rope_theta": "500000", "tie_word_embeddings": "false", "num_attention_heads": "4"}, {"rope_theta": 500000.0}),
+    (
+      {"model_type": "qwen2", "use_sliding_window": "true", "max_window_layers": "1", "sliding_window": "7"},
+      {"family": "qwen2", "qkv_bias": True, "windowed": (False, True), "window": 7},
+    ),
     ({"tie_word_embeddings": "True", "partial_rotary_factor": "1.0"}, {"tie_embeddings": True}),
   )
   def test_reads(self, changes, expected):

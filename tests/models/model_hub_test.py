@@ -5,12 +5,16 @@ import json
 import os
 from unittest import mock
 
+import jax
+import numpy as np
 from absl.testing import absltest, parameterized
 from huggingface_hub import constants
 
 from synthneg_jax.decoding import policy as policy_lib
 from synthneg_jax.decoding.policy import Policy
+from synthneg_jax.models import adapter as adapter_lib
 from synthneg_jax.models import model_hub
+from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
 from tests import tiny_model
@@ -184,6 +188,21 @@ class ModelHubTest(hf_tokenizers_test.FolderTest):
     self.serve(gated=("me/tiny",))
     with self.assertRaisesRegex(UserError, "me/tiny on the Hub is gated: accept its terms"):
       self.load()
+
+  def test_the_base_of_an_adapter(self):
+    # Fails if an adapter of PEFT on a model of the Hub needs a folder, or takes another revision than it was trained on.
+    first = self.files()
+    self.serve(first, first | {"generation_config.json": b'{"eos_token_id": 258}'})
+    folder = self.root / "adapter"
+    adapter = Adapter(tiny_model.model(vocab_size=hf_tokenizers_test.IMAGE + 1), 1, 1.0, ("up",))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), adapter.abstract_params())
+    adapter_lib.save_peft(folder, [(adapter, params)], "me/tiny")
+    self.assertEqual(self.load(str(folder)).eos_ids[1], hf_tokenizers_test.START)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": FIRST}))
+    policy = self.load(str(folder))
+    self.assertEqual(policy.eos_ids[1], hf_tokenizers_test.END)
+    self.assertEqual(model_hub.name_of(policy.base), f"hf:me/tiny@{FIRST}")
 
   def test_push(self):
     # Fails if a file is missing, or a new repository is public.
