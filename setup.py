@@ -83,7 +83,7 @@ setuptools.setup(
       "wandb>=0.20",
     ],
     "reasoning": ["reasoning-gym>=0.1.25"],
-    "parity": ["peft>=0.21", "torch==2.13.0", "trl>=1.16"],
+    "parity": ["peft>=0.21", "torch==2.13.0", "transformers[serving]>=5.0", "trl>=1.16"],
     "bench": ["torch==2.13.0", "trl>=1.16"],
     "preflight": ["libtpu"],
     "grading": ["math-verify>=0.8"],

@@ -32,6 +32,7 @@ class Server:
     """chat: the text of a reply to a body; complete: the choices. port: 0 for a free one."""
     self.chat, self.complete, self.faults, self.requests = chat, complete, [], []
     self.times, self.delay_s, self.headers, self.usage = [], 0.0, {}, True
+    self.in_parts = False
     self.lock, self.at_once, self.most_at_once = threading.Lock(), 0, 0
     self.released = threading.Event()
     handler = type("Handler", (_Handler,), {"server_of": self})
@@ -59,7 +60,8 @@ class Server:
 class _Handler(http.server.BaseHTTPRequestHandler):
   """Faults: a status such as "503"; "429:0.2" (with retry-after, seconds); "quota" (429 for good); "401" (echoes the key);
   "filtered"; "stall" (no byte); "stall_midway"; "broken_json"; "no_choices"; "die" (the connection, half-way); "cut"
-  (the stream ends properly before the reply does); "echo" (the key stands in the reply)."""
+  (the stream ends properly before the reply does); "echo" (the key stands in the reply); "detail" (422 in FastAPI's words);
+  "error", "abort" (the finish reason of half a reply)."""
 
   protocol_version = "HTTP/1.1"
   server_of: Server
@@ -90,6 +92,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     status, _, after = fault.partition(":")
     if fault == "quota":
       self._json(429, {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}})
+    elif fault == "detail":
+      about = {"type": "string_type", "loc": ["body", "prompt"], "msg": "Input should be a valid string", "input": [1]}
+      self._json(422, {"detail": [about]})
     elif fault == "filtered":
       self._json(400, {"error": {"message": "filtered", "code": "content_filter"}})
     elif status.isdigit():
@@ -102,6 +107,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       if fault == "echo":
         text = f"{text}\nfor {self.headers['authorization']}"
       self._stream(body, text, fault) if body.get("stream") else self._whole(body, text, fault)
+    elif self.path == "/v1/completions" and fault in ("error", "abort"):
+      choice = {"index": 0, "text": "half", "logprobs": None, "finish_reason": fault}
+      self._json(200, {"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]})
     elif self.path == "/v1/completions":
       answer = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": body["model"]}
       self._json(200, answer | {"choices": owner.complete(body)})
@@ -126,13 +134,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     return counts if self.server_of.usage else None
 
   def _whole(self, body: dict, text: str, fault: str) -> None:
-    message = {"role": "assistant", "content": text}
+    content = (
+      [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": text}] if self.server_of.in_parts else text
+    )
+    message = {"role": "assistant", "content": content}
+    finish = fault if fault in ("error", "abort") else "stop"
     value = {
       "id": "chatcmpl-1",
       "object": "chat.completion",
       "created": 1,
       "model": body["model"],
-      "choices": [] if fault == "no_choices" else [{"index": 0, "message": message, "finish_reason": "stop"}],
+      "choices": [] if fault == "no_choices" else [{"index": 0, "message": message, "finish_reason": finish}],
       "usage": self._usage(body, text),
     }
     data = json.dumps(value).encode()
@@ -148,13 +160,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return
     self._bytes(200, data)
 
-  def _chunks(self, body: dict, text: str) -> Iterator[dict]:
+  def _chunks(self, body: dict, text: str, fault: str) -> Iterator[dict]:
     base = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
     size = max(len(text) // 4, 1)
     for start in range(0, len(text), size):
-      delta = {"role": "assistant", "content": text[start : start + size]}
+      piece = text[start : start + size]
+      content = [{"type": "text", "text": piece}] if self.server_of.in_parts else piece
+      delta = {"role": "assistant", "content": content}
       yield base | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
-    yield base | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    finish = fault if fault in ("error", "abort") else "stop"
+    yield base | {"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}
     if self.server_of.usage:
       yield base | {"choices": [], "usage": self._usage(body, text)}
 
@@ -164,7 +179,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self.send_header(name, content)
     self.send_header("transfer-encoding", "chunked")
     self.end_headers()
-    for number, chunk in enumerate(self._chunks(body, text)):
+    for number, chunk in enumerate(self._chunks(body, text, fault)):
       if number == 2 and fault == "die":
         self.close_connection = True
         return

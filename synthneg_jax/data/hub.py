@@ -1,8 +1,9 @@
 """Problem files of datasets on the Hugging Face Hub: `hf:ORG/NAME[/SUBSET][@REVISION][:SPLIT]`.
 
-The dataset card (`configs:`) says which files a split has, else the files' names do, by the rules of the `datasets` library,
-which is not needed. Files go through huggingface_hub: its cache, and its variables HF_ENDPOINT, HF_TOKEN, HF_HOME and
-HF_HUB_OFFLINE. A branch is resolved to its commit once a process, and all files are of that commit.
+The dataset card (`configs:`) says which files a split has, else the files' names do, by the rules of
+the `datasets` library, which is not needed. Files go through huggingface_hub: its cache, and its
+variables HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. A branch is resolved to its commit once
+per process, and all files are from that commit.
 """
 
 import collections
@@ -44,7 +45,7 @@ class Source(NamedTuple):
 
 
 class _Snapshot(NamedTuple):
-  """A dataset at one commit: its files' names, the `configs` of its card, and whether only the cache was asked."""
+  """A dataset at one commit: its files' names, its card's `configs`, whether only the cache was asked."""
 
   commit: str
   names: Sequence[str]
@@ -79,7 +80,8 @@ def files(path: epath.PathLike, split: str) -> list[epath.Path]:
   """Downloads the files of a split, unless they are in the cache.
 
   Args:
-    path: of the Hub. Without a subset it means the dataset's only or default one; a subset may be a pattern, such as `*`.
+    path: of the Hub. Without a subset it means the dataset's only or default one; a subset may be a
+      pattern, such as `*`.
     split: the one that is meant where the path names none.
 
   Returns:
@@ -175,14 +177,16 @@ def _chosen(source: Source, snapshot: _Snapshot) -> list[Mapping]:
       return found
     if any(name.startswith(f"{source.subset}/") for name in snapshot.names):
       return [{"data_dir": source.subset}]
-  elif len(by_name) <= 1:
+    there = f"it has {', '.join(by_name)}" if by_name else "its card names none"
+    raise UserError(f"The dataset {source.repo} on the Hub has no subset {source.subset!r}; {there}.")
+  if len(by_name) <= 1:
     return list(by_name.values()) or [{}]
-  elif default := [config for config in by_name.values() if config.get("default")] or [by_name.get("default")]:
-    if default[0] is not None:
-      return default
+  default = [config for config in by_name.values() if config.get("default")]
+  if default or "default" in by_name:
+    return default or [by_name["default"]]
   raise UserError(
-    f"The dataset {source.repo} on the Hub has {f'no subset {source.subset!r}' if source.subset else 'several subsets'}: "
-    f"{', '.join(by_name) or 'its card names none'}; name one as in hf:{source.repo}/{next(iter(by_name), 'SUBSET')}."
+    f"The dataset {source.repo} on the Hub has several subsets: {', '.join(by_name)}; name one as in "
+    f"hf:{source.repo}/{next(iter(by_name))}."
   )
 
 
@@ -206,7 +210,7 @@ def _splits(config: Mapping, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _matches(name: str, pattern: str, folder: str) -> bool:
-  """Whether a file is of a pattern of the card, in which `*` stays within a folder and `**` does not."""
+  """Whether a file matches a pattern of the card; `*` stays within a folder, `**` does not."""
   pattern = "/".join(part for part in (folder, pattern.removeprefix("./")) if part)
   parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
   return bool(re.fullmatch("".join(_GLOB.get(part) or _class_or_text(part) for part in parts), name))
@@ -217,7 +221,7 @@ def _class_or_text(part: str) -> str:
 
 
 def _splits_by_name(names: Sequence[str], folder: str) -> dict[str, list[str]]:
-  """Splits by words in the names of files or else of their folders; all is "train" where no name has such a word."""
+  """Splits by words in the names of files, else of their folders; without any, all is "train"."""
   splits = {}
   for name in names:
     parts = name[len(folder) :].strip("/").split("/")

@@ -10,9 +10,9 @@ A row's fields say what it is, so that training and test files may differ:
     messages [answer]                    a chat for finetuning: the assistant's turn is the solution
     prompt, answer, id [solution]        a Problem record of ours: a written D_syn
 
-A gold answer that no field gives is what the solution states: its \\boxed{} (all of them where they are parts of one answer),
-else what follows the last `####` or "the answer is". A chat's system turn is dropped: what the model is told besides the
-problem is task.instruction's matter.
+A gold answer that no field gives is what the solution states: its \\boxed{} (all of them where they are
+parts of one answer), else what follows the last `####` or "the answer is". A chat's system turn is
+dropped: task.instruction says what the model is told besides the problem.
 
 A broken row is an error that names the file, the line (1-based) and the field, or, where the caller asks for it, is left
 out and counted. Ids are stable: the one given (a number behind the dataset's name and the split); for a tree the file's
@@ -50,7 +50,6 @@ _JOINT = re.compile(
   r"(?:[\s$,;&]|\\[\[\]()\\,;: ]|\\q?quad|\\(?:text|mbox|textrm|mathrm)\s*\{[\s,;]*(?:and|or)?[\s,;]*\}|\b(?:and|or)\b"
   r"|\b[A-Za-z]\s*=)*+"
 )
-_STATED = re.compile(r"(?:#{4,}|\bthe (?:final )?answer is:?)[ \t]*(.+)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Rows:
 
 
 def _of_kind(folder: epath.Path) -> list[epath.Path]:
-  """The problem files in a folder: of one suffix, or, where it has none, the JSON files in its folders (MATH's tree)."""
+  """A folder's problem files, of one suffix; without any, the JSON files in its folders (MATH's tree)."""
   names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
   for suffix in SUFFIXES:
     if found := [folder / name for name in names if name.endswith(suffix)]:
@@ -89,7 +88,7 @@ def _of_kind(folder: epath.Path) -> list[epath.Path]:
 
 
 def _of_split(folder: epath.Path, split: str) -> list[epath.Path]:
-  """The files of a split: one of its name, or parts (train-00000-of-00001.parquet), here or in data/; or its folder."""
+  """A split's files: one of its name, or parts (train-0-of-1.parquet), here or in data/; or its folder."""
   for place in (folder, folder / "data"):
     names = sorted(file.name for file in place.iterdir()) if place.is_dir() else []
     for pattern in (split, f"{split}-*"):
@@ -103,9 +102,10 @@ def find(path: epath.PathLike, split: str) -> list[epath.Path]:
   """The files of a split, .jsonl, .jsonl.gz, .parquet or .json.
 
   Args:
-    path: a dataset on the Hub (data/hub.py); a file; or a folder with `<split>.jsonl`, with parts of that name, perhaps in a
-      folder `data/` (`train-00000-of-00001.parquet`), with a folder `<split>/` of such files, of single JSON files, or of
-      folders of those (MATH's tree), or, where it has no splits, with such files itself.
+    path: a dataset on the Hub (data/hub.py); a file; or a folder with `<split>.jsonl`, with parts of
+      that name, perhaps in a folder `data/` (`train-00000-of-00001.parquet`), with a folder
+      `<split>/` of such files, of single JSON files, or of folders of those (MATH's tree), or, where
+      it has no splits, with such files itself.
     split: "train" or "test".
 
   Returns:
@@ -171,18 +171,16 @@ def last_box(text: str) -> str | None:
 
 
 def stated_answer(solution: str) -> str | None:
-  """The answer that a solution states: that of its boxes, else what follows the last `####` or "the answer is".
+  """The answer in a solution's boxes, else after its last `####` or "the answer is"; None for none.
 
-  Several boxes with little but commas, "and", "or" or line breaks between them are one answer, "2, 3"; else the last counts.
+  Several boxes with nothing but commas, "and", "or" or line breaks between them are one answer, such
+  as "2, 3"; otherwise the last one counts.
   """
   if boxes := _boxes(solution):
     gaps = [solution[before.stop : after.start] for before, after in zip(boxes, boxes[1:], strict=False)]
     parts = boxes if all(map(_JOINT.fullmatch, gaps)) else boxes[-1:]
     return ", ".join(dict.fromkeys(box.content for box in parts))
-  stated = _STATED.findall(solution)
-  text = stated[-1].strip().removesuffix(".").strip() if stated else ""
-  formula = re.fullmatch(r"\$([^$]+)\$", text)
-  return (formula.group(1) if formula else text).strip() or None
+  return answers.stated_answer(solution)
 
 
 def _text(row: dict, field: str) -> str:
@@ -220,7 +218,7 @@ def _answer(row: dict) -> str | None:
 
 
 def _chat(row: dict, field: str) -> dict:
-  """A row whose problem is a chat, as one with "problem" and, where the assistant answers, "solution"."""
+  """A row whose problem is a chat as one with "problem" and, if the assistant answers, "solution"."""
   turns = row[field]
   if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
     raise errors.UserError(f'the field "{field}" must hold turns with "role" and "content"')
@@ -296,13 +294,25 @@ def read_row(
     prefix: of an id that is a hash or a number, "gsm8k/train".
     given_id: of a row whose place is its id.
     keep_annotations: keeps GSM8K's calculator annotations `<<...>>` in the solution.
-    fields: "problem", "solution", "answer" or "id" -> the row's own name of it, dotted for a field of an object. A row that
-      has none of these names is read by its fields alone.
+    fields: "problem", "solution", "answer" or "id" -> the row's own name of it, dotted for a field of
+      an object. A row that has none of these names is read by its fields alone.
 
   Raises:
     UserError: the field that is at fault, without the place.
   """
-  row = _mapped(row, fields or {})
+  fields = fields or {}
+  mapped = _mapped(row, fields)
+  try:
+    return _read_mapped(mapped, prefix, given_id, keep_annotations)
+  except errors.UserError as error:
+    message = str(error)
+  for target, source in fields.items() if mapped is not row else ():
+    message = message.replace(f'the field "{target}"', f'the field "{source}"')
+  raise errors.UserError(message)
+
+
+def _read_mapped(row: dict, prefix: str, given_id: str | None, keep_annotations: bool) -> Row:
+  """As `read_row`, of a row with our names of its fields."""
   names = ("problem", "question", "query", "prompt", "messages")
   asked = next((name for name in names if row.get(name) is not None), None)
   if asked is None:
@@ -317,7 +327,8 @@ def read_row(
   is_solution = answer is not None and ("####" in answer or (asked == "question" and "\n" in answer.strip()))
   if is_solution and solution is None:
     try:
-      solution, answer = answer, answers.extract_gold(answer)
+      boxed = None if "####" in answer else last_box(answer)
+      solution, answer = answer, stated_answer(answer) if boxed else answers.extract_gold(answer)
     except errors.UserError as error:
       raise errors.UserError(f'the field "answer": {str(error).removesuffix(".")}') from None
     if not keep_annotations:
@@ -340,7 +351,7 @@ def read_row(
 
 
 class _Entry(NamedTuple):
-  """What may be a row: where it stands, the id that its place gives or None, and its JSON text or its fields."""
+  """What may be a row: where it is, the id that this gives or None, and its JSON text or its fields."""
 
   place: str
   given_id: str | None
@@ -370,7 +381,7 @@ def _is_json_lines(data: bytes) -> bool:
 
 
 def _entries(files: Sequence[epath.Path], path: epath.Path, name: str, split: str) -> Iterator[_Entry]:
-  """Every line of JSON lines, row of Parquet, item of a JSON list, and JSON file that holds one row."""
+  """Every line of JSON lines, row of Parquet, item of a JSON list, and JSON file with one row."""
   folder = path / split if (path / split).is_dir() else path
   for file in files:
     try:

@@ -52,16 +52,22 @@ def _decoder_kind(decoder: dict | None) -> str:
 class TokenText:
   """The bytes of every token of a fast tokenizer, so that text is the concatenation of its tokens' bytes.
 
-  Special tokens (those of `all_special_ids` and the added tokens marked special) have no bytes; neither have ids that
-  no token uses. Other added tokens hold their text as it stands. A SentencePiece tokenizer drops the leading space when
-  it decodes a whole text; `text` keeps it, because a slice of a response must not depend on what stands before it.
+  Special tokens (those of `all_special_ids`, the added tokens marked special, and all that end a response) have no bytes;
+  neither have ids that no token uses. Other added tokens hold their text as it stands. A SentencePiece tokenizer drops
+  the leading space when it decodes a whole text; `text` keeps it, because a slice of a response must not depend on what
+  stands before it.
 
   Attributes:
     vocab_size: number of ids, added tokens included: the greatest id plus one.
   """
 
-  def __init__(self, tokenizer):
-    """Precomputes the bytes of a transformers fast tokenizer; UserError if it is none or its decoder is unknown."""
+  def __init__(self, tokenizer, eos_ids: Iterable[int] = ()):
+    """Precomputes the bytes of a transformers fast tokenizer; UserError if it is none or its decoder is unknown.
+
+    Args:
+      tokenizer: of transformers.
+      eos_ids: further ids that end a response, which the tokenizer may hold for text.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
       raise errors.UserError(f"{type(tokenizer).__name__} is not a fast tokenizer: no tokenizer.json is behind it.")
@@ -69,7 +75,7 @@ class TokenText:
     kind = _decoder_kind(spec["decoder"])
     alphabet = _byte_alphabet()
     added = {token["id"]: token for token in spec["added_tokens"]}
-    special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token["special"]}
+    special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token["special"]} | set(eos_ids)
 
     def token_bytes(token: str, is_added: bool) -> bytes:
       if kind == "bytes" and not is_added and all(c in alphabet for c in token):

@@ -160,10 +160,13 @@ class Engine:
     the same programs in step, and gets all branches.
 
     Raises:
+      UserError: a trunk holds an id that the model has no row for.
       Stopped: SIGTERM came; after the trunks that had finished by then.
     """
     if not trunks:
       return
+    for trunk in trunks:
+      self._model.config.check_ids(np.asarray(trunk.ids), "A prompt")
     shards = device_mesh.row_shards(self._mesh)
     lanes = min(self._lanes, -(-bucket(len(trunks)) // shards) * shards)
     g = Geometry(

@@ -11,6 +11,7 @@ import os
 import pathlib
 import tempfile
 
+import jax
 import transformers
 from etils import epath
 from jax.sharding import Mesh
@@ -18,7 +19,8 @@ from jax.sharding import Mesh
 import synthneg_jax.tasks
 from synthneg_jax.data.token_text import TokenText, stop_table
 from synthneg_jax.decoding.decode import Stops
-from synthneg_jax.models import huggingface
+from synthneg_jax.models import adapter as adapter_lib
+from synthneg_jax.models import hf_tokenizers, huggingface, model_hub, stored_tensors
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import checkpoints, device_mesh, processes
@@ -38,9 +40,11 @@ class Policy:
     model, params: the decoder; adapters are merged.
     fingerprint: of the weights, or of base and adapter.
     folder: where it was read.
+    about: folder of its config.json, generation_config.json and tokenizer.
     base: folder of the weights beneath all adapters.
     adapters: pairs (Adapter, its parameters) that were merged, the first one first.
-    eos_ids: tokens that end a response, the tokenizer's EOS first.
+    eos_ids: all tokens that end a response, by the tokenizer, generation_config.json and config.json; the tokenizer's EOS
+      first. Whatever handles endings takes them from here.
   """
 
   model: Model
@@ -49,6 +53,7 @@ class Policy:
   token_text: TokenText
   fingerprint: str
   folder: epath.Path
+  about: epath.Path
   base: epath.Path
   eos_ids: tuple[int, ...]
   adapters: tuple = ()
@@ -58,12 +63,13 @@ class Policy:
     """Reads a policy folder or a Hugging Face folder: config, tokenizer, endings, weights; then its adapter, if any.
 
     Args:
-      path: the folder.
+      path: the folder; one of PEFT, with an adapter, names its base itself.
       config: the config's section `model`.
       mesh: where the weights go.
 
     Raises:
-      UserError: no such folder, weights that are missing or of another shape, or a model that the mesh cannot split.
+      UserError: no such folder, weights that are missing or of another shape, a tokenizer that does not belong to the
+        model, or a model that the mesh cannot split.
     """
     folder = epath.Path(path)
     if not folder.exists():
@@ -72,18 +78,22 @@ class Policy:
     if (folder / _ADAPTER).exists():
       return cls._load_adapted(folder, config, mesh)
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
-      raise UserError(f"{folder} holds an adapter of PEFT; have PEFT merge it into its base and name that folder.")
+      return cls._load_peft(folder, config, mesh)
 
-    model = Model(
-      huggingface.read_config(
-        folder, dtype=config.dtype, param_dtype=config.param_dtype, scan_layers=config.scan_layers, remat=config.remat
-      )
+    has_params = (folder / "params").exists() or not stored_tensors.has_weights(folder)
+    described = huggingface.read_config(
+      folder,
+      dtype=config.dtype,
+      param_dtype=config.param_dtype,
+      scan_layers=config.scan_layers,
+      remat=config.remat,
+      max_length=config.max_length,
     )
+    model = Model(described if has_params else huggingface.untie_other_head(folder, described))
     _check_rope_scaling(folder, model, config.max_length)
-    tokenizer = load_tokenizer(folder)
-    eos_ids = tuple(huggingface.eos_ids(folder, tokenizer.eos_token_id))
+    tokenizer, eos_ids = _tokenizer_and_eos(folder, model.config.vocab_size)
     layout = param_shardings(model, mesh)
-    if (folder / "params").exists() or not list(folder.glob("*.safetensors*")):
+    if has_params:
       params = checkpoints.load_params(folder, model.abstract_params(), layout)
     else:
       params = huggingface.load_params(folder, model, layout)
@@ -91,11 +101,34 @@ class Policy:
       model=model,
       params=params,
       tokenizer=tokenizer,
-      token_text=TokenText(tokenizer),
+      token_text=TokenText(tokenizer, eos_ids),
       fingerprint=checkpoints.fingerprint(params),
       folder=folder,
+      about=folder,
       base=folder,
       eos_ids=eos_ids,
+    )
+
+  @classmethod
+  def _load_peft(cls, folder: epath.Path, config, mesh: Mesh) -> "Policy":
+    """A base model with an adapter of PEFT, whose tokenizer is taken where it brings one."""
+    policy = cls.load(peft_base(folder), config, mesh)
+    adapter, params = adapter_lib.load_peft(folder, policy.model)
+    params = jax.device_put(params, param_shardings(adapter, mesh))
+    about, tokenizer, eos_ids = policy.about, policy.tokenizer, policy.eos_ids
+    if (folder / "tokenizer.json").exists():
+      about = _overlaid(policy.about, folder)
+      tokenizer, eos_ids = _tokenizer_and_eos(about, policy.model.config.vocab_size)
+    return dataclasses.replace(
+      policy,
+      params=adapter.merge(policy.params, params),
+      tokenizer=tokenizer,
+      token_text=TokenText(tokenizer, eos_ids),
+      fingerprint=_joint_fingerprint(policy, params, adapter),
+      folder=folder,
+      about=about,
+      eos_ids=eos_ids,
+      adapters=(*policy.adapters, (adapter, params)),
     )
 
   @classmethod
@@ -115,6 +148,7 @@ class Policy:
       params=adapter.merge(policy.params, params),
       fingerprint=_joint_fingerprint(policy, params, adapter),
       folder=folder,
+      about=folder if (folder / "config.json").exists() else policy.about,
       adapters=(*policy.adapters, (adapter, params)),
     )
 
@@ -137,10 +171,8 @@ class Policy:
       folder.mkdir(parents=True, exist_ok=True)
       checkpoints.save_params(folder, params)
       if processes.first():
-        for name in ("config.json", "generation_config.json", *huggingface.tokenizer_files(self.folder)):
-          if (self.folder / name).exists():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (self.folder / name).copy(folder / name, overwrite=True)
+        _copy_about(self.about, folder)
+        huggingface.set_tie(folder, self.model.config.tie_embeddings)
         if adapter is not None:
           (folder / _ADAPTER).write_text(json.dumps(_adapter_spec(folder, self, adapter)) + "\n")
         (folder / "fingerprint.json").write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
@@ -162,21 +194,84 @@ def _check_rope_scaling(folder: epath.Path, model: Model, max_length: int) -> No
     )
 
 
-def load_tokenizer(folder: epath.Path) -> transformers.PreTrainedTokenizerFast:
-  """The tokenizer of a policy folder or Hugging Face folder.
+def _tokenizer_and_eos(
+  folder: epath.Path, num_rows: int
+) -> tuple[transformers.PreTrainedTokenizerFast, tuple[int, ...]]:
+  """A folder's tokenizer, held against an embedding with so many rows, and all ids that end a turn."""
+  tokenizer = load_tokenizer(folder)
+  hf_tokenizers.check(folder, tokenizer, num_rows)
+  return tokenizer, hf_tokenizers.below(hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id), num_rows, folder)
+
+
+def peft_base(folder: epath.Path) -> epath.Path:
+  """The folder of the base model that an adapter of PEFT names.
 
   Raises:
-    UserError: transformers can load no tokenizer from it.
+    UserError: it names none, or one that is not there.
   """
+  path = folder / "adapter_config.json"
+  name = stored_tensors.read_json(path).get("base_model_name_or_path")
+  if not name:
+    raise UserError(f"{path}: base_model_name_or_path is empty; name the folder of the adapter's base model there.")
   try:
-    return transformers.AutoTokenizer.from_pretrained(tokenizer_folder(folder), local_files_only=True)
-  except (OSError, ValueError) as error:
-    raise UserError(f"{folder} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
+    base = resolve(name)
+  except UserError as error:
+    raise UserError(f"{path}: base_model_name_or_path={name!r}: {error}") from error
+  if not base.exists():
+    raise UserError(
+      f"{path}: base_model_name_or_path={name!r} does not exist; name the folder of the base model there."
+    )
+  return base
 
 
-def resolve(path: str) -> epath.Path:
-  """A config's model.path as a folder; one of `BASES` is a base model in the package."""
-  return epath.Path(BASES.get(path, path)).expanduser()
+def _overlaid(base: epath.Path, adapter: epath.Path) -> epath.Path:
+  """A local folder with the configs of a base model and the tokenizer of its adapter."""
+  folder = epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
+  for name in hf_tokenizers.CONFIG_FILES:
+    if (base / name).exists():
+      (base / name).copy(folder / name)
+  _copy_about(adapter, folder)
+  return folder
+
+
+def _copy_about(source: epath.Path, folder: epath.Path) -> None:
+  """Copies a folder's configs and its tokenizer's files."""
+  for name in (*hf_tokenizers.CONFIG_FILES, *hf_tokenizers.files(source)):
+    if (source / name).exists():
+      (folder / name).parent.mkdir(exist_ok=True)
+      (source / name).copy(folder / name, overwrite=True)
+
+
+def load_tokenizer(folder: epath.Path) -> transformers.PreTrainedTokenizerFast:
+  """The tokenizer of a policy folder or Hugging Face folder; errors as in `hf_tokenizers.load`."""
+  return hf_tokenizers.load(tokenizer_folder(folder))
+
+
+def load_token_text(folder: epath.Path) -> tuple[transformers.PreTrainedTokenizerFast, TokenText]:
+  """A folder's tokenizer and the bytes of its tokens, of which those that end a response have none; no weights are read."""
+  tokenizer = load_tokenizer(folder)
+  return tokenizer, TokenText(tokenizer, hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id))
+
+
+def resolve(path: str, *, weights: bool = True) -> epath.Path:
+  """A config's model.path as a folder: one of `BASES`, a folder that exists, or a model of the Hub, which is fetched.
+
+  Args:
+    path: as in the config.
+    weights: of a model of the Hub fetch the weights, too, and not the configs and the tokenizer alone.
+
+  Raises:
+    UserError: a model of the Hub cannot be fetched.
+  """
+  folder = epath.Path(BASES.get(path, path)).expanduser()
+  if folder.exists() or not (path.startswith("hf:") or model_hub.is_name(path)):
+    return folder
+  try:
+    return model_hub.download(path, weights=weights)
+  except UserError as error:
+    if path.startswith("hf:"):
+      raise
+    raise UserError(f"There is no folder {path}, and no such model was found: {error}") from error
 
 
 def tokenizer_folder(folder: epath.Path) -> str:
@@ -184,10 +279,7 @@ def tokenizer_folder(folder: epath.Path) -> str:
   if "://" not in os.fspath(folder):
     return os.fspath(folder)
   copy = epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
-  for name in ("config.json", *huggingface.tokenizer_files(folder)):
-    if (folder / name).exists():
-      (copy / name).parent.mkdir(exist_ok=True)
-      (folder / name).copy(copy / name)
+  _copy_about(folder, copy)
   return os.fspath(copy)
 
 
@@ -197,8 +289,12 @@ def files_identity(folder: epath.Path) -> str:
   Reading all of a large model only to open a stage would take too long; training changes nearly all of them.
   """
   digest = hashlib.sha256()
+  if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+    digest.update(files_identity(peft_base(folder)).encode())
   for path in (
-    sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]) if folder.exists() else []
+    sorted(path for kind in ("safetensors", "bin", "json", "jinja") for path in folder.glob(f"*.{kind}"))
+    if folder.exists()
+    else []
   ):
     size = path.stat().length
     digest.update(f"{path.name}={size};".encode())
@@ -238,5 +334,5 @@ def _adapter_spec(folder: epath.Path, policy: Policy, adapter: Adapter) -> dict:
   elif policy.folder in map(epath.Path, BASES.values()):
     base = policy.folder.name
   elif "://" not in base:
-    base = os.path.abspath(base)
+    base = model_hub.name_of(base) or os.path.abspath(base)
   return {"base": base, "rank": adapter.rank, "alpha": adapter.alpha, "targets": list(adapter.targets)}

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 from synthneg_jax.decoding.engine import Generation, Trunk
 from synthneg_jax.decoding.sampling import Sampling
-from synthneg_jax.teacher.endpoint import Broken, Endpoint
+from synthneg_jax.teacher.endpoint import Broken, Endpoint, Refused, check_finish
 
 _TOKEN_ID = re.compile(r"token_id:(\d+)")  # vLLM's --return-tokens-as-token-ids
 
@@ -26,12 +27,12 @@ class Codec(NamedTuple):
   """What the engine needs of the policy's tokenizer.
 
   Attributes:
-    eos_id: the token that ends a response.
+    eos_ids: the tokens that end a response; the first is added where the server leaves it out.
     encode: text -> ids, without special tokens.
     decode: ids -> text, with them.
   """
 
-  eos_id: int
+  eos_ids: tuple[int, ...]
   encode: Callable[[str], list[int]]
   decode: Callable[[Sequence[int]], str]
 
@@ -52,14 +53,15 @@ class RemoteEngine:
       codec: the policy's tokenizer.
       stop: strings that end a response besides EOS.
       max_new_tokens: L.
-      send_ids: send the prompt as ids and ask for ids; otherwise text goes both ways.
+      send_ids: send the prompt as ids and ask for ids; otherwise, and where the server refuses ids, text goes both ways.
 
     Raises:
       UserError: as `Endpoint`.
     """
     self._endpoint, self._model = Endpoint(section), section.model
-    self._eos, self._encode, self._decode, self._send_ids = *codec, send_ids
+    self._eos_ids, self._encode, self._decode, self._send_ids = *codec, send_ids
     self._stop, self._new = list(stop), max_new_tokens
+    self._ids_taken = False  # once the server has taken ids, a refusal is about something else
     self.stats = {"steps": 0, "busy_slots": 0, "slots": 0, "prefill_tokens": 0}
     self.stats |= {"requests": 0, "retokenised": 0, "without_logp": 0}
 
@@ -88,13 +90,28 @@ class RemoteEngine:
         yield t, branches[t]
 
   def _draw(self, trunk: Trunk, number: int, sampling: Sampling) -> tuple[Generation, bool]:
+    with_ids = self._send_ids
+    try:
+      drawn = self._ask(trunk, number, sampling, with_ids=with_ids)
+    except Refused as error:
+      if not with_ids or self._ids_taken:
+        raise
+      logging.log_first_n(
+        logging.WARNING, "The server refuses token ids (%s); text goes both ways, and is tokenised here.", 1, error
+      )
+      self._send_ids = False
+      return self._ask(trunk, number, sampling, with_ids=False)
+    self._ids_taken |= with_ids
+    return drawn
+
+  def _ask(self, trunk: Trunk, number: int, sampling: Sampling, *, with_ids: bool) -> tuple[Generation, bool]:
     ids = [int(i) for i in trunk.ids[: trunk.forks[number]]]
-    extra = {"return_token_ids": True} if self._send_ids else {}
+    extra = {"return_token_ids": True} if with_ids else {}
     if sampling.top_k:
       extra["top_k"] = sampling.top_k
     arguments = {
       "model": self._model,
-      "prompt": ids if self._send_ids else self._decode(ids),
+      "prompt": ids if with_ids else self._decode(ids),
       "max_tokens": int(trunk.limits[number]) if trunk.limits else self._new,
       "temperature": sampling.temperature,
       "top_p": sampling.top_p,
@@ -109,7 +126,10 @@ class RemoteEngine:
       response = self._endpoint.client.completions.with_raw_response.create(**arguments)
       try:
         choice = response.parse().choices[0]
+        check_finish(choice.finish_reason, choice.text)
         return response.headers, self._generation(choice)
+      except Broken:
+        raise
       except Exception as error:  # the parser's; or it is no completion
         raise Broken(f"no completion ({error})", response.text[:2000]) from error
 
@@ -130,11 +150,12 @@ class RemoteEngine:
     ids = list(ids)
     at_string = choice.finish_reason == "stop" and any(stop in self._decode(ids) for stop in self._stop)
     named = getattr(choice, "stop_reason", None)  # vLLM: the stop string; none where EOS ended it
-    if choice.finish_reason == "stop" and not at_string and not isinstance(named, str) and ids[-1:] != [self._eos]:
-      ids.append(self._eos)  # its author stopped here; the server left EOS out
+    ended = bool(ids) and ids[-1] in self._eos_ids
+    if choice.finish_reason == "stop" and not at_string and not isinstance(named, str) and not ended:
+      ids.append(self._eos_ids[0])  # its author stopped here; the server left EOS out
     if logp is not None and (len(logp) != len(ids) or any(value is None for value in logp)):
       logp = None
-    if ids[-1:] == [self._eos]:
+    if ids and ids[-1] in self._eos_ids:
       finish = "eos"
     else:
       finish = "stop" if choice.finish_reason == "stop" else "length"

@@ -1,21 +1,74 @@
-"""Whether a written answer says what the gold answer says: trees of `answer_grammar` compared by kind.
+"""Whether a written answer says what the gold answer says: trees of `answer_grammar` by kind.
 
-The conventions, and why, are in docs/grading.md; those on which honest people differ are leaves of `Conventions`.
+The conventions, and why, are in docs/grading.md; those on which people differ are leaves of
+`Conventions`.
 """
 
+import dataclasses
+import functools
+import itertools
+import math
+import operator
 import re
+from typing import NamedTuple
 
-from synthneg_jax.grading import answer_matrices, answer_relations, answer_scalars, answer_sets, answer_values
-from synthneg_jax.grading.answer_relations import label
-from synthneg_jax.grading.answer_scalars import Ambiguous, Conventions, is_scalar
-from synthneg_jax.grading.answer_tree import Node, num
-from synthneg_jax.grading.answer_values import Undefined
+from synthneg_jax.grading import answer_tree as tree
+from synthneg_jax.grading.answer_numbers import Digits, Undefined, bits, equal, exact
+from synthneg_jax.grading.answer_relations import (
+  is_constant,
+  is_function,
+  label,
+  same_relation,
+  same_set,
+  stated,
+  unlabelled,
+)
+from synthneg_jax.grading.answer_tokens import TooLarge
+from synthneg_jax.grading.answer_tree import Node, is_operation
+from synthneg_jax.grading.answer_units import Unit
 
 MAX_ITEMS = 40  # of a set or list that is compared without order
+MAX_ENTRIES = 100  # of a matrix
 _NUMBER_WORDS = (
-  "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-  "eighteen nineteen twenty"
+  "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+  "sixteen seventeen eighteen nineteen twenty"
 ).split()
+
+
+class Ambiguous(Exception):
+  """The answer states several values, or contradicts itself, where one value is wanted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conventions:
+  """What counts as the same answer where people differ.
+
+  Attributes:
+    percent: what 20% equals: "either" (20 and 0.2), "fraction" (0.2) or "number" (20).
+    units: a unit of the gold answer that the answer leaves out: "optional" (no matter), "required"
+      (wrong), "ignored" (units are never looked at). Unless ignored, two known units that differ
+      are converted or contradict.
+    tuples: "ordered", or "unordered": (1,2) equals (2,1) and {1,2}.
+    lists: whether 1, 2, 3 without braces is in order: "ordered", "unordered", or "auto": in order
+      if it holds at least three numbers that do not ascend, as people sort the lists of a set.
+    decimal_digits: significant digits from which a decimal that is the other side rounded or cut
+      off equals it, where that has no finite decimal form itself; 0: never. The default takes what
+      a computer prints (1/3 is 0.333333333333) and nothing that a person rounds.
+    extraction: "last" also reads a response that marks no answer, by its last display or line
+      (statements.py); "marked" does not.
+    retractions: what "The answer is 7. No wait, it is 8." states: nothing for sure ("ambiguous"),
+      or 8 ("last").
+  """
+
+  percent: str = "either"
+  units: str = "optional"
+  tuples: str = "ordered"
+  lists: str = "auto"
+  decimal_digits: int = 12
+  extraction: str = "last"
+  retractions: str = "ambiguous"
+
+
 DEFAULT = Conventions()
 
 
@@ -28,167 +81,188 @@ def same(gold: Node, answer: Node, rules: Conventions = DEFAULT) -> bool:
   """
   if gold == answer:
     return True
-  gold, answer = (answer_matrices.gathered(answer_relations.value_of(node)) for node in (gold, answer))
+  gold, answer = (_evaluate_matrices(_stated_value(node)) for node in (gold, answer))
   if gold == answer:
     return True
-  several = _collection(answer, rules)
-  wanted = _collection(gold, rules)
   if _is_real_set(gold) or _is_real_set(answer):
-    found = _as_sets(gold, answer)
-    if found is not None:
-      return found
-  if wanted is not None or several is not None:
-    return _collections(gold, answer, wanted, several, rules)
-  kinds = {gold.op, answer.op}
-  if kinds & {"text", "opaque"}:
-    return _texts(gold, answer)
-  if "matrix" in kinds or "bracket" in kinds:
-    return _tuples(gold, answer, rules)
-  if "rel" in kinds:
-    return _relations(gold, answer, rules)
-  return answer_scalars.same_scalar(gold, answer, rules)
+    same_reals = same_set(gold, answer)
+    if same_reals is not None:
+      return same_reals
+  wanted, given = _members(gold, rules), _members(answer, rules)
+  if wanted is not None or given is not None:
+    return _same_collections(gold, answer, rules)
+  kinds = (type(gold), type(answer))
+  if tree.Text in kinds or tree.Opaque in kinds:
+    return _same_text(gold, answer)
+  if tree.Matrix in kinds or tree.Bracket in kinds:
+    return _same_tuples(gold, answer, rules)
+  if tree.Relation in kinds:
+    return _same_relations(gold, answer, rules)
+  return _same_scalars(gold, answer, rules)
 
 
-def expand(node: Node) -> list[Node] | None:
-  """The two values of an expression with ±, all signs chosen together; None where it has none."""
-  if not _has_sign(node):
-    return None
-  return [_choose(node, 1), _choose(node, -1)]
+def _same_in_order(gold, answer, rules: Conventions) -> bool:
+  """Whether two sequences hold the same values one by one."""
+  if len(gold) != len(answer):
+    return False
+  return all(same(a, b, rules) for a, b in zip(gold, answer, strict=True))
 
 
-def _has_sign(node) -> bool:
-  if isinstance(node, Node) and node.op in ("pm", "mp"):
-    return True
-  return isinstance(node, tuple) and any(map(_has_sign, node.args if isinstance(node, Node) else node))
+def _same_or_undecided(gold: Node, answer: Node, rules: Conventions) -> bool:
+  """As `same`; False where it raises."""
+  try:
+    return same(gold, answer, rules)
+  except (Ambiguous, Undefined):
+    return False
 
 
-def _choose(node, sign: int):
-  if isinstance(node, Node):
-    args = tuple(_choose(arg, sign) for arg in node.args)
-    if node.op in ("pm", "mp"):
-      plus = (sign > 0) == (node.op == "pm")
-      return Node("add", (args[0], args[1] if plus else Node("neg", (args[1],))))
-    return Node(node.op, args)
-  return tuple(_choose(part, sign) for part in node) if isinstance(node, tuple) else node
+def _both(kind: type, gold: Node, answer: Node) -> bool:
+  return isinstance(gold, kind) and isinstance(answer, kind)
 
 
-def _collection(node: Node, rules: Conventions) -> list[Node] | None:
-  """The members of a finite collection without order; None for any other tree."""
-  found = None
-  if node.op == "set":
-    found = node.args
-  elif node.op == "list":
-    found = node.args[1]
-  elif node.op == "bracket" and rules.tuples == "unordered":
-    found = node.args[1]
-  elif node.op == "union" and all(part.op in ("set", "union") for part in node.args):
-    found = tuple(item for part in node.args for item in _collection(part, rules) or ())
-  if found is None:
-    return expand(node)
+def _stated_value(node: Node) -> Node:
+  """A relation that states one constant or set, as that: 2+5 = 7, x in [1,2]; else the tree.
+
+  Raises:
+    Ambiguous: its constant sides differ, as in 8 = 7.
+  """
+  if not isinstance(node, tree.Relation):
+    return node
+  first, *others = node.operands
+  if node.signs == ("in",) and not isinstance(others[0], tree.Symbol):
+    names = (tree.Symbol, tree.Bracket, tree.ListValue)
+    if isinstance(first, names) or is_operation(first, "mul"):
+      return others[0]
+  if set(node.signs) != {"="} or not all(map(is_constant, node.operands)):
+    return node
+  for side in others:
+    if not _same_scalars(first, side, Conventions(percent="fraction")):
+      raise Ambiguous("sides that differ")
+  return others[-1]
+
+
+# Collections: sets, lists, values with ±
+
+
+def is_collection(node: Node) -> bool:
+  """Whether a gold answer is several values."""
+  return _members(node, DEFAULT) is not None
+
+
+def is_member(collection: Node, value: Node, rules: Conventions) -> bool:
+  """Whether a value is one of several that a tree holds."""
+  members = _members(collection, rules) or []
+  return any(_same_or_undecided(member, value, rules) for member in members)
+
+
+def _members(node: Node, rules: Conventions) -> list[Node] | None:
+  """The members of a finite collection, ± as two values; None for any other tree."""
+  if isinstance(node, (tree.SetValue, tree.ListValue)):
+    items = node.items
+  elif isinstance(node, tree.Bracket) and rules.tuples == "unordered":
+    items = node.items
+  elif _is_union_of_sets(node):
+    return _members(node.left, rules) + _members(node.right, rules)
+  else:
+    return [_with_sign(node, "+"), _with_sign(node, "-")] if _has_sign(node) else None
   members = []
-  for item in found:
-    members += expand(item) or [item]
+  for item in items:
+    members += [_with_sign(item, "+"), _with_sign(item, "-")] if _has_sign(item) else [item]
   return members
 
 
-def _is_real_set(node: Node) -> bool:
-  if node.op in ("union", "intersection", "minus"):
-    return True
-  if node.op == "bracket":
-    ends = node.args[1]
-    return len(ends) == 2 and (
-      node.args[0] + node.args[2] in ("[)", "(]") or any(answer_sets._is_infinite(end) for end in ends)
-    )
-  if node.op == "list":
-    return any(_is_real_set(item) for item in node.args[1])
-  return node.op == "rel" and any(sign in ("<", ">", "<=", ">=", "!=") for sign in node.args[1::2])
-
-
-def _as_sets(gold: Node, answer: Node) -> bool | None:
-  """Whether both are the same set of reals; None where one of them is none."""
-  try:
-    left, right = answer_sets.pieces(gold), answer_sets.pieces(answer)
-    if left is None or right is None:
-      return None
-    return answer_sets.equal(left, right)
-  except Undefined:
-    return None
-
-
-def _collections(gold: Node, answer: Node, wanted, several, rules: Conventions) -> bool:
-  if wanted is None:
-    if gold.op == "bracket" and answer.op == "list":
-      labels = [label(item) for item in several]
-      values = [named[1] if named else item for named, item in zip(labels, several, strict=True)]
-      return len(values) == len(gold.args[1]) and all(
-        same(a, b, rules) for a, b in zip(gold.args[1], values, strict=True)
-      )
-    if answer.op == "set" and len(several) == 1:
-      return same(gold, several[0], rules)
-    if gold.op in ("bracket", "matrix"):
-      return False
-    named = label(gold)
-    if named and _collection(named[1], rules) is not None:
-      return same(named[1], answer, rules)
-    if len(several) >= 1 and gold.op not in ("text", "opaque"):
-      raise Ambiguous("several values")
+def _is_union_of_sets(node: Node) -> bool:
+  if not isinstance(node, tree.SetOperation) or node.op != "union":
     return False
-  named = label(answer)
-  if several is None and named:
-    inner = _collection(named[1], rules)
-    if inner is not None:
-      return same(gold, named[1], rules)
-  if several is None:
-    if answer.op == "bracket" and gold.op == "list":
-      several = list(answer.args[1])
-      values = [named[1] if (named := label(item)) else item for item in wanted]
-      return len(values) == len(several) and all(same(a, b, rules) for a, b in zip(values, several, strict=True))
-    if len(wanted) == 1 and gold.op == "set":
-      return same(wanted[0], answer, rules)
-    if len(wanted) == 1 or answer.op in ("bracket", "matrix"):
+  sides = (node.left, node.right)
+  return all(isinstance(side, tree.SetValue) or _is_union_of_sets(side) for side in sides)
+
+
+def _has_sign(node: Node) -> bool:
+  return any(isinstance(part, tree.PlusMinus) for part in tree.walk(node))
+
+
+def _with_sign(node: Node, sign: str) -> Node:
+  """The tree with all signs ± chosen together, ∓ the other way."""
+  node = tree.map_children(node, functools.partial(_with_sign, sign=sign))
+  if not isinstance(node, tree.PlusMinus):
+    return node
+  return node.left + node.right if node.upper == sign else node.left - node.right
+
+
+def _same_collections(gold: Node, answer: Node, rules: Conventions) -> bool:
+  """Whether gold and answer, of which at least one is a collection, hold the same values."""
+  wanted, given = _members(gold, rules), _members(answer, rules)
+  if wanted is None and _members(unlabelled(gold), rules) is not None:
+    return same(unlabelled(gold), answer, rules)
+  if given is None and _members(unlabelled(answer), rules) is not None:
+    return same(gold, unlabelled(answer), rules)
+  if wanted is None:
+    if isinstance(gold, tree.Bracket) and isinstance(answer, tree.ListValue):
+      return _same_in_order(gold.items, list(map(unlabelled, given)), rules)
+    if isinstance(answer, tree.SetValue) and len(given) == 1:
+      return same(gold, given[0], rules)
+    if isinstance(gold, (tree.Bracket, tree.Matrix, tree.Text, tree.Opaque)) or not given:
       return False
-    several = [answer]
-  if gold.op == answer.op == "list" and _in_order(gold, answer, wanted, rules):
-    return len(wanted) == len(several) and all(same(a, b, rules) for a, b in zip(wanted, several, strict=True))
-  return _unordered(wanted, several, rules)
+    raise Ambiguous("several values")
+  if given is None:
+    if isinstance(answer, tree.Bracket) and isinstance(gold, tree.ListValue):
+      return _same_in_order(list(map(unlabelled, wanted)), answer.items, rules)
+    if isinstance(gold, tree.SetValue) and len(wanted) == 1:
+      return same(wanted[0], answer, rules)
+    if isinstance(answer, (tree.Bracket, tree.Matrix)) or len(wanted) == 1:
+      return False
+    given = [answer]
+  if _both(tree.ListValue, gold, answer) and _is_ordered(gold, answer, rules):
+    return _same_in_order(wanted, given, rules)
+  return _same_members(wanted, given, rules)
 
 
-def _in_order(gold: Node, answer: Node, wanted: list[Node], rules: Conventions) -> bool:
-  """Whether the order of a bare list of the gold answer matters."""
+def _is_ordered(gold: tree.ListValue, answer: tree.ListValue, rules: Conventions) -> bool:
+  """Whether the order of a list without brackets matters."""
   if rules.lists != "auto":
     return rules.lists == "ordered"
-  if (
-    gold.args[0] != ","
-    or answer.args[0] != ","
-    or len(wanted) < 3
-    or not all(item.op in ("num", "neg", "div", "add") for item in wanted)
-  ):
+  if gold.joiner != "," or answer.joiner != "," or len(gold.items) < 3:
     return False
-  values = [answer_values.exact(item) for item in wanted]
+  for item in gold.items:
+    if not isinstance(item, tree.Number) and not is_operation(item, "neg", "div", "add"):
+      return False
+  values = [exact(item) for item in gold.items]
   return None not in values and values != sorted(values)
 
 
-def _unordered(wanted: list[Node], several: list[Node], rules: Conventions) -> bool:
+def _same_members(wanted: list[Node], given: list[Node], rules: Conventions) -> bool:
   """Whether two collections hold the same values, however often."""
-  if max(len(wanted), len(several)) > MAX_ITEMS:
-    raise answer_values.TooLarge("items")
-  named, named_too = [label(item) for item in wanted], [label(item) for item in several]
-  if all(named) != all(named_too):
-    # Names on one side only: distinct names are in order, one name's values in none.
-    names = [name for name, _ in (named if all(named) else named_too)]
-    wanted = [pair[1] for pair in named] if all(named) else wanted
-    several = [pair[1] for pair in named_too] if all(named_too) else several
-    if len(set(names)) == len(names) > 1:
-      return len(wanted) == len(several) and all(same(a, b, rules) for a, b in zip(wanted, several, strict=True))
-  matches = [[_quietly_same(a, b, rules) for b in several] for a in wanted]
-  return all(map(any, matches)) and all(any(row[j] for row in matches) for j in range(len(several)))
+  if max(len(wanted), len(given)) > MAX_ITEMS:
+    raise TooLarge("items")
+  labels, given_labels = list(map(label, wanted)), list(map(label, given))
+  if all(labels) != all(given_labels):
+    # Names on one side only: distinct names are in order, values of a single name in none.
+    if all(labels):
+      wanted = list(map(unlabelled, wanted))
+    else:
+      labels, given = given_labels, list(map(unlabelled, given))
+    names = {named.name for named in labels}
+    if len(names) == len(labels) > 1:
+      return _same_in_order(wanted, given, rules)
+  matches = [[_same_or_undecided(a, b, rules) for b in given] for a in wanted]
+  columns = zip(*matches, strict=True) if wanted else [()] * len(given)
+  return all(map(any, matches)) and all(map(any, columns))
 
 
-def _quietly_same(a: Node, b: Node, rules: Conventions) -> bool:
-  try:
-    return same(a, b, rules)
-  except (Ambiguous, Undefined):
-    return False
+def _is_real_set(node: Node) -> bool:
+  """Whether a tree can only be meant as a set of reals."""
+  if isinstance(node, tree.Bracket):
+    half_open = node.opener + node.closer in ("[)", "(]")
+    return len(node.items) == 2 and (half_open or any(map(tree.infinite_sign, node.items)))
+  if isinstance(node, tree.ListValue):
+    return any(map(_is_real_set, node.items))
+  if isinstance(node, tree.Relation):
+    return not {"<", ">", "<=", ">=", "!="}.isdisjoint(node.signs)
+  return isinstance(node, tree.SetOperation)
+
+
+# Text
 
 
 def words(text: str) -> str:
@@ -197,70 +271,272 @@ def words(text: str) -> str:
   return re.sub(r"[^a-z0-9\u0080-\uffff]+", "", text)
 
 
-def _texts(gold: Node, answer: Node) -> bool:
-  for text, other in ((gold, answer), (answer, gold)):
-    if text.op == "text" and is_scalar(other):
-      if text.args[0].lower() in _NUMBER_WORDS:
-        return _quietly_same(num(_NUMBER_WORDS.index(text.args[0].lower())), other, DEFAULT)
-      if other.op == "sym":
-        return words(text.args[0]) == words(other.args[0])
-  named = label(answer)
-  if named:
-    return same(gold, named[1])
-  sides = [node.args[0] for node in (gold, answer) if node.op in ("text", "opaque")]
-  return (
-    len(sides) == 2
-    and words(sides[0]) == words(sides[1]) != ""
-    and ("opaque" not in (gold.op, answer.op) or "".join(sides[0].split()) == "".join(sides[1].split()))
-  )
-
-
-def _entries(node: Node) -> list[list[Node]] | None:
-  """Rows of a matrix; a tuple is a column."""
-  if node.op == "matrix":
-    return [list(row) for row in node.args]
-  return [[item] for item in node.args[1]] if node.op == "bracket" else None
-
-
-def _tuples(gold: Node, answer: Node, rules: Conventions) -> bool:
-  named, named_gold = label(answer), label(gold)
-  if named or named_gold:
-    return same(named_gold[1] if named_gold else gold, named[1] if named else answer, rules)
-  if gold.op == answer.op == "bracket" and len(gold.args[1]) == 2:
-    if (gold.args[0], gold.args[2]) != (answer.args[0], answer.args[2]):
-      return False
-  left, right = _entries(gold), _entries(answer)
-  if left is None or right is None:
+def _same_text(gold: Node, answer: Node) -> bool:
+  for node, other in ((gold, answer), (answer, gold)):
+    if isinstance(node, tree.Text) and tree.is_scalar(other):
+      word = node.text.lower()
+      if word in _NUMBER_WORDS:
+        return _same_or_undecided(tree.number(_NUMBER_WORDS.index(word)), other, DEFAULT)
+      if isinstance(other, tree.Symbol):
+        return words(node.text) == words(other.name)
+  if label(answer):
+    return same(gold, unlabelled(answer))
+  if not _both((tree.Text, tree.Opaque), gold, answer):
     return False
-  if gold.op != answer.op and len(left[0]) > 1 and len(left) == 1:
-    left = [[item] for item in left[0]]
-  if gold.op != answer.op and len(right[0]) > 1 and len(right) == 1:
-    right = [[item] for item in right[0]]
-  return [len(row) for row in left] == [len(row) for row in right] and all(
-    same(a, b, rules) for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True)
-  )
+  if not _both(tree.Text, gold, answer):
+    if "".join(gold.text.split()) != "".join(answer.text.split()):
+      return False
+  return words(gold.text) == words(answer.text) != ""
 
 
-def _relations(gold: Node, answer: Node, rules: Conventions) -> bool:
-  if gold.op != "rel":
-    return any(same(gold, value, rules) for value in answer_relations.stated(answer, gold))
-  named, named_too = label(gold), label(answer)
-  if answer.op != "rel":
-    values = [named[1]] if named else answer_relations.stated(gold, answer) if "~" in gold.args[1::2] else []
+# Tuples and matrices
+
+
+def _same_tuples(gold: Node, answer: Node, rules: Conventions) -> bool:
+  if label(answer) or label(gold):
+    return same(unlabelled(gold), unlabelled(answer), rules)
+  if _both(tree.Bracket, gold, answer):
+    # Two items may be an interval, and [1, 2] is another one than (1, 2).
+    same_signs = (gold.opener, gold.closer) == (answer.opener, answer.closer)
+    if len(gold.items) == 2 and not same_signs:
+      return False
+    return _same_in_order(gold.items, answer.items, rules)
+  if not _both((tree.Bracket, tree.Matrix), gold, answer):
+    return False
+  if _both(tree.Matrix, gold, answer):
+    left, right = gold.rows, answer.rows
+  else:
+    left, right = _as_column(gold), _as_column(answer)
+  if len(left) != len(right):
+    return False
+  return all(_same_in_order(a, b, rules) for a, b in zip(left, right, strict=True))
+
+
+def _as_column(node: tree.Bracket | tree.Matrix) -> tuple[tuple[Node, ...], ...]:
+  """Rows of a column for a tuple or a single row; else a matrix's own."""
+  rows = (node.items,) if isinstance(node, tree.Bracket) else node.rows
+  return tuple((entry,) for entry in rows[0]) if len(rows) == 1 else rows
+
+
+def _evaluate_matrices(node: Node) -> Node:
+  """An expression in matrices as one matrix of expressions; any other tree as it is.
+
+  Raises:
+    TooLarge: a matrix has more than MAX_ENTRIES.
+  """
+  if isinstance(node, tree.Matrix) and len(node.rows) * len(node.rows[0]) > MAX_ENTRIES:
+    raise TooLarge("matrix")
+  if not is_operation(node, "neg", "add", "mul", "div"):
+    return node
+  operands = [_evaluate_matrices(operand) for operand in node.operands]
+  left, right = operands[0], operands[-1]
+  if _both(tree.Matrix, left, right):
+    if node.op == "neg":
+      return tree.map_children(left, operator.neg)
+    if node.op == "mul" and len(left.rows[0]) == len(right.rows):
+      columns = list(zip(*right.rows, strict=True))
+      return tree.Matrix(tuple(tuple(_dot(row, each) for each in columns) for row in left.rows))
+    if node.op == "add" and list(map(len, left.rows)) == list(map(len, right.rows)):
+      pairs = zip(left.rows, right.rows, strict=True)
+      return tree.Matrix(tuple(tuple(map(operator.add, *rows)) for rows in pairs))
+  elif isinstance(left, tree.Matrix) and node.op in ("mul", "div"):
+    return tree.map_children(left, lambda entry: tree.Operation(node.op, (entry, right)))
+  elif isinstance(right, tree.Matrix) and node.op == "mul":
+    return tree.map_children(right, lambda entry: left * entry)
+  return node
+
+
+def _dot(row: tuple[Node, ...], column: tuple[Node, ...]) -> Node:
+  return functools.reduce(operator.add, map(operator.mul, row, column))
+
+
+# Relations
+
+
+def _same_relations(gold: Node, answer: Node, rules: Conventions) -> bool:
+  if not isinstance(gold, tree.Relation):
+    return any(same(gold, value, rules) for value in stated(answer, gold))
+  gold_label, answer_label = label(gold), label(answer)
+  approximate = "~" in gold.signs
+  if not isinstance(answer, tree.Relation):
+    values = stated(gold, answer) if approximate else []
+    if gold_label:
+      values = [gold_label.value]
     return any(same(value, answer, rules) for value in values)
-  if named and named_too and (named[0] == named_too[0] or _both_functions(gold, answer)):
-    return same(named[1], named_too[1], rules)
-  if "~" in gold.args[1::2] or "~" in answer.args[1::2]:
-    return any(same(value, answer, rules) for value in answer_relations.stated(gold, answer))
-  return answer_relations.same_relation(gold, answer)
+  if gold_label and answer_label:
+    both_functions = is_function(gold.operands[0]) and is_function(answer.operands[0])
+    if gold_label.name == answer_label.name or both_functions:
+      return same(gold_label.value, answer_label.value, rules)
+  if approximate or "~" in answer.signs:
+    return any(same(value, answer, rules) for value in stated(gold, answer))
+  return same_relation(gold, answer)
 
 
-def _both_functions(gold: Node, answer: Node) -> bool:
-  """Whether both give a function: y = 2x and f(x) = 2x."""
-  heads = [node.args[0] for node in (gold, answer)]
-  return all(map(answer_relations.is_function, heads))
+# Single values
 
 
-def is_collection(node: Node) -> bool:
-  """Whether a gold answer is several values."""
-  return _collection(node, DEFAULT) is not None
+def _same_scalars(gold: Node, answer: Node, rules: Conventions) -> bool:
+  """Whether two single values are the same."""
+  times = _time_of_day(gold), _time_of_day(answer)
+  if None not in times:
+    return _same_time(*times)
+  kinds = (type(gold), type(answer))
+  if tree.Quantity in kinds:
+    return _same_quantities(gold, answer, rules)
+  if tree.Based in kinds:
+    return _same_based(gold, answer)
+  if tree.Ratio in kinds or tree.Clock in kinds:
+    return _same_ratios(gold, answer)
+  if _both(tree.Modular, gold, answer):
+    return equal(gold.modulus, answer.modulus) and _is_congruent(gold, answer)
+  if tree.Modular in kinds:
+    gold = gold.value if isinstance(gold, tree.Modular) else gold
+    answer = answer.value if isinstance(answer, tree.Modular) else answer
+    return _same_scalars(gold, answer, rules)
+  if is_operation(gold, "percent", "degree") and is_operation(answer, gold.op):
+    return _same_scalars(gold.operands[0], answer.operands[0], rules)
+  if tree.infinite_sign(gold) or tree.infinite_sign(answer):
+    return tree.infinite_sign(gold) == tree.infinite_sign(answer)
+  pairs = itertools.product(_readings(gold, rules), _readings(answer, rules))
+  return any(_equal_or_rounded(a, b, rules) for a, b in pairs)
+
+
+def _readings(node: Node, rules: Conventions) -> list[Node]:
+  """What a percentage or an angle may stand for; any other value stands for itself."""
+  if is_operation(node, "neg") and is_operation(node.operands[0], "percent", "degree"):
+    return [-reading for reading in _readings(node.operands[0], rules)]
+  if not is_operation(node, "percent", "degree"):
+    return [node]
+  readings = [node.operands[0], node]
+  if node.op == "percent" and rules.percent != "either":
+    return readings[1:] if rules.percent == "fraction" else readings[:1]
+  return readings
+
+
+class _Time(NamedTuple):
+  """A time of day in 24 hours; half is "am", "pm" or None if it is not written."""
+
+  hours: int
+  minutes_and_seconds: tuple[int, ...]
+  half: str | None
+
+
+def _time_of_day(node: Node) -> _Time | None:
+  half = None
+  if isinstance(node, tree.Quantity):
+    half = next((name for name, _ in node.unit.dimensions if name in ("am", "pm")), None)
+    node = node.value
+  if not isinstance(node, tree.Clock):
+    return None
+  hours, *rest = (int(part.value) for part in node.parts)
+  if half and hours <= 12:
+    hours = hours % 12 + (12 if half == "pm" else 0)
+  return _Time(hours, (*rest, 0)[:2], half)
+
+
+def _same_time(gold: _Time, answer: _Time) -> bool:
+  if gold.minutes_and_seconds != answer.minutes_and_seconds:
+    return False
+  if gold.hours == answer.hours:
+    return True
+  # 8:34 may be in the evening if the other says so, but 20:34 not in the morning.
+  with_half, without = (gold, answer) if gold.half else (answer, gold)
+  if not with_half.half or without.half or without.hours > 12:
+    return False
+  return with_half.hours % 12 == without.hours % 12
+
+
+def _equal_or_rounded(gold: Node, answer: Node, rules: Conventions) -> bool:
+  """Whether two values are equal, or one is the other as a decimal to many digits."""
+  if equal(gold, answer):
+    return True
+  if not rules.decimal_digits or tree.symbols(gold) or tree.symbols(answer):
+    return False
+  form, other_form = _decimal_form(gold), _decimal_form(answer)
+  if (form is None) == (other_form is None):
+    return False
+  decimal, other = (gold, answer) if form else (answer, gold)
+  form = form or other_form
+  if form.significant < rules.decimal_digits:
+    return False
+  digits = Digits(60 + form.significant)
+  difference = digits.value(other) - digits.value(decimal)
+  if digits.ctx.im(difference):
+    return False
+  difference = digits.ctx.re(difference)  # 7 + 0i is no mpf and has no order
+  if digits.ctx.re(digits.value(decimal)) < 0:
+    difference = -difference
+  last_place = digits.ctx.mpf(10) ** -form.places
+  return abs(difference) * 2 <= last_place or 0 <= difference < last_place  # rounded, or cut off
+
+
+class _DecimalForm(NamedTuple):
+  places: int
+  significant: int
+
+
+def _decimal_form(node: Node) -> _DecimalForm | None:
+  """Decimal places and significant digits of a constant; None if it is no finite decimal."""
+  value = exact(node)
+  if value is None or bits(value) > 2000:
+    return None
+  places = value.denominator.bit_length()  # enough for any power of 2 and 5
+  scaled = value * 10**places
+  if scaled.denominator != 1:
+    return None
+  digits = str(abs(scaled.numerator))
+  spare = min(places, len(digits) - len(digits.rstrip("0")))
+  return _DecimalForm(places - spare, max(1, len(digits) - spare))
+
+
+def _same_quantities(gold: Node, answer: Node, rules: Conventions) -> bool:
+  """Whether two values, one of them with a unit at least, are the same."""
+  value, unit = _value_and_unit(gold)
+  other, other_unit = _value_and_unit(answer)
+  kinds = {type(value), type(other)}
+  if tree.Clock in kinds and not kinds <= {tree.Clock, tree.Ratio}:
+    return False
+  if rules.units == "ignored":
+    return _same_scalars(value, other, rules)
+  if rules.units == "required" and unit and unit.dimensions:
+    if other_unit is None or not other_unit.dimensions:
+      return False
+  ratio = unit.ratio(other_unit) if unit and other_unit else 1
+  if ratio is None:
+    return False
+  return _same_scalars(value if ratio == 1 else tree.number(ratio) * value, other, rules)
+
+
+def _value_and_unit(node: Node) -> tuple[Node, Unit | None]:
+  return (node.value, node.unit) if isinstance(node, tree.Quantity) else (node, None)
+
+
+def _same_based(gold: Node, answer: Node) -> bool:
+  """1011_2 equals 1011_2 and the bare digits 1011; never a numeral in another base."""
+  if _both(tree.Based, gold, answer):
+    return gold.base == answer.base and gold.digits.lstrip("0") == answer.digits.lstrip("0")
+  based, other = (gold, answer) if isinstance(gold, tree.Based) else (answer, gold)
+  return based.digits.isdigit() and exact(other) == int(based.digits)
+
+
+def _same_ratios(gold: Node, answer: Node) -> bool:
+  """Ratios up to a factor; two that read as times (10:30) part for part. 3:2 is also 3/2."""
+  if _both(tree.Clock, gold, answer):
+    return gold == answer
+  if _both(tree.Ratio, gold, answer):
+    if len(gold.parts) != len(answer.parts):
+      return False
+    first, other_first = gold.parts[0], answer.parts[0]
+    pairs = zip(gold.parts, answer.parts, strict=True)
+    return all(equal(first * b, other_first * a) for a, b in pairs)
+  ratio, other = (gold, answer) if isinstance(gold, tree.Ratio) else (answer, gold)
+  if isinstance(ratio, tree.Clock) and math.gcd(*(int(part.value) for part in ratio.parts)) != 1:
+    return False  # a ratio would be written 1:3, and 10:30 is a time
+  return len(ratio.parts) == 2 and equal(ratio.parts[0] / ratio.parts[1], other)
+
+
+def _is_congruent(gold: tree.Modular, answer: tree.Modular) -> bool:
+  values = [exact(node) for node in (gold.value, answer.value, gold.modulus)]
+  if None in values or values[2] == 0:
+    return equal(gold.value, answer.value)
+  return ((values[0] - values[1]) / values[2]).denominator == 1

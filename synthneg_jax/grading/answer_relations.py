@@ -1,220 +1,355 @@
-"""Equations and inequalities as answers: those that only name a value, and those that are the answer themselves."""
+"""Equations and inequalities as answers: what they state or describe, and when two are the same."""
 
 import fractions
+import functools
+import operator
+from typing import NamedTuple
 
-from synthneg_jax.grading import answer_values
-from synthneg_jax.grading.answer_scalars import Ambiguous, Conventions, is_scalar, same_scalar
-from synthneg_jax.grading.answer_tree import Node, num
-from synthneg_jax.grading.answer_values import Undefined
+from synthneg_jax.grading import answer_tree as tree
+from synthneg_jax.grading.answer_numbers import Digits, Undefined, equal, sample_point
+from synthneg_jax.grading.answer_tree import Node, is_operation
 
 _FUNCTION_NAMES = frozenset("f g h F G H P Q T S p q a b r A V".split())
-_ORDERED = {"<": (-1, True), "<=": (-1, False), ">": (1, True), ">=": (1, False)}
+_CONVERSE = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
+_ORDER = {
+  "<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge, "=": operator.eq,
+  "!=": operator.ne,
+}  # fmt: skip
 
 
-def _constant(node: Node) -> bool:
-  return is_scalar(node) and not answer_values.symbols(node)
+def is_constant(node: Node) -> bool:
+  """Whether a tree is a single value without unknowns."""
+  return tree.is_scalar(node) and not tree.symbols(node)
 
 
-def value_of(node: Node) -> Node:
-  """A relation that states one constant or set, as that: 2+5 = 7, x in [1,2], a+b = 7; any other tree as it is.
+# Names and what an equation says of them
 
-  Raises:
-    Ambiguous: its constant sides differ, as in 8 = 7.
+
+class Label(NamedTuple):
+  """An equation that gives a name's value: x = 5, f(x) = 2x, AB = 7."""
+
+  name: str
+  value: Node
+
+
+def label(node: Node) -> Label | None:
+  """Name and value of an equation that gives a name's value; None for any other tree.
+
+  Of several sides after the name the last one is the value: the others lead to it.
   """
-  if node.op != "rel":
-    return node
-  operands, signs = node.args[::2], node.args[1::2]
-  if signs == ("in",) and operands[0].op in ("sym", "bracket", "mul", "list") and operands[1].op != "sym":
-    return operands[1]
-  if set(signs) != {"="}:
-    return node
-  if not all(map(_constant, operands)):
-    return node
-  for side in operands[1:]:
-    if not same_scalar(operands[0], side, Conventions(percent="fraction")):
-      raise Ambiguous("sides that differ")
-  return operands[-1]
+  if not isinstance(node, tree.Relation) or set(node.signs) != {"="}:
+    return None
+  head, *sides = node.operands
+  if not is_name(head):
+    is_expression = tree.is_scalar(head) and tree.symbols(head)
+    if len(sides) > 1 or not is_name(sides[0]) or is_expression:
+      return None
+    head, sides = sides[0], [head]
+  own = tree.symbols(head) if isinstance(head, tree.Symbol) else frozenset()
+  if any(own & tree.symbols(side) for side in sides):
+    return None
+  value = sides[-1]
+  if is_operation(head, "mul") and not tree.symbols(value) and not _is_segment(head):
+    head = head.operands[0]  # f(x) = 5 and f(n) = 5 name the same
+  return Label(_spelled(head), value)
 
 
-def stated(node: Node, gold: Node) -> list[Node]:
-  """The values that a relation may be said to state where `gold` is one value: x = 5 states 5, a ≈ b states a and b."""
-  operands, signs = node.args[::2], node.args[1::2]
+def unlabelled(node: Node) -> Node:
+  """The value of an equation that gives a name's value; any other tree as it is."""
+  named = label(node)
+  return named.value if named else node
+
+
+def _spelled(name: Node) -> str:
+  """A name as text; a segment and its length, AB and |AB|, are spelled alike."""
+  if is_operation(name, "abs"):
+    return _spelled(name.operands[0])
+  if is_operation(name, "mul") and _is_segment(name):
+    return "".join(map(_spelled, name.operands))
+  return name.name.removeprefix("overline ") if isinstance(name, tree.Symbol) else repr(name)
+
+
+def is_name(node: Node) -> bool:
+  """Whether a tree is a symbol, f(x), a segment (AB), the length of one, or a tuple of symbols."""
+  if isinstance(node, tree.Symbol):
+    return node.name not in ("pi", "i", "oo")
+  if is_operation(node, "abs"):
+    return is_name(node.operands[0])
+  if isinstance(node, tree.Bracket):
+    return all(isinstance(item, tree.Symbol) for item in node.items)
+  if is_operation(node, "div") or isinstance(node, tree.Ratio):
+    return all(map(is_name, tree.children(node)))
+  if not is_operation(node, "mul"):
+    return False
+  head = node.operands[0]
+  head = head.operands[0] if is_operation(head, "pow") else head
+  if isinstance(head, tree.Symbol) and head.name.split("_")[0].rstrip("'") in _FUNCTION_NAMES:
+    return True
+  return _is_segment(head) and _is_segment(node.operands[1])
+
+
+def _is_segment(node: Node) -> bool:
+  """Whether a tree is a product of capital letters."""
+  if is_operation(node, "mul"):
+    return all(map(_is_segment, node.operands))
+  return isinstance(node, tree.Symbol) and len(node.name) == 1 and node.name.isupper()
+
+
+def is_function(head: Node) -> bool:
+  """Whether a name is y, or that of a function of something."""
+  return head == tree.Symbol("y") or (is_operation(head, "mul") and not _is_segment(head))
+
+
+def stated(node: tree.Relation, gold: Node) -> list[Node]:
+  """The values that a relation states where the gold answer is a single value.
+
+  x = 5 states 5; a ≈ b states a, and b if it is close.
+  """
+  operands, signs = node.operands, node.signs
   if not set(signs) <= {"=", "~"}:
     return []
   if "~" in signs:
-    exact = operands[: signs.index("~") + 1]
-    if len(exact) > 1:
-      found = stated(Node("rel", node.args[: 2 * len(exact) - 1]), gold)
-    elif is_name(exact[0]):
-      return list(operands[1:2])
-    else:
-      found = list(exact)
-    return found + [side for side in operands[len(exact) :] if found and _close(found[-1], side)]
-  if _constant(gold):
-    constants = [operand for operand in operands if _constant(operand)]
-    others = [operand for operand in operands if not _constant(operand)]
-    return constants[-1:] if others and not any(map(_holds_numeral, others)) else []
+    return _stated_approximately(node, gold)
+  if is_constant(gold):
+    constants = [operand for operand in operands if is_constant(operand)]
+    others = [operand for operand in operands if not is_constant(operand)]
+    return constants[-1:] if others and not any(map(_has_numeral, others)) else []
   named = label(node)
   if named:
-    return [named[1]]
+    return [named.value]
   try:
-    if all(is_scalar(o) and answer_values.equal(operands[0], o) for o in operands[1:]):
+    if all(tree.is_scalar(side) and equal(operands[0], side) for side in operands[1:]):
       return [operands[0]]
   except Undefined:
     pass
   return []
 
 
-def _holds_numeral(node) -> bool:
-  """Whether numerals stand in an expression: a + b = 7 states what a + b is, but 2x = 10 is yet to be solved."""
-  if isinstance(node, Node):
-    return node.op == "num" or (not is_name(node) and any(map(_holds_numeral, node.args)))
-  return isinstance(node, tuple) and any(map(_holds_numeral, node))
+def _stated_approximately(node: tree.Relation, gold: Node) -> list[Node]:
+  first = node.signs.index("~")
+  before, after = node.operands[: first + 1], node.operands[first + 1 :]
+  if len(before) > 1:
+    values = stated(tree.Relation(before, node.signs[:first]), gold)
+  elif is_name(before[0]):
+    return [after[0]]
+  else:
+    values = [before[0]]
+  return values + [side for side in after if values and _is_close(values[-1], side)]
 
 
-def _close(value: Node, approximation: Node) -> bool:
+def _has_numeral(node: Node) -> bool:
+  """Whether an expression has numerals: a + b = 7 states a + b, but 2x = 10 is yet to be solved."""
+  if isinstance(node, tree.Number):
+    return True
+  return not is_name(node) and any(map(_has_numeral, tree.children(node)))
+
+
+def _is_close(value: Node, approximation: Node) -> bool:
   """Whether two constants lie within 5 % of each other."""
-  if not (_constant(value) and _constant(approximation)):
+  if not is_constant(value) or not is_constant(approximation):
     return False
-  digits = answer_values.Digits(30)
+  digits = Digits(30)
   a, b = digits.value(value), digits.value(approximation)
   return abs(a - b) * 20 <= max(abs(a), abs(b))
 
 
-def label(node: Node) -> tuple[str, Node] | None:
-  """(name, value) of an equation that gives a name's value: x = 5, f(x) = 2x, AB = 7; None for any other tree.
-
-  Of several sides after the name the last one is the value: what stands between is how it was come by.
-  """
-  if node.op != "rel" or set(node.args[1::2]) != {"="}:
-    return None
-  operands = node.args[::2]
-  head, rest = operands[0], operands[1:]
-  if not is_name(head):
-    if len(operands) != 2 or not is_name(rest[0]) or (is_scalar(head) and answer_values.symbols(head)):
-      return None
-    head, rest = rest[0], (head,)
-  own = answer_values.symbols(head) if head.op == "sym" else frozenset()
-  if any(own & symbols_within(value) for value in rest):
-    return None
-  if head.op == "mul" and not symbols_within(rest[-1]) and not _is_capital(head):
-    head = head.args[0]  # f(x) = 5 and f(n) = 5 name the same
-  return _spelled(head), rest[-1]
+# Relations in several unknowns
 
 
-def _spelled(head: Node) -> str:
-  """A name as text; a segment and its length, AB and |AB|, are spelled alike."""
-  if head.op == "call":
-    return _spelled(head.args[1])
-  if _is_capital(head) and head.op == "mul":
-    return "".join(map(_spelled, head.args))
-  return head.args[0].removeprefix("overline ") if head.op == "sym" else repr(head)
-
-
-def is_function(head: Node) -> bool:
-  """Whether a name is y or that of a function of something."""
-  return head == Node("sym", ("y",)) or (head.op == "mul" and not _is_capital(head))
-
-
-def symbols_within(node) -> frozenset[str]:
-  """Symbols of a tree of any kind, matrices and lists included."""
-  if isinstance(node, Node):
-    if node.op == "sym":
-      return answer_values.symbols(node)
-    node = node.args
-  return frozenset().union(*map(symbols_within, node)) if isinstance(node, tuple) else frozenset()
-
-
-def is_name(node: Node) -> bool:
-  """Whether a tree is a symbol, a function of something (f(x)), a segment (AB) or the length of one."""
-  if node.op == "sym":
-    return node.args[0] not in ("pi", "i", "oo")
-  if node.op == "call" and node.args[0] in ("abs", "norm", "det"):
-    return is_name(node.args[1])
-  if node.op == "bracket":
-    return all(item.op == "sym" for item in node.args[1])
-  if node.op in ("div", "ratio"):
-    return all(map(is_name, node.args))
-  if node.op != "mul":
-    return False
-  left, right = node.args
-  left = left.args[0] if left.op == "pow" else left
-  if left.op == "sym" and left.args[0].split("_")[0].rstrip("'") in _FUNCTION_NAMES:
-    return True
-  return _is_capital(left) and _is_capital(right)
-
-
-def _is_capital(node: Node) -> bool:
-  if node.op == "mul":
-    return all(map(_is_capital, node.args))
-  return node.op == "sym" and len(node.args[0]) == 1 and node.args[0].isupper()
-
-
-def same_relation(gold: Node, answer: Node) -> bool:
+def same_relation(gold: tree.Relation, answer: tree.Relation) -> bool:
   """Whether two equations or inequalities in several unknowns say the same.
 
   2x - y = 3 equals 4x = 2y + 6; y > x equals x - y < 0; y = 1/x equals xy = 1.
   """
-  if len(gold.args) != 3 or len(answer.args) != 3:
+  if len(gold.signs) != 1 or len(answer.signs) != 1:
     return False
-  (a, sign, b), (c, sign_too, d) = gold.args, answer.args
-  if not all(map(is_scalar, (a, b, c, d))):
+  if not all(map(tree.is_scalar, gold.operands + answer.operands)):
     return False
-  left, right = (Node("add", (x, Node("neg", (y,)))) for x, y in ((a, b), (c, d)))
-  if sign == sign_too == "=":
-    return _proportional(left, right, positive=False) or _solved(gold, right) or _solved(answer, left)
-  if sign == sign_too == "!=":
-    return _proportional(left, right, positive=False)
-  if sign in _ORDERED and sign_too in _ORDERED:
-    (way, strict), (way_too, strict_too) = _ORDERED[sign], _ORDERED[sign_too]
-    return strict == strict_too and _proportional(left, right, positive=True, sign=way * way_too)
+  left, right = (a - b for a, b in (gold.operands, answer.operands))
+  sign, other_sign = gold.signs[0], answer.signs[0]
+  if sign == other_sign == "=":
+    return _proportional(left, right) or _solves(gold, right) or _solves(answer, left)
+  if sign == other_sign == "!=":
+    return _proportional(left, right)
+  if sign[0] in "<>" and sign == other_sign:
+    return _proportional(left, right, sign=1)
+  if sign[0] in "<>" and sign == _CONVERSE.get(other_sign):
+    return _proportional(left, right, sign=-1)
   return False
 
 
-def _proportional(left: Node, right: Node, *, positive: bool, sign: int = 1) -> bool:
-  """Whether left = c · right for a constant c other than 0, and with the sign asked for if `positive`."""
-  names = answer_values.symbols(left)
-  if names != answer_values.symbols(right) or not names:
+def _proportional(left: Node, right: Node, sign: int = 0) -> bool:
+  """Whether left = c · right for a constant c that is not 0, and has this sign unless it is 0."""
+  names = tree.symbols(left)
+  if names != tree.symbols(right) or not names:
     return False
-  for at in (0, 2):
-    values = answer_values.Digits(40, at)
-    x, y = values.value(left), values.value(right)
-    if not x or not y:
+  for index in (0, 2):
+    digits = Digits(40, sample_point(names, index))
+    above, below = digits.value(left), digits.value(right)
+    if not above or not below:
       return False
-    ratio = values.ctx.re(x / y)
-    if positive and ratio * sign < 0:
+    ratio = digits.ctx.re(above / below)
+    if ratio * sign < 0:
       return False
-    constant = num(_fraction(ratio))
-    if answer_values.exact(constant) and answer_values.equal(left, Node("mul", (constant, right))):
+    factor = tree.number(_simplest_fraction(ratio))
+    if factor.value and equal(left, factor * right):
       return True
   return False
 
 
-def _fraction(value):
-  """The simplest rational beside a number of 40 digits."""
-  man, exp = value.man_exp
-  exactly = fractions.Fraction(man) * fractions.Fraction(2) ** exp
-  return (-exactly if value < 0 else exactly).limit_denominator(10**6)
+def _simplest_fraction(value) -> fractions.Fraction:
+  """The simplest rational close to an mpf."""
+  mantissa, exponent = value.man_exp
+  magnitude = fractions.Fraction(mantissa) * fractions.Fraction(2) ** exponent
+  return (-magnitude if value < 0 else magnitude).limit_denominator(10**6)
 
 
-def _solved(solution: Node, equation: Node) -> bool:
-  """Whether `solution` is y = v, and putting v for y, in which the equation is linear, makes it true."""
+def _solves(solution: tree.Relation, equation: Node) -> bool:
+  """Whether `solution` is y = v, and v for y makes `equation`, which is linear in y, 0."""
   named = label(solution)
-  heads = [node for node in solution.args[::2] if node.op == "sym"]
-  if not named or not heads or not is_scalar(named[1]):
+  heads = [side for side in solution.operands if isinstance(side, tree.Symbol)]
+  if not named or not heads or not tree.is_scalar(named.value):
     return False
-  name, value = heads[0].args[0], named[1]
-  if name not in answer_values.symbols(equation):
+  name, zero = heads[0].name, tree.number(0)
+  if name not in tree.symbols(equation):
     return False
-  at = [substitute(equation, name, Node("add", (value, num(step)))) for step in (-1, 0, 1)]
-  bent = Node("add", (Node("add", (at[0], at[2])), Node("mul", (num(-2), at[1]))))
-  return (
-    answer_values.equal(at[1], num(0)) and answer_values.equal(bent, num(0)) and not answer_values.equal(at[2], num(0))
-  )
+  values = [named.value + tree.number(step) for step in (-1, 0, 1)]
+  below, at, above = (tree.substitute(equation, name, value) for value in values)
+  bend = below + above - tree.number(2) * at
+  return equal(at, zero) and equal(bend, zero) and not equal(above, zero)
 
 
-def substitute(node: Node, name: str, value: Node) -> Node:
-  """The tree with a value in the place of a symbol."""
-  if node.op == "sym":
-    return value if node.args[0] == name else node
-  return Node(node.op, tuple(substitute(arg, name, value) if isinstance(arg, Node) else arg for arg in node.args))
+# Sets of real numbers
+
+
+def same_set(a: Node, b: Node) -> bool | None:
+  """Whether two trees describe the same set of reals; None where one describes none.
+
+  They may be intervals, finite sets, unions, the real line, inequalities in one unknown, or lists
+  of such joined by "or" or "and".
+  """
+  try:
+    line = _Line(a, b)
+    left, right = line.cells(a), line.cells(b)
+  except Undefined:
+    return None
+  return None if left is None or right is None else left == right
+
+
+class _Line:
+  """The real line, cut at every number that two trees mention.
+
+  Each cut is a cell with an odd number, and what lies between two cuts one with an even number. A
+  set of reals is a set of cells, so that Python's operators unite, intersect and subtract them.
+  """
+
+  def __init__(self, *nodes: Node):
+    """Raises Undefined where a number is no real one."""
+    cuts = [cut for node in nodes for cut in _cuts(node)]
+    if any(is_operation(part, "abs") for node in nodes for part in tree.walk(node)):  # |x| < 2
+      cuts += [tree.number(0), *(-cut for cut in cuts)]
+    self._cells, cell, last = {}, -1, None
+    for cut in sorted(cuts, key=functools.cmp_to_key(_compare)):
+      if last is None or _compare(last, cut):
+        cell += 2
+      self._cells[cut] = cell
+      last = cut
+    self.all = frozenset(range(cell + 2))
+
+  def ray(self, sign: str, end: Node) -> frozenset[int]:
+    """The numbers x with x `sign` end; `end` may be infinite."""
+    infinite = tree.infinite_sign(end)
+    cell = infinite * len(self.all) if infinite else self._cells[end]
+    return frozenset(other for other in self.all if _ORDER[sign](other, cell))
+
+  def cells(self, node: Node) -> frozenset[int] | None:
+    """The set that a tree describes; None where it describes none."""
+    if isinstance(node, tree.Bracket) and len(node.items) == 2:
+      low, high = node.items
+      if _compare(low, high) > 0:
+        return frozenset([node])  # the wrong way round: equal to itself only
+      above = self.ray(">=" if node.opener == "[" else ">", low)
+      return above & self.ray("<=" if node.closer == "]" else "<", high)
+    if isinstance(node, tree.SetValue):
+      return frozenset().union(*(self.ray("=", item) for item in _numbers(node)))
+    if node == tree.Symbol("R"):
+      return self.all
+    if isinstance(node, tree.SetOperation):
+      left, right = self.cells(node.left), self.cells(node.right)
+      if left is None or right is None:
+        return None
+      return _SET_OPERATORS[node.op](left, right)
+    if isinstance(node, tree.Relation):
+      return self._solutions(node)
+    if isinstance(node, tree.ListValue):
+      parts = [None if isinstance(i, tree.SetValue) else self.cells(i) for i in node.items]
+      if None in parts:
+        return None
+      relations = all(isinstance(item, tree.Relation) for item in node.items)
+      join = operator.and_ if relations and node.joiner != "or" else operator.or_
+      return functools.reduce(join, parts)
+    return None
+
+  def _solutions(self, node: tree.Relation) -> frozenset[int] | None:
+    """Solutions of x < 5, 1 <= x < 5, |x| < 2, x in A: an unknown between constants."""
+    if node.signs == ("in",) and is_name(node.operands[0]):
+      return self.cells(node.operands[1])
+    unknown = _unknown(node)
+    if unknown is None:
+      return None
+    solutions, at = self.all, node.operands.index(unknown)
+    for index, sign in enumerate(node.signs):
+      if index < at:
+        solutions &= self.ray(_CONVERSE[sign], node.operands[index])
+      else:
+        solutions &= self.ray(sign, node.operands[index + 1])
+    if is_operation(unknown, "abs"):
+      solutions &= self.ray(">=", tree.number(0))
+      solutions |= {len(self.all) - 1 - cell for cell in solutions}
+    return solutions
+
+
+_SET_OPERATORS = {"union": operator.or_, "intersection": operator.and_, "minus": operator.sub}
+
+
+def _unknown(node: tree.Relation) -> Node | None:
+  """The only unknown of an inequality between constants; None where there is no such."""
+  if node.signs == ("=",) or any(sign not in _CONVERSE for sign in node.signs):
+    return None
+  unknowns = [operand for operand in node.operands if tree.symbols(operand)]
+  return unknowns[0] if len(unknowns) == 1 and is_name(unknowns[0]) else None
+
+
+def _numbers(node: tree.SetValue) -> list[Node]:
+  others = (tree.Relation, tree.ListValue, tree.Text, tree.Bracket)
+  return [item for item in node.items if not isinstance(item, others)]
+
+
+def _cuts(node: Node) -> list[Node]:
+  """The finite numbers at which sets that a tree describes begin or end."""
+  ends = []
+  if isinstance(node, (tree.SetOperation, tree.ListValue)):
+    return [cut for child in tree.children(node) for cut in _cuts(child)]
+  if isinstance(node, tree.Bracket):
+    ends = node.items
+  elif isinstance(node, tree.SetValue):
+    ends = _numbers(node)
+  elif isinstance(node, tree.Relation) and node.signs == ("in",):
+    return _cuts(node.operands[1])
+  elif isinstance(node, tree.Relation) and _unknown(node) is not None:
+    ends = [operand for operand in node.operands if operand != _unknown(node)]
+  return [end for end in ends if not tree.infinite_sign(end)]
+
+
+def _compare(a: Node, b: Node) -> int:
+  """-1, 0, 1 as two ends lie; raises Undefined for ends that are no real numbers."""
+  first, second = tree.infinite_sign(a), tree.infinite_sign(b)
+  if first or second:
+    return (first > second) - (first < second)
+  if equal(a, b):
+    return 0
+  digits = Digits(40)
+  difference = digits.value(a) - digits.value(b)
+  if digits.ctx.im(difference):
+    raise Undefined("ends that are not real")
+  return 1 if digits.ctx.re(difference) > 0 else -1

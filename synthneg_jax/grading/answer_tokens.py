@@ -1,9 +1,11 @@
-r"""Tokens of a written answer, LaTeX or plain: what `answer_grammar` reads.
+r"""Text of a written answer, LaTeX or plain, to the tokens that `answer_grammar` reads.
 
-`tokens("\\frac12 \\text{ cm}^2")` is [cmd frac, num 12, text cm, op ^, num 2]. Everything is one pass of regexes over at
-most `MAX_CHARS` characters; nothing is evaluated, and a character that no rule knows is an error, never skipped.
+`tokens("\\frac12 \\text{ cm}^2")` is [cmd frac, num 12, text cm, op ^, num 2]. Everything is one
+pass of regexes over at most `MAX_CHARS` characters; nothing is evaluated, and a character that no
+rule knows is an error, never skipped.
 """
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -22,133 +24,155 @@ class TooLarge(Exception):
 
 
 class Token(NamedTuple):
-  """kind: num (digits, point, exponent), word (letters), cmd (LaTeX command), text (words of a text command),
-  group (raw text within braces of a base or label), op (all else); value: its text; spaced: a space stands before it;
-  mark: for num, "," if it holds thousands commas."""
+  """kind: num (digits, point, exponent), repeating (a decimal such as 0.1(6)), word (letters), cmd
+  (LaTeX command), text (a word of a text command), op (anything else); spaced: whether a space
+  stands before it."""
 
   kind: str
   value: str
   spaced: bool = False
-  mark: str = ""
 
 
-# Signs that stand for LaTeX or ASCII. A character of this table is a way of writing, never a rounding of another.
+# Unicode signs and the LaTeX or ASCII that they stand for: other ways of writing, never a rounding.
 _SIGNS = {
-  "\u2212": "-", "\u2013": "-", "\u2014": "-", "\ufe63": "-", "\uff0d": "-", "\u2010": "-", "\u2011": "-",
-  "\u00d7": r"\times ", "\u22c5": r"\cdot ", "\u00b7": r"\cdot ", "\u2217": "*", "\u00f7": r"\div ", "\u2044": "/",
-  "\u2215": "/", "\u221a": r"\sqrt ", "\u221b": r"\sqrt[3] ", "\u03c0": r"\pi ", "\u221e": r"\infty ",
-  "\u222a": r"\cup ", "\u2229": r"\cap ", "\u2208": r"\in ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2a7d": r"\le ",
-  "\u2a7e": r"\ge ", "\u2260": r"\ne ", "\u00b1": r"\pm ", "\u2213": r"\mp ", "\u00b0": r"\degree ", "\u2032": "'",
-  "\u2019": "'", "\u2018": "'", "\u201c": " ", "\u201d": " ", "\u2248": r"\approx ", "\u2228": r"\lor ",
-  "\u2227": r"\land ", "\u2205": r"\emptyset ", "\u211d": r"\mathbb{R}", "\u2124": r"\mathbb{Z}",
-  "\u2115": r"\mathbb{N}", "\u211a": r"\mathbb{Q}", "\u2102": r"\mathbb{C}", "\u230a": r"\lfloor ",
-  "\u230b": r"\rfloor ", "\u2308": r"\lceil ", "\u2309": r"\rceil ", "\u27e8": r"\langle ", "\u27e9": r"\rangle ",
-  "\u2026": r"\ldots ", "\u22ef": r"\ldots ", "\u2192": r"\to ", "\u21d2": r"\Rightarrow ", "\u2216": r"\setminus ",
-  "\u20ac": r"\euro ", "\u00a3": r"\pounds ", "\uff0c": ",", "\u3001": ",", "\u3002": ".", "\uff1b": ";",
-  "\uff08": "(", "\uff09": ")", "\uff1d": "=", "\uff0b": "+", "\uff1a": ":", "\u00bd": r"\frac{1}{2}",
-  "\u00bc": r"\frac{1}{4}", "\u00be": r"\frac{3}{4}", "\u2153": r"\frac{1}{3}", "\u2154": r"\frac{2}{3}",
-  "\u215b": r"\frac{1}{8}", "\u2220": r"\angle ", "\u2223": "|", "\u2225": r"\| ",
-  "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2003": " ", "\u2002": " ", "\u3000": " ",
-  "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u2060": "", "\u2061": "", "\u2062": "", "\u2063": "",
+  "−–—﹣－‐‑": "-", "×": r"\times ", "⋅·": r"\cdot ", "∗": "*", "÷": r"\div ", "⁄∕": "/",
+  "√": r"\sqrt ", "∛": r"\sqrt[3] ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ",
+  "∈": r"\in ", "≤⩽": r"\le ", "≥⩾": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ",
+  "°": r"\degree ", "′’‘": "'", "“”\u00a0\u2009\u202f\u2003\u2002\u3000": " ", "≈": r"\approx ",
+  "∨": r"\lor ", "∧": r"\land ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
+  "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
+  "⌈": r"\lceil ", "⌉": r"\rceil ", "⟨": "(", "⟩": ")", "…⋯": r"\ldots ",
+  "→": r"\to ", "⇒": r"\Rightarrow ", "∖": r"\setminus ", "€": r"\euro ", "£": r"\pounds ",
+  "，、": ",", "。": ".", "；": ";", "（": "(", "）": ")", "＝": "=", "＋": "+", "：": ":",
+  "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}",
+  "⅔": r"\frac{2}{3}", "⅛": r"\frac{1}{8}", "∠": r"\angle ", "∣": "|", "∥": r"\| ",
+  "\u200b\u200c\u200d\ufeff\u2060\u2061\u2062\u2063✓✔✅": "",
 }  # fmt: skip
 _GREEK = (
-  "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigmaf sigma tau upsilon "
-  "phi chi psi omega"
+  "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigmaf "
+  "sigma tau upsilon phi chi psi omega"
 ).split()
-_SIGNS |= {chr(0x3B1 + n): f"\\{name} " for n, name in enumerate(_GREEK)}
-_SIGNS |= {chr(0xFF10 + n): str(n) for n in range(10)}
-_TABLE = str.maketrans(_SIGNS)
-_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
-_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_SIGN_TABLE = {ord(sign): latex for signs, latex in _SIGNS.items() for sign in signs}
+_SIGN_TABLE |= {0x3B1 + offset: f"\\{name} " for offset, name in enumerate(_GREEK)}
+_SIGN_TABLE |= {0xFF10 + digit: str(digit) for digit in range(10)}
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]++")
 _SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉]++")
+_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789-+n0123456789")
 
 _LAYOUT = re.compile(
-  r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|strut|"
-  r"phantom\{[^{}]*+\}|[hv]space\*?\{[^{}]*+\}|hfill|noindent|allowbreak|nonumber|notag|"
-  r"label\{[^{}]*+\}|tag\{[^{}]*+\})(?![A-Za-z])\.?"
+  r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|"
+  r"mathstrut|strut|phantom\{[^{}]*+\}|[hv]space\*?\{[^{}]*+\}|hfill|noindent|allowbreak|nonumber|"
+  r"notag|label\{[^{}]*+\}|tag\{[^{}]*+\})(?![A-Za-z])\.?"
 )
 _SPACES = re.compile(
-  r"(?<!\\)\\[,;:!> ~]|~|\\q?quad|\\(?:thinspace|enspace|medspace|thickspace)(?![A-Za-z])|&(?:nbsp;)"
+  r"(?<!\\)\\[,;:!> ~]|~|&nbsp;|"
+  r"\\q?quad|\\(?:thinspace|enspace|medspace|thickspace)(?![A-Za-z])"
 )
 _THIN_GROUPS = re.compile(
-  r"(?<![0-9.,])([0-9]{1,3}(?>(?:(?:\\,|\\!,\\!|\\!|\{,\}\\?!?|,\\! ?|\{\\,\})[0-9]{3})+))(?![0-9])"
+  r"(?<![0-9.,])"
+  r"([0-9]{1,3}(?>(?:(?:\\,|\\!,\\!|\\!|\{,\}\\?!?|,\\! ?|\{\\,\})[0-9]{3})+))"
+  r"(?![0-9])"
 )
 _ENVIRONMENT = re.compile(
   r"\\(?:begin|end)\{(?:align|aligned|equation|gather|gathered|displaymath|math|center|split)\*?\}"
 )
-_TEXT_COMMANDS = (
-  "text textbf textit textrm textsf textsc texttt textup textnormal mbox hbox emph mathrm mathsf mathtt mathbf mathit "
-  "mathnormal operatorname boldsymbol bm pmb rm bf it underline"
+_WORD_COMMANDS = "text textnormal mbox hbox operatorname".split()
+_FONT_COMMANDS = (
+  "textbf textit textrm textsf textsc texttt textup emph mathrm mathsf mathtt mathbf mathit "
+  "mathnormal boldsymbol bm pmb rm bf it underline"
 ).split()
-_WORD_COMMANDS = frozenset("text textnormal mbox hbox operatorname".split())
-_TEXT = re.compile(rf"\\({'|'.join(_TEXT_COMMANDS)})\*?\s*(?=\{{)")
-_BARE_FONT = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+([A-Za-z0-9])(?![A-Za-z])")
-_OLD_FONT = re.compile(r"\\(?:rm|bf|it|tt|sf|cal|boldmath|centering|large|Large|small)(?![A-Za-z])")
-_OPENS, _CLOSES = ("(", "[", r"\{"), (")", "]", r"\}")
-_NUMERAL = r"(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
+_TEXT = re.compile(rf"\\({'|'.join(_WORD_COMMANDS + _FONT_COMMANDS)})\*?\s*(?=\{{)")
+_BARE_FONT = re.compile(
+  r"\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+"
+  r"([A-Za-z0-9])(?![A-Za-z])"
+)
+_SHOWN = re.compile(  # colours, frames and marks, which do not change a formula
+  r"\\(?:text)?color\s*+(?:\[[^\[\]]*+\]\s*+)?\{[^{}]*+\}|\\colorbox\s*+\{[^{}]*+\}|"
+  r"\\fcolorbox\s*+\{[^{}]*+\}\s*+\{[^{}]*+\}|\\bbox(?![A-Za-z])\s*+(?:\[[^\[\]]*+\])?|"
+  r"\\(?:boxed|fbox|framebox|underbrace|overbrace|checkmark)(?![A-Za-z])"
+)
+_QUOTED = re.compile(r"\"([^\"]*+)\"|``([^`']*+)''")
+_OLD_FONT = re.compile(
+  r"\\(?:rm|bf|it|tt|sf|cal|boldmath|centering|tiny|small|normalsize|"
+  r"large|Large|LARGE|huge|Huge)(?![A-Za-z])"
+)
+_DEGREE = re.compile(r"\^ ?(?:\{ ?\\(?:circ|degree) ?\}|\\(?:circ|degree)(?![A-Za-z]))")
+_BRACKETS = {r"\lbrace": r"\{", r"\rbrace": r"\}", r"\langle": "(", r"\rangle": ")"}
+_FULL_STOP = re.compile(r"(?<![.0-9])\.$|(?<=[0-9])\.$")
+_OPENERS, _CLOSERS = ("(", "[", r"\{"), (")", "]", r"\}")
 _SCAN = re.compile(
-  rf"(?P<space>\s++)|(?P<num>(?:[1-9][0-9]{{0,2}}(?>(?:,[0-9]{{3}})+)(?!,?[0-9])(?:\.[0-9]++)?|{_NUMERAL})(?:[eE][+-]?[0-9]++(?![A-Za-z]))?)|"
-  r"(?P<cmd>\\[A-Za-z]++\*?)|(?P<word>[A-Za-z]++)|(?P<op>\\[\\{}|$%#&_]|\*\*|<=|>=|!=|==|->|[-+*/^_=<>()\[\]{}|,;:!'%&$.?\"@#~])"
+  r"(?P<space>\s++)"
+  r"|(?P<repeating>(?:[0-9]++\.[0-9]*+|\.[0-9]++)"  # 0.1(6)
+  r"(?:\(\s*[0-9]++\s*\)|\\(?:overline|bar|dot)\s*(?:\{\s*[0-9]++\s*\}|[0-9]++)))"
+  r"|(?P<num>(?:[1-9][0-9]{0,2}(?>(?:,[0-9]{3})+)(?!,?[0-9])(?:\.[0-9]++)?"  # 1,234.5
+  r"|[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
+  r"(?:[eE][+-]?[0-9]++(?![A-Za-z]))?)"
+  r"|(?P<cmd>\\[A-Za-z]++\*?)"
+  r"|(?P<word>[A-Za-z]++)"
+  r"|(?P<op>\\[\\{}|$%#&_]|\*\*|=/=|/=|<>|<=|>=|!=|==|->|[-+*/^_=<>()\[\]{}|,;:!'%&$.?\"@#~])"
 )
 
 
 def closing(text: str, start: int) -> int:
-  """The index of the brace that closes the one at `start`; -1 where none does. Escaped braces do not count."""
-  depth, place = 0, start
-  while place < len(text):
-    sign = text[place]
-    if sign == "\\":
-      place += 2
+  """The index of the brace that closes the one at `start`, or -1. Escaped braces do not count."""
+  depth, index = 0, start
+  while index < len(text):
+    char = text[index]
+    if char == "\\":
+      index += 2
       continue
-    depth += (sign == "{") - (sign == "}")
+    depth += (char == "{") - (char == "}")
     if depth == 0:
-      return place
-    place += 1
+      return index
+    index += 1
   return -1
 
 
-def plain_signs(text: str) -> str:
-  """The text with Unicode signs as LaTeX or ASCII, raised and lowered digits as ^{...} and _{...}."""
+def _plain_signs(text: str) -> str:
+  """The text with Unicode signs as LaTeX or ASCII, and raised digits as ^{...}."""
   text = re.sub(r"(?<=[0-9])( ?)([mck]?m|ft|in)(?=[²³])", r"\1\\text{\2}", text)
-  text = _SUPERSCRIPTS.sub(lambda found: "^{" + found.group().translate(_RAISED) + "}", text)
-  text = _SUBSCRIPTS.sub(lambda found: "_{" + found.group().translate(_LOWERED) + "}", text)
-  return text.translate(_TABLE)
+  text = _SUPERSCRIPTS.sub(lambda match: "^{" + match[0].translate(_DIGITS) + "}", text)
+  text = _SUBSCRIPTS.sub(lambda match: "_{" + match[0].translate(_DIGITS) + "}", text)
+  return text.translate(_SIGN_TABLE)
 
 
+@functools.lru_cache(maxsize=1024)  # a response's answer is tidied several times
 def tidy(text: str) -> str:
-  """The text without layout: spaces, sizes, math delimiters, display environments and a closing full stop."""
-  text = plain_signs(text)
-  text = text.replace(r"\(", " ").replace(r"\)", " ").replace(r"\[", " ").replace(r"\]", " ").replace("**", "^")
+  """The text without layout: spaces, sizes, math delimiters, display environments, a final stop."""
+  text = re.sub(r"\\[()\[\]]", " ", _plain_signs(text)).replace("**", "^")
+  text = re.sub(r"\\not\s*=", r"\\ne ", text)
   if text.startswith("^") or text.endswith("^"):
-    text = text.strip("^ ")  # bold
+    text = text.strip("^ ")  # it was bold
   if r"\\begin" in text:
-    text = text.replace(r"\\", "\\")  # all of it escaped twice
+    text = text.replace(r"\\", "\\")  # every command is escaped twice
   elif r"\begin" not in text:
-    text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # a command escaped twice; no line breaks outside matrices
+    text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # outside matrices it is not a line break
   text = _ENVIRONMENT.sub(" ", text)
-  text = re.sub(r"(?<=[0-9]) ?\{ ?, ?\} ?(?=[0-9]{3})", "{,}", text)  # as tokenizers put 14{,}916 together again
-  text = _THIN_GROUPS.sub(lambda found: re.sub(r"[^0-9]", "", found.group()), text)
-  text = re.sub(r"(?<=[0-9])\{[.,]\}(?=[0-9])", ".", _BARE_FONT.sub(r" \1", text))
+  text = re.sub(r"(?<=[0-9]) ?\{ ?, ?\} ?(?=[0-9]{3})", "{,}", text)  # detokenized 14{,}916
+  text = _THIN_GROUPS.sub(lambda match: re.sub(r"[^0-9]", "", match[0]), text)
+  text = _BARE_FONT.sub(r" \1", text)
+  text = re.sub(r"(?<=[0-9])\{[.,]\}(?=[0-9])", ".", text)
   text = re.sub(r"\b([apAP])\. ?[mM]\b\.?", r"\1m", text)
-  text = _OLD_FONT.sub(" ", _SPACES.sub(" ", _LAYOUT.sub(" ", text)))
+  for layout in (_LAYOUT, _SPACES, _OLD_FONT, _SHOWN):
+    text = layout.sub(" ", text)
+  text = _QUOTED.sub(r" \1\2 ", text)
   text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace("`", " ")
   text = re.sub(r"\\[dt]binom(?![A-Za-z])", r"\\binom", text)
-  text = re.sub(r"\^ ?(?:\{ ?\\(?:circ|degree) ?\}|\\(?:circ|degree)(?![A-Za-z]))", r"\\degree ", text)
-  text = _currency(text)
-  return re.sub(r"(?<![.0-9])\.$|(?<=[0-9])\.$", "", text.strip().rstrip("\\").strip()).strip()
+  text = re.sub(r"\\(?:[lr]brace|[lr]angle)(?![A-Za-z])", lambda match: _BRACKETS[match[0]], text)
+  text = _currency(_DEGREE.sub(r"\\degree ", text))
+  return _FULL_STOP.sub("", text.strip().rstrip("\\").strip()).strip()
 
 
 def _currency(text: str) -> str:
-  r"""Pairs of $ are math delimiters and go; an odd one, or \$, is the currency."""
+  r"""Removes pairs of $, which are math delimiters; an odd one, or \$, is the currency."""
   text = text.replace(r"\$", r"\dollar ").replace("$$", " ")
-  if text.count("$") % 2 == 0:
-    return text.replace("$", " ")
-  return text.replace("$", r"\dollar ", 1).replace("$", " ")
+  if text.count("$") % 2:
+    text = text.replace("$", r"\dollar ", 1)
+  return text.replace("$", " ")
 
 
 def tokens(text: str) -> list[Token]:
-  """Reads a tidied answer.
+  """Splits a tidied answer into tokens.
 
   Raises:
     Unreadable: a character or brace is outside the grammar.
@@ -156,53 +180,64 @@ def tokens(text: str) -> list[Token]:
   """
   if len(text) > MAX_CHARS:
     raise TooLarge("characters")
-  found, place, spaced, brackets = [], 0, False, 0
-  while place < len(text):
-    command = _TEXT.match(text, place)
+  result, index, spaced, brackets = [], 0, False, 0
+  while index < len(text):
+    command = _TEXT.match(text, index)
     if command:
       end = closing(text, command.end())
       if end < 0:
         raise Unreadable("a text command that does not end")
-      inner = " ".join(text[command.end() + 1 : end].split())
-      if re.match(r"[-+]?[0-9]", inner) or (
-        command.group(1) not in _WORD_COMMANDS and re.search(r"[0-9\\^_+*/=]", inner)
-      ):
-        place = command.end()  # a formula in bold, or a number in roman: read as it stands
-        continue
-      found.append(Token("text", inner, spaced))
-      place, spaced = end + 1, False
+      words = text[command.end() + 1 : end].split()
+      if _is_formula(" ".join(words), command[1]):
+        index = command.end()  # the braces are read as a group
+      else:
+        for word in words or [""]:
+          result.append(Token("text", word, spaced))
+          spaced = True
+        index, spaced = end + 1, False
       continue
-    match = _SCAN.match(text, place)
+    match = _SCAN.match(text, index)
     if not match:
-      raise Unreadable(f"the sign {text[place]!r}")
-    kind, value, place = match.lastgroup, match.group(), match.end()
+      raise Unreadable(f"the sign {text[index]!r}")
+    kind, value, index = match.lastgroup, match.group(), match.end()
     if kind == "space":
       spaced = True
       continue
+    if kind == "repeating" and len(value) > MAX_DIGITS:
+      raise TooLarge("numeral")
     if kind == "num":
-      _check_numeral(value)
-      found.extend(_numeral(value, spaced, brackets))
+      result.extend(_numeral(value, spaced, in_brackets=brackets > 0))
     elif kind == "cmd":
-      found.append(Token("cmd", value[1:].rstrip("*"), spaced))
+      result.append(Token("cmd", value[1:].rstrip("*"), spaced))
     else:
-      brackets += (value in _OPENS) - (value in _CLOSES)
-      found.append(Token(kind, value, spaced))
+      brackets += (value in _OPENERS) - (value in _CLOSERS)
+      result.append(Token(kind, value, spaced))
     spaced = False
-    if len(found) > MAX_TOKENS:
+    if len(result) > MAX_TOKENS:
       raise TooLarge("tokens")
-  return found
+  return result
 
 
-def _numeral(value: str, spaced: bool, brackets: int) -> list[Token]:
-  """One numeral; within brackets "1,234" is two unless a group could not stand alone, as in "1,000"."""
-  groups = value.split(",")
-  if brackets > 0 and len(groups) > 1 and not any(re.match(r"0[0-9]", group) for group in groups):
-    parts = [token for group in groups for token in (Token("op", ","), Token("num", group))][1:]
-    return [parts[0]._replace(spaced=spaced), *parts[1:]]
-  return [Token("num", "".join(groups), spaced, "," if len(groups) > 1 else "")]
+def _is_formula(words: str, command: str) -> bool:
+  """Whether the argument of a text command is a number, or a formula in bold."""
+  if re.match(r"[-+]?[0-9]", words):
+    return True
+  return command in _FONT_COMMANDS and re.search(r"[0-9\\^_+*/=]", words) is not None
 
 
-def _check_numeral(value: str) -> None:
+def _numeral(value: str, spaced: bool, *, in_brackets: bool) -> list[Token]:
+  """One numeral. In brackets, "1,234" is two numerals, unless a group starts with 0 as in "1,000".
+
+  Raises:
+    TooLarge: it has more than MAX_DIGITS, or its exponent is beyond MAX_EXPONENT.
+  """
   digits, _, exponent = value.lower().partition("e")
-  if len(digits) > MAX_DIGITS or len(exponent) > 8 or (exponent and abs(int(exponent)) > MAX_EXPONENT):
+  if len(digits) > MAX_DIGITS or len(exponent) > 8 or abs(int(exponent or "0")) > MAX_EXPONENT:
     raise TooLarge("numeral")
+  groups = value.split(",")
+  if not in_brackets or any(re.match(r"0[0-9]", group) for group in groups):
+    return [Token("num", "".join(groups), spaced)]
+  result = [Token("num", groups[0], spaced)]
+  for group in groups[1:]:
+    result += [Token("op", ","), Token("num", group)]
+  return result

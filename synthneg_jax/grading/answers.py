@@ -15,13 +15,14 @@ import threading
 from collections.abc import Sequence
 
 from synthneg_jax.grading import grading_pool
-from synthneg_jax.grading.answer_scalars import Conventions
-from synthneg_jax.grading.responses import opens_thought
-from synthneg_jax.grading.verdicts import MAX_EXTRACTED, extract_gold, grade_response
+from synthneg_jax.grading.answer_equality import Conventions
+from synthneg_jax.grading.response_text import opens_thought
+from synthneg_jax.grading.verdicts import MAX_EXTRACTED, extract_gold, grade_response, stated_answer
 from synthneg_jax.runtime import errors
 
 __all__ = (
   "KINDS", "MAX_EXTRACTED", "REASONS", "Conventions", "Verdict", "extract_gold", "grade", "grade_many", "opens_thought",
+  "stated_answer",
 )  # fmt: skip
 
 KINDS = ("integer", "math", "exact")
@@ -62,7 +63,7 @@ def grade(
 ) -> Verdict:
   r"""Grades a response against a gold answer.
 
-  What a response states is read the same way for every kind but "exact" (grading/responses.py). A response should stop
+  What a response states is read the same way for every kind but "exact" (grading/statements.py). A response should stop
   after its answer: statements that contradict each other are ambiguous, equal ones are fine.
 
   Args:

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Sequence
 
 from synthneg_jax.grading import grading_worker
-from synthneg_jax.grading.answer_scalars import Conventions
+from synthneg_jax.grading.answer_equality import Conventions
 from synthneg_jax.runtime import errors
 
 MAX_CHARS = 1_000_000  # of a response; a longer one is too large and is not sent

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from synthneg_jax.grading.answer_scalars import Conventions
+from synthneg_jax.grading.answer_equality import Conventions
 from synthneg_jax.grading.verdicts import grade_response
 from synthneg_jax.runtime import errors
 

@@ -1,59 +1,39 @@
-"""Verdicts: what a response states (responses.py) held against the gold answer, for kinds "integer" and "math".
+"""Verdicts: what a response states (statements.py) held against the gold answer.
 
-Both kinds read the same statements with the same grammar. Kind "math" compares trees; kind "integer" takes the one
-rational number that a tree is, and nothing else.
+Answers of both kinds are found and read the same way. Kind "math" compares their trees; kind
+"integer" takes the one rational number that a tree is.
 """
 
 import fractions
 import functools
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from synthneg_jax.grading import answer_equality, answer_grammar, answer_relations, responses
-from synthneg_jax.grading.answer_rationals import Undefined, exact
-from synthneg_jax.grading.answer_scalars import Ambiguous, Conventions
+from synthneg_jax.grading import answer_equality, answer_grammar, answer_relations, sentences
+from synthneg_jax.grading import answer_tree as tree
+from synthneg_jax.grading import statements as statements_lib
+from synthneg_jax.grading.answer_equality import Ambiguous, Conventions
+from synthneg_jax.grading.answer_numbers import Undefined, exact
 from synthneg_jax.grading.answer_tokens import MAX_CHARS, TooLarge, Unreadable, tidy
 from synthneg_jax.grading.answer_tree import Node
-from synthneg_jax.grading.responses import Statement
+from synthneg_jax.grading.statements import Statement
 from synthneg_jax.runtime import errors
 
 MAX_EXTRACTED = 200  # characters of an answer kept in a verdict
-_ONE_NUMBER = re.compile(
-  r"(?<![A-Za-z0-9.,])-?\$?(?:[1-9][0-9]{0,2}(?>(?:,[0-9]{3})+)|[0-9]++)(?:[.,][0-9]++)?(?:/[0-9]++)?"
-  r"(?![A-Za-z]?[0-9]|[A-Z]|[-+/^])%?"
-)
-_OPEN = re.compile(
-  r"\b(?:or|nor|not|no|maybe|perhaps|possibly|either|about|approximately|around|nearly|almost|over|under|below|above|"
-  r"least|most|than|between|negative|minus|plus|times|half|hundreds?|thousands?|millions?|billions?|trillions?|dozens?|"
-  r"cannot|isn|don|unless|squared|cubed|could|might|probably|guess|score)\b|\b[0-9.]+ ?(?:k|(?-i:[KMB]))\b",
-  re.IGNORECASE,
-)
+_MAX_STATEMENTS = 40  # the last ones that are compared
 _CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?![0-9]))\s*(.*)", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-J])\)?\.?")
-_IS = re.compile(
-  r"\b(?:is|are|equals|be|was|by)\b:?+|\b(?:it|that|this|answer)['’]s\b|[:：]\s|→|=>|(?<![!<>=/])=(?![=/>])"
-)
-_OPTION = re.compile(r"\A\s*(?:the\s+)?(?:option|choice|letter)\s+(?=\(?[A-J]\b)", re.IGNORECASE)
-_ASIDE = re.compile(
-  r"\s*(?:\b(?:and|but)\s+not\b|,\s*(?:not|rather\s+than|instead\s+of|because|since|as|so|which|after|obtained)\b"
-  r"|\b(?:because|since|rather\s+than|instead\s+of|as\s+(?:required|desired|claimed|shown|expected|needed|asked))\b"
-  r"|(?P<loose>[,;]\s*(?:[A-Za-z'’-]+[ .]*){1,8}\Z|\((?=[^()]*[A-Za-z]{2})[^()]*\)[\s.]*\Z)).*\Z",
-  re.IGNORECASE | re.DOTALL,
-)
-_TEXT_AROUND = re.compile(r"\s*\\(?:text|textbf|mathrm|mbox)\{([^{}]*[0-9][^{}]*)\}[\s.]*")
-_ANSWER_LABEL = re.compile(
-  r"\A\s*(?:\\(?:text|textbf|mathrm|mbox)\{)?\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*[:=]?\s*(?P<close>\})?\s*[:=]?",
-  re.IGNORECASE,
+_LETTER_WITHIN = re.compile(
+  r"\A\s*(?:[Ss]o\s+|[Tt]hus\s+|therefore,?\s+|hence\s+)?\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|answer)"
+  r"|\(([A-J])\)[\s.]*\Z|\A\s*\(?([A-J])\)?\s*[,.:)]",
 )
 _PLAIN_NUMBER = re.compile(
   r"\s*(-?)\$?(?:([1-9][0-9]{0,2}(?:,[0-9]{3})+)|([0-9]{1,300}))(?:\.([0-9]{1,300}))?\s*\.?\s*"
 )
-_NUMBER_WORDS = answer_equality._NUMBER_WORDS
-
-
-_CUT = re.compile(r"(?<!\\)\$(?=[A-Za-z\\])|\\\([^)]*\Z|\\\[[^\]]*\Z")  # a formula that does not end
-_UNIT_LETTERS = frozenset("msghlL")  # which the grammar reads as symbols
+_ANSWERS_IN_WORDS = re.compile(
+  r"(?:no\s+(?:real\s+)?solutions?|none|undefined|infinit\w*|impossible|does\s+not\s+exist|yes|no|true|false)[.\s]*",
+  re.IGNORECASE,
+)
 
 
 class Outcome(NamedTuple):
@@ -72,12 +52,14 @@ class Outcome(NamedTuple):
 
 def canonical(text: str) -> str:
   """An answer without layout and spaces; equal answers written alike have equal strings."""
-  text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|textit)\{([^{}]*)\}", r"\1", tidy(text[: 2 * MAX_CHARS]))
+  text = tidy(text[: 2 * MAX_CHARS])
+  text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|textit)\{([^{}]*)\}", r"\1", text)
+  text = re.sub(r"(?<=[0-9])\s+(?=[0-9])(?![0-9]{3}(?![0-9]))", "_", text)  # 2 3 is not 23
   return re.sub(r"\s+", "", text)
 
 
 def read(text: str) -> Node:
-  """The tree of an answer; what the grammar does not read is an `opaque` leaf, equal to the same text only.
+  """The tree of an answer; text outside the grammar is Opaque, equal to the same text only.
 
   Raises:
     TooLarge: the text is beyond what is read.
@@ -87,137 +69,103 @@ def read(text: str) -> Node:
   try:
     return answer_grammar.parse(text)
   except Unreadable:
-    return Node("opaque", (canonical(text),))
+    return tree.Opaque(canonical(text))
   except RecursionError:
     raise TooLarge("depth") from None
 
 
-def _candidates(statement: Statement) -> Iterator[str]:
-  """Texts that may be all of a statement's answer, the best first.
-
-  Boxes and markers hold the answer and nothing else. In a sentence the answer stands without its asides ("7, because"),
-  after "is" or a colon, or is its only formula or number. A candidate that the sentence denies is left out.
-  """
-  text = statement.text
-  yield text
-  aside = _ASIDE.search(text)
-  trimmed = text[: aside.start()] if aside and not _OPEN.search(re.sub(r"\bnot?\b", "", aside["loose"] or "")) else ""
-  if trimmed.strip() and (re.search(r"[0-9$\\]", trimmed) or not re.search(r"[0-9$\\]", text)):
-    yield trimmed
-  if statement.source in ("box", "marker"):
-    return
-  for sentence in (text, trimmed):
-    for last in reversed(list(_IS.finditer(sentence))[-3:]):
-      after = sentence[last.end() :]
-      if (
-        re.search(r"[0-9$\\]", after)
-        and not _OPEN.search(after)
-        and not responses.is_denied(sentence, last.end(), len(sentence))
-      ):
-        yield after
+def _is_words(value) -> bool:
+  if isinstance(value, tree.ListValue):
+    return all(map(_is_words, value.items))
+  return isinstance(value, tree.Text | tree.Opaque)
 
 
-def _within(text: str, *, first: bool) -> tuple[int, str] | None:
-  """The (start, text) of the first or last formula of a sentence, or number of one in prose; None where there is none.
-
-  Of several different numbers in prose none is the first one's.
-  """
-  offset = max(0, len(text) - MAX_CHARS)
-  text = text[offset:]
-  found = [(match.start(), next(filter(None, match.groups()), "")) for match in responses.FORMULA.finditer(text)]
-  outside = (
-    responses.FORMULA.sub(lambda match: " " * len(match.group()), text).replace(r"\$", " $").replace(r"\%", "% ")
-  )
-  if not re.search(r"[\\^_{}<>|\[\]*`\x00-\x08]", outside):  # prose, where a number stands for itself
-    found += [(match.start(), match.group()) for match in _ONE_NUMBER.finditer(outside)]
-  parts = [(start, part) for start, part in sorted(found) if not re.fullmatch(r"\s*[A-Za-z]*\s*", part)]
-  if not parts:
-    return None
-  if first and len({part for _, part in parts}) > 1 and not any("\\" in part or "$" in text for _, part in parts):
-    return None
-  start, part = parts[0 if first else -1]
-  return offset + start, part
+def _mixes_words(node: Node) -> bool:
+  """Whether a list holds words beside values, as "72, altogether" does."""
+  return isinstance(node, tree.ListValue) and len(set(map(_is_words, node.items))) == 2
 
 
-class Gold:
-  """A gold answer of kind "math": its tree, and how statements compare with it."""
+class MathGold:
+  """A gold answer of kind "math"."""
 
   def __init__(self, gold: str, rules: Conventions):
     self.text, self.rules = gold, rules
     self.tree, self.plain = _math_gold(gold)
+    self.letter = _letter(self.tree, self.plain)
+    self.is_words = _is_words(self.tree)
 
   def shown(self, outcome: Outcome, text: str) -> str | None:
+    """The answer as a verdict shows it."""
     if outcome.value is not None:
       try:
         value = exact(outcome.value)
-        if value is not None and len(str(value.numerator)) + len(str(value.denominator)) < MAX_EXTRACTED:
+        if value is not None and len(str(value)) < MAX_EXTRACTED:
           return str(value)
       except (Undefined, TooLarge, RecursionError, ValueError):
         pass
     return canonical(text)[:MAX_EXTRACTED] or None
 
   def at_once(self, text: str) -> Outcome | None:
-    """The outcome of text that need not be parsed: the gold answer itself, or the letter of a choice."""
+    """The outcome of text that need not be parsed: the gold answer, or the letter of a choice."""
     if len(text) <= 2 * MAX_CHARS and canonical(text) == self.plain:
       return Outcome("right", self.tree, True)
-    letter = self._letter()
-    if letter is None:
+    if self.letter is None:
       return None
-    if _LETTER.fullmatch(canonical(text)):
-      return Outcome("right" if letter in canonical(text) else "wrong", Node("sym", (letter,)), True)
-    chosen = _CHOICE.fullmatch(re.sub(r"\\[a-z]+\{([^{}]*)\}", r"\1", tidy(text[:MAX_CHARS])).strip())
-    if chosen and not _OPEN.search(chosen.group(2)):
-      return Outcome("right" if chosen.group(1) == letter else "wrong", Node("sym", (chosen.group(1),)), True)
-    return None
-
-  def _letter(self) -> str | None:
-    gold = self.tree
-    found = _LETTER.fullmatch(str(gold.args[0])) if gold.op in ("sym", "text") else _CHOICE.fullmatch(self.plain)
-    return found.group(1) if found and (gold.op in ("sym", "text") or self.plain[1:2] in ".)") else None
+    chosen = _LETTER.fullmatch(canonical(text))
+    if not chosen:
+      plain = re.sub(r"\\[a-z]+\{([^{}]*)\}", r"\1", tidy(text[:MAX_CHARS])).strip()
+      chosen = _CHOICE.fullmatch(plain)
+      if chosen and re.search(r"\b(?:or|maybe|perhaps|not)\b", chosen.group(2).partition("because")[0]):
+        return None
+      chosen = chosen or _LETTER_WITHIN.search(plain)
+    if not chosen:
+      return None
+    letter = next(filter(None, chosen.groups()))
+    return Outcome("right" if letter == self.letter else "wrong", tree.Symbol(letter), True)
 
   def compare(self, text: str) -> Outcome | None:
     """The outcome of one candidate; None where the grammar does not read it."""
     node = read(text)
-    if node.op == "opaque" or (_mixes_words(node) and not _mixes_words(self.tree)):
+    if isinstance(node, tree.Opaque) or (_mixes_words(node) and not _mixes_words(self.tree)):
       return None
-    for mine, theirs in ((_decimal_comma(text), self.tree), (node, _decimal_comma(self.text))):
-      if mine is not None and theirs is not None and self._judge(mine, theirs) == "right":
-        return Outcome("right", mine)
+    for answer, gold in ((_decimal_comma(text), self.tree), (node, _decimal_comma(self.text))):
+      if answer is not None and gold is not None and self._judge(answer, gold) == "right":
+        return Outcome("right", answer)
     return Outcome(self._judge(node, self.tree), node)
 
   def _judge(self, node: Node, gold: Node) -> str:
     try:
       return "right" if answer_equality.same(gold, node, self.rules) else "wrong"
     except Ambiguous:
-      return "ambiguous"
+      return "right" if self._restates(node, gold) else "ambiguous"
     except Undefined:
       return "unparsable"
     except (TooLarge, RecursionError):
       return "too_large"
 
+  def _restates(self, node: Node, gold: Node) -> bool:
+    """Whether a list gives one value in several forms: 1/2 or 0.5."""
+    if not isinstance(node, tree.ListValue) or len(node.items) > answer_equality.MAX_ITEMS:
+      return False
+    return all(self._judge(item, gold) == "right" for item in node.items)
+
   def unread(self, text: str) -> Outcome:
     """The outcome of a statement of which nothing is read."""
     node = read(text)
-    if self.tree.op == "opaque" and answer_equality.words(self.plain) == answer_equality.words(str(node.args[0])):
-      return Outcome("right" if self.tree == node else "unparsable", node)
+    if isinstance(self.tree, tree.Opaque) and isinstance(node, tree.Opaque):
+      if answer_equality.words(self.plain) == answer_equality.words(node.text):
+        return Outcome("right" if self.tree == node else "unparsable", node)
     return Outcome("unparsable")
 
   def is_part(self, outcome: Outcome) -> bool:
     """Whether a value is one of the gold answer's several."""
-    members = answer_equality._collection(self.tree, self.rules) or []
-    return isinstance(outcome.value, Node) and any(
-      answer_equality._quietly_same(member, outcome.value, self.rules) for member in members
-    )
-
-  @property
-  def is_collection(self) -> bool:
-    return answer_equality.is_collection(self.tree)
+    return isinstance(outcome.value, Node) and answer_equality.is_member(self.tree, outcome.value, self.rules)
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _math_gold(gold: str) -> tuple[Node, str]:
-  """The tree and the canonical text of a gold answer; raises UserError where it is empty or beyond what is read."""
-  text = responses.gold_text(gold)
+  """The tree and the canonical text of a gold answer; UserError where there is none."""
+  text = statements_lib.gold_text(gold)
   try:
     if tidy(text[: 2 * MAX_CHARS]):
       return read(text), canonical(text)
@@ -227,56 +175,79 @@ def _math_gold(gold: str) -> tuple[Node, str]:
   raise errors.UserError(f"The gold answer {gold[:MAX_EXTRACTED]!r} is {reason}.")
 
 
+def _letter(gold: Node, plain: str) -> str | None:
+  """The letter of a multiple-choice gold answer; None for any other."""
+  if isinstance(gold, tree.Symbol | tree.Text):
+    match = _LETTER.fullmatch(gold.name if isinstance(gold, tree.Symbol) else gold.text)
+    return match.group(1) if match else None
+  match = _CHOICE.fullmatch(plain)
+  return match.group(1) if match and plain[1:2] in ".)" else None
+
+
 def _decimal_comma(text: str) -> Node | None:
-  """The number that 3,14 is where a comma stands for the decimal point; None for any other text."""
-  found = re.fullmatch(r"(-?)([0-9]+),([0-9]+)", tidy(text[:MAX_CHARS]))
-  return read("".join((found.group(1), found.group(2), ".", found.group(3)))) if found else None
+  """The number that 3,14 is where a comma is the decimal point; None for other text and 3,000."""
+  match = re.fullmatch(r"(-?[0-9]+),([0-9]+)", tidy(text[:MAX_CHARS]))
+  if not match or re.fullmatch(r"-?[1-9][0-9]{0,2},[0-9]{3}", match.group()):
+    return None
+  return read(f"{match.group(1)}.{match.group(2)}")
 
 
 class IntegerGold:
   """A gold answer of kind "integer": one rational number."""
 
-  is_collection = False
+  is_words = False
 
   def __init__(self, gold: str):
     self.value = _integer_gold(gold)
 
   def shown(self, outcome: Outcome, text: str) -> str | None:
-    return str(outcome.value) if outcome.value is not None else " ".join(text.split())[:MAX_EXTRACTED] or None
+    """The answer as a verdict shows it."""
+    if outcome.value is not None:
+      return str(outcome.value)
+    return " ".join(text.split())[:MAX_EXTRACTED] or None
 
   def at_once(self, text: str) -> Outcome | None:
-    number = _PLAIN_NUMBER.fullmatch(text)
-    if not number:
+    """The outcome of a numeral, which need not be parsed."""
+    match = _PLAIN_NUMBER.fullmatch(text)
+    if not match:
       return None
-    sign, grouped, digits, decimals = number.groups()
-    value = fractions.Fraction(int((grouped or digits).replace(",", "") + (decimals or "")), 10 ** len(decimals or ""))
-    return self._compared(-value if sign else value)
+    sign, grouped, digits, decimals = match.groups()
+    digits, decimals = (grouped or digits).replace(",", ""), decimals or ""
+    return self._outcome(fractions.Fraction(int(sign + digits + decimals), 10 ** len(decimals)), True)
 
-  def _compared(self, value: fractions.Fraction) -> Outcome:
-    return Outcome("right" if value == self.value else "wrong", value, True)
+  def _outcome(self, value: fractions.Fraction, whole: bool = False) -> Outcome:
+    return Outcome("right" if value == self.value else "wrong", value, whole)
 
   def compare(self, text: str) -> Outcome | None:
+    """The outcome of one candidate; None where it is no rational number."""
     node = read(text)
-    if node.op == "opaque" or _mixes_words(node):
+    if isinstance(node, tree.Opaque) or _mixes_words(node):
       return None
     try:
       value = rational(node)
-    except (Ambiguous, Undefined, TooLarge, RecursionError) as error:
-      return Outcome({Ambiguous: "ambiguous", Undefined: "unparsable"}.get(type(error), "too_large"))
-    return None if value is None else self._compared(value)._replace(whole=False)
+    except Ambiguous:
+      return Outcome("ambiguous")
+    except Undefined:
+      return Outcome("unparsable")
+    except (TooLarge, RecursionError):
+      return Outcome("too_large")
+    return None if value is None else self._outcome(value)
 
   def unread(self, text: str) -> Outcome:
-    return Outcome("unparsable" if re.search("[0-9]", text) or text.strip() else "no_answer")
+    """The outcome of a statement of which nothing is read; several numbers leave it open."""
+    several = re.match(r"[-+$ ]*[0-9]", text) and len(set(re.findall("[0-9]+", text))) > 1
+    return Outcome("ambiguous" if several else "unparsable")
 
   def is_part(self, outcome: Outcome) -> bool:
+    """A single number has no parts."""
     return False
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _integer_gold(gold: str) -> fractions.Fraction:
-  """Returns the value of a gold answer; raises UserError where it has none."""
+  """The value of a gold answer; UserError where it has none."""
   try:
-    value = rational(read(gold)) if gold.strip() else None
+    value = rational(read(statements_lib.gold_text(gold))) if gold.strip() else None
   except (Ambiguous, Undefined, TooLarge, RecursionError):
     value = None
   if value is None:
@@ -285,77 +256,85 @@ def _integer_gold(gold: str) -> fractions.Fraction:
 
 
 def rational(node: Node) -> fractions.Fraction | None:
-  """The one rational number that an answer is, units left out and 20% being 20; None where it is anything else.
+  """The one rational number that an answer is, without its unit, 20% being 20; None for any other.
 
   Raises:
     Ambiguous: it states several, as 7, 8 and 7 = 8 do.
     Undefined, TooLarge: it has no value, or one beyond what is computed.
   """
-  if node.op in ("quantity", "percent", "degree"):
-    return rational(node.args[0])
-  if node.op == "mul" and node.args[1].op == "sym" and node.args[1].args[0] in _UNIT_LETTERS:
-    return rational(node.args[0])
-  if node.op == "neg":
-    inner = rational(node.args[0])
+  if isinstance(node, tree.Quantity):
+    return rational(node.value)
+  if tree.is_operation(node, "percent", "degree"):
+    return rational(node.operands[0])
+  if tree.is_operation(node, "neg"):
+    inner = rational(node.operands[0])
     return None if inner is None else -inner
-  if node.op == "text":
-    word = node.args[0].lower()
-    return fractions.Fraction(_NUMBER_WORDS.index(word)) if word in _NUMBER_WORDS else None
-  if node.op == "rel":
-    values = [value for value in map(rational, node.args[::2]) if value is not None]
-    if not values or not set(node.args[1::2]) <= {"=", "~"}:
-      return None
-    if "~" not in node.args[1::2] and len(set(values)) > 1:
-      raise Ambiguous("sides that differ")
-    stated = (
-      answer_relations.stated(answer_relations.value_of(node), Node("num", (values[-1],)))
-      if len(values) < len(node.args[::2])
-      else [node.args[-1]]
-    )
-    return rational(stated[0]) if stated else None
-  if node.op in ("list", "set"):
-    items = node.args[1] if node.op == "list" else node.args
-    values = {rational(item) for item in items}
+  if isinstance(node, tree.Text):
+    digits = sentences.digits_for_words(node.text)
+    return fractions.Fraction(digits) if digits.isdigit() else None
+  if isinstance(node, tree.Relation):
+    return _stated_rational(node)
+  if isinstance(node, tree.ListValue | tree.SetValue):
+    values = {rational(item) for item in node.items}
     if len(values) > 1:
       raise Ambiguous("several values")
     return values.pop() if values else None
-  if node.op in ("pm", "mp"):
+  if isinstance(node, tree.PlusMinus):
     raise Ambiguous("two values")
   return exact(node)
 
 
-def _outcome(statement: Statement, gold: Gold | IntegerGold) -> Outcome:
+def _stated_rational(node: tree.Relation) -> fractions.Fraction | None:
+  """The number that an equation states: 18 of x = 18 and 10+8 = 18, nothing of 2x = 36."""
+  values = [value for value in map(rational, node.operands) if value is not None]
+  if not values or not set(node.signs) <= {"=", "~"}:
+    return None
+  if "~" not in node.signs and len(set(values)) > 1:
+    raise Ambiguous("sides that differ")
+  if len(values) == len(node.operands):
+    return values[0] if "~" in node.signs else values[-1]
+  named = answer_relations.stated(node, tree.Number(values[-1]))
+  return rational(named[0]) if named else None
+
+
+def _outcome(statement: Statement, gold: MathGold | IntegerGold) -> Outcome:
   """How one statement compares with the gold answer."""
-  around = _TEXT_AROUND.fullmatch(statement.text)
-  text = _OPTION.sub("", _ANSWER_LABEL.sub("", around.group(1) if around else statement.text))
-  statement = statement._replace(text=text)
+  if len(statement.text) > MAX_CHARS:
+    return Outcome("too_large")
+  outcome = gold.at_once(statement.text)
+  if outcome is not None:
+    return outcome
+  statement = sentences.cleaned(statement)
+  text = statement.text
   if not text.strip(" .*$"):
+    return Outcome("no_answer")
+  if statement.source not in ("box", "marker") and sentences.is_cut_off(statement):
     return Outcome("no_answer")
   outcome = gold.at_once(text)
   if outcome is not None:
     return outcome
-  in_sentence = statement.source not in ("box", "marker")
-  if statement.source in ("last", "retraction") and (
-    text.endswith("?") or _CUT.search(responses.FORMULA.sub("", text))
-  ):
-    return Outcome("no_answer" if text.endswith("?") else "unparsable")
-  without_value = None
+  fallback = None
   try:
-    for candidate in _candidates(statement):
+    for candidate in sentences.wholes(statement):
       outcome = gold.compare(candidate)
-      if outcome is not None and outcome.reason != "unparsable":
-        hedged = statement.source in ("last", "retraction") and candidate != text and responses.is_hedged(text)
-        return Outcome("ambiguous") if hedged else outcome._replace(whole=True)
-      without_value = without_value or outcome
-    part = _within(text, first=statement.source == "line") if in_sentence else None
-    if part and responses.is_denied(text, part[0], part[0] + len(part[1])):
-      return Outcome("no_answer")
-    clause = responses.clause_from(text, part[0]) if part else text
-    if _OPEN.search(clause) or (in_sentence and responses.is_hedged(text)):
+      if outcome is None:
+        continue
+      words = outcome.reason == "wrong" and _is_words(outcome.value)
+      if outcome.reason not in ("unparsable", "ambiguous") and not words:
+        return outcome._replace(whole=True)
+      if fallback is None or outcome.reason == "ambiguous":
+        fallback = outcome._replace(whole=words)
+    if fallback is not None and fallback.reason == "ambiguous":
+      return fallback
+    if statement.source not in ("box", "marker"):
+      part = sentences.part(statement)
+      if part.text and (outcome := gold.compare(part.text)) is not None:
+        return outcome
+      if part.reason not in ("", "unparsable"):
+        return Outcome(part.reason)
+    if fallback is None and sentences.leaves_open(text):
       return Outcome("ambiguous")
-    if part and (outcome := gold.compare(part[1])) is not None:
-      return outcome
-    return without_value or gold.unread(text)
+    return fallback or gold.unread(text)
   except TooLarge:
     return Outcome("too_large")
 
@@ -372,70 +351,79 @@ def grade_response(response: str, gold: str, *, kind: str, rules: Conventions) -
   Raises:
     UserError: the gold answer cannot be read.
   """
-  wanted = IntegerGold(gold) if kind == "integer" else Gold(gold, rules)
+  wanted = IntegerGold(gold) if kind == "integer" else MathGold(gold, rules)
   try:
-    return _graded(response, wanted, rules)
+    if kind == "math" and len(response) <= len(gold) + 100:
+      if canonical(response) == canonical(gold):
+        return "right", wanted.shown(Outcome("right", wanted.tree), gold)
+    reading = statements_lib.read_response(response, marked_only=rules.extraction == "marked")
+    return _verdict(reading, wanted, rules)
   except (TooLarge, RecursionError):
     return "too_large", None
 
 
-def _graded(response: str, gold: Gold | IntegerGold, rules: Conventions) -> tuple[str, str | None]:
-  if isinstance(gold, Gold) and len(response) <= len(gold.text) + 100 and canonical(response) == canonical(gold.text):
-    return "right", gold.shown(Outcome("right", gold.tree), gold.text)
-  reading = responses.read_response(response, marked_only=rules.extraction == "marked")
+def _verdict(
+  reading: statements_lib.Reading, gold: MathGold | IntegerGold, rules: Conventions
+) -> tuple[str, str | None]:
+  """(reason, extracted answer) of what a response states."""
   if reading.failure:
     return reading.failure, None
-  statements = list(reading.statements)
+  stated = list(dict.fromkeys(reading.statements))[-_MAX_STATEMENTS:]
   if rules.retractions == "last":
-    turns = [index for index, statement in enumerate(statements) if statement.retracts]
-    statements = statements[turns[-1] :] if turns else statements
-  outcomes = {}
-  for statement in statements:
-    if statement.text not in outcomes and len(outcomes) <= answer_equality.MAX_ITEMS:
-      outcomes[statement.text] = _outcome(statement, gold)
-  pairs = [(statement, outcomes[statement.text]) for statement in statements if statement.text in outcomes]
-  if len(pairs) > 1:
-    # A sentence around "answer" counts beside other statements only where all of it is an answer.
-    firm = [
-      (statement, outcome)
-      for statement, outcome in pairs
-      if outcome.whole
-      or (statement.source == "retraction" and outcome.value is not None)
-      or (statement.source not in ("line", "retraction") and outcome.reason != "no_answer")
-    ]
-    pairs = firm or pairs[-1:]
-  statement, outcome = pairs[-1]
-  shown = gold.shown(outcome, statement.text)
-  if outcome.reason in ("no_answer", "too_large"):
-    return outcome.reason, shown if outcome.reason == "too_large" else None
-  others = [other for other_statement, other in pairs[:-1] if other_statement.text != statement.text]
-  for other in others:
-    if other.reason in ("ambiguous", "too_large"):
+    turns = [index for index, statement in enumerate(stated) if statement.retracts]
+    stated = stated[turns[-1] :] if turns else stated
+  pairs = [(statement, _outcome(statement, gold)) for statement in stated]
+  firm = [pair for pair in pairs if _is_firm(*pair, gold)]
+  if (
+    not firm
+    and reading.fallback
+    and all(statement.source == "heading" and outcome.reason == "unparsable" for statement, outcome in pairs)
+  ):
+    firm = [(reading.fallback, _outcome(reading.fallback, gold))]
+  pairs = firm or pairs[-1:]
+  last, outcome = pairs[-1]
+  if outcome.reason == "no_answer":
+    return "no_answer", None
+  shown = gold.shown(outcome, last.text)
+  if outcome.reason != "too_large":
+    if any(_contradict(other, outcome, gold) for _, other in pairs[:-1]):
       return "ambiguous", shown
-    if other.value is None or _is_words(other.value):
-      continue
-    if other.reason == outcome.reason and (isinstance(other.value, Node) or other.value == outcome.value):
-      continue
-    if outcome.reason == "right" and gold.is_part(other):
-      continue  # parts that are then restated whole
-    return "ambiguous", shown
   return outcome.reason, shown
 
 
-def _mixes_words(node: Node) -> bool:
-  """Whether a list holds words beside values, as "72, altogether" does."""
-  return node.op == "list" and len({item.op == "text" for item in node.args[1]}) == 2
+def _is_firm(statement: Statement, outcome: Outcome, gold: MathGold | IntegerGold) -> bool:
+  """Whether a statement counts beside others: a sentence only if all of it is an answer."""
+  if statement.source in ("line", "heading"):
+    if _is_words(outcome.value) and not gold.is_words:
+      return _ANSWERS_IN_WORDS.fullmatch(statement.text) is not None
+    return outcome.whole
+  if statement.source == "retraction":
+    return outcome.value is not None
+  return outcome.reason != "no_answer"
 
 
-def _is_words(value) -> bool:
-  return isinstance(value, Node) and value.op in ("text", "opaque")
+def _contradict(earlier: Outcome, last: Outcome, gold: MathGold | IntegerGold) -> bool:
+  """Whether what a response states earlier contradicts its last statement."""
+  if earlier.reason in ("ambiguous", "too_large"):
+    return True
+  if earlier.value is None:
+    return False
+  if earlier.reason != last.reason:
+    return not (last.reason == "right" and gold.is_part(earlier))  # parts may be restated whole
+  return isinstance(earlier.value, fractions.Fraction) and earlier.value != last.value
+
+
+def stated_answer(solution: str) -> str | None:
+  """The answer that a solution marks, as written, the last of several; None where none is marked."""
+  stated = statements_lib.read_response(solution, marked_only=True).statements
+  return stated[-1].text.strip().strip("$").strip() or None if stated else None
 
 
 def extract_gold(solution: str) -> str:
-  """Returns the answer of a GSM8K solution as a reduced fraction without commas, for example "1080".
+  """The answer of a GSM8K solution as a reduced fraction without commas, for example "1080".
 
   Raises:
-    UserError: the solution states no readable number after `####`, or several different ones.
+    UserError: it states no readable number after `####`, or several different ones.
   """
   texts = [part.partition("\n")[0].strip() for part in re.split("#{4,}", solution)[1:]]
   values, reason = set(), "no_answer"
@@ -450,6 +438,7 @@ def extract_gold(solution: str) -> str:
       reason = "unparsable"
   values.discard(None)
   if reason or len(values) != 1:
-    reason = reason or "ambiguous"
-    raise errors.UserError(f"The solution states no readable answer after #### ({reason}): {solution[-80:]!r}.")
+    raise errors.UserError(
+      f"The solution states no readable answer after #### ({reason or 'ambiguous'}): {solution[-80:]!r}."
+    )
   return str(values.pop())

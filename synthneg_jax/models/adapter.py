@@ -9,6 +9,7 @@ start a policy begins as its base, and the base is the reference of DPO: no seco
 import dataclasses
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from synthneg_jax.models import hf_configs
+from synthneg_jax.models import hf_configs, stored_tensors
 from synthneg_jax.models.decoder import Model, Params
 from synthneg_jax.runtime.errors import UserError
 
@@ -116,6 +117,98 @@ def _add(kernel_YIO, a_YIR, b_YRO, scale):
   return jax.lax.scan(layer, None, (kernel_YIO, a_YIR, b_YRO))[1]
 
 
+def load_peft(folder: epath.PathLike, model: Model) -> tuple[Adapter, Params]:
+  """An adapter in the format of PEFT, for the base that it was trained on.
+
+  Matrices of smaller rank than the largest are padded with zeros, and B is scaled, so that α = r.
+
+  Args:
+    folder: holds adapter_config.json and adapter_model.safetensors (or .bin, where torch is installed).
+    model: the base.
+
+  Returns:
+    (the adapter, its parameters as numpy arrays).
+
+  Raises:
+    UserError: the folder cannot be read, or adapts in another way than LoRA of the decoder's matrices.
+  """
+  folder = epath.Path(folder)
+  path = folder / "adapter_config.json"
+  config = stored_tensors.read_json(path)
+  _refuse_other_peft(path, config)
+  pairs = _peft_pairs(folder)
+  if not pairs:
+    raise UserError(f"{folder}: its weights hold no lora_A and lora_B.")
+  most = max(a_RI.shape[0] for a_RI, _ in pairs.values())
+  abstract, places = model.abstract_params()["layers"], hf_configs.tensor_places(model.config)
+  params, used = {}, set()
+  for name in TARGETS:
+    place, (count, inputs, outputs) = places[f"layers/{name}"], abstract[name].shape
+    modules = [place.name.removesuffix(".weight").format(layer) for layer in range(count)]
+    if not pairs.keys() & set(modules):
+      continue
+    a_YIR, b_YRO = np.zeros((count, inputs, most), np.float32), np.zeros((count, most, outputs), np.float32)
+    for layer, module in enumerate(modules):
+      if module not in pairs:
+        continue
+      a_RI, b_OR = pairs[module]
+      rank, rows = a_RI.shape[0], place.rows or outputs
+      if a_RI.shape[1] != inputs or b_OR.shape != (rows, rank):
+        raise UserError(
+          f"{folder}: {module} has lora_A {a_RI.shape} and lora_B {b_OR.shape}, which do not fit the base's matrix of "
+          f"{inputs} inputs and {rows} outputs."
+        )
+      a_YIR[layer, :, :rank] = a_RI.T
+      b_YRO[layer, :rank] = b_OR[place.start : place.start + outputs].T * _peft_scale(config, module, rank)
+      used.add(module)
+    params[name] = {"a": a_YIR, "b": b_YRO}
+  if left := sorted(pairs.keys() - used):
+    raise UserError(f"{folder} adapts {left[0]}, which is none of the decoder's matrices {', '.join(TARGETS)}.")
+  return Adapter(model, most, float(most), tuple(params)), params
+
+
+def _refuse_other_peft(path: epath.Path, config) -> None:
+  """Refuses what PEFT computes and a pair of matrices does not."""
+  if config.get("peft_type") != "LORA":
+    raise UserError(f"{path}: peft_type {json.dumps(config.get('peft_type'))} is not supported, only LORA is.")
+  for key, plain in (("bias", "none"), ("use_dora", False), ("lora_bias", False), ("fan_in_fan_out", False)):
+    if config.get(key, plain) not in (plain, None):
+      raise UserError(f"{path}: {key} {json.dumps(config[key])} is not supported, only {json.dumps(plain)} is.")
+  for key in ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"):
+    if config.get(key):
+      raise UserError(
+        f"{path}: {key} is not supported; have PEFT merge the adapter into its base and name that folder."
+      )
+
+
+def _peft_pairs(folder: epath.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Module -> (lora_A [r, in], lora_B [out, r]), float32."""
+  halves = {}
+  for tensor in stored_tensors.read_adapter(folder):
+    name = tensor.name.removeprefix("base_model.model.")
+    module, found, half = name.removesuffix(".weight").removesuffix(".default").rpartition(".lora_")
+    if not found or half not in ("A", "B") or len(tensor.shape) != 2:
+      raise UserError(f"{tensor.path}: the tensor {tensor.name} is neither lora_A nor lora_B of a matrix.")
+    values = tensor.read(tuple(slice(0, size) for size in tensor.shape)).astype(np.float32)
+    module = stored_tensors.usual_name(module) or module
+    halves.setdefault(module, {})[half] = values
+  for module, parts in halves.items():
+    if len(parts) != 2:
+      raise UserError(f"{folder}: {module} has lora_{next(iter(parts))} and not the other matrix.")
+  return {module: (parts["A"], parts["B"]) for module, parts in halves.items()}
+
+
+def _peft_scale(config, module: str, rank: int) -> float:
+  """What a·b of a module counts; patterns name modules by the end of their names."""
+
+  def fits(pattern):
+    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module)
+
+  patterns = config.get("alpha_pattern") or {}
+  alpha = next((value for pattern, value in patterns.items() if fits(pattern)), config.get("lora_alpha", 8))
+  return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
 def save_peft(folder: epath.PathLike, chain, base_name: str) -> None:
   """Writes adapters in the format of PEFT, which `peft.PeftModel.from_pretrained` loads onto the base.
 
@@ -128,21 +221,29 @@ def save_peft(folder: epath.PathLike, chain, base_name: str) -> None:
   Raises:
     UserError: the folder cannot be written.
   """
-  names = hf_configs.tensor_names(chain[0][0].model.config)
-  tensors, ranks = {}, {}
+  places = hf_configs.tensor_places(chain[0][0].model.config)
+  modules = {}  # module -> the pairs that adapt it, with the first of the rows that each adapts, and its rows
   for name in TARGETS:
     # PEFT multiplies by alpha / rank, here 1: the scale stands in B.
     parts = [(params[name]["a"], params[name]["b"] * adapter.scale) for adapter, params in chain if name in params]
-    if not parts:
-      continue
-    a = np.concatenate([np.asarray(jax.device_get(a)) for a, _ in parts], axis=2)
-    b = np.concatenate([np.asarray(jax.device_get(b)) for _, b in parts], axis=1)
-    module = names[f"layers/{name}"].removesuffix(".weight")
-    ranks[module.rpartition(".")[2]] = a.shape[2]
-    for layer in range(a.shape[0]):
+    place = places[f"layers/{name}"]
+    for a, b in parts:
+      pairs = modules.setdefault(place.name.removesuffix(".weight"), [])
+      pairs.append(
+        (np.asarray(jax.device_get(a)), np.asarray(jax.device_get(b)), place.start, place.rows or b.shape[2])
+      )
+  tensors, ranks = {}, {}
+  for module, pairs in modules.items():
+    rank, rows = sum(a.shape[2] for a, *_ in pairs), pairs[0][3]
+    ranks[module.rpartition(".")[2]] = rank
+    for layer in range(pairs[0][0].shape[0]):
+      b_OR, first = np.zeros((rows, rank), np.float32), 0
+      for _, b, start, _ in pairs:
+        b_OR[start : start + b.shape[2], first : first + b.shape[1]] = b[layer].T
+        first += b.shape[1]
       prefix = f"base_model.model.{module.format(layer)}"
-      tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a[layer].T)
-      tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[layer].T)
+      tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(np.concatenate([a[layer].T for a, *_ in pairs]))
+      tensors[f"{prefix}.lora_B.weight"] = b_OR
   most = max(ranks.values())
   other = {module: rank for module, rank in ranks.items() if rank != most}
   config = {

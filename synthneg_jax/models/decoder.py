@@ -54,8 +54,21 @@ def _gelu_tanh(x):
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": _gelu_tanh}
 
 
+def _biased(c: ModelConfig) -> tuple[str, ...]:
+  """The matrices of a layer that have a bias."""
+  names = ("query", "key", "value") if c.qkv_bias else ()
+  names += ("output",) if c.output_bias else ()
+  return names + (("gate", "up", "down") if c.mlp_bias else ())
+
+
+def _unrotated(x):
+  return x
+
+
 class Layer(nn.Module):
-  """Attention and gated feed-forward, each behind a norm and added to the stream. Tokens are flat: x is [N, D].
+  """Attention and gated feed-forward, each with a norm before or behind it (or both), added to the stream.
+
+  Tokens are flat: x is [N, D].
 
   The attention itself is given: `attend(q, k, v) -> (out, extra)` on [tokens, heads, head_dim] with rotary positions
   already applied; `extra` (new cache entries) is passed back. `adapter` may hold {"a": [in, r], "b": [r, out]} for a
@@ -70,7 +83,7 @@ class Layer(nn.Module):
     c = self.config
     dtype = jnp.dtype(c.dtype)
     fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-    adapter, biased = adapter or {}, ("query", "key", "value") if c.qkv_bias else ()
+    adapter, biased = adapter or {}, _biased(c)
 
     def matrix(name, axes, *, shape, init):
       kernel = self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(c.param_dtype))
@@ -93,35 +106,41 @@ class Layer(nn.Module):
 
     def in_heads(y_ND, name, *, logical, count):
       out = saved_product(y_ND, name, ("embed", logical), shape=(c.d_model, count * c.head_dim))
+      if c.qk_norm == "all" and name in ("query", "key"):
+        out = norm(f"{name}_norm", out)
       return device_mesh.split_as(out.reshape(num, count, c.head_dim), ("rows", logical, None))
 
     def norm(name, y):
       return _Norm(c.norm_eps, jnp.dtype(c.param_dtype), c.norm_offset, name=name)(y)
 
-    def post_norm(name, y_ND):
-      return norm(name, y_ND) if c.post_norms else y_ND
+    def pre_norm(name, y_ND):
+      return norm(name, y_ND) if c.pre_norms else y_ND
+
+    def added(x_ND, y_ND, name):
+      y_ND = norm(name, y_ND) if c.post_norms else y_ND
+      return x_ND + (y_ND if c.residual_scale == 1.0 else y_ND * jnp.asarray(c.residual_scale, dtype))
 
     out_init = nn.initializers.variance_scaling(1.0 / (2 * c.num_layers), "fan_in", "normal")
     num, heads = x_ND.shape[0], c.num_heads * c.head_dim
     with jax.named_scope("attention"):
-      y_ND = norm("attention_norm", x_ND)
+      y_ND = pre_norm("attention_norm", x_ND)
       q = in_heads(y_ND, "query", logical="heads", count=c.num_heads)
       k = in_heads(y_ND, "key", logical="kv_heads", count=c.num_kv_heads)
       v = in_heads(y_ND, "value", logical="kv_heads", count=c.num_kv_heads)
-      if c.qk_norm:
+      if c.qk_norm == "head":
         q, k = norm("query_norm", q), norm("key_norm", k)
       out, extra = attend(rotate(q), rotate(k), v)
       out = out.reshape(num, heads)
       y_ND = saved_product(out, "output", ("heads", "embed"), shape=(heads, c.d_model), init=out_init)
-      x_ND = x_ND + post_norm("attention_post_norm", y_ND)
+      x_ND = added(x_ND, y_ND, "attention_post_norm")
 
     with jax.named_scope("feed_forward"):
-      y_ND = norm("mlp_norm", x_ND)
+      y_ND = pre_norm("mlp_norm", x_ND)
       gate = saved_product(y_ND, "gate", ("embed", "mlp"), shape=(c.d_model, c.d_ff))
       gate = _ACTIVATIONS[c.activation](gate)
       up = saved_product(y_ND, "up", ("embed", "mlp"), shape=(c.d_model, c.d_ff))
       y_ND = product(gate * up, "down", ("mlp", "embed"), shape=(c.d_ff, c.d_model), init=out_init)
-      return x_ND + post_norm("mlp_post_norm", y_ND), extra
+      return added(x_ND, y_ND, "mlp_post_norm"), extra
 
 
 class Ends(nn.Module):
@@ -161,6 +180,8 @@ class Ends(nn.Module):
       preferred_element_type=jnp.promote_types(dtype, jnp.float32),
     )
     logits = logits_NV.reshape(*h_ND.shape[:-1], -1)
+    if self.config.logit_divisor != 1.0:
+      logits /= self.config.logit_divisor
     cap = self.config.logit_cap
     return cap * jnp.tanh(logits / cap) if cap else logits
 
@@ -239,27 +260,40 @@ class Model:
     """A method of `Ends` with its parameters."""
     return Ends(self.config).apply({"params": params["ends"]}, x, method=method)
 
-  def _rotations(self, position_N, num_positions: int) -> dict[int, Callable]:
-    """By window: what rotates queries and keys [N, heads, H]. Windowed layers may have a base of their own."""
+  def _rotations(self, position_N, num_positions: int) -> dict[str, Callable]:
+    """By `layer_rotations`: what rotates queries and keys [N, heads, H]. Windowed layers may have a base of their own."""
     c = self.config
+    rotary_dim = c.rotary_dim or c.head_dim
 
-    def rotation(window):
-      windowed = window > 0 and c.windowed_rope_theta > 0
-      theta, scaling = (c.windowed_rope_theta, None) if windowed else (c.rope_theta, c.rope_scaling)
-      return attention.rotary(
-        position_N, num_positions, head_dim=c.head_dim, theta=theta, dtype=jnp.dtype(c.dtype), scaling=scaling
+    def rotation(kind):
+      if kind == "none":
+        return _unrotated
+      theta, scaling = (c.windowed_rope_theta, None) if kind == "windowed" else (c.rope_theta, c.rope_scaling)
+      rotate = attention.rotary(
+        position_N, num_positions, head_dim=rotary_dim, theta=theta, dtype=jnp.dtype(c.dtype), scaling=scaling
       )
+      if rotary_dim == c.head_dim:
+        return rotate
+      return lambda x: jnp.concatenate([rotate(x[..., :rotary_dim]), x[..., rotary_dim:]], axis=-1)
 
-    if not c.windowed_rope_theta:
-      return dict.fromkeys(c.layer_windows, rotation(0))
-    return {window: rotation(window) for window in set(c.layer_windows)}
+    return {kind: rotation(kind) for kind in sorted(set(c.layer_rotations))}
 
-  def _rotate_by(self, window, rotations: dict[int, Callable]) -> Callable:
-    """The rotation of a layer whose window is a traced scalar, in a model with full and windowed layers."""
-    full, windowed = rotations[0], rotations[self.config.window]
-    if not self.config.windowed_rope_theta:
-      return full
-    return lambda x: jnp.where(window > 0, windowed(x), full(x))
+  def _layer_kinds(self, rotations: dict[str, Callable]):
+    """What a scan over layers that differ reads of each: (windows, numbers of their rotations), both int32 [Y]."""
+    numbers = [list(rotations).index(kind) for kind in self.config.layer_rotations]
+    return jnp.asarray(self.config.layer_windows, jnp.int32), jnp.asarray(numbers, jnp.int32)
+
+  def _rotate_by(self, number, rotations: dict[str, Callable]) -> Callable:
+    """The rotation of a layer by its number among `rotations`, a traced scalar where layers differ."""
+    first, *others = rotations.values()
+
+    def rotate(x):
+      turned = first(x)
+      for place, other in enumerate(others, start=1):
+        turned = jnp.where(number == place, other(x), turned)
+      return turned
+
+    return rotate
 
   @jax.named_scope("hidden")
   def hidden(self, params: Params, trees: tree_lib.PackedTrees, *, with_cache: bool = False):
@@ -286,8 +320,9 @@ class Model:
     masks = {window: tree_lib.attention_mask(trees, window) for window in set(windows)}
     rotations = self._rotations(trees.position.reshape(-1), trees.token.shape[1])
     pairs = []
-    for layer_params, window in zip(self.unstack(params)["layers"], windows, strict=True):
-      layer = self._tree_layer(lambda mask=masks[window]: mask, rotations[window], with_cache=with_cache)
+    layers = zip(self.unstack(params)["layers"], windows, self.config.layer_rotations, strict=True)
+    for layer_params, window, kind in layers:
+      layer = self._tree_layer(lambda mask=masks[window]: mask, rotations[kind], with_cache=with_cache)
       x_ND, pair = layer(x_ND, layer_params)
       pairs.append(pair)
     return x_ND, tuple(zip(*pairs, strict=True)) if with_cache else None
@@ -298,19 +333,19 @@ class Model:
     masks = {window: tree_lib.attention_mask(trees, window) for window in set(windows)}
     rotations = self._rotations(trees.position.reshape(-1), trees.token.shape[1])
     layers = _joined(params)["layers"]
-    if len(masks) == 1:
-      window = windows[0]
-      return lax.scan(self._tree_layer(lambda: masks[window], rotations[window], with_cache=with_cache), x_ND, layers)
+    if len(masks) == len(rotations) == 1:
+      (rotate,) = rotations.values()
+      return lax.scan(self._tree_layer(lambda: masks[windows[0]], rotate, with_cache=with_cache), x_ND, layers)
 
     def body(x_ND, xs):
-      layer_params, window = xs
+      layer_params, (window, number) = xs
 
       def mask():
-        return jnp.where(window > 0, masks[self.config.window], masks[0])
+        return masks[windows[0]] if len(masks) == 1 else jnp.where(window > 0, masks[self.config.window], masks[0])
 
-      return self._tree_layer(mask, self._rotate_by(window, rotations), with_cache=with_cache)(x_ND, layer_params)
+      return self._tree_layer(mask, self._rotate_by(number, rotations), with_cache=with_cache)(x_ND, layer_params)
 
-    return lax.scan(body, x_ND, (layers, jnp.asarray(windows, jnp.int32)))
+    return lax.scan(body, x_ND, (layers, self._layer_kinds(rotations)))
 
   def _tree_layer(self, mask_fn: Callable, rotate: Callable, *, with_cache: bool):
     """Returns layer(x [N, D], its parameters) -> (x, (keys, values) or None), rematerialised as the config says.
@@ -356,36 +391,39 @@ class Model:
     h_ND = self._ends(params, x_ND, "last_norm")
     return h_ND.reshape(*token.shape, -1), cache
 
-  def _unrolled_step(self, params: Params, carry, *, newest: attention.NewestTokens, rotations: dict[int, Callable]):
+  def _unrolled_step(self, params: Params, carry, *, newest: attention.NewestTokens, rotations: dict[str, Callable]):
     """The layers of `hidden_step` as a Python loop over unstacked parameters; carry is (x [N, D], cache)."""
-    for number, (layer_params, window) in enumerate(zip(params["layers"], self.config.layer_windows, strict=True)):
+    c = self.config
+    layers = zip(params["layers"], c.layer_windows, c.layer_rotations, strict=True)
+    for number, (layer_params, window, kind) in enumerate(layers):
       here = newest._replace(layer=number, window=window)
-      carry = self._step_layer(layer_params, carry, newest=here, rotate=rotations[window])
+      carry = self._step_layer(layer_params, carry, newest=here, rotate=rotations[kind])
     return carry
 
-  def _scanned_step(self, params: Params, carry, *, newest: attention.NewestTokens, rotations: dict[int, Callable]):
+  def _scanned_step(self, params: Params, carry, *, newest: attention.NewestTokens, rotations: dict[str, Callable]):
     """The layers of `hidden_step` as a scan; where their windows differ, each reads its own from an array."""
     c = self.config
     layers, numbers = _joined(params)["layers"], jnp.arange(c.num_layers)
-    if len(rotations) == 1:
+    if len(rotations) == len(set(c.layer_windows)) == 1:
       window = c.layer_windows[0]
+      (rotate,) = rotations.values()
 
       def body(carry, xs):
         layer_params, number = xs
         here = newest._replace(layer=number, window=window)
-        return self._step_layer(layer_params, carry, newest=here, rotate=rotations[window]), None
+        return self._step_layer(layer_params, carry, newest=here, rotate=rotate), None
 
       return lax.scan(body, carry, (layers, numbers))[0]
 
     num_positions = carry[1].num_positions
 
     def windowed_body(carry, xs):
-      layer_params, number, window = xs
+      layer_params, number, (window, kind) = xs
       here = newest._replace(layer=number, window=jnp.where(window > 0, window, num_positions))
-      rotate = self._rotate_by(window, rotations)
+      rotate = self._rotate_by(kind, rotations)
       return self._step_layer(layer_params, carry, newest=here, rotate=rotate), None
 
-    return lax.scan(windowed_body, carry, (layers, numbers, jnp.asarray(c.layer_windows, jnp.int32)))[0]
+    return lax.scan(windowed_body, carry, (layers, numbers, self._layer_kinds(rotations)))[0]
 
   def _step_layer(self, layer_params, carry, *, newest: attention.NewestTokens, rotate: Callable):
     """One layer of `hidden_step`: (x [N, D], cache) -> the same with its token's keys and values written."""

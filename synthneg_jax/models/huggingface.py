@@ -1,52 +1,76 @@
 """Reads and writes Hugging Face folders: config.json, *.safetensors and the tokenizer's files; models/hf_configs.py names them.
 
 Our matrices are the transposes of theirs ([in, out] against [out, in]) and stand stacked over layers; rotary pairs are
-the same, so that no row moves. Neither direction needs torch. Folders are local.
+the same, so that no row moves. Neither direction needs torch, but for weights in torch's own format. Folders are local.
 """
 
+import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
 from etils import epath
 
-from synthneg_jax.models import hf_configs
+from synthneg_jax.models import hf_configs, stored_tensors
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.models.decoder import Model, Params
 from synthneg_jax.runtime.errors import UserError
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_ROWS_COMPARED = 4096  # rows of the embedding that are on the host at a time when a head is compared with it
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "tokenizer.model",
-  "vocab.json",
-  "merges.txt",
-  "chat_template.jinja",
-  "chat_template.json",
-)
-_TEMPLATES = "additional_chat_templates"
 
 
-def read_config(folder: epath.PathLike, *, dtype: str, param_dtype: str, scan_layers: bool, remat: str) -> ModelConfig:
+def read_config(
+  folder: epath.PathLike, *, dtype: str, param_dtype: str, scan_layers: bool, remat: str, max_length: int = 0
+) -> ModelConfig:
   """The architecture that config.json describes; the other arguments are ModelConfig's.
+
+  Args:
+    folder: holds config.json.
+    dtype, param_dtype, scan_layers, remat: as ModelConfig has them.
+    max_length: tokens of the longest text of the run, by which longrope's factors are chosen.
 
   Raises:
     UserError: config.json is missing or broken, lacks a size, or asks for what the decoder does not compute.
   """
   path = epath.Path(folder) / "config.json"
   settings = {"dtype": dtype, "param_dtype": param_dtype, "scan_layers": scan_layers, "remat": remat}
-  return hf_configs.read(_read_json(path), path, **settings)
+  return hf_configs.read(stored_tensors.read_json(path), path, max_length=max_length, **settings)
+
+
+def untie_other_head(folder: epath.PathLike, config: ModelConfig) -> ModelConfig:
+  """The same architecture, untied where the folder holds an lm_head.weight that differs from the embedding.
+
+  Some trainers leave `tie_word_embeddings: true` in config.json when they have trained a head of its own.
+
+  Raises:
+    UserError: a file is missing or corrupt.
+  """
+  if not config.tie_embeddings:
+    return config
+  tensors, places = stored_tensors.read(folder), hf_configs.tensor_places(config)
+  embedding, head = (tensors.get(places[f"ends/{end}"].name) for end in ("embedding", "unembedding"))
+  if embedding is None or head is None:
+    return config
+  if embedding.shape == head.shape:
+    count, columns = embedding.shape
+    spans = [(slice(at, min(at + _ROWS_COMPARED, count)), slice(0, columns)) for at in range(0, count, _ROWS_COMPARED)]
+    if all(np.array_equal(_wide(embedding.read(span)), _wide(head.read(span))) for span in spans):
+      return config
+  logging.info(
+    "%s: tie_word_embeddings is true, but %s differs from the embedding; the head is kept, untied.", folder, head.name
+  )
+  return dataclasses.replace(config, tie_embeddings=False)
 
 
 def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
@@ -56,7 +80,7 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
   are read; the host holds those of one stacked parameter at a time, and one tensor's part of it as the file has it.
 
   Args:
-    folder: holds model.safetensors, or model.safetensors.index.json and the files that it names.
+    folder: as `stored_tensors.read` takes it.
     model: as `read_config` describes it.
     shardings: a tree like the parameters.
 
@@ -65,38 +89,43 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
       dtype other than float64, float32, float16 or bfloat16.
   """
   folder = epath.Path(folder)
-  sources = {name: (path, file) for path, file in _open_all(folder) for name in file.keys()}  # noqa: SIM118
-  abstract, names = model.abstract_params(), hf_configs.tensor_names(model.config)
-  wanted = _stand_ins(names, abstract)
-  for name, value in wanted.items():
-    if name not in sources:
+  tensors, places = stored_tensors.read(folder), hf_configs.tensor_places(model.config)
+  abstract = model.abstract_params()
+  wanted = _shapes(places, abstract)
+  for name, (shape, _) in wanted.items():
+    if name not in tensors:
       raise UserError(f"{folder}: the tensor {name} is missing.")
-    path, file = sources[name]
-    shape, dtype = tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
-    if shape != value.shape:
-      raise UserError(f"{path}: the tensor {name} has shape {shape}, not {value.shape}.")
-    if dtype not in _DTYPES:
-      raise UserError(f"{path}: the tensor {name} has dtype {dtype}, not one of {', '.join(_DTYPES)}.")
-  for name in sorted(set(sources) - set(wanted)):
-    tied = model.config.tie_embeddings and name == names["ends/unembedding"]
+    tensor = tensors[name]
+    if tensor.dtype not in _DTYPES:
+      reason = " (quantised weights are not supported)" if tensor.dtype.startswith(("F8", "F4", "F6")) else ""
+      raise UserError(
+        f"{tensor.path}: the tensor {tensor.name} has dtype {tensor.dtype}, not one of {', '.join(_DTYPES)}{reason}."
+      )
+    if tensor.shape != shape:
+      raise UserError(f"{tensor.path}: the tensor {tensor.name} has shape {tensor.shape}, not {shape}.")
+  for name in sorted(set(tensors) - set(wanted)):
+    tied = model.config.tie_embeddings and name == places["ends/unembedding"].name
     if not tied and not name.endswith("rotary_emb.inv_freq"):
-      raise UserError(f"{sources[name][0]}: the tensor {name} has no place in this model.")
+      _refuse_extra(tensors[name])
 
   def load(key_path, leaf, sharding):
-    name, read = names[_place(key_path)], {}
+    place, read = places[_path(key_path)], {}
+
+    def rows(span):
+      return slice(span.start + place.start, span.stop + place.start)
 
     def part(index):
       """The part of the parameter at these slices; devices that hold the same part share one copy."""
       spans = tuple(span.indices(size)[:2] for span, size in zip(index, leaf.shape, strict=True))
       if spans not in read:
         cuts = [slice(*span) for span in spans]
-        if "{}" in name:
+        if "{}" in place.name:
           value = np.empty([stop - start for start, stop in spans], leaf.dtype)
           for at, layer in enumerate(range(*spans[0])):
-            full = name.format(layer)
-            value[at].T[...] = sources[full][1].get_slice(full)[tuple(cuts[:0:-1])]
+            first, *others = cuts[:0:-1]
+            value[at].T[...] = tensors[place.name.format(layer)].read((rows(first), *others))
         else:
-          value = np.asarray(sources[name][1].get_slice(name)[tuple(cuts)], leaf.dtype)
+          value = np.asarray(tensors[place.name].read(tuple(cuts)), leaf.dtype)
         read[spans] = value
       return read[spans]
 
@@ -105,7 +134,36 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
   return jax.tree_util.tree_map_with_path(load, abstract, shardings)
 
 
-def save(folder, model: Model, params: Params, *, tokenizer_folder=None, max_shard_bytes: int = 5 * 10**9) -> None:
+def _refuse_extra(tensor: stored_tensors.Tensor) -> None:
+  """Refuses a tensor that has no place in the model, with the reason where it is known."""
+  where = f"{tensor.path}: the tensor {tensor.name}"
+  if tensor.name.startswith("v_head."):
+    raise UserError(
+      f"{where} is of a value head (TRL's AutoModelForCausalLMWithValueHead), which is no part of a policy; save the model "
+      "without it (its attribute pretrained_model)."
+    )
+  if tensor.name.endswith(("weight_scale_inv", "weight_scale", "input_scale", "qweight", "qzeros")):
+    raise UserError(f"{where} is of quantised weights (FP8 and the like), which are not supported.")
+  raise UserError(f"{where} has no place in this model.")
+
+
+def set_tie(folder: epath.PathLike, tie_embeddings: bool) -> None:
+  """Has config.json say whether the head is the embedding, where it says otherwise."""
+  path = epath.Path(folder) / "config.json"
+  raw = stored_tensors.read_json(path)
+  if "tie_word_embeddings" in raw and bool(raw["tie_word_embeddings"]) != tie_embeddings:
+    _write_json(path, raw | {"tie_word_embeddings": tie_embeddings})
+
+
+def save(
+  folder,
+  model: Model,
+  params: Params,
+  *,
+  tokenizer_folder=None,
+  eos_ids: Sequence[int] = (),
+  max_shard_bytes: int = 5 * 10**9,
+) -> None:
   """Writes a folder that transformers.AutoModelForCausalLM loads; a killed call leaves nothing under its name.
 
   Parameters keep their dtype and their bits. One file of weights and one parameter are on the host at a time.
@@ -115,7 +173,8 @@ def save(folder, model: Model, params: Params, *, tokenizer_folder=None, max_sha
     model: the architecture.
     params: stacked parameters; this process must be able to address every device's part.
     tokenizer_folder: its tokenizer is copied, its special ids and max_position_embeddings stand in config.json, and its
-      generation_config.json, where it has one, is copied too, the tokenizer's EOS added where it lacks it.
+      generation_config.json, where it has one, is copied too. Both configs name all ids that end a turn.
+    eos_ids: all ids that end a turn; where there are none, those of tokenizer_folder.
     max_shard_bytes: a file of weights is larger only where one tensor is; several files get an index.
 
   Raises:
@@ -127,18 +186,21 @@ def save(folder, model: Model, params: Params, *, tokenizer_folder=None, max_sha
   special, positions, files = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")), None, []
   generation = {}
   if tokenizer_folder is not None:
-    import transformers  # Slow to import; only an export with a tokenizer needs it.
+    from synthneg_jax.models import hf_tokenizers  # transformers is slow to import; only tokenizers need it
 
     source = epath.Path(tokenizer_folder)
-    try:
-      tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(source), local_files_only=True)
-    except Exception as error:  # tokenizers raises no narrower class
-      raise UserError(f"{source} holds no tokenizer that transformers can read.") from error
+    tokenizer = hf_tokenizers.load(source)
     special = {key: getattr(tokenizer, key) for key in special}
-    files = tokenizer_files(source)
-    generation = _generation_config(source, special["eos_token_id"])
+    ends = list(eos_ids) or hf_tokenizers.eos_ids(source, special["eos_token_id"])
+    special["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    files = hf_tokenizers.files(source)
+    if (source / "generation_config.json").exists():
+      generation = stored_tensors.read_json(source / "generation_config.json") | {
+        "eos_token_id": special["eos_token_id"]
+      }
     if (source / "config.json").exists():
-      positions = _read_json(source / "config.json").get("max_position_embeddings")
+      described = hf_configs.text_config(stored_tensors.read_json(source / "config.json"))
+      positions = described.get("max_position_embeddings")
   config = special | hf_configs.write(c, positions)
   partial = folder.parent / f".{folder.name}.partial"
   try:
@@ -149,70 +211,67 @@ def save(folder, model: Model, params: Params, *, tokenizer_folder=None, max_sha
       (source / file).copy(partial / file)
     _write_json(partial / "config.json", config)
     _write_json(partial / "generation_config.json", special | generation)
-    _write_weights(partial, hf_configs.tensor_names(c), params, max_shard_bytes=max_shard_bytes)
+    _write_weights(partial, hf_configs.tensor_places(c), params, max_shard_bytes=max_shard_bytes)
     os.rename(partial, folder)
   except (OSError, safetensors.SafetensorError) as error:
     raise UserError(f"{folder} cannot be written ({error}).") from error
 
 
-def tokenizer_files(folder: epath.Path) -> list[str]:
-  """The names, within the folder, of a tokenizer's files and chat templates."""
-  templates = [f"{_TEMPLATES}/{path.name}" for path in (folder / _TEMPLATES).glob("*.jinja")]
-  return [name for name in TOKENIZER_FILES if (folder / name).exists()] + sorted(templates)
+def _wide(values: np.ndarray) -> np.ndarray:
+  return values.astype(np.promote_types(values.dtype, np.float32) if values.dtype.kind == "f" else np.float32)
 
 
-def eos_ids(folder: epath.Path, tokenizer_eos: int | None) -> list[int]:
-  """The tokenizer's EOS, then what else ends a text by generation_config.json: a chat model may end its turns otherwise."""
-  path, found = folder / "generation_config.json", [] if tokenizer_eos is None else [tokenizer_eos]
-  more = _read_json(path).get("eos_token_id") if path.exists() else None
-  return found + [eos for eos in (more if isinstance(more, list) else [more]) if eos is not None and eos not in found]
-
-
-def _generation_config(folder: epath.Path, tokenizer_eos: int | None) -> dict[str, Any]:
-  path = folder / "generation_config.json"
-  if not path.exists():
-    return {}
-  ends = eos_ids(folder, tokenizer_eos)
-  return _read_json(path) | {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}
-
-
-def _place(key_path) -> str:
+def _path(key_path) -> str:
   return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
-def _views(name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-  """The Hugging Face names of one parameter's tensors, with views of them in Hugging Face's shape."""
-  if "{}" in name:
-    return ((name.format(layer), part.T) for layer, part in enumerate(value))
-  return iter([(name, value)])
-
-
-def _stand_ins(names, params) -> dict[str, np.ndarray]:
-  """The tensors of all parameters by their Hugging Face names, as arrays of shape and dtype that take no memory."""
-  tensors = {}
+def _grouped(places: Mapping[str, hf_configs.Place], params):
+  """The parameters that share a tensor: its name -> leaves in the order of their rows."""
+  groups = {}
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    empty = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-    tensors.update(_views(names[_place(key_path)], empty))
-  return tensors
+    place = places[_path(key_path)]
+    groups.setdefault(place.name, []).append((place.start, leaf))
+  return {name: [leaf for _, leaf in sorted(parts, key=lambda part: part[0])] for name, parts in groups.items()}
 
 
-def _tensors(names, params):
-  """(Hugging Face name, array on the host) of all parameters' tensors, one parameter after another."""
-  for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    yield from _views(names[_place(key_path)], np.asarray(jax.device_get(leaf)))
+def _shapes(places: Mapping[str, hf_configs.Place], params) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  """Shape and dtype of all tensors by their Hugging Face names."""
+  shapes = {}
+  for name, leaves in _grouped(places, params).items():
+    shape = leaves[0].shape
+    if "{}" in name:
+      rows, *others = shape[:0:-1]
+      rows = sum(leaf.shape[-1] for leaf in leaves)
+      shapes |= {name.format(layer): ((rows, *others), leaves[0].dtype) for layer in range(shape[0])}
+    else:
+      shapes[name] = (shape, leaves[0].dtype)
+  return shapes
 
 
-def _write_weights(folder: epath.Path, names: dict[str, str], params: Params, *, max_shard_bytes: int) -> None:
+def _tensors(places: Mapping[str, hf_configs.Place], params) -> Iterator[tuple[str, np.ndarray]]:
+  """(Hugging Face name, array on the host) of all tensors; the parameters that one name stands for are there at a time."""
+  for name, leaves in _grouped(places, params).items():
+    values = [np.asarray(jax.device_get(leaf)) for leaf in leaves]
+    if "{}" not in name:
+      yield name, values[0]
+      continue
+    for layer in range(values[0].shape[0]):
+      views = [value[layer].T for value in values]
+      yield name.format(layer), views[0] if len(views) == 1 else np.concatenate(views)
+
+
+def _write_weights(folder: epath.Path, places, params: Params, *, max_shard_bytes: int) -> None:
   shard_of, sizes = {}, [0]
-  for name, value in _stand_ins(names, params).items():
-    if sizes[-1] and sizes[-1] + value.nbytes > max_shard_bytes:
+  for name, (shape, dtype) in _shapes(places, params).items():
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if sizes[-1] and sizes[-1] + size > max_shard_bytes:
       sizes.append(0)
-    sizes[-1] += value.nbytes
+    sizes[-1] += size
     shard_of[name] = len(sizes) - 1
   count = len(sizes)
   files = [_SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
-  for shard, group in itertools.groupby(_tensors(names, params), lambda tensor: shard_of[tensor[0]]):
+  for shard, group in itertools.groupby(_tensors(places, params), lambda tensor: shard_of[tensor[0]]):
     path = os.fspath(folder / files[shard])
     contents = {name: np.ascontiguousarray(view) for name, view in group}
     safetensors.numpy.save_file(contents, path, metadata={"format": "pt"})
@@ -220,32 +279,6 @@ def _write_weights(folder: epath.Path, names: dict[str, str], params: Params, *,
   if count > 1:
     weight_map = {name: files[shard] for name, shard in shard_of.items()}
     _write_json(folder / _INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
-
-
-def _open_all(folder: epath.Path):
-  """(path, open file) for each of the folder's weight files; a tensor stays on disk until it is asked for."""
-  if not (folder / _SINGLE).exists() and not (folder / _INDEX).exists():
-    raise UserError(f"{folder} holds neither {_SINGLE} nor {_INDEX}.")
-  weight_map = {"": _SINGLE} if (folder / _SINGLE).exists() else _read_json(folder / _INDEX).get("weight_map")
-  if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-    raise UserError(f"{folder / _INDEX} has no weight_map from tensors to files.")
-  for name in sorted(set(weight_map.values())):
-    try:
-      yield folder / name, safetensors.safe_open(os.fspath(folder / name), framework="np")
-    except (OSError, safetensors.SafetensorError) as error:
-      raise UserError(f"{folder / name} is missing or no safetensors file ({error}).") from error
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text())
-  except OSError as error:
-    raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-  except ValueError as error:  # of JSON or of UTF-8
-    raise UserError(f"{path} is not valid JSON ({error}).") from error
-  if not isinstance(value, dict):
-    raise UserError(f"{path} does not hold a JSON object.")
-  return value
 
 
 def _write_json(path: epath.Path, value: dict[str, Any]) -> None:

@@ -8,6 +8,9 @@ scaling do to f, with s = factor, P = original_positions, and n_i = P·f_i / 2π
            (Llama 3.1's published config)
   yarn     as llama3, but the ramp is linear in i, from the pair with `high` turns to that with `low`; cosines and sines
            are multiplied by attention_factor (Peng et al., https://arxiv.org/abs/2309.00071)
+  longrope f / s_i, a factor for each pair; cosines and sines are multiplied by attention_factor (Ding et al.,
+           https://arxiv.org/abs/2402.13753). There are two sets of s_i, for texts of up to P positions and for longer ones;
+           a run keeps to one of them, since otherwise a token's key would change with what follows it
   dynamic  f, up to P positions. What it does beyond depends on the length of the whole text, so that a token's key would
            change with what follows it, and prefill and decoding could not agree: such texts are refused.
 """
@@ -26,6 +29,8 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
   plain = theta**-pairs
   if scaling is None or scaling.kind == "dynamic":
     return plain, 1.0
+  if scaling.kind == "longrope":
+    return plain / np.asarray(scaling.long if scaling.is_long else scaling.short), scaling.attention_factor
   stretched = plain / scaling.factor
   if scaling.kind == "linear":
     return stretched, 1.0
@@ -44,7 +49,7 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
     start, end = max(start, 0), min(end, head_dim - 1)
     given_up = np.clip((np.arange(head_dim // 2) - start) / max(end - start, 1e-3), 0.0, 1.0)
     return given_up * stretched + (1 - given_up) * plain, scaling.attention_factor
-  raise UserError(f"rope_scaling {scaling.kind!r} is none of linear, llama3, yarn, dynamic.")
+  raise UserError(f"rope_scaling {scaling.kind!r} is none of linear, llama3, yarn, longrope, dynamic.")
 
 
 def tables(

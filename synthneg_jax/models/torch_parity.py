@@ -1,5 +1,6 @@
 """Do the imported weights compute what the original does? A few logits beside those of transformers with torch."""
 
+import dataclasses
 import os
 
 import jax
@@ -38,6 +39,8 @@ def check(folder: epath.PathLike, model: Model, params: Params) -> float:
   except ImportError as error:
     raise UserError("--check_parity compares with torch, which is not installed: pip install torch.") from error
   c = model.config
+  if c.rope_scaling is not None and c.rope_scaling.is_long:  # transformers takes the short factors for 16 tokens
+    model = Model(dataclasses.replace(c, rope_scaling=dataclasses.replace(c.rope_scaling, is_long=False)))
   ids = np.random.RandomState(0).randint(0, c.vocab_size, _TOKENS).tolist()
   try:
     original = transformers.AutoModelForCausalLM.from_pretrained(

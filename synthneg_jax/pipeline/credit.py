@@ -210,7 +210,7 @@ def _remote(experiment: Experiment, policy: Policy) -> RemoteEngine:
   return RemoteEngine(
     c.credit.endpoint,
     Codec(
-      tokenizer.eos_token_id,
+      policy.eos_ids,
       encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
       decode=lambda ids: policy.token_text.text(ids, special=True),
     ),

@@ -1,48 +1,100 @@
 """Stage export: a trained policy as a Hugging Face folder that transformers loads, and its adapter, if one, for PEFT."""
 
+import json
 import os
 import tempfile
 
 import jax
+from absl import logging
 from etils import epath
 
 from synthneg_jax.decoding.policy import tokenizer_folder
 from synthneg_jax.models import adapter as adapter_lib
-from synthneg_jax.models import huggingface
+from synthneg_jax.models import huggingface, model_hub
 from synthneg_jax.pipeline import evaluate
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import device_mesh, processes
+from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime.manifest import write_json
 
 
 def run(experiment: Experiment) -> dict:
   """Writes export/<method>/policy for every trained policy of evaluate.methods that exists; adapters are merged in it.
 
   Where an adapter was trained, export/<method>/adapter holds it in the format of PEFT, for the base model that the run
-  started from.
+  started from. With export.push_to_hub the policies are then uploaded, each once.
+
+  Raises:
+    UserError: a policy cannot be read, written or uploaded.
   """
+  repo = experiment.config.export.push_to_hub
+  if repo and (repo.startswith("hf:") or "@" in repo or not model_hub.is_name(repo)):
+    raise UserError(f"export.push_to_hub={repo!r} is no repository of the form ORG/NAME.")
+  found = {method: evaluate.POLICY_OF.get(method) for method in experiment.config.evaluate.methods}
+  trained = {
+    method: stage
+    for method, stage in found.items()
+    if stage is not None and (experiment.workdir / stage / "manifest.json").exists()
+  }
   exported = {}
-  for method in experiment.config.evaluate.methods:
-    stage_name = evaluate.POLICY_OF.get(method)
-    if stage_name is None or not (experiment.workdir / stage_name / "manifest.json").exists():
-      continue
+  for method, stage_name in trained.items():
     stage = experiment.stage(f"export/{method}", ["model", "export"], [stage_name])
     if not stage.done:
-      policy = experiment.policy(stage_name)
+      _write(experiment, stage_name, stage.folder)
       folder = stage.folder / "policy"
-      params = jax.tree.map(device_mesh.whole, policy.params) if processes.count() > 1 else policy.params
-      if processes.first():
-        if folder.exists():  # of a run that was killed before its manifest was written
-          folder.rmtree()
-        limit = experiment.config.export.max_shard_bytes
-        with tempfile.TemporaryDirectory() as local:  # a Hugging Face folder is written on a local disk
-          in_bucket = "://" in os.fspath(folder)
-          made = epath.Path(local) if in_bucket else stage.folder
-          tokenizer = tokenizer_folder(policy.folder)
-          huggingface.save(made / "policy", policy.model, params, tokenizer_folder=tokenizer, max_shard_bytes=limit)
-          if policy.adapters:
-            adapter_lib.save_peft(made / "adapter", policy.adapters, os.fspath(policy.base))
-          for path in made.rglob("*") if in_bucket else ():
-            if path.is_file():
-              path.copy(stage.folder / path.relative_to(made), overwrite=True)
       exported[method] = stage.finish({"folder": str(folder)}, list(folder.glob("*.safetensors")))
+    if repo and processes.first():
+      _push(stage.folder, repo if len(trained) == 1 else f"{repo}-{method}")
+    processes.barrier()
   return exported
+
+
+def _write(experiment: Experiment, stage_name: str, folder: epath.Path) -> None:
+  """Writes a stage's policy, and its adapter, if one, below the folder."""
+  policy = experiment.policy(stage_name)
+  params = jax.tree.map(device_mesh.whole, policy.params) if processes.count() > 1 else policy.params
+  if not processes.first():
+    return
+  if (folder / "policy").exists():  # of a run that was killed before its manifest was written
+    (folder / "policy").rmtree()
+  with tempfile.TemporaryDirectory() as local:  # a Hugging Face folder is written on a local disk
+    in_bucket = "://" in os.fspath(folder)
+    made = epath.Path(local) if in_bucket else folder
+    huggingface.save(
+      made / "policy",
+      policy.model,
+      params,
+      tokenizer_folder=tokenizer_folder(policy.about),
+      eos_ids=policy.eos_ids,
+      max_shard_bytes=experiment.config.export.max_shard_bytes,
+    )
+    if policy.adapters:
+      adapter_lib.save_peft(made / "adapter", policy.adapters, _base_name(policy.base))
+    for path in made.rglob("*") if in_bucket else ():
+      if path.is_file():
+        path.copy(folder / path.relative_to(made), overwrite=True)
+
+
+def _base_name(folder: epath.Path) -> str:
+  """What adapter_config.json calls the base model: its name on the Hub, as PEFT takes it, or its folder."""
+  name = model_hub.name_of(folder)
+  return name.removeprefix("hf:").partition("@")[0] if name else os.fspath(folder)
+
+
+def _push(folder: epath.Path, repo: str) -> None:
+  """Uploads an exported policy, unless it is there; pushed.json keeps where it went."""
+  note = folder / "pushed.json"
+  if note.exists() and json.loads(note.read_text())["repo"] == repo:
+    return
+  with tempfile.TemporaryDirectory() as local:
+    source = folder / "policy"
+    if "://" in os.fspath(folder):
+      for path in source.rglob("*"):
+        if path.is_file():
+          target = epath.Path(local) / path.relative_to(source)
+          target.parent.mkdir(parents=True, exist_ok=True)
+          path.copy(target)
+      source = epath.Path(local)
+    commit = model_hub.push(source, repo)
+  write_json(note, {"repo": repo, "commit": commit})
+  logging.info("export: %s is on the Hub as %s, commit %s.", folder / "policy", repo, commit)

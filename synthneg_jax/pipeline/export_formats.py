@@ -7,11 +7,10 @@ tokenised again may come out otherwise. docs/interchange.md shows each form.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-import transformers
 from etils import epath
 
 from synthneg_jax.data.records import Pair, Problem, Shards, StepEstimate, Trace
-from synthneg_jax.data.token_text import TokenText
+from synthneg_jax.decoding.policy import load_token_text
 from synthneg_jax.pipeline import record_io, train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime.errors import UserError
@@ -27,8 +26,7 @@ class _Workdir:
     folder = experiment.workdir / "sft" / "policy"
     if not folder.exists():
       raise UserError(f"{experiment.workdir} has no sft/policy, and so no tokenizer to read its records with.")
-    self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-    self.token_text = TokenText(self.tokenizer)
+    self.tokenizer, self.token_text = load_token_text(folder)
 
   def read(self, folder: str, kind) -> Iterator:
     shards = Shards(self._run.workdir / folder, kind)

@@ -89,7 +89,7 @@ class _Reader:
     self._by_text = {problem.prompt.strip(): problem for problem in self._problems.values()}
     self._prompts, self._next = {}, collections.Counter()
     self._taken = set()
-    self._eos = policy.tokenizer.eos_token_id
+    self._eos_ids = policy.eos_ids
     self.counts = collections.Counter()
 
   def prompt(self, problem: Problem) -> list[int]:
@@ -124,7 +124,7 @@ class _Reader:
     else:
       raise UserError('neither "ids" nor "text" is there')
     self._check_seam(problem, ids)
-    if self._eos in ids[:-1]:
+    if any(eos in ids[:-1] for eos in self._eos_ids):
       raise UserError("EOS stands within the ids; a response ends there")
     room = self._run.config.model.max_length - len(self.prompt(problem))
     if not 0 < len(ids) <= room:
@@ -140,7 +140,7 @@ class _Reader:
     self._taken.add((problem.id, index))
     self.counts["rows"] += 1
     self.counts["without_logps"] += logp is None
-    ended = "eos" if ids[-1] == self._eos else finish if finish != "eos" else "stop"
+    ended = "eos" if ids[-1] in self._eos_ids else finish if finish != "eos" else "stop"
     drawn = drawn if drawn is not None and len(drawn) == len(ids) else []
     return _Response(problem, index, ids, ended, logp, drawn, str(row.get("policy", "elsewhere")))
 
@@ -166,7 +166,7 @@ class _Reader:
 
   def _given(self, row: dict, finish: str, logp) -> tuple[list[int], list[float] | None]:
     """Ids as they are; EOS where the response ended by itself and the server left it out."""
-    ids, size = list(row["ids"]), self._policy.token_text.vocab_size
+    ids, size = list(row["ids"]), min(self._policy.token_text.vocab_size, self._policy.model.config.vocab_size)
     if not all(type(i) is int and 0 <= i < size for i in ids):  # a bool is no id
       raise UserError(f'"ids" must hold whole numbers from 0 to {size - 1}, the vocabulary of this policy')
     if logp is not None and len(logp) != len(ids):
@@ -178,9 +178,9 @@ class _Reader:
     # What would have come of these ids, had they come as text.
     self._compare([i for i in ids if self._policy.token_text.bytes_of(i)], self._encode(text), "reencoded")
     stopped = finish == "eos" or (finish == "stop" and not any(stop in text for stop in self._run.config.engine.stop))
-    if stopped and (not ids or ids[-1] != self._eos):
+    if stopped and (not ids or ids[-1] not in self._eos_ids):
       self.counts["eos_restored"] += 1
-      return [*ids, self._eos], None
+      return [*ids, self._eos_ids[0]], None
     return ids, logp
 
   def _tokenised(self, row: dict, finish: str, logp) -> tuple[list[int], list[float] | None]:
@@ -198,8 +198,8 @@ class _Reader:
       same = self._compare_pieces(drawn, [bytes_of(i) for i in ids], "retokenised")
       self.counts["with_tokens"] += 1
     stopped = finish == "eos" or (finish == "stop" and not any(stop in text for stop in self._run.config.engine.stop))
-    if stopped:
-      ids = [*ids, self._eos]
+    if stopped and (not ids or ids[-1] not in self._eos_ids):
+      ids = [*ids, self._eos_ids[0]]
     if logp is not None and len(logp) != len(ids):
       same = False  # they are of other tokens, or there is none of EOS
     return ids, logp if same is not False else None

@@ -16,8 +16,7 @@ from synthneg_jax.core import selection
 from synthneg_jax.data import prompts, steps
 from synthneg_jax.data.credited_traces import CreditedTraces, by_problem, first_pits, spurious_steps
 from synthneg_jax.data.records import Pair, Shards, Trace
-from synthneg_jax.data.token_text import TokenText
-from synthneg_jax.decoding.policy import load_tokenizer
+from synthneg_jax.decoding.policy import load_token_text
 from synthneg_jax.pipeline import train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import keys
@@ -58,8 +57,7 @@ class Builder:
     self._experiment, self._section = experiment, experiment.config.pairs
     self.problems = experiment.problems("train")
     self.credited = CreditedTraces.load(experiment.workdir, experiment.config.credit.best_of, self.problems)
-    self._tokenizer = load_tokenizer(experiment.workdir / "sft" / "policy")
-    self._token_text = TokenText(self._tokenizer)
+    self._tokenizer, self._token_text = load_token_text(experiment.workdir / "sft" / "policy")
 
   @functools.cache  # noqa: B019  one builder per stage
   def prompt(self, problem_id: str) -> list[int]:

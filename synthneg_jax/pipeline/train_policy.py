@@ -111,7 +111,11 @@ def train(experiment: Experiment, policy: Policy, run: loop.Run) -> tuple[str, d
 
   Returns:
     (fingerprint of the new weights; figures: steps, how full the packed rows are, and the last step's metrics).
+
+  Raises:
+    UserError: an example holds a token id that the model has no row for.
   """
+  run.batches.check_ids(policy.model.config)
   figures = {"steps": run.batches.num_steps, "fill": round(run.batches.packing_efficiency, 3)}
   open_metrics = functools.partial(Metrics, experiment.config, experiment.workdir, run.folder)
   run = dataclasses.replace(run, open_metrics=open_metrics)

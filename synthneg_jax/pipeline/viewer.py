@@ -11,7 +11,7 @@ from synthneg_jax.core import advantages
 from synthneg_jax.data.credited_traces import CreditedTrace, CreditedTraces, first_pits, spurious_steps
 from synthneg_jax.data.records import Pair, Problem, Shards, Trace
 from synthneg_jax.data.token_text import TokenText
-from synthneg_jax.decoding.policy import load_tokenizer, resolve
+from synthneg_jax.decoding.policy import load_token_text, resolve
 from synthneg_jax.pipeline import pair_logprobs
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.report import viewer_page
@@ -34,8 +34,8 @@ def token_text(experiment: Experiment) -> TokenText:
   """
   folder = experiment.workdir / "sft" / "policy"
   if not folder.exists():  # the base model may have been tested first
-    folder = resolve(experiment.config.model.path)
-  return TokenText(load_tokenizer(folder))
+    folder = resolve(experiment.config.model.path, weights=False)
+  return load_token_text(folder)[1]
 
 
 class _Blame(NamedTuple):

@@ -72,9 +72,9 @@ def architecture(config) -> Model:
   """
   c = config.model
   settings = {"dtype": c.dtype, "param_dtype": c.param_dtype, "scan_layers": c.scan_layers, "remat": c.remat}
-  folder = policy.resolve(c.path)
+  folder = policy.resolve(c.path, weights=False)
   if (folder / "config.json").exists():
-    return Model(huggingface.read_config(folder, **settings))
+    return Model(huggingface.read_config(folder, **settings, max_length=c.max_length))
   if folder.name in presets.NAMES:
     return Model(presets.preset(folder.name, **settings))
   raise UserError(f"model.path={c.path} is no folder with a config.json, and no preset ({', '.join(presets.NAMES)}).")

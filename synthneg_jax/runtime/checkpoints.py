@@ -31,22 +31,41 @@ class TrainCheckpoints:
         return metrics["loss"]
 
       kept.append(preservation_policy.BestN(get_metric_fn=loss, reverse=True, n=max_to_keep_best))
-    options = ocp.CheckpointManagerOptions(
+    self._options = ocp.CheckpointManagerOptions(
       create=True,
       best_fn=(lambda metrics: metrics["loss"]) if max_to_keep_best else None,
       best_mode="min",
       preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
     )
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    """The manager of what the folder holds now."""
+    if self._options.best_fn is not None:
+      self._mend_metrics()
     with writing(self._folder):
-      self._manager = ocp.CheckpointManager(
-        self._folder.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+      return ocp.CheckpointManager(
+        self._folder.absolute(), options=self._options, item_handlers=ocp.StandardCheckpointHandler()
       )
+
+  def _mend_metrics(self) -> None:
+    """Has a checkpoint whose loss cannot be read count as the worst; it would keep all others from being opened."""
+    if processes.first() and self._folder.exists():
+      for path in self._folder.glob("*/metrics/metrics"):
+        try:
+          json.loads(path.read_text())
+        except ValueError:
+          logging.warning("The loss in %s cannot be read; the checkpoint counts as the worst.", path)
+          with writing(path):
+            path.write_text(json.dumps({"loss": float("inf")}))
+    processes.barrier()
 
   def restore(self, abstract_state, shardings):
     """The newest state that can be read, laid out by `shardings`; None where there is none.
 
     A checkpoint that cannot be read is passed over for the one before, and said. It stays where it is, for what keeps it
-    from being read may pass; only a state that is saved anew at its step takes its place.
+    from being read may pass; only a state that is saved anew at its step takes its place. Where none can be read, all are
+    moved to the folder's neighbour NAME.unreadable, out of the way of a training that starts anew.
 
     Raises:
       UserError: a checkpoint is whole, but of another model or optimizer.
@@ -64,7 +83,27 @@ class TrainCheckpoints:
         return state
       logging.warning("Checkpoint %s/%d cannot be read (%s); trying the one before.", self._folder, step, problem)
       self._unreadable.add(step)
+    if self._unreadable:
+      self._set_aside()
     return None
+
+  def _set_aside(self) -> None:
+    """Moves all checkpoints out of the folder: beside new ones they would count as the newest, or stand in their way."""
+    self._manager.close()
+    aside = self._folder.parent / f"{self._folder.name}.unreadable"
+    if processes.first():
+      with writing(aside):
+        aside.mkdir(parents=True, exist_ok=True)
+        for step in sorted(self._unreadable):
+          if (aside / str(step)).exists():
+            (aside / str(step)).rmtree()
+          (self._folder / str(step)).rename(aside / str(step))
+    processes.barrier()
+    logging.warning(
+      "No checkpoint of %s can be read; they are kept in %s, and the training starts from step 0.", self._folder, aside
+    )
+    self._unreadable.clear()
+    self._manager = self._open()
 
   def _refuse_other(self, step: int, target) -> None:
     def shapes(tree):
@@ -99,7 +138,8 @@ class TrainCheckpoints:
     """
     with self._said():
       if step in self._unreadable:
-        self._manager.delete(step)
+        if step in self._manager.all_steps():
+          self._manager.delete(step)
         self._unreadable.remove(step)
       self._manager.save(step, args=ocp.args.StandardSave(state), metrics={"loss": loss}, force=True)
 

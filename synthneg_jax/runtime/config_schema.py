@@ -259,15 +259,17 @@ SCHEMA = {
       within=AT_LEAST_0,
     ),
     "test_problems": Leaf(1000, "Problems on which test errors are measured.", unit="problems", within=COUNT),
-    "path": Leaf("", "Folder of both splits, or file to train on; empty: see docs/datasets.md. Tasks from files only."),
-    "test_path": Leaf("", "File or folder of the test problems, such as MATH-500; empty: that of task.path."),
+    "path": Leaf(
+      "", "Folder of both splits, file to train on, or dataset on the Hub (hf:ORG/NAME); empty: see docs/datasets.md."
+    ),
+    "test_path": Leaf("", "The same for the test problems, such as MATH-500; empty: those of task.path."),
     "fields": Leaf(
       "",
       "Names of a row's fields where they are others: problem=query,solution=response; also of answer and id, and dotted.",
       parse=field_map,
     ),
     "decontaminate_against": Leaf(
-      (), "More files or folders of test problems that training problems must not overlap."
+      (), "More files, folders or datasets of test problems that training problems must not overlap."
     ),
     "decontaminate_ngram": Leaf(
       13,
@@ -392,7 +394,8 @@ SCHEMA = {
   "model": {
     "path": Leaf(
       "embedded",
-      "Policy or Hugging Face folder of the base model; embedded, embedded_jobs and embedded_stories come with the package.",
+      "The base model: a policy or Hugging Face folder, a model of the Hub (ORG/NAME[@REVISION]), or one that comes with the "
+      "package (embedded, embedded_jobs, embedded_stories).",
     ),
     "dtype": Leaf("float32", "Type of activations and matrix products.", choices=("float32", "bfloat16")),
     "param_dtype": Leaf("float32", "Type in which parameters are kept.", choices=("float32", "bfloat16")),
@@ -620,6 +623,11 @@ SCHEMA = {
   "export": {
     "max_shard_bytes": Leaf(
       5_000_000_000, "Largest file of exported weights, unless one tensor is larger.", unit="bytes", within=COUNT
+    ),
+    "push_to_hub": _how(
+      "",
+      "ORG/NAME on the Hugging Face Hub that takes the exported policy; of several, ORG/NAME-METHOD takes each. New ones are "
+      "private.",
     ),
   },
   "report": {

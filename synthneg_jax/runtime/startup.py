@@ -74,6 +74,8 @@ def _quiet_logs():
   logging.set_verbosity(logging.INFO)
   # orbax reports every step of a save at INFO, and what its threads raise where it raises it once more; its warnings stay.
   logging.get_absl_handler().addFilter(lambda record: record.levelno == 30 or "orbax" not in record.pathname)
+  # A line for every request to a server.
+  logging.get_absl_handler().addFilter(lambda record: record.levelno > 20 or "httpx" not in record.pathname)
   hook = sys.unraisablehook
 
   def unraisable(about):  # tensorstore tells asyncio of a write that failed when nobody listens any more

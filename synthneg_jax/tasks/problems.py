@@ -69,8 +69,8 @@ def choose(task, seed: int) -> Chosen:
   With task.fresh_problems the training problems after the first task.train_problems are the ones sampled on.
 
   Training problems that overlap a test problem (data/decontamination.py), one of the whole test split and of
-  task.decontaminate_against, are left out before the first task.train_problems are taken; so are, among these, problems
-  whose own solution states another answer than the gold one, unless task.gold_disagreements says keep.
+  task.decontaminate_against, are left out before the first task.train_problems are taken. So are those of which the solution
+  states another answer than the gold one, unless task.gold_disagreements is "keep".
 
   Args:
     task: the config's section.
@@ -161,7 +161,7 @@ def _check_answers(task, rows: Rows) -> None:
 def _grade(task, responses: Sequence[str], golds: Sequence[str]) -> list[answers.Verdict]:
   """Verdicts by the task's rules."""
   rules = {name: value for name, value in task.grading.items() if name != "timeout_s"}
-  rules = answers.Conventions(**rules)
+  rules = answers.Conventions(**rules | {"extraction": "marked"})  # what only the last line says is no disagreement
   return answers.grade_many(responses, golds, kind=task.answers, timeout_s=task.grading.timeout_s, rules=rules)
 
 
@@ -217,7 +217,7 @@ def ordered(rows: Iterable[Row], seed: int) -> list[Row]:
 def _first(
   task, rows: Sequence[Row], split: str, seed: int, note: str, count: int | None = None
 ) -> tuple[list[Problem], list[dict]]:
-  """The first problems of a split, without training problems whose solution states another answer than the gold one.
+  """The first problems of a split; training problems with a gold disagreement do not count.
 
   Args:
     task: the config's section.
@@ -228,7 +228,7 @@ def _first(
     count: how many; None for the config's number.
 
   Returns:
-    (the problems; for each row looked at whose solution is not graded as right, an entry of the report).
+    (the problems; an entry of the report for each row looked at whose solution is not right).
 
   Raises:
     UserError: there are too few.

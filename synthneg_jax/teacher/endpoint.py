@@ -21,7 +21,9 @@ from absl import logging
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.teacher.reply_cache import Prices, Purse, Reply, Request, Store
 
-_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses after which the same request may succeed; not billed
+_AGAIN = {408, 409, 425, 429}  # statuses after which the same request may succeed, as after every 5xx; not billed
+_REFUSED = {400, 413, 422}  # statuses that are about one request and say nothing of others
+_UNFINISHED = ("error", "abort")  # finish reasons of replies that the server gave up
 _FILTERED = ("content_filter", "content_policy_violation")
 _NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError")  # the transport's, by name: not billed
 _LONGEST_BACKOFF_S = 60.0
@@ -39,6 +41,14 @@ class Broken(Exception):
 
 class Exhausted(Exception):
   """No whole reply in all attempts."""
+
+
+class Refused(Exhausted):
+  """The server will not take this very request; `status` is what it answered."""
+
+  def __init__(self, why: str, status: int):
+    super().__init__(why)
+    self.status = status
 
 
 class Filtered(Exception):
@@ -88,6 +98,34 @@ def wait_of(headers, now: float) -> float:
     if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
       waits.append(_duration(headers.get(f"x-ratelimit-reset-{kind}", "")) or 0.0)
   return max(waits)
+
+
+def _words_of(body) -> str:
+  """What a server says in the body of an error: OpenAI's message, FastAPI's detail, or the text itself; "" for nothing."""
+  if isinstance(body, str):
+    return body
+  if isinstance(body, list):
+    return "; ".join(filter(None, map(_words_of, body)))
+  if not isinstance(body, dict):
+    return ""
+  said = next((words for key in ("message", "detail", "error", "msg") if (words := _words_of(body.get(key)))), "")
+  place = ".".join(str(part) for part in body["loc"]) if isinstance(body.get("loc"), list) else ""
+  return f"{place}: {said}" if place and said else said
+
+
+def text_of(content) -> str:
+  """The text of a message's content, which some servers give as a list of parts; parts of other types are passed over."""
+  if isinstance(content, str):
+    return content
+  if isinstance(content, dict):
+    return text_of(content.get("text")) if content.get("type", "text") in ("text", "output_text") else ""
+  return "".join(map(text_of, content)) if isinstance(content, list) else ""
+
+
+def check_finish(reason, text: str) -> None:
+  """Raises Broken for a reply that the server itself gave up."""
+  if reason in _UNFINISHED:
+    raise Broken(f"the server ended the reply with finish_reason {reason!r}", text)
 
 
 def key_of(variable: str) -> str:
@@ -162,13 +200,17 @@ class Endpoint:
         return
 
   def _refuse(self, error) -> None:
-    """Raises UserError for a status that will not go away by asking again."""
-    body = error.body if isinstance(error.body, dict) else {}
-    said = self.scrub(str(body.get("message") or error.message))[:300]
-    if error.status_code == 429 and "insufficient_quota" not in (body.get("code"), body.get("type")):
+    """Raises UserError for a status that will not go away by asking again, Refused for one that is about this request."""
+    body, status = error.body if isinstance(error.body, dict) else {}, error.status_code
+    if status >= 500 or status in _AGAIN - {429}:
       return
-    if error.status_code not in _AGAIN or error.status_code == 429:
-      raise UserError(f"{self._where} answered {error.status_code}: {said}")
+    if status == 429 and "insufficient_quota" not in (body.get("code"), body.get("type")):
+      return
+    said = " ".join(_words_of(error.body).split()) or error.message
+    sentence = f"{self._where} answered {status}: {self.scrub(said)[:300]}"
+    if status in _REFUSED:
+      raise Refused(sentence, status)
+    raise UserError(sentence)
 
   def call(self, send: Callable[[], tuple[object, object]], begin=None, free=None, lose=None):
     """Sends until a whole reply is there.
@@ -179,8 +221,8 @@ class Endpoint:
         (its error and what came).
 
     Raises:
-      UserError: the server refuses for good. Filtered: it refuses this request. Exhausted: no whole reply. And what
-      `begin` raises.
+      UserError: the server refuses for good. Filtered, Refused: it refuses this request. Exhausted: no whole reply. And
+      what `begin` raises.
     """
     last = "stopped"
     for number in range(self._section.attempts):
@@ -281,10 +323,12 @@ class Chat:
       arguments |= {"stream": True, "stream_options": {"include_usage": True}}
     response = self._endpoint.client.chat.completions.with_raw_response.create(**arguments)
     text, finish, usage = _read_stream(response) if self._section.stream else _read_whole(response)
-    counts = (
-      (usage.prompt_tokens, usage.completion_tokens) if usage else (request.most_prompt_tokens, request.max_tokens)
-    )
-    return response.headers, Reply(self._endpoint.scrub(text), finish, *counts, counted=usage is not None)
+    check_finish(finish, text)
+    counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    counted = all(isinstance(count, int) for count in counts)
+    if not counted:
+      counts = [request.most_prompt_tokens, request.max_tokens]
+    return response.headers, Reply(self._endpoint.scrub(text), finish, *counts, counted=counted)
 
   def _ask(self, request: Request) -> Reply:
     most = self._prices.most(request)
@@ -335,7 +379,7 @@ def _read_stream(response) -> tuple[str, str, object]:
     for chunk in response.parse():
       usage = getattr(chunk, "usage", None) or usage
       for choice in getattr(chunk, "choices", None) or ():
-        pieces.append((choice.delta.content if choice.delta else None) or "")
+        pieces.append(text_of(choice.delta.content) if choice.delta else "")
         finish = choice.finish_reason or finish
   except Exception as error:  # whatever transport and parser raise: what came is handed on with it
     raise Broken(str(error), "".join(pieces)) from error
@@ -349,6 +393,6 @@ def _read_whole(response) -> tuple[str, str, object]:
   try:
     completion = response.parse()
     choice = completion.choices[0]
-    return choice.message.content or "", choice.finish_reason or "stop", completion.usage
+    return text_of(choice.message.content), choice.finish_reason or "stop", getattr(completion, "usage", None)
   except Exception as error:  # the parser's; or it is no completion
     raise Broken(f"no completion ({error})", response.text[:2000]) from error

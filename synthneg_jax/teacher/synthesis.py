@@ -13,7 +13,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from synthneg_jax.data import problem_files
-from synthneg_jax.grading import answers
+from synthneg_jax.grading import answers, response_text
 from synthneg_jax.runtime import config_files
 from synthneg_jax.runtime.errors import UserError
 
@@ -71,6 +71,12 @@ class Templates:
     return self.solution.replace("{problem}", problem)
 
 
+def _said(reply: str, raw: bool) -> str:
+  """A reply without its thoughts and the marks of its turn; "" where it never leaves its thought."""
+  said = reply if raw else response_text.answer_text(reply) or ""
+  return said if said == reply else said.strip()
+
+
 def read_problems(reply: str, raw: bool) -> list[str]:
   """The problems between tags, in order; what stands outside of tags is no problem.
 
@@ -78,21 +84,23 @@ def read_problems(reply: str, raw: bool) -> list[str]:
     reply: what the model wrote.
     raw: spaces and the last line's end belong to the problem (the embedded task); else they are trimmed.
   """
-  found = [match.group(1) for match in _PROBLEM.finditer(reply)]
+  found = [match.group(1) for match in _PROBLEM.finditer(_said(reply, raw))]
   return [text if raw else text.strip() for text in found if text.strip()]
 
 
 def read_solution(reply: str, raw: bool, kind: str = "integer") -> tuple[str, str] | None:
   """A reply as (solution in step format, its answer), or None where it states no answer.
 
-  In step format every line is a step and none is blank; what follows the line of the answer is cut. The answer stands alone on
-  the last line behind `####` (integer, and readable by the grader), or in the last \\boxed{} (math).
+  What the model thought before it answered is no part of it. In step format every line is a step and none is blank; what
+  follows the line of the answer is cut. The answer stands alone on the last line behind `####` (integer, and readable by
+  the grader), or in the last \\boxed{} (math).
 
   Args:
     reply: what the model wrote.
     raw: nothing is trimmed (the embedded task).
     kind: as task.answers.
   """
+  reply = _said(reply, raw)
   if kind == "math":
     answer, end = problem_files.last_box(reply), reply.rfind("\\boxed")
     lines = (reply[:end] + reply[end:].partition("\n")[0]).splitlines()

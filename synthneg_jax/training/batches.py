@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training.batch import Example
@@ -129,6 +130,16 @@ class Batches:
   def num_tokens(self, step: int) -> int:
     """Tokens in the batch of a step; padding does not count."""
     return sum(self._examples[i].tree.num_tokens for i in self._steps[step])
+
+  def check_ids(self, config: ModelConfig) -> None:
+    """Refuses token ids that a model has no row for.
+
+    Raises:
+      UserError: names the example and the id.
+    """
+    for example, key in zip(self._examples, self._keys, strict=True):
+      for ids in (example.tree.trunk, *(branch.ids for branch in example.tree.branches)):
+        config.check_ids(ids, f"{key}: its text")
 
   def keys(self, step: int) -> list[str]:
     """Names of the examples of a step."""

@@ -112,6 +112,7 @@ def score(model: Model, params, trees: Sequence[Tree], *, store: Store, packing:
     packing: how trees are packed.
 
   Raises:
+    UserError: a tree holds an id that the model has no row for.
     Stopped: SIGTERM came; what was scored by then is in the store.
   """
   mesh, row_length, chunk = packing
@@ -127,6 +128,9 @@ def score(model: Model, params, trees: Sequence[Tree], *, store: Store, packing:
   if not wanted:
     logging.info("reference: all branches are in the store.")
     return
+  for tree in wanted:
+    for ids in (tree.trunk, *(branch.ids for branch in tree.branches)):
+      model.config.check_ids(ids, "A text to be scored")
   examples = [Example(tree) for tree in wanted]
   rows = batch_lib.assign_rows(examples, row_length)
   per_call = rows_per_call(mesh)

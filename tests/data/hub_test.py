@@ -81,7 +81,11 @@ class Server:
     if commit not in commits:
       return self.send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"})
     if is_api:
-      about = {"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in commits[commit]]}
+      about = {
+        "id": repo,
+        "sha": commit,
+        "siblings": [{"rfilename": name} for name in commits[commit]],
+      }
       return self.send(request, 200, json.dumps(about).encode(), {"Content-Type": "application/json"})
     if repo in self.gated:
       return self.send(request, 403, b"", {"X-Error-Code": "GatedRepo"})

@@ -155,6 +155,8 @@ class ProblemFilesTest(parameterized.TestCase):
     ({"query": "p", "response": "a\nThe answer is: $\\frac12$"}, "p", None, "\\frac12"),
     ({"query": "p", "response": "a $\\boxed{\\frac12}$.\nThe answer is: \\frac{1}{2}"}, "p", None, "\\frac12"),
     ({"query": "p", "response": "a\nThe answer is: 1.5."}, "p", None, "1.5"),
+    ({"query": "p", "response": "The answer is 1.5. So it is."}, "p", None, "1.5"),
+    ({"question": "p", "answer": "First 2.\nSo \\boxed{5}."}, "p", "First 2.\nSo \\boxed{5}.", "5"),
     (  # DAPO and verl
       {
         "data_source": "math_dapo",
@@ -204,7 +206,8 @@ class ProblemFilesTest(parameterized.TestCase):
     mine, plain = read({"q": "p", "gold": {"final": 5}, "n": 3, "answer": "x"}, {"question": "r", "answer": "6"}).rows
     self.assertEqual((mine.problem, mine.answer, mine.id), ("p", "5", "jsonl/train/3"))
     self.assertEqual((plain.problem, plain.answer), ("r", "6"))
-    self._assert_error(lambda: read({"q": "p", "gold": {}}), 'line 1: the field "answer" is missing', "task.fields")
+    self._assert_error(lambda: read({"q": "p", "gold": {}}), 'line 1: the field "gold.final" is missing', "task.fields")
+    self._assert_error(lambda: read({"q": 5, "gold": {"final": 5}}), 'the field "q" must be text in quotes')
 
   # Fails if blank last lines count as rows, or one in the middle does not.
   def test_blank_lines(self):

@@ -12,7 +12,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.grading import answers, grading_pool
-from synthneg_jax.grading.answer_scalars import Conventions
+from synthneg_jax.grading.answer_equality import Conventions
 from synthneg_jax.runtime import errors
 
 pytestmark = pytest.mark.slow  # starts processes

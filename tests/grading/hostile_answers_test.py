@@ -11,7 +11,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.grading import answers
-from synthneg_jax.grading.answer_scalars import Conventions
+from synthneg_jax.grading.answer_equality import Conventions
 from synthneg_jax.grading.verdicts import grade_response
 from tests.grading import hostile_answers
 
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import atheris
 with atheris.instrument_imports(include=["synthneg_jax.grading"]):
-  from synthneg_jax.grading.answer_scalars import Conventions
+  from synthneg_jax.grading.answer_equality import Conventions
   from synthneg_jax.grading.verdicts import grade_response
 RULES = Conventions()
 GOLDS = ("7", "x+1", r"\sqrt{2}", r"\{1,2\}", "[0,1)", "x=8")

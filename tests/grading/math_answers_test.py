@@ -10,7 +10,7 @@ import sympy
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.grading import answer_grammar, verdicts
-from synthneg_jax.grading.answer_scalars import Conventions
+from synthneg_jax.grading.answer_equality import Conventions
 from synthneg_jax.runtime import errors
 
 RULES = Conventions()
@@ -136,7 +136,7 @@ class ExtractionTest(parameterized.TestCase):
     (r"First \boxed{3}, so again \boxed{3}.", "3", "right"), (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{\sqrt2}{2}", "right"),
     (r"\fbox{3}", "3", "right"), (r"\boxed 3", "3", "right"),
     (r"\boxed{a+b = 3}", "3", "right"), (r"\boxed{2x = 3}", "3", "wrong"),
-    (r"\boxed{ \text{The area is } 3}", "3", "unparsable"),
+    (r"\boxed{ \text{The area is } 3}", "3", "right"),
     (r"\boxed{3", "3", "unparsable"), (r"\boxed{}", "3", "no_answer"), ("", "3", "no_answer"), ("   \n ", "3", "no_answer"),
     (r"<think>\boxed{4}</think> \boxed{3}", "3", "right"), (r"\boxed{3}<|im_end|>\boxed{4}", "3", "right"),
     ("#### 3", "3", "right"), ("So.\n#### $\\frac{6}{2}$", "3", "right"),

@@ -5,6 +5,7 @@ import functools
 import itertools
 
 import jax
+import jax.extend.core as jax_core
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -108,7 +109,7 @@ def numpy_logp(config, params, ids):
 
 def products(jaxpr) -> int:
   """Matrix products in a program, those of inner programs once."""
-  inner = lambda eqn: sum(products(part) for part in jax.core.jaxprs_in_params(eqn.params))
+  inner = lambda eqn: sum(products(part) for part in jax_core.jaxprs_in_params(eqn.params))
   return sum((eqn.primitive.name == "dot_general") + inner(eqn) for eqn in jaxpr.eqns)
 
 

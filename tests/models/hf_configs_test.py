@@ -37,6 +37,14 @@ FORMS = (
   ("gemma2", True),
   ("gemma3, linear rope", False),
   ("gemma3, linear rope", True),
+  ("phi3, window", False),
+  ("phi3, longrope, long", True),
+  ("olmo2", False),
+  ("olmo3", True),
+  ("smollm3", False),
+  ("smollm3", True),
+  ("smollm3, windows", True),
+  ("granite", True),
 )
 
 
@@ -87,7 +95,8 @@ class FamiliesTest(parameterized.TestCase):
     # Fails if an option is left out of config.json, if a tensor is written under another name, or bits change.
     model = tiny_families.model(name)
     raw = hf_configs.write(model.config, 64)
-    self.assertEqual(hf_configs.read(raw, "x", **self.how(model)), model.config)
+    how = self.how(model) | {"max_length": tiny_families.LENGTH}
+    self.assertEqual(hf_configs.read(raw, "x", **how), model.config)
     kept = ("model_type", "num_key_value_heads", "max_position_embeddings", "hidden_size")
     self.assertEqual([raw[key] for key in kept], [tiny_families.config_json(name)[key] for key in kept])
     params, layout = (
@@ -101,11 +110,29 @@ class FamiliesTest(parameterized.TestCase):
         jax.tree.map(np.testing.assert_array_equal, loaded, params)
     self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(params)), model.config.num_params)
 
+  @parameterized.parameters("llama, biases", "olmo2", "phi3", "granite")
+  def test_split_over_devices(self, name):
+    # Fails if a bias, a norm over all heads or a part of a fused tensor lies elsewhere than its matrix.
+    model = Model(dataclasses.replace(tiny_families.model(name).config, vocab_size=64))  # a size that divides
+    whole, mesh = tiny_families.params(model), device_mesh.make_mesh(2, 2, 2)
+    layout = device_mesh.shardings(mesh, model.logical_axes())
+    with tempfile.TemporaryDirectory() as folder:
+      huggingface.save(pathlib.Path(folder) / "x", model, whole)
+      split = huggingface.load_params(pathlib.Path(folder) / "x", model, layout)
+    self.assertEqual(jax.tree.map(lambda leaf: leaf.sharding, split), layout)
+    trees = tree_lib.pack([[Tree(tiny_families.ids(name))]] * 4, tiny_families.LENGTH)
+    forward = lambda params, trees: model.logits(params, model.hidden(params, trees)[0])
+    expected = jax.jit(forward)(whole, trees)
+    logits = jax.jit(device_mesh.under(mesh, forward))(split, trees)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
   def how(self, model):
     return {key: getattr(model.config, key) for key in ("dtype", "param_dtype", "scan_layers", "remat")}
 
   @parameterized.parameters(
     ({"qkv_bias": True}, "No llama model has qkv_bias True; transformers would compute with False."),
+    ({"mlp_bias": True, "family": "qwen3", "qk_norm": "head"}, "No qwen3 model has mlp_bias True"),
+    ({"residual_scale": 0.5}, "No llama model has residual_scale 0.5"),
     ({"attention_cap": 3.0}, "No llama model has attention_cap 3.0"),
     ({"family": "gemma2"}, 'hidden_activation "silu" is not supported'),
     ({"family": "qwen2"}, "No qwen2 model has qkv_bias False"),
@@ -159,7 +186,7 @@ class RopeTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       rope.frequencies(8, 1e4, RopeScaling("dynamic", 4.0, 64))[0], rope.frequencies(8, 1e4)[0]
     )
-    with self.assertRaisesRegex(UserError, "rope_scaling 'ntk' is none of linear, llama3, yarn, dynamic."):
+    with self.assertRaisesRegex(UserError, "rope_scaling 'ntk' is none of linear, llama3, yarn, longrope, dynamic."):
       rope.frequencies(8, 1e4, RopeScaling("ntk", 2.0))
 
 

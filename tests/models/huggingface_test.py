@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 import tempfile
 import tracemalloc
 from unittest import mock
@@ -297,7 +298,7 @@ class ExportTest(FolderTest):
       "notes.txt exists already and is not an empty folder.", save, "full/notes.txt", tiny_model.model()
     )
     self.assert_user_error(
-      "bare holds no tokenizer that transformers can read.", save, "x", tiny_model.model(), self.root / "bare"
+      "bare has no tokenizer that transformers can load", save, "x", tiny_model.model(), self.root / "bare"
     )
     self.assert_user_error(
       "a d_model that its num_heads divide, not 18 and 4.", save, "x", tiny_model.model(d_model=18)
@@ -323,18 +324,38 @@ class ConfigTest(FolderTest):
     ({"tie_word_embeddings": True}, {"tie_embeddings": True}),
     ({"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, {}),
     ({"partial_rotary_factor": 1.0, "rope_scaling": {"rope_type": "default"}}, {}),
+    ({"attention_bias": True, "mlp_bias": True}, {"qkv_bias": True, "output_bias": True, "mlp_bias": True}),
+    # Numbers as others write them.
+    ({"hidden_size": "16", "vocab_size": 31.0, "num_hidden_layers": "2.0", "rms_norm_eps": "1e-5"}, {}),
+    ({"rope_theta": "500000", "tie_word_embeddings": "false", "num_attention_heads": "4"}, {"rope_theta": 500000.0}),
+    ({"tie_word_embeddings": "True", "partial_rotary_factor": "1.0"}, {"tie_embeddings": True}),
   )
   def test_reads(self, changes, expected):
     # Fails if a default is not that of LlamaConfig, or if the rotary base of transformers 5 is not found.
     self.assertEqual(self.read(**changes), dataclasses.replace(tiny_model.CONFIG, **expected))
 
   @parameterized.parameters(
-    ({"model_type": "phi3"}, 'model_type "phi3" is not supported, only llama, mistral, qwen2, '),
-    ({"model_type": "gemma3"}, "gemma3_text are; of Gemma 3 only the text models are."),
+    ({"model_type": "gpt2"}, 'model_type "gpt2" is not supported, only llama, mistral, qwen2, '),
+    ({"model_type": "gemma3"}, "text_config is null, not an object."),
+    ({"model_type": "qwen3_5"}, 'model_type "qwen3_5" is not supported: its layers of linear attention'),
+    ({"model_type": "gemma4"}, 'model_type "gemma4" is not supported: its per-layer inputs and the keys and values'),
+    ({"model_type": "qwen3_moe"}, 'model_type "qwen3_moe" is not supported: it is a mixture of experts'),
+    ({"model_type": "newest", "num_experts": 8}, 'model_type "newest" is not supported: it is a mixture of experts'),
+    (
+      {"quantization_config": {"quant_method": "fp8"}},
+      'quantization_config names "fp8"; quantised weights are not supported, take the folder of the model before',
+    ),
+    ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers is not a list of 2 numbers"),
+    (
+      {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]}},
+      "rope_scaling.short_factor is a list of 1, not a list of 2 numbers, one for each rotated pair.",
+    ),
+    (
+      {"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 2.0}},
+      'rope_scaling.type "yarn" is not supported, only default, longrope, su are.',
+    ),
     ({"model_type": "(none)"}, 'model_type "(none)" is not supported, only llama, '),
     ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported, only "silu" is.'),
-    ({"attention_bias": True}, "attention_bias true is not supported, only false is."),
-    ({"mlp_bias": True}, "mlp_bias true is not supported, only false is."),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported, only 1.0 is."),
     (
       {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25}},
@@ -400,6 +421,88 @@ class ConfigTest(FolderTest):
     self.assert_user_error(sentence, huggingface.read_config, self.root, **HOW)
 
 
+class NamesTest(FolderTest):
+  """The same weights under the names that other programs give them."""
+
+  def renamed(self, rename, config=None):
+    """A folder with renamed tensors, as parameters."""
+    model = tiny_model.model(tie_embeddings=True)
+    huggingface.save(self.root / "x", model, make_params(model))
+    path = self.root / "x/model.safetensors"
+    tensors = {rename(name): value for name, value in safetensors.numpy.load_file(path).items()}
+    safetensors.numpy.save_file(tensors | (config or {}), path)
+    return model, huggingface.load_params(self.root / "x", model, shardings(model))
+
+  @parameterized.parameters(
+    lambda name: name.removeprefix("model."),
+    lambda name: f"language_model.{name}",
+    lambda name: name.replace("model.", "model.language_model."),
+    lambda name: name.replace("model.", "language_model."),
+  )
+  def test_with_and_without_prefixes(self, rename):
+    # Fails if a base model's folder, or a text model within a wrapper, is refused.
+    model, loaded = self.renamed(rename, {"vision_tower.patch.weight": np.zeros(3, np.float32)})
+    self.assertEqual(bits(loaded), bits(make_params(model)))
+
+  def test_the_same_twice(self):
+    # Fails if one of two is taken by chance.
+    twice = {"norm.weight": np.zeros(16, np.float32)}
+    self.assert_user_error("the tensors", self.renamed, lambda name: name, twice)
+
+  def test_a_wrapper(self):
+    # Fails if the text model's config is not found, or defaults of Gemma 3's own are missing.
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "sliding_window": 16}
+    raw = {"model_type": "gemma3", "text_config": text | {"model_type": "gemma3_text"}, "vision_config": {}}
+    (self.root / "config.json").write_text(json.dumps(raw))
+    config = huggingface.read_config(self.root, **HOW)
+    self.assertEqual((config.family, config.num_layers, config.tie_embeddings), ("gemma3_text", 3, True))
+    self.assertEqual((config.vocab_size, config.num_heads, config.num_kv_heads, config.head_dim), (262208, 8, 4, 256))
+    self.assertEqual((config.rope_theta, config.windowed_rope_theta), (1e6, 1e4))
+
+
+class TorchFilesTest(FolderTest):
+  def folder(self, dtype="float32", shards=1):
+    """A folder with torch's own files in place of safetensors; needs torch."""
+    torch = pytest.importorskip("torch")
+    model = tiny_model.model(param_dtype=dtype)
+    huggingface.save(self.root / "x", model, make_params(model))
+    with safetensors.safe_open(self.root / "x/model.safetensors", framework="pt") as file:
+      tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    (self.root / "x/model.safetensors").unlink()
+    if shards == 1:
+      torch.save(tensors, self.root / "x/pytorch_model.bin")
+      return model
+    weight_map = {}
+    for shard in range(shards):
+      names = sorted(tensors)[shard::shards]
+      torch.save({name: tensors[name] for name in names}, self.root / f"x/pytorch_model-{shard}.bin")
+      weight_map |= dict.fromkeys(names, f"pytorch_model-{shard}.bin")
+    (self.root / "x/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return model
+
+  @parameterized.parameters(("float32", 1), ("bfloat16", 1), ("float16", 3))
+  def test_weights_in_torchs_format(self, dtype, shards):
+    # Fails if bits change on the way through torch, or a file of several is not read.
+    model = self.folder(dtype, shards)
+    self.assertEqual(bits(huggingface.load_params(self.root / "x", model, shardings(model))), bits(make_params(model)))
+
+  def test_code_in_a_file_is_not_run(self):
+    # Fails if the file is unpickled: whatever it holds would be called.
+    torch = pytest.importorskip("torch")
+    model = self.folder()
+    torch.save({"x": pathlib.PurePosixPath("a")}, self.root / "x/pytorch_model.bin")
+    load = lambda: huggingface.load_params(self.root / "x", model, shardings(model))
+    self.assert_user_error("pytorch_model.bin cannot be read by torch, weights only (", load)
+
+  def test_without_torch(self):
+    # Fails if the user is not told how to go on.
+    (self.root / "pytorch_model.bin").write_bytes(b"")
+    model = tiny_model.model()
+    with mock.patch.dict(sys.modules, {"torch": None}):
+      load = lambda: huggingface.load_params(self.root, model, shardings(model))
+      self.assert_user_error("pytorch_model*.bin, which only torch reads: pip install torch, or convert", load)
+
+
 class LoadErrorsTest(FolderTest):
   def change(self, model, edit):
     """Saves `model`, edits its tensors by name and loads."""
@@ -432,6 +535,18 @@ class LoadErrorsTest(FolderTest):
       lambda t: t.update({"model.norm.weight": np.zeros(16, np.int8)}),
       "model.safetensors: the tensor model.norm.weight has dtype I8, not one of F64, F32, F16, BF16.",
     ),
+    (
+      lambda t: t.update({"model.norm.weight": np.zeros(16, ml_dtypes.float8_e4m3fn)}),
+      "the tensor model.norm.weight has dtype F8_E4M3, not one of F64, F32, F16, BF16 (quantised weights are not supported).",
+    ),
+    (
+      lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale_inv": np.zeros(1, np.float32)}),
+      "weight_scale_inv is of quantised weights (FP8 and the like), which are not supported.",
+    ),
+    (
+      lambda t: t.update({"v_head.summary.weight": np.zeros((1, 16), np.float32)}),
+      "the tensor v_head.summary.weight is of a value head (TRL's AutoModelForCausalLMWithValueHead)",
+    ),
   )
   def test_a_tensor_is_named(self, edit, sentence):
     # Fails if the check of names, shapes or dtypes is lost, or does not name the tensor.
@@ -449,6 +564,8 @@ class LoadErrorsTest(FolderTest):
     load = lambda: huggingface.load_params(folder, model, shardings(model))
     folder.mkdir()
     self.assert_user_error("x holds neither model.safetensors nor model.safetensors.index.json.", load)
+    (folder / "consolidated.safetensors").write_bytes(b"")
+    self.assert_user_error("x holds consolidated.safetensors alone, Mistral's own format", load)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
     self.assert_user_error("model.safetensors.index.json has no weight_map from tensors to files.", load)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')

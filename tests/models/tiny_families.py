@@ -32,6 +32,14 @@ _SIZES = {
 }
 _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 _GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5, "tie_word_embeddings": True}
+_LONGROPE = {
+  "rope_scaling": {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.5],
+    "long_factor": [1.0, 2.5, 7.0],
+  },
+  "partial_rotary_factor": 0.75,
+}
 CASES = {
   "llama": {"model_type": "llama"},
   "llama, many heads, no ties": {"model_type": "llama", "num_key_value_heads": 4, "rms_norm_eps": 1e-6},
@@ -55,6 +63,45 @@ CASES = {
   "qwen2": {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
   "qwen2, windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
   "qwen3": {"model_type": "qwen3", "head_dim": 12, "rope_theta": 1e6},
+  "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+  "qwen3, biases": {"model_type": "qwen3", "head_dim": 12, "attention_bias": True},
+  "phi3": {"model_type": "phi3"},
+  "phi3, window": {"model_type": "phi3", "sliding_window": 5, "partial_rotary_factor": 0.5, "num_key_value_heads": 4},
+  "phi3, longrope": {"model_type": "phi3", **_LONGROPE, "original_max_position_embeddings": 32},
+  "phi3, longrope, long": {"model_type": "phi3", **_LONGROPE, "original_max_position_embeddings": 16},
+  "olmo2": {"model_type": "olmo2"},
+  "olmo3": {
+    "model_type": "olmo3",
+    "num_hidden_layers": 5,
+    "sliding_window": 5,
+    "rope_parameters": {
+      "full_attention": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "rope_theta": 100.0,
+      },
+      "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+    },
+  },
+  "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "tie_word_embeddings": True, "rope_theta": 100.0},
+  "smollm3, windows": {
+    "model_type": "smollm3",
+    "no_rope_layers": [1, 0, 1],
+    "use_sliding_window": True,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "attention_bias": True,
+  },
+  "granite": {
+    "model_type": "granite",
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 1.5,
+    "mlp_bias": True,
+  },
+  "gemma": {"model_type": "gemma", "head_dim": 12, "tie_word_embeddings": True, "hidden_act": "gelu"},
   "gemma2": {"model_type": "gemma2", **_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
   "gemma2, no caps": {
     "model_type": "gemma2",
@@ -90,8 +137,14 @@ def config_json(name: str) -> dict:
 
 
 def model(name: str, **changes) -> Model:
-  """The decoder that config.json asks for."""
-  how = {"dtype": "float32", "param_dtype": "float32", "scan_layers": False, "remat": tiny_model.CONFIG.remat} | changes
+  """The decoder that config.json asks for, for texts of LENGTH tokens."""
+  how = {
+    "max_length": LENGTH,
+    "dtype": "float32",
+    "param_dtype": "float32",
+    "scan_layers": False,
+    "remat": tiny_model.CONFIG.remat,
+  } | changes
   return Model(hf_configs.read(config_json(name), "config.json", **how))
 
 
@@ -108,13 +161,19 @@ def draw(name: str, shape) -> np.ndarray:
 
 def params(of: Model):
   """Parameters of which each layer's are what `draw` gives for its tensors."""
-  names = hf_configs.tensor_names(of.config)
+  places = hf_configs.tensor_places(of.config)
 
   def leaf(path, abstract):
-    name = names[jax.tree_util.keystr(path, simple=True, separator="/")]
-    layer = lambda at: draw(name.format(at), abstract.shape[:0:-1]).T
-    values = np.stack([layer(at) for at in range(abstract.shape[0])]) if "{}" in name else draw(name, abstract.shape)
-    return values.astype(abstract.dtype)
+    place = places[jax.tree_util.keystr(path, simple=True, separator="/")]
+    if "{}" not in place.name:
+      return draw(place.name, abstract.shape).astype(abstract.dtype)
+    own, *others = abstract.shape[:0:-1]
+
+    def layer(at):
+      whole = draw(place.name.format(at), (place.rows or own, *others))
+      return whole[place.start : place.start + own].T
+
+    return np.stack([layer(at) for at in range(abstract.shape[0])]).astype(abstract.dtype)
 
   return jax.tree_util.tree_map_with_path(leaf, of.abstract_params())
 
@@ -124,11 +183,13 @@ def write_folder(name: str, folder: pathlib.Path) -> None:
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps(config_json(name)))
   of = model(name)
-  names, tensors = hf_configs.tensor_names(of.config), {}
+  places, tensors = hf_configs.tensor_places(of.config), {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(of.abstract_params()):
-    tensor = names[jax.tree_util.keystr(path, simple=True, separator="/")]
-    if "{}" in tensor:
-      tensors |= {tensor.format(at): draw(tensor.format(at), leaf.shape[:0:-1]) for at in range(leaf.shape[0])}
+    place = places[jax.tree_util.keystr(path, simple=True, separator="/")]
+    if "{}" in place.name:
+      own, *others = leaf.shape[:0:-1]
+      names = [place.name.format(at) for at in range(leaf.shape[0])]
+      tensors |= {name: draw(name, (place.rows or own, *others)) for name in names}
     else:
-      tensors[tensor] = draw(tensor, leaf.shape)
+      tensors[place.name] = draw(place.name, leaf.shape)
   safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

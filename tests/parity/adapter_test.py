@@ -28,7 +28,7 @@ class PeftTest(parameterized.TestCase):
     self.addCleanup(folder.cleanup)
     self.folder = pathlib.Path(folder.name)
 
-  @parameterized.parameters("llama", "qwen2, windows", "gemma3, linear rope")
+  @parameterized.parameters("llama", "qwen2, windows", "gemma3, linear rope", "phi3", "olmo2")
   def test_peft_computes_what_we_saved(self, name):
     # Fails if PEFT does not find a tensor, counts it with another scale, or merges to other weights than ours.
     tiny_families.write_folder(name, self.folder / "base")
@@ -47,6 +47,35 @@ class PeftTest(parameterized.TestCase):
     self.assertGreater(np.abs(adapted - plain).max(), 0.5)
     np.testing.assert_allclose(adapted, ours, rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(merged, ours, rtol=0, atol=TOLERANCE)
+
+  @parameterized.parameters(
+    (
+      "llama",
+      ["q_proj", "down_proj"],
+      {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 20}},
+    ),
+    ("llama", ["v_proj"], {"use_rslora": True, "layers_to_transform": [1]}),
+    ("phi3", ["qkv_proj", "gate_up_proj", "o_proj"], {}),
+  )
+  def test_we_compute_what_peft_saved(self, name, modules, changes):
+    # Fails if a scale, a rank of its own, a layer or a part of a fused matrix is read wrongly.
+    tiny_families.write_folder(name, self.folder / "base")
+    config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=modules, lora_dropout=0.0, **changes)
+    theirs = peft.get_peft_model(read_by_torch(self.folder / "base"), config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+      for key, value in theirs.named_parameters():
+        if "lora_" in key:
+          value.copy_(0.3 * torch.randn_like(value))
+    theirs.save_pretrained(self.folder / "adapter")
+    model, base = load(self.folder / "base")
+    adapter, params = adapter_lib.load_peft(self.folder / "adapter", model)
+    ids = tiny_families.ids(name)
+    plain = our_logits(model, base, ids)
+    ours, expected = our_logits(model, adapter.merge(base, params), ids), torch_logits(theirs, ids)
+    print(f"| {name}, adapter of PEFT | {np.abs(ours - expected).max():.1e} |")
+    self.assertGreater(np.abs(expected - plain).max(), 0.5)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE)
 
   @parameterized.parameters("llama", "qwen3")
   def test_gradients_are_those_of_peft(self, name):

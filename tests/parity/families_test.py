@@ -3,6 +3,7 @@
 python -m tests.parity.families_test record   writes tests/models/family_logits.json anew
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -18,6 +19,7 @@ from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.decoding.engine import Engine, Trunk
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.models import huggingface
+from synthneg_jax.models.decoder import Model
 from tests import tiny_model
 from tests.models import tiny_families
 from tests.parity.logits_test import TOLERANCE, load, our_logits, torch_logits
@@ -80,13 +82,52 @@ class FamiliesTest(parameterized.TestCase):
     print(f"| {name} | {way_in:.1e} | {way_out:.1e} |")
     self.assertLessEqual(max(way_in, way_out), TOLERANCE)
 
+  def test_gemma_3_with_images(self):
+    # Fails if the text model is not found within the wrapper, or its sizes are not those of Gemma 3's text config.
+    text = tiny_families.config_json("gemma3") | {"initializer_range": 0.3}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+      text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}, image_token_index=60
+    )
+    torch.manual_seed(3)
+    theirs = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    theirs.save_pretrained(self.folder / "theirs")
+    ids = [i % 59 for i in tiny_families.ids("gemma3")]
+    expected = torch_logits(theirs, ids)
+    self.assertGreater(np.ptp(expected), 1.0)
+    model, params = load(self.folder / "theirs")
+    way_in = np.abs(our_logits(model, params, ids) - expected).max()
+    huggingface.save(self.folder / "ours", model, params)
+    out = read_by_torch(self.folder / "ours")
+    self.assertIsInstance(out, transformers.Gemma3ForCausalLM)
+    way_out = np.abs(torch_logits(out, ids) - expected).max()
+    print(f"| gemma3, with images | {way_in:.1e} | {way_out:.1e} |")
+    self.assertLessEqual(max(way_in, way_out), TOLERANCE)
+
+  @parameterized.parameters((12, False), (24, True))
+  def test_longrope_below_and_above_the_original_length(self, length, is_long):
+    # Fails if a run's factors are not those that transformers takes for its longest text.
+    name = "phi3, longrope, long"
+    theirs = self.theirs(name)
+    how = {"dtype": "float32", "param_dtype": "float32", "scan_layers": False, "remat": "none"}
+    config = huggingface.read_config(self.folder / "theirs", **how, max_length=length)
+    self.assertEqual(config.rope_scaling.is_long, is_long)
+    _, params = load(self.folder / "theirs")
+    ids = tiny_families.ids(name)[:length]
+    ours, expected = our_logits(Model(config), params, ids), torch_logits(theirs, ids)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE)
+    other = dataclasses.replace(config, rope_scaling=dataclasses.replace(config.rope_scaling, is_long=not is_long))
+    self.assertGreater(np.abs(our_logits(Model(other), params, ids) - expected).max(), 0.1)
+
   @parameterized.parameters(*tiny_families.CASES)
   def test_recorded_logits_are_torchs(self, name):
     # Fails if what the plain suite holds our decoder against is not what transformers computes.
     recorded = json.loads(tiny_families.RECORDED.read_text())[name]
     np.testing.assert_allclose(recorded_by_torch(name, self.folder / "x"), recorded, rtol=0, atol=2e-5)
 
-  @parameterized.parameters("mistral", "qwen2, windows", "qwen3", "gemma2", "gemma3")
+  @parameterized.parameters(
+    "mistral", "qwen2, windows", "qwen3", "gemma2", "gemma3", "phi3, window", "olmo3", "smollm3", "granite", "gemma"
+  )
   def test_greedy_text_is_that_of_torch(self, name):
     # Fails if a window, a cap or a rotary base is lost on the way through the engine's cache.
     theirs = self.theirs(name)

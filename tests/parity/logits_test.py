@@ -66,7 +66,8 @@ def our_logits(model, params, ids):
 
 
 def load(folder, dtype="float32", scan_layers=False):
-  config = huggingface.read_config(folder, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers, remat="none")
+  how = {"dtype": dtype, "param_dtype": dtype, "scan_layers": scan_layers, "remat": "none"}
+  config = huggingface.read_config(folder, **how, max_length=24)
   model = Model(config)
   return model, huggingface.load_params(
     folder, model, device_mesh.shardings(tiny_model.one_device_mesh(), model.logical_axes())

@@ -19,6 +19,7 @@ from synthneg_jax.data.records import Pair, Problem, Shards, StepEstimate, Trace
 from synthneg_jax.data.token_text import TokenText
 from synthneg_jax.pipeline import credit, export_formats, import_traces, record_io
 from synthneg_jax.runtime.errors import UserError
+from tests import tiny_model
 from tests.pipeline import small_run
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -190,8 +191,14 @@ class ExactnessTest(parameterized.TestCase):
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[("a", "b"), ("Ċ", "b")]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_tokens(["<end>"])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    policy = types.SimpleNamespace(tokenizer=tokenizer, token_text=TokenText(tokenizer))
+    policy = types.SimpleNamespace(
+      tokenizer=tokenizer,
+      token_text=TokenText(tokenizer, (9,)),
+      eos_ids=(0, 9),
+      model=tiny_model.model(vocab_size=10),
+    )
     problems = {"p": Problem("p", "a\n", "", "1", "")}
     experiment = types.SimpleNamespace(config=small_run.config(), problems=lambda split: problems)
     self.reader = import_traces._Reader(experiment, policy, "")
@@ -232,6 +239,19 @@ class ExactnessTest(parameterized.TestCase):
     self.assertEqual((cut.ids, cut.finish, cut.logp), ([6], "length", [-1.0]))
     self.assertEqual((whole.ids, whole.finish, whole.logp), ([6, 0], "eos", None))
     self.assertEqual(self.reader.counts["eos_restored"], 1)
+
+  def test_every_ending_of_the_policy(self):
+    # Fails if only the tokenizer's EOS ends a trace: one that ends its turn otherwise would get another, and lose its
+    # log-probs.
+    for finish in ("eos", "stop"):
+      made = self.read(ids=[6, 9], finish=finish, logps=[-1.0, -2.0])
+      self.assertEqual((made.ids, made.finish, made.logp), ([6, 9], "eos", [-1.0, -2.0]))
+    self.assertEqual(self.read(text="1<end>", finish="stop").ids, [6, 9])
+    self.assertEqual(self.reader.counts["eos_restored"], 0)
+    with self.assertRaisesRegex(UserError, "EOS stands within the ids"):
+      self.read(ids=[6, 9, 6], finish="length")
+    with self.assertRaisesRegex(UserError, '"ids" must hold whole numbers from 0 to 9'):
+      self.read(ids=[10], finish="length")
 
 
 class ExportTest(parameterized.TestCase):

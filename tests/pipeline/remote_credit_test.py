@@ -133,6 +133,17 @@ class RemoteCreditTest(parameterized.TestCase):
     with self.assertRaisesRegex(UserError, "most_likely.*without any"):
       pairs.build(experiment, "shared_prefix")
 
+  def test_a_server_that_refuses_ids(self):
+    # Fails if the run ends there, although the same works as text; or a rollout that the server gave up counts.
+    def complete(body):
+      assert isinstance(body["prompt"], str) and "return_token_ids" not in body
+      return self.model.text_alone(body)
+
+    _, figures, server = self.run_credit(complete, ["detail", "error", "abort"], **{"credit.endpoint.concurrency": 1})
+    self.assertEqual(figures["retokenised"], figures["rollouts"])
+    self.assertLen(server.requests, figures["rollouts"] + 3)
+    self.assertLen([body for body in server.bodies() if isinstance(body["prompt"], list)], 1)
+
   def test_a_schedule(self):
     # Fails if rounds ask for other rollouts than one round does: the first of each prefix must be the same.
     changes = {"credit.schedule": "until_first_zero"}
@@ -157,7 +168,7 @@ class GenerationTest(parameterized.TestCase):
 
     engine = remote.RemoteEngine.__new__(remote.RemoteEngine)
     pieces = {1: "a", 2: "b", 3: "."}
-    engine._eos, engine._stop = 0, list(stop)
+    engine._eos_ids, engine._stop = (0, 9), list(stop)
     engine._encode = lambda text: [{v: k for k, v in pieces.items()}[c] for c in text]
     engine._decode = lambda ids: "".join(pieces.get(i, "") for i in ids)
     return engine._generation(CompletionChoice.model_validate({"index": 0, "logprobs": None} | choice))
@@ -177,6 +188,7 @@ class GenerationTest(parameterized.TestCase):
     ({"text": "a", "finish_reason": "length"}, [], [1], "length"),
     ({"text": "", "finish_reason": "stop", "token_ids": [0]}, [], [0], "eos"),
     ({"text": "ab", "finish_reason": "length", "token_ids": [2, 1]}, [], [2, 1], "length"),
+    ({"text": "a", "finish_reason": "stop", "token_ids": [1, 9]}, [], [1, 9], "eos"),
   )
   def test_how_it_ended(self, choice, stop, ids, finish):
     # Fails if a stop string is taken for EOS, or the length limit.

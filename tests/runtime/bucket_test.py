@@ -8,6 +8,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from synthneg_jax.data import problem_files
 from synthneg_jax.data.records import Problem, Shards
 from synthneg_jax.decoding.policy import EMBEDDED, tokenizer_folder
+from synthneg_jax.models import hf_tokenizers
 from synthneg_jax.runtime import event_files, manifest, metrics
 from synthneg_jax.runtime.errors import UserError
 
@@ -96,13 +97,15 @@ class BucketTest(absltest.TestCase):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text('{"problem": "1 + 1", "answer": "2"}\n')
     self.assertEqual([row.answer for row in problem_files.read(path, "jsonl", "train").rows], ["2"])
+    (self.workdir / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
     for file in epath.Path(EMBEDDED).iterdir():
-      if file.suffix == ".json":
+      if file.suffix == ".json" and file.name != "generation_config.json":
         (self.workdir / file.name).write_bytes(file.read_bytes())
     import transformers
 
     local = tokenizer_folder(self.workdir)
     self.assertNotIn("://", local)
+    self.assertEqual(hf_tokenizers.eos_ids(local, 1), [1, 5])  # a copy without them would end an export at one token
     self.assertGreater(len(transformers.AutoTokenizer.from_pretrained(local)), 10)
 
 

@@ -1,6 +1,8 @@
 """Policies at rest, their fingerprint, and the checkpoints of a training, over meshes."""
 
 import gc
+import pathlib
+import shutil
 import tempfile
 
 import jax
@@ -198,6 +200,46 @@ class TrainCheckpointsTest(FolderTestCase):
         keeper.restore(abstract(other), layout)
     keeper.close()
     self.assertTrue((self.folder / "1").exists())
+
+  @parameterized.product(
+    steps=[(2,), (2, 4), (2, 4, 6)], damage=["emptied", "no arrays", "no metadata", "no metrics"], best=[0, 1]
+  )
+  def test_all_damaged(self, steps, damage, best):
+    # Fails if a training whose checkpoints cannot be read any more cannot start anew, write where they stand, or go on.
+    state = jax.device_put(PARAMS, shardings(1, 1, 1))
+    keeper = checkpoints.TrainCheckpoints(self.folder, keep=2, every_steps=2, max_to_keep_best=best)
+    for step in steps:
+      keeper.save(step, state, loss=1.0 / step)
+    keeper.close()
+    for path in list(self.folder.iterdir()):
+      self.damage(pathlib.Path(path), damage)
+    again = checkpoints.TrainCheckpoints(self.folder, keep=2, every_steps=2, max_to_keep_best=best)
+    restored = again.restore(abstract(PARAMS), shardings(1, 1, 1))
+    self.assertEqual(restored is None, damage != "no metrics")
+    for step in (2, 4, 6, 8) if restored is None else (8,):
+      again.save(step, jax.tree.map(lambda leaf, step=step: leaf * step, state), loss=1.0)
+    again.close()
+    last = checkpoints.TrainCheckpoints(self.folder, keep=2, every_steps=2, max_to_keep_best=best)
+    self.assert_bitwise(last.restore(abstract(PARAMS), shardings(1, 1, 1)), jax.tree.map(lambda leaf: leaf * 8, state))
+    last.close()
+    aside = pathlib.Path(f"{self.folder}.unreadable")
+    self.assertEqual(aside.exists(), restored is None)
+    self.addCleanup(shutil.rmtree, aside, ignore_errors=True)
+
+  def damage(self, path, how):
+    if how == "emptied":
+      shutil.rmtree(path)
+      path.mkdir()
+    for file in list(path.rglob("*")):
+      if not file.is_file():
+        continue
+      is_metrics = "metrics" in str(file.relative_to(path))
+      if (
+        (how == "no arrays" and not is_metrics and not file.name.startswith("_"))
+        or (how == "no metadata" and file.name.startswith("_"))
+        or (how == "no metrics" and is_metrics)
+      ):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
   def test_due(self):
     # Fails if step 5 of every 5 is not due, or if 0 divides.

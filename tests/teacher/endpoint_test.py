@@ -1,5 +1,6 @@
 """The client against a real HTTP server that streams, stalls, rate-limits, sends broken JSON and dies half-way."""
 
+import dataclasses
 import email.utils
 import json
 import os
@@ -60,7 +61,7 @@ class EndpointTest(parameterized.TestCase):
     self.assertEqual((body["temperature"], body["max_tokens"], body["seed"]), (0.7, 100, request.seed))
     self.assertEqual(self.server.requests[0][1]["authorization"], f"Bearer {KEY}")
 
-  @parameterized.product(stream=[True, False], fault=["503", "429:0.05", "stall", "broken_json", "die"])
+  @parameterized.product(stream=[True, False], fault=["503", "520", "524", "429:0.05", "stall", "broken_json", "die"])
   def test_what_goes_wrong_once_is_asked_again(self, stream, fault):
     # Fails if a fault ends the run, or half a reply is taken for a whole one.
     self.server.faults = [fault, fault]
@@ -68,9 +69,12 @@ class EndpointTest(parameterized.TestCase):
     self.assertEqual([reply.text for reply in replies.values()], [TEXT])
     self.assertLen(self.server.requests, 3)
 
-  @parameterized.parameters(("stall_midway", True), ("cut", True), ("no_choices", False))
+  @parameterized.parameters(
+    *(("stall_midway", True), ("cut", True), ("no_choices", False)),
+    *((reason, stream) for reason in ("error", "abort") for stream in (True, False)),
+  )
   def test_half_a_reply_is_none(self, fault, stream):
-    # Fails if a stream that stops within the reply, or a reply without choices, is kept.
+    # Fails if a stream that stops within the reply, a reply without choices, or one that the server gave up, is kept.
     self.server.faults = [fault]
     ((_, reply),) = self.chat(stream=stream).ask(requests(1))
     self.assertEqual((reply.text, len(self.server.requests)), (TEXT, 2))
@@ -120,6 +124,29 @@ class EndpointTest(parameterized.TestCase):
     self.assertLen(self.server.requests, 1)
     self.assertNotIn(KEY, str(caught.exception))
     self.assertIn("quota" if fault == "quota" else fault, str(caught.exception))
+
+  @parameterized.product(stream=[True, False])
+  def test_content_in_parts(self, stream):
+    # Fails if the text of parts is lost, or a part that is no text counts for it.
+    self.server.in_parts = True
+    ((_, reply),) = self.chat(stream=stream).ask(requests(1))
+    self.assertEqual((reply.text, reply.finish), (TEXT, "stop"))
+
+  def test_one_request_that_the_server_will_not_take(self):
+    # Fails if one prompt that is too long, say, ends the run, or is asked about again and again.
+    self.server.faults = ["400"]
+    self.assertLen(list(self.chat(concurrency=1, max_failed=1).ask(requests(4))), 3)
+    self.assertLen(self.server.requests, 4)
+    self.server.faults, kept = ["", "400"], []
+    with self.assertRaisesRegex(UserError, "1 of 4 requests.*answered 400: refused"):
+      kept.extend(self.chat(concurrency=2).ask([dataclasses.replace(one, index=1) for one in requests(4)]))
+    self.assertLen(kept, 3)
+
+  def test_the_servers_own_words(self):
+    # Fails if FastAPI's detail is hidden behind a number.
+    self.server.faults = ["detail"] * 9
+    with self.assertRaisesRegex(UserError, "answered 422: body.prompt: Input should be a valid string"):
+      list(self.chat(concurrency=1).ask(requests(1)))
 
   def test_a_filtered_request_is_a_reply_without_text(self):
     # Fails if one refused prompt stops all others, or is asked about again.

@@ -47,6 +47,8 @@ class ReadTest(parameterized.TestCase):
     )
     self.assertEqual(synthesis.read_problems(reply, raw=True), [" A= 3 ? A=\n", "Two\nlines?"])
     self.assertEqual(synthesis.read_problems(reply, raw=False), ["A= 3 ? A=", "Two\nlines?"])
+    thought = "<think><problem>A draft</problem></think>"
+    self.assertEqual(synthesis.read_problems(thought + reply, raw=False), ["A= 3 ? A=", "Two\nlines?"])
 
   @parameterized.parameters(
     ("Half of 8 is 4.\n\n4 + 1 = 5  \n#### 5\nHope that helps!", ("Half of 8 is 4.\n4 + 1 = 5\n#### 5", "5")),
@@ -55,9 +57,13 @@ class ReadTest(parameterized.TestCase):
     ("#### unsolvable", None),
     ("The answer is 5.", None),
     ("#### 5\nNo, wait.\n#### 6", None),
+    ("<think>\nMaybe 6.\n#### 6\n</think>\n\n2 + 3 = 5\n#### 5<|im_end|>", ("2 + 3 = 5\n#### 5", "5")),
+    ("Maybe 6.\n#### 6\n</think>\n2 + 3 = 5\n#### 5", ("2 + 3 = 5\n#### 5", "5")),
+    ("<think>\nMaybe 6.\n#### 6", None),
   )
   def test_solutions(self, reply, expected):
-    # Fails if steps and lines come apart, chatter after the answer is trained on, or a hedge counts as an answer.
+    # Fails if steps and lines come apart, chatter after the answer or a thought is trained on, or a hedge counts as an
+    # answer.
     self.assertEqual(synthesis.read_solution(reply, raw=False), expected)
 
   @parameterized.parameters(
@@ -67,6 +73,7 @@ class ReadTest(parameterized.TestCase):
     ),
     ("So\n\\[\n\\boxed{7}\n\\]\nDone.", ("So\n\\[\n\\boxed{7}\n\\]", "7")),
     ("So \\boxed{7", None),
+    ("<think>Is it \\boxed{8}?\n</think>So \\boxed{7}", ("So \\boxed{7}", "7")),
     ("It is 7.", None),
   )
   def test_boxed_solutions(self, reply, expected):

@@ -1,6 +1,7 @@
 """Which examples make which batch, and the fields of a batch by hand."""
 
 import collections
+import dataclasses
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -11,6 +12,7 @@ from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training import batches as batches_lib
 from synthneg_jax.training.batch import Example, PairInTree, Shape
 from synthneg_jax.training.batches import Batches, Schedule
+from tests import tiny_model
 
 # 7 tokens: trunk 1 2 3, branches 4 5 | 6 | 7, the last of them unscored; two pairs share the rejected branch.
 A = Example(
@@ -190,6 +192,22 @@ class BuildTest(absltest.TestCase):
     # Fails if a batch without pairs or scored tokens divides by zero.
     batch = batch_lib.build([], Shape(rows=1, length=4, scored=1, pairs=0, branches=0))
     self.assertEqual((float(batch.num_scored), float(batch.num_pairs)), (1.0, 1.0))
+
+
+class IdsTest(absltest.TestCase):
+  def test_ids_beyond_the_embedding(self):
+    # Fails if a training runs on ids that have no row: a lookup clamps them without a word.
+    trees = [Tree([1, 2], (Branch(2, [3]),)), Tree([1, 2], (Branch(2, [3, 31]),))]
+    planned = Batches(
+      [Example(tree) for tree in trees],
+      ["a", "b"],
+      schedule=Schedule(batch_size=1, num_epochs=1),
+      row_length=8,
+      rows_multiple_of=1,
+    )
+    planned.check_ids(dataclasses.replace(tiny_model.CONFIG, vocab_size=32))
+    with self.assertRaisesRegex(UserError, "b: its text holds token id 31.*embedding has 31 rows"):
+      planned.check_ids(tiny_model.CONFIG)
 
 
 if __name__ == "__main__":

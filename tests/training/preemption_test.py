@@ -167,6 +167,23 @@ class PreemptionTest(absltest.TestCase):
     self.assertIn(f"going on from step {newest.name}", done.stderr)
     self.assert_as_whole(workdir)
 
+  def test_no_checkpoint_can_be_read(self):
+    # Fails if the training does not start from step 0 in the same call, or ends in "cannot be written".
+    workdir = scratch() / "all_damaged"
+    shutil.copytree(whole(), workdir)
+    before = kept(workdir)
+    for path in (workdir / "checkpoints").rglob("*"):
+      if path.is_file():
+        path.write_bytes(path.read_bytes()[:3])
+    (workdir / "trained.npz").unlink()
+    done = run(workdir)
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertIn("the training starts from step 0", done.stderr)
+    self.assert_as_whole(workdir)
+    self.assertEqual(kept(workdir), before)
+    aside = workdir / "checkpoints.unreadable"
+    self.assertEqual(sorted(int(path.name) for path in aside.iterdir()), before)
+
 
 if __name__ == "__main__":
   absltest.main()

@@ -7,29 +7,29 @@ import time
 import sympy
 from absl.testing import absltest, parameterized
 
-from synthneg_jax.grading import answer_sympy, answer_values
+from synthneg_jax.grading import answer_numbers
 from synthneg_jax.grading.answer_grammar import parse
-from synthneg_jax.grading.answer_rationals import Undefined, exact
+from synthneg_jax.grading.answer_numbers import Undefined, exact
 from synthneg_jax.grading.answer_tokens import TooLarge
-from synthneg_jax.grading.answer_tree import Node, num
+from synthneg_jax.grading.answer_tree import Node, Operation, number
 
 
 def random_tree(random_: random.Random, depth: int) -> tuple[Node, fractions.Fraction | None]:
   """An expression and its value by Python's own arithmetic; None where it divides by zero."""
   if depth == 0 or random_.random() < 0.2:
     value = fractions.Fraction(random_.randrange(-9, 10), random_.randrange(1, 5))
-    return num(value), value
+    return number(value), value
   op = random_.choice(["add", "mul", "div", "pow"])
   left, a = random_tree(random_, depth - 1)
   if op == "pow":
     power = random_.randrange(-3, 4)
     value = None if a is None or (a == 0 and power < 0) else a**power
-    return Node("pow", (left, num(power))), value
+    return Operation("pow", (left, number(power))), value
   right, b = random_tree(random_, depth - 1)
   value = None
   if a is not None and b is not None and not (op == "div" and b == 0):
     value = {"add": lambda: a + b, "mul": lambda: a * b, "div": lambda: a / b}[op]()
-  return Node(op, (left, right)), value
+  return Operation(op, (left, right)), value
 
 
 class ValuesTest(parameterized.TestCase):
@@ -53,8 +53,8 @@ class ValuesTest(parameterized.TestCase):
     for _ in range(300):
       tree, value = random_tree(random_, 3)
       if value is not None:
-        digits = answer_values.Digits(60)
-        self.assertLess(abs(digits.value(tree) - digits.value(num(value))), 1e-30)
+        digits = answer_numbers.Digits(60)
+        self.assertLess(abs(digits.value(tree) - digits.value(number(value))), 1e-30)
 
   @parameterized.parameters(
     (r"\pi \cdot 10^{-50}", r"2\pi \cdot 10^{-50}"), (r"e^{\pi\sqrt{163}}", "262537412640768744"),
@@ -65,7 +65,7 @@ class ValuesTest(parameterized.TestCase):
   )  # fmt: skip
   def test_near_misses_differ(self, a, b):
     # Fails if too few digits are asked for, or a difference is held against an absolute bound.
-    self.assertFalse(answer_values.equal(parse(a), parse(b)))
+    self.assertFalse(answer_numbers.equal(parse(a), parse(b)))
 
   @parameterized.parameters(
     (r"\sqrt{11+2\sqrt{29}}+\sqrt{16-2\sqrt{29}+2\sqrt{55-10\sqrt{29}}}", r"\sqrt{5}+\sqrt{22+2\sqrt{5}}"),
@@ -78,7 +78,7 @@ class ValuesTest(parameterized.TestCase):
   )  # fmt: skip
   def test_identities_hold(self, a, b):
     # Fails if an identity, exact by the separation bound or to many digits, is not seen.
-    self.assertTrue(answer_values.equal(parse(a), parse(b)))
+    self.assertTrue(answer_numbers.equal(parse(a), parse(b)))
 
   def test_separation_bound_is_a_bound(self):
     # Fails if the bound is larger than what it bounds: random sums of three roots that are not 0.
@@ -88,8 +88,8 @@ class ValuesTest(parameterized.TestCase):
         f"{random_.choice('+-')}{random_.randrange(1, 9)}\\sqrt{{{random_.randrange(2, 99)}}}" for _ in range(3)
       )
       tree = parse(text)
-      above, below, degree = answer_values.separation(tree)
-      digits = answer_values.Digits(200)
+      above, below, degree = answer_numbers.separation(tree)
+      digits = answer_numbers.Digits(200)
       value = digits.value(tree)
       if abs(value) > 1e-150:
         self.assertGreaterEqual(digits.ctx.log(abs(value), 2), -(below + (degree - 1) * above))
@@ -100,7 +100,7 @@ class ValuesTest(parameterized.TestCase):
   def test_what_is_too_large_is_said_at_once(self, text):
     # Fails if a size is not looked at before it is computed.
     with self.assertRaises(TooLarge):
-      answer_values.equal(parse(text), parse(r"\pi"))
+      answer_numbers.equal(parse(text), parse(r"\pi"))
 
 
 class SympyTest(parameterized.TestCase):
@@ -116,10 +116,10 @@ class SympyTest(parameterized.TestCase):
     compared = 0
     for tree in trees:
       try:
-        wanted = answer_values.Digits(30, at).value(tree)
+        wanted = answer_numbers.Digits(30, at).value(tree)
       except (Undefined, TooLarge):
         continue
-      made = answer_sympy.expression(tree).subs(
+      made = answer_numbers.sympy_expression(tree).subs(
         {sympy.Symbol(name, real=True): sympy.Rational(str(v)) for name, v in at.items()}
       )
       self.assertAlmostEqual(complex(made.evalf(20)), complex(wanted), places=12, msg=str(tree))
@@ -134,7 +134,7 @@ class SympyTest(parameterized.TestCase):
   )  # fmt: skip
   def test_both_sides_of_a_turn(self, left, right, same):
     # Fails if expressions pass for equal that differ beyond all points of a fixed choice, or equal ones for different.
-    self.assertEqual(answer_values.equal(parse(left), parse(right)), same)
+    self.assertEqual(answer_numbers.equal(parse(left), parse(right)), same)
 
   @parameterized.parameters(
     "|x^{9999}-2|-|2-x^{9999}|",
@@ -148,7 +148,7 @@ class SympyTest(parameterized.TestCase):
   def test_hard_ones_are_left_alone(self, text):
     # Fails if SymPy is asked to write out a large power, or an error of its own gets out.
     start = time.process_time()
-    self.assertLen(answer_sympy.places(parse(text), {"x": fractions.Fraction(1, 3)}), 0)
+    self.assertLen(answer_numbers.turning_points(parse(text), {"x": fractions.Fraction(1, 3)}), 0)
     self.assertLess(time.process_time() - start, 4.0)
 
 

@@ -1,0 +1,243 @@
+"""The parts of a statement that may be its answer: all of it, or a value within its sentence.
+
+A box or `####` holds an answer and nothing else. In a sentence the answer may stand with asides
+("7, because ..."), after "is", ":" or "=", or as its only formula or number; words beside a number
+may leave it open ("at least 7", "a multiple of 7").
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from synthneg_jax.grading import assertions, statements
+from synthneg_jax.grading.answer_tokens import MAX_CHARS
+from synthneg_jax.grading.statements import Statement
+
+_HOLDS_VALUE = re.compile(r"[0-9$\\]")
+_TEXT = r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*"
+_TEXT_AROUND = re.compile(rf"\s*{_TEXT}\{{([^{{}}]*[0-9][^{{}}]*)\}}[\s.]*")
+_EMPTY_TEXT = re.compile(_TEXT + r"\{\s*\}")
+_ANSWER_LABEL = re.compile(
+  rf"\A\s*(?:{_TEXT}\{{)?\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*[:=]?\s*\}}?\s*[:=]?",
+  re.IGNORECASE,
+)
+_OPTION = re.compile(
+  r"\A\s*(?:the\s+)?(?:option|choice|letter)\s+(?=\(?[A-J]\b)|\A\s*选[:：]?\s*(?=[A-J]\b)", re.IGNORECASE
+)
+_CHINESE_UNITS = "[个元人天只本米岁块件条次年月日]+"
+_TRAILING_CHINESE = re.compile(rf"(?:{_TEXT}\{{\s*{_CHINESE_UNITS}\s*\}}|{_CHINESE_UNITS})[\s。.]*\Z")
+_SPACED_THOUSANDS = re.compile(r"\A\s*[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9 ])")
+_UNIT_LETTER = re.compile(r"(?<=[0-9}])([ \t]+)([msghL])(?=\s*(?:\^|[²³]|[.,]?\s*\Z))")
+_EXPLAINED = re.compile(  # "8 (= 7 + 1)", "7 (B)", "none other than 8"
+  r"\s*\(\s*(?:=|≈|\\approx)[^()]*\)\s*\.?\Z|(?<=[0-9])\s+\([A-J]\)[\s.]*\Z|\A\s*none\s+other\s+than\s+"
+  r"|\A\s*\(?[A-J]\)\s*:\s*(?=[-$\\0-9])"
+)
+_CHOICE_BEFORE = re.compile(rf"\A\s*(?:{_TEXT}\{{)?\s*\(?[A-J]\)[\s:}}]*(?=\S)")
+_CHOICE_BEHIND = re.compile(r"(?<=\S)\s*\([A-J]\)[\s.]*\Z")
+_CONNECTIVE = re.compile(
+  r"\A\s*(?:so|thus|hence|therefore|then|finally|and|we\s+(?:get|have|find|obtain)(?:\s+that)?|giving"
+  r"|which\s+gives)\b[,:]?\s*",
+  re.IGNORECASE,
+)
+_IS = re.compile(
+  r"\b(?:is|are|equals|be|was)\b:?+|\b(?:it|that|this|answer)['’]s\b|[:：]\s|→|=>"
+  r"|(?<![!<>=/])=(?![=/>])|\btotal\s+of\b|\bin\s+total,?(?=\s)|是|有|为"
+)
+# What follows an answer in its sentence and is none of it.
+_ASIDE = re.compile(
+  r"""
+  \s* (?:
+    [,;(]? \s* \b(?: (?:and|but)\s+not | rather\s+than | instead\s+of | because | since
+      | as\s+(?:required|desired|claimed|shown|expected|needed|asked)
+      | (?:attained|achieved|reached|obtained)\b (?!\s*\Z) )\b
+    | [,，]\s*(?: not | as | so | which | after | obtained | with\s+equality | when | where | for | at
+        | [0-9]+\s+of\s+(?:whom|which|them) )\b
+    | (?<=\$)\s+(?: when | where | for | at | if )\b (?!.*\b(?:when|if|otherwise|and|or)\b)
+    | [,，;]?\s*\(? \s*(?: or\s+(?:equivalently|about|approximately|roughly|around|approx\.?)
+        | \(\s*(?:about|approximately|roughly|approx\.?|i\.e\.|that\s+is|=|≈|\\approx) ) (?!\w)
+    | [,，]\s*不是 | ;\s*(?=[^;]*[A-Za-z]{3}[^;]*\s[A-Za-z]{3}) | \s+by\s+[A-Za-z]+\s*[.]?\Z
+    | (?P<loose> [,;]\s*(?:[A-Za-z'’-]++[ .]*+){1,8}\Z | \((?=[^()]*[A-Za-z]{2})[^()]*\)[\s.]*\Z )
+  ) .*\Z
+  """,
+  re.IGNORECASE | re.DOTALL | re.VERBOSE,
+)
+_SUBORDINATE = re.compile(
+  r"\b(?:when|where|if|because|since|for|at|with|attained|achieved|reached)\s*[$\\([]*\Z", re.IGNORECASE
+)
+_ONE_NUMBER = re.compile(
+  r"(?<![A-Za-z0-9.,])-?\$?(?:[1-9][0-9]{0,2}(?>(?:,[0-9]{3})+)|[0-9]++)(?:[.,][0-9]++)?(?:/[0-9]++)?"
+  r"(?![A-Za-z]?[0-9]|[A-Z]|[-+/^])%?"
+)
+_SCALE = (
+  r"(?:hundreds?|thousands?|millions?|billions?|trillions?|dozens?|score|lakhs?|crores?|bn|mn"
+  r"|tenths?|hundredths?|thousandths?|thirds?|quarters?|fifths?)\b"
+)
+# Words that leave open a value, which stands right behind them or right before them.
+_OPEN_BEFORE = re.compile(
+  r"""
+  (?: \b(?: or|nor|not|no|maybe|perhaps|possibly|either|about|approximately|around|nearly|almost
+      |over|under|below|above|least|most|than|between|negative|minus|plus|times|half|up\s+to|guess
+      |(?:different|differs?)\s+from|twice|double|triple|thrice|choose|one\s+of
+      |(?:step|equation|problem|part|case|figure|page|chapter|question|level|grade|number|room)
+      |(?:divided|divisible|dividing|divide|multiplied|multiple|multiplying|multiply)\s+(?:by|of)
+      |(?:correct|rounded|close|nearest|accurate)\s+to|with
+      |(?<!total\s)(?<!price\s)(?<!cost\s)(?<!sum\s)(?<!amount\s)(?<!average\s)(?<!length\s)
+       (?<!area\s)(?<!volume\s)(?<!speed\s)(?<!rate\s)(?<!profit\s)(?<!distance\s)(?<!value\s)
+       (?<!height\s)(?<!weight\s)(?<!perimeter\s)(?<!width\s)(?<!maximum\s)(?<!minimum\s)of )\s+
+    | 至少[是有为]?\s* | 至多[是有为]?\s* | 大于\s* | 小于\s* | 大约\s* | 约\s* | 不到\s* ) \$?\s*\Z
+  """,
+  re.IGNORECASE | re.VERBOSE,
+)
+_OPEN_BEHIND = re.compile(
+  rf"""
+  \s* (?: (?:or|nor|unless|maybe|perhaps|squared|cubed|factorial|half|and\s+a\s+half|more)\b
+    | times\s+(?:as|more|the|[0-9]) | -?{_SCALE} | (?:st|nd|rd|th)\b | [-\s](?:digits?|decimal|significant)\b
+    | (?:k|(?-i:[KMB]))\b | [万亿百千] )
+  """,
+  re.IGNORECASE | re.VERBOSE,
+)
+_MULTIPLE_BEHIND = re.compile(r"\s+(hundred|thousand|million|billion|trillion|dozen|lakh|crore)\b")
+_OPEN_AT_ALL = re.compile(
+  rf"\b(?:or|nor|maybe|perhaps|possibly|either|squared|cubed|guess|negative|half)\b|\b{_SCALE}", re.IGNORECASE
+)
+_CUT_OFF = re.compile(  # a formula or a sum that does not end
+  r"(?<!\\)\$(?=[A-Za-z\\])|\\\([^)]*\Z|\\\[[^\]]*\Z|[-+=/×÷:]\s*\Z|\A\s*step\s+[0-9]+[.:)]?\s*\Z",
+  re.IGNORECASE,
+)
+_BOUND = re.compile(r"\A\s*(?:≥|≤|>|<|\\[gl]eq?\b|at\s+(?:least|most))")
+
+_SMALL_NUMBERS = (
+  "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+  "sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_WORD_VALUES = {word: value for value, word in enumerate(_SMALL_NUMBERS)}
+_WORD_VALUES |= {word: 20 + 10 * index for index, word in enumerate(_TENS)}
+_WORD_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6}
+_NUMBER_WORDS = re.compile(
+  rf"\b(?:{'|'.join([*_WORD_VALUES, 'a(?= hundred)'])})(?:(?:[-\s]|\sand\s)(?:{'|'.join([*_WORD_VALUES, *_WORD_SCALES])}))*\b",
+  re.IGNORECASE,
+)
+
+
+class Part(NamedTuple):
+  """A value within a sentence, or the reason why none is taken."""
+
+  text: str
+  reason: str = ""
+
+
+def cleaned(statement: Statement) -> Statement:
+  """The statement without labels ("Answer:", "option"), units in Chinese and empty text commands."""
+  text = _EMPTY_TEXT.sub(" ", " ".join(statement.text.split()))
+  around = _TEXT_AROUND.fullmatch(text)
+  text = _OPTION.sub("", _ANSWER_LABEL.sub("", around.group(1) if around else text))
+  text = _EXPLAINED.sub("", text)
+  text = _SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
+  text = _UNIT_LETTER.sub(r"\1\\text{\2}", _TRAILING_CHINESE.sub("", text))
+  if statement.source in ("line", "last", "retraction", "heading") and re.search(r"[A-Za-z]\W|\s", text.strip("!. ")):
+    text = re.sub(r"(?<=[0-9])!+\s*\Z", "", text)  # an exclamation, not a factorial
+  elif statement.source in ("line", "heading"):
+    text = re.sub(r"(?<=[0-9])!+\s*\Z", "", text)
+  return statement._replace(text=text)
+
+
+def digits_for_words(text: str) -> str:
+  """Numbers in words as digits: "twenty-one apples" is "21 apples"."""
+
+  def value(match: re.Match) -> str:
+    total = current = 0
+    for word in re.findall("[a-z]+", match.group().lower()):
+      if word in _WORD_SCALES:
+        scale = _WORD_SCALES[word]
+        current = max(current, 1) * scale
+        if scale > 100:
+          total, current = total + current, 0
+      else:
+        current += _WORD_VALUES.get(word, 0)
+    return str(total + current)
+
+  return _NUMBER_WORDS.sub(value, text)
+
+
+def wholes(statement: Statement) -> Iterator[str]:
+  """Texts that may be all of a statement's answer, the best first; none that the sentence denies."""
+  text = statement.text
+  if _BOUND.match(text):
+    return
+  yield text
+  aside = _ASIDE.search(text)
+  trimmed = ""
+  if aside and not _OPEN_AT_ALL.search(aside["loose"] or ""):
+    trimmed = text[: aside.start()]
+  if trimmed.strip() and (_HOLDS_VALUE.search(trimmed) or not _HOLDS_VALUE.search(text)):
+    yield trimmed
+  for pattern in (_CHOICE_BEFORE, _CHOICE_BEHIND, _CONNECTIVE):
+    without = pattern.sub("", text)
+    if without != text and _HOLDS_VALUE.search(without):
+      yield without
+  if not re.search("[0-9]", text):
+    spelled = digits_for_words(text)
+    if spelled != text:
+      yield spelled
+  if statement.source == "marker" or (statement.source == "box" and "\\text" not in text):
+    return
+  if assertions.is_hedged(text):
+    return
+  formulas = [formula.span() for formula in statements.FORMULA.finditer(text)]
+  verbs = [
+    verb
+    for verb in reversed(list(_IS.finditer(text)))
+    if not any(start < verb.start() < end for start, end in formulas)
+  ]
+  totals = [verb for verb in verbs if "total" in verb.group()]
+  inside = [verb for verb in verbs if verb.end() <= len(trimmed)]
+  for verb in (totals + inside + verbs)[:6]:
+    after = (trimmed if verb in inside else text)[verb.end() :]
+    if _OPEN_BEFORE.search(text[: verb.end()] + " "):
+      continue
+    if _HOLDS_VALUE.search(after) and not assertions.is_denied(text, verb.end(), len(text)):
+      yield after.lstrip(" }")
+
+
+def leaves_open(text: str) -> bool:
+  """Whether words of an answer hedge it or change its number: "7 or more", "negative 7"."""
+  return _OPEN_AT_ALL.search(text) is not None
+
+
+def is_cut_off(statement: Statement) -> bool:
+  """Whether an unmarked last line breaks off in a formula or sum, or asks a question."""
+  text = statement.text
+  return text.endswith(("?", "？")) or bool(_CUT_OFF.search(statements.FORMULA.sub("x", text)))
+
+
+def part(statement: Statement) -> Part:
+  """The formula or number of a sentence that may be its answer; several different numbers are none."""
+  text = statement.text[-MAX_CHARS:]
+  formulas = [
+    (match.start(), match.end(), next(filter(None, match.groups()), "")) for match in statements.FORMULA.finditer(text)
+  ]
+  formulas = [found for found in formulas if not re.fullmatch(r"\s*[A-Za-z]*\s*", found[2])]
+  main = [found for found in formulas if not _SUBORDINATE.search(text[: found[0]])]
+  formulas = main or formulas
+  outside = statements.FORMULA.sub(lambda match: " " * len(match.group()), text)
+  outside = outside.replace(r"\$", " $").replace(r"\%", "% ")
+  if formulas:
+    start, end, chosen = formulas[0 if statement.source == "line" else -1]
+  elif re.search(r"[\\^_{}<>≥≤≠|\[\]*`\x00-\x08]", outside):  # no prose: a number may be part of anything
+    return Part("", "unparsable")
+  else:
+    numbers = [(match.start(), match.end(), match.group()) for match in _ONE_NUMBER.finditer(outside)]
+    if not numbers:
+      return Part("", "unparsable")
+    start, end, chosen = numbers[-1]
+    if len({number.strip("$ ") for _, _, number in numbers}) > 1:
+      return Part("", "ambiguous")
+  if assertions.is_denied(text, start, end):
+    return Part("", "no_answer")
+  if multiple := _MULTIPLE_BEHIND.match(outside, end):
+    chosen, end = f"{chosen} {multiple.group(1)}", multiple.end()
+  clause = text[assertions.clause_start(text, start) : start]
+  if _OPEN_BEFORE.search(clause) or _OPEN_BEHIND.match(outside[end:]) or assertions.is_hedged(text):
+    return Part("", "ambiguous")
+  return Part(chosen)

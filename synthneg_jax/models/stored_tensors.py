@@ -1,0 +1,193 @@
+"""The tensors of a Hugging Face folder by their usual names, each read when asked for.
+
+Names differ by who saved them: with and without `model.`, or within the wrapper of a model with
+images. They are brought to those of the text model's own class; a wrapper's vision tensors are
+passed over.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+from etils import epath
+
+from synthneg_jax.runtime.errors import UserError
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_BARE = ("layers.", "embed_tokens.", "norm.")
+_VISION = re.compile(r"(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector)\.")
+_PREFIX = re.compile(r"(?:language_model\.model|model\.language_model|language_model|model)\.")
+
+
+class Tensor(NamedTuple):
+  """One tensor of a folder.
+
+  Attributes:
+    path: of its file.
+    name: in the file.
+    shape: of it.
+    dtype: as safetensors names it.
+    read: a tuple of slices, one for each dimension -> that part, a numpy array.
+  """
+
+  path: epath.Path
+  name: str
+  shape: tuple[int, ...]
+  dtype: str
+  read: Callable[[tuple[slice, ...]], np.ndarray]
+
+
+def read(folder: epath.PathLike) -> dict[str, Tensor]:
+  """The tensors of a folder by the names that `hf_configs.tensor_places` gives them.
+
+  Args:
+    folder: holds model.safetensors, or model.safetensors.index.json and the files that it names; or
+      the same as pytorch_model.bin.
+
+  Raises:
+    UserError: a file is missing or corrupt, is of a format that is not read, or two tensors have
+      the same name.
+  """
+  folder, tensors = epath.Path(folder), {}
+  for tensor in _stored(folder):
+    name = usual_name(tensor.name)
+    if name is None:
+      continue
+    if name in tensors:
+      same = f"{tensors[name].name} and {tensor.name}"
+      raise UserError(f"{tensor.path}: the tensors {same} are the same.")
+    tensors[name] = tensor
+  return tensors
+
+
+def read_adapter(folder: epath.Path) -> list[Tensor]:
+  """The tensors of a PEFT folder: adapter_model.safetensors, or .bin where torch is installed.
+
+  Raises:
+    UserError: neither is there, or it cannot be read.
+  """
+  if (folder / "adapter_model.safetensors").exists():
+    return list(_safetensors(folder, "adapter_model.safetensors"))
+  if (folder / "adapter_model.bin").exists():
+    return list(_torch(folder, "adapter_model.bin"))
+  raise UserError(f"{folder} holds neither adapter_model.safetensors nor adapter_model.bin.")
+
+
+def usual_name(name: str) -> str | None:
+  """A tensor's name in the text model's own class; None for a tensor of a vision part."""
+  if _VISION.match(name):
+    return None
+  if name.startswith("language_model.lm_head."):
+    name = name.removeprefix("language_model.")
+  if name.startswith(_BARE):
+    return f"model.{name}"
+  found = _PREFIX.match(name)
+  return f"model.{name[found.end() :]}" if found else name
+
+
+def has_weights(folder: epath.Path) -> bool:
+  """Whether a folder holds weights in a form that others write; `read` says which it takes."""
+  return any(any(folder.glob(pattern)) for pattern in ("*.safetensors*", "pytorch_model*.bin*"))
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """A JSON object.
+
+  Raises:
+    UserError: the file is missing, no JSON, or holds something else.
+  """
+  try:
+    value = json.loads(path.read_text())
+  except OSError as error:
+    raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+  except ValueError as error:  # of JSON or of UTF-8
+    raise UserError(f"{path} is not valid JSON ({error}).") from error
+  if not isinstance(value, dict):
+    raise UserError(f"{path} does not hold a JSON object.")
+  return value
+
+
+def _stored(folder: epath.Path) -> Iterator[Tensor]:
+  if (folder / _SINGLE).exists() or (folder / _INDEX).exists():
+    yield from _safetensors(folder)
+  elif (folder / _TORCH_SINGLE).exists() or (folder / _TORCH_INDEX).exists():
+    yield from _torch(folder)
+  elif (folder / "consolidated.safetensors").exists():
+    raise UserError(
+      f"{folder} holds consolidated.safetensors alone, Mistral's own format with other names "
+      f"and layouts; take the folder with {_SINGLE}, which the same repository usually holds too."
+    )
+  else:
+    raise UserError(f"{folder} holds neither {_SINGLE} nor {_INDEX}.")
+
+
+def _files(folder: epath.Path, single: str, index: str) -> list[str]:
+  if (folder / single).exists():
+    return [single]
+  weight_map = read_json(folder / index).get("weight_map")
+  files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+  if not all(isinstance(name, str) for name in files):
+    raise UserError(f"{folder / index} has no weight_map from tensors to files.")
+  return sorted(set(files))
+
+
+def _safetensors(folder: epath.Path, single: str = _SINGLE) -> Iterator[Tensor]:
+  for name in _files(folder, single, _INDEX):
+    path = folder / name
+    try:
+      file = safetensors.safe_open(os.fspath(path), framework="np")
+    except (OSError, safetensors.SafetensorError) as error:
+      raise UserError(f"{path} is missing or no safetensors file ({error}).") from error
+    for key in file.keys():  # noqa: SIM118
+      part = file.get_slice(key)
+      yield Tensor(path, key, tuple(part.get_shape()), part.get_dtype(), _reader(file, key))
+
+
+def _reader(file, key: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
+  return lambda cuts: file.get_slice(key)[cuts]
+
+
+_TORCH_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def _torch(folder: epath.Path, single: str = _TORCH_SINGLE) -> Iterator[Tensor]:
+  try:
+    import torch  # never a requirement: safetensors do without
+  except ImportError as error:
+    files = single.replace("model.bin", "model*.bin")
+    raise UserError(
+      f"{folder} holds {files}, which only torch reads: pip install torch, or convert the folder "
+      'where torch is installed: python -c "import transformers; '
+      f"transformers.AutoModelForCausalLM.from_pretrained('{folder}', dtype='auto')"
+      f".save_pretrained('{folder}')\"."
+    ) from error
+  for name in _files(folder, single, _TORCH_INDEX):
+    path = folder / name
+    try:
+      state = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # pickle's, zip's and torch's own have no common class
+      reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+      raise UserError(f"{path} cannot be read by torch, weights only ({reason}).") from error
+    for key, value in state.items():
+      if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        dtype = _TORCH_DTYPES.get(dtype, dtype)
+        yield Tensor(path, key, tuple(value.shape), dtype, _torch_reader(value))
+
+
+def _torch_reader(value) -> Callable[[tuple[slice, ...]], np.ndarray]:
+  def part(cuts):
+    import torch
+
+    cut = value[cuts].detach().contiguous()
+    if cut.dtype == torch.bfloat16:
+      return cut.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return cut.numpy()
+
+  return part
