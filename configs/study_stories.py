@@ -9,8 +9,8 @@ DIR/cells and only what is missing there is made. configs/stories.py tells how t
 were chosen, from SFT on validation problems alone.
 
 Test problems are those from number 10,000 on, which nothing is chosen on. All methods of a size and
-seed share π_sft, its traces and their estimates. Not yet run; the preference losses' settings are not yet chosen on
-validation problems.
+seed share π_sft, its traces and their estimates. Not yet run; the preference losses' settings are
+not yet chosen on validation problems.
 """
 
 import importlib.util
