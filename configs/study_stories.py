@@ -4,11 +4,13 @@
     python launch/study.py --config=configs/study_stories.py --workdir=DIR
     python launch/figure.py --figure=2a,5a,true_pits --config=configs/study_stories.py --workdir=DIR
 
-Every stage of a cell resumes where its workdir is still there. Copy docs/results/stories/cells to DIR/cells and only what is
-missing there is made. configs/stories.py tells how task and SFT recipe were chosen, from SFT on validation problems alone.
+Every stage of a cell resumes where its workdir is still there. Copy docs/results/stories/cells to
+DIR/cells and only what is missing there is made. configs/stories.py tells how task and SFT recipe
+were chosen, from SFT on validation problems alone.
 
-Test problems are those from number 10,000 on, which nothing is chosen on. All methods of a size and seed share π_sft, its
-traces and their estimates.
+Test problems are those from number 10,000 on, which nothing is chosen on. All methods of a size and
+seed share π_sft, its traces and their estimates. Not yet run; the preference losses' settings are
+not yet chosen on validation problems.
 """
 
 import importlib.util

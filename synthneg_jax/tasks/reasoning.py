@@ -1,11 +1,12 @@
 """Problems of reasoning-gym (https://github.com/open-thought/reasoning-gym), any of its datasets.
 
-All problems are items of one dataset with one seed, since neighbouring seeds share items: test problems are the first indices,
-and each seed of a run has a block of indices of its own behind them. Items whose question stands there already are passed over.
+All problems are items of one dataset with one seed, since neighbouring seeds share items: test
+problems are the first indices, and each seed of a run has a block of indices of its own behind
+them. Items whose question stands there already are passed over.
 
-Solutions are those that the dataset writes (gsm_symbolic), a running sum (chain_sum), or the bare answer; they end in
-`#### answer`. Answers that are numbers are graded as those of other tasks; others by the dataset's own `score_answer`, if that
-was read and evaluates no text.
+Solutions are those that the dataset writes (gsm_symbolic), a running sum (chain_sum), or the bare
+answer; they end in `#### answer`. Answers that are numbers are graded as those of other tasks;
+others by the dataset's own `score_answer`, if that was read and evaluates no text.
 """
 
 import dataclasses
@@ -25,22 +26,26 @@ _PASSED_OVER = 20  # items looked at for every one wanted, at most
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _MARK = re.compile(r"^\s*####[ \t]*", re.MULTILINE)
 
-# Scorers of version 0.1.25 that were read: they compare texts, numbers, JSON or tables, evaluate nothing, and give full marks
-# to right answers alone. The datasets of the first list have the base class's comparison of texts.
+# Scorers of version 0.1.25 that were read: they compare texts, numbers, JSON or tables, evaluate
+# nothing, and give full marks to right answers alone. The datasets of the first list have the base
+# class's comparison of texts.
 _COMPARED_AS_TEXT = frozenset(
-  "acre aiw arc_1d base_conversion basic_arithmetic bf binary_alternation caesar_cipher count_bits count_primes "
-  "course_schedule gcd isomorphic_strings largest_island lcm leg_counting letter_counting list_functions mahjong_puzzle "
-  "maze modulo_grid number_filtering number_sequence ransom_note rotate_matrix rotten_oranges simple_equations "
-  "simple_geometry string_manipulation string_splitting string_synthesis syllogism word_sequence_reversal".split()
+  "acre aiw arc_1d base_conversion basic_arithmetic bf binary_alternation caesar_cipher "
+  "count_bits count_primes course_schedule gcd isomorphic_strings largest_island lcm "
+  "leg_counting letter_counting list_functions mahjong_puzzle maze modulo_grid "
+  "number_filtering number_sequence ransom_note rotate_matrix rotten_oranges simple_equations "
+  "simple_geometry string_manipulation string_splitting string_synthesis syllogism "
+  "word_sequence_reversal".split()
 )
 REVIEWED = _COMPARED_AS_TEXT | frozenset(
-  "ab circuit_logic color_cube_rotation dice family_relationships group_anagrams knights_knaves needle_haystack "
-  "palindrome_generation palindrome_partitioning path_star self_reference shortest_path spell_backward time_intervals "
-  "word_sorting zebra_puzzles".split()
+  "ab circuit_logic color_cube_rotation dice family_relationships group_anagrams "
+  "knights_knaves needle_haystack palindrome_generation palindrome_partitioning path_star "
+  "self_reference shortest_path spell_backward time_intervals word_sorting zebra_puzzles".split()
 )
 _EVALUATING = (
-  "binary_matrix bitwise_arithmetic codeio countdown intermediate_integration n_queens number_sorting "
-  "polynomial_multiplication propositional_logic puzzle24 simple_integration spiral_matrix string_insertion".split()
+  "binary_matrix bitwise_arithmetic codeio countdown intermediate_integration n_queens "
+  "number_sorting polynomial_multiplication propositional_logic puzzle24 simple_integration "
+  "spiral_matrix string_insertion".split()
 )
 REFUSED = {
   **dict.fromkeys(_EVALUATING, "its scorer may evaluate the answer's text as code or as an expression"),
@@ -62,7 +67,8 @@ def _registered(name: str) -> tuple[type, type]:
     raise UserError("task.name=reasoning_gym needs: pip install 'synthneg_jax[reasoning]'.") from None
   if name not in DATASETS:
     near = difflib.get_close_matches(name, DATASETS, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(DATASETS))}."
+    names = ", ".join(sorted(DATASETS))
+    hint = f"did you mean {' or '.join(near)}?" if near else f"it has {names}."
     raise UserError(f"task.reasoning_gym.dataset={name!r}: reasoning-gym has no such dataset; {hint}")
   return DATASETS[name]
 
@@ -109,7 +115,7 @@ def _solution(name: str, item: dict) -> str:
 
 
 def _dataset_with(task, index: int):
-  """The task's dataset, large enough for an index; of few sizes, since a dataset may be slow to make."""
+  """The task's dataset, large enough for an index; of few sizes, since some are slow to make."""
   section = task.reasoning_gym
   return dataset(section.dataset, section.params, -(-(index + 1) // _BLOCK) * _BLOCK)
 
@@ -124,10 +130,13 @@ def _problem(task, split: str, index: int) -> Problem:
 
 
 def load(task, seed: int, split: str, count: int) -> list[Problem]:
-  """The first `count` problems of a split with different questions; test problems are the same whatever the seed.
+  """The first `count` problems of a split with different questions.
+
+  Test problems are the same whatever the seed.
 
   Raises:
-    UserError: a dataset, parameter or scorer that cannot be used, too large a seed, or too few different questions.
+    UserError: a dataset, parameter or scorer that cannot be used, too large a seed, or too few
+      different questions.
   """
   if seed > _LARGEST_SEED:
     raise UserError(f"seed={seed}: task.name=reasoning_gym has problems for seeds up to {_LARGEST_SEED}.")
@@ -144,8 +153,8 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
     if len(found) == count:
       return list(found.values())
   raise UserError(
-    f"task.reasoning_gym.dataset={task.reasoning_gym.dataset} has {len(found)} different questions with these parameters; "
-    f"{count} {split} problems are asked for."
+    f"task.reasoning_gym.dataset={task.reasoning_gym.dataset} has {len(found)} different questions "
+    f"with these parameters; {count} {split} problems are asked for."
   )
 
 
@@ -158,9 +167,10 @@ def _check_answer(task, answer: str) -> None:
   name = task.reasoning_gym.dataset
   if task.verifier or name in REVIEWED or is_number(answer):
     return
+  reason = REFUSED.get(name, "its scorer was not reviewed")
   raise UserError(
-    f"task.reasoning_gym.dataset={name}: {REFUSED.get(name, 'its scorer was not reviewed')}, and answers such as "
-    f"{answer[:60]!r} are no numbers; bring a verifier by task.verifier=module:function."
+    f"task.reasoning_gym.dataset={name}: {reason}, and answers such as {answer[:60]!r} are no "
+    "numbers; bring a verifier by task.verifier=module:function."
   )
 
 
@@ -176,7 +186,10 @@ def stated(response: str) -> str | None:
 
 
 def score(task, problem: Problem, answer: str) -> float:
-  """What the dataset's own scorer says of an answer, from 0 to 1; 0 where it fails. For datasets of `REVIEWED` only."""
+  """What the dataset's own scorer says of an answer, from 0 to 1; 0 where it fails.
+
+  For datasets of `REVIEWED` only.
+  """
   index = int(problem.id.rpartition("/")[2])
   of_index = _dataset_with(task, index)
   assert task.reasoning_gym.dataset in REVIEWED

@@ -3,16 +3,18 @@
     Kim has 12 more marbles than Ben. Ann has twice as many marbles as Kim. Ben has 7 marbles.
     Max has 15 marbles. How many marbles do Ann and Ben have together?
 
-Sentences stand in any order, and some people do not matter for the question. A solution derives one quantity per line from
-a quantity that is known by then, adds up the two that are asked for, and ends like GSM8K's:
+Sentences stand in any order, and some people do not matter for the question. A solution derives one
+quantity per line from a quantity that is known by then, adds up the two that are asked for, and
+ends like GSM8K's:
 
     Kim has Ben's 7 + 12 = 19 marbles.
     Ann has Kim's 19 * 2 = 38 marbles.
     Together Ann and Ben have 38 + 7 = 45 marbles.
     #### 45
 
-The teacher derives what the question rests on, in a random order that is possible, and nothing else. `judge_step` says
-of every line whether it is legal and whether its numbers are right; these verdicts serve the diagnosis, never the training.
+The teacher derives what the question rests on, in a random order that is possible, and nothing
+else. `judge_step` says of every line whether it is legal and whether its numbers are right; these
+verdicts serve the diagnosis, never the training.
 """
 
 import dataclasses
@@ -53,7 +55,9 @@ class Relation:
   def apply(self, value: int) -> int:
     """The quantity, where the base has `value`; a value that cannot be halved is rounded down."""
     number = self.number
-    return {"+": value + number, "-": value - number, "*": value * number, "/": value // number}[self.operator]
+    if self.operator in "+-":
+      return value + number if self.operator == "+" else value - number
+    return value * number if self.operator == "*" else value // number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,8 @@ class Story:
       return f"{name} has {quantity} {self.item}."
     base, operator, number = dataclasses.astuple(quantity)
     if operator in "+-":
-      return f"{name} has {number} {'more' if operator == '+' else 'fewer'} {self.item} than {base}."
+      more = "more" if operator == "+" else "fewer"
+      return f"{name} has {number} {more} {self.item} than {base}."
     return f"{name} has {_RATIOS[operator, number]} as many {self.item} as {base}."
 
   @property
@@ -108,14 +113,15 @@ class Story:
 
   @property
   def derivations(self) -> list[str]:
-    """The people that the answer rests on and whose quantities are not stated, in the order of the sentences."""
-    return [name for name, quantity in self.quantities.items() if name in self.needed and not isinstance(quantity, int)]
+    """Those of `needed` whose quantities are not stated, in the order of the sentences."""
+    needed = self.needed
+    return [name for name, quantity in self.quantities.items() if name in needed and isinstance(quantity, Relation)]
 
   def derivation(self, name: str) -> str:
     """The right step that derives what a person has, without its newline."""
     relation = self.quantities[name]
-    equation = f"{self.value(relation.base)} {relation.operator} {relation.number} = {self.value(name)}"
-    return f"{name} has {relation.base}'s {equation} {self.item}."
+    change = f"{self.value(relation.base)} {relation.operator} {relation.number}"
+    return f"{name} has {relation.base}'s {change} = {self.value(name)} {self.item}."
 
   @property
   def sum(self) -> str:
@@ -128,8 +134,8 @@ class Story:
 def make_story(rng: np.random.Generator, section) -> Story:
   """Draws a story of the config's section task.stories.
 
-  The number of derivations is uniform between the section's bounds; stories are drawn until one has it and no more people
-  who do not matter than allowed.
+  The number of derivations is uniform between the section's bounds; stories are drawn until one has
+  it and no more people who do not matter than allowed.
 
   Raises:
     UserError: no story has what the section asks for.
@@ -152,16 +158,18 @@ def make_story(rng: np.random.Generator, section) -> Story:
     if len(story.derivations) == wanted and count - len(story.needed) <= section.max_distractors:
       return story
   raise UserError(
-    f"task.stories: none of {_ATTEMPTS} drawn stories has {wanted} derivations and at most {section.max_distractors} "
-    "people who do not matter; allow more people, or more who do not matter."
+    f"task.stories: none of {_ATTEMPTS} drawn stories has {wanted} derivations and at most "
+    f"{section.max_distractors} people who do not matter; allow more people, or more who do not matter."
   )
 
 
 def _draw_relation(rng: np.random.Generator, base: str, value: int, largest: int) -> Relation:
-  """A relation to a base with this value, by which a person has 1..largest; about half are sums and differences."""
-  differences = [("+", min(LARGEST_DIFFERENCE, largest - value)), ("-", min(LARGEST_DIFFERENCE, value - 1))]
-  differences = [(operator, most) for operator, most in differences if most >= 2]
-  ratios = [("*", number) for number in _MULTIPLES if value * number <= largest] + [("/", 2)] * (value % 2 == 0)
+  """A relation to a base of this value that gives 1..largest; half are sums and differences."""
+  room = {"+": largest - value, "-": value - 1}
+  differences = [(sign, min(LARGEST_DIFFERENCE, most)) for sign, most in room.items() if most >= 2]
+  ratios = [("*", number) for number in _MULTIPLES if value * number <= largest]
+  if value % 2 == 0:
+    ratios.append(("/", 2))
   if not ratios or (differences and rng.random() < 0.5):
     operator, most = differences[rng.integers(len(differences))]
     return Relation(base, operator, int(rng.integers(2, most + 1)))
@@ -170,13 +178,12 @@ def _draw_relation(rng: np.random.Generator, base: str, value: int, largest: int
 
 def _ready(story: Story, names: Sequence[str], known: set[str]) -> list[str]:
   """Those of the people whose base is stated or known."""
-  return [
-    name for name in names if (base := story.quantities[name].base) in known or isinstance(story.quantities[base], int)
-  ]
+  available = known | {name for name, quantity in story.quantities.items() if isinstance(quantity, int)}
+  return [name for name in names if story.quantities[name].base in available]
 
 
 def teach(rng: np.random.Generator, story: Story) -> str:
-  """The teacher's solution: what is needed, each next derivation drawn among those that are possible."""
+  """The teacher's solution: each next derivation is drawn among those needed that are possible."""
   rest, lines = story.derivations, []
   known: set[str] = set()
   while rest:
@@ -235,9 +242,11 @@ class Step(NamedTuple):
 
   Attributes:
     kind: "derivation" (from somebody's quantity or a bare number), "sum", "answer" or "malformed".
-    legal: it follows from the problem and the steps before: a derivation is by the person's own relation, from a quantity
-      that is stated or was derived; a sum is of the two people asked for, both known; an answer repeats the sum.
-    value_right: its numbers are right: what it says that somebody has, or that both have, is so, and its equation holds.
+    legal: it follows from the problem and the steps before: a derivation is by the person's own
+      relation, from a quantity that is stated or was derived; a sum is of the two people asked for,
+      both known; an answer repeats the sum.
+    value_right: its numbers are right: what it says that somebody has, or that both have, is so,
+    and its equation holds.
     person: whose quantity a derivation states; "" for other steps.
   """
 
@@ -267,8 +276,8 @@ def judge_step(story: Story, known: set[str], line: str) -> Step:
     written = Relation(base or "", match[4], int(match[5]))
     divides_by_0 = written.operator == "/" and written.number == 0
     holds = not divides_by_0 and written.apply(int(match[3])) == int(match[6])
-    legal = isinstance(relation, Relation) and line == story.derivation(name) and is_known(relation.base)
-    return Step("derivation", legal, number_right and holds, name)
+    legal = isinstance(relation, Relation) and is_known(relation.base)
+    return Step("derivation", legal and line == story.derivation(name), number_right and holds, name)
   if match := _SUM.fullmatch(line):
     asked = set(match.groups()[:2]) == set(story.asked)
     first, second, total = (int(match[group]) for group in (3, 5, 6))
@@ -282,16 +291,17 @@ def judge_step(story: Story, known: set[str], line: str) -> Step:
 
 
 def true_pit(story: Story, lines: Sequence[str]) -> int:
-  """The first step after which a consistent solution cannot come out right any more, from 0; -1 if there is none.
+  """The first step after which a consistent solution cannot come out right, from 0; -1 for none.
 
-  That is the first that states a wrong quantity of somebody the answer rests on, a wrong sum or a wrong answer, or is
-  malformed. A wrong quantity of somebody who does not matter is no pit, nor is a right number whose derivation was left out.
+  That is the first that states a wrong quantity of somebody the answer rests on, a wrong sum or a
+  wrong answer, or is malformed. A wrong quantity of somebody who does not matter is no pit, nor is
+  a right number whose derivation was left out.
   """
   known: set[str] = set()
   for number, line in enumerate(lines):
     step = judge_step(story, known, line)
-    matters = step.kind != "derivation" or step.person in story.needed or step.person not in story.quantities
-    if matters and not step.value_right:
+    needless = step.person in story.quantities and step.person not in story.needed
+    if not step.value_right and not needless:
       return number
     known.add(step.person)
   return -1
@@ -303,13 +313,19 @@ def is_open(story: Story, lines: Sequence[str]) -> bool:
 
 
 def build_tokenizer() -> tokenizers.Tokenizer:
-  """Words with the space before them, digits one by one, and marks; for base models of this task alone. Text round-trips."""
-  words = [PAD, EOS, "\n", " ", ".", "?", ":", "'", "s", " +", " -", " *", " /", " =", "####", "Question", "Answer"]
+  """Words with the space before them, digits one by one, and marks, for base models of this task.
+
+  Text round-trips.
+  """
+  words = [PAD, EOS, "\n", " ", ".", "?", ":", "'", "s", " +", " -", " *", " /", " =", "####"]
+  words += ["Question", "Answer"]
   words += [str(digit) for digit in range(10)] + [" ####"]
-  words += [f"{space}{name}" for space in ("", " ") for name in NAMES] + [f" {item}" for item in ITEMS]
+  words += [f"{space}{name}" for space in ("", " ") for name in NAMES]
+  words += [f" {item}" for item in ITEMS]
   plain = "has have more fewer than as many twice times half do and together"
   words += [f" {word}" for word in plain.split()] + ["How", " How", "Together", " Together"]
-  tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
+  vocabulary = {word: i for i, word in enumerate(words)}
+  tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
   split = Regex(r"\n| ?[A-Za-z]+| ?[-+*/=]| ?#+|\d| |[^\s\w]")
   tokenizer.pre_tokenizer = pre_tokenizers.Split(split, behavior="isolated")
   tokenizer.decoder = decoders.Fuse()
@@ -328,10 +344,11 @@ def check(task) -> None:
   derivations = 0 <= s.min_derivations <= s.max_derivations < s.max_people
   if not (people and derivations and s.min_people - s.max_derivations - 2 <= s.max_distractors):
     raise UserError(
-      f"task.stories.min_people={s.min_people}, task.stories.max_people={s.max_people}, task.stories.min_derivations="
-      f"{s.min_derivations}, task.stories.max_derivations={s.max_derivations}, task.stories.max_distractors="
-      f"{s.max_distractors}: 2 <= min_people <= max_people <= {len(NAMES)}, min_derivations <= max_derivations < max_people, "
-      "and at least min_people - max_derivations - 2 distractors."
+      f"task.stories.min_people={s.min_people}, task.stories.max_people={s.max_people}, "
+      f"task.stories.min_derivations={s.min_derivations}, task.stories.max_derivations={s.max_derivations}, "
+      f"task.stories.max_distractors={s.max_distractors}: there must be 2 <= min_people <= max_people <= "
+      f"{len(NAMES)}, min_derivations <= max_derivations < max_people, and max_distractors of at least "
+      "min_people - max_derivations - 2."
     )
 
 
@@ -342,7 +359,7 @@ def draw(rng: np.random.Generator, task) -> tuple[str, str, str]:
 
 
 def document(rng: np.random.Generator, task, section) -> tuple[str, str, str]:
-  """What a base model of this task alone reads: derivations without a plan, or a short problem solved by the teacher."""
+  """What a base model of this task reads: derivations without a plan, or a short problem solved."""
   wandering = rng.random() < section.random_step_fraction
   stories = task.stories.copy_and_resolve_references()
   stories.min_derivations = 1

@@ -1,4 +1,4 @@
-"""Verdicts that are not the project's own grader's: by a function that a user brings, or by reasoning-gym's scorers."""
+"""Verdicts that are not the grader's: by a function of the user's, or by reasoning-gym's scorers."""
 
 import functools
 import importlib

@@ -1,4 +1,4 @@
-"""Three datasets of reasoning-gym through the stages at toy size: worked solutions, a scripted teacher, its scorer."""
+"""Datasets of reasoning-gym through the stages at toy size, with worked, scripted and bare solutions."""
 
 import collections
 import pathlib

@@ -5,6 +5,7 @@ import re
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from synthneg_jax.data import prompts
 from synthneg_jax.grading import answers
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
@@ -173,6 +174,14 @@ class StoriesTest(parameterized.TestCase):
     for prose in (PROMPT.replace("more", "less"), PROMPT + " Why?", "How many marbles do Ann and Ben have together?!"):
       with self.assertRaisesRegex(ValueError, "tells no story"):
         stories.read(prose)
+
+  def test_the_toy_base_model_reads_plain_prompts(self):
+    # Fails if a word of the prompt's form has no token of its own.
+    tokenizer = stories.build_tokenizer()
+    for story in drawn(40):
+      ids = tokenizer.encode(prompts.plain_text(story.prompt)).ids
+      self.assertNotIn(tokenizer.token_to_id(stories.PAD), ids)
+      self.assertEqual(tokenizer.decode(ids), prompts.plain_text(story.prompt))
 
   def test_settings_that_no_story_has_are_refused(self):
     # Fails if numbers of people go through for which drawing would never end.
