@@ -238,9 +238,7 @@ class Study:
     defaults = config_schema.plain(config_schema.default(), ("seed", "task", *sections))
     # Defaults are left out: a leaf that a later version adds leaves published cells valid.
     plain = {
-      leaf: value
-      for leaf, value in leaves.items()
-      if config_schema.changes_results(leaf) and value != defaults[leaf]
+      leaf: value for leaf, value in leaves.items() if config_schema.changes_results(leaf) and value != defaults[leaf]
     }
     key = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
     path = self.folder / "cells" / f"{name}.json"
