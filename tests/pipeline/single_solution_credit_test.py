@@ -30,6 +30,25 @@ class OneTextTest(absltest.TestCase):
       self.experiment, self.policy, self.problem.prompt, text, self.problem.answer, num_rollouts=ROLLOUTS
     )
 
+  def test_cut_responses(self):
+    # Fails if a response that was cut is read by its last line, or one that answered before that is not.
+    gold = self.problem.answer
+    cases = (
+      (f"#### {gold}\n x", "length", "right"),
+      (f" x\n#### {gold}", "length", "truncated"),
+      (f"#### {gold}", "eos", "right"),
+      (f" {gold}", "eos", "no_answer"),  # generated tasks answer behind ####
+      (f"<think> #### {gold}\n x", "length", "truncated"),
+    )
+    graded = traces.verdicts(
+      self.experiment,
+      self.policy,
+      [text for text, _, _ in cases],
+      [self.problem] * len(cases),
+      [finish for _, finish, _ in cases],
+    )
+    self.assertEqual([verdict.reason for verdict in graded], [reason for _, _, reason in cases])
+
   def test_counts_are_those_of_the_rollouts(self):
     # Fails if a rollout is counted for another step than the one it continues, or none is ever right.
     lines = self.problem.solution.splitlines(keepends=True)
