@@ -48,22 +48,30 @@ class Node:
 
 @_node
 class Number(Node):
+  """A rational number."""
+
   value: fractions.Fraction
 
 
 @_node
 class Symbol(Node):
+  """An unknown, or one of CONSTANTS."""
+
   name: str
 
 
 @_node
 class Operation(Node):
+  """Arithmetic, a root or a function of operands."""
+
   op: str
   operands: tuple[Node, ...]
 
 
 @_node
 class PlusMinus(Node):
+  """Two values, left ± right or left ∓ right."""
+
   upper: str
   left: Node
   right: Node
@@ -71,12 +79,16 @@ class PlusMinus(Node):
 
 @_node
 class Based(Node):
+  """A numeral in a base other than ten."""
+
   digits: str
   base: int
 
 
 @_node
 class Ratio(Node):
+  """a : b, or more parts."""
+
   parts: tuple[Node, ...]
 
 
@@ -87,18 +99,24 @@ class Clock(Ratio):
 
 @_node
 class Quantity(Node):
+  """A value with its unit."""
+
   value: Node
   unit: Unit
 
 
 @_node
 class Modular(Node):
+  """A value modulo another."""
+
   value: Node
   modulus: Node
 
 
 @_node
 class Bracket(Node):
+  """A tuple or an interval."""
+
   opener: str
   items: tuple[Node, ...]
   closer: str
@@ -106,17 +124,23 @@ class Bracket(Node):
 
 @_node
 class SetValue(Node):
+  """A finite set."""
+
   items: tuple[Node, ...]
 
 
 @_node
 class ListValue(Node):
+  """Values side by side, without brackets."""
+
   joiner: str
   items: tuple[Node, ...]
 
 
 @_node
 class SetOperation(Node):
+  """A union, intersection or difference."""
+
   op: str
   left: Node
   right: Node
@@ -124,22 +148,30 @@ class SetOperation(Node):
 
 @_node
 class Matrix(Node):
+  """Rows of equal length."""
+
   rows: tuple[tuple[Node, ...], ...]
 
 
 @_node
 class Relation(Node):
+  """Equations and inequalities, as many signs as gaps between operands."""
+
   operands: tuple[Node, ...]
   signs: tuple[str, ...]
 
 
 @_node
 class Text(Node):
+  """Words that are the whole answer."""
+
   text: str
 
 
 @_node
 class Opaque(Node):
+  """Text that the grammar does not read."""
+
   text: str
 
 

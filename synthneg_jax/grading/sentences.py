@@ -54,7 +54,7 @@ _ASIDE = re.compile(
         | [0-9]+\s+of\s+(?:whom|which|them) )\b
     | (?<=\$)\s+(?: when | where | for | at | if )\b (?!.*\b(?:when|if|otherwise|and|or)\b)
     | [,，;]?\s*\(? \s*(?: or\s+(?:equivalently|about|approximately|roughly|around|approx\.?)
-        | \(\s*(?:about|approximately|roughly|approx\.?|i\.e\.|that\s+is|=|≈|\\approx) ) (?!\w)
+        | \(\s*(?:about|approximately|roughly|approx\.?|i\.e\.|that\s+is|≈|\\approx) ) (?!\w)
     | [,，]\s*不是 | ;\s*(?=[^;]*[A-Za-z]{3}[^;]*\s[A-Za-z]{3}) | \s+by\s+[A-Za-z]+\s*[.]?\Z
     | (?P<loose> [,;]\s*(?:[A-Za-z'’-]++[ .]*+){1,8}\Z | \((?=[^()]*[A-Za-z]{2})[^()]*\)[\s.]*\Z )
   ) .*\Z

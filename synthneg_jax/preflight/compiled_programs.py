@@ -72,7 +72,11 @@ def architecture(config) -> Model:
   """
   c = config.model
   settings = {"dtype": c.dtype, "param_dtype": c.param_dtype, "scan_layers": c.scan_layers, "remat": c.remat}
-  folder = policy.resolve(c.path, weights=False)
+  try:
+    folder = policy.resolve(c.path, weights=False)
+  except UserError as error:
+    names = ", ".join(presets.NAMES)
+    raise UserError(f"model.path={c.path} is no folder and no preset ({names}). {error}") from error
   if (folder / "config.json").exists():
     return Model(huggingface.read_config(folder, **settings, max_length=c.max_length))
   if folder.name in presets.NAMES:

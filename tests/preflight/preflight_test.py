@@ -355,7 +355,9 @@ class RefusalTest(parameterized.TestCase):
     config = make_config(self.folder)
     self.assertStartsWith(self.refusal(config, stages=["sampel"]), "--stages: 'sampel' is none of sft, rft, dpo, ")
     config.model.path = "nowhere/mistral"
-    self.assertStartsWith(self.refusal(config, stages=["sft"]), "model.path=nowhere/mistral is no folder ")
+    self.assertStartsWith(
+      self.refusal(config, stages=["sft"]), "model.path=nowhere/mistral is no folder and no preset ("
+    )
     config = make_config(self.folder, vocab_size=511)
     self.assertEqual(self.refusal(config), "ends.embedding: dimension vocab=511 does not divide by tensor=2.")
 
