@@ -20,6 +20,7 @@ from synthneg_jax.grading.statements import Statement
 from synthneg_jax.runtime import errors
 
 MAX_EXTRACTED = 200  # characters of an answer kept in a verdict
+_MAX_BITS = 14_000  # of a rational answer; Python writes no more than 4,300 digits
 _MAX_STATEMENTS = 40  # the last ones that are compared
 _CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?![0-9]))\s*(.*)", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-J])\)?\.?")
@@ -281,7 +282,10 @@ def rational(node: Node) -> fractions.Fraction | None:
     return values.pop() if values else None
   if isinstance(node, tree.PlusMinus):
     raise Ambiguous("two values")
-  return exact(node)
+  value = exact(node)
+  if value is not None and max(abs(value.numerator), value.denominator).bit_length() > _MAX_BITS:
+    raise TooLarge("number")
+  return value
 
 
 def _stated_rational(node: tree.Relation) -> fractions.Fraction | None:

@@ -50,6 +50,7 @@ PAIRS = [
   ("__import__('os')", "5", "unparsable"), ("[5]*10**9", "5", "wrong"), ("\x00", "5", "unparsable"),
   ("", "5", "no_answer"), ("   ", "5", "no_answer"), ("****", "5", "no_answer"), ("\ud8005", "5", "unparsable"),
   ("1" * 1000, "1" * 1000, "right"), ("1" * 1001, "5", "too_large"), ("0" * 2000 + "5", "5", "too_large"),
+  ("1880!", "5", "too_large"), ("2^{60000}", "5", "too_large"),
   ("9" * 100_000, "5", "too_large"), ("1/" + "9" * 5000, "5", "too_large"), ("0." + "3" * 5000, "0.3", "too_large"),
 ]  # fmt: skip
 
