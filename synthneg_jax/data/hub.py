@@ -157,10 +157,10 @@ def _snapshot(repo: str, revision: str, endpoint: str | None) -> _Snapshot:
         folder = pathlib.Path(
           huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision or None, local_files_only=True)
         )
-      except Exception:
+      except errors.LocalEntryNotFoundError:
         folder = None
       if folder is None:
-        raise
+        raise  # what kept the Hub from answering
       found, is_cached = folder.name, True
       names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
       card = folder / "README.md" if "README.md" in names else None

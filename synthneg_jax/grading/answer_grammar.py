@@ -614,7 +614,7 @@ class Parser:
       return self._decorated(name)
     if name in _NOT_SYMBOLS or self.at("{", "["):
       raise Unreadable(f"the command {name[:20]!r}")
-    return Symbol(name)  # a sign that stands for itself, equal to itself only
+    return Symbol(name)  # an unknown command is a symbol
 
   def _argument(self) -> Node:
     """One argument of a LaTeX command: a group, one digit of a numeral, or a command."""

@@ -103,7 +103,7 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
 
 
 def _integer_root(value: int, degree: int) -> int | None:
-  """The exact integer root of a positive integer; None where there is none."""
+  """The integer root of a positive integer, or None if it is not an integer."""
   if degree == 1:
     return value
   if degree == 2:
@@ -192,7 +192,7 @@ class Digits:
     """The value, an mpf or mpc.
 
     Raises:
-      Undefined: it has none, or the tree is no number.
+      Undefined: it has no value, or the tree is not a number.
       TooLarge: a part is beyond what is computed.
     """
     try:
@@ -210,7 +210,7 @@ class Digits:
     elif isinstance(node, tree.Operation):
       value = self._operation(node.op, [self._value(operand) for operand in node.operands])
     else:
-      raise Undefined(f"{type(node).__name__} is no number")
+      raise Undefined(f"{type(node).__name__} is not a number")
     if not self.ctx.isfinite(value):
       raise Undefined("not finite")
     magnitude = abs(self.ctx.mag(value)) if value else 0
@@ -228,7 +228,7 @@ class Digits:
     if name == "i":
       return self.ctx.mpc(0, 1)
     if name == "oo":
-      raise Undefined("infinity is no number")
+      raise Undefined("infinity is not a number")
     return self._rational(self.at[name] if name in self.at else sample_point([name], 0)[name])
 
   def _operation(self, op: str, values: list):
@@ -447,7 +447,7 @@ def sympy_expression(node: Node):
   if isinstance(node, tree.Quantity):
     return sympy_expression(node.value)
   if not isinstance(node, tree.Operation):
-    raise Undefined(f"{type(node).__name__} is no number")
+    raise Undefined(f"{type(node).__name__} is not a number")
   op, values = node.op, [sympy_expression(operand) for operand in node.operands]
   if op in _ARITHMETIC:
     return _ARITHMETIC[op](*values)

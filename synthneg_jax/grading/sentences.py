@@ -134,10 +134,9 @@ def cleaned(statement: Statement) -> Statement:
   text = _EXPLAINED.sub("", text)
   text = _SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
   text = _UNIT_LETTER.sub(r"\1\\text{\2}", _TRAILING_CHINESE.sub("", text))
-  if statement.source in ("line", "last", "retraction", "heading") and re.search(r"[A-Za-z]\W|\s", text.strip("!. ")):
+  is_sentence = statement.source in ("last", "retraction") and re.search(r"[A-Za-z]\W|\s", text.strip("!. "))
+  if statement.source in ("line", "heading") or is_sentence:
     text = re.sub(r"(?<=[0-9])!+\s*\Z", "", text)  # an exclamation, not a factorial
-  elif statement.source in ("line", "heading"):
-    text = re.sub(r"(?<=[0-9])!+\s*\Z", "", text)
   return statement._replace(text=text)
 
 
