@@ -91,7 +91,7 @@ class Layer(nn.Module):
 
     def product(y_ND, name, axes, *, shape, init=fan_in):
       """y times the matrix of that name [in, out], plus its bias and its adapter where it has them."""
-      out_NO = y_ND @ matrix(name, axes, shape=shape, init=init)
+      out_NO = _matmul(y_ND, matrix(name, axes, shape=shape, init=init))
       if name in biased:
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
         bias_O = self.param(f"{name}_bias", zeros, shape[1:], jnp.dtype(c.param_dtype))
@@ -143,6 +143,46 @@ class Layer(nn.Module):
       return added(x_ND, y_ND, "mlp_post_norm"), extra
 
 
+def _contract(a, b, a_axis: int, b_axis: int):
+  """a·b over one axis of each, accumulated and returned in float32 at least.
+
+  XLA's CPU library multiplies bfloat16 in hardware (AMX, AVX512_BF16) only where the result is float32; the rest it widens.
+  """
+  wide = jnp.promote_types(a.dtype, jnp.float32)
+  return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=wide)
+
+
+@jax.custom_vjp
+def _matmul(x_NI, kernel_IO):
+  """x·kernel [N, O] in x's dtype; so are the products of its backward pass, which is why they are written out."""
+  return _contract(x_NI, kernel_IO, 1, 0).astype(x_NI.dtype)
+
+
+def _matmul_backward(operands, grad_NO):
+  x_NI, kernel_IO = operands
+  grad_x = _contract(grad_NO, kernel_IO, 1, 1).astype(x_NI.dtype)
+  return grad_x, _contract(x_NI, grad_NO, 0, 0).astype(kernel_IO.dtype)
+
+
+_matmul.defvjp(lambda x_NI, kernel_IO: (_matmul(x_NI, kernel_IO), (x_NI, kernel_IO)), _matmul_backward)
+
+
+@jax.custom_vjp
+def _logits(h_ND, matrix_VD):
+  """h·matrixᵀ [N, V], float32 at least; its gradient is rounded to the operands' dtype before it is multiplied."""
+  return _contract(h_ND, matrix_VD, 1, 1)
+
+
+def _logits_backward(operands, grad_NV):
+  h_ND, matrix_VD = operands
+  grad_NV = grad_NV.astype(h_ND.dtype)
+  grad_h = _contract(grad_NV, matrix_VD, 1, 0).astype(h_ND.dtype)
+  return grad_h, _contract(grad_NV, h_ND, 0, 0).astype(matrix_VD.dtype)
+
+
+_logits.defvjp(lambda h_ND, matrix_VD: (_logits(h_ND, matrix_VD), (h_ND, matrix_VD)), _logits_backward)
+
+
 class Ends(nn.Module):
   """The embedding, the last norm and the output matrix."""
 
@@ -173,12 +213,7 @@ class Ends(nn.Module):
     matrix_VD = self.embedding if self.config.tie_embeddings else self.unembedding
     dtype = jnp.dtype(self.config.dtype)
     # Of a flat list of tokens: with two dimensions to sum over, the matrix's gradient would take a turned copy of all logits.
-    logits_NV = lax.dot_general(
-      h_ND.reshape(-1, h_ND.shape[-1]).astype(dtype),
-      matrix_VD.astype(dtype),
-      (((1,), (1,)), ((), ())),
-      preferred_element_type=jnp.promote_types(dtype, jnp.float32),
-    )
+    logits_NV = _logits(h_ND.reshape(-1, h_ND.shape[-1]).astype(dtype), matrix_VD.astype(dtype))
     logits = logits_NV.reshape(*h_ND.shape[:-1], -1)
     if self.config.logit_divisor != 1.0:
       logits /= self.config.logit_divisor
