@@ -6,6 +6,7 @@ The cache is an argument and a return value; there is no other state.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -144,43 +145,48 @@ class Layer(nn.Module):
 
 
 def _contract(a, b, a_axis: int, b_axis: int):
-  """a·b over one axis of each, accumulated and returned in float32 at least.
-
-  XLA's CPU library multiplies bfloat16 in hardware (AMX, AVX512_BF16) only where the result is float32; the rest it widens.
-  """
+  """a·b over one axis of each, accumulated and returned in float32 at least."""
   wide = jnp.promote_types(a.dtype, jnp.float32)
   return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=wide)
 
 
 @jax.custom_vjp
+def _product_on_cpu(a_NK, b_KM):
+  """a·b [N, M], float32 at least, with gradients whose products are such ones, too.
+
+  XLA's CPU library multiplies bfloat16 in hardware (AMX, AVX512_BF16) only where the result is float32; the rest it widens.
+  """
+  return _contract(a_NK, b_KM, 1, 0)
+
+
+def _backward_on_cpu(operands, grad_NM):
+  a_NK, b_KM = operands
+  grad_NM = grad_NM.astype(a_NK.dtype)
+  return _contract(grad_NM, b_KM, 1, 1).astype(a_NK.dtype), _contract(a_NK, grad_NM, 0, 0).astype(b_KM.dtype)
+
+
+_product_on_cpu.defvjp(lambda a, b: (_product_on_cpu(a, b), (a, b)), _backward_on_cpu)
+
+
 def _matmul(x_NI, kernel_IO):
-  """x·kernel [N, O] in x's dtype; so are the products of its backward pass, which is why they are written out."""
-  return _contract(x_NI, kernel_IO, 1, 0).astype(x_NI.dtype)
+  """x·kernel [N, O] in x's dtype."""
+  if x_NI.dtype != jnp.bfloat16:
+    return x_NI @ kernel_IO
+  return lax.platform_dependent(
+    *(x_NI, kernel_IO), cpu=lambda x, kernel: _product_on_cpu(x, kernel).astype(x.dtype), default=jnp.matmul
+  )
 
 
-def _matmul_backward(operands, grad_NO):
-  x_NI, kernel_IO = operands
-  grad_x = _contract(grad_NO, kernel_IO, 1, 1).astype(x_NI.dtype)
-  return grad_x, _contract(x_NI, grad_NO, 0, 0).astype(kernel_IO.dtype)
-
-
-_matmul.defvjp(lambda x_NI, kernel_IO: (_matmul(x_NI, kernel_IO), (x_NI, kernel_IO)), _matmul_backward)
-
-
-@jax.custom_vjp
 def _logits(h_ND, matrix_VD):
-  """h·matrixᵀ [N, V], float32 at least; its gradient is rounded to the operands' dtype before it is multiplied."""
-  return _contract(h_ND, matrix_VD, 1, 1)
-
-
-def _logits_backward(operands, grad_NV):
-  h_ND, matrix_VD = operands
-  grad_NV = grad_NV.astype(h_ND.dtype)
-  grad_h = _contract(grad_NV, matrix_VD, 1, 0).astype(h_ND.dtype)
-  return grad_h, _contract(grad_NV, h_ND, 0, 0).astype(matrix_VD.dtype)
-
-
-_logits.defvjp(lambda h_ND, matrix_VD: (_logits(h_ND, matrix_VD), (h_ND, matrix_VD)), _logits_backward)
+  """h·matrixᵀ [N, V], float32 at least."""
+  plain = functools.partial(_contract, a_axis=1, b_axis=1)
+  if h_ND.dtype != jnp.bfloat16:
+    return plain(h_ND, matrix_VD)
+  return lax.platform_dependent(
+    *(h_ND, matrix_VD),
+    cpu=lambda h, matrix: _product_on_cpu(h, matrix.T),
+    default=plain,
+  )
 
 
 class Ends(nn.Module):
