@@ -91,10 +91,10 @@ _BOX = re.compile(r"(?:\\{1,2}|\x08|(?<![A-Za-z\\]))(?:boxed|oxed|fbox|framebox)
 _BARE_BOX = re.compile(r"\\[a-zA-Z]+(?:\{[^{}]*\}){0,2}|[-+]?[^\s$.,;{}()]+")
 _PLACEHOLDER = re.compile(  # \boxed{}, \boxed{...}, \boxed{your answer}
   r"""
-  (?: \s | ~ | \\[;,:!\ ] | \.{2,} | … | \? | _ | [{}<>\[\]]
+  (?: \s | ~ | \\[;,:!\ ] | \.{2,}+ | … | \? | _ | [{}<>\[\]]
     | \\(?:ldots|dots|cdots|square|quad|text|hspace|mathrm|textbf|_)(?![A-Za-z])
     | \b(?:your|the|final|correct|numerical|numeric|integer|answer|result|value|number|here|goes
-        |expression|xxx+)\b )*
+        |expression|xxx+)\b )*+
   """,
   re.IGNORECASE | re.VERBOSE,
 )

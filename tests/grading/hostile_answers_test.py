@@ -58,6 +58,7 @@ class HostileTest(parameterized.TestCase):
     self.assertEmpty([pair for pair in right if len(pair[0]) > 8], right)
 
   @parameterized.parameters(
+    "." * 80 + "f", "xxx" * 30 + "7..." * 20 + "f",
     "((x!)!)! + y", "!d!$x! b! n! y!", r"\binom{x}{y!}^{y!}",
     "9**9**9", "10^{10^{10}}", "1e999999999", "9^{9^{9^{9}}}", "(" * 50_000, "{" * 50_000, r"\frac{" * 20_000,
     "1+" * 50_000 + "1",
