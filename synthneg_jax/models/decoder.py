@@ -150,22 +150,23 @@ def _contract(a, b, a_axis: int, b_axis: int):
   return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=wide)
 
 
-@jax.custom_vjp
-def _product_on_cpu(a_NK, b_KM):
-  """a·b [N, M], float32 at least, with gradients whose products are such ones, too.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product_on_cpu(a_NK, b, b_axis: int):
+  """a·b over b's axis, float32 at least, with gradients whose products are such ones, too.
 
   XLA's CPU library multiplies bfloat16 in hardware (AMX, AVX512_BF16) only where the result is float32; the rest it widens.
   """
-  return _contract(a_NK, b_KM, 1, 0)
+  return _contract(a_NK, b, 1, b_axis)
 
 
-def _backward_on_cpu(operands, grad_NM):
-  a_NK, b_KM = operands
+def _backward_on_cpu(b_axis: int, operands, grad_NM):
+  a_NK, b = operands
   grad_NM = grad_NM.astype(a_NK.dtype)
-  return _contract(grad_NM, b_KM, 1, 1).astype(a_NK.dtype), _contract(a_NK, grad_NM, 0, 0).astype(b_KM.dtype)
+  grad_b = _contract(grad_NM, a_NK, 0, 0) if b_axis else _contract(a_NK, grad_NM, 0, 0)
+  return _contract(grad_NM, b, 1, 1 - b_axis).astype(a_NK.dtype), grad_b.astype(b.dtype)
 
 
-_product_on_cpu.defvjp(lambda a, b: (_product_on_cpu(a, b), (a, b)), _backward_on_cpu)
+_product_on_cpu.defvjp(lambda a, b, b_axis: (_product_on_cpu(a, b, b_axis), (a, b)), _backward_on_cpu)
 
 
 def _matmul(x_NI, kernel_IO):
@@ -173,7 +174,7 @@ def _matmul(x_NI, kernel_IO):
   if x_NI.dtype != jnp.bfloat16:
     return x_NI @ kernel_IO
   return lax.platform_dependent(
-    *(x_NI, kernel_IO), cpu=lambda x, kernel: _product_on_cpu(x, kernel).astype(x.dtype), default=jnp.matmul
+    *(x_NI, kernel_IO), cpu=lambda x, kernel: _product_on_cpu(x, kernel, 0).astype(x.dtype), default=jnp.matmul
   )
 
 
@@ -184,7 +185,7 @@ def _logits(h_ND, matrix_VD):
     return plain(h_ND, matrix_VD)
   return lax.platform_dependent(
     *(h_ND, matrix_VD),
-    cpu=lambda h, matrix: _product_on_cpu(h, matrix.T),
+    cpu=lambda h, matrix: _product_on_cpu(h, matrix, 1),
     default=plain,
   )
 
