@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from synthneg_jax.models import rope
 
@@ -175,6 +176,25 @@ def _attend_backward(residuals, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _put(field, place, new, *, index):
+  """`field.at[place].set(new)` for suffixes [lanes, slots, K, L, H]; new [lanes, slots, K, H] goes to index [lanes, slots].
+
+  On the CPU a bfloat16 field is rewritten by a select: XLA widens a scatter there, and would turn the whole cache to float32
+  and back for every token, which takes 14 times as long.
+  """
+
+  def select(field, new):
+    here = jnp.arange(field.shape[-2])[None, None] == index[..., None]  # [lanes, slots, L]
+    return jnp.where(here[:, :, None, :, None], new[:, :, :, None], field)
+
+  def scatter(field, new):
+    return field.at[place].set(new)
+
+  if field.dtype != jnp.bfloat16 or field.ndim != 5:  # a select would write all layers of a scan
+    return scatter(field, new)
+  return lax.platform_dependent(field, new, cpu=select, default=scatter)
+
+
 def cached_attention(q, k, v, *, cache: Cache, newest: NewestTokens, scoring: Scoring = _UNCAPPED):
   """One joint softmax of each slot's newest token over its lane's trunk and its own suffix.
 
@@ -205,8 +225,8 @@ def cached_attention(q, k, v, *, cache: Cache, newest: NewestTokens, scoring: Sc
   def write(field, new):
     new = new.reshape(lanes, slots, kv_heads, head_dim)
     if isinstance(field, tuple):
-      return field[:layer] + (field[layer].at[place].set(new),) + field[layer + 1 :]
-    return field.at[(layer, *place)].set(new)
+      return field[:layer] + (_put(field[layer], place, new, index=index),) + field[layer + 1 :]
+    return _put(field, (layer, *place), new, index=index)
 
   cache = dataclasses.replace(cache, suffix_k=write(cache.suffix_k, k), suffix_v=write(cache.suffix_v, v))
   trunk_k, trunk_v = cache.trunk_k[layer], cache.trunk_v[layer]

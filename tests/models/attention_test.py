@@ -66,5 +66,28 @@ class TreeAttentionTest(parameterized.TestCase):
         np.testing.assert_allclose(got, expected, atol=1e-12, err_msg=name)
 
 
+class CachedAttentionTest(parameterized.TestCase):
+  @parameterized.product(shape=((1, 1), (2, 3)), dtype=("float32", "bfloat16"), unrolled=(True, False))
+  def test_writes_the_newest_tokens_and_nothing_else(self, shape, dtype, unrolled):
+    # Fails if a key or value goes to another slot, head, place or layer, or if another one changes by a bit.
+    rng = np.random.default_rng(0)
+    (lanes, slots), heads, size, layers, layer = shape, 2, 4, 3, 1
+    draw = lambda *axes: jnp.asarray(rng.normal(size=axes), dtype)
+    trunk_k, trunk_v = draw(layers, lanes, heads, size, 6), draw(layers, lanes, heads, 6, size)
+    suffix_k, suffix_v = draw(layers, lanes, slots, heads, 5, size), draw(layers, lanes, slots, heads, 5, size)
+    index = rng.integers(0, 5, size=shape)
+    k, v = draw(lanes * slots, heads, size), draw(lanes * slots, heads, size)
+    fields = (trunk_k, trunk_v, suffix_k, suffix_v)
+    cache = attention.Cache(*(map(tuple, fields) if unrolled else fields))
+    newest = attention.NewestTokens(layer, jnp.full(shape, 6), jnp.asarray(index), 0)
+    step = jax.jit(lambda q, cache: attention.cached_attention(q, k, v, cache=cache, newest=newest))
+    _, cache = step(draw(lanes * slots, 2 * heads, size), cache)
+    for got, before, new in ((cache.suffix_k, suffix_k, k), (cache.suffix_v, suffix_v, v)):
+      expected = np.array(before)
+      for lane, slot in np.ndindex(*shape):
+        expected[layer, lane, slot, :, index[lane, slot]] = np.asarray(new).reshape(*shape, heads, size)[lane, slot]
+      np.testing.assert_array_equal(np.asarray(jnp.stack(got) if unrolled else got), expected)
+
+
 if __name__ == "__main__":
   absltest.main()
