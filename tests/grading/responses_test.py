@@ -54,8 +54,8 @@ class ThoughtsTest(parameterized.TestCase):
   def test_the_prompt_opens_one(self, prompt, expected):
     self.assertEqual(answers.opens_thought(prompt), expected)
 
-  @pytest.mark.slow  # starts a worker
   @parameterized.parameters("integer", "math")
+  @pytest.mark.slow  # starts a worker
   def test_a_response_that_begins_within_one(self, kind):
     # Fails if the flag is lost on the way to the workers, or a thought that does not close is read.
     for response, reason in (("#### 7", "no_answer"), ("so 8</think>\\boxed{7}", "right")):
