@@ -1,6 +1,7 @@
 """Attention over packed trees, and over a lane's trunk and its slots' suffixes. Rotary positions.
 
-Which token attends to which is decided in core/tree.py (`attention_mask`).
+Which token attends to which is decided in core/tree.py: by one rule for rows of trees, and for a lane's trunk and its
+slots' suffixes.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.models import rope
 
 # Masked scores: finite, so that a row of padding gives numbers and no NaN gradient.
@@ -102,19 +104,21 @@ def _capped(scores, cap: float):
   return cap * jnp.tanh(scores / cap) if cap else scores
 
 
-def tree_attention(q, k, v, *, mask_BTT, scoring: Scoring = _UNCAPPED):
+def tree_attention(q, k, v, *, keys: tree_lib.Keys, window: int | jax.Array = 0, scoring: Scoring = _UNCAPPED):
   """Attention of rows of packed trees, in blocks of queries.
 
   Args:
     q: [B·T, N, H]; k, v: [B·T, K, H], rotary positions applied.
-    mask_BTT: bool, True where a query sees a key. Of a row's keys no query sees one that stands behind it (trees are
-      packed trunk first), so a block of queries is held against the keys up to its end only.
+    keys: where the rows' tokens stand, fields [B, T]. No query sees a key that stands behind it, so a block of queries is
+      held against the keys up to its end only.
+    window: as `tree.attention_mask` takes it.
     scoring: scale and cap of the scores.
 
   Returns:
     (out [B·T, N, H], keys [B, K, T, H], values [B, K, T, H]).
   """
-  rows, length, _ = mask_BTT.shape
+  rows, length = keys.leave.shape
+  mask_BTT = tree_lib.attention_mask(tree_lib.Queries(keys.index, keys.position), keys, window)
   kv_heads, head_dim = k.shape[1], k.shape[2]
   groups = q.shape[1] // kv_heads
   q = q.reshape(rows, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
@@ -175,6 +179,22 @@ def _attend_backward(residuals, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _decoding_masks(newest: NewestTokens, trunk: int, suffix: int):
+  """(bool [lanes, slots, C], bool [lanes, slots, L]): what the newest tokens see of their trunks and of their suffixes.
+
+  By the rule of trees, without a copy of the trunk for each slot: of C tokens, the trunk's token j leaves at 2C - j, and
+  a slot that forks at f stands at 2C - f. Its suffix stands right before it; tokens not yet written leave at 0.
+  """
+  _, fork, index, window = newest
+  queries = tree_lib.Queries(2 * trunk - fork[..., None], (fork + index)[..., None])
+  place_C, place_L = jnp.arange(trunk)[None, None], jnp.arange(suffix)[None, None]
+  of_trunk = tree_lib.Keys(place_C, place_C, 2 * trunk - place_C)
+  leave = jnp.where(place_L <= index[..., None], 2 * trunk + 1, 0)
+  of_suffix = tree_lib.Keys(jnp.full_like(place_L, trunk), fork[..., None] + place_L, leave)
+  masks = (tree_lib.attention_mask(queries, keys, window) for keys in (of_trunk, of_suffix))
+  return tuple(mask[..., 0, :] for mask in masks)
+
+
 def cached_attention(q, k, v, *, cache: Cache, newest: NewestTokens, scoring: Scoring = _UNCAPPED):
   """One joint softmax of each slot's newest token over its lane's trunk and its own suffix.
 
@@ -217,12 +237,7 @@ def cached_attention(q, k, v, *, cache: Cache, newest: NewestTokens, scoring: Sc
   trunk = jnp.einsum("lkqh,lkhc->lkqc", q_trunk, trunk_k, preferred_element_type=wide)
   trunk = trunk.reshape(lanes, kv_heads, slots, groups, -1).transpose(0, 2, 1, 3, 4)
   suffix = jnp.einsum("lskgh,lskth->lskgt", q, suffix_k, preferred_element_type=wide)
-  trunk_place, suffix_place = (jnp.arange(scores.shape[-1])[None, None] for scores in (trunk, suffix))
-  trunk_mask = trunk_place < fork[..., None]
-  suffix_mask = suffix_place <= index[..., None]
-  if not isinstance(window, int) or window:  # a trunk's token stands at its place, a suffix's at fork + its place
-    trunk_mask &= trunk_place > (fork + index)[..., None] - window
-    suffix_mask &= suffix_place > index[..., None] - window
+  trunk_mask, suffix_mask = _decoding_masks(newest, trunk.shape[-1], suffix.shape[-1])
   trunk = jnp.where(trunk_mask[:, :, None, None], _capped(trunk, scoring.cap), _MASKED)
   suffix = jnp.where(suffix_mask[:, :, None, None], _capped(suffix, scoring.cap), _MASKED)
   top = jnp.maximum(jnp.max(trunk, -1), jnp.max(suffix, -1))[..., None]
