@@ -12,11 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from synthneg_jax.core import tree as tree_lib
-from synthneg_jax.models import rope
+from synthneg_jax.models import fused_attention, rope
+from synthneg_jax.runtime import device_mesh
 
 # Masked scores: finite, so that a row of padding gives numbers and no NaN gradient.
 _MASKED = -1e30
 _BLOCKS, _LEAST_BLOCK = 4, 64  # queries of a row are cut into so many blocks, of so many tokens at least
+_FUSED_FROM = (
+  1024  # tokens of a row from which on its scores are not held: a GPU's break-even lies between 512 and 2048
+)
 
 
 @jax.tree_util.register_dataclass
@@ -105,12 +109,11 @@ def _capped(scores, cap: float):
 
 
 def tree_attention(q, k, v, *, keys: tree_lib.Keys, window: int | jax.Array = 0, scoring: Scoring = _UNCAPPED):
-  """Attention of rows of packed trees, in blocks of queries.
+  """Attention of rows of packed trees: fused on TPU where rows are long (models/fused_attention.py), else XLA's products.
 
   Args:
     q: [B·T, N, H]; k, v: [B·T, K, H], rotary positions applied.
-    keys: where the rows' tokens stand, fields [B, T]. No query sees a key that stands behind it, so a block of queries is
-      held against the keys up to its end only.
+    keys: where the rows' tokens stand, fields [B, T].
     window: as `tree.attention_mask` takes it.
     scoring: scale and cap of the scores.
 
@@ -118,22 +121,45 @@ def tree_attention(q, k, v, *, keys: tree_lib.Keys, window: int | jax.Array = 0,
     (out [B·T, N, H], keys [B, K, T, H], values [B, K, T, H]).
   """
   rows, length = keys.leave.shape
-  mask_BTT = tree_lib.attention_mask(tree_lib.Queries(keys.index, keys.position), keys, window)
   kv_heads, head_dim = k.shape[1], k.shape[2]
   groups = q.shape[1] // kv_heads
   q = q.reshape(rows, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
   q *= scoring.scale or head_dim**-0.5
   k_BKTH = k.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3)
   v_BKTH = v.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3)
+  if length >= _FUSED_FROM and q.dtype in (jnp.bfloat16, jnp.float32) and device_mesh.runs_on_tpu():
+    out = _fused(q, k_BKTH, v_BKTH, keys=keys, window=window, cap=scoring.cap)
+  else:
+    out = _in_blocks(q, k_BKTH, v_BKTH, keys=keys, window=window, cap=scoring.cap)
+  out = out.transpose(0, 3, 1, 2, 4).reshape(rows * length, kv_heads * groups, head_dim)
+  return out, k_BKTH, v_BKTH
+
+
+def _fused(q, k, v, *, keys: tree_lib.Keys, window, cap: float):
+  """The kernels on every device's own rows and key heads; where key heads do not divide, each has all of them."""
+  tensor = device_mesh.parts("kv_heads")
+  heads = "kv_heads" if k.shape[1] % tensor == 0 else None
+  windowed = not isinstance(window, int) or window > 0
+
+  def attend(q, k, v, position, leave, window):
+    return fused_attention.attend(q, k, v, position, leave, window=window if windowed else 0, cap=cap)
+
+  split = ("rows", heads), ("rows", heads), ("rows", heads), ("rows",), ("rows",), ()
+  run = device_mesh.on_each_device(attend, split, ("rows", heads))
+  return run(q, k, v, keys.position, keys.leave, jnp.asarray(window, jnp.int32))
+
+
+def _in_blocks(q, k_BKTH, v_BKTH, *, keys: tree_lib.Keys, window, cap: float):
+  """In blocks of queries: no query sees a key that stands behind it, so a block is held against the keys up to its end."""
+  length, parts = q.shape[3], []
+  mask_BTT = tree_lib.attention_mask(tree_lib.Queries(keys.index, keys.position), keys, window)
   size = -(-length // min(_BLOCKS, -(-length // _LEAST_BLOCK)))
-  parts = []
   for start in range(0, length, size):
     stop = min(start + size, length)
     block = q[:, :, :, start:stop], k_BKTH[:, :, :stop], v_BKTH[:, :, :stop], mask_BTT[:, start:stop, :stop]
     # Capped scores have no backward pass by hand.
-    parts.append(_attend_forward(*block, scoring.cap)[0] if scoring.cap else _attend(*block))
-  out = jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(rows * length, kv_heads * groups, head_dim)
-  return out, k_BKTH, v_BKTH
+    parts.append(_attend_forward(*block, cap)[0] if cap else _attend(*block))
+  return jnp.concatenate(parts, axis=3)
 
 
 @jax.custom_vjp
