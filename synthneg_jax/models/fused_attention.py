@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 _MASKED = -1e30  # finite, so that a query whose first block is all masked gives numbers
 _BLOCKS = (512, 256, 128)  # tokens of a block, at most and at least; lanes come by 128
+_LEAST_BLOCKS = 4  # of a row: with fewer, more of what no query sees is computed
 _MOST_BYTES = 1 << 20  # of a visit's queries, so that all that a kernel holds fits the memory on the chip
 _MOST_ROW_BYTES = (
   4 << 20
@@ -357,6 +358,7 @@ def attend(q, k, v, position_BT, leave_BT, *, window=0, cap: float = 0.0, block:
   if not block:
     padded = -(-length // _BLOCKS[-1]) * _BLOCKS[-1]
     most = _MOST_BYTES // (groups * q.shape[-1] * q.dtype.itemsize)
+    most = min(most, padded // _LEAST_BLOCKS)
     block = next((b for b in _BLOCKS if padded % b == 0 and b <= most), _BLOCKS[-1])
   more = -length % block
   if more:  # padding sees itself only
