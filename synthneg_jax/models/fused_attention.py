@@ -340,6 +340,13 @@ def _attend_backward(settings: Settings, kept, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def block_of(length: int, groups: int, head_dim: int, itemsize: int) -> int:
+  """Tokens of a block for rows of T tokens and G query heads a key head, H wide, of numbers of so many bytes."""
+  padded = -(-length // _BLOCKS[-1]) * _BLOCKS[-1]
+  most = min(_MOST_BYTES // (groups * head_dim * itemsize), padded // _LEAST_BLOCKS)
+  return next((block for block in _BLOCKS if padded % block == 0 and block <= most), _BLOCKS[-1])
+
+
 def attend(q, k, v, position_BT, leave_BT, *, window=0, cap: float = 0.0, block: int = 0, interpret: bool = False):
   """Softmax attention of rows of packed trees by the rule of core/tree.py.
 
@@ -354,12 +361,8 @@ def attend(q, k, v, position_BT, leave_BT, *, window=0, cap: float = 0.0, block:
   Returns:
     [B, K, G, T, H], as q.
   """
-  groups, length = q.shape[2:4]
-  if not block:
-    padded = -(-length // _BLOCKS[-1]) * _BLOCKS[-1]
-    most = _MOST_BYTES // (groups * q.shape[-1] * q.dtype.itemsize)
-    most = min(most, padded // _LEAST_BLOCKS)
-    block = next((b for b in _BLOCKS if padded % b == 0 and b <= most), _BLOCKS[-1])
+  _, _, groups, length, head_dim = q.shape
+  block = block or block_of(length, groups, head_dim, q.dtype.itemsize)
   more = -length % block
   if more:  # padding sees itself only
 

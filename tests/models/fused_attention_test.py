@@ -106,6 +106,16 @@ class InterpretedTest(parameterized.TestCase):
     for name, got, wanted in zip(("out", "d_q", "d_k", "d_v"), found, expected, strict=True):
       np.testing.assert_allclose(got, wanted, rtol=0, atol=0.02 * np.abs(wanted).max(), err_msg=name)
 
+  def test_the_last_block_alone_skips_blocks(self):
+    # Fails if the end of the list of visits is not the end of a block's: what follows it, not to be visited, is of the same
+    # block then, and the block's result would never be written.
+    packed = tree_lib.pack([[Tree([1] * 256), Tree([2] * 128)]], 384)
+    rng = np.random.default_rng(1)
+    q, k = rng.normal(size=(1, 1, 1, 384, 8)).astype(np.float32), rng.normal(size=(1, 1, 384, 8)).astype(np.float32)
+    fields = jnp.asarray(packed.position), jnp.asarray(packed.leave)
+    out = fused_attention.attend(q, k, k, *fields, block=128, interpret=True)
+    np.testing.assert_allclose(out, dense(q, k, k, mask_of(packed, 0), 0.0), rtol=0, atol=1e-5)
+
   def test_each_layer_has_its_window(self):
     # Fails if a window that is a traced scalar is read as a constant, or not at all.
     rng, packed = np.random.default_rng(1), draw_rows(1, 256)
