@@ -78,7 +78,7 @@ def _dpo(size: str, pairs: int, times: int, continuation: int) -> Item:
   sums = np.asarray(logp, np.float64).reshape(pairs, 2, continuation).sum(-1).tolist()
   examples = [Example(tree, (PairInTree(0, 1, *row),)) for tree, row in zip(trees, sums, strict=True)]
   loss = functools.partial(losses.dpo_loss, beta=_BETA)
-  objective = objectives.make_preference(side.model, 2, objectives.Preference(loss=loss, beta=_BETA), eos_ids=(0,))
+  objective = objectives.make_preference(side.model, objectives.Preference(loss=loss, beta=_BETA), eos_ids=(0,))
   step = ours.train_step(side, objective, batch_lib.build(examples, batch_lib.measure(examples, length)))
   expected, baselines = [step(), step()], []
   plain = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)) for row in rows]

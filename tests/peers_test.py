@@ -20,7 +20,7 @@ from tokenizers import processors
 from synthneg_jax.core import losses
 from synthneg_jax.core import pairs as core_pairs
 from synthneg_jax.core import tree as tree_lib
-from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.core.tree import Branch, Tree, sees
 from synthneg_jax.data import prompts, token_text
 from synthneg_jax.data.records import Pair
 from synthneg_jax.decoding.policy import EMBEDDED
@@ -142,21 +142,22 @@ class TokensTest(parameterized.TestCase):
     rejected = algorithm1(trunk, solution_ids, response, 0)
     trees = trees_of([rejected]).trees
     batch = batch_of([examples[0].tree, *trees])
-    parts = {}
-    for tree, branch in ((1, 1), (2, 2), (2, 3)):
-      at = (batch.trees.tree[0] == tree) & (batch.trees.branch[0] == branch)
-      parts[tree, branch] = batch.trees.token[0, at].tolist()
+    parts = []
+    for end in batch.branch_end[0]:
+      path = np.flatnonzero(sees(np.array([end]), np.arange(512), batch.trees.leave[0])[0])
+      at, in_trunk = path[len(trunk) :], path[: len(trunk)]
+      parts.append(batch.trees.token[0, at].tolist())
       self.assertTrue(np.all(batch.trees.scored[0, at]))
-      in_trunk = (batch.trees.tree[0] == tree) & (batch.trees.branch[0] == 0)
       self.assertEqual(batch.trees.token[0, in_trunk].tolist(), trunk)
       self.assertFalse(np.any(batch.trees.scored[0, in_trunk]))
 
-    self.assertEqual(parts[1, 1], parts[2, 2])  # the solution, in SFT and as the chosen branch
-    self.assertEqual((parts[1, 1].count(eos), parts[1, 1][-1]), (1, eos))
-    self.assertEqual(text.text(parts[1, 1]), solution)
-    self.assertEqual(text.text(parts[2, 3]), wrong[: wrong.index("\n") + 1])
-    self.assertNotIn(eos, parts[2, 3])
-    for ids in parts.values():
+    trained, chosen, prefix = parts
+    self.assertEqual(trained, chosen)  # the solution, in SFT and as the chosen branch
+    self.assertEqual((trained.count(eos), trained[-1]), (1, eos))
+    self.assertEqual(text.text(trained), solution)
+    self.assertEqual(text.text(prefix), wrong[: wrong.index("\n") + 1])
+    self.assertNotIn(eos, prefix)
+    for ids in parts:
       self.assertNotIn(bos, ids)
     if style == "chat":
       written = fast.apply_chat_template(
@@ -186,7 +187,6 @@ class TokensTest(parameterized.TestCase):
       self.assertTrue(np.all(batch.scored_at[0, : sum(lengths)] > 0))
       ends = batch.scored_at[0, np.cumsum(lengths) - 1]
       self.assertEqual(batch.trees.token[0, ends].tolist(), [branch.ids[-1] for branch in tree.branches])
-      self.assertTrue(np.all(batch.trees.tree[0, ends] == 1))
 
   def test_nothing_is_truncated(self):
     # Prompts cut at the wrong end, so that the question's last words go (google/tunix, same function: ids[:max_length]).
@@ -298,7 +298,7 @@ MODEL = tiny_model.model(num_layers=1, dtype="float64", param_dtype="float64")
 
 def preference(model, loss, **settings):
   given = objectives.Preference(loss=loss, beta=BETA, **settings)
-  objective = objectives.make_preference(model, SHAPE.branches, given, eos_ids=(EOS,))
+  objective = objectives.make_preference(model, given, eos_ids=(EOS,))
   return jax.jit(jax.value_and_grad(objective, has_aux=True))
 
 
@@ -446,7 +446,7 @@ class FirstStepTest(absltest.TestCase):
     packing = reference.Packing(tiny_model.one_device_mesh(), 11)  # each tree in a row of its own
     reference.score(model, params, made.trees, store=store, packing=packing)
     batch = batch_lib.build(pair_trees.examples(made, store), SHAPE)
-    self.assertEqual(np.max(batch.trees.tree, axis=1).tolist(), [2, 0])
+    self.assertEqual(np.sum(batch.branch_end >= 0, axis=1).tolist(), [5, 0])
     self.assertLess(np.min(batch.ref_chosen), -1.0)
     (loss, metrics), grads = preference(model, DPO)(params, batch)
     self.assertEqual(loss.dtype, np.float32)

@@ -48,35 +48,36 @@ def _picked_backward(kept, d_N):
 _picked_logprobs.defvjp(_picked_forward, _picked_backward)
 
 
-def branch_logprobs(logp_S: jax.Array, branch_S: jax.Array, num_branches: int) -> jax.Array:
+def branch_logprobs(logp_S: jax.Array, tokens_BS: jax.Array) -> jax.Array:
   """log π(branch) = Σ_t log π(y_t | what y_t sees) over the branch's scored tokens, for all branches of a row at once.
+
+  A token that several branches share counts once in each of them.
 
   Summed, not averaged: the losses below compare sums (as DPO's authors do; that the paper does too is INFERRED).
 
   Args:
-    logp_S: [S] of a row's scored tokens, nats, zero where there is none. Ones in their place count the tokens.
-    branch_S: int32 [S], the branch that each stands in (`tree.PackedTrees.branch`).
-    num_branches: B, the highest branch number.
+    logp_S: [..., S] of a row's scored tokens, nats.
+    tokens_BS: bool [..., B, S], which of them each branch has.
 
   Returns:
-    [B + 1] nats; entry 0 is the sum over all trunks of the row.
+    [..., B] nats.
   """
-  return jnp.zeros(num_branches + 1, logp_S.dtype).at[branch_S].add(logp_S)
+  return jnp.sum(jnp.where(tokens_BS, logp_S[..., None, :], 0.0), axis=-1)
 
 
-def sft_loss(logp_T: jax.Array, scored_T: jax.Array) -> jax.Array:
-  """Next-token loss of one sequence: -Σ_t log π(y_t | x, y_<t) over its scored tokens.
+def sft_loss(logp_T: jax.Array, count_T: jax.Array) -> jax.Array:
+  """Next-token loss: -Σ_t log π(y_t | x, y_<t) over the scored tokens of a sequence, or of several that share tokens.
 
   The paper finetunes the base model so on D_syn (VERIFIED, its captions 1 and 2), and RFT on D⁺.
 
   Args:
     logp_T: [T] nats.
-    scored_T: bool [T].
+    count_T: int or bool [T], how many sequences score each token.
 
   Returns:
     Scalar, nats summed (divide by the count of scored tokens of the whole batch).
   """
-  return -jnp.sum(jnp.where(scored_T, logp_T, 0.0))
+  return -jnp.sum(count_T * jnp.where(count_T > 0, logp_T, 0.0))
 
 
 def preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P) -> jax.Array:

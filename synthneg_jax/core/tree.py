@@ -1,80 +1,151 @@
-"""The token tree: one trunk of tokens and the branches that fork off it.
+"""The token tree: tokens that share beginnings, of any depth.
 
-Every piece of work of the method is a tree: the traces of a problem hang on its prompt, the rollouts of a step hang on
-the trace's prefix, a pair is two branches. The trunk is computed once however many branches hang on it, several trees
-pack into one row, and a packed tree has the log-probabilities of its unpacked sequences, by two rules:
+Every piece of work of the method is a tree: the traces of a problem branch off its prompt, the rollouts of a step branch
+off the trace's prefix, a pair is two branches. A shared beginning is computed once however many branches continue it,
+several trees pack into one row, and a packed tree has the log-probabilities of its unpacked sequences. A tree lies in its
+row in preorder: a run of tokens, then the branches off it in falling order of their forks, each with its own branches.
+Two integers of a token say the rest:
 
-  attention   query q sees key k  iff  tree_q = tree_k ≠ 0  and
-              (branch_k = branch_q and position_k <= position_q  or  branch_k = 0 and position_k < fork_q)
-  prediction  a token is predicted by the hidden state of its `parent`: the token before it, and for a branch's first
-              token the trunk's token fork - 1, which all branches at that fork share with the trunk's own next token.
+  attention   query q sees key k  iff  k <= q < leave[k], where `leave` is the row index just past all that continues k.
+              It covers causality, siblings, other trees of the row, and padding, which sees itself only.
+  prediction  a token is predicted by the hidden state of its `parent`: the token before it on its path. All branches at
+              a fork share theirs with the next token of the run that they leave.
 
-Depth is one: a branch that is to be continued becomes trunk. `position` is the place in the unpacked sequence, and it,
-never the place in the row, drives rotary embeddings, masks and windows.
+`position` is the place in the unpacked sequence, and it, never the place in the row, drives rotary embeddings and windows.
+A branch is named by its last token: it consists of the tokens that this token sees.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-  """Tokens that continue the first `fork` tokens of a trunk.
+  """Tokens that continue the first `fork` tokens of a path; the path up to their end is a sequence of its own.
 
   Attributes:
-    fork: how many trunk tokens this branch sees; 1 <= fork <= len(trunk).
+    fork: how many tokens of the path that it leaves this branch continues. It leaves a run of tokens (the trunk, or another
+      branch's own) behind one of them.
     ids: int [L], L >= 1.
     scored: bool [L], which tokens count in a loss; None means all.
+    branches: those that leave this branch's own tokens.
   """
 
   fork: int
   ids: Sequence[int]
   scored: Sequence[bool] | None = None
+  branches: tuple["Branch", ...] = ()
+
+
+class Layout(NamedTuple):
+  """A tree's n tokens as they lie in a row that begins with it: numpy arrays [n], fields as in `PackedTrees`.
+
+  Attributes:
+    end: int [branches], the last token of each branch, by its number.
+  """
+
+  token: np.ndarray
+  position: np.ndarray
+  leave: np.ndarray
+  parent: np.ndarray
+  scored: np.ndarray
+  end: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
   """A trunk with its branches, on the host, before packing.
 
+  Branches are numbered from 0 as they are listed, each before its own.
+
   Attributes:
-    trunk: int [C], C >= 1.
-    branches: the branches, in the order in which a row numbers them.
-    trunk_scored: bool [C], which trunk tokens count in a loss (never the first: nothing predicts it); None means none.
+    trunk: int [C], C >= 1; never scored.
+    branches: those that leave the trunk.
 
   Raises:
-    ValueError: a fork outside 1..len(trunk), an empty branch, masks of another length, or a scored first token.
+    ValueError: a fork outside of the run that a branch leaves, an empty branch, or a mask of another length.
   """
 
   trunk: Sequence[int]
   branches: tuple[Branch, ...] = ()
-  trunk_scored: Sequence[bool] | None = None
 
   def __post_init__(self):
     if len(self.trunk) < 1:
       raise ValueError("A trunk needs at least one token.")
-    if self.trunk_scored is not None and (len(self.trunk_scored) != len(self.trunk) or self.trunk_scored[0]):
-      raise ValueError("trunk_scored must have the trunk's length and leave its first token unscored.")
-    for number, branch in enumerate(self.branches):
-      if not 1 <= branch.fork <= len(self.trunk):
-        raise ValueError(f"Branch {number} forks at {branch.fork}, outside 1..{len(self.trunk)}.")
+    for number, (branch, left) in enumerate(_below(self._root)):
+      if not left.fork < branch.fork <= left.fork + len(left.ids):
+        raise ValueError(
+          f"Branch {number} forks at {branch.fork}, outside {left.fork + 1}..{left.fork + len(left.ids)}."
+        )
       if len(branch.ids) < 1 or (branch.scored is not None and len(branch.scored) != len(branch.ids)):
         raise ValueError(f"Branch {number} is empty, or its scored mask has another length.")
 
   @property
+  def _root(self) -> Branch:
+    """The trunk as a branch that continues nothing."""
+    return Branch(0, self.trunk, scored=(False,) * len(self.trunk), branches=self.branches)
+
+  @functools.cached_property
+  def num_branches(self) -> int:
+    """Branches of any depth."""
+    return sum(1 for _ in _below(self._root))
+
+  @functools.cached_property
   def num_tokens(self) -> int:
     """Tokens that the tree takes in a row."""
-    return len(self.trunk) + sum(len(branch.ids) for branch in self.branches)
+    return len(self.trunk) + sum(len(branch.ids) for branch, _ in _below(self._root))
 
   @property
   def num_scored(self) -> int:
-    """Tokens of the tree that count in a loss."""
-    total = 0 if self.trunk_scored is None else int(np.sum(self.trunk_scored))
-    for branch in self.branches:
-      total += len(branch.ids) if branch.scored is None else int(np.sum(branch.scored))
-    return total
+    """Tokens of the row that count in a loss, each once."""
+    return int(np.sum(self.layout.scored))
+
+  @functools.cached_property
+  def layout(self) -> Layout:
+    """The tree in preorder."""
+    size = self.num_tokens
+    out = Layout(*(np.zeros(size, np.int32) for _ in range(4)), np.zeros(size, bool), np.zeros(self.num_branches, int))
+
+    def lay(run: Branch, number: int, at: int, path: np.ndarray) -> int:
+      """Lays a run and all that leaves it from row index `at` on; `path` has the row indices before it. Returns the end."""
+      own = np.arange(at, at + len(run.ids))
+      path = np.concatenate([path[: run.fork], own])
+      out.token[own], out.position[own] = run.ids, run.fork + np.arange(len(own))
+      out.parent[own] = np.concatenate([[-1], path])[run.fork : -1]
+      out.leave[own] = end = at + len(own)
+      out.scored[own] = True if run.scored is None else run.scored
+      if number >= 0:
+        out.end[number] = own[-1]
+      sizes = [1 + sum(1 for _ in _below(branch)) for branch in run.branches]
+      numbered = zip(run.branches, number + 1 + np.cumsum([0, *sizes]), strict=False)
+      for branch, its_number in sorted(numbered, key=lambda pair: -pair[0].fork):
+        end = lay(branch, its_number, end, path)
+        out.leave[at : at + branch.fork - run.fork] = end
+      return end
+
+    lay(self._root, -1, 0, np.zeros(0, int))
+    return out
+
+  def path(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where a branch's sequence lies in `layout`: (its tokens in the trunk, those behind it)."""
+    index = np.arange(self.num_tokens)
+    (path,) = np.nonzero(sees(self.layout.end[number : number + 1], index, self.layout.leave)[0])
+    return path[path < len(self.trunk)], path[path >= len(self.trunk)]
+
+
+def _below(run: Branch) -> Iterator[tuple[Branch, Branch]]:
+  """(branch, the run that it leaves) of all that leave a run or one another, each before its own."""
+  waiting = [(branch, run) for branch in reversed(run.branches)]
+  while waiting:
+    branch, left = waiting.pop()
+    yield branch, left
+    waiting += [(child, branch) for child in reversed(branch.branches)]
 
 
 @jax.tree_util.register_dataclass
@@ -84,37 +155,28 @@ class PackedTrees:
 
   Attributes:
     token: int32, the token id (0 where there is none).
-    position: int32, place in the unpacked sequence: j in a trunk, fork + j in a branch.
-    tree: int32, number of the tree in its row from 1; 0 is padding.
-    branch: int32, number of the branch in its row from 1, unique over the row's trees; 0 is a trunk.
-    fork: int32, how many trunk tokens a branch token sees; in a trunk 0.
+    position: int32, place in the unpacked sequence.
+    leave: int32, the row index just past all tokens that continue this one.
     parent: int32, row index whose hidden state predicts this token; -1 where nothing does.
     scored: bool, True where the token counts in a loss.
   """
 
   token: jax.Array
   position: jax.Array
-  tree: jax.Array
-  branch: jax.Array
-  fork: jax.Array
+  leave: jax.Array
   parent: jax.Array
   scored: jax.Array
 
 
 def empty_rows(num_rows: int, length: int) -> PackedTrees:
   """[num_rows, length] of padding, as numpy arrays."""
-
-  def zeros():
-    return np.zeros((num_rows, length), np.int32)
-
+  shape = num_rows, length
   return PackedTrees(
-    token=zeros(),
-    position=zeros(),
-    tree=zeros(),
-    branch=zeros(),
-    fork=zeros(),
-    parent=np.full((num_rows, length), -1, np.int32),
-    scored=np.zeros((num_rows, length), bool),
+    token=np.zeros(shape, np.int32),
+    position=np.zeros(shape, np.int32),
+    leave=np.broadcast_to(np.arange(1, length + 1, dtype=np.int32), shape).copy(),
+    parent=np.full(shape, -1, np.int32),
+    scored=np.zeros(shape, bool),
   )
 
 
@@ -122,7 +184,7 @@ def pack(rows: Sequence[Sequence[Tree]], length: int) -> PackedTrees:
   """Lays each row's trees one after another.
 
   Args:
-    rows: for each row its trees; branches are numbered from 1 in the order of trees and of each tree's branches.
+    rows: for each row its trees.
     length: T, tokens in a row.
 
   Returns:
@@ -133,32 +195,15 @@ def pack(rows: Sequence[Sequence[Tree]], length: int) -> PackedTrees:
   """
   out = empty_rows(len(rows), length)
   for r, trees in enumerate(rows):
-    at, number = 0, 0
-    for t, tree in enumerate(trees, start=1):
+    at = 0
+    for tree in trees:
       if at + tree.num_tokens > length:
         raise ValueError(f"Row {r} overflows: its trees need more than {length} tokens.")
-      start, size = at, len(tree.trunk)
-      trunk = slice(start, start + size)
-      out.token[r, trunk] = tree.trunk
-      out.position[r, trunk] = np.arange(size)
-      out.parent[r, trunk] = np.arange(start - 1, start + size - 1)
-      out.parent[r, start] = -1
-      if tree.trunk_scored is not None:
-        out.scored[r, trunk] = tree.trunk_scored
-      at += size
-      for branch in tree.branches:
-        number += 1
-        size = len(branch.ids)
-        part = slice(at, at + size)
-        out.token[r, part] = branch.ids
-        out.position[r, part] = branch.fork + np.arange(size)
-        out.branch[r, part] = number
-        out.fork[r, part] = branch.fork
-        out.parent[r, part] = np.arange(at - 1, at + size - 1)
-        out.parent[r, at] = start + branch.fork - 1
-        out.scored[r, part] = True if branch.scored is None else branch.scored
-        at += size
-      out.tree[r, start:at] = t
+      layout, part = tree.layout, slice(at, at + tree.num_tokens)
+      out.token[r, part], out.position[r, part], out.scored[r, part] = layout.token, layout.position, layout.scored
+      out.leave[r, part] = at + layout.leave
+      out.parent[r, part] = np.where(layout.parent < 0, -1, at + layout.parent)
+      at += tree.num_tokens
   return out
 
 
@@ -189,25 +234,44 @@ def first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
   return rows
 
 
-def attention_mask(trees: PackedTrees, window: int = 0) -> jax.Array:
-  """The attention rule for rows of packed trees.
+def sees(query, key, leave):
+  """The attention rule: bool [..., Q, K], True where row indices query [..., Q] see key [..., K], of that `leave`."""
+  query = query[..., :, None]
+  return (key[..., None, :] <= query) & (query < leave[..., None, :])
+
+
+class Queries(NamedTuple):
+  """Where queries stand, int32 [..., Q]: row index and position."""
+
+  index: jax.Array
+  position: jax.Array
+
+
+class Keys(NamedTuple):
+  """Where keys stand, int32 [..., K]: row index, position, and the row index from which on no query sees them."""
+
+  index: jax.Array
+  position: jax.Array
+  leave: jax.Array
+
+
+def attention_mask(queries: Queries, keys: Keys, window: int | jax.Array = 0) -> jax.Array:
+  """The attention rule with a window.
 
   Args:
-    trees: fields [..., T].
-    window: how many of the last positions a query sees, its own included; 0 for all.
+    queries, keys: where they stand.
+    window: how many of the last positions a query sees, its own included; 0 for all. A traced scalar is never 0.
 
   Returns:
-    bool [..., T, T]; True where the query (second to last axis) sees the key (last axis). Padding sees nothing.
+    bool [..., Q, K]; True where the query sees the key.
   """
+  seen = sees(queries.index, keys.index, keys.leave)
+  if isinstance(window, int) and not window:
+    return seen
+  return seen & (queries.position[..., :, None] - keys.position[..., None, :] < window)
 
-  def query(field):
-    return field[..., :, None]
 
-  def key(field):
-    return field[..., None, :]
-
-  same_tree = (query(trees.tree) == key(trees.tree)) & (query(trees.tree) != 0)
-  same_branch = (query(trees.branch) == key(trees.branch)) & (key(trees.position) <= query(trees.position))
-  before_fork = (key(trees.branch) == 0) & (key(trees.position) < query(trees.fork))
-  seen = same_tree & (same_branch | before_fork)
-  return seen & (query(trees.position) - key(trees.position) < window) if window else seen
+def keys_of(trees: PackedTrees) -> Keys:
+  """The rows' tokens as keys [..., T]."""
+  index = jnp.broadcast_to(jnp.arange(trees.leave.shape[-1], dtype=jnp.int32), trees.leave.shape)
+  return Keys(index, trees.position, trees.leave)

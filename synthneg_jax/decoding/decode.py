@@ -303,15 +303,12 @@ def prefill(spec: DecodeSpec, params, state: State, batch: TrunkBatch) -> State:
   lane, token, length = batch.lane, batch.token, batch.length
   rows, width = token.shape
   position = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), token.shape)
-  zeros = jnp.zeros_like(token)
   trees = tree_lib.PackedTrees(
     token=token,
     position=position,
-    tree=(position < length[:, None]).astype(jnp.int32),
-    branch=zeros,
-    fork=zeros,
-    parent=zeros,
-    scored=zeros.astype(bool),
+    leave=jnp.maximum(length[:, None], position + 1),
+    parent=position - 1,
+    scored=jnp.zeros(token.shape, bool),
   )
   h_RCD, (k, v) = model.hidden(params, trees, with_cache=True)
 

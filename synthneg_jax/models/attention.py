@@ -1,6 +1,7 @@
 """Attention over packed trees, and over a lane's trunk and its slots' suffixes. Rotary positions.
 
-Which token attends to which is decided in core/tree.py (`attention_mask`).
+Which token attends to which is decided in core/tree.py: by one rule for rows of trees, and for a lane's trunk and its
+slots' suffixes.
 """
 
 import dataclasses
@@ -11,11 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from synthneg_jax.models import rope
+from synthneg_jax.core import tree as tree_lib
+from synthneg_jax.models import fused_attention, rope
+from synthneg_jax.runtime import device_mesh
 
 # Masked scores: finite, so that a row of padding gives numbers and no NaN gradient.
 _MASKED = -1e30
 _BLOCKS, _LEAST_BLOCK = 4, 64  # queries of a row are cut into so many blocks, of so many tokens at least
+_FUSED_FROM = (
+  1024  # tokens of a row from which on its scores are not held: a GPU's break-even lies between 512 and 2048
+)
 
 
 @jax.tree_util.register_dataclass
@@ -103,34 +109,58 @@ def _capped(scores, cap: float):
   return cap * jnp.tanh(scores / cap) if cap else scores
 
 
-def tree_attention(q, k, v, *, mask_BTT, scoring: Scoring = _UNCAPPED):
-  """Attention of rows of packed trees, in blocks of queries.
+def tree_attention(q, k, v, *, keys: tree_lib.Keys, window: int | jax.Array = 0, scoring: Scoring = _UNCAPPED):
+  """Attention of rows of packed trees: fused on TPU where rows are long (models/fused_attention.py), else XLA's products.
 
   Args:
     q: [B·T, N, H]; k, v: [B·T, K, H], rotary positions applied.
-    mask_BTT: bool, True where a query sees a key. Of a row's keys no query sees one that stands behind it (trees are
-      packed trunk first), so a block of queries is held against the keys up to its end only.
+    keys: where the rows' tokens stand, fields [B, T].
+    window: as `tree.attention_mask` takes it.
     scoring: scale and cap of the scores.
 
   Returns:
     (out [B·T, N, H], keys [B, K, T, H], values [B, K, T, H]).
   """
-  rows, length, _ = mask_BTT.shape
+  rows, length = keys.leave.shape
   kv_heads, head_dim = k.shape[1], k.shape[2]
   groups = q.shape[1] // kv_heads
   q = q.reshape(rows, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
   q *= scoring.scale or head_dim**-0.5
   k_BKTH = k.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3)
   v_BKTH = v.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3)
+  if length >= _FUSED_FROM and q.dtype in (jnp.bfloat16, jnp.float32) and device_mesh.runs_on_tpu():
+    out = _fused(q, k_BKTH, v_BKTH, keys=keys, window=window, cap=scoring.cap)
+  else:
+    out = _in_blocks(q, k_BKTH, v_BKTH, keys=keys, window=window, cap=scoring.cap)
+  out = out.transpose(0, 3, 1, 2, 4).reshape(rows * length, kv_heads * groups, head_dim)
+  return out, k_BKTH, v_BKTH
+
+
+def _fused(q, k, v, *, keys: tree_lib.Keys, window, cap: float):
+  """The kernels on every device's own rows and key heads; where key heads do not divide, each has all of them."""
+  tensor = device_mesh.parts("kv_heads")
+  heads = "kv_heads" if k.shape[1] % tensor == 0 else None
+  windowed = not isinstance(window, int) or window > 0
+
+  def attend(q, k, v, position, leave, window):
+    return fused_attention.attend(q, k, v, position, leave, window=window if windowed else 0, cap=cap)
+
+  split = ("rows", heads), ("rows", heads), ("rows", heads), ("rows",), ("rows",), ()
+  run = device_mesh.on_each_device(attend, split, ("rows", heads))
+  return run(q, k, v, keys.position, keys.leave, jnp.asarray(window, jnp.int32))
+
+
+def _in_blocks(q, k_BKTH, v_BKTH, *, keys: tree_lib.Keys, window, cap: float):
+  """In blocks of queries: no query sees a key that stands behind it, so a block is held against the keys up to its end."""
+  length, parts = q.shape[3], []
+  mask_BTT = tree_lib.attention_mask(tree_lib.Queries(keys.index, keys.position), keys, window)
   size = -(-length // min(_BLOCKS, -(-length // _LEAST_BLOCK)))
-  parts = []
   for start in range(0, length, size):
     stop = min(start + size, length)
     block = q[:, :, :, start:stop], k_BKTH[:, :, :stop], v_BKTH[:, :, :stop], mask_BTT[:, start:stop, :stop]
     # Capped scores have no backward pass by hand.
-    parts.append(_attend_forward(*block, scoring.cap)[0] if scoring.cap else _attend(*block))
-  out = jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(rows * length, kv_heads * groups, head_dim)
-  return out, k_BKTH, v_BKTH
+    parts.append(_attend_forward(*block, cap)[0] if cap else _attend(*block))
+  return jnp.concatenate(parts, axis=3)
 
 
 @jax.custom_vjp
@@ -195,6 +225,22 @@ def _put(field, place, new, *, index):
   return lax.platform_dependent(field, new, cpu=select, default=scatter)
 
 
+def _decoding_masks(newest: NewestTokens, trunk: int, suffix: int):
+  """(bool [lanes, slots, C], bool [lanes, slots, L]): what the newest tokens see of their trunks and of their suffixes.
+
+  By the rule of trees, without a copy of the trunk for each slot: of C tokens, the trunk's token j leaves at 2C - j, and
+  a slot that forks at f stands at 2C - f. Its suffix stands right before it; tokens not yet written leave at 0.
+  """
+  _, fork, index, window = newest
+  queries = tree_lib.Queries(2 * trunk - fork[..., None], (fork + index)[..., None])
+  place_C, place_L = jnp.arange(trunk)[None, None], jnp.arange(suffix)[None, None]
+  of_trunk = tree_lib.Keys(place_C, place_C, 2 * trunk - place_C)
+  leave = jnp.where(place_L <= index[..., None], 2 * trunk + 1, 0)
+  of_suffix = tree_lib.Keys(jnp.full_like(place_L, trunk), fork[..., None] + place_L, leave)
+  masks = (tree_lib.attention_mask(queries, keys, window) for keys in (of_trunk, of_suffix))
+  return tuple(mask[..., 0, :] for mask in masks)
+
+
 def cached_attention(q, k, v, *, cache: Cache, newest: NewestTokens, scoring: Scoring = _UNCAPPED):
   """One joint softmax of each slot's newest token over its lane's trunk and its own suffix.
 
@@ -237,12 +283,7 @@ def cached_attention(q, k, v, *, cache: Cache, newest: NewestTokens, scoring: Sc
   trunk = jnp.einsum("lkqh,lkhc->lkqc", q_trunk, trunk_k, preferred_element_type=wide)
   trunk = trunk.reshape(lanes, kv_heads, slots, groups, -1).transpose(0, 2, 1, 3, 4)
   suffix = jnp.einsum("lskgh,lskth->lskgt", q, suffix_k, preferred_element_type=wide)
-  trunk_place, suffix_place = (jnp.arange(scores.shape[-1])[None, None] for scores in (trunk, suffix))
-  trunk_mask = trunk_place < fork[..., None]
-  suffix_mask = suffix_place <= index[..., None]
-  if not isinstance(window, int) or window:  # a trunk's token stands at its place, a suffix's at fork + its place
-    trunk_mask &= trunk_place > (fork + index)[..., None] - window
-    suffix_mask &= suffix_place > index[..., None] - window
+  trunk_mask, suffix_mask = _decoding_masks(newest, trunk.shape[-1], suffix.shape[-1])
   trunk = jnp.where(trunk_mask[:, :, None, None], _capped(trunk, scoring.cap), _MASKED)
   suffix = jnp.where(suffix_mask[:, :, None, None], _capped(suffix, scoring.cap), _MASKED)
   top = jnp.maximum(jnp.max(trunk, -1), jnp.max(suffix, -1))[..., None]

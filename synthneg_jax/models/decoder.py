@@ -320,10 +320,12 @@ class Model:
 
     return {kind: rotation(kind) for kind in sorted(set(c.layer_rotations))}
 
-  def _layer_kinds(self, rotations: dict[str, Callable]):
-    """What a scan over layers that differ reads of each: (windows, numbers of their rotations), both int32 [Y]."""
+  def _layer_kinds(self, rotations: dict[str, Callable], num_positions: int):
+    """What a scan over layers that differ reads of each: (windows, all positions where there is none; numbers of their
+    rotations), both int32 [Y]."""
+    windows = [window or num_positions for window in self.config.layer_windows]
     numbers = [list(rotations).index(kind) for kind in self.config.layer_rotations]
-    return jnp.asarray(self.config.layer_windows, jnp.int32), jnp.asarray(numbers, jnp.int32)
+    return jnp.asarray(windows, jnp.int32), jnp.asarray(numbers, jnp.int32)
 
   def _rotate_by(self, number, rotations: dict[str, Callable]) -> Callable:
     """The rotation of a layer by its number among `rotations`, a traced scalar where layers differ."""
@@ -358,49 +360,45 @@ class Model:
 
   def _unrolled_layers(self, params: Params, x_ND, trees: tree_lib.PackedTrees, *, with_cache: bool):
     """The layers of `hidden` as a Python loop."""
-    windows = self.config.layer_windows
-    masks = {window: tree_lib.attention_mask(trees, window) for window in set(windows)}
+    c, keys, pairs = self.config, tree_lib.keys_of(trees), []
     rotations = self._rotations(trees.position.reshape(-1), trees.token.shape[1])
-    pairs = []
-    layers = zip(self.unstack(params)["layers"], windows, self.config.layer_rotations, strict=True)
+    layers = zip(self.unstack(params)["layers"], c.layer_windows, c.layer_rotations, strict=True)
     for layer_params, window, kind in layers:
-      layer = self._tree_layer(lambda mask=masks[window]: mask, rotations[kind], with_cache=with_cache)
+      layer = self._tree_layer(keys, window, rotations[kind], with_cache=with_cache)
       x_ND, pair = layer(x_ND, layer_params)
       pairs.append(pair)
     return x_ND, tuple(zip(*pairs, strict=True)) if with_cache else None
 
   def _scanned_layers(self, params: Params, x_ND, trees: tree_lib.PackedTrees, *, with_cache: bool):
     """The layers of `hidden` as a scan; where their windows differ, each reads its own from an array."""
-    windows = self.config.layer_windows
-    masks = {window: tree_lib.attention_mask(trees, window) for window in set(windows)}
+    windows, keys = set(self.config.layer_windows), tree_lib.keys_of(trees)
     rotations = self._rotations(trees.position.reshape(-1), trees.token.shape[1])
     layers = _joined(params)["layers"]
-    if len(masks) == len(rotations) == 1:
-      (rotate,) = rotations.values()
-      return lax.scan(self._tree_layer(lambda: masks[windows[0]], rotate, with_cache=with_cache), x_ND, layers)
+    if len(windows) == len(rotations) == 1:
+      (window,), (rotate,) = windows, rotations.values()
+      return lax.scan(self._tree_layer(keys, window, rotate, with_cache=with_cache), x_ND, layers)
 
     def body(x_ND, xs):
       layer_params, (window, number) = xs
+      window = self.config.layer_windows[0] if len(windows) == 1 else window
+      rotate = self._rotate_by(number, rotations)
+      return self._tree_layer(keys, window, rotate, with_cache=with_cache)(x_ND, layer_params)
 
-      def mask():
-        return masks[windows[0]] if len(masks) == 1 else jnp.where(window > 0, masks[self.config.window], masks[0])
+    return lax.scan(body, x_ND, (layers, self._layer_kinds(rotations, trees.token.shape[1])))
 
-      return self._tree_layer(mask, self._rotate_by(number, rotations), with_cache=with_cache)(x_ND, layer_params)
-
-    return lax.scan(body, x_ND, (layers, self._layer_kinds(rotations)))
-
-  def _tree_layer(self, mask_fn: Callable, rotate: Callable, *, with_cache: bool):
+  def _tree_layer(self, keys: tree_lib.Keys, window, rotate: Callable, *, with_cache: bool):
     """Returns layer(x [N, D], its parameters) -> (x, (keys, values) or None), rematerialised as the config says.
 
     Args:
-      mask_fn: gives the mask, bool [B, T, T]; called within the layer, so that no layer's mask is kept for its gradient.
+      keys: where the rows' tokens stand, fields [B, T].
+      window: as `attention.tree_attention` takes it.
       rotate: the rotary embedding.
       with_cache: also return keys and values [B, K, T, H].
     """
     c = self.config
 
     def attend(q, k, v):
-      out, k_BKTH, v_BKTH = attention.tree_attention(q, k, v, mask_BTT=mask_fn(), scoring=self._scoring)
+      out, k_BKTH, v_BKTH = attention.tree_attention(q, k, v, keys=keys, window=window, scoring=self._scoring)
       return out, ((k_BKTH, v_BKTH) if with_cache else None)
 
     def layer(x_ND, layer_params):
@@ -457,15 +455,13 @@ class Model:
 
       return lax.scan(body, carry, (layers, numbers))[0]
 
-    num_positions = carry[1].num_positions
-
     def windowed_body(carry, xs):
       layer_params, number, (window, kind) = xs
-      here = newest._replace(layer=number, window=jnp.where(window > 0, window, num_positions))
+      here = newest._replace(layer=number, window=window)
       rotate = self._rotate_by(kind, rotations)
       return self._step_layer(layer_params, carry, newest=here, rotate=rotate), None
 
-    return lax.scan(windowed_body, carry, (layers, numbers, self._layer_kinds(rotations)))[0]
+    return lax.scan(windowed_body, carry, (layers, numbers, self._layer_kinds(rotations, carry[1].num_positions)))[0]
 
   def _step_layer(self, layer_params, carry, *, newest: attention.NewestTokens, rotate: Callable):
     """One layer of `hidden_step`: (x [N, D], cache) -> the same with its token's keys and values written."""

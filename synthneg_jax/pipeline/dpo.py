@@ -90,7 +90,6 @@ def variant(experiment: Experiment, name: str) -> dict:
   plan = train_policy.plan(experiment, section, pair_trees.examples(made, store), made.names)
   objective = objectives.make_preference(
     policy.model,
-    plan.shape.branches,
     objectives.Preference(
       loss=_loss(section),
       beta=section.beta,

@@ -106,8 +106,8 @@ def _batch(shape: Shape, mesh: Mesh) -> Batch:
   pairs = (shape.rows, shape.pairs)
   count = jax.ShapeDtypeStruct((), jnp.float32, sharding=one)
   trees = PackedTrees(**fields)
-  scored = i32(shape.rows, shape.scored)
-  return Batch(trees, scored, i32(*pairs), i32(*pairs), f32(*pairs), f32(*pairs), count, count)
+  scored, ends = i32(shape.rows, shape.scored), i32(shape.rows, shape.branches)
+  return Batch(trees, scored, ends, i32(*pairs), i32(*pairs), f32(*pairs), f32(*pairs), count, count)
 
 
 def _held(abstract) -> float:
@@ -167,7 +167,7 @@ class Recipe:
     if stage == "dpo":
       loss = functools.partial(losses.dpo_loss, beta=section.beta)  # the others of its kind cost the same
       preference = objectives.Preference(loss=loss, beta=section.beta, nll_weight=section.nll_weight)
-      objective = objectives.make_preference(model, shape.branches, preference, eos_ids=_EOS, **chunk)
+      objective = objectives.make_preference(model, preference, eos_ids=_EOS, **chunk)
     else:
       objective = objectives.make_sft(model, **chunk)
     optimizer = optimizer_lib.make_optimizer(section.optimizer, max(self.work[name]["steps"], 1))

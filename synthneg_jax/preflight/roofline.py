@@ -3,7 +3,7 @@
 XLA's own cost analysis counts the body of a loop once. Here a body counts as often as its loop turns; a loop whose
 turns only the data knows (decoding) counts once, so that its figures are those of one turn. Counted are matrix
 products (2·M·N·K; on TPU they are convolutions), what instructions read from and write to the chip's main memory, and
-what a chip sends by the usual ring algorithms.
+what a chip sends by the usual ring algorithms. A Pallas kernel counts as it says of itself.
 """
 
 import collections
@@ -114,6 +114,9 @@ class Program:
         total.add(Cost(inner.flops, 0.0, inner.collectives, inner.moved))
       if instruction.opcode in ("convolution", "dot"):
         total.flops += self._product_flops(computation, instruction)
+      if kernel := _kernel_cost(instruction):
+        total.add(kernel)
+        continue
       kind = instruction.opcode.removesuffix("-start")
       if kind in _COLLECTIVES:
         if fused and name.startswith("all-reduce-scatter"):
@@ -351,6 +354,12 @@ class Program:
         written = 0.0  # passed on
       total += written if array.in_memory else 0.0
     return total
+
+
+def _kernel_cost(instruction: hlo.Instruction) -> Cost | None:
+  """Of a kernel of ours, what it says of itself (models/fused_attention.py); None of any other instruction."""
+  said = [instruction.attribute(rf'"cost_estimate":\{{[^}}]*"{name}":"(\d+)"') for name in ("flops", "bytes_accessed")]
+  return Cost(float(said[0]), float(said[1])) if all(said) else None
 
 
 class _Window(NamedTuple):

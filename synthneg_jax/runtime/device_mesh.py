@@ -177,6 +177,12 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
   return math.prod(mesh.shape[axis] for axis in _mesh_axes("rows"))
 
 
+def parts(logical: str) -> int:
+  """Into how many parts the mesh of `under` splits a dimension of this name; 1 without one."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape.get(axis, 1) for axis in _mesh_axes(logical))
+
+
 def under(mesh: Mesh, fn: Callable) -> Callable:
   """fn, traced so that `split_rows` in it knows the mesh."""
 
@@ -186,6 +192,29 @@ def under(mesh: Mesh, fn: Callable) -> Callable:
       return fn(*args)
 
   return traced
+
+
+def runs_on_tpu() -> bool:
+  """Whether the program that is being traced is for TPUs: by the mesh of `under`, without one by the default devices."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() == "tpu" if device is None else device.device_kind.startswith("TPU")
+
+
+def on_each_device(
+  fn: Callable, logical_axes: Sequence[tuple[str | None, ...]], out_axes: tuple[str | None, ...]
+) -> Callable:
+  """fn of arrays, run by every device on its own parts of them; outside of `under` it is fn itself.
+
+  Args:
+    fn: must need nothing of other devices' parts.
+    logical_axes: of each argument.
+    out_axes: of the result.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return fn
+  return jax.shard_map(
+    fn, in_specs=tuple(spec(*axes) for axes in logical_axes), out_specs=spec(*out_axes), check_vma=False
+  )
 
 
 def split_as(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:

@@ -35,14 +35,17 @@ class Batch:
   Attributes:
     trees: fields [R, T].
     scored_at: int32 [R, S], row indices of the scored tokens, -1 beyond them; logits exist at their parents only.
-    chosen, rejected: int32 [R, P], branch numbers of the pairs; 0 where there is no pair.
+    branch_end: int32 [R, B], row indices of the branches' last tokens, -1 beyond them.
+    chosen, rejected: int32 [R, P], the pairs' places in `branch_end`; -1 where there is no pair.
     ref_chosen, ref_rejected: float32 [R, P], summed log-probs under the reference, nats.
-    num_scored: float32 [], scored tokens of the whole batch, over all rows, devices and accumulation steps.
+    num_scored: float32 [], scored tokens of the whole batch's branches, over all rows, devices and accumulation steps; a
+      token that branches share counts in each of them.
     num_pairs: float32 [], pairs of the whole batch.
   """
 
   trees: tree_lib.PackedTrees
   scored_at: jax.Array
+  branch_end: jax.Array
   chosen: jax.Array
   rejected: jax.Array
   ref_chosen: jax.Array
@@ -80,7 +83,7 @@ def measure(examples: Sequence[Example], length: int, multiple_of: int = 1) -> S
     length=length,
     scored=max(widest(lambda example: example.tree.num_scored), 1),
     pairs=widest(lambda example: len(example.pairs)),
-    branches=widest(lambda example: len(example.tree.branches)),
+    branches=widest(lambda example: example.tree.num_branches),
   )
 
 
@@ -96,27 +99,33 @@ def build(examples: Sequence[Example], shape: Shape) -> Batch:
   rows = rows + [[]] * (shape.rows - len(rows))
   trees = tree_lib.pack([[examples[i].tree for i in row] for row in rows], shape.length)
   scored_at = np.full((shape.rows, shape.scored), -1, np.int32)
-  chosen = np.zeros((shape.rows, shape.pairs), np.int32)
-  rejected = np.zeros((shape.rows, shape.pairs), np.int32)
+  branch_end = np.full((shape.rows, shape.branches), -1, np.int32)
+  chosen = np.full((shape.rows, shape.pairs), -1, np.int32)
+  rejected = np.full((shape.rows, shape.pairs), -1, np.int32)
   ref_chosen = np.zeros((shape.rows, shape.pairs), np.float32)
   ref_rejected = np.zeros((shape.rows, shape.pairs), np.float32)
+  num_scored = 0
   for r, row in enumerate(rows):
     at = np.flatnonzero(trees.scored[r])
     scored_at[r, : len(at)] = at
-    number, p = 1, 0
+    start, number, p = 0, 0, 0
     for index in row:
+      tree = examples[index].tree
+      branch_end[r, number : number + tree.num_branches] = start + tree.layout.end
       for pair in examples[index].pairs:
         chosen[r, p], rejected[r, p] = number + pair.chosen, number + pair.rejected
         ref_chosen[r, p], ref_rejected[r, p] = pair.ref_chosen, pair.ref_rejected
         p += 1
-      number += len(examples[index].tree.branches)
+      start, number = start + tree.num_tokens, number + tree.num_branches
+    num_scored += int(tree_lib.sees(branch_end[r], at, trees.leave[r, at]).sum())
   return Batch(
     trees,
     scored_at,
+    branch_end,
     chosen,
     rejected,
     ref_chosen,
     ref_rejected,
-    num_scored=np.float32(max(int(trees.scored.sum()), 1)),
+    num_scored=np.float32(max(num_scored, 1)),
     num_pairs=np.float32(max(sum(len(example.pairs) for example in examples), 1)),
   )

@@ -100,7 +100,7 @@ class Batches:
     for example, key in zip(examples, keys, strict=True):
       if example.tree.num_tokens > row_length:
         raise UserError(f"{key}: its tree has {example.tree.num_tokens} tokens, more than row_length={row_length}.")
-    weights = [max(len(example.pairs), 1) if example.pairs else len(example.tree.branches) for example in examples]
+    weights = [max(len(example.pairs), 1) if example.pairs else example.tree.num_branches for example in examples]
     self._steps = plan(weights, schedule)
     shapes = [batch_lib.measure([examples[i] for i in step], row_length, rows_multiple_of) for step in self._steps]
 
@@ -138,8 +138,7 @@ class Batches:
       UserError: names the example and the id.
     """
     for example, key in zip(self._examples, self._keys, strict=True):
-      for ids in (example.tree.trunk, *(branch.ids for branch in example.tree.branches)):
-        config.check_ids(ids, f"{key}: its text")
+      config.check_ids(example.tree.layout.token, f"{key}: its text")
 
   def keys(self, step: int) -> list[str]:
     """Names of the examples of a step."""

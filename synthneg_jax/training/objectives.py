@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from synthneg_jax.core import losses, masked_stats
+from synthneg_jax.core.tree import sees
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.training.batch import Batch
 
@@ -76,38 +77,36 @@ def _scored(model: Model, params, batch: Batch, *, h_RTD, chunk: int):
   return jnp.where(valid_RS, logp_RS, 0.0), valid_RS
 
 
-def branch_sums(batch: Batch, values_RS, num_branches: int):
-  """Sums over each row's branches, [R, B + 1]; entry 0 holds the row's trunks."""
-  branch_RS = jnp.take_along_axis(batch.trees.branch, jnp.maximum(batch.scored_at, 0), axis=1)
-  return jax.vmap(lambda values_S, branch_S: losses.branch_logprobs(values_S, branch_S, num_branches))(
-    values_RS, branch_RS
-  )
+def branch_tokens(batch: Batch) -> jax.Array:
+  """bool [R, B, S]: which scored tokens each branch has, those that its last token sees."""
+  at_RS = jnp.maximum(batch.scored_at, 0)
+  leave_RS = jnp.where(batch.scored_at < 0, 0, jnp.take_along_axis(batch.trees.leave, at_RS, axis=1))
+  return sees(batch.branch_end, at_RS, leave_RS)
 
 
-def _early_eos(model: Model, params, batch: Batch, *, h_RTD, num_branches: int, eos_ids: Sequence[int]):
+def _early_eos(model: Model, params, batch: Batch, *, h_RTD, eos_ids: Sequence[int]):
   """(Σ of P(EOS) at the ends of branches without EOS, how many those are)."""
-  R, T = batch.trees.token.shape
-  row_R1 = jnp.arange(R)[:, None]
-  last_RB = (
-    jnp.zeros((R, num_branches + 1), jnp.int32).at[row_R1, batch.trees.branch].max(jnp.arange(T, dtype=jnp.int32)[None])
-  )
-  last_RB = last_RB[:, 1:]  # 0 where a row has no such branch: the place of a trunk's first token
+  last_RB = jnp.maximum(batch.branch_end, 0)
   token_RB = jnp.take_along_axis(batch.trees.token, last_RB, axis=1)
-  unfinished_RB = (last_RB > 0) & ~jnp.isin(token_RB, jnp.asarray(eos_ids))
+  unfinished_RB = (batch.branch_end >= 0) & ~jnp.isin(token_RB, jnp.asarray(eos_ids))
   h_RBD = jnp.take_along_axis(lax.stop_gradient(h_RTD), last_RB[..., None], axis=1)
   logits_RBV = model.logits(lax.stop_gradient(params), h_RBD)
   return masked_stats.total(losses.early_eos(logits_RBV, eos_ids), unfinished_RB)
 
 
 def make_sft(model: Model, chunk: int = 0):
-  """The next-token objective, for SFT, RFT and pretraining: mean nats per scored token; `chunk` as in `scored_logprobs`."""
+  """The next-token objective, for SFT, RFT and pretraining: mean nats per scored token of all branches.
+
+  `chunk` as in `scored_logprobs`.
+  """
 
   def objective(params, batch: Batch):
-    logp_RS, valid_RS = scored_logprobs(model, params, batch, chunk=chunk)
+    logp_RS, _ = scored_logprobs(model, params, batch, chunk=chunk)
+    count_RS = jnp.sum(branch_tokens(batch), axis=1)
     with jax.named_scope("loss"):
-      loss = jnp.sum(jax.vmap(losses.sft_loss)(logp_RS, valid_RS)) / batch.num_scored
-    spread = _spread("nll/per_token", -logp_RS, valid_RS)
-    return loss, {"loss/per_token": masked_stats.total(-logp_RS, valid_RS)} | spread
+      loss = jnp.sum(jax.vmap(losses.sft_loss)(logp_RS, count_RS)) / batch.num_scored
+    spread = _spread("nll/per_token", -logp_RS, count_RS)
+    return loss, {"loss/per_token": masked_stats.total(-logp_RS, count_RS)} | spread
 
   return objective
 
@@ -129,27 +128,27 @@ class Preference:
   nll_weight: float = 0.0
 
 
-def make_preference(model: Model, num_branches: int, preference: Preference, *, eos_ids: Sequence[int], chunk: int = 0):
+def make_preference(model: Model, preference: Preference, *, eos_ids: Sequence[int], chunk: int = 0):
   """The preference objective over pairs of branches: mean per pair of a loss of `core.losses` + nll_weight · nll_term.
 
   Args:
     model: the policy's architecture.
-    num_branches: the most branches that a row holds.
     preference: the loss and its weights.
     eos_ids: the ids that end a response.
     chunk: as in `scored_logprobs`.
   """
 
   def at_pairs(values_RB, branch_RP):
-    return jnp.take_along_axis(values_RB, branch_RP, axis=1)
+    return jnp.take_along_axis(values_RB, jnp.maximum(branch_RP, 0), axis=1)
 
   def objective(params, batch: Batch):
     h_RTD, _ = model.hidden(params, batch.trees)
-    logp_RS, valid_RS = _scored(model, params, batch, h_RTD=h_RTD, chunk=chunk)
-    logp_RB = branch_sums(batch, logp_RS, num_branches)
-    count_RB = branch_sums(batch, valid_RS.astype(logp_RS.dtype), num_branches)
+    logp_RS, _ = _scored(model, params, batch, h_RTD=h_RTD, chunk=chunk)
+    tokens_RBS = branch_tokens(batch)
+    logp_RB = losses.branch_logprobs(logp_RS, tokens_RBS)
+    count_RB = jnp.sum(tokens_RBS, axis=-1).astype(logp_RS.dtype)
     chosen_RP, tokens_RP = at_pairs(logp_RB, batch.chosen), at_pairs(count_RB, batch.chosen)
-    pair_RP = batch.chosen > 0
+    pair_RP = batch.chosen >= 0
     args = (chosen_RP, at_pairs(logp_RB, batch.rejected), batch.ref_chosen, batch.ref_rejected)
     with jax.named_scope("loss"):
       loss_RP = preference.loss(*args)
@@ -167,9 +166,7 @@ def make_preference(model: Model, num_branches: int, preference: Preference, *, 
         masked_stats.total(-chosen_RP, pair_RP)[0],
         masked_stats.total(tokens_RP, pair_RP)[0],
       ),
-      "early_eos/per_unfinished_branch": _early_eos(
-        model, params, batch, h_RTD=h_RTD, num_branches=num_branches, eos_ids=eos_ids
-      ),
+      "early_eos/per_unfinished_branch": _early_eos(model, params, batch, h_RTD=h_RTD, eos_ids=eos_ids),
     }
     return loss, metrics | _spread("margin/per_pair", watched["margin"], pair_RP)
 

@@ -66,12 +66,9 @@ def build(pairs: Sequence[Pair], *, max_branches: int, length: int) -> PairTrees
 def examples(pair_trees: PairTrees, store: reference.Store) -> list[Example]:
   """What the preference objective trains on: the trees with their pairs and the summed reference log-probs of branches."""
 
-  def reference_sum(tree: Tree, number: int) -> float:
-    branch = tree.branches[number]
-    return float(np.sum(store[reference.branch_key(tree.trunk, branch.fork, branch.ids)], dtype=np.float64))
-
   result = []
   for tree, numbered in zip(pair_trees.trees, pair_trees.pairs, strict=True):
-    in_tree = [PairInTree(c, r, reference_sum(tree, c), reference_sum(tree, r)) for c, r in numbered]
+    sums = [float(np.sum(store[key], dtype=np.float64)) for key in reference.branch_keys(tree)]
+    in_tree = [PairInTree(c, r, sums[c], sums[r]) for c, r in numbered]
     result.append(Example(tree, tuple(in_tree)))
   return result

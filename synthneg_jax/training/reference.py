@@ -37,6 +37,16 @@ def branch_key(trunk: Sequence[int], fork: int, ids: Sequence[int]) -> str:
   return digest.hexdigest()
 
 
+def _unfolded(tree: Tree) -> list[Branch]:
+  """The tree's branches, each whole from where its path leaves the trunk."""
+  return [Branch(len(before), tree.layout.token[own]) for before, own in map(tree.path, range(tree.num_branches))]
+
+
+def branch_keys(tree: Tree) -> list[str]:
+  """`branch_key` of a tree's branches, each whole from where its path leaves the trunk."""
+  return [branch_key(tree.trunk, branch.fork, branch.ids) for branch in _unfolded(tree)]
+
+
 class Store:
   """Per-token log-probs [nats] by branch, in one .npz file for a policy fingerprint and dtype."""
 
@@ -118,19 +128,14 @@ def score(model: Model, params, trees: Sequence[Tree], *, store: Store, packing:
   mesh, row_length, chunk = packing
   wanted = []
   for tree in trees:
-    missing = {}
-    for branch in tree.branches:
-      key = branch_key(tree.trunk, branch.fork, branch.ids)
-      if key not in store:
-        missing[key] = Branch(branch.fork, branch.ids)
+    missing = {key: branch for key, branch in zip(branch_keys(tree), _unfolded(tree), strict=True) if key not in store}
     if missing:
       wanted.append(Tree(tree.trunk, tuple(missing.values())))
   if not wanted:
     logging.info("reference: all branches are in the store.")
     return
   for tree in wanted:
-    for ids in (tree.trunk, *(branch.ids for branch in tree.branches)):
-      model.config.check_ids(ids, "A text to be scored")
+    model.config.check_ids(tree.layout.token, "A text to be scored")
   examples = [Example(tree) for tree in wanted]
   rows = batch_lib.assign_rows(examples, row_length)
   per_call = rows_per_call(mesh)
@@ -148,10 +153,11 @@ def score(model: Model, params, trees: Sequence[Tree], *, store: Store, packing:
       for r, row in enumerate(batch_lib.assign_rows(call, row_length)):
         at = 0
         for index in row:
-          for branch in call[index].tree.branches:
-            key = branch_key(call[index].tree.trunk, branch.fork, branch.ids)
-            values[key] = logp_RS[r, at : at + len(branch.ids)].astype(np.float32)
-            at += len(branch.ids)
+          tree = call[index].tree
+          place = at + np.cumsum(tree.layout.scored) - 1
+          for number, key in enumerate(branch_keys(tree)):
+            values[key] = logp_RS[r, place[tree.path(number)[1]]].astype(np.float32)
+          at += tree.num_scored
       progress.update(1)
       if processes.stopping():
         store.add(values)

@@ -76,25 +76,28 @@ class TokenLogprobsTest(parameterized.TestCase):
 
 class BranchLogprobsTest(absltest.TestCase):
   def test_by_hand(self):
-    # Fails if the last branch is left out, if values overwrite one another, if entry 0 is dropped, if a mean is taken, or
-    # if empty places (0.0, on any branch) count.
-    logp = jnp.asarray([-1.0, -2.0, -4.0, -8.0, -16.0, 0.0])
-    got = jax.jit(losses.branch_logprobs, static_argnums=2)(logp, jnp.asarray([2, 0, 2, 3, 0, 0]), 4)
-    np.testing.assert_array_equal(got, [-18.0, 0.0, -5.0, -8.0, 0.0])
+    # Fails if a token that two branches share counts in one of them only, if a mean is taken, if a branch without tokens
+    # is not 0, or if masking multiplies (0 · -inf).
+    logp = jnp.asarray([-1.0, -2.0, -4.0, -8.0, -jnp.inf])
+    tokens = np.array([[1, 1, 0, 0, 0], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]], bool)
+    got = jax.jit(losses.branch_logprobs)(logp, tokens)
+    np.testing.assert_array_equal(got, [-3.0, -13.0, 0.0, -np.inf])
 
   def test_keeps_its_type(self):
     # Fails if sums are narrowed.
     with jax.enable_x64(True):
       values = np.array([-1.0, -1e-12])
-      got = losses.branch_logprobs(jnp.asarray(values), jnp.asarray([1, 1]), 1)
-    self.assertEqual(float(got[1]), values.sum())
+      got = losses.branch_logprobs(jnp.asarray(values), np.ones((1, 2), bool))
+    self.assertEqual(float(got[0]), values.sum())
 
 
 class SftLossTest(absltest.TestCase):
   def test_by_hand(self):
-    # Fails if unscored tokens count, if the mean is taken, if the sign is lost, or if masking multiplies (0 · -inf).
+    # Fails if unscored tokens count, if the mean is taken, if the sign is lost, if masking multiplies (0 · -inf), or if a
+    # token of two sequences counts once.
     logp = jnp.asarray([-0.5, -jnp.inf, -2.0, -100.0])
     self.assertEqual(float(losses.sft_loss(logp, jnp.asarray([True, False, True, False]))), 2.5)
+    self.assertEqual(float(losses.sft_loss(logp, jnp.asarray([2, 0, 1, 0]))), 3.0)
     self.assertEqual(float(losses.sft_loss(logp, jnp.zeros(4, bool))), 0.0)
 
   def test_gradient(self):

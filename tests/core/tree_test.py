@@ -1,4 +1,4 @@
-"""Packing against fields written by hand, and the attention rule against the unpacked sequences."""
+"""Packing against fields written by hand, and the attention rule against the paths of the unpacked sequences."""
 
 import dataclasses
 
@@ -8,107 +8,93 @@ from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.core.tree import Branch, Tree
+from tests import random_trees
 
-# A scored trunk; two branches at one fork in its middle, one of them partly scored; a branch at a later fork.
+# Two branches at one fork in the trunk's middle; a later one, partly scored, with a branch of its own.
 FIRST = Tree(
   trunk=[10, 11, 12, 13],
-  branches=(Branch(2, [20, 21, 22]), Branch(2, [30]), Branch(3, [40, 41], scored=[True, False])),
-  trunk_scored=[False, False, True, True],
+  branches=(
+    Branch(2, [20, 21, 22]),
+    Branch(2, [30]),
+    Branch(3, [40, 41], scored=[True, False], branches=(Branch(4, [70, 71]),)),
+  ),
 )
 SECOND = Tree(trunk=[50, 51], branches=(Branch(2, [60]),))
 
 
-def random_tree(rng: np.random.Generator) -> Tree:
-  """A tree of 1 to 6 trunk tokens and 0 to 3 branches of 1 to 4 tokens."""
-  size = int(rng.integers(1, 7))
-  branches = tuple(
-    Branch(int(rng.integers(1, size + 1)), rng.integers(0, 9, rng.integers(1, 5)).tolist())
-    for _ in range(rng.integers(0, 4))
-  )
-  return Tree(rng.integers(0, 9, size).tolist(), branches)
-
-
-def places(trees: list[Tree]) -> list[tuple[int, int | None, int]]:
-  """For each token of a row (tree, branch of that tree or None, place in the trunk or branch)."""
-  found = []
-  for t, tree in enumerate(trees):
-    found += [(t, None, j) for j in range(len(tree.trunk))]
-    for b, branch in enumerate(tree.branches):
-      found += [(t, b, j) for j in range(len(branch.ids))]
-  return found
-
-
-def sees(trees: list[Tree], query, key) -> bool:
-  """The rule of the module's docstring, from the trees and not from packed fields."""
-  (query_tree, query_branch, query_at), (key_tree, key_branch, key_at) = query, key
-  if query_tree != key_tree:
-    return False
-  if query_branch == key_branch:
-    return key_at <= query_at
-  return key_branch is None and key_at < trees[query_tree].branches[query_branch].fork
-
-
 class PackTest(absltest.TestCase):
   def test_fields_by_hand(self):
-    # Fails if a branch's positions restart at 0, if its first token's parent is the row's token before it, if branches
-    # are numbered anew in each tree, or if padding gets a tree, a parent or a score.
-    packed = tree_lib.pack([[SECOND], [FIRST, SECOND]], 16)
+    # Fails if branches do not follow in falling order of fork, each before its own siblings' but behind its own; if a
+    # branch's positions restart at 0, if its first token's parent is the row's token before it, if `leave` counts from the
+    # tree, or if padding gets a parent or a score.
+    packed = tree_lib.pack([[SECOND], [FIRST, SECOND]], 18)
     expected = {
-      "token": [10, 11, 12, 13, 20, 21, 22, 30, 40, 41, 50, 51, 60, 0, 0, 0],
-      "position": [0, 1, 2, 3, 2, 3, 4, 2, 3, 4, 0, 1, 2, 0, 0, 0],
-      "tree": [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0],
-      "branch": [0, 0, 0, 0, 1, 1, 1, 2, 3, 3, 0, 0, 4, 0, 0, 0],
-      "fork": [0, 0, 0, 0, 2, 2, 2, 2, 3, 3, 0, 0, 2, 0, 0, 0],
-      "parent": [-1, 0, 1, 2, 1, 4, 5, 1, 2, 8, -1, 10, 11, -1, -1, -1],
-      "scored": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 0],
+      "token": [10, 11, 12, 13, 40, 41, 70, 71, 20, 21, 22, 30, 50, 51, 60, 0, 0, 0],
+      "position": [0, 1, 2, 3, 3, 4, 4, 5, 2, 3, 4, 2, 0, 1, 2, 0, 0, 0],
+      "leave": [12, 12, 8, 4, 8, 6, 8, 8, 11, 11, 11, 12, 15, 15, 15, 16, 17, 18],
+      "parent": [-1, 0, 1, 2, 2, 4, 4, 6, 1, 8, 9, 1, -1, 12, 13, -1, -1, -1],
+      "scored": [0, 0, 0, 0, 1, 0, 1, 1, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0],
     }
     self.assertSameElements(expected, [field.name for field in dataclasses.fields(packed)])
     for name, values in expected.items():
       field = getattr(packed, name)
-      self.assertEqual(field.shape, (2, 16), name)
+      self.assertEqual(field.shape, (2, 18), name)
       self.assertEqual(field.dtype, bool if name == "scored" else np.int32, name)
       self.assertEqual(field[1].tolist(), values, name)
-    self.assertEqual(packed.parent[0].tolist(), [-1, 0, 1] + [-1] * 13)
+    self.assertEqual(packed.parent[0].tolist(), [-1, 0, 1] + [-1] * 15)
+    self.assertEqual(FIRST.layout.end.tolist(), [10, 11, 5, 7])
 
-  def test_fields_of_random_rows(self):
-    # Fails if a field is right by the chance of where the rows above begin their trees: here they begin anywhere.
+  def test_sequences_of_random_trees(self):
+    # Fails if a branch is numbered in the order of the row, if its last token sees another branch or not all of its own
+    # path, if a position or a parent is not the one of its sequence, or if a scored mask goes to another branch.
     rng = np.random.default_rng(1)
-    rows = [[random_tree(rng) for _ in range(rng.integers(1, 6))] for _ in range(30)]
-    packed = tree_lib.pack(rows, 90)
-    for r, trees in enumerate(rows):
-      found = places(trees)
-      first = np.cumsum([0, *(len(tree.branches) for tree in trees)])  # branches of the row before each tree
-      for at, (t, b, j) in enumerate(found):
-        if b is None:
-          expected = (trees[t].trunk[j], j, t + 1, 0, 0, found.index((t, None, j - 1)) if j else -1)
-        else:
-          branch = trees[t].branches[b]
-          parent = found.index((t, b, j - 1) if j else (t, None, branch.fork - 1))
-          expected = (branch.ids[j], branch.fork + j, t + 1, first[t] + b + 1, branch.fork, parent)
-        got = [getattr(packed, name)[r, at] for name in ("token", "position", "tree", "branch", "fork", "parent")]
-        self.assertSequenceEqual(got, expected)
+    for _ in range(60):
+      tree = random_trees.draw(rng)
+      layout = tree.layout
+      self.assertEqual(tree.num_tokens, len(layout.token))
+      sequences = random_trees.sequences(tree)
+      self.assertEqual(tree.num_branches, len(sequences))
+      for number, (ids, scored) in enumerate(sequences):
+        before, own = tree.path(number)
+        path = np.concatenate([before, own])
+        self.assertEqual(layout.token[path].tolist(), ids)
+        self.assertEqual(layout.scored[path].tolist(), scored)
+        self.assertEqual(layout.position[path].tolist(), list(range(len(ids))))
+        self.assertEqual(layout.parent[path].tolist(), [-1, *path[:-1]])
+        self.assertEqual(len(before), np.sum(path < len(tree.trunk)))
 
   def test_counts(self):
-    # Fails if unscored branch tokens count as scored, or trunk scores are forgotten.
-    self.assertEqual((FIRST.num_tokens, FIRST.num_scored), (10, 2 + 3 + 1 + 1))
-    self.assertEqual((SECOND.num_tokens, SECOND.num_scored), (3, 1))
-    both = Tree([1, 2, 3], (Branch(1, [4]),), [False, True, False])
-    self.assertEqual((both.num_tokens, both.num_scored), (4, 2))
+    # Fails if unscored branch tokens count as scored, or branches of branches are forgotten.
+    self.assertEqual((FIRST.num_tokens, FIRST.num_scored, FIRST.num_branches), (12, 3 + 1 + 1 + 2, 4))
+    self.assertEqual((SECOND.num_tokens, SECOND.num_scored, SECOND.num_branches), (3, 1, 1))
+
+  def test_one_branch_may_stand_twice(self):
+    # Fails if branches are told apart by what they are and not by where they stand.
+    twin = Branch(1, [7, 8])
+    tree = Tree([1, 2], (twin, twin))
+    self.assertEqual(tree.layout.token.tolist(), [1, 2, 7, 8, 7, 8])
+    self.assertEqual(tree.layout.end.tolist(), [3, 5])
 
   def test_a_full_row_fits_and_one_more_token_does_not(self):
     # Fails if the check for room is off by one in either direction.
-    self.assertEqual(tree_lib.pack([[FIRST, SECOND]], 13).tree[0].tolist(), [1] * 10 + [2] * 3)
-    with self.assertRaisesRegex(ValueError, "Row 1 overflows: its trees need more than 12 tokens"):
-      tree_lib.pack([[], [FIRST, SECOND]], 12)
+    self.assertEqual(tree_lib.pack([[FIRST, SECOND]], 15).token[0, -3:].tolist(), [50, 51, 60])
+    with self.assertRaisesRegex(ValueError, "Row 1 overflows: its trees need more than 14 tokens"):
+      tree_lib.pack([[], [FIRST, SECOND]], 14)
 
 
 class TreeErrorsTest(parameterized.TestCase):
   @parameterized.parameters(
     ({"trunk": []}, "at least one token"),
-    ({"trunk": [1, 2], "trunk_scored": [False]}, "trunk_scored"),
-    ({"trunk": [1, 2], "trunk_scored": [True, False]}, "trunk_scored"),
     ({"trunk": [1, 2], "branches": (Branch(1, [3]), Branch(0, [3]))}, "Branch 1 forks at 0, outside 1..2"),
     ({"trunk": [1, 2], "branches": (Branch(3, [3]),)}, "Branch 0 forks at 3, outside 1..2"),
+    (
+      {"trunk": [1, 2], "branches": (Branch(1, [3], branches=(Branch(1, [4]),)),)},
+      "Branch 1 forks at 1, outside 2..2",
+    ),
+    (
+      {"trunk": [1, 2], "branches": (Branch(2, [3, 3], branches=(Branch(5, [4]),)),)},
+      "Branch 1 forks at 5, outside 3..4",
+    ),
     ({"trunk": [1, 2], "branches": (Branch(1, []),)}, "Branch 0 is empty"),
     ({"trunk": [1, 2], "branches": (Branch(1, [3, 4], scored=[True]),)}, "another length"),
   )
@@ -142,34 +128,40 @@ class FirstFitTest(parameterized.TestCase):
       tree_lib.first_fit([8, 9], 8)
 
 
-class AttentionMaskTest(absltest.TestCase):
-  def test_equals_the_rule_on_random_rows(self):
-    # Fails if trees of one row see each other, siblings see each other, a branch sees the trunk at its fork or only
-    # up to its row index, a trunk sees its branches, or padding sees anything.
+def row_mask(packed, window=0):
+  keys = tree_lib.keys_of(packed)
+  return tree_lib.attention_mask(tree_lib.Queries(keys.index, keys.position), keys, window)
+
+
+class AttentionMaskTest(parameterized.TestCase):
+  @parameterized.parameters(0, 1, 4)
+  def test_equals_the_paths_on_random_rows(self, window):
+    # Fails if trees of one row see each other, siblings see each other, a branch sees its path beyond its fork or not up
+    # to it, a token sees what continues it, padding sees anything but itself, or a window counts places of the row.
     rng = np.random.default_rng(0)
     rows = [[FIRST, SECOND], [SECOND, FIRST]]
-    rows += [[random_tree(rng) for _ in range(rng.integers(1, 4))] for _ in range(30)]
+    rows += [[random_trees.draw(rng) for _ in range(rng.integers(1, 4))] for _ in range(30)]
     length = 2 + max(sum(tree.num_tokens for tree in row) for row in rows)
-    mask = np.asarray(tree_lib.attention_mask(tree_lib.pack(rows, length)))
-    expected = np.zeros((len(rows), length, length), bool)
-    for r, trees in enumerate(rows):
-      found = places(trees)
-      for q, query in enumerate(found):
-        for k, key in enumerate(found):
-          expected[r, q, k] = sees(trees, query, key)
-    np.testing.assert_array_equal(mask, expected)
+    packed = tree_lib.pack(rows, length)
+    mask = np.asarray(row_mask(packed, window))
+    for r in range(len(rows)):
+      for q in range(length):
+        path = [q]  # from the query up through its parents
+        while packed.parent[r, path[-1]] >= 0:
+          path.append(int(packed.parent[r, path[-1]]))
+        self.assertEqual(np.flatnonzero(mask[r, q]).tolist(), sorted(path[:window] if window else path))
 
   def test_one_row_without_a_batch_axis(self):
     # Fails if the axes are counted from the front.
-    packed = tree_lib.pack([[FIRST]], 12)
+    packed = tree_lib.pack([[FIRST]], 14)
     row = tree_lib.PackedTrees(**{field.name: getattr(packed, field.name)[0] for field in dataclasses.fields(packed)})
-    np.testing.assert_array_equal(tree_lib.attention_mask(row), tree_lib.attention_mask(packed)[0])
+    np.testing.assert_array_equal(row_mask(row), row_mask(packed)[0])
 
   def test_compiled(self):
     # Fails if packed trees cannot be handed to a compiled function, field by field.
-    packed = tree_lib.pack([[FIRST]], 12)
-    np.testing.assert_array_equal(jax.jit(tree_lib.attention_mask)(packed), tree_lib.attention_mask(packed))
-    self.assertLen(jax.tree.leaves(packed), 7)
+    packed = tree_lib.pack([[FIRST]], 14)
+    np.testing.assert_array_equal(jax.jit(row_mask)(packed), row_mask(packed))
+    self.assertLen(jax.tree.leaves(packed), 5)
 
 
 if __name__ == "__main__":

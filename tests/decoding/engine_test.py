@@ -36,7 +36,9 @@ def make_trunks(rng, count=7):
 def _next_logits(params, ids, size):
   trees = jax.tree.map(jnp.asarray, tree_lib.empty_rows(1, ids.shape[0]))
   position = jnp.arange(ids.shape[0])[None]
-  trees = dataclasses.replace(trees, token=ids[None], position=position, tree=(position < size).astype(jnp.int32))
+  trees = dataclasses.replace(
+    trees, token=ids[None], position=position, leave=jnp.full_like(position, position.shape[1])
+  )
   h, _ = tiny_model.model().hidden(params, trees)
   return tiny_model.model().logits(params, h[0, size - 1])
 

@@ -11,11 +11,13 @@ from synthneg_jax.models import attention
 
 
 def make_rows(rng, length):
-  """Two rows: several trees with forks in mid-trunk, and one tree whose branch fills the row."""
+  """Two rows (several trees with forks in mid-trunk, and one whose branch fills the row), their keys and their mask."""
   ids = lambda size: rng.integers(1, 30, size).tolist()
   quarter = length // 4
   trees = [Tree(ids(quarter - 5), (Branch(3, ids(2)), Branch(quarter - 5, ids(3)))) for _ in range(3)]
-  return tree_lib.pack([trees, [Tree(ids(2), (Branch(2, ids(length - 2)),))]], length)
+  packed = tree_lib.pack([trees, [Tree(ids(2), (Branch(2, ids(length - 2)),))]], length)
+  keys = tree_lib.keys_of(packed)
+  return packed, keys, np.asarray(tree_lib.attention_mask(tree_lib.Queries(keys.index, keys.position), keys))
 
 
 class TreeAttentionTest(parameterized.TestCase):
@@ -24,8 +26,7 @@ class TreeAttentionTest(parameterized.TestCase):
     # Fails if a block of queries is cut off from a key that it sees, if the parts are joined in another order, or if
     # padding gives NaN. Rows of 40 are one block, of 333 four, the last shorter.
     rng = np.random.default_rng(0)
-    trees = make_rows(rng, length)
-    mask = np.asarray(tree_lib.attention_mask(trees))
+    trees, keys, mask = make_rows(rng, length)
     self.assertFalse(np.triu(mask, 1).any())  # what the blocks rest on: no query sees a key behind it
     heads, kv_heads, size = 6, 2, 4
     q = rng.normal(size=(2, length, heads, size))
@@ -36,9 +37,9 @@ class TreeAttentionTest(parameterized.TestCase):
     with np.errstate(invalid="ignore"):
       expected = np.einsum("bnqk,bknh->bqnh", weights / weights.sum(-1, keepdims=True), wide_v)
     flat = [jnp.asarray(x.reshape(2 * length, -1, size), jnp.float32) for x in (q, k, v)]
-    out, *_ = jax.jit(attention.tree_attention)(*flat, mask_BTT=mask)
+    out, *_ = jax.jit(attention.tree_attention)(*flat, keys=keys)
     out = np.asarray(out).reshape(expected.shape)
-    there = np.asarray(trees.tree) != 0
+    there = np.asarray(trees.token) != 0
     self.assertTrue(np.isfinite(out).all())
     np.testing.assert_allclose(out[there], expected[there], atol=1e-5)
 
@@ -48,11 +49,10 @@ class TreeAttentionTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
       length, heads, kv_heads, size = 130, 4, 2, 4
-      trees = make_rows(rng, length)
-      mask = jnp.asarray(tree_lib.attention_mask(trees))
+      trees, keys, mask = make_rows(rng, length)
       q, k, v = (jnp.asarray(rng.normal(size=(2 * length, n, size))) for n in (heads, kv_heads, kv_heads))
       # Rows of padding bring no gradient: nothing is scored there, and nothing that is sees them.
-      weights = jnp.asarray(rng.normal(size=q.shape) * (np.asarray(trees.tree) != 0).reshape(-1, 1, 1))
+      weights = jnp.asarray(rng.normal(size=q.shape) * (np.asarray(trees.token) != 0).reshape(-1, 1, 1))
 
       def plain(q, k, v):
         rows = lambda x: jnp.repeat(x, heads // x.shape[1], axis=1).reshape(2, length, heads, size)
@@ -61,7 +61,7 @@ class TreeAttentionTest(parameterized.TestCase):
         return jnp.einsum("bnqk,bknh->bqnh", shares, rows(v)).reshape(q.shape)
 
       gradients = lambda fn: jax.jit(jax.grad(lambda *args: jnp.sum(weights * fn(*args)), argnums=(0, 1, 2)))(q, k, v)
-      ours = gradients(lambda *args: attention.tree_attention(*args, mask_BTT=mask)[0])
+      ours = gradients(lambda *args: attention.tree_attention(*args, keys=keys)[0])
       for name, got, expected in zip("qkv", ours, gradients(plain), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-12, err_msg=name)
 

@@ -16,18 +16,22 @@ from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.models.attention import Cache
 from synthneg_jax.runtime import device_mesh
 from synthneg_jax.runtime.errors import UserError
-from tests import tiny_model
+from tests import random_trees, tiny_model
 
 # Within a row no token comes twice and none is 0, so that a token's embedding stands for one place of the row.
 _A = Tree(
   trunk=[1, 2, 3, 4, 5, 6],
-  branches=(Branch(2, [7, 8, 9]), Branch(2, [10, 11]), Branch(6, [12, 13]), Branch(1, [14])),
-  trunk_scored=[False, False, True, True, False, True],
+  branches=(
+    Branch(2, [7, 8, 9], branches=(Branch(4, [23]), Branch(5, [24, 26], branches=(Branch(6, [27]),)))),
+    Branch(2, [10, 11]),
+    Branch(6, [12, 13]),
+    Branch(1, [14]),
+  ),
 )
 _B = Tree(trunk=[15, 16, 17, 18, 19], branches=(Branch(3, [20, 21]), Branch(5, [22])))
 _C = Tree(trunk=[30, 9, 2, 25], branches=(Branch(4, [1, 8, 3]),))
 ROWS = [[_A, _B], [_C]]
-LENGTH = 24  # two tokens of padding behind the first row, 17 behind the second
+LENGTH = 28  # two tokens of padding behind the first row, 21 behind the second
 F64 = {"dtype": "float64", "param_dtype": "float64"}
 
 
@@ -41,11 +45,12 @@ def unpack(rows):
   for r, trees in enumerate(rows):
     at = 0
     for tree in trees:
-      for fork, ids in [(0, tree.trunk)] + [(branch.fork, branch.ids) for branch in tree.branches]:
-        for j in range(len(ids)):
-          places[r, at + j] = (len(sequences), fork + j)
-        sequences.append(list(tree.trunk[:fork]) + list(ids))
-        at += len(ids)
+      paths = [np.arange(len(tree.trunk)), *(np.concatenate(tree.path(n)) for n in range(tree.num_branches))]
+      for path, ids in zip(paths, [list(tree.trunk), *(ids for ids, _ in random_trees.sequences(tree))], strict=True):
+        for place, index in enumerate(path):
+          places.setdefault((r, at + int(index)), (len(sequences), place))
+        sequences.append(ids)
+      at += tree.num_tokens
   return sequences, places
 
 
@@ -128,11 +133,7 @@ class DecoderTest(parameterized.TestCase):
   def predicted(self):
     """(row, place in the row, sequence, place in the sequence) of every token that is predicted."""
     found = [(*at, *self.places[at]) for at in self.places if self.trees.parent[at] >= 0]
-    self.assertLen(
-      found,
-      sum(len(branch.ids) for row in ROWS for tree in row for branch in tree.branches)
-      + sum(len(tree.trunk) - 1 for row in ROWS for tree in row),
-    )
+    self.assertLen(found, sum(tree.num_tokens - 1 for row in ROWS for tree in row))
     return found
 
   def assert_trees_close(self, got, expected, atol):
@@ -227,11 +228,12 @@ class DecoderTest(parameterized.TestCase):
     cache = Cache(turned(k), v, stack(suffix), stack(suffix))
     params = self.params if scan else model.unstack(self.params)
     step = jax.jit(model.hidden_step)
-    for at in range(2):  # slots: the branches of _A with numbers 0 (row places 6, 7, 8) and 2 (row places 11, 12)
+    first = np.array([_A.path(0)[1][0], _A.path(5)[1][0]])
+    for at in range(2):  # slots: the branches 7 8 9 and 12 13 of _A
       token = jnp.asarray([[_A.branches[0].ids[at], _A.branches[2].ids[at]]], jnp.int32)
       fork, index = jnp.asarray([[2, 6]], jnp.int32), jnp.full((1, 2), at, jnp.int32)
       h, cache = step(params, token, cache, fork=fork, index=index)
-      np.testing.assert_allclose(h[0], expected[0, jnp.asarray([6 + at, 11 + at])], rtol=0, atol=1e-10)
+      np.testing.assert_allclose(h[0], expected[0, first + at], rtol=0, atol=1e-10)
 
   def test_bfloat16_is_near(self):
     # Fails if logits or gradients lose their float32, or if a step overflows.

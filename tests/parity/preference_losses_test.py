@@ -224,7 +224,7 @@ class WholeStepTest(absltest.TestCase):
       return losses.dpo_loss(*columns, beta=BETA)
 
     preference = objectives.Preference(loss=dpo, beta=BETA)
-    objective = objectives.make_preference(model, shape.branches, preference, eos_ids=(EOS,))
+    objective = objectives.make_preference(model, preference, eos_ids=(EOS,))
     batch = batch_lib.build(examples, shape)
     (ours, _), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(load("policy"), batch)
     self.assertGreater(abs(loss - np.log(2.0)), 0.1)  # policy and reference differ

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from synthneg_jax.models import attention
 from synthneg_jax.preflight import cost_model, preflight
 from synthneg_jax.preflight.compiled_programs import PROGRAMS, Program, Recipe, architecture
 from synthneg_jax.runtime import config_schema, device_mesh
@@ -277,6 +278,23 @@ class LoopsTest(absltest.TestCase):
     self.assertGreater(scanned.collective_bytes, 2.5 * 7 * 1024 * 1024 * 2 * 15 / 16)
     # Forward one product, backward two, for 64 rows a chip.
     self.assertAlmostEqual(scanned.flops / (3 * 7 * 2 * 64 * 1024 * 1024), 1.0, delta=0.03)
+
+
+class FusedTest(absltest.TestCase):
+  def test_fused_attention_counts_as_dense_attention_does(self):
+    # Fails if a kernel is not counted, counted once for all layers of the scan, or counted otherwise than by its visits: its
+    # backward pass computes scores anew, one product of nine more than what dense attention does.
+    folder, found = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())), []
+    config = make_config(folder, hidden_size=1024, num_attention_heads=8, num_key_value_heads=4, intermediate_size=4096)
+    config.sft.row_length = 1024
+    for fused_from in (1024, 2048):
+      with mock.patch.object(attention, "_FUSED_FROM", fused_from):
+        found += preflight_reports(config, ["sft"])
+    fused, dense = (report.cost for report in found)
+    self.assertBetween(fused.flops / dense.flops, 1.0, 1.02)
+    self.assertBetween(
+      fused.memory_bytes / dense.memory_bytes, 0.7, 1.5
+    )  # dense attention keeps its small scores on the chip
 
 
 class RefusalTest(parameterized.TestCase):

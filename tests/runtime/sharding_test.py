@@ -75,7 +75,6 @@ def gradients(mesh):
   params, layout = on_mesh(mesh)
   preference = objectives.make_preference(
     MODEL,
-    SHAPE.branches,
     objectives.Preference(loss=functools.partial(losses.dpo_loss, beta=0.3), beta=0.3, nll_weight=0.2),
     eos_ids=(EOS,),
   )
@@ -122,9 +121,7 @@ def _edge_distance(params, token_T, size, uniform):
   trees = PackedTrees(
     token=token_T[None],
     position=position_T[None],
-    tree=(position_T < size)[None].astype(jnp.int32),
-    branch=jnp.zeros_like(token_T)[None],
-    fork=jnp.zeros_like(token_T)[None],
+    leave=jnp.full_like(token_T, token_T.shape[0])[None],
     parent=jnp.zeros_like(token_T)[None],
     scored=jnp.zeros(token_T.shape, bool)[None],
   )

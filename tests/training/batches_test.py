@@ -14,9 +14,9 @@ from synthneg_jax.training.batch import Example, PairInTree, Shape
 from synthneg_jax.training.batches import Batches, Schedule
 from tests import tiny_model
 
-# 7 tokens: trunk 1 2 3, branches 4 5 | 6 | 7, the last of them unscored; two pairs share the rejected branch.
+# 7 tokens: trunk 1 2 3, branches 4 5 | 6 | 6 7, the 7 unscored; two pairs share the rejected branch.
 A = Example(
-  Tree([1, 2, 3], (Branch(2, [4, 5]), Branch(3, [6]), Branch(3, [7], scored=[False])), [False, True, False]),
+  Tree([1, 2, 3], (Branch(2, [4, 5]), Branch(3, [6], branches=(Branch(4, [7], scored=[False]),)))),
   (PairInTree(0, 1, -1.5, -2.5), PairInTree(2, 1, -3.5, -2.5)),
 )
 B = Example(Tree([8, 9], (Branch(1, [10]),)))  # 3 tokens, no pair
@@ -104,10 +104,10 @@ class BatchesTest(parameterized.TestCase):
       for field in (batch.chosen, batch.rejected, batch.ref_chosen, batch.ref_rejected):
         self.assertEqual(field.shape, (rows, shape.pairs))
       used = {
-        "rows": int((batch.trees.tree.max(1) > 0).sum()),
+        "rows": int((batch.trees.token.max(1) > 0).sum()),
         "scored": int((batch.scored_at >= 0).sum(1).max()),
-        "pairs": int((batch.chosen > 0).sum(1).max()),
-        "branches": int(batch.trees.branch.max()),
+        "pairs": int((batch.chosen >= 0).sum(1).max()),
+        "branches": int((batch.branch_end >= 0).sum(1).max()),
       }
       widest = collections.Counter({name: max(widest[name], count) for name, count in used.items()})
     self.assertEqual(
@@ -117,7 +117,7 @@ class BatchesTest(parameterized.TestCase):
   def test_fill(self):
     # Fails if padding rows or the ends of rows do not count as empty, or if steps are left out.
     batches = self.make()
-    full = np.mean([batches.build(step).trees.tree > 0 for step in range(batches.num_steps)])
+    full = np.mean([batches.build(step).trees.token > 0 for step in range(batches.num_steps)])
     self.assertAlmostEqual(batches.packing_efficiency, full)
     self.assertBetween(full, 0.1, 0.9)
 
@@ -128,14 +128,9 @@ class BatchesTest(parameterized.TestCase):
     self.assertEqual(sorted(len(batches.keys(step)) for step in range(2)), [1, 2])
     of = {"p0": A, "p1": B, "p2": C}
     for step in range(2):
-      tokens = sorted(
-        t
-        for key in batches.keys(step)
-        for part in (of[key].tree.trunk, *(branch.ids for branch in of[key].tree.branches))
-        for t in part
-      )
+      tokens = sorted(t for key in batches.keys(step) for t in of[key].tree.layout.token.tolist())
       batch = batches.build(step)
-      self.assertEqual(sorted(batch.trees.token[batch.trees.tree > 0].tolist()), tokens)
+      self.assertEqual(sorted(batch.trees.token[batch.trees.token > 0].tolist()), tokens)
     self.assertEqual(self.make((B,) * 8, batch_size=4, num_epochs=1).num_steps, 2)
     two_branches = Example(Tree([1], (Branch(1, [2]), Branch(1, [3]))))
     self.assertEqual(self.make((two_branches,) * 8, batch_size=4, num_epochs=1).num_steps, 4)
@@ -155,31 +150,32 @@ class BatchesTest(parameterized.TestCase):
 
 class BuildTest(absltest.TestCase):
   def test_fields_by_hand(self):
-    # Fails if branch numbers do not go on from tree to tree, if a place without a pair is not 0, if an example without
-    # branches or pairs shifts the others, or if scored_at holds parents, unscored tokens or other rows' places.
+    # Fails if branch numbers do not go on from tree to tree, if a place without a pair is not -1, if an example without
+    # branches or pairs shifts the others, if scored_at holds parents, unscored tokens or other rows' places, or if a token
+    # that two branches share counts once in num_scored.
     batch = batch_lib.build([A, C, B], Shape(rows=3, length=11, scored=6, pairs=2, branches=4))
     # Row 0: A then B (they fit), row 1: C, row 2: padding.
     self.assertEqual(
-      batch.trees.token.tolist(), [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0], [11, 12, 13, 14, 15] + [0] * 6, [0] * 11]
+      batch.trees.token.tolist(), [[1, 2, 3, 6, 7, 4, 5, 8, 9, 10, 0], [11, 12, 13, 14, 15] + [0] * 6, [0] * 11]
     )
-    self.assertEqual(batch.trees.branch[0].tolist(), [0, 0, 0, 1, 1, 2, 3, 0, 0, 4, 0])
-    self.assertEqual(batch.scored_at.tolist(), [[1, 3, 4, 5, 9, -1], [1, 2, 3, 4, -1, -1], [-1] * 6])
-    self.assertEqual(batch.chosen.tolist(), [[1, 3], [2, 0], [0, 0]])
-    self.assertEqual(batch.rejected.tolist(), [[2, 2], [1, 0], [0, 0]])
+    self.assertEqual(batch.branch_end.tolist(), [[6, 3, 4, 9], [1, 4, -1, -1], [-1] * 4])
+    self.assertEqual(batch.scored_at.tolist(), [[3, 5, 6, 9, -1, -1], [1, 2, 3, 4, -1, -1], [-1] * 6])
+    self.assertEqual(batch.chosen.tolist(), [[0, 2], [1, -1], [-1, -1]])
+    self.assertEqual(batch.rejected.tolist(), [[1, 1], [0, -1], [-1, -1]])
     self.assertEqual(batch.ref_chosen.tolist(), [[-1.5, -3.5], [-4.5, 0.0], [0.0, 0.0]])
     self.assertEqual(batch.ref_rejected.tolist(), [[-2.5, -2.5], [-5.5, 0.0], [0.0, 0.0]])
     self.assertEqual((float(batch.num_scored), float(batch.num_pairs)), (9.0, 3.0))
     self.assertEqual((batch.num_scored.dtype, batch.num_scored.shape), (np.float32, ()))
 
   def test_numbers_go_on_over_trees_with_pairs(self):
-    # Fails if the second tree's pairs count its branches from 1 again.
+    # Fails if the second tree's pairs count its branches from 0 again.
     batch = batch_lib.build([C, A, C], Shape(rows=1, length=17, scored=12, pairs=4, branches=7))
-    self.assertEqual((batch.chosen[0].tolist(), batch.rejected[0].tolist()), ([2, 3, 5, 7], [1, 4, 4, 6]))
+    self.assertEqual((batch.chosen[0].tolist(), batch.rejected[0].tolist()), ([1, 2, 4, 6], [0, 3, 3, 5]))
 
   def test_measure(self):
     # Fails if a size is that of another row or a sum over rows, if rows are not rounded up, or if none or no scored
     # token gives a size of 0, which no program takes.
-    self.assertEqual(batch_lib.measure([A, C, B], 11), Shape(2, 11, 5, 2, 4))
+    self.assertEqual(batch_lib.measure([A, C, B], 11), Shape(2, 11, 4, 2, 4))
     self.assertEqual(batch_lib.measure([A, C, B], 7, multiple_of=4), Shape(4, 7, 4, 2, 3))
     self.assertEqual(batch_lib.measure([], 7, multiple_of=4), Shape(4, 7, 1, 0, 0))
 

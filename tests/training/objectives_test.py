@@ -15,7 +15,7 @@ from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training import objectives, reference
 from synthneg_jax.training.batch import Example, PairInTree, Shape
-from tests import tiny_model
+from tests import random_trees, tiny_model
 
 # Pairs 0 and 1 share a rejected branch; in both, chosen and rejected differ at their first token already.
 A = Example(
@@ -26,10 +26,12 @@ A = Example(
 B = Example(
   Tree([12, 13, 14], (Branch(3, [15, 16]), Branch(3, [15]), Branch(1, [17, 18]))), (PairInTree(0, 1, -60.0, -2.0),)
 )
-# A scored trunk token and an unscored branch token; no pair.
-C = Example(Tree([19, 20, 21, 22], (Branch(2, [23, 24, 25], scored=[True, False, True]),), [False, False, True, False]))
+# A branch of a branch, which shares a scored token and an unscored one; no pair.
+C = Example(
+  Tree([19, 20, 21], (Branch(2, [23, 24, 25], scored=[True, False, True], branches=(Branch(4, [22]),)),)),
+)
 EXAMPLES = (A, B, C)
-SHAPE = Shape(rows=3, length=18, scored=10, pairs=2, branches=4)  # rows: A and C, B, padding
+SHAPE = Shape(rows=3, length=18, scored=10, pairs=2, branches=5)  # rows: A and C, B, padding
 BETA, NLL, SMOOTHING = 0.3, 0.2, 0.1
 EOS = (10, 25)  # the ends of A's rejected branch and of C's
 LONGEST = 8
@@ -38,7 +40,7 @@ MODEL = tiny_model.model(dtype="float64", param_dtype="float64")
 sft = jax.jit(objectives.make_sft(MODEL))
 dpo_loss = functools.partial(losses.dpo_loss, beta=BETA, label_smoothing=SMOOTHING)
 dpo = jax.jit(
-  objectives.make_preference(MODEL, 4, objectives.Preference(loss=dpo_loss, beta=BETA, nll_weight=NLL), eos_ids=EOS)
+  objectives.make_preference(MODEL, objectives.Preference(loss=dpo_loss, beta=BETA, nll_weight=NLL), eos_ids=EOS)
 )
 
 
@@ -47,23 +49,23 @@ def _next_logprobs(params, token_NT):
   """log π of each next token of unpacked, right-padded sequences; [N, T - 1]."""
   packed = tree_lib.empty_rows(*token_NT.shape)
   position = np.broadcast_to(np.arange(token_NT.shape[1], dtype=np.int32), token_NT.shape)
-  packed = dataclasses.replace(packed, token=token_NT, position=position, tree=np.ones_like(position))
+  packed = dataclasses.replace(
+    packed, token=token_NT, position=position, leave=np.full_like(position, position.shape[1])
+  )
   h, _ = MODEL.hidden(params, packed)
   return losses.token_logprobs(MODEL.logits(params, h[:, :-1]), token_NT[:, 1:])
 
 
 def unpacked(params, examples):
-  """For each example (trunk's log-probs [len(trunk) - 1], [branch's log-probs]), float64 nats."""
-  rows = []
-  for example in examples:
-    trunk = list(example.tree.trunk)
-    rows += [(trunk, 1)] + [(trunk[: b.fork] + list(b.ids), b.fork) for b in example.tree.branches]
-  token = np.zeros((len(rows), LONGEST), np.int32)
-  for n, (ids, _) in enumerate(rows):
+  """For each example the log-probs of each branch's scored tokens, float64 nats."""
+  rows = [random_trees.sequences(example.tree) for example in examples]
+  flat = [row for of_example in rows for row in of_example]
+  token = np.zeros((len(flat), LONGEST), np.int32)
+  for n, (ids, _) in enumerate(flat):
     token[n, : len(ids)] = ids
   logp = np.asarray(_next_logprobs(params, token))
-  parts = iter([logp[n, fork - 1 : len(ids) - 1] for n, (ids, fork) in enumerate(rows)])
-  return [(next(parts), [next(parts) for _ in example.tree.branches]) for example in examples]
+  parts = iter([logp[n, : len(ids) - 1][scored[1:]] for n, (ids, scored) in enumerate(flat)])
+  return [[next(parts) for _ in of_example] for of_example in rows]
 
 
 def averages(metrics) -> dict[str, float]:
@@ -85,7 +87,7 @@ class ObjectivesTest(parameterized.TestCase):
   def pair_sums(self):
     """(chosen, rejected, ref_chosen, ref_rejected, chosen's tokens) of each pair, from the unpacked sequences."""
     found = []
-    for example, (_, branches) in zip(EXAMPLES, self.alone, strict=True):
+    for example, branches in zip(EXAMPLES, self.alone, strict=True):
       for pair in example.pairs:
         chosen = branches[pair.chosen]
         found.append((chosen.sum(), branches[pair.rejected].sum(), pair.ref_chosen, pair.ref_rejected, len(chosen)))
@@ -93,14 +95,9 @@ class ObjectivesTest(parameterized.TestCase):
     return np.array(found).T
 
   def early_eos(self):
-    """P(EOS) after each of the five branches that do not end in it, from the unpacked sequences."""
-    rows = [
-      list(example.tree.trunk[: branch.fork]) + list(branch.ids)
-      for example in EXAMPLES
-      for branch in example.tree.branches
-      if branch.ids[-1] not in EOS
-    ]
-    self.assertLen(rows, 5)
+    """P(EOS) after each of the six branches that do not end in it, from the unpacked sequences."""
+    rows = [ids for example in EXAMPLES for ids, _ in random_trees.sequences(example.tree) if ids[-1] not in EOS]
+    self.assertLen(rows, 6)
     token = np.zeros((len(rows), len(EOS), LONGEST + 1), np.int32)
     for n, ids in enumerate(rows):
       for e, eos in enumerate(EOS):
@@ -110,18 +107,14 @@ class ObjectivesTest(parameterized.TestCase):
 
   def test_sft_equals_unpacked_sequences(self):
     # Fails if a token's log-prob is read at another place than its parent, if a branch's first token is left out, if
-    # unscored or padded places count, or if the mean is taken per row or per sequence.
-    scored = []
-    for example, (trunk, branches) in zip(EXAMPLES, self.alone, strict=True):
-      if example.tree.trunk_scored:
-        scored += trunk[np.asarray(example.tree.trunk_scored)[1:]].tolist()
-      for branch, logp in zip(example.tree.branches, branches, strict=True):
-        scored += logp[np.asarray(branch.scored if branch.scored else [True] * len(branch.ids))].tolist()
-    self.assertLen(scored, 6 + 5 + 3)
+    # unscored or padded places count, if a token of two branches counts once, or if the mean is taken per row or per
+    # sequence.
+    scored = [value for branches in self.alone for logp in branches for value in logp.tolist()]
+    self.assertLen(scored, 6 + 5 + (2 + 2))
     self.assertAlmostEqual(float(self.sft_loss), -np.mean(scored), delta=1e-6)
     total, count = self.sft_metrics["loss/per_token"]
     self.assertAlmostEqual(float(total), -np.sum(scored), delta=1e-10)
-    self.assertEqual(int(count), 14)
+    self.assertEqual(int(count), 15)
 
   def test_dpo_equals_unpacked_sequences(self):
     # Fails if a pair reads another branch or row, if a sum misses the first response token or holds trunk tokens, if an
@@ -148,7 +141,7 @@ class ObjectivesTest(parameterized.TestCase):
     for name, value in expected.items():
       # Metrics name their unit: pairs are counted by the pair, the chosen's loss by the token.
       self.assertAlmostEqual(got[name], value, delta=1e-9, msg=name)
-      counts = {"per_token": tokens.sum(), "per_unfinished_branch": 5}
+      counts = {"per_token": tokens.sum(), "per_unfinished_branch": 6}
       self.assertEqual(float(self.dpo_metrics[name][1]), counts.get(name.partition("/")[2], 3), name)
 
   def test_the_loss_parts_add_up(self):
@@ -220,7 +213,7 @@ class ObjectivesTest(parameterized.TestCase):
       tree = example.tree
       value = lambda number: float(
         np.sum(
-          store[reference.branch_key(tree.trunk, tree.branches[number].fork, tree.branches[number].ids)],
+          store[reference.branch_keys(tree)[number]],
           dtype=np.float64,
         )
       )
@@ -233,8 +226,8 @@ class ObjectivesTest(parameterized.TestCase):
         self.assertAlmostEqual(value, 0.0, delta=1e-5, msg=name)
     self.assertAlmostEqual(averages(metrics)["loss/per_pair"], np.log(2.0), delta=1e-5)
     key = functools.partial(reference.branch_key, A.tree.trunk, 5)
-    np.testing.assert_allclose(store[key((6, 7, 8))], self.alone[0][1][0], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(store[key((11,))], self.alone[0][1][2], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(store[key((6, 7, 8))], self.alone[0][0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(store[key((11,))], self.alone[0][2], rtol=0, atol=1e-5)
 
 
 def empty_like(x):

@@ -42,7 +42,7 @@ def take_step(mesh, accumulate: int = 1):
   shardings = step_lib.state_shardings(MODEL, made, mesh)
   loss = functools.partial(losses.dpo_loss, beta=0.3)
   preference = objectives.Preference(loss=loss, beta=0.3, nll_weight=0.2)
-  objective = objectives.make_preference(MODEL, SHAPE.branches, preference, eos_ids=(2,))
+  objective = objectives.make_preference(MODEL, preference, eos_ids=(2,))
   params = jax.device_put(tiny_model.make_params(MODEL), device_mesh.shardings(mesh, MODEL.logical_axes()))
   state = step_lib.make_init(made, shardings)(params)
   batch = jax.device_put(make_batch(), step_lib.batch_shardings(mesh))

@@ -23,12 +23,17 @@ from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.training import batch as batch_lib
 from synthneg_jax.training import objectives
 from synthneg_jax.training.batch import Example, PairInTree, Shape
-from tests import tiny_model
+from tests import random_trees, tiny_model
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 VOCAB, EOS = tiny_model.CONFIG.vocab_size, 1
 BETA, SMOOTHING, NLL, TAU, PENALTY = 0.3, 0.1, 0.2, 0.05, 4.0
-SHAPE = Shape(rows=3, length=64, scored=56, pairs=12, branches=12)
+SHAPE = Shape(rows=3, length=64, scored=56, pairs=12, branches=24)
+KINDS = {
+  "plain": {},
+  "windowed": {"windowed": (True, True), "window": 3, "attention_cap": 2.0},
+  "scanned": {"windowed": (True, False), "window": 4, "scan_layers": True, "remat": "full"},
+}
 NUM_ALONE, LONGEST = 24, 24  # unpacked sequences of a case, and their length, padded
 
 
@@ -38,12 +43,12 @@ class Work:
 
   Attributes:
     examples: trees with their pairs.
-    sequences: (what stands before, scored response) of each branch, in the order of the examples and their branches.
+    sequences: (ids, which are scored) of each branch's sequence, in the order of the examples and their branches.
     pairs: (chosen, rejected, ref_chosen, ref_rejected) of each pair, by numbers of sequences.
   """
 
   examples: tuple[Example, ...]
-  sequences: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+  sequences: tuple[tuple[tuple[int, ...], tuple[bool, ...]], ...]
   pairs: tuple[tuple[int, int, float, float], ...] = ()
 
 
@@ -74,12 +79,17 @@ def draw_problem(seed: int, prompt_size: int) -> Problem:
 PROBLEMS = (draw_problem(0, 5), draw_problem(1, 3), draw_problem(2, 4))
 
 
+def scored_behind(before, ids) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+  """A sequence whose second part is scored."""
+  return (*before, *ids), (False,) * len(before) + (True,) * len(ids)
+
+
 def one_tree(trunk, branches, pairs=()) -> Work:
   """A tree from (fork, ids) of its branches and (chosen, rejected) of its pairs; the references are made up here."""
   references = [(-2.5 - 1.75 * n, -9.125 + 2.5 * n) for n in range(len(pairs))]
   tree = Tree(trunk, tuple(Branch(fork, ids) for fork, ids in branches))
   in_tree = tuple(PairInTree(*pair, *refs) for pair, refs in zip(pairs, references, strict=True))
-  sequences = tuple((tuple(trunk[:fork]), tuple(ids)) for fork, ids in branches)
+  sequences = tuple(scored_behind(trunk[:fork], ids) for fork, ids in branches)
   return Work((Example(tree, in_tree),), sequences, tuple((*p, *r) for p, r in zip(pairs, references, strict=True)))
 
 
@@ -98,7 +108,8 @@ def rollouts_from_steps(problem: Problem) -> Work:
   forks = [len(problem.prompt) + end for end in trace.step_ends[:-1] for _ in range(2)]
   work = one_tree((*problem.prompt, *trace.ids), list(zip(forks, problem.rollouts, strict=True)))
   expected = [tuple(trace.prefix(steps)) for steps in (1, 1, 2, 2)]
-  assert [before[len(problem.prompt) :] for before, _ in work.sequences] == expected
+  before = [tuple(ids[len(problem.prompt) : -sum(scored)]) for ids, scored in work.sequences]
+  assert before == expected
   return work
 
 
@@ -119,7 +130,7 @@ def steps_of_one_trace(problem: Problem) -> Work:
     pairs.append((len(branches), len(branches) + 1))
     for ids in (chosen, tuple(trace.step(pit))):
       branches.append((len(prompt) + len(trace.prefix(pit)), ids))
-      sequences.append(((*prompt, *trace.prefix(pit)), ids))
+      sequences.append(scored_behind((*prompt, *trace.prefix(pit)), ids))
   work = one_tree(trunk, branches, pairs)
   assert work.sequences == tuple(sequences)
   return work
@@ -135,6 +146,24 @@ def whole_responses(problem: Problem) -> Work:
   """Standard DPO, IPO, DPOP: whole right and wrong responses."""
   wrong = [response.ids for response in problem.wrong]
   return on_prompt(problem, [problem.right[0], wrong[0], problem.right[1], wrong[1]], [(0, 1), (2, 3)])
+
+
+@functools.cache
+def deep_trees(depth: int) -> Work:
+  """Random trees with random pairs among their branches, a branch's own beginnings and ends among them."""
+  rng, works = np.random.default_rng(depth), []
+  while len(works) < 4:
+    tree = random_trees.of_depth(rng, depth, high=VOCAB, most=30)
+    scored = [any(mask) for _, mask in random_trees.sequences(tree)]
+    if not 2 <= tree.num_branches <= 6 or not all(scored):  # the NLL term is a mean over the chosen's tokens
+      continue
+    found = [tuple(rng.choice(tree.num_branches, 2, replace=False).tolist()) for _ in range(2)]
+    refs = [tuple((rng.integers(-80, 0, 2) / 8).tolist()) for _ in found]
+    pairs = tuple(PairInTree(*pair, *ref) for pair, ref in zip(found, refs, strict=True))
+    sequences = tuple((tuple(ids), tuple(scored)) for ids, scored in random_trees.sequences(tree))
+    of_pairs = tuple((*pair, *ref) for pair, ref in zip(found, refs, strict=True))
+    works.append(Work((Example(tree, pairs),), sequences, of_pairs))
+  return joined(works)
 
 
 def joined(works) -> Work:
@@ -200,17 +229,17 @@ def make_objective(model, name: str, weights):
     return sum(weight * value for weight, value in zip(weights[:3], found, strict=True))
 
   preference = objectives.Preference(loss=loss, beta=BETA, nll_weight=weights[3])
-  return objectives.make_preference(model, SHAPE.branches, preference, eos_ids=(EOS,))
+  return objectives.make_preference(model, preference, eos_ids=(EOS,))
 
 
 @functools.cache
-def make_model(dtype: str):
-  return tiny_model.model(dtype=dtype, param_dtype=dtype)
+def make_model(dtype: str, kind: str = "plain"):
+  return tiny_model.model(dtype=dtype, param_dtype=dtype, **KINDS[kind])
 
 
 @functools.cache
-def _compiled(dtype: str, is_sft: bool):
-  model = make_model(dtype)
+def _compiled(dtype: str, is_sft: bool, kind: str):
+  model = make_model(dtype, kind)
 
   @jax.jit
   def program(params, batch, weights):
@@ -221,20 +250,20 @@ def _compiled(dtype: str, is_sft: bool):
   return program
 
 
-def packed(params, batch, name: str, dtype: str):
+def packed(params, batch, name: str, dtype: str, kind: str = "plain"):
   """(loss, gradients, log-probs of scored tokens [R, S]) of a batch of trees."""
-  return _compiled(dtype, name == "sft")(params, batch, np.array(WEIGHTS.get(name, (0.0,) * 4), dtype))
+  return _compiled(dtype, name == "sft", kind)(params, batch, np.array(WEIGHTS.get(name, (0.0,) * 4), dtype))
 
 
 @functools.cache
-def alone_program(dtype: str):
+def alone_program(dtype: str, kind: str):
   """(params, tokens [N, L], their weights in a sum [N, L - 1]) -> (log-prob of each next token, the sum's gradients)."""
-  model = make_model(dtype)
+  model = make_model(dtype, kind)
 
   def next_logprobs(params, token_NL):
     rows = tree_lib.empty_rows(*token_NL.shape)
     position = np.broadcast_to(np.arange(token_NL.shape[1], dtype=np.int32), token_NL.shape)
-    rows = dataclasses.replace(rows, token=token_NL, position=position, tree=np.ones_like(position))
+    rows = dataclasses.replace(rows, token=token_NL, position=position, leave=np.full_like(position, position.shape[1]))
     h_NLD, _ = model.hidden(params, rows)
     return losses.token_logprobs(model.logits(params, h_NLD[:, :-1]), token_NL[:, 1:])
 
@@ -246,15 +275,14 @@ def alone_program(dtype: str):
   return program
 
 
-def alone(params, work: Work, loss_fn, dtype: str):
+def alone(params, work: Work, loss_fn, dtype: str, kind: str = "plain"):
   """(loss, gradients, log-probs of each response) of sequences that know nothing of trees."""
   token_NL = np.zeros((NUM_ALONE, LONGEST), np.int32)
   scored_NL = np.zeros((NUM_ALONE, LONGEST - 1), bool)
-  for n, (before, response) in enumerate(work.sequences):
-    end = len(before) + len(response)
-    token_NL[n, :end] = (*before, *response)
-    scored_NL[n, len(before) - 1 : end - 1] = True
-  program = alone_program(dtype)
+  for n, (ids, scored) in enumerate(work.sequences):
+    token_NL[n, : len(ids)] = ids
+    scored_NL[n, : len(ids) - 1] = scored[1:]
+  program = alone_program(dtype, kind)
   logp_NL, _ = program(params, token_NL, np.zeros(scored_NL.shape, dtype))
   masked = lambda logp_NL: jnp.where(scored_NL, logp_NL, 0.0)
   loss, weight_NL = jax.value_and_grad(lambda logp_NL: loss_fn(masked(logp_NL), scored_NL, work))(logp_NL)
@@ -282,24 +310,38 @@ class TreeRowsTest(parameterized.TestCase):
     # Fails if a token sees another branch, another tree, padding, or the trunk beyond its fork; if a position counts
     # places of the row; if a branch's first token is predicted from elsewhere than its fork or not scored; if a trunk
     # shared by branches passes back the gradient of only one; or if a pair reads other branches than its own.
-    work = joined(map(make, PROBLEMS))
+    self.assert_equal(joined(map(make, PROBLEMS)), objective, dtype, "plain")
+
+  @parameterized.product(
+    [{"objective": name, "kind": "plain"} for name in ALONE]
+    + [{"objective": "dpo", "kind": kind} for kind in ("windowed", "scanned")],
+    depth=(1, 2, 3, 4, 5, 6),
+  )
+  def test_trees_of_any_depth(self, depth, objective, kind):
+    # Fails if, below the first branches, a token sees a sibling or not all of its path, if a window counts places of the
+    # row, if a shared scored token counts in one of its branches only, if a branch's sum is of its own tokens only, or if
+    # a gradient of shared tokens is one branch's.
+    self.assert_equal(deep_trees(depth), objective, "float64", kind)
+
+  def assert_equal(self, work: Work, objective: str, dtype: str, kind: str):
     batch = batch_lib.build(work.examples, SHAPE)
-    trees_in_row = np.max(batch.trees.tree, axis=1)
-    self.assertGreaterEqual(trees_in_row[0], 2)  # another problem's tree stands beside
-    self.assertTrue(np.any(batch.trees.tree[0] == 0))  # and padding
-    self.assertEqual(trees_in_row[-1], 0)  # a row has nothing else
+    rows = batch_lib.assign_rows(work.examples, SHAPE.length)
+    self.assertGreaterEqual(len(rows[0]), 2)  # another problem's tree stands beside
+    self.assertTrue(np.any(batch.trees.token[0] == 0))  # and padding
+    self.assertLess(len(rows), SHAPE.rows)  # a row has nothing else
     tolerance = TOLERANCE[dtype]
     with jax.enable_x64(dtype == "float64"):
-      params = tiny_model.make_params(make_model(dtype))
-      loss, grads, logp_RS = packed(params, batch, objective, dtype)
-      expected_loss, expected_grads, expected_logp = alone(params, work, ALONE[objective], dtype)
+      params = tiny_model.make_params(make_model(dtype, kind))
+      loss, grads, logp_RS = packed(params, batch, objective, dtype, kind)
+      expected_loss, expected_grads, expected_logp = alone(params, work, ALONE[objective], dtype, kind)
     self.assertEqual({leaf.dtype for leaf in jax.tree.leaves((loss, grads, logp_RS))}, {np.dtype(dtype)})
 
-    logp = [logp_RS[r, : int(np.sum(at >= 0))] for r, at in enumerate(batch.scored_at)]
-    order = [i for row in batch_lib.assign_rows(work.examples, SHAPE.length) for i in row]
-    first = np.cumsum([0] + [len(example.tree.branches) for example in work.examples])
-    expected = np.concatenate([expected_logp[n] for i in order for n in range(first[i], first[i + 1])])
-    np.testing.assert_allclose(np.concatenate(logp), expected, rtol=tolerance, atol=tolerance)
+    tokens_RBS = np.asarray(objectives.branch_tokens(batch))
+    branches = [(r, b) for r in range(SHAPE.rows) for b in range(SHAPE.branches) if batch.branch_end[r, b] >= 0]
+    logp = [np.asarray(logp_RS[r])[tokens_RBS[r, b]] for r, b in branches]
+    first = np.cumsum([0] + [example.tree.num_branches for example in work.examples])
+    expected = [expected_logp[n] for row in rows for i in row for n in range(first[i], first[i + 1])]
+    np.testing.assert_allclose(np.concatenate(logp), np.concatenate(expected), rtol=tolerance, atol=tolerance)
 
     np.testing.assert_allclose(loss, expected_loss, rtol=tolerance, atol=tolerance)
     for (path, got), leaf in zip(

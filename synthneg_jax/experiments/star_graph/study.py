@@ -184,13 +184,13 @@ def pair_examples(graphs: Graphs, pairs: CriticalPairs) -> list[Example]:
   return examples
 
 
-def dpo_objective(model: Model, section, num_branches: int):
-  """DPO with the settings of the config's section dpo, over rows of at most `num_branches` branches."""
+def dpo_objective(model: Model, section):
+  """DPO with the settings of the config's section dpo."""
   preference = objectives.Preference(
     loss=functools.partial(losses.dpo_loss, beta=section.beta), beta=section.beta, nll_weight=section.nll_weight
   )
   eos_ids = (star_graph.WORDS.index(star_graph.EOS),)
-  return objectives.make_preference(model, num_branches, preference, eos_ids=eos_ids, chunk=section.logit_chunk)
+  return objectives.make_preference(model, preference, eos_ids=eos_ids, chunk=section.logit_chunk)
 
 
 class Study:
@@ -420,7 +420,7 @@ class Study:
       if step in measured:
         curve.append(self._point(step, params, graphs))
 
-    objective = dpo_objective(self.model, section, batches.shape.branches)
+    objective = dpo_objective(self.model, section)
     self._fit(name, params, section=section, objective=objective, batches=batches, after_step=look)
     metrics = (self._training_folder(name) / "metrics.jsonl").read_text().splitlines()
     loss_T = [json.loads(line)["loss/per_pair"] for line in metrics]

@@ -13,6 +13,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from configs import star_graph as star_config
+from synthneg_jax.core import losses
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.experiments.star_graph import study as star_graph_study
 from synthneg_jax.pipeline import stages
@@ -47,8 +48,7 @@ def by_tree(model, params, trees: list[Tree]) -> np.ndarray:
   examples = [Example(tree) for tree in trees]
   batch = batch_lib.build(examples, batch_lib.measure(examples, max(tree.num_tokens for tree in trees)))
   logp_RS, _ = jax.jit(objectives.scored_logprobs, static_argnums=0)(model, params, batch)
-  count = len(trees[0].branches)
-  return np.asarray(objectives.branch_sums(batch, logp_RS, count))[:, 1:]
+  return np.asarray(losses.branch_logprobs(logp_RS, objectives.branch_tokens(batch)))
 
 
 class ValuesTest(absltest.TestCase):
@@ -123,8 +123,8 @@ class ValuesTest(absltest.TestCase):
 def loss_of(made, params, examples, nll_weight: float) -> float:
   """The study's DPO objective with beta 0.5 of pairs packed into one batch."""
   section = config(**{"dpo.beta": 0.5, "dpo.nll_weight": nll_weight}).dpo
-  batch = batch_lib.build(examples, shape := batch_lib.measure(examples, section.row_length))
-  objective = star_graph_study.dpo_objective(made.model, section, shape.branches)
+  batch = batch_lib.build(examples, batch_lib.measure(examples, section.row_length))
+  objective = star_graph_study.dpo_objective(made.model, section)
   return float(jax.jit(objective)(params, batch)[0])
 
 
