@@ -148,6 +148,48 @@ def _below(run: Branch) -> Iterator[tuple[Branch, Branch]]:
     waiting += [(child, branch) for child in reversed(branch.branches)]
 
 
+def sharing(trunk: Sequence[int], branches: Sequence[Branch]) -> Tree:
+  """The tree of these branches in which beginnings that they have in common stand once.
+
+  Every branch keeps its sequence and which of its tokens are scored; a beginning is in common where both agree. At least its
+  last token stays its own. Branches of branches are left as they are, and numbers are not kept.
+  """
+  root = _Shared(0, list(trunk), [False] * len(trunk), [])
+  for branch in branches:
+    left, fork, ids = root, branch.fork, list(branch.ids)
+    scored = [True] * len(ids) if branch.scored is None else [bool(mark) for mark in branch.scored]
+    while True:
+      sizes = [run.common(fork, ids[:-1], scored) for run in left.branches]
+      size = max(sizes, default=0)
+      if not size:
+        break
+      left, fork, ids, scored = left.branches[sizes.index(size)], fork + size, ids[size:], scored[size:]
+    left.branches.append(_Shared(fork, ids, scored, [], branch.branches))
+  return Tree(trunk, tuple(run.frozen() for run in root.branches))
+
+
+@dataclasses.dataclass
+class _Shared:
+  """A branch that grows branches."""
+
+  fork: int
+  ids: list[int]
+  scored: list[bool]
+  branches: list["_Shared"]
+  given: tuple[Branch, ...] = ()
+
+  def common(self, fork: int, ids: list[int], scored: list[bool]) -> int:
+    """How many tokens it has in common with what leaves at a fork."""
+    if fork != self.fork:
+      return 0
+    pairs = enumerate(zip(ids, scored, self.ids, self.scored, strict=False))
+    return next((n for n, (a, b, c, d) in pairs if (a, b) != (c, d)), min(len(ids), len(self.ids)))
+
+  def frozen(self) -> Branch:
+    """The branch with those that it grew and those that it was given."""
+    return Branch(self.fork, self.ids, self.scored, (*self.given, *(run.frozen() for run in self.branches)))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedTrees:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.core.tree import Branch, sharing
 from synthneg_jax.data import prompts
 from synthneg_jax.data.records import Problem
 from synthneg_jax.decoding.policy import Policy, param_shardings
@@ -44,7 +44,7 @@ def solution_trees(
 def branch_trees(
   trunks: Mapping[str, Sequence[int]], branches: Mapping[str, Sequence[Branch]], most: int, length: int
 ) -> tuple[list[Example], list[str], int]:
-  """Trees of what is trained on, a problem's prompt with its branches.
+  """Trees of what is trained on, a problem's prompt with its branches; beginnings that branches of a tree share stand once.
 
   A tree holds at most `most` branches and `length` tokens; further ones go to another tree with the same trunk. A branch
   that does not fit a tree alone is left out.
@@ -65,7 +65,7 @@ def branch_trees(
         room = length - len(trunk)
       parts[-1].append(branch)
       room -= len(branch.ids)
-    examples += [Example(Tree(trunk, tuple(part))) for part in parts]
+    examples += [Example(sharing(trunk, part)) for part in parts]
     names += [key] * len(parts)
   return examples, names, dropped
 

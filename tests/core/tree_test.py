@@ -110,6 +110,28 @@ class TreeErrorsTest(parameterized.TestCase):
         setattr(value, name, None)
 
 
+class SharingTest(absltest.TestCase):
+  def test_by_hand(self):
+    # Fails if a beginning is shared across another scored mask, if a sequence that is another's beginning, or another's
+    # twin, is lost, if a branch leaves at the wrong place, or if only the first level is shared.
+    ids = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 9, 4], [5, 6], [5, 6, 7, 8], [8, 8]]
+    unscored = Branch(2, [5, 6, 3], scored=[False, True, True])
+    tree = tree_lib.sharing([1, 2], [*(Branch(2, part) for part in ids), unscored])
+    found = random_trees.sequences(tree)
+    expected = [([1, 2, *part], [False] * 2 + [True] * len(part)) for part in ids]
+    self.assertCountEqual(found, [*expected, ([1, 2, 5, 6, 3], [False] * 3 + [True] * 2)])
+    self.assertEqual(tree.num_tokens, 2 + 4 + 1 + 1 + 1 + 1 + 2 + 3)
+
+  def test_random_branches(self):
+    # Fails if a sequence changes, or nothing is shared. Ids of 2 to 3 only, so that most beginnings are in common.
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+      tree = random_trees.draw(rng, depth=1, high=4)
+      shared = tree_lib.sharing(tree.trunk, tree.branches)
+      self.assertCountEqual(random_trees.sequences(shared), random_trees.sequences(tree))
+      self.assertLessEqual(shared.num_tokens, tree.num_tokens)
+
+
 class FirstFitTest(parameterized.TestCase):
   @parameterized.parameters(
     ([], 8, []),
