@@ -254,7 +254,7 @@ class PipelinesTest(absltest.TestCase):
   def start(self, folder) -> subprocess.Popen:
     command = [sys.executable, "launch/pipeline.py", "--config=configs/arithmetic.py:smoke", f"--workdir={folder}"]
     command += ["--stages=synthesize,sft,sample", f"--compilation_cache={CACHE}", "--config.task.train_problems=16"]
-    command += ["--config.sft.max_steps=4"]
+    command += ["--config.sft.batch_size=4", "--config.sft.max_steps=4"]
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     self.addCleanup(process.kill)
