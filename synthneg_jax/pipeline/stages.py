@@ -1,5 +1,6 @@
 """All stages in order, or some; after each, config.json and summary.json of the workdir are brought up to date."""
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from synthneg_jax.pipeline import (
   viewer,
 )
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.runtime import config_schema, manifest, metrics, processes
+from synthneg_jax.runtime import config_schema, manifest, metrics, processes, workdir_lock
 from synthneg_jax.runtime.errors import UserError
 
 STAGES = {
@@ -42,6 +43,7 @@ STAGES = {
 }
 VARIANTS = {"pairs": pairs.variant, "dpo": dpo.variant}  # stages with variants that can be made alone: pairs/step_dpo
 RECIPE = ("synthesize", "sft", "sample", "rft", "credit", "pairs", "dpo", "evaluate", "report")
+_READING = {"report", "traces"}  # draw from other stages' files, also while a run adds to them
 _FOLDERS = ("pretrain", *RECIPE[:5], *(f"{stage}/{name}" for stage in VARIANTS for name in pairs.VARIANTS))
 
 
@@ -98,12 +100,17 @@ def run(
   """Runs stages in the given order; finished ones are skipped. `instead` does a stage's work in another way.
 
   Raises:
-    UserError: an unknown stage, or whatever a stage refuses.
+    UserError: an unknown stage, another run in the workdir, or whatever a stage refuses.
     Stopped: SIGTERM came; what was done is saved.
   """
   functions = {name: _function(name) for name in stages} | dict(instead or {})
   config_schema.check_values(config)
   metrics.check(config.metrics)
+  with contextlib.nullcontext() if _READING.issuperset(stages) else workdir_lock.hold(workdir):
+    _run(config, workdir, stages, functions)
+
+
+def _run(config, workdir: str, stages: Sequence[str], functions: Mapping[str, Callable[[Experiment], dict]]) -> None:
   experiment = Experiment.open(config, workdir)
   if config.model.check_parity:
     base = experiment.base()

@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import time
+import uuid
 from collections.abc import Sequence
 
 from etils import epath
@@ -52,6 +53,8 @@ def git_commit() -> str:
 def write_json(path: epath.Path, value) -> None:
   """Writes under a temporary name and renames, so that no reader sees half a file; the first process alone writes.
 
+  The temporary name is unique: machines that share a study, or a report beside a run, may write one file at the same time.
+
   Raises:
     UserError: it cannot be written; what stood there before does still.
   """
@@ -59,7 +62,7 @@ def write_json(path: epath.Path, value) -> None:
     return
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{path.name}.tmp"
+    temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.tmp"
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     temporary.replace(path)
 
@@ -114,7 +117,8 @@ class Stage:
 
   def _made_nothing(self) -> bool:
     """Whether the stage's folder holds nothing but its beginning and logs."""
-    return all(path.name in _LOGS or path.name.startswith("events.out.") for path in self.folder.iterdir())
+    names = [path.name for path in self.folder.iterdir()]
+    return all(name in _LOGS or name.startswith("events.out.") or name.endswith(".tmp") for name in names)
 
   def _identity(self, need: str) -> str:
     path = self._workdir / need / "manifest.json"

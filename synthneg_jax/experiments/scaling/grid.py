@@ -6,21 +6,16 @@ its own (methods.py):
     ((250, 500, 1000), ("sft", "rft", "step_dpo"), {})
     ((500,), ("arbitrary", "furthest"), {"dpo.beta": 0.1})
 
-Cells of one size and seed share a run folder, and with it π_sft, traces and credit. Whoever works on such a folder holds its
-claim, a file that is touched every minute, so that several machines may share a workdir.
+Cells of one size and seed share a run folder, and with it π_sft, traces and credit. Whoever works on such a folder holds it
+(runtime/workdir_lock.py), so that several machines may share a workdir.
 """
 
 import base64
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-import os
-import socket
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,8 +25,6 @@ from synthneg_jax.data.records import Shards, Trace
 from synthneg_jax.experiments.scaling import methods
 from synthneg_jax.runtime import config_schema, manifest
 from synthneg_jax.runtime.errors import UserError
-
-_STALE_S = 600.0  # a claim that nobody touched for so long is nobody's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,40 +163,3 @@ def write(folder: epath.Path, workdir: epath.Path, config, *, cell: Cell, second
   }
   manifest.write_json(folder / f"{cell.name}.json", found)
   return found
-
-
-@contextlib.contextmanager
-def claim(folder: epath.Path, unit: str) -> Iterator[bool]:
-  """Holds the claim on a run folder; yields False where another process holds it.
-
-  The claim is a file that is made only where there is none, and that says who made it. A bucket knows no such file: there
-  one machine works alone.
-  """
-  if "://" in os.fspath(folder):
-    yield True
-    return
-  path = folder / f"{unit}.claim"
-  folder.mkdir(parents=True, exist_ok=True)
-  who = f"{socket.gethostname()} {os.getpid()}"
-  if path.exists() and time.time() - path.stat().mtime > _STALE_S:
-    path.unlink()
-  try:
-    with open(os.fspath(path), "x") as file:
-      file.write(who)
-  except FileExistsError:
-    yield False
-    return
-  over = threading.Event()
-
-  def touch():
-    while not over.wait(60.0):
-      os.utime(os.fspath(path))
-
-  thread = threading.Thread(target=touch, daemon=True)
-  thread.start()
-  try:
-    yield True
-  finally:
-    over.set()
-    thread.join()
-    path.unlink(missing_ok=True)

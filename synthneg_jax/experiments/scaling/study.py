@@ -20,7 +20,7 @@ from synthneg_jax.core import scaling
 from synthneg_jax.experiments.scaling import grid, methods
 from synthneg_jax.experiments.scaling.paired import paired_difference
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.runtime import manifest, processes
+from synthneg_jax.runtime import manifest, processes, workdir_lock
 from synthneg_jax.runtime.errors import UserError
 
 
@@ -69,9 +69,9 @@ def make(config, workdir: epath.PathLike, cells: Sequence[grid.Cell]) -> bool:
   folder.mkdir(parents=True, exist_ok=True)
   missing = [cell for cell in cells if grid.load(folder, config, cell) is None]
   for unit in dict.fromkeys(cell.unit for cell in missing):
-    with grid.claim(workdir / "runs", unit) as mine:
-      if not mine:
-        logging.info("Study: another process works on %s.", unit)
+    with workdir_lock.claim(workdir / "runs" / unit) as holder:
+      if holder:
+        logging.info("Study: %s is passed over; it is held by %s.", unit, holder)
         continue
       for cell in (cell for cell in missing if cell.unit == unit):
         if processes.stopping():

@@ -44,7 +44,7 @@ from synthneg_jax.models import layer_stacking
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.models.decoder import Model, Params
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.runtime import config_schema, device_mesh
+from synthneg_jax.runtime import config_schema, device_mesh, workdir_lock
 from synthneg_jax.runtime.errors import UserError, writing
 from synthneg_jax.tasks import star_graph
 from synthneg_jax.tasks.star_graph import Graphs
@@ -231,6 +231,10 @@ class Study:
   def train_set(self, seed: int) -> Graphs:
     """The training graphs of a seed."""
     return self._draw(self.config.task.train_problems, _TRAIN, seed)
+
+  def has(self, *cell) -> bool:
+    """Whether a cell's file is there: of "base", of "sft" and a seed, of "dpo", a seed and a checkpoint."""
+    return (self.folder / "cells" / f"{'_'.join(map(str, cell))}.json").exists()
 
   def _cell(self, name: str, sections: Sequence[str], make: Callable[[], dict]) -> dict:
     """The cell's JSON: from the disk if it is of these settings, else made."""
@@ -432,20 +436,41 @@ class Study:
 def run(config, workdir: epath.PathLike) -> dict:
   """All cells that are missing, then report/: star_graph.json, .csv, .png and .svg.
 
+  Machines may share a workdir: the base is made by one, and each seed by whoever holds its folder in claims/.
+
   Returns:
-    What star_graph.json holds (experiments/star_graph/plots.py).
+    What star_graph.json holds (experiments/star_graph/plots.py); empty where others still work on cells.
+
+  Raises:
+    UserError: another process makes the base, or whatever a cell refuses.
   """
   study = Study(config, workdir)
-  marks = config.star_graph
-  todo = [("base",)] + [("sft", seed) for seed in range(marks.seeds)]
-  todo += [("dpo", seed, at) for seed in range(marks.seeds) for at in study.checkpoints]
-  cells, begin, made = [], time.monotonic(), 0
-  for number, (kind, *args) in enumerate(todo):
-    before = time.monotonic()
-    cells.append(getattr(study, kind)(*args))
-    made += time.monotonic() - before > 0.5
-    left = (time.monotonic() - begin) / max(made, 1) * (len(todo) - number - 1)
-    logging.info("%d of %d cells, %s; about %.0f min left.", number + 1, len(todo), cells[-1]["cell"], left / 60)
+  marks, claims = config.star_graph, study.folder / "claims"
+  seeds = range(marks.seeds)
+  todo = [("base",)] + [("sft", seed) for seed in seeds]
+  todo += [("dpo", seed, at) for seed in seeds for at in study.checkpoints]
+  if not study.has("base"):
+    with workdir_lock.hold(claims / "base"):
+      study.base()
+  begin, made = time.monotonic(), 0
+  for seed in seeds:
+    missing = [cell for cell in todo[1:] if cell[1] == seed and not study.has(*cell)]
+    if not missing:
+      continue
+    with workdir_lock.claim(claims / f"seed_{seed}") as holder:
+      if holder:
+        logging.info("Seed %d is passed over; it is held by %s.", seed, holder)
+        continue
+      for kind, *args in missing:
+        getattr(study, kind)(*args)
+        made += 1
+        rest = sum(not study.has(*cell) for cell in todo)
+        left = (time.monotonic() - begin) / made * rest
+        logging.info("%d of %d cells; about %.0f min left.", len(todo) - rest, len(todo), left / 60)
+  if not all(study.has(*cell) for cell in todo):
+    logging.warning("Not all cells are there; other processes still work on them.")
+    return {}
+  cells = [getattr(study, kind)(*args) for kind, *args in todo]
   result = plots.collect(cells, config.task.star_graph.degree)
   plots.write(result, epath.Path(workdir) / "report", marks.under_trained, marks.over_trained)
   return result

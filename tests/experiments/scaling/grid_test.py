@@ -1,10 +1,8 @@
 """Cells of a study: what a grid's rows mean, when a cell's file counts, and who may work where."""
 
 import json
-import os
 import pathlib
 import tempfile
-import time
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -156,25 +154,6 @@ class GridTest(parameterized.TestCase):
       (root / "sft_20_1.json").write_text(text)
       with self.assertRaisesRegex(UserError, "sft_20_1.json is no cell of a study"):
         grid.load(root, c, cell)
-
-  def test_a_claim_is_held_by_one(self):
-    # Fails if two processes may work in one run folder, a claim outlives its holder, or a dead one is never taken over.
-    root = folder()
-    with self.assertRaisesRegex(RuntimeError, "stop"), grid.claim(root, "20_1") as mine:
-      self.assertTrue(mine)
-      self.assertIn(str(os.getpid()), (root / "20_1.claim").read_text())
-      with grid.claim(root, "20_1") as other, grid.claim(root, "20_2") as apart:
-        self.assertEqual((other, apart), (False, True))
-      self.assertTrue((root / "20_1.claim").exists())
-      raise RuntimeError("stop")
-    self.assertFalse((root / "20_1.claim").exists())
-    (root / "20_1.claim").write_text("a machine that is gone")
-    with grid.claim(root, "20_1") as mine:
-      self.assertFalse(mine)
-    long_ago = time.time() - 3600
-    os.utime(root / "20_1.claim", (long_ago, long_ago))
-    with grid.claim(root, "20_1") as mine:
-      self.assertTrue(mine)
 
 
 class PublishedTest(absltest.TestCase):

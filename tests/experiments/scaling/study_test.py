@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import os
 import pathlib
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from synthneg_jax.data.records import Shards, Trace
 from synthneg_jax.experiments.scaling import figure, grid, measures, methods, study
 from synthneg_jax.pipeline import train_policy
 from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.runtime import workdir_lock
 from synthneg_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.slow  # trains
@@ -188,9 +190,23 @@ class ToyTest(absltest.TestCase):
   def test_where_another_works_nothing_is_done(self):
     # Fails if two processes would write one run folder, or a study with cells missing calls itself whole.
     other = epath.Path(tempfile.mkdtemp()) / "study"
-    with grid.claim(other / "runs", "32_1"), grid.claim(other / "runs", "48_1"):
+    with workdir_lock.claim(other / "runs/32_1"), workdir_lock.claim(other / "runs/48_1"):
       self.assertFalse(study.make(self.config, other, self.cells))
     self.assertEqual([path.name for path in (other / "cells").iterdir()], [])
+
+  def test_a_cell_held_by_another_is_passed_over(self):
+    # Fails if a study works in a folder that another process holds, says nothing of it, or makes no other cell; or if a
+    # folder that was claimed stays so.
+    other = epath.Path(tempfile.mkdtemp()) / "study"
+    shutil.copytree(self.workdir, other)
+    for name in ("sft_32_1", "sft_48_1"):
+      (other / "cells" / f"{name}.json").unlink()
+    with workdir_lock.claim(other / "runs/32_1"), self.assertLogs(level="INFO") as logs:
+      self.assertFalse(study.make(self.config, other, self.cells))
+    self.assertRegex("\n".join(logs.output), f"32_1 is passed over; it is held by process {os.getpid()} on")
+    self.assertFalse((other / "cells/sft_32_1.json").exists())
+    self.assertTrue((other / "cells/sft_48_1.json").exists())
+    self.assertTrue(study.make(self.config, other, self.cells))
 
   def test_figures(self):
     # Fails if a figure cannot be drawn, or says other than the cells; measured ones are measured once.
@@ -238,7 +254,7 @@ class ToyTest(absltest.TestCase):
     self.assertLen(files, 6)
     self.assertTrue(all(pathlib.Path(file).exists() for file in files))
     other = epath.Path(tempfile.mkdtemp()) / "study"
-    with grid.claim(other / "runs", "32_1"), grid.claim(other / "runs", "48_1"):
+    with workdir_lock.claim(other / "runs/32_1"), workdir_lock.claim(other / "runs/48_1"):
       with self.assertRaisesRegex(UserError, "Other processes still work on cells"):
         figure.main(self.config, str(other), ["2a"])
     with self.assertRaisesRegex(UserError, "--figure names '6'; figures are 1, 2a"):

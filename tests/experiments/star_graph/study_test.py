@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from synthneg_jax.core import losses
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.experiments.star_graph import study as star_graph_study
 from synthneg_jax.pipeline import stages
+from synthneg_jax.runtime import workdir_lock
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.tasks import star_graph
 from synthneg_jax.training import batch as batch_lib
@@ -173,6 +175,24 @@ class StudyTest(absltest.TestCase):
       other = config(**{"star_graph.under_trained": (2,), **change})
       with self.assertRaisesRegex(UserError, "other settings"):
         star_graph_study.run(other, self.workdir)
+
+  def test_a_seed_held_by_another_is_passed_over(self):
+    # Fails if two processes would make one seed's cells or the base, if no other seed is made, or if a study with cells
+    # missing is reported.
+    folder = pathlib.Path(tempfile.mkdtemp()) / "run"
+    shutil.copytree(self.workdir, folder, ignore=shutil.ignore_patterns("report"))
+    for seed in (0, 1):
+      (folder / f"cells/dpo_{seed}_2.json").unlink()
+    with workdir_lock.claim(folder / "claims/seed_0"), self.assertLogs(level="INFO") as logs:
+      self.assertEqual(star_graph_study.run(self.config, folder), {})
+    self.assertRegex("\n".join(logs.output), f"Seed 0 is passed over; it is held by process {os.getpid()} on")
+    self.assertFalse((folder / "report").exists())
+    self.assertEqual([(folder / f"cells/dpo_{seed}_2.json").exists() for seed in (0, 1)], [False, True])
+    self.assertEqual(star_graph_study.run(self.config, folder)["dpo"], self.result["dpo"])
+    (folder / "cells/base.json").unlink()
+    refused = self.assertRaisesRegex(UserError, "claims/base is held by another run")
+    with workdir_lock.claim(folder / "claims/base"), refused:
+      star_graph_study.run(self.config, folder)
 
   def test_base_reads_tours_then_walks(self):
     # Fails if the curriculum is shuffled, or its share of tours is another.

@@ -1,0 +1,302 @@
+"""One run at a time in a workdir: by flock, by a lease with a fake clock, in a bucket over HTTP, and two real pipelines."""
+
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import pytest
+import tensorstore as ts
+from absl.testing import absltest, parameterized
+
+from configs import arithmetic
+from synthneg_jax.pipeline import stages
+from synthneg_jax.runtime import processes, workdir_lock
+from synthneg_jax.runtime.errors import UserError
+from tests import gcs_server
+
+ROOT = pathlib.Path(__file__).parents[2]
+CACHE = ROOT / "build" / "test_xla_cache"
+HELD = r"held by another run, process {} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC; wait until it ends, or take"
+
+
+def workdir() -> pathlib.Path:
+  return pathlib.Path(tempfile.mkdtemp(prefix="workdir_lock_")) / "run"
+
+
+class HoldTest(parameterized.TestCase):
+  def test_one_holder_at_a_time(self):
+    # Fails if two may hold a folder, if the sentence does not name the holder, or if a hold outlives its body.
+    folder = workdir()
+    with self.assertRaisesRegex(RuntimeError, "stop"), workdir_lock.hold(folder):
+      with self.assertRaisesRegex(UserError, HELD.format(os.getpid())), workdir_lock.hold(folder):
+        self.fail("held twice")
+      with workdir_lock.claim(folder) as holder, workdir_lock.claim(folder.with_name("other")) as nobody:
+        self.assertRegex(holder, rf"^process {os.getpid()} on \S+ since ")
+        self.assertEqual(nobody, "")
+      with workdir_lock.claim(folder) as holder:  # the claim that failed took nothing from the holder
+        self.assertNotEmpty(holder)
+      raise RuntimeError("stop")
+    with workdir_lock.hold(folder):
+      pass
+
+  def test_without_flock_a_lease_is_kept(self):
+    # Fails if a file system without flock lets two runs in, or refuses all.
+    def refuse(*_):
+      raise OSError(errno.ENOLCK, "no locks available")
+
+    self.enter_context(absltest.mock.patch.object(fcntl, "flock", refuse))
+    self.enter_context(absltest.mock.patch.object(workdir_lock, "BEAT_S", 1.0))
+    folder = workdir()
+    with workdir_lock.hold(folder):
+      self.assertEqual(json.loads((folder / "run.lease").read_text())["pid"], os.getpid())
+      with self.assertRaisesRegex(UserError, HELD.format(os.getpid())), workdir_lock.hold(folder):
+        self.fail("held twice")
+    self.assertFalse((folder / "run.lease").exists())
+    with workdir_lock.hold(folder):
+      pass
+
+  def test_a_workdir_that_cannot_be_written(self):
+    # Fails if that is a traceback.
+    path = workdir().parent / "file"
+    path.write_text("")
+    with self.assertRaisesRegex(UserError, "cannot be written"), workdir_lock.hold(path / "run"):
+      pass
+
+  @parameterized.parameters("pretrain", "synthesize", "sample", "dpo/step_dpo", "export", "report", "traces")
+  def test_commands(self, name):
+    # Fails if a command that writes records works where another run does, or one that only draws is refused.
+    folder, calls = workdir(), []
+    do = lambda: stages.run(arithmetic.get_config("smoke"), str(folder), [name], {name: calls.append})
+    with workdir_lock.hold(folder):
+      if name in ("report", "traces"):
+        do()
+      else:
+        with self.assertRaisesRegex(UserError, HELD.format(os.getpid())):
+          do()
+    self.assertLen(calls, name in ("report", "traces"))
+    do()
+    self.assertLen(calls, 1 + (name in ("report", "traces")))
+
+
+class Clock:
+  """Time that passes when somebody sleeps; `then` is called after each sleep."""
+
+  def __init__(self):
+    self.now, self.then = 1000.0, lambda: None
+
+  def sleep(self, seconds: float) -> None:
+    self.now += seconds
+    self.then()
+
+
+class LeaseTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.store, self.clock, self.ends = ts.KvStore.open({"driver": "memory"}).result(), Clock(), []
+    self.enter_context(absltest.mock.patch.object(threading.Thread, "start"))  # renewed by hand
+
+  def lease(self, store=None) -> workdir_lock.Lease:
+    end = lambda *what: self.ends.append(what)
+    return workdir_lock.Lease(store or self.store, end, lambda: self.clock.now, self.clock.sleep)
+
+  def test_a_lease_that_is_renewed_is_held(self):
+    # Fails if a living holder is taken for dead, or is seen to live only when its time is nearly up.
+    holder, other = self.lease(), self.lease()
+    self.assertIsNone(holder.acquire())
+    beats = iter(range(1000))
+    self.clock.then = lambda: next(beats) % 10 == 9 and holder.renew()
+    self.assertEqual(other.acquire()["pid"], os.getpid())
+    self.assertEqual(self.clock.now, 1000.0)
+    self.assertEqual(other.acquire(patient=True)["pid"], os.getpid())
+    self.assertBetween(self.clock.now, 1001.0, 1000.0 + workdir_lock.BEAT_S)
+    for _ in range(100):
+      self.clock.sleep(1.0)
+    self.assertIsNotNone(other.acquire())
+    self.assertEmpty(self.ends)
+
+  def test_the_lease_of_a_dead_holder_runs_out(self):
+    # Fails if a dead holder keeps the workdir, is outlived too early, or goes on after it was taken for dead.
+    holder, other = self.lease(), self.lease()
+    self.assertIsNone(holder.acquire())
+    self.clock.now += workdir_lock.LEASE_S
+    self.assertIsNotNone(other.acquire())
+    self.clock.now += 1.0
+    self.assertIsNone(other.acquire())
+    holder.renew()
+    ((status, sentence),) = self.ends
+    self.assertEqual(status, 1)
+    self.assertRegex(sentence, rf"another run took over the workdir, process {os.getpid()} on .* not renewed its lease")
+    other.renew()
+    self.assertLen(self.ends, 1)
+
+  def test_a_run_waits_for_the_lease_of_one_that_died_just_now(self):
+    # Fails if a job that is queued again is refused because its predecessor died moments ago, whatever its clock said.
+    for skew in (0.0, 3600.0):
+      holder, other = self.lease(), self.lease()
+      self.clock.now += skew
+      self.assertIsNone(holder.acquire())
+      self.clock.now -= skew
+      begin = self.clock.now
+      self.assertIsNone(other.acquire(patient=True))
+      self.assertBetween(self.clock.now - begin, workdir_lock.LEASE_S, workdir_lock.LEASE_S + 2.0)
+      other._thread = absltest.mock.Mock()
+      other.release()
+
+  def test_of_many_one_gets_it(self):
+    # Fails if writes are not conditional on the generation.
+    leases = [self.lease() for _ in range(20)]
+    reads = [lease._read() for lease in leases]
+    for lease, read in zip(leases, reads, strict=True):  # all see no lease before any writes one
+      later = iter([read])
+      lease._read = lambda later=later, own=lease: next(later, None) or workdir_lock.Lease._read(own)
+    self.assertEqual([lease.acquire() for lease in leases].count(None), 1)
+
+  def test_a_reply_that_was_lost(self):
+    # Fails if a holder takes its own write, which arrived twice, for another's.
+    lease = self.lease()
+    self.assertIsNone(lease.acquire())
+    self.store.write(lease.KEY, self.store.read(lease.KEY).result().value).result()  # another generation
+    lease.renew()
+    lease.renew()
+    self.assertEmpty(self.ends)
+
+  def test_a_store_that_does_not_answer(self):
+    # Fails if one failure ends a run, or a run goes on when others may take it for dead.
+    store = absltest.mock.Mock(wraps=self.store)
+    lease = self.lease(store)
+    self.assertIsNone(lease.acquire())
+    store.write.side_effect = ValueError("no network")
+    self.clock.now += workdir_lock.BEAT_S
+    lease.renew()
+    self.assertEmpty(self.ends)
+    self.clock.now += workdir_lock.LEASE_S - 2 * workdir_lock.BEAT_S
+    lease.renew()
+    self.assertLen(self.ends, 1)
+    self.assertEqual(self.ends[0][0], processes.LOST)
+    self.assertIn("no network", self.ends[0][1])
+
+
+HOLDER = """
+import sys, time
+from synthneg_jax.runtime import workdir_lock
+workdir_lock.BEAT_S, workdir_lock.LEASE_S = 1.0, 6.0
+with workdir_lock.hold(sys.argv[1]):
+  print("held", flush=True)
+  time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+class ProcessesTest(absltest.TestCase):
+  """Processes that do nothing but hold a folder."""
+
+  def holder(self, folder, seconds: float, **env) -> subprocess.Popen:
+    process = subprocess.Popen(
+      [sys.executable, "-c", HOLDER, str(folder), str(seconds)],
+      cwd=ROOT,
+      env={**os.environ, **env},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    self.addCleanup(process.communicate)
+    self.addCleanup(process.kill)
+    return process
+
+  def assert_refused(self, process: subprocess.Popen, holder: subprocess.Popen):
+    _, stderr = process.communicate(timeout=60)
+    self.assertRegex(stderr.strip().splitlines()[-1], HELD.format(holder.pid))
+
+  def test_a_file_system(self):
+    # Fails if a hold is not seen by another process, or outlives a holder that was killed.
+    folder = workdir()
+    first = self.holder(folder, 60)
+    self.assertEqual(first.stdout.readline(), "held\n")
+    self.assert_refused(self.holder(folder, 0), first)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    self.assertEqual(self.holder(folder, 0).stdout.readline(), "held\n")
+
+  def test_a_bucket(self):
+    # Fails if the lease is written without its precondition, is not renewed, or does not run out; if a holder that was
+    # stopped goes on beside the one that took over; or if the lease is not given back.
+    server = gcs_server.Server()
+    self.addCleanup(server.close)
+    env, folder = server.environment(), "gs://bucket/run"
+    first = self.holder(folder, 60, **env)
+    self.assertEqual(first.stdout.readline(), "held\n")
+    self.assert_refused(self.holder(folder, 0, **env), first)
+    first.send_signal(signal.SIGSTOP)
+    second = self.holder(folder, 4, **env)
+    self.assertEqual(second.stdout.readline(), "held\n")
+    first.send_signal(signal.SIGCONT)
+    _, stderr = first.communicate(timeout=30)
+    self.assertEqual(first.returncode, 1)
+    self.assertIn(f"another run took over the workdir, process {second.pid} on", stderr.strip().splitlines()[-1])
+    self.assertEqual(second.wait(timeout=30), 0)
+    self.assertGreaterEqual(server.refused, 1)
+    self.assertNotIn("run/run.lease", server.objects)
+
+
+@pytest.mark.slow
+class PipelinesTest(absltest.TestCase):
+  """The embedded pipeline, started twice in one workdir."""
+
+  def start(self, folder) -> subprocess.Popen:
+    command = [sys.executable, "launch/pipeline.py", "--config=configs/arithmetic.py:smoke", f"--workdir={folder}"]
+    command += ["--stages=synthesize,sft,sample", f"--compilation_cache={CACHE}", "--config.task.train_problems=16"]
+    command += ["--config.sft.batch_size=4", "--config.sft.max_steps=4"]
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    self.addCleanup(process.kill)
+    return process
+
+  def assert_undamaged(self, folder):
+    """No record stands twice, and stages find each other's files as they were written."""
+    for name, key in (("synthesize/train", "id"), ("sample/traces", "id")):
+      rows = [json.loads(line) for path in (folder / name).glob("*.jsonl") for line in path.read_text().splitlines()]
+      self.assertLen({row[key] for row in rows}, len(rows))
+      self.assertLen(rows, {"synthesize/train": 16, "sample/traces": 48}[name])
+    steps = [json.loads(line)["step"] for line in (folder / "sft/metrics.jsonl").read_text().splitlines()]
+    self.assertEqual(steps, [0, 1, 2, 3])
+
+  def test_a_command_given_twice(self):
+    # Fails if both work, if neither does, or if the second leaves a trace in the first one's records.
+    folder, offset = workdir(), random.uniform(0.0, 6.0)
+    first = self.start(folder)
+    time.sleep(offset)
+    second = self.start(folder)
+    stderr = {process: process.communicate(timeout=200)[1] for process in (first, second)}
+    self.assertEqual(sorted(process.returncode for process in stderr), [0, 1], (offset, stderr))
+    winner, loser = sorted(stderr, key=lambda process: process.returncode)
+    self.assertRegex(stderr[loser].strip().splitlines()[-1], "pipeline.py: .* is " + HELD.format(winner.pid))
+    self.assertNotIn("Traceback", stderr[loser])
+    self.assert_undamaged(folder)
+
+  def test_a_holder_that_was_killed(self):
+    # Fails if the workdir of a killed run is refused to the next, or is damaged by it.
+    folder, delay = workdir(), random.uniform(0.0, 2.0)
+    first = self.start(folder)
+    while not (folder / "synthesize").exists():
+      self.assertIsNone(first.poll())
+      time.sleep(0.02)
+    time.sleep(delay)
+    first.kill()
+    first.communicate()
+    second = self.start(folder)
+    _, stderr = second.communicate(timeout=200)
+    self.assertEqual(second.returncode, 0, (delay, stderr))
+    self.assert_undamaged(folder)
+
+
+if __name__ == "__main__":
+  absltest.main()
