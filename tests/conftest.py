@@ -55,7 +55,7 @@ _LONGEST = (  # modules by their seconds, the longest first
   "experiments/star_graph/study_test.py",
   "pipeline/synthesize_test.py",
   "pipeline/smollm2_test.py",
-  "runtime/processes_test.py",
+  "runtime/distributed_test.py",
 )
 
 

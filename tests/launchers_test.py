@@ -337,10 +337,11 @@ class OthersTest(LauncherTestCase):
     self.assertContainsSubset(task, {"name", "workdir", "num_nodes", "resources", "envs", "setup", "run"})
     known = {"infra", "accelerators", "accelerator_args", "use_spot", "job_recovery", "disk_size"}
     self.assertContainsSubset(task["resources"], known)
-    from synthneg_jax.runtime import processes
+
+    from synthneg_jax.runtime import distributed
 
     recovery = task["resources"]["job_recovery"]
-    self.assertEqual(recovery["recover_on_exit_codes"], [processes.PREEMPTED, processes.LOST])
+    self.assertEqual(recovery["recover_on_exit_codes"], [distributed.PREEMPTED, distributed.LOST])
     self.assertIn(recovery["strategy"], ("EAGER_NEXT_REGION", "FAILOVER"))
     self.assertTrue((ROOT / task["run"].split()[1]).exists())
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from etils import epath
 
-from synthneg_jax.runtime import processes
+from synthneg_jax.runtime import distributed
 from synthneg_jax.runtime.errors import UserError, writing
 
 
@@ -149,7 +149,7 @@ class Shards:
     Raises:
       UserError: the disk is full, or the folder cannot be written; nothing is left under the shard's name.
     """
-    of_process = f"-p{processes.index():05d}" if processes.count() > 1 else ""
+    of_process = f"-p{distributed.index():05d}" if distributed.count() > 1 else ""
     with writing(self._folder):
       self._folder.mkdir(parents=True, exist_ok=True)
     path = next(p for n in itertools.count() if not (p := self._folder / f"{n:05d}{of_process}.jsonl").exists())
@@ -165,11 +165,11 @@ class Shards:
 
   def clear(self) -> None:
     """Deletes all shards; every process calls it, and all are gone when it returns."""
-    processes.barrier()  # no process may still be reading
-    if processes.first():
+    distributed.barrier()  # no process may still be reading
+    if distributed.first():
       for path in self.files():
         path.unlink()
-    processes.barrier()
+    distributed.barrier()
 
   def write_shared(self, records: Sequence[Record]) -> None:
     """Writes a list that all processes have in place of all that is there; each process writes its part.
@@ -177,9 +177,9 @@ class Shards:
     Read again, the records come in the list's order. All are there when it returns.
     """
     self.clear()
-    size = -(-len(records) // processes.count())
-    self.write(records[processes.index() * size :][:size])
-    processes.barrier()
+    size = -(-len(records) // distributed.count())
+    self.write(records[distributed.index() * size :][:size])
+    distributed.barrier()
 
   def read(self) -> Iterator[Record]:
     """All records, shard after shard.

@@ -13,7 +13,7 @@ from synthneg_jax.decoding.decode import Collected, DecodeSpec, Geometry, State,
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.models import layer_stacking
 from synthneg_jax.models.decoder import Model
-from synthneg_jax.runtime import device_mesh, processes
+from synthneg_jax.runtime import device_mesh, distributed
 
 FINISH_REASONS = {decode_lib.EOS: "eos", decode_lib.STOP: "stop", decode_lib.LENGTH: "length"}
 
@@ -203,8 +203,8 @@ class Engine:
         for row, lane in enumerate(part):
           yield held[lane], _generations(collected, row, num_items=len(trunks[held[lane]].forks))
           held[lane] = -1
-      if processes.stopping():
-        raise processes.Stopped
+      if distributed.stopping():
+        raise distributed.Stopped
     steps, busy = jax.device_get((state.steps, state.busy))
     self.stats["steps"] += int(steps)
     self.stats["busy_slots"] += int(busy)

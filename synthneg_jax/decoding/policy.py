@@ -23,7 +23,7 @@ from synthneg_jax.models import adapter as adapter_lib
 from synthneg_jax.models import hf_tokenizers, huggingface, model_hub, stored_tensors
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
-from synthneg_jax.runtime import checkpoints, device_mesh, processes
+from synthneg_jax.runtime import checkpoints, device_mesh, distributed
 from synthneg_jax.runtime.errors import UserError, writing
 
 _ADAPTER = "adapter.json"
@@ -170,13 +170,13 @@ class Policy:
     with writing(folder):
       folder.mkdir(parents=True, exist_ok=True)
       checkpoints.save_params(folder, params)
-      if processes.first():
+      if distributed.first():
         _copy_about(self.about, folder)
         huggingface.set_tie(folder, self.model.config.tie_embeddings)
         if adapter is not None:
           (folder / _ADAPTER).write_text(json.dumps(_adapter_spec(folder, self, adapter)) + "\n")
         (folder / "fingerprint.json").write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
-    processes.barrier()
+    distributed.barrier()
     return fingerprint
 
   def stops(self, strings) -> Stops:

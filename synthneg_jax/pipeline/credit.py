@@ -24,7 +24,7 @@ from synthneg_jax.decoding.remote import Codec, RemoteEngine
 from synthneg_jax.pipeline import tensorboard_summaries, train_policy
 from synthneg_jax.pipeline import traces as traces_lib
 from synthneg_jax.pipeline.experiment import Experiment, sampling
-from synthneg_jax.runtime import keys, processes
+from synthneg_jax.runtime import distributed, keys
 from synthneg_jax.runtime.progress import Progress
 
 _SHARD = 256  # problems a shard
@@ -129,15 +129,15 @@ def _roll_out(
     for index, generations in given.engine.run(given.policy.params, trunks, sampling(section), longest=longest):
       problem = given.problems[items[index][0][0].trace.problem_id]
       made = [_OF_OTHERS] * len(generations)
-      if processes.mine(number_of[problem.id]):
+      if distributed.mine(number_of[problem.id]):
         made = list(_rollouts(given, [prefix for prefix, _ in items[index]], generations, problem))
         graded.append([index, [rollout.correct for rollout in made]])
       for (prefix, _), rollout in zip(items[index], made, strict=True):
         prefix.samples.append(rollout)
       yield items[index][0][0].trace.id
-  except processes.Stopped as stop:
+  except distributed.Stopped as stop:
     stopped = stop
-  for index, verdicts in itertools.chain(*processes.gather(graded)):
+  for index, verdicts in itertools.chain(*distributed.gather(graded)):
     for (prefix, place), correct in zip(items[index], verdicts, strict=True):
       prefix.samples[place] = dataclasses.replace(prefix.samples[place], correct=correct)
   if stopped is not None:
@@ -190,12 +190,12 @@ def _credit(given: _Resources, chosen: dict[str, list[Trace]], shards: Shards, p
       busy = {prefix.key for group in wanted.values() for prefix, _ in group}
       open_traces = {key: prefixes for key, prefixes in open_traces.items() if any(p.key in busy for p in prefixes)}
     progress.update(len(of_trace) - len(said))
-  except processes.Stopped as stop:
+  except distributed.Stopped as stop:
     stopped = stop
   shards.write(
     record
     for number, traces in enumerate(chosen.values())
-    if processes.mine(number) and not _wanted(experiment, {trace.id: of_trace[trace.id] for trace in traces})
+    if distributed.mine(number) and not _wanted(experiment, {trace.id: of_trace[trace.id] for trace in traces})
     for trace in traces
     for record in _estimates(trace, of_trace[trace.id])
   )
@@ -205,7 +205,7 @@ def _credit(given: _Resources, chosen: dict[str, list[Trace]], shards: Shards, p
 
 def _remote(experiment: Experiment, policy: Policy) -> RemoteEngine:
   """The server of credit.endpoint, which is to hold the SFT policy, as the engine."""
-  processes.alone("Credit by rollouts of a server")
+  distributed.alone("Credit by rollouts of a server")
   c, tokenizer = experiment.config, policy.tokenizer
   return RemoteEngine(
     c.credit.endpoint,
@@ -244,7 +244,7 @@ def run(experiment: Experiment) -> dict:
     for start in range(0, len(missing), _SHARD):
       part = {key: chosen[key] for key in missing[start : start + _SHARD]}
       _credit(given, part, shards, progress)
-  processes.barrier()
+  distributed.barrier()
   estimates = list(shards.read())
   figures = {
     "traces": len({estimate.trace_id for estimate in estimates}),

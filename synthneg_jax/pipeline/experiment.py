@@ -1,7 +1,10 @@
 """What every stage is given: the config, the workdir, and how to open its own folder and the policies of others."""
 
 import dataclasses
+import hashlib
 import json
+import os
+import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -10,9 +13,9 @@ from jax.sharding import Mesh
 
 from synthneg_jax.data.records import Problem, Shards
 from synthneg_jax.decoding.engine import Engine
-from synthneg_jax.decoding.policy import Policy, files_identity, resolve
+from synthneg_jax.decoding.policy import BASES, Policy, files_identity, resolve
 from synthneg_jax.decoding.sampling import Sampling
-from synthneg_jax.runtime import config_schema, device_mesh, manifest, processes
+from synthneg_jax.runtime import config_schema, device_mesh, distributed, manifest
 from synthneg_jax.runtime.errors import UserError
 
 
@@ -30,8 +33,8 @@ class Experiment:
     if config.model.dtype == "float32":  # accelerators would multiply float32 in bfloat16 parts
       jax.config.update("jax_default_matmul_precision", "float32")
     mesh = device_mesh.make_mesh(**config.mesh)
-    if processes.count() > 1:
-      processes.barrier()
+    if distributed.count() > 1:
+      distributed.require_same(_started_with(config))
       device_mesh.connect(mesh)
     return cls(config, epath.Path(workdir), mesh)
 
@@ -84,6 +87,38 @@ class Experiment:
       slots=slots or c.slots,
       max_new_tokens=c.max_new_tokens,
     )
+
+
+def _started_with(config) -> dict:
+  """What all processes must agree on: the config, versions and source, and the files that each reads for itself."""
+  package = pathlib.Path(__file__).parents[1]
+  source = hashlib.sha256()
+  for path in sorted(package.rglob("*.py")):
+    source.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+  about = {
+    **config_schema.plain(config),
+    **{f"the version of {name}": version for name, version in manifest.versions().items()},
+    "the source of synthneg_jax": source.hexdigest()[:16],
+  }
+  base = epath.Path(BASES.get(config.model.path, config.model.path)).expanduser()
+  if config.model.path and base.exists():
+    about[f"the files of the base model {base}"] = files_identity(base)
+  home = os.environ.get("SYNTHNEG_DATA_DIR", "")
+  for path in filter(None, (config.task.path, config.task.test_path, home and os.path.join(home, config.task.name))):
+    about.update(_file_hashes(epath.Path(path).expanduser()))
+  return about
+
+
+def _file_hashes(path: epath.Path) -> dict[str, str]:
+  """The hash of a data file, or of each in a folder; nothing for what is no file here, such as a dataset of the Hub."""
+  if not path.exists():
+    return {}
+  files = sorted(path.glob("*")) if path.is_dir() else [path]
+  return {
+    f"the data file {file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    for file in files
+    if not file.is_dir()
+  }
 
 
 def sampling(section) -> Sampling:

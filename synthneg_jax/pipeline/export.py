@@ -13,7 +13,7 @@ from synthneg_jax.models import adapter as adapter_lib
 from synthneg_jax.models import huggingface, model_hub
 from synthneg_jax.pipeline import evaluate
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.runtime import device_mesh, processes
+from synthneg_jax.runtime import device_mesh, distributed
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.manifest import write_json
 
@@ -43,17 +43,17 @@ def run(experiment: Experiment) -> dict:
       _write(experiment, stage_name, stage.folder)
       folder = stage.folder / "policy"
       exported[method] = stage.finish({"folder": str(folder)}, list(folder.glob("*.safetensors")))
-    if repo and processes.first():
+    if repo and distributed.first():
       _push(stage.folder, repo if len(trained) == 1 else f"{repo}-{method}")
-    processes.barrier()
+    distributed.barrier()
   return exported
 
 
 def _write(experiment: Experiment, stage_name: str, folder: epath.Path) -> None:
   """Writes a stage's policy, and its adapter, if one, below the folder."""
   policy = experiment.policy(stage_name)
-  params = jax.tree.map(device_mesh.whole, policy.params) if processes.count() > 1 else policy.params
-  if not processes.first():
+  params = jax.tree.map(device_mesh.whole, policy.params) if distributed.count() > 1 else policy.params
+  if not distributed.first():
     return
   if (folder / "policy").exists():  # of a run that was killed before its manifest was written
     (folder / "policy").rmtree()

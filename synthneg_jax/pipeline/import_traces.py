@@ -22,7 +22,7 @@ from synthneg_jax.decoding.engine import Generation
 from synthneg_jax.decoding.policy import Policy, resolve
 from synthneg_jax.pipeline import record_io, traces, train_policy
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.runtime import processes
+from synthneg_jax.runtime import distributed
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.manifest import write_json
 from synthneg_jax.training import reference
@@ -276,7 +276,7 @@ def run(experiment: Experiment, files: Sequence[str], assume_finish: str = "", s
   Raises:
     UserError: a file, row or field that cannot be taken; a problem with fewer traces than credit.best_of.
   """
-  processes.alone("Taking traces from elsewhere")
+  distributed.alone("Taking traces from elsewhere")
   paths = [epath.Path(file).expanduser() for file in files]
   digest = hashlib.sha256()
   for path in paths:

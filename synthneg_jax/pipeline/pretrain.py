@@ -11,7 +11,7 @@ from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.pipeline import train_policy
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.runtime import device_mesh, processes
+from synthneg_jax.runtime import device_mesh, distributed
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.tasks import generated, problems
 from synthneg_jax.training import loop, objectives
@@ -71,8 +71,8 @@ def run(experiment: Experiment) -> dict:
   )
   params, last = loop.fit(run, params)
   tokenizer_folder = stage.folder / "tokenizer"
-  params = jax.tree.map(device_mesh.whole, params) if processes.count() > 1 else params
-  if processes.first():
+  params = jax.tree.map(device_mesh.whole, params) if distributed.count() > 1 else params
+  if distributed.first():
     _save(stage.folder, tokenizer, tokenizer_folder, model, params)
   figures = {"parameters": model.config.num_params, "steps": plan.num_steps, **last}
   return stage.finish(figures, list((stage.folder / "policy").glob("*.safetensors")))

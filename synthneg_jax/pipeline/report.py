@@ -15,7 +15,7 @@ from synthneg_jax.pipeline import evaluate, viewer
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.pipeline.viewer import LABELS
 from synthneg_jax.report import report_page, trace_cards
-from synthneg_jax.runtime import config_schema, manifest, processes
+from synthneg_jax.runtime import config_schema, distributed, manifest
 from synthneg_jax.runtime.errors import UserError
 
 _STAGES = ("synthesize", "sft", "sample", "rft", "credit", "pairs/dpo", "pairs/step_dpo", "dpo/dpo", "dpo/step_dpo")
@@ -224,7 +224,7 @@ def run(experiment: Experiment) -> dict:
   Raises:
     UserError: the config is not the run's, or a file of a finished stage is missing or broken.
   """
-  if not processes.first():
+  if not distributed.first():
     return {}
   folder = experiment.workdir / "report"
   path = report_page.write(collect(experiment), folder)

@@ -24,7 +24,7 @@ from synthneg_jax.pipeline import (
   viewer,
 )
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.runtime import config_schema, manifest, metrics, processes, workdir_lock
+from synthneg_jax.runtime import config_schema, distributed, manifest, metrics, workdir_lock
 from synthneg_jax.runtime.errors import UserError
 
 STAGES = {
@@ -123,8 +123,8 @@ def _run(config, workdir: str, stages: Sequence[str], functions: Mapping[str, Ca
     "devices": [str(device) for device in jax.devices()],
   }
   for name in stages:
-    if processes.stopping():
-      raise processes.Stopped
+    if distributed.stopping():
+      raise distributed.Stopped
     logging.info("Stage %s.", name)
     figures = functions[name](experiment)
     logging.info("Stage %s: %s", name, json.dumps(figures) if figures else "done before.")
@@ -132,7 +132,7 @@ def _run(config, workdir: str, stages: Sequence[str], functions: Mapping[str, Ca
       manifest.write_json(experiment.workdir / "config.json", about)
     summary = summarize(experiment)
     manifest.write_json(experiment.workdir / "summary.json", summary)
-  if stages == ["traces"] and processes.first():
+  if stages == ["traces"] and distributed.first():
     print(f"Traces: {experiment.workdir / 'report' / 'traces.html'}")
-  if "report" in stages and summary["methods"] and processes.first():
+  if "report" in stages and summary["methods"] and distributed.first():
     print(f"\n{table(summary['methods'])}\n\nReport: {experiment.workdir / 'report' / 'index.html'}")

@@ -8,7 +8,7 @@ import json
 from synthneg_jax.data.records import Candidate, Problem, Shards
 from synthneg_jax.pipeline import problem_synthesis, teacher_backends
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.runtime import processes
+from synthneg_jax.runtime import distributed
 from synthneg_jax.tasks import problems
 from synthneg_jax.teacher import synthesis
 
@@ -35,7 +35,7 @@ def run(experiment: Experiment) -> dict:
   if own:
     chosen, written = problems.choose(c.task, c.seed), []
   else:
-    processes.alone("Asking a capable model")
+    distributed.alone("Asking a capable model")
     chosen, written = problem_synthesis.Synthesis(experiment, templates).run()
   files = []
   for name, kind, records in (
@@ -48,7 +48,7 @@ def run(experiment: Experiment) -> dict:
     if records or name in ("train", "test"):
       shards.write_shared(records)
     files += shards.files()
-  if processes.first():
+  if distributed.first():
     temporary = stage.folder / "left_out.jsonl.tmp"
     temporary.write_text("".join(json.dumps(line) + "\n" for line in chosen.report))
     temporary.replace(stage.folder / "left_out.jsonl")

@@ -10,7 +10,7 @@ from synthneg_jax.data.records import Problem, Trace
 from synthneg_jax.pipeline import evaluate
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.report import figures
-from synthneg_jax.runtime import processes
+from synthneg_jax.runtime import distributed
 from synthneg_jax.runtime.event_files import EventFile, Histogram
 
 _SHARES = np.linspace(0.0, 1.0, 21)
@@ -47,7 +47,7 @@ def sampled(
   Raises:
     UserError: the event file cannot be written.
   """
-  if not (experiment.config.metrics.tensorboard and processes.first()):
+  if not (experiment.config.metrics.tensorboard and distributed.first()):
     return
   file = EventFile(folder)
   shown = _spread(traces, experiment.config.report.num_traces)
@@ -78,7 +78,7 @@ def credited(
     UserError: the event file cannot be written.
   """
   wrong = credited_traces.wrong
-  if not (experiment.config.metrics.tensorboard and processes.first() and wrong):
+  if not (experiment.config.metrics.tensorboard and distributed.first() and wrong):
     return
   pits = dict(zip((each.trace.id for each in wrong), first_pits(wrong, experiment.config.pairs), strict=True))
   images, texts = {}, {}

@@ -14,7 +14,7 @@ from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.grading import answers
 from synthneg_jax.pipeline import train_policy
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.runtime import keys, processes
+from synthneg_jax.runtime import distributed, keys
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.progress import Progress
 from synthneg_jax.tasks import generated, verification
@@ -169,11 +169,11 @@ def respond(
         for index, generations in engine.run(policy.params, trunks, request.sampling):
           made[index] = generations
           progress.update(1)
-      except processes.Stopped as stop:
+      except distributed.Stopped as stop:
         stopped = stop
-      mine = [(part[i], index, one) for i in sorted(made) if processes.mine(i) for index, one in enumerate(made[i])]
+      mine = [(part[i], index, one) for i in sorted(made) if distributed.mine(i) for index, one in enumerate(made[i])]
       shards.write(traces_of(experiment, policy, request.purpose, mine))
       if stopped is not None:
         raise stopped
-  processes.barrier()
+  distributed.barrier()
   return shards

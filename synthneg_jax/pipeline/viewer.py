@@ -15,7 +15,7 @@ from synthneg_jax.decoding.policy import load_token_text, resolve
 from synthneg_jax.pipeline import pair_logprobs
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.report import viewer_page
-from synthneg_jax.runtime import manifest, processes
+from synthneg_jax.runtime import distributed, manifest
 
 LABELS = {
   "base": "base model",
@@ -180,7 +180,7 @@ def run(experiment: Experiment) -> dict:
   Raises:
     UserError: the traces' tokenizer is missing, or a file of a finished stage is missing or broken.
   """
-  if not processes.first():
+  if not distributed.first():
     return {}
   made, config = _Run(experiment), experiment.config
   path = viewer_page.write(

@@ -11,7 +11,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from synthneg_jax.runtime import processes
+from synthneg_jax.runtime import distributed
 from synthneg_jax.runtime.errors import UserError, writing
 
 
@@ -50,7 +50,7 @@ class TrainCheckpoints:
 
   def _mend_metrics(self) -> None:
     """Has a checkpoint whose loss cannot be read count as the worst; it would keep all others from being opened."""
-    if processes.first() and self._folder.exists():
+    if distributed.first() and self._folder.exists():
       for path in self._folder.glob("*/metrics/metrics"):
         try:
           json.loads(path.read_text())
@@ -58,7 +58,7 @@ class TrainCheckpoints:
           logging.warning("The loss in %s cannot be read; the checkpoint counts as the worst.", path)
           with writing(path):
             path.write_text(json.dumps({"loss": float("inf")}))
-    processes.barrier()
+    distributed.barrier()
 
   def restore(self, abstract_state, shardings):
     """The newest state that can be read, laid out by `shardings`; None where there is none.
@@ -78,7 +78,7 @@ class TrainCheckpoints:
         state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
       except _UNREADABLE as error:
         problem = _first_line(error) or type(error).__name__
-      problem = next(filter(None, processes.gather(problem)), "")  # what one cannot read, none takes
+      problem = next(filter(None, distributed.gather(problem)), "")  # what one cannot read, none takes
       if not problem:
         return state
       logging.warning("Checkpoint %s/%d cannot be read (%s); trying the one before.", self._folder, step, problem)
@@ -91,14 +91,14 @@ class TrainCheckpoints:
     """Moves all checkpoints out of the folder: beside new ones they would count as the newest, or stand in their way."""
     self._manager.close()
     aside = self._folder.parent / f"{self._folder.name}.unreadable"
-    if processes.first():
+    if distributed.first():
       with writing(aside):
         aside.mkdir(parents=True, exist_ok=True)
         for step in sorted(self._unreadable):
           if (aside / str(step)).exists():
             (aside / str(step)).rmtree()
           (self._folder / str(step)).rename(aside / str(step))
-    processes.barrier()
+    distributed.barrier()
     logging.warning(
       "No checkpoint of %s can be read; they are kept in %s, and the training starts from step 0.", self._folder, aside
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from synthneg_jax.runtime import processes
+from synthneg_jax.runtime import distributed
 from synthneg_jax.runtime.errors import UserError, writing
 
 FORMAT = 2  # of the stages' files; version 1 wrote none, had other leaf names, and made pairs within stage dpo
@@ -58,7 +58,7 @@ def write_json(path: epath.Path, value) -> None:
   Raises:
     UserError: it cannot be written; what stood there before does still.
   """
-  if not processes.first():
+  if not distributed.first():
     return
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,12 +108,12 @@ class Stage:
     before = json.loads(begun_path.read_text()) if begun_path.exists() else None
     if before not in (None, self._begun) and not self._made_nothing():
       self._refuse_change(before)
-    self.done = processes.agree(manifest_path.exists())  # and all have read what is there before anything is written
+    self.done = distributed.agree(manifest_path.exists())  # and all have read what is there before anything is written
     if before != self._begun:
-      if before is not None and processes.first():
+      if before is not None and distributed.first():
         self.folder.rmtree()  # logs of a start that made nothing
       write_json(begun_path, self._begun)
-    processes.barrier()  # the folder is there
+    distributed.barrier()  # the folder is there
 
   def _made_nothing(self) -> bool:
     """Whether the stage's folder holds nothing but its beginning and logs."""
@@ -170,8 +170,8 @@ class Stage:
     Returns:
       The figures, with the stage's seconds.
     """
-    processes.barrier()
-    hashes = {str(path.relative_to(self.folder)): _file_hash(path) for path in files} if processes.first() else {}
+    distributed.barrier()
+    hashes = {str(path.relative_to(self.folder)): _file_hash(path) for path in files} if distributed.first() else {}
     seconds = round(time.time() - self._started, 1)
     everything = hashlib.sha256(json.dumps([self._begun, hashes, identity]).encode()).hexdigest()[:16]
     figures = {"seconds": seconds, **figures}
@@ -187,7 +187,7 @@ class Stage:
         "git_commit": git_commit(),
       },
     )
-    processes.barrier()
+    distributed.barrier()
     return figures
 
 

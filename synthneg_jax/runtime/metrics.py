@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from synthneg_jax.runtime import config_schema, processes, throughput
+from synthneg_jax.runtime import config_schema, distributed, throughput
 from synthneg_jax.runtime.errors import UserError, writing
 from synthneg_jax.runtime.event_files import EventFile, Histogram
 
@@ -171,7 +171,7 @@ class Metrics:
     section = None if config is None else config.metrics
     self.measured, self.profile_steps = section is not None, "" if section is None else section.profile_steps
     self._sinks = []
-    if not processes.first():
+    if not distributed.first():
       return
     if section is None or section.jsonl:
       self._sinks.append(JsonLines(folder / "metrics.jsonl", first_step))

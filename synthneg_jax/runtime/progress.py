@@ -7,12 +7,12 @@ import time
 from absl import logging
 from tqdm import tqdm
 
-from synthneg_jax.runtime import processes
+from synthneg_jax.runtime import distributed
 
 
 def _bar(name: str, total: int, unit: str):
   """A bar where a person watches one, else None. A notebook has one of text unless ipywidgets can draw it."""
-  if not processes.first():
+  if not distributed.first():
     return None
   if sys.stderr.isatty():
     return tqdm(total=total, desc=name, unit=unit, leave=False)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from synthneg_jax.runtime import config_files, config_schema, processes
+from synthneg_jax.runtime import config_files, config_schema, distributed
 from synthneg_jax.runtime.errors import UserError, of_files
 
 
@@ -54,6 +54,20 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
   )
   flags.DEFINE_integer("num_processes", None, "Likewise: how many processes there are.", lower_bound=1)
   flags.DEFINE_integer("process_id", None, "Likewise: the number of this one, from 0.", lower_bound=0)
+  flags.DEFINE_string(
+    "coordinator_bind_address",
+    None,
+    "With --distributed: HOST:PORT at which process 0 listens; on all interfaces unless given.",
+  )
+  flags.DEFINE_integer(
+    "heartbeat_seconds",
+    distributed.HEARTBEAT_S,
+    "With --distributed: a process that is silent for so long counts as dead.",
+    lower_bound=1,
+  )
+  flags.DEFINE_integer(
+    "initialization_seconds", 300, "With --distributed: how long the other processes may take to come.", lower_bound=1
+  )
   flags.DEFINE_bool(
     "keep_freed_memory", True, "CPU: let malloc keep freed memory, which spares page faults at every step."
   )
@@ -133,8 +147,15 @@ def _join() -> None:
   """Under --distributed: finds the other processes."""
   f = flags.FLAGS
   if f.distributed:
-    processes.start(f.coordinator_address, f.num_processes, f.process_id)
-    if not processes.first():
+    distributed.start(
+      f.coordinator_address,
+      f.num_processes,
+      f.process_id,
+      bind_address=f.coordinator_bind_address,
+      heartbeat_s=f.heartbeat_seconds,
+      timeout_s=f.initialization_seconds,
+    )
+    if not distributed.first():
       logging.set_verbosity(logging.WARNING)
   elif (f.coordinator_address, f.num_processes, f.process_id) != (None, None, None):
     raise UserError("--coordinator_address, --num_processes and --process_id say something only with --distributed.")
@@ -208,7 +229,7 @@ def run(main: Callable[[], None]) -> None:
   """Runs a program: parses flags, prepares jax, calls main() and exits, 0 only if the work is done.
 
   A UserError, or a file that cannot be read or written, is printed as one sentence on stderr, exit status 1. Exit status
-  75: SIGTERM came, and what was done is saved; 76: another process of --distributed died. After both the same command
+  75: SIGTERM came, and what was done is saved; 76: another process of --distributed died or hangs. After both the same command
   goes on where it was.
   """
 
@@ -218,7 +239,7 @@ def run(main: Callable[[], None]) -> None:
       _keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that torch is not installed is no news here
-    processes.watch_signals()
+    distributed.watch_signals()
     import jax  # noqa: F401  after the allocator is set, before any array exists
 
     try:
@@ -226,19 +247,19 @@ def run(main: Callable[[], None]) -> None:
         _keep_compiled(folder)
       _join()
       main()
-      processes.finish()
-    except processes.Stopped:
-      processes.finish()
+      distributed.finish()
+    except distributed.Stopped:
+      distributed.finish()
       said = "stopped by SIGTERM; what was done is saved. The same command goes on."
       print(f"{_program(argv)}: {said}", file=sys.stderr)
-      sys.exit(processes.PREEMPTED)
+      sys.exit(distributed.PREEMPTED)
     except Exception as error:
       meant = error if isinstance(error, UserError) else of_files(error)
       if meant is None:
-        processes.await_verdict()
-        if processes.count() > 1:
+        distributed.await_verdict()
+        if distributed.count() > 1:
           traceback.print_exc()
-      processes.fail(str(meant or f"{type(error).__name__}: {error}"))
+      distributed.fail(str(meant or f"{type(error).__name__}: {error}"))
       if meant is None:
         raise
       print(f"{_program(argv)}: {meant}", file=sys.stderr)

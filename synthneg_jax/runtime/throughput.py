@@ -8,7 +8,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from synthneg_jax.runtime import processes
+from synthneg_jax.runtime import distributed
 from synthneg_jax.runtime.errors import UserError
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # what jax tells of each program that it compiles or loads
@@ -111,10 +111,10 @@ class Profiler:
       folder: takes the trace.
       first_step, num_steps: the updates that will be made; of the range, those among them are traced.
     """
-    a, b = parse_steps(steps) if steps and processes.first() else (0, 0)
+    a, b = parse_steps(steps) if steps and distributed.first() else (0, 0)
     self._folder, self._on = folder, False
     self._first, self._after = max(a, first_step), min(b, num_steps)
-    if steps and processes.first() and self._first >= self._after:
+    if steps and distributed.first() and self._first >= self._after:
       logging.info(
         "--profile_steps=%s: updates %d to %d are made here; none is traced.", steps, first_step, num_steps - 1
       )

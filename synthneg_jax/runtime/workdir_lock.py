@@ -24,7 +24,7 @@ import tensorstore as ts
 from absl import logging
 from etils import epath
 
-from synthneg_jax.runtime import processes
+from synthneg_jax.runtime import distributed
 from synthneg_jax.runtime.errors import UserError, writing
 
 BEAT_S, LEASE_S = 10.0, 60.0
@@ -140,7 +140,7 @@ class Lease:
         )
     except Exception as error:  # tensorstore's errors have no common base
       if self._clock() - self._renewed > LEASE_S - 2 * BEAT_S:
-        self._end(processes.LOST, f"the lease on the workdir cannot be renewed ({error}). The same command goes on.")
+        self._end(distributed.LOST, f"the lease on the workdir cannot be renewed ({error}). The same command goes on.")
       logging.warning("The lease on the workdir was not renewed: %s", error)
 
   def _keep(self) -> None:
@@ -164,7 +164,7 @@ def _name(holder: dict) -> str:
 def _end(status: int, sentence: str) -> None:
   """Ends this process from any thread."""
   if status == 1:
-    processes.fail(sentence)
+    distributed.fail(sentence)
   sys.stdout.flush()
   os.write(2, f"{os.path.basename(sys.argv[0])}: {sentence}\n".encode())
   os._exit(status)
@@ -202,13 +202,13 @@ def claim(folder: epath.PathLike, *, patient: bool = False) -> Iterator[str]:
   Raises:
     UserError: the folder or its lease cannot be written.
   """
-  lock, holder = _acquire(epath.Path(folder), patient) if processes.first() else (None, None)
-  other = processes.agree(_name(holder) if holder else "")
+  lock, holder = _acquire(epath.Path(folder), patient) if distributed.first() else (None, None)
+  other = distributed.agree(_name(holder) if holder else "")
   try:
     yield other
-    processes.barrier()  # until all have written what is theirs
-  except processes.Stopped:
-    processes.barrier()
+    distributed.barrier()  # until all have written what is theirs
+  except distributed.Stopped:
+    distributed.barrier()
     raise
   finally:
     if lock and not other:

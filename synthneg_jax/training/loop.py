@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model, Params
-from synthneg_jax.runtime import checkpoints, device_mesh, processes
+from synthneg_jax.runtime import checkpoints, device_mesh, distributed
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.runtime.event_files import Histogram
 from synthneg_jax.runtime.metrics import Metrics
@@ -169,14 +169,14 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
       previous, done = (step, metrics), step + 1
       if run.after_step is not None:
         run.after_step(done, state["params"])
-      stopping = processes.stopping()
+      stopping = distributed.stopping()
       due = checkpointer is not None and (stopping or checkpointer.due(done))
       if due and done < batches.num_steps:  # the last state is not saved: the policy is
         report(*previous, progress)  # only a state whose step was finite is saved
         previous = None
         save(done, stacked(state))
       if stopping and done < batches.num_steps:
-        raise processes.Stopped  # once the checkpointer is closed, everything is written
+        raise distributed.Stopped  # once the checkpointer is closed, everything is written
     if previous is not None:
       report(*previous, progress)
   cost = meter.total() if lines.measured else {}

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.models.decoder import Model
-from synthneg_jax.runtime import device_mesh, processes
+from synthneg_jax.runtime import device_mesh, distributed
 from synthneg_jax.runtime.errors import writing
 from synthneg_jax.runtime.progress import Progress
 from synthneg_jax.training import batch as batch_lib
@@ -76,13 +76,13 @@ class Store:
       logp=np.concatenate(list(self._values.values())),
       ends=np.cumsum([len(part) for part in self._values.values()]),
     )
-    if processes.first():
+    if distributed.first():
       with writing(self._path):
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.parent / f"{self._path.name}.tmp"
         temporary.write_bytes(buffer.getvalue())
         temporary.replace(self._path)
-    processes.barrier()
+    distributed.barrier()
 
 
 def make_forward(model: Model, mesh: Mesh, chunk: int = 0):
@@ -159,7 +159,7 @@ def score(model: Model, params, trees: Sequence[Tree], *, store: Store, packing:
             values[key] = logp_RS[r, place[tree.path(number)[1]]].astype(np.float32)
           at += tree.num_scored
       progress.update(1)
-      if processes.stopping():
+      if distributed.stopping():
         store.add(values)
-        raise processes.Stopped
+        raise distributed.Stopped
   store.add(values)

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import pytest
 from absl.testing import absltest
 
-from synthneg_jax.runtime import processes
+from synthneg_jax.runtime import distributed
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -43,8 +44,8 @@ def free_port() -> int:
     return server.getsockname()[1]
 
 
-def start(workdir, count: int, stages: str, *flags, stop_at: int = 0) -> list[subprocess.Popen]:
-  """The pipeline as `count` processes, which have DEVICES devices between them."""
+def start(workdir, count: int, stages: str, *flags, stop_at: int = 0, last=(), last_env=()) -> list[subprocess.Popen]:
+  """The pipeline as `count` processes, which have DEVICES devices between them; the last has flags and variables besides."""
   env = {**os.environ, "JAX_PLATFORMS": "cpu"}
   env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // count}"
   address, made = f"127.0.0.1:{free_port()}", []
@@ -56,11 +57,21 @@ def start(workdir, count: int, stages: str, *flags, stop_at: int = 0) -> list[su
       command += [
         "--distributed",
         f"--coordinator_address={address}",
+        f"--coordinator_bind_address={address}",
         f"--num_processes={count}",
         f"--process_id={index}",
       ]
+    own = index == count - 1
     log = (scratch() / f"{workdir.name}.{index}.log").open("w")
-    made.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
+    made.append(
+      subprocess.Popen(
+        [*command, *(last if own else ())],
+        cwd=ROOT,
+        env={**env, **dict(last_env if own else ())},
+        stdout=log,
+        stderr=log,
+      )
+    )
     log.close()
   return made
 
@@ -160,7 +171,7 @@ class PodTestCase(absltest.TestCase):
     self.wait_for_steps(started, workdir, 12)
     started[-1].kill()
     at = time.monotonic()
-    said = finish(started[:-1], workdir, processes.LOST, timeout_s=60)
+    said = finish(started[:-1], workdir, distributed.LOST, timeout_s=60)
     self.assertLess(time.monotonic() - at, 60)
     for index, line in enumerate(said):
       self.assertIn(f"process {count - 1} of {count} died; process {index} stops.", line)
@@ -169,7 +180,7 @@ class PodTestCase(absltest.TestCase):
     self.wait_for_steps(started, workdir, 24)
     started[-1].send_signal(signal.SIGTERM)
     at = time.monotonic()
-    said = finish(started, workdir, processes.PREEMPTED, timeout_s=30)
+    said = finish(started, workdir, distributed.PREEMPTED, timeout_s=30)
     self.assertLess(time.monotonic() - at, 30)
     for line in said:
       self.assertIn("stopped by SIGTERM; what was done is saved.", line)
@@ -196,12 +207,47 @@ class TwoProcessesTest(PodTestCase):
     self.deaths_and_ways_back(scratch() / "deaths", 2, then=1)
 
 
+class DifferencesTest(PodTestCase):
+  def test_processes_that_were_started_with_other_settings(self):
+    # Fails if two processes with different rates train on together, or one of them leaves a file.
+    workdir = scratch() / "rates"
+    said = finish(
+      start(workdir, 2, "synthesize,sft", last=["--config.sft.optimizer.learning_rate=0.5"]), workdir, 1, timeout_s=90
+    )
+    for line in said:
+      self.assertIn("The processes differ in sft.optimizer.learning_rate: ", line)
+      self.assertIn("0.5 in process 1.", line)
+    self.assertFalse(workdir.exists())
+
+  def test_processes_that_read_other_data(self):
+    # Fails if a process whose own data file has another row, here a bad one, works on, or is called dead by the others.
+    rows = [{"problem": f"{n} + 1", "solution": f"Answer: {n + 1}", "answer": str(n + 1)} for n in range(40)]
+    for name in ("data0", "data1"):
+      folder = scratch() / name / "gsm8k"
+      folder.mkdir(parents=True)
+      for split in ("train", "test"):
+        lines = [json.dumps(row) for row in rows] + (["{broken"] if name == "data1" and split == "train" else [])
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    workdir = scratch() / "data"
+    with mock.patch.dict(os.environ, {"SYNTHNEG_DATA_DIR": str(scratch() / "data0")}):
+      started = start(
+        workdir,
+        2,
+        "synthesize",
+        "--config.task.name=gsm8k",
+        last_env={"SYNTHNEG_DATA_DIR": str(scratch() / "data1")},
+      )
+    for line in finish(started, workdir, 1, timeout_s=90):
+      self.assertIn("The processes differ in the data file gsm8k/train.jsonl: ", line)
+    self.assertFalse(workdir.exists())
+
+
 # Asks to stop at the given call of the decoding loop, as SIGTERM would, and runs the program named by the rest.
 STOP_AT = """
 import itertools, runpy, sys
-from synthneg_jax.runtime import processes
+from synthneg_jax.runtime import distributed
 calls, at = itertools.count(1), int(sys.argv[1])
-processes.stopping = lambda: next(calls) >= at
+distributed.stopping = lambda: next(calls) >= at
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -215,7 +261,7 @@ class StoppedTest(PodTestCase):
     small = ("--config.engine.lanes=8", "--config.credit.lanes=4")
     for stage, name, at in (("sample", "sample/traces", 4), ("credit", "credit/estimates", 30)):
       [process] = start(workdir, 1, stage, *small, stop_at=at)
-      [line] = finish([process], workdir, processes.PREEMPTED)
+      [line] = finish([process], workdir, distributed.PREEMPTED)
       self.assertIn("stopped by SIGTERM; what was done is saved.", line)
       kept, expected = records(workdir, name), records(alone(), name)
       self.assertBetween(len(kept), 1, len(expected) - 1, name)
@@ -253,7 +299,7 @@ class FourProcessesTest(PodTestCase):
     started = start(workdir, 4, "synthesize,sft")
     self.wait_for_steps(started, workdir, 3)
     started[0].kill()
-    for line in finish(started[1:], workdir, processes.LOST, timeout_s=60, first=1):
+    for line in finish(started[1:], workdir, distributed.LOST, timeout_s=60, first=1):
       self.assertIn("process 0 of 4 died", line)
 
 

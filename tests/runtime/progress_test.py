@@ -14,7 +14,7 @@ from absl import logging
 from absl.testing import absltest
 from jupyter_client.manager import start_new_kernel
 
-from synthneg_jax.runtime import processes, progress
+from synthneg_jax.runtime import distributed, progress
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -86,7 +86,7 @@ class ProgressTest(absltest.TestCase):
 
   def test_other_processes_are_silent(self):
     # Fails if each process of a pod draws a bar.
-    with mock.patch.object(processes, "first", lambda: False), mock.patch.object(sys.stderr, "isatty", lambda: True):
+    with mock.patch.object(distributed, "first", lambda: False), mock.patch.object(sys.stderr, "isatty", lambda: True):
       self.assertIsNone(progress._bar("sft", 4, "steps"))
 
 

@@ -19,7 +19,7 @@ from absl.testing import absltest, parameterized
 
 from configs import arithmetic
 from synthneg_jax.pipeline import stages
-from synthneg_jax.runtime import processes, workdir_lock
+from synthneg_jax.runtime import distributed, workdir_lock
 from synthneg_jax.runtime.errors import UserError
 from tests import gcs_server
 
@@ -181,7 +181,7 @@ class LeaseTest(absltest.TestCase):
     self.clock.now += workdir_lock.LEASE_S - 2 * workdir_lock.BEAT_S
     lease.renew()
     self.assertLen(self.ends, 1)
-    self.assertEqual(self.ends[0][0], processes.LOST)
+    self.assertEqual(self.ends[0][0], distributed.LOST)
     self.assertIn("no network", self.ends[0][1])
 
 

@@ -18,7 +18,7 @@ from etils import epath
 from tensorboard.backend.event_processing import event_accumulator, event_file_loader
 from wandb.proto import wandb_internal_pb2
 
-from synthneg_jax.runtime import config_schema, processes, throughput
+from synthneg_jax.runtime import config_schema, distributed, throughput
 from synthneg_jax.runtime import metrics as metrics_lib
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import loop, objectives
@@ -214,7 +214,7 @@ class OrderTest(absltest.TestCase):
 
   def test_the_first_process_alone_writes(self):
     # Fails if another process opens any file for metrics.
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(processes, "first", lambda: False):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(distributed, "first", lambda: False):
       made = metrics_lib.Metrics(config(wandb="x"), epath.Path(folder), epath.Path(folder) / "sft", 0)
       made.write(0, {"loss/per_token": 1.0}, {})
       made.keep()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest
 
-from synthneg_jax.runtime import processes
+from synthneg_jax.runtime import distributed
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -90,7 +90,7 @@ class PreemptionTest(absltest.TestCase):
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     self.assertLess(time.monotonic() - asked, 30)
-    self.assertEqual(process.returncode, processes.PREEMPTED, stderr)
+    self.assertEqual(process.returncode, distributed.PREEMPTED, stderr)
     self.assertIn("stopped by SIGTERM; what was done is saved.", stderr.splitlines()[-1])
     steps = lines()
     self.assertBetween(steps, 1, 5)
@@ -102,16 +102,16 @@ class PreemptionTest(absltest.TestCase):
 
   def test_sigterm_while_nothing_can_be_saved(self):
     # Fails if a process that hangs, or compiles for minutes, lives on after SIGTERM.
-    self.assertLess(processes.GRACE_S, 30)
+    self.assertLess(distributed.GRACE_S, 30)
     program = (
-      "import signal, os, time; from synthneg_jax.runtime import processes; processes.GRACE_S = 1.0;"
-      "processes.watch_signals(); os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1);"
+      "import signal, os, time; from synthneg_jax.runtime import distributed; distributed.GRACE_S = 1.0;"
+      "distributed.watch_signals(); os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1);"
       "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); time.sleep(30)"
     )
     done = subprocess.run(
       [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=25
     )
-    self.assertEqual(done.returncode, processes.PREEMPTED, done.stderr)
+    self.assertEqual(done.returncode, distributed.PREEMPTED, done.stderr)
     self.assertIn("after SIGTERM; what was saved before is kept.", done.stderr.splitlines()[-1])
 
   def test_a_full_disk(self):

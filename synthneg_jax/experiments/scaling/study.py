@@ -20,7 +20,7 @@ from synthneg_jax.core import scaling
 from synthneg_jax.experiments.scaling import grid, methods
 from synthneg_jax.experiments.scaling.paired import paired_difference
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.runtime import manifest, processes, workdir_lock
+from synthneg_jax.runtime import distributed, manifest, workdir_lock
 from synthneg_jax.runtime.errors import UserError
 
 
@@ -74,8 +74,8 @@ def make(config, workdir: epath.PathLike, cells: Sequence[grid.Cell]) -> bool:
         logging.info("Study: %s is passed over; it is held by %s.", unit, holder)
         continue
       for cell in (cell for cell in missing if cell.unit == unit):
-        if processes.stopping():
-          raise processes.Stopped
+        if distributed.stopping():
+          raise distributed.Stopped
         if grid.load(folder, config, cell) is not None:  # made by another process meanwhile
           continue
         started = time.monotonic()

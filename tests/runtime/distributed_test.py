@@ -1,0 +1,302 @@
+"""What processes tell each other: values, deaths, failures, and one place at which all stop; and who may wait for whom."""
+
+import ast
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+
+import pytest
+from absl.testing import absltest, parameterized
+
+from synthneg_jax.runtime import distributed
+
+pytestmark = pytest.mark.slow  # starts processes
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# A process of three.
+MEMBER = """
+import os, pathlib, random, signal, sys, time
+from synthneg_jax.runtime import distributed
+index, count, folder, address = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4]
+distributed.watch_signals()
+distributed.start(address, count, index, bind_address=address, heartbeat_s=3, timeout_s=60)
+(folder / f"joined{index}").touch()
+while not all((folder / f"joined{other}").exists() for other in range(count)):
+  time.sleep(0.01)
+"""
+
+
+def free_port() -> int:
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    return server.getsockname()[1]
+
+
+class MembersTestCase(parameterized.TestCase):
+  def process(self, source: str, index: int, count: int) -> subprocess.Popen:
+    made = subprocess.Popen(
+      [sys.executable, "-c", source, str(index), str(count), str(self.folder), self.address],
+      cwd=ROOT,
+      env={**os.environ, "JAX_PLATFORMS": "cpu"},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    self.addCleanup(made.kill)
+    return made
+
+  def members(self, program: str, count: int = 3) -> list[subprocess.Popen]:
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    self.address = f"127.0.0.1:{free_port()}"
+    made = [self.process(MEMBER + textwrap.dedent(program), index, count) for index in range(count)]
+    self.made = made
+    until = time.monotonic() + 60
+    while not all((self.folder / f"joined{index}").exists() for index in range(count)):
+      self.assertLess(time.monotonic(), until, [process.poll() for process in made])
+      time.sleep(0.02)
+    return made
+
+  def ends(self, made, timeout_s: float = 20.0) -> list[tuple[int, str, str]]:
+    """(status, what was printed, last line on stderr) of each."""
+    found = []
+    for process in made:
+      out, err = process.communicate(timeout=timeout_s)
+      found.append((process.returncode, out, (err.strip().splitlines() or [""])[-1]))
+    return found
+
+
+class ProcessesTest(MembersTestCase):
+  def test_gather_and_agree(self):
+    # Fails if values come in another order than the processes', or those of one round reach another.
+    made = self.members("""
+      for n in range(50):
+        time.sleep(random.random() / 100)
+        assert distributed.gather([index, n]) == [[0, n], [1, n], [2, n]]
+        assert distributed.agree("x" * n if index == 0 else index) == "x" * n
+      big = "y" * 9_000_000
+      assert distributed.gather(big) == [big] * 3
+      distributed.finish()
+      print("done")
+    """)
+    self.assertEqual(self.ends(made), [(0, "done\n", "")] * 3)
+
+  @parameterized.parameters(0, 2)
+  def test_a_death_is_heard_of(self, victim):
+    # Fails if the others live on, or end without naming the dead.
+    made = self.members("distributed.gather() if index else time.sleep(60)")
+    made[victim].kill()
+    ends = self.ends(made, timeout_s=10)
+    for index in {0, 1, 2} - {victim}:
+      self.assertEqual(ends[index][0], distributed.LOST)
+      self.assertIn(f"process {victim} of 3 died; process {index} stops.", ends[index][2])
+
+  @parameterized.parameters(0, 1)
+  def test_silence_is_death(self, victim):
+    # Fails if a host that is gone without closing its sockets is waited for.
+    made = self.members("time.sleep(60)")
+    made[victim].send_signal(19)  # SIGSTOP
+    others = [process for index, process in enumerate(made) if index != victim]
+    for status, _, line in self.ends(others, timeout_s=15):
+      self.assertEqual(status, distributed.LOST)
+      self.assertIn(f"process {victim} of 3 {'died' if victim else 'does not answer'}", line)
+
+  def test_a_failure_stops_all_with_its_sentence(self):
+    # Fails if the others hang on one that failed, or do not say why they stop.
+    made = self.members("""
+      if index == 1:
+        distributed.fail("the disk is full")
+      distributed.gather()
+    """)
+    ends = self.ends(made)
+    self.assertEqual([status for status, _, _ in ends], [1] * 3)
+    self.assertTrue(ends[1][2].endswith(": the disk is full"), ends[1])
+    for index in (0, 2):
+      self.assertTrue(ends[index][2].endswith(": process 1 stopped: the disk is full"), ends[index])
+
+  def test_waits_for_one_that_is_busy(self):
+    # Fails if a wait for a process that is alive has an end, or does not say whom it waits for.
+    made = self.members("""
+      distributed._SAY_S = 2.0
+      if index == 0:
+        end = time.monotonic() + 8
+        while time.monotonic() < end:
+          pass
+      distributed.barrier()
+      distributed.finish()
+    """)
+    for index, (status, _, line) in enumerate(self.ends(made, timeout_s=40)):
+      self.assertEqual(status, 0, line)
+      if index:
+        self.assertIn("Waiting for process 0 of 3 since", line)
+
+  def test_a_difference_ends_all_before_any_work(self):
+    # Fails if processes that were started with other settings work together, or the sentence names neither leaf nor process.
+    made = self.members("""
+      from synthneg_jax.runtime.errors import UserError
+      try:
+        distributed.require_same({"seed": 0, "sft.rate": 0.1 if index < 2 else 0.2})
+      except UserError as error:
+        distributed.fail(str(error))
+      print("works")
+    """)
+    for status, out, line in self.ends(made):
+      self.assertEqual((status, out), (1, ""))
+      self.assertIn("The processes differ in sft.rate: 0.1 in process 0, 0.2 in process 2.", line)
+
+  def test_the_grace_after_sigterm(self):
+    # Fails if what cannot stop runs on after SIGTERM to another process, or if the end of the first one, which serves the
+    # others, counts as a death.
+    made = self.members("distributed.GRACE_S = 2.0\ntime.sleep(60)")
+    made[1].terminate()
+    for status, _, line in self.ends(made):
+      self.assertEqual(status, 75, line)
+      self.assertIn("stopped 2 s after SIGTERM", line)
+
+  def test_an_abort_of_its_own_is_none_of_process_0(self):
+    # Fails if a crash in a library is called the death of process 0 and run again for ever.
+    made = self.members("os.abort() if index == 1 else distributed.gather()")
+    self.assertEqual(
+      [status for status, _, _ in self.ends(made)], [distributed.LOST, -signal.SIGABRT, distributed.LOST]
+    )
+
+  def test_a_process_that_comes_twice(self):
+    # Fails if one that joins under a number that is taken, or a second process 0, hangs or ends without a sentence; or if
+    # the processes that it drives out do.
+    made = self.members("distributed.gather() if index else time.sleep(60)", count=2)
+    for index, sentence in ((0, "another job may run there"), (1, "came late or came twice")):
+      source = MEMBER.replace("timeout_s=60", "timeout_s=3") + "\nprint('joined')"
+      source = f"from synthneg_jax.runtime.errors import UserError\ntry:\n{textwrap.indent(source, '  ')}\n"
+      source += "except UserError as error:\n  sys.exit(str(error))"
+      late = self.process(source, index, 2)
+      [(status, out, line)] = self.ends([late])
+      self.assertEqual((status, out), (1, ""), line)
+      self.assertIn(sentence, line)
+    for status, _, line in self.ends(made):
+      self.assertEqual(status, distributed.LOST, line)
+      self.assertRegex(line, "joined under a number that was taken|process 0 of 2 died")
+
+  def test_the_others_never_come(self):
+    # Fails if a process that waits in vain is aborted without a sentence, or waits longer than it was told.
+    source = MEMBER.replace("timeout_s=60", "timeout_s=3")
+    self.folder, self.address = (
+      pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())),
+      f"127.0.0.1:{free_port()}",
+    )
+    for status, _, line in self.ends([self.process(source, index, 3) for index in (0,)], timeout_s=25):
+      self.assertEqual(status, 1, line)
+      self.assertIn("did not find each other within 3 s", line)
+
+  def test_nothing_of_ours_listens(self):
+    # Fails if a port is open besides the coordinator's, or the coordinator's on other interfaces than was asked for.
+    self.members("time.sleep(60)")
+    rows = [
+      line.split() for name in ("tcp", "tcp6") for line in pathlib.Path(f"/proc/net/{name}").read_text().splitlines()
+    ]
+    listening = {row[9]: row[1] for row in rows if row[3] == "0A"}
+    found = []
+    for process in self.made:
+      for link in pathlib.Path(f"/proc/{process.pid}/fd").iterdir():
+        inode = os.readlink(link)[8:-1] if os.readlink(link).startswith("socket:") else ""
+        found += [listening[inode]] if inode in listening else []
+    port = f"{int(self.address.split(':')[1]):04X}"
+    self.assertNotEmpty(found)
+    for address in found:
+      self.assertTrue(address.endswith(f"0100007F:{port}"), found)  # 127.0.0.1, also as an IPv6 address
+
+  def test_all_stop_at_the_same_place(self):
+    # Fails if a process that is behind stops earlier than one ahead, so that one waits for the other for ever; or if the
+    # end of one that has taken leave is called a death.
+    made = self.members("""
+      for place in range(100_000):
+        time.sleep(random.random() / 200 * (1 + index))
+        if distributed.stopping():
+          break
+      assert distributed.stopping()
+      print(distributed.gather(place))
+      distributed.finish()
+      time.sleep(index / 4)
+      sys.exit(75)
+    """)
+    time.sleep(0.5)
+    made[2].terminate()
+    ends = self.ends(made)
+    self.assertEqual([status for status, _, _ in ends], [75] * 3, ends)
+    places = ast.literal_eval(ends[0][1])
+    self.assertLen(set(places), 1)
+    self.assertBetween(places[0], 1, 99_998)
+
+  def test_alone(self):
+    # Fails if one process waits for others.
+    self.assertEqual((distributed.index(), distributed.count(), distributed.first()), (0, 1, True))
+    self.assertEqual(distributed.gather({"a": 1}), [{"a": 1}])
+    self.assertEqual(distributed.agree(3), 3)
+    self.assertTrue(all(map(distributed.mine, range(5))))
+    distributed.barrier()
+    self.assertFalse(distributed.stopping())
+
+
+WAITS = {"gather", "agree", "barrier", "stopping", "finish", "whole", "fingerprint", "save_params", "load_params"}
+WAITS |= {"fit", "score", "train", "respond", "write_shared", "clear", "restore", "place", "policy", "base", "stage"}
+
+
+def waiting_behind(source: str) -> list[str]:
+  """Calls that wait for all processes, or run on all devices, where only some processes come: `name` at its line."""
+  found = []
+
+  def some(test: ast.expr) -> bool:
+    names = {node.attr for node in ast.walk(test) if isinstance(node, ast.Attribute)}
+    return bool(names & {"first", "mine", "process_index"} or ("index" in names and "distributed" in ast.dump(test)))
+
+  def walk(node: ast.AST, behind: bool):
+    if isinstance(node, ast.Call) and behind:
+      name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+      if name in WAITS:
+        found.append(f"{name} at {node.lineno}")
+    if isinstance(node, ast.FunctionDef | ast.Module):
+      for number, child in enumerate(node.body):
+        left = any(isinstance(end, ast.Return | ast.Raise) for end in getattr(child, "body", []))
+        walk(child, behind)
+        if isinstance(child, ast.If) and some(child.test) and left:  # the rest is for the others
+          for rest in node.body[number + 1 :]:
+            walk(rest, True)
+          return
+      return
+    for field, value in ast.iter_fields(node):
+      guarded = isinstance(node, ast.If | ast.IfExp | ast.While) and field in ("body", "orelse") and some(node.test)
+      for child in value if isinstance(value, list) else [value]:
+        if isinstance(child, ast.AST):
+          walk(child, behind or guarded)
+
+  walk(ast.parse(source), False)
+  return found
+
+
+class WaitingTest(parameterized.TestCase):
+  def test_nobody_waits_where_not_all_come(self):
+    # Fails if a collective comes to stand behind a branch that only some processes take: then all hang.
+    for path in sorted((ROOT / "synthneg_jax").rglob("*.py")):
+      if path.name not in ("distributed.py",):
+        self.assertEqual(waiting_behind(path.read_text()), [], path)
+
+  @parameterized.parameters(
+    ("if distributed.first():\n  distributed.barrier()", ["barrier at 2"]),
+    ("if distributed.first():\n  pass\nelse:\n  x = distributed.agree(1)", ["agree at 4"]),
+    ("def f():\n  if not distributed.first():\n    return {}\n  experiment.policy('sft')", ["policy at 4"]),
+    ("def f():\n  if distributed.mine(3):\n    with a:\n      loop.fit()", ["fit at 4"]),
+    ("x = mesh_lib.whole(y) if jax.process_index() == 0 else None", ["whole at 1"]),
+    ("if distributed.first():\n  write()\ndistributed.barrier()", []),
+    ("def f():\n  if stage.done:\n    return {}\n  distributed.barrier()", []),
+  )
+  def test_the_check_sees(self, source, found):
+    # Fails if the check above passes on anything.
+    self.assertEqual(waiting_behind(source), found)
+
+
+if __name__ == "__main__":
+  absltest.main()
