@@ -39,10 +39,10 @@ setuptools.setup(
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.1",
-    "etils[epath]>=1.12",
+    "etils[epath]>=1.14",
     "flax>=0.12.8",
-    "huggingface_hub>=1.0",  # transformers needs it, too
-    "importlib_resources",  # tensorflow-datasets imports it and does not say so
+    "huggingface_hub>=1.5",  # transformers needs it, too
+    "importlib_resources>=6.4",  # tensorflow-datasets imports it and does not say so
     "jax>=0.10",
     "matplotlib>=3.9",
     "ml_collections>=1.0",
@@ -58,10 +58,10 @@ setuptools.setup(
     "tensorflow-datasets>=4.9.10",
     "tqdm>=4.66",
     "jinja2>=3.1",  # transformers renders chat templates with it and does not say so
-    "transformers>=5.0",
+    "transformers>=5.6",
   ],
   extras_require={
-    "tpu": ["etils[epath-gcs]>=1.12", "jax[tpu]>=0.10"],
+    "tpu": ["etils[epath-gcs]>=1.14", "jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "synthesize": ["openai>=2.0"],
     "test": [
@@ -83,7 +83,7 @@ setuptools.setup(
       "wandb>=0.20",
     ],
     "reasoning": ["reasoning-gym>=0.1.25"],
-    "parity": ["peft>=0.21", "torch==2.13.0", "transformers[serving]>=5.0", "trl>=1.16"],
+    "parity": ["peft>=0.21", "torch==2.13.0", "transformers[serving]>=5.6", "trl>=1.16"],
     "bench": ["torch==2.13.0", "trl>=1.16"],
     "preflight": ["libtpu"],
     "grading": ["math-verify>=0.8"],
