@@ -272,7 +272,7 @@ class PipelinesTest(absltest.TestCase):
 
   def test_a_command_given_twice(self):
     # Fails if both work, if neither does, or if the second leaves a trace in the first one's records.
-    folder, offset = workdir(), random.uniform(0.0, 6.0)
+    folder, offset = workdir(), random.uniform(0.0, 2.0)
     first = self.start(folder)
     time.sleep(offset)
     second = self.start(folder)
