@@ -63,8 +63,12 @@ def write_json(path: epath.Path, value) -> None:
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.tmp"
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    try:
+      temporary.write_text(json.dumps(value, indent=1) + "\n")
+      temporary.replace(path)
+    except BaseException:
+      temporary.unlink(missing_ok=True)
+      raise
 
 
 def _file_hash(path: epath.Path) -> str:
