@@ -106,12 +106,13 @@ def run(
   functions = {name: _function(name) for name in stages} | dict(instead or {})
   config_schema.check_values(config)
   metrics.check(config.metrics)
+  experiment = Experiment.open(config, workdir)  # compares the processes before a file is made
   with contextlib.nullcontext() if _READING.issuperset(stages) else workdir_lock.hold(workdir):
-    _run(config, workdir, stages, functions)
+    _run(experiment, stages, functions)
 
 
-def _run(config, workdir: str, stages: Sequence[str], functions: Mapping[str, Callable[[Experiment], dict]]) -> None:
-  experiment = Experiment.open(config, workdir)
+def _run(experiment: Experiment, stages: Sequence[str], functions: Mapping[str, Callable[[Experiment], dict]]) -> None:
+  config = experiment.config
   if config.model.check_parity:
     base = experiment.base()
     torch_parity.check(base.folder, base.model, base.params)
