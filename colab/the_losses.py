@@ -130,7 +130,7 @@ pit_only, to_pit = jnp.array([0.0, 0, 1, 0, 0, 0]), jnp.array([1.0, 1, 1, 0, 0, 
 loss_figures.by_step(
   advantages,
   {
-    "SFT": partial(losses.sft_loss, scored_T=jnp.ones(6, bool)),
+    "SFT": partial(losses.sft_loss, count_T=jnp.ones(6, bool)),
     "standard DPO": loss_figures.rejecting(dpo, jnp.ones(6)),
     "algorithm 1": loss_figures.rejecting(dpo, to_pit),
     "shared prefix": loss_figures.rejecting(dpo, pit_only),
