@@ -108,7 +108,10 @@ def _visits(needed_BQK, *, by_key: bool) -> Visits:
 
 
 def _product(a, b, a_axis: int, b_axis: int):
-  return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
+  """a·b over one axis of each, float32; of bfloat16 in one pass, whatever precision the program asks of its own products."""
+  precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else None
+  axes = (((a_axis,), (b_axis,)), ((), ()))
+  return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 class _Refs(NamedTuple):
