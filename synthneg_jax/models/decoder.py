@@ -321,8 +321,10 @@ class Model:
     return {kind: rotation(kind) for kind in sorted(set(c.layer_rotations))}
 
   def _layer_kinds(self, rotations: dict[str, Callable], num_positions: int):
-    """What a scan over layers that differ reads of each: (windows, all positions where there is none; numbers of their
-    rotations), both int32 [Y]."""
+    """(windows, indices into `rotations`), both int32 [Y], for a scan over layers that differ.
+
+    A layer without a window has one of `num_positions`.
+    """
     windows = [window or num_positions for window in self.config.layer_windows]
     numbers = [list(rotations).index(kind) for kind in self.config.layer_rotations]
     return jnp.asarray(windows, jnp.int32), jnp.asarray(numbers, jnp.int32)

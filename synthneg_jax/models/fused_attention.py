@@ -23,9 +23,8 @@ _MASKED = -1e30  # finite, so that a query whose first block is all masked gives
 _BLOCKS = (512, 256, 128)  # tokens of a block, at most and at least; lanes come by 128
 _LEAST_BLOCKS = 4  # of a row: with fewer, more of what no query sees is computed
 _MOST_BYTES = 1 << 20  # of a visit's queries, so that all that a kernel holds fits the memory on the chip
-_MOST_ROW_BYTES = (
-  4 << 20
-)  # of the gradients of a row's queries that the backward kernel sums on the chip, if one head's allow
+# Of the gradients of a row's queries that the backward kernel sums on the chip; a single head may take more.
+_MOST_ROW_BYTES = 4 << 20
 _CHIP_BYTES = 16 << 20  # of memory on the chip for all else
 _FORWARD, _BACKWARD = 2, 5  # products of a visit, each of 2·block²·H FLOPs
 
