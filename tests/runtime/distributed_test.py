@@ -51,10 +51,12 @@ class MembersTestCase(parameterized.TestCase):
     self.addCleanup(made.kill)
     return made
 
-  def members(self, program: str, count: int = 3) -> list[subprocess.Popen]:
+  def members(self, program: str, count: int = 3, before: str = "") -> list[subprocess.Popen]:
+    """Processes that have found each other and run `program`; `before` runs before any of them has joined."""
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     self.address = f"127.0.0.1:{free_port()}"
-    made = [self.process(MEMBER + textwrap.dedent(program), index, count) for index in range(count)]
+    member = MEMBER.replace("distributed.watch", f"{before}\ndistributed.watch")
+    made = [self.process(member + textwrap.dedent(program), index, count) for index in range(count)]
     self.made = made
     until = time.monotonic() + 60
     while not all((self.folder / f"joined{index}").exists() for index in range(count)):
@@ -152,7 +154,7 @@ class ProcessesTest(MembersTestCase):
   def test_the_grace_after_sigterm(self):
     # Fails if what cannot stop runs on after SIGTERM to another process, or if the end of the first one, which serves the
     # others, counts as a death.
-    made = self.members("distributed.GRACE_S = 2.0\ntime.sleep(60)")
+    made = self.members("time.sleep(60)", before="distributed.GRACE_S = 2.0")
     made[1].terminate()
     for status, _, line in self.ends(made):
       self.assertEqual(status, 75, line)
