@@ -6,22 +6,29 @@ import re
 import setuptools
 
 HERE = pathlib.Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "synthneg_jax/__init__.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "synthneg_jax/__init__.py").read_text()).group(
+  1
+)
 
-# The one place that holds the project's address, until there is one a placeholder. After a change `python -m tests.notebooks`
-# brings the notebooks' setup cells and badges in step.
+# The one place that holds the project's address, until there is one a placeholder. After a change
+# `python -m tests.notebooks` brings the notebooks' setup cells and badges in step.
 REPOSITORY = "https://github.com/OWNER/synthneg_jax"
 
 setuptools.setup(
   name="synthneg_jax",
   version=VERSION,
-  description="RL on incorrect synthetic data for math reasoning (Setlur et al., NeurIPS 2024), in JAX",
+  description="RL on incorrect synthetic data for math reasoning (Setlur et al., NeurIPS 2024), in "
+  "JAX",
   long_description=(HERE / "README.md").read_text(),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   url=REPOSITORY,
-  # configs/ stays at the top of a checkout, where people read and change it; a wheel holds it within the package.
-  packages=[*setuptools.find_packages(include=["synthneg_jax", "synthneg_jax.*"]), "synthneg_jax.configs"],
+  # configs/ stays at the top of a checkout, where people read and change it; a wheel holds it
+  # within the package.
+  packages=[
+    *setuptools.find_packages(include=["synthneg_jax", "synthneg_jax.*"]),
+    "synthneg_jax.configs",
+  ],
   package_dir={"synthneg_jax.configs": "configs"},
   entry_points={"console_scripts": ["synthneg = synthneg_jax.cli:main"]},
   package_data={

@@ -1,9 +1,10 @@
 """Ratios against what users would pick instead, measured side by side in one process.
 
-A ratio is the baseline's cost over ours. The calls of an item alternate (ours, baseline, ours, baseline ...), so that a
-busy machine slows both; each round gives one ratio, and the median with the least and the greatest is reported. On CPU
-the process is kept on one core and its CPU time counts; on accelerators wall time does, with the devices waited for.
-Nothing is timed before its outputs were shown to be equal.
+A ratio is the baseline's cost over ours. The calls of an item alternate (ours, baseline, ours,
+baseline ...), so that a busy machine slows both; each round gives one ratio, and the median with
+the least and the greatest is reported. On CPU the process is kept on one core and its CPU time
+counts; on accelerators wall time does, with the devices waited for. Nothing is timed before its
+outputs were shown to be equal.
 """
 
 import dataclasses
@@ -23,7 +24,17 @@ from etils import epath
 
 from synthneg_jax.runtime.errors import UserError
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "trl", "google-tunix")
+_PACKAGES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "numpy",
+  "torch",
+  "transformers",
+  "trl",
+  "google-tunix",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +43,8 @@ class Baseline:
 
   Attributes:
     name: for the table.
-    run: does the work once and returns when it is done; where something else than time counts, it returns that.
+    run: does the work once and returns when it is done; where something else than time counts, it
+      returns that.
     differs: says in a few words how its outputs differ from ours; empty where they are equal.
   """
 
@@ -43,7 +55,9 @@ class Baseline:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What one call cannot do with less of: float operations, and bytes of weights and cache that it must read."""
+  """What one call cannot do with less of: float operations, and bytes of weights and cache that it
+  must read.
+  """
 
   flops: float = 0.0
   bytes: float = 0.0
@@ -84,7 +98,9 @@ class Limits:
 
 
 def pin() -> None:
-  """On CPU: keeps this thread, and all that it starts from now on, on one core. Call it before any array exists."""
+  """On CPU: keeps this thread, and all that it starts from now on, on one core. Call it before any
+  array exists.
+  """
   if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
   os.environ["OMP_NUM_THREADS"] = "1"
@@ -96,7 +112,9 @@ def clock() -> Callable[[], float]:
 
 
 def limits(now: Callable[[], float]) -> Limits:
-  """The best of a few float32 products of matrices of 2048, and of products of a matrix of 256 MiB with a vector."""
+  """The best of a few float32 products of matrices of 2048, and of products of a matrix of 256 MiB
+  with a vector.
+  """
   small, large, vector = jnp.ones((2048, 2048)), jnp.ones((8192, 8192)), jnp.ones(8192)
   product = jax.jit(jnp.dot)
 
@@ -124,7 +142,9 @@ def _cost(run: Callable[[], float | None], unit: str, now: Callable[[], float]) 
 
 
 def compare(item: Item, now: Callable[[], float], limit: Limits | None = None) -> Iterator[dict]:
-  """One row a baseline: its cost over ours, median and range over rounds; no ratio where outputs differ."""
+  """One row a baseline: its cost over ours, median and range over rounds; no ratio where outputs
+  differ.
+  """
   equal = []
   for baseline in item.baselines:
     why = baseline.differs()
@@ -173,15 +193,33 @@ def table(rows: Iterable[dict]) -> str:
   cells = [("item", "size", "against", "ratio", "min–max", "ours", "theirs", "of the limit")]
   for row in rows:
     if not row["equal_outputs"]:
-      cells.append((row["item"], row["size"], row["baseline"], "none", f"outputs differ: {row['why']}", "", "", ""))
+      cells.append(
+        (
+          row["item"],
+          row["size"],
+          row["baseline"],
+          "none",
+          f"outputs differ: {row['why']}",
+          "",
+          "",
+          "",
+        )
+      )
       continue
     times, unit = {"s": (1e3, "ms"), "bytes": (2**-20, "MiB")}.get(row["unit"], (1, row["unit"]))
     share = f"{100 * row['share_of_limit']:.0f} %" if "share_of_limit" in row else ""
     spread = f"{row['min']:.2f}–{row['max']:.2f}"
     costs = [f"{row[side] * times:.4g} {unit}" for side in ("ours", "theirs")]
-    cells.append((row["item"], row["size"], row["baseline"], f"{row['ratio']:.2f}", spread, *costs, share))
-  widths = [max(len(line[i]) for line in cells if line[3] != "none" or i < 4) for i in range(len(cells[0]))]
-  return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+    cells.append(
+      (row["item"], row["size"], row["baseline"], f"{row['ratio']:.2f}", spread, *costs, share)
+    )
+  widths = [
+    max(len(line[i]) for line in cells if line[3] != "none" or i < 4) for i in range(len(cells[0]))
+  ]
+  return "\n".join(
+    "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+    for line in cells
+  )
 
 
 def versions() -> dict[str, str]:
@@ -195,11 +233,14 @@ def versions() -> dict[str, str]:
   return found
 
 
-def report(suite: str, items: Iterable[Item], out: str | None, limit: Limits | None, now: Callable[[], float]) -> None:
+def report(
+  suite: str, items: Iterable[Item], out: str | None, limit: Limits | None, now: Callable[[], float]
+) -> None:
   """Measures the items, prints the table, writes the JSON.
 
   Raises:
-    UserError: an item's outputs differ from its baseline's; the table and the file are there all the same.
+    UserError: an item's outputs differ from its baseline's; the table and the file are there all
+      the same.
   """
   before, rows = os.getloadavg(), []
   for item in items:
@@ -211,12 +252,19 @@ def report(suite: str, items: Iterable[Item], out: str | None, limit: Limits | N
   result = {"suite": suite, "versions": versions(), "load": load, "rows": rows}
   if limit:
     result["limits"] = {"gflops": limit.flops / 1e9, "read_gb_per_s": limit.bytes / 1e9}
-    print(f"limits: {limit.flops / 1e9:.0f} GFLOP/s (float32 product), {limit.bytes / 1e9:.0f} GB/s (read)")
+    print(
+      f"limits: {limit.flops / 1e9:.0f} GFLOP/s (float32 product), {limit.bytes / 1e9:.0f} GB/s "
+      "(read)"
+    )
   print(f"load {load['before'][0]:.1f} before, {load['after'][0]:.1f} after; {versions()}")
   print(table(rows))
   if out:
     epath.Path(out).write_text(json.dumps(result, indent=1) + "\n")
-  unequal = [f"{row['item']} ({row['size']}) against {row['baseline']}" for row in rows if not row["equal_outputs"]]
+  unequal = [
+    f"{row['item']} ({row['size']}) against {row['baseline']}"
+    for row in rows
+    if not row["equal_outputs"]
+  ]
   if unequal:
     raise UserError(f"Outputs differ, so there is no ratio: {', '.join(unequal)}.")
 
@@ -229,7 +277,9 @@ def main(suite: str, full: bool, out: str | None) -> None:
   """
   if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
     pin()
-  from benchmarks import items as benchmark_items  # torch reads the number of cores when it is imported
+  from benchmarks import (
+    items as benchmark_items,
+  )  # torch reads the number of cores when it is imported
 
   now = clock()
   report(suite, benchmark_items.SUITES[suite](full), out, limits(now), now)

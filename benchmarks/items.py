@@ -1,4 +1,6 @@
-"""What the benchmark compares: for each suite both sides, on the same random weights, and the proof of equality."""
+"""What the benchmark compares: for each suite both sides, on the same random weights, and the proof
+of equality.
+"""
 
 import dataclasses
 import functools
@@ -25,13 +27,21 @@ _CLOSE = 1e-4  # difference of two losses over the greatest of them, at most
 
 
 def _losses_differ(expected: Sequence[float], run: Callable[[], float]) -> str:
-  """Compares the losses before the first steps of both sides, by the greatest: a step may bring a loss to nearly 0."""
+  """Compares the losses before the first steps of both sides, by the greatest: a step may bring a
+  loss to nearly 0.
+  """
   found = [run() for _ in expected]
-  close = all(abs(a - b) <= _CLOSE * max(map(abs, found)) for a, b in zip(expected, found, strict=True))
-  return "" if close else f"losses {[round(x, 6) for x in expected]} and {[round(x, 6) for x in found]}"
+  close = all(
+    abs(a - b) <= _CLOSE * max(map(abs, found)) for a, b in zip(expected, found, strict=True)
+  )
+  return (
+    "" if close else f"losses {[round(x, 6) for x in expected]} and {[round(x, 6) for x in found]}"
+  )
 
 
-def _tokens_differ(expected: Callable[[], Sequence[np.ndarray]], run: Callable[[], Sequence[np.ndarray]]) -> str:
+def _tokens_differ(
+  expected: Callable[[], Sequence[np.ndarray]], run: Callable[[], Sequence[np.ndarray]]
+) -> str:
   """Compares each of our greedy sequences with the other side's, which may go on longer."""
   pairs = list(zip(expected(), run(), strict=True))
   wrong = sum(not np.array_equal(a, b[: len(a)]) for a, b in pairs)
@@ -52,14 +62,22 @@ def _sft(size: str, rows: int, length: int, compiled: bool) -> Item:
   step = ours.train_step(side, objectives.make_sft(side.model), batch)
   expected, baselines = [step(), step()], []
   for name in ("torch eager", "torch.compile")[: 1 + compiled]:
-    other = torch_baselines.SftStep(side.folder, ids, LEARNING_RATE, compiled=name == "torch.compile")
-    baselines.append(Baseline(name, other.run, functools.partial(_losses_differ, expected, other.run)))
+    other = torch_baselines.SftStep(
+      side.folder, ids, LEARNING_RATE, compiled=name == "torch.compile"
+    )
+    baselines.append(
+      Baseline(name, other.run, functools.partial(_losses_differ, expected, other.run))
+    )
   work = Work(3 * side.forward_flops(rows * length, rows * (length - 1), length / 2))
-  return Item(f"SFT step {rows}x{length}", size, step, baselines, work, rounds=11 if size == "T" else 3)
+  return Item(
+    f"SFT step {rows}x{length}", size, step, baselines, work, rounds=11 if size == "T" else 3
+  )
 
 
 def dpo(full: bool) -> Iterator[Item]:
-  """Steps on pairs of 32-token continuations of one prefix: a tree on our side, two sequences on the other."""
+  """Steps on pairs of 32-token continuations of one prefix: a tree on our side, two sequences on
+  the other.
+  """
   for size, pairs in (("T", 8), ("S", 2))[: 1 + full]:
     for times in (4, 8):
       yield _dpo(size, pairs, times, 32)
@@ -74,29 +92,52 @@ def _dpo(size: str, pairs: int, times: int, continuation: int) -> Item:
   trees = [Tree(prompt, (Branch(prefix, good), Branch(prefix, bad))) for prompt, good, bad in rows]
   examples = [Example(tree) for tree in trees]
   scored = batch_lib.build(examples, batch_lib.measure(examples, length))
-  logp, _ = jax.jit(functools.partial(objectives.scored_logprobs, side.model))(reference.params, scored)
+  logp, _ = jax.jit(functools.partial(objectives.scored_logprobs, side.model))(
+    reference.params, scored
+  )
   sums = np.asarray(logp, np.float64).reshape(pairs, 2, continuation).sum(-1).tolist()
-  examples = [Example(tree, (PairInTree(0, 1, *row),)) for tree, row in zip(trees, sums, strict=True)]
+  examples = [
+    Example(tree, (PairInTree(0, 1, *row),)) for tree, row in zip(trees, sums, strict=True)
+  ]
   loss = functools.partial(losses.dpo_loss, beta=_BETA)
-  objective = objectives.make_preference(side.model, objectives.Preference(loss=loss, beta=_BETA), eos_ids=(0,))
-  step = ours.train_step(side, objective, batch_lib.build(examples, batch_lib.measure(examples, length)))
+  objective = objectives.make_preference(
+    side.model, objectives.Preference(loss=loss, beta=_BETA), eos_ids=(0,)
+  )
+  step = ours.train_step(
+    side, objective, batch_lib.build(examples, batch_lib.measure(examples, length))
+  )
   expected, baselines = [step(), step()], []
-  plain = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)) for row in rows]
+  plain = [
+    dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)) for row in rows
+  ]
   known = [
-    row | {"ref_chosen_logps": good, "ref_rejected_logps": bad} for row, (good, bad) in zip(plain, sums, strict=True)
+    row | {"ref_chosen_logps": good, "ref_rejected_logps": bad}
+    for row, (good, bad) in zip(plain, sums, strict=True)
   ]
   for name, data in (("TRL, reference precomputed", known), ("TRL, reference at each step", plain)):
-    other = torch_baselines.DpoStep(side.folder, reference.folder, str(EMBEDDED), data, _BETA, LEARNING_RATE)
-    baselines.append(Baseline(name, other.run, functools.partial(_losses_differ, expected, other.run)))
+    other = torch_baselines.DpoStep(
+      side.folder, reference.folder, str(EMBEDDED), data, _BETA, LEARNING_RATE
+    )
+    baselines.append(
+      Baseline(name, other.run, functools.partial(_losses_differ, expected, other.run))
+    )
   work = Work(3 * side.forward_flops(pairs * length, 2 * continuation * pairs, length / 2))
-  return Item(f"DPO step, {pairs} pairs {times}:1", size, step, baselines, work, rounds=7 if size == "T" else 3)
+  return Item(
+    f"DPO step, {pairs} pairs {times}:1",
+    size,
+    step,
+    baselines,
+    work,
+    rounds=7 if size == "T" else 3,
+  )
 
 
 def sampling(full: bool) -> Iterator[Item]:
   """Prompts of 64 tokens: one lane a prompt, with one slot.
 
-  Against transformers, then against google-tunix: each where it is installed, since tunix's pins ask for an environment
-  of its own. A first line says which is left out; without both, that the bench extra is missing is an error.
+  Against transformers, then against google-tunix: each where it is installed, since tunix's pins
+  ask for an environment of its own. A first line says which is left out; without both, that the
+  bench extra is missing is an error.
   """
   sizes = (("T", ((1, 64), (16, 64), (64, 64))), ("S", ((1, 32), (16, 32), (64, 16))))[: 1 + full]
   tunix = tunix_baseline.installed()
@@ -107,9 +148,14 @@ def sampling(full: bool) -> Iterator[Item]:
       for count, new in counts:
         yield from _sampling(side, "generate", count, new, functools.partial(_generate, model))
   else:
-    logging.info("No rows against transformers: torch is not installed here (the bench extra brings it).")
+    logging.info(
+      "No rows against transformers: torch is not installed here (the bench extra brings it)."
+    )
   if not tunix:
-    logging.info("No rows against tunix: google-tunix is not installed here; it may want an environment of its own.")
+    logging.info(
+      "No rows against tunix: google-tunix is not installed here; it may want an environment of "
+      "its own."
+    )
     return
   for size, counts in sizes:
     side = Side(size, rope_theta=tunix_baseline.ROPE_THETA)
@@ -118,7 +164,9 @@ def sampling(full: bool) -> Iterator[Item]:
       yield from _sampling(side, "tunix", count, new, sampler)
 
 
-def _generate(model, prompts: Sequence[Sequence[int]], new: int) -> Callable[[float], Sequence[np.ndarray]]:
+def _generate(
+  model, prompts: Sequence[Sequence[int]], new: int
+) -> Callable[[float], Sequence[np.ndarray]]:
   return functools.partial(torch_baselines.generate, model, prompts, new)
 
 
@@ -129,7 +177,9 @@ def _sampling(side: Side, name: str, count: int, new: int, other) -> Iterator[It
   engine = ours.make_engine(side, count, 1, new)
   grow = functools.partial(ours.grow, engine, side, trunks)
   generate = other(prompts, new)
-  differs = functools.cache(lambda: _tokens_differ(lambda: [items[0] for items in grow(0.0)], lambda: generate(0.0)))
+  differs = functools.cache(
+    lambda: _tokens_differ(lambda: [items[0] for items in grow(0.0)], lambda: generate(0.0))
+  )
   work = side.decode_work([(64 + new / 2, new, 64)] * count, new)
 
   def proven(temperature: float) -> str:
@@ -140,7 +190,9 @@ def _sampling(side: Side, name: str, count: int, new: int, other) -> Iterator[It
 
   for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
     if temperature or side.size == "T":
-      baseline = Baseline(name, functools.partial(generate, temperature), functools.partial(proven, temperature))
+      baseline = Baseline(
+        name, functools.partial(generate, temperature), functools.partial(proven, temperature)
+      )
       run = functools.partial(grow, temperature)
       rounds = (7 if count == 1 else 5) if side.size == "T" and count < 64 else 3
       yield Item(f"{count} x {new} tokens, {how}", side.size, run, [baseline], work, rounds)
@@ -148,7 +200,9 @@ def _sampling(side: Side, name: str, count: int, new: int, other) -> Iterator[It
 
 @dataclasses.dataclass(frozen=True)
 class _Trace:
-  """A trace of `steps` equal steps after a prompt, with `rollouts` of `new` tokens from each prefix."""
+  """A trace of `steps` equal steps after a prompt, with `rollouts` of `new` tokens from each
+  prefix.
+  """
 
   prompt: int
   response: int
@@ -170,7 +224,9 @@ class _Trace:
 
 
 def credit(full: bool) -> Iterator[Item]:
-  """Rollouts from every prefix of a trace. Ours: one lane, with the slots that `credit.slots` would be set to."""
+  """Rollouts from every prefix of a trace. Ours: one lane, with the slots that `credit.slots` would
+  be set to.
+  """
   sizes = (("T", _Trace(64, 384, 16, 8)), ("S", _Trace(64, 128, 8, 4)))
   for size, trace in sizes[: 1 + full]:
     side = Side(size)
@@ -182,22 +238,37 @@ def credit(full: bool) -> Iterator[Item]:
       yield schedules.item("credit.schedule=adaptive, values known", schedules.exact_values())
 
 
-def _one_a_prefix(model, ids, trace: _Trace, new: Sequence[int], temperature: float) -> list[np.ndarray]:
-  """One call of `generate` a prefix, for all its rollouts, or for one where it is greedy and all would be equal."""
+def _one_a_prefix(
+  model, ids, trace: _Trace, new: Sequence[int], temperature: float
+) -> list[np.ndarray]:
+  """One call of `generate` a prefix, for all its rollouts, or for one where it is greedy and all
+  would be equal.
+  """
   copies = trace.rollouts if temperature else 1
   calls = [
-    torch_baselines.generate(model, [ids[:f]], n, temperature, copies) for f, n in zip(trace.forks(), new, strict=True)
+    torch_baselines.generate(model, [ids[:f]], n, temperature, copies)
+    for f, n in zip(trace.forks(), new, strict=True)
   ]
   return [row for call in calls for row in call]
 
 
 def _credit(side: Side, model, ids, trace: _Trace, slots: int) -> Item:
-  engine, trunk, forks = ours.make_engine(side, 1, slots, trace.new), trace.trunk(ids), trace.forks()
+  engine, trunk, forks = (
+    ours.make_engine(side, 1, slots, trace.new),
+    trace.trunk(ids),
+    trace.forks(),
+  )
   greedy = functools.cache(lambda: ours.grow(engine, side, [trunk], 0.0)[0][:: trace.rollouts])
   each = functools.partial(_one_a_prefix, model, ids, trace, [trace.new] * trace.steps)
-  padded = functools.partial(torch_baselines.generate, model, [ids[:fork] for fork in forks], trace.new)
+  padded = functools.partial(
+    torch_baselines.generate, model, [ids[:fork] for fork in forks], trace.new
+  )
   baselines = [
-    Baseline("generate, one call a prefix", lambda: each(1.0), lambda: _tokens_differ(greedy, lambda: each(0.0))),
+    Baseline(
+      "generate, one call a prefix",
+      lambda: each(1.0),
+      lambda: _tokens_differ(greedy, lambda: each(0.0)),
+    ),
     Baseline(
       "generate, one padded batch",
       lambda: padded(1.0, trace.rollouts),
@@ -205,14 +276,26 @@ def _credit(side: Side, model, ids, trace: _Trace, slots: int) -> Item:
     ),
   ]
   count, context = trace.steps * trace.rollouts, np.mean(forks) + trace.new / 2
-  work = side.decode_work([(context, trace.new * count, 0), (len(ids) / 2, 0, len(ids))], trace.new * count // slots)
+  work = side.decode_work(
+    [(context, trace.new * count, 0), (len(ids) / 2, 0, len(ids))], trace.new * count // slots
+  )
   run = functools.partial(ours.grow, engine, side, [trunk], 1.0)
-  return Item(f"{trace}, {trace.new} tokens each", side.size, run, baselines, work, rounds=3 if side.size == "T" else 2)
+  return Item(
+    f"{trace}, {trace.new} tokens each",
+    side.size,
+    run,
+    baselines,
+    work,
+    rounds=3 if side.size == "T" else 2,
+  )
 
 
-def _credit_of_many_lengths(side: Side, model, ids, trace: _Trace, slots: int, most: int = 128) -> Item:
-  """Lengths are preset on both sides, as if EOS came there: our items have limits, a call of theirs ends with its
-  longest rollout, as `generate` does once all its rows have met EOS."""
+def _credit_of_many_lengths(
+  side: Side, model, ids, trace: _Trace, slots: int, most: int = 128
+) -> Item:
+  """Lengths are preset on both sides, as if EOS came there: our items have limits, a call of theirs
+  ends with its longest rollout, as `generate` does once all its rows have met EOS.
+  """
   count = trace.steps * trace.rollouts
   lengths = np.random.default_rng(0).lognormal(3.2, 0.75, count).astype(int) + 1
   lengths = np.clip(lengths, 1, most)
@@ -234,11 +317,20 @@ def _credit_of_many_lengths(side: Side, model, ids, trace: _Trace, slots: int, m
   context = np.mean(trace.forks()) + total / count / 2
   work = side.decode_work([(context, total, 0), (len(ids) / 2, 0, len(ids))], total // slots)
   run = functools.partial(ours.grow, engine, side, [trunk], 1.0)
-  return Item(f"{trace}, 1 to {most} tokens, mean {total / count:.0f}", side.size, run, [baseline], work, rounds=2)
+  return Item(
+    f"{trace}, 1 to {most} tokens, mean {total / count:.0f}",
+    side.size,
+    run,
+    [baseline],
+    work,
+    rounds=2,
+  )
 
 
 def _credit_memory(side: Side, ids, trace: _Trace, slots: int) -> Item:
-  """Bytes of one program over one trunk against one lane, and so one copy of the trunk's cache, for each rollout."""
+  """Bytes of one program over one trunk against one lane, and so one copy of the trunk's cache, for
+  each rollout.
+  """
   count, trunk = trace.steps * trace.rollouts, trace.trunk(ids)
   copied = [Trunk(ids[:fork], [fork], trunk.keys[i : i + 1]) for i, fork in enumerate(trunk.forks)]
 
@@ -256,7 +348,9 @@ def _credit_memory(side: Side, ids, trace: _Trace, slots: int) -> Item:
   def run():
     return ours.peak_bytes(side, shared)
 
-  return Item(f"{trace}, memory but for weights", side.size, run, [baseline], rounds=1, unit="bytes")
+  return Item(
+    f"{trace}, memory but for weights", side.size, run, [baseline], rounds=1, unit="bytes"
+  )
 
 
 SUITES = {"train": train, "dpo": dpo, "sampling": sampling, "credit": credit}

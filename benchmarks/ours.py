@@ -1,4 +1,6 @@
-"""Our side of the benchmark: random models of two sizes, their weights in a folder for the other side, and our calls."""
+"""Our side of the benchmark: random models of two sizes, their weights in a folder for the other
+side, and our calls.
+"""
 
 import dataclasses
 import functools
@@ -22,7 +24,14 @@ from synthneg_jax.training import step as step_lib
 
 SIZES = {
   "T": ModelConfig(
-    vocab_size=512, d_model=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=344, scan_layers=False
+    vocab_size=512,
+    d_model=128,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=32,
+    d_ff=344,
+    scan_layers=False,
   ),
   "S": ModelConfig(  # SmolLM2-135M's shapes
     vocab_size=49152,
@@ -41,7 +50,9 @@ LEARNING_RATE = 1e-4
 
 
 class Side:
-  """Our side of one size: model, random weights, and the folder that the other side reads them from."""
+  """Our side of one size: model, random weights, and the folder that the other side reads them
+  from.
+  """
 
   def __init__(self, size: str, seed: int = 0, **changes):
     """`changes` are fields of the size's config that this model has otherwise."""
@@ -55,25 +66,31 @@ class Side:
 
   def fresh(self, seed: int = 0):
     """The weights anew: train steps consume theirs."""
-    return jax.jit(self.model.init, out_shardings=device_mesh.shardings(self.mesh, self.model.logical_axes()))(
-      jax.random.key(seed)
-    )
+    return jax.jit(
+      self.model.init, out_shardings=device_mesh.shardings(self.mesh, self.model.logical_axes())
+    )(jax.random.key(seed))
 
   def ids(self, *shape: int) -> np.ndarray:
     """Random tokens, none of them the other side's padding."""
     return self.rng.integers(1, self.config.vocab_size, shape)
 
   def forward_flops(self, tokens: int, scored: int, context: float) -> float:
-    """Of the matrix products for `tokens` tokens that see `context` others each, and logits for `scored`."""
+    """Of the matrix products for `tokens` tokens that see `context` others each, and logits for
+    `scored`.
+    """
     c = self.config
     ends = c.vocab_size * c.d_model
     layers = c.num_params - ends * (1 if c.tie_embeddings else 2)
     return (
-      2.0 * layers * tokens + 2.0 * ends * scored + 4.0 * c.num_layers * c.num_heads * c.head_dim * context * tokens
+      2.0 * layers * tokens
+      + 2.0 * ends * scored
+      + 4.0 * c.num_layers * c.num_heads * c.head_dim * context * tokens
     )
 
   def decode_work(self, rows: Sequence[tuple[int, int, int]], steps: int) -> Work:
-    """Of decoding: (context, new tokens, prefilled tokens) of each row, in `steps` steps that each read all weights."""
+    """Of decoding: (context, new tokens, prefilled tokens) of each row, in `steps` steps that each
+    read all weights.
+    """
     c = self.config
     flops = sum(self.forward_flops(new + pre, new, context) for context, new, pre in rows)
     read = 4.0 * (c.num_params - (0 if c.tie_embeddings else c.vocab_size * c.d_model)) * steps
@@ -83,7 +100,9 @@ class Side:
 def train_step(side: Side, objective, batch) -> Callable[[], float]:
   """A function that takes one step and returns the loss before it."""
   section = config_schema.default().sft.optimizer
-  section.update(learning_rate=LEARNING_RATE, schedule="constant", warmup_fraction=0.0, clip_norm=1e9)
+  section.update(
+    learning_rate=LEARNING_RATE, schedule="constant", warmup_fraction=0.0, clip_norm=1e9
+  )
   made = optimizer.make_optimizer(section, 1000)
   shardings = step_lib.state_shardings(side.model, made, side.mesh)
   held = {"state": step_lib.make_init(made, shardings)(side.fresh())}
@@ -98,7 +117,9 @@ def train_step(side: Side, objective, batch) -> Callable[[], float]:
   return step
 
 
-def grow(engine: Engine, side: Side, trunks: Sequence[Trunk], temperature: float) -> list[list[np.ndarray]]:
+def grow(
+  engine: Engine, side: Side, trunks: Sequence[Trunk], temperature: float
+) -> list[list[np.ndarray]]:
   """The new tokens of every item of every trunk."""
   made = dict(engine.run(side.params, trunks, Sampling(temperature)))
   return [[generation.ids for generation in made[i]] for i in range(len(trunks))]
@@ -115,7 +136,9 @@ def draw_keys(number: int, items: int) -> np.ndarray:
 
 
 def peak_bytes(side: Side, g: Geometry) -> float:
-  """State and temporaries of the greater of prefill and decode, by XLA's analysis; the weights are not counted."""
+  """State and temporaries of the greater of prefill and decode, by XLA's analysis; the weights are
+  not counted.
+  """
   spec = DecodeSpec(model=side.model, geometry=g, sampling=Sampling(1.0), stops=Stops(()))
   state = jax.eval_shape(functools.partial(decode.empty_state, side.model, g))
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trunk_arrays(g, []))

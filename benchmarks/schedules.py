@@ -1,7 +1,9 @@
-"""What schedules of credit cost: rollouts until the pit is found, at equal error, where the true pit is known.
+"""What schedules of credit cost: rollouts until the pit is found, at equal error, where the true
+pit is known.
 
-Rollouts are drawn as coins from known values, so that no model runs: a schedule sees counts alone. The values are exact
-ones of a solved task, or those that very many rollouts gave a run's own traces.
+Rollouts are drawn as coins from known values, so that no model runs: a schedule sees counts alone.
+The values are exact ones of a solved task, or those that very many rollouts gave a run's own
+traces.
 """
 
 import functools
@@ -29,7 +31,9 @@ def exact_values(num: int = 400, seed: int = 0) -> list[np.ndarray]:
   value, found = reasoning_mdp.values(mdp, policy), []
   while len(found) < num:
     x = rng.integers(mdp.num_problems)
-    response = reasoning_mdp.sample(mdp, policy, np.array([x]), prefix_N=np.array([0]), steps=0, rng=rng)[0]
+    response = reasoning_mdp.sample(
+      mdp, policy, np.array([x]), prefix_N=np.array([0]), steps=0, rng=rng
+    )[0]
     if not mdp.right_XN[x, response]:
       steps = range(1, mdp.num_steps + 1)
       found.append(np.array([value[step][x, mdp.prefix(response, step)] for step in steps]))
@@ -46,15 +50,20 @@ def estimated_values(workdir: epath.PathLike, least: int = 100) -> list[np.ndarr
   for estimate in Shards(epath.Path(workdir) / "credit" / "estimates", StepEstimate).read():
     if not estimate.exact and estimate.rollouts < least:
       raise UserError(
-        f"{workdir}: {estimate.key} has {estimate.rollouts} rollouts; a reference takes {least} at least."
+        f"{workdir}: {estimate.key} has {estimate.rollouts} rollouts; a reference takes {least} at "
+        "least."
       )
     rate = float(estimate.correct) if estimate.exact else estimate.successes / estimate.rollouts
     by_trace.setdefault(estimate.trace_id, []).append(rate)
   return [np.array(values) for values in by_trace.values() if len(values) > 1 and values[-1] == 0]
 
 
-def spend(schedule: Callable, values: Sequence[np.ndarray], num_rollouts: int, seed: int) -> tuple[float, float]:
-  """(rollouts a response, share of responses whose pit is not the first step with the lowest value)."""
+def spend(
+  schedule: Callable, values: Sequence[np.ndarray], num_rollouts: int, seed: int
+) -> tuple[float, float]:
+  """(rollouts a response, share of responses whose pit is not the first step with the lowest
+  value).
+  """
   rng, spent, wrong = np.random.default_rng(seed), 0, 0
   for q in values:
     successes, rollouts = [0] * (len(q) - 1), [0] * (len(q) - 1)
@@ -70,8 +79,12 @@ def spend(schedule: Callable, values: Sequence[np.ndarray], num_rollouts: int, s
 
 
 def item(name: str, values: Sequence[np.ndarray]) -> Item:
-  """`adaptive` against `until_first_zero` with 8 rollouts a step: rollouts a response, at no higher error."""
-  cost = functools.cache(lambda schedule, most, seed: spend(rollout_schedules.SCHEDULES[schedule], values, most, seed))
+  """`adaptive` against `until_first_zero` with 8 rollouts a step: rollouts a response, at no higher
+  error.
+  """
+  cost = functools.cache(
+    lambda schedule, most, seed: spend(rollout_schedules.SCHEDULES[schedule], values, most, seed)
+  )
 
   def error(schedule, most):
     return np.mean([cost(schedule, most, seed)[1] for seed in range(_ROUNDS)])
@@ -90,4 +103,6 @@ def item(name: str, values: Sequence[np.ndarray]) -> Item:
   )
   most = fits or _ROLLOUTS
   size = f"{len(values)} traces, error {goal:.2f}, R={most} for 8"
-  return Item(name, size, lambda: draw("adaptive", most, ours), [baseline], rounds=_ROUNDS, unit="rollouts")
+  return Item(
+    name, size, lambda: draw("adaptive", most, ours), [baseline], rounds=_ROUNDS, unit="rollouts"
+  )

@@ -1,4 +1,6 @@
-"""The other side of the benchmark: transformers' `generate`, a PyTorch train step, TRL's DPO, as their users run them."""
+"""The other side of the benchmark: transformers' `generate`, a PyTorch train step, TRL's DPO, as
+their users run them.
+"""
 
 import functools
 import importlib
@@ -25,7 +27,9 @@ def need(*names: str):
   try:
     return [importlib.import_module(name) for name in names]
   except ImportError as error:
-    raise UserError(f'The benchmark needs {error.name}: pip install -e ".[bench]" brings it.') from error
+    raise UserError(
+      f'The benchmark needs {error.name}: pip install -e ".[bench]" brings it.'
+    ) from error
 
 
 def installed() -> bool:
@@ -48,7 +52,10 @@ def device() -> str:
   if jax.default_backend() == "cpu":
     return "cpu"
   if not torch.cuda.is_available():
-    raise UserError("jax computes on an accelerator that torch does not see; JAX_PLATFORMS=cpu compares on the CPU.")
+    raise UserError(
+      "jax computes on an accelerator that torch does not see; JAX_PLATFORMS=cpu compares on the "
+      "CPU."
+    )
   return "cuda"
 
 
@@ -65,8 +72,12 @@ def load(folder: str):
   return transformers.LlamaForCausalLM.from_pretrained(folder, dtype="float32").eval().to(device())
 
 
-def generate(model, prompts: Sequence[Sequence[int]], new: int, temperature: float, copies: int = 1) -> np.ndarray:
-  """`new` tokens for each prompt, int [prompts · copies, new]; prompts are padded on the left to the longest."""
+def generate(
+  model, prompts: Sequence[Sequence[int]], new: int, temperature: float, copies: int = 1
+) -> np.ndarray:
+  """`new` tokens for each prompt, int [prompts · copies, new]; prompts are padded on the left to
+  the longest.
+  """
   torch = _torch()
   longest = max(map(len, prompts))
 
@@ -75,7 +86,9 @@ def generate(model, prompts: Sequence[Sequence[int]], new: int, temperature: flo
 
   ids = torch.tensor(pad(prompts, PAD), device=device())
   mask = torch.tensor(pad([[1] * len(row) for row in prompts], 0), device=device())
-  how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+  how = (
+    {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+  )
   if copies > 1:
     how["num_return_sequences"] = copies
   out = model.generate(
@@ -121,11 +134,23 @@ class SftStep(_Step):
 class DpoStep(_Step):
   """`compute_loss` of TRL's DPOTrainer on its own collator's batch."""
 
-  def __init__(self, folder: str, ref_folder: str, tokenizer: str, rows: Sequence[dict], beta: float, rate: float):
-    """Rows hold prompt_ids, chosen_ids, rejected_ids, and ref_chosen_logps, ref_rejected_logps where precomputed."""
+  def __init__(
+    self,
+    folder: str,
+    ref_folder: str,
+    tokenizer: str,
+    rows: Sequence[dict],
+    beta: float,
+    rate: float,
+  ):
+    """Rows hold prompt_ids, chosen_ids, rejected_ids, and ref_chosen_logps, ref_rejected_logps
+    where precomputed.
+    """
     super().__init__(load(folder), rate)
     transformers, datasets, trl = need("transformers", "datasets", "trl")
-    collator = importlib.import_module("trl.trainer.dpo_trainer").DataCollatorForPreference(pad_token_id=PAD)
+    collator = importlib.import_module("trl.trainer.dpo_trainer").DataCollatorForPreference(
+      pad_token_id=PAD
+    )
     self._trainer = trl.DPOTrainer(
       model=self._model,
       ref_model=load(ref_folder),
@@ -137,10 +162,14 @@ class DpoStep(_Step):
         gradient_checkpointing=False,
         report_to="none",
       ),
-      train_dataset=datasets.Dataset.from_list([{"prompt": "Question", "chosen": " 1", "rejected": " 2"}]),
+      train_dataset=datasets.Dataset.from_list(
+        [{"prompt": "Question", "chosen": " 1", "rejected": " 2"}]
+      ),
       processing_class=transformers.AutoTokenizer.from_pretrained(tokenizer),
     )
-    if "ref_chosen_logps" in rows[0]:  # as after its own precomputation, which would run over its data set of one text
+    if (
+      "ref_chosen_logps" in rows[0]
+    ):  # as after its own precomputation, which would run over its data set of one text
       self._trainer.precompute_ref_logps, self._trainer.ref_model = True, None
     self._inputs = {name: value.to(device()) for name, value in collator(list(rows)).items()}
 

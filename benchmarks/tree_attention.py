@@ -1,7 +1,9 @@
-"""What fused attention saves on a TPU that is not there, beside dense attention: python -m benchmarks.tree_attention.
+"""What fused attention saves on a TPU that is not there, beside dense attention: python -m
+benchmarks.tree_attention.
 
-Forward and backward pass of one layer's attention over one row, compiled for one chip of a v5e: temporaries, bytes moved and
-FLOPs as preflight counts them, and which blocks a row of typical trees visits.
+Forward and backward pass of one layer's attention over one row, compiled for one chip of a v5e:
+temporaries, bytes moved and FLOPs as preflight counts them, and which blocks a row of typical trees
+visits.
 """
 
 import os
@@ -25,16 +27,25 @@ HEADS, HEAD_DIM = 8, 128  # of a chip: llama2_7b over tensor=4
 LENGTHS = (2048, 4096, 8192)
 ROWS = {  # the trees that fill a row
   "one sequence": lambda length: [Tree([1] * length)],
-  "pairs: trunk 256, 128 + 128": lambda length: [Tree([1] * 256, (Branch(256, [1] * 128),) * 2)] * (length // 512),
-  "traces: prompt 128, 4 x 224": lambda length: [Tree([1] * 128, (Branch(128, [1] * 224),) * 4)] * (length // 1024),
-  "one pair: prompt 512, two halves": lambda length: [Tree([1] * 512, (Branch(512, [1] * (length // 2 - 256)),) * 2)],
+  "pairs: trunk 256, 128 + 128": lambda length: (
+    [Tree([1] * 256, (Branch(256, [1] * 128),) * 2)] * (length // 512)
+  ),
+  "traces: prompt 128, 4 x 224": lambda length: (
+    [Tree([1] * 128, (Branch(128, [1] * 224),) * 4)] * (length // 1024)
+  ),
+  "one pair: prompt 512, two halves": lambda length: [
+    Tree([1] * 512, (Branch(512, [1] * (length // 2 - 256)),) * 2)
+  ],
 }
 
 
 def report(length: int, *, fused: bool) -> preflight.Report:
   """What preflight says of attention over one row."""
   devices, chip = preflight.devices_of("v5e:2x2")
-  sharding, mesh = SingleDeviceSharding(devices[0]), device_mesh.make_mesh(1, 1, 1, devices=devices[:1])
+  sharding, mesh = (
+    SingleDeviceSharding(devices[0]),
+    device_mesh.make_mesh(1, 1, 1, devices=devices[:1]),
+  )
 
   def loss(q, k, v, keys):
     return jnp.sum(attention.tree_attention(q, k, v, keys=keys)[0].astype(jnp.float32) ** 2)
@@ -42,7 +53,9 @@ def report(length: int, *, fused: bool) -> preflight.Report:
   x = jax.ShapeDtypeStruct((length, HEADS, HEAD_DIM), jnp.bfloat16, sharding=sharding)
   field = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=sharding)
   run = jax.jit(device_mesh.under(mesh, jax.grad(loss, (0, 1, 2))))
-  program = Program("attention", lambda: run.lower(x, x, x, tree_lib.Keys(field, field, field)), 1, 1.0, "", "")
+  program = Program(
+    "attention", lambda: run.lower(x, x, x, tree_lib.Keys(field, field, field)), 1, 1.0, "", ""
+  )
   with mock.patch.object(attention, "_FUSED_FROM", 1 if fused else length + 1):
     return preflight.compile_program(program, chip, 1)
 
@@ -61,11 +74,17 @@ def main() -> None:
     for name in ("dense", "fused"):
       found = report(length, fused=name == "fused")
       cost = found.cost
-      figures = f"{found.temporary_bytes / 2**20:.0f} | {cost.memory_bytes / 1e9:.2f} | {cost.flops / 1e9:.0f}"
+      figures = (
+        f"{found.temporary_bytes / 2**20:.0f} | {cost.memory_bytes / 1e9:.2f} | "
+        f"{cost.flops / 1e9:.0f}"
+      )
       print(f"| {length} | {name} | {figures} |", flush=True)
   print(f"\n| row | {' | '.join(map(str, LENGTHS))} |\n|---|{'---|' * len(LENGTHS)}")
   for name, trees in ROWS.items():
-    print(f"| {name} | {' | '.join(f'{100 * visited(trees(length), length):.0f} %' for length in LENGTHS)} |")
+    print(
+      f"| {name} | "
+      f"{' | '.join(f'{100 * visited(trees(length), length):.0f} %' for length in LENGTHS)} |"
+    )
 
 
 if __name__ == "__main__":

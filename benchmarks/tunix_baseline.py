@@ -1,4 +1,6 @@
-"""The other side of the benchmark in JAX: google-tunix's own Llama and its sampler, as its users run them."""
+"""The other side of the benchmark in JAX: google-tunix's own Llama and its sampler, as its users
+run them.
+"""
 
 import functools
 import importlib.util
@@ -13,12 +15,16 @@ ROPE_THETA = 1_000_000.0
 
 
 def installed() -> bool:
-  """Whether google-tunix can be imported here; its pins may ask for an environment without the bench extra."""
+  """Whether google-tunix can be imported here; its pins may ask for an environment without the
+  bench extra.
+  """
   return importlib.util.find_spec("tunix") is not None
 
 
 class _Ids:
-  """A tokenizer whose text is ids with blanks between; nothing ends a sequence, and no drawn id passes for padding."""
+  """A tokenizer whose text is ids with blanks between; nothing ends a sequence, and no drawn id
+  passes for padding.
+  """
 
   def encode(self, text: str) -> list[int]:
     return [int(word) for word in text.split()]
@@ -57,7 +63,9 @@ def load(folder: str, c: ModelConfig):
 
 
 class Sampler:
-  """tunix's sampler for prompts of one length, a power of two, with a cache of just the tokens there will be."""
+  """tunix's sampler for prompts of one length, a power of two, with a cache of just the tokens
+  there will be.
+  """
 
   def __init__(self, folder: str, c: ModelConfig, prompts: Sequence[Sequence[int]], new: int):
     from tunix.generate import sampler
@@ -67,6 +75,8 @@ class Sampler:
     self._texts, self._new = [_Ids().decode(prompt) for prompt in prompts], new
 
   def __call__(self, temperature: float) -> list[np.ndarray]:
-    """`new` tokens for each prompt: its greedy mode at temperature 0, else draws from the whole distribution."""
+    """`new` tokens for each prompt: its greedy mode at temperature 0, else draws from the whole
+    distribution.
+    """
     how = {"temperature": temperature, "top_p": 1.0, "seed": 0} if temperature else {}
     return [np.asarray(row) for row in self._sampler(self._texts, self._new, **how).tokens]

@@ -2,15 +2,16 @@
 
     python launch/pipeline.py --config=configs/gsm8k.py:model=smollm2_135m,smoke --workdir=DIR
 
-needs SYNTHNEG_DATA_DIR (a folder with gsm8k/train.jsonl and gsm8k/test.jsonl, as OpenAI's repository grade-school-math has
-them) and, for smollm2_135m, `bash launch/get_smollm2.sh`.
+needs SYNTHNEG_DATA_DIR (a folder with gsm8k/train.jsonl and gsm8k/test.jsonl, as OpenAI's
+repository grade-school-math has them) and, for smollm2_135m, `bash launch/get_smollm2.sh`.
 
-smoke: a handful of problems through every stage, to see that all of it works; its errors mean nothing.
-deepseek_math_7b, llama2_7b: the paper's models at the paper's sizes, from a Hugging Face folder named by
---config.model.path, on the TPU pod named by pod=v5e_64 (the default), v5e_256, v5p_128 or v6e_256. The paper's rates, batch
-sizes and epochs are not known from public sources; what stands here are published recipes of its neighbours (RFT,
-https://arxiv.org/abs/2308.01825; DPO, https://arxiv.org/abs/2305.18290) and our choices. |D_syn| is task.train_problems, 8000
-to 128000 in the paper. Not yet run; docs/scaling.md has what the compiler says of each.
+smoke: a handful of problems through every stage, to see that all of it works; its errors mean
+nothing. deepseek_math_7b, llama2_7b: the paper's models at the paper's sizes, from a Hugging Face
+folder named by --config.model.path, on the TPU pod named by pod=v5e_64 (the default), v5e_256,
+v5p_128 or v6e_256. The paper's rates, batch sizes and epochs are not known from public sources;
+what stands here are published recipes of its neighbours (RFT, https://arxiv.org/abs/2308.01825;
+DPO, https://arxiv.org/abs/2305.18290) and our choices. |D_syn| is task.train_problems, 8000 to
+128000 in the paper. Not yet run; docs/scaling.md has what the compiler says of each.
 """
 
 import os
@@ -25,9 +26,10 @@ _MODELS = {
   "deepseek_math_7b": ("deepseek_math_7b", "plain"),
   "llama2_7b": ("llama2_7b", "plain"),
 }
-# TPU pod -> (parts that rows are split into, rows of SFT, RFT and DPO a part and step, lanes of sampling and of credit a
-# part). A part is four chips that share the rows (mesh.tensor). Rows: as few as keep the chips' arithmetic the slowest part
-# of a step (docs/scaling.md), since a batch grows with them. Lanes: what fits, with room for MATH's longer responses.
+# TPU pod -> (parts that rows are split into, rows of SFT, RFT and DPO a part and step, lanes of
+# sampling and of credit a part). A part is four chips that share the rows (mesh.tensor). Rows: as
+# few as keep the chips' arithmetic the slowest part of a step (docs/scaling.md), since a batch
+# grows with them. Lanes: what fits, with room for MATH's longer responses.
 _PODS = {
   "v5e_64": (16, 4, 1, 2, 16, 8),
   "v5e_256": (64, 2, 1, 2, 16, 8),
@@ -45,8 +47,8 @@ def _paper_scale(c, pod: str) -> None:
   c.rft.max_per_problem = 4
   c.engine.lanes, c.engine.slots = sample_lanes * parts, 10
   c.credit.lanes, c.credit.slots = credit_lanes * parts, 16
-  # Rows that whole trees of mean length fill (python launch/preflight.py says how full they are): 3.2 solutions of SFT a
-  # row, 8 of RFT, 8 pairs of DPO.
+  # Rows that whole trees of mean length fill (python launch/preflight.py says how full they are):
+  # 3.2 solutions of SFT a row, 8 of RFT, 8 pairs of DPO.
   c.model.max_length = c.rft.row_length = 2048
   c.sft.row_length, c.sft.batch_size = 1024, int(3.2 * sft_rows * parts)
   c.rft.batch_size = 8 * rft_rows * parts
@@ -59,7 +61,13 @@ def get_config(arg: str = "model=smollm2_135m"):
   name, smoke = options.pop("model", "smollm2_135m"), options.pop("smoke", None) is not None
   pod = options.pop("pod", "v5e_64")
   if options or name not in _MODELS or pod not in _PODS:
-    unknown = f"model={name}" if name not in _MODELS else f"pod={pod}" if pod not in _PODS else next(iter(options))
+    unknown = (
+      f"model={name}"
+      if name not in _MODELS
+      else f"pod={pod}"
+      if pod not in _PODS
+      else next(iter(options))
+    )
     takes = f"model={'|'.join(_MODELS)}, pod={'|'.join(_PODS)} and smoke"
     raise UserError(f"configs/gsm8k.py knows no {unknown!r}; it takes {takes}.")
   c = config_schema.default()

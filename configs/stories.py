@@ -26,11 +26,11 @@ reasoning-gym's gsm_symbolic, 300 problems, 2e-4, 3 epochs, gave .94 on new prob
 ones, so traces are sampled on them (task.fresh_problems=0). That the error falls with data is not
 yet shown: sizes other than 500 are not yet run.
 
-Precision: bfloat16. The first two SFT losses are 1.124 and .703 against float32's 1.120 and .706. The
-second row's SFT and greedy answers took 1,480 seconds of processor time (46 minutes beside other
-work), with matrix products that give float32 results, which XLA computes by AMX on this processor; a
-step's gradient then costs .44 seconds of one core a layer, in float32 1.67 (16 problems; from cuts of
-1, 4 and 8 layers).
+Precision: bfloat16. The first two SFT losses are 1.124 and .703 against float32's 1.120 and .706.
+The second row's SFT and greedy answers took 1,480 seconds of processor time (46 minutes beside
+other work), with matrix products that give float32 results, which XLA computes by AMX on this
+processor; a step's gradient then costs .44 seconds of one core a layer, in float32 1.67 (16
+problems; from cuts of 1, 4 and 8 layers).
 """
 
 import os
@@ -62,7 +62,11 @@ def get_config(arg: str = ""):
   c.credit.max_wrong_per_problem = 2
   c.credit.lanes, c.credit.slots = 8, 8
   c.dpo.optimizer.learning_rate, c.dpo.beta, c.dpo.nll_weight = 5e-5, 0.1, 1.0
-  c.pairs.pair_mode, c.pairs.pit_rule, c.pairs.continuation = "shared_prefix", "lowest_value", "step"
+  c.pairs.pair_mode, c.pairs.pit_rule, c.pairs.continuation = (
+    "shared_prefix",
+    "lowest_value",
+    "step",
+  )
   if arg == "smoke":
     _toy(c)
   elif arg:

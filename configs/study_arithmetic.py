@@ -3,16 +3,18 @@
     python launch/study.py --config=configs/study_arithmetic.py --workdir=DIR
     python launch/figure.py --figure=2a,5a --config=configs/study_arithmetic.py --workdir=DIR
 
-Hardware and wall time: two CPU cores shared with other work; a cell took 25 to 300 seconds, SFT from 16,000 problems 9 minutes.
-Copy docs/results/study_arithmetic/cells to DIR/cells and only what is missing there is made.
+Hardware and wall time: two CPU cores shared with other work; a cell took 25 to 300 seconds, SFT
+from 16,000 problems 9 minutes. Copy docs/results/study_arithmetic/cells to DIR/cells and only what
+is missing there is made.
 
-Protocol, fixed before any cell was made. Task, base and recipe are those of configs/arithmetic.py, whose docstring says how
-they were chosen, with seed 0; the study's seeds are 1 to 4. Figures are told on 4000 test problems (from number 10,000 on)
-that nothing was chosen on. Each size and seed has its own problems (more of them hold the fewer), π_sft, traces, credit and
-pairs.
+Protocol, fixed before any cell was made. Task, base and recipe are those of configs/arithmetic.py,
+whose docstring says how they were chosen, with seed 0; the study's seeds are 1 to 4. Figures are
+told on 4000 test problems (from number 10,000 on) that nothing was chosen on. Each size and seed
+has its own problems (more of them hold the fewer), π_sft, traces, credit and pairs.
 
-What every method may tune, it tuned on validation problems with seed 0. SFT by passes over the data, since its curve is what
-efficiency is told against; test errors on 2000 problems from number 100,000 on:
+What every method may tune, it tuned on validation problems with seed 0. SFT by passes over the
+data, since its curve is what efficiency is told against; test errors on 2000 problems from number
+100,000 on:
 
     problems   5 passes   10     20     40     5, at 1e-3   10, at 1e-3
     250        -          .482   .511   .559   -            -
@@ -23,10 +25,11 @@ efficiency is told against; test errors on 2000 problems from number 100,000 on:
     8000       .341       .330   -      -      .324         .311
     16000      -          -      -      -      .255         -
 
-250 takes 10 passes, which are as many updates as 5 of 500; others take 5, and 8000 takes 10. The step size is 5e-4 (chosen at
-500 problems, see there), from 8000 on 1e-3. The last two columns, and rows from 2000 on, were tried after per-step DPO's first
-results, which had made SFT's curve look flat; they can only favour SFT. Per-step DPO has the settings of configs/arithmetic.py,
-arbitrary and furthest pairs their own best step size, 3e-5.
+250 takes 10 passes, which are as many updates as 5 of 500; others take 5, and 8000 takes 10. The
+step size is 5e-4 (chosen at 500 problems, see there), from 8000 on 1e-3. The last two columns, and
+rows from 2000 on, were tried after per-step DPO's first results, which had made SFT's curve look
+flat; they can only favour SFT. Per-step DPO has the settings of configs/arithmetic.py, arbitrary
+and furthest pairs their own best step size, 3e-5.
 
 Result so far: docs/results.md.
 """
@@ -46,8 +49,9 @@ def _recipe():
 
 
 def get_config(arg: str = ""):
-  """`study_arithmetic.py` is the study; `:reduced` a part of it; `:right` what needs credit of right traces, too; `:leap` has a
-  teacher that leaps; `:toy` is a few cells at toy size."""
+  """`study_arithmetic.py` is the study; `:reduced` a part of it; `:right` what needs credit of
+  right traces, too; `:leap` has a teacher that leaps; `:toy` is a few cells at toy size.
+  """
   config = _recipe().get_config("smoke" if arg == "toy" else "")
   c = config
   c.study.family = "clock arithmetic, plain teacher"
@@ -85,8 +89,11 @@ def get_config(arg: str = ""):
       ((250, 500), ("sft", "rft", "rft_advantage", "step_dpo", "step_dpo_both"), {}),
       ((500,), ("rft_clean", "rft_spurious"), {}),
     )
-    # 227 is the least that any seed has of spurious ones; of so few, as many passes as of 250 problems.
-    c.study.settings += ((("rft_clean", "rft_spurious"), {"rft.max_solutions": 227, "rft.num_epochs": 10}),)
+    # 227 is the least that any seed has of spurious ones; of so few, as many passes as of 250
+    # problems.
+    c.study.settings += (
+      (("rft_clean", "rft_spurious"), {"rft.max_solutions": 227, "rft.num_epochs": 10}),
+    )
     c.study.figures = ("4", "10", "11")
   if arg == "leap":
     c.study.family = "clock arithmetic, leaping teacher"
@@ -109,5 +116,7 @@ def get_config(arg: str = ""):
     c.study.figures = ("2a", "5a")
     c.task.test_problems = 32
   elif arg not in ("", "reduced", "right", "leap"):
-    raise UserError(f"configs/study_arithmetic.py knows no {arg!r}; it knows reduced, right, leap and toy.")
+    raise UserError(
+      f"configs/study_arithmetic.py knows no {arg!r}; it knows reduced, right, leap and toy."
+    )
   return config

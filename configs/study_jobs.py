@@ -6,9 +6,10 @@
 Hardware and wall time: two CPU cores shared with other work; a cell took 30 to 150 seconds.
 Copy docs/results/study_jobs/cells to DIR/cells and only what is missing there is made.
 
-Protocol, fixed before any cell and any preference loss was made, from base and SFT alone: configs/jobs.py tells how. The
-recipe is that of configs/arithmetic.py, no setting of which was tuned here; SFT has 5 passes everywhere. The study's seeds are
-1 to 4, its 4000 test problems those from number 10,000 on.
+Protocol, fixed before any cell and any preference loss was made, from base and SFT alone:
+configs/jobs.py tells how. The recipe is that of configs/arithmetic.py, no setting of which was
+tuned here; SFT has 5 passes everywhere. The study's seeds are 1 to 4, its 4000 test problems those
+from number 10,000 on.
 
 Result so far: docs/results.md.
 """
@@ -43,7 +44,10 @@ def get_config(arg: str = ""):
   c.task.test_start, c.task.test_problems = 10_000, 4000
   if arg == "toy":
     c.study.seeds, c.study.reference_size = (1, 2), 32
-    c.study.grid, c.study.settings = (((32,), ("sft", "rft", "step_dpo"), {}), ((48,), ("sft",), {})), ()
+    c.study.grid, c.study.settings = (
+      (((32,), ("sft", "rft", "step_dpo"), {}), ((48,), ("sft",), {})),
+      (),
+    )
     c.study.figures = ("2a",)
     c.task.test_problems = 32
   elif arg:

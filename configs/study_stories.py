@@ -41,7 +41,10 @@ def get_config(arg: str = ""):
   c.task.test_start, c.task.test_problems = 10_000, 600
   if arg == "smoke":
     c.study.seeds, c.study.reference_size = (0, 1), 32
-    c.study.grid = (((32,), ("sft", "rft", "step_dpo", "arbitrary", "algorithm1"), {}), ((48,), ("sft",), {}))
+    c.study.grid = (
+      ((32,), ("sft", "rft", "step_dpo", "arbitrary", "algorithm1"), {}),
+      ((48,), ("sft",), {}),
+    )
     c.task.test_problems = 24
   elif arg:
     raise UserError(f"configs/study_stories.py knows no {arg!r}; it knows smoke.")

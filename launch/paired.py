@@ -1,4 +1,5 @@
-"""Prints the paired difference of two methods' test errors over several runs, with its 95 % interval.
+"""Prints the paired difference of two methods' test errors over several runs, with its 95 %
+interval.
 
 python launch/paired.py --workdirs=DIR,DIR,DIR [--first=sft] [--second=step_dpo]
 """

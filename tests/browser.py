@@ -1,7 +1,7 @@
 """A headless Chromium driven over a pipe by the DevTools protocol, with the standard library alone.
 
-Pages are opened as files. Every request that is not of a file or of data: is counted; so is whatever a page says to its
-console as a warning or an error, and every exception.
+Pages are opened as files. Every request that is not of a file or of data: is counted; so is
+whatever a page says to its console as a warning or an error, and every exception.
 """
 
 import base64
@@ -30,9 +30,11 @@ _FLAGS = (
   "--disable-sync",
   "--remote-debugging-pipe",
 )
-# Chromium reads the protocol from descriptor 3 and writes it to 4; this puts ours there and becomes Chromium.
+# Chromium reads the protocol from descriptor 3 and writes it to 4; this puts ours there and becomes
+# Chromium.
 _START = (
-  "import os, sys\nos.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4)\nos.execv(sys.argv[3], sys.argv[3:])"
+  "import os, sys\nos.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), "
+  "4)\nos.execv(sys.argv[3], sys.argv[3:])"
 )
 _TIMEOUT = 60  # seconds that an answer may take
 
@@ -58,7 +60,15 @@ class Browser:
     self._profile = tempfile.mkdtemp(prefix="browser_")
     (to_read, to_write), (from_read, from_write) = os.pipe(), os.pipe()
     high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_read, from_write)]
-    command = [sys.executable, "-c", _START, *map(str, high), find(), *_FLAGS, f"--user-data-dir={self._profile}"]
+    command = [
+      sys.executable,
+      "-c",
+      _START,
+      *map(str, high),
+      find(),
+      *_FLAGS,
+      f"--user-data-dir={self._profile}",
+    ]
     self._process = subprocess.Popen(
       [*command, "about:blank"], pass_fds=high, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -133,9 +143,13 @@ class Browser:
 
   def js(self, expression: str):
     """The value of an expression in the page, awaited; an exception there is a RuntimeError here."""
-    made = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+    made = self.call(
+      "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+    )
     if "exceptionDetails" in made:
-      raise RuntimeError(made["exceptionDetails"].get("exception", {}).get("description", str(made)))
+      raise RuntimeError(
+        made["exceptionDetails"].get("exception", {}).get("description", str(made))
+      )
     return made["result"].get("value")
 
   def wait(self, condition: str, seconds: float = 20.0) -> None:
@@ -150,7 +164,8 @@ class Browser:
     """A real click in the middle of the element, scrolled into sight first."""
     x, y = self.js(
       f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
-      " e.scrollIntoView({block: 'center', behavior: 'instant'}); const r = e.getBoundingClientRect();"
+      " e.scrollIntoView({block: 'center', behavior: 'instant'}); const r = "
+      "e.getBoundingClientRect();"
       " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
     )
     for kind in ("mousePressed", "mouseReleased"):
@@ -158,7 +173,15 @@ class Browser:
 
   def press(self, key: str) -> None:
     """One key, by its name or its letter."""
-    code = {"Enter": 13, "Escape": 27, "ArrowDown": 40, "ArrowUp": 38, "End": 35, "Home": 36, "Tab": 9}.get(key, 0)
+    code = {
+      "Enter": 13,
+      "Escape": 27,
+      "ArrowDown": 40,
+      "ArrowUp": 38,
+      "End": 35,
+      "Home": 36,
+      "Tab": 9,
+    }.get(key, 0)
     text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}
     self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
     self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
@@ -169,10 +192,18 @@ class Browser:
 
   def size(self, width: int, height: int, dark: bool = False) -> None:
     """Sets the window's size in CSS pixels and the colour scheme."""
-    self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+    self.call(
+      "Emulation.setDeviceMetricsOverride",
+      width=width,
+      height=height,
+      deviceScaleFactor=1,
+      mobile=width < 600,
+    )
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     self.call("Emulation.setEmulatedMedia", features=[scheme])
 
   def screenshot(self, path) -> None:
     """A PNG of what is in sight."""
-    pathlib.Path(path).write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+    pathlib.Path(path).write_bytes(
+      base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+    )

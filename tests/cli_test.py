@@ -26,7 +26,9 @@ SYNTHNEG = [sys.executable, "-m", "synthneg_jax.cli"]
 def run(command, cwd=ROOT, **env):
   """The finished process of a command, with its output as text."""
   environment = os.environ | {"PYTHONPATH": str(ROOT)} | env
-  return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=cwd, env=environment)
+  return subprocess.run(
+    list(map(str, command)), capture_output=True, text=True, check=False, cwd=cwd, env=environment
+  )
 
 
 def launcher(name: str) -> pathlib.Path:
@@ -40,17 +42,21 @@ def temporary_folder(case) -> pathlib.Path:
 
 class HelpTest(parameterized.TestCase):
   def test_every_command_in_both_forms(self):
-    # Fails if a command's --help exits with another status than 0, prints elsewhere than to stdout, lacks a flag that its
-    # usage line names, or imports jax or transformers, which take seconds.
+    # Fails if a command's --help exits with another status than 0, prints elsewhere than to stdout,
+    # lacks a flag that its usage line names, or imports jax or transformers, which take seconds.
     heavy = temporary_folder(self)
     for name in ("jax", "transformers"):
       (heavy / f"{name}.py").write_text(f"raise SystemExit('{name} is imported')")
     forms = []
     for name in cli.COMMANDS:
       forms.append((name, f"synthneg {name}", [*SYNTHNEG, name, "--help"]))
-      forms.append((name, f"python launch/{launcher(name).name}", [sys.executable, launcher(name), "--help"]))
+      forms.append(
+        (name, f"python launch/{launcher(name).name}", [sys.executable, launcher(name), "--help"])
+      )
     with futures.ThreadPoolExecutor(2) as pool:
-      finished = list(pool.map(lambda form: run(form[2], cwd=heavy, PYTHONPATH=f"{heavy}:{ROOT}"), forms))
+      finished = list(
+        pool.map(lambda form: run(form[2], cwd=heavy, PYTHONPATH=f"{heavy}:{ROOT}"), forms)
+      )
     for (name, invocation, _), done in zip(forms, finished, strict=True):
       command = cli.COMMANDS[name]
       self.assertEqual((done.returncode, done.stderr), (0, ""), invocation)
@@ -66,7 +72,8 @@ class HelpTest(parameterized.TestCase):
     self.assertEqual(re.findall(r"(?m)^  ([\w-]+)  ", done.stdout), list(cli.COMMANDS))
 
   def test_launch_has_the_same_commands(self):
-    # Fails if a command has no file in launch/, a file no command, or a file shows another usage line than --help.
+    # Fails if a command has no file in launch/, a file no command, or a file shows another usage
+    # line than --help.
     self.assertEqual(set((ROOT / "launch").glob("*.py")), set(map(launcher, cli.COMMANDS)))
     for name, command in cli.COMMANDS.items():
       about = command.about.splitlines()[0]
@@ -76,7 +83,8 @@ class HelpTest(parameterized.TestCase):
       self.assertIn(f"cli.main('{name}')", ast.unparse(tree))
 
   def test_every_stage_is_a_command(self):
-    # Fails if a stage is added to pipeline/stages.py and not to the command line, or the other way round.
+    # Fails if a stage is added to pipeline/stages.py and not to the command line, or the other way
+    # round.
     from synthneg_jax.pipeline import stages
 
     commands = {*cli._STAGES, "report"}
@@ -86,7 +94,8 @@ class HelpTest(parameterized.TestCase):
     # Fails if jax is imported before preflight has told it to look for no chip.
     source = (
       "import os, sys\nfrom synthneg_jax import cli\n"
-      "cli.COMMANDS['preflight'].define_flags()\nassert 'jax' not in sys.modules\nprint(os.environ['JAX_PLATFORMS'])"
+      "cli.COMMANDS['preflight'].define_flags()\nassert 'jax' not in "
+      "sys.modules\nprint(os.environ['JAX_PLATFORMS'])"
     )
     done = run([sys.executable, "-c", source], JAX_PLATFORMS="tpu")
     self.assertEqual((done.returncode, done.stdout), (0, "cpu\n"), done.stderr)
@@ -98,15 +107,28 @@ class RefusalTest(parameterized.TestCase):
     (("--workdir=x",), "synthneg: the command is missing"),
     (("pipelin",), "synthneg: unknown command 'pipelin'; did you mean 'pipeline'?"),
     (("import_trace",), "synthneg: unknown command 'import_trace'; did you mean 'import-traces'?"),
-    (("sft", "--config=arithmetc", "--workdir=x"), "unknown config 'arithmetc'; did you mean 'arithmetic'?"),
-    (("sft", "--config=configs/none.py", "--workdir=x"), "synthneg sft: --config: there is no file configs/none.py."),
-    (("sft", "--config=arithmetic", "--workdirs=x"), "synthneg sft: Unknown command line flag 'workdirs'"),
+    (
+      ("sft", "--config=arithmetc", "--workdir=x"),
+      "unknown config 'arithmetc'; did you mean 'arithmetic'?",
+    ),
+    (
+      ("sft", "--config=configs/none.py", "--workdir=x"),
+      "synthneg sft: --config: there is no file configs/none.py.",
+    ),
+    (
+      ("sft", "--config=arithmetic", "--workdirs=x"),
+      "synthneg sft: Unknown command line flag 'workdirs'",
+    ),
     (("sft", "--config=arithmetic", "--workdir=x", "extra"), "synthneg sft: 'extra' is no flag."),
-    (("import_traces", "--config=arithmetic", "--workdir=x"), "synthneg import-traces: flag --traces=None"),
+    (
+      ("import_traces", "--config=arithmetic", "--workdir=x"),
+      "synthneg import-traces: flag --traces=None",
+    ),
     (("get-smollm2", "--folder=x"), "synthneg get-smollm2: Unknown command line flag 'folder'"),
   )
   def test_one_sentence(self, words, sentence):
-    # Fails if a slip of the keyboard ends in a traceback or with status 0, or if the sentence does not say what is meant.
+    # Fails if a slip of the keyboard ends in a traceback or with status 0, or if the sentence does
+    # not say what is meant.
     done = run([*SYNTHNEG, *words])
     self.assertEqual((done.returncode, done.stdout), (1, ""))
     self.assertIn(sentence, done.stderr)
@@ -114,14 +136,24 @@ class RefusalTest(parameterized.TestCase):
 
 
 def build_wheel(folder: pathlib.Path) -> pathlib.Path:
-  """The project's wheel, built from a copy of what setup.py names, so that nothing else of the checkout gets into it."""
+  """The project's wheel, built from a copy of what setup.py names, so that nothing else of the
+  checkout gets into it.
+  """
   source = folder / "source"
   source.mkdir()
   for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
     shutil.copy(ROOT / name, source)
   for name in ("synthneg_jax", "configs"):
     shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-  pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--disable-pip-version-check"]
+  pip = [
+    sys.executable,
+    "-m",
+    "pip",
+    "wheel",
+    "--no-deps",
+    "--quiet",
+    "--disable-pip-version-check",
+  ]
   done = run([*pip, f"--wheel-dir={folder}", source])
   assert done.returncode == 0, done.stderr
   (wheel,) = folder.glob("*.whl")
@@ -140,17 +172,24 @@ class WheelTest(absltest.TestCase):
     cls.empty.mkdir()
 
   def install(self, name: str, borrow: bool) -> pathlib.Path:
-    """bin/ of a new virtual environment that holds the wheel, and what it needs: this Python's packages or new ones."""
+    """bin/ of a new virtual environment that holds the wheel, and what it needs: this Python's
+    packages or new ones.
+    """
     venv = self.folder / name
     pip = [sys.executable, "-m", "pip", "--python", venv / "bin/python", "install", "--quiet"]
     pip.append("--disable-pip-version-check")
     done = run([sys.executable, "-m", "venv", "--without-pip", venv], cwd=self.empty)
     self.assertEqual(done.returncode, 0, done.stderr)
-    # Without PYTHONPATH: beside the sources lies the metadata of the editable install, which pip would take for this one.
-    done = run([*pip, *(["--no-deps"] if borrow else []), self.wheel], cwd=self.empty, PYTHONPATH="")
+    # Without PYTHONPATH: beside the sources lies the metadata of the editable install, which pip
+    # would take for this one.
+    done = run(
+      [*pip, *(["--no-deps"] if borrow else []), self.wheel], cwd=self.empty, PYTHONPATH=""
+    )
     self.assertEqual(done.returncode, 0, done.stderr)
     if borrow:  # afterwards, for the same reason
-      (packages,) = venv.glob("lib/python*/site-packages")  # a .pth file within a borrowed folder is not read
+      (packages,) = venv.glob(
+        "lib/python*/site-packages"
+      )  # a .pth file within a borrowed folder is not read
       (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return venv / "bin"
 
@@ -158,21 +197,27 @@ class WheelTest(absltest.TestCase):
     """Runs the whole recipe at toy size from the empty folder."""
     workdir = path.parent / "run"
     command = [path / "synthneg", "pipeline", "--config=arithmetic:smoke", f"--workdir={workdir}"]
-    done = run(command, cwd=self.empty, PYTHONPATH="", XLA_FLAGS="")  # one device, as an ordinary user has
+    done = run(
+      command, cwd=self.empty, PYTHONPATH="", XLA_FLAGS=""
+    )  # one device, as an ordinary user has
     self.assertEqual(done.returncode, 0, done.stderr)
     summary = json.loads((workdir / "summary.json").read_text())
     self.assertEqual(list(summary["methods"]), ["base", "sft", "rft", "dpo", "step_dpo"])
-    self.assertEqual(json.loads((workdir / "config.json").read_text())["git_commit"], "")  # of no checkout
+    self.assertEqual(
+      json.loads((workdir / "config.json").read_text())["git_commit"], ""
+    )  # of no checkout
     self.assertTrue((workdir / "report/index.html").exists())
     self.assertEqual(list(self.empty.iterdir()), [])
 
   def test_smoke_outside_a_checkout(self):
-    # Fails if the wheel lacks a module, a config, the prompts or the embedded base model; if the console script or a bare
-    # config name does not work; if a command needs the checkout and does not say so; or if the checkout is imported.
+    # Fails if the wheel lacks a module, a config, the prompts or the embedded base model; if the
+    # console script or a bare config name does not work; if a command needs the checkout and does
+    # not say so; or if the checkout is imported.
     path = self.install("borrowing", borrow=True)
     source = (
       "import synthneg_jax\nfrom synthneg_jax.teacher import synthesis\n"
-      "for name in ('gsm8k', 'math', 'arithmetic'):\n  synthesis.Templates.read(f'configs/prompts/{name}')\n"
+      "for name in ('gsm8k', 'math', 'arithmetic'):\n  "
+      "synthesis.Templates.read(f'configs/prompts/{name}')\n"
       "print(synthneg_jax.__file__)"
     )
     done = run([path / "python", "-c", source], cwd=self.empty, PYTHONPATH="")
@@ -184,7 +229,8 @@ class WheelTest(absltest.TestCase):
 
   @pytest.mark.long
   def test_full_install(self):
-    # Fails if setup.py leaves out a package that the recipe imports, or names a version that does not do.
+    # Fails if setup.py leaves out a package that the recipe imports, or names a version that does
+    # not do.
     path = self.install("full", borrow=False)
     self.check_smoke(path)
 

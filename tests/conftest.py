@@ -1,7 +1,9 @@
-"""Eight forced CPU devices, strict rank promotion and NaN checks for every test; compiled programs are kept on disk.
+"""Eight forced CPU devices, strict rank promotion and NaN checks for every test; compiled programs
+are kept on disk.
 
-The cache of compiled programs is shared by the workers of a run, by the programs that tests start, and by later runs. After
-each module a worker drops its own programs, so that its memory does not grow with the suite.
+The cache of compiled programs is shared by the workers of a run, by the programs that tests start,
+and by later runs. After each module a worker drops its own programs, so that its memory does not
+grow with the suite.
 """
 
 import ctypes
@@ -14,8 +16,12 @@ import tempfile
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["TFDS_DATA_DIR"] = os.path.join(tempfile.gettempdir(), "synthneg_jax_tests_tfds")  # not a user's own
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["TFDS_DATA_DIR"] = os.path.join(
+  tempfile.gettempdir(), "synthneg_jax_tests_tfds"
+)  # not a user's own
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 CACHE = pathlib.Path(__file__).parents[1] / "build" / "test_xla_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
@@ -29,11 +35,15 @@ jax.config.update("jax_debug_nans", True)
 
 def pytest_addoption(parser):
   parser.addoption("--long", action="store_true", help="also run what takes full size or hours")
-  parser.addoption("--fast", action="store_true", help="leave out what is marked slow; no test may start a process")
+  parser.addoption(
+    "--fast", action="store_true", help="leave out what is marked slow; no test may start a process"
+  )
 
 
 def pytest_collection_modifyitems(config, items):
-  """Leaves out what was not asked for; modules that take longest come first, so that no worker ends with one alone."""
+  """Leaves out what was not asked for; modules that take longest come first, so that no worker ends
+  with one alone.
+  """
   left_out = set() if config.getoption("--long") else {"long"}
   left_out |= {"slow", "browser"} if config.getoption("--fast") else set()
   deselected = [item for item in items if any(map(item.get_closest_marker, left_out))]
@@ -77,7 +87,9 @@ def _drop_programs():
 
 @pytest.fixture(autouse=True)
 def _no_processes(request, monkeypatch):
-  """Under --fast, a test that starts a process fails, but for git, which manifests ask for the commit."""
+  """Under --fast, a test that starts a process fails, but for git, which manifests ask for the
+  commit.
+  """
   if request.config.getoption("--fast"):
     start = subprocess.Popen.__init__
 

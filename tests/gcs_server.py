@@ -1,4 +1,5 @@
-"""A server that speaks as much of Cloud Storage's JSON API as a lease needs: objects in memory, with generations.
+"""A server that speaks as much of Cloud Storage's JSON API as a lease needs: objects in memory,
+with generations.
 
 tensorstore's gs:// driver reaches it where TENSORSTORE_GCS_HTTP_URL is its url.
 """
@@ -10,7 +11,9 @@ import urllib.parse
 
 
 class Server:
-  """Reads, writes and deletes objects; `objects` has (content, generation) by name, `refused` counts failed preconditions."""
+  """Reads, writes and deletes objects; `objects` has (content, generation) by name, `refused`
+  counts failed preconditions.
+  """
 
   def __init__(self):
     self.objects, self.generation, self.refused, self.lock = {}, 0, 0, threading.Lock()
@@ -18,11 +21,18 @@ class Server:
     self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     self._http.daemon_threads = True
     self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-    threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    threading.Thread(
+      target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    ).start()
 
   def environment(self) -> dict[str, str]:
-    """For programs that are to take it for Cloud Storage; it has no metadata, so they come without credentials."""
-    return {"TENSORSTORE_GCS_HTTP_URL": self.url, "GCE_METADATA_ROOT": self.url.removeprefix("http://")}
+    """For programs that are to take it for Cloud Storage; it has no metadata, so they come without
+    credentials.
+    """
+    return {
+      "TENSORSTORE_GCS_HTTP_URL": self.url,
+      "GCE_METADATA_ROOT": self.url.removeprefix("http://"),
+    }
 
   def close(self) -> None:
     self._http.shutdown()
@@ -61,7 +71,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._reply(204)
       server.generation += 1
       server.objects[name] = (content, server.generation)
-      return self._reply(200, json.dumps({"name": name, "generation": str(server.generation)}).encode())
+      return self._reply(
+        200, json.dumps({"name": name, "generation": str(server.generation)}).encode()
+      )
 
   def do_GET(self):
     found = self.server_of.objects.get(self._request()[0])

@@ -1,25 +1,29 @@
-"""Do the tests of core/ notice when core/ is wrong? Changes it in one place at a time, by seed, and counts who notices.
+"""Do the tests of core/ notice when core/ is wrong? Changes it in one place at a time, by seed, and
+counts who notices.
 
   pip install cosmic-ray
   python tests/mutation.py [--mutants=300] [--seed=0] [--modules=tree,pairs] [--out=mutation.json]
 
-A mutant is one of cosmic-ray's changes (an operator, a comparison, a number, a constant, a decorator, a loop) at one
-place of one module. Mutants are drawn without replacement from all of core/, so that a module has its share of them,
-and each is run against its own module's tests only, with pytest -x, in a copy of the project.
+A mutant is one of cosmic-ray's changes (an operator, a comparison, a number, a constant, a
+decorator, a loop) at one place of one module. Mutants are drawn without replacement from all of
+core/, so that a module has its share of them, and each is run against its own module's tests only,
+with pytest -x, in a copy of the project.
 
   killed      a test fails, the module cannot be imported, or the tests take ten times as long as without the change
               (and ten seconds): the table tells the three apart
   survived    all tests pass; each is listed with its line and its change
 
-Not drawn, since killing them would say nothing about the tests: what does not compile (cosmic-ray takes the bare * of a
-signature for a product), and what differs from the module in annotations only (the | of a union). How many of these
-came up is printed.
+Not drawn, since killing them would say nothing about the tests: what does not compile (cosmic-ray
+takes the bare * of a signature for a product), and what differs from the module in annotations only
+(the | of a union). How many of these came up is printed.
 
-Before it starts, every module's tests must pass without a change, and fail where the module raises when imported.
+Before it starts, every module's tests must pass without a change, and fail where the module raises
+when imported.
 
-A mutant runs in a fork of a process that has imported JAX, but started no backend and no thread, which spares it the
-imports, and all share JAX's cache of compiled programs; --fresh takes a new interpreter for each instead. --again=FILE
-runs the survivors in FILE (written by --out) instead of a draw. On one core a mutant takes two or three seconds.
+A mutant runs in a fork of a process that has imported JAX, but started no backend and no thread,
+which spares it the imports, and all share JAX's cache of compiled programs; --fresh takes a new
+interpreter for each instead. --again=FILE runs the survivors in FILE (written by --out) instead of
+a draw. On one core a mutant takes two or three seconds.
 """
 
 import ast
@@ -66,7 +70,9 @@ MUTANTS = flags.DEFINE_integer("mutants", 300, "How many mutants are run.", lowe
 SEED = flags.DEFINE_integer("seed", 0, "Of the draw.")
 MODULES = flags.DEFINE_list("modules", None, "Modules of core/ to change; all by default.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write.")
-AGAIN = flags.DEFINE_string("again", None, "JSON file whose survivors are run again, instead of a draw.")
+AGAIN = flags.DEFINE_string(
+  "again", None, "JSON file whose survivors are run again, instead of a draw."
+)
 FRESH = flags.DEFINE_bool("fresh", False, "Run each mutant in an interpreter of its own.")
 
 
@@ -90,7 +96,9 @@ class Bench:
       threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
       if threads > 1:
         sys.exit(f"{threads} threads are running, which a fork would lose: use --fresh.")
-      warnings.filterwarnings("ignore", message=r"os\.fork", category=RuntimeWarning)  # JAX fears for its threads
+      warnings.filterwarnings(
+        "ignore", message=r"os\.fork", category=RuntimeWarning
+      )  # JAX fears for its threads
 
   def verdict(self, module: str, source: str | None = None) -> str:
     """One of VERDICTS, or "survived", of a module's tests when its source is another one."""
@@ -112,7 +120,9 @@ class Bench:
     return "import" if "ERROR collecting" in self.log.read_text(errors="replace") else "test"
 
   def prove(self, module: str):
-    """Sets a module's time limit. Exits where its tests fail without a change, or pass without the module."""
+    """Sets a module's time limit. Exits where its tests fail without a change, or pass without the
+    module.
+    """
     start = time.monotonic()
     verdict = self.verdict(module)
     if verdict != "survived":
@@ -127,7 +137,9 @@ class Bench:
       command = [sys.executable, "-m", "pytest", *arguments]
       with self.log.open("w") as log:
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-        return subprocess.Popen(command, cwd=self.root, env=environment, start_new_session=True, **streams).pid
+        return subprocess.Popen(
+          command, cwd=self.root, env=environment, start_new_session=True, **streams
+        ).pid
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -158,7 +170,9 @@ class Bench:
 
 
 def _wait(pid: int, limit: float | None) -> int | None:
-  """The exit status of a process, negative for a signal; None where it, and all it started, had to be killed."""
+  """The exit status of a process, negative for a signal; None where it, and all it started, had to
+  be killed.
+  """
   start, done = time.monotonic(), 0
   try:
     while limit is None or time.monotonic() - start <= limit:
@@ -291,7 +305,9 @@ def run(modules: list[str], mutations: list, bench: Bench):
     wanted = {identity(result) for result in earlier if result["verdict"] == "survived"}
     most = len(wanted)
     places = {key[:3] for key in wanted}
-    mutants.mutations = [m for m in mutations if (m.module_path.stem, operator_of(m), m.occurrence) in places]
+    mutants.mutations = [
+      m for m in mutations if (m.module_path.stem, operator_of(m), m.occurrence) in places
+    ]
   else:
     random.Random(SEED.value).shuffle(mutants.mutations)
   results, start = [], time.monotonic()
@@ -318,7 +334,12 @@ def run(modules: list[str], mutations: list, bench: Bench):
   for result in sorted(survivors, key=lambda result: (result["module"], result["line"])):
     print(describe(result))
   if OUT.value:
-    summary = {"seed": SEED.value, "fresh": FRESH.value, "left_out": mutants.left_out, "mutants": results}
+    summary = {
+      "seed": SEED.value,
+      "fresh": FRESH.value,
+      "left_out": mutants.left_out,
+      "mutants": results,
+    }
     pathlib.Path(OUT.value).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -3,8 +3,8 @@
     python -m tests.notebooks          writes each setup cell and badge anew, and syncs notebooks with their scripts
     python -m tests.notebooks --run    and runs all of them, or those named, keeping what they print and draw
 
-A setup cell clones the project from REPOSITORY of setup.py, the one place that holds the address. A run replaces that cell
-by one that goes to this checkout; the committed notebook keeps the real one.
+A setup cell clones the project from REPOSITORY of setup.py, the one place that holds the address. A
+run replaces that cell by one that goes to this checkout; the committed notebook keeps the real one.
 """
 
 import argparse
@@ -22,7 +22,9 @@ from jupytext import combine
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "colab"
 PAGE = ROOT / "docs" / "notebooks.md"
-REPOSITORY = re.search(r'^REPOSITORY = "(.+)"', (ROOT / "setup.py").read_text(), re.MULTILINE).group(1)
+REPOSITORY = re.search(
+  r'^REPOSITORY = "(.+)"', (ROOT / "setup.py").read_text(), re.MULTILINE
+).group(1)
 _EXTRA = (  # of setup.py, by what hardware there is; no braces, which IPython reads
   "$(ls /dev/nvidia0 > /dev/null 2>&1 && echo [cuda] || "
   "(ls /dev/accel* /dev/vfio/[0-9]* 2> /dev/null | grep -q . && echo [tpu]))"
@@ -36,7 +38,10 @@ REPOSITORY = "{REPOSITORY}"
 _BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)|^BADGE$", re.MULTILINE)
 
 
-_NOT_FOR_NOTEBOOKS = ("XLA_FLAGS", "SYNTHNEG_DATA_DIR")  # pytest's eight devices; data that others do not have
+_NOT_FOR_NOTEBOOKS = (
+  "XLA_FLAGS",
+  "SYNTHNEG_DATA_DIR",
+)  # pytest's eight devices; data that others do not have
 
 
 def names() -> list[str]:
@@ -54,7 +59,10 @@ def badge(name: str) -> str:
 def with_badges(page: str) -> str:
   """A page of Markdown whose lines that name a notebook have its badge, not another one."""
   named = lambda line: re.search(r"colab/(\w+)\.ipynb", line)
-  return "\n".join(_BADGE.sub(badge(named(line).group(1)), line) if named(line) else line for line in page.split("\n"))
+  return "\n".join(
+    _BADGE.sub(badge(named(line).group(1)), line) if named(line) else line
+    for line in page.split("\n")
+  )
 
 
 def tagged(notebook: nbformat.NotebookNode, tag: str) -> list[nbformat.NotebookNode]:
@@ -77,7 +85,10 @@ def with_derived(name: str) -> nbformat.NotebookNode:
 
 
 def executed(
-  notebook: nbformat.NotebookNode, folder: pathlib.Path | None = None, given: str = "", timeout_s: int = 600
+  notebook: nbformat.NotebookNode,
+  folder: pathlib.Path | None = None,
+  given: str = "",
+  timeout_s: int = 600,
 ) -> nbformat.NotebookNode:
   """Runs a notebook in this checkout.
 
@@ -109,7 +120,9 @@ def executed(
 
 
 def without_bars(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-  """The notebook, changed in place, without the text of progress bars and tqdm's warning that it cannot draw better ones."""
+  """The notebook, changed in place, without the text of progress bars and tqdm's warning that it
+  cannot draw better ones.
+  """
   for cell in notebook.cells:
     for output in cell.get("outputs", ()):
       if output.output_type == "stream":
@@ -144,9 +157,13 @@ def write(name: str, run: bool) -> None:
 
 def main() -> None:
   """See the module's docstring."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--run", action="store_true", help="run the notebooks and keep their outputs")
-  parser.add_argument("names", nargs="*", help="of notebooks, without endings; all if none is given")
+  parser.add_argument(
+    "names", nargs="*", help="of notebooks, without endings; all if none is given"
+  )
   args = parser.parse_args()
   for name in args.names or names():
     write(name, args.run)

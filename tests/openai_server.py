@@ -1,4 +1,5 @@
-"""A server that speaks OpenAI's protocol over real HTTP and misbehaves on demand; run alone, it serves the scripted teacher.
+"""A server that speaks OpenAI's protocol over real HTTP and misbehaves on demand; run alone, it
+serves the scripted teacher.
 
 python tests/openai_server.py --port=8123
 """
@@ -21,14 +22,20 @@ class Server:
 
   Attributes:
     url: what a client takes as base_url.
-    faults: each request takes the first and misbehaves so; see `_Handler`. Requests beyond them are served.
+    faults: each request takes the first and misbehaves so; see `_Handler`. Requests beyond them are
+      served.
     requests: (path, headers, body) of every request, in the order of their coming.
     times: when each came, seconds.
     delay_s: before a request without a fault is answered.
     most_at_once: the most requests that were under way together.
   """
 
-  def __init__(self, chat: Callable[[dict], str] = None, complete: Callable[[dict], list[dict]] = None, port: int = 0):
+  def __init__(
+    self,
+    chat: Callable[[dict], str] = None,
+    complete: Callable[[dict], list[dict]] = None,
+    port: int = 0,
+  ):
     """chat: the text of a reply to a body; complete: the choices. port: 0 for a free one."""
     self.chat, self.complete, self.faults, self.requests = chat, complete, [], []
     self.times, self.delay_s, self.headers, self.usage = [], 0.0, {}, True
@@ -39,7 +46,9 @@ class Server:
     self._http = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
     self._http.daemon_threads = True
     self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
-    self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    self._thread = threading.Thread(
+      target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     self._thread.start()
 
   def close(self) -> None:
@@ -58,10 +67,12 @@ class Server:
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-  """Faults: a status such as "503"; "429:0.2" (with retry-after, seconds); "quota" (429 for good); "401" (echoes the key);
-  "filtered"; "stall" (no byte); "stall_midway"; "broken_json"; "no_choices"; "die" (the connection, half-way); "cut"
-  (the stream ends properly before the reply does); "echo" (the key stands in the reply); "detail" (422 in FastAPI's words);
-  "error", "abort" (the finish reason of half a reply)."""
+  """Faults: a status such as "503"; "429:0.2" (with retry-after, seconds); "quota" (429 for good);
+  "401" (echoes the key); "filtered"; "stall" (no byte); "stall_midway"; "broken_json";
+  "no_choices"; "die" (the connection, half-way); "cut" (the stream ends properly before the reply
+  does); "echo" (the key stands in the reply); "detail" (422 in FastAPI's words); "error", "abort"
+  (the finish reason of half a reply).
+  """
 
   protocol_version = "HTTP/1.1"
   server_of: Server
@@ -73,7 +84,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     owner = self.server_of
     body = json.loads(self.rfile.read(int(self.headers["content-length"])))
     with owner.lock:
-      owner.requests.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
+      owner.requests.append(
+        (self.path, {name.lower(): value for name, value in self.headers.items()}, body)
+      )
       owner.times.append(time.monotonic())
       fault = owner.faults.pop(0) if owner.faults else ""
       owner.at_once += 1
@@ -91,15 +104,24 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _answer(self, owner: Server, body: dict, fault: str) -> None:
     status, _, after = fault.partition(":")
     if fault == "quota":
-      self._json(429, {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}})
+      self._json(
+        429, {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}
+      )
     elif fault == "detail":
-      about = {"type": "string_type", "loc": ["body", "prompt"], "msg": "Input should be a valid string", "input": [1]}
+      about = {
+        "type": "string_type",
+        "loc": ["body", "prompt"],
+        "msg": "Input should be a valid string",
+        "input": [1],
+      }
       self._json(422, {"detail": [about]})
     elif fault == "filtered":
       self._json(400, {"error": {"message": "filtered", "code": "content_filter"}})
     elif status.isdigit():
       echoed = f"refused: {self.headers['authorization']}"
-      self._json(int(status), {"error": {"message": echoed}}, {"retry-after": after} if after else {})
+      self._json(
+        int(status), {"error": {"message": echoed}}, {"retry-after": after} if after else {}
+      )
     elif fault == "stall":
       owner.released.wait(20)
     elif self.path == "/v1/chat/completions":
@@ -109,7 +131,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self._stream(body, text, fault) if body.get("stream") else self._whole(body, text, fault)
     elif self.path == "/v1/completions" and fault in ("error", "abort"):
       choice = {"index": 0, "text": "half", "logprobs": None, "finish_reason": fault}
-      self._json(200, {"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]})
+      self._json(
+        200,
+        {"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]},
+      )
     elif self.path == "/v1/completions":
       answer = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": body["model"]}
       self._json(200, answer | {"choices": owner.complete(body)})
@@ -121,7 +146,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def _bytes(self, status: int, data: bytes, headers=None) -> None:
     self.send_response(status)
-    for name, content in ({"content-type": "application/json"} | self.server_of.headers | (headers or {})).items():
+    for name, content in (
+      {"content-type": "application/json"} | self.server_of.headers | (headers or {})
+    ).items():
       self.send_header(name, content)
     self.send_header("content-length", str(len(data)))
     self.end_headers()
@@ -130,12 +157,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _usage(self, body: dict, text: str) -> dict | None:
     prompt = sum(len(message["content"].split()) for message in body["messages"])
     completion = len(text.split())
-    counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    counts = {
+      "prompt_tokens": prompt,
+      "completion_tokens": completion,
+      "total_tokens": prompt + completion,
+    }
     return counts if self.server_of.usage else None
 
   def _whole(self, body: dict, text: str, fault: str) -> None:
     content = (
-      [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": text}] if self.server_of.in_parts else text
+      [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": text}]
+      if self.server_of.in_parts
+      else text
     )
     message = {"role": "assistant", "content": content}
     finish = fault if fault in ("error", "abort") else "stop"
@@ -144,7 +177,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       "object": "chat.completion",
       "created": 1,
       "model": body["model"],
-      "choices": [] if fault == "no_choices" else [{"index": 0, "message": message, "finish_reason": finish}],
+      "choices": []
+      if fault == "no_choices"
+      else [{"index": 0, "message": message, "finish_reason": finish}],
       "usage": self._usage(body, text),
     }
     data = json.dumps(value).encode()
@@ -161,7 +196,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self._bytes(200, data)
 
   def _chunks(self, body: dict, text: str, fault: str) -> Iterator[dict]:
-    base = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
+    base = {
+      "id": "chatcmpl-1",
+      "object": "chat.completion.chunk",
+      "created": 1,
+      "model": body["model"],
+    }
     size = max(len(text) // 4, 1)
     for start in range(0, len(text), size):
       piece = text[start : start + size]
@@ -213,7 +253,9 @@ def scripted_chat(task) -> Callable[[dict], str]:
 
 
 def main():
-  parser = argparse.ArgumentParser(description="Serves the embedded task's scripted teacher as a chat model.")
+  parser = argparse.ArgumentParser(
+    description="Serves the embedded task's scripted teacher as a chat model."
+  )
   parser.add_argument("--port", type=int, default=8123, help="port on 127.0.0.1")
   port = parser.parse_args().port
   from configs import arithmetic

@@ -1,6 +1,8 @@
-"""Known defects and pains of other trainers, each pinned on our own path from text to tokens to loss.
+"""Known defects and pains of other trainers, each pinned on our own path from text to tokens to
+loss.
 
-Every test names its public source: the file or the thread (repository#number on GitHub) in which it was seen.
+Every test names its public source: the file or the thread (repository#number on GitHub) in which it
+was seen.
 """
 
 import dataclasses
@@ -43,9 +45,9 @@ SHAPE = Shape(rows=2, length=24, scored=16, pairs=3, branches=6)
 
 @functools.cache
 def tokenizer(family: str):
-  """Three families: "embedded" knows no BOS; "smollm2" has one, the mark that opens every turn, and never writes it of
-  itself, and its padding is EOS; "opening" is that tokenizer made to open every text with BOS, as those of Llama 3 and
-  Gemma do, with a chat template that writes BOS too.
+  """Three families: "embedded" knows no BOS; "smollm2" has one, the mark that opens every turn, and
+  never writes it of itself, and its padding is EOS; "opening" is that tokenizer made to open every
+  text with BOS, as those of Llama 3 and Gemma do, with a chat template that writes BOS too.
   """
   if family == "embedded":
     return transformers.AutoTokenizer.from_pretrained(str(EMBEDDED))
@@ -92,7 +94,11 @@ def work(family: str, style: str):
   drawn = [*fast.encode(wrong, add_special_tokens=False), fast.eos_token_id]
   ends = token_text.step_ends(drawn, token_text.TokenText(fast))
   response = core_pairs.Response(drawn, ends)
-  return prompts.encode_prompt(fast, problem, style), prompts.encode_solution(fast, solution), response
+  return (
+    prompts.encode_prompt(fast, problem, style),
+    prompts.encode_solution(fast, solution),
+    response,
+  )
 
 
 def algorithm1(trunk, solution, response, pit: int) -> core_pairs.TokenPair:
@@ -128,11 +134,13 @@ def batch_of(trees):
 class TokensTest(parameterized.TestCase):
   @parameterized.parameters(*FAMILIES)
   def test_bos_and_eos(self, family, style):
-    # BOS before the response too, and scored, and EOS never appended (google/tunix, tests/sft/dpo/dpo_trainer_test.py: the
-    # rows that it expects hold two BOS and no EOS); BOS doubled by template and tokenizer (axolotl#1616, axolotl#1733) or
-    # missing where a family has none (trl#1885); EOS appended to every rejected response (TRL 1.16, DPOTrainer).
-    # Fails if a prompt is encoded with special tokens after its template, if BOS is prepended always or never, if a
-    # branch is encoded with special tokens, if the solution's EOS is left out or doubled, or if a prefix gets one.
+    # BOS before the response too, and scored, and EOS never appended (google/tunix,
+    # tests/sft/dpo/dpo_trainer_test.py: the rows that it expects hold two BOS and no EOS); BOS
+    # doubled by template and tokenizer (axolotl#1616, axolotl#1733) or missing where a family has
+    # none (trl#1885); EOS appended to every rejected response (TRL 1.16, DPOTrainer). Fails if a
+    # prompt is encoded with special tokens after its template, if BOS is prepended always or never,
+    # if a branch is encoded with special tokens, if the solution's EOS is left out or doubled, or
+    # if a prefix gets one.
     fast = tokenizer(family)
     bos, eos = fast.bos_token_id, fast.eos_token_id
     text = token_text.TokenText(fast)
@@ -167,15 +175,17 @@ class TokensTest(parameterized.TestCase):
       self.assertEqual(trunk.count(bos), written.count(fast.bos_token))
       self.assertNotEqual(trunk[0], trunk[1])
     else:
-      self.assertEqual(text.text(trunk), problem if style == "raw" else f"Question: {problem}\nAnswer:\n")
+      self.assertEqual(
+        text.text(trunk), problem if style == "raw" else f"Question: {problem}\nAnswer:\n"
+      )
       self.assertEqual(trunk.count(bos), family == "opening")
       self.assertNotIn(eos, trunk)
     self.assertEqual(trunk[0] == bos, family == "opening" or style == "chat")
 
   def test_eos_is_scored_where_it_is_the_padding(self):
-    # Masks written as ids != pad_id lose the EOS of every tokenizer that pads with it (google/tunix,
-    # tunix/sft/dpo/dpo_trainer.py, `_generate_ids_and_masks`).
-    # Fails if any mask is made from ids: SmolLM2 pads with EOS, and id 0 fills the empty places of packed rows.
+    # Masks written as ids != pad_id lose the EOS of every tokenizer that pads with it
+    # (google/tunix, tunix/sft/dpo/dpo_trainer.py, `_generate_ids_and_masks`). Fails if any mask is
+    # made from ids: SmolLM2 pads with EOS, and id 0 fills the empty places of packed rows.
     fast = tokenizer("smollm2")
     self.assertEqual(fast.pad_token_id, fast.eos_token_id)
     trunk, solution_ids, _ = work("smollm2", "chat")
@@ -186,18 +196,27 @@ class TokensTest(parameterized.TestCase):
       self.assertEqual(float(batch.num_scored), sum(lengths))
       self.assertTrue(np.all(batch.scored_at[0, : sum(lengths)] > 0))
       ends = batch.scored_at[0, np.cumsum(lengths) - 1]
-      self.assertEqual(batch.trees.token[0, ends].tolist(), [branch.ids[-1] for branch in tree.branches])
+      self.assertEqual(
+        batch.trees.token[0, ends].tolist(), [branch.ids[-1] for branch in tree.branches]
+      )
 
   def test_nothing_is_truncated(self):
-    # Prompts cut at the wrong end, so that the question's last words go (google/tunix, same function: ids[:max_length]).
-    # Fails if anything is cut instead of left out whole, or if what is left out is not counted.
+    # Prompts cut at the wrong end, so that the question's last words go (google/tunix, same
+    # function: ids[:max_length]). Fails if anything is cut instead of left out whole, or if what is
+    # left out is not counted.
     trunk, other = list(range(2, 12)), list(range(12, 17))
     solutions = {"long": [[1, 2, 3], list(range(20, 31))], "short": [[4, 5], list(range(15, 30))]}
-    examples, names, dropped = train_policy.solution_trees({"long": trunk, "short": other}, solutions, 4, 20)
+    examples, names, dropped = train_policy.solution_trees(
+      {"long": trunk, "short": other}, solutions, 4, 20
+    )
     self.assertEqual(dropped, 1)  # 10 + 11 tokens
     self.assertEqual(names, ["long", "short", "short"])  # 5 + 15 fits, in a tree of its own
-    kept = [(list(e.tree.trunk), [list(branch.ids) for branch in e.tree.branches]) for e in examples]
-    self.assertEqual(kept, [(trunk, [[1, 2, 3]]), (other, [[4, 5]]), (other, [list(range(15, 30))])])
+    kept = [
+      (list(e.tree.trunk), [list(branch.ids) for branch in e.tree.branches]) for e in examples
+    ]
+    self.assertEqual(
+      kept, [(trunk, [[1, 2, 3]]), (other, [[4, 5]]), (other, [list(range(15, 30))])]
+    )
 
     token_pairs = [
       core_pairs.TokenPair(trunk, [1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]),  # 21 tokens
@@ -209,11 +228,14 @@ class TokensTest(parameterized.TestCase):
       trees_of(token_pairs, length=20)
     (tree,), numbered, _ = trees_of(token_pairs[1:], length=20)
     self.assertEqual((numbered, list(tree.trunk)), ([[(0, 1)]], trunk))
-    self.assertEqual([list(branch.ids) for branch in tree.branches], [[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]])
+    self.assertEqual(
+      [list(branch.ids) for branch in tree.branches], [[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]]
+    )
 
   def test_nothing_is_tokenised_again(self):
-    # Prompt and completion tokenised together have other tokens at the seam than the prompt alone (trl#2054, trl#2209,
-    # trl#5555). Fails if a trunk depends on what follows it, or if drawn ids go through text.
+    # Prompt and completion tokenised together have other tokens at the seam than the prompt alone
+    # (trl#2054, trl#2209, trl#5555). Fails if a trunk depends on what follows it, or if drawn ids
+    # go through text.
     fast = tokenizer("smollm2")
     text = token_text.TokenText(fast)
     encode = functools.partial(fast.encode, add_special_tokens=False)
@@ -226,7 +248,8 @@ class TokensTest(parameterized.TestCase):
     self.assertEqual(list(examples[0].tree.trunk), encode(problem))
     self.assertEqual(list(examples[0].tree.branches[0].ids), encode(solution) + [fast.eos_token_id])
 
-    # A model may draw " clip" + "s" for " clips"; its ids stay as they were drawn, in the trunk and in the branches.
+    # A model may draw " clip" + "s" for " clips"; its ids stay as they were drawn, in the trunk and
+    # in the branches.
     drawn = [
       *encode("48"),
       *encode(" clip"),
@@ -261,18 +284,23 @@ class TokensTest(parameterized.TestCase):
     self.assertEqual(list(trees[1].branches[0].ids), list(rollout.ids))
 
   def test_a_step_is_no_finished_answer(self):
-    # Stock trainers take a step for a whole answer and append EOS, so that the policy learns to stop after it
-    # (Step-DPO#25; TRL 1.16 appends EOS to every response). Fails if a prefix, a rejected step or a chosen step gets an
-    # EOS that the model did not draw, or loses one that it did.
+    # Stock trainers take a step for a whole answer and append EOS, so that the policy learns to
+    # stop after it (Step-DPO#25; TRL 1.16 appends EOS to every response). Fails if a prefix, a
+    # rejected step or a chosen step gets an EOS that the model did not draw, or loses one that it
+    # did.
     fast = tokenizer("smollm2")
     eos = fast.eos_token_id
     trunk, solution_ids, response = work("smollm2", "plain")
     right = [*fast.encode(WORDS[1], add_special_tokens=False), eos]
-    sibling = core_pairs.Sibling(right, token_text.step_ends(right, token_text.TokenText(fast)), True)
+    sibling = core_pairs.Sibling(
+      right, token_text.step_ends(right, token_text.TokenText(fast)), True
+    )
     last = len(response.step_ends) - 1
     for pit in range(last + 1):
       pair = algorithm1(trunk, solution_ids, response, pit)
-      self.assertEqual(pair.rejected.count(eos), int(pit == last))  # at the last step the model itself stopped
+      self.assertEqual(
+        pair.rejected.count(eos), int(pit == last)
+      )  # at the last step the model itself stopped
       for continuation in ("step", "rollout"):
         pair = core_pairs.shared_prefix(
           trunk,
@@ -288,7 +316,9 @@ class TokensTest(parameterized.TestCase):
         self.assertEqual(pair.rejected.count(eos), int(pit == last))
         self.assertEqual(pair.chosen.count(eos), int(continuation == "rollout"))
         (tree,) = trees_of([pair]).trees
-        self.assertEqual([list(branch.ids) for branch in tree.branches], [pair.chosen, pair.rejected])
+        self.assertEqual(
+          [list(branch.ids) for branch in tree.branches], [pair.chosen, pair.rejected]
+        )
 
 
 # Losses
@@ -305,12 +335,16 @@ def preference(model, loss, **settings):
 DPO = functools.partial(losses.dpo_loss, beta=BETA)
 dpo = preference(MODEL, DPO)
 dpo_and_nll = preference(MODEL, DPO, nll_weight=NLL)
-dpop = preference(MODEL, functools.partial(losses.dpop_loss, beta=BETA, penalty=PENALTY), penalty=PENALTY)
+dpop = preference(
+  MODEL, functools.partial(losses.dpop_loss, beta=BETA, penalty=PENALTY), penalty=PENALTY
+)
 
 
 @jax.jit
 def next_logprobs(params, token_NL):
-  """(log π of each possible next token [N, L, V], hidden states [N, L, D]) of sequences; each is one trunk."""
+  """(log π of each possible next token [N, L, V], hidden states [N, L, D]) of sequences; each is
+  one trunk.
+  """
   num, length = token_NL.shape
   packed = tree_lib.pack([[Tree([0] * length)]] * num, length)
   h_NLD, _ = MODEL.hidden(params, dataclasses.replace(packed, token=token_NL))
@@ -330,14 +364,17 @@ class LossesTest(parameterized.TestCase):
     cls.params = tiny_model.make_params(MODEL)
 
   def logprobs(self, params, trunk, *branches):
-    """(log π of each branch's tokens, hidden state at the fork), from two sequences that know nothing of trees."""
+    """(log π of each branch's tokens, hidden state at the fork), from two sequences that know
+    nothing of trees.
+    """
     token = np.zeros((2, 12), np.int32)
     for n, ids in enumerate(branches):
       token[n, : len(trunk) + len(ids)] = (*trunk, *ids)
     logp_NLV, h_NLD = map(np.asarray, next_logprobs(params, token))
     at = len(trunk) - 1
     return [
-      np.array([logp_NLV[n, at + i, token_id] for i, token_id in enumerate(ids)]) for n, ids in enumerate(branches)
+      np.array([logp_NLV[n, at + i, token_id] for i, token_id in enumerate(ids)])
+      for n, ids in enumerate(branches)
     ], h_NLD[0, at]
 
   def nudged(self, token: int, direction_D, amount: float):
@@ -348,9 +385,10 @@ class LossesTest(parameterized.TestCase):
 
   @parameterized.parameters(((7,), (9,)), ((7, 12, 13), (9, 12, 13)))
   def test_first_response_token_counts(self, chosen, rejected):
-    # The first response token dropped by an off-by-one, so that pairs that differ there have no gradient
-    # (fw-ai/cookbook#388, minimind#621); steps from one prefix differ there as a rule. Fails if a branch's first token is
-    # not scored, is predicted by anything but the trunk's token before the fork, or has no gradient.
+    # The first response token dropped by an off-by-one, so that pairs that differ there have no
+    # gradient (fw-ai/cookbook#388, minimind#621); steps from one prefix differ there as a rule.
+    # Fails if a branch's first token is not scored, is predicted by anything but the trunk's token
+    # before the fork, or has no gradient.
     trunk = (2, 3, 4, 5, 6)
     tree = Tree(trunk, (Branch(5, chosen), Branch(5, rejected)))
     batch = batch_lib.build([Example(tree, (PairInTree(0, 1, -2.5, -3.25),))], SHAPE)
@@ -378,10 +416,11 @@ class LossesTest(parameterized.TestCase):
       self.assertAlmostEqual(average(metrics, "margin/per_pair"), h + 0.375, delta=1e-12)
 
   def test_both_may_fall(self):
-    # The chosen response becomes less likely along with the rejected one, unseen (direct-preference-optimization#8,
-    # trl#800). Here an update has given their mass to a third token. DPO's loss does not move, nor does its gradient pull
-    # them back; metrics tell, and DPOP and the chosen's next-token loss pull. Fails if a shift is reported against
-    # anything but the reference, if the two are mixed up, or if DPOP or NLL have their sign turned.
+    # The chosen response becomes less likely along with the rejected one, unseen
+    # (direct-preference-optimization#8, trl#800). Here an update has given their mass to a third
+    # token. DPO's loss does not move, nor does its gradient pull them back; metrics tell, and DPOP
+    # and the chosen's next-token loss pull. Fails if a shift is reported against anything but the
+    # reference, if the two are mixed up, or if DPOP or NLL have their sign turned.
     trunk, chosen, rejected, third = (2, 3, 4, 5, 6), (7,), (9,), 20
     before, h_D = self.logprobs(self.params, trunk, chosen, rejected)
     fallen = self.nudged(third, h_D, 9.0)
@@ -396,24 +435,30 @@ class LossesTest(parameterized.TestCase):
     (start, _), _ = dpo(self.params, batch)
     self.assertAlmostEqual(float(loss), float(start), delta=1e-12)
     for name, logp, ref in zip(("chosen", "rejected"), after, refs, strict=True):
-      self.assertAlmostEqual(average(metrics, f"{name}_shift/per_pair"), float(logp[0]) - ref, delta=1e-12)
+      self.assertAlmostEqual(
+        average(metrics, f"{name}_shift/per_pair"), float(logp[0]) - ref, delta=1e-12
+      )
       self.assertLess(average(metrics, f"{name}_shift/per_pair"), -0.9)
 
     def slope(grads):
-      """What the loss gains for each nat that the third token's logit rises, which is what lowers both responses."""
+      """What the loss gains for each nat that the third token's logit rises, which is what lowers
+      both responses.
+      """
       return float(np.asarray(grads["ends"]["unembedding"])[third] @ h_D / np.sum(h_D**2))
 
     (third_logp, _), _ = self.logprobs(fallen, trunk, (third,), (third,))
     third_prob = float(np.exp(third_logp[0]))
     self.assertAlmostEqual(slope(grads), 0.0, delta=1e-12)
     self.assertAlmostEqual(slope(dpo_and_nll(fallen, batch)[1]), NLL * third_prob, delta=1e-9)
-    margin = average(metrics, "margin/per_pair") + PENALTY * average(metrics, "chosen_shift/per_pair")
+    margin = average(metrics, "margin/per_pair") + PENALTY * average(
+      metrics, "chosen_shift/per_pair"
+    )
     pull = BETA * PENALTY / (1 + np.exp(BETA * margin))
     self.assertAlmostEqual(slope(dpop(fallen, batch)[1]), pull * third_prob, delta=1e-9)
 
   def test_early_eos_is_reported(self):
-    # Will a policy that is trained on steps stop after them (Step-DPO#25)? Fails if the probability is read anywhere but
-    # at the last token of a branch without EOS, or if finished branches count.
+    # Will a policy that is trained on steps stop after them (Step-DPO#25)? Fails if the probability
+    # is read anywhere but at the last token of a branch without EOS, or if finished branches count.
     trunk, chosen, rejected = (2, 3, 4, 5, 6), (7, 8, EOS), (9, 10)
     tree = Tree(trunk, (Branch(5, chosen), Branch(5, rejected)))
     batch = batch_lib.build([Example(tree, (PairInTree(0, 1),))], SHAPE)
@@ -424,7 +469,8 @@ class LossesTest(parameterized.TestCase):
     self.assertAlmostEqual(float(total), np.exp(with_eos[0][-1]), delta=1e-12)
 
   def test_early_eos_by_hand(self):
-    # Fails if several ids that end a response are not added up, or if logits are taken for probabilities.
+    # Fails if several ids that end a response are not added up, or if logits are taken for
+    # probabilities.
     logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.125, 0.125], [0.125, 0.125, 0.25, 0.5]])) + 3.0
     np.testing.assert_allclose(losses.early_eos(logits, (1,)), [0.25, 0.125], rtol=1e-12)
     np.testing.assert_allclose(losses.early_eos(logits, (0, 3)), [0.625, 0.625], rtol=1e-12)
@@ -432,8 +478,9 @@ class LossesTest(parameterized.TestCase):
 
 class FirstStepTest(absltest.TestCase):
   def test_policy_is_the_reference(self):
-    # Log-probs of policy and reference that differ at step 0 (NVIDIA/NeMo-Aligner#227). Fails if `reference.score` and the
-    # objective read other tokens, places or branches, in float32 and in another packing of the rows.
+    # Log-probs of policy and reference that differ at step 0 (NVIDIA/NeMo-Aligner#227). Fails if
+    # `reference.score` and the objective read other tokens, places or branches, in float32 and in
+    # another packing of the rows.
     model = tiny_model.model(num_layers=1)
     params = tiny_model.make_params(model)
     pairs = [
@@ -442,7 +489,9 @@ class FirstStepTest(absltest.TestCase):
       core_pairs.TokenPair([2, 3, 11], [12, EOS], [13, 14, 15]),
     ]
     made = trees_of(pairs)
-    store = reference.Store(epath.Path(self.enterContext(tempfile.TemporaryDirectory())) / "reference.npz")
+    store = reference.Store(
+      epath.Path(self.enterContext(tempfile.TemporaryDirectory())) / "reference.npz"
+    )
     packing = reference.Packing(tiny_model.one_device_mesh(), 11)  # each tree in a row of its own
     reference.score(model, params, made.trees, store=store, packing=packing)
     batch = batch_lib.build(pair_trees.examples(made, store), SHAPE)
@@ -466,9 +515,10 @@ class VerdictsTest(parameterized.TestCase):
     ("1,2", "12"),
   )
   def test_near_is_not_equal(self, answer, gold):
-    # Integers compared as floats: 2^53 + 1 equals 2^53 (`_str_to_int` of openai/prm800k and google/tunix); answers within
-    # 1e-4 of each other are equal, and "1,2" is 12 (QwenLM/Qwen2.5-Math). Fails if a float is compared, a tolerance
-    # allowed, or a comma dropped that separates no thousands.
+    # Integers compared as floats: 2^53 + 1 equals 2^53 (`_str_to_int` of openai/prm800k and
+    # google/tunix); answers within 1e-4 of each other are equal, and "1,2" is 12
+    # (QwenLM/Qwen2.5-Math). Fails if a float is compared, a tolerance allowed, or a comma dropped
+    # that separates no thousands.
     self.assertFalse(answers.grade(f"So it is that.\n#### {answer}", gold).correct)
     self.assertTrue(answers.grade(f"#### {gold}", gold).correct)
 
@@ -485,8 +535,9 @@ class VerdictsTest(parameterized.TestCase):
     "#### 7, 8",
   )
   def test_a_hedge_is_not_right(self, response):
-    # "7 \text{ or } 8" is right where 7 is wanted, because text is cut away as a unit, and so is "8=7" (hendrycks/math,
-    # openai/prm800k, google/tunix). Fails if the first or the last of several numbers is taken for the answer.
+    # "7 \text{ or } 8" is right where 7 is wanted, because text is cut away as a unit, and so is
+    # "8=7" (hendrycks/math, openai/prm800k, google/tunix). Fails if the first or the last of
+    # several numbers is taken for the answer.
     for gold in ("7", "8"):
       self.assertFalse(answers.grade(response, gold).correct)
 

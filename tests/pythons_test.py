@@ -1,4 +1,6 @@
-"""tests/pythons.sh with stand-ins for interpreters: which it finds, what it runs, and when it fails."""
+"""tests/pythons.sh with stand-ins for interpreters: which it finds, what it runs, and when it
+fails.
+"""
 
 import os
 import pathlib
@@ -21,7 +23,9 @@ class PythonsTest(absltest.TestCase):
     for folder in ("tree/tests", "tree/launch", "bin", "pyenv/versions/3.13.0/bin"):
       (self.root / folder).mkdir(parents=True)
     shutil.copy(ROOT / "tests/pythons.sh", self.root / "tree/tests")
-    self.program("tree/launch/make_venv.sh", 'mkdir -p "$VENV/bin"; cp "$PYTHON" "$VENV/bin/python"')
+    self.program(
+      "tree/launch/make_venv.sh", 'mkdir -p "$VENV/bin"; cp "$PYTHON" "$VENV/bin/python"'
+    )
     self.program("bin/pyenv", f"echo {self.root / 'pyenv'}")
 
   def program(self, path: str, body: str):
@@ -32,7 +36,8 @@ class PythonsTest(absltest.TestCase):
   def python(self, path: str, version: str, status: int = 0):
     self.program(
       path,
-      f'[ "$1" = --version ] && echo "Python {version}" || {{ echo "$@" >> {self.root}/ran; exit {status}; }}',
+      f'[ "$1" = --version ] && echo "Python {version}" || {{ echo "$@" >> {self.root}/ran; exit '
+      f"{status}; }}",
     )
 
   def run_script(self, **env):
@@ -46,7 +51,8 @@ class PythonsTest(absltest.TestCase):
     )
 
   def test_what_is_found(self):
-    # Fails if PATH or pyenv is passed over, what does not answer is taken for an interpreter, or its tests are not run.
+    # Fails if PATH or pyenv is passed over, what does not answer is taken for an interpreter, or
+    # its tests are not run.
     self.program("bin/python3.11", "exit 127")
     self.python("bin/python3.12", "3.12.1")
     self.python("pyenv/versions/3.13.0/bin/python", "3.13.0")
@@ -54,10 +60,13 @@ class PythonsTest(absltest.TestCase):
     self.assertEqual(done.returncode, 0, done.stderr)
     self.assertEqual(done.stdout, "pythons.sh: the fast tests ran on 3.12 3.13.\n")
     lines = (self.root / "ran").read_text().splitlines()
-    self.assertEqual(lines, ["-m pytest tests --ignore=tests/parity --fast -n2 --dist=loadfile -k x"] * 2)
+    self.assertEqual(
+      lines, ["-m pytest tests --ignore=tests/parity --fast -n2 --dist=loadfile -k x"] * 2
+    )
 
   def test_one_that_must_run(self):
-    # Fails if a version that is asked for and does not run goes unseen, whether it is missing or its tests fail.
+    # Fails if a version that is asked for and does not run goes unseen, whether it is missing or
+    # its tests fail.
     self.python("bin/python3.12", "3.12.1")
     done = self.run_script(SYNTHNEG_PYTHONS="3.12 3.13")
     self.assertEqual(done.returncode, 1)
@@ -68,7 +77,9 @@ class PythonsTest(absltest.TestCase):
   def test_none(self):
     # Fails if a machine with one Python cannot run its tests.
     os.remove(self.root / "bin/pyenv")
-    if not any(pathlib.Path(f"/usr/bin/python{version}").exists() for version in ("3.11", "3.12", "3.13")):
+    if not any(
+      pathlib.Path(f"/usr/bin/python{version}").exists() for version in ("3.11", "3.12", "3.13")
+    ):
       done = self.run_script()
       self.assertEqual(
         (done.returncode, done.stdout),

@@ -5,8 +5,12 @@ import numpy as np
 from synthneg_jax.core.tree import Branch, Tree
 
 
-def _branches(rng: np.random.Generator, fork: int, size: int, depth: int, high: int) -> tuple[Branch, ...]:
-  """0 to 3 branches that leave a run of `size` tokens behind the first `fork` of its path, at most `depth` deep."""
+def _branches(
+  rng: np.random.Generator, fork: int, size: int, depth: int, high: int
+) -> tuple[Branch, ...]:
+  """0 to 3 branches that leave a run of `size` tokens behind the first `fork` of its path, at most
+  `depth` deep.
+  """
   found = []
   for _ in range(rng.integers(0, 4) if depth else 0):
     at, length = fork + int(rng.integers(1, size + 1)), int(rng.integers(1, 5))
@@ -17,7 +21,9 @@ def _branches(rng: np.random.Generator, fork: int, size: int, depth: int, high: 
 
 
 def draw(rng: np.random.Generator, depth: int | None = None, high: int = 30) -> Tree:
-  """A tree of 1 to 6 trunk tokens whose branches are at most `depth` deep (drawn from 1 to 6), ids from 2 to high - 1."""
+  """A tree of 1 to 6 trunk tokens whose branches are at most `depth` deep (drawn from 1 to 6), ids
+  from 2 to high - 1.
+  """
   size, depth = int(rng.integers(1, 7)), depth or int(rng.integers(1, 7))
   return Tree(rng.integers(2, high, size).tolist(), _branches(rng, 0, size, depth, high))
 
@@ -41,7 +47,9 @@ def sequences(tree: Tree) -> list[tuple[list[int], list[bool]]]:
   def walk(branches, ids, scored):
     for branch in branches:
       its_ids = ids[: branch.fork] + list(branch.ids)
-      its_scored = scored[: branch.fork] + list(branch.scored or [branch.scored is None] * len(branch.ids))
+      its_scored = scored[: branch.fork] + list(
+        branch.scored or [branch.scored is None] * len(branch.ids)
+      )
       found.append((its_ids, its_scored))
       walk(branch.branches, its_ids, its_scored)
 

@@ -1,9 +1,10 @@
 """Step-level credit: values from counts, Best-of-k, advantages, and their uncertainty.
 
-A response is steps y_1..y_L; Q(x, y_1:i-1; y_i) is the probability that the rollout policy finishes right from the
-prefix that ends in y_i, and V(x) that it does from the bare problem. Functions of arrays are written for one response of
-S steps and are meant to be `vmap`ed; `known_S` says which steps have an estimate. The last two
-functions run on the host: only scipy has the inverse of the incomplete beta function.
+A response is steps y_1..y_L; Q(x, y_1:i-1; y_i) is the probability that the rollout policy finishes
+right from the prefix that ends in y_i, and V(x) that it does from the bare problem. Functions of
+arrays are written for one response of S steps and are meant to be `vmap`ed; `known_S` says which
+steps have an estimate. The last two functions run on the host: only scipy has the inverse of the
+incomplete beta function.
 """
 
 import functools
@@ -17,8 +18,9 @@ from scipy import special
 def step_values(successes: jax.Array, rollouts: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Monte-Carlo estimate Q = c/M, and where there is one.
 
-  Q(x, y_1:i-1; y_i) is the mean of the verdicts of rollouts from y_1:i (eq. 1 of https://arxiv.org/abs/2410.08146,
-  VERIFIED; the same in the paper as read second-hand). It is unbiased.
+  Q(x, y_1:i-1; y_i) is the mean of the verdicts of rollouts from y_1:i (eq. 1 of
+  https://arxiv.org/abs/2410.08146, VERIFIED; the same in the paper as read second-hand). It is
+  unbiased.
 
   Args:
     successes: [...] counts c.
@@ -36,19 +38,22 @@ def best_of_k(
 ) -> tuple[jax.Array, jax.Array]:
   """Unbiased estimate of Q under Best-of-k from c successes in M rollouts: 1 - C(M-c, k) / C(M, k).
 
-  The policy draws k continuations and a verifier picks a right one if there is any, so Q^BoK = 1 - (1 - Q)^k (VERIFIED
-  in https://arxiv.org/abs/2410.08146, appendix D; that the paper takes k = 5 is read second-hand, its section 6.1).
-  Putting c/M into it is biased; the ratio of binomials is not ("Evaluating Large Language Models Trained on Code" by
-  Chen et al., https://arxiv.org/abs/2107.03374). k = 1 gives c/M.
+  The policy draws k continuations and a verifier picks a right one if there is any, so Q^BoK = 1 -
+  (1 - Q)^k (VERIFIED in https://arxiv.org/abs/2410.08146, appendix D; that the paper takes k = 5 is
+  read second-hand, its section 6.1). Putting c/M into it is biased; the ratio of binomials is not
+  ("Evaluating Large Language Models Trained on Code" by Chen et al.,
+  https://arxiv.org/abs/2107.03374). k = 1 gives c/M.
 
   Args:
     successes: [...] counts c.
     rollouts: [...] counts M.
     k: >= 1, fixed at compile time.
-    exact: bool [...], where c/M is Q itself and no sample of it (the last step, whose Q is its verdict: c of M = 1).
+    exact: bool [...], where c/M is Q itself and no sample of it (the last step, whose Q is its
+      verdict: c of M = 1).
 
   Returns:
-    (q [...] probabilities, 0 where unknown; known bool [...]: from M < k no unbiased estimate exists, unless `exact`).
+    (q [...] probabilities, 0 where unknown; known bool [...]: from M < k no unbiased estimate
+    exists, unless `exact`).
   """
   plugin, valid = best_of_k_plugin(successes, rollouts, k)
   misses = jnp.ones(plugin.shape, plugin.dtype)
@@ -58,11 +63,13 @@ def best_of_k(
   return jnp.where(known, jnp.where(exact, plugin, 1.0 - misses), 0.0), known
 
 
-def best_of_k_plugin(successes: jax.Array, rollouts: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def best_of_k_plugin(
+  successes: jax.Array, rollouts: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
   """Plug-in estimate of Q under Best-of-k: 1 - (1 - c/M)^k.
 
-  Biased low for k > 1 (by Jensen's inequality), but defined for M < k too; `best_of_k` is the unbiased one. Which of the
-  two the paper takes is not known.
+  Biased low for k > 1 (by Jensen's inequality), but defined for M < k too; `best_of_k` is the
+  unbiased one. Which of the two the paper takes is not known.
 
   Args:
     successes: [...] counts c.
@@ -77,10 +84,11 @@ def best_of_k_plugin(successes: jax.Array, rollouts: jax.Array, k: int) -> tuple
 
 
 def step_advantages(q_S: jax.Array, v0: jax.Array) -> jax.Array:
-  """A_i = Q(x, y_1:i-1; y_i) - Q(x, y_1:i-2; y_i-1), with V(x) before the first step (eq. 3 of the paper).
+  """A_i = Q(x, y_1:i-1; y_i) - Q(x, y_1:i-2; y_i-1), with V(x) before the first step (eq. 3 of the
+  paper).
 
-  The value of a state is Q of the step before, because the dynamics are deterministic; that V(x) is the first baseline
-  is our choice. The advantages sum to Q_L - V(x).
+  The value of a state is Q of the step before, because the dynamics are deterministic; that V(x) is
+  the first baseline is our choice. The advantages sum to Q_L - V(x).
 
   Args:
     q_S: [S] values after each step.
@@ -98,9 +106,11 @@ def values_before(q_S: jax.Array, v0: jax.Array) -> jax.Array:
 
 
 def mean_value_by_step(q_NS: jax.Array, known_NS: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Mean Q at each step over the responses that have it: figure 7 of https://arxiv.org/abs/2406.14532.
+  """Mean Q at each step over the responses that have it: figure 7 of
+  https://arxiv.org/abs/2406.14532.
 
-  Its axes are VERIFIED by the caption; that shorter responses drop out of the mean, and do not count as 0 or 1, is ours.
+  Its axes are VERIFIED by the caption; that shorter responses drop out of the mean, and do not
+  count as 0 or 1, is ours.
 
   Args:
     q_NS: [N, S] values.
@@ -123,8 +133,8 @@ def value_interval(
     beta    the equal-tailed interval of Jeffreys' posterior Beta(c + ½, M - c + ½), with 0 for the lower end where c = 0
             and 1 for the upper where c = M.
 
-  See "Interval Estimation for a Binomial Proportion" by Brown, Cai and DasGupta (Statistical Science 16(2), 2001), which
-  recommends these two for few draws.
+  See "Interval Estimation for a Binomial Proportion" by Brown, Cai and DasGupta (Statistical
+  Science 16(2), 2001), which recommends these two for few draws.
 
   Args:
     successes: [...] counts c.
@@ -144,7 +154,9 @@ def value_interval(
     middle = c + z**2 / 2
     half = z * np.sqrt(c * (m - c) / np.maximum(m, 1) + z**2 / 4)
     low, high = (middle - half) / (m + z**2), (middle + half) / (m + z**2)
-    return np.where(c > 0, low, 0.0), np.where(c < m, high, 1.0)  # exact at the ends, but for rounding
+    return np.where(c > 0, low, 0.0), np.where(
+      c < m, high, 1.0
+    )  # exact at the ends, but for rounding
   if method == "beta":
     tail = (1 - level) / 2
     low = np.where(c > 0, special.betaincinv(c + 0.5, m - c + 0.5, tail), 0.0)
@@ -155,13 +167,15 @@ def value_interval(
 def sign_confidence(successes, rollouts, *, successes_before, rollouts_before) -> np.ndarray:
   """P(Q_after < Q_before): how sure the counts make us that a step's advantage is negative. Ours.
 
-  Q_after ~ Beta(c + ½, M - c + ½) and Q_before likewise are independent posteriors under Jeffreys' prior, and
-  P = ∫ p_after(q) P(Q_before > q) dq. With q = sin²θ the density becomes 2 sin^2c(θ) cos^2(M-c)(θ) / B(c + ½, M - c + ½),
-  which has no poles at the ends, so that Gauss-Legendre quadrature in θ gives it to rounding error. Equal counts give ½.
+  Q_after ~ Beta(c + ½, M - c + ½) and Q_before likewise are independent posteriors under Jeffreys'
+  prior, and P = ∫ p_after(q) P(Q_before > q) dq. With q = sin²θ the density becomes 2 sin^2c(θ)
+  cos^2(M-c)(θ) / B(c + ½, M - c + ½), which has no poles at the ends, so that Gauss-Legendre
+  quadrature in θ gives it to rounding error. Equal counts give ½.
 
   Args:
     successes, rollouts: [...] counts after the step.
-    successes_before, rollouts_before: [...] counts before it; for the first step those of the bare problem.
+    successes_before, rollouts_before: [...] counts before it; for the first step those of the bare
+      problem.
 
   Returns:
     [...] float64 probabilities.
@@ -172,7 +186,12 @@ def sign_confidence(successes, rollouts, *, successes_before, rollouts_before) -
   node_N, weight_N = _nodes(64 + 8 * int(np.ceil(np.sqrt(most))))  # peaks are 1/√M wide
   theta_N, weight_N = np.pi / 4 * (1 + node_N), np.pi / 4 * weight_N
   sin_N, cos_N = np.sin(theta_N), np.cos(theta_N)
-  log_density = np.log(2) + 2 * c * np.log(sin_N) + 2 * (m - c) * np.log(cos_N) - special.betaln(c + 0.5, m - c + 0.5)
+  log_density = (
+    np.log(2)
+    + 2 * c * np.log(sin_N)
+    + 2 * (m - c) * np.log(cos_N)
+    - special.betaln(c + 0.5, m - c + 0.5)
+  )
   above = special.betaincc(c_before + 0.5, m_before - c_before + 0.5, sin_N**2)
   return np.clip(np.sum(weight_N * np.exp(log_density) * above, axis=-1), 0.0, 1.0)
 

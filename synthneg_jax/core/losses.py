@@ -1,7 +1,9 @@
-"""The losses of the paper and of the methods it is compared with. One function, one equation; results per example.
+"""The losses of the paper and of the methods it is compared with. One function, one equation;
+results per example.
 
-Log-probabilities are natural logarithms (nats), summed over a branch's scored tokens, so that the same function serves
-whole responses and single steps. π is the policy, π_ref the reference; no gradient flows to `ref_*`.
+Log-probabilities are natural logarithms (nats), summed over a branch's scored tokens, so that the
+same function serves whole responses and single steps. π is the policy, π_ref the reference; no
+gradient flows to `ref_*`.
 """
 
 from collections.abc import Sequence
@@ -37,7 +39,9 @@ def _picked_forward(logits_NV, target_N):
 
 
 def _picked_backward(kept, d_N):
-  """∂/∂logit_v = 1[v = target] - π(v), in one pass over the logits; derived, it would be a scatter and a sum of two."""
+  """∂/∂logit_v = 1[v = target] - π(v), in one pass over the logits; derived, it would be a scatter
+  and a sum of two.
+  """
   logits_NV, normaliser_N, target_N = kept
   prob_NV = jnp.exp(logits_NV - normaliser_N[..., None])
   place_NV = lax.broadcasted_iota(target_N.dtype, logits_NV.shape, logits_NV.ndim - 1)
@@ -49,11 +53,13 @@ _picked_logprobs.defvjp(_picked_forward, _picked_backward)
 
 
 def branch_logprobs(logp_S: jax.Array, tokens_BS: jax.Array) -> jax.Array:
-  """log π(branch) = Σ_t log π(y_t | what y_t sees) over the branch's scored tokens, for all branches of a row at once.
+  """log π(branch) = Σ_t log π(y_t | what y_t sees) over the branch's scored tokens, for all
+  branches of a row at once.
 
   A token that several branches share counts once in each of them.
 
-  Summed, not averaged: the losses below compare sums (as DPO's authors do; that the paper does too is INFERRED).
+  Summed, not averaged: the losses below compare sums (as DPO's authors do; that the paper does too
+  is INFERRED).
 
   Args:
     logp_S: [..., S] of a row's scored tokens, nats.
@@ -66,7 +72,8 @@ def branch_logprobs(logp_S: jax.Array, tokens_BS: jax.Array) -> jax.Array:
 
 
 def sft_loss(logp_T: jax.Array, count_T: jax.Array) -> jax.Array:
-  """Next-token loss: -Σ_t log π(y_t | x, y_<t) over the scored tokens of a sequence, or of several that share tokens.
+  """Next-token loss: -Σ_t log π(y_t | x, y_<t) over the scored tokens of a sequence, or of several
+  that share tokens.
 
   The paper finetunes the base model so on D_syn (VERIFIED, its captions 1 and 2), and RFT on D⁺.
 
@@ -81,7 +88,8 @@ def sft_loss(logp_T: jax.Array, count_T: jax.Array) -> jax.Array:
 
 
 def preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P) -> jax.Array:
-  """h = [log π(y⁺) - log π_ref(y⁺)] - [log π(y⁻) - log π_ref(y⁻)]: what all preference losses here are functions of.
+  """h = [log π(y⁺) - log π_ref(y⁺)] - [log π(y⁻) - log π_ref(y⁻)]: what all preference losses here
+  are functions of.
 
   Args:
     chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
@@ -94,31 +102,43 @@ def preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P) -> jax
 
 
 def dpo_loss(
-  chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, beta: float, label_smoothing: float | jax.Array = 0.0
+  chosen_P,
+  rejected_P,
+  ref_chosen_P,
+  ref_rejected_P,
+  *,
+  beta: float,
+  label_smoothing: float | jax.Array = 0.0,
 ) -> jax.Array:
   """Direct Preference Optimization: -(1-ε) log σ(βh) - ε log σ(-βh), h as in `preference_margin`.
 
-  Whole responses give standard DPO, a step and its alternative give the paper's per-step DPO (section 3.5 of
-  https://arxiv.org/abs/2406.14532 as far as public sources carry it; summing, not averaging, log-probs is inferred from
-  DPO). ε > 0 is the "conservative" form of the authors' repository.
-  See "Direct Preference Optimization" by Rafailov et al. (https://arxiv.org/abs/2305.18290).
+  Whole responses give standard DPO, a step and its alternative give the paper's per-step DPO
+  (section 3.5 of https://arxiv.org/abs/2406.14532 as far as public sources carry it; summing, not
+  averaging, log-probs is inferred from DPO). ε > 0 is the "conservative" form of the authors'
+  repository. See "Direct Preference Optimization" by Rafailov et al.
+  (https://arxiv.org/abs/2305.18290).
 
   Args:
     chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
     beta: β > 0, strength of the pull to the reference, per nat.
-    label_smoothing: ε in [0, 0.5), the probability that a pair's label is flipped; of all pairs, or [P] of each.
+    label_smoothing: ε in [0, 0.5), the probability that a pair's label is flipped; of all pairs, or
+      [P] of each.
 
   Returns:
     [P] loss per pair.
   """
   scaled_P = beta * preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P)
-  return (1.0 - label_smoothing) * jax.nn.softplus(-scaled_P) + label_smoothing * jax.nn.softplus(scaled_P)
+  return (1.0 - label_smoothing) * jax.nn.softplus(-scaled_P) + label_smoothing * jax.nn.softplus(
+    scaled_P
+  )
 
 
 def nll_term(chosen_P: jax.Array, num_tokens_P: jax.Array) -> jax.Array:
-  """-log π(y⁺) / |y⁺|: the chosen branch's next-token loss per token, added to a preference loss so that it stays likely.
+  """-log π(y⁺) / |y⁺|: the chosen branch's next-token loss per token, added to a preference loss so
+  that it stays likely.
 
-  Ours to add; see "Iterative Reasoning Preference Optimization" by Pang et al. (https://arxiv.org/abs/2404.19733), eq. 1.
+  Ours to add; see "Iterative Reasoning Preference Optimization" by Pang et al.
+  (https://arxiv.org/abs/2404.19733), eq. 1.
 
   Args:
     chosen_P: [P] summed log-probs, nats.
@@ -134,8 +154,8 @@ def ipo_loss(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, tau: float) 
   """Identity Preference Optimization: (h - 1/(2τ))², h as in `preference_margin`.
 
   See "A General Theoretical Paradigm to Understand Learning from Human Preferences" by Azar et al.
-  (https://arxiv.org/abs/2310.12036), eq. 17. Log-probs are summed here, as in the code of DPO's authors (VERIFIED); TRL
-  puts in means per token, which is another loss: its τ is not this one's.
+  (https://arxiv.org/abs/2310.12036), eq. 17. Log-probs are summed here, as in the code of DPO's
+  authors (VERIFIED); TRL puts in means per token, which is another loss: its τ is not this one's.
 
   Args:
     chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
@@ -148,12 +168,15 @@ def ipo_loss(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, tau: float) 
   return jnp.square(h_P - 1.0 / (2.0 * tau))
 
 
-def dpop_loss(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, beta: float, penalty: float) -> jax.Array:
+def dpop_loss(
+  chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, beta: float, penalty: float
+) -> jax.Array:
   """DPO-Positive: -log σ(β(h - λ max(0, log π_ref(y⁺) - log π(y⁺)))), h as in `preference_margin`.
 
-  The penalty stands inside the sigmoid and is multiplied by β; outside of it, as some ports have it, is another loss.
-  See "Smaug" by Pal et al. (https://arxiv.org/abs/2402.13228), eq. 3 (VERIFIED; β = 0.3, λ = 50 there, second-hand). That
-  the kink at π = π_ref, where training starts, has no gradient of the penalty is our choice.
+  The penalty stands inside the sigmoid and is multiplied by β; outside of it, as some ports have
+  it, is another loss. See "Smaug" by Pal et al. (https://arxiv.org/abs/2402.13228), eq. 3
+  (VERIFIED; β = 0.3, λ = 50 there, second-hand). That the kink at π = π_ref, where training starts,
+  has no gradient of the penalty is our choice.
 
   Args:
     chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
@@ -179,11 +202,12 @@ PREFERENCE_LOSSES = {
 def advantage_weighted_loss(
   logp_S: jax.Array, advantage_S: jax.Array, *, temperature: float, max_weight: float
 ) -> jax.Array:
-  """Advantage-weighted regression on one response: -Σ_i w_i log π(y_i | x, y_<i), w_i = min(exp(A_i/β), w_max).
+  """Advantage-weighted regression on one response: -Σ_i w_i log π(y_i | x, y_<i), w_i =
+  min(exp(A_i/β), w_max).
 
-  Eq. 4 of https://arxiv.org/abs/2406.14532 in its standard form (INFERRED: the equation itself was not to be had). The
-  cut at w_max is ours, as is usual for this loss; without it the optimum is π ∝ π_sft exp(A/β). Weights are constants:
-  no gradient flows to the advantages.
+  Eq. 4 of https://arxiv.org/abs/2406.14532 in its standard form (INFERRED: the equation itself was
+  not to be had). The cut at w_max is ours, as is usual for this loss; without it the optimum is π ∝
+  π_sft exp(A/β). Weights are constants: no gradient flows to the advantages.
 
   Args:
     logp_S: [S] summed log-probs of the steps, nats.
@@ -201,8 +225,9 @@ def advantage_weighted_loss(
 def advantage_filtered_loss(logp_S: jax.Array, advantage_S: jax.Array) -> jax.Array:
   """The filtered form of `advantage_weighted_loss`: -Σ_i 1[A_i > 0] log π(y_i | x, y_<i).
 
-  Clones the steps that made progress, of right and wrong responses alike, and no others (VERIFIED as a co-author's
-  lecture has it; the paper's figure 11 instead drops whole responses, see `selection.advantage_filter`).
+  Clones the steps that made progress, of right and wrong responses alike, and no others (VERIFIED
+  as a co-author's lecture has it; the paper's figure 11 instead drops whole responses, see
+  `selection.advantage_filter`).
 
   Args:
     logp_S: [S] summed log-probs of the steps, nats.
@@ -220,9 +245,11 @@ _SATURATED = 0.01  # share of DPO's largest gradient that a saturated pair has l
 def preference_metrics(
   chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, beta: float, penalty: float = 0.0
 ) -> dict[str, jax.Array]:
-  """What to watch while a preference loss falls. The names and the threshold of `saturated` are ours.
+  """What to watch while a preference loss falls. The names and the threshold of `saturated` are
+  ours.
 
-  That the chosen branch falls too is common (Pal et al., https://arxiv.org/abs/2402.13228) and shows in no loss.
+  That the chosen branch falls too is common (Pal et al., https://arxiv.org/abs/2402.13228) and
+  shows in no loss.
 
   Args:
     chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
@@ -236,7 +263,8 @@ def preference_metrics(
       chosen_shift    log π(y⁺) - log π_ref(y⁺), nats; below 0 the chosen branch has become less likely;
       rejected_shift  log π(y⁻) - log π_ref(y⁻), nats;
       saturated       1 where σ(-z) < 0.01, z the argument of the loss's sigmoid: its gradient has nearly gone from this
-                      pair. (IPO has no sigmoid and saturates nowhere; there it tells where DPO would have.)
+                      pair. (IPO has no sigmoid and saturates nowhere; there it tells where DPO
+                      would have.)
   """
   h_P = preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P)
   argument_P = beta * (h_P - penalty * jax.nn.relu(ref_chosen_P - chosen_P))
@@ -250,10 +278,11 @@ def preference_metrics(
 
 
 def early_eos(logits_NV: jax.Array, eos_ids: Sequence[int]) -> jax.Array:
-  """π(EOS | an unfinished branch): the share of samples that would stop where the text was meant to go on.
+  """π(EOS | an unfinished branch): the share of samples that would stop where the text was meant to
+  go on.
 
-  A per-step pair ends in mid-response, and nothing in its loss says what comes next; a policy that learns to stop there
-  loses answers, not margins. Ours.
+  A per-step pair ends in mid-response, and nothing in its loss says what comes next; a policy that
+  learns to stop there loses answers, not margins. Ours.
 
   Args:
     logits_NV: [..., V] at the last token of branches that do not end in EOS.

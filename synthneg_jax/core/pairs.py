@@ -1,7 +1,9 @@
-"""From pits to preference pairs: which branch is chosen, which is rejected, what trunk they share, and how sure that is.
+"""From pits to preference pairs: which branch is chosen, which is rejected, what trunk they share,
+and how sure that is.
 
-Tokens only: a branch is a list of ids, a step a slice of a response. EOS is never added and never stripped: a rejected
-prefix has none unless its pit is the last step, in which the model itself stopped.
+Tokens only: a branch is a list of ids, a step a slice of a response. EOS is never added and never
+stripped: a rejected prefix has none unless its pit is the last step, in which the model itself
+stopped.
 """
 
 import collections
@@ -20,7 +22,9 @@ Ids = Sequence[int]
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-  """A response of the policy with its steps. `step_ends[i]` is the exclusive end of step i in `ids`."""
+  """A response of the policy with its steps. `step_ends[i]` is the exclusive end of step i in
+  `ids`.
+  """
 
   ids: Ids
   step_ends: Sequence[int]
@@ -40,7 +44,8 @@ class Sibling(Response):
 
   Attributes:
     correct: its verdict.
-    step_logp, logp: log-probs of its first step and of all of it, nats; for choice "most_likely" only.
+    step_logp, logp: log-probs of its first step and of all of it, nats; for choice "most_likely"
+      only.
   """
 
   correct: bool
@@ -50,7 +55,9 @@ class Sibling(Response):
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-  """What is known of a value Q: `successes` of `rollouts` came out right. Where `exact`, their ratio is Q itself."""
+  """What is known of a value Q: `successes` of `rollouts` came out right. Where `exact`, their
+  ratio is Q itself.
+  """
 
   successes: int
   rollouts: int
@@ -59,7 +66,9 @@ class Count:
 
 @dataclasses.dataclass(frozen=True)
 class TokenPair:
-  """trunk + chosen is preferred to trunk + rejected; `flip` is the probability that it should be the other way."""
+  """trunk + chosen is preferred to trunk + rejected; `flip` is the probability that it should be
+  the other way.
+  """
 
   trunk: list[int]
   chosen: list[int]
@@ -79,8 +88,8 @@ def _below(count: Count, q: float) -> float:
 def flip_probability(rejected: Count, other: Count) -> float:
   """P(Q_rejected > Q_other): how likely the counts make it that a pair's label is flipped. Ours.
 
-  Q ~ Beta(c + ½, M - c + ½), Jeffreys' posterior, independent for the two; a value that is exact is a point. Equal
-  counts, and equal exact values, give ½. What a pit is held against:
+  Q ~ Beta(c + ½, M - c + ½), Jeffreys' posterior, independent for the two; a value that is exact is
+  a point. Equal counts, and equal exact values, give ½. What a pit is held against:
     shared prefix      the chosen step, by the rollouts that began with it;
     algorithm 1        the value before the pit, since the chosen response is whole and right and tells nothing of it;
     whole responses    nothing: both verdicts are exact, and 0 is the answer.
@@ -88,19 +97,27 @@ def flip_probability(rejected: Count, other: Count) -> float:
   if not (rejected.exact or other.exact):
     return 1.0 - float(
       advantages.sign_confidence(
-        rejected.successes, rejected.rollouts, successes_before=other.successes, rollouts_before=other.rollouts
+        rejected.successes,
+        rejected.rollouts,
+        successes_before=other.successes,
+        rollouts_before=other.rollouts,
       )
     )
   if rejected.exact and other.exact:
     return float(np.heaviside(_value(rejected) - _value(other), 0.5))
-  return _below(other, _value(rejected)) if rejected.exact else 1.0 - _below(rejected, _value(other))
+  return (
+    _below(other, _value(rejected)) if rejected.exact else 1.0 - _below(rejected, _value(other))
+  )
 
 
-def algorithm1(prompt: Ids, solution: Ids, response: Response, *, pit: int, after: Count, before: Count) -> TokenPair:
+def algorithm1(
+  prompt: Ids, solution: Ids, response: Response, *, pit: int, after: Count, before: Count
+) -> TokenPair:
   """(x, y, ŷ_1:c): the known solution against the prefix of a response that ends with the pit.
 
-  The paper's practical algorithm (Algorithm 1 of https://arxiv.org/abs/2406.14532, VERIFIED second-hand; that the chosen
-  is whole and the rejected a prefix without EOS is INFERRED from the form of the triplet).
+  The paper's practical algorithm (Algorithm 1 of https://arxiv.org/abs/2406.14532, VERIFIED
+  second-hand; that the chosen is whole and the rejected a prefix without EOS is INFERRED from the
+  form of the triplet).
 
   Args:
     prompt, solution: ids.
@@ -108,22 +125,29 @@ def algorithm1(prompt: Ids, solution: Ids, response: Response, *, pit: int, afte
     pit: the step to be blamed, from 0.
     after, before: what is known of Q after the pit and before it.
   """
-  return TokenPair(list(prompt), list(solution), response.prefix(pit + 1), flip_probability(after, before))
+  return TokenPair(
+    list(prompt), list(solution), response.prefix(pit + 1), flip_probability(after, before)
+  )
 
 
 def arbitrary(prompt: Ids, right: Ids, wrong: Ids) -> TokenPair:
-  """A right whole response against a wrong whole one: standard DPO's pair (https://arxiv.org/abs/2305.18290)."""
+  """A right whole response against a wrong whole one: standard DPO's pair
+  (https://arxiv.org/abs/2305.18290).
+  """
   return TokenPair(list(prompt), list(right), list(wrong))
 
 
 _FAR = (0.5, 0.4, 0.3)
 
 
-def furthest(right: Sequence[Sequence], wrong: Sequence[Sequence], *, variant: str) -> list[tuple[int, int]]:
+def furthest(
+  right: Sequence[Sequence], wrong: Sequence[Sequence], *, variant: str
+) -> list[tuple[int, int]]:
   """Right and wrong responses of one problem that are far apart in edit distance, each used once.
 
-  "DPO [Pal et al.]" of figure 5c pairs by highest edit distance (VERIFIED second-hand). How is not known; these are the
-  two ways that the code of Self-Explore has (https://arxiv.org/abs/2404.10346, VERIFIED), d Levenshtein's distance:
+  "DPO [Pal et al.]" of figure 5c pairs by highest edit distance (VERIFIED second-hand). How is not
+  known; these are the two ways that the code of Self-Explore has (https://arxiv.org/abs/2404.10346,
+  VERIFIED), d Levenshtein's distance:
     largest        each right response, in order, takes the wrong one with the largest d;
     shortest_far   the shortest wrong one with d / (|a| + |b|) > 0.5, else > 0.4, else > 0.3, else none.
 
@@ -144,7 +168,9 @@ def furthest(right: Sequence[Sequence], wrong: Sequence[Sequence], *, variant: s
     if variant == "largest":
       best = max(free, key=lambda w: Levenshtein.distance(chosen, wrong[w]), default=None)
     else:
-      share = {w: Levenshtein.distance(chosen, wrong[w]) / (len(chosen) + len(wrong[w])) for w in free}
+      share = {
+        w: Levenshtein.distance(chosen, wrong[w]) / (len(chosen) + len(wrong[w])) for w in free
+      }
       far = next((found for least in _FAR if (found := [w for w in free if share[w] > least])), [])
       best = min(far, key=lambda w: len(wrong[w]), default=None)
     if best is not None:
@@ -166,8 +192,9 @@ def shared_prefix(
 ) -> TokenPair | None:
   """The pit against what came out right from the very same prefix: the pair of theorem 6.1.
 
-  So the lecture of a co-author has it (VERIFIED), and Self-Explore (https://arxiv.org/abs/2404.10346). With the spurious
-  steps of right responses too it is the natural reading of figure 10 (INFERRED).
+  So the lecture of a co-author has it (VERIFIED), and Self-Explore
+  (https://arxiv.org/abs/2404.10346). With the spurious steps of right responses too it is the
+  natural reading of figure 10 (INFERRED).
 
   Args:
     prompt: ids of the problem.
@@ -176,8 +203,9 @@ def shared_prefix(
     siblings: all rollouts from the prefix before the pit (for pit 0: all responses to the problem).
     after: what is known of Q after the pit.
     continuation: "step" takes the chosen sibling's first step, "rollout" all of it.
-    choice: which right sibling: "random"; "shortest"; "most_likely", by the tokens that are taken; "majority", of the
-      first step with the most right minus wrong siblings (ours). Ties go to the earlier.
+    choice: which right sibling: "random"; "shortest"; "most_likely", by the tokens that are taken;
+      "majority", of the first step with the most right minus wrong siblings (ours). Ties go to the
+      earlier.
     rng: for "random".
 
   Returns:
@@ -202,7 +230,9 @@ def shared_prefix(
   elif choice == "shortest":
     chosen = min(right, key=lambda sibling: len(sibling.ids))
   elif choice == "most_likely":
-    chosen = max(right, key=lambda sibling: sibling.step_logp if continuation == "step" else sibling.logp)
+    chosen = max(
+      right, key=lambda sibling: sibling.step_logp if continuation == "step" else sibling.logp
+    )
   elif choice == "majority":
     lead = {first: 2 * score[first] - counts[first] for first in counts}  # right minus wrong
     chosen = max(right, key=lambda sibling: lead[tuple(sibling.step(0))])
@@ -215,13 +245,16 @@ def shared_prefix(
 
 
 def negatives(responses: Sequence[tuple[Ids, str]], most: int) -> list[int]:
-  """The wrong responses of one problem that credit and pairs are made from: with an answer, distinct, the first `most`.
+  """The wrong responses of one problem that credit and pairs are made from: with an answer,
+  distinct, the first `most`.
 
-  Responses cut off or looping have no answer, so that their last step is no wrong answer; Self-Explore drops them too
-  (https://arxiv.org/abs/2404.10346, VERIFIED). The paper keeps 8 wrong ones a problem (VERIFIED second-hand).
+  Responses cut off or looping have no answer, so that their last step is no wrong answer;
+  Self-Explore drops them too (https://arxiv.org/abs/2404.10346, VERIFIED). The paper keeps 8 wrong
+  ones a problem (VERIFIED second-hand).
 
   Args:
-    responses: (token ids, verdict's reason) of each response of the problem; "wrong" is wrong with an answer.
+    responses: (token ids, verdict's reason) of each response of the problem; "wrong" is wrong with
+      an answer.
     most: how many are kept.
 
   Returns:
@@ -246,8 +279,8 @@ def filter_pairs(
     max_flip: pairs whose label is flipped with a higher probability are dropped.
 
   Returns:
-    (indices into `pairs`, rising; how many were dropped, by reason: `same` where chosen and rejected are equal,
-    `doubtful`, `repeated` where trunk and rejected stood before, `beyond_cap`).
+    (indices into `pairs`, rising; how many were dropped, by reason: `same` where chosen and
+    rejected are equal, `doubtful`, `repeated` where trunk and rejected stood before, `beyond_cap`).
   """
   kept, seen = [], set()
   per_problem, dropped = collections.Counter(), collections.Counter()

@@ -1,9 +1,10 @@
 """Which step to blame: the first pit of a wrong response, the spurious step of a right one.
 
-The *first pit* is the earliest step from which the policy no longer recovers; `first_pit` has the rules that make this
-precise. Functions take one response of S steps and are meant to be `vmap`ed; `known_S` says which steps have an estimate,
-and no rule picks a step without one.
-A new rule is also a choice of pairs.pit_rule in runtime/config_schema.py, which says which schedules leave it enough values.
+The *first pit* is the earliest step from which the policy no longer recovers; `first_pit` has the
+rules that make this precise. Functions take one response of S steps and are meant to be `vmap`ed;
+`known_S` says which steps have an estimate, and no rule picks a step without one. A new rule is
+also a choice of pairs.pit_rule in runtime/config_schema.py, which says which schedules leave it
+enough values.
 """
 
 import jax
@@ -13,7 +14,13 @@ from synthneg_jax.core.advantages import step_advantages, values_before
 
 
 def first_pit(
-  q_S: jax.Array, known_S: jax.Array, v0: jax.Array, *, rule: str, drop_ratio: float = 0.34, min_before: float = 0.25
+  q_S: jax.Array,
+  known_S: jax.Array,
+  v0: jax.Array,
+  *,
+  rule: str,
+  drop_ratio: float = 0.34,
+  min_before: float = 0.25,
 ) -> jax.Array:
   """The step of a wrong response that is to be blamed.
 
@@ -21,11 +28,13 @@ def first_pit(
     lowest_value      the first step with the lowest Q (the paper's Algorithm 1, as read second-hand);
     first_zero        the first step with Q = 0 (Self-Explore, https://arxiv.org/abs/2404.10346);
     first_dead        the first step with Q = 0 after which all known steps have Q = 0 too: a success later on says that
-                      the zero was bad luck, as what came right from y_1:j came right from y_1:i too (ours);
+                      the zero was bad luck, as what came right from y_1:j came right from y_1:i too
+                      (ours);
     least_advantage   the first step with the lowest A (https://arxiv.org/abs/2410.08146, appendix A);
     relative_drop     the first step with Q <= drop_ratio · Q before and Q before >= min_before (ours).
 
-  In a response whose last step is wrong Q_L = 0, so lowest_value and first_zero agree where all steps are known.
+  In a response whose last step is wrong Q_L = 0, so lowest_value and first_zero agree where all
+  steps are known.
 
   Args:
     q_S: [S] values; whatever stands at unknown steps is ignored.
@@ -43,7 +52,9 @@ def first_pit(
   before_S = values_before(q_S, v0)
   before_known_S = jnp.concatenate([jnp.ones(1, bool), known_S[:-1]])
   if rule == "lowest_value":
-    return jnp.where(jnp.any(known_S), jnp.argmin(jnp.where(known_S, q_S, jnp.inf)), -1).astype(jnp.int32)
+    return jnp.where(jnp.any(known_S), jnp.argmin(jnp.where(known_S, q_S, jnp.inf)), -1).astype(
+      jnp.int32
+    )
   if rule == "first_zero":
     found_S = known_S & (q_S <= 0)
   elif rule == "first_dead":
@@ -51,19 +62,28 @@ def first_pit(
     found_S = known_S & (step_S > jnp.max(jnp.where(known_S & (q_S > 0), step_S, -1)))
   elif rule == "least_advantage":
     both_S = known_S & before_known_S
-    return jnp.where(jnp.any(both_S), jnp.argmin(jnp.where(both_S, q_S - before_S, jnp.inf)), -1).astype(jnp.int32)
+    return jnp.where(
+      jnp.any(both_S), jnp.argmin(jnp.where(both_S, q_S - before_S, jnp.inf)), -1
+    ).astype(jnp.int32)
   elif rule == "relative_drop":
     found_S = known_S & before_known_S & (q_S <= drop_ratio * before_S) & (before_S >= min_before)
   else:
-    raise ValueError(f"No pit rule {rule!r}: lowest_value, first_zero, first_dead, least_advantage or relative_drop.")
+    raise ValueError(
+      f"No pit rule {rule!r}: lowest_value, first_zero, first_dead, least_advantage or "
+      "relative_drop."
+    )
   return jnp.where(jnp.any(found_S), jnp.argmax(found_S), -1).astype(jnp.int32)
 
 
-def spurious_step(q_S: jax.Array, known_S: jax.Array, v0: jax.Array, *, below: float = 0.0) -> jax.Array:
-  """The step of a right response that made no progress: the first with the lowest advantage, if that is < `below`.
+def spurious_step(
+  q_S: jax.Array, known_S: jax.Array, v0: jax.Array, *, below: float = 0.0
+) -> jax.Array:
+  """The step of a right response that made no progress: the first with the lowest advantage, if
+  that is < `below`.
 
-  Right answers may hold wrong steps. That advantages of right responses improve per-step DPO is VERIFIED (figure 10's
-  caption of https://arxiv.org/abs/2406.14532); that the step of least advantage is the rejected one is INFERRED.
+  Right answers may hold wrong steps. That advantages of right responses improve per-step DPO is
+  VERIFIED (figure 10's caption of https://arxiv.org/abs/2406.14532); that the step of least
+  advantage is the rejected one is INFERRED.
 
   Args:
     q_S, known_S, v0: as `first_pit` takes them.

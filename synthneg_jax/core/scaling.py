@@ -1,4 +1,6 @@
-"""Error against the amount of data: the power law, and how many times the data another method would need. On the host."""
+"""Error against the amount of data: the power law, and how many times the data another method would
+need. On the host.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +12,8 @@ import numpy as np
 def power_law_fit(sizes, errors) -> tuple[float, float]:
   """error ≈ b · size^(-a), by least squares of log error on log size.
 
-  The paper's exponents lie between 0.05 and 0.15 (VERIFIED, second-hand); that they were fitted so is INFERRED.
+  The paper's exponents lie between 0.05 and 0.15 (VERIFIED, second-hand); that they were fitted so
+  is INFERRED.
 
   Args:
     sizes: [D] numbers of problems, at least two different.
@@ -37,14 +40,18 @@ def _positive(values) -> np.ndarray:
   return values
 
 
-def efficiency_factor(sizes, baseline_errors, *, size: float, method_error: float) -> tuple[float, bool]:
-  """How many times the data the baseline needs for a method's error: D_base(e) / D_method, e the method's error.
+def efficiency_factor(
+  sizes, baseline_errors, *, size: float, method_error: float
+) -> tuple[float, bool]:
+  """How many times the data the baseline needs for a method's error: D_base(e) / D_method, e the
+  method's error.
 
-  D_base(e) is the smallest size at which the baseline reaches e, on its curve drawn straight between points in log-log
-  axes; where the curve rises, the lowest error so far is kept, which favours the baseline. Beyond the curve's ends it
-  goes on with the exponent of `power_law_fit`, and the factor is called extrapolated; if that exponent is not positive
-  the factor is inf below the curve and 0 above it. "8x" in https://arxiv.org/abs/2406.14532 is such a factor (VERIFIED);
-  the interpolation is ours.
+  D_base(e) is the smallest size at which the baseline reaches e, on its curve drawn straight
+  between points in log-log axes; where the curve rises, the lowest error so far is kept, which
+  favours the baseline. Beyond the curve's ends it goes on with the exponent of `power_law_fit`, and
+  the factor is called extrapolated; if that exponent is not positive the factor is inf below the
+  curve and 0 above it. "8x" in https://arxiv.org/abs/2406.14532 is such a factor (VERIFIED); the
+  interpolation is ours.
 
   Args:
     sizes: [D] numbers of problems, rising, at least two.
@@ -79,7 +86,9 @@ def efficiency_factor(sizes, baseline_errors, *, size: float, method_error: floa
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-  """A factor of `efficiency_factor` with its bootstrap interval, and the share of draws that had to extrapolate."""
+  """A factor of `efficiency_factor` with its bootstrap interval, and the share of draws that had to
+  extrapolate.
+  """
 
   factor: float
   extrapolated: bool
@@ -101,13 +110,21 @@ class Baseline(NamedTuple):
 
 
 def bootstrap_efficiency(
-  baseline: Baseline, size: float, method_wrong_SN, *, draws: int = 1000, level: float = 0.95, seed: int = 0
+  baseline: Baseline,
+  size: float,
+  method_wrong_SN,
+  *,
+  draws: int = 1000,
+  level: float = 0.95,
+  seed: int = 0,
 ) -> Efficiency:
-  """`efficiency_factor` of mean errors, with a percentile bootstrap over training seeds and test problems.
+  """`efficiency_factor` of mean errors, with a percentile bootstrap over training seeds and test
+  problems.
 
-  Each draw takes N problems with replacement, the same for both methods and all sizes (they share the test set), and
-  seeds with replacement, for each size and method apart. A mean error of 0 counts as half a mistake of one seed.
-  Few seeds make the interval too narrow, as in every bootstrap. Ours.
+  Each draw takes N problems with replacement, the same for both methods and all sizes (they share
+  the test set), and seeds with replacement, for each size and method apart. A mean error of 0
+  counts as half a mistake of one seed. Few seeds make the interval too narrow, as in every
+  bootstrap. Ours.
 
   Args:
     baseline: its sizes and mistakes.
@@ -120,13 +137,19 @@ def bootstrap_efficiency(
   Returns:
     Efficiency; an end of the interval may be inf.
   """
-  baseline_DSN, method_SN = np.asarray(baseline.wrong_DSN, np.float64), np.asarray(method_wrong_SN, np.float64)
+  baseline_DSN, method_SN = (
+    np.asarray(baseline.wrong_DSN, np.float64),
+    np.asarray(method_wrong_SN, np.float64),
+  )
   D, S, N = baseline_DSN.shape
   rng = np.random.default_rng(seed)
 
   def factor_of(baseline_DS, method_S):
     floors = 0.5 / (N * S), 0.5 / (N * len(method_S))
-    baseline_D, method = np.maximum(baseline_DS.mean(1), floors[0]), max(float(method_S.mean()), floors[1])
+    baseline_D, method = (
+      np.maximum(baseline_DS.mean(1), floors[0]),
+      max(float(method_S.mean()), floors[1]),
+    )
     return efficiency_factor(baseline.sizes, baseline_D, size=size, method_error=method)
 
   factor, extrapolated = factor_of(baseline_DSN.mean(2), method_SN.mean(1))
@@ -138,6 +161,8 @@ def bootstrap_efficiency(
     drawn, out = factor_of(baseline_DS, method_S)
     factors.append(drawn)
     beyond.append(out)
-  low = np.quantile(factors, (1 - level) / 2, method="lower")  # no arithmetic between draws: some may be inf
+  low = np.quantile(
+    factors, (1 - level) / 2, method="lower"
+  )  # no arithmetic between draws: some may be inf
   high = np.quantile(factors, (1 + level) / 2, method="higher")
   return Efficiency(factor, extrapolated, float(low), float(high), float(np.mean(beyond)))

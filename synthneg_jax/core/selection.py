@@ -1,4 +1,6 @@
-"""Which self-generated responses become training data: D⁺, those that differ, those of high advantage; spurious steps."""
+"""Which self-generated responses become training data: D⁺, those that differ, those of high
+advantage; spurious steps.
+"""
 
 import math
 import re
@@ -10,10 +12,12 @@ from synthneg_jax.core.advantages import sign_confidence
 
 
 def keep_right(responses: Sequence[tuple[Sequence[int], bool]], most: int) -> list[int]:
-  """D⁺ of one problem: the first `most` right responses that differ from one another token by token.
+  """D⁺ of one problem: the first `most` right responses that differ from one another token by
+  token.
 
-  Sampling order is random already, so the first are a random choice. That D⁺ holds right responses to D_syn's problems
-  is the paper's (section 5 of https://arxiv.org/abs/2406.14532); how many a problem is not known, and is ours to choose.
+  Sampling order is random already, so the first are a random choice. That D⁺ holds right responses
+  to D_syn's problems is the paper's (section 5 of https://arxiv.org/abs/2406.14532); how many a
+  problem is not known, and is ours to choose.
 
   Args:
     responses: (token ids, verdict) of each response of the problem.
@@ -32,8 +36,8 @@ def keep_right(responses: Sequence[tuple[Sequence[int], bool]], most: int) -> li
 
 _ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
 _TIMES = re.compile(r"(?<=[\d)%])[ \t]*[x×][ \t]*(?=[\d($])")
-# Possessive, so that no run of characters is read twice; groups are atomic instead, (?>...), since Python before 3.11.5 has
-# possessive ones wrong (https://github.com/python/cpython/issues/106052).
+# Possessive, so that no run of characters is read twice; groups are atomic instead, (?>...), since
+# Python before 3.11.5 has possessive ones wrong (https://github.com/python/cpython/issues/106052).
 _NUMBER = r"[-($]*+\d++(?>(?:[.,]\d++)*)%?+\)*+"
 _SIDE = rf"{_NUMBER}(?>(?:[ \t]*+[-+*/][ \t]*+{_NUMBER})*)"
 _CHAIN = re.compile(rf"(?<![-($\d])(?<!\d[.,]){_SIDE}(?>(?:[ \t]*+=[ \t]*+{_SIDE})*)")
@@ -42,10 +46,11 @@ _CHAIN = re.compile(rf"(?<![-($\d])(?<!\d[.,]){_SIDE}(?>(?:[ \t]*+=[ \t]*+{_SIDE
 def equation_key(text: str) -> str:
   """What a solution computes: its equations in order, without spaces, joined by "|".
 
-  Responses of one key are the same solution in other words. Keys are those of RFT (https://arxiv.org/abs/2308.01825, whose
-  code keeps one response a key; VERIFIED), made from GSM8K's calculator annotations <<48/2=24>>. Where a text has none,
-  equations between numbers are read from its prose (ours); there × and x count as *, ÷ as /, and $ and the commas within
-  numbers are dropped.
+  Responses of one key are the same solution in other words. Keys are those of RFT
+  (https://arxiv.org/abs/2308.01825, whose code keeps one response a key; VERIFIED), made from
+  GSM8K's calculator annotations <<48/2=24>>. Where a text has none, equations between numbers are
+  read from its prose (ours); there × and x count as *, ÷ as /, and $ and the commas within numbers
+  are dropped.
 
   Returns:
     The key; "" where there is no equation, which says nothing about two texts being alike.
@@ -60,8 +65,8 @@ def equation_key(text: str) -> str:
 def deduplicate_by_equation_key(texts: Sequence[str]) -> list[int]:
   """The first text of each `equation_key`, and every text that has none.
 
-  RFT keeps one response a key (https://arxiv.org/abs/2308.01825, VERIFIED), of equals the one furthest from the others;
-  that it is the first here is ours.
+  RFT keeps one response a key (https://arxiv.org/abs/2308.01825, VERIFIED), of equals the one
+  furthest from the others; that it is the first here is ours.
 
   Args:
     texts: in order of preference.
@@ -79,10 +84,11 @@ def deduplicate_by_equation_key(texts: Sequence[str]) -> list[int]:
 
 
 def deduplicate_by_edit_distance(texts: Sequence[str], threshold: float) -> list[int]:
-  """Texts that are far from every one kept before them: d(a, b) / max(|a|, |b|) > threshold, d Levenshtein's distance.
+  """Texts that are far from every one kept before them: d(a, b) / max(|a|, |b|) > threshold, d
+  Levenshtein's distance.
 
-  That the paper drops near repeats by edit distance is VERIFIED (a co-author's lecture); how it normalises and where it
-  cuts is not known, and both are ours.
+  That the paper drops near repeats by edit distance is VERIFIED (a co-author's lecture); how it
+  normalises and where it cuts is not known, and both are ours.
 
   Args:
     texts: in order of preference.
@@ -99,10 +105,12 @@ def deduplicate_by_edit_distance(texts: Sequence[str], threshold: float) -> list
 
 
 def most_diverse(texts: Sequence[str], n: int) -> list[int]:
-  """Greedy max-min choice: the first text, then again and again the one whose nearest chosen text is furthest away.
+  """Greedy max-min choice: the first text, then again and again the one whose nearest chosen text
+  is furthest away.
 
-  Distances as in `deduplicate_by_edit_distance`; ties go to the earlier text. To draw 2n and keep the n most diverse is
-  the other way that a co-author's lecture names (VERIFIED); that it is greedy max-min is ours.
+  Distances as in `deduplicate_by_edit_distance`; ties go to the earlier text. To draw 2n and keep
+  the n most diverse is the other way that a co-author's lecture names (VERIFIED); that it is greedy
+  max-min is ours.
 
   Args:
     texts: in any order.
@@ -126,11 +134,12 @@ def most_diverse(texts: Sequence[str], n: int) -> list[int]:
 
 
 def advantage_filter(min_advantages: Sequence[float], bottom_share: float = 0.5) -> list[int]:
-  """Advantage-filtered RFT: drops the responses whose min_i A_i is among the lowest `bottom_share` of all.
+  """Advantage-filtered RFT: drops the responses whose min_i A_i is among the lowest `bottom_share`
+  of all.
 
-  Figure 11 of https://arxiv.org/abs/2406.14532 drops the bottom half of right and wrong responses (VERIFIED, its caption).
-  That all problems are ranked together is INFERRED; that exactly ⌊share · N⌋ are dropped, of equal ones the later first,
-  is ours: with few rollouts a step many are equal.
+  Figure 11 of https://arxiv.org/abs/2406.14532 drops the bottom half of right and wrong responses
+  (VERIFIED, its caption). That all problems are ranked together is INFERRED; that exactly ⌊share ·
+  N⌋ are dropped, of equal ones the later first, is ours: with few rollouts a step many are equal.
 
   Args:
     min_advantages: the lowest advantage of each response; NaN where none of its steps has one.
@@ -140,7 +149,8 @@ def advantage_filter(min_advantages: Sequence[float], bottom_share: float = 0.5)
     Indices of the responses kept, rising. Those with NaN are never kept, and do not count in N.
   """
   ranked = sorted(
-    (i for i, low in enumerate(min_advantages) if not math.isnan(low)), key=lambda i: (min_advantages[i], -i)
+    (i for i, low in enumerate(min_advantages) if not math.isnan(low)),
+    key=lambda i: (min_advantages[i], -i),
   )
   return sorted(ranked[math.floor(bottom_share * len(ranked)) :])
 
@@ -178,16 +188,21 @@ def step_mask(advantages: Sequence[float], step_ends: Sequence[int], *, rule: st
 
 
 def spurious_steps(
-  successes: Sequence[int], rollouts: Sequence[int], start: tuple[int, int], *, confidence: float = 0.9
+  successes: Sequence[int],
+  rollouts: Sequence[int],
+  start: tuple[int, int],
+  *,
+  confidence: float = 0.9,
 ) -> list[int]:
   """The steps of a right response that its counts call a step back: P(Q_i < Q_i-1) >= confidence.
 
-  The paper counts spurious steps in right responses by a heuristic that is not known; this one is ours. Going by the sign
-  of A_i alone would count noise: with few rollouts half of the steps that change nothing have A_i < 0.
+  The paper counts spurious steps in right responses by a heuristic that is not known; this one is
+  ours. Going by the sign of A_i alone would count noise: with few rollouts half of the steps that
+  change nothing have A_i < 0.
 
   Args:
-    successes, rollouts: counts after each step; a step without rollouts is unknown, so leave out or give 0 to the last,
-      whose value is its verdict.
+    successes, rollouts: counts after each step; a step without rollouts is unknown, so leave out or
+      give 0 to the last, whose value is its verdict.
     start: (successes, rollouts) from the bare problem, before the first step.
     confidence: in (0.5, 1).
 
@@ -195,10 +210,17 @@ def spurious_steps(
     Indices of those steps, rising.
   """
   after = list(zip(successes, rollouts, strict=True))
-  known = [i for i, (now, before) in enumerate(zip(after, [start, *after], strict=False)) if now[1] and before[1]]
+  known = [
+    i
+    for i, (now, before) in enumerate(zip(after, [start, *after], strict=False))
+    if now[1] and before[1]
+  ]
 
   def steps_back(i: int) -> bool:
     before = after[i - 1] if i else start
-    return sign_confidence(*after[i], successes_before=before[0], rollouts_before=before[1]) >= confidence
+    return (
+      sign_confidence(*after[i], successes_before=before[0], rollouts_before=before[1])
+      >= confidence
+    )
 
   return [i for i in known if steps_back(i)]

@@ -1,18 +1,21 @@
 """The token tree: tokens that share beginnings, of any depth.
 
-Every piece of work of the method is a tree: the traces of a problem branch off its prompt, the rollouts of a step branch
-off the trace's prefix, a pair is two branches. A shared beginning is computed once however many branches continue it,
-several trees pack into one row, and a packed tree has the log-probabilities of its unpacked sequences. A tree lies in its
-row in preorder: a run of tokens, then the branches off it in falling order of their forks, each with its own branches.
-Two integers of a token say the rest:
+Every piece of work of the method is a tree: the traces of a problem branch off its prompt, the
+rollouts of a step branch off the trace's prefix, a pair is two branches. A shared beginning is
+computed once however many branches continue it, several trees pack into one row, and a packed tree
+has the log-probabilities of its unpacked sequences. A tree lies in its row in preorder: a run of
+tokens, then the branches off it in falling order of their forks, each with its own branches. Two
+integers of a token say the rest:
 
   attention   query q sees key k  iff  k <= q < leave[k], where `leave` is the row index just past all that continues k.
-              It covers causality, siblings, other trees of the row, and padding, which sees itself only.
+              It covers causality, siblings, other trees of the row, and padding, which sees itself
+              only.
   prediction  a token is predicted by the hidden state of its `parent`: the token before it on its path. All branches at
               a fork share theirs with the next token of the run that they leave.
 
-`position` is the place in the unpacked sequence, and it, never the place in the row, drives rotary embeddings and windows.
-A branch is named by its last token: it consists of the tokens that this token sees.
+`position` is the place in the unpacked sequence, and it, never the place in the row, drives rotary
+embeddings and windows. A branch is named by its last token: it consists of the tokens that this
+token sees.
 """
 
 import dataclasses
@@ -27,11 +30,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-  """Tokens that continue the first `fork` tokens of a path; the path up to their end is a sequence of its own.
+  """Tokens that continue the first `fork` tokens of a path; the path up to their end is a sequence
+  of its own.
 
   Attributes:
-    fork: how many tokens of the path that it leaves this branch continues. It leaves a run of tokens (the trunk, or another
-      branch's own) behind one of them.
+    fork: how many tokens of the path that it leaves this branch continues. It leaves a run of
+      tokens (the trunk, or another branch's own) behind one of them.
     ids: int [L], L >= 1.
     scored: bool [L], which tokens count in a loss; None means all.
     branches: those that leave this branch's own tokens.
@@ -44,7 +48,8 @@ class Branch:
 
 
 class Layout(NamedTuple):
-  """A tree's n tokens as they lie in a row that begins with it: numpy arrays [n], fields as in `PackedTrees`.
+  """A tree's n tokens as they lie in a row that begins with it: numpy arrays [n], fields as in
+  `PackedTrees`.
 
   Attributes:
     end: int [branches], the last token of each branch, by its number.
@@ -69,7 +74,8 @@ class Tree:
     branches: those that leave the trunk.
 
   Raises:
-    ValueError: a fork outside of the run that a branch leaves, an empty branch, or a mask of another length.
+    ValueError: a fork outside of the run that a branch leaves, an empty branch, or a mask of
+      another length.
   """
 
   trunk: Sequence[int]
@@ -81,9 +87,12 @@ class Tree:
     for number, (branch, left) in enumerate(_below(self._root)):
       if not left.fork < branch.fork <= left.fork + len(left.ids):
         raise ValueError(
-          f"Branch {number} forks at {branch.fork}, outside {left.fork + 1}..{left.fork + len(left.ids)}."
+          f"Branch {number} forks at {branch.fork}, outside "
+          f"{left.fork + 1}..{left.fork + len(left.ids)}."
         )
-      if len(branch.ids) < 1 or (branch.scored is not None and len(branch.scored) != len(branch.ids)):
+      if len(branch.ids) < 1 or (
+        branch.scored is not None and len(branch.scored) != len(branch.ids)
+      ):
         raise ValueError(f"Branch {number} is empty, or its scored mask has another length.")
 
   @property
@@ -110,10 +119,16 @@ class Tree:
   def layout(self) -> Layout:
     """The tree in preorder."""
     size = self.num_tokens
-    out = Layout(*(np.zeros(size, np.int32) for _ in range(4)), np.zeros(size, bool), np.zeros(self.num_branches, int))
+    out = Layout(
+      *(np.zeros(size, np.int32) for _ in range(4)),
+      np.zeros(size, bool),
+      np.zeros(self.num_branches, int),
+    )
 
     def lay(run: Branch, number: int, at: int, path: np.ndarray) -> int:
-      """Lays a run and all that leaves it from row index `at` on; `path` has the row indices before it. Returns the end."""
+      """Lays a run and all that leaves it from row index `at` on; `path` has the row indices before
+      it. Returns the end.
+      """
       own = np.arange(at, at + len(run.ids))
       path = np.concatenate([path[: run.fork], own])
       out.token[own], out.position[own] = run.ids, run.fork + np.arange(len(own))
@@ -151,8 +166,9 @@ def _below(run: Branch) -> Iterator[tuple[Branch, Branch]]:
 def sharing(trunk: Sequence[int], branches: Sequence[Branch]) -> Tree:
   """The tree of these branches in which beginnings that they have in common stand once.
 
-  Every branch keeps its sequence and which of its tokens are scored; a beginning is in common where both agree. At least its
-  last token stays its own. Branches of branches are left as they are, and numbers are not kept.
+  Every branch keeps its sequence and which of its tokens are scored; a beginning is in common where
+  both agree. At least its last token stays its own. Branches of branches are left as they are, and
+  numbers are not kept.
   """
   root = _Shared(0, list(trunk), [False] * len(trunk), [])
   for branch in branches:
@@ -163,7 +179,12 @@ def sharing(trunk: Sequence[int], branches: Sequence[Branch]) -> Tree:
       size = max(sizes, default=0)
       if not size:
         break
-      left, fork, ids, scored = left.branches[sizes.index(size)], fork + size, ids[size:], scored[size:]
+      left, fork, ids, scored = (
+        left.branches[sizes.index(size)],
+        fork + size,
+        ids[size:],
+        scored[size:],
+      )
     left.branches.append(_Shared(fork, ids, scored, [], branch.branches))
   return Tree(trunk, tuple(run.frozen() for run in root.branches))
 
@@ -187,7 +208,9 @@ class _Shared:
 
   def frozen(self) -> Branch:
     """The branch with those that it grew and those that it was given."""
-    return Branch(self.fork, self.ids, self.scored, (*self.given, *(run.frozen() for run in self.branches)))
+    return Branch(
+      self.fork, self.ids, self.scored, (*self.given, *(run.frozen() for run in self.branches))
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -242,7 +265,11 @@ def pack(rows: Sequence[Sequence[Tree]], length: int) -> PackedTrees:
       if at + tree.num_tokens > length:
         raise ValueError(f"Row {r} overflows: its trees need more than {length} tokens.")
       layout, part = tree.layout, slice(at, at + tree.num_tokens)
-      out.token[r, part], out.position[r, part], out.scored[r, part] = layout.token, layout.position, layout.scored
+      out.token[r, part], out.position[r, part], out.scored[r, part] = (
+        layout.token,
+        layout.position,
+        layout.scored,
+      )
       out.leave[r, part] = at + layout.leave
       out.parent[r, part] = np.where(layout.parent < 0, -1, at + layout.parent)
       at += tree.num_tokens
@@ -277,7 +304,9 @@ def first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
 
 
 def sees(query, key, leave):
-  """The attention rule: bool [..., Q, K], True where row indices query [..., Q] see key [..., K], of that `leave`."""
+  """The attention rule: bool [..., Q, K], True where row indices query [..., Q] see key [..., K],
+  of that `leave`.
+  """
   query = query[..., :, None]
   return (key[..., None, :] <= query) & (query < leave[..., None, :])
 
@@ -290,7 +319,9 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-  """Where keys stand, int32 [..., K]: row index, position, and the row index from which on no query sees them."""
+  """Where keys stand, int32 [..., K]: row index, position, and the row index from which on no query
+  sees them.
+  """
 
   index: jax.Array
   position: jax.Array
@@ -302,7 +333,8 @@ def attention_mask(queries: Queries, keys: Keys, window: int | jax.Array = 0) ->
 
   Args:
     queries, keys: where they stand.
-    window: how many of the last positions a query sees, its own included; 0 for all. A traced scalar is never 0.
+    window: how many of the last positions a query sees, its own included; 0 for all. A traced
+      scalar is never 0.
 
   Returns:
     bool [..., Q, K]; True where the query sees the key.

@@ -1,7 +1,9 @@
-"""Traces with step-level credit: what stages sample and credit wrote, read once and for every reader.
+"""Traces with step-level credit: what stages sample and credit wrote, read once and for every
+reader.
 
-Counts become values (core/advantages.py) and blame (core/pits.py) here, so that the pairs that are trained on, the RFT filter,
-the report, the trace viewer and TensorBoard all see the same Q, advantages and pits.
+Counts become values (core/advantages.py) and blame (core/pits.py) here, so that the pairs that are
+trained on, the RFT filter, the report, the trace viewer and TensorBoard all see the same Q,
+advantages and pits.
 """
 
 import dataclasses
@@ -18,14 +20,18 @@ from synthneg_jax.data.records import Shards, StepEstimate, Trace
 
 
 def by_problem(traces: Iterable[Trace], order: Iterable[str] = ()) -> dict[str, list[Trace]]:
-  """Traces grouped by problem: problems in the given order, then others as they come; traces by index.
+  """Traces grouped by problem: problems in the given order, then others as they come; traces by
+  index.
 
-  The order of problems in shards depends on which process wrote them; nothing made from traces may depend on it.
+  The order of problems in shards depends on which process wrote them; nothing made from traces may
+  depend on it.
   """
   groups = {key: [] for key in order}
   for trace in traces:
     groups.setdefault(trace.problem_id, []).append(trace)
-  return {key: sorted(group, key=lambda trace: trace.index) for key, group in groups.items() if group}
+  return {
+    key: sorted(group, key=lambda trace: trace.index) for key, group in groups.items() if group
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +58,9 @@ class CreditedTrace:
 
 
 def pad(traces: Sequence[CreditedTrace]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Values of N traces, padded to the longest: (q [N, S], known [N, S], False beyond a trace's end, v0 [N])."""
+  """Values of N traces, padded to the longest: (q [N, S], known [N, S], False beyond a trace's end,
+  v0 [N]).
+  """
   width = max(len(credited.q) for credited in traces)
   q, known = np.zeros((len(traces), width), np.float32), np.zeros((len(traces), width), bool)
   for n, credited in enumerate(traces):
@@ -61,17 +69,24 @@ def pad(traces: Sequence[CreditedTrace]) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def first_pits(traces: Sequence[CreditedTrace], section) -> list[int]:
-  """The first pit of each wrong trace by the rule of the config's section `pairs`; -1 if the rule finds none."""
+  """The first pit of each wrong trace by the rule of the config's section `pairs`; -1 if the rule
+  finds none.
+  """
   if not traces:
     return []
   rule = functools.partial(
-    pits.first_pit, rule=section.pit_rule, drop_ratio=section.drop_ratio, min_before=section.min_before
+    pits.first_pit,
+    rule=section.pit_rule,
+    drop_ratio=section.drop_ratio,
+    min_before=section.min_before,
   )
   return np.asarray(jax.jit(jax.vmap(rule))(*pad(traces))).tolist()
 
 
 def spurious_steps(traces: Sequence[CreditedTrace], below: float) -> list[int]:
-  """The spurious step of each right trace, whose advantage is below `below`; -1 if the rule finds none."""
+  """The spurious step of each right trace, whose advantage is below `below`; -1 if the rule finds
+  none.
+  """
   if not traces:
     return []
   rule = functools.partial(pits.spurious_step, below=below)
@@ -88,7 +103,9 @@ class CreditedTraces:
     start: (right, all) samples of each problem, from which V is estimated.
   """
 
-  def __init__(self, groups: Mapping[str, Sequence[Trace]], estimates: Mapping[str, StepEstimate], best_of: int):
+  def __init__(
+    self, groups: Mapping[str, Sequence[Trace]], estimates: Mapping[str, StepEstimate], best_of: int
+  ):
     """
     Args:
       groups: as `by_problem` returns them.
@@ -96,7 +113,9 @@ class CreditedTraces:
       best_of: k of Best-of-k; every problem has at least k samples.
     """
     self.groups, self.estimates = groups, estimates
-    self.start = {key: (sum(trace.correct for trace in group), len(group)) for key, group in groups.items()}
+    self.start = {
+      key: (sum(trace.correct for trace in group), len(group)) for key, group in groups.items()
+    }
     with_credit = {estimate.trace_id for estimate in estimates.values()}
     traces = [trace for group in groups.values() for trace in group if trace.id in with_credit]
     self.traces = self._with_values(traces, best_of) if traces else []
@@ -118,12 +137,16 @@ class CreditedTraces:
     return [credited for credited in self.traces if credited.trace.correct]
 
   def count(self, trace: Trace, num_steps: int) -> Count:
-    """What is known of Q after the first `num_steps` steps of a credited trace; of V where there are none."""
+    """What is known of Q after the first `num_steps` steps of a credited trace; of V where there
+    are none.
+    """
     if num_steps == 0:
       return Count(*self.start[trace.problem_id])
     estimate = self.estimates[f"{trace.id}/{num_steps - 1}"]
     return (
-      Count(int(estimate.correct), 1, exact=True) if estimate.exact else Count(estimate.successes, estimate.rollouts)
+      Count(int(estimate.correct), 1, exact=True)
+      if estimate.exact
+      else Count(estimate.successes, estimate.rollouts)
     )
 
   def _with_values(self, traces: Sequence[Trace], best_of: int) -> list[CreditedTrace]:
@@ -133,9 +156,14 @@ class CreditedTraces:
     for n, trace in enumerate(traces):
       for step in range(len(trace.step_ends)):
         count = self.count(trace, step + 1)
-        successes[n, step], rollouts[n, step], exact[n, step] = count.successes, count.rollouts, count.exact
+        successes[n, step], rollouts[n, step], exact[n, step] = (
+          count.successes,
+          count.rollouts,
+          count.exact,
+        )
     q, known = map(
-      np.asarray, jax.jit(advantages.best_of_k, static_argnums=2)(successes, rollouts, best_of, exact=exact)
+      np.asarray,
+      jax.jit(advantages.best_of_k, static_argnums=2)(successes, rollouts, best_of, exact=exact),
     )
     start = np.array([self.start[trace.problem_id] for trace in traces], np.int32)
     v0, v0_known = map(np.asarray, advantages.best_of_k(start[:, 0], start[:, 1], best_of))

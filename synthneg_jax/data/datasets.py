@@ -1,9 +1,11 @@
-"""Problem files as TensorFlow Datasets: prepared once as array_record, then read from there. TensorFlow is not needed.
+"""Problem files as TensorFlow Datasets: prepared once as array_record, then read from there.
+TensorFlow is not needed.
 
-GSM8K is TFDS's own builder where it is to be downloaded. Everything that lies in files (GSM8K, MATH's tree of 12,500 files,
-MATH-500, any JSON lines, a written D_syn) goes through a builder of ours, whose rows keep their order, their ids and what
-was skipped. A prepared dataset is found again by its files' names, sizes and times of change, and by the code that reads
-them. It stands where TFDS keeps its own: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+GSM8K is TFDS's own builder where it is to be downloaded. Everything that lies in files (GSM8K,
+MATH's tree of 12,500 files, MATH-500, any JSON lines, a written D_syn) goes through a builder of
+ours, whose rows keep their order, their ids and what was skipped. A prepared dataset is found again
+by its files' names, sizes and times of change, and by the code that reads them. It stands where
+TFDS keeps its own: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 """
 
 import contextlib
@@ -58,11 +60,15 @@ class SynthnegProblems(tfds.core.GeneratorBasedBuilder):
 
 def folder() -> epath.Path:
   """Where prepared datasets stand."""
-  return epath.Path(os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")).expanduser()
+  return epath.Path(
+    os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
+  ).expanduser()
 
 
 def _mark(files: list[epath.Path], *how) -> str:
-  """Tells files and ways of reading apart: names, sizes, times of change, arguments and the readers' source."""
+  """Tells files and ways of reading apart: names, sizes, times of change, arguments and the
+  readers' source.
+  """
   digest = hashlib.sha256(repr(how).encode())
   for module in (problem_files, answers, inspect.getmodule(answers.stated_answer)):
     digest.update(inspect.getsource(module).encode())
@@ -74,7 +80,9 @@ def _mark(files: list[epath.Path], *how) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-  """Puts TFDS's own progress and its remarks on configurations aside; errors are raised all the same."""
+  """Puts TFDS's own progress and its remarks on configurations aside; errors are raised all the
+  same.
+  """
   before = logging.get_verbosity()
   tfds.disable_progress_bar()
   logging.set_verbosity(logging.ERROR)
@@ -88,7 +96,8 @@ def _quiet():
 def _prepare(builder: tfds.core.DatasetBuilder) -> None:
   """download_and_prepare as array_record.
 
-  Another process may prepare the same at the same time: each works in a folder of its own, and one rename wins.
+  Another process may prepare the same at the same time: each works in a folder of its own, and one
+  rename wins.
   """
   try:
     builder.download_and_prepare(file_format="array_record")
@@ -116,7 +125,9 @@ def from_files(
     UserError: also, the prepared dataset cannot be written.
   """
   files = problem_files.find(path, split)
-  config = tfds.core.BuilderConfig(name=f"{name}_{split}_{_mark(files, name, split, skip_bad_rows, fields or {})}")
+  config = tfds.core.BuilderConfig(
+    name=f"{name}_{split}_{_mark(files, name, split, skip_bad_rows, fields or {})}"
+  )
 
   def make(rows=None):
     return SynthnegProblems(rows, config=config, data_dir=folder(), file_format="array_record")
@@ -125,16 +136,22 @@ def from_files(
     with _quiet():
       builder = make()
       if not builder.is_prepared():
-        _prepare(make(problem_files.read(path, name, split, skip_bad_rows=skip_bad_rows, fields=fields)))
+        _prepare(
+          make(problem_files.read(path, name, split, skip_bad_rows=skip_bad_rows, fields=fields))
+        )
         builder = make()
   except OSError as error:
     raise errors.UserError(
-      f"The problems of {path} cannot be prepared in {folder()}: {error.strerror or error}; TFDS_DATA_DIR names another "
+      f"The problems of {path} cannot be prepared in {folder()}: {error.strerror or error}; "
+      "TFDS_DATA_DIR names another "
       "folder."
     ) from error
   source = builder.as_data_source("rows")
   made = Rows([_decode(source[index]) for index in range(len(source))])
-  made.skipped, made.duplicates = list(builder.info.metadata["sentences"]), builder.info.metadata["duplicates"]
+  made.skipped, made.duplicates = (
+    list(builder.info.metadata["sentences"]),
+    builder.info.metadata["duplicates"],
+  )
   missing = builder.info.metadata["skipped"] - len(made.skipped)
   if missing:
     made.skipped.append(f"and {missing} more.")
@@ -142,7 +159,8 @@ def from_files(
 
 
 def gsm8k(split: str) -> Rows:
-  """GSM8K through TFDS's own builder, downloaded when it is not there yet; rows and ids equal those of the files.
+  """GSM8K through TFDS's own builder, downloaded when it is not there yet; rows and ids equal those
+  of the files.
 
   Raises:
     UserError: it cannot be downloaded.
@@ -161,7 +179,8 @@ def gsm8k(split: str) -> Rows:
         _prepare(builder)
   except Exception as error:  # urllib, requests and TFDS have no common class for "no network"
     raise errors.UserError(
-      f"GSM8K could not be downloaded ({type(error).__name__}: {str(error)[:200]}); set SYNTHNEG_DATA_DIR to a folder with "
+      f"GSM8K could not be downloaded ({type(error).__name__}: {str(error)[:200]}); set "
+      "SYNTHNEG_DATA_DIR to a folder with "
       "gsm8k/train.jsonl and gsm8k/test.jsonl, or name their folder by --config.task.path."
     ) from error
   source = builder.as_data_source(split)

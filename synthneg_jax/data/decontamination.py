@@ -1,10 +1,11 @@
 """Training problems that a test problem shines through: the same run of words in both.
 
-The rule is ours (what the paper did is not known): a training problem goes if it shares `n` words in a row with a test
-problem, 13 by default, as is common for language models' training data. Words are runs of letters and digits, case aside,
-so that layout, punctuation and LaTeX's signs do not matter (`\\frac{1}{2}` is frac, 1, 2). A text of fewer words counts
-only if its words are all those of a test problem. A run that more than half of the test problems have is an instruction
-("Solve the following problem step by step ...") and does not count. Problems are compared, solutions are not.
+The rule is ours (what the paper did is not known): a training problem goes if it shares `n` words
+in a row with a test problem, 13 by default, as is common for language models' training data. Words
+are runs of letters and digits, case aside, so that layout, punctuation and LaTeX's signs do not
+matter (`\\frac{1}{2}` is frac, 1, 2). A text of fewer words counts only if its words are all those
+of a test problem. A run that more than half of the test problems have is an instruction ("Solve the
+following problem step by step ...") and does not count. Problems are compared, solutions are not.
 """
 
 import dataclasses
@@ -45,7 +46,11 @@ class _Numbers:
 
   def __init__(self, texts: Sequence[str], numbers: dict[str, int], grow: bool):
     self.words = [words(text) for text in texts]
-    look = (lambda word: numbers.setdefault(word, len(numbers) + 1)) if grow else (lambda word: numbers.get(word, 0))
+    look = (
+      (lambda word: numbers.setdefault(word, len(numbers) + 1))
+      if grow
+      else (lambda word: numbers.get(word, 0))
+    )
     self.flat = np.array([look(word) for text in self.words for word in text], np.uint64)
     lengths = np.array([len(text) for text in self.words], np.int64)
     self.starts = np.cumsum(lengths) - lengths
@@ -77,7 +82,9 @@ class _Index:
     random = np.random.default_rng(0).integers(1, 1 << 63, size=n, dtype=np.uint64)
     self._factors = random * np.uint64(2) + np.uint64(1)
     windows = self._test.windows(n)
-    hashes, first, count = np.unique(self._test.hashes(windows, self._factors), return_index=True, return_counts=True)
+    hashes, first, count = np.unique(
+      self._test.hashes(windows, self._factors), return_index=True, return_counts=True
+    )
     own = np.flatnonzero((count <= len(test) / 2) | (len(test) < _FEWEST))
     self._hashes, self._windows = hashes[own], windows[first[own]]
     self._short = {}  # whole texts of fewer than n words, by their words
@@ -97,13 +104,17 @@ class _Index:
         i, c = shared[index]
         begin = int(at[i] - train.starts[index])
         run, test_index = text[begin : begin + n], int(self._test.text[test_at[i]])
-        overlaps.append(Overlap(first_index + index, test_index, " ".join(run), c / (len(text) - n + 1)))
+        overlaps.append(
+          Overlap(first_index + index, test_index, " ".join(run), c / (len(text) - n + 1))
+        )
       elif tuple(text) in self._short:
         overlaps.append(Overlap(first_index + index, self._short[tuple(text)], " ".join(text), 1.0))
     return overlaps
 
   def _matches(self, train: _Numbers) -> tuple[np.ndarray, np.ndarray]:
-    """Where windows of training texts begin that equal one of a test text, and where the latter begins."""
+    """Where windows of training texts begin that equal one of a test text, and where the latter
+    begins.
+    """
     at = train.windows(self._n)
     if not len(self._hashes):
       return at[:0], at[:0]
@@ -120,7 +131,8 @@ class _Index:
 def overlaps(train: Sequence[str], test: Sequence[str], n: int = 13) -> list[Overlap]:
   """The training texts that overlap a test text, in order.
 
-  Linear in the number of words. Matches of hashes are checked word by word, so no training text goes by accident.
+  Linear in the number of words. Matches of hashes are checked word by word, so no training text
+  goes by accident.
 
   Args:
     train: texts.

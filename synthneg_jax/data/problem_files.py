@@ -1,4 +1,5 @@
-"""Problems from files: JSON lines, JSON, Parquet or a tree of JSON files, in the formats that people have.
+"""Problems from files: JSON lines, JSON, Parquet or a tree of JSON files, in the formats that
+people have.
 
 A row's fields say what it is, so that training and test files may differ:
 
@@ -10,13 +11,14 @@ A row's fields say what it is, so that training and test files may differ:
     messages [answer]                    a chat for finetuning: the assistant's turn is the solution
     prompt, answer, id [solution]        a Problem record of ours: a written D_syn
 
-A gold answer that no field gives is what the solution states: its \\boxed{} (all of them where they are
-parts of one answer), else what follows the last `####` or "the answer is". A chat's system turn is
-dropped: task.instruction says what the model is told besides the problem.
+A gold answer that no field gives is what the solution states: its \\boxed{} (all of them where they
+are parts of one answer), else what follows the last `####` or "the answer is". A chat's system turn
+is dropped: task.instruction says what the model is told besides the problem.
 
-A broken row is an error that names the file, the line (1-based) and the field, or, where the caller asks for it, is left
-out and counted. Ids are stable: the one given (a number behind the dataset's name and the split); for a tree the file's
-place in it; else a hash of the problem's text, so that neither order nor file matters.
+A broken row is an error that names the file, the line (1-based) and the field, or, where the caller
+asks for it, is left out and counted. Ids are stable: the one given (a number behind the dataset's
+name and the split); for a tree the file's place in it; else a hash of the problem's text, so that
+neither order nor file matters.
 """
 
 import dataclasses
@@ -47,7 +49,8 @@ _MATH_ID = re.compile(r"(?:train|test)/.+\.json")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # What stands between boxes that are parts of one answer: punctuation of LaTeX, "and", "or", `x =`.
 _JOINT = re.compile(
-  r"(?:[\s$,;&]|\\[\[\]()\\,;: ]|\\q?quad|\\(?:text|mbox|textrm|mathrm)\s*\{[\s,;]*(?:and|or)?[\s,;]*\}|\b(?:and|or)\b"
+  r"(?:[\s$,;&]|\\[\[\]()\\,;: "
+  r"]|\\q?quad|\\(?:text|mbox|textrm|mathrm)\s*\{[\s,;]*(?:and|or)?[\s,;]*\}|\b(?:and|or)\b"
   r"|\b[A-Za-z]\s*=)*+"
 )
 
@@ -69,7 +72,8 @@ class Rows:
 
   Attributes:
     rows: the good ones, ids unique.
-    skipped: for each row left out because it is broken, the sentence that would have been the error.
+    skipped: for each row left out because it is broken, the sentence that would have been the
+      error.
     duplicates: rows left out because their text and answer stand in an earlier one.
   """
 
@@ -79,7 +83,9 @@ class Rows:
 
 
 def _of_kind(folder: epath.Path) -> list[epath.Path]:
-  """A folder's problem files, of one suffix; without any, the JSON files in its folders (MATH's tree)."""
+  """A folder's problem files, of one suffix; without any, the JSON files in its folders (MATH's
+  tree).
+  """
   names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
   for suffix in SUFFIXES:
     if found := [folder / name for name in names if name.endswith(suffix)]:
@@ -88,7 +94,9 @@ def _of_kind(folder: epath.Path) -> list[epath.Path]:
 
 
 def _of_split(folder: epath.Path, split: str) -> list[epath.Path]:
-  """A split's files: one of its name, or parts (train-0-of-1.parquet), here or in data/; or its folder."""
+  """A split's files: one of its name, or parts (train-0-of-1.parquet), here or in data/; or its
+  folder.
+  """
   for place in (folder, folder / "data"):
     names = sorted(file.name for file in place.iterdir()) if place.is_dir() else []
     for pattern in (split, f"{split}-*"):
@@ -102,10 +110,10 @@ def find(path: epath.PathLike, split: str) -> list[epath.Path]:
   """The files of a split, .jsonl, .jsonl.gz, .parquet or .json.
 
   Args:
-    path: a dataset on the Hub (data/hub.py); a file; or a folder with `<split>.jsonl`, with parts of
-      that name, perhaps in a folder `data/` (`train-00000-of-00001.parquet`), with a folder
-      `<split>/` of such files, of single JSON files, or of folders of those (MATH's tree), or, where
-      it has no splits, with such files itself.
+    path: a dataset on the Hub (data/hub.py); a file; or a folder with `<split>.jsonl`, with parts
+      of that name, perhaps in a folder `data/` (`train-00000-of-00001.parquet`), with a folder
+      `<split>/` of such files, of single JSON files, or of folders of those (MATH's tree), or,
+      where it has no splits, with such files itself.
     split: "train" or "test".
 
   Returns:
@@ -157,12 +165,15 @@ def _boxes(text: str) -> list[_Box]:
       bare = _BARE.match(text, start)
       found.append(_Box(box.start(), bare.end(), bare.group().strip()))
     elif start in close_of:
-      found.append(_Box(box.start(), close_of[start] + 1, text[start + 1 : close_of[start]].strip()))
+      found.append(
+        _Box(box.start(), close_of[start] + 1, text[start + 1 : close_of[start]].strip())
+      )
   return [box for box in found if box.content]
 
 
 def last_box(text: str) -> str | None:
-  """What the last \\boxed{} (or \\fbox{}) of a text holds, braces balanced; None where none is whole.
+  """What the last \\boxed{} (or \\fbox{}) of a text holds, braces balanced; None where none is
+  whole.
 
   `\\boxed 7` holds what follows up to the formula's end, as in MATH.
   """
@@ -173,11 +184,13 @@ def last_box(text: str) -> str | None:
 def stated_answer(solution: str) -> str | None:
   """The answer in a solution's boxes, else after its last `####` or "the answer is"; None for none.
 
-  Several boxes with nothing but commas, "and", "or" or line breaks between them are one answer, such
-  as "2, 3"; otherwise the last one counts.
+  Several boxes with nothing but commas, "and", "or" or line breaks between them are one answer,
+  such as "2, 3"; otherwise the last one counts.
   """
   if boxes := _boxes(solution):
-    gaps = [solution[before.stop : after.start] for before, after in zip(boxes, boxes[1:], strict=False)]
+    gaps = [
+      solution[before.stop : after.start] for before, after in zip(boxes, boxes[1:], strict=False)
+    ]
     parts = boxes if all(map(_JOINT.fullmatch, gaps)) else boxes[-1:]
     return ", ".join(dict.fromkeys(box.content for box in parts))
   return answers.stated_answer(solution)
@@ -189,7 +202,9 @@ def _text(row: dict, field: str) -> str:
     raise errors.UserError(f'the field "{field}" is missing')
   value = row[field]
   if not isinstance(value, str):
-    raise errors.UserError(f'the field "{field}" must be text in quotes, not a {type(value).__name__}')
+    raise errors.UserError(
+      f'the field "{field}" must be text in quotes, not a {type(value).__name__}'
+    )
   if not value.strip():
     raise errors.UserError(f'the field "{field}" is blank')
   try:
@@ -209,7 +224,9 @@ def _answer(row: dict) -> str | None:
   if answer is None or answer == "":
     return None
   if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-    raise errors.UserError(f'the field "answer" must be text or a number, not a {type(answer).__name__}')
+    raise errors.UserError(
+      f'the field "answer" must be text or a number, not a {type(answer).__name__}'
+    )
   if isinstance(answer, str):
     return _text({"answer": answer}, "answer")
   if not math.isfinite(answer):
@@ -225,7 +242,9 @@ def _chat(row: dict, field: str) -> dict:
   by_role = {"system": [], "user": [], "assistant": []}
   for turn in turns:
     if turn.get("role") not in by_role:
-      raise errors.UserError(f'a "role" in "{field}" must be one of {", ".join(by_role)}, not {turn.get("role")!r}')
+      raise errors.UserError(
+        f'a "role" in "{field}" must be one of {", ".join(by_role)}, not {turn.get("role")!r}'
+      )
     by_role[turn["role"]].append(_text(turn, "content"))
   asked, said = by_role["user"], by_role["assistant"]
   if len(asked) != 1:
@@ -246,7 +265,9 @@ def _mapped(row: dict, fields: Mapping[str, str]) -> dict:
       value = value.get(name) if isinstance(value, dict) else None
     if value is not None:
       found[target] = value
-  return {name: value for name, value in row.items() if name not in fields} | found if found else row
+  return (
+    {name: value for name, value in row.items() if name not in fields} | found if found else row
+  )
 
 
 def _optional(row: dict, field: str) -> str | None:
@@ -294,8 +315,8 @@ def read_row(
     prefix: of an id that is a hash or a number, "gsm8k/train".
     given_id: of a row whose place is its id.
     keep_annotations: keeps GSM8K's calculator annotations `<<...>>` in the solution.
-    fields: "problem", "solution", "answer" or "id" -> the row's own name of it, dotted for a field of
-      an object. A row that has none of these names is read by its fields alone.
+    fields: "problem", "solution", "answer" or "id" -> the row's own name of it, dotted for a field
+      of an object. A row that has none of these names is read by its fields alone.
 
   Raises:
     UserError: the field that is at fault, without the place.
@@ -317,14 +338,17 @@ def _read_mapped(row: dict, prefix: str, given_id: str | None, keep_annotations:
   asked = next((name for name in names if row.get(name) is not None), None)
   if asked is None:
     raise errors.UserError(
-      'the field "problem" is missing (or "question", "query", "prompt" or "messages"; task.fields takes other names)'
+      'the field "problem" is missing (or "question", "query", "prompt" or "messages"; task.fields '
+      "takes other names)"
     )
   if asked == "messages" or (asked == "prompt" and not isinstance(row["prompt"], str)):
     row, asked = _chat(row, asked), "problem"
   problem, answer = _text(row, asked), _answer(row)
   worked = "response" if asked == "query" and "solution" not in row else "solution"
   solution = _optional(row, worked)
-  is_solution = answer is not None and ("####" in answer or (asked == "question" and "\n" in answer.strip()))
+  is_solution = answer is not None and (
+    "####" in answer or (asked == "question" and "\n" in answer.strip())
+  )
   if is_solution and solution is None:
     try:
       boxed = None if "####" in answer else last_box(answer)
@@ -334,24 +358,35 @@ def _read_mapped(row: dict, prefix: str, given_id: str | None, keep_annotations:
     if not keep_annotations:
       solution = _ANNOTATION.sub("", solution)
   if answer is None and solution is None:
-    raise errors.UserError(f'the field "answer" is missing, and there is no "{worked}"; task.fields takes other names')
+    raise errors.UserError(
+      f'the field "answer" is missing, and there is no "{worked}"; task.fields takes other names'
+    )
   if answer is None:
     answer = stated_answer(solution)
   if answer is None:
     raise errors.UserError(
-      f'the field "{worked}" has no \\boxed{{}}, #### or "the answer is" with an answer, and there is no "answer"'
+      f'the field "{worked}" has no \\boxed{{}}, #### or "the answer is" with an answer, and there '
+      'is no "answer"'
     )
   numbered = type(row.get("id")) is int
-  name = given_id or (f"{prefix}/{row['id']}" if numbered else _optional(row, "id")) or _optional(row, "unique_id")
+  name = (
+    given_id
+    or (f"{prefix}/{row['id']}" if numbered else _optional(row, "id"))
+    or _optional(row, "unique_id")
+  )
   if name is not None and _MATH_ID.fullmatch(name):
     name = f"math/{name.removesuffix('.json')}"  # MATH-500 names MATH's files
   if name is None:
-    name = f"{prefix}/{hashlib.blake2b(' '.join(problem.split()).encode(), digest_size=8).hexdigest()}"
+    name = (
+      f"{prefix}/{hashlib.blake2b(' '.join(problem.split()).encode(), digest_size=8).hexdigest()}"
+    )
   return Row(name, problem, solution, answer, _kind(row))
 
 
 class _Entry(NamedTuple):
-  """What may be a row: where it is, the id that this gives or None, and its JSON text or its fields."""
+  """What may be a row: where it is, the id that this gives or None, and its JSON text or its
+  fields.
+  """
 
   place: str
   given_id: str | None
@@ -368,7 +403,9 @@ def _parquet(file: epath.Path, data: bytes) -> Iterator[_Entry]:
     for number, row in enumerate(rows, start=1):
       yield _Entry(f"{file}, row {number}", None, row)
   except pyarrow.ArrowException as error:
-    raise errors.UserError(f"The problem file {file} is not Parquet: {str(error).splitlines()[0]}") from None
+    raise errors.UserError(
+      f"The problem file {file} is not Parquet: {str(error).splitlines()[0]}"
+    ) from None
 
 
 def _is_json_lines(data: bytes) -> bool:
@@ -380,7 +417,9 @@ def _is_json_lines(data: bytes) -> bool:
     return False
 
 
-def _entries(files: Sequence[epath.Path], path: epath.Path, name: str, split: str) -> Iterator[_Entry]:
+def _entries(
+  files: Sequence[epath.Path], path: epath.Path, name: str, split: str
+) -> Iterator[_Entry]:
   """Every line of JSON lines, row of Parquet, item of a JSON list, and JSON file with one row."""
   folder = path / split if (path / split).is_dir() else path
   for file in files:
@@ -403,9 +442,15 @@ def _entries(files: Sequence[epath.Path], path: epath.Path, name: str, split: st
       except errors.UserError:
         content = data  # refused, or left out, as a row is
       if isinstance(content, list):
-        yield from (_Entry(f"{file}, item {number}", None, row) for number, row in enumerate(content, start=1))
+        yield from (
+          _Entry(f"{file}, item {number}", None, row) for number, row in enumerate(content, start=1)
+        )
         continue
-      place = file.relative_to(folder).with_suffix("") if file.is_relative_to(folder) and file != path else file.stem
+      place = (
+        file.relative_to(folder).with_suffix("")
+        if file.is_relative_to(folder) and file != path
+        else file.stem
+      )
       yield _Entry(str(file), f"{name}/{split}/{place}", content)
       continue
     if not data.strip():
@@ -427,26 +472,42 @@ def read(
 
   Args:
     path: as in `find`.
-    name: of the dataset: "gsm8k", "math" or "jsonl"; ids that are not given begin with it and the split.
+    name: of the dataset: "gsm8k", "math" or "jsonl"; ids that are not given begin with it and the
+      split.
     split: "train" or "test".
     skip_bad_rows: leaves broken rows out, with a sentence each, instead of stopping at the first.
     keep_annotations, fields: as in `read_row`.
 
   Raises:
-    UserError: no file, or (unless skip_bad_rows) a broken row, or one whose id stands in an earlier row; no good row.
+    UserError: no file, or (unless skip_bad_rows) a broken row, or one whose id stands in an earlier
+      row; no good row.
   """
   made, place_of, seen = Rows(), {}, {}
-  for place, given_id, content in _entries(find(path, split), epath.Path(path).expanduser(), name, split):
+  for place, given_id, content in _entries(
+    find(path, split), epath.Path(path).expanduser(), name, split
+  ):
     try:
-      row = read_row(_object(content), f"{name}/{split}", given_id, keep_annotations=keep_annotations, fields=fields)
+      row = read_row(
+        _object(content),
+        f"{name}/{split}",
+        given_id,
+        keep_annotations=keep_annotations,
+        fields=fields,
+      )
       if row.id in seen:
-        if (row.problem.split(), row.answer) == seen[row.id] and row.id.startswith(f"{name}/{split}/"):
+        if (row.problem.split(), row.answer) == seen[row.id] and row.id.startswith(
+          f"{name}/{split}/"
+        ):
           made.duplicates += 1
           continue
-        raise errors.UserError(f'the "id" {row.id!r}, or the text it is a hash of, stands in {place_of[row.id]}, too')
+        raise errors.UserError(
+          f'the "id" {row.id!r}, or the text it is a hash of, stands in {place_of[row.id]}, too'
+        )
     except errors.UserError as error:
       if not skip_bad_rows:
-        raise errors.UserError(f"{place}: {error}; --skip_bad_rows leaves such rows out and counts them.") from None
+        raise errors.UserError(
+          f"{place}: {error}; --skip_bad_rows leaves such rows out and counts them."
+        ) from None
       made.skipped.append(f"{place}: {error}.")
       continue
     place_of[row.id], seen[row.id] = place, (row.problem.split(), row.answer)

@@ -1,4 +1,6 @@
-"""The records that stages exchange, as sharded JSON lines. docs/data.md fixes every field, its type and unit."""
+"""The records that stages exchange, as sharded JSON lines. docs/data.md fixes every field, its type
+and unit.
+"""
 
 import dataclasses
 import itertools
@@ -31,7 +33,9 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """A problem that a capable model wrote or solved, with all its solutions and what became of it. Key: id."""
+  """A problem that a capable model wrote or solved, with all its solutions and what became of it.
+  Key: id.
+  """
 
   id: str
   prompt: str
@@ -80,13 +84,17 @@ class Rollout:
   correct: bool
   reason: str
   finish: str
-  step_logp: float | None  # nats, of its first step under the untempered model; None where a server did not say
+  step_logp: (
+    float | None
+  )  # nats, of its first step under the untempered model; None where a server did not say
   logp: float | None  # nats, of all its tokens under the untempered model
 
 
 @dataclasses.dataclass(frozen=True)
 class StepEstimate:
-  """What is known of one step of a trace: how often rollouts after it came out right. Key: trace id and step."""
+  """What is known of one step of a trace: how often rollouts after it came out right. Key: trace id
+  and step.
+  """
 
   trace_id: str
   problem_id: str
@@ -96,7 +104,9 @@ class StepEstimate:
   successes: int  # how many of them came out right
   exact: bool  # the last step: its value is the trace's verdict
   correct: bool  # verdict, where exact; else False
-  samples: list[dict]  # the rollouts (fields of Rollout); empty where another trace with this prefix holds them
+  samples: list[
+    dict
+  ]  # the rollouts (fields of Rollout); empty where another trace with this prefix holds them
   samples_at: str  # key of the estimate that holds them; its own key where it does
 
   @property
@@ -131,9 +141,10 @@ Record = TypeVar("Record", Problem, Candidate, Trace, StepEstimate, Pair)
 class Shards:
   """A folder of JSON-lines files of one record type, appended to in whole shards.
 
-  A shard is written under a temporary name and renamed when complete, so a killed run leaves whole shards only. Of several
-  processes each writes its own: 00003.jsonl by a process alone, 00003-p00001.jsonl by process 1 of several. What all
-  have written is read together, whatever number of processes wrote it.
+  A shard is written under a temporary name and renamed when complete, so a killed run leaves whole
+  shards only. Of several processes each writes its own: 00003.jsonl by a process alone,
+  00003-p00001.jsonl by process 1 of several. What all have written is read together, whatever
+  number of processes wrote it.
   """
 
   def __init__(self, folder: epath.PathLike, kind: type[Record]):
@@ -144,15 +155,21 @@ class Shards:
     return sorted(self._folder.glob("*.jsonl")) if self._folder.exists() else []
 
   def write(self, records: Iterable[Record]) -> None:
-    """One more shard of this process, under its first number that is free: of a deleted shard, or after the last.
+    """One more shard of this process, under its first number that is free: of a deleted shard, or
+    after the last.
 
     Raises:
-      UserError: the disk is full, or the folder cannot be written; nothing is left under the shard's name.
+      UserError: the disk is full, or the folder cannot be written; nothing is left under the
+        shard's name.
     """
     of_process = f"-p{distributed.index():05d}" if distributed.count() > 1 else ""
     with writing(self._folder):
       self._folder.mkdir(parents=True, exist_ok=True)
-    path = next(p for n in itertools.count() if not (p := self._folder / f"{n:05d}{of_process}.jsonl").exists())
+    path = next(
+      p
+      for n in itertools.count()
+      if not (p := self._folder / f"{n:05d}{of_process}.jsonl").exists()
+    )
     temporary = self._folder / f"{path.name}.{os.getpid()}.tmp"
     text = "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records)
     with writing(path):
@@ -172,7 +189,8 @@ class Shards:
     distributed.barrier()
 
   def write_shared(self, records: Sequence[Record]) -> None:
-    """Writes a list that all processes have in place of all that is there; each process writes its part.
+    """Writes a list that all processes have in place of all that is there; each process writes its
+    part.
 
     Read again, the records come in the list's order. All are there when it returns.
     """
@@ -195,14 +213,19 @@ class Shards:
           fields = json.loads(line)
         except json.JSONDecodeError as error:
           raise UserError(
-            f"{path}, line {number}: not a whole {self._kind.__name__} record ({error.msg}); the file was cut off or "
+            f"{path}, line {number}: not a whole {self._kind.__name__} record ({error.msg}); the "
+            "file was cut off or "
             "changed. Delete it and the stage's manifest.json to have it made again."
           ) from error
         if not isinstance(fields, dict) or set(fields) != names:
-          raise UserError(f"{path}, line {number}: the fields are not those of a {self._kind.__name__} record.")
+          raise UserError(
+            f"{path}, line {number}: the fields are not those of a {self._kind.__name__} record."
+          )
         yield self._kind(**fields)
       if text and not text.endswith("\n"):
-        raise UserError(f"{path}, line {len(text.splitlines())}: the last line has no end; the file was cut off.")
+        raise UserError(
+          f"{path}, line {len(text.splitlines())}: the last line has no end; the file was cut off."
+        )
 
   def read_dict(self) -> dict[str, Record]:
     """All records by key, in file order.

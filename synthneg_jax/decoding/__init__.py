@@ -1,1 +1,3 @@
-"""The decoding engine (sampling, rollouts, evaluation), policies, and remote servers behind the same interface."""
+"""The decoding engine (sampling, rollouts, evaluation), policies, and remote servers behind the
+same interface.
+"""

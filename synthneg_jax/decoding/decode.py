@@ -1,8 +1,9 @@
-"""The device side of the engine: lanes that hold trunks, slots that grow branches, all in one while loop.
+"""The device side of the engine: lanes that hold trunks, slots that grow branches, all in one while
+loop.
 
-A lane has one trunk, its cache, and a queue of items (fork, key). Its slots take items in order; a slot that finishes
-takes the lane's next one at the same step. The first token of every item is drawn at prefill from the trunk's hidden
-state at fork - 1, so that taking an item costs nothing.
+A lane has one trunk, its cache, and a queue of items (fork, key). Its slots take items in order; a
+slot that finishes takes the lane's next one at the same step. The first token of every item is
+drawn at prefill from the trunk's hidden state at fork - 1, so that taking an item costs nothing.
 """
 
 import dataclasses
@@ -49,13 +50,15 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stops:
-  """When a branch ends, and which tokens it may hold. Equal content compares and hashes equal, so programs are shared.
+  """When a branch ends, and which tokens it may hold. Equal content compares and hashes equal, so
+  programs are shared.
 
   Attributes:
     eos_ids: tokens that end a branch.
-    table: int32 [states, V], the automaton of the stop strings, whose last state accepts; None for no stop strings. The
-      given array is copied, and the copy is read-only.
-    num_tokens: V of the tokenizer. Ids from here on are padding of the output matrix and are never drawn; 0 for no bound.
+    table: int32 [states, V], the automaton of the stop strings, whose last state accepts; None for
+      no stop strings. The given array is copied, and the copy is read-only.
+    num_tokens: V of the tokenizer. Ids from here on are padding of the output matrix and are never
+      drawn; 0 for no bound.
   """
 
   eos_ids: tuple[int, ...]
@@ -71,7 +74,11 @@ class Stops:
   @functools.cached_property
   def _content(self) -> tuple:
     """What is compared and hashed; the table, which may hold megabytes, by its shape and digest."""
-    table = None if self.table is None else (self.table.shape, hashlib.sha256(self.table.tobytes()).digest())
+    table = (
+      None
+      if self.table is None
+      else (self.table.shape, hashlib.sha256(self.table.tobytes()).digest())
+    )
     return self.eos_ids, table, self.num_tokens
 
   def __eq__(self, other) -> bool:
@@ -83,7 +90,9 @@ class Stops:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeSpec:
-  """What is fixed when `prefill` and `decode` are compiled. Hashable: equal specs share their programs."""
+  """What is fixed when `prefill` and `decode` are compiled. Hashable: equal specs share their
+  programs.
+  """
 
   model: Model
   geometry: Geometry
@@ -118,7 +127,8 @@ class Collected(NamedTuple):
 
   Attributes:
     token: int32 [R, Q, L].
-    logp, drawn_logp: float32 [R, Q, L], nats: untempered, and under the distribution that was drawn from.
+    logp, drawn_logp: float32 [R, Q, L], nats: untempered, and under the distribution that was drawn
+      from.
     size: int32 [R, Q], tokens of each item.
     finish: int32 [R, Q], EOS, STOP or LENGTH.
   """
@@ -133,17 +143,20 @@ class Collected(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """Everything on the device. Q items, S slots, L new tokens; the first dimension is lanes but for the cache's layers.
+  """Everything on the device. Q items, S slots, L new tokens; the first dimension is lanes but for
+  the cache's layers.
 
   Attributes:
     cache: keys and values.
-    item_fork: int32 [lanes, Q]; item_limit: int32 [lanes, Q], most tokens of it; item_uniform: float32 [lanes, Q, L],
-      what each of its tokens will be drawn with.
-    queue: int32 [lanes, Q], items in the order they are taken; queue_size, queue_next: int32 [lanes].
-    slot_item: int32 [lanes, S], -1 idle; slot_fork: trunk tokens that its branch sees; slot_size: the branch's tokens so
-      far; slot_token: the newest of them.
+    item_fork: int32 [lanes, Q]; item_limit: int32 [lanes, Q], most tokens of it; item_uniform:
+      float32 [lanes, Q, L], what each of its tokens will be drawn with.
+    queue: int32 [lanes, Q], items in the order they are taken; queue_size, queue_next: int32
+      [lanes].
+    slot_item: int32 [lanes, S], -1 idle; slot_fork: trunk tokens that its branch sees; slot_size:
+      the branch's tokens so far; slot_token: the newest of them.
     item_stop: int32 [lanes, Q], state of the stop automaton.
-    token: int32 [lanes, Q, L]; logp, drawn_logp: float32 [lanes, Q, L], nats, untempered and as drawn.
+    token: int32 [lanes, Q, L]; logp, drawn_logp: float32 [lanes, Q, L], nats, untempered and as
+      drawn.
     size: int32 [lanes, Q], tokens of each item; finish: int32 [lanes, Q], why it ended.
     steps: int32 [], decode steps so far; busy: int32 [], slots that worked in them.
   """
@@ -218,9 +231,9 @@ def empty_state(model: Model, g: Geometry) -> State:
 def state_shardings(model: Model, mesh: Mesh) -> State:
   """Shardings of the state: lanes over the rows' axes, kv heads over "tensor".
 
-  On TPU, suffixes get the memory layout in which the decode loop writes them, with a new token's heads side by side. In
-  the default layout, the loop would copy all of them when it begins and when it ends, and need memory for two. (A single
-  head would be padded to two, and is fast either way.)
+  On TPU, suffixes get the memory layout in which the decode loop writes them, with a new token's
+  heads side by side. In the default layout, the loop would copy all of them when it begins and when
+  it ends, and need memory for two. (A single head would be padded to two, and is fast either way.)
   """
   lead = () if layer_stacking.unrolls(model.config) else ("layers",)
 
@@ -258,8 +271,12 @@ def _ending(stops: Stops, token, stop_state, *, size, limit):
     stopped = stop_state == table.shape[0] - 1
   else:
     stopped = jnp.zeros(token.shape, bool)
-  is_eos = functools.reduce(jnp.logical_or, [token == eos for eos in stops.eos_ids], jnp.zeros(token.shape, bool))
-  finish = jnp.where(is_eos, EOS, jnp.where(stopped, STOP, jnp.where(size >= limit, LENGTH, UNFINISHED)))
+  is_eos = functools.reduce(
+    jnp.logical_or, [token == eos for eos in stops.eos_ids], jnp.zeros(token.shape, bool)
+  )
+  finish = jnp.where(
+    is_eos, EOS, jnp.where(stopped, STOP, jnp.where(size >= limit, LENGTH, UNFINISHED))
+  )
   return stop_state, finish.astype(jnp.int32)
 
 
@@ -324,7 +341,9 @@ def prefill(spec: DecodeSpec, params, state: State, batch: TrunkBatch) -> State:
 
   def put_trunk(field, new, axes):
     if isinstance(field, tuple):
-      return tuple(put(part, part_new.transpose(axes)) for part, part_new in zip(field, new, strict=True))
+      return tuple(
+        put(part, part_new.transpose(axes)) for part, part_new in zip(field, new, strict=True)
+      )
     axes = (0, *(axis + 1 for axis in axes))
     return field.at[:, lane].set(new.transpose(axes).astype(field.dtype), mode="drop")
 
@@ -377,7 +396,9 @@ def decode(spec: DecodeSpec, params, state: State, enough) -> State:
     active = state.slot_item >= 0
     item = jnp.maximum(state.slot_item, 0)
     index = jnp.where(active, state.slot_size - 1, 0)
-    h_LSD, cache = model.hidden_step(params, state.slot_token, state.cache, fork=state.slot_fork, index=index)
+    h_LSD, cache = model.hidden_step(
+      params, state.slot_token, state.cache, fork=state.slot_fork, index=index
+    )
     uniform = state.item_uniform[lanes, item, index + 1]
     token, logp, drawn = _pick(spec, model.logits(params, h_LSD), uniform)
     size = state.slot_size + 1
@@ -415,7 +436,9 @@ def decode(spec: DecodeSpec, params, state: State, enough) -> State:
 
 def collect(state: State, lane) -> Collected:
   """What the lanes int32 [R] hold."""
-  return Collected(*(jnp.take(getattr(state, name), lane, axis=0, mode="clip") for name in Collected._fields))
+  return Collected(
+    *(jnp.take(getattr(state, name), lane, axis=0, mode="clip") for name in Collected._fields)
+  )
 
 
 def resting(state: State):

@@ -1,4 +1,6 @@
-"""The decoding engine: trunks with items go in, branches come out. Sampling, credit and evaluation all use it."""
+"""The decoding engine: trunks with items go in, branches come out. Sampling, credit and evaluation
+all use it.
+"""
 
 import dataclasses
 import functools
@@ -25,8 +27,10 @@ class Trunk:
   Attributes:
     ids: int [C].
     forks: for each item how many trunk tokens it continues, 1..C.
-    keys: uint32 [items, 2], a key for each item (runtime/keys.py): its draws depend on it and nothing else.
-    limits: for each item the most new tokens it may have, at least 1; None for the engine's max_new_tokens.
+    keys: uint32 [items, 2], a key for each item (runtime/keys.py): its draws depend on it and
+      nothing else.
+    limits: for each item the most new tokens it may have, at least 1; None for the engine's
+      max_new_tokens.
   """
 
   ids: Sequence[int]
@@ -41,7 +45,8 @@ class Generation:
 
   Attributes:
     ids: int32 [n], ending with EOS iff the model stopped there.
-    logp: float32 [n] nats under the untempered model; drawn_logp: under the distribution that was drawn from.
+    logp: float32 [n] nats under the untempered model; drawn_logp: under the distribution that was
+      drawn from.
     finish: "eos", "stop" (a stop string was completed) or "length".
   """
 
@@ -61,20 +66,24 @@ def bucket(size: int) -> int:
 def cast_for_decoding(model: Model, params):
   """Parameters as decoding reads them, cast once for all its calls.
 
-  Matrices in the dtype of the products that they are cast to anyway, so that no token reads more bytes than it needs (norms'
-  scales enter in float32); unrolled layers are unstacked.
+  Matrices in the dtype of the products that they are cast to anyway, so that no token reads more
+  bytes than it needs (norms' scales enter in float32); unrolled layers are unstacked.
   """
   dtype = np.dtype(model.config.dtype)
 
   def cast(axes, leaf):
     return leaf if "norm" in axes else leaf.astype(dtype)
 
-  params = jax.tree.map(cast, model.logical_axes(), params, is_leaf=lambda leaf: isinstance(leaf, tuple))
+  params = jax.tree.map(
+    cast, model.logical_axes(), params, is_leaf=lambda leaf: isinstance(leaf, tuple)
+  )
   return layer_stacking.unstack(params) if layer_stacking.unrolls(model.config) else params
 
 
 def params_shardings(model: Model, mesh: Mesh):
-  """Shardings of what `cast_for_decoding` returns, on a mesh that `runtime.device_mesh.decoding` made."""
+  """Shardings of what `cast_for_decoding` returns, on a mesh that `runtime.device_mesh.decoding`
+  made.
+  """
   shardings = device_mesh.shardings(mesh, model.logical_axes())
   if layer_stacking.unrolls(model.config):
     return layer_stacking.unstacked_shardings(shardings, model.config.num_layers)
@@ -114,10 +123,14 @@ def programs(spec: DecodeSpec, mesh: Mesh) -> Programs:
   def update(fn):
     """(params, state, replicated arrays) -> state."""
     fn = device_mesh.under(mesh, functools.partial(fn, spec))
-    return jax.jit(fn, in_shardings=(None, state, replicated), out_shardings=state, donate_argnums=1)
+    return jax.jit(
+      fn, in_shardings=(None, state, replicated), out_shardings=state, donate_argnums=1
+    )
 
   return Programs(
-    empty=jax.jit(functools.partial(decode_lib.empty_state, spec.model, spec.geometry), out_shardings=state),
+    empty=jax.jit(
+      functools.partial(decode_lib.empty_state, spec.model, spec.geometry), out_shardings=state
+    ),
     prefill=update(decode_lib.prefill),
     decode=update(decode_lib.decode),
     collect=jax.jit(decode_lib.collect, in_shardings=(state, replicated), out_shardings=replicated),
@@ -129,10 +142,13 @@ class Engine:
   """Decodes any number of trunks with a fixed set of compiled programs.
 
   Attributes:
-    stats: decode steps, slot steps that did work and slot steps in all, prefilled tokens, over all runs.
+    stats: decode steps, slot steps that did work and slot steps in all, prefilled tokens, over all
+      runs.
   """
 
-  def __init__(self, model: Model, mesh: Mesh, stops: Stops, *, lanes: int, slots: int, max_new_tokens: int):
+  def __init__(
+    self, model: Model, mesh: Mesh, stops: Stops, *, lanes: int, slots: int, max_new_tokens: int
+  ):
     """Compiles nothing yet.
 
     Args:
@@ -154,10 +170,11 @@ class Engine:
   ) -> Iterator[tuple[int, list[Generation]]]:
     """Yields (index of the trunk, its branches in the order of its items) as trunks finish.
 
-    The tokens of an item depend on its trunk, fork and key, not on what shares the batch. Programs are compiled for bucketed
-    numbers of trunks, of their tokens and of their items; a caller that comes in rounds gives the tokens of the `longest`
-    trunk that it will ever bring, so that all rounds share one length. Of several processes each gives the same trunks, runs
-    the same programs in step, and gets all branches.
+    The tokens of an item depend on its trunk, fork and key, not on what shares the batch. Programs
+    are compiled for bucketed numbers of trunks, of their tokens and of their items; a caller that
+    comes in rounds gives the tokens of the `longest` trunk that it will ever bring, so that all
+    rounds share one length. Of several processes each gives the same trunks, runs the same programs
+    in step, and gets all branches.
 
     Raises:
       UserError: a trunk holds an id that the model has no row for.
@@ -186,7 +203,9 @@ class Engine:
     while waiting or any(trunk >= 0 for trunk in held):
       free = [lane for lane in range(lanes) if held[lane] < 0]
       while waiting and free:
-        group = [(free.pop(0), waiting.pop()) for _ in range(min(g.refill, len(free), len(waiting)))]
+        group = [
+          (free.pop(0), waiting.pop()) for _ in range(min(g.refill, len(free), len(waiting)))
+        ]
         for lane, index in group:
           held[lane] = index
         self.stats["prefill_tokens"] += sum(len(trunks[index].ids) for _, index in group)
@@ -214,14 +233,17 @@ class Engine:
     """The parameters as the programs read them, laid out once and not in each call."""
     if self._given is not params:
       lay_out = jax.jit(
-        functools.partial(cast_for_decoding, self._model), out_shardings=params_shardings(self._model, self._mesh)
+        functools.partial(cast_for_decoding, self._model),
+        out_shardings=params_shardings(self._model, self._mesh),
       )
       self._given, self._params = params, lay_out(params)
     return self._params
 
 
 def trunk_arrays(g: Geometry, group: Sequence[tuple[int, Trunk]]) -> TrunkBatch:
-  """Trunks and the lanes that they go to, as numpy arrays for `decode.prefill`; the rows beyond them are empty."""
+  """Trunks and the lanes that they go to, as numpy arrays for `decode.prefill`; the rows beyond
+  them are empty.
+  """
   batch = TrunkBatch(
     lane=np.full(g.refill, g.lanes, np.int32),
     token=np.zeros((g.refill, g.trunk), np.int32),

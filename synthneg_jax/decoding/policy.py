@@ -1,7 +1,9 @@
-"""A policy as stages hand it on: a folder with config.json, the tokenizer, and weights (orbax params/ or safetensors).
+"""A policy as stages hand it on: a folder with config.json, the tokenizer, and weights (orbax
+params/ or safetensors).
 
-Where an adapter was trained, params/ holds the adapter alone, and adapter.json says what it looks like and where its base
-is; it is merged when the policy is loaded, so that whoever decodes with it sees plain weights.
+Where an adapter was trained, params/ holds the adapter alone, and adapter.json says what it looks
+like and where its base is; it is merged when the policy is loaded, so that whoever decodes with it
+sees plain weights.
 """
 
 import dataclasses
@@ -29,7 +31,9 @@ from synthneg_jax.runtime.errors import UserError, writing
 _ADAPTER = "adapter.json"
 EMBEDDED = pathlib.Path(synthneg_jax.tasks.__file__).parent / "embedded"
 # Base models that come with the package: of arithmetic, of jobs, and of stories at toy size.
-BASES = {"embedded": EMBEDDED} | {name: EMBEDDED.parent / name for name in ("embedded_jobs", "embedded_stories")}
+BASES = {"embedded": EMBEDDED} | {
+  name: EMBEDDED.parent / name for name in ("embedded_jobs", "embedded_stories")
+}
 
 
 @dataclasses.dataclass
@@ -43,8 +47,8 @@ class Policy:
     about: folder of its config.json, generation_config.json and tokenizer.
     base: folder of the weights beneath all adapters.
     adapters: pairs (Adapter, its parameters) that were merged, the first one first.
-    eos_ids: all tokens that end a response, by the tokenizer, generation_config.json and config.json; the tokenizer's EOS
-      first. Whatever handles endings takes them from here.
+    eos_ids: all tokens that end a response, by the tokenizer, generation_config.json and
+      config.json; the tokenizer's EOS first. Whatever handles endings takes them from here.
   """
 
   model: Model
@@ -60,7 +64,8 @@ class Policy:
 
   @classmethod
   def load(cls, path: epath.PathLike, config, mesh: Mesh) -> "Policy":
-    """Reads a policy folder or a Hugging Face folder: config, tokenizer, endings, weights; then its adapter, if any.
+    """Reads a policy folder or a Hugging Face folder: config, tokenizer, endings, weights; then its
+    adapter, if any.
 
     Args:
       path: the folder; one of PEFT, with an adapter, names its base itself.
@@ -68,8 +73,8 @@ class Policy:
       mesh: where the weights go.
 
     Raises:
-      UserError: no such folder, weights that are missing or of another shape, a tokenizer that does not belong to the
-        model, or a model that the mesh cannot split.
+      UserError: no such folder, weights that are missing or of another shape, a tokenizer that does
+        not belong to the model, or a model that the mesh cannot split.
     """
     folder = epath.Path(path)
     if not folder.exists():
@@ -142,7 +147,9 @@ class Policy:
       base = resolve(spec["base"])
     policy = cls.load(base, config, mesh)
     adapter = Adapter(policy.model, spec["rank"], spec["alpha"], tuple(spec["targets"]))
-    params = checkpoints.load_params(folder, adapter.abstract_params(), param_shardings(adapter, mesh))
+    params = checkpoints.load_params(
+      folder, adapter.abstract_params(), param_shardings(adapter, mesh)
+    )
     return dataclasses.replace(
       policy,
       params=adapter.merge(policy.params, params),
@@ -189,8 +196,10 @@ def _check_rope_scaling(folder: epath.Path, model: Model, max_length: int) -> No
   scaling = model.config.rope_scaling
   if scaling is not None and scaling.kind == "dynamic" and max_length > scaling.original_positions:
     raise UserError(
-      f"{folder}: beyond {scaling.original_positions} tokens, dynamic rope scaling would change every key with the "
-      f"length of the text, which is not supported; model.max_length={max_length} must not exceed that."
+      f"{folder}: beyond {scaling.original_positions} tokens, dynamic rope scaling would change "
+      "every key with the "
+      f"length of the text, which is not supported; model.max_length={max_length} must not exceed "
+      "that."
     )
 
 
@@ -200,7 +209,9 @@ def _tokenizer_and_eos(
   """A folder's tokenizer, held against an embedding with so many rows, and all ids that end a turn."""
   tokenizer = load_tokenizer(folder)
   hf_tokenizers.check(folder, tokenizer, num_rows)
-  return tokenizer, hf_tokenizers.below(hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id), num_rows, folder)
+  return tokenizer, hf_tokenizers.below(
+    hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id), num_rows, folder
+  )
 
 
 def peft_base(folder: epath.Path) -> epath.Path:
@@ -213,7 +224,10 @@ def peft_base(folder: epath.Path) -> epath.Path:
   raw = stored_tensors.read_json(path)
   name = raw.get("base_model_name_or_path")
   if not name:
-    raise UserError(f"{path}: base_model_name_or_path is empty; name the folder of the adapter's base model there.")
+    raise UserError(
+      f"{path}: base_model_name_or_path is empty; name the folder of the adapter's base model "
+      "there."
+    )
   is_hub = model_hub.is_name(name) and "@" not in name and not epath.Path(name).exists()
   try:
     base = resolve(f"{name}@{raw['revision']}" if is_hub and raw.get("revision") else name)
@@ -221,7 +235,8 @@ def peft_base(folder: epath.Path) -> epath.Path:
     raise UserError(f"{path}: base_model_name_or_path={name!r}: {error}") from error
   if not base.exists():
     raise UserError(
-      f"{path}: base_model_name_or_path={name!r} does not exist; name the folder of the base model there."
+      f"{path}: base_model_name_or_path={name!r} does not exist; name the folder of the base model "
+      "there."
     )
   return base
 
@@ -250,17 +265,21 @@ def load_tokenizer(folder: epath.Path) -> transformers.PreTrainedTokenizerFast:
 
 
 def load_token_text(folder: epath.Path) -> tuple[transformers.PreTrainedTokenizerFast, TokenText]:
-  """A folder's tokenizer and the bytes of its tokens, of which those that end a response have none; no weights are read."""
+  """A folder's tokenizer and the bytes of its tokens, of which those that end a response have none;
+  no weights are read.
+  """
   tokenizer = load_tokenizer(folder)
   return tokenizer, TokenText(tokenizer, hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id))
 
 
 def resolve(path: str, *, weights: bool = True) -> epath.Path:
-  """A config's model.path as a folder: one of `BASES`, a folder that exists, or a model of the Hub, which is fetched.
+  """A config's model.path as a folder: one of `BASES`, a folder that exists, or a model of the Hub,
+  which is fetched.
 
   Args:
     path: as in the config.
-    weights: of a model of the Hub fetch the weights, too, and not the configs and the tokenizer alone.
+    weights: of a model of the Hub fetch the weights, too, and not the configs and the tokenizer
+      alone.
 
   Raises:
     UserError: a model of the Hub cannot be fetched.
@@ -277,7 +296,9 @@ def resolve(path: str, *, weights: bool = True) -> epath.Path:
 
 
 def tokenizer_folder(folder: epath.Path) -> str:
-  """A folder from which transformers can read a policy's tokenizer: its own, or a local copy of what lies in a bucket."""
+  """A folder from which transformers can read a policy's tokenizer: its own, or a local copy of
+  what lies in a bucket.
+  """
   if "://" not in os.fspath(folder):
     return os.fspath(folder)
   copy = epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
@@ -286,15 +307,19 @@ def tokenizer_folder(folder: epath.Path) -> str:
 
 
 def files_identity(folder: epath.Path) -> str:
-  """Tells one base model's files from another's: their names and sizes, and 16 samples of 64 KiB of each.
+  """Tells one base model's files from another's: their names and sizes, and 16 samples of 64 KiB of
+  each.
 
-  Reading all of a large model only to open a stage would take too long; training changes nearly all of them.
+  Reading all of a large model only to open a stage would take too long; training changes nearly all
+  of them.
   """
   digest = hashlib.sha256()
   if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
     digest.update(files_identity(peft_base(folder)).encode())
   for path in (
-    sorted(path for kind in ("safetensors", "bin", "json", "jinja") for path in folder.glob(f"*.{kind}"))
+    sorted(
+      path for kind in ("safetensors", "bin", "json", "jinja") for path in folder.glob(f"*.{kind}")
+    )
     if folder.exists()
     else []
   ):
@@ -337,4 +362,9 @@ def _adapter_spec(folder: epath.Path, policy: Policy, adapter: Adapter) -> dict:
     base = policy.folder.name
   elif "://" not in base:
     base = model_hub.name_of(base) or os.path.abspath(base)
-  return {"base": base, "rank": adapter.rank, "alpha": adapter.alpha, "targets": list(adapter.targets)}
+  return {
+    "base": base,
+    "rank": adapter.rank,
+    "alpha": adapter.alpha,
+    "targets": list(adapter.targets),
+  }

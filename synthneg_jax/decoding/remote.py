@@ -1,7 +1,9 @@
-"""Rollouts from a server that holds the policy (vLLM, SGLang, or what else speaks OpenAI's completions), as the engine's.
+"""Rollouts from a server that holds the policy (vLLM, SGLang, or what else speaks OpenAI's
+completions), as the engine's.
 
-One request a rollout, each with a seed of its own: what is drawn does not hang on what was asked beside it, and servers
-keep the shared prefix's cache. The prompt goes out as token ids and the drawn ids come back, where the server can do that.
+One request a rollout, each with a seed of its own: what is drawn does not hang on what was asked
+beside it, and servers keep the shared prefix's cache. The prompt goes out as token ids and the
+drawn ids come back, where the server can do that.
 """
 
 import re
@@ -41,11 +43,13 @@ class RemoteEngine:
   """Has the engine's `run` and `stats`.
 
   Attributes:
-    stats: the engine's, 0 here, and: requests; retokenised, rollouts that came as text and were tokenised once;
-      without_logp, rollouts whose log-probs did not come.
+    stats: the engine's, 0 here, and: requests; retokenised, rollouts that came as text and were
+      tokenised once; without_logp, rollouts whose log-probs did not come.
   """
 
-  def __init__(self, section, codec: Codec, *, stop: Sequence[str], max_new_tokens: int, send_ids: bool):
+  def __init__(
+    self, section, codec: Codec, *, stop: Sequence[str], max_new_tokens: int, send_ids: bool
+  ):
     """Opens no connection yet.
 
     Args:
@@ -53,7 +57,8 @@ class RemoteEngine:
       codec: the policy's tokenizer.
       stop: strings that end a response besides EOS.
       max_new_tokens: L.
-      send_ids: send the prompt as ids and ask for ids; otherwise, and where the server refuses ids, text goes both ways.
+      send_ids: send the prompt as ids and ask for ids; otherwise, and where the server refuses ids,
+        text goes both ways.
 
     Raises:
       UserError: as `Endpoint`.
@@ -68,7 +73,8 @@ class RemoteEngine:
   def run(
     self, params, trunks: Sequence[Trunk], sampling: Sampling, *, longest: int = 0
   ) -> Iterator[tuple[int, list[Generation]]]:
-    """Yields (index of the trunk, its branches in the order of its items) as trunks are complete; params are not read.
+    """Yields (index of the trunk, its branches in the order of its items) as trunks are complete;
+    params are not read.
 
     Raises:
       UserError: the server refuses, or a request brought nothing in all attempts.
@@ -97,14 +103,19 @@ class RemoteEngine:
       if not with_ids or self._ids_taken:
         raise
       logging.log_first_n(
-        logging.WARNING, "The server refuses token ids (%s); text goes both ways, and is tokenised here.", 1, error
+        logging.WARNING,
+        "The server refuses token ids (%s); text goes both ways, and is tokenised here.",
+        1,
+        error,
       )
       self._send_ids = False
       return self._ask(trunk, number, sampling, with_ids=False)
     self._ids_taken |= with_ids
     return drawn
 
-  def _ask(self, trunk: Trunk, number: int, sampling: Sampling, *, with_ids: bool) -> tuple[Generation, bool]:
+  def _ask(
+    self, trunk: Trunk, number: int, sampling: Sampling, *, with_ids: bool
+  ) -> tuple[Generation, bool]:
     ids = [int(i) for i in trunk.ids[: trunk.forks[number]]]
     extra = {"return_token_ids": True} if with_ids else {}
     if sampling.top_k:
@@ -148,10 +159,14 @@ class RemoteEngine:
       if [token.encode() for token in tokens] != [self._decode([i]).encode() for i in ids]:
         logp = None  # they are of other tokens
     ids = list(ids)
-    at_string = choice.finish_reason == "stop" and any(stop in self._decode(ids) for stop in self._stop)
+    at_string = choice.finish_reason == "stop" and any(
+      stop in self._decode(ids) for stop in self._stop
+    )
     named = getattr(choice, "stop_reason", None)  # vLLM: the stop string; none where EOS ended it
     ended = bool(ids) and ids[-1] in self._eos_ids
-    if choice.finish_reason == "stop" and not at_string and not isinstance(named, str) and not ended:
+    if (
+      choice.finish_reason == "stop" and not at_string and not isinstance(named, str) and not ended
+    ):
       ids.append(self._eos_ids[0])  # its author stopped here; the server left EOS out
     if logp is not None and (len(logp) != len(ids) or any(value is None for value in logp)):
       logp = None

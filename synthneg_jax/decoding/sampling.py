@@ -1,4 +1,6 @@
-"""Drawing a token from logits: temperature, top-k, top-p, inverse CDF without sorting the vocabulary."""
+"""Drawing a token from logits: temperature, top-k, top-p, inverse CDF without sorting the
+vocabulary.
+"""
 
 import dataclasses
 
@@ -13,7 +15,8 @@ class Sampling:
   Attributes:
     temperature: divides the logits; 0 takes the most likely token.
     top_k: only the k most likely tokens; 0 for all.
-    top_p: only the smallest set of most likely tokens with this much probability (after temperature); 1 for all.
+    top_p: only the smallest set of most likely tokens with this much probability (after
+      temperature); 1 for all.
   """
 
   temperature: float = 1.0
@@ -24,7 +27,8 @@ class Sampling:
 def inverse_cdf(prob_V: jax.Array, uniform: jax.Array) -> jax.Array:
   """The first index whose cumulative probability exceeds uniform · Σ prob.
 
-  Searched in two levels, a block of about √V, then within it. Never returns an index of probability 0.
+  Searched in two levels, a block of about √V, then within it. Never returns an index of probability
+  0.
 
   Args:
     prob_V: [V], not necessarily normalised.
@@ -45,12 +49,15 @@ def inverse_cdf(prob_V: jax.Array, uniform: jax.Array) -> jax.Array:
   blocks = jnp.pad(prob_V, (0, -prob_V.size % size)).reshape(-1, size)
   weight_N = jnp.sum(blocks, axis=1)
   block, rest = search(weight_N, uniform * jnp.sum(weight_N))
-  # A block's sum and its own cumulative sum may differ in the last bit: below 0 would be an index of probability 0.
+  # A block's sum and its own cumulative sum may differ in the last bit: below 0 would be an index
+  # of probability 0.
   return block * size + search(blocks[block], jnp.maximum(rest, 0.0))[0]
 
 
 def uniforms(key_data: jax.Array, count: int) -> jax.Array:
-  """The uniform numbers in [0, 1) of an item's first `count` tokens: place t takes its key folded with t."""
+  """The uniform numbers in [0, 1) of an item's first `count` tokens: place t takes its key folded
+  with t.
+  """
 
   def uniform(place):
     return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_data), place))
@@ -72,7 +79,8 @@ def pick(logits_V: jax.Array, uniform: jax.Array, sampling: Sampling):
     sampling: fixed at compile time.
 
   Returns:
-    (token int32, its log-prob under softmax(logits), its log-prob under the distribution it was drawn from), nats.
+    (token int32, its log-prob under softmax(logits), its log-prob under the distribution it was
+    drawn from), nats.
   """
   logp_V = jax.nn.log_softmax(logits_V)
   if sampling.temperature == 0:

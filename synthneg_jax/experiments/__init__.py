@@ -1,1 +1,3 @@
-"""Studies made of many runs, each with its plots: the scaling study, the star graph and the credit toy."""
+"""Studies made of many runs, each with its plots: the scaling study, the star graph and the credit
+toy.
+"""

@@ -1,1 +1,3 @@
-"""From responses to verdicts: reading the response, the answer grammar, equality, and the worker pool."""
+"""From responses to verdicts: reading the response, the answer grammar, equality, and the worker
+pool.
+"""

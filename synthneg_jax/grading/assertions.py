@@ -24,7 +24,8 @@ def _compiled(*patterns: str) -> re.Pattern:
 _NOT = r"(?:n['’]t|\s+not)"
 _CANNOT = r"can(?:no|['’])t"
 _CLAUSE = _compiled(
-  r"[.;?\n。，,]|!(?!=)", r"\b" + _any_of("so|hence|thus|therefore|then|because|since|but|and") + r"\b"
+  r"[.;?\n。，,]|!(?!=)",
+  r"\b" + _any_of("so|hence|thus|therefore|then|because|since|but|and") + r"\b",
 )
 SENTENCE_END = re.compile(
   r"""
@@ -61,7 +62,9 @@ _DENIED_BEFORE = _compiled(
     r"|incorrect"
   )
   + rf"|(?:{_CANNOT}|do(?:es)?{_NOT}|not)\s+(?:\w+\s+){{0,2}}?"
-  + _any_of("sure|certain|clear|known|true|the case|correct|right|know|say|tell|think|believe|follow|mean")
+  + _any_of(
+    "sure|certain|clear|known|true|the case|correct|right|know|say|tell|think|believe|follow|mean"
+  )
   + r")\b(?:\s+\w+){0,4}?\s+(?:that|whether|if|how)\b[^.;\n]{0,60}\Z",
   rf"\b(?:do(?:es)?{_NOT}\s+(?:think|believe)|(?<!no\s)doubt|whether|suppose|assume|assuming|imagine)\b[^.;\n]{{0,60}}\Z",
   # "some people think the answer is", "a common misconception that", "a wrong answer is"
@@ -88,7 +91,9 @@ _REFUTED = _compiled(
   )
   + r"\b",
   rf"\b(?:is|are|was){_NOT}\s+(?:\w+ly\s+)?"
-  + _any_of(r"right|correct|the|a solution|possible|valid|true|it\b|what|allowed|our|my|equal|an?\s+answer"),
+  + _any_of(
+    r"right|correct|the|a solution|possible|valid|true|it\b|what|allowed|our|my|equal|an?\s+answer"
+  ),
   rf"\b{_CANNOT}\s+(?:\w+\s+)?be\s+(?:right|correct|true|the|it\b|so\b|possible)",
   rf"\b(?:does|do|did){_NOT}\s+" + _any_of("work|hold|satisfy|fit|make sense|count|solve"),
   r"\b(?:fails|contradicts|leads\s+to\s+a\s+contradiction)\b",
@@ -120,7 +125,8 @@ _UNKNOWN = _compiled(
 _DISOWNED = _compiled(
   r"\A\W*(?:an?\s+)?(?:\w+\s+)?(?:wrong|incorrect)\b(?!\s+answers\b)",
   r"\bif\b[^.]*\bwould\b",
-  r"\b" + _any_of("not enough information|please provide|cannot be determined|something went wrong"),
+  r"\b"
+  + _any_of("not enough information|please provide|cannot be determined|something went wrong"),
 )
 
 # What takes a statement back: words that begin a later sentence
@@ -129,7 +135,8 @@ _OPENERS = r"(?:(?:oh|ah|um|well|but|and|{})[,. ]+)*"
 _TURNS = re.compile(
   _OPENERS.format("so")
   + _any_of(
-    r"no\b(?! (?:other|more|further|need|matter|one|doubt))|nope|wait|hmm+|actually|hold on|hang on|sorry"
+    r"no\b(?! (?:other|more|further|need|matter|one|doubt))|nope|wait|hmm+|actually|hold on|hang "
+    r"on|sorry"
     r"|apologies|upon re|strike that|等等|不对|let me (?:re|correct|double|check|fix|try)"
     r"|on second thoughts?|edit\b|rather\b|my (?:bad|mistake)"
   ),
@@ -140,18 +147,21 @@ _TURNS_FIRMLY = re.compile(
   _OPENERS.format("no|wait|hmm+|actually|sorry")
   + "(?:"
   + _any_of(
-    r"correction|scratch that|oops|never\s*mind|disregard|i (?:made|have made) an? \w*\s*(?:mistake|error)"
+    r"correction|scratch that|oops|never\s*mind|disregard|i (?:made|have made) an? "
+    r"\w*\s*(?:mistake|error)"
     r"|i was wrong|i (?:misread|miscounted|miscalculated|forgot)"
     r"|(?:that|this) (?:does(?:n't|\snot) (?:work|seem|make)|contradicts)|something went wrong"
     r"|there must be an? (?:error|mistake)|(?:this|the|that|my) (?:answer|result|value|solution) is"
-    r" (?:wrong|incorrect|not (?:right|correct))|(?:wrong|incorrect|no)[.!]*\s*\Z|(?:wrong|incorrect)!"
+    r" (?:wrong|incorrect|not "
+    r"(?:right|correct))|(?:wrong|incorrect|no)[.!]*\s*\Z|(?:wrong|incorrect)!"
     r"|i'm not sure|this leads to a contradiction|contradiction"
     r"|(?:that|this|it|which) (?:can't be|cannot be|isn't) (?:\w+ly )?(?:right|correct)"
   )
   + "|"
   + _THAT
   + _any_of(
-    "wrong|incorrect|a mistake|an error|not (?:right|correct|possible)|false|too (?:big|small|large)"
+    "wrong|incorrect|a mistake|an error|not (?:right|correct|possible)|false|too "
+    "(?:big|small|large)"
     "|impossible(?! (?:to|that|for))"
   )
   + ")",

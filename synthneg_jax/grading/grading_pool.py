@@ -1,9 +1,11 @@
-"""Many answers graded in worker processes: each with a deadline, each lost worker replaced, memory bounded.
+"""Many answers graded in worker processes: each with a deadline, each lost worker replaced, memory
+bounded.
 
-A worker is a fresh Python (`grading_worker.py`), started as a program: it shares nothing with the process that asks, so
-that the pool works from threads, in notebooks and beside jax, without `__main__` guards or signals. One thread here feeds
-one worker. A worker that overruns its deadline or dies is killed and replaced: the answer at hand is a "timeout", and
-those sent after it are sent again.
+A worker is a fresh Python (`grading_worker.py`), started as a program: it shares nothing with the
+process that asks, so that the pool works from threads, in notebooks and beside jax, without
+`__main__` guards or signals. One thread here feeds one worker. A worker that overruns its deadline
+or dies is killed and replaced: the answer at hand is a "timeout", and those sent after it are sent
+again.
 """
 
 import collections
@@ -21,14 +23,14 @@ from synthneg_jax.grading.answer_equality import Conventions
 from synthneg_jax.runtime import errors
 
 MAX_CHARS = 1_000_000  # of a response; a longer one is too large and is not sent
-_IN_FLIGHT = (
-  32_000  # bytes sent to a worker ahead of its answers: less than a pipe holds, so that no side waits on the other
-)
+# bytes sent to a worker ahead of its answers: less than a pipe holds, so that no side waits on the
+# other
+_IN_FLIGHT = 32_000
 _AT_ONCE = 64  # answers sent at once
 _START_S = 120.0  # seconds for a worker to start
-_PATIENCE = (
-  5.0  # wall-clock deadline: the processor time that an answer may take so many times, and 3 s; machines are busy
-)
+# wall-clock deadline: the processor time that an answer may take so many times, and 3 s; machines
+# are busy
+_PATIENCE = 5.0
 _PACKAGE = pathlib.Path(__file__).parents[3]
 
 
@@ -42,7 +44,11 @@ class _Worker:
   def __init__(self, command: Sequence[str]):
     path = os.pathsep.join(filter(None, [str(_PACKAGE), os.environ.get("PYTHONPATH")]))
     self.process = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}, bufsize=0
+      command,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      env=os.environ | {"PYTHONPATH": path},
+      bufsize=0,
     )
     self._rest = b""
     self._selector = selectors.DefaultSelector()
@@ -87,7 +93,12 @@ class GradingPool:
     replaced: workers that hung or died so far.
   """
 
-  def __init__(self, num_workers: int | None = None, memory_mb: int = 1024, command: Sequence[str] | None = None):
+  def __init__(
+    self,
+    num_workers: int | None = None,
+    memory_mb: int = 1024,
+    command: Sequence[str] | None = None,
+  ):
     """
     Args:
       num_workers: processes; None takes the processors that this process may use, at most 8.
@@ -96,7 +107,13 @@ class GradingPool:
     """
     self.num_workers = num_workers or min(8, len(os.sched_getaffinity(0)))
     self.replaced = 0
-    self._command = command or [sys.executable, "-P", "-m", "synthneg_jax.grading.grading_worker", str(memory_mb)]
+    self._command = command or [
+      sys.executable,
+      "-P",
+      "-m",
+      "synthneg_jax.grading.grading_worker",
+      str(memory_mb),
+    ]
     self._idle: list[_Worker] = []
     self._lock = threading.Lock()
     self._slots = threading.Semaphore(self.num_workers)
@@ -125,7 +142,8 @@ class GradingPool:
         failures.append(error)
 
     threads = [
-      threading.Thread(target=work, daemon=True) for _ in range(min(self.num_workers, -(-len(waiting) // _AT_ONCE)) - 1)
+      threading.Thread(target=work, daemon=True)
+      for _ in range(min(self.num_workers, -(-len(waiting) // _AT_ONCE)) - 1)
     ]
     for thread in threads:
       thread.start()
@@ -168,10 +186,14 @@ class GradingPool:
           self._idle.append(worker)
 
   def _chunk(self, waiting: collections.deque) -> list[tuple[int, bytes]]:
-    """The next answers to send: few enough that the pipe takes them all; a single one may be longer."""
+    """The next answers to send: few enough that the pipe takes them all; a single one may be
+    longer.
+    """
     found, size = [], 0
     with self._lock:
-      while waiting and len(found) < _AT_ONCE and (not found or size + len(waiting[0][1]) <= _IN_FLIGHT):
+      while (
+        waiting and len(found) < _AT_ONCE and (not found or size + len(waiting[0][1]) <= _IN_FLIGHT)
+      ):
         found.append(waiting.popleft())
         size += len(found[-1][1])
     return found
@@ -186,7 +208,9 @@ class GradingPool:
     try:
       return _Worker(self._command)
     except (_Lost, OSError) as error:
-      raise errors.UserError(f"A grading worker does not start ({' '.join(self._command)}): {error}.") from None
+      raise errors.UserError(
+        f"A grading worker does not start ({' '.join(self._command)}): {error}."
+      ) from None
 
   def close(self) -> None:
     """Ends the idle workers; the pool may be used again."""

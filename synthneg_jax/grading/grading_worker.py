@@ -1,7 +1,9 @@
-"""The process that grades answers of kind "math" for `grading_pool`: requests in, verdicts out, a JSON line each.
+"""The process that grades answers of kind "math" for `grading_pool`: requests in, verdicts out, a
+JSON line each.
 
-It imports no jax, limits its own memory, and gives up an answer after so many seconds of processor time. It ends with
-its input, so that it never outlives the process that started it; while it computes, a limit of processor time sees to that.
+It imports no jax, limits its own memory, and gives up an answer after so many seconds of processor
+time. It ends with its input, so that it never outlives the process that started it; while it
+computes, a limit of processor time sees to that.
 """
 
 import dataclasses
@@ -18,14 +20,18 @@ from synthneg_jax.runtime import errors
 
 
 class OutOfTime(BaseException):
-  """The timer of the answer at hand ran out; not an Exception, so that no handler on the way takes it for its own."""
+  """The timer of the answer at hand ran out; not an Exception, so that no handler on the way takes
+  it for its own.
+  """
 
 
 def _out_of_time(signum, frame):
   raise OutOfTime
 
 
-def grade_line(response: str, gold: str, rules: Conventions, timeout_s: float) -> tuple[str, str | None]:
+def grade_line(
+  response: str, gold: str, rules: Conventions, timeout_s: float
+) -> tuple[str, str | None]:
   """(reason, extracted), or ("error", sentence) for a gold answer that cannot be read."""
   try:
     signal.setitimer(signal.ITIMER_VIRTUAL, timeout_s)
@@ -42,7 +48,8 @@ def grade_line(response: str, gold: str, rules: Conventions, timeout_s: float) -
 
 
 def serve(grade: Callable = grade_line, memory_mb: int = 1024) -> None:
-  """Answers requests until the input ends. Each is [response, gold, rules, timeout_s]; each answer [reason, extracted].
+  """Answers requests until the input ends. Each is [response, gold, rules, timeout_s]; each answer
+  [reason, extracted].
 
   Args:
     grade: as `grade_line`.

@@ -22,7 +22,9 @@ _THOUGHT = re.compile(
 _THOUGHT_ENDS = re.compile(r"\W*/|<\|end_|<channel|<unused[0-9]+>\Z", re.IGNORECASE)
 _CHANNEL = re.compile(r"<\|channel\|>\s*([A-Za-z]+)[^<|]{0,80}<\|message\|>")
 # The same where the tokenizer dropped the marks: "analysisLet me see ... assistantfinalIt is 7."
-_BARE_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\s]).*assistant\s?final(?=[A-Z0-9\s\\$*#(-])", re.DOTALL)
+_BARE_CHANNELS = re.compile(
+  r"\A\s*analysis(?=[A-Z\s]).*assistant\s?final(?=[A-Z0-9\s\\$*#(-])", re.DOTALL
+)
 
 # Turns
 
@@ -67,7 +69,9 @@ _BOLD = re.compile(r"\*\*(?=\S)([^*\n]{1,200})(?<=\S)\*\*")
 _ANNOTATION = re.compile(r"<<[^<>\n]{0,200}>>")  # of GSM8K's calculator
 _END_OF_PROOF = re.compile(r"(?:\$?\\(?:blacksquare|square|qed|Box)\b\$?|[∎■□])\Z")
 _EMPHASIS = re.compile(r"\*{1,3}|_{1,3}|~~")
-_LINE_START = re.compile(r"^[ \t]*(?:(?:>[ \t]*)++(?:#{1,3}[ \t]+)?|(?:```|~~~)[^\n]*$|#{1,3}[ \t]+)", re.MULTILINE)
+_LINE_START = re.compile(
+  r"^[ \t]*(?:(?:>[ \t]*)++(?:#{1,3}[ \t]+)?|(?:```|~~~)[^\n]*$|#{1,3}[ \t]+)", re.MULTILINE
+)
 _HTML = re.compile(
   r"</?(?:b|i|em|strong|u|code|p|br|center|span|div|mark|h[1-6])(?:\s[^<>\n]{0,80})?/?>",
   re.IGNORECASE,

@@ -22,10 +22,13 @@ _ANSWER_LABEL = re.compile(
   re.IGNORECASE,
 )
 _OPTION = re.compile(
-  r"\A\s*(?:the\s+)?(?:option|choice|letter)\s+(?=\(?[A-J]\b)|\A\s*选[:：]?\s*(?=[A-J]\b)", re.IGNORECASE
+  r"\A\s*(?:the\s+)?(?:option|choice|letter)\s+(?=\(?[A-J]\b)|\A\s*选[:：]?\s*(?=[A-J]\b)",
+  re.IGNORECASE,
 )
 _CHINESE_UNITS = "[个元人天只本米岁块件条次年月日]+"
-_TRAILING_CHINESE = re.compile(rf"(?:{_TEXT}\{{\s*{_CHINESE_UNITS}\s*\}}|{_CHINESE_UNITS})[\s。.]*\Z")
+_TRAILING_CHINESE = re.compile(
+  rf"(?:{_TEXT}\{{\s*{_CHINESE_UNITS}\s*\}}|{_CHINESE_UNITS})[\s。.]*\Z"
+)
 _SPACED_THOUSANDS = re.compile(r"\A\s*[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9 ])")
 _UNIT_LETTER = re.compile(r"(?<=[0-9}])([ \t]+)([msghL])(?=\s*(?:\^|[²³]|[.,]?\s*\Z))")
 _EXPLAINED = re.compile(  # "8 (= 7 + 1)", "7 (B)", "none other than 8"
@@ -62,7 +65,8 @@ _ASIDE = re.compile(
   re.IGNORECASE | re.DOTALL | re.VERBOSE,
 )
 _SUBORDINATE = re.compile(
-  r"\b(?:when|where|if|because|since|for|at|with|attained|achieved|reached)\s*[$\\([]*\Z", re.IGNORECASE
+  r"\b(?:when|where|if|because|since|for|at|with|attained|achieved|reached)\s*[$\\([]*\Z",
+  re.IGNORECASE,
 )
 _ONE_NUMBER = re.compile(
   r"(?<![A-Za-z0-9.,])-?\$?(?:[1-9][0-9]{0,2}(?>(?:,[0-9]{3})+)|[0-9]++)(?:[.,][0-9]++)?(?:/[0-9]++)?"
@@ -97,7 +101,8 @@ _OPEN_BEHIND = re.compile(
 )
 _MULTIPLE_BEHIND = re.compile(r"\s+(hundred|thousand|million|billion|trillion|dozen|lakh|crore)\b")
 _OPEN_AT_ALL = re.compile(
-  rf"\b(?:or|nor|maybe|perhaps|possibly|either|squared|cubed|guess|negative|half)\b|\b{_SCALE}", re.IGNORECASE
+  rf"\b(?:or|nor|maybe|perhaps|possibly|either|squared|cubed|guess|negative|half)\b|\b{_SCALE}",
+  re.IGNORECASE,
 )
 _CUT_OFF = re.compile(  # a formula or a sum that does not end
   r"(?<!\\)\$(?=[A-Za-z\\])|\\\([^)]*\Z|\\\[[^\]]*\Z|[-+=/×÷:]\s*\Z|\A\s*step\s+[0-9]+[.:)]?\s*\Z",
@@ -134,7 +139,9 @@ def cleaned(statement: Statement) -> Statement:
   text = _EXPLAINED.sub("", text)
   text = _SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
   text = _UNIT_LETTER.sub(r"\1\\text{\2}", _TRAILING_CHINESE.sub("", text))
-  is_sentence = statement.source in ("last", "retraction") and re.search(r"[A-Za-z]\W|\s", text.strip("!. "))
+  is_sentence = statement.source in ("last", "retraction") and re.search(
+    r"[A-Za-z]\W|\s", text.strip("!. ")
+  )
   if statement.source in ("line", "heading") or is_sentence:
     text = re.sub(r"(?<=[0-9])!+\s*\Z", "", text)  # an exclamation, not a factorial
   return statement._replace(text=text)
@@ -213,7 +220,8 @@ def part(statement: Statement) -> Part:
   """The formula or number of a sentence that may be its answer; several different numbers are none."""
   text = statement.text[-MAX_CHARS:]
   formulas = [
-    (match.start(), match.end(), next(filter(None, match.groups()), "")) for match in statements.FORMULA.finditer(text)
+    (match.start(), match.end(), next(filter(None, match.groups()), ""))
+    for match in statements.FORMULA.finditer(text)
   ]
   formulas = [found for found in formulas if not re.fullmatch(r"\s*[A-Za-z]*\s*", found[2])]
   main = [found for found in formulas if not _SUBORDINATE.search(text[: found[0]])]
@@ -222,10 +230,14 @@ def part(statement: Statement) -> Part:
   outside = outside.replace(r"\$", " $").replace(r"\%", "% ")
   if formulas:
     start, end, chosen = formulas[0 if statement.source == "line" else -1]
-  elif re.search(r"[\\^_{}<>≥≤≠|\[\]*`\x00-\x08]", outside):  # no prose: a number may be part of anything
+  elif re.search(
+    r"[\\^_{}<>≥≤≠|\[\]*`\x00-\x08]", outside
+  ):  # no prose: a number may be part of anything
     return Part("", "unparsable")
   else:
-    numbers = [(match.start(), match.end(), match.group()) for match in _ONE_NUMBER.finditer(outside)]
+    numbers = [
+      (match.start(), match.end(), match.group()) for match in _ONE_NUMBER.finditer(outside)
+    ]
     if not numbers:
       return Part("", "unparsable")
     start, end, chosen = numbers[-1]

@@ -108,9 +108,15 @@ _GAP = re.compile(  # what stands between boxes that are one answer
   re.MULTILINE | re.VERBOSE,
 )
 _MINUS_BEFORE = re.compile(r"(?:[=$(]|\\\(|\\\[|\bis)\s*-\Z")
-_OPERATOR_BEFORE = re.compile(r"(?:\\(?:cdot|times|div)\s*|\\(?:sqrt|frac)\s*\{|[0-9a-z)}]\s*[*/^+])\s*\Z")
-_OPERATOR_BEHIND = re.compile(r"\s*(?:\^|/\s*[0-9]|\\(?:pi|cdot|times|sqrt|frac|div)(?![a-z])|[*+]\s*[0-9a-z\\])")
-_SCALE_BEHIND = re.compile(r"[\s$]*((?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?)\b", re.IGNORECASE)
+_OPERATOR_BEFORE = re.compile(
+  r"(?:\\(?:cdot|times|div)\s*|\\(?:sqrt|frac)\s*\{|[0-9a-z)}]\s*[*/^+])\s*\Z"
+)
+_OPERATOR_BEHIND = re.compile(
+  r"\s*(?:\^|/\s*[0-9]|\\(?:pi|cdot|times|sqrt|frac|div)(?![a-z])|[*+]\s*[0-9a-z\\])"
+)
+_SCALE_BEHIND = re.compile(
+  r"[\s$]*((?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?)\b", re.IGNORECASE
+)
 _JOINS = re.compile(r"[,;]|\b(?:and|or)\b")
 _SEPARATES = re.compile(
   r"""
@@ -161,7 +167,9 @@ _LINE = re.compile(
 _LINE_WORD = re.compile("answer|solution|ans|option|choice|答案|结果|結果|故|应|选", re.IGNORECASE)
 _SOLUTION_HEADING = re.compile(r"solutions?\s*[:：]", re.IGNORECASE)
 _SIGN_ALONE = re.compile(r"(?!.*\sis\b).*[:：=]\s*\Z", re.DOTALL | re.IGNORECASE)
-_BEGINS_CLAUSE = re.compile(rf"(?:^|[.!?:;,。，])[\s*#>(-]*{_ANSWER_NAME}\Z|[\u4e00-\u9fff]\Z", re.IGNORECASE)
+_BEGINS_CLAUSE = re.compile(
+  rf"(?:^|[.!?:;,。，])[\s*#>(-]*{_ANSWER_NAME}\Z|[\u4e00-\u9fff]\Z", re.IGNORECASE
+)
 _OF_SOMETHING_ELSE = re.compile(
   r"""
   \b(?:first|second|third|next|previous|earlier|intermediate|partial|sub|other|naive
@@ -181,7 +189,9 @@ _CONDITIONAL = re.compile(r"\b(?:if|in\s+general)\b[^.\n]*\Z", re.IGNORECASE)
 _NOT_BUT = re.compile(r"\s*not\b[^.;]{1,40}?,?\s*but\s+(?:rather\s+)?", re.IGNORECASE)
 _SHORT_ANSWER = re.compile(r"^A: *", re.MULTILINE)
 _SECOND_CHOICE = re.compile(r"^B:", re.MULTILINE)
-_TAG = re.compile(r"<(?:final_?)?answer>(.*?)(?:</(?:final_?)?answer>|\Z)", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(
+  r"<(?:final_?)?answer>(.*?)(?:</(?:final_?)?answer>|\Z)", re.DOTALL | re.IGNORECASE
+)
 _JSON = re.compile(r'"(?:final_?)?answer"\s*:\s*"?([^",}\n]{1,200})', re.IGNORECASE)
 _TAG_MARK = re.compile(r"</?(?:final_?)?answer>", re.IGNORECASE)
 _CONCLUDES = re.compile(  # text after a display that goes on to a result
@@ -254,7 +264,9 @@ def _box_statements(text: str, found: list[tuple[int, int, str]]) -> list[_Span]
 
 
 def _in_context(text: str, start: int, end: int, content: str) -> str:
-  r"""A box's content with what changes its value: a sign, a scale word; "?" for operators around it."""
+  r"""A box's content with what changes its value: a sign, a scale word; "?" for operators around
+  it.
+  """
   before, after = text[max(0, start - 20) : start], text[end : end + 20]
   if _MINUS_BEFORE.search(before):
     return f"-({content})"
@@ -378,7 +390,9 @@ def _explicit(text: str) -> tuple[list[_Span], bool]:
   untagged = _TAG_MARK.sub(lambda mark: " " * len(mark.group()), text)
   for outer in (_lines(untagged), _tags(text)):
     inner = list(spans)
-    spans += [span for span in outer if not any(span.start < i.end and i.start < span.end for i in inner)]
+    spans += [
+      span for span in outer if not any(span.start < i.end and i.start < span.end for i in inner)
+    ]
   return sorted(spans or _short_answer(text)), is_open
 
 
@@ -404,7 +418,9 @@ def _implicit(text: str, bold: Sequence[str] = ()) -> Statement | None:
 
 
 def _last_sentence(line: str) -> str:
-  """The last sentence of a line that holds a value; all of it where that sentence turns on the rest."""
+  """The last sentence of a line that holds a value; all of it where that sentence turns on the
+  rest.
+  """
   begins = [0, *(stop.end() for stop in assertions.SENTENCE_END.finditer(line))]
   for begin, end in reversed(list(zip(begins, [*begins[1:], len(line)], strict=True))):
     sentence = line[begin:end].strip()

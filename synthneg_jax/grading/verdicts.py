@@ -116,7 +116,9 @@ class MathGold:
     if not chosen:
       plain = re.sub(r"\\[a-z]+\{([^{}]*)\}", r"\1", tidy(text[:MAX_CHARS])).strip()
       chosen = _CHOICE.fullmatch(plain)
-      if chosen and re.search(r"\b(?:or|maybe|perhaps|not)\b", chosen.group(2).partition("because")[0]):
+      if chosen and re.search(
+        r"\b(?:or|maybe|perhaps|not)\b", chosen.group(2).partition("because")[0]
+      ):
         return None
       chosen = chosen or _LETTER_WITHIN.search(plain)
     if not chosen:
@@ -160,7 +162,9 @@ class MathGold:
 
   def is_part(self, outcome: Outcome) -> bool:
     """Whether a value is one of the gold answer's several."""
-    return isinstance(outcome.value, Node) and answer_equality.is_member(self.tree, outcome.value, self.rules)
+    return isinstance(outcome.value, Node) and answer_equality.is_member(
+      self.tree, outcome.value, self.rules
+    )
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -214,7 +218,9 @@ class IntegerGold:
       return None
     sign, grouped, digits, decimals = match.groups()
     digits, decimals = (grouped or digits).replace(",", ""), decimals or ""
-    return self._outcome(fractions.Fraction(int(sign + digits + decimals), 10 ** len(decimals)), True)
+    return self._outcome(
+      fractions.Fraction(int(sign + digits + decimals), 10 ** len(decimals)), True
+    )
 
   def _outcome(self, value: fractions.Fraction, whole: bool = False) -> Outcome:
     return Outcome("right" if value == self.value else "wrong", value, whole)
@@ -252,7 +258,9 @@ def _integer_gold(gold: str) -> fractions.Fraction:
   except (Ambiguous, Undefined, TooLarge, RecursionError):
     value = None
   if value is None:
-    raise errors.UserError(f"The gold answer {gold[:MAX_EXTRACTED]!r} is not a number that the grader can read.")
+    raise errors.UserError(
+      f"The gold answer {gold[:MAX_EXTRACTED]!r} is not a number that the grader can read."
+    )
   return value
 
 
@@ -343,7 +351,9 @@ def _outcome(statement: Statement, gold: MathGold | IntegerGold) -> Outcome:
     return Outcome("too_large")
 
 
-def grade_response(response: str, gold: str, *, kind: str, rules: Conventions) -> tuple[str, str | None]:
+def grade_response(
+  response: str, gold: str, *, kind: str, rules: Conventions
+) -> tuple[str, str | None]:
   """(reason, extracted answer) of a response.
 
   Args:
@@ -381,7 +391,10 @@ def _verdict(
   if (
     not firm
     and reading.fallback
-    and all(statement.source == "heading" and outcome.reason == "unparsable" for statement, outcome in pairs)
+    and all(
+      statement.source == "heading" and outcome.reason == "unparsable"
+      for statement, outcome in pairs
+    )
   ):
     firm = [(reading.fallback, _outcome(reading.fallback, gold))]
   pairs = firm or pairs[-1:]
@@ -443,6 +456,7 @@ def extract_gold(solution: str) -> str:
   values.discard(None)
   if reason or len(values) != 1:
     raise errors.UserError(
-      f"The solution states no readable answer after #### ({reason or 'ambiguous'}): {solution[-80:]!r}."
+      f"The solution states no readable answer after #### ({reason or 'ambiguous'}): "
+      f"{solution[-80:]!r}."
     )
   return str(values.pop())

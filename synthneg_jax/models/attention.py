@@ -1,7 +1,7 @@
 """Attention over packed trees, and over a lane's trunk and its slots' suffixes. Rotary positions.
 
-Which token attends to which is decided in core/tree.py: by one rule for rows of trees, and for a lane's trunk and its
-slots' suffixes.
+Which token attends to which is decided in core/tree.py: by one rule for rows of trees, and for a
+lane's trunk and its slots' suffixes.
 """
 
 import dataclasses
@@ -18,18 +18,23 @@ from synthneg_jax.runtime import device_mesh
 
 # Masked scores: finite, so that a row of padding gives numbers and no NaN gradient.
 _MASKED = -1e30
-_BLOCKS, _LEAST_BLOCK = 4, 64  # queries of a row are cut into so many blocks, of so many tokens at least
-_FUSED_FROM = (
-  1024  # tokens of a row from which on its scores are not held: a GPU's break-even lies between 512 and 2048
-)
+_BLOCKS, _LEAST_BLOCK = (
+  4,
+  64,
+)  # queries of a row are cut into so many blocks, of so many tokens at least
+# tokens of a row from which on its scores are not held: a GPU's break-even lies between 512 and
+# 2048
+_FUSED_FROM = 1024
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of lanes that decode. Each field is one array [Y, ...], or a tuple of Y arrays where layers are unrolled.
+  """Keys and values of lanes that decode. Each field is one array [Y, ...], or a tuple of Y arrays
+  where layers are unrolled.
 
-  A lane holds one trunk, shared by all its slots; a slot holds the suffix that its branch has grown.
+  A lane holds one trunk, shared by all its slots; a slot holds the suffix that its branch has
+  grown.
 
   Attributes:
     trunk_k: [lanes, K, H, C]; trunk_v: [lanes, K, C, H].
@@ -70,7 +75,8 @@ class NewestTokens(NamedTuple):
     layer: its number: an int where the cache is a tuple, a traced scalar where it is stacked.
     fork: int32 [lanes, slots], trunk tokens that each slot sees.
     index: int32 [lanes, slots], the newest tokens' places in their suffixes, from 0.
-    window: positions that a token sees, its own included: an int that is 0 for all, or an int32 scalar.
+    window: positions that a token sees, its own included: an int that is 0 for all, or an int32
+      scalar.
   """
 
   layer: int | jax.Array
@@ -79,11 +85,15 @@ class NewestTokens(NamedTuple):
   window: int | jax.Array = 0
 
 
-def rotary(position_N: jax.Array, num_positions: int, *, head_dim: int, theta: float, dtype, scaling=None):
-  """Returns rotate(x [N, heads, H]), the rotary embedding at these positions, all below `num_positions`.
+def rotary(
+  position_N: jax.Array, num_positions: int, *, head_dim: int, theta: float, dtype, scaling=None
+):
+  """Returns rotate(x [N, heads, H]), the rotary embedding at these positions, all below
+  `num_positions`.
 
-  Pairs are (i, i + H/2), as in Hugging Face checkpoints of this family; models/rope.py has the angles.
-  Cosines and sines are constants of the program: computed in it, they would be computed anew by every use.
+  Pairs are (i, i + H/2), as in Hugging Face checkpoints of this family; models/rope.py has the
+  angles. Cosines and sines are constants of the program: computed in it, they would be computed
+  anew by every use.
 
   Args:
     position_N: int32 [N].
@@ -109,8 +119,11 @@ def _capped(scores, cap: float):
   return cap * jnp.tanh(scores / cap) if cap else scores
 
 
-def tree_attention(q, k, v, *, keys: tree_lib.Keys, window: int | jax.Array = 0, scoring: Scoring = _UNCAPPED):
-  """Attention of rows of packed trees: fused on TPU where rows are long (models/fused_attention.py), else XLA's products.
+def tree_attention(
+  q, k, v, *, keys: tree_lib.Keys, window: int | jax.Array = 0, scoring: Scoring = _UNCAPPED
+):
+  """Attention of rows of packed trees: fused on TPU where rows are long
+  (models/fused_attention.py), else XLA's products.
 
   Args:
     q: [B·T, N, H]; k, v: [B·T, K, H], rotary positions applied.
@@ -137,13 +150,17 @@ def tree_attention(q, k, v, *, keys: tree_lib.Keys, window: int | jax.Array = 0,
 
 
 def _fused(q, k, v, *, keys: tree_lib.Keys, window, cap: float):
-  """The kernels on every device's own rows and key heads; where key heads do not divide, each has all of them."""
+  """The kernels on every device's own rows and key heads; where key heads do not divide, each has
+  all of them.
+  """
   tensor = device_mesh.parts("kv_heads")
   heads = "kv_heads" if k.shape[1] % tensor == 0 else None
   windowed = not isinstance(window, int) or window > 0
 
   def attend(q, k, v, position, leave, window):
-    return fused_attention.attend(q, k, v, position, leave, window=window if windowed else 0, cap=cap)
+    return fused_attention.attend(
+      q, k, v, position, leave, window=window if windowed else 0, cap=cap
+    )
 
   split = ("rows", heads), ("rows", heads), ("rows", heads), ("rows",), ("rows",), ()
   run = device_mesh.on_each_device(attend, split, ("rows", heads))
@@ -151,13 +168,20 @@ def _fused(q, k, v, *, keys: tree_lib.Keys, window, cap: float):
 
 
 def _in_blocks(q, k_BKTH, v_BKTH, *, keys: tree_lib.Keys, window, cap: float):
-  """In blocks of queries: no query sees a key that stands behind it, so a block is held against the keys up to its end."""
+  """In blocks of queries: no query sees a key that stands behind it, so a block is held against the
+  keys up to its end.
+  """
   length, parts = q.shape[3], []
   mask_BTT = tree_lib.attention_mask(tree_lib.Queries(keys.index, keys.position), keys, window)
   size = -(-length // min(_BLOCKS, -(-length // _LEAST_BLOCK)))
   for start in range(0, length, size):
     stop = min(start + size, length)
-    block = q[:, :, :, start:stop], k_BKTH[:, :, :stop], v_BKTH[:, :, :stop], mask_BTT[:, start:stop, :stop]
+    block = (
+      q[:, :, :, start:stop],
+      k_BKTH[:, :, :stop],
+      v_BKTH[:, :, :stop],
+      mask_BTT[:, start:stop, :stop],
+    )
     # Capped scores have no backward pass by hand.
     parts.append(_attend_forward(*block, cap)[0] if cap else _attend(*block))
   return jnp.concatenate(parts, axis=3)
@@ -174,8 +198,8 @@ def _attend_forward(q, k, v, mask, cap: float = 0.0):
   rows, kv_heads, groups, length, head_dim = q.shape
   keys = k.shape[2]
   wide = jnp.promote_types(q.dtype, jnp.float32)
-  # One matrix product a kv head: its query heads stand below one another. Rows and kv heads stay dimensions of their own,
-  # since they are split over different axes of the mesh.
+  # One matrix product a kv head: its query heads stand below one another. Rows and kv heads stay
+  # dimensions of their own, since they are split over different axes of the mesh.
   q = q.reshape(rows, kv_heads, groups * length, head_dim)
   scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=wide)
   scores = scores.reshape(rows, kv_heads, groups, length, keys)
@@ -185,11 +209,20 @@ def _attend_forward(q, k, v, mask, cap: float = 0.0):
   weights = weights.reshape(rows, kv_heads, groups * length, keys).astype(v.dtype)
   # Normalised after the product: H columns instead of S.
   out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=wide) / total
-  return out.astype(v.dtype).reshape(rows, kv_heads, groups, length, head_dim), (q, k, v, weights, total, out)
+  return out.astype(v.dtype).reshape(rows, kv_heads, groups, length, head_dim), (
+    q,
+    k,
+    v,
+    weights,
+    total,
+    out,
+  )
 
 
 def _attend_backward(residuals, d_out):
-  """By hand, to pass over the scores once: with P = weights / total, dS = P (dO Vᵀ - rowsum(dO · O)), 0 where masked."""
+  """By hand, to pass over the scores once: with P = weights / total, dS = P (dO Vᵀ - rowsum(dO ·
+  O)), 0 where masked.
+  """
   q, k, v, weights, total, out = residuals
   wide = out.dtype
   product = functools.partial(jnp.einsum, preferred_element_type=wide)
@@ -207,10 +240,11 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _put(field, place, new, *, index):
-  """`field.at[place].set(new)` for suffixes [lanes, slots, K, L, H]; new [lanes, slots, K, H] goes to index [lanes, slots].
+  """`field.at[place].set(new)` for suffixes [lanes, slots, K, L, H]; new [lanes, slots, K, H] goes
+  to index [lanes, slots].
 
-  On the CPU a bfloat16 field is rewritten by a select: XLA widens a scatter there, and would turn the whole cache to float32
-  and back for every token, which takes 14 times as long.
+  On the CPU a bfloat16 field is rewritten by a select: XLA widens a scatter there, and would turn
+  the whole cache to float32 and back for every token, which takes 14 times as long.
   """
 
   def select(field, new):
@@ -226,10 +260,12 @@ def _put(field, place, new, *, index):
 
 
 def _decoding_masks(newest: NewestTokens, trunk: int, suffix: int):
-  """(bool [lanes, slots, C], bool [lanes, slots, L]): what the newest tokens see of their trunks and of their suffixes.
+  """(bool [lanes, slots, C], bool [lanes, slots, L]): what the newest tokens see of their trunks
+  and of their suffixes.
 
-  By the rule of trees, without a copy of the trunk for each slot: of C tokens, the trunk's token j leaves at 2C - j, and
-  a slot that forks at f stands at 2C - f. Its suffix stands right before it; tokens not yet written leave at 0.
+  By the rule of trees, without a copy of the trunk for each slot: of C tokens, the trunk's token j
+  leaves at 2C - j, and a slot that forks at f stands at 2C - f. Its suffix stands right before it;
+  tokens not yet written leave at 0.
   """
   _, fork, index, window = newest
   queries = tree_lib.Queries(2 * trunk - fork[..., None], (fork + index)[..., None])
@@ -261,8 +297,9 @@ def cached_attention(q, k, v, *, cache: Cache, newest: NewestTokens, scoring: Sc
   lane = jnp.arange(lanes)[:, None]
   slot = jnp.arange(slots)[None, :]
 
-  # Of a single row a head's part is written at a time: XLA turns a scatter of one index into an update of a slice, then
-  # does that once for the attention and once for the loop's state, and copies the cache for each.
+  # Of a single row a head's part is written at a time: XLA turns a scatter of one index into an
+  # update of a slice, then does that once for the attention and once for the loop's state, and
+  # copies the cache for each.
   if lanes * slots == 1:
     place = (lane[..., None], slot[..., None], jnp.arange(kv_heads)[None, None], index[..., None])
   else:
@@ -274,7 +311,9 @@ def cached_attention(q, k, v, *, cache: Cache, newest: NewestTokens, scoring: Sc
       return field[:layer] + (_put(field[layer], place, new, index=index),) + field[layer + 1 :]
     return _put(field, (layer, *place), new, index=index)
 
-  cache = dataclasses.replace(cache, suffix_k=write(cache.suffix_k, k), suffix_v=write(cache.suffix_v, v))
+  cache = dataclasses.replace(
+    cache, suffix_k=write(cache.suffix_k, k), suffix_v=write(cache.suffix_v, v)
+  )
   trunk_k, trunk_v = cache.trunk_k[layer], cache.trunk_v[layer]
   suffix_k, suffix_v = cache.suffix_k[layer], cache.suffix_v[layer]
 
@@ -289,9 +328,13 @@ def cached_attention(q, k, v, *, cache: Cache, newest: NewestTokens, scoring: Sc
   top = jnp.maximum(jnp.max(trunk, -1), jnp.max(suffix, -1))[..., None]
   trunk, suffix = jnp.exp(trunk - top), jnp.exp(suffix - top)
   total = jnp.sum(trunk, -1) + jnp.sum(suffix, -1)
-  trunk = trunk.transpose(0, 2, 1, 3, 4).reshape(lanes, kv_heads, slots * groups, -1).astype(v.dtype)
+  trunk = (
+    trunk.transpose(0, 2, 1, 3, 4).reshape(lanes, kv_heads, slots * groups, -1).astype(v.dtype)
+  )
   out_trunk = jnp.einsum("lkqc,lkch->lkqh", trunk, trunk_v, preferred_element_type=wide)
   out_trunk = out_trunk.reshape(lanes, kv_heads, slots, groups, head_dim).transpose(0, 2, 1, 3, 4)
-  out_suffix = jnp.einsum("lskgt,lskth->lskgh", suffix.astype(v.dtype), suffix_v, preferred_element_type=wide)
+  out_suffix = jnp.einsum(
+    "lskgt,lskth->lskgh", suffix.astype(v.dtype), suffix_v, preferred_element_type=wide
+  )
   out = (out_trunk + out_suffix) / total[..., None]
   return out.astype(v.dtype).reshape(lanes * slots, kv_heads * groups, head_dim), cache

@@ -1,8 +1,10 @@
-"""The decoder as pure functions: `hidden` for trees and for decoding, `logits` for the rows that need them.
+"""The decoder as pure functions: `hidden` for trees and for decoding, `logits` for the rows that
+need them.
 
-Linen modules declare each layer's parameters, initialisers and logical axes, and are applied to slices of one stacked
-tree: {"ends": ..., "layers": {name: [Y, ...]}}. Whether the layers are scanned or unrolled never changes that tree.
-The cache is an argument and a return value; there is no other state.
+Linen modules declare each layer's parameters, initialisers and logical axes, and are applied to
+slices of one stacked tree: {"ends": ..., "layers": {name: [Y, ...]}}. Whether the layers are
+scanned or unrolled never changes that tree. The cache is an argument and a return value; there is
+no other state.
 """
 
 import dataclasses
@@ -28,7 +30,8 @@ _PRODUCTS_KEPT = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
 
 
 class _Norm(nn.Module):
-  """RMSNorm, in float32 at least: x / sqrt(mean(x²) + ε) · (scale + offset), over the last dimension.
+  """RMSNorm, in float32 at least: x / sqrt(mean(x²) + ε) · (scale + offset), over the last
+  dimension.
 
   See Zhang & Sennrich, https://arxiv.org/abs/1910.07467.
   """
@@ -40,7 +43,9 @@ class _Norm(nn.Module):
   @nn.compact
   def __call__(self, x_ND):
     init = nn.initializers.constant(1.0 - self.offset)
-    scale_D = self.param("scale", nn.with_logical_partitioning(init, ("norm",)), x_ND.shape[-1:], self.param_dtype)
+    scale_D = self.param(
+      "scale", nn.with_logical_partitioning(init, ("norm",)), x_ND.shape[-1:], self.param_dtype
+    )
     wide = jnp.promote_types(x_ND.dtype, jnp.float32)
     y_ND = x_ND.astype(wide)
     y_ND = y_ND * lax.rsqrt(jnp.mean(y_ND * y_ND, axis=-1, keepdims=True) + self.eps)
@@ -67,13 +72,15 @@ def _unrotated(x):
 
 
 class Layer(nn.Module):
-  """Attention and gated feed-forward, each with a norm before or behind it (or both), added to the stream.
+  """Attention and gated feed-forward, each with a norm before or behind it (or both), added to the
+  stream.
 
   Tokens are flat: x is [N, D].
 
-  The attention itself is given: `attend(q, k, v) -> (out, extra)` on [tokens, heads, head_dim] with rotary positions
-  already applied; `extra` (new cache entries) is passed back. `adapter` may hold {"a": [in, r], "b": [r, out]} for a
-  matrix by its name; the matrix then acts as if a·b were added to it (models/adapter.py).
+  The attention itself is given: `attend(q, k, v) -> (out, extra)` on [tokens, heads, head_dim] with
+  rotary positions already applied; `extra` (new cache entries) is passed back. `adapter` may hold
+  {"a": [in, r], "b": [r, out]} for a matrix by its name; the matrix then acts as if a·b were added
+  to it (models/adapter.py).
   """
 
   config: ModelConfig
@@ -87,7 +94,9 @@ class Layer(nn.Module):
     adapter, biased = adapter or {}, _biased(c)
 
     def matrix(name, axes, *, shape, init):
-      kernel = self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(c.param_dtype))
+      kernel = self.param(
+        name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(c.param_dtype)
+      )
       return device_mesh.split_as(kernel.astype(dtype), axes)
 
     def product(y_ND, name, axes, *, shape, init=fan_in):
@@ -119,7 +128,9 @@ class Layer(nn.Module):
 
     def added(x_ND, y_ND, name):
       y_ND = norm(name, y_ND) if c.post_norms else y_ND
-      return x_ND + (y_ND if c.residual_scale == 1.0 else y_ND * jnp.asarray(c.residual_scale, dtype))
+      return x_ND + (
+        y_ND if c.residual_scale == 1.0 else y_ND * jnp.asarray(c.residual_scale, dtype)
+      )
 
     out_init = nn.initializers.variance_scaling(1.0 / (2 * c.num_layers), "fan_in", "normal")
     num, heads = x_ND.shape[0], c.num_heads * c.head_dim
@@ -132,7 +143,9 @@ class Layer(nn.Module):
         q, k = norm("query_norm", q), norm("key_norm", k)
       out, extra = attend(rotate(q), rotate(k), v)
       out = out.reshape(num, heads)
-      y_ND = saved_product(out, "output", ("heads", "embed"), shape=(heads, c.d_model), init=out_init)
+      y_ND = saved_product(
+        out, "output", ("heads", "embed"), shape=(heads, c.d_model), init=out_init
+      )
       x_ND = added(x_ND, y_ND, "attention_post_norm")
 
     with jax.named_scope("feed_forward"):
@@ -154,7 +167,8 @@ def _contract(a, b, a_axis: int, b_axis: int):
 def _product_on_cpu(a_NK, b, b_axis: int):
   """a·b over b's axis, float32 at least, with gradients whose products are such ones, too.
 
-  XLA's CPU library multiplies bfloat16 in hardware (AMX, AVX512_BF16) only where the result is float32; the rest it widens.
+  XLA's CPU library multiplies bfloat16 in hardware (AMX, AVX512_BF16) only where the result is
+  float32; the rest it widens.
   """
   return _contract(a_NK, b, 1, b_axis)
 
@@ -166,7 +180,9 @@ def _backward_on_cpu(b_axis: int, operands, grad_NM):
   return _contract(grad_NM, b, 1, 1 - b_axis).astype(a_NK.dtype), grad_b.astype(b.dtype)
 
 
-_product_on_cpu.defvjp(lambda a, b, b_axis: (_product_on_cpu(a, b, b_axis), (a, b)), _backward_on_cpu)
+_product_on_cpu.defvjp(
+  lambda a, b, b_axis: (_product_on_cpu(a, b, b_axis), (a, b)), _backward_on_cpu
+)
 
 
 def _matmul(x_NI, kernel_IO):
@@ -174,7 +190,9 @@ def _matmul(x_NI, kernel_IO):
   if x_NI.dtype != jnp.bfloat16:
     return x_NI @ kernel_IO
   return lax.platform_dependent(
-    *(x_NI, kernel_IO), cpu=lambda x, kernel: _product_on_cpu(x, kernel, 0).astype(x.dtype), default=jnp.matmul
+    *(x_NI, kernel_IO),
+    cpu=lambda x, kernel: _product_on_cpu(x, kernel, 0).astype(x.dtype),
+    default=jnp.matmul,
   )
 
 
@@ -201,25 +219,36 @@ class Ends(nn.Module):
     dtype = jnp.dtype(c.param_dtype)
     init = nn.initializers.normal(c.d_model**-0.5)
     shape = (c.vocab_size, c.d_model)
-    self.embedding = self.param("embedding", nn.with_logical_partitioning(init, ("vocab", "embed")), shape, dtype)
+    self.embedding = self.param(
+      "embedding", nn.with_logical_partitioning(init, ("vocab", "embed")), shape, dtype
+    )
     if not c.tie_embeddings:
-      self.unembedding = self.param("unembedding", nn.with_logical_partitioning(init, ("vocab", "embed")), shape, dtype)
+      self.unembedding = self.param(
+        "unembedding", nn.with_logical_partitioning(init, ("vocab", "embed")), shape, dtype
+      )
     self.norm = _Norm(c.norm_eps, dtype, c.norm_offset)
 
   def embed(self, token_N):
     """The stream [N, D] of token ids [N], times the family's embedding scale."""
     x_ND = self.embedding[token_N].astype(jnp.dtype(self.config.dtype))
-    return x_ND if self.config.embedding_scale == 1.0 else x_ND * jnp.asarray(self.config.embedding_scale, x_ND.dtype)
+    return (
+      x_ND
+      if self.config.embedding_scale == 1.0
+      else x_ND * jnp.asarray(self.config.embedding_scale, x_ND.dtype)
+    )
 
   def last_norm(self, x_ND):
     """The stream [N, D] after the last norm."""
     return self.norm(x_ND)
 
   def logits(self, h_ND):
-    """Logits [..., V], float32 at least, of normed hidden states [..., D]; capped where the family caps."""
+    """Logits [..., V], float32 at least, of normed hidden states [..., D]; capped where the family
+    caps.
+    """
     matrix_VD = self.embedding if self.config.tie_embeddings else self.unembedding
     dtype = jnp.dtype(self.config.dtype)
-    # Of a flat list of tokens: with two dimensions to sum over, the matrix's gradient would take a turned copy of all logits.
+    # Of a flat list of tokens: with two dimensions to sum over, the matrix's gradient would take a
+    # turned copy of all logits.
     logits_NV = _logits(h_ND.reshape(-1, h_ND.shape[-1]).astype(dtype), matrix_VD.astype(dtype))
     logits = logits_NV.reshape(*h_ND.shape[:-1], -1)
     if self.config.logit_divisor != 1.0:
@@ -239,10 +268,14 @@ def _joined(params: Params) -> Params:
 
 
 def _apply(c: ModelConfig, layer_params, x_ND, *, rotate, attend):
-  """One layer with its parameters, an adapter's among them: (the stream [N, D] after it, what `attend` gave besides)."""
+  """One layer with its parameters, an adapter's among them: (the stream [N, D] after it, what
+  `attend` gave besides).
+  """
   own = {name: leaf for name, leaf in layer_params.items() if name != "adapter"}
   adapter = layer_params.get("adapter")
-  x_ND, extra = Layer(c).apply({"params": own}, device_mesh.split_rows(x_ND), rotate, attend, adapter=adapter)
+  x_ND, extra = Layer(c).apply(
+    {"params": own}, device_mesh.split_rows(x_ND), rotate, attend, adapter=adapter
+  )
   return device_mesh.split_rows(x_ND), extra
 
 
@@ -270,7 +303,9 @@ class Model:
     return jax.eval_shape(self.init, jax.random.key(0))
 
   def logical_axes(self) -> Params:
-    """For each parameter a tuple of logical axis names; runtime/device_mesh.py maps them to mesh axes."""
+    """For each parameter a tuple of logical axis names; runtime/device_mesh.py maps them to mesh
+    axes.
+    """
     boxed = jax.eval_shape(self._boxed_init, jax.random.key(0))
     return {"ends": _axis_names(boxed["ends"]), "layers": _axis_names(boxed["layers"], ("layers",))}
 
@@ -285,13 +320,17 @@ class Model:
       return q, None
 
     def init_layer(layer_key):
-      return Layer(c).init(layer_key, jnp.zeros((1, c.d_model), jnp.dtype(c.dtype)), rotate, attend)["params"]
+      return Layer(c).init(
+        layer_key, jnp.zeros((1, c.d_model), jnp.dtype(c.dtype)), rotate, attend
+      )["params"]
 
     layers = jax.vmap(init_layer)(jax.random.split(layers_key, c.num_layers))
     return {"ends": Ends(c).init(ends_key, jnp.zeros(1, jnp.int32))["params"], "layers": layers}
 
   def unstack(self, params: Params) -> Params:
-    """The same parameters with a tuple of single layers, for loops on CPU that would slice the stack at each turn."""
+    """The same parameters with a tuple of single layers, for loops on CPU that would slice the
+    stack at each turn.
+    """
     return layer_stacking.unstack(_joined(params))
 
   @property
@@ -303,16 +342,25 @@ class Model:
     return Ends(self.config).apply({"params": params["ends"]}, x, method=method)
 
   def _rotations(self, position_N, num_positions: int) -> dict[str, Callable]:
-    """By `layer_rotations`: what rotates queries and keys [N, heads, H]. Windowed layers may have a base of their own."""
+    """By `layer_rotations`: what rotates queries and keys [N, heads, H]. Windowed layers may have a
+    base of their own.
+    """
     c = self.config
     rotary_dim = c.rotary_dim or c.head_dim
 
     def rotation(kind):
       if kind == "none":
         return _unrotated
-      theta, scaling = (c.windowed_rope_theta, None) if kind == "windowed" else (c.rope_theta, c.rope_scaling)
+      theta, scaling = (
+        (c.windowed_rope_theta, None) if kind == "windowed" else (c.rope_theta, c.rope_scaling)
+      )
       rotate = attention.rotary(
-        position_N, num_positions, head_dim=rotary_dim, theta=theta, dtype=jnp.dtype(c.dtype), scaling=scaling
+        position_N,
+        num_positions,
+        head_dim=rotary_dim,
+        theta=theta,
+        dtype=jnp.dtype(c.dtype),
+        scaling=scaling,
       )
       if rotary_dim == c.head_dim:
         return rotate
@@ -351,8 +399,8 @@ class Model:
       with_cache: also return every layer's keys and values, for a cache of these rows.
 
     Returns:
-      (h [B, T, D] after the last norm, cache), cache None or (k, v), each [Y, B, K, T, H] (a tuple of Y arrays where the
-      layers are unrolled).
+      (h [B, T, D] after the last norm, cache), cache None or (k, v), each [Y, B, K, T, H] (a tuple
+      of Y arrays where the layers are unrolled).
     """
     x_ND = self._ends(params, trees.token.reshape(-1), "embed")
     layers = self._scanned_layers if self.config.scan_layers else self._unrolled_layers
@@ -360,7 +408,9 @@ class Model:
     h_ND = self._ends(params, x_ND, "last_norm")
     return h_ND.reshape(*trees.token.shape, -1), cache
 
-  def _unrolled_layers(self, params: Params, x_ND, trees: tree_lib.PackedTrees, *, with_cache: bool):
+  def _unrolled_layers(
+    self, params: Params, x_ND, trees: tree_lib.PackedTrees, *, with_cache: bool
+  ):
     """The layers of `hidden` as a Python loop."""
     c, keys, pairs = self.config, tree_lib.keys_of(trees), []
     rotations = self._rotations(trees.position.reshape(-1), trees.token.shape[1])
@@ -372,7 +422,9 @@ class Model:
     return x_ND, tuple(zip(*pairs, strict=True)) if with_cache else None
 
   def _scanned_layers(self, params: Params, x_ND, trees: tree_lib.PackedTrees, *, with_cache: bool):
-    """The layers of `hidden` as a scan; where their windows differ, each reads its own from an array."""
+    """The layers of `hidden` as a scan; where their windows differ, each reads its own from an
+    array.
+    """
     windows, keys = set(self.config.layer_windows), tree_lib.keys_of(trees)
     rotations = self._rotations(trees.position.reshape(-1), trees.token.shape[1])
     layers = _joined(params)["layers"]
@@ -389,7 +441,8 @@ class Model:
     return lax.scan(body, x_ND, (layers, self._layer_kinds(rotations, trees.token.shape[1])))
 
   def _tree_layer(self, keys: tree_lib.Keys, window, rotate: Callable, *, with_cache: bool):
-    """Returns layer(x [N, D], its parameters) -> (x, (keys, values) or None), rematerialised as the config says.
+    """Returns layer(x [N, D], its parameters) -> (x, (keys, values) or None), rematerialised as the
+    config says.
 
     Args:
       keys: where the rows' tokens stand, fields [B, T].
@@ -400,7 +453,9 @@ class Model:
     c = self.config
 
     def attend(q, k, v):
-      out, k_BKTH, v_BKTH = attention.tree_attention(q, k, v, keys=keys, window=window, scoring=self._scoring)
+      out, k_BKTH, v_BKTH = attention.tree_attention(
+        q, k, v, keys=keys, window=window, scoring=self._scoring
+      )
       return out, ((k_BKTH, v_BKTH) if with_cache else None)
 
     def layer(x_ND, layer_params):
@@ -409,7 +464,9 @@ class Model:
     if c.remat == "none":
       return layer
     policy = _PRODUCTS_KEPT if c.remat == "selective" else None
-    return jax.checkpoint(layer, policy=policy, prevent_cse=not c.scan_layers)  # a scan keeps the two passes apart
+    return jax.checkpoint(
+      layer, policy=policy, prevent_cse=not c.scan_layers
+    )  # a scan keeps the two passes apart
 
   @jax.named_scope("hidden_step")
   def hidden_step(self, params: Params, token, cache: attention.Cache, *, fork, index):
@@ -433,8 +490,12 @@ class Model:
     h_ND = self._ends(params, x_ND, "last_norm")
     return h_ND.reshape(*token.shape, -1), cache
 
-  def _unrolled_step(self, params: Params, carry, *, newest: attention.NewestTokens, rotations: dict[str, Callable]):
-    """The layers of `hidden_step` as a Python loop over unstacked parameters; carry is (x [N, D], cache)."""
+  def _unrolled_step(
+    self, params: Params, carry, *, newest: attention.NewestTokens, rotations: dict[str, Callable]
+  ):
+    """The layers of `hidden_step` as a Python loop over unstacked parameters; carry is (x [N, D],
+    cache).
+    """
     c = self.config
     layers = zip(params["layers"], c.layer_windows, c.layer_rotations, strict=True)
     for number, (layer_params, window, kind) in enumerate(layers):
@@ -442,8 +503,12 @@ class Model:
       carry = self._step_layer(layer_params, carry, newest=here, rotate=rotations[kind])
     return carry
 
-  def _scanned_step(self, params: Params, carry, *, newest: attention.NewestTokens, rotations: dict[str, Callable]):
-    """The layers of `hidden_step` as a scan; where their windows differ, each reads its own from an array."""
+  def _scanned_step(
+    self, params: Params, carry, *, newest: attention.NewestTokens, rotations: dict[str, Callable]
+  ):
+    """The layers of `hidden_step` as a scan; where their windows differ, each reads its own from an
+    array.
+    """
     c = self.config
     layers, numbers = _joined(params)["layers"], jnp.arange(c.num_layers)
     if len(rotations) == len(set(c.layer_windows)) == 1:
@@ -463,10 +528,14 @@ class Model:
       rotate = self._rotate_by(kind, rotations)
       return self._step_layer(layer_params, carry, newest=here, rotate=rotate), None
 
-    return lax.scan(windowed_body, carry, (layers, numbers, self._layer_kinds(rotations, carry[1].num_positions)))[0]
+    return lax.scan(
+      windowed_body, carry, (layers, numbers, self._layer_kinds(rotations, carry[1].num_positions))
+    )[0]
 
   def _step_layer(self, layer_params, carry, *, newest: attention.NewestTokens, rotate: Callable):
-    """One layer of `hidden_step`: (x [N, D], cache) -> the same with its token's keys and values written."""
+    """One layer of `hidden_step`: (x [N, D], cache) -> the same with its token's keys and values
+    written.
+    """
     x_ND, cache = carry
 
     def attend(q, k, v):
@@ -476,5 +545,7 @@ class Model:
 
   @jax.named_scope("logits")
   def logits(self, params: Params, h_ND: jax.Array) -> jax.Array:
-    """Logits [..., V], float32 at least, of hidden states [..., D]: gather the rows that you need first."""
+    """Logits [..., V], float32 at least, of hidden states [..., D]: gather the rows that you need
+    first.
+    """
     return self._ends(params, h_ND, "logits")

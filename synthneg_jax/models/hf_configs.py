@@ -1,7 +1,8 @@
-"""What Hugging Face's config.json says of the families that the decoder computes, and what their tensors are called.
+"""What Hugging Face's config.json says of the families that the decoder computes, and what their
+tensors are called.
 
-A family's defaults are those of transformers' config class: its save_pretrained leaves them out of config.json. What a
-file asks for and the decoder does not compute is refused, never passed over.
+A family's defaults are those of transformers' config class: its save_pretrained leaves them out of
+config.json. What a file asks for and the decoder does not compute is refused, never passed over.
 """
 
 import dataclasses
@@ -58,7 +59,11 @@ _GEMMA = {
   "fixed": {"activation": "gelu_tanh", "norm_offset": 1.0, "post_norms": True},
 }
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
-_OLMO = {"only": _SILU, "fixed": {"qk_norm": "all", "pre_norms": False, "post_norms": True}, "biases": _ATTENTION_BIAS}
+_OLMO = {
+  "only": _SILU,
+  "fixed": {"qk_norm": "all", "pre_norms": False, "post_norms": True},
+  "biases": _ATTENTION_BIAS,
+}
 FAMILIES = {
   "llama": Family(  # Llama 1 to 3, DeepSeek-Math, SmolLM2
     architecture="LlamaForCausalLM",
@@ -80,20 +85,31 @@ FAMILIES = {
   ),
   "qwen3": Family(
     architecture="Qwen3ForCausalLM",
-    defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, **_QWEN_WINDOW},
+    defaults={
+      "num_key_value_heads": 32,
+      "head_dim": 128,
+      "max_position_embeddings": 32768,
+      **_QWEN_WINDOW,
+    },
     only=_SILU,
     fixed={"qk_norm": "head"},
     biases=_ATTENTION_BIAS,
   ),
   "phi3": Family(  # Phi-3, Phi-3.5, Phi-4 and Phi-4-mini
     architecture="Phi3ForCausalLM",
-    defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    defaults={
+      "max_position_embeddings": 4096,
+      "original_max_position_embeddings": 4096,
+      "rms_norm_eps": 1e-5,
+    },
     only=_SILU,
     rope_kinds=("default", "longrope", "su"),
     is_fused=True,
   ),
   "olmo2": Family(
-    architecture="Olmo2ForCausalLM", defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}, **_OLMO
+    architecture="Olmo2ForCausalLM",
+    defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+    **_OLMO,
   ),
   "olmo3": Family(
     architecture="Olmo3ForCausalLM",
@@ -144,7 +160,8 @@ FAMILIES = {
       "tie_word_embeddings": True,
       "max_position_embeddings": 8192,
     },
-    # Published files say gelu; what they mean, and transformers computes, is the approximation by tanh.
+    # Published files say gelu; what they mean, and transformers computes, is the approximation by
+    # tanh.
     only={
       "hidden_act": ("gelu_pytorch_tanh", "gelu"),
       "hidden_activation": "gelu_pytorch_tanh",
@@ -191,15 +208,25 @@ _MIXTURE = "it is a mixture of experts, which the decoder does not compute"
 _LINEAR = "its layers of linear attention (Gated DeltaNet) are not computed"
 _PER_LAYER = "its per-layer inputs and the keys and values that its layers share are not computed"
 _REFUSED = {
-  **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _LINEAR),
-  **dict.fromkeys(("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified"), _PER_LAYER),
   **dict.fromkeys(
-    ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "gpt_oss", "llama4"), _MIXTURE
+    ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _LINEAR
   ),
-  **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "llama4_text"), _MIXTURE),
+  **dict.fromkeys(
+    ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified"), _PER_LAYER
+  ),
+  **dict.fromkeys(
+    ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "gpt_oss", "llama4"),
+    _MIXTURE,
+  ),
+  **dict.fromkeys(
+    ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "llama4_text"), _MIXTURE
+  ),
 }
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_BY_KIND = ("gemma3_text", "olmo3")  # windowed layers have a rotary base of their own and are never scaled
+_BY_KIND = (
+  "gemma3_text",
+  "olmo3",
+)  # windowed layers have a rotary base of their own and are never scaled
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -220,16 +247,23 @@ class _File:
     self.path = path
     if raw.get("quantization_config"):
       raise UserError(
-        f"{path}: quantization_config names {json.dumps(_quant_method(raw))}; quantised weights are not supported, take the "
+        f"{path}: quantization_config names {json.dumps(_quant_method(raw))}; quantised weights "
+        "are not supported, take the "
         "folder of the model before it was quantised."
       )
     if raw.get("model_type") == "gemma3":  # the wrapper of the models with images
       raw = _text_part(raw, path)
     kind = raw.get("model_type") or "(none)"
-    if kind in _REFUSED or (kind not in FAMILIES and any(_as_number(raw.get(key)) for key in _EXPERTS)):
-      raise UserError(f"{path}: model_type {json.dumps(kind)} is not supported: {_REFUSED.get(kind, _MIXTURE)}.")
+    if kind in _REFUSED or (
+      kind not in FAMILIES and any(_as_number(raw.get(key)) for key in _EXPERTS)
+    ):
+      raise UserError(
+        f"{path}: model_type {json.dumps(kind)} is not supported: {_REFUSED.get(kind, _MIXTURE)}."
+      )
     if kind not in FAMILIES:
-      raise UserError(f"{path}: model_type {json.dumps(kind)} is not supported, only {', '.join(FAMILIES)} are.")
+      raise UserError(
+        f"{path}: model_type {json.dumps(kind)} is not supported, only {', '.join(FAMILIES)} are."
+      )
     self.family, self.kind = FAMILIES[kind], kind
     self.raw = {**self.family.defaults, **raw}
 
@@ -250,7 +284,9 @@ class _File:
     given = default if within.get(key) is None else within[key]
     value = _as_number(given)
     wanted = "whole number" if whole else "number"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    is_number = (
+      isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    )
     if not is_number or (whole and value != int(value)):
       raise UserError(f"{self.path}: {name}{key} is {json.dumps(given)}, not a positive {wanted}.")
     return int(value) if whole else value
@@ -263,14 +299,19 @@ class _File:
     values = within.get(key)
     if not isinstance(values, list) or len(values) != count:
       found = f"a list of {len(values)}" if isinstance(values, list) else json.dumps(values)
-      raise UserError(f"{self.path}: {name}{key} is {found}, not a list of {count} numbers, one for each rotated pair.")
+      raise UserError(
+        f"{self.path}: {name}{key} is {found}, not a list of {count} numbers, one for each rotated "
+        "pair."
+      )
     return tuple(float(self.number(key, value, within={}, name=name)) for value in values)
 
   def flag(self, key: str) -> bool:
     """A truth value; null and a missing key are false."""
     value = self.get(key)
     words = {"true": True, "false": False}
-    return words[value.lower()] if isinstance(value, str) and value.lower() in words else bool(value)
+    return (
+      words[value.lower()] if isinstance(value, str) and value.lower() in words else bool(value)
+    )
 
   def only(self, key: str, value, covered) -> None:
     """Refuses any value but null and those that are computed."""
@@ -316,12 +357,17 @@ def read(raw: dict[str, Any], path, *, max_length: int = 0, **settings) -> Model
     settings: ModelConfig's dtype, param_dtype, scan_layers and remat.
 
   Raises:
-    UserError: a family that is not known, a size that is missing, or an option that the decoder does not compute.
+    UserError: a family that is not known, a size that is missing, or an option that the decoder
+      does not compute.
   """
   file = _File(raw, path)
   for key, covered in file.family.only.items():
     file.only(key, file.get(key), covered)
-  width, heads, layers = file.size("hidden_size"), file.size("num_attention_heads"), file.size("num_hidden_layers")
+  width, heads, layers = (
+    file.size("hidden_size"),
+    file.size("num_attention_heads"),
+    file.size("num_hidden_layers"),
+  )
   head_dim = file.size("head_dim", width // heads)
   fields = dict(file.family.fixed)
   for key, names in file.family.biases.items():
@@ -332,7 +378,10 @@ def read(raw: dict[str, Any], path, *, max_length: int = 0, **settings) -> Model
     fields["embedding_scale"] = math.sqrt(width)
   if file.kind in ("gemma2", "gemma3_text"):
     fields["query_scalar"] = float(file.number("query_pre_attn_scalar"))
-    for key, name in (("attn_logit_softcapping", "attention_cap"), ("final_logit_softcapping", "logit_cap")):
+    for key, name in (
+      ("attn_logit_softcapping", "attention_cap"),
+      ("final_logit_softcapping", "logit_cap"),
+    ):
       fields[name] = float(file.number(key)) if _as_number(file.get(key)) else 0.0
   if file.kind == "smollm3":
     fields |= _unrotated(file, layers)
@@ -361,7 +410,9 @@ def _unrotated(file: _File, layers: int) -> dict[str, Any]:
     interval = file.size("no_rope_layer_interval")
     rotated = [(layer + 1) % interval for layer in range(layers)]
   if not isinstance(rotated, list) or len(rotated) != layers:
-    raise UserError(f"{file.path}: no_rope_layers is not a list of {layers} numbers, one for each layer.")
+    raise UserError(
+      f"{file.path}: no_rope_layers is not a list of {layers} numbers, one for each layer."
+    )
   unrotated = tuple(not _as_number(value) for value in rotated)
   return {"unrotated": unrotated} if any(unrotated) else {}
 
@@ -385,13 +436,16 @@ def _windows(file: _File, layers: int, unrotated: tuple[bool, ...]) -> dict[str,
     wrong = [kind for kind in kinds if kind not in (_FULL, _SLIDING)]
     if wrong:
       raise UserError(
-        f"{file.path}: layer_types {json.dumps(wrong[0])} is not supported, only {_FULL}, {_SLIDING} are."
+        f"{file.path}: layer_types {json.dumps(wrong[0])} is not supported, only {_FULL}, "
+        f"{_SLIDING} are."
       )
     named = tuple(kind == _SLIDING for kind in kinds)
     by_file = file.kind in ("gemma2", "gemma3_text", "olmo3")
     by_file |= file.kind in ("qwen2", "qwen3", "smollm3") and file.flag("use_sliding_window")
     if named != windowed and not by_file:
-      raise UserError(f"{file.path}: layer_types of a {file.kind} model differ from what its sliding_window says.")
+      raise UserError(
+        f"{file.path}: layer_types of a {file.kind} model differ from what its sliding_window says."
+      )
     windowed = named
   return {"windowed": windowed, "window": file.size("sliding_window")} if any(windowed) else {}
 
@@ -399,18 +453,22 @@ def _windows(file: _File, layers: int, unrotated: tuple[bool, ...]) -> dict[str,
 def _rope(file: _File, head_dim: int, max_length: int) -> dict[str, Any]:
   """ModelConfig's `rope_theta`, `windowed_rope_theta`, `rotary_dim` and `rope_scaling`.
 
-  transformers 5 has rope_parameters, for some families one a kind of layer; before, there was rope_theta, and
-  rope_scaling where positions are scaled.
+  transformers 5 has rope_parameters, for some families one a kind of layer; before, there was
+  rope_theta, and rope_scaling where positions are scaled.
   """
   new, scaled = file.object("rope_parameters"), file.object("rope_scaling")
   local = {}
   if file.kind in _BY_KIND:
-    of_windowed = file.get("rope_local_base_freq") if file.kind == "gemma3_text" else file.get("rope_theta")
+    of_windowed = (
+      file.get("rope_local_base_freq") if file.kind == "gemma3_text" else file.get("rope_theta")
+    )
     local = {"rope_theta": of_windowed} | dict(new.get(_SLIDING) or {})
     new = dict(new.get(_FULL) or {} if _FULL in new or _SLIDING in new else new)
     _check_kind(file, f"rope_parameters.{_SLIDING}", local, kinds=("default",))
   elif _FULL in new or _SLIDING in new:
-    raise UserError(f"{file.path}: rope_parameters of a {file.kind} model by kind of layer are not supported.")
+    raise UserError(
+      f"{file.path}: rope_parameters of a {file.kind} model by kind of layer are not supported."
+    )
   kinds = file.family.rope_kinds
   _check_kind(file, "", file.raw, kinds=kinds)
   _check_kind(file, "rope_parameters", new, kinds=kinds)
@@ -421,25 +479,33 @@ def _rope(file: _File, head_dim: int, max_length: int) -> dict[str, Any]:
   name = "rope_scaling." if scaled else "rope_parameters."
   fields = {"rope_theta": float(file.number("rope_theta", 1e4, within=rope))}
   if local:
-    fields["windowed_rope_theta"] = float(file.number("rope_theta", 1e4, within=local, name=f"{_SLIDING}."))
+    fields["windowed_rope_theta"] = float(
+      file.number("rope_theta", 1e4, within=local, name=f"{_SLIDING}.")
+    )
   rotary_dim = int(head_dim * file.number("partial_rotary_factor", 1.0, within=rope))
   if rotary_dim != head_dim:
     fields["rotary_dim"] = rotary_dim
   kind = rope.get("rope_type") or rope.get("type") or "default"
   if kind in ("longrope", "su"):
-    fields["rope_scaling"] = _longrope(file, rope, name, rotary_dim=rotary_dim, max_length=max_length)
+    fields["rope_scaling"] = _longrope(
+      file, rope, name, rotary_dim=rotary_dim, max_length=max_length
+    )
   elif kind != "default":
     fields["rope_scaling"] = _scaling(file, kind, rope, name=name)
   return fields
 
 
 def _check_kind(file: _File, name: str, rope: dict[str, Any], *, kinds: tuple[str, ...]) -> None:
-  """Refuses a rotation of the object `name` of another kind, or a partial one where the family has none."""
+  """Refuses a rotation of the object `name` of another kind, or a partial one where the family has
+  none.
+  """
   for key in ("rope_type", "type"):
     if rope.get(key) is not None and rope[key] not in kinds:
       place = f"{name}.{key}".lstrip(".")
       covered = f"{', '.join(kinds)} {'are' if len(kinds) > 1 else 'is'}"
-      raise UserError(f"{file.path}: {place} {json.dumps(rope[key])} is not supported, only {covered}.")
+      raise UserError(
+        f"{file.path}: {place} {json.dumps(rope[key])} is not supported, only {covered}."
+      )
   if file.kind != "phi3":
     file.only(f"{name}.partial_rotary_factor".lstrip("."), rope.get("partial_rotary_factor"), 1.0)
 
@@ -449,12 +515,20 @@ def _longrope_stretch(factor: float, positions: int) -> float:
   return math.sqrt(1 + math.log(factor) / math.log(positions)) if factor > 1 else 1.0
 
 
-def _longrope(file: _File, rope: dict[str, Any], name: str, *, rotary_dim: int, max_length: int) -> RopeScaling:
-  """longrope's two sets of factors, and which of them a run with texts of up to max_length tokens takes."""
+def _longrope(
+  file: _File, rope: dict[str, Any], name: str, *, rotary_dim: int, max_length: int
+) -> RopeScaling:
+  """longrope's two sets of factors, and which of them a run with texts of up to max_length tokens
+  takes.
+  """
   where = {"within": rope, "name": name}
-  positions = file.size("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
+  positions = file.size(
+    "original_max_position_embeddings", rope.get("original_max_position_embeddings")
+  )
   factor = float(file.number("factor", file.size("max_position_embeddings") / positions, **where))
-  short, long = (file.numbers(f"{length}_factor", rotary_dim // 2, **where) for length in ("short", "long"))
+  short, long = (
+    file.numbers(f"{length}_factor", rotary_dim // 2, **where) for length in ("short", "long")
+  )
   stretch = float(file.number("attention_factor", _longrope_stretch(factor, positions), **where))
   return RopeScaling(
     "longrope",
@@ -478,7 +552,9 @@ def _scaling(file: _File, kind: str, rope: dict[str, Any], *, name: str) -> Rope
     return RopeScaling(kind, factor, positions)
   positions = file.size("original_max_position_embeddings", positions, **where)
   if kind == "llama3":
-    low, high = (float(file.number(key, **where)) for key in ("low_freq_factor", "high_freq_factor"))
+    low, high = (
+      float(file.number(key, **where)) for key in ("low_freq_factor", "high_freq_factor")
+    )
     return RopeScaling(kind, factor, positions, low, high)
 
   def stretch(scale):
@@ -510,14 +586,18 @@ def write(config: ModelConfig, positions: int | None = None) -> dict[str, Any]:
   """
   c, family = config, FAMILIES[config.family]
   if family.even_heads and c.d_model % c.num_heads:
-    raise UserError(f"transformers needs a d_model that its num_heads divide, not {c.d_model} and {c.num_heads}.")
+    raise UserError(
+      f"transformers needs a d_model that its num_heads divide, not {c.d_model} and {c.num_heads}."
+    )
   s = c.rope_scaling
   if s is not None and s.kind == "dynamic":
     positions = s.original_positions
   if s is not None and s.kind == "longrope":
     positions = positions or round(s.factor * s.original_positions)
   activation = "gelu_pytorch_tanh" if c.activation == "gelu_tanh" else c.activation
-  only = {key: value[0] if isinstance(value, tuple) else value for key, value in family.only.items()}
+  only = {
+    key: value[0] if isinstance(value, tuple) else value for key, value in family.only.items()
+  }
   raw = {key: value for key, value in only.items() if value is not None}
   raw |= {key: getattr(c, names[-1]) for key, names in family.biases.items()}
   raw |= {key: getattr(c, name) for key, name in family.numbers.items()}
@@ -548,12 +628,20 @@ def write(config: ModelConfig, positions: int | None = None) -> dict[str, Any]:
   if c.family == "gemma2":
     raw["attn_logit_softcapping"] = c.attention_cap or None
   settings = {key: getattr(c, key) for key in ("dtype", "param_dtype", "scan_layers", "remat")}
-  back = read(raw, "config.json", max_length=s.original_positions + 1 if s is not None and s.is_long else 0, **settings)
+  back = read(
+    raw,
+    "config.json",
+    max_length=s.original_positions + 1 if s is not None and s.is_long else 0,
+    **settings,
+  )
   for field in dataclasses.fields(ModelConfig):
     ours, theirs = getattr(c, field.name), getattr(back, field.name)
     by_layer = field.name in ("windowed", "unrotated")
     if ours != theirs and not (by_layer and not any((*ours, *theirs))):
-      raise UserError(f"No {c.family} model has {field.name} {ours!r}; transformers would compute with {theirs!r}.")
+      raise UserError(
+        f"No {c.family} model has {field.name} {ours!r}; transformers would compute with "
+        f"{theirs!r}."
+      )
   return raw
 
 
@@ -565,12 +653,20 @@ def _window_keys(c: ModelConfig) -> dict[str, Any]:
     return window
   if c.family in ("qwen2", "qwen3"):
     first = kinds.index(_SLIDING) if _SLIDING in kinds else c.num_layers
-    return window | {"use_sliding_window": bool(c.window), "max_window_layers": first, "layer_types": kinds}
+    return window | {
+      "use_sliding_window": bool(c.window),
+      "max_window_layers": first,
+      "layer_types": kinds,
+    }
   if c.family in ("gemma2", "gemma3_text", "olmo3"):
     return window | {"layer_types": kinds}
   if c.family == "smollm3":
     rotated = [int(not unrotated) for unrotated in c.unrotated or (False,) * c.num_layers]
-    return window | {"use_sliding_window": bool(c.window), "layer_types": kinds, "no_rope_layers": rotated}
+    return window | {
+      "use_sliding_window": bool(c.window),
+      "layer_types": kinds,
+      "no_rope_layers": rotated,
+    }
   return {}
 
 
@@ -585,7 +681,10 @@ def _rope_keys(c: ModelConfig, positions: int) -> dict[str, Any]:
       rope["factor"] = s.factor
     if s.attention_factor != _longrope_stretch(s.factor, s.original_positions):
       rope["attention_factor"] = s.attention_factor
-    return partial | {"rope_scaling": rope, "original_max_position_embeddings": s.original_positions}
+    return partial | {
+      "rope_scaling": rope,
+      "original_max_position_embeddings": s.original_positions,
+    }
   rope = {"rope_theta": c.rope_theta, "rope_type": "default"} | _scaling_keys(s) | partial
   raw = partial | {"rope_parameters": rope}
   if s is not None:
@@ -607,7 +706,12 @@ def _scaling_keys(s: RopeScaling | None) -> dict[str, Any]:
   if s.kind == "llama3":
     keys |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
   if s.kind == "yarn":
-    keys |= {"beta_slow": s.low, "beta_fast": s.high, "attention_factor": s.attention_factor, "truncate": s.truncate}
+    keys |= {
+      "beta_slow": s.low,
+      "beta_fast": s.high,
+      "attention_factor": s.attention_factor,
+      "truncate": s.truncate,
+    }
   return keys
 
 
@@ -617,7 +721,8 @@ class Place(NamedTuple):
   Attributes:
     name: of the tensor; {} is the layer's number.
     start: the first of its rows (outputs) that are the parameter's.
-    rows: of the whole tensor, where several parameters share it; 0 where the parameter is all of it.
+    rows: of the whole tensor, where several parameters share it; 0 where the parameter is all of
+      it.
   """
 
   name: str
@@ -643,10 +748,15 @@ def tensor_places(config: ModelConfig) -> dict[str, Place]:
     "down": "mlp.down_proj",
   }
   places = {f"layers/{ours}": Place(f"{block}{theirs}.weight") for ours, theirs in modules.items()}
-  places |= {f"layers/{ours}_bias": Place(f"{block}{theirs}.bias") for ours, theirs in modules.items()}
+  places |= {
+    f"layers/{ours}_bias": Place(f"{block}{theirs}.bias") for ours, theirs in modules.items()
+  }
   if FAMILIES[c.family].is_fused:
     for module, parts in (
-      ("self_attn.qkv_proj", (("query", c.num_heads), ("key", c.num_kv_heads), ("value", c.num_kv_heads))),
+      (
+        "self_attn.qkv_proj",
+        (("query", c.num_heads), ("key", c.num_kv_heads), ("value", c.num_kv_heads)),
+      ),
       ("mlp.gate_up_proj", (("gate", 1), ("up", 1))),
     ):
       unit = c.d_ff if module.startswith("mlp") else c.head_dim
@@ -656,10 +766,15 @@ def tensor_places(config: ModelConfig) -> dict[str, Place]:
         start += unit * count
   norms = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
   if c.post_norms:
-    norms |= {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+    norms |= {
+      "attention_post_norm": "post_attention_layernorm",
+      "mlp_post_norm": "post_feedforward_layernorm",
+    }
   if c.pre_norms:
     before_mlp = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
     norms |= {"attention_norm": "input_layernorm", "mlp_norm": before_mlp}
-  places |= {f"layers/{ours}/scale": Place(f"{block}{theirs}.weight") for ours, theirs in norms.items()}
+  places |= {
+    f"layers/{ours}/scale": Place(f"{block}{theirs}.weight") for ours, theirs in norms.items()
+  }
   ends = {"embedding": "model.embed_tokens", "unembedding": "lm_head", "norm/scale": "model.norm"}
   return places | {f"ends/{ours}": Place(f"{theirs}.weight") for ours, theirs in ends.items()}

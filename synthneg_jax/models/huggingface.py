@@ -1,7 +1,9 @@
-"""Reads and writes Hugging Face folders: config.json, *.safetensors and the tokenizer's files; models/hf_configs.py names them.
+"""Reads and writes Hugging Face folders: config.json, *.safetensors and the tokenizer's files;
+models/hf_configs.py names them.
 
-Our matrices are the transposes of theirs ([in, out] against [out, in]) and stand stacked over layers; rotary pairs are
-the same, so that no row moves. Neither direction needs torch, but for weights in torch's own format. Folders are local.
+Our matrices are the transposes of theirs ([in, out] against [out, in]) and stand stacked over
+layers; rotary pairs are the same, so that no row moves. Neither direction needs torch, but for
+weights in torch's own format. Folders are local.
 """
 
 import dataclasses
@@ -26,12 +28,20 @@ from synthneg_jax.models.decoder import Model, Params
 from synthneg_jax.runtime.errors import UserError
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_ROWS_COMPARED = 4096  # rows of the embedding that are on the host at a time when a head is compared with it
+_ROWS_COMPARED = (
+  4096  # rows of the embedding that are on the host at a time when a head is compared with it
+)
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_config(
-  folder: epath.PathLike, *, dtype: str, param_dtype: str, scan_layers: bool, remat: str, max_length: int = 0
+  folder: epath.PathLike,
+  *,
+  dtype: str,
+  param_dtype: str,
+  scan_layers: bool,
+  remat: str,
+  max_length: int = 0,
 ) -> ModelConfig:
   """The architecture that config.json describes; the other arguments are ModelConfig's.
 
@@ -41,17 +51,25 @@ def read_config(
     max_length: tokens of the longest text of the run, by which longrope's factors are chosen.
 
   Raises:
-    UserError: config.json is missing or broken, lacks a size, or asks for what the decoder does not compute.
+    UserError: config.json is missing or broken, lacks a size, or asks for what the decoder does not
+      compute.
   """
   path = epath.Path(folder) / "config.json"
-  settings = {"dtype": dtype, "param_dtype": param_dtype, "scan_layers": scan_layers, "remat": remat}
+  settings = {
+    "dtype": dtype,
+    "param_dtype": param_dtype,
+    "scan_layers": scan_layers,
+    "remat": remat,
+  }
   return hf_configs.read(stored_tensors.read_json(path), path, max_length=max_length, **settings)
 
 
 def untie_other_head(folder: epath.PathLike, config: ModelConfig) -> ModelConfig:
-  """The same architecture, untied where the folder holds an lm_head.weight that differs from the embedding.
+  """The same architecture, untied where the folder holds an lm_head.weight that differs from the
+  embedding.
 
-  Some trainers leave `tie_word_embeddings: true` in config.json when they have trained a head of its own.
+  Some trainers leave `tie_word_embeddings: true` in config.json when they have trained a head of
+  its own.
 
   Raises:
     UserError: a file is missing or corrupt.
@@ -59,25 +77,34 @@ def untie_other_head(folder: epath.PathLike, config: ModelConfig) -> ModelConfig
   if not config.tie_embeddings:
     return config
   tensors, places = stored_tensors.read(folder), hf_configs.tensor_places(config)
-  embedding, head = (tensors.get(places[f"ends/{end}"].name) for end in ("embedding", "unembedding"))
+  embedding, head = (
+    tensors.get(places[f"ends/{end}"].name) for end in ("embedding", "unembedding")
+  )
   if embedding is None or head is None:
     return config
   if embedding.shape == head.shape:
     count, columns = embedding.shape
-    spans = [(slice(at, min(at + _ROWS_COMPARED, count)), slice(0, columns)) for at in range(0, count, _ROWS_COMPARED)]
+    spans = [
+      (slice(at, min(at + _ROWS_COMPARED, count)), slice(0, columns))
+      for at in range(0, count, _ROWS_COMPARED)
+    ]
     if all(np.array_equal(_wide(embedding.read(span)), _wide(head.read(span))) for span in spans):
       return config
   logging.info(
-    "%s: tie_word_embeddings is true, but %s differs from the embedding; the head is kept, untied.", folder, head.name
+    "%s: tie_word_embeddings is true, but %s differs from the embedding; the head is kept, untied.",
+    folder,
+    head.name,
   )
   return dataclasses.replace(config, tie_embeddings=False)
 
 
 def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
-  """The parameters of a Hugging Face folder, cast to the model's param_dtype, each read straight into its layout.
+  """The parameters of a Hugging Face folder, cast to the model's param_dtype, each read straight
+  into its layout.
 
-  Names and shapes are checked before any tensor is read. Of every tensor only the parts that this process's devices hold
-  are read; the host holds those of one stacked parameter at a time, and one tensor's part of it as the file has it.
+  Names and shapes are checked before any tensor is read. Of every tensor only the parts that this
+  process's devices hold are read; the host holds those of one stacked parameter at a time, and one
+  tensor's part of it as the file has it.
 
   Args:
     folder: as `stored_tensors.read` takes it.
@@ -85,8 +112,8 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
     shardings: a tree like the parameters.
 
   Raises:
-    UserError: a file is missing or corrupt; a tensor is missing, has no place in the model, or has another shape or a
-      dtype other than float64, float32, float16 or bfloat16.
+    UserError: a file is missing or corrupt; a tensor is missing, has no place in the model, or has
+      another shape or a dtype other than float64, float32, float16 or bfloat16.
   """
   folder = epath.Path(folder)
   tensors, places = stored_tensors.read(folder), hf_configs.tensor_places(model.config)
@@ -97,12 +124,19 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
       raise UserError(f"{folder}: the tensor {name} is missing.")
     tensor = tensors[name]
     if tensor.dtype not in _DTYPES:
-      reason = " (quantised weights are not supported)" if tensor.dtype.startswith(("F8", "F4", "F6")) else ""
+      reason = (
+        " (quantised weights are not supported)"
+        if tensor.dtype.startswith(("F8", "F4", "F6"))
+        else ""
+      )
       raise UserError(
-        f"{tensor.path}: the tensor {tensor.name} has dtype {tensor.dtype}, not one of {', '.join(_DTYPES)}{reason}."
+        f"{tensor.path}: the tensor {tensor.name} has dtype {tensor.dtype}, not one of "
+        f"{', '.join(_DTYPES)}{reason}."
       )
     if tensor.shape != shape:
-      raise UserError(f"{tensor.path}: the tensor {tensor.name} has shape {tensor.shape}, not {shape}.")
+      raise UserError(
+        f"{tensor.path}: the tensor {tensor.name} has shape {tensor.shape}, not {shape}."
+      )
   for name in sorted(set(tensors) - set(wanted)):
     tied = model.config.tie_embeddings and name == places["ends/unembedding"].name
     if not tied and not name.endswith("rotary_emb.inv_freq"):
@@ -139,7 +173,8 @@ def _refuse_extra(tensor: stored_tensors.Tensor) -> None:
   where = f"{tensor.path}: the tensor {tensor.name}"
   if tensor.name.startswith("v_head."):
     raise UserError(
-      f"{where} is of a value head (TRL's AutoModelForCausalLMWithValueHead), which is no part of a policy; save the model "
+      f"{where} is of a value head (TRL's AutoModelForCausalLMWithValueHead), which is no part of "
+      "a policy; save the model "
       "without it (its attribute pretrained_model)."
     )
   if tensor.name.endswith(("weight_scale_inv", "weight_scale", "input_scale", "qweight", "qzeros")):
@@ -164,29 +199,40 @@ def save(
   eos_ids: Sequence[int] = (),
   max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-  """Writes a folder that transformers.AutoModelForCausalLM loads; a killed call leaves nothing under its name.
+  """Writes a folder that transformers.AutoModelForCausalLM loads; a killed call leaves nothing
+  under its name.
 
-  Parameters keep their dtype and their bits. One file of weights and one parameter are on the host at a time.
+  Parameters keep their dtype and their bits. One file of weights and one parameter are on the host
+  at a time.
 
   Args:
     folder: made with its parents; it must be empty or not there.
     model: the architecture.
     params: stacked parameters; this process must be able to address every device's part.
-    tokenizer_folder: its tokenizer is copied, its special ids and max_position_embeddings stand in config.json, and its
-      generation_config.json, where it has one, is copied too. Both configs name all ids that end a turn.
+    tokenizer_folder: its tokenizer is copied, its special ids and max_position_embeddings stand in
+      config.json, and its generation_config.json, where it has one, is copied too. Both configs
+      name all ids that end a turn.
     eos_ids: all ids that end a turn; where there are none, those of tokenizer_folder.
-    max_shard_bytes: a file of weights is larger only where one tensor is; several files get an index.
+    max_shard_bytes: a file of weights is larger only where one tensor is; several files get an
+      index.
 
   Raises:
-    UserError: the folder is in use or cannot be written, the tokenizer cannot be read, or transformers refuses a size.
+    UserError: the folder is in use or cannot be written, the tokenizer cannot be read, or
+      transformers refuses a size.
   """
   folder, c = epath.Path(folder), model.config
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise UserError(f"{folder} exists already and is not an empty folder.")
-  special, positions, files = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")), None, []
+  special, positions, files = (
+    dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    None,
+    [],
+  )
   generation = {}
   if tokenizer_folder is not None:
-    from synthneg_jax.models import hf_tokenizers  # transformers is slow to import; only tokenizers need it
+    from synthneg_jax.models import (
+      hf_tokenizers,
+    )  # transformers is slow to import; only tokenizers need it
 
     source = epath.Path(tokenizer_folder)
     tokenizer = hf_tokenizers.load(source)
@@ -218,7 +264,9 @@ def save(
 
 
 def _wide(values: np.ndarray) -> np.ndarray:
-  return values.astype(np.promote_types(values.dtype, np.float32) if values.dtype.kind == "f" else np.float32)
+  return values.astype(
+    np.promote_types(values.dtype, np.float32) if values.dtype.kind == "f" else np.float32
+  )
 
 
 def _path(key_path) -> str:
@@ -231,10 +279,15 @@ def _grouped(places: Mapping[str, hf_configs.Place], params):
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
     place = places[_path(key_path)]
     groups.setdefault(place.name, []).append((place.start, leaf))
-  return {name: [leaf for _, leaf in sorted(parts, key=lambda part: part[0])] for name, parts in groups.items()}
+  return {
+    name: [leaf for _, leaf in sorted(parts, key=lambda part: part[0])]
+    for name, parts in groups.items()
+  }
 
 
-def _shapes(places: Mapping[str, hf_configs.Place], params) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def _shapes(
+  places: Mapping[str, hf_configs.Place], params
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """Shape and dtype of all tensors by their Hugging Face names."""
   shapes = {}
   for name, leaves in _grouped(places, params).items():
@@ -242,14 +295,18 @@ def _shapes(places: Mapping[str, hf_configs.Place], params) -> dict[str, tuple[t
     if "{}" in name:
       rows, *others = shape[:0:-1]
       rows = sum(leaf.shape[-1] for leaf in leaves)
-      shapes |= {name.format(layer): ((rows, *others), leaves[0].dtype) for layer in range(shape[0])}
+      shapes |= {
+        name.format(layer): ((rows, *others), leaves[0].dtype) for layer in range(shape[0])
+      }
     else:
       shapes[name] = (shape, leaves[0].dtype)
   return shapes
 
 
 def _tensors(places: Mapping[str, hf_configs.Place], params) -> Iterator[tuple[str, np.ndarray]]:
-  """(Hugging Face name, array on the host) of all tensors; the parameters that one name stands for are there at a time."""
+  """(Hugging Face name, array on the host) of all tensors; the parameters that one name stands for
+  are there at a time.
+  """
   for name, leaves in _grouped(places, params).items():
     values = [np.asarray(jax.device_get(leaf)) for leaf in leaves]
     if "{}" not in name:
@@ -269,13 +326,21 @@ def _write_weights(folder: epath.Path, places, params: Params, *, max_shard_byte
     sizes[-1] += size
     shard_of[name] = len(sizes) - 1
   count = len(sizes)
-  files = [_SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+  files = (
+    [_SINGLE]
+    if count == 1
+    else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+  )
 
-  for shard, group in itertools.groupby(_tensors(places, params), lambda tensor: shard_of[tensor[0]]):
+  for shard, group in itertools.groupby(
+    _tensors(places, params), lambda tensor: shard_of[tensor[0]]
+  ):
     path = os.fspath(folder / files[shard])
     contents = {name: np.ascontiguousarray(view) for name, view in group}
     safetensors.numpy.save_file(contents, path, metadata={"format": "pt"})
-    shutil.copymode(os.fspath(folder / "config.json"), path)  # save_file makes files that only their owner reads
+    shutil.copymode(
+      os.fspath(folder / "config.json"), path
+    )  # save_file makes files that only their owner reads
   if count > 1:
     weight_map = {name: files[shard] for name, shard in shard_of.items()}
     _write_json(folder / _INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})

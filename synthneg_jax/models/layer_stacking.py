@@ -1,8 +1,10 @@
-"""How layers are arranged while programs run: the one place that decides it, for training and for decoding.
+"""How layers are arranged while programs run: the one place that decides it, for training and for
+decoding.
 
-Canonical parameters (checkpoints, export, sharding rules) are stacked, {"ends": ..., "layers": {name: [Y, ...]}}. A scan
-reads them like this (`scan_layers`: TPU, deep models). Unrolled layers (CPU) are kept unstacked, a tuple of Y trees: slices
-of a stack, and in training a stack of the slices' gradients, would be copied at every step.
+Canonical parameters (checkpoints, export, sharding rules) are stacked, {"ends": ..., "layers":
+{name: [Y, ...]}}. A scan reads them like this (`scan_layers`: TPU, deep models). Unrolled layers
+(CPU) are kept unstacked, a tuple of Y trees: slices of a stack, and in training a stack of the
+slices' gradients, would be copied at every step.
 """
 
 import jax
@@ -23,7 +25,9 @@ def _has_layers(node) -> bool:
 
 
 def _map_layers(fn, tree):
-  """Applies fn to "layers" of every dict that has them: of parameters, and of what looks like them, such as moments."""
+  """Applies fn to "layers" of every dict that has them: of parameters, and of what looks like them,
+  such as moments.
+  """
 
   def apply(node):
     return {**node, "layers": fn(node["layers"])} if _has_layers(node) else node
@@ -32,13 +36,19 @@ def _map_layers(fn, tree):
 
 
 def unstack(tree):
-  """The same tree with a tuple of single layers in place of each stack; unstacked layers stay as they are."""
+  """The same tree with a tuple of single layers in place of each stack; unstacked layers stay as
+  they are.
+  """
 
   def split(layers):
     leaves, treedef = jax.tree.flatten(layers)
     count = leaves[0].shape[0]
-    columns = [lax.split(leaf, (1,) * count) for leaf in leaves]  # its gradient is one concatenation
-    return tuple(treedef.unflatten([lax.squeeze(column[i], (0,)) for column in columns]) for i in range(count))
+    columns = [
+      lax.split(leaf, (1,) * count) for leaf in leaves
+    ]  # its gradient is one concatenation
+    return tuple(
+      treedef.unflatten([lax.squeeze(column[i], (0,)) for column in columns]) for i in range(count)
+    )
 
   return tree if is_unstacked(tree) else _map_layers(split, tree)
 

@@ -32,6 +32,10 @@ _SIZES = {
 NAMES = tuple(_SIZES)
 
 
-def preset(name: str, *, dtype: str, param_dtype: str, scan_layers: bool, remat: str) -> ModelConfig:
+def preset(
+  name: str, *, dtype: str, param_dtype: str, scan_layers: bool, remat: str
+) -> ModelConfig:
   """The architecture of a published model; the other arguments are ModelConfig's."""
-  return ModelConfig(**_SIZES[name], dtype=dtype, param_dtype=param_dtype, scan_layers=scan_layers, remat=remat)
+  return ModelConfig(
+    **_SIZES[name], dtype=dtype, param_dtype=param_dtype, scan_layers=scan_layers, remat=remat
+  )

@@ -1,4 +1,6 @@
-"""Do the imported weights compute what the original does? A few logits beside those of transformers with torch."""
+"""Do the imported weights compute what the original does? A few logits beside those of transformers
+with torch.
+"""
 
 import dataclasses
 import os
@@ -13,13 +15,15 @@ from synthneg_jax.models.decoder import Model, Params
 from synthneg_jax.runtime.errors import UserError
 
 _TOKENS = 16
-# Root mean square of the differences over that of the logits. Ours: float32 leaves some 1e-6; two bfloat16 programs that
-# round at different places stay within some per cent, and swapped or missing weights are far beyond.
+# Root mean square of the differences over that of the logits. Ours: float32 leaves some 1e-6; two
+# bfloat16 programs that round at different places stay within some per cent, and swapped or missing
+# weights are far beyond.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 def check(folder: epath.PathLike, model: Model, params: Params) -> float:
-  """Compares logits of 16 tokens at all places; the original is read a second time, on the host, in model.dtype.
+  """Compares logits of 16 tokens at all places; the original is read a second time, on the host, in
+  model.dtype.
 
   Windows longer than the text, and stretched positions beyond it, are not seen by it.
 
@@ -37,17 +41,25 @@ def check(folder: epath.PathLike, model: Model, params: Params) -> float:
     import torch  # Never a requirement: only who asks for this check needs it.
     import transformers
   except ImportError as error:
-    raise UserError("--check_parity compares with torch, which is not installed: pip install torch.") from error
+    raise UserError(
+      "--check_parity compares with torch, which is not installed: pip install torch."
+    ) from error
   c = model.config
-  if c.rope_scaling is not None and c.rope_scaling.is_long:  # transformers takes the short factors for 16 tokens
-    model = Model(dataclasses.replace(c, rope_scaling=dataclasses.replace(c.rope_scaling, is_long=False)))
+  if (
+    c.rope_scaling is not None and c.rope_scaling.is_long
+  ):  # transformers takes the short factors for 16 tokens
+    model = Model(
+      dataclasses.replace(c, rope_scaling=dataclasses.replace(c.rope_scaling, is_long=False))
+    )
   ids = np.random.RandomState(0).randint(0, c.vocab_size, _TOKENS).tolist()
   try:
     original = transformers.AutoModelForCausalLM.from_pretrained(
       os.fspath(folder), dtype=getattr(torch, c.dtype), local_files_only=True
     )
   except (OSError, ValueError, RuntimeError) as error:
-    raise UserError(f"--check_parity: transformers cannot read {folder}: {str(error).splitlines()[0]}") from error
+    raise UserError(
+      f"--check_parity: transformers cannot read {folder}: {str(error).splitlines()[0]}"
+    ) from error
   with torch.no_grad():
     theirs = original.eval()(torch.tensor([ids])).logits[0].float().numpy()
   del original
@@ -66,7 +78,8 @@ def check(folder: epath.PathLike, model: Model, params: Params) -> float:
   )
   if not share <= _TOLERANCE[c.dtype]:  # NaN differs, too
     raise UserError(
-      f"--check_parity: logits of {folder} differ from torch's by {share:.2g} of their size (root mean squares), more "
+      f"--check_parity: logits of {folder} differ from torch's by {share:.2g} of their size (root "
+      "mean squares), more "
       f"than {_TOLERANCE[c.dtype]:g}."
     )
   return difference

@@ -1,10 +1,12 @@
-"""Stage credit: step-level Q. From every step's prefix of a trace, rollouts of π_sft, counted right or not.
+"""Stage credit: step-level Q. From every step's prefix of a trace, rollouts of π_sft, counted right
+or not.
 
 Counts become values in core/advantages.py.
 
-One prefill of prompt and trace serves all its prefixes: a rollout is a branch that forks at a step's end. The last step
-has no rollouts: its value is the trace's verdict. Equal prefixes of a problem are estimated once. Which prefixes get
-rollouts is credit.schedule's to say (core/rollout_schedules.py), round by round where it depends on what came out.
+One prefill of prompt and trace serves all its prefixes: a rollout is a branch that forks at a
+step's end. The last step has no rollouts: its value is the trace's verdict. Equal prefixes of a
+problem are estimated once. Which prefixes get rollouts is credit.schedule's to say
+(core/rollout_schedules.py), round by round where it depends on what came out.
 """
 
 import dataclasses
@@ -28,7 +30,9 @@ from synthneg_jax.runtime import distributed, keys
 from synthneg_jax.runtime.progress import Progress
 
 _SHARD = 256  # problems a shard
-_OF_OTHERS = Rollout([], False, "", "", 0.0, 0.0)  # a rollout that another process grades and writes
+_OF_OTHERS = Rollout(
+  [], False, "", "", 0.0, 0.0
+)  # a rollout that another process grades and writes
 
 
 def choose(group: Sequence[Trace], max_wrong: int, max_right: int) -> list[Trace]:
@@ -40,7 +44,9 @@ def choose(group: Sequence[Trace], max_wrong: int, max_right: int) -> list[Trace
 
 @dataclasses.dataclass
 class _Prefix:
-  """The first `steps` + 1 steps of a trace, the first of its problem that begins so, with the rollouts made from there."""
+  """The first `steps` + 1 steps of a trace, the first of its problem that begins so, with the
+  rollouts made from there.
+  """
 
   trace: Trace
   step: int
@@ -61,18 +67,26 @@ def _prefixes(traces: Sequence[Trace]) -> dict[str, list[_Prefix]]:
   known, of_trace = {}, {}
   for trace in traces:
     hashes = [keys.hash_ids(trace.ids[:end]) for end in trace.step_ends[:-1]]
-    of_trace[trace.id] = [known.setdefault(h, _Prefix(trace, step, h)) for step, h in enumerate(hashes)]
+    of_trace[trace.id] = [
+      known.setdefault(h, _Prefix(trace, step, h)) for step, h in enumerate(hashes)
+    ]
   return of_trace
 
 
-def _wanted(experiment: Experiment, of_trace: dict[str, list[_Prefix]]) -> dict[str, list[tuple[_Prefix, int]]]:
-  """By the trace that holds them: prefixes and how many more rollouts the schedule wants from each, now."""
+def _wanted(
+  experiment: Experiment, of_trace: dict[str, list[_Prefix]]
+) -> dict[str, list[tuple[_Prefix, int]]]:
+  """By the trace that holds them: prefixes and how many more rollouts the schedule wants from each,
+  now.
+  """
   section = experiment.config.credit
   schedule = rollout_schedules.SCHEDULES[section.schedule]
   more = {}
   for prefixes in of_trace.values():
     successes, rollouts = [p.successes for p in prefixes], [len(p.samples) for p in prefixes]
-    for prefix, count in zip(prefixes, schedule(successes, rollouts, section.num_rollouts), strict=True):
+    for prefix, count in zip(
+      prefixes, schedule(successes, rollouts, section.num_rollouts), strict=True
+    ):
       if count:
         more[prefix.key] = prefix, max(count, more.get(prefix.key, (None, 0))[1])
   holders = {}
@@ -96,22 +110,34 @@ def _rollouts(
   """The rollouts grown from these prefixes of one problem's traces, graded all at once."""
   experiment, policy = given.experiment, given.policy
   ids = [one.ids.tolist() for one in made]
-  wholes = [p.trace.ids[: p.trace.step_ends[p.step]] + grown for p, grown in zip(prefixes, ids, strict=True)]
+  wholes = [
+    p.trace.ids[: p.trace.step_ends[p.step]] + grown for p, grown in zip(prefixes, ids, strict=True)
+  ]
   texts = [policy.token_text.text(whole) for whole in wholes]
-  graded = traces_lib.verdicts(experiment, policy, texts, [problem] * len(texts), [one.finish for one in made])
+  graded = traces_lib.verdicts(
+    experiment, policy, texts, [problem] * len(texts), [one.finish for one in made]
+  )
   for one, grown, verdict in zip(made, ids, graded, strict=True):
     first = (steps.ends(grown, policy.token_text, experiment.config.task) or [0])[0]
-    logps = [None if one.logp is None else round(float(np.sum(one.logp[:end])), 5) for end in (first, len(grown))]
+    logps = [
+      None if one.logp is None else round(float(np.sum(one.logp[:end])), 5)
+      for end in (first, len(grown))
+    ]
     yield Rollout(grown, verdict.correct, verdict.reason, one.finish, *logps)
 
 
 def _roll_out(
-  given: _Resources, wanted: Mapping[str, list[tuple[_Prefix, int]]], prompts: Mapping[str, list[int]], *, longest: int
+  given: _Resources,
+  wanted: Mapping[str, list[tuple[_Prefix, int]]],
+  prompts: Mapping[str, list[int]],
+  *,
+  longest: int,
 ) -> Iterator[str]:
-  """One round of the engine: adds the rollouts to their prefixes, and yields the id of each trace whose own are there.
+  """One round of the engine: adds the rollouts to their prefixes, and yields the id of each trace
+  whose own are there.
 
-  Of several processes each grades the rollouts of its problems; in the end all know which came out right, which the
-  schedule asks for, and nothing more of the others' rollouts.
+  Of several processes each grades the rollouts of its problems; in the end all know which came out
+  right, which the schedule asks for, and nothing more of the others' rollouts.
   """
   section, seed = given.experiment.config.credit, given.experiment.config.seed
   trunks, items = [], []
@@ -121,12 +147,21 @@ def _roll_out(
     prompt = prompts[trace.problem_id]
     places = [(prefix, len(prefix.samples) + n) for prefix, count in group for n in range(count)]
     ends = [trace.step_ends[prefix.step] for prefix, _ in places]
-    draw_keys = [keys.draw_key(seed, "credit", 0, trace.problem_id, prefix.hash, index) for prefix, index in places]
-    trunks.append(Trunk(prompt + trace.ids[: max(ends)], [len(prompt) + end for end in ends], np.stack(draw_keys)))
+    draw_keys = [
+      keys.draw_key(seed, "credit", 0, trace.problem_id, prefix.hash, index)
+      for prefix, index in places
+    ]
+    trunks.append(
+      Trunk(
+        prompt + trace.ids[: max(ends)], [len(prompt) + end for end in ends], np.stack(draw_keys)
+      )
+    )
     items.append(places)
   graded, stopped = [], None
   try:
-    for index, generations in given.engine.run(given.policy.params, trunks, sampling(section), longest=longest):
+    for index, generations in given.engine.run(
+      given.policy.params, trunks, sampling(section), longest=longest
+    ):
       problem = given.problems[items[index][0][0].trace.problem_id]
       made = [_OF_OTHERS] * len(generations)
       if distributed.mine(number_of[problem.id]):
@@ -159,25 +194,39 @@ def _estimates(trace: Trace, prefixes: Sequence[_Prefix]) -> list[StepEstimate]:
         successes=prefix.successes,
         exact=last,
         correct=last and trace.correct,
-        samples=[dataclasses.asdict(sample) for sample in prefix.samples] if prefix.key == key else [],
+        samples=[dataclasses.asdict(sample) for sample in prefix.samples]
+        if prefix.key == key
+        else [],
         samples_at=prefix.key,
       )
     )
   return records
 
 
-def _credit(given: _Resources, chosen: dict[str, list[Trace]], shards: Shards, progress: Progress) -> None:
-  """Writes the estimates of the chosen traces of some problems, made in as many rounds as the schedule takes.
+def _credit(
+  given: _Resources, chosen: dict[str, list[Trace]], shards: Shards, progress: Progress
+) -> None:
+  """Writes the estimates of the chosen traces of some problems, made in as many rounds as the
+  schedule takes.
 
   Raises:
     Stopped: SIGTERM came; the problems that were finished by then are written.
   """
   experiment, tokenizer = given.experiment, given.policy.tokenizer
   given = given._replace(problems={key: given.problems[key] for key in chosen})
-  prompts = {key: train_policy.prompt_ids(experiment, tokenizer, problem) for key, problem in given.problems.items()}
-  of_trace = {key: prefixes for traces in chosen.values() for key, prefixes in _prefixes(traces).items()}
+  prompts = {
+    key: train_policy.prompt_ids(experiment, tokenizer, problem)
+    for key, problem in given.problems.items()
+  }
+  of_trace = {
+    key: prefixes for traces in chosen.values() for key, prefixes in _prefixes(traces).items()
+  }
   longest = max(
-    (len(prompts[t.problem_id]) + t.step_ends[-2] for t in itertools.chain(*chosen.values()) if t.step_ends[1:]),
+    (
+      len(prompts[t.problem_id]) + t.step_ends[-2]
+      for t in itertools.chain(*chosen.values())
+      if t.step_ends[1:]
+    ),
     default=0,
   )
   open_traces, said, stopped = of_trace, set(), None
@@ -188,14 +237,19 @@ def _credit(given: _Resources, chosen: dict[str, list[Trace]], shards: Shards, p
           said.add(key)
           progress.update(1)
       busy = {prefix.key for group in wanted.values() for prefix, _ in group}
-      open_traces = {key: prefixes for key, prefixes in open_traces.items() if any(p.key in busy for p in prefixes)}
+      open_traces = {
+        key: prefixes
+        for key, prefixes in open_traces.items()
+        if any(p.key in busy for p in prefixes)
+      }
     progress.update(len(of_trace) - len(said))
   except distributed.Stopped as stop:
     stopped = stop
   shards.write(
     record
     for number, traces in enumerate(chosen.values())
-    if distributed.mine(number) and not _wanted(experiment, {trace.id: of_trace[trace.id] for trace in traces})
+    if distributed.mine(number)
+    and not _wanted(experiment, {trace.id: of_trace[trace.id] for trace in traces})
     for trace in traces
     for record in _estimates(trace, of_trace[trace.id])
   )
@@ -222,7 +276,9 @@ def _remote(experiment: Experiment, policy: Policy) -> RemoteEngine:
 
 def run(experiment: Experiment) -> dict:
   """Writes credit/estimates/: one StepEstimate a step of every chosen trace, with its rollouts."""
-  stage = experiment.stage("credit", ["task", "model", "engine", "sample", "credit"], ["synthesize", "sft", "sample"])
+  stage = experiment.stage(
+    "credit", ["task", "model", "engine", "sample", "credit"], ["synthesize", "sft", "sample"]
+  )
   if stage.done:
     return {}
   section, policy = experiment.config.credit, experiment.policy("sft")
@@ -237,7 +293,8 @@ def run(experiment: Experiment) -> dict:
   shards = Shards(stage.folder / "estimates", StepEstimate)
   there = {estimate.problem_id for estimate in shards.read()}
   chosen = {
-    key: choose(group, section.max_wrong_per_problem, section.max_right_per_problem) for key, group in groups.items()
+    key: choose(group, section.max_wrong_per_problem, section.max_right_per_problem)
+    for key, group in groups.items()
   }
   missing = [key for key in chosen if chosen[key] and key not in there]
   with Progress("credit", sum(len(chosen[key]) for key in missing), "traces") as progress:
@@ -251,10 +308,14 @@ def run(experiment: Experiment) -> dict:
     "steps": len(estimates),
     "rollouts": sum(len(estimate.samples) for estimate in estimates),
     "shared_prefixes": sum(estimate.samples_at != estimate.key for estimate in estimates),
-    "rollout_tokens": sum(len(sample["ids"]) for estimate in estimates for sample in estimate.samples),
+    "rollout_tokens": sum(
+      len(sample["ids"]) for estimate in estimates for sample in estimate.samples
+    ),
     "slot_use": round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3),
   }
-  credited = CreditedTraces(groups, {estimate.key: estimate for estimate in estimates}, section.best_of)
+  credited = CreditedTraces(
+    groups, {estimate.key: estimate for estimate in estimates}, section.best_of
+  )
   tensorboard_summaries.credited(experiment, stage.folder, problems, credited)
   if section.endpoint.url:
     figures |= {name: engine.stats[name] for name in ("requests", "retokenised", "without_logp")}

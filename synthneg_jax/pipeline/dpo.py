@@ -19,7 +19,9 @@ from synthneg_jax.training import batches, loop, objectives, pair_trees, referen
 
 
 def run(experiment: Experiment) -> dict:
-  """Writes dpo/dpo/ and dpo/step_dpo/: policy/, scores/ and metrics.jsonl; dpo/reference/ holds what both share."""
+  """Writes dpo/dpo/ and dpo/step_dpo/: policy/, scores/ and metrics.jsonl; dpo/reference/ holds
+  what both share.
+  """
   results = {name: variant(experiment, name) for name in VARIANTS}
   return {name: figures for name, figures in results.items() if figures}
 
@@ -35,7 +37,8 @@ def _start_check(dtype: str, plan: batches.Batches):
     for metric in ("chosen_shift/per_pair", "rejected_shift/per_pair"):
       if abs(metrics[metric]) > tolerance:
         raise UserError(
-          f"At step 0 {metric} is {metrics[metric]:.2g} nats, not 0: the reference log-probs are not those "
+          f"At step 0 {metric} is {metrics[metric]:.2g} nats, not 0: the reference log-probs are "
+          "not those "
           "of the policy that training starts from. Delete dpo/reference/ in the workdir."
         )
 
@@ -48,12 +51,17 @@ def _loss(section):
   return functools.partial(loss, **{leaf: section[leaf] for leaf in leaves})
 
 
-def _sampler_gap(experiment: Experiment, policy: Policy, pairs: Sequence[Pair], store: reference.Store) -> float:
-  """The largest difference between sampler and trainer over the rejected tokens' log-probs under π_sft, nats.
+def _sampler_gap(
+  experiment: Experiment, policy: Policy, pairs: Sequence[Pair], store: reference.Store
+) -> float:
+  """The largest difference between sampler and trainer over the rejected tokens' log-probs under
+  π_sft, nats.
 
   Both passes are of one model; what lies between them is rounding, or a defect.
   """
-  traces = {trace.id: trace for trace in Shards(experiment.workdir / "sample" / "traces", Trace).read()}
+  traces = {
+    trace.id: trace for trace in Shards(experiment.workdir / "sample" / "traces", Trace).read()
+  }
   problems, largest = experiment.problems("train"), 0.0
 
   @functools.cache
@@ -82,7 +90,10 @@ def variant(experiment: Experiment, name: str) -> dict:
     length=min(section.row_length, experiment.config.model.max_length),
   )
   store = reference.Store(
-    experiment.workdir / "dpo" / "reference" / f"{policy.fingerprint}-{experiment.config.model.dtype}.npz"
+    experiment.workdir
+    / "dpo"
+    / "reference"
+    / f"{policy.fingerprint}-{experiment.config.model.dtype}.npz"
   )
   packing = reference.Packing(experiment.mesh, section.row_length, section.logit_chunk)
   reference.score(policy.model, policy.params, made.trees, store=store, packing=packing)

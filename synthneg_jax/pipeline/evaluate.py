@@ -18,7 +18,9 @@ def wilson(count: int, total: int) -> list[float]:
 
 
 def run(experiment: Experiment) -> dict:
-  """Writes evaluate/<method>/traces/ for every method of evaluate.methods; each method is a stage of its own."""
+  """Writes evaluate/<method>/traces/ for every method of evaluate.methods; each method is a stage
+  of its own.
+  """
   results = {}
   for method in experiment.config.evaluate.methods:
     if method != "base" and method not in POLICY_OF:
@@ -28,16 +30,22 @@ def run(experiment: Experiment) -> dict:
 
 
 def test(experiment: Experiment, name: str, folder: str | None) -> dict:
-  """Writes evaluate/<name>/traces/: the answers of the policy that stage `folder` made, or of the base model if None."""
+  """Writes evaluate/<name>/traces/: the answers of the policy that stage `folder` made, or of the
+  base model if None.
+  """
   needs = ["synthesize"] + ([folder] if folder else [])
-  stage = experiment.stage(f"evaluate/{name}", ["task", "model", "engine", "evaluate"], needs, reads_base=not folder)
+  stage = experiment.stage(
+    f"evaluate/{name}", ["task", "model", "engine", "evaluate"], needs, reads_base=not folder
+  )
   if stage.done:
     return {}
   policy = experiment.policy(folder) if folder else experiment.base()
   section = experiment.config.evaluate
   shots = []
   if not folder and section.base_shots:
-    shots = [problem for problem in experiment.problems("train").values() if problem.solution][: section.base_shots]
+    shots = [problem for problem in experiment.problems("train").values() if problem.solution][
+      : section.base_shots
+    ]
   problems = list(experiment.problems("test").values())
   engine = experiment.engine(
     policy, slots=1, lanes=experiment.config.engine.lanes * min(experiment.config.engine.slots, 4)

@@ -1,4 +1,6 @@
-"""What every stage is given: the config, the workdir, and how to open its own folder and the policies of others."""
+"""What every stage is given: the config, the workdir, and how to open its own folder and the
+policies of others.
+"""
 
 import dataclasses
 import hashlib
@@ -47,7 +49,8 @@ class Experiment:
     reads_base: bool = False,
     given: dict[str, str] | None = None,
   ) -> manifest.Stage:
-    """Opens a stage that depends on the seed, these config sections or leaves, these stages and perhaps the base model.
+    """Opens a stage that depends on the seed, these config sections or leaves, these stages and
+    perhaps the base model.
 
     What else it reads from outside the workdir is `given`: identities by name.
     """
@@ -67,7 +70,8 @@ class Experiment:
     written = json.loads((policy.folder / "fingerprint.json").read_text())["fingerprint"]
     if policy.fingerprint != written:
       raise UserError(
-        f"{policy.folder / 'params'} holds other weights ({policy.fingerprint}) than stage {stage} wrote ({written}); "
+        f"{policy.folder / 'params'} holds other weights ({policy.fingerprint}) than stage {stage} "
+        f"wrote ({written}); "
         f"delete {self.workdir / stage} to have it made again."
       )
     return policy
@@ -90,7 +94,9 @@ class Experiment:
 
 
 def _started_with(config) -> dict:
-  """What all processes must agree on: the config, versions and source, and the files that each reads for itself."""
+  """What all processes must agree on: the config, versions and source, and the files that each
+  reads for itself.
+  """
   package = pathlib.Path(__file__).parents[1]
   source = hashlib.sha256()
   for path in sorted(package.rglob("*.py")):
@@ -104,18 +110,24 @@ def _started_with(config) -> dict:
   if config.model.path and base.exists():
     about[f"the files of the base model {base}"] = files_identity(base)
   home = os.environ.get("SYNTHNEG_DATA_DIR", "")
-  for path in filter(None, (config.task.path, config.task.test_path, home and os.path.join(home, config.task.name))):
+  for path in filter(
+    None, (config.task.path, config.task.test_path, home and os.path.join(home, config.task.name))
+  ):
     about.update(_file_hashes(epath.Path(path).expanduser()))
   return about
 
 
 def _file_hashes(path: epath.Path) -> dict[str, str]:
-  """The hash of a data file, or of each in a folder; nothing for what is no file here, such as a dataset of the Hub."""
+  """The hash of a data file, or of each in a folder; nothing for what is no file here, such as a
+  dataset of the Hub.
+  """
   if not path.exists():
     return {}
   files = sorted(path.glob("*")) if path.is_dir() else [path]
   return {
-    f"the data file {file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    f"the data file {file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[
+      :16
+    ]
     for file in files
     if not file.is_dir()
   }

@@ -1,4 +1,6 @@
-"""Stage export: a trained policy as a Hugging Face folder that transformers loads, and its adapter, if one, for PEFT."""
+"""Stage export: a trained policy as a Hugging Face folder that transformers loads, and its adapter,
+if one, for PEFT.
+"""
 
 import json
 import os
@@ -19,10 +21,12 @@ from synthneg_jax.runtime.manifest import write_json
 
 
 def run(experiment: Experiment) -> dict:
-  """Writes export/<method>/policy for every trained policy of evaluate.methods that exists; adapters are merged in it.
+  """Writes export/<method>/policy for every trained policy of evaluate.methods that exists;
+  adapters are merged in it.
 
-  Where an adapter was trained, export/<method>/adapter holds it in the format of PEFT, for the base model that the run
-  started from. With export.push_to_hub the policies are then uploaded, each once.
+  Where an adapter was trained, export/<method>/adapter holds it in the format of PEFT, for the base
+  model that the run started from. With export.push_to_hub the policies are then uploaded, each
+  once.
 
   Raises:
     UserError: a policy cannot be read, written or uploaded.
@@ -52,7 +56,9 @@ def run(experiment: Experiment) -> dict:
 def _write(experiment: Experiment, stage_name: str, folder: epath.Path) -> None:
   """Writes a stage's policy, and its adapter, if one, below the folder."""
   policy = experiment.policy(stage_name)
-  params = jax.tree.map(device_mesh.whole, policy.params) if distributed.count() > 1 else policy.params
+  params = (
+    jax.tree.map(device_mesh.whole, policy.params) if distributed.count() > 1 else policy.params
+  )
   if not distributed.first():
     return
   if (folder / "policy").exists():  # of a run that was killed before its manifest was written
@@ -76,7 +82,9 @@ def _write(experiment: Experiment, stage_name: str, folder: epath.Path) -> None:
 
 
 def _base_name(folder: epath.Path) -> str:
-  """What adapter_config.json calls the base model: its name on the Hub, as PEFT takes it, or its folder."""
+  """What adapter_config.json calls the base model: its name on the Hub, as PEFT takes it, or its
+  folder.
+  """
   name = model_hub.name_of(folder)
   return name.removeprefix("hf:").partition("@")[0] if name else os.fspath(folder)
 

@@ -1,7 +1,9 @@
-"""What a run holds, in the forms that other trainers read: traces, preference pairs, and labels of steps.
+"""What a run holds, in the forms that other trainers read: traces, preference pairs, and labels of
+steps.
 
-Text is that of the tokens, special tokens included; where a form has room, the tokens stand beside it, because text that is
-tokenised again may come out otherwise. docs/interchange.md shows each form.
+Text is that of the tokens, special tokens included; where a form has room, the tokens stand beside
+it, because text that is tokenised again may come out otherwise. docs/interchange.md shows each
+form.
 """
 
 import dataclasses
@@ -25,13 +27,17 @@ class _Workdir:
     self._run = experiment
     folder = experiment.workdir / "sft" / "policy"
     if not folder.exists():
-      raise UserError(f"{experiment.workdir} has no sft/policy, and so no tokenizer to read its records with.")
+      raise UserError(
+        f"{experiment.workdir} has no sft/policy, and so no tokenizer to read its records with."
+      )
     self.tokenizer, self.token_text = load_token_text(folder)
 
   def read(self, folder: str, kind) -> Iterator:
     shards = Shards(self._run.workdir / folder, kind)
     if not shards.files():
-      raise UserError(f"{self._run.workdir / folder} has no records; run the stage that writes them first.")
+      raise UserError(
+        f"{self._run.workdir / folder} has no records; run the stage that writes them first."
+      )
     return shards.read()
 
   def problems(self, split: str) -> dict[str, Problem]:
@@ -46,7 +52,8 @@ class _Workdir:
 
 
 def traces(workdir: _Workdir, folder: str) -> Iterator[dict]:
-  """Trace records as they are, with the problem and its gold answer; launch/import_traces.py takes those of "sample" back.
+  """Trace records as they are, with the problem and its gold answer; launch/import_traces.py takes
+  those of "sample" back.
 
   Args:
     workdir: read from.
@@ -59,10 +66,12 @@ def traces(workdir: _Workdir, folder: str) -> Iterator[dict]:
 
 
 def pairs(workdir: _Workdir, variant: str) -> Iterator[dict]:
-  """Preference pairs as TRL's `prompt`, `chosen`, `rejected`, with the tokens as `*_ids` and the pair's provenance.
+  """Preference pairs as TRL's `prompt`, `chosen`, `rejected`, with the tokens as `*_ids` and the
+  pair's provenance.
 
-  A branch ends in EOS exactly where its author stopped. TRL's DPOTrainer puts EOS behind every text that has none, and
-  tokenises prompt and branch as one text: to train on what stands here it must be given the ids (docs/interchange.md).
+  A branch ends in EOS exactly where its author stopped. TRL's DPOTrainer puts EOS behind every text
+  that has none, and tokenises prompt and branch as one text: to train on what stands here it must
+  be given the ids (docs/interchange.md).
 
   Args:
     workdir: read from.
@@ -88,8 +97,9 @@ class _Labelled:
 
   Attributes:
     steps: their texts, the delimiter left out.
-    labels: whether anything came out right from there on: a rollout, or the trace itself (Math-Shepherd's hard estimate,
-      https://arxiv.org/abs/2312.08935; that a right trace counts for its own steps is ours).
+    labels: whether anything came out right from there on: a rollout, or the trace itself
+      (Math-Shepherd's hard estimate, https://arxiv.org/abs/2312.08935; that a right trace counts
+      for its own steps is ours).
     successes, rollouts: the counts; of the last step of a whole trace its verdict, of 1.
   """
 
@@ -123,7 +133,9 @@ def _labelled(workdir: _Workdir) -> Iterator[_Labelled]:
 
 
 def stepwise(workdir: _Workdir) -> Iterator[dict]:
-  """TRL's stepwise supervision: `prompt`, `completions`, `labels`; and the counts behind the labels."""
+  """TRL's stepwise supervision: `prompt`, `completions`, `labels`; and the counts behind the
+  labels.
+  """
   for row in _labelled(workdir):
     yield {
       "prompt": workdir.text(workdir.prompt_ids(row.problem)),
@@ -136,7 +148,9 @@ def stepwise(workdir: _Workdir) -> Iterator[dict]:
 
 
 def math_shepherd(workdir: _Workdir) -> Iterator[dict]:
-  """Math-Shepherd's `input`, `label`, `task`: steps with the tag after each, and with + or - in its place."""
+  """Math-Shepherd's `input`, `label`, `task`: steps with the tag after each, and with + or - in its
+  place.
+  """
   for row in _labelled(workdir):
     numbered = [f"Step {n}: {step.strip()}" for n, step in enumerate(row.steps, start=1)]
     signs = ["+" if label else "-" for label in row.labels]
@@ -152,7 +166,8 @@ def math_shepherd(workdir: _Workdir) -> Iterator[dict]:
 
 
 def prm800k(workdir: _Workdir) -> Iterator[dict]:
-  """PRM800K's `question` and `label`: a rating of 1 or -1 for each step up to the first -1, as its labellers stopped there.
+  """PRM800K's `question` and `label`: a rating of 1 or -1 for each step up to the first -1, as its
+  labellers stopped there.
 
   It knows 0, "neutral", too; counts give no ground for it.
   """
@@ -163,7 +178,11 @@ def prm800k(workdir: _Workdir) -> Iterator[dict]:
       return {"text": text, "rating": 1 if label else -1, "flagged": None}
 
     steps = [
-      {"completions": [completion(step, label)], "human_completion": None, "chosen_completion": 0 if label else None}
+      {
+        "completions": [completion(step, label)],
+        "human_completion": None,
+        "chosen_completion": 0 if label else None,
+      }
       for step, label in zip(row.steps[:end], row.labels[:end], strict=True)
     ]
     whole = len(row.steps) == len(row.trace.step_ends)
@@ -202,7 +221,8 @@ def write(experiment: Experiment, what: str, out: str, source: str = "") -> int:
     experiment: the run.
     what: a name of FORMS.
     out: the file.
-    source: traces: "sample" (the default) or "evaluate/METHOD"; pairs: "step_dpo" (the default) or "dpo".
+    source: traces: "sample" (the default) or "evaluate/METHOD"; pairs: "step_dpo" (the default) or
+      "dpo".
 
   Raises:
     UserError: records that are not there, or a file that cannot be written.

@@ -1,4 +1,6 @@
-"""The grading report: which verdicts a workdir's responses got, and on which answers, those worth a look first."""
+"""The grading report: which verdicts a workdir's responses got, and on which answers, those worth a
+look first.
+"""
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +10,16 @@ from etils import epath
 from synthneg_jax.data.records import Problem, Shards, Trace
 from synthneg_jax.runtime.errors import UserError
 
-ORDER = ("unparsable", "ambiguous", "timeout", "too_large", "no_answer", "truncated", "wrong", "right")
+ORDER = (
+  "unparsable",
+  "ambiguous",
+  "timeout",
+  "too_large",
+  "no_answer",
+  "truncated",
+  "wrong",
+  "right",
+)
 _TAIL = 300  # characters of a response that are shown, from its end
 
 Opinion = Callable[[str, str], bool | None]  # (response, gold) -> right, or None for no opinion
@@ -23,7 +34,9 @@ def math_verify() -> Opinion:
   try:
     from math_verify import parse, verify
   except ImportError:
-    raise UserError("--second_opinion needs math-verify: pip install 'synthneg_jax[grading]'.") from None
+    raise UserError(
+      "--second_opinion needs math-verify: pip install 'synthneg_jax[grading]'."
+    ) from None
 
   def opinion(response: str, gold: str) -> bool | None:
     try:
@@ -50,7 +63,10 @@ def _rows(found: Sequence[tuple[Trace, Problem]], most: int) -> list[str]:
 
 
 def markdown(
-  traces: Mapping[str, Sequence[Trace]], problems: Mapping[str, Problem], opinion: Opinion | None, most: int
+  traces: Mapping[str, Sequence[Trace]],
+  problems: Mapping[str, Problem],
+  opinion: Opinion | None,
+  most: int,
 ) -> str:
   """The report as Markdown.
 
@@ -61,15 +77,24 @@ def markdown(
     most: answers shown for each reason of each set.
   """
   names = list(traces)
-  counts = {name: collections.Counter(trace.reason for trace in group) for name, group in traces.items()}
-  lines = ["# Verdicts", "", f"| reason | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
+  counts = {
+    name: collections.Counter(trace.reason for trace in group) for name, group in traces.items()
+  }
+  lines = [
+    "# Verdicts",
+    "",
+    f"| reason | {' | '.join(names)} |",
+    "| --- |" + " ---: |" * len(names),
+  ]
   for reason in ORDER:
     if any(counts[name][reason] for name in names):
       lines.append(f"| {reason} | {' | '.join(str(counts[name][reason]) for name in names)} |")
   lines.append(f"| all | {' | '.join(str(len(traces[name])) for name in names)} |")
   for reason in ORDER:
     for name in names:
-      found = [(trace, problems[trace.problem_id]) for trace in traces[name] if trace.reason == reason]
+      found = [
+        (trace, problems[trace.problem_id]) for trace in traces[name] if trace.reason == reason
+      ]
       if found:
         lines += ["", f"## {reason}: {name}, {len(found)}", "", *_rows(found, most)]
   if opinion is not None:
@@ -79,7 +104,9 @@ def markdown(
       said = [opinion(trace.text, problem.answer) for trace, problem in asked]
       for claim, correct in (("wrong here, right there", False), ("right here, wrong there", True)):
         found = [
-          pair for pair, right in zip(asked, said, strict=True) if pair[0].correct == correct and right is (not correct)
+          pair
+          for pair, right in zip(asked, said, strict=True)
+          if pair[0].correct == correct and right is (not correct)
         ]
         of = sum(trace.correct == correct for trace, _ in asked)
         lines += ["", f"## {claim}: {name}, {len(found)} of {of}", "", *_rows(found, most)]
@@ -98,8 +125,12 @@ def report(workdir: str, second_opinion: bool, most: int) -> epath.Path:
   folder = epath.Path(workdir)
   places = {"sample": folder / "sample" / "traces"}
   if (folder / "evaluate").exists():
-    places |= {f"evaluate/{path.name}": path / "traces" for path in sorted((folder / "evaluate").iterdir())}
-  traces = {name: list(Shards(path, Trace).read()) for name, path in places.items() if path.exists()}
+    places |= {
+      f"evaluate/{path.name}": path / "traces" for path in sorted((folder / "evaluate").iterdir())
+    }
+  traces = {
+    name: list(Shards(path, Trace).read()) for name, path in places.items() if path.exists()
+  }
   traces = {name: group for name, group in traces.items() if group}
   if not traces:
     raise UserError(f"{folder} holds no traces of sample or evaluate to report on.")

@@ -1,8 +1,10 @@
-"""Traces sampled elsewhere in the place of stage sample's own: read, tokenised once if need be, graded, and counted.
+"""Traces sampled elsewhere in the place of stage sample's own: read, tokenised once if need be,
+graded, and counted.
 
-A row says whose response it is (`problem_id`, or `problem`, its text), what it is (`ids`, or `text`), and how it ended
-(`finish`); docs/interchange.md lists all fields. Rows become Trace records, so that rft, credit and dpo take them as
-their own. Nothing is tokenised that came with ids.
+A row says whose response it is (`problem_id`, or `problem`, its text), what it is (`ids`, or
+`text`), and how it ended (`finish`); docs/interchange.md lists all fields. Rows become Trace
+records, so that rft, credit and dpo take them as their own. Nothing is tokenised that came with
+ids.
 """
 
 import collections
@@ -41,7 +43,15 @@ _NAMES = {
   "problem_id": ("problem_id",),
   "problem": ("problem", "prompt"),
 }
-_ROW_TYPES = {"ids": list, "text": str, "finish": str, "logps": list, "drawn_logps": list, "tokens": list, "index": int}
+_ROW_TYPES = {
+  "ids": list,
+  "text": str,
+  "finish": str,
+  "logps": list,
+  "drawn_logps": list,
+  "tokens": list,
+  "index": int,
+}
 _FINISHES = ("eos", "stop", "length")
 
 
@@ -49,17 +59,21 @@ def adopt_sft(experiment: Experiment, folder: str) -> dict:
   """Takes a policy that was trained elsewhere for π_sft: stage sft is then done.
 
   Raises:
-    UserError: no such folder, or a model that does not fit; or stage sft was done with other weights.
+    UserError: no such folder, or a model that does not fit; or stage sft was done with other
+      weights.
   """
   stage = experiment.stage("sft", ["task", "model", "sft"], ["synthesize"], reads_base=True)
   policy = Policy.load(resolve(folder), experiment.config.model, experiment.mesh)
   if stage.done:
     if experiment.policy("sft").fingerprint != policy.fingerprint:
       raise UserError(
-        f"Stage sft in {experiment.workdir} is done, with other weights than {folder}; take another --workdir."
+        f"Stage sft in {experiment.workdir} is done, with other weights than {folder}; take "
+        "another --workdir."
       )
     return {}
-  return stage.finish({"adopted": str(folder)}, identity=policy.save(stage.folder / "policy", policy.params))
+  return stage.finish(
+    {"adopted": str(folder)}, identity=policy.save(stage.folder / "policy", policy.params)
+  )
 
 
 @dataclasses.dataclass
@@ -77,7 +91,9 @@ class _Response:
 
 def _boundaries(pieces: Sequence[bytes]) -> set[int]:
   """Byte offsets within a text at which a token starts; those of the text's two ends left out."""
-  return set(itertools.accumulate(len(piece) for piece in pieces if piece)) - {sum(map(len, pieces))}
+  return set(itertools.accumulate(len(piece) for piece in pieces if piece)) - {
+    sum(map(len, pieces))
+  }
 
 
 class _Reader:
@@ -95,7 +111,9 @@ class _Reader:
   def prompt(self, problem: Problem) -> list[int]:
     """Its tokens, worked out once."""
     if problem.id not in self._prompts:
-      self._prompts[problem.id] = train_policy.prompt_ids(self._run, self._policy.tokenizer, problem)
+      self._prompts[problem.id] = train_policy.prompt_ids(
+        self._run, self._policy.tokenizer, problem
+      )
     return self._prompts[problem.id]
 
   def _encode(self, text: str) -> list[int]:
@@ -103,17 +121,25 @@ class _Reader:
 
   def read(self, row: dict) -> _Response:
     """One row; UserError, without the place, for one that cannot be taken."""
-    row = {name: row[other] for name, others in _NAMES.items() for other in others if row.get(other) is not None}
+    row = {
+      name: row[other]
+      for name, others in _NAMES.items()
+      for other in others
+      if row.get(other) is not None
+    }
     for name, kind in _ROW_TYPES.items():
       if name in row and (not isinstance(row[name], kind) or isinstance(row[name], bool)):
-        raise UserError(f'the field "{name}" must be a {kind.__name__}, not a {type(row[name]).__name__}')
+        raise UserError(
+          f'the field "{name}" must be a {kind.__name__}, not a {type(row[name]).__name__}'
+        )
     problem = self._problem(row)
     finish = row.get("finish", self._assume)
     if finish not in _FINISHES:
       raise UserError(
         f'"finish" is {finish!r}, none of {", ".join(_FINISHES)}'
         if finish
-        else 'the field "finish" is missing: whether the response ended by itself decides whether EOS belongs to it; say '
+        else 'the field "finish" is missing: whether the response ended by itself decides whether '
+        "EOS belongs to it; say "
         "for all rows without it by --assume_finish=eos or length"
       )
     logp = self._numbers(row, "logps")
@@ -128,7 +154,9 @@ class _Reader:
       raise UserError("EOS stands within the ids; a response ends there")
     room = self._run.config.model.max_length - len(self.prompt(problem))
     if not 0 < len(ids) <= room:
-      raise UserError(f"the response has {len(ids)} tokens, and model.max_length leaves room for 1 to {room}")
+      raise UserError(
+        f"the response has {len(ids)} tokens, and model.max_length leaves room for 1 to {room}"
+      )
     drawn = self._numbers(row, "drawn_logps")
     index = row.get("index")
     if index is None:
@@ -161,14 +189,21 @@ class _Reader:
     if not all(type(value) in (int, float) and value <= 1e-6 for value in values if value == value):
       raise UserError(f'"{name}" must hold log-probs, numbers that are not above 0')
     if not all(map(math.isfinite, values)):
-      raise UserError(f'"{name}" must hold finite log-probs; -inf and NaN are none of a token that was drawn')
+      raise UserError(
+        f'"{name}" must hold finite log-probs; -inf and NaN are none of a token that was drawn'
+      )
     return values
 
   def _given(self, row: dict, finish: str, logp) -> tuple[list[int], list[float] | None]:
     """Ids as they are; EOS where the response ended by itself and the server left it out."""
-    ids, size = list(row["ids"]), min(self._policy.token_text.vocab_size, self._policy.model.config.vocab_size)
+    ids, size = (
+      list(row["ids"]),
+      min(self._policy.token_text.vocab_size, self._policy.model.config.vocab_size),
+    )
     if not all(type(i) is int and 0 <= i < size for i in ids):  # a bool is no id
-      raise UserError(f'"ids" must hold whole numbers from 0 to {size - 1}, the vocabulary of this policy')
+      raise UserError(
+        f'"ids" must hold whole numbers from 0 to {size - 1}, the vocabulary of this policy'
+      )
     if logp is not None and len(logp) != len(ids):
       raise UserError(f'"logps" has {len(logp)} numbers for {len(ids)} ids')
     self.counts["with_ids"] += 1
@@ -176,8 +211,12 @@ class _Reader:
     if "text" in row and row["text"] != text:
       self.counts["text_is_not_that_of_the_ids"] += 1
     # What would have come of these ids, had they come as text.
-    self._compare([i for i in ids if self._policy.token_text.bytes_of(i)], self._encode(text), "reencoded")
-    stopped = finish == "eos" or (finish == "stop" and not any(stop in text for stop in self._run.config.engine.stop))
+    self._compare(
+      [i for i in ids if self._policy.token_text.bytes_of(i)], self._encode(text), "reencoded"
+    )
+    stopped = finish == "eos" or (
+      finish == "stop" and not any(stop in text for stop in self._run.config.engine.stop)
+    )
     if stopped and (not ids or ids[-1] not in self._eos_ids):
       self.counts["eos_restored"] += 1
       return [*ids, self._eos_ids[0]], None
@@ -197,7 +236,9 @@ class _Reader:
       drawn = [token.encode() for token in row["tokens"]]
       same = self._compare_pieces(drawn, [bytes_of(i) for i in ids], "retokenised")
       self.counts["with_tokens"] += 1
-    stopped = finish == "eos" or (finish == "stop" and not any(stop in text for stop in self._run.config.engine.stop))
+    stopped = finish == "eos" or (
+      finish == "stop" and not any(stop in text for stop in self._run.config.engine.stop)
+    )
     if stopped and (not ids or ids[-1] not in self._eos_ids):
       ids = [*ids, self._eos_ids[0]]
     if logp is not None and len(logp) != len(ids):
@@ -210,7 +251,9 @@ class _Reader:
     return equal and list(drawn) == list(again)
 
   def _compare_pieces(self, drawn: Sequence[bytes], again: Sequence[bytes], name: str) -> bool:
-    """Counts boundaries between drawn tokens that are none between the others; True where all are the same."""
+    """Counts boundaries between drawn tokens that are none between the others; True where all are
+    the same.
+    """
     before, after = _boundaries(drawn), _boundaries(again)
     self.counts[f"{name}_boundaries"] += len(before)
     self.counts[f"{name}_boundaries_moved"] += len(before - after)
@@ -218,7 +261,9 @@ class _Reader:
     return before == after
 
   def _check_seam(self, problem: Problem, ids: Sequence[int]) -> None:
-    """Counts responses whose first token merges with the prompt when both are tokenised as one text."""
+    """Counts responses whose first token merges with the prompt when both are tokenised as one
+    text.
+    """
     prompt, tokenizer = self.prompt(problem), self._policy.tokenizer
     text = tokenizer.decode(prompt, skip_special_tokens=False)
     if self._encode(text) != prompt:
@@ -240,7 +285,11 @@ def _rows(paths: Sequence[epath.Path], reader: _Reader, skip_bad_rows: bool) -> 
 
 
 def _score(
-  experiment: Experiment, policy: Policy, reader: _Reader, responses: Sequence[_Response], path: epath.Path
+  experiment: Experiment,
+  policy: Policy,
+  reader: _Reader,
+  responses: Sequence[_Response],
+  path: epath.Path,
 ) -> None:
   """Works out the log-probs that did not come, under π_sft, by the trainer's own pass."""
   missing = [response for response in responses if response.logp is None]
@@ -255,7 +304,10 @@ def _score(
       prompt = reader.prompt(response.problem)
       made.append(Tree(prompt, (Branch(len(prompt), tuple(response.ids)),)))
   store = reference.Store(path)
-  length = max(experiment.config.model.max_length, *(len(tree.trunk) + len(tree.branches[0].ids) for tree in made))
+  length = max(
+    experiment.config.model.max_length,
+    *(len(tree.trunk) + len(tree.branches[0].ids) for tree in made),
+  )
   packing = reference.Packing(experiment.mesh, length, experiment.config.dpo.logit_chunk)
   reference.score(policy.model, policy.params, made, store=store, packing=packing)
   for response in missing:
@@ -264,7 +316,9 @@ def _score(
   path.unlink()
 
 
-def run(experiment: Experiment, files: Sequence[str], assume_finish: str = "", skip_bad_rows: bool = False) -> dict:
+def run(
+  experiment: Experiment, files: Sequence[str], assume_finish: str = "", skip_bad_rows: bool = False
+) -> dict:
   """Writes sample/traces/ and sample/import_report.json from files; stage sample is then done.
 
   Args:
@@ -274,7 +328,8 @@ def run(experiment: Experiment, files: Sequence[str], assume_finish: str = "", s
     skip_bad_rows: leave out, and count, rows that cannot be taken.
 
   Raises:
-    UserError: a file, row or field that cannot be taken; a problem with fewer traces than credit.best_of.
+    UserError: a file, row or field that cannot be taken; a problem with fewer traces than
+      credit.best_of.
   """
   distributed.alone("Taking traces from elsewhere")
   paths = [epath.Path(file).expanduser() for file in files]
@@ -297,7 +352,10 @@ def run(experiment: Experiment, files: Sequence[str], assume_finish: str = "", s
   counts = collections.Counter(response.problem.id for response in responses)
   few, k = min(counts, key=lambda key: counts[key]), experiment.config.credit.best_of
   if counts[few] < k:
-    raise UserError(f"Problem {few} has {counts[few]} traces, less than credit.best_of={k}: Best-of-k needs k draws.")
+    raise UserError(
+      f"Problem {few} has {counts[few]} traces, less than credit.best_of={k}: Best-of-k needs k "
+      "draws."
+    )
   _score(experiment, policy, reader, responses, stage.folder / "scored.npz")
   shards = Shards(stage.folder / "traces", Trace)
   for path in shards.files():
@@ -321,12 +379,19 @@ def run(experiment: Experiment, files: Sequence[str], assume_finish: str = "", s
   return stage.finish(figures, shards.files())
 
 
-def _records(experiment: Experiment, policy: Policy, responses: Sequence[_Response]) -> Iterator[Trace]:
+def _records(
+  experiment: Experiment, policy: Policy, responses: Sequence[_Response]
+) -> Iterator[Trace]:
   made = [
-    Generation(np.asarray(one.ids), np.asarray(one.logp), np.asarray(one.drawn_logp), one.finish) for one in responses
+    Generation(np.asarray(one.ids), np.asarray(one.logp), np.asarray(one.drawn_logp), one.finish)
+    for one in responses
   ]
-  places = [(response.problem, response.index, one) for response, one in zip(responses, made, strict=True)]
-  for response, trace in zip(responses, traces.traces_of(experiment, policy, "sample", places), strict=True):
+  places = [
+    (response.problem, response.index, one) for response, one in zip(responses, made, strict=True)
+  ]
+  for response, trace in zip(
+    responses, traces.traces_of(experiment, policy, "sample", places), strict=True
+  ):
     yield dataclasses.replace(trace, policy=response.policy)
 
 

@@ -1,4 +1,6 @@
-"""How far training moved each pair: log-probs of its branches under the SFT policy and under the trained one."""
+"""How far training moved each pair: log-probs of its branches under the SFT policy and under the
+trained one.
+"""
 
 import dataclasses
 import json
@@ -35,8 +37,12 @@ def _store(experiment: Experiment, folder: epath.Path, fingerprint: str) -> refe
   return reference.Store(folder / f"{fingerprint}-{experiment.config.model.dtype}.npz")
 
 
-def keep(experiment: Experiment, name: str, section, fingerprint: str, trees: Sequence[Tree]) -> None:
-  """Scores the trees' branches under what stage dpo/`name` has just trained, into dpo/<name>/scores/."""
+def keep(
+  experiment: Experiment, name: str, section, fingerprint: str, trees: Sequence[Tree]
+) -> None:
+  """Scores the trees' branches under what stage dpo/`name` has just trained, into
+  dpo/<name>/scores/.
+  """
   trained = experiment.policy(f"dpo/{name}")
   store = _store(experiment, experiment.workdir / "dpo" / name / "scores", fingerprint)
   packing = reference.Packing(experiment.mesh, section.row_length, section.logit_chunk)
@@ -44,20 +50,31 @@ def keep(experiment: Experiment, name: str, section, fingerprint: str, trees: Se
 
 
 def read(experiment: Experiment, name: str) -> dict[str, Margin]:
-  """Margins of the pairs of dpo/`name` by pair id, but for pairs that were too long; none where no scores were kept."""
+  """Margins of the pairs of dpo/`name` by pair id, but for pairs that were too long; none where no
+  scores were kept.
+  """
 
   def policy(stage):
     return json.loads((experiment.workdir / stage / "policy" / "fingerprint.json").read_text())
 
   try:
-    before = _store(experiment, experiment.workdir / "dpo" / "reference", policy("sft")["fingerprint"])
-    after = _store(experiment, experiment.workdir / "dpo" / name / "scores", policy(f"dpo/{name}")["fingerprint"])
+    before = _store(
+      experiment, experiment.workdir / "dpo" / "reference", policy("sft")["fingerprint"]
+    )
+    after = _store(
+      experiment, experiment.workdir / "dpo" / name / "scores", policy(f"dpo/{name}")["fingerprint"]
+    )
   except FileNotFoundError:
     return {}
   margins = {}
   for pair in Shards(experiment.workdir / "pairs" / name / "pairs", Pair).read():
-    keys = [reference.branch_key(pair.trunk, len(pair.trunk), ids) for ids in (pair.chosen, pair.rejected)]
+    keys = [
+      reference.branch_key(pair.trunk, len(pair.trunk), ids) for ids in (pair.chosen, pair.rejected)
+    ]
     if all(key in store for key in keys for store in (before, after)):
-      sums = [tuple(float(np.sum(store[key], dtype=np.float64)) for store in (before, after)) for key in keys]
+      sums = [
+        tuple(float(np.sum(store[key], dtype=np.float64)) for store in (before, after))
+        for key in keys
+      ]
       margins[pair.id] = Margin(*sums)
   return margins

@@ -1,7 +1,7 @@
 """Stage pairs: from traces and their credit to preference pairs, which stage dpo trains on.
 
-Two variants, each a stage of its own: pairs/dpo (whole responses, by pairs.outcome_mode) and pairs/step_dpo (by
-pairs.pair_mode). What the modes mean is in core/pairs.py and docs/method.md.
+Two variants, each a stage of its own: pairs/dpo (whole responses, by pairs.outcome_mode) and
+pairs/step_dpo (by pairs.pair_mode). What the modes mean is in core/pairs.py and docs/method.md.
 """
 
 import collections
@@ -24,7 +24,10 @@ from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import pair_trees
 
 WHOLE_MODES = ("arbitrary", "furthest")
-VARIANTS = {"dpo": "outcome_mode", "step_dpo": "pair_mode"}  # by the leaf of section `pairs` that holds their mode
+VARIANTS = {
+  "dpo": "outcome_mode",
+  "step_dpo": "pair_mode",
+}  # by the leaf of section `pairs` that holds their mode
 _PITS = ("pairs.pit_rule", "pairs.drop_ratio", "pairs.min_before", "credit.best_of")
 _SIBLINGS = ("pairs.continuation", "pairs.choice")
 _READS = {  # leaves that a mode depends on, besides those of all modes
@@ -38,7 +41,9 @@ _READS = {  # leaves that a mode depends on, besides those of all modes
 
 
 class Candidate(NamedTuple):
-  """A pair before filtering: the blamed trace and step (-1: the whole response, or no pit), and the pair if there is one."""
+  """A pair before filtering: the blamed trace and step (-1: the whole response, or no pit), and the
+  pair if there is one.
+  """
 
   trace: Trace
   step: int
@@ -56,7 +61,9 @@ class Builder:
   def __init__(self, experiment: Experiment):
     self._experiment, self._section = experiment, experiment.config.pairs
     self.problems = experiment.problems("train")
-    self.credited = CreditedTraces.load(experiment.workdir, experiment.config.credit.best_of, self.problems)
+    self.credited = CreditedTraces.load(
+      experiment.workdir, experiment.config.credit.best_of, self.problems
+    )
     self._tokenizer, self._token_text = load_token_text(experiment.workdir / "sft" / "policy")
 
   @functools.cache  # noqa: B019  one builder per stage
@@ -85,25 +92,35 @@ class Builder:
     candidates = []
     for key, wrong in by_problem(credited.trace for credited in self.credited.wrong).items():
       solution, group = self._solution(key), self.credited.groups[key]
-      kept = selection.keep_right([(trace.ids, trace.correct) for trace in group], self._section.max_per_problem)
+      kept = selection.keep_right(
+        [(trace.ids, trace.correct) for trace in group], self._section.max_per_problem
+      )
       right = ([solution] if solution else []) + [group[index].ids for index in kept]
-      for r, w in core.furthest(right, [trace.ids for trace in wrong], variant=self._section.furthest):
-        candidates.append(Candidate(wrong[w], -1, core.arbitrary(self.prompt(key), right[r], wrong[w].ids)))
+      for r, w in core.furthest(
+        right, [trace.ids for trace in wrong], variant=self._section.furthest
+      ):
+        candidates.append(
+          Candidate(wrong[w], -1, core.arbitrary(self.prompt(key), right[r], wrong[w].ids))
+        )
     return candidates
 
   def _blamed(self, mode: str) -> list[tuple[Trace, int]]:
     """Which step of which trace is rejected.
 
-    The pit of each wrong trace, or a step of it drawn at random (random_step, a control of ours); with positives_too also
-    the spurious step of each right trace.
+    The pit of each wrong trace, or a step of it drawn at random (random_step, a control of ours);
+    with positives_too also the spurious step of each right trace.
     """
     wrong, right = self.credited.wrong, self.credited.right
     if mode == "random_step":
       return [(credited.trace, self._random_step(credited.trace)) for credited in wrong]
-    blamed = [(each.trace, step) for each, step in zip(wrong, first_pits(wrong, self._section), strict=True)]
+    blamed = [
+      (each.trace, step) for each, step in zip(wrong, first_pits(wrong, self._section), strict=True)
+    ]
     if mode == "positives_too":
       spurious = spurious_steps(right, self._section.spurious_below)
-      blamed += [(each.trace, step) for each, step in zip(right, spurious, strict=True) if step >= 0]
+      blamed += [
+        (each.trace, step) for each, step in zip(right, spurious, strict=True) if step >= 0
+      ]
     return blamed
 
   def _random_step(self, trace: Trace) -> int:
@@ -117,7 +134,11 @@ class Builder:
     after = self.credited.count(trace, step + 1)
     if mode == "algorithm1":
       solution, before = self._solution(trace.problem_id), self.credited.count(trace, step)
-      pair = core.algorithm1(prompt, solution, response, pit=step, after=after, before=before) if solution else None
+      pair = (
+        core.algorithm1(prompt, solution, response, pit=step, after=after, before=before)
+        if solution
+        else None
+      )
       return Candidate(trace, step, pair)
     seed = int(keys.draw_key(self._experiment.config.seed, "pairs", 0, trace.id, "", step)[0])
     pair = core.shared_prefix(
@@ -142,9 +163,12 @@ class Builder:
       ]
     estimates = self.credited.estimates
     holder = estimates[estimates[f"{trace.id}/{num_steps - 1}"].samples_at]
-    if self._section.choice == "most_likely" and any(sample["logp"] is None for sample in holder.samples):
+    if self._section.choice == "most_likely" and any(
+      sample["logp"] is None for sample in holder.samples
+    ):
       raise UserError(
-        f"pairs.choice='most_likely' needs log-probs of rollouts, and those of {holder.key} came from credit.endpoint "
+        f"pairs.choice='most_likely' needs log-probs of rollouts, and those of {holder.key} came "
+        "from credit.endpoint "
         "without any; choose another pairs.choice."
       )
     task = self._experiment.config.task
@@ -169,14 +193,18 @@ def build(experiment: Experiment, mode: str) -> tuple[list[Pair], dict]:
     mode: as pairs.pair_mode.
 
   Returns:
-    (pairs; figures: pairs, problems, `dropped` by reason (docs/data.md), and of per-step pairs the pits by step, the mean
-    probability that a label is flipped, and how many pairs come from right traces).
+    (pairs; figures: pairs, problems, `dropped` by reason (docs/data.md), and of per-step pairs the
+    pits by step, the mean probability that a label is flipped, and how many pairs come from right
+    traces).
   """
   section = experiment.config.pairs
   candidates = Builder(experiment).candidates(mode)
   found = [candidate for candidate in candidates if candidate.pair]
   without_pit = 0 if mode in WHOLE_MODES else sum(candidate.step < 0 for candidate in candidates)
-  dropped = {"without_pit": without_pit, "without_alternative": len(candidates) - len(found) - without_pit}
+  dropped = {
+    "without_pit": without_pit,
+    "without_alternative": len(candidates) - len(found) - without_pit,
+  }
   pairs, too_long = [], 0
   length = min(experiment.config.dpo.row_length, experiment.config.model.max_length)
   kept, filtered = core.filter_pairs(
@@ -187,7 +215,9 @@ def build(experiment: Experiment, mode: str) -> tuple[list[Pair], dict]:
   )
   for trace, step, made in map(found.__getitem__, kept):
     branches = (made.trunk, made.chosen, made.rejected)
-    pair = Pair(f"{trace.id}/{mode}/{step}", trace.problem_id, trace.id, *branches, mode, step, made.flip)
+    pair = Pair(
+      f"{trace.id}/{mode}/{step}", trace.problem_id, trace.id, *branches, mode, step, made.flip
+    )
     if pair_trees.num_tokens(pair) > length:
       too_long += 1
     else:
@@ -197,7 +227,9 @@ def build(experiment: Experiment, mode: str) -> tuple[list[Pair], dict]:
     "problems": len({pair.problem_id for pair in pairs}),
     "dropped": {**dropped, **filtered, "too_long": too_long},
   }
-  return pairs, figures | _step_figures(pairs, {candidate.trace.id for candidate in found if candidate.trace.correct})
+  return pairs, figures | _step_figures(
+    pairs, {candidate.trace.id for candidate in found if candidate.trace.correct}
+  )
 
 
 def _step_figures(pairs: Sequence[Pair], right_traces: set[str]) -> dict:
@@ -218,7 +250,8 @@ def run(experiment: Experiment) -> dict:
 
 
 def variant(experiment: Experiment, name: str) -> dict:
-  """Writes pairs/<name>/pairs/: those of pairs.outcome_mode where the name is "dpo", else those of pairs.pair_mode.
+  """Writes pairs/<name>/pairs/: those of pairs.outcome_mode where the name is "dpo", else those of
+  pairs.pair_mode.
 
   Raises:
     UserError: there is no pair.
@@ -227,7 +260,15 @@ def variant(experiment: Experiment, name: str) -> dict:
   mode = experiment.config.pairs[leaf]
   stage = experiment.stage(
     f"pairs/{name}",
-    ["task", "model", "dpo.row_length", f"pairs.{leaf}", "pairs.max_per_problem", "pairs.max_flip", *_READS[mode]],
+    [
+      "task",
+      "model",
+      "dpo.row_length",
+      f"pairs.{leaf}",
+      "pairs.max_per_problem",
+      "pairs.max_flip",
+      *_READS[mode],
+    ],
     ["synthesize", "sft", "sample", "credit"],
   )
   if stage.done:
@@ -235,7 +276,8 @@ def variant(experiment: Experiment, name: str) -> dict:
   pairs, figures = build(experiment, mode)
   if not pairs:
     raise UserError(
-      f"Stage pairs/{name} found no pair ({figures}): more traces (sample.num_traces), more rollouts (credit.num_rollouts), "
+      f"Stage pairs/{name} found no pair ({figures}): more traces (sample.num_traces), more "
+      "rollouts (credit.num_rollouts), "
       "another pairs.pit_rule or a longer dpo.row_length may give some."
     )
   shards = Shards(stage.folder / "pairs", Pair)

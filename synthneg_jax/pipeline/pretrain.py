@@ -1,4 +1,6 @@
-"""Stage pretrain: a generated task's base model, from random weights, as a small Hugging Face folder."""
+"""Stage pretrain: a generated task's base model, from random weights, as a small Hugging Face
+folder.
+"""
 
 import jax
 import transformers
@@ -26,7 +28,8 @@ def run(experiment: Experiment) -> dict:
   c = experiment.config
   if c.task.name not in generated.TASKS:
     raise UserError(
-      f"Stage pretrain makes the base models of generated tasks ({', '.join(generated.TASKS)}); others, such as "
+      f"Stage pretrain makes the base models of generated tasks ({', '.join(generated.TASKS)}); "
+      "others, such as "
       f"task.name={c.task.name!r}, name theirs by model.path."
     )
   section = c.pretrain

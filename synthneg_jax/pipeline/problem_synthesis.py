@@ -1,4 +1,5 @@
-"""D_syn from a capable model: new problems from seed problems, several worked solutions of each, the majority's answer.
+"""D_syn from a capable model: new problems from seed problems, several worked solutions of each,
+the majority's answer.
 
 docs/synthesis.md walks through it.
 """
@@ -22,10 +23,16 @@ from synthneg_jax.teacher import synthesis
 
 
 class Synthesis:
-  """One walk from seed problems to D_syn; all that it draws on is kept on disk, so that it can be walked again for nothing."""
+  """One walk from seed problems to D_syn; all that it draws on is kept on disk, so that it can be
+  walked again for nothing.
+  """
 
   def __init__(self, experiment: Experiment, templates: synthesis.Templates):
-    self._config, self._section, self._templates = experiment.config, experiment.config.synthesis, templates
+    self._config, self._section, self._templates = (
+      experiment.config,
+      experiment.config.synthesis,
+      templates,
+    )
     self._raw = problems.prompt_style(experiment.config.task) == "raw"
     self._tested = problems.test_texts(experiment.config.task, experiment.config.seed)
     self._teacher = teacher_backends.Teacher(experiment)
@@ -45,22 +52,32 @@ class Synthesis:
       if len(kept) < c.task.train_problems:
         outcomes = dict(collections.Counter(candidate.outcome for candidate in written))
         raise UserError(
-          f"After synthesis.max_rounds={section.max_rounds} rounds {len(kept)} problems of task.train_problems="
-          f"{c.task.train_problems} are kept ({outcomes}). Replies are kept: raise max_rounds, or take other prompts."
+          f"After synthesis.max_rounds={section.max_rounds} rounds {len(kept)} problems of "
+          "task.train_problems="
+          f"{c.task.train_problems} are kept ({outcomes}). Replies are kept: raise max_rounds, or "
+          "take other prompts."
         )
-      balanced = set(synthesis.balance([candidate.difficulty for candidate in kept], c.task.train_problems))
+      balanced = set(
+        synthesis.balance([candidate.difficulty for candidate in kept], c.task.train_problems)
+      )
       surplus = {candidate.id for i, candidate in enumerate(kept) if i not in balanced}
       kept = [candidate for i, candidate in enumerate(kept) if i in balanced]
-      written = [dataclasses.replace(w, outcome="surplus") if w.id in surplus else w for w in written]
+      written = [
+        dataclasses.replace(w, outcome="surplus") if w.id in surplus else w for w in written
+      ]
     outcomes = dict(collections.Counter(candidate.outcome for candidate in written).most_common())
     if not kept:
-      raise UserError(f"{self._source} solved none of {len(written)} problems ({outcomes}); its replies are kept.")
+      raise UserError(
+        f"{self._source} solved none of {len(written)} problems ({outcomes}); its replies are kept."
+      )
     figures = {
       **chosen.figures,
       "candidates": len(written),
       "outcomes": outcomes,
       "mean_agreement": round(float(np.mean([candidate.agreement for candidate in kept])), 4),
-      "difficulty": {str(d): n for d, n in sorted(collections.Counter(w.difficulty for w in kept).items())},
+      "difficulty": {
+        str(d): n for d, n in sorted(collections.Counter(w.difficulty for w in kept).items())
+      },
       "asked": self._teacher.asked,
       "tokens": self._teacher.tokens,
       "spent_usd": round(self._teacher.spent_usd, 6),
@@ -69,7 +86,9 @@ class Synthesis:
     def as_problem(w):
       return Problem(w.id, w.prompt, w.solutions[w.chosen]["text"], w.answer, self._source)
 
-    return problems.Chosen([as_problem(w) for w in kept], chosen.test, figures, chosen.report), written
+    return problems.Chosen(
+      [as_problem(w) for w in kept], chosen.test, figures, chosen.report
+    ), written
 
   def _seeds(self) -> problems.Chosen:
     """The task's problems with synthesis.seed_problems of them to train on."""
@@ -78,7 +97,9 @@ class Synthesis:
     try:
       return problems.choose(task, self._config.seed)
     except UserError as error:
-      raise UserError(str(error).replace("task.train_problems", "synthesis.seed_problems")) from error
+      raise UserError(
+        str(error).replace("task.train_problems", "synthesis.seed_problems")
+      ) from error
 
   def _new(self, seeds: Sequence[str]) -> list[Candidate]:
     """Rounds of new problems with solutions, until there are enough."""
@@ -90,12 +111,19 @@ class Synthesis:
     written, asked, count = [], 0, 0
     for _ in range(section.max_rounds):
       requests = []
-      for number in range(asked, asked + max(math.ceil((wanted - count) / section.new_per_request), 0)):
-        # A request is a function of seed and number: a rerun asks the same, and finds the reply on disk.
+      for number in range(
+        asked, asked + max(math.ceil((wanted - count) / section.new_per_request), 0)
+      ):
+        # A request is a function of seed and number: a rerun asks the same, and finds the reply on
+        # disk.
         rng = np.random.default_rng([c.seed, number])
-        shown = rng.choice(len(seeds), size=min(section.seeds_per_request, len(seeds)), replace=False)
+        shown = rng.choice(
+          len(seeds), size=min(section.seeds_per_request, len(seeds)), replace=False
+        )
         text = self._templates.ask_problems([seeds[i] for i in shown], section.new_per_request)
-        requests.append(self._teacher.request("problems", text, number, section.temperature_problems))
+        requests.append(
+          self._teacher.request("problems", text, number, section.temperature_problems)
+        )
       if not requests:
         break
       asked += len(requests)
@@ -108,16 +136,24 @@ class Synthesis:
       ]
       tested = set(self._tested)
       overlaps = (
-        decontamination.overlaps(texts, self._tested, c.task.decontaminate_ngram) if c.task.decontaminate_ngram else []
+        decontamination.overlaps(texts, self._tested, c.task.decontaminate_ngram)
+        if c.task.decontaminate_ngram
+        else []
       )
-      contaminated = {found.index for found in overlaps} | {i for i, text in enumerate(texts) if text in tested}
+      contaminated = {found.index for found in overlaps} | {
+        i for i, text in enumerate(texts) if text in tested
+      }
       fresh = []
       for i, prompt in enumerate(texts):
         name = f"synthetic/{hashlib.blake2b(prompt.encode(), digest_size=8).hexdigest()}"
         if i in contaminated:
-          written.append(Candidate(f"{name}/{len(written)}", prompt, "", 0.0, 0, -1, [], "contaminated"))
+          written.append(
+            Candidate(f"{name}/{len(written)}", prompt, "", 0.0, 0, -1, [], "contaminated")
+          )
         elif not far.add(prompt):
-          written.append(Candidate(f"{name}/{len(written)}", prompt, "", 0.0, 0, -1, [], "near_duplicate"))
+          written.append(
+            Candidate(f"{name}/{len(written)}", prompt, "", 0.0, 0, -1, [], "near_duplicate")
+          )
         else:
           fresh.append(Problem(name, prompt, "", "", ""))
       solved = self._solved(fresh)
@@ -131,13 +167,18 @@ class Synthesis:
     requests = {
       problem.id: [
         self._teacher.request(
-          "solution", self._templates.ask_solution(problem.prompt), index, section.temperature_solutions
+          "solution",
+          self._templates.ask_solution(problem.prompt),
+          index,
+          section.temperature_solutions,
         )
         for index in range(section.num_solutions)
       ]
       for problem in given
     }
-    replies = self._teacher.ask("solutions", [request for group in requests.values() for request in group])
+    replies = self._teacher.ask(
+      "solutions", [request for group in requests.values() for request in group]
+    )
     made = []
     for problem in given:
       texts, read = [], []

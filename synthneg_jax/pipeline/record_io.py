@@ -54,7 +54,8 @@ def read(path: epath.Path) -> Iterator[tuple[str, dict]]:
 
 
 def write(path: epath.Path, rows: Iterable[dict]) -> int:
-  """Writes a .jsonl or .parquet file under a temporary name and renames it; returns how many rows it has.
+  """Writes a .jsonl or .parquet file under a temporary name and renames it; returns how many rows
+  it has.
 
   Raises:
     UserError: another ending, or a folder that cannot be written.

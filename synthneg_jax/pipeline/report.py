@@ -18,7 +18,17 @@ from synthneg_jax.report import report_page, trace_cards
 from synthneg_jax.runtime import config_schema, distributed, manifest
 from synthneg_jax.runtime.errors import UserError
 
-_STAGES = ("synthesize", "sft", "sample", "rft", "credit", "pairs/dpo", "pairs/step_dpo", "dpo/dpo", "dpo/step_dpo")
+_STAGES = (
+  "synthesize",
+  "sft",
+  "sample",
+  "rft",
+  "credit",
+  "pairs/dpo",
+  "pairs/step_dpo",
+  "dpo/dpo",
+  "dpo/step_dpo",
+)
 
 
 def _manifest(workdir: epath.Path, name: str) -> dict | None:
@@ -27,7 +37,9 @@ def _manifest(workdir: epath.Path, name: str) -> dict | None:
 
 
 def _check_config(experiment: Experiment, names: Sequence[str]) -> None:
-  """Refuses a config that is not the one the stages were made with: the report would say what is not so."""
+  """Refuses a config that is not the one the stages were made with: the report would say what is
+  not so.
+  """
   now = json.loads(json.dumps(config_schema.plain(experiment.config)))
   for name in names:
     path = experiment.workdir / name / "begun.json"
@@ -36,7 +48,8 @@ def _check_config(experiment: Experiment, names: Sequence[str]) -> None:
     for leaf, value in json.loads(path.read_text())["config"].items():
       if now.get(leaf) != value:
         raise UserError(
-          f"Stage {name} in {experiment.workdir} was begun with {leaf}={value!r}, now it is {now.get(leaf)!r}; "
+          f"Stage {name} in {experiment.workdir} was begun with {leaf}={value!r}, now it is "
+          f"{now.get(leaf)!r}; "
           "give the report the config of the run."
         )
 
@@ -67,7 +80,10 @@ def _training(experiment: Experiment) -> dict[str, tuple[str, list[dict]]]:
 
 def _reasons(experiment: Experiment) -> dict[str, dict[str, int]]:
   columns = [("SFT, samples", "sample")]
-  columns += [(f"{LABELS.get(name, name)}, test", f"evaluate/{name}") for name in experiment.config.evaluate.methods]
+  columns += [
+    (f"{LABELS.get(name, name)}, test", f"evaluate/{name}")
+    for name in experiment.config.evaluate.methods
+  ]
   found = {label: manifest.figures(experiment.workdir, stage) for label, stage in columns}
   return {label: figures["reasons"] for label, figures in found.items() if figures}
 
@@ -86,7 +102,9 @@ class _Credit:
   def __init__(self, experiment: Experiment):
     config = experiment.config
     self._experiment = experiment
-    self._credited = CreditedTraces.load(experiment.workdir, config.credit.best_of, experiment.problems("train"))
+    self._credited = CreditedTraces.load(
+      experiment.workdir, config.credit.best_of, experiment.problems("train")
+    )
     self.wrong = self._credited.wrong
     self.pits = first_pits(self.wrong, config.pairs)
 
@@ -99,11 +117,16 @@ class _Credit:
     gained = jax.vmap(advantages.step_advantages)(q, v0)
     both = known & np.concatenate([np.ones_like(known[:, :1]), known[:, :-1]], axis=1)
     by_step = [np.asarray(part).tolist() for part in advantages.mean_value_by_step(gained, both)]
-    return report_page.MeanValues(means.tolist(), counts.tolist(), float(v0.mean()), num_problems, *by_step)
+    return report_page.MeanValues(
+      means.tolist(), counts.tolist(), float(v0.mean()), num_problems, *by_step
+    )
 
   def shown(self) -> list[trace_cards.ShownTrace]:
     """Those that the report shows in full: with a pit if there are enough of them."""
-    count, traces = self._experiment.config.report.num_traces, [credited.trace for credited in self.wrong]
+    count, traces = (
+      self._experiment.config.report.num_traces,
+      [credited.trace for credited in self.wrong],
+    )
     chosen = _spread([i for i, pit in enumerate(self.pits) if pit >= 0], traces, count)
     seen = {traces[i].problem_id for i in chosen}
     others = [i for i, trace in enumerate(traces) if trace.problem_id not in seen]
@@ -117,7 +140,9 @@ class _Credit:
     problems = self._experiment.problems("train")
     return [self._show(i, problems[traces[i].problem_id], text, preferred) for i in chosen]
 
-  def _show(self, i: int, problem, text: TokenText, preferred: dict[str, str] | None) -> trace_cards.ShownTrace:
+  def _show(
+    self, i: int, problem, text: TokenText, preferred: dict[str, str] | None
+  ) -> trace_cards.ShownTrace:
     credited = self.wrong[i]
     trace, steps, start = credited.trace, [], 0
     for s, (end, estimate) in enumerate(zip(trace.step_ends, credited.estimates, strict=True)):
@@ -126,7 +151,9 @@ class _Credit:
           text=text.text(trace.ids[start:end]),
           rollouts=estimate.rollouts,
           successes=estimate.successes,
-          interval=tuple(evaluate.wilson(estimate.successes, estimate.rollouts)) if estimate.rollouts else None,
+          interval=tuple(evaluate.wilson(estimate.successes, estimate.rollouts))
+          if estimate.rollouts
+          else None,
           q=float(credited.q[s]) if credited.known[s] else None,
           advantage=float(credited.advantage[s]) if credited.advantage_known[s] else None,
           exact=estimate.exact,
@@ -150,7 +177,9 @@ class _Credit:
 
 
 def _config_file(config) -> tuple[str, list[str]]:
-  """(text of a config file that gives this config, names of the leaves that differ from the default)."""
+  """(text of a config file that gives this config, names of the leaves that differ from the
+  default).
+  """
   default = dict(config_schema.leaves(config_schema.default()))
   changed = {name: value for name, value in config_schema.leaves(config) if value != default[name]}
   lines = "".join(f"  config.{name} = {value!r}\n" for name, value in changed.items())
@@ -161,21 +190,34 @@ def _config_file(config) -> tuple[str, list[str]]:
   ), list(changed)
 
 
-def _origin(workdir: epath.Path, names: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
-  """(versions, git commits, devices) that the finished stages were made with; the installed ones where none is."""
+def _origin(
+  workdir: epath.Path, names: Sequence[str]
+) -> tuple[dict[str, str], list[str], list[str]]:
+  """(versions, git commits, devices) that the finished stages were made with; the installed ones
+  where none is.
+  """
   manifests = [made for made in (_manifest(workdir, name) for name in names) if made]
   versions = {}
   for made in manifests or [{"versions": manifest.versions()}]:
     for package, version in made["versions"].items():
       versions.setdefault(package, {})[version] = None
-  commits = list(dict.fromkeys(made["git_commit"] for made in manifests or [{"git_commit": manifest.git_commit()}]))
+  commits = list(
+    dict.fromkeys(
+      made["git_commit"] for made in manifests or [{"git_commit": manifest.git_commit()}]
+    )
+  )
   about = workdir / "config.json"
   devices = json.loads(about.read_text())["devices"] if about.exists() else []
-  return {package: " and ".join(found) for package, found in versions.items()}, list(filter(None, commits)), devices
+  return (
+    {package: " and ".join(found) for package, found in versions.items()},
+    list(filter(None, commits)),
+    devices,
+  )
 
 
 def collect(experiment: Experiment) -> report_page.Report:
-  """What there is to say of a run, from whatever stages are done; the others are said to be unfinished.
+  """What there is to say of a run, from whatever stages are done; the others are said to be
+  unfinished.
 
   Raises:
     UserError: the config is not the run's, or a file of a finished stage is missing or broken.
@@ -217,9 +259,11 @@ def collect(experiment: Experiment) -> report_page.Report:
 
 
 def run(experiment: Experiment) -> dict:
-  """Writes report/: index.html, traces.html, config.py, and each figure as PNG and CSV, from whatever stages are done.
+  """Writes report/: index.html, traces.html, config.py, and each figure as PNG and CSV, from
+  whatever stages are done.
 
-  It is always made again. Unfinished stages are shown as such. Of several processes the first makes it alone.
+  It is always made again. Unfinished stages are shown as such. Of several processes the first makes
+  it alone.
 
   Raises:
     UserError: the config is not the run's, or a file of a finished stage is missing or broken.

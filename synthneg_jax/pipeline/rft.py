@@ -1,4 +1,6 @@
-"""Stage rft: finetuning on π_sft's own responses: right ones (RFT, https://arxiv.org/abs/2308.01825), or by advantage."""
+"""Stage rft: finetuning on π_sft's own responses: right ones (RFT,
+https://arxiv.org/abs/2308.01825), or by advantage.
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +21,9 @@ from synthneg_jax.training import loop, objectives
 
 def _is_spurious(credited: CreditedTrace, start: tuple[int, int]) -> bool:
   """Whether the counts call a step of a right trace a step back."""
-  counted = [(0, 0) if each.exact else (each.successes, each.rollouts) for each in credited.estimates]
+  counted = [
+    (0, 0) if each.exact else (each.successes, each.rollouts) for each in credited.estimates
+  ]
   return bool(selection.spurious_steps(*zip(*counted, strict=True), start))
 
 
@@ -30,7 +34,9 @@ def _chosen(
   section, chosen = experiment.config.rft, {key: [] for key in groups}
   if section.keep == "right":
     for key, group in groups.items():
-      kept = selection.keep_right([(trace.ids, trace.correct) for trace in group], section.max_per_problem)
+      kept = selection.keep_right(
+        [(trace.ids, trace.correct) for trace in group], section.max_per_problem
+      )
       chosen[key] = [(group[i], None) for i in kept]
     return chosen
   credit = CreditedTraces.load(experiment.workdir, experiment.config.credit.best_of, groups)
@@ -44,7 +50,9 @@ def _chosen(
   for i in selection.advantage_filter(lowest, section.drop_fraction):
     trace, mask = credit.traces[i].trace, None
     if section.loss_mask != "whole":
-      mask = selection.step_mask(credit.traces[i].advantage.tolist(), trace.step_ends, rule=section.loss_mask)
+      mask = selection.step_mask(
+        credit.traces[i].advantage.tolist(), trace.step_ends, rule=section.loss_mask
+      )
       if not any(mask):
         continue
     chosen[trace.problem_id].append((trace, mask))
@@ -52,14 +60,20 @@ def _chosen(
 
 
 def _at_most(chosen: dict[str, list], most: int, seed: int) -> dict[str, list]:
-  """At most this many of all, drawn by a hash of their ids, so that fewer are among more; 0 for all."""
+  """At most this many of all, drawn by a hash of their ids, so that fewer are among more; 0 for
+  all.
+  """
   if not most:
     return chosen
   every = [
-    (keys.draw_key(seed, "rft", 0, trace.id, "", 0).tobytes(), trace.id) for of in chosen.values() for trace, _ in of
+    (keys.draw_key(seed, "rft", 0, trace.id, "", 0).tobytes(), trace.id)
+    for of in chosen.values()
+    for trace, _ in of
   ]
   kept = {name for _, name in sorted(every)[:most]}
-  return {key: [pair for pair in of_problem if pair[0].id in kept] for key, of_problem in chosen.items()}
+  return {
+    key: [pair for pair in of_problem if pair[0].id in kept] for key, of_problem in chosen.items()
+  }
 
 
 def _branches(
@@ -67,9 +81,14 @@ def _branches(
   solutions: Mapping[str, Sequence[int]],
   fork: Callable[[str], int],
 ) -> dict[str, list[Branch]]:
-  """By problem the branches to be cloned: the chosen traces, then the teacher's solution where there is one."""
+  """By problem the branches to be cloned: the chosen traces, then the teacher's solution where
+  there is one.
+  """
   branches = {
-    key: [Branch(fork(key), tuple(trace.ids), None if mask is None else tuple(mask)) for trace, mask in traces]
+    key: [
+      Branch(fork(key), tuple(trace.ids), None if mask is None else tuple(mask))
+      for trace, mask in traces
+    ]
     for key, traces in chosen.items()
   }
   for key, ids in solutions.items():
@@ -78,7 +97,8 @@ def _branches(
 
 
 def run(experiment: Experiment, name: str = "rft") -> dict:
-  """Writes <name>/policy/ and <name>/metrics.jsonl. Training starts from the base model by default, as in RFT's own recipe.
+  """Writes <name>/policy/ and <name>/metrics.jsonl. Training starts from the base model by default,
+  as in RFT's own recipe.
 
   Raises:
     UserError: rft.keep leaves nothing to train on, and no solution of a teacher is added.
@@ -94,17 +114,26 @@ def run(experiment: Experiment, name: str = "rft") -> dict:
   problems = experiment.problems("train")
   groups = by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
   chosen = _at_most(_chosen(experiment, groups), section.max_solutions, experiment.config.seed)
-  trunk = functools.cache(lambda key: train_policy.prompt_ids(experiment, policy.tokenizer, problems[key]))
+  trunk = functools.cache(
+    lambda key: train_policy.prompt_ids(experiment, policy.tokenizer, problems[key])
+  )
   solutions = {}
   if section.with_teacher:
     texts = {key: problems[key].solution for key in chosen if problems[key].solution}
-    solutions = {key: prompts.encode_solution(policy.tokenizer, text) for key, text in texts.items()}
+    solutions = {
+      key: prompts.encode_solution(policy.tokenizer, text) for key, text in texts.items()
+    }
   branches = _branches(chosen, solutions, lambda key: len(trunk(key)))
   if not any(branches.values()):
-    raise UserError(f"Stage {name} has no response to train on: rft.keep={section.keep!r} left none of the samples.")
+    raise UserError(
+      f"Stage {name} has no response to train on: rft.keep={section.keep!r} left none of the "
+      "samples."
+    )
   length = min(section.row_length, experiment.config.model.max_length)
   most = min(section.max_branches_per_tree, section.batch_size)
-  examples, names, dropped = train_policy.branch_trees({key: trunk(key) for key in branches}, branches, most, length)
+  examples, names, dropped = train_policy.branch_trees(
+    {key: trunk(key) for key in branches}, branches, most, length
+  )
   plan = train_policy.plan(experiment, section, examples, names)
   training = loop.Run(
     name=name,

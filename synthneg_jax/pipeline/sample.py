@@ -9,16 +9,25 @@ from synthneg_jax.pipeline.experiment import Experiment, sampling
 
 
 def run(experiment: Experiment) -> dict:
-  """Writes sample/traces/; reports pass@1 and pass@M on the training problems, and verdicts by reason."""
+  """Writes sample/traces/; reports pass@1 and pass@M on the training problems, and verdicts by
+  reason.
+  """
   stage = experiment.stage("sample", ["task", "model", "engine", "sample"], ["synthesize", "sft"])
   if stage.done:
     return {}
   section, policy = experiment.config.sample, experiment.policy("sft")
   problems = experiment.problems("train")
   engine = experiment.engine(policy, slots=min(experiment.config.engine.slots, section.num_traces))
-  request = traces.Request(label="sample", purpose="sample", count=section.num_traces, sampling=sampling(section))
+  request = traces.Request(
+    label="sample", purpose="sample", count=section.num_traces, sampling=sampling(section)
+  )
   shards = traces.respond(
-    experiment, policy, engine, problems=list(problems.values()), request=request, folder=stage.folder / "traces"
+    experiment,
+    policy,
+    engine,
+    problems=list(problems.values()),
+    request=request,
+    folder=stage.folder / "traces",
   )
   groups = by_problem(shards.read(), problems)
   every = [trace for group in groups.values() for trace in group]

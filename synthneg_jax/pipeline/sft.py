@@ -1,4 +1,6 @@
-"""Stage sft: the base model learns D_syn's solutions; the result is π_sft, which everything after it starts from."""
+"""Stage sft: the base model learns D_syn's solutions; the result is π_sft, which everything after
+it starts from.
+"""
 
 from synthneg_jax.data import prompts
 from synthneg_jax.pipeline import train_policy
@@ -13,9 +15,17 @@ def run(experiment: Experiment, name: str = "sft") -> dict:
     return {}
   section, policy = experiment.config.sft, experiment.base()
   split = "sft" if experiment.config.task.fresh_problems else "train"
-  problems = {key: problem for key, problem in experiment.problems(split).items() if problem.solution}
-  trunks = {key: train_policy.prompt_ids(experiment, policy.tokenizer, problem) for key, problem in problems.items()}
-  solutions = {key: [prompts.encode_solution(policy.tokenizer, problem.solution)] for key, problem in problems.items()}
+  problems = {
+    key: problem for key, problem in experiment.problems(split).items() if problem.solution
+  }
+  trunks = {
+    key: train_policy.prompt_ids(experiment, policy.tokenizer, problem)
+    for key, problem in problems.items()
+  }
+  solutions = {
+    key: [prompts.encode_solution(policy.tokenizer, problem.solution)]
+    for key, problem in problems.items()
+  }
   length = min(section.row_length, experiment.config.model.max_length)
   examples, names, dropped = train_policy.solution_trees(
     trunks, solutions, min(section.max_branches_per_tree, section.batch_size), length

@@ -1,7 +1,9 @@
-"""Step-level credit of one solution that somebody wrote: Q after each of its steps, by rollouts of a policy.
+"""Step-level credit of one solution that somebody wrote: Q after each of its steps, by rollouts of
+a policy.
 
-The same question that stage credit asks of thousands of traces, asked of one text, with no files: one trunk, the problem
-and the text; branches fork off at the end of the problem (they give V) and at the end of every step but the last.
+The same question that stage credit asks of thousands of traces, asked of one text, with no files:
+one trunk, the problem and the text; branches fork off at the end of the problem (they give V) and
+at the end of every step but the last.
 """
 
 from typing import NamedTuple
@@ -26,21 +28,30 @@ def _encoded(policy: Policy, what: str, text: str) -> list[int]:
   ids = policy.tokenizer.encode(text, add_special_tokens=False)
   if policy.token_text.text(ids) != text:
     same = next(
-      i for i, (a, b) in enumerate(zip(policy.token_text.text(ids) + "\0", text + "\0", strict=False)) if a != b
+      i
+      for i, (a, b) in enumerate(zip(policy.token_text.text(ids) + "\0", text + "\0", strict=False))
+      if a != b
     )
     raise UserError(
-      f"The {what} holds what this policy's vocabulary cannot spell, at letter {same + 1}: {text[same : same + 20]!r}."
+      f"The {what} holds what this policy's vocabulary cannot spell, at letter {same + 1}: "
+      f"{text[same : same + 20]!r}."
     )
   return ids
 
 
 def credit(
-  experiment: Experiment, policy: Policy, problem: str, text: str, answer: str, *, num_rollouts: int = 32
+  experiment: Experiment,
+  policy: Policy,
+  problem: str,
+  text: str,
+  answer: str,
+  *,
+  num_rollouts: int = 32,
 ) -> tuple[ShownTrace, list[list[tuple[str, bool]]]]:
   """Credit of each step of a text, by rollouts at credit.temperature of the run's config.
 
-  The text counts as finished: EOS stands at its end. Q is the policy's own, whatever credit.best_of says; the pit is by
-  pairs.pit_rule, and -1 for a text that is right.
+  The text counts as finished: EOS stands at its end. Q is the policy's own, whatever credit.best_of
+  says; the pit is by pairs.pit_rule, and -1 for a text that is right.
 
   Args:
     experiment: gives config and devices; its workdir is neither read nor written.
@@ -51,11 +62,12 @@ def credit(
     num_rollouts: from the problem alone, and from the end of each step but the last.
 
   Returns:
-    (the trace with its credit; the rollouts, first those from the problem alone, then those from each step but the
-    last: (text, right) each).
+    (the trace with its credit; the rollouts, first those from the problem alone, then those from
+    each step but the last: (text, right) each).
 
   Raises:
-    UserError: what the policy's vocabulary cannot spell, or a text that is empty or too long for model.max_length.
+    UserError: what the policy's vocabulary cannot spell, or a text that is empty or too long for
+      model.max_length.
   """
   config = experiment.config
   given = Problem(id="yours", prompt=problem, solution="", answer=answer, source="yours")
@@ -73,15 +85,24 @@ def credit(
   forks = [0, *ends[:-1]]
   places = [(fork, index) for fork in forks for index in range(num_rollouts)]
   draw_keys = [
-    keys.draw_key(config.seed, "one_text", 0, given.id, keys.hash_ids(ids[:fork]), index) for fork, index in places
+    keys.draw_key(config.seed, "one_text", 0, given.id, keys.hash_ids(ids[:fork]), index)
+    for fork, index in places
   ]
-  trunk = Trunk([*prompt, *ids[: forks[-1]]], [len(prompt) + fork for fork, _ in places], np.stack(draw_keys))
+  trunk = Trunk(
+    [*prompt, *ids[: forks[-1]]], [len(prompt) + fork for fork, _ in places], np.stack(draw_keys)
+  )
   engine = experiment.engine(policy, lanes=1, slots=num_rollouts)
   ((_, made),) = engine.run(policy.params, [trunk], sampling(config.credit))
   grown = [policy.token_text.text(one.ids) for one in made]
-  wholes = [policy.token_text.text(ids[:fork]) + rest for (fork, _), rest in zip(places, grown, strict=True)]
+  wholes = [
+    policy.token_text.text(ids[:fork]) + rest for (fork, _), rest in zip(places, grown, strict=True)
+  ]
   verdict, *of_rollouts = traces.verdicts(
-    experiment, policy, [text, *wholes], [given] * (1 + len(wholes)), ["eos", *(one.finish for one in made)]
+    experiment,
+    policy,
+    [text, *wholes],
+    [given] * (1 + len(wholes)),
+    ["eos", *(one.finish for one in made)],
   )
   right = np.array([one.correct for one in of_rollouts]).reshape(len(forks), num_rollouts)
   drawn = [
@@ -101,7 +122,9 @@ class _Solution(NamedTuple):
   verdict: Verdict
 
 
-def _shown(config, token_text: TokenText, solution: _Solution, successes: np.ndarray, num_rollouts: int) -> ShownTrace:
+def _shown(
+  config, token_text: TokenText, solution: _Solution, successes: np.ndarray, num_rollouts: int
+) -> ShownTrace:
   """The solution with its credit, from the right rollouts before each step."""
   problem, ids, ends, verdict = solution
   q = np.append(successes[1:] / num_rollouts, float(verdict.correct)).astype(np.float32)
@@ -111,7 +134,9 @@ def _shown(config, token_text: TokenText, solution: _Solution, successes: np.nda
   pit = -1
   if not verdict.correct:
     thresholds = {name: config.pairs[name] for name in ("drop_ratio", "min_before")}
-    pit = int(pits.first_pit(q, np.ones(len(q), bool), v0, rule=config.pairs.pit_rule, **thresholds))
+    pit = int(
+      pits.first_pit(q, np.ones(len(q), bool), v0, rule=config.pairs.pit_rule, **thresholds)
+    )
   steps = []
   for s, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
     last = s == len(ends) - 1

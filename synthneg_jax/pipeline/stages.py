@@ -1,4 +1,6 @@
-"""All stages in order, or some; after each, config.json and summary.json of the workdir are brought up to date."""
+"""All stages in order, or some; after each, config.json and summary.json of the workdir are brought
+up to date.
+"""
 
 import contextlib
 import functools
@@ -41,10 +43,17 @@ STAGES = {
   "traces": viewer.run,  # the part of report that is the trace viewer
   "export": export.run,
 }
-VARIANTS = {"pairs": pairs.variant, "dpo": dpo.variant}  # stages with variants that can be made alone: pairs/step_dpo
+VARIANTS = {
+  "pairs": pairs.variant,
+  "dpo": dpo.variant,
+}  # stages with variants that can be made alone: pairs/step_dpo
 RECIPE = ("synthesize", "sft", "sample", "rft", "credit", "pairs", "dpo", "evaluate", "report")
 _READING = {"report", "traces"}  # draw from other stages' files, also while a run adds to them
-_FOLDERS = ("pretrain", *RECIPE[:5], *(f"{stage}/{name}" for stage in VARIANTS for name in pairs.VARIANTS))
+_FOLDERS = (
+  "pretrain",
+  *RECIPE[:5],
+  *(f"{stage}/{name}" for stage in VARIANTS for name in pairs.VARIANTS),
+)
 
 
 def _function(name: str) -> Callable[[Experiment], dict]:
@@ -63,7 +72,9 @@ def _function(name: str) -> Callable[[Experiment], dict]:
 
 
 def summarize(experiment: Experiment) -> dict:
-  """What all finished stages of the workdir reported, as summary.json, whatever the config of this command."""
+  """What all finished stages of the workdir reported, as summary.json, whatever the config of this
+  command.
+  """
   methods, stages, step_dpo = {}, {}, {}
   for name in _FOLDERS:
     figures = manifest.figures(experiment.workdir, name)
@@ -77,7 +88,10 @@ def summarize(experiment: Experiment) -> dict:
   begun = experiment.workdir / "pairs" / "step_dpo" / "begun.json"
   if begun.exists():
     made_with = json.loads(begun.read_text())["config"]
-    step_dpo = {"pair_mode": made_with["pairs.pair_mode"], "pit_rule": made_with.get("pairs.pit_rule", "")}
+    step_dpo = {
+      "pair_mode": made_with["pairs.pair_mode"],
+      "pit_rule": made_with.get("pairs.pit_rule", ""),
+    }
   return {"methods": methods, "step_dpo": step_dpo, "stages": stages}
 
 
@@ -97,7 +111,8 @@ def run(
   stages: Sequence[str] = RECIPE,
   instead: Mapping[str, Callable[[Experiment], dict]] | None = None,
 ) -> None:
-  """Runs stages in the given order; finished ones are skipped. `instead` does a stage's work in another way.
+  """Runs stages in the given order; finished ones are skipped. `instead` does a stage's work in
+  another way.
 
   Raises:
     UserError: an unknown stage, another run in the workdir, or whatever a stage refuses.
@@ -111,7 +126,11 @@ def run(
     _run(experiment, stages, functions)
 
 
-def _run(experiment: Experiment, stages: Sequence[str], functions: Mapping[str, Callable[[Experiment], dict]]) -> None:
+def _run(
+  experiment: Experiment,
+  stages: Sequence[str],
+  functions: Mapping[str, Callable[[Experiment], dict]],
+) -> None:
   config = experiment.config
   if config.model.check_parity:
     base = experiment.base()
@@ -136,4 +155,6 @@ def _run(experiment: Experiment, stages: Sequence[str], functions: Mapping[str, 
   if stages == ["traces"] and distributed.first():
     print(f"Traces: {experiment.workdir / 'report' / 'traces.html'}")
   if "report" in stages and summary["methods"] and distributed.first():
-    print(f"\n{table(summary['methods'])}\n\nReport: {experiment.workdir / 'report' / 'index.html'}")
+    print(
+      f"\n{table(summary['methods'])}\n\nReport: {experiment.workdir / 'report' / 'index.html'}"
+    )

@@ -1,6 +1,7 @@
 """Stage synthesize: the problems, with known solutions to train on (D_syn) and answers to test on.
 
-Either the task's own problems and solutions, or those of a capable model (pipeline/problem_synthesis.py).
+Either the task's own problems and solutions, or those of a capable model
+(pipeline/problem_synthesis.py).
 """
 
 import json
@@ -16,19 +17,28 @@ from synthneg_jax.teacher import synthesis
 def run(experiment: Experiment) -> dict:
   """Writes synthesize/{train,test}/: problems. Test problems never stand among the training ones.
 
-  With task.fresh_problems, synthesize/sft/ holds SFT's problems, and synthesize/train/ those that traces are sampled on.
+  With task.fresh_problems, synthesize/sft/ holds SFT's problems, and synthesize/train/ those that
+  traces are sampled on.
 
-  Training problems that overlap test problems, and broken rows, are left out and listed in synthesize/left_out.jsonl. Where a
-  capable model wrote them, synthesize/candidates/ holds every problem with all its solutions and what became of it.
+  Training problems that overlap test problems, and broken rows, are left out and listed in
+  synthesize/left_out.jsonl. Where a capable model wrote them, synthesize/candidates/ holds every
+  problem with all its solutions and what became of it.
 
   Raises:
-    UserError: what the problems cannot be read from; a provider that cannot be asked, a budget that is spent, or fewer
-      problems than wanted.
+    UserError: what the problems cannot be read from; a provider that cannot be asked, a budget that
+      is spent, or fewer problems than wanted.
   """
   c = experiment.config
   own = c.synthesis.provider == "task"
   templates = None if own else synthesis.Templates.read(c.synthesis.prompts)
-  given = {} if own else {"capable model": teacher_backends.identity(experiment), "set of prompts": templates.identity}
+  given = (
+    {}
+    if own
+    else {
+      "capable model": teacher_backends.identity(experiment),
+      "set of prompts": templates.identity,
+    }
+  )
   stage = experiment.stage("synthesize", ["task"] if own else ["task", "synthesis"], given=given)
   if stage.done:
     return {}
@@ -52,5 +62,9 @@ def run(experiment: Experiment) -> dict:
     temporary = stage.folder / "left_out.jsonl.tmp"
     temporary.write_text("".join(json.dumps(line) + "\n" for line in chosen.report))
     temporary.replace(stage.folder / "left_out.jsonl")
-  counts = {name: len(records) for name, records in (("sft", chosen.sft), ("train", chosen.train)) if records}
+  counts = {
+    name: len(records)
+    for name, records in (("sft", chosen.sft), ("train", chosen.train))
+    if records
+  }
   return stage.finish({**counts, "test": len(chosen.test), **chosen.figures}, files)

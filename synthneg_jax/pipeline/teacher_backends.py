@@ -1,4 +1,6 @@
-"""The capable model that stage synthesize asks: an endpoint, a local checkpoint in our own engine, or the scripted teacher."""
+"""The capable model that stage synthesize asks: an endpoint, a local checkpoint in our own engine,
+or the scripted teacher.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -26,7 +28,9 @@ class _Local:
   def __init__(self, experiment: Experiment, store: reply_cache.Store):
     c = experiment.config
     if not c.synthesis.endpoint.model:
-      raise UserError("synthesis.provider='local' needs synthesis.endpoint.model: the checkpoint's folder.")
+      raise UserError(
+        "synthesis.provider='local' needs synthesis.endpoint.model: the checkpoint's folder."
+      )
     self._policy = Policy.load(resolve(c.synthesis.endpoint.model), c.model, experiment.mesh)
     self._run, self._store, self.model = experiment, store, self._policy.fingerprint
     self._template_args = config_schema.template_args(c.task.template_args)
@@ -49,13 +53,19 @@ class _Local:
       for start in range(0, len(batch), _BATCH):
         yield from self._answer(batch[start : start + _BATCH], temperature)
 
-  def _answer(self, batch: Sequence[Sequence[Request]], temperature: float) -> Iterator[tuple[Request, Reply]]:
+  def _answer(
+    self, batch: Sequence[Sequence[Request]], temperature: float
+  ) -> Iterator[tuple[Request, Reply]]:
     trunks = []
     for group in batch:
       text = group[0].messages[-1][1]
-      ids = prompts.encode_prompt(self._policy.tokenizer, text, self._style, template_args=self._template_args)
+      ids = prompts.encode_prompt(
+        self._policy.tokenizer, text, self._style, template_args=self._template_args
+      )
       seed = self._run.config.seed
-      draws = [keys.draw_key(seed, "synthesize", 0, request.key, "", request.index) for request in group]
+      draws = [
+        keys.draw_key(seed, "synthesize", 0, request.key, "", request.index) for request in group
+      ]
       trunks.append(Trunk(ids, [len(ids)] * len(group), np.stack(draws)))
     for index, generations in self._engine.run(self._policy.params, trunks, Sampling(temperature)):
       for request, made in zip(batch[index], generations, strict=True):
@@ -77,9 +87,13 @@ class Teacher:
     """
     section = experiment.config.synthesis
     self._section, self._task = section, experiment.config.task
-    self._prices = reply_cache.Prices(section.usd_per_million_prompt, section.usd_per_million_completion)
+    self._prices = reply_cache.Prices(
+      section.usd_per_million_prompt, section.usd_per_million_completion
+    )
     self._store = reply_cache.Store(section.replies or experiment.workdir / "replies")
-    self._purse = reply_cache.Purse(section.budget_usd, self._store.spent() if section.provider == "endpoint" else 0.0)
+    self._purse = reply_cache.Purse(
+      section.budget_usd, self._store.spent() if section.provider == "endpoint" else 0.0
+    )
     if section.provider == "endpoint":
       endpoint = Endpoint(section.endpoint)
       self._provider = Chat(endpoint, self._store, self._purse, self._prices, section)
@@ -98,7 +112,9 @@ class Teacher:
 
   def request(self, purpose: str, text: str, index: int, temperature: float) -> Request:
     """One request to this model."""
-    return Request(purpose, self.model, (("user", text),), index, temperature, self._section.max_tokens)
+    return Request(
+      purpose, self.model, (("user", text),), index, temperature, self._section.max_tokens
+    )
 
   def ask(self, name: str, requests: Sequence[Request]) -> dict[str, Reply]:
     """Replies by the request's key; only what is not kept yet is asked.
@@ -137,15 +153,25 @@ class Teacher:
       return
     guess = reply_cache.estimate(missing, self._prices)
     logging.info(
-      "synthesize %s: %d requests (%d replies are kept), about %d prompt tokens, at most %d tokens of replies, at most "
+      "synthesize %s: %d requests (%d replies are kept), about %d prompt tokens, at most %d tokens "
+      "of replies, at most "
       "%.4f US dollars; %.4f spent before, budget %s.",
-      *(name, len(missing), kept, guess["prompt_tokens"], guess["most_completion_tokens"], guess["most_usd"]),
+      *(
+        name,
+        len(missing),
+        kept,
+        guess["prompt_tokens"],
+        guess["most_completion_tokens"],
+        guess["most_usd"],
+      ),
       *(self._purse.spent, self._section.budget_usd or "none"),
     )
 
 
 def identity(experiment: Experiment) -> str:
-  """Tells one capable model from another without opening it: of a checkpoint its files, else its name."""
+  """Tells one capable model from another without opening it: of a checkpoint its files, else its
+  name.
+  """
   section = experiment.config.synthesis
   if section.provider == "local":
     return files_identity(resolve(section.endpoint.model))

@@ -1,4 +1,6 @@
-"""What the stages sample and credit put on TensorBoard: traces as text, Q by step as images, and histograms."""
+"""What the stages sample and credit put on TensorBoard: traces as text, Q by step as images, and
+histograms.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +19,9 @@ _SHARES = np.linspace(0.0, 1.0, 21)
 
 
 def _histogram(values, edges) -> Histogram:
-  counts = np.bincount(np.searchsorted(edges, np.asarray(values), side="right"), minlength=len(edges) + 1)
+  counts = np.bincount(
+    np.searchsorted(edges, np.asarray(values), side="right"), minlength=len(edges) + 1
+  )
   return edges, counts
 
 
@@ -40,9 +44,13 @@ def _text(trace: Trace, problem: Problem) -> str:
 
 
 def sampled(
-  experiment: Experiment, folder: epath.Path, problems: Mapping[str, Problem], traces: Sequence[Trace]
+  experiment: Experiment,
+  folder: epath.Path,
+  problems: Mapping[str, Problem],
+  traces: Sequence[Trace],
 ) -> None:
-  """Writes report.num_traces traces as text, and how long all are; the first process alone, if the config asks for it.
+  """Writes report.num_traces traces as text, and how long all are; the first process alone, if the
+  config asks for it.
 
   Raises:
     UserError: the event file cannot be written.
@@ -54,7 +62,9 @@ def sampled(
   edges = np.linspace(0, experiment.config.engine.max_new_tokens + 1, 33)
   file.write(
     0,
-    texts={f"traces/{n}": _text(trace, problems[trace.problem_id]) for n, trace in enumerate(shown)},
+    texts={
+      f"traces/{n}": _text(trace, problems[trace.problem_id]) for n, trace in enumerate(shown)
+    },
     histograms={
       "traces/tokens": _histogram([len(trace.ids) for trace in traces], edges),
       "traces/steps": _histogram([len(trace.step_ends) for trace in traces], np.arange(0.5, 40)),
@@ -64,9 +74,13 @@ def sampled(
 
 
 def credited(
-  experiment: Experiment, folder: epath.Path, problems: Mapping[str, Problem], credited_traces: CreditedTraces
+  experiment: Experiment,
+  folder: epath.Path,
+  problems: Mapping[str, Problem],
+  credited_traces: CreditedTraces,
 ) -> None:
-  """Writes Q by step of report.num_traces wrong traces as images beside their text, and histograms of Q and advantage.
+  """Writes Q by step of report.num_traces wrong traces as images beside their text, and histograms
+  of Q and advantage.
 
   Args:
     experiment: with the config.
@@ -80,12 +94,17 @@ def credited(
   wrong = credited_traces.wrong
   if not (experiment.config.metrics.tensorboard and distributed.first() and wrong):
     return
-  pits = dict(zip((each.trace.id for each in wrong), first_pits(wrong, experiment.config.pairs), strict=True))
+  pits = dict(
+    zip((each.trace.id for each in wrong), first_pits(wrong, experiment.config.pairs), strict=True)
+  )
   images, texts = {}, {}
   for n, each in enumerate(_spread(wrong, experiment.config.report.num_traces)):
     figure = figures.step_values(
       [float(q) if known else None for q, known in zip(each.q, each.known, strict=True)],
-      [evaluate.wilson(step.successes, step.rollouts) if step.rollouts else None for step in each.estimates],
+      [
+        evaluate.wilson(step.successes, step.rollouts) if step.rollouts else None
+        for step in each.estimates
+      ],
       each.v0,
       pits[each.trace.id],
     )
@@ -99,7 +118,8 @@ def credited(
     histograms={
       "q/per_step": _histogram(np.concatenate([each.q[each.known] for each in wrong]), _SHARES),
       "advantage/per_step": _histogram(
-        np.concatenate([each.advantage[each.advantage_known] for each in wrong]), np.linspace(-1.0, 1.0, 41)
+        np.concatenate([each.advantage[each.advantage_known] for each in wrong]),
+        np.linspace(-1.0, 1.0, 41),
       ),
     },
   )

@@ -32,11 +32,19 @@ def _thought_open(experiment: Experiment, policy: Policy) -> bool:
 
 
 def verdicts(
-  experiment: Experiment, policy: Policy, texts: Sequence[str], problems: Sequence[Problem], finishes: Sequence[str]
+  experiment: Experiment,
+  policy: Policy,
+  texts: Sequence[str],
+  problems: Sequence[Problem],
+  finishes: Sequence[str],
 ) -> list[answers.Verdict]:
-  """Grades responses, each to its problem; one that was cut before its answer was whole is "truncated"."""
+  """Grades responses, each to its problem; one that was cut before its answer was whole is
+  "truncated".
+  """
   stop, task = list(experiment.config.engine.stop), experiment.config.task
-  rules = answers.Conventions(**{name: value for name, value in task.grading.items() if name != "timeout_s"})
+  rules = answers.Conventions(
+    **{name: value for name, value in task.grading.items() if name != "timeout_s"}
+  )
   if task.name in generated.TASKS or task.name == "reasoning_gym":
     # Their solutions end in ####: without it nothing is answered.
     rules = dataclasses.replace(rules, extraction="marked")
@@ -54,7 +62,8 @@ def verdicts(
     if was_cut and task.answers == "exact":
       continue
     if was_cut:
-      # The last line was cut, so what it says is not what the model would have said, and only a marked answer counts.
+      # The last line was cut, so what it says is not what the model would have said, and only a
+      # marked answer counts.
       rules = dataclasses.replace(rules, extraction="marked")
     found = answers.grade_many(
       [texts[i].rpartition("\n")[0] if was_cut else texts[i] for i in chosen],
@@ -71,9 +80,14 @@ def verdicts(
 
 
 def traces_of(
-  experiment: Experiment, policy: Policy, purpose: str, made: Sequence[tuple[Problem, int, Generation]]
+  experiment: Experiment,
+  policy: Policy,
+  purpose: str,
+  made: Sequence[tuple[Problem, int, Generation]],
 ) -> Iterator[Trace]:
-  """Responses, each with its problem and its number there, as records with steps and verdicts; graded all at once."""
+  """Responses, each with its problem and its number there, as records with steps and verdicts;
+  graded all at once.
+  """
   ids = [one.ids.tolist() for _, _, one in made]
   texts = [policy.token_text.text(of_one) for of_one in ids]
   problems, finishes = [problem for problem, _, _ in made], [one.finish for _, _, one in made]
@@ -100,14 +114,21 @@ def traces_of(
     )
 
 
-def trunk(experiment: Experiment, prompt: Sequence[int], problem: Problem, purpose: str, count: int) -> Trunk:
+def trunk(
+  experiment: Experiment, prompt: Sequence[int], problem: Problem, purpose: str, count: int
+) -> Trunk:
   """The prompt of a problem with `count` items, each with its own key."""
   prefix = keys.hash_ids(prompt)
-  item_keys = [keys.draw_key(experiment.config.seed, purpose, 0, problem.id, prefix, index) for index in range(count)]
+  item_keys = [
+    keys.draw_key(experiment.config.seed, purpose, 0, problem.id, prefix, index)
+    for index in range(count)
+  ]
   return Trunk(prompt, [len(prompt)] * count, np.stack(item_keys))
 
 
-def _prompt(experiment: Experiment, policy: Policy, problem: Problem, shots: Sequence[Problem]) -> list[int]:
+def _prompt(
+  experiment: Experiment, policy: Policy, problem: Problem, shots: Sequence[Problem]
+) -> list[int]:
   ids = train_policy.prompt_ids(experiment, policy.tokenizer, problem, shots)
   room, new = experiment.config.model.max_length - len(ids), experiment.config.engine.max_new_tokens
   if room < new:
@@ -146,9 +167,11 @@ def respond(
   request: Request,
   folder: epath.Path,
 ) -> Shards:
-  """Writes traces of each problem into folder, a shard at a time; problems that are there are not repeated.
+  """Writes traces of each problem into folder, a shard at a time; problems that are there are not
+  repeated.
 
-  Of several processes each grades and writes its share of every shard; all shards are there when it returns.
+  Of several processes each grades and writes its share of every shard; all shards are there when it
+  returns.
 
   Raises:
     UserError: a prompt leaves no room for engine.max_new_tokens within model.max_length.
@@ -171,7 +194,12 @@ def respond(
           progress.update(1)
       except distributed.Stopped as stop:
         stopped = stop
-      mine = [(part[i], index, one) for i in sorted(made) if distributed.mine(i) for index, one in enumerate(made[i])]
+      mine = [
+        (part[i], index, one)
+        for i in sorted(made)
+        if distributed.mine(i)
+        for index, one in enumerate(made[i])
+      ]
       shards.write(traces_of(experiment, policy, request.purpose, mine))
       if stopped is not None:
         raise stopped

@@ -20,7 +20,9 @@ from synthneg_jax.training import batches, loop
 from synthneg_jax.training.batch import Example
 
 
-def prompt_ids(experiment: Experiment, tokenizer, problem: Problem, shots: Sequence[Problem] = ()) -> list[int]:
+def prompt_ids(
+  experiment: Experiment, tokenizer, problem: Problem, shots: Sequence[Problem] = ()
+) -> list[int]:
   """The trunk of everything about a problem; `shots` are worked problems that come before it."""
   task = experiment.config.task
   return prompts.encode_prompt(
@@ -34,20 +36,31 @@ def prompt_ids(experiment: Experiment, tokenizer, problem: Problem, shots: Seque
 
 
 def solution_trees(
-  trunks: Mapping[str, Sequence[int]], solutions: Mapping[str, Sequence[Sequence[int]]], most: int, length: int
+  trunks: Mapping[str, Sequence[int]],
+  solutions: Mapping[str, Sequence[Sequence[int]]],
+  most: int,
+  length: int,
 ) -> tuple[list[Example], list[str], int]:
-  """`branch_trees` of whole solutions: the prompt is the trunk, the solutions its branches, all their tokens scored."""
-  branches = {key: [Branch(len(trunks[key]), ids) for ids in all_ids] for key, all_ids in solutions.items()}
+  """`branch_trees` of whole solutions: the prompt is the trunk, the solutions its branches, all
+  their tokens scored.
+  """
+  branches = {
+    key: [Branch(len(trunks[key]), ids) for ids in all_ids] for key, all_ids in solutions.items()
+  }
   return branch_trees(trunks, branches, most, length)
 
 
 def branch_trees(
-  trunks: Mapping[str, Sequence[int]], branches: Mapping[str, Sequence[Branch]], most: int, length: int
+  trunks: Mapping[str, Sequence[int]],
+  branches: Mapping[str, Sequence[Branch]],
+  most: int,
+  length: int,
 ) -> tuple[list[Example], list[str], int]:
-  """Trees of what is trained on, a problem's prompt with its branches; beginnings that branches of a tree share stand once.
+  """Trees of what is trained on, a problem's prompt with its branches; beginnings that branches of
+  a tree share stand once.
 
-  A tree holds at most `most` branches and `length` tokens; further ones go to another tree with the same trunk. A branch
-  that does not fit a tree alone is left out.
+  A tree holds at most `most` branches and `length` tokens; further ones go to another tree with the
+  same trunk. A branch that does not fit a tree alone is left out.
 
   Returns:
     (examples, their names, how many branches were left out).
@@ -70,7 +83,9 @@ def branch_trees(
   return examples, names, dropped
 
 
-def plan(experiment: Experiment, section, examples: Sequence[Example], names: Sequence[str]) -> batches.Batches:
+def plan(
+  experiment: Experiment, section, examples: Sequence[Example], names: Sequence[str]
+) -> batches.Batches:
   """The batches of a training stage."""
   return batches.Batches(
     examples,
@@ -93,7 +108,9 @@ def trained(model: Model, section) -> Model | Adapter:
 
 
 def of_adapter(adapter: Adapter, objective):
-  """Returns joint(adapter's parameters, batch, base's) -> what the objective gives for both together."""
+  """Returns joint(adapter's parameters, batch, base's) -> what the objective gives for both
+  together.
+  """
 
   def joint(params, batch, base):
     return objective(adapter.join(base, params), batch)
@@ -102,7 +119,8 @@ def of_adapter(adapter: Adapter, objective):
 
 
 def train(experiment: Experiment, policy: Policy, run: loop.Run) -> tuple[str, dict]:
-  """Trains a policy's weights, or by `lora` of the run's section an adapter of them, and writes the result to policy/.
+  """Trains a policy's weights, or by `lora` of the run's section an adapter of them, and writes the
+  result to policy/.
 
   Args:
     experiment: gives seed and config.
@@ -110,7 +128,8 @@ def train(experiment: Experiment, policy: Policy, run: loop.Run) -> tuple[str, d
     run: of `policy.model`, without `open_metrics`.
 
   Returns:
-    (fingerprint of the new weights; figures: steps, how full the packed rows are, and the last step's metrics).
+    (fingerprint of the new weights; figures: steps, how full the packed rows are, and the last
+    step's metrics).
 
   Raises:
     UserError: an example holds a token id that the model has no row for.
@@ -123,7 +142,9 @@ def train(experiment: Experiment, policy: Policy, run: loop.Run) -> tuple[str, d
   adapter = trained(policy.model, run.section)
   if isinstance(adapter, Adapter):
     shardings = param_shardings(adapter, experiment.mesh)
-    key = jax.random.wrap_key_data(keys.draw_key(experiment.config.seed, "adapter", 0, run.name, "", 0))
+    key = jax.random.wrap_key_data(
+      keys.draw_key(experiment.config.seed, "adapter", 0, run.name, "", 0)
+    )
     params = jax.jit(adapter.init, out_shardings=shardings)(key)
     figures["trained"] = sum(leaf.size for leaf in jax.tree.leaves(params))
     run = dataclasses.replace(run, model=adapter, objective=of_adapter(adapter, run.objective))

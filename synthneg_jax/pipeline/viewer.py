@@ -1,4 +1,6 @@
-"""The trace viewer of a run: gathers traces, credit, rollouts and pairs, and has them written as report/traces.html."""
+"""The trace viewer of a run: gathers traces, credit, rollouts and pairs, and has them written as
+report/traces.html.
+"""
 
 import collections
 import functools
@@ -8,7 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from synthneg_jax.core import advantages
-from synthneg_jax.data.credited_traces import CreditedTrace, CreditedTraces, first_pits, spurious_steps
+from synthneg_jax.data.credited_traces import (
+  CreditedTrace,
+  CreditedTraces,
+  first_pits,
+  spurious_steps,
+)
 from synthneg_jax.data.records import Pair, Problem, Shards, Trace
 from synthneg_jax.data.token_text import TokenText
 from synthneg_jax.decoding.policy import load_token_text, resolve
@@ -39,7 +46,9 @@ def token_text(experiment: Experiment) -> TokenText:
 
 
 class _Blame(NamedTuple):
-  """A credited trace with the step it is blamed for: the pit of a wrong trace, the spurious step of a right one; else -1."""
+  """A credited trace with the step it is blamed for: the pit of a wrong trace, the spurious step of
+  a right one; else -1.
+  """
 
   credited: CreditedTrace
   pit: int
@@ -58,7 +67,9 @@ class _Run:
     self.sources, self.problems, self.groups = [], {}, collections.defaultdict(list)
     self.methods = {}  # of each source that is one policy's answers to the test problems
     wanted = [("SFT, samples", "sample", "train")]
-    wanted += [(f"{LABELS.get(m, m)}, test", f"evaluate/{m}", "test") for m in config.evaluate.methods]
+    wanted += [
+      (f"{LABELS.get(m, m)}, test", f"evaluate/{m}", "test") for m in config.evaluate.methods
+    ]
     for label, stage, split in wanted:
       if done(stage):
         if split == "test":
@@ -82,18 +93,27 @@ class _Run:
   @functools.cached_property
   def value_of(self) -> dict[str, tuple[int, int]]:
     """(right, all) samples of each problem."""
-    samples = {key: [t for source, t in group if source not in self.methods] for key, group in self.groups.items()}
-    return {key: (sum(trace.correct for trace in group), len(group)) for key, group in samples.items()}
+    samples = {
+      key: [t for source, t in group if source not in self.methods]
+      for key, group in self.groups.items()
+    }
+    return {
+      key: (sum(trace.correct for trace in group), len(group)) for key, group in samples.items()
+    }
 
   def _blamed(self) -> dict[str, _Blame]:
     pairs, wrong, right = self.run.config.pairs, self.credited.wrong, self.credited.right
-    blamed = [_Blame(each, pit, -1) for each, pit in zip(wrong, first_pits(wrong, pairs), strict=True)]
+    blamed = [
+      _Blame(each, pit, -1) for each, pit in zip(wrong, first_pits(wrong, pairs), strict=True)
+    ]
     spurious = spurious_steps(right, pairs.spurious_below)
     blamed += [_Blame(each, -1, step) for each, step in zip(right, spurious, strict=True)]
     return {blame.credited.trace.id: blame for blame in blamed}
 
   def chosen(self) -> list[str]:
-    """Ids of the problems that are shown: all, or whole ones at even distances so that max_traces are not exceeded."""
+    """Ids of the problems that are shown: all, or whole ones at even distances so that max_traces
+    are not exceeded.
+    """
     ids, most = list(self.groups), self.run.config.report.max_traces
     total = sum(map(len, self.groups.values()))
     if total <= most:
@@ -110,10 +130,16 @@ class _Run:
       known = [self.known[trace.id] for _, trace in self.groups[key] if trace.id in self.known]
       right, samples = self.value_of[key]
       value = (
-        known[0].credited.v0 if known else right / samples if samples and self.run.config.credit.best_of == 1 else None
+        known[0].credited.v0
+        if known
+        else right / samples
+        if samples and self.run.config.credit.best_of == 1
+        else None
       )
       shown = [self._view(source, trace) for source, trace in self.groups[key]]
-      yield viewer_page.ProblemView(key, problem.prompt, problem.answer, problem.solution, value, right, samples, shown)
+      yield viewer_page.ProblemView(
+        key, problem.prompt, problem.answer, problem.solution, value, right, samples, shown
+      )
 
   def _view(self, source: int, trace: Trace) -> viewer_page.TraceView:
     known = self.known.get(trace.id)
@@ -122,7 +148,10 @@ class _Run:
       if source in self.methods
       else trace.id,  # methods share their records' ids
       source=source,
-      steps=[self.text.text(trace.ids[a:b]) for a, b in zip([0, *trace.step_ends], trace.step_ends, strict=False)],
+      steps=[
+        self.text.text(trace.ids[a:b])
+        for a, b in zip([0, *trace.step_ends], trace.step_ends, strict=False)
+      ],
       reason=trace.reason,
       extracted=trace.extracted,
       finish=trace.finish,
@@ -140,7 +169,9 @@ class _Run:
         viewer_page.Credit(
           rollouts=estimate.rollouts,
           successes=estimate.successes,
-          interval=tuple(map(float, advantages.value_interval(*count))) if estimate.rollouts else None,
+          interval=tuple(map(float, advantages.value_interval(*count)))
+          if estimate.rollouts
+          else None,
           q=float(credited.q[s]) if credited.known[s] else None,
           advantage=float(credited.advantage[s]) if credited.advantage_known[s] else None,
           exact=estimate.exact,
@@ -150,14 +181,20 @@ class _Run:
     return steps
 
   def _drawn(self, holder: str) -> Sequence[viewer_page.Rollout]:
-    """The rollouts of an estimate, equal ones once, the most frequent first, as many as the config has kept."""
+    """The rollouts of an estimate, equal ones once, the most frequent first, as many as the config
+    has kept.
+    """
     times = collections.Counter()
     for sample in self.credited.estimates[holder].samples:
       times[tuple(sample["ids"]), sample["correct"], sample["reason"]] += 1
     kept = times.most_common(self.run.config.report.max_rollouts)
-    return [viewer_page.Rollout(self.text.text(ids), right, reason, n) for (ids, right, reason), n in kept]
+    return [
+      viewer_page.Rollout(self.text.text(ids), right, reason, n) for (ids, right, reason), n in kept
+    ]
 
-  def _pair(self, trace: Trace, stage: str, pair: Pair, moved: pair_logprobs.Margin | None) -> viewer_page.PairView:
+  def _pair(
+    self, trace: Trace, stage: str, pair: Pair, moved: pair_logprobs.Margin | None
+  ) -> viewer_page.PairView:
     before = trace.step_ends[pair.pit - 1] if pair.pit > 0 else 0
     shared = pair.pair_mode in ("shared_prefix", "positives_too")
     return viewer_page.PairView(
@@ -174,8 +211,8 @@ class _Run:
 
 
 def run(experiment: Experiment) -> dict:
-  """Writes report/traces.html from whatever traces there are. It is always made again. Of several processes the first makes
-  it alone.
+  """Writes report/traces.html from whatever traces there are. It is always made again. Of several
+  processes the first makes it alone.
 
   Raises:
     UserError: the traces' tokenizer is missing, or a file of a finished stage is missing or broken.

@@ -1,8 +1,10 @@
-"""Which arrays a program's collectives move: how many times a step each parameter is gathered, and its gradient scattered.
+"""Which arrays a program's collectives move: how many times a step each parameter is gathered, and
+its gradient scattered.
 
-Rows are split over slice, data and fsdp, so that nothing of a row need cross these axes: what does is parameters and their
-gradients. What crosses tensor alone is activations. Which parameter it is, its sizes tell: each dimension is one of the
-parameter's, or that divided by some of the mesh. Parameters of the same sizes cannot be told apart and are counted together.
+Rows are split over slice, data and fsdp, so that nothing of a row need cross these axes: what does
+is parameters and their gradients. What crosses tensor alone is activations. Which parameter it is,
+its sizes tell: each dimension is one of the parameter's, or that divided by some of the mesh.
+Parameters of the same sizes cannot be told apart and are counted together.
 """
 
 import collections
@@ -22,8 +24,9 @@ ACTIVATIONS, OTHERS = "activations", "others"
 def moves(cost: roofline.Cost, params, specs, mesh: Mesh) -> dict[str, dict[str, float]]:
   """{names of parameters: {kind of collective: times a run}}.
 
-  A gather or a scatter of the whole counts once, an all-reduce twice (it scatters, and gathers what was summed), as does a
-  ring of permutes once that passes all parts of it. The whole is what a row's devices need: split over tensor, not over fsdp.
+  A gather or a scatter of the whole counts once, an all-reduce twice (it scatters, and gathers what
+  was summed), as does a ring of permutes once that passes all parts of it. The whole is what a
+  row's devices need: split over tensor, not over fsdp.
 
   Args:
     cost: of the program.
@@ -32,10 +35,15 @@ def moves(cost: roofline.Cost, params, specs, mesh: Mesh) -> dict[str, dict[str,
     mesh: of the program.
 
   Returns:
-    Besides the parameters, ACTIVATIONS and OTHERS (what crosses rows and has no parameter's sizes), in copies of all
-    parameters. Vectors, such as the scales of norms, are left out: they belong to OTHERS.
+    Besides the parameters, ACTIVATIONS and OTHERS (what crosses rows and has no parameter's sizes),
+    in copies of all parameters. Vectors, such as the scales of norms, are left out: they belong to
+    OTHERS.
   """
-  names, whole, lies = collections.defaultdict(list), collections.Counter(), collections.defaultdict(set)
+  names, whole, lies = (
+    collections.defaultdict(list),
+    collections.Counter(),
+    collections.defaultdict(set),
+  )
   of_one = jax.tree_util.tree_leaves_with_path(params)
   for (path, leaf), sharding in zip(of_one, jax.tree.leaves(specs), strict=True):
     stack = leaf.shape[0] if path[0].key == "layers" else 1
@@ -43,11 +51,15 @@ def moves(cost: roofline.Cost, params, specs, mesh: Mesh) -> dict[str, dict[str,
     if len(sizes) > 1:
       key, axes = tuple(sorted(sizes)), tuple(sharding.spec)[-len(sizes) :]
       gathered = [
-        size // (mesh.shape["tensor"] if axis == "tensor" else 1) for size, axis in zip(sizes, axes, strict=True)
+        size // (mesh.shape["tensor"] if axis == "tensor" else 1)
+        for size, axis in zip(sizes, axes, strict=True)
       ]
       names[key].append(path[-1].key)
       whole[key] += stack * math.prod(gathered)
-      lies[key] |= {tuple(sorted(gathered)), tuple(sorted(sharding.shard_shape(leaf.shape)[-len(sizes) :]))}
+      lies[key] |= {
+        tuple(sorted(gathered)),
+        tuple(sorted(sharding.shard_shape(leaf.shape)[-len(sizes) :])),
+      }
   label = {sizes: ", ".join(names[sizes]) for sizes in whole}
   found = {name: collections.defaultdict(float) for name in (*label.values(), ACTIVATIONS, OTHERS)}
   for (kind, group, array), sent in cost.moved.items():
@@ -71,29 +83,41 @@ def moves(cost: roofline.Cost, params, specs, mesh: Mesh) -> dict[str, dict[str,
 def _across(group: Sequence[int], mesh: Mesh) -> set[str]:
   """The axes of the mesh that a group's devices differ in."""
   places = np.unravel_index(group, tuple(mesh.shape.values()))
-  return {axis for axis, place in zip(mesh.shape, places, strict=True) if len(set(place.tolist())) > 1}
+  return {
+    axis for axis, place in zip(mesh.shape, places, strict=True) if len(set(place.tolist())) > 1
+  }
 
 
 def _is_part(own: Sequence[int], whole: Sequence[int], devices: int) -> bool:
-  """Whether an array may be a parameter of these sizes, turned or not, or what some of the mesh's axes leave of it."""
+  """Whether an array may be a parameter of these sizes, turned or not, or what some of the mesh's
+  axes leave of it.
+  """
 
   def fits(part, size):
     return size % part == 0 and devices % (size // part) == 0
 
-  return len(own) == len(whole) and any(all(map(fits, turned, whole)) for turned in itertools.permutations(own))
+  return len(own) == len(whole) and any(
+    all(map(fits, turned, whole)) for turned in itertools.permutations(own)
+  )
 
 
 def worst(found: dict[str, dict[str, float]]) -> tuple[float, str, str]:
   """(times, parameters, kind of collective): what moves most often, activations left out."""
   listed = [
-    (times, name, kind) for name, kinds in found.items() if name != ACTIVATIONS for kind, times in kinds.items()
+    (times, name, kind)
+    for name, kinds in found.items()
+    if name != ACTIVATIONS
+    for kind, times in kinds.items()
   ]
   return max(listed, default=(0.0, "", ""))
 
 
 def lines(found: dict[str, dict[str, float]]) -> list[str]:
   """For a reader, a line each; what moves less than a hundredth is left out."""
-  shown = {name: {kind: times for kind, times in kinds.items() if times >= 0.01} for name, kinds in found.items()}
+  shown = {
+    name: {kind: times for kind, times in kinds.items() if times >= 0.01}
+    for name, kinds in found.items()
+  }
 
   def each(kinds):
     return ", ".join(f"{kind} {times:.2f}" for kind, times in sorted(kinds.items()))

@@ -1,4 +1,6 @@
-"""The programs that a config's stages run, with the sizes that they would run at, ready to be compiled for abstract arrays."""
+"""The programs that a config's stages run, with the sizes that they would run at, ready to be
+compiled for abstract arrays.
+"""
 
 import dataclasses
 import functools
@@ -34,7 +36,11 @@ PROGRAMS = (
   "dpo/reference",
   "dpo/dpo",
   "dpo/step_dpo",
-  *(f"{stage}/{part}" for stage in ("sample", "credit", "evaluate") for part in ("prefill", "decode")),
+  *(
+    f"{stage}/{part}"
+    for stage in ("sample", "credit", "evaluate")
+    for part in ("prefill", "decode")
+  ),
 )
 _EOS = (2,)  # which id ends a response changes no figure
 
@@ -50,8 +56,10 @@ class Program:
     model_flops: what the model itself needs for a run, on all chips; padding is left out.
     sizes: for the reader.
     advice: what to change if it does not fit.
-    least_read: decoding: bytes of weights and cache that a chip holds, which a turn cannot but read.
-    beside: bytes of other arrays that a chip holds while it runs: of decoding, the parameters as they were loaded.
+    least_read: decoding: bytes of weights and cache that a chip holds, which a turn cannot but
+      read.
+    beside: bytes of other arrays that a chip holds while it runs: of decoding, the parameters as
+      they were loaded.
   """
 
   name: str
@@ -71,7 +79,12 @@ def architecture(config) -> Model:
     UserError: neither.
   """
   c = config.model
-  settings = {"dtype": c.dtype, "param_dtype": c.param_dtype, "scan_layers": c.scan_layers, "remat": c.remat}
+  settings = {
+    "dtype": c.dtype,
+    "param_dtype": c.param_dtype,
+    "scan_layers": c.scan_layers,
+    "remat": c.remat,
+  }
   try:
     folder = policy.resolve(c.path, weights=False)
   except UserError as error:
@@ -81,7 +94,10 @@ def architecture(config) -> Model:
     return Model(huggingface.read_config(folder, **settings, max_length=c.max_length))
   if folder.name in presets.NAMES:
     return Model(presets.preset(folder.name, **settings))
-  raise UserError(f"model.path={c.path} is no folder with a config.json, and no preset ({', '.join(presets.NAMES)}).")
+  raise UserError(
+    f"model.path={c.path} is no folder with a config.json, and no preset "
+    f"({', '.join(presets.NAMES)})."
+  )
 
 
 def _abstract(tree, shardings):
@@ -107,7 +123,9 @@ def _batch(shape: Shape, mesh: Mesh) -> Batch:
   count = jax.ShapeDtypeStruct((), jnp.float32, sharding=one)
   trees = PackedTrees(**fields)
   scored, ends = i32(shape.rows, shape.scored), i32(shape.rows, shape.branches)
-  return Batch(trees, scored, ends, i32(*pairs), i32(*pairs), f32(*pairs), f32(*pairs), count, count)
+  return Batch(
+    trees, scored, ends, i32(*pairs), i32(*pairs), f32(*pairs), f32(*pairs), count, count
+  )
 
 
 def _held(abstract) -> float:
@@ -140,7 +158,9 @@ class Recipe:
     """
     for name in stages:
       if name not in STAGES and name not in PROGRAMS:
-        raise UserError(f"--stages: {name!r} is none of {', '.join(STAGES)}, nor one of {', '.join(PROGRAMS)}.")
+        raise UserError(
+          f"--stages: {name!r} is none of {', '.join(STAGES)}, nor one of {', '.join(PROGRAMS)}."
+        )
     for name in PROGRAMS:
       if name in stages or name.split("/")[0] in stages:
         yield self._program(name)
@@ -162,11 +182,17 @@ class Recipe:
     section = config[stage]
     tree = cost_model.mean_tree(config, name, self._lengths)
     shape, trees = cost_model.batch_shape(section, tree, device_mesh.row_shards(mesh))
-    device_mesh.check(f"{name}: a microbatch", (shape.rows // section.grad_accum_steps,), ("rows",), mesh)
+    device_mesh.check(
+      f"{name}: a microbatch", (shape.rows // section.grad_accum_steps,), ("rows",), mesh
+    )
     chunk = {"chunk": section.logit_chunk} if section.get("logit_chunk") else {}
     if stage == "dpo":
-      loss = functools.partial(losses.dpo_loss, beta=section.beta)  # the others of its kind cost the same
-      preference = objectives.Preference(loss=loss, beta=section.beta, nll_weight=section.nll_weight)
+      loss = functools.partial(
+        losses.dpo_loss, beta=section.beta
+      )  # the others of its kind cost the same
+      preference = objectives.Preference(
+        loss=loss, beta=section.beta, nll_weight=section.nll_weight
+      )
       objective = objectives.make_preference(model, preference, eos_ids=_EOS, **chunk)
     else:
       objective = objectives.make_sft(model, **chunk)
@@ -184,7 +210,12 @@ class Recipe:
       state = jax.eval_shape(step_lib.make_init(optimizer, layout), trained.abstract_params())
       frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen)
       run = step_lib.make_step(
-        objective, optimizer, layout, mesh=mesh, accumulate=section.grad_accum_steps, frozen=frozen_shardings
+        objective,
+        optimizer,
+        layout,
+        mesh=mesh,
+        accumulate=section.grad_accum_steps,
+        frozen=frozen_shardings,
       )
       return run.lower(_abstract(state, layout), _batch(shape, mesh), *frozen)
 
@@ -194,25 +225,39 @@ class Recipe:
       name,
       lower,
       self.work[name]["steps"],
-      cost_model.training_flops(model.config, tokens, trees * tree.keys, trees * tree.scored, num_adapter),
-      f"{shape.rows} rows x {shape.length} tokens in {section.grad_accum_steps} microbatch(es), {100 * fill:.0f} % full{what}",
-      f"raise {stage}.grad_accum_steps or mesh.fsdp{less}" + (", or model.param_dtype to bfloat16" if what else ""),
+      cost_model.training_flops(
+        model.config, tokens, trees * tree.keys, trees * tree.scored, num_adapter
+      ),
+      f"{shape.rows} rows x {shape.length} tokens in {section.grad_accum_steps} microbatch(es), "
+      f"{100 * fill:.0f} % full{what}",
+      f"raise {stage}.grad_accum_steps or mesh.fsdp{less}"
+      + (", or model.param_dtype to bfloat16" if what else ""),
     )
 
   def _reference(self) -> Program:
     config, model, mesh = self._config, self.model, self.mesh
-    tree, shards = cost_model.mean_tree(config, "dpo/step_dpo", self._lengths), device_mesh.row_shards(mesh)
+    tree, shards = (
+      cost_model.mean_tree(config, "dpo/step_dpo", self._lengths),
+      device_mesh.row_shards(mesh),
+    )
     rows = reference.rows_per_call(mesh)
-    shape = dataclasses.replace(cost_model.batch_shape(config.dpo, tree, shards)[0], rows=rows, pairs=0)
+    shape = dataclasses.replace(
+      cost_model.batch_shape(config.dpo, tree, shards)[0], rows=rows, pairs=0
+    )
     chunk = {"chunk": config.dpo.logit_chunk} if config.dpo.get("logit_chunk") else {}
     score = reference.make_forward(model, mesh, **chunk)
     trees = rows * cost_model.PACKED * shape.length / tree.tokens
-    scored = sum(self.work[name]["tokens_trained"] for name in ("dpo/dpo", "dpo/step_dpo")) / config.dpo.num_epochs
+    scored = (
+      sum(self.work[name]["tokens_trained"] for name in ("dpo/dpo", "dpo/step_dpo"))
+      / config.dpo.num_epochs
+    )
     return Program(
       "dpo/reference",
       lambda: score.lower(_abstract(model.abstract_params(), self._params), _batch(shape, mesh)),
       math.ceil(scored / (trees * tree.tokens)),
-      cost_model.forward_flops(model.config, trees * tree.tokens, trees * tree.keys, trees * tree.scored),
+      cost_model.forward_flops(
+        model.config, trees * tree.tokens, trees * tree.keys, trees * tree.scored
+      ),
       f"{rows} rows x {shape.length} tokens, {100 * cost_model.PACKED:.0f} % full",
       "lower dpo.row_length, or raise mesh.fsdp",
     )
@@ -223,7 +268,11 @@ class Recipe:
     c, section = config.engine, config[stage]
     slots, lanes, items = {
       "sample": lambda: (min(c.slots, section.num_traces), c.lanes, section.num_traces),
-      "credit": lambda: (section.slots, section.lanes, math.ceil((2 * lengths.steps - 1) * section.num_rollouts)),
+      "credit": lambda: (
+        section.slots,
+        section.lanes,
+        math.ceil((2 * lengths.steps - 1) * section.num_rollouts),
+      ),
       "evaluate": lambda: (1, c.lanes * min(c.slots, 4), 1),
     }[stage]()
     trunk = math.ceil(2 * (lengths.prompt + (lengths.response if stage == "credit" else 0)))
@@ -241,20 +290,31 @@ class Recipe:
     return g, items
 
   def _engine(self, stage: str, part: str) -> Program:
-    config, model, mesh, lengths = self._config, self.model, device_mesh.decoding(self.mesh), self._lengths
+    config, model, mesh, lengths = (
+      self._config,
+      self.model,
+      device_mesh.decoding(self.mesh),
+      self._lengths,
+    )
     g, _ = self._geometry(stage)
     made, m = self.work[stage], model.config
     spec = DecodeSpec(model=model, geometry=g, sampling=sampling(config[stage]), stops=Stops(_EOS))
     programs, replicated = engine.programs(spec, mesh), device_mesh.replicated(mesh)
-    cast = jax.eval_shape(functools.partial(engine.cast_for_decoding, model), model.abstract_params())
+    cast = jax.eval_shape(
+      functools.partial(engine.cast_for_decoding, model), model.abstract_params()
+    )
     beside = _held(_abstract(model.abstract_params(), self._params))
     params = _abstract(cast, engine.params_shardings(model, mesh))
     state = _abstract(jax.eval_shape(programs.empty), state_shardings(model, mesh))
     sizes = f"{g.lanes} lanes x {g.slots} slots, trunks of {g.trunk}, {g.new} new tokens"
     section = "credit" if stage == "credit" else "engine"
-    advice = f"lower {section}.lanes, {section}.slots or engine.max_new_tokens, or raise mesh.tensor"
+    advice = (
+      f"lower {section}.lanes, {section}.slots or engine.max_new_tokens, or raise mesh.tensor"
+    )
 
-    known = lengths.response if stage == "credit" else 0.0  # of a trunk: the trace whose prefixes are continued
+    known = (
+      lengths.response if stage == "credit" else 0.0
+    )  # of a trunk: the trace whose prefixes are continued
     grown = lengths.response / (2 if stage == "credit" else 1)  # by a branch
     trunk = lengths.prompt + known
     if part == "decode":
@@ -269,10 +329,14 @@ class Recipe:
       return Program(f"{stage}/decode", lower, math.ceil(runs), flops, sizes, advice, least, beside)
     batch = _abstract(engine.trunk_arrays(g, []), replicated)
     branches = made["tokens_decoded"] / grown / max(made["trunks"], 1)
-    flops = cost_model.forward_flops(m, g.refill * trunk, g.refill * trunk * (trunk + 1) / 2, g.refill * branches)
+    flops = cost_model.forward_flops(
+      m, g.refill * trunk, g.refill * trunk * (trunk + 1) / 2, g.refill * branches
+    )
     runs = math.ceil(made["trunks"] / g.refill)
 
     def lower():
       return programs.prefill.lower(params, state, batch)
 
-    return Program(f"{stage}/prefill", lower, runs, flops, f"{g.refill} of {sizes}", advice, 0.0, beside)
+    return Program(
+      f"{stage}/prefill", lower, runs, flops, f"{g.refill} of {sizes}", advice, 0.0, beside
+    )

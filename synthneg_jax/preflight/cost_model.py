@@ -1,4 +1,6 @@
-"""What a config asks for, counted on paper: trees, batches, tokens, rollouts and bytes, from assumed lengths."""
+"""What a config asks for, counted on paper: trees, batches, tokens, rollouts and bytes, from
+assumed lengths.
+"""
 
 import dataclasses
 import math
@@ -11,7 +13,9 @@ from synthneg_jax.pipeline import train_policy
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training.batch import Shape
 
-PACKED = 0.95  # share of a row that trees are assumed to fill where three or more go into one; else whole trees go in
+# share of a row that trees are assumed to fill where three or more go into one; else whole trees go
+# in
+PACKED = 0.95
 _WIDEST = 1.1  # the fullest row's scored tokens over the mean's
 _JSON_BYTES = 32  # of a drawn token: its id, two log-probs and its text, in a line of JSON
 _ROLLOUT_BYTES = 7  # of a rollout's token: its id
@@ -77,7 +81,9 @@ class MeanTree:
 
 
 def mean_tree(config, name: str, lengths: Lengths) -> MeanTree:
-  """The trees of sft, rft, dpo/dpo (whole responses) and dpo/step_dpo; where a pit is needed it lies half-way."""
+  """The trees of sft, rft, dpo/dpo (whole responses) and dpo/step_dpo; where a pit is needed it
+  lies half-way.
+  """
   prompt, response = lengths.prompt, lengths.response
   if name == "sft":
     return MeanTree(prompt, (response,), 1)
@@ -102,7 +108,9 @@ def batch_shape(section, tree: MeanTree, row_shards: int) -> tuple[Shape, float]
   trees = section.batch_size / tree.weight
   per_row = section.row_length / tree.tokens
   if per_row < 1:
-    raise UserError(f"A tree has {tree.tokens:.0f} tokens, more than row_length={section.row_length}.")
+    raise UserError(
+      f"A tree has {tree.tokens:.0f} tokens, more than row_length={section.row_length}."
+    )
   held = per_row * PACKED if per_row >= 3 else float(int(per_row))
   multiple = row_shards * section.grad_accum_steps
   rows = math.ceil(math.ceil(trees / held) / multiple) * multiple
@@ -124,20 +132,28 @@ def matrix_params(model: ModelConfig) -> int:
 
 
 def forward_flops(model: ModelConfig, tokens: float, keys: float, logits: float) -> float:
-  """2N a token, the output matrix where logits are needed only, and 4 a key, head and its width for attention."""
+  """2N a token, the output matrix where logits are needed only, and 4 a key, head and its width for
+  attention.
+  """
   attention = 4 * model.num_layers * model.num_heads * model.head_dim * keys
-  return 2 * matrix_params(model) * tokens + attention + 2 * model.vocab_size * model.d_model * logits
+  return (
+    2 * matrix_params(model) * tokens + attention + 2 * model.vocab_size * model.d_model * logits
+  )
 
 
-def training_flops(model: ModelConfig, tokens: float, keys: float, logits: float, adapter: int = 0) -> float:
+def training_flops(
+  model: ModelConfig, tokens: float, keys: float, logits: float, adapter: int = 0
+) -> float:
   """Three times the forward pass.
 
-  Of an adapter with so many parameters: its products and attention three times; the model's own products twice, forward
-  and back to what they multiply, since its matrices take no gradients.
+  Of an adapter with so many parameters: its products and attention three times; the model's own
+  products twice, forward and back to what they multiply, since its matrices take no gradients.
   """
   if not adapter:
     return 3 * forward_flops(model, tokens, keys, logits)
-  return 2 * forward_flops(model, tokens, 0, logits) + 3 * (forward_flops(model, 0, keys, 0) + 2 * adapter * tokens)
+  return 2 * forward_flops(model, tokens, 0, logits) + 3 * (
+    forward_flops(model, 0, keys, 0) + 2 * adapter * tokens
+  )
 
 
 def num_bytes(abstract) -> int:
@@ -156,7 +172,9 @@ def _trained(config, name: str, lengths: Lengths) -> tuple[float, float]:
     kept = min(config.rft.max_per_problem, lengths.pass_rate * config.sample.num_traces)
     count = problems * max(1.0, kept + config.rft.with_teacher) / tree.weight
   else:
-    wrong = min(config.credit.max_wrong_per_problem, (1 - lengths.pass_rate) * config.sample.num_traces)
+    wrong = min(
+      config.credit.max_wrong_per_problem, (1 - lengths.pass_rate) * config.sample.num_traces
+    )
     count = problems * min(config.pairs.max_per_problem, wrong) / tree.weight
   steps = count * tree.weight * section.num_epochs / section.batch_size
   if section.max_steps and steps > section.max_steps:
@@ -179,19 +197,33 @@ def work(config, lengths: Lengths, methods: int) -> dict[str, dict[str, float]]:
       "tokens_trained": trees * passes * tree.tokens,
     }
   traces = c.task.train_problems * c.sample.num_traces
-  made["sample"] = {"trunks": c.task.train_problems, "traces": traces, "tokens_decoded": traces * lengths.response}
+  made["sample"] = {
+    "trunks": c.task.train_problems,
+    "traces": traces,
+    "tokens_decoded": traces * lengths.response,
+  }
   wrong = min(c.credit.max_wrong_per_problem, (1 - lengths.pass_rate) * c.sample.num_traces)
   right = min(c.credit.max_right_per_problem, lengths.pass_rate * c.sample.num_traces)
   chosen = c.task.train_problems * (wrong + right)
   rollouts = chosen * (lengths.steps - 1) * c.credit.num_rollouts
-  made["credit"] = {"trunks": chosen, "rollouts": rollouts, "tokens_decoded": rollouts * lengths.response / 2}
+  made["credit"] = {
+    "trunks": chosen,
+    "rollouts": rollouts,
+    "tokens_decoded": rollouts * lengths.response / 2,
+  }
   answers = c.task.test_problems * methods
-  made["evaluate"] = {"trunks": answers, "traces": answers, "tokens_decoded": answers * lengths.response}
+  made["evaluate"] = {
+    "trunks": answers,
+    "traces": answers,
+    "tokens_decoded": answers * lengths.response,
+  }
   return made
 
 
 def storage(config, model: Model, made: dict) -> dict[str, float]:
-  """Bytes on disk by kind, at the end of the recipe; of a policy whose adapter was trained, the adapter's."""
+  """Bytes on disk by kind, at the end of the recipe; of a policy whose adapter was trained, the
+  adapter's.
+  """
   policies, checkpoints = 0, 0
   for section in (config.sft, config.rft, config.dpo, config.dpo):
     size = num_bytes(train_policy.trained(model, section).abstract_params())

@@ -6,7 +6,17 @@ import re
 
 import numpy as np
 
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+_BYTES = {
+  "pred": 1,
+  "s4": 0.5,
+  "u4": 0.5,
+  "s8": 1,
+  "u8": 1,
+  "s16": 2,
+  "u16": 2,
+  "bf16": 2,
+  "f16": 2,
+}
 _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
 _ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\](\{[^}]*\})?")
 
@@ -77,11 +87,15 @@ def instruction(line: str) -> Instruction | None:
     return None
   stop = _closing(rest, start)
   operands = tuple(re.findall(r"%([\w.\-]+)", rest[start:stop])) or (rest[start + 1 : stop],)
-  return Instruction(match.group(2), _arrays(shape), rest[:start], operands, rest[stop + 1 :], bool(match.group(1)))
+  return Instruction(
+    match.group(2), _arrays(shape), rest[:start], operands, rest[stop + 1 :], bool(match.group(1))
+  )
 
 
 def group(collective: Instruction, num_devices: int) -> tuple[int, ...]:
-  """The devices of a collective's first group, by their places in the mesh; of a permute, the ring of its first pair."""
+  """The devices of a collective's first group, by their places in the mesh; of a permute, the ring
+  of its first pair.
+  """
   text, ints = collective.attributes, lambda listed: [int(number) for number in listed.split(",")]
   if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
     places = np.arange(math.prod(ints(match.group(2)))).reshape(ints(match.group(2)))
@@ -93,7 +107,9 @@ def group(collective: Instruction, num_devices: int) -> tuple[int, ...]:
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match.group(1))}
     across = re.findall(r"'(\w+)'", match.group(2))
     places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    return tuple(places[tuple(slice(None) if name in across else 0 for name in sizes)].reshape(-1).tolist())
+    return tuple(
+      places[tuple(slice(None) if name in across else 0 for name in sizes)].reshape(-1).tolist()
+    )
   if match := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", text):
     follows = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", match.group(1))}
     ring = [next((a for a, b in follows.items() if a != b), 0)]

@@ -1,8 +1,9 @@
-"""Compiles a config's programs for a TPU that is not there: what fits, what binds, and what the recipe will cost.
+"""Compiles a config's programs for a TPU that is not there: what fits, what binds, and what the
+recipe will cost.
 
-The programs (recipe.py) are those that the stages run, compiled by XLA:TPU for abstract arrays; nothing is computed and
-no chip is needed. What a program does is read from its optimised HLO (roofline.py); what the recipe asks for is counted
-from the config and assumed lengths (bill.py).
+The programs (recipe.py) are those that the stages run, compiled by XLA:TPU for abstract arrays;
+nothing is computed and no chip is needed. What a program does is read from its optimised HLO
+(roofline.py); what the recipe asks for is counted from the config and assumed lengths (bill.py).
 """
 
 import contextlib
@@ -27,7 +28,8 @@ from synthneg_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What a chip has, by Google's published figures (https://cloud.google.com/tpu/docs/v5e and its neighbours).
+  """What a chip has, by Google's published figures (https://cloud.google.com/tpu/docs/v5e and its
+  neighbours).
 
   Attributes:
     hbm_bytes: main memory.
@@ -52,13 +54,14 @@ CHIPS = {
 
 @dataclasses.dataclass
 class Report:
-  """What came of compiling a program. Bytes, FLOPs and seconds are a chip's, for a run (decoding: a turn of its loop).
+  """What came of compiling a program. Bytes, FLOPs and seconds are a chip's, for a run (decoding: a
+  turn of its loop).
 
   Attributes:
     program: which.
     fits: whether its peak is within the chip's memory.
-    peak_bytes: arguments + results that are not written over them + temporaries + code + what lies beside; what XLA asked
-      for where it does not fit.
+    peak_bytes: arguments + results that are not written over them + temporaries + code + what lies
+      beside; what XLA asked for where it does not fit.
     argument_bytes, temporary_bytes: parts of it; what lies beside is counted with the arguments.
     cost: what it does; None where it was not compiled to the end.
     seconds: what each of a chip's parts would need for that alone.
@@ -92,9 +95,14 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list, Chip]:
   """
   generation, _, sizes = topology.partition(":")
   if generation not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", sizes):
-    raise UserError(f"--topology={topology}: it is GENERATION:SIZES with one of {', '.join(CHIPS)}, such as v5e:8x8.")
+    raise UserError(
+      f"--topology={topology}: it is GENERATION:SIZES with one of {', '.join(CHIPS)}, such as "
+      "v5e:8x8."
+    )
   if importlib.util.find_spec("libtpu") is None:
-    raise UserError("XLA's compiler for TPUs is missing: pip install -e '.[preflight]' installs it (libtpu).")
+    raise UserError(
+      "XLA's compiler for TPUs is missing: pip install -e '.[preflight]' installs it (libtpu)."
+    )
   try:
     more = {"num_slices": slices} if slices > 1 else {}
     devices = list(topologies.get_topology_desc(topology, "tpu", **more).devices)
@@ -106,9 +114,13 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list, Chip]:
 
 
 def _exhausted(program: Program, text: str) -> Report:
-  """From what XLA says of a program that does not fit: "... required for HLO temporaries (32.25G) exceeds ..."."""
+  """From what XLA says of a program that does not fit: "... required for HLO temporaries (32.25G)
+  exceeds ...".
+  """
   unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-  used = re.search(r"required for ([\w ]+) \(([\d.]+)([KMGT]?)\)", text) or re.search(r"(Used) ([\d.]+)([KMGT]?)", text)
+  used = re.search(r"required for ([\w ]+) \(([\d.]+)([KMGT]?)\)", text) or re.search(
+    r"(Used) ([\d.]+)([KMGT]?)", text
+  )
   if used is None:
     return Report(program, False, math.inf)
   kind = "" if used.group(1) == "Used" else used.group(1).removeprefix("HLO ")
@@ -118,7 +130,8 @@ def _exhausted(program: Program, text: str) -> Report:
 def _compiled(lowered) -> tuple[jax.stages.Compiled, str]:
   """(the compiled program, its optimised HLO).
 
-  The compiler writes the HLO to a folder, too: jax cannot read back what a v6e's sparse cores do on the side.
+  The compiler writes the HLO to a folder, too: jax cannot read back what a v6e's sparse cores do on
+  the side.
   """
   with tempfile.TemporaryDirectory() as folder:
     compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
@@ -165,27 +178,42 @@ def _lines(report: Report, chip: Chip, num_devices: int, full_copy: float) -> li
   r, p, giga = report, report.program, 1e9
   head = f"{p.name}: {p.sizes}"
   if r.cost is None:
-    return [head, f"  memory  DOES NOT FIT: {r.peak_bytes / giga:.2f} of {chip.hbm_bytes / giga:.2f} GB a chip"]
+    return [
+      head,
+      f"  memory  DOES NOT FIT: {r.peak_bytes / giga:.2f} of {chip.hbm_bytes / giga:.2f} GB a chip",
+    ]
   own = p.model_flops / num_devices
-  kinds = ", ".join(f"{kind} {size / giga:.3g}" for kind, size in sorted(r.cost.collectives.items())) or "none"
+  kinds = (
+    ", ".join(f"{kind} {size / giga:.3g}" for kind, size in sorted(r.cost.collectives.items()))
+    or "none"
+  )
   lines = [
     head,
-    f"  memory  {'fits' if r.fits else 'DOES NOT FIT'}: {r.peak_bytes / giga:.2f} of {chip.hbm_bytes / giga:.2f} GB a chip"
+    f"  memory  {'fits' if r.fits else 'DOES NOT FIT'}: {r.peak_bytes / giga:.2f} of "
+    f"{chip.hbm_bytes / giga:.2f} GB a chip"
     f" (arguments {r.argument_bytes / giga:.2f}, temporaries {r.temporary_bytes / giga:.2f})",
-    f"  compute {r.cost.flops / 1e12:.4g} TFLOP a chip, {r.cost.flops / own:.2f} x the model's own {own / 1e12:.4g}",
+    f"  compute {r.cost.flops / 1e12:.4g} TFLOP a chip, {r.cost.flops / own:.2f} x the model's own "
+    f"{own / 1e12:.4g}",
     f"  traffic {r.cost.memory_bytes / giga:.3g} GB to and from memory"
     + (f", {r.cost.memory_bytes / p.least_read:.2f} x weights and cache" if p.least_read else ""),
-    f"  links   {r.cost.collective_bytes / giga:.3g} GB sent, {r.cost.collective_bytes / full_copy:.2f} x what a row's "
+    f"  links   {r.cost.collective_bytes / giga:.3g} GB sent, "
+    f"{r.cost.collective_bytes / full_copy:.2f} x what a row's "
     f"device needs of all parameters (GB by kind: {kinds})",
     *(f"    times {line}" for line in collective_traffic.lines(r.moves)),
-    "  bound   " + ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in r.seconds.items()) + f": {r.bound_by}",
+    "  bound   "
+    + ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in r.seconds.items())
+    + f": {r.bound_by}",
     f"  compiled in {r.compile_seconds:.0f} s; {p.runs:.0f} runs in the recipe",
   ]
   return lines
 
 
-def make_bill(config, recipe: Recipe, reports: Sequence[Report], num_devices: int, efficiency: float) -> dict:
-  """Tokens, rollouts, chip-hours and bytes of the recipe; chip-hours of the programs that were compiled."""
+def make_bill(
+  config, recipe: Recipe, reports: Sequence[Report], num_devices: int, efficiency: float
+) -> dict:
+  """Tokens, rollouts, chip-hours and bytes of the recipe; chip-hours of the programs that were
+  compiled.
+  """
   hours = {
     r.program.name: r.program.runs * max(r.seconds.values()) / efficiency * num_devices / 3600
     for r in reports
@@ -206,7 +234,10 @@ def make_bill(config, recipe: Recipe, reports: Sequence[Report], num_devices: in
     "chip_hours_total": float(f"{sum(hours.values()):.4g}"),
     "storage_bytes": {name: round(value) for name, value in stored.items()},
     "storage_bytes_total": round(sum(stored.values())),
-    "by_stage": {stage: {key: round(value) for key, value in made.items()} for stage, made in recipe.work.items()},
+    "by_stage": {
+      stage: {key: round(value) for key, value in made.items()}
+      for stage, made in recipe.work.items()
+    },
   }
 
 
@@ -225,7 +256,12 @@ def _entry(report: Report, chip: Chip, num_devices: int) -> dict:
 
 
 def main(
-  config, topology: str, stages: Sequence[str] | None, out: str | None, lengths: cost_model.Lengths, efficiency: float
+  config,
+  topology: str,
+  stages: Sequence[str] | None,
+  out: str | None,
+  lengths: cost_model.Lengths,
+  efficiency: float,
 ) -> list[Report]:
   """Prints each program's figures and the bill, and writes them as JSON.
 
@@ -243,15 +279,22 @@ def main(
   model = recipe.model.config
   sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   print(
-    f"{topology}: {len(devices)} devices as {sizes}; {model.num_params / 1e9:.2f} G parameters, {model.param_dtype}"
+    f"{topology}: {len(devices)} devices as {sizes}; {model.num_params / 1e9:.2f} G parameters, "
+    f"{model.param_dtype}"
   )
   print(
-    f"Assumed: prompts of {lengths.prompt:.0f} tokens, responses of {lengths.response:.0f} in {lengths.steps:.0f} steps "
-    f"(the longest twice that), {100 * lengths.pass_rate:.0f} % of traces right, rows {100 * cost_model.PACKED:.0f} % packed."
+    f"Assumed: prompts of {lengths.prompt:.0f} tokens, responses of {lengths.response:.0f} in "
+    f"{lengths.steps:.0f} steps "
+    f"(the longest twice that), {100 * lengths.pass_rate:.0f} % of traces right, rows "
+    f"{100 * cost_model.PACKED:.0f} % packed."
   )
   full_copy = model.num_params * (2 if model.dtype == "bfloat16" else 4) / mesh.shape["tensor"]
   reports = []
-  precision = jax.default_matmul_precision("float32") if model.dtype == "float32" else contextlib.nullcontext()
+  precision = (
+    jax.default_matmul_precision("float32")
+    if model.dtype == "float32"
+    else contextlib.nullcontext()
+  )
   with precision:
     for program in recipe.programs(stages or STAGES):
       report = compile_program(program, chip, len(devices))
@@ -271,11 +314,19 @@ def main(
   if failed:
     r = failed[0]
     what = (
-      r.too_large or max(("arguments", r.argument_bytes), ("temporaries", r.temporary_bytes), key=lambda x: x[1])[0]
+      r.too_large
+      or max(
+        ("arguments", r.argument_bytes), ("temporaries", r.temporary_bytes), key=lambda x: x[1]
+      )[0]
     )
-    more = f"; neither do {', '.join(report.program.name for report in failed[1:])}" if failed[1:] else ""
+    more = (
+      f"; neither do {', '.join(report.program.name for report in failed[1:])}"
+      if failed[1:]
+      else ""
+    )
     raise UserError(
-      f"{r.program.name} does not fit: {r.peak_bytes / 1e9:.2f} of {chip.hbm_bytes / 1e9:.2f} GB a chip of {topology}, most "
+      f"{r.program.name} does not fit: {r.peak_bytes / 1e9:.2f} of {chip.hbm_bytes / 1e9:.2f} GB a "
+      f"chip of {topology}, most "
       f"of it {what}; {r.program.advice}{more}."
     )
   return reports

@@ -1,9 +1,11 @@
-"""What a compiled program does, read from its optimised HLO: FLOPs, bytes over memory, bytes between chips.
+"""What a compiled program does, read from its optimised HLO: FLOPs, bytes over memory, bytes
+between chips.
 
-XLA's own cost analysis counts the body of a loop once. Here a body counts as often as its loop turns; a loop whose
-turns only the data knows (decoding) counts once, so that its figures are those of one turn. Counted are matrix
-products (2·M·N·K; on TPU they are convolutions), what instructions read from and write to the chip's main memory, and
-what a chip sends by the usual ring algorithms. A Pallas kernel counts as it says of itself.
+XLA's own cost analysis counts the body of a loop once. Here a body counts as often as its loop
+turns; a loop whose turns only the data knows (decoding) counts once, so that its figures are those
+of one turn. Counted are matrix products (2·M·N·K; on TPU they are convolutions), what instructions
+read from and write to the chip's main memory, and what a chip sends by the usual ring algorithms. A
+Pallas kernel counts as it says of itself.
 """
 
 import collections
@@ -18,7 +20,8 @@ from synthneg_jax.preflight import hlo
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _PERMUTE = "collective-permute"
 _FREE = frozenset(
-  "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id domain opt-barrier "
+  "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id domain "
+  "opt-barrier "
   "add-dependency iota".split()
 )
 
@@ -30,13 +33,17 @@ class Cost:
   Attributes:
     flops: of matrix products.
     memory_bytes: read from and written to main memory.
-    collectives: bytes sent, by kind; "send" is what goes to other slices, over the data-centre network.
-    moved: the same by (kind, group of devices, array), but for what is sent to other slices; permutes are of parts or sums.
+    collectives: bytes sent, by kind; "send" is what goes to other slices, over the data-centre
+      network.
+    moved: the same by (kind, group of devices, array), but for what is sent to other slices;
+      permutes are of parts or sums.
   """
 
   flops: float = 0.0
   memory_bytes: float = 0.0
-  collectives: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+  collectives: dict[str, float] = dataclasses.field(
+    default_factory=lambda: collections.defaultdict(float)
+  )
   moved: dict[tuple[str, tuple[int, ...], hlo.Array], float] = dataclasses.field(
     default_factory=lambda: collections.defaultdict(float)
   )
@@ -78,8 +85,12 @@ class Program:
 
   @functools.cached_property
   def open_loop(self) -> Cost | None:
-    """Of one turn of the outermost loop whose length only the data knows (of several, the largest); None if there is none."""
-    for computation in map(self._computations.get, [self._entry, *reversed(self._computations)]):  # callers come last
+    """Of one turn of the outermost loop whose length only the data knows (of several, the largest);
+    None if there is none.
+    """
+    for computation in map(
+      self._computations.get, [self._entry, *reversed(self._computations)]
+    ):  # callers come last
       costs = []
       for loop in computation.values():
         if loop.opcode == "while" and self._turns(computation, loop) is None:
@@ -101,9 +112,15 @@ class Program:
         total.add(body, 1 if turns is None else turns)
         continue
       if instruction.opcode == "conditional":
-        branches = re.findall(r"%([\w.\-]+)", instruction.attribute(r"branch_computations=\{([^}]*)\}") or "")
+        branches = re.findall(
+          r"%([\w.\-]+)", instruction.attribute(r"branch_computations=\{([^}]*)\}") or ""
+        )
         branches += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.attributes)
-        total.add(max((self._cost(branch) for branch in branches), key=lambda cost: cost.flops, default=Cost()))
+        total.add(
+          max(
+            (self._cost(branch) for branch in branches), key=lambda cost: cost.flops, default=Cost()
+          )
+        )
         continue
       called = instruction.attribute(r"calls=%?([\w.\-]+)")
       if instruction.opcode == "call":
@@ -124,7 +141,9 @@ class Program:
         for array, size in self._sent(computation, instruction, kind):
           total.collectives[kind] += size
           of = (
-            f"{kind} of {'sums' if self._is_sum(computation, instruction) else 'parts'}" if kind == _PERMUTE else kind
+            f"{kind} of {'sums' if self._is_sum(computation, instruction) else 'parts'}"
+            if kind == _PERMUTE
+            else kind
           )
           total.moved[of, hlo.group(instruction, self._devices), array] += size
       if kind == "send":  # to another slice, by way of the hosts
@@ -144,7 +163,11 @@ class Program:
     if root.opcode == "fusion":  # the comparison alone, its operands as they stand
       inner = self._root(self._computations[root.attribute(r"calls=%?([\w.\-]+)")])
       root = dataclasses.replace(root, opcode=inner.opcode, attributes=inner.attributes)
-    if root.opcode != "compare" or len(root.operands) != 2 or root.attribute(r"direction=(\w+)") not in ("LT", "GT"):
+    if (
+      root.opcode != "compare"
+      or len(root.operands) != 2
+      or root.attribute(r"direction=(\w+)") not in ("LT", "GT")
+    ):
       return None
     sides = [condition[name] for name in root.operands]
     if root.attribute(r"direction=(\w+)") == "GT":
@@ -156,14 +179,23 @@ class Program:
 
     bound = self._constant(condition, sides[1].name)
     result = self._root(body)
-    if bound is None and sides[1].opcode == "get-tuple-element" and first is not None and result.opcode == "tuple":
+    if (
+      bound is None
+      and sides[1].opcode == "get-tuple-element"
+      and first is not None
+      and result.opcode == "tuple"
+    ):
       place = sides[1].attribute(r"index=(\d+)")
       passed = body[result.operands[int(place)]]  # as the loop got it, or the bound moves
       same = passed.opcode == "get-tuple-element" and passed.attribute(r"index=(\d+)") == place
       bound = start(int(place)) if same else None
     if index is None or bound is None or first is None:
       return None
-    step = self._added(body, result.operands[int(index)], int(index)) if result.opcode == "tuple" else None
+    step = (
+      self._added(body, result.operands[int(index)], int(index))
+      if result.opcode == "tuple"
+      else None
+    )
     begin = start(int(index))
     return None if step is None or begin is None else max(-(-(bound - begin) // step), 0)
 
@@ -171,7 +203,11 @@ class Program:
     instruction = computation.get(name)
     while instruction is not None and instruction.opcode in ("copy", "bitcast", "convert"):
       instruction = computation.get(instruction.operands[0])
-    if instruction is None or instruction.opcode != "constant" or not re.fullmatch(r"-?\d+", instruction.operands[0]):
+    if (
+      instruction is None
+      or instruction.opcode != "constant"
+      or not re.fullmatch(r"-?\d+", instruction.operands[0])
+    ):
       return None
     return int(instruction.operands[0])
 
@@ -197,7 +233,9 @@ class Program:
       place = 0 if constants[0] is not None else 1
       total += constants[place]
       instruction = body[instruction.operands[1 - place]]
-    is_index = instruction.opcode == "get-tuple-element" and instruction.attribute(r"index=(\d+)") == str(index)
+    is_index = instruction.opcode == "get-tuple-element" and instruction.attribute(
+      r"index=(\d+)"
+    ) == str(index)
     return total if is_index and total > 0 else None
 
   def _product_flops(self, computation, instruction: hlo.Instruction) -> float:
@@ -205,7 +243,11 @@ class Program:
     left, right = (computation[name].arrays[0].sizes for name in instruction.operands[:2])
     if instruction.opcode == "dot":
       contracting = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
-      return 2.0 * math.prod(out) * math.prod(left[int(place)] for place in contracting.split(",") if place)
+      return (
+        2.0
+        * math.prod(out)
+        * math.prod(left[int(place)] for place in contracting.split(",") if place)
+      )
     labels = instruction.attribute(r"dim_labels=(\S+?)(?:,|$)")
     of_left, of_right, of_out = re.split(r"_|->", labels)
     groups = int(instruction.attribute(r"feature_group_count=(\d+)") or 1)
@@ -232,9 +274,15 @@ class Program:
         pad=int(pads[at].split("_")[0]),
       )
       total *= _meetings(window)
-    return total / max(int(instruction.attribute(r"batch_group_count=(\d+)") or 1), 1) if groups else total
+    return (
+      total / max(int(instruction.attribute(r"batch_group_count=(\d+)") or 1), 1)
+      if groups
+      else total
+    )
 
-  def _sent(self, computation, instruction: hlo.Instruction, kind: str) -> list[tuple[hlo.Array, float]]:
+  def _sent(
+    self, computation, instruction: hlo.Instruction, kind: str
+  ) -> list[tuple[hlo.Array, float]]:
     """(operand, bytes that a chip sends of it), by ring algorithms."""
     if not self._first("sent", instruction):
       return []
@@ -252,24 +300,41 @@ class Program:
     elif kind == "reduce-scatter" and instruction.opcode.startswith("reduce-scatter"):
       times = parts - 1
     given = [computation[name].arrays for name in instruction.operands if name in computation]
-    named = [of[0] for of in given] if len(given) == len(arrays) and all(map(len, given)) else arrays
+    named = (
+      [of[0] for of in given] if len(given) == len(arrays) and all(map(len, given)) else arrays
+    )
     return [(name, times * array.num_bytes) for name, array in zip(named, arrays, strict=True)]
 
   def _is_sum(self, computation, permute: hlo.Instruction) -> bool:
-    """Whether a permute passes on sums, as one that scatters does, or parts as they lie, as one that gathers does."""
-    source, passed = computation.get(permute.operands[0]), ("copy", "bitcast", "get-tuple-element", "fusion", _PERMUTE)
-    while source is not None and source.opcode.removesuffix("-done") in passed and not self._adds(source):
+    """Whether a permute passes on sums, as one that scatters does, or parts as they lie, as one
+    that gathers does.
+    """
+    source, passed = (
+      computation.get(permute.operands[0]),
+      ("copy", "bitcast", "get-tuple-element", "fusion", _PERMUTE),
+    )
+    while (
+      source is not None
+      and source.opcode.removesuffix("-done") in passed
+      and not self._adds(source)
+    ):
       source = computation.get(source.operands[0])
     return source is not None and (source.opcode == "while" or self._adds(source))
 
   def _adds(self, instruction: hlo.Instruction) -> bool:
     """Whether it makes a sum, or its start: a select, which gives zeros in a loop's first turn."""
     if instruction.opcode == "fusion":
-      return any(map(self._adds, self._computations[instruction.attribute(r"calls=%?([\w.\-]+)")].values()))
-    return instruction.opcode in ("add", "dot", "convolution", "select") and bool(instruction.arrays[0].sizes)
+      return any(
+        map(self._adds, self._computations[instruction.attribute(r"calls=%?([\w.\-]+)")].values())
+      )
+    return instruction.opcode in ("add", "dot", "convolution", "select") and bool(
+      instruction.arrays[0].sizes
+    )
 
   def _first(self, what: str, instruction: hlo.Instruction) -> bool:
-    """False if this is a further part of a collective that was counted: cut up between other work, it shows in each."""
+    """False if this is a further part of a collective that was counted: cut up between other work,
+    it shows in each.
+    """
     if "chain_id=" not in instruction.attributes:
       return True
     key = what, instruction.attribute(r"channel_id=(\d+)")
@@ -284,11 +349,15 @@ class Program:
       return 0.0
     operands = [computation[name] for name in instruction.operands if name in computation]
     if opcode in ("copy-start", "slice-start", "async-start", "async-update"):
-      # (result, source, ...) or ((sources), result, ...); an update's first operand is the start, which may have no sources
+      # (result, source, ...) or ((sources), result, ...); an update's first operand is the start,
+      # which may have no sources
       sources = operands[opcode == "async-update" :]
       if not sources:
         return 0.0
-      source, result = sources[0].arrays[0], instruction.arrays[0 if opcode == "copy-start" else len(sources)]
+      source, result = (
+        sources[0].arrays[0],
+        instruction.arrays[0 if opcode == "copy-start" else len(sources)],
+      )
       return min(source.num_bytes, result.num_bytes) * (source.in_memory + result.in_memory)
     if opcode in ("dynamic-slice", "slice", "gather"):
       read = instruction.arrays[0].num_bytes if operands[0].arrays[0].in_memory else 0.0
@@ -296,7 +365,9 @@ class Program:
     if opcode in ("dynamic-update-slice", "scatter"):
       place = 1 if opcode == "dynamic-update-slice" else -1
       update = operands[place]
-      return update.memory_bytes + (update.arrays[0].num_bytes if instruction.arrays[0].in_memory else 0.0)
+      return update.memory_bytes + (
+        update.arrays[0].num_bytes if instruction.arrays[0].in_memory else 0.0
+      )
     if opcode != "fusion":
       return sum(operand.memory_bytes for operand in operands) + instruction.memory_bytes
     inner = self._computations[instruction.attribute(r"calls=%?([\w.\-]+)")]
@@ -313,12 +384,16 @@ class Program:
     return read + self._written(inner, instruction)
 
   def _parameter(self, computation, place: int) -> hlo.Instruction:
-    return next(i for i in computation.values() if i.opcode == "parameter" and i.operands[0] == str(place))
+    return next(
+      i for i in computation.values() if i.opcode == "parameter" and i.operands[0] == str(place)
+    )
 
   def _read(self, inner, name: str) -> float:
     """Bytes of a fusion's parameter that it looks at: of a stack that it slices, the slice."""
     total = 0.0
-    for user, place in ((i, place) for i in inner.values() for place, used in enumerate(i.operands) if used == name):
+    for user, place in (
+      (i, place) for i in inner.values() for place, used in enumerate(i.operands) if used == name
+    ):
       if user.opcode in ("bitcast", "reshape"):
         total += self._read(inner, user.name)
       elif user.opcode == "fusion":
@@ -338,7 +413,9 @@ class Program:
 
   def _written(self, inner, fusion: hlo.Instruction) -> float:
     root = self._root(inner)
-    roots = [inner[name] for name in root.operands if name in inner] if root.opcode == "tuple" else [root]
+    roots = (
+      [inner[name] for name in root.operands if name in inner] if root.opcode == "tuple" else [root]
+    )
     if len(roots) != len(fusion.arrays):
       return fusion.memory_bytes
     total = 0.0
@@ -350,15 +427,22 @@ class Program:
         written = min(written, sum(a.num_bytes for a in inner[part.operands[1]].arrays))
       elif part.opcode == "scatter":
         written = min(written, sum(a.num_bytes for a in inner[part.operands[-1]].arrays))
-      elif part.opcode == "parameter" or (part.opcode in _COLLECTIVES and not self._first("written", part)):
+      elif part.opcode == "parameter" or (
+        part.opcode in _COLLECTIVES and not self._first("written", part)
+      ):
         written = 0.0  # passed on
       total += written if array.in_memory else 0.0
     return total
 
 
 def _kernel_cost(instruction: hlo.Instruction) -> Cost | None:
-  """Of a kernel of ours, what it says of itself (models/fused_attention.py); None of any other instruction."""
-  said = [instruction.attribute(rf'"cost_estimate":\{{[^}}]*"{name}":"(\d+)"') for name in ("flops", "bytes_accessed")]
+  """Of a kernel of ours, what it says of itself (models/fused_attention.py); None of any other
+  instruction.
+  """
+  said = [
+    instruction.attribute(rf'"cost_estimate":\{{[^}}]*"{name}":"(\d+)"')
+    for name in ("flops", "bytes_accessed")
+  ]
   return Cost(float(said[0]), float(said[1])) if all(said) else None
 
 
@@ -386,7 +470,9 @@ class _Window(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _meetings(window: _Window) -> int:
-  """How many pairs (output place, kernel place) of a window meet an element of the input, not padding or a gap."""
+  """How many pairs (output place, kernel place) of a window meet an element of the input, not
+  padding or a gap.
+  """
   size, kernel, places, stride, dilate, reach, pad = window
   total, extent = 0, (size - 1) * dilate + 1
   for k in range(kernel):

@@ -44,7 +44,8 @@ class Counts:
     solutions: the teacher's that SFT learned from.
     traces, right, wrong: π_sft's samples; the rest were cut, ambiguous or without an answer.
     rft: right samples that RFT learned from.
-    credited, steps, rollouts: wrong samples with credit, their steps, and rollouts from before and after them.
+    credited, steps, rollouts: wrong samples with credit, their steps, and rollouts from before and
+      after them.
     pits: credited samples that have one.
     pairs: for DPO.
     errors: test error of sft, rft and dpo, shares.
@@ -91,10 +92,22 @@ def draw(counts: Counts, title: str) -> Figure:
       column, row = _PLACES[name]
       color = figures.ORANGE if name.startswith("π") else figures.BLUE
       corner = (column - _WIDTH / 2, row - _HEIGHT / 2)
-      look = {"boxstyle": "round,pad=0,rounding_size=0.06", "facecolor": color + "26", "edgecolor": color}
+      look = {
+        "boxstyle": "round,pad=0,rounding_size=0.06",
+        "facecolor": color + "26",
+        "edgecolor": color,
+      }
       axes.add_patch(FancyBboxPatch(corner, _WIDTH, _HEIGHT, linewidth=1.2, **look))
       axes.text(column, row - 0.13, name, ha="center", va="center", fontsize=11, weight="semibold")
-      axes.text(column, row + 0.09, "\n".join(lines), ha="center", va="center", fontsize=6.8, linespacing=1.2)
+      axes.text(
+        column,
+        row + 0.09,
+        "\n".join(lines),
+        ha="center",
+        va="center",
+        fontsize=6.8,
+        linespacing=1.2,
+      )
     for start, end, verb, (right, up) in _WAYS:
       (x0, y0), (x1, y1) = _PLACES[start], _PLACES[end]
       if x0 != x1 and y0 != y1:  # down and to the side, from the lower left corner
@@ -102,10 +115,18 @@ def draw(counts: Counts, title: str) -> Figure:
       else:
         half = (_WIDTH / 2) * (x1 > x0) - (_WIDTH / 2) * (x1 < x0), (_HEIGHT / 2) * (y1 > y0)
         x0, x1, y0, y1 = x0 + half[0], x1 - half[0], y0 + half[1], y1 - half[1]
-      arrow = {"arrowstyle": "-|>", "color": figures.INK, "linewidth": 1.0, "shrinkA": 1, "shrinkB": 1}
+      arrow = {
+        "arrowstyle": "-|>",
+        "color": figures.INK,
+        "linewidth": 1.0,
+        "shrinkA": 1,
+        "shrinkB": 1,
+      }
       axes.annotate("", (x1, y1), (x0, y0), arrowprops=arrow)
       place = ((x0 + x1) / 2 + right, (y0 + y1) / 2 - up)
-      axes.text(*place, verb, ha="left" if right > 0 else "center", va="center", fontsize=8, style="italic")
+      axes.text(
+        *place, verb, ha="left" if right > 0 else "center", va="center", fontsize=8, style="italic"
+      )
     figure.suptitle(title, fontsize=9, x=0.02, ha="left")
     return figure
 

@@ -1,7 +1,8 @@
 """Drawings of the report as matplotlib figures, and each as SVG for the page or as PNG bytes.
 
-Ink (text, axes, grid) is one colour that the SVG turns into currentColor, so it follows the page's light or dark mode;
-the other colours are of middle lightness and the background is transparent. The same data give the same SVG.
+Ink (text, axes, grid) is one colour that the SVG turns into currentColor, so it follows the page's
+light or dark mode; the other colours are of middle lightness and the background is transparent. The
+same data give the same SVG.
 """
 
 import io
@@ -39,11 +40,15 @@ STYLE = {
 
 
 def _figure(height: float, panels: int = 1, **options):
-  figure = Figure(figsize=(4.3, height), layout="constrained")  # inches; narrow, so that text is large on a phone
+  figure = Figure(
+    figsize=(4.3, height), layout="constrained"
+  )  # inches; narrow, so that text is large on a phone
   return figure, figure.subplots(panels, 1, **options)
 
 
-def errors(labels: Sequence[str], values: Sequence[float], intervals: Sequence[tuple[float, float]]) -> Figure:
+def errors(
+  labels: Sequence[str], values: Sequence[float], intervals: Sequence[tuple[float, float]]
+) -> Figure:
   """Test errors as points with their intervals, first label on top.
 
   Args:
@@ -54,10 +59,17 @@ def errors(labels: Sequence[str], values: Sequence[float], intervals: Sequence[t
   with matplotlib.rc_context(STYLE):
     figure, axes = _figure(0.75 + 0.34 * len(labels))
     for row, (value, (low, high)) in enumerate(zip(values, intervals, strict=True)):
-      axes.plot([100 * low, 100 * high], [row, row], color=BLUE, linewidth=2.5, solid_capstyle="round")
+      axes.plot(
+        [100 * low, 100 * high], [row, row], color=BLUE, linewidth=2.5, solid_capstyle="round"
+      )
       axes.plot([100 * value], [row], "o", color=BLUE, markersize=6)
       axes.annotate(
-        f"{100 * value:.1f}", (100 * value, row), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
+        f"{100 * value:.1f}",
+        (100 * value, row),
+        xytext=(0, 6),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8,
       )
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.6)
@@ -81,7 +93,9 @@ def mean_values(means: Sequence[float], counts: Sequence[int], start: float) -> 
     above.plot([0, *steps], [start, *means], "-", color=BLUE, linewidth=1.8)
     above.plot(steps, means, "o", color=BLUE, markersize=5, clip_on=False, zorder=3)
     above.plot([0], [start], "s", color=GREY, markersize=6, clip_on=False, zorder=3)
-    above.annotate("problem alone", (0, start), xytext=(-4, 14), textcoords="offset points", fontsize=8)
+    above.annotate(
+      "problem alone", (0, start), xytext=(-4, 14), textcoords="offset points", fontsize=8
+    )
     above.set_ylim(0, max(0.1, 1.15 * max([start, *filter(math.isfinite, means)])))
     above.set_ylabel("mean Q")
     above.grid(axis="y")
@@ -95,7 +109,10 @@ def mean_values(means: Sequence[float], counts: Sequence[int], start: float) -> 
 
 
 def step_values(
-  values: Sequence[float | None], intervals: Sequence[tuple[float, float] | None], start: float, pit: int
+  values: Sequence[float | None],
+  intervals: Sequence[tuple[float, float] | None],
+  start: float,
+  pit: int,
 ) -> Figure:
   """Q after each step of one trace.
 
@@ -109,9 +126,18 @@ def step_values(
     figure, axes = _figure(2.4)
     for step, interval in enumerate(intervals, start=1):
       if interval is not None:
-        axes.plot([step, step], interval, color=GREY, linewidth=2.5, alpha=0.5, solid_capstyle="round")
+        axes.plot(
+          [step, step], interval, color=GREY, linewidth=2.5, alpha=0.5, solid_capstyle="round"
+        )
     there = [(step, value) for step, value in enumerate(values, start=1) if value is not None]
-    axes.plot(*zip((0, start), *there, strict=True), "o-", color=BLUE, linewidth=1.8, markersize=5, clip_on=False)
+    axes.plot(
+      *zip((0, start), *there, strict=True),
+      "o-",
+      color=BLUE,
+      linewidth=1.8,
+      markersize=5,
+      clip_on=False,
+    )
     if pit >= 0:
       axes.axvspan(pit + 0.5, pit + 1.5, color=ORANGE, alpha=0.25, linewidth=0)
     axes.set_ylim(0, 1.03)
@@ -132,7 +158,11 @@ def mean_advantages(means: Sequence[float], counts: Sequence[int]) -> Figure:
   """
   with matplotlib.rc_context(STYLE):
     figure, axes = _figure(2.4)
-    there = [(step, mean) for step, (mean, count) in enumerate(zip(means, counts, strict=True), start=1) if count]
+    there = [
+      (step, mean)
+      for step, (mean, count) in enumerate(zip(means, counts, strict=True), start=1)
+      if count
+    ]
     for step, mean in there:
       axes.bar([step], [mean], color=BLUE if mean >= 0 else ORANGE, width=0.6)
     axes.axhline(0, color=INK, linewidth=0.8)
@@ -166,7 +196,14 @@ def curves(
       axes.yaxis.set_major_locator(MaxNLocator(4))
       axes.grid(axis="y")
       if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=8, ncols=len(lines), loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+        axes.legend(
+          frameon=False,
+          fontsize=8,
+          ncols=len(lines),
+          loc="lower left",
+          bbox_to_anchor=(0, 1),
+          borderpad=0,
+        )
     all_axes[-1, 0].set_xlabel("update")
     all_axes[-1, 0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     figure.align_ylabels()
@@ -180,7 +217,14 @@ def times(labels: Sequence[str], seconds: Sequence[float]) -> Figure:
     places = range(len(labels))
     axes.barh(places, seconds, color=BLUE, height=0.6)
     for place, value in zip(places, seconds, strict=True):
-      axes.annotate(f"{value:g}", (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+      axes.annotate(
+        f"{value:g}",
+        (value, place),
+        xytext=(3, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+      )
     axes.set_yticks(places, labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlim(0, 1.12 * max([*seconds, 0.1]))
@@ -190,7 +234,8 @@ def times(labels: Sequence[str], seconds: Sequence[float]) -> Figure:
 
 
 def verdicts(reasons: Mapping[str, Mapping[str, int]], names: Mapping[str, str]) -> Figure:
-  """Responses by verdict, one bar a row of 100 %: right in blue, wrong in orange, all others in greys.
+  """Responses by verdict, one bar a row of 100 %: right in blue, wrong in orange, all others in
+  greys.
 
   Args:
     reasons: row -> verdict's reason -> responses.
@@ -198,7 +243,9 @@ def verdicts(reasons: Mapping[str, Mapping[str, int]], names: Mapping[str, str])
   """
   shades = iter(("#8a919b", "#b3b9c1", "#6b727c", "#ccd1d6", "#565c64", "#dde1e5"))
   there = [reason for reason in names if any(reason in row for row in reasons.values())]
-  colors = {reason: {"right": BLUE, "wrong": ORANGE}.get(reason) or next(shades) for reason in there}
+  colors = {
+    reason: {"right": BLUE, "wrong": ORANGE}.get(reason) or next(shades) for reason in there
+  }
   with matplotlib.rc_context(STYLE):
     figure, axes = _figure(1.2 + 0.32 * len(reasons))
     for place, row in enumerate(reasons.values()):
@@ -208,7 +255,15 @@ def verdicts(reasons: Mapping[str, Mapping[str, int]], names: Mapping[str, str])
         label = names[reason] if place == 0 else None
         axes.barh([place], [share], left=left, color=colors[reason], height=0.6, label=label)
         if share > 8:
-          axes.text(left + share / 2, place, f"{share:.0f}", ha="center", va="center", fontsize=8, color="white")
+          axes.text(
+            left + share / 2,
+            place,
+            f"{share:.0f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white",
+          )
         left += share
     axes.set_yticks(range(len(reasons)), list(reasons))
     axes.set_ylim(len(reasons) - 0.5, -0.5)
@@ -219,7 +274,8 @@ def verdicts(reasons: Mapping[str, Mapping[str, int]], names: Mapping[str, str])
 
 
 def shifts(chosen: Sequence[float], rejected: Sequence[float]) -> Figure:
-  """Each pair as a dot: how far training has moved its two branches. Below the diagonal the margin has grown.
+  """Each pair as a dot: how far training has moved its two branches. Below the diagonal the margin
+  has grown.
 
   Args:
     chosen, rejected: log π − log π_ref of each pair's branches, nats.
@@ -263,7 +319,9 @@ def pits(counts: Sequence[int], without: int) -> Figure:
 def png(figure: Figure, dots_per_inch: int = 200) -> bytes:
   """The drawing on white."""
   buffer = io.BytesIO()
-  figure.savefig(buffer, format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None})
+  figure.savefig(
+    buffer, format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None}
+  )
   return buffer.getvalue()
 
 
@@ -281,7 +339,9 @@ def svg(figure: Figure, name: str, label: str) -> str:
   text = buffer.getvalue()
   text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
   box = re.search(r'viewBox="([^"]+)"', text).group(1)
-  text = re.sub(r"<svg[^>]*>", f'<svg viewBox="{box}" role="img" aria-label="{label}">', text, count=1)
+  text = re.sub(
+    r"<svg[^>]*>", f'<svg viewBox="{box}" role="img" aria-label="{label}">', text, count=1
+  )
   text = re.sub(r'\bid="', f'id="{name}-', text)
   text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
   return text.replace(INK, "currentColor").strip()
@@ -300,5 +360,7 @@ def save(figure: Figure, path: epath.PathLike) -> None:
   """Writes path.png and path.svg, both on white."""
   path = epath.Path(path)
   with matplotlib.rc_context(STYLE):  # without dates, so that the same result gives the same files
-    figure.savefig(path.with_suffix(".png"), dpi=160, facecolor="white", metadata={"Software": None})
+    figure.savefig(
+      path.with_suffix(".png"), dpi=160, facecolor="white", metadata={"Software": None}
+    )
     figure.savefig(path.with_suffix(".svg"), facecolor="white", metadata={"Date": None})

@@ -1,7 +1,9 @@
-"""Preference losses as drawings: against the margin, over the plane of both shifts, and by step of one response.
+"""Preference losses as drawings: against the margin, over the plane of both shifts, and by step of
+one response.
 
-A loss here is a function of `core.losses` with its settings bound: of (chosen, rejected, ref_chosen, ref_rejected), [P] nats
-each. Gradients are jax's, of the very functions that training uses.
+A loss here is a function of `core.losses` with its settings bound: of (chosen, rejected,
+ref_chosen, ref_rejected), [P] nats each. Gradients are jax's, of the very functions that training
+uses.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,22 +40,32 @@ def with_nll(loss: Loss, weight: float, num_tokens: int, ref_chosen: float) -> L
   return sum_
 
 
-def slopes(loss: Loss, chosen_P: jax.Array, rejected_P: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(loss, ∂loss/∂ log π(y⁺), ∂loss/∂ log π(y⁻)) [P] each, where the branches have shifted so far from a reference at 0."""
+def slopes(
+  loss: Loss, chosen_P: jax.Array, rejected_P: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(loss, ∂loss/∂ log π(y⁺), ∂loss/∂ log π(y⁻)) [P] each, where the branches have shifted so far
+  from a reference at 0.
+  """
 
   def total(c_P, r_P):
     return jnp.sum(loss(c_P, r_P, jnp.zeros_like(c_P), jnp.zeros_like(r_P)))
 
   by_chosen_P, by_rejected_P = jax.grad(total, argnums=(0, 1))(chosen_P, rejected_P)
-  return loss(chosen_P, rejected_P, jnp.zeros_like(chosen_P), jnp.zeros_like(rejected_P)), by_chosen_P, by_rejected_P
+  return (
+    loss(chosen_P, rejected_P, jnp.zeros_like(chosen_P), jnp.zeros_like(rejected_P)),
+    by_chosen_P,
+    by_rejected_P,
+  )
 
 
 def rejecting(loss: Loss, step_S: jax.Array) -> Callable[[jax.Array], jax.Array]:
-  """A loss of one pair as a function of the shifts [S] of the steps of one response, of which some are the rejected branch.
+  """A loss of one pair as a function of the shifts [S] of the steps of one response, of which some
+  are the rejected branch.
 
   Args:
     loss: of pairs.
-    step_S: 1 where the step belongs to the rejected branch, else 0. The chosen branch is another response's.
+    step_S: 1 where the step belongs to the rejected branch, else 0. The chosen branch is another
+      response's.
   """
 
   def of_steps(shift_S):
@@ -63,8 +75,11 @@ def rejecting(loss: Loss, step_S: jax.Array) -> Callable[[jax.Array], jax.Array]
   return of_steps
 
 
-def by_margin(named: Mapping[str, Loss], *, low: float = -20.0, high: float = 40.0, most: float = 3.0) -> Figure:
-  """Each loss against the margin, and below it how hard it pulls, −∂loss/∂h; both as multiples of those at h = 0.
+def by_margin(
+  named: Mapping[str, Loss], *, low: float = -20.0, high: float = 40.0, most: float = 3.0
+) -> Figure:
+  """Each loss against the margin, and below it how hard it pulls, −∂loss/∂h; both as multiples of
+  those at h = 0.
 
   The margin is moved by the rejected branch; the chosen one stays at the reference.
 
@@ -81,7 +96,9 @@ def by_margin(named: Mapping[str, Loss], *, low: float = -20.0, high: float = 40
     for (name, loss), color, dash in zip(named.items(), _COLORS, _DASHES, strict=False):
       value_P, _, by_rejected_P = slopes(loss, chosen_P, chosen_P - margin_P)
       value_1, _, pull_1 = slopes(loss, zero_1, zero_1)
-      above.plot(margin_P, value_P / value_1, color=color, linestyle=dash, linewidth=1.8, label=name)
+      above.plot(
+        margin_P, value_P / value_1, color=color, linestyle=dash, linewidth=1.8, label=name
+      )
       below.plot(
         margin_P, by_rejected_P / pull_1, color=color, linestyle=dash, linewidth=1.8
       )  # h falls with the rejected
@@ -100,7 +117,8 @@ def by_margin(named: Mapping[str, Loss], *, low: float = -20.0, high: float = 40
 
 
 def by_shifts(named: Mapping[str, Loss], *, size: float = 8.0) -> Figure:
-  """The plane of both branches' shifts, one panel a loss: shades are the loss, arrows the way that it pushes.
+  """The plane of both branches' shifts, one panel a loss: shades are the loss, arrows the way that
+  it pushes.
 
   Args:
     named: losses by the titles of their panels, four at most.
@@ -118,13 +136,27 @@ def by_shifts(named: Mapping[str, Loss], *, size: float = 8.0) -> Figure:
       shade_GG = jnp.floor(15.99 * shade_GG / jnp.max(shade_GG))  # in steps, as height lines
       extent = (-size, size, -size, size)
       axes.imshow(
-        shade_GG, cmap="Greys", alpha=0.5, origin="lower", extent=extent, aspect="auto", interpolation="nearest"
+        shade_GG,
+        cmap="Greys",
+        alpha=0.5,
+        origin="lower",
+        extent=extent,
+        aspect="auto",
+        interpolation="nearest",
       )
       x_P, y_P = (part.reshape(-1) for part in jnp.meshgrid(coarse_G, coarse_G))
       _, by_chosen_P, by_rejected_P = slopes(loss, x_P, y_P)
       length_P = jnp.sqrt(by_chosen_P**2 + by_rejected_P**2) + 1e-12
-      shown_P = jnp.sqrt(length_P / jnp.max(length_P)) / length_P  # roots, so that weak pulls can be seen
-      arrows = {"color": figures.BLUE, "angles": "xy", "scale_units": "xy", "scale": 9 / size, "width": 0.008}
+      shown_P = (
+        jnp.sqrt(length_P / jnp.max(length_P)) / length_P
+      )  # roots, so that weak pulls can be seen
+      arrows = {
+        "color": figures.BLUE,
+        "angles": "xy",
+        "scale_units": "xy",
+        "scale": 9 / size,
+        "width": 0.008,
+      }
       axes.quiver(x_P, y_P, -by_chosen_P * shown_P, -by_rejected_P * shown_P, **arrows)
       axes.plot([0], [0], "o", color=figures.ORANGE, markersize=5)
       axes.set_title(name, loc="left", fontsize=9, fontweight="bold")
@@ -135,13 +167,16 @@ def by_shifts(named: Mapping[str, Loss], *, size: float = 8.0) -> Figure:
     return figure
 
 
-def by_step(advantage_S: Sequence[float], named: Mapping[str, Callable[[jax.Array], jax.Array]]) -> Figure:
-  """How hard each loss pushes each step of one wrong response, at the start of training: −∂loss/∂ log π(step).
+def by_step(
+  advantage_S: Sequence[float], named: Mapping[str, Callable[[jax.Array], jax.Array]]
+) -> Figure:
+  """How hard each loss pushes each step of one wrong response, at the start of training: −∂loss/∂
+  log π(step).
 
   Args:
     advantage_S: A of each step, drawn first.
-    named: losses by the titles of their panels, each a function of the steps' summed log-probs [S] (their shifts), 0 where
-      training starts.
+    named: losses by the titles of their panels, each a function of the steps' summed log-probs [S]
+      (their shifts), 0 where training starts.
   """
   steps = np.arange(1, len(advantage_S) + 1)
   columns = 4
@@ -150,9 +185,16 @@ def by_step(advantage_S: Sequence[float], named: Mapping[str, Callable[[jax.Arra
     figure = Figure(figsize=(8.8, 1.75 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, squeeze=False).reshape(-1)
     bars = {"the steps' advantages A": np.asarray(advantage_S)}
-    bars |= {name: -np.asarray(jax.grad(loss)(jnp.zeros(len(advantage_S)))) for name, loss in named.items()}
+    bars |= {
+      name: -np.asarray(jax.grad(loss)(jnp.zeros(len(advantage_S)))) for name, loss in named.items()
+    }
     for axes, (name, height_S) in zip(panels, bars.items(), strict=False):
-      axes.bar(steps, height_S, color=[figures.BLUE if h >= 0 else figures.ORANGE for h in height_S], width=0.65)
+      axes.bar(
+        steps,
+        height_S,
+        color=[figures.BLUE if h >= 0 else figures.ORANGE for h in height_S],
+        width=0.65,
+      )
       axes.axhline(0, color=figures.INK, linewidth=0.8)
       axes.set_title(name, loc="left", fontsize=8.5, fontweight="bold")
       axes.set_xticks(steps)

@@ -108,7 +108,11 @@ def csv_text(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def table(
-  header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int], caption: str, loose: bool = False
+  header: Sequence[str],
+  rows: Sequence[Sequence[str]],
+  numeric: Sequence[int],
+  caption: str,
+  loose: bool = False,
 ) -> str:
   """A table of escaped cells, and below it what it says.
 
@@ -125,7 +129,8 @@ def table(
 
   head = "".join(f"<th{kind(i)}>{cell}</th>" for i, cell in enumerate(header))
   body = "".join(
-    "<tr>" + "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>\n" for row in rows
+    "<tr>" + "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>\n"
+    for row in rows
   )
   style = ' class="loose"' if loose else ' class="dense"' if len(header) > 6 else ""
   return (

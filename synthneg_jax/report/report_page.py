@@ -1,7 +1,9 @@
-"""The report of one run as a folder: index.html, which needs nothing else, and every figure as PNG and CSV beside it.
+"""The report of one run as a folder: index.html, which needs nothing else, and every figure as PNG
+and CSV beside it.
 
-What a report is made from stands in the dataclasses below; whoever gathers it (pipeline/report.py) reads the files. Steps
-are numbered from 0 here, as in the records, and from 1 in everything that is shown.
+What a report is made from stands in the dataclasses below; whoever gathers it (pipeline/report.py)
+reads the files. Steps are numbered from 0 here, as in the records, and from 1 in everything that is
+shown.
 """
 
 import dataclasses
@@ -56,7 +58,9 @@ class Report:
   traces: Sequence[ShownTrace] | None
   reasons: Mapping[str, Mapping[str, int]]  # column -> verdict's reason -> responses
   stages: Sequence[StageState]
-  training: Mapping[str, tuple[str, Sequence[Mapping[str, float]]]]  # stage -> (label, metrics of each update)
+  training: Mapping[
+    str, tuple[str, Sequence[Mapping[str, float]]]
+  ]  # stage -> (label, metrics of each update)
   config: Mapping[str, object]  # leaves
   changed: Sequence[str]  # leaves that differ from the default
   versions: Mapping[str, str]  # package -> version
@@ -89,13 +93,17 @@ def _errors(report: Report, folder: markup.Folder) -> str:
     ("method", "test error", "95 % interval", "problems"),
     rows,
     (1, 2, 3),
-    "Test error: the share of the test problems whose response is not graded right; one response a problem. "
-    "The interval (Wilson) is over the draw of test problems, for one training run. All methods answer the "
+    "Test error: the share of the test problems whose response is not graded right; one response a "
+    "problem. "
+    "The interval (Wilson) is over the draw of test problems, for one training run. All methods "
+    "answer the "
     "same problems, so two methods may differ even where their intervals overlap.",
   )
   if not tested:
     return out + markup.missing("Stage evaluate is not done: no method has been tested yet.")
-  figure = figures.errors([m.label for m in tested], [m.error for m in tested], [(m.low, m.high) for m in tested])
+  figure = figures.errors(
+    [m.label for m in tested], [m.error for m in tested], [(m.low, m.high) for m in tested]
+  )
   drawn = folder.add(
     "errors",
     figure,
@@ -112,16 +120,21 @@ def _values(report: Report, folder: markup.Folder) -> str:
     return markup.missing("Stage credit is not done: there are no values of steps yet.")
   values, pits = report.values, report.pits
   if not values.means:
-    return markup.missing("Stage credit found no wrong trace with an answer: there are no values to show.")
+    return markup.missing(
+      "Stage credit found no wrong trace with an answer: there are no values to show."
+    )
   under = (
     f" under Best-of-{report.best_of} (at least one of {report.best_of} rollouts is right)"
     if report.best_of > 1
     else ""
   )
   out = (
-    "<p>Q of a step is the probability that the SFT policy, going on from the end of that step, comes out right"
-    f"{under}; it is estimated from {report.num_rollouts} rollouts. The last step needs none: of a wrong trace "
-    "its Q is 0. A step's advantage is its Q minus the Q of the step before; before the first step stands the "
+    "<p>Q of a step is the probability that the SFT policy, going on from the end of that step, "
+    "comes out right"
+    f"{under}; it is estimated from {report.num_rollouts} rollouts. The last step needs none: of a "
+    "wrong trace "
+    "its Q is 0. A step's advantage is its Q minus the Q of the step before; before the first step "
+    "stands the "
     "value of the problem alone, from its samples. The pit is the step that is blamed, by the rule "
     f"<code>{markup.escape(report.pit_rule)}</code>.</p>"
   )
@@ -131,12 +144,18 @@ def _values(report: Report, folder: markup.Folder) -> str:
     ("step", "mean_q", "traces"),
     [
       (0, values.start, len(pits)),
-      *((s, q if n else "", n) for s, (q, n) in enumerate(zip(values.means, values.counts, strict=True), start=1)),
+      *(
+        (s, q if n else "", n)
+        for s, (q, n) in enumerate(zip(values.means, values.counts, strict=True), start=1)
+      ),
     ],
     "Mean Q by step",
-    "Mean Q after each step over the wrong traces that have the step and whose Q there is known, last steps (Q = 0) "
-    f"included; {len(pits)} traces of {values.num_problems} problems, each trace weighs the same. At 0 stands the "
-    "mean of the value of the problem alone over all these traces. The bars say over how many traces each mean is.",
+    "Mean Q after each step over the wrong traces that have the step and whose Q there is known, "
+    "last steps (Q = 0) "
+    f"included; {len(pits)} traces of {values.num_problems} problems, each trace weighs the same. "
+    "At 0 stands the "
+    "mean of the value of the problem alone over all these traces. The bars say over how many "
+    "traces each mean is.",
   )
   gained = folder.add(
     "mean_advantage",
@@ -144,10 +163,13 @@ def _values(report: Report, folder: markup.Folder) -> str:
     ("step", "mean_advantage", "traces"),
     [
       (step, advantage if count else "", count)
-      for step, (advantage, count) in enumerate(zip(values.advantages, values.advantage_counts, strict=True), start=1)
+      for step, (advantage, count) in enumerate(
+        zip(values.advantages, values.advantage_counts, strict=True), start=1
+      )
     ],
     "Mean advantage by step",
-    "Mean advantage of each step over the wrong traces in which its Q and the Q before it are known.",
+    "Mean advantage of each step over the wrong traces in which its Q and the Q before it are "
+    "known.",
   )
   steps = max((pit + 1 for pit in pits), default=0)
   counts = [sum(pit == step for pit in pits) for step in range(max(steps, len(values.means)))]
@@ -169,7 +191,9 @@ def _values(report: Report, folder: markup.Folder) -> str:
 def _reasons(report: Report) -> str:
   if not report.reasons:
     return markup.missing("No response has been graded yet.")
-  names = [name for name in markup.REASONS if any(name in column for column in report.reasons.values())]
+  names = [
+    name for name in markup.REASONS if any(name in column for column in report.reasons.values())
+  ]
   rows = []
   for label, column in report.reasons.items():
     total = sum(column.values())
@@ -177,13 +201,16 @@ def _reasons(report: Report) -> str:
     def share(name, of=column, total=total):
       return markup.percent(of.get(name, 0) / total).removesuffix(" %")
 
-    cells = (f"{column.get(name, 0)} <br>{share(name).replace('under ', '&lt; ')}" for name in names)
+    cells = (
+      f"{column.get(name, 0)} <br>{share(name).replace('under ', '&lt; ')}" for name in names
+    )
     rows.append((markup.escape(label), *cells, str(total)))
   return markup.table(
     ("responses", *(markup.REASONS[name] for name in names), "all"),
     rows,
     range(1, len(names) + 2),
-    "Number of responses by verdict, and below it their share of the row in %. The samples are of the training problems, "
+    "Number of responses by verdict, and below it their share of the row in %. The samples are of "
+    "the training problems, "
     "the other rows of the test problems, one response each.",
   )
 
@@ -208,8 +235,10 @@ def _stages(report: Report) -> str:
     ("stage", "state", "seconds", "counts"),
     rows,
     (2,),
-    "Seconds of the process that finished the stage; a stage that was interrupted took longer in all. "
-    "Names with a / and grad_norm are of the last training step: means over its batch, of what stands "
+    "Seconds of the process that finished the stage; a stage that was interrupted took longer in "
+    "all. "
+    "Names with a / and grad_norm are of the last training step: means over its batch, of what "
+    "stands "
     "after the /.",
     loose=True,
   )
@@ -229,18 +258,24 @@ def _origin(report: Report) -> str:
     f"<tr{kind(name)}><td><code>{markup.escape(name)}</code></td><td><code>{markup.escape(value)}</code></td></tr>\n"
     for name, value in report.config.items()
   )
-  versions = ", ".join(f"{markup.escape(name)} {markup.escape(version)}" for name, version in report.versions.items())
+  versions = ", ".join(
+    f"{markup.escape(name)} {markup.escape(version)}" for name, version in report.versions.items()
+  )
   commits = (
-    ", ".join(f"<code>{markup.escape(commit)}</code>" for commit in report.commits) or "not known (no git checkout)"
+    ", ".join(f"<code>{markup.escape(commit)}</code>" for commit in report.commits)
+    or "not known (no git checkout)"
   )
   return (
     f"<p>To make this run again, in another folder:</p><pre>{markup.escape(report.command)}</pre>"
-    '<p class="dim">REPORT_FOLDER is where this page lies; its <code>config.py</code> sets every leaf that differs '
+    '<p class="dim">REPORT_FOLDER is where this page lies; its <code>config.py</code> sets every '
+    "leaf that differs "
     "from the default."
     f"</p><p>Git commit: {commits} (+ means: with changes on top).<br>Versions: {versions}.<br>"
-    f"Seed {markup.escape(report.config.get('seed', 'not known'))}, of everything that is drawn.<br>"
+    f"Seed {markup.escape(report.config.get('seed', 'not known'))}, of everything that is "
+    "drawn.<br>"
     f"Devices of the last command: {markup.escape(', '.join(report.devices)) or 'not known'}.</p>"
-    f"<details><summary>All {len(report.config)} leaves of the config; bold ones differ from the default</summary>"
+    f"<details><summary>All {len(report.config)} leaves of the config; bold ones differ from the "
+    "default</summary>"
     f'<table class="leaves"><tbody>\n{leaves}</tbody></table></details>'
   )
 
@@ -251,7 +286,9 @@ def page(report: Report, folder: epath.PathLike) -> str:
   unfinished = [stage.name for stage in report.stages if stage.state != "done"]
   note = ""
   if unfinished:
-    note = markup.missing(f"Not finished yet: {', '.join(unfinished)}. What rests on them is left out below.")
+    note = markup.missing(
+      f"Not finished yet: {', '.join(unfinished)}. What rests on them is left out below."
+    )
   rft = "the " + ("SFT policy" if report.config.get("rft.start") == "sft" else "base model")
   rft += " on the SFT policy's own right samples"
   if report.config.get("rft.with_teacher"):
@@ -259,7 +296,10 @@ def page(report: Report, folder: epath.PathLike) -> str:
   sections = (
     ("Test errors", _errors(report, keep)),
     ("Value of the steps of wrong traces", _values(report, keep)),
-    ("Wrong traces with the credit of each step", trace_cards.section(report.traces, report.best_of, report.pair_mode)),
+    (
+      "Wrong traces with the credit of each step",
+      trace_cards.section(report.traces, report.best_of, report.pair_mode),
+    ),
     ("Verdicts", _reasons(report)),
     ("Training", training_sections.curves(report.training, keep)),
     ("Rollout bill and time by stage", _bill(report, keep)),
@@ -272,7 +312,8 @@ def page(report: Report, folder: epath.PathLike) -> str:
     '<meta http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;; '
     'style-src &#39;unsafe-inline&#39;">\n'
     f"<title>{markup.escape(report.title)}</title>\n<style>{markup.CSS}</style></head>\n<body>\n<h1>{markup.escape(report.title)}</h1>\n"
-    f"<p>SFT trains the base model on known solutions. RFT trains {rft}. Both DPOs go on from the SFT "
+    f"<p>SFT trains the base model on known solutions. RFT trains {rft}. Both DPOs go on from the "
+    "SFT "
     "policy: with known against wrong whole solutions (arbitrary pairs), or with pairs made at the "
     "pit, the step that is to blame for a wrong answer (per-step DPO; mode "
     f"<code>{markup.escape(report.pair_mode)}</code>).</p>\n"

@@ -14,7 +14,9 @@ class Step:
   text: str
   rollouts: int  # from the end of the step; 0 where exact
   successes: int
-  interval: tuple[float, float] | None  # 95 %, of the share of right rollouts; None without rollouts
+  interval: (
+    tuple[float, float] | None
+  )  # 95 %, of the share of right rollouts; None without rollouts
   q: float | None  # under Best-of-k; None where unknown
   advantage: float | None  # q minus q of the step before; None where either is unknown
   exact: bool  # the last step: q is the verdict
@@ -34,7 +36,9 @@ class ShownTrace:
   v0: float  # value of the bare problem under Best-of-k
   steps: Sequence[Step]
   pit: int  # step from 0, -1 where there is none
-  preferred: str | None  # what the per-step pair makes likelier than the pit; empty: no pair, None: not yet made
+  preferred: (
+    str | None
+  )  # what the per-step pair makes likelier than the pit; empty: no pair, None: not yet made
 
 
 def _step(step: Step, number: int, trace: ShownTrace, best_of: int) -> str:
@@ -55,7 +59,9 @@ def _step(step: Step, number: int, trace: ShownTrace, best_of: int) -> str:
     credit += f", advantage {change if change[1:] != '0.00' else '0.00'}"
     shade = round(0.55 * min(1.0, abs(step.advantage)), 3)
     style = f' style="background: rgba(var(--{"bad" if step.advantage < 0 else "good"}), {shade})"'
-  kind, tag = (' class="pit"', ' <span class="tag">◀ pit</span>') if number == trace.pit else ("", "")
+  kind, tag = (
+    (' class="pit"', ' <span class="tag">◀ pit</span>') if number == trace.pit else ("", "")
+  )
   return (
     f'<li{kind}{style}><span class="text">{number + 1}. {markup.escape(step.text.strip())}</span>'
     f'<span class="credit">{credit}{tag}</span></li>'
@@ -74,21 +80,25 @@ def _trace(trace: ShownTrace, number: int, best_of: int, pair_mode: str) -> str:
     else "this to the pit; it is from a continuation of the same steps that came out right"
   )
   preferred = (
-    f'<p class="dim">The per-step pair prefers {what}:</p><pre>{markup.escape(trace.preferred.strip())}</pre>'
+    '<p class="dim">The per-step pair prefers '
+    f"{what}:</p><pre>{markup.escape(trace.preferred.strip())}</pre>"
     if trace.preferred
     else ""
   )
   if trace.pit >= 0 and trace.preferred == "":
     preferred = (
-      '<p class="dim">This trace gave no per-step pair: nothing stood against the pit, or another trace had given the '
+      '<p class="dim">This trace gave no per-step pair: nothing stood against the pit, or another '
+      "trace had given the "
       "same pair, or its problem had given enough.</p>"
     )
   no_pit = "" if trace.pit >= 0 else ' <span class="dim">The rule finds no pit here.</span>'
   return (
-    f'<article><h3>Trace {number} <a href="traces.html#trace={urllib.parse.quote(trace.id, safe="")}" class="dim">'
+    f"<article><h3>Trace {number} <a "
+    f'href="traces.html#trace={urllib.parse.quote(trace.id, safe="")}" class="dim">'
     f"{markup.escape(trace.id)}</a></h3>"
     f"<pre>{markup.escape(trace.problem.strip())}</pre>"
-    f"<p>Verdict: <b>{markup.escape(markup.REASONS.get(trace.reason, trace.reason))}</b>; answer {markup.escape(graded)}, "
+    f"<p>Verdict: <b>{markup.escape(markup.REASONS.get(trace.reason, trace.reason))}</b>; answer "
+    f"{markup.escape(graded)}, "
     f"gold answer {markup.escape(trace.gold)}. {start}.{no_pit}</p>"
     f'<ol class="steps">\n{steps}\n</ol>{preferred}</article>'
   )
@@ -104,10 +114,14 @@ def section(traces: Sequence[ShownTrace] | None, best_of: int, pair_mode: str) -
   if any(trace.pit < 0 for trace in traces):
     whose += ", then from those without"
   return (
-    f"<p>Wrong traces of the SFT policy, taken at even distances from the list of {whose}, one a problem; "
-    "they are not picked by hand. Each step shows how many rollouts from its end came out right, with the 95 % "
+    f"<p>Wrong traces of the SFT policy, taken at even distances from the list of {whose}, one a "
+    "problem; "
+    "they are not picked by hand. Each step shows how many rollouts from its end came out right, "
+    "with the 95 % "
     "interval (Wilson) of that share, and its advantage. Colour: "
     '<span class="sample" style="background: rgba(var(--bad), 0.5)">the step lowers Q</span> '
-    '<span class="sample" style="background: rgba(var(--good), 0.5)">the step raises Q</span>, the stronger the more.'
-    "</p>" + "\n".join(_trace(trace, i, best_of, pair_mode) for i, trace in enumerate(traces, start=1))
+    '<span class="sample" style="background: rgba(var(--good), 0.5)">the step raises Q</span>, the '
+    "stronger the more."
+    "</p>"
+    + "\n".join(_trace(trace, i, best_of, pair_mode) for i, trace in enumerate(traces, start=1))
   )

@@ -1,4 +1,6 @@
-"""Sections of the report on training and on what it cost: curves by update, the rollout bill, and time by stage."""
+"""Sections of the report on training and on what it cost: curves by update, the rollout bill, and
+time by stage.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +12,11 @@ _PANELS = (
   ("loss, nats a pair", {"loss/per_pair": "loss"}),
   (
     "shift, nats a pair",
-    {"chosen_shift/per_pair": "chosen", "rejected_shift/per_pair": "rejected", "margin/per_pair": "margin"},
+    {
+      "chosen_shift/per_pair": "chosen",
+      "rejected_shift/per_pair": "rejected",
+      "margin/per_pair": "margin",
+    },
   ),
   ("accuracy", {"accuracy/per_pair": "margin above 0"}),
 )
@@ -29,20 +35,27 @@ def _width(rows: Sequence[Mapping[str, float]]) -> int:
 
 
 def training_figure(rows: Sequence[Mapping[str, float]]) -> figures.Figure:
-  """What was measured at each update of a training stage: loss, and of a preference loss shifts and accuracy.
+  """What was measured at each update of a training stage: loss, and of a preference loss shifts and
+  accuracy.
 
   Args:
     rows: metrics of each update, at least one, "step" among them.
   """
   panels = []
   for title, lines in _PANELS:
-    there = {name: [row[metric] for row in rows] for metric, name in lines.items() if metric in rows[0]}
+    there = {
+      name: [row[metric] for row in rows] for metric, name in lines.items() if metric in rows[0]
+    }
     if there:
       panels.append((title, there))
-  return figures.curves([int(row["step"]) for row in rows], panels, lambda values: smoothed(values, _width(rows)))
+  return figures.curves(
+    [int(row["step"]) for row in rows], panels, lambda values: smoothed(values, _width(rows))
+  )
 
 
-def curves(training: Mapping[str, tuple[str, Sequence[Mapping[str, float]]]], folder: markup.Folder) -> str:
+def curves(
+  training: Mapping[str, tuple[str, Sequence[Mapping[str, float]]]], folder: markup.Folder
+) -> str:
   """Figures of what was measured at each update.
 
   Args:
@@ -60,16 +73,21 @@ def curves(training: Mapping[str, tuple[str, Sequence[Mapping[str, float]]]], fo
         f"training_{stage.rpartition('/')[2]}",
         training_figure(rows),
         ("step", *names),
-        [(step, *(row.get(name, "") for name in names)) for step, row in zip(steps, rows, strict=True)],
+        [
+          (step, *(row.get(name, "") for name in names))
+          for step, row in zip(steps, rows, strict=True)
+        ],
         f"Training of {label}",
-        f"{markup.escape(label)}, {len(rows)} updates: thin, each update's batch; thick, the mean of {width} updates "
+        f"{markup.escape(label)}, {len(rows)} updates: thin, each update's batch; thick, the mean "
+        f"of {width} updates "
         "around it.",
       )
     )
   if not made:
     return markup.missing("No policy has been trained yet.")
   note = (
-    "<p>A shift is log p of a branch under the policy minus that under the SFT policy; the margin is chosen shift − "
+    "<p>A shift is log p of a branch under the policy minus that under the SFT policy; the margin "
+    "is chosen shift − "
     "rejected shift.</p>"
     if any("dpo" in stage and rows for stage, (_, rows) in training.items())
     else ""
@@ -77,7 +95,9 @@ def curves(training: Mapping[str, tuple[str, Sequence[Mapping[str, float]]]], fo
   return f'{note}<div class="figures">{"".join(made)}</div>'
 
 
-def bill(found: Mapping[str, Mapping[str, object]], num_rollouts: int, folder: markup.Folder) -> tuple[str, str]:
+def bill(
+  found: Mapping[str, Mapping[str, object]], num_rollouts: int, folder: markup.Folder
+) -> tuple[str, str]:
   """What was drawn from models as text, and the time of each stage as a figure.
 
   Args:
@@ -88,14 +108,20 @@ def bill(found: Mapping[str, Mapping[str, object]], num_rollouts: int, folder: m
   rows, lines = [], []
   if "sample" in found:
     sample = found["sample"]
-    lines.append(f"{_count(sample['traces'])} traces were sampled for training ({_count(sample['tokens'])} tokens).")
+    lines.append(
+      f"{_count(sample['traces'])} traces were sampled for training ({_count(sample['tokens'])} "
+      "tokens)."
+    )
   if "credit" in found:
     credit = found["credit"]
     inner = credit["steps"] - credit["traces"]
     lines.append(
-      f"{_count(credit['traces'])} traces got credit, with {_count(credit['steps'])} steps; the last step of each needs no "
-      f"rollout. {num_rollouts} rollouts from each of the other {_count(inner)} would be {_count(inner * num_rollouts)}; "
-      f"{_count(credit['rollouts'])} were drawn ({_count(credit['rollout_tokens'])} tokens): equal prefixes of a problem "
+      f"{_count(credit['traces'])} traces got credit, with {_count(credit['steps'])} steps; the "
+      "last step of each needs no "
+      f"rollout. {num_rollouts} rollouts from each of the other {_count(inner)} would be "
+      f"{_count(inner * num_rollouts)}; "
+      f"{_count(credit['rollouts'])} were drawn ({_count(credit['rollout_tokens'])} tokens): equal "
+      "prefixes of a problem "
       "share theirs, and a schedule may leave some out."
     )
   for stage, figures_ in found.items():

@@ -1,8 +1,10 @@
-"""The trace viewer: one page, traces.html, that holds many traces with what is known of their steps, and needs no network.
+"""The trace viewer: one page, traces.html, that holds many traces with what is known of their
+steps, and needs no network.
 
-The page's scripts and style stand in page/. Its data are JSON in script elements that no
-browser runs: a small index by which the list is filtered and sorted, and chunks of whole problems that are parsed when
-first looked at. Whatever a model or a problem's author wrote reaches the page as text only: JSON here, textContent there.
+The page's scripts and style stand in page/. Its data are JSON in script elements that no browser
+runs: a small index by which the list is filtered and sorted, and chunks of whole problems that are
+parsed when first looked at. Whatever a model or a problem's author wrote reaches the page as text
+only: JSON here, textContent there.
 """
 
 import base64
@@ -19,7 +21,13 @@ from synthneg_jax.report import markup
 
 _HERE = pathlib.Path(__file__).parent
 _CHUNK = 40_000  # characters of text that a chunk holds, or one problem more
-_CREDITED, _WRONG_SOLVABLE, _RIGHT_DOUBTFUL, _POLICIES_DIFFER, _PAIRED = 1, 2, 4, 8, 16  # bits of the index's flags
+_CREDITED, _WRONG_SOLVABLE, _RIGHT_DOUBTFUL, _POLICIES_DIFFER, _PAIRED = (
+  1,
+  2,
+  4,
+  8,
+  16,
+)  # bits of the index's flags
 _LATEX = re.compile(r"\\\(|\\\[|\$[^$\s](?:[^$]*[^$\s])?\$(?!\d)")
 
 
@@ -39,7 +47,9 @@ class Credit:
 
   rollouts: int  # from the end of the step; 0 where exact
   successes: int
-  interval: tuple[float, float] | None  # 95 %, of the share of right rollouts; None without rollouts
+  interval: (
+    tuple[float, float] | None
+  )  # 95 %, of the share of right rollouts; None without rollouts
   q: float | None  # under Best-of-k; None where unknown
   advantage: float | None  # None where q or the q before is unknown
   exact: bool  # the last step: q is the verdict
@@ -57,7 +67,9 @@ class PairView:
   chosen: str
   rejected: str
   flip: float  # probability that the label is flipped
-  chosen_logp: tuple[float, float] | None  # nats, before training and after; None where not recorded
+  chosen_logp: (
+    tuple[float, float] | None
+  )  # nats, before training and after; None where not recorded
   rejected_logp: tuple[float, float] | None
 
 
@@ -108,7 +120,9 @@ class Viewer:
 
 
 def share_before_verdict(trace: TraceView) -> float | None:
-  """Share of right rollouts from the last step but one, None where there are none: what Q says before the verdict falls."""
+  """Share of right rollouts from the last step but one, None where there are none: what Q says
+  before the verdict falls.
+  """
   if trace.credit is None or len(trace.credit) < 2 or not trace.credit[-2].rollouts:
     return None
   return trace.credit[-2].successes / trace.credit[-2].rollouts
@@ -117,11 +131,13 @@ def share_before_verdict(trace: TraceView) -> float | None:
 def flags(trace: TraceView, differ: bool) -> int:
   """The bits by which the page filters: credit, pairs, and the three kinds of disagreement.
 
-  Q and verdict disagree where a trace is wrong though at least half of the rollouts from its last step but one are right,
-  or right though fewer than half are. Policies disagree where one of those compared answers a test problem right and
-  another does not.
+  Q and verdict disagree where a trace is wrong though at least half of the rollouts from its last
+  step but one are right, or right though fewer than half are. Policies disagree where one of those
+  compared answers a test problem right and another does not.
   """
-  found = _CREDITED * (trace.credit is not None) + _POLICIES_DIFFER * differ + _PAIRED * bool(trace.pairs)
+  found = (
+    _CREDITED * (trace.credit is not None) + _POLICIES_DIFFER * differ + _PAIRED * bool(trace.pairs)
+  )
   share = share_before_verdict(trace)
   if share is not None:
     found += _WRONG_SOLVABLE * (trace.reason != "right" and share >= 0.5)
@@ -151,7 +167,9 @@ def _trace(trace: TraceView) -> list:
 
 def _details(trace: TraceView) -> list:
   """What is parsed on a click only: rollouts by step, pairs."""
-  drawn = [[[r.text, int(r.correct), r.reason, r.times] for r in step.drawn] for step in trace.credit or ()]
+  drawn = [
+    [[r.text, int(r.correct), r.reason, r.times] for r in step.drawn] for step in trace.credit or ()
+  ]
   pairs = [
     [p.stage, p.mode, p.pit, p.trunk, p.chosen, p.rejected, _rounded(p.flip)]
     + [logp and [_rounded(value) for value in logp] for logp in (p.chosen_logp, p.rejected_logp)]
@@ -165,7 +183,10 @@ class _Chunks:
 
   def __init__(self, viewer: Viewer):
     self.compared = set(viewer.compared)
-    self.columns = {name: [] for name in ("problem", "source", "reason", "pit", "spurious", "flags", "drop", "length")}
+    self.columns = {
+      name: []
+      for name in ("problem", "source", "reason", "pit", "spurious", "flags", "drop", "length")
+    }
     self.reasons, self.starts, self.elements, self.latex = {}, [], [], False
     self._problems = self._size = 0
     self._texts, self._details = [], []
@@ -176,7 +197,9 @@ class _Chunks:
   def _add(self, problem: ProblemView) -> None:
     if self._size >= _CHUNK:
       self._close()
-    verdicts = {trace.reason == "right" for trace in problem.traces if trace.source in self.compared}
+    verdicts = {
+      trace.reason == "right" for trace in problem.traces if trace.source in self.compared
+    }
     for trace in problem.traces:
       drops = [step.advantage for step in trace.credit or () if step.advantage is not None]
       row = {
@@ -192,10 +215,17 @@ class _Chunks:
       for name, value in row.items():
         self.columns[name].append(value)
     about = [problem.id, problem.text, problem.gold, problem.solution, _rounded(problem.value, 4)]
-    traces, details = [_trace(trace) for trace in problem.traces], [_details(trace) for trace in problem.traces]
+    traces, details = (
+      [_trace(trace) for trace in problem.traces],
+      [_details(trace) for trace in problem.traces],
+    )
     self._texts.append([*about, problem.right, problem.samples, traces])
     self._details.append(details)
-    self._size += len(problem.text) + len(problem.solution) + sum(len(s) for t in problem.traces for s in t.steps)
+    self._size += (
+      len(problem.text)
+      + len(problem.solution)
+      + sum(len(s) for t in problem.traces for s in t.steps)
+    )
     if not self.latex:
       self.latex = any(map(has_latex, _strings([about, traces, details])))
     self._problems += 1
@@ -204,7 +234,10 @@ class _Chunks:
     if self._texts:
       number = len(self.starts)
       self.starts.append(self._problems - len(self._texts))
-      self.elements += [_data(f"texts-{number}", self._texts), _data(f"details-{number}", self._details)]
+      self.elements += [
+        _data(f"texts-{number}", self._texts),
+        _data(f"details-{number}", self._details),
+      ]
     self._texts, self._details, self._size = [], [], 0
 
 
@@ -217,7 +250,9 @@ def _strings(value) -> Iterable[str]:
 
 
 def _data(name: str, value) -> str:
-  """JSON as an element that no browser runs; without "<" it cannot end early, and without non-ASCII nothing is misread."""
+  """JSON as an element that no browser runs; without "<" it cannot end early, and without non-ASCII
+  nothing is misread.
+  """
   text = json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
   text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
   return f'<script type="application/json" id="{name}">{text}</script>\n'
@@ -231,9 +266,12 @@ def _katex() -> tuple[str, str]:
     font = base64.b64encode((folder / match.group(1)).read_bytes()).decode()
     return f"src:url(data:font/woff2;base64,{font}) format('woff2')"
 
-  style = re.sub(r"src:url\((fonts/[\w-]+\.woff2)\) format\(\"woff2\"\)(?:,url\([^)]*\) format\(\"\w+\"\))*", inline,
+  style = re.sub(r"src:url\((fonts/[\w-]+\.woff2)\) format\(\"woff2\"\)(?:,url\([^)]*\) "
+                 r"format\(\"\w+\"\))*", inline,
                  (folder / "katex.min.css").read_text())  # fmt: skip
-  licence = "/* KaTeX 0.19.1, MIT License, Copyright (c) 2013-2020 Khan Academy and other contributors */\n"
+  licence = (
+    "/* KaTeX 0.19.1, MIT License, Copyright (c) 2013-2020 Khan Academy and other contributors */\n"
+  )
   return licence + (folder / "katex.min.js").read_text(), style
 
 
@@ -244,7 +282,10 @@ def page(viewer: Viewer) -> str:
   def read(name):
     return (_HERE / "page" / name).read_text()
 
-  scripts, styles = [read("text.js"), read("data.js"), read("trace.js"), read("list.js")], [read("traces.css")]
+  scripts, styles = (
+    [read("text.js"), read("data.js"), read("trace.js"), read("list.js")],
+    [read("traces.css")],
+  )
   if chunks.latex:
     script, style = _katex()
     scripts.insert(0, script)
@@ -269,7 +310,8 @@ def page(viewer: Viewer) -> str:
 
   allowed = " ".join(f"'sha256-{digest(script)}'" for script in scripts)
   policy = (
-    f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; font-src data:; base-uri 'none'; "
+    f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; font-src data:; "
+    "base-uri 'none'; "
     "form-action 'none'"
   )
   parts = {

@@ -1,1 +1,3 @@
-"""What every program needs whatever it computes: config schema, start-up, mesh, checkpoints, progress."""
+"""What every program needs whatever it computes: config schema, start-up, mesh, checkpoints,
+progress.
+"""

@@ -18,10 +18,13 @@ from synthneg_jax.runtime.errors import UserError, writing
 class TrainCheckpoints:
   """The checkpoints of one training: train state, and the step, which is the data position.
 
-  The newest `keep` stay, and besides them the `max_to_keep_best` with the lowest loss. All processes call every method.
+  The newest `keep` stay, and besides them the `max_to_keep_best` with the lowest loss. All
+  processes call every method.
   """
 
-  def __init__(self, folder: epath.PathLike, keep: int, every_steps: int, max_to_keep_best: int = 0):
+  def __init__(
+    self, folder: epath.PathLike, keep: int, every_steps: int, max_to_keep_best: int = 0
+  ):
     self._every_steps, self._folder = every_steps, epath.Path(folder)
     self._unreadable = set()
     kept = [preservation_policy.LatestN(keep)]
@@ -45,17 +48,23 @@ class TrainCheckpoints:
       self._mend_metrics()
     with writing(self._folder):
       return ocp.CheckpointManager(
-        self._folder.absolute(), options=self._options, item_handlers=ocp.StandardCheckpointHandler()
+        self._folder.absolute(),
+        options=self._options,
+        item_handlers=ocp.StandardCheckpointHandler(),
       )
 
   def _mend_metrics(self) -> None:
-    """Has a checkpoint whose loss cannot be read count as the worst; it would keep all others from being opened."""
+    """Has a checkpoint whose loss cannot be read count as the worst; it would keep all others from
+    being opened.
+    """
     if distributed.first() and self._folder.exists():
       for path in self._folder.glob("*/metrics/metrics"):
         try:
           json.loads(path.read_text())
         except ValueError:
-          logging.warning("The loss in %s cannot be read; the checkpoint counts as the worst.", path)
+          logging.warning(
+            "The loss in %s cannot be read; the checkpoint counts as the worst.", path
+          )
           with writing(path):
             path.write_text(json.dumps({"loss": float("inf")}))
     distributed.barrier()
@@ -63,9 +72,10 @@ class TrainCheckpoints:
   def restore(self, abstract_state, shardings):
     """The newest state that can be read, laid out by `shardings`; None where there is none.
 
-    A checkpoint that cannot be read is passed over for the one before, and said. It stays where it is, for what keeps it
-    from being read may pass; only a state that is saved anew at its step takes its place. Where none can be read, all are
-    moved to the folder's neighbour NAME.unreadable, out of the way of a training that starts anew.
+    A checkpoint that cannot be read is passed over for the one before, and said. It stays where it
+    is, for what keeps it from being read may pass; only a state that is saved anew at its step
+    takes its place. Where none can be read, all are moved to the folder's neighbour
+    NAME.unreadable, out of the way of a training that starts anew.
 
     Raises:
       UserError: a checkpoint is whole, but of another model or optimizer.
@@ -78,17 +88,23 @@ class TrainCheckpoints:
         state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
       except _UNREADABLE as error:
         problem = _first_line(error) or type(error).__name__
-      problem = next(filter(None, distributed.gather(problem)), "")  # what one cannot read, none takes
+      problem = next(
+        filter(None, distributed.gather(problem)), ""
+      )  # what one cannot read, none takes
       if not problem:
         return state
-      logging.warning("Checkpoint %s/%d cannot be read (%s); trying the one before.", self._folder, step, problem)
+      logging.warning(
+        "Checkpoint %s/%d cannot be read (%s); trying the one before.", self._folder, step, problem
+      )
       self._unreadable.add(step)
     if self._unreadable:
       self._set_aside()
     return None
 
   def _set_aside(self) -> None:
-    """Moves all checkpoints out of the folder: beside new ones they would count as the newest, or stand in their way."""
+    """Moves all checkpoints out of the folder: beside new ones they would count as the newest, or
+    stand in their way.
+    """
     self._manager.close()
     aside = self._folder.parent / f"{self._folder.name}.unreadable"
     if distributed.first():
@@ -100,7 +116,9 @@ class TrainCheckpoints:
           (self._folder / str(step)).rename(aside / str(step))
     distributed.barrier()
     logging.warning(
-      "No checkpoint of %s can be read; they are kept in %s, and the training starts from step 0.", self._folder, aside
+      "No checkpoint of %s can be read; they are kept in %s, and the training starts from step 0.",
+      self._folder,
+      aside,
     )
     self._unreadable.clear()
     self._manager = self._open()
@@ -115,9 +133,12 @@ class TrainCheckpoints:
     found, wanted = shapes(self._manager.item_metadata(step)), shapes(target)
     if not found:
       raise ValueError("its list of arrays is missing")
-    for name in sorted(set(found) ^ set(wanted)) + [name for name in wanted if found.get(name) != wanted[name]]:
+    for name in sorted(set(found) ^ set(wanted)) + [
+      name for name in wanted if found.get(name) != wanted[name]
+    ]:
       raise UserError(
-        f"{self._folder / str(step)} is a checkpoint of another model: {name} has shape {found.get(name, 'none')} there, "
+        f"{self._folder / str(step)} is a checkpoint of another model: {name} has shape "
+        f"{found.get(name, 'none')} there, "
         f"{wanted.get(name, 'none')} here; take another --workdir, or delete {self._folder}."
       )
 
@@ -141,7 +162,9 @@ class TrainCheckpoints:
         if step in self._manager.all_steps():
           self._manager.delete(step)
         self._unreadable.remove(step)
-      self._manager.save(step, args=ocp.args.StandardSave(state), metrics={"loss": loss}, force=True)
+      self._manager.save(
+        step, args=ocp.args.StandardSave(state), metrics={"loss": loss}, force=True
+      )
 
   def close(self):
     """Waits for the last save.
@@ -158,11 +181,17 @@ class TrainCheckpoints:
       yield
     except _UNREADABLE as error:
       raise UserError(
-        f"A checkpoint in {self._folder} cannot be written ({_first_line(error)}); those written before are kept."
+        f"A checkpoint in {self._folder} cannot be written ({_first_line(error)}); those written "
+        "before are kept."
       ) from error
 
 
-_UNREADABLE = (ValueError, OSError, KeyError, json.JSONDecodeError)  # what orbax makes of broken files and full disks
+_UNREADABLE = (
+  ValueError,
+  OSError,
+  KeyError,
+  json.JSONDecodeError,
+)  # what orbax makes of broken files and full disks
 
 
 def _first_line(error: BaseException) -> str:
@@ -171,7 +200,9 @@ def _first_line(error: BaseException) -> str:
 
 def _abstract(tree, shardings):
   return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    tree,
+    shardings,
   )
 
 
@@ -203,21 +234,28 @@ def load_params(folder: epath.PathLike, abstract_params, shardings):
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(path, target)
   except _UNREADABLE as error:
-    raise UserError(f"{path} does not hold the weights of this model: {_first_line(error)}") from error
+    raise UserError(
+      f"{path} does not hold the weights of this model: {_first_line(error)}"
+    ) from error
 
 
 def fingerprint(params) -> str:
   """A hash of the parameters' bits: the same on every mesh and host, another after any change.
 
-  Each leaf gives the sum of a hash of each element's bits and place in 32-bit wrap-around arithmetic, computed where the
-  leaf lies; the sums of all leaves, with their names, are hashed.
+  Each leaf gives the sum of a hash of each element's bits and place in 32-bit wrap-around
+  arithmetic, computed where the leaf lies; the sums of all leaves, with their names, are hashed.
   """
 
   def checksum(leaf):
-    bits = jax.lax.bitcast_convert_type(leaf, {2: np.uint16, 4: np.uint32, 8: np.uint32}[leaf.dtype.itemsize])
+    bits = jax.lax.bitcast_convert_type(
+      leaf, {2: np.uint16, 4: np.uint32, 8: np.uint32}[leaf.dtype.itemsize]
+    )
     bits = bits.astype(np.uint32).reshape(-1)
     mixed = bits ^ (jax.lax.iota(np.uint32, bits.size) * np.uint32(0x9E3779B1))
-    for factor in (0x85EBCA6B, 0xC2B2AE35):  # MurmurHash3's last steps: one to one, and every bit reaches every other
+    for factor in (
+      0x85EBCA6B,
+      0xC2B2AE35,
+    ):  # MurmurHash3's last steps: one to one, and every bit reaches every other
       mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(factor)
     return jax.numpy.sum(mixed ^ (mixed >> np.uint32(16)), dtype=np.uint32)
 

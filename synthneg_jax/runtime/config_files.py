@@ -1,4 +1,6 @@
-"""The config files and prompts that come with the project: in the installed package, or in configs/ of a checkout."""
+"""The config files and prompts that come with the project: in the installed package, or in configs/
+of a checkout.
+"""
 
 import difflib
 import pathlib
@@ -16,10 +18,16 @@ def folder() -> pathlib.Path:
 
 
 def shipped_path(path: str) -> pathlib.Path:
-  """A path as given where it exists; else configs/... from any working directory is the one that comes with the project."""
+  """A path as given where it exists; else configs/... from any working directory is the one that
+  comes with the project.
+  """
   given = pathlib.Path(path).expanduser()
   shipped = folder().parent / path
-  return shipped if given.parts[:1] == ("configs",) and not given.exists() and shipped.exists() else given
+  return (
+    shipped
+    if given.parts[:1] == ("configs",) and not given.exists() and shipped.exists()
+    else given
+  )
 
 
 def resolve(value: str) -> str:
@@ -38,7 +46,10 @@ def resolve(value: str) -> str:
     names = sorted(file.stem for file in folder().glob("*.py"))
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"--config: unknown config {name!r}; {hint}The names are {', '.join(names)}; a file needs its .py.")
+    raise UserError(
+      f"--config: unknown config {name!r}; {hint}The names are {', '.join(names)}; a file needs "
+      "its .py."
+    )
   return f"{path}{colon}{arg}"
 
 

@@ -1,11 +1,12 @@
 """The config schema: one `Leaf` per setting, and everything that is derived from it.
 
-A leaf has a default, a sentence of documentation, a unit, allowed values or a range, and whether it changes results. The
-default tree (`default`), the text of --help (`help_text`), the reference page (docs/generated_pages.py), the checks
-(`check_values`) and the leaves that a stage's fingerprint holds (`changes_results`) all come from `SCHEMA`.
+A leaf has a default, a sentence of documentation, a unit, allowed values or a range, and whether it
+changes results. The default tree (`default`), the text of --help (`help_text`), the reference page
+(docs/generated_pages.py), the checks (`check_values`) and the leaves that a stage's fingerprint
+holds (`changes_results`) all come from `SCHEMA`.
 
-A config file (configs/*.py) defines `get_config(arg)`, which starts from `default()` and changes leaves; the command line
-changes leaves with --config.part.leaf=value.
+A config file (configs/*.py) defines `get_config(arg)`, which starts from `default()` and changes
+leaves; the command line changes leaves with --config.part.leaf=value.
 """
 
 import ast
@@ -32,9 +33,10 @@ class Leaf:
     within: the interval of a number, or of each number of a tuple, as "[0, 1)" or "[1, inf)".
     also: numbers outside that interval that have a meaning of their own.
     choices: all values of a string, or of each string of a tuple.
-    parse: reads a text with a form of its own; its UserError says what is wrong, as the end of a sentence.
-    changes_results: False for what only says how a stage computes or what it keeps; such leaves may differ between the two
-      halves of a resumed stage.
+    parse: reads a text with a form of its own; its UserError says what is wrong, as the end of a
+      sentence.
+    changes_results: False for what only says how a stage computes or what it keeps; such leaves may
+      differ between the two halves of a resumed stage.
   """
 
   default: object
@@ -106,12 +108,15 @@ _OWN_ARGUMENTS = {
 
 
 def field_map(text: str) -> dict[str, str]:
-  """The pairs of task.fields: what a row's field is (problem, solution, answer or id) -> where it stands, perhaps dotted.
+  """The pairs of task.fields: what a row's field is (problem, solution, answer or id) -> where it
+  stands, perhaps dotted.
 
   Raises:
     UserError: it is no list of such pairs.
   """
-  pairs = [[side.strip() for side in pair.split("=", 1)] for pair in text.split(",") if text.strip()]
+  pairs = [
+    [side.strip() for side in pair.split("=", 1)] for pair in text.split(",") if text.strip()
+  ]
   targets = [pair[0] for pair in pairs]
   if not all(len(pair) == 2 and pair[1] for pair in pairs) or len(set(targets)) < len(targets):
     raise UserError("must be pairs such as problem=query,solution=response, each name once.")
@@ -145,7 +150,9 @@ def literals(text: str) -> dict[str, object]:
   """
   try:
     call = ast.parse(f"parameters({text})", mode="eval").body
-    named = isinstance(call, ast.Call) and not call.args and all(keyword.arg for keyword in call.keywords)
+    named = (
+      isinstance(call, ast.Call) and not call.args and all(keyword.arg for keyword in call.keywords)
+    )
     if named:
       return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
   except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -170,9 +177,15 @@ def _how(default: object, doc: str, **kwargs) -> Leaf:
 
 def _optimizer(learning_rate: float) -> dict:
   return {
-    "learning_rate": Leaf(learning_rate, "Peak step size of AdamW.", unit="per update", within=AT_LEAST_0),
-    "schedule": Leaf("cosine", "Course of the step size after warm-up.", choices=("cosine", "linear", "constant")),
-    "warmup_fraction": Leaf(0.03, "Fraction of all steps over which the step size rises from 0.", within="[0, 1]"),
+    "learning_rate": Leaf(
+      learning_rate, "Peak step size of AdamW.", unit="per update", within=AT_LEAST_0
+    ),
+    "schedule": Leaf(
+      "cosine", "Course of the step size after warm-up.", choices=("cosine", "linear", "constant")
+    ),
+    "warmup_fraction": Leaf(
+      0.03, "Fraction of all steps over which the step size rises from 0.", within="[0, 1]"
+    ),
     "clip_norm": Leaf(1.0, "Bound on the global norm of the gradient.", within="(0, inf)"),
     "beta1": Leaf(0.9, "Decay of AdamW's first moment.", unit="per step", within="[0, 1)"),
     "beta2": Leaf(0.95, "Decay of AdamW's second moment.", unit="per step", within="[0, 1)"),
@@ -189,28 +202,48 @@ def _training(learning_rate: float, batch_size: int, num_epochs: int) -> dict:
   return {
     "optimizer": _optimizer(learning_rate),
     "batch_size": Leaf(
-      batch_size, "Solutions (SFT, RFT, pretraining) or pairs (DPO) in a step.", unit="solutions or pairs", within=COUNT
+      batch_size,
+      "Solutions (SFT, RFT, pretraining) or pairs (DPO) in a step.",
+      unit="solutions or pairs",
+      within=COUNT,
     ),
     "num_epochs": Leaf(num_epochs, "Passes over the solutions or pairs.", within=COUNT),
-    "max_steps": Leaf(0, "Bound on the number of steps; 0 for none.", unit="steps", within=AT_LEAST_0),
-    "row_length": Leaf(1024, "Length of a row into which trees are packed.", unit="tokens", within="[2, inf)"),
+    "max_steps": Leaf(
+      0, "Bound on the number of steps; 0 for none.", unit="steps", within=AT_LEAST_0
+    ),
+    "row_length": Leaf(
+      1024, "Length of a row into which trees are packed.", unit="tokens", within="[2, inf)"
+    ),
     "grad_accum_steps": Leaf(1, "Microbatches whose gradients are summed in a step.", within=COUNT),
     "logit_chunk": Leaf(
-      0, "Scored tokens of a row whose logits exist at once; 0 for all.", unit="tokens", within=AT_LEAST_0
+      0,
+      "Scored tokens of a row whose logits exist at once; 0 for all.",
+      unit="tokens",
+      within=AT_LEAST_0,
     ),
     "max_branches_per_tree": Leaf(
-      5, "Branches of one problem in a step, at most; bounds how much one problem weighs there.", within=COUNT
+      5,
+      "Branches of one problem in a step, at most; bounds how much one problem weighs there.",
+      within=COUNT,
     ),
-    "save_every_steps": _how(200, "Steps between checkpoints; 0 for none.", unit="steps", within=AT_LEAST_0),
+    "save_every_steps": _how(
+      200, "Steps between checkpoints; 0 for none.", unit="steps", within=AT_LEAST_0
+    ),
     "max_to_keep": _how(2, "Newest checkpoints that are kept.", within=COUNT),
     "max_to_keep_best": _how(
-      0, "Checkpoints kept besides for the lowest mean loss since the checkpoint before.", within=AT_LEAST_0
+      0,
+      "Checkpoints kept besides for the lowest mean loss since the checkpoint before.",
+      within=AT_LEAST_0,
     ),
     "lora": {
       "rank": Leaf(
-        0, "Rank of the adapter that is trained instead of all weights; 0 trains all weights.", within=AT_LEAST_0
+        0,
+        "Rank of the adapter that is trained instead of all weights; 0 trains all weights.",
+        within=AT_LEAST_0,
       ),
-      "alpha": Leaf(16.0, "Scale of the adapter: it is multiplied by alpha / rank.", within="(0, inf)"),
+      "alpha": Leaf(
+        16.0, "Scale of the adapter: it is multiplied by alpha / rank.", within="(0, inf)"
+      ),
       "targets": Leaf(MATRICES, "Matrices of a layer that the adapter changes.", choices=MATRICES),
     },
   }
@@ -221,15 +254,22 @@ def _endpoint(concurrency: int) -> dict:
     "url": _how("", "Address of an OpenAI-compatible server, such as http://localhost:8000/v1."),
     "model": Leaf("", "Name of the model there."),
     "key_variable": _how(
-      "OPENAI_API_KEY", "Environment variable that holds the API key; empty if the server wants none."
+      "OPENAI_API_KEY",
+      "Environment variable that holds the API key; empty if the server wants none.",
     ),
     "concurrency": _how(concurrency, "Requests in flight at once.", within=COUNT),
     "timeout_s": _how(
-      120.0, "Time without a byte after which an attempt is given up.", unit="seconds", within="(0, inf)"
+      120.0,
+      "Time without a byte after which an attempt is given up.",
+      unit="seconds",
+      within="(0, inf)",
     ),
     "attempts": _how(8, "Attempts at one request.", within=COUNT),
     "backoff_s": _how(
-      1.0, "Wait before the second attempt; doubles with each, up to 60.", unit="seconds", within=AT_LEAST_0
+      1.0,
+      "Wait before the second attempt; doubles with each, up to 60.",
+      unit="seconds",
+      within=AT_LEAST_0,
     ),
   }
 
@@ -237,8 +277,14 @@ def _endpoint(concurrency: int) -> dict:
 def _drawing(of: str, temperature: float) -> dict:
   return {
     "temperature": Leaf(temperature, f"Temperature of {of}; 0 is greedy.", within=AT_LEAST_0),
-    "top_k": Leaf(0, "Only the k most likely tokens are drawn; 0 for all.", unit="tokens", within=AT_LEAST_0),
-    "top_p": Leaf(1.0, "Only the most likely tokens that together have this probability are drawn.", within="(0, 1]"),
+    "top_k": Leaf(
+      0, "Only the k most likely tokens are drawn; 0 for all.", unit="tokens", within=AT_LEAST_0
+    ),
+    "top_p": Leaf(
+      1.0,
+      "Only the most likely tokens that together have this probability are drawn.",
+      within="(0, 1]",
+    ),
   }
 
 
@@ -247,47 +293,72 @@ SCHEMA = {
   "task": {
     "name": Leaf(
       "arithmetic",
-      "Generated tasks (arithmetic, jobs, star_graph, stories), those of reasoning_gym, GSM8K, competition MATH, or any file "
+      "Generated tasks (arithmetic, jobs, star_graph, stories), those of reasoning_gym, GSM8K, "
+      "competition MATH, or any file "
       "of problems (jsonl).",
-      choices=("arithmetic", "jobs", "star_graph", "stories", "reasoning_gym", "gsm8k", "math", "jsonl"),
+      choices=(
+        "arithmetic",
+        "jobs",
+        "star_graph",
+        "stories",
+        "reasoning_gym",
+        "gsm8k",
+        "math",
+        "jsonl",
+      ),
     ),
-    "train_problems": Leaf(1000, "|D_syn|: problems with solutions that SFT sees.", unit="problems", within=COUNT),
+    "train_problems": Leaf(
+      1000, "|D_syn|: problems with solutions that SFT sees.", unit="problems", within=COUNT
+    ),
     "fresh_problems": Leaf(
       0,
-      "Training problems that SFT does not see, on which traces are sampled instead of SFT's own; 0 for none.",
+      "Training problems that SFT does not see, on which traces are sampled instead of SFT's own; "
+      "0 for none.",
       unit="problems",
       within=AT_LEAST_0,
     ),
-    "test_problems": Leaf(1000, "Problems on which test errors are measured.", unit="problems", within=COUNT),
-    "path": Leaf(
-      "", "Folder of both splits, file to train on, or dataset on the Hub (hf:ORG/NAME); empty: see docs/datasets.md."
+    "test_problems": Leaf(
+      1000, "Problems on which test errors are measured.", unit="problems", within=COUNT
     ),
-    "test_path": Leaf("", "The same for the test problems, such as MATH-500; empty: those of task.path."),
+    "path": Leaf(
+      "",
+      "Folder of both splits, file to train on, or dataset on the Hub (hf:ORG/NAME); empty: see "
+      "docs/datasets.md.",
+    ),
+    "test_path": Leaf(
+      "", "The same for the test problems, such as MATH-500; empty: those of task.path."
+    ),
     "fields": Leaf(
       "",
-      "Names of a row's fields where they are others: problem=query,solution=response; also of answer and id, and dotted.",
+      "Names of a row's fields where they are others: problem=query,solution=response; also of "
+      "answer and id, and dotted.",
       parse=field_map,
     ),
     "decontaminate_against": Leaf(
-      (), "More files, folders or datasets of test problems that training problems must not overlap."
+      (),
+      "More files, folders or datasets of test problems that training problems must not overlap.",
     ),
     "decontaminate_ngram": Leaf(
       13,
-      "A training problem that shares this many words in a row with a test problem is dropped; 0 for never.",
+      "A training problem that shares this many words in a row with a test problem is dropped; 0 "
+      "for never.",
       unit="words",
       within=AT_LEAST_0,
     ),
     "skip_bad_rows": _how(
-      False, "Skip and count broken rows of problem files instead of stopping; also --skip_bad_rows."
+      False,
+      "Skip and count broken rows of problem files instead of stopping; also --skip_bad_rows.",
     ),
     "gold_disagreements": Leaf(
       "drop",
-      "Training problems of files whose own solution states another answer than the gold one; test problems always stay.",
+      "Training problems of files whose own solution states another answer than the gold one; test "
+      "problems always stay.",
       choices=("drop", "keep"),
     ),
     "answers": Leaf(
       "integer",
-      "How answers are compared: integer (after ####), math (in \\boxed{}) or exact (the whole response).",
+      "How answers are compared: integer (after ####), math (in \\boxed{}) or exact (the whole "
+      "response).",
       choices=("integer", "math", "exact"),
     ),
     "grading": {
@@ -301,10 +372,13 @@ SCHEMA = {
         "Whether an answer may leave out a unit that the gold answer has.",
         choices=("optional", "required", "ignored"),
       ),
-      "tuples": Leaf("ordered", "Whether (1,2) and (2,1) differ.", choices=("ordered", "unordered")),
+      "tuples": Leaf(
+        "ordered", "Whether (1,2) and (2,1) differ.", choices=("ordered", "unordered")
+      ),
       "lists": Leaf(
         "auto",
-        "Whether the order of 1, 2, 3 without braces counts; auto: of three numbers that do not ascend.",
+        "Whether the order of 1, 2, 3 without braces counts; auto: of three numbers that do not "
+        "ascend.",
         choices=("auto", "ordered", "unordered"),
       ),
       "decimal_digits": Leaf(
@@ -315,27 +389,35 @@ SCHEMA = {
       ),
       "extraction": Leaf(
         "last",
-        "Whether a response without a marked answer is read by its last display or line (last) or has none (marked).",
+        "Whether a response without a marked answer is read by its last display or line (last) or "
+        "has none (marked).",
         choices=("last", "marked"),
       ),
       "retractions": Leaf(
         "ambiguous",
-        'What "The answer is 7. No wait, it is 8." states: nothing for sure (ambiguous) or 8 (last).',
+        'What "The answer is 7. No wait, it is 8." states: nothing for sure (ambiguous) or 8 '
+        "(last).",
         choices=("ambiguous", "last"),
       ),
-      "timeout_s": Leaf(2.0, "Processor time that one answer may take.", unit="seconds", within="(0, inf)"),
+      "timeout_s": Leaf(
+        2.0, "Processor time that one answer may take.", unit="seconds", within="(0, inf)"
+      ),
     },
     "prompt": Leaf(
       "plain",
-      'Prompt form of stories, reasoning_gym and tasks from files: plain ("Question: ...\\nAnswer:\\n") or the chat template.',
+      'Prompt form of stories, reasoning_gym and tasks from files: plain ("Question: '
+      '...\\nAnswer:\\n") or the chat template.',
       choices=("plain", "chat"),
     ),
     "template_args": Leaf(
       "",
-      'Arguments of the chat template as a JSON object, such as {"enable_thinking": false}; where task.prompt=chat.',
+      'Arguments of the chat template as a JSON object, such as {"enable_thinking": false}; where '
+      "task.prompt=chat.",
       parse=template_args,
     ),
-    "instruction": Leaf("", "Text appended to every problem on a line of its own. Tasks from files only."),
+    "instruction": Leaf(
+      "", "Text appended to every problem on a line of its own. Tasks from files only."
+    ),
     "steps": Leaf(
       "delimiter",
       "Where a step ends: at task.step_delimiter, or by lines and sentences outside LaTeX (prose).",
@@ -343,21 +425,29 @@ SCHEMA = {
     ),
     "step_delimiter": Leaf(
       "\n",
-      "Text that ends a step where task.steps=delimiter; re: and a regular expression for a pattern.",
+      "Text that ends a step where task.steps=delimiter; re: and a regular expression for a "
+      "pattern.",
       parse=step_pattern,
     ),
-    "test_start": Leaf(0, "Number of the first test problem of a generated task.", within=AT_LEAST_0),
+    "test_start": Leaf(
+      0, "Number of the first test problem of a generated task.", within=AT_LEAST_0
+    ),
     "verifier": Leaf(
       "",
-      "Function, as module:function, that judges responses in place of the grader: (response, problem) -> bool.",
+      "Function, as module:function, that judges responses in place of the grader: (response, "
+      "problem) -> bool.",
       parse=_function_name,
     ),
     "reasoning_gym": {
       "dataset": Leaf("gsm_symbolic", "Name of the dataset in reasoning-gym."),
-      "params": Leaf("", "Parameters of the dataset's config, such as min_terms=2, max_terms=4.", parse=literals),
+      "params": Leaf(
+        "", "Parameters of the dataset's config, such as min_terms=2, max_terms=4.", parse=literals
+      ),
     },
     "arithmetic": {
-      "skip_step_prob": Leaf(0.0, "Probability that the teacher does an addition in its head.", within="[0, 1]"),
+      "skip_step_prob": Leaf(
+        0.0, "Probability that the teacher does an addition in its head.", within="[0, 1]"
+      ),
       "num_leaves": Leaf(4, "Quantities with a given value.", within=COUNT),
       "num_operations": Leaf(6, "Operations that are defined, needed or not.", within=COUNT),
       "min_needed_ops": Leaf(3, "Fewest operations that the question rests on.", within=COUNT),
@@ -365,7 +455,9 @@ SCHEMA = {
     },
     "star_graph": {
       "degree": Leaf(3, "Arms of a graph; chance is 1 / degree.", within="[2, inf)"),
-      "path_nodes": Leaf(3, "Nodes of an arm, centre and leaf included.", unit="nodes", within="[2, inf)"),
+      "path_nodes": Leaf(
+        3, "Nodes of an arm, centre and leaf included.", unit="nodes", within="[2, inf)"
+      ),
       "num_nodes": Leaf(20, "Names that nodes are drawn from.", within="[2, inf)"),
     },
     "jobs": {
@@ -382,43 +474,72 @@ SCHEMA = {
       "min_people": Leaf(4, "Fewest people of a story.", unit="people", within="[2, 18]"),
       "max_people": Leaf(6, "Most people of a story.", unit="people", within="[2, 18]"),
       "min_derivations": Leaf(
-        2, "Fewest quantities that have to be derived before the sum.", unit="derivations", within="[0, 17]"
+        2,
+        "Fewest quantities that have to be derived before the sum.",
+        unit="derivations",
+        within="[0, 17]",
       ),
       "max_derivations": Leaf(
-        4, "Most quantities that have to be derived before the sum.", unit="derivations", within="[0, 17]"
+        4,
+        "Most quantities that have to be derived before the sum.",
+        unit="derivations",
+        within="[0, 17]",
       ),
-      "max_distractors": Leaf(3, "Most people who do not matter for the question.", unit="people", within="[0, 16]"),
+      "max_distractors": Leaf(
+        3, "Most people who do not matter for the question.", unit="people", within="[0, 16]"
+      ),
       "largest_value": Leaf(99, "Largest number that a person has.", within="[2, inf)"),
     },
   },
   "model": {
     "path": Leaf(
       "embedded",
-      "The base model: a policy or Hugging Face folder, a model of the Hub (ORG/NAME[@REVISION]), or one that comes with the "
+      "The base model: a policy or Hugging Face folder, a model of the Hub (ORG/NAME[@REVISION]), "
+      "or one that comes with the "
       "package (embedded, embedded_jobs, embedded_stories).",
     ),
-    "dtype": Leaf("float32", "Type of activations and matrix products.", choices=("float32", "bfloat16")),
-    "param_dtype": Leaf("float32", "Type in which parameters are kept.", choices=("float32", "bfloat16")),
-    "scan_layers": _how(False, "Scan one compiled layer (deep models, TPU) instead of compiling each (CPU)."),
+    "dtype": Leaf(
+      "float32", "Type of activations and matrix products.", choices=("float32", "bfloat16")
+    ),
+    "param_dtype": Leaf(
+      "float32", "Type in which parameters are kept.", choices=("float32", "bfloat16")
+    ),
+    "scan_layers": _how(
+      False, "Scan one compiled layer (deep models, TPU) instead of compiling each (CPU)."
+    ),
     "remat": _how(
       "none",
-      "What the backward pass recomputes of a layer: nothing, everything, or all but matrix products.",
+      "What the backward pass recomputes of a layer: nothing, everything, or all but matrix "
+      "products.",
       choices=("none", "full", "selective"),
     ),
-    "max_length": Leaf(1024, "Longest prompt and response together.", unit="tokens", within="[2, inf)"),
+    "max_length": Leaf(
+      1024, "Longest prompt and response together.", unit="tokens", within="[2, inf)"
+    ),
     "check_parity": _how(
       False, "Compare the base model's logits with torch's before work begins; also --check_parity."
     ),
   },
   "mesh": {
-    "data": _how(-1, "Devices along the data axis; -1 takes what is left.", within=COUNT, also=(-1,)),
-    "fsdp": _how(1, "Devices along the axis over which parameters and rows are split.", within=COUNT, also=(-1,)),
+    "data": _how(
+      -1, "Devices along the data axis; -1 takes what is left.", within=COUNT, also=(-1,)
+    ),
+    "fsdp": _how(
+      1,
+      "Devices along the axis over which parameters and rows are split.",
+      within=COUNT,
+      also=(-1,),
+    ),
     "tensor": _how(
-      1, "Devices along the axis over which heads and feed-forward width are split.", within=COUNT, also=(-1,)
+      1,
+      "Devices along the axis over which heads and feed-forward width are split.",
+      within=COUNT,
+      also=(-1,),
     ),
     "slices": _how(
       1,
-      "TPU slices joined by the data-centre network; each holds all parameters and its share of the rows.",
+      "TPU slices joined by the data-centre network; each holds all parameters and its share of "
+      "the rows.",
       within=COUNT,
     ),
   },
@@ -441,36 +562,63 @@ SCHEMA = {
     ),
     "endpoint": _endpoint(16),
     "prompts": Leaf("configs/prompts/gsm8k", "Folder with problems.txt and solution.txt."),
-    "replies": _how("", "Folder of all raw replies, which runs may share; empty: replies/ in the workdir."),
-    "seed_problems": Leaf(
-      1000, "Training problems of the task that new ones are modelled on.", unit="problems", within=COUNT
+    "replies": _how(
+      "", "Folder of all raw replies, which runs may share; empty: replies/ in the workdir."
     ),
-    "seeds_per_request": Leaf(3, "Seed problems shown in a request.", unit="problems", within=COUNT),
-    "new_per_request": Leaf(4, "New problems asked for in a request.", unit="problems", within=COUNT),
+    "seed_problems": Leaf(
+      1000,
+      "Training problems of the task that new ones are modelled on.",
+      unit="problems",
+      within=COUNT,
+    ),
+    "seeds_per_request": Leaf(
+      3, "Seed problems shown in a request.", unit="problems", within=COUNT
+    ),
+    "new_per_request": Leaf(
+      4, "New problems asked for in a request.", unit="problems", within=COUNT
+    ),
     "num_solutions": Leaf(4, "Solutions asked for per problem.", unit="solutions", within=COUNT),
     "min_agreement": Leaf(
       0.5,
-      "Fraction of the solutions that must state the same answer; other problems are dropped as unsolved.",
+      "Fraction of the solutions that must state the same answer; other problems are dropped as "
+      "unsolved.",
       within="[0, 1]",
     ),
-    "temperature_problems": Leaf(1.0, "Temperature at which problems are sampled.", within=AT_LEAST_0),
-    "temperature_solutions": Leaf(0.7, "Temperature at which solutions are sampled.", within=AT_LEAST_0),
+    "temperature_problems": Leaf(
+      1.0, "Temperature at which problems are sampled.", within=AT_LEAST_0
+    ),
+    "temperature_solutions": Leaf(
+      0.7, "Temperature at which solutions are sampled.", within=AT_LEAST_0
+    ),
     "max_tokens": Leaf(2048, "Longest reply.", unit="tokens", within=COUNT),
     "max_tokens_field": _how(
-      "max_tokens", "What the server calls that limit.", choices=("max_tokens", "max_completion_tokens")
+      "max_tokens",
+      "What the server calls that limit.",
+      choices=("max_tokens", "max_completion_tokens"),
     ),
     "near_duplicate": Leaf(
       0.2,
-      "Problems within this edit distance of an earlier one, as a fraction of the longer text, are dropped.",
+      "Problems within this edit distance of an earlier one, as a fraction of the longer text, are "
+      "dropped.",
       within="[0, 1]",
     ),
-    "surplus": Leaf(1.25, "Problems kept before balancing by difficulty, per problem wanted.", within=COUNT),
-    "max_rounds": _how(8, "Rounds of asking for more problems until there are enough.", within=COUNT),
-    "stream": _how(True, "Receive replies piece by piece, so that a stalled server is noticed sooner."),
+    "surplus": Leaf(
+      1.25, "Problems kept before balancing by difficulty, per problem wanted.", within=COUNT
+    ),
+    "max_rounds": _how(
+      8, "Rounds of asking for more problems until there are enough.", within=COUNT
+    ),
+    "stream": _how(
+      True, "Receive replies piece by piece, so that a stalled server is noticed sooner."
+    ),
     "send_seed": Leaf(True, "Send a seed with each request."),
     "max_failed": _how(0, "Requests that may stay without a reply.", within=AT_LEAST_0),
-    "usd_per_million_prompt": _how(0.0, "Price of a million prompt tokens.", unit="US dollars", within=AT_LEAST_0),
-    "usd_per_million_completion": _how(0.0, "Price of a million reply tokens.", unit="US dollars", within=AT_LEAST_0),
+    "usd_per_million_prompt": _how(
+      0.0, "Price of a million prompt tokens.", unit="US dollars", within=AT_LEAST_0
+    ),
+    "usd_per_million_completion": _how(
+      0.0, "Price of a million reply tokens.", unit="US dollars", within=AT_LEAST_0
+    ),
     "budget_usd": _how(
       0.0,
       "Bound on the spending of all runs of the workdir together; 0 for none.",
@@ -480,11 +628,17 @@ SCHEMA = {
   },
   "pretrain": {
     **_training(3e-3, 32, 1),
-    "num_problems": Leaf(256000, "Generated problems, each seen once.", unit="problems", within=COUNT),
-    "random_step_fraction": Leaf(
-      0.5, "Fraction of the problems that show legal steps without a plan or an answer.", within="[0, 1]"
+    "num_problems": Leaf(
+      256000, "Generated problems, each seen once.", unit="problems", within=COUNT
     ),
-    "max_answered_ops": Leaf(2, "Most operations that an answered problem rests on.", within=AT_LEAST_0),
+    "random_step_fraction": Leaf(
+      0.5,
+      "Fraction of the problems that show legal steps without a plan or an answer.",
+      within="[0, 1]",
+    ),
+    "max_answered_ops": Leaf(
+      2, "Most operations that an answered problem rests on.", within=AT_LEAST_0
+    ),
     "d_model": Leaf(64, "Width of the embedded base model.", within=COUNT),
     "num_layers": Leaf(3, "Its layers.", within=COUNT),
     "num_heads": Leaf(4, "Its attention heads.", within=COUNT),
@@ -494,28 +648,38 @@ SCHEMA = {
   "rft": {
     **_training(1e-5, 128, 3),
     "start": Leaf("base", "Policy from which RFT starts.", choices=("base", "sft")),
-    "max_per_problem": Leaf(4, "Solutions kept per problem, at most.", unit="solutions", within=COUNT),
+    "max_per_problem": Leaf(
+      4, "Solutions kept per problem, at most.", unit="solutions", within=COUNT
+    ),
     "with_teacher": Leaf(False, "Also train on the teacher's solutions."),
     "keep": Leaf(
       "right",
-      "Which traces are cloned: right ones; right ones with credit that contain a spurious step (spurious) or none (clean); "
+      "Which traces are cloned: right ones; right ones with credit that contain a spurious step "
+      "(spurious) or none (clean); "
       "those whose lowest step advantage is not among the worst (advantage).",
       choices=("right", "spurious", "clean", "advantage"),
     ),
     "drop_fraction": Leaf(
       0.5,
-      "rft.keep=advantage: fraction of the traces, those with the lowest step advantage, that is dropped.",
+      "rft.keep=advantage: fraction of the traces, those with the lowest step advantage, that is "
+      "dropped.",
       within="[0, 1)",
     ),
     "loss_mask": Leaf(
       "whole",
-      "rft.keep=advantage: steps of a trace that are trained on: all, those before the first negative advantage, or those with "
+      "rft.keep=advantage: steps of a trace that are trained on: all, those before the first "
+      "negative advantage, or those with "
       "a positive one.",
       choices=("whole", "before_negative", "positive"),
     ),
-    "max_solutions": Leaf(0, "Solutions in all, at most; 0 for no bound.", unit="solutions", within=AT_LEAST_0),
+    "max_solutions": Leaf(
+      0, "Solutions in all, at most; 0 for no bound.", unit="solutions", within=AT_LEAST_0
+    ),
   },
-  "sample": {"num_traces": Leaf(8, "Traces per problem.", unit="traces", within=COUNT), **_drawing("sampling", 0.7)},
+  "sample": {
+    "num_traces": Leaf(8, "Traces per problem.", unit="traces", within=COUNT),
+    **_drawing("sampling", 0.7),
+  },
   "credit": {
     "schedule": Leaf(
       "all",
@@ -523,38 +687,66 @@ SCHEMA = {
       choices=("all", "until_first_zero", "bisect", "adaptive"),
     ),
     "num_rollouts": Leaf(
-      10, "Rollouts from each prefix; at most so many for schedules other than all.", unit="rollouts", within=COUNT
+      10,
+      "Rollouts from each prefix; at most so many for schedules other than all.",
+      unit="rollouts",
+      within=COUNT,
     ),
     **_drawing("rollouts", 0.7),
-    "best_of": Leaf(5, "k of Best-of-k, the policy whose values are estimated; 1 for π_sft itself.", within=COUNT),
-    "max_wrong_per_problem": Leaf(8, "Wrong traces per problem that get credit.", unit="traces", within=AT_LEAST_0),
-    "max_right_per_problem": Leaf(0, "Right traces per problem that get credit.", unit="traces", within=AT_LEAST_0),
+    "best_of": Leaf(
+      5, "k of Best-of-k, the policy whose values are estimated; 1 for π_sft itself.", within=COUNT
+    ),
+    "max_wrong_per_problem": Leaf(
+      8, "Wrong traces per problem that get credit.", unit="traces", within=AT_LEAST_0
+    ),
+    "max_right_per_problem": Leaf(
+      0, "Right traces per problem that get credit.", unit="traces", within=AT_LEAST_0
+    ),
     "slots": _how(8, "Branches of a trace that decode at once.", within=COUNT),
     "lanes": _how(8, "Traces whose rollouts decode at once.", within=COUNT),
     "endpoint": _endpoint(32),
     "send_token_ids": Leaf(
-      True, "Send prompts to the endpoint as token ids and ask for ids; False sends and receives text."
+      True,
+      "Send prompts to the endpoint as token ids and ask for ids; False sends and receives text.",
     ),
   },
   "dpo": {
     **_training(1e-6, 64, 1),
     "beta": Leaf(0.1, "Strength of the pull to the reference.", unit="per nat", within="(0, inf)"),
-    "loss": Leaf("dpo", "Preference loss: DPO, IPO or DPO-Positive.", choices=("dpo", "ipo", "dpop")),
-    "label_smoothing": Leaf(0.0, "dpo.loss=dpo: assumed fraction of flipped labels.", within="[0, 0.5)"),
+    "loss": Leaf(
+      "dpo", "Preference loss: DPO, IPO or DPO-Positive.", choices=("dpo", "ipo", "dpop")
+    ),
+    "label_smoothing": Leaf(
+      0.0, "dpo.loss=dpo: assumed fraction of flipped labels.", within="[0, 0.5)"
+    ),
     "tau": Leaf(
       0.1,
-      "dpo.loss=ipo: strength of the pull to the reference; beta then only says which pairs are saturated.",
+      "dpo.loss=ipo: strength of the pull to the reference; beta then only says which pairs are "
+      "saturated.",
       unit="per nat",
       within="(0, inf)",
     ),
-    "penalty": Leaf(50.0, "dpo.loss=dpop: weight of the chosen branch's fall below the reference.", within=AT_LEAST_0),
-    "nll_weight": Leaf(0.0, "Weight of the chosen branch's next-token loss per token.", within=AT_LEAST_0),
+    "penalty": Leaf(
+      50.0,
+      "dpo.loss=dpop: weight of the chosen branch's fall below the reference.",
+      within=AT_LEAST_0,
+    ),
+    "nll_weight": Leaf(
+      0.0, "Weight of the chosen branch's next-token loss per token.", within=AT_LEAST_0
+    ),
   },
   "pairs": {
     "pair_mode": Leaf(
       "algorithm1",
       "How pairs/step_dpo builds its pairs (docs/method.md).",
-      choices=("algorithm1", "shared_prefix", "positives_too", "random_step", "arbitrary", "furthest"),
+      choices=(
+        "algorithm1",
+        "shared_prefix",
+        "positives_too",
+        "random_step",
+        "arbitrary",
+        "furthest",
+      ),
     ),
     "outcome_mode": Leaf(
       "arbitrary",
@@ -563,7 +755,8 @@ SCHEMA = {
     ),
     "furthest": Leaf(
       "largest",
-      "What furthest means: each right response takes the wrong one at the largest distance, or the shortest that is far.",
+      "What furthest means: each right response takes the wrong one at the largest distance, or "
+      "the shortest that is far.",
       choices=("largest", "shortest_far"),
     ),
     "pit_rule": Leaf(
@@ -572,11 +765,17 @@ SCHEMA = {
       choices=("lowest_value", "first_zero", "first_dead", "least_advantage", "relative_drop"),
     ),
     "drop_ratio": Leaf(
-      0.34, "pit_rule=relative_drop: Q after the pit is at most this fraction of Q before it.", within="[0, 1]"
+      0.34,
+      "pit_rule=relative_drop: Q after the pit is at most this fraction of Q before it.",
+      within="[0, 1]",
     ),
-    "min_before": Leaf(0.25, "pit_rule=relative_drop: Q before the pit is at least this.", within="[0, 1]"),
+    "min_before": Leaf(
+      0.25, "pit_rule=relative_drop: Q before the pit is at least this.", within="[0, 1]"
+    ),
     "spurious_below": Leaf(
-      0.0, "pair_mode=positives_too: a right trace's step is rejected if its advantage is below this.", within="[-1, 1]"
+      0.0,
+      "pair_mode=positives_too: a right trace's step is rejected if its advantage is below this.",
+      within="[-1, 1]",
     ),
     "continuation": Leaf(
       "step",
@@ -599,7 +798,8 @@ SCHEMA = {
     "temperature": Leaf(0.0, "Temperature of the graded response; 0 is greedy.", within=AT_LEAST_0),
     "base_shots": Leaf(
       0,
-      "Worked training problems before the base model's question; needs engine.stop. Tasks from files only.",
+      "Worked training problems before the base model's question; needs engine.stop. Tasks from "
+      "files only.",
       unit="problems",
       within=AT_LEAST_0,
     ),
@@ -610,23 +810,32 @@ SCHEMA = {
     ),
   },
   "metrics": {
-    "jsonl": _how(True, "Write metrics.jsonl, a line per update; the report draws its curves from it."),
+    "jsonl": _how(
+      True, "Write metrics.jsonl, a line per update; the report draws its curves from it."
+    ),
     "tensorboard": _how(True, "Write TensorBoard event files into the stages' folders."),
     "wandb": _how("", "Weights & Biases project that receives the metrics; empty for none."),
     "wandb_mode": _how(
-      "online", "Send at once, or keep in the stages' folders for `wandb sync`.", choices=("online", "offline")
+      "online",
+      "Send at once, or keep in the stages' folders for `wandb sync`.",
+      choices=("online", "offline"),
     ),
     "profile_steps": _how(
-      "", "a:b traces updates a to b - 1 of every training stage; also --profile_steps; empty for none."
+      "",
+      "a:b traces updates a to b - 1 of every training stage; also --profile_steps; empty for none.",
     ),
   },
   "export": {
     "max_shard_bytes": Leaf(
-      5_000_000_000, "Largest file of exported weights, unless one tensor is larger.", unit="bytes", within=COUNT
+      5_000_000_000,
+      "Largest file of exported weights, unless one tensor is larger.",
+      unit="bytes",
+      within=COUNT,
     ),
     "push_to_hub": _how(
       "",
-      "ORG/NAME on the Hugging Face Hub that takes the exported policy; of several, ORG/NAME-METHOD takes each. New ones are "
+      "ORG/NAME on the Hugging Face Hub that takes the exported policy; of several, "
+      "ORG/NAME-METHOD takes each. New ones are "
       "private.",
     ),
   },
@@ -638,27 +847,43 @@ SCHEMA = {
       unit="traces",
       within=COUNT,
     ),
-    "max_rollouts": _how(8, "Different rollouts from a step that the trace viewer holds, at most.", within=AT_LEAST_0),
+    "max_rollouts": _how(
+      8, "Different rollouts from a step that the trace viewer holds, at most.", within=AT_LEAST_0
+    ),
   },
   "study": {
     "family": Leaf("", "What figures call the task."),
-    "grid": Leaf((), 'Cells, as rows (sizes, methods, overrides), such as ((250, 500), ("sft", "rft"), {}).'),
+    "grid": Leaf(
+      (), 'Cells, as rows (sizes, methods, overrides), such as ((250, 500), ("sft", "rft"), {}).'
+    ),
     "settings": Leaf(
-      (), 'Overrides for all cells of some sizes or methods, as rows such as ((250, 500), {"sft.num_epochs": 10}).'
+      (),
+      "Overrides for all cells of some sizes or methods, as rows such as ((250, 500), "
+      '{"sft.num_epochs": 10}).',
     ),
     "seeds": Leaf((0,), "One run each.", within=AT_LEAST_0),
     "baseline": Leaf("sft", "Method against which efficiency is measured."),
-    "figures": Leaf((), "The paper's figures that the study ends in; see experiments/scaling/figure.py."),
+    "figures": Leaf(
+      (), "The paper's figures that the study ends in; see experiments/scaling/figure.py."
+    ),
     "reference_size": Leaf(
-      500, "Size at which the other methods' efficiency factors are reported.", unit="problems", within=COUNT
+      500,
+      "Size at which the other methods' efficiency factors are reported.",
+      unit="problems",
+      within=COUNT,
     ),
   },
   "star_graph": {
     "seeds": Leaf(4, "Training sets, each with its SFT and DPO runs.", within="[2, inf)"),
     "under_trained": Leaf(
-      (30, 60), "SFT steps from which DPO starts before the training set is memorised.", unit="steps", within=AT_LEAST_0
+      (30, 60),
+      "SFT steps from which DPO starts before the training set is memorised.",
+      unit="steps",
+      within=AT_LEAST_0,
     ),
-    "over_trained": Leaf((300,), "SFT steps from which DPO starts afterwards.", unit="steps", within=AT_LEAST_0),
+    "over_trained": Leaf(
+      (300,), "SFT steps from which DPO starts afterwards.", unit="steps", within=AT_LEAST_0
+    ),
     "every_steps": Leaf(50, "SFT or DPO steps between measurements.", unit="steps", within=COUNT),
   },
 }
@@ -710,7 +935,9 @@ def default() -> ConfigDict:
   """The default tree, locked."""
 
   def values(tree: Mapping) -> dict:
-    return {name: leaf.default if isinstance(leaf, Leaf) else values(leaf) for name, leaf in tree.items()}
+    return {
+      name: leaf.default if isinstance(leaf, Leaf) else values(leaf) for name, leaf in tree.items()
+    }
 
   return ConfigDict(values(SCHEMA)).lock()
 
@@ -721,7 +948,9 @@ def leaves(config: ConfigDict) -> Iterator[tuple[str, object]]:
 
 
 def plain(config: ConfigDict, sections: Sequence[str] | None = None) -> dict:
-  """Leaves as a flat JSON-ready dict: of these sections or single leaves, such as ("seed", "dpo.row_length"), or all."""
+  """Leaves as a flat JSON-ready dict: of these sections or single leaves, such as ("seed",
+  "dpo.row_length"), or all.
+  """
   return {
     name: list(value) if isinstance(value, tuple) else value
     for name, value in leaves(config)
@@ -735,7 +964,9 @@ def changes_results(leaf: str) -> bool:
 
 
 def help_text(sections: Sequence[str]) -> str:
-  """The leaves of some sections as --help shows them: name, default, allowed values, unit and sentence."""
+  """The leaves of some sections as --help shows them: name, default, allowed values, unit and
+  sentence.
+  """
   lines = []
   for name, leaf in LEAVES.items():
     if name.split(".")[0] in sections:
@@ -765,24 +996,35 @@ def check_values(config: ConfigDict) -> None:
       raise UserError(f"{name}={values[name]!r} {problem}.")
   if values["evaluate.base_shots"] and not values["engine.stop"]:
     raise UserError(
-      f"evaluate.base_shots={values['evaluate.base_shots']} needs engine.stop, such as ('\\nQuestion:',): a base model that "
-      "has read problems goes on to write some of its own, and the last answer is the one that is graded."
+      f"evaluate.base_shots={values['evaluate.base_shots']} needs engine.stop, such as "
+      "('\\nQuestion:',): a base model that "
+      "has read problems goes on to write some of its own, and the last answer is the one that is "
+      "graded."
     )
-  if values["task.fresh_problems"] and (values["synthesis.provider"] != "task" or values["rft.with_teacher"]):
+  if values["task.fresh_problems"] and (
+    values["synthesis.provider"] != "task" or values["rft.with_teacher"]
+  ):
     raise UserError(
-      f"task.fresh_problems={values['task.fresh_problems']} needs synthesis.provider='task' and rft.with_teacher=False: fresh "
+      f"task.fresh_problems={values['task.fresh_problems']} needs synthesis.provider='task' and "
+      "rft.with_teacher=False: fresh "
       "problems are the task's own, and their solutions are not the ones that SFT has seen."
     )
   if values["pairs.pair_mode"] == "positives_too" and values["credit.max_right_per_problem"] < 1:
-    raise UserError("pairs.pair_mode='positives_too' needs credit of right traces: credit.max_right_per_problem is 0.")
+    raise UserError(
+      "pairs.pair_mode='positives_too' needs credit of right traces: credit.max_right_per_problem "
+      "is 0."
+    )
   if values["synthesis.budget_usd"] and not (
     values["synthesis.usd_per_million_prompt"] or values["synthesis.usd_per_million_completion"]
   ):
-    raise UserError("synthesis.budget_usd needs prices: synthesis.usd_per_million_prompt and _completion are 0.")
+    raise UserError(
+      "synthesis.budget_usd needs prices: synthesis.usd_per_million_prompt and _completion are 0."
+    )
   rule, schedule = values["pairs.pit_rule"], values["credit.schedule"]
   if rule not in _PIT_RULES[schedule]:
     raise UserError(
-      f"pairs.pit_rule={rule!r} needs values that credit.schedule={schedule!r} leaves out; it goes with "
+      f"pairs.pit_rule={rule!r} needs values that credit.schedule={schedule!r} leaves out; it goes "
+      "with "
       f"{', '.join(_PIT_RULES[schedule])}."
     )
   if values["pretrain.lora.rank"]:
@@ -790,11 +1032,14 @@ def check_values(config: ConfigDict) -> None:
   k = values["credit.best_of"]
   for name in ("credit.num_rollouts", "sample.num_traces"):
     if values[name] < k:
-      raise UserError(f"{name}={values[name]} is less than credit.best_of={k}: Best-of-k needs k draws at least.")
+      raise UserError(
+        f"{name}={values[name]} is less than credit.best_of={k}: Best-of-k needs k draws at least."
+      )
 
 
 def check_name(name: str, where: str) -> None:
-  """Refuses a dotted name that is not a leaf, with its new name if it was renamed, else with the nearest names.
+  """Refuses a dotted name that is not a leaf, with its new name if it was renamed, else with the
+  nearest names.
 
   Raises:
     UserError: unknown leaf.

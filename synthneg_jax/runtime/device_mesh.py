@@ -11,7 +11,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from synthneg_jax.runtime.errors import UserError
 
-# A slice is a set of chips with fast links; slices are joined by the data-centre network, over which only gradients go.
+# A slice is a set of chips with fast links; slices are joined by the data-centre network, over
+# which only gradients go.
 AXES = ("slice", "data", "fsdp", "tensor")
 
 # Logical axis of a parameter, a row of a batch or a lane of the engine -> mesh axis or axes.
@@ -27,11 +28,14 @@ RULES = {
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1, devices=None) -> Mesh:
+def make_mesh(
+  data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1, devices=None
+) -> Mesh:
   """A mesh over all devices; one of the sizes but `slices` may be -1 and takes what is left.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices, or the devices are not in that many slices.
+    UserError: the sizes do not multiply to the number of devices, or the devices are not in that
+      many slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = [slices, data, fsdp, tensor]
@@ -41,7 +45,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1, d
   if min(sizes) < 1 or math.prod(sizes) != len(devices):
     across = "" if slices == 1 else f"mesh.slices={slices}, "
     raise UserError(
-      f"{across}mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} do not fit {len(devices)} device(s)."
+      f"{across}mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} do not fit {len(devices)} "
+      "device(s)."
     )
   return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -52,7 +57,9 @@ def _arrange(sizes: Sequence[int], devices) -> np.ndarray:
     return np.asarray(devices).reshape(sizes)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices != sizes[0]:
-    raise UserError(f"mesh.slices={sizes[0]}, but the {len(devices)} devices lie in {slices} slice(s).")
+    raise UserError(
+      f"mesh.slices={sizes[0]}, but the {len(devices)} devices lie in {slices} slice(s)."
+    )
   if slices > 1:
     return mesh_utils.create_hybrid_device_mesh(
       (1, *sizes[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
@@ -83,14 +90,17 @@ def check(name: str, shape: Sequence[int], logical_axes: Sequence[str | None], m
       if axis in taken:
         first = taken[axis]
         raise UserError(
-          f"{name}: dimensions {first} ({logical_axes[first]}={shape[first]}) and {place} ({logical}={size}) both lie "
+          f"{name}: dimensions {first} ({logical_axes[first]}={shape[first]}) and {place} "
+          f"({logical}={size}) both lie "
           f"on the mesh axis {axis}."
         )
       taken[axis] = place
     parts = {axis: mesh.shape[axis] for axis in axes if mesh.shape[axis] > 1}
     total = math.prod(parts.values())
     if size % total:
-      by = " x ".join(f"{axis}={parts[axis]}" for axis in parts) + (f" = {total}" if len(parts) > 1 else "")
+      by = " x ".join(f"{axis}={parts[axis]}" for axis in parts) + (
+        f" = {total}" if len(parts) > 1 else ""
+      )
       raise UserError(f"{name}: dimension {logical}={size} does not divide by {by}.")
 
 
@@ -111,7 +121,9 @@ def check_tree(arrays, logical_axes, mesh: Mesh, prefix: str = "") -> None:
 def shardings(mesh: Mesh, logical_axes):
   """A tree of tuples of logical names becomes a tree of NamedShardings."""
   return jax.tree.map(
-    lambda names: NamedSharding(mesh, spec(*names)), logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple)
+    lambda names: NamedSharding(mesh, spec(*names)),
+    logical_axes,
+    is_leaf=lambda leaf: isinstance(leaf, tuple),
   )
 
 
@@ -128,12 +140,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def decoding(mesh: Mesh) -> Mesh:
   """The same devices, with fsdp counted to data: parameters are split over tensor only.
 
-  Every token reads all parameters, so that to split them over fsdp would be to gather them for every token. Rows are
-  split as before, each on the same device.
+  Every token reads all parameters, so that to split them over fsdp would be to gather them for
+  every token. Rows are split as before, each on the same device.
   """
   sizes = dict(mesh.shape)
   sizes["data"], sizes["fsdp"] = sizes["data"] * sizes["fsdp"], 1
-  return Mesh(mesh.devices.reshape(tuple(sizes.values())), mesh.axis_names, axis_types=mesh.axis_types)
+  return Mesh(
+    mesh.devices.reshape(tuple(sizes.values())), mesh.axis_names, axis_types=mesh.axis_types
+  )
 
 
 def place(tree, shardings):
@@ -150,14 +164,18 @@ def place(tree, shardings):
     value = np.asarray(value)
     return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
 
-  return jax.tree.map(lambda sharding, part: jax.tree.map(functools.partial(put, sharding), part), shardings, tree)
+  return jax.tree.map(
+    lambda sharding, part: jax.tree.map(functools.partial(put, sharding), part), shardings, tree
+  )
 
 
 def connect(mesh: Mesh) -> None:
-  """Has all devices, and those along each axis, meet once; every process calls it, when all are there.
+  """Has all devices, and those along each axis, meet once; every process calls it, when all are
+  there.
 
-  Connections are made at the first meeting, and gloo, which CPU processes meet by, gives it 30 s: less than one process may
-  take longer than another over its first program. A machine that cannot be reached shows at once.
+  Connections are made at the first meeting, and gloo, which CPU processes meet by, gives it 30 s:
+  less than one process may take longer than another over its first program. A machine that cannot
+  be reached shows at once.
   """
   for axes in (mesh.axis_names, *((axis,) for axis in mesh.axis_names if mesh.shape[axis] > 1)):
     ones = np.ones(math.prod(mesh.shape[axis] for axis in axes), np.float32)
@@ -195,7 +213,9 @@ def under(mesh: Mesh, fn: Callable) -> Callable:
 
 
 def runs_on_tpu() -> bool:
-  """Whether the program that is being traced is for TPUs: by the mesh of `under`, without one by the default devices."""
+  """Whether the program that is being traced is for TPUs: by the mesh of `under`, without one by
+  the default devices.
+  """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() == "tpu" if device is None else device.device_kind.startswith("TPU")
 
@@ -213,15 +233,19 @@ def on_each_device(
   if jax.sharding.get_abstract_mesh().empty:
     return fn
   return jax.shard_map(
-    fn, in_specs=tuple(spec(*axes) for axes in logical_axes), out_specs=spec(*out_axes), check_vma=False
+    fn,
+    in_specs=tuple(spec(*axes) for axes in logical_axes),
+    out_specs=spec(*out_axes),
+    check_vma=False,
   )
 
 
 def split_as(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
-  """Tells the compiler that an array, and its gradient, is split as these names say, rather than to let it guess.
+  """Tells the compiler that an array, and its gradient, is split as these names say, rather than to
+  let it guess.
 
-  Of a parameter: it is gathered where it is used, and what its gradient's parts on the rows' devices sum to is scattered
-  to where the parameter lies. Outside of `under` it does nothing.
+  Of a parameter: it is gathered where it is used, and what its gradient's parts on the rows'
+  devices sum to is scattered to where the parameter lies. Outside of `under` it does nothing.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x
@@ -229,10 +253,11 @@ def split_as(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-  """Tells the compiler that the first dimension is rows, lanes, or their tokens one after another: split as rows are.
+  """Tells the compiler that the first dimension is rows, lanes, or their tokens one after another:
+  split as rows are.
 
-  Without it the compiler may leave the parameters split as they lie and gather the activations of all rows on every
-  device instead. Outside of `under` it does nothing.
+  Without it the compiler may leave the parameters split as they lie and gather the activations of
+  all rows on every device instead. Outside of `under` it does nothing.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:

@@ -1,13 +1,15 @@
-"""Several processes that run one program in step: who they are, what they tell each other, and how they end together.
+"""Several processes that run one program in step: who they are, what they tell each other, and how
+they end together.
 
-All processes run the same host code on the same values, so that each enters every program on the devices as often as the
-others. Where they could come to see different things (a folder's listing, a verdict's time limit, a signal) they ask here:
-`agree` and `gather` go through the key-value store of jax's coordination service, not over devices, and every process must
-call them. What only one process does (writing a file that all share) stands behind `first()`, and nothing that waits for
+All processes run the same host code on the same values, so that each enters every program on the
+devices as often as the others. Where they could come to see different things (a folder's listing, a
+verdict's time limit, a signal) they ask here: `agree` and `gather` go through the key-value store
+of jax's coordination service, not over devices, and every process must call them. What only one
+process does (writing a file that all share) stands behind `first()`, and nothing that waits for
 others does. jax's client of that store is private: no other module touches it.
 
-A thread of each process writes a heartbeat into the store and reads what the others published: that all must stop, that one
-failed, that one is dead. With one process everything here is immediate.
+A thread of each process writes a heartbeat into the store and reads what the others published: that
+all must stop, that one failed, that one is dead. With one process everything here is immediate.
 """
 
 import ctypes
@@ -24,13 +26,16 @@ from absl import logging
 
 from synthneg_jax.runtime.errors import UserError
 
-# Exit statuses besides 0 (done) and 1 (something that a person must put right): run the same command again.
+# Exit statuses besides 0 (done) and 1 (something that a person must put right): run the same
+# command again.
 PREEMPTED = 75  # SIGTERM came; all that was done is saved
 LOST = 76  # another process died or hangs
 GRACE_S = 25.0  # from SIGTERM to the end, whatever is under way
 HEARTBEAT_S = 10  # without a heartbeat for so long, a process counts as dead
 _POLL_S = 0.5
-_NEWS, _BEATS, _PLACES, _HEARD = (f"synthneg/{name}/" for name in ("news", "beat", "place", "heard"))
+_NEWS, _BEATS, _PLACES, _HEARD = (
+  f"synthneg/{name}/" for name in ("news", "beat", "place", "heard")
+)
 _SAY_S = 30.0  # between lines that tell whom this process waits for
 
 
@@ -72,7 +77,9 @@ def first() -> bool:
 
 
 def mine(number: int) -> bool:
-  """True where this process is the one that grades and writes item `number` of a list that all have."""
+  """True where this process is the one that grades and writes item `number` of a list that all
+  have.
+  """
   return number % _state.count == _state.index
 
 
@@ -98,7 +105,10 @@ def gather(value: Any = None) -> list:
   key = "synthneg/gather/{}/{}".format
   try:
     _state.client.key_value_set_bytes(key(number, _state.index), json.dumps(value).encode())
-    values = [value if other == _state.index else _wait_for(key(number, other), other) for other in range(_state.count)]
+    values = [
+      value if other == _state.index else _wait_for(key(number, other), other)
+      for other in range(_state.count)
+    ]
     if number > 1:  # all have come to this round, so all have read the one before
       _state.client.key_value_delete(key(number - 1, _state.index))
     return values
@@ -110,7 +120,9 @@ def gather(value: Any = None) -> list:
 
 
 def _wait_for(key: str, other: int) -> Any:
-  """What process `other` writes under this key, however long it takes; says now and then whom it waits for."""
+  """What process `other` writes under this key, however long it takes; says now and then whom it
+  waits for.
+  """
   since = time.monotonic()
   while True:
     try:
@@ -118,7 +130,9 @@ def _wait_for(key: str, other: int) -> Any:
     except Exception as error:
       if "DEADLINE_EXCEEDED" not in str(error):
         raise
-    logging.warning("Waiting for process %d of %d since %.0f s.", other, _state.count, time.monotonic() - since)
+    logging.warning(
+      "Waiting for process %d of %d since %.0f s.", other, _state.count, time.monotonic() - since
+    )
 
 
 def agree(value: Any) -> Any:
@@ -138,21 +152,24 @@ def require_same(values: dict[str, Any]) -> None:
     values: JSON values by name, such as the leaves of the config.
 
   Raises:
-    UserError: a process has another value than process 0; the sentence names both, and is the same everywhere.
+    UserError: a process has another value than process 0; the sentence names both, and is the same
+      everywhere.
   """
   mine_of_all = gather(values)
   for other, theirs in enumerate(mine_of_all):
     for name in sorted(set(mine_of_all[0]) | set(theirs)):
       a, b = mine_of_all[0].get(name, "nothing"), theirs.get(name, "nothing")
       if a != b:
-        raise UserError(f"The processes differ in {name}: {a!r} in process 0, {b!r} in process {other}.")
+        raise UserError(
+          f"The processes differ in {name}: {a!r} in process 0, {b!r} in process {other}."
+        )
 
 
 def stopping() -> bool:
   """True if all are to save and stop now.
 
-  Every process calls it equally often, after each train step and each call of the decoding loop; all get True at the same
-  call, and from then on.
+  Every process calls it equally often, after each train step and each call of the decoding loop;
+  all get True at the same call, and from then on.
   """
   if _state.client is None:
     return _state.asked.is_set()
@@ -172,11 +189,19 @@ def _leave(status: int, sentence: str) -> None:
 def _lost(process: int, what: str = "died") -> None:
   if _state.late:
     _leave_late()
-  _leave(LOST, f"process {process} of {_state.count} {what}; process {_state.index} stops. The same command goes on.")
+  _leave(
+    LOST,
+    f"process {process} of {_state.count} {what}; process {_state.index} stops. The same command "
+    "goes on.",
+  )
 
 
 def _leave_late() -> None:
-  _leave(PREEMPTED, f"stopped {GRACE_S:.0f} s after SIGTERM; what was saved before is kept. The same command goes on.")
+  _leave(
+    PREEMPTED,
+    f"stopped {GRACE_S:.0f} s after SIGTERM; what was saved before is kept. The same command goes "
+    "on.",
+  )
 
 
 def _asked() -> None:
@@ -199,7 +224,8 @@ def _asked() -> None:
 def watch_signals() -> None:
   """From here on SIGTERM makes `stopping` true, first here and then everywhere.
 
-  The signal is read from a pipe by a thread, so that it is seen while the main thread compiles or waits for a device.
+  The signal is read from a pipe by a thread, so that it is seen while the main thread compiles or
+  waits for a device.
   """
   here, there = socket.socketpair()
   there.setblocking(False)
@@ -280,7 +306,9 @@ def _take(client, news: dict[str, str]) -> None:
 
 
 def _acknowledge(*gone: int) -> None:
-  """Tells process 0, where the service is, that this process may be ended; process 0 waits for all but those gone."""
+  """Tells process 0, where the service is, that this process may be ended; process 0 waits for all
+  but those gone.
+  """
   try:
     _state.client.key_value_set(f"{_HEARD}{_state.index}", "", allow_overwrite=True)
     until = time.monotonic() + 5
@@ -314,9 +342,11 @@ def _check_service() -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number: int) -> None:
-  """jax's client aborts this process as soon as the service is gone; any other abort is a defect and stays one.
+  """jax's client aborts this process as soon as the service is gone; any other abort is a defect
+  and stays one.
 
-  The client is locked by then, so that a connection of our own must tell whether process 0 still listens.
+  The client is locked by then, so that a connection of our own must tell whether process 0 still
+  listens.
   """
   if _state.joining:
     _leave(1, _state.joining)
@@ -330,14 +360,17 @@ def _on_abort(number: int) -> None:
     if heard == _state.heard:  # the service answers this process no more
       _leave(
         LOST,
-        f"the coordination service of process 0 shut process {_state.index} out: another process joined under a number that "
+        f"the coordination service of process 0 shut process {_state.index} out: another process "
+        "joined under a number that "
         "was taken. The same command goes on, on another port.",
       )
   ctypes.CDLL(None).signal(number, None)
 
 
 def _refuse_taken_port(address: str) -> None:
-  """gRPC shares a port with whoever listens there, so that two jobs would take each other's processes."""
+  """gRPC shares a port with whoever listens there, so that two jobs would take each other's
+  processes.
+  """
   host, port = address.rsplit(":", 1)
   try:
     socket.create_server(
@@ -345,7 +378,8 @@ def _refuse_taken_port(address: str) -> None:
     ).close()
   except (OSError, ValueError) as error:
     raise UserError(
-      f"--distributed: process 0 cannot listen at {address} ({error}): another job may run there; give another port."
+      f"--distributed: process 0 cannot listen at {address} ({error}): another job may run there; "
+      "give another port."
     ) from error
 
 
@@ -361,9 +395,11 @@ def start(
   """Joins the other processes; before any array exists.
 
   Args:
-    coordinator_address: host:port of the first process; None where jax can tell (TPU pods, Slurm, Open MPI).
+    coordinator_address: host:port of the first process; None where jax can tell (TPU pods, Slurm,
+      Open MPI).
     num_processes, process_id: likewise; all three are given or none.
-    bind_address: host:port at which process 0 listens; None for the coordinator's port on all interfaces.
+    bind_address: host:port at which process 0 listens; None for the coordinator's port on all
+      interfaces.
     heartbeat_s: a process that is silent for so long counts as dead.
     timeout_s: how long the others may take to come.
 
@@ -375,7 +411,9 @@ def start(
 
   given = [value is not None for value in (coordinator_address, num_processes, process_id)]
   if any(given) and not all(given):
-    raise UserError("--coordinator_address, --num_processes and --process_id are given together or not at all.")
+    raise UserError(
+      "--coordinator_address, --num_processes and --process_id are given together or not at all."
+    )
   jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
   if os.environ.get("JAX_PLATFORMS", "") == "cpu":
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -384,7 +422,8 @@ def start(
   ctypes.CDLL(None).signal(int(signal.SIGABRT), _on_abort)
   at = coordinator_address or "the address that jax found"
   _state.joining = (
-    f"--distributed: the processes did not find each other within {timeout_s} s at {at}: one was not started, came late or "
+    f"--distributed: the processes did not find each other within {timeout_s} s at {at}: one was "
+    "not started, came late or "
     "came twice, or the address is not that of process 0."
   )
   try:
@@ -400,7 +439,8 @@ def start(
     )
   except (RuntimeError, ValueError) as error:
     raise UserError(
-      f"--distributed: the processes did not find each other ({str(error).strip().splitlines()[0][:200]}); where jax "
+      "--distributed: the processes did not find each other "
+      f"({str(error).strip().splitlines()[0][:200]}); where jax "
       "cannot tell, give --coordinator_address=HOST:PORT, --num_processes and --process_id."
     ) from error
   known = distributed.global_state
@@ -416,14 +456,18 @@ def start(
 
 
 def fail(sentence: str) -> None:
-  """Says the sentence to all other processes, which stop with it, and ends this one with status 1; alone it returns."""
+  """Says the sentence to all other processes, which stop with it, and ends this one with status 1;
+  alone it returns.
+  """
   if _state.client is not None:
     _publish("failed", json.dumps([_state.index, sentence]))
     _end_with_others(sentence, 1)
 
 
 def await_verdict() -> None:
-  """After an error that may be another process's death: waits until the watch would know, which ends this process."""
+  """After an error that may be another process's death: waits until the watch would know, which
+  ends this process.
+  """
   if _state.client is not None:
     time.sleep(_state.heartbeat_s + 4 * _POLL_S)
 

@@ -1,7 +1,9 @@
-"""TensorBoard event files: scalars, histograms, images and text by update, written without TensorFlow.
+"""TensorBoard event files: scalars, histograms, images and text by update, written without
+TensorFlow.
 
-The protocol buffers are tensorboardX's; the records are TFRecords (length, masked CRC-32C, data, masked CRC-32C). Writing
-is synchronous, some tenths of a millisecond an update, so that a full disk is said where it happens.
+The protocol buffers are tensorboardX's; the records are TFRecords (length, masked CRC-32C, data,
+masked CRC-32C). Writing is synchronous, some tenths of a millisecond an update, so that a full disk
+is said where it happens.
 """
 
 import io
@@ -50,7 +52,9 @@ def read(path: epath.Path) -> Iterator[Event]:
 def _cut(folder: epath.Path, first_step: int) -> None:
   """Takes what is of `first_step` or later out of the folder's event files: it is done again."""
   for path in folder.glob(_PATTERN):
-    kept = [event for event in read(path) if event.step < first_step or not event.HasField("summary")]
+    kept = [
+      event for event in read(path) if event.step < first_step or not event.HasField("summary")
+    ]
     if not any(event.HasField("summary") for event in kept):
       path.unlink()
       continue
@@ -82,9 +86,11 @@ def _bucketed(edges: Sequence[float], counts: Sequence[float]) -> HistogramProto
 
 
 class EventFile:
-  """One event file in a folder, beside those of earlier starts, none of which holds a step that this one will hold.
+  """One event file in a folder, beside those of earlier starts, none of which holds a step that
+  this one will hold.
 
-  On a local disk an event is there when `write` returns; elsewhere, where files cannot be added to, after `keep`.
+  On a local disk an event is there when `write` returns; elsewhere, where files cannot be added to,
+  after `keep`.
   """
 
   def __init__(self, folder: epath.Path, first_step: int = 0):
@@ -102,7 +108,11 @@ class EventFile:
         self._file = self._path.open("wb")
     self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
     if first_step:  # a TensorBoard that is open drops what it had read beyond
-      self._add(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
+      self._add(
+        Event(
+          wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)
+        )
+      )
 
   def _add(self, event: Event):
     (self._file or self._pending).write(_record(event))
@@ -128,8 +138,12 @@ class EventFile:
     Raises:
       UserError: it cannot be written.
     """
-    values = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in (scalars or {}).items()]
-    values += [Summary.Value(tag=tag, histo=_bucketed(*one)) for tag, one in (histograms or {}).items()]
+    values = [
+      Summary.Value(tag=tag, simple_value=float(value)) for tag, value in (scalars or {}).items()
+    ]
+    values += [
+      Summary.Value(tag=tag, histo=_bucketed(*one)) for tag, one in (histograms or {}).items()
+    ]
     for tag, png in (images or {}).items():
       width, height = struct.unpack(">II", png[16:24])
       image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)

@@ -11,14 +11,18 @@ def hash_ids(ids: Sequence[int]) -> str:
   return hashlib.blake2b(np.asarray(ids, "<i4").tobytes(), digest_size=8).hexdigest()
 
 
-def draw_key(seed: int, purpose: str, round_: int, problem_id: str, prefix_hash: str, index: int) -> np.ndarray:
+def draw_key(
+  seed: int, purpose: str, round_: int, problem_id: str, prefix_hash: str, index: int
+) -> np.ndarray:
   """The key of one item: a hash of all that it is, as uint32 [2] (threefry key data).
 
-  The engine folds in each token's place, so a run that was preempted, re-sharded or re-batched draws the same tokens.
+  The engine folds in each token's place, so a run that was preempted, re-sharded or re-batched
+  draws the same tokens.
 
   Args:
     seed: the run's.
-    purpose: "sample", "credit", "evaluate", ...: traces and the rollouts out of them never share draws.
+    purpose: "sample", "credit", "evaluate", ...: traces and the rollouts out of them never share
+      draws.
     round_: on-policy round.
     problem_id: stable id of the problem.
     prefix_hash: `hash_ids` of what the item continues.

@@ -1,4 +1,6 @@
-"""A stage's manifest: what it was made from and what it made, so that it is skipped, continued or refused rightly."""
+"""A stage's manifest: what it was made from and what it made, so that it is skipped, continued or
+refused rightly.
+"""
 
 import hashlib
 import importlib.metadata
@@ -14,9 +16,22 @@ from etils import epath
 from synthneg_jax.runtime import distributed
 from synthneg_jax.runtime.errors import UserError, writing
 
-FORMAT = 2  # of the stages' files; version 1 wrote none, had other leaf names, and made pairs within stage dpo
-_LOGS = ("begun.json", "metrics.jsonl")  # besides TensorBoard's; a stage with nothing else has made nothing yet
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "synthneg_jax")
+# of the stages' files; version 1 wrote none, had other leaf names, and made pairs within stage dpo
+FORMAT = 2
+_LOGS = (
+  "begun.json",
+  "metrics.jsonl",
+)  # besides TensorBoard's; a stage with nothing else has made nothing yet
+_PACKAGES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "transformers",
+  "numpy",
+  "synthneg_jax",
+)
 
 
 def versions() -> dict[str, str]:
@@ -31,11 +46,15 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-  """The commit of the source tree, "+" appended where it was changed; empty outside a checkout of this project."""
+  """The commit of the source tree, "+" appended where it was changed; empty outside a checkout of
+  this project.
+  """
   root = pathlib.Path(__file__).resolve().parents[2]
 
   def git(*args: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+      ["git", "-C", str(root), *args], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip()
 
   try:
@@ -51,9 +70,11 @@ def git_commit() -> str:
 
 
 def write_json(path: epath.Path, value) -> None:
-  """Writes under a temporary name and renames, so that no reader sees half a file; the first process alone writes.
+  """Writes under a temporary name and renames, so that no reader sees half a file; the first
+  process alone writes.
 
-  The temporary name is unique: machines that share a study, or a report beside a run, may write one file at the same time.
+  The temporary name is unique: machines that share a study, or a report beside a run, may write one
+  file at the same time.
 
   Raises:
     UserError: it cannot be written; what stood there before does still.
@@ -101,8 +122,8 @@ class Stage:
       given: identities of what it reads from outside the workdir, by name.
 
     Raises:
-      UserError: a needed stage is not done, or its files changed since; or this stage has made something with another config
-        or other inputs, or in an earlier version's format.
+      UserError: a needed stage is not done, or its files changed since; or this stage has made
+        something with another config or other inputs, or in an earlier version's format.
     """
     self.name, self.folder = name, epath.Path(workdir) / name
     self._workdir, self._started = epath.Path(workdir), time.time()
@@ -112,7 +133,9 @@ class Stage:
     before = json.loads(begun_path.read_text()) if begun_path.exists() else None
     if before not in (None, self._begun) and not self._made_nothing():
       self._refuse_change(before)
-    self.done = distributed.agree(manifest_path.exists())  # and all have read what is there before anything is written
+    self.done = distributed.agree(
+      manifest_path.exists()
+    )  # and all have read what is there before anything is written
     if before != self._begun:
       if before is not None and distributed.first():
         self.folder.rmtree()  # logs of a start that made nothing
@@ -122,12 +145,16 @@ class Stage:
   def _made_nothing(self) -> bool:
     """Whether the stage's folder holds nothing but its beginning and logs."""
     names = [path.name for path in self.folder.iterdir()]
-    return all(name in _LOGS or name.startswith("events.out.") or name.endswith(".tmp") for name in names)
+    return all(
+      name in _LOGS or name.startswith("events.out.") or name.endswith(".tmp") for name in names
+    )
 
   def _identity(self, need: str) -> str:
     path = self._workdir / need / "manifest.json"
     if not path.exists():
-      raise UserError(f"Stage {self.name} needs stage {need}, which is not done in {self._workdir}; run it first.")
+      raise UserError(
+        f"Stage {self.name} needs stage {need}, which is not done in {self._workdir}; run it first."
+      )
     manifest = json.loads(path.read_text())
     self._check_format(manifest, need)
     for file, expected in manifest["files"].items():
@@ -136,15 +163,18 @@ class Stage:
         raise UserError(f"{found} is missing; delete {path} to have stage {need} made again.")
       if _file_hash(found) != expected:
         raise UserError(
-          f"{found} was changed or cut off since stage {need} wrote it; delete it and {path} to have it made again."
+          f"{found} was changed or cut off since stage {need} wrote it; delete it and {path} to "
+          "have it made again."
         )
     return manifest["identity"]
 
   def _check_format(self, found: dict, stage: str) -> None:
     if found.get("format") != FORMAT:
       raise UserError(
-        f"Stage {stage} in {self._workdir} was made by version 1 of synthneg_jax, whose files and config leaves differ; take "
-        f"another --workdir, or delete {self._workdir / stage} and the stages after it to rebuild them."
+        f"Stage {stage} in {self._workdir} was made by version 1 of synthneg_jax, whose files and "
+        "config leaves differ; take "
+        f"another --workdir, or delete {self._workdir / stage} and the stages after it to rebuild "
+        "them."
       )
 
   def _refuse_change(self, before: dict):
@@ -153,14 +183,17 @@ class Stage:
     for leaf in sorted(set(old) | set(new)):
       if old.get(leaf) != new.get(leaf):
         raise UserError(
-          f"Stage {self.name} in {self._workdir} was begun with {leaf}={old.get(leaf)!r}, now it is "
-          f"{new.get(leaf)!r}; take another --workdir, or delete {self.folder} and the stages after it."
+          f"Stage {self.name} in {self._workdir} was begun with {leaf}={old.get(leaf)!r}, now it "
+          "is "
+          f"{new.get(leaf)!r}; take another --workdir, or delete {self.folder} and the stages "
+          "after it."
         )
     for need, identity in self._begun["inputs"].items():
       if before["inputs"].get(need) != identity:
         source = f"run of stage {need}" if (self._workdir / need).exists() else need
         raise UserError(
-          f"Stage {self.name} in {self._workdir} was made from another {source}; delete {self.folder} to have it made again."
+          f"Stage {self.name} in {self._workdir} was made from another {source}; delete "
+          f"{self.folder} to have it made again."
         )
 
   def finish(self, figures: dict, files: Sequence[epath.Path] = (), identity: str = "") -> dict:
@@ -175,9 +208,15 @@ class Stage:
       The figures, with the stage's seconds.
     """
     distributed.barrier()
-    hashes = {str(path.relative_to(self.folder)): _file_hash(path) for path in files} if distributed.first() else {}
+    hashes = (
+      {str(path.relative_to(self.folder)): _file_hash(path) for path in files}
+      if distributed.first()
+      else {}
+    )
     seconds = round(time.time() - self._started, 1)
-    everything = hashlib.sha256(json.dumps([self._begun, hashes, identity]).encode()).hexdigest()[:16]
+    everything = hashlib.sha256(json.dumps([self._begun, hashes, identity]).encode()).hexdigest()[
+      :16
+    ]
     figures = {"seconds": seconds, **figures}
     write_json(
       self.folder / "manifest.json",

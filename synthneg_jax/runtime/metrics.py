@@ -1,6 +1,8 @@
-"""Where the figures of a training go, update by update: JSON lines, TensorBoard event files, Weights & Biases.
+"""Where the figures of a training go, update by update: JSON lines, TensorBoard event files,
+Weights & Biases.
 
-The first process writes alone. An update that is done again, after a kill, takes its first doing's place.
+The first process writes alone. An update that is done again, after a kill, takes its first doing's
+place.
 """
 
 import contextlib
@@ -20,12 +22,15 @@ from synthneg_jax.runtime.event_files import EventFile, Histogram
 class JsonLines:
   """One JSON line an update.
 
-  On a local disk each line is there at once; elsewhere, where files cannot be added to, with each checkpoint.
+  On a local disk each line is there at once; elsewhere, where files cannot be added to, with each
+  checkpoint.
   """
 
   def __init__(self, path: epath.Path, first_step: int):
-    """Keeps the whole lines of a file that is there, unless training begins anew. A line beyond `first_step` stays until its
-    update is done again: the checkpoint behind it may be one that only cannot be read now."""
+    """Keeps the whole lines of a file that is there, unless training begins anew. A line beyond
+    `first_step` stays until its update is done again: the checkpoint behind it may be one that only
+    cannot be read now.
+    """
     text = path.read_text() if path.exists() and first_step else ""
     whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     self._lines = {json.loads(line)["step"]: line for line in whole}
@@ -34,7 +39,9 @@ class JsonLines:
     if "://" not in os.fspath(path):
       self._file = path.open("a")
 
-  def write(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
+  def write(
+    self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram]
+  ) -> None:
     """Adds a line; histograms are left out.
 
     Raises:
@@ -76,7 +83,9 @@ class _TensorBoard:
     self._file = EventFile(folder, first_step)
     self.keep = self._file.keep
 
-  def write(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
+  def write(
+    self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram]
+  ) -> None:
     self._file.write(step, scalars=scalars, histograms=histograms)
 
   def close(self) -> None:
@@ -91,18 +100,22 @@ def check(section) -> None:
     section: the config's section `metrics`.
 
   Raises:
-    UserError: Weights & Biases is asked for and its package is missing, or profile_steps is no range.
+    UserError: Weights & Biases is asked for and its package is missing, or profile_steps is no
+      range.
   """
   if section.wandb and importlib.util.find_spec("wandb") is None:
     raise UserError(
-      f"metrics.wandb={section.wandb!r} needs the package wandb, which is not installed: pip install wandb."
+      f"metrics.wandb={section.wandb!r} needs the package wandb, which is not installed: pip "
+      "install wandb."
     )
   if section.profile_steps:
     throughput.parse_steps(section.profile_steps)
 
 
 class _Wandb:
-  """A run of Weights & Biases: one a training, in a group by workdir. wandb itself drops updates that it has had."""
+  """A run of Weights & Biases: one a training, in a group by workdir. wandb itself drops updates
+  that it has had.
+  """
 
   def __init__(self, config, workdir: epath.Path, folder: epath.Path):
     section = config.metrics
@@ -133,7 +146,9 @@ class _Wandb:
         "--config.metrics.wandb_mode=offline keeps the run in the workdir."
       ) from error
 
-  def write(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
+  def write(
+    self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram]
+  ) -> None:
     made = {
       name: self._wandb.Histogram(np_histogram=(list(counts[1:-1]), list(edges)))
       for name, (edges, counts) in histograms.items()
@@ -159,8 +174,8 @@ class Metrics:
     """Opens what takes the metrics of one training.
 
     Args:
-      config: the whole config, of which the section `metrics` says what is written; None for metrics.jsonl alone, with
-        nothing in it that a second run would find otherwise.
+      config: the whole config, of which the section `metrics` says what is written; None for
+        metrics.jsonl alone, with nothing in it that a second run would find otherwise.
       workdir: of the run.
       folder: of the stage, below it.
       first_step: the update that training goes on from.
@@ -169,7 +184,10 @@ class Metrics:
       UserError: something cannot be written, or Weights & Biases refuses.
     """
     section = None if config is None else config.metrics
-    self.measured, self.profile_steps = section is not None, "" if section is None else section.profile_steps
+    self.measured, self.profile_steps = (
+      section is not None,
+      "" if section is None else section.profile_steps,
+    )
     self._sinks = []
     if not distributed.first():
       return
@@ -180,7 +198,9 @@ class Metrics:
     if section is not None and section.wandb:
       self._sinks.append(_Wandb(config, workdir, folder))
 
-  def write(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
+  def write(
+    self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram]
+  ) -> None:
     """The figures of an update.
 
     Args:

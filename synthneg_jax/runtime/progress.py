@@ -11,7 +11,9 @@ from synthneg_jax.runtime import distributed
 
 
 def _bar(name: str, total: int, unit: str):
-  """A bar where a person watches one, else None. A notebook has one of text unless ipywidgets can draw it."""
+  """A bar where a person watches one, else None. A notebook has one of text unless ipywidgets can
+  draw it.
+  """
   if not distributed.first():
     return None
   if sys.stderr.isatty():
@@ -29,9 +31,9 @@ def _bar(name: str, total: int, unit: str):
 class Progress:
   """Counts work done out of a total and says how long the rest will take.
 
-  On a terminal and in a notebook it draws one bar; elsewhere it writes a line at most every `every_s` seconds, and one
-  at the end. Of several processes the first alone does either. The first update, which compiles, counts for no rate: a log
-  tells what is left from the second on.
+  On a terminal and in a notebook it draws one bar; elsewhere it writes a line at most every
+  `every_s` seconds, and one at the end. Of several processes the first alone does either. The first
+  update, which compiles, counts for no rate: a log tells what is left from the second on.
   """
 
   def __init__(self, name: str, total: int, unit: str, every_s: float = 15.0):
@@ -68,5 +70,12 @@ class Progress:
       left = f", {(now - since) / (self._done - before) * (self._total - self._done):.0f} s left"
     tail = "".join(f", {name} {value:.4g}" for name, value in self._notes.items())
     logging.info(
-      "%s: %d/%d %s, %.0f s%s%s", self._name, self._done, self._total, self._unit, now - self._start, left, tail
+      "%s: %d/%d %s, %.0f s%s%s",
+      self._name,
+      self._done,
+      self._total,
+      self._unit,
+      now - self._start,
+      left,
+      tail,
     )

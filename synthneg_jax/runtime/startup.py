@@ -1,4 +1,6 @@
-"""How every program starts: flags, config, logs, devices, compilation cache; and how it ends: with a status that is true."""
+"""How every program starts: flags, config, logs, devices, compilation cache; and how it ends: with
+a status that is true.
+"""
 
 import ctypes
 import os
@@ -22,38 +24,54 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
     config_flags.DEFINE_config_file(
       "config",
       None,
-      "Config that comes with the project, NAME[:arg], or a file, PATH.py[:arg]; --config.part.leaf=value changes a leaf.",
+      "Config that comes with the project, NAME[:arg], or a file, PATH.py[:arg]; "
+      "--config.part.leaf=value changes a leaf.",
       lock_config=True,
     )
     flags.mark_flag_as_required("config")
     flags.DEFINE_bool(
-      "skip_bad_rows", False, "Leave broken rows of problem files out, counted; config.task.skip_bad_rows."
+      "skip_bad_rows",
+      False,
+      "Leave broken rows of problem files out, counted; config.task.skip_bad_rows.",
     )
   if workdir:
     flags.DEFINE_string(
-      "workdir", None, "Folder that takes every file of the run; the same command goes on where it was."
+      "workdir",
+      None,
+      "Folder that takes every file of the run; the same command goes on where it was.",
     )
     flags.mark_flag_as_required("workdir")
   if config and workdir:
     flags.DEFINE_bool(
-      "check_parity", False, "First hold some logits of the base model against torch's; needs torch installed."
+      "check_parity",
+      False,
+      "First hold some logits of the base model against torch's; needs torch installed.",
     )
     flags.DEFINE_string(
-      "profile_steps", "", "a:b traces updates a to b - 1 of every training stage; config.metrics.profile_steps."
+      "profile_steps",
+      "",
+      "a:b traces updates a to b - 1 of every training stage; config.metrics.profile_steps.",
     )
   flags.DEFINE_string(
     "compilation_cache",
     os.path.join("~", ".cache", "synthneg_jax", "xla"),
-    "Folder of compiled programs, kept between runs, local or gs://; empty for none, workdir for one in the workdir.",
+    "Folder of compiled programs, kept between runs, local or gs://; empty for none, workdir for "
+    "one in the workdir.",
   )
-  flags.DEFINE_bool("distributed", False, "This process is one of several that run this command together.")
+  flags.DEFINE_bool(
+    "distributed", False, "This process is one of several that run this command together."
+  )
   flags.DEFINE_string(
     "coordinator_address",
     None,
     "With --distributed, where jax cannot tell (neither TPU pod nor Slurm): HOST:PORT of process 0.",
   )
-  flags.DEFINE_integer("num_processes", None, "Likewise: how many processes there are.", lower_bound=1)
-  flags.DEFINE_integer("process_id", None, "Likewise: the number of this one, from 0.", lower_bound=0)
+  flags.DEFINE_integer(
+    "num_processes", None, "Likewise: how many processes there are.", lower_bound=1
+  )
+  flags.DEFINE_integer(
+    "process_id", None, "Likewise: the number of this one, from 0.", lower_bound=0
+  )
   flags.DEFINE_string(
     "coordinator_bind_address",
     None,
@@ -66,15 +84,22 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
     lower_bound=1,
   )
   flags.DEFINE_integer(
-    "initialization_seconds", 300, "With --distributed: how long the other processes may take to come.", lower_bound=1
+    "initialization_seconds",
+    300,
+    "With --distributed: how long the other processes may take to come.",
+    lower_bound=1,
   )
   flags.DEFINE_bool(
-    "keep_freed_memory", True, "CPU: let malloc keep freed memory, which spares page faults at every step."
+    "keep_freed_memory",
+    True,
+    "CPU: let malloc keep freed memory, which spares page faults at every step.",
   )
 
 
 def _keep_freed_memory():
-  """glibc: one arena, and no return of large blocks to the system (mallopt M_ARENA_MAX, M_MMAP_, M_TRIM_THRESHOLD)."""
+  """glibc: one arena, and no return of large blocks to the system (mallopt M_ARENA_MAX, M_MMAP_,
+  M_TRIM_THRESHOLD).
+  """
   try:
     libc = ctypes.CDLL("libc.so.6")
   except OSError:  # not glibc: nothing to tune
@@ -86,13 +111,20 @@ def _keep_freed_memory():
 def _quiet_logs():
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
-  # orbax reports every step of a save at INFO, and what its threads raise where it raises it once more; its warnings stay.
-  logging.get_absl_handler().addFilter(lambda record: record.levelno == 30 or "orbax" not in record.pathname)
+  # orbax reports every step of a save at INFO, and what its threads raise where it raises it once
+  # more; its warnings stay.
+  logging.get_absl_handler().addFilter(
+    lambda record: record.levelno == 30 or "orbax" not in record.pathname
+  )
   # A line for every request to a server.
-  logging.get_absl_handler().addFilter(lambda record: record.levelno > 20 or "httpx" not in record.pathname)
+  logging.get_absl_handler().addFilter(
+    lambda record: record.levelno > 20 or "httpx" not in record.pathname
+  )
   hook = sys.unraisablehook
 
-  def unraisable(about):  # tensorstore tells asyncio of a write that failed when nobody listens any more
+  def unraisable(
+    about,
+  ):  # tensorstore tells asyncio of a write that failed when nobody listens any more
     if str(about.exc_value) != "Event loop is closed":
       hook(about)
 
@@ -121,7 +153,16 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return rest
   except flags.Error as error:
     raise UserError(str(error).strip().replace("\n", " ")) from error
-  except (AttributeError, ImportError, KeyError, NameError, SyntaxError, TypeError, ValueError, OSError) as error:
+  except (
+    AttributeError,
+    ImportError,
+    KeyError,
+    NameError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    OSError,
+  ) as error:
     # The config file itself failed: the file and line are the last ones of the traceback inside it.
     frames = [
       f
@@ -138,8 +179,12 @@ def _one_sentence(error: Exception) -> str:
   missing = re.search(r'Key "(\w+)" does not exist', text)
   near = re.search(r'Did you mean "(\w+)"', text)
   if missing:
-    return f"the config has no leaf {missing.group(1)!r}" + (f"; did you mean {near.group(1)!r}?" if near else ".")
-  missing = re.search(r"Failed loading config file .*?(\[Errno 2\] No such file or directory: '([^']*)')", text)
+    return f"the config has no leaf {missing.group(1)!r}" + (
+      f"; did you mean {near.group(1)!r}?" if near else "."
+    )
+  missing = re.search(
+    r"Failed loading config file .*?(\[Errno 2\] No such file or directory: '([^']*)')", text
+  )
   return f"--config: there is no file {missing.group(2)}." if missing else text
 
 
@@ -158,7 +203,10 @@ def _join() -> None:
     if not distributed.first():
       logging.set_verbosity(logging.WARNING)
   elif (f.coordinator_address, f.num_processes, f.process_id) != (None, None, None):
-    raise UserError("--coordinator_address, --num_processes and --process_id say something only with --distributed.")
+    raise UserError(
+      "--coordinator_address, --num_processes and --process_id say something only with "
+      "--distributed."
+    )
 
 
 def _keep_compiled(folder: str) -> None:
@@ -171,13 +219,17 @@ def _keep_compiled(folder: str) -> None:
 
 
 def in_notebook() -> None:
-  """What a program does before its work, for a notebook: quiet libraries, compiled programs kept in ~/.cache."""
+  """What a program does before its work, for a notebook: quiet libraries, compiled programs kept in
+  ~/.cache.
+  """
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   warnings.filterwarnings(
     "ignore", message=r"os\.fork\(\) was called"
   )  # by cells that run a shell, which share nothing
-  warnings.filterwarnings("ignore", message="IProgress not found")  # a bar of text does without ipywidgets
+  warnings.filterwarnings(
+    "ignore", message="IProgress not found"
+  )  # a bar of text does without ipywidgets
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   _keep_compiled(os.path.expanduser(os.path.join("~", ".cache", "synthneg_jax", "xla")))
@@ -210,7 +262,9 @@ def _parse_or_exit(argv: list[str]) -> list[str]:
 
 
 def run_without_jax(main: Callable[[], None]) -> None:
-  """Runs a program that computes nothing, in a moment: parses flags, calls main() and exits, 0 only if the work is done."""
+  """Runs a program that computes nothing, in a moment: parses flags, calls main() and exits, 0 only
+  if the work is done.
+  """
 
   def start(argv):
     try:
@@ -228,9 +282,9 @@ def run_without_jax(main: Callable[[], None]) -> None:
 def run(main: Callable[[], None]) -> None:
   """Runs a program: parses flags, prepares jax, calls main() and exits, 0 only if the work is done.
 
-  A UserError, or a file that cannot be read or written, is printed as one sentence on stderr, exit status 1. Exit status
-  75: SIGTERM came, and what was done is saved; 76: another process of --distributed died or hangs. After both the same command
-  goes on where it was.
+  A UserError, or a file that cannot be read or written, is printed as one sentence on stderr, exit
+  status 1. Exit status 75: SIGTERM came, and what was done is saved; 76: another process of
+  --distributed died or hangs. After both the same command goes on where it was.
   """
 
   def start(argv):
@@ -238,7 +292,9 @@ def run(main: Callable[[], None]) -> None:
     if flags.FLAGS.keep_freed_memory and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
       _keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that torch is not installed is no news here
+    os.environ.setdefault(
+      "TRANSFORMERS_VERBOSITY", "error"
+    )  # that torch is not installed is no news here
     distributed.watch_signals()
     import jax  # noqa: F401  after the allocator is set, before any array exists
 

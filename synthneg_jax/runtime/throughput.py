@@ -1,4 +1,6 @@
-"""What a program costs while it runs: time, tokens, memory, compilations; and the profiler over some of its steps."""
+"""What a program costs while it runs: time, tokens, memory, compilations; and the profiler over
+some of its steps.
+"""
 
 import resource
 import sys
@@ -11,7 +13,8 @@ from etils import epath
 from synthneg_jax.runtime import distributed
 from synthneg_jax.runtime.errors import UserError
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"  # what jax tells of each program that it compiles or loads
+# what jax tells of each program that it compiles or loads
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 _compiled = {"count": 0, "seconds": 0.0, "listening": False}
 
 
@@ -29,13 +32,19 @@ def count_compilations() -> None:
 
 
 def compilations() -> tuple[int, float]:
-  """(programs compiled, or read from the compilation cache, since counting began; seconds that this took)."""
+  """(programs compiled, or read from the compilation cache, since counting began; seconds that this
+  took).
+  """
   return _compiled["count"], _compiled["seconds"]
 
 
 def memory_peak() -> tuple[str, int]:
-  """("device" or "host", bytes): the most that a device of this process has held, where devices tell, else the process."""
-  peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+  """("device" or "host", bytes): the most that a device of this process has held, where devices
+  tell, else the process.
+  """
+  peaks = [
+    (device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()
+  ]
   if any(peaks):
     return "device", max(peaks)
   unit = 1 if sys.platform == "darwin" else 1024
@@ -51,7 +60,8 @@ class Meter:
     self._before, self._tokens, self._steps = compilations(), 0, 0
 
   def step(self, tokens: int, places: int) -> dict[str, float]:
-    """Figures of an update that is done: run/step_s, run/tokens_per_s and the rest, as docs/data.md names them.
+    """Figures of an update that is done: run/step_s, run/tokens_per_s and the rest, as docs/data.md
+    names them.
 
     Args:
       tokens: in the update's batch, over all processes; padding does not count.
@@ -93,14 +103,18 @@ def parse_steps(text: str) -> tuple[int, int]:
   """
   first, colon, last = text.partition(":")
   if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-    raise UserError(f"--profile_steps={text!r} is no range of updates: a:b, two numbers, traces updates a to b - 1.")
+    raise UserError(
+      f"--profile_steps={text!r} is no range of updates: a:b, two numbers, traces updates a to b - "
+      "1."
+    )
   return int(first), int(last)
 
 
 class Profiler:
   """jax's profiler over a range of updates of one training, in the first process.
 
-  What it writes lies below folder/plugins/profile/, where TensorBoard's profile plugin, XProf and Perfetto find it.
+  What it writes lies below folder/plugins/profile/, where TensorBoard's profile plugin, XProf and
+  Perfetto find it.
   """
 
   def __init__(self, steps: str, folder: epath.Path, first_step: int, num_steps: int):
@@ -109,18 +123,24 @@ class Profiler:
     Args:
       steps: "a:b", or empty for none.
       folder: takes the trace.
-      first_step, num_steps: the updates that will be made; of the range, those among them are traced.
+      first_step, num_steps: the updates that will be made; of the range, those among them are
+        traced.
     """
     a, b = parse_steps(steps) if steps and distributed.first() else (0, 0)
     self._folder, self._on = folder, False
     self._first, self._after = max(a, first_step), min(b, num_steps)
     if steps and distributed.first() and self._first >= self._after:
       logging.info(
-        "--profile_steps=%s: updates %d to %d are made here; none is traced.", steps, first_step, num_steps - 1
+        "--profile_steps=%s: updates %d to %d are made here; none is traced.",
+        steps,
+        first_step,
+        num_steps - 1,
       )
 
   def before(self, step: int):
-    """To be called before an update is dispatched; returns a context in which to dispatch it, which names it."""
+    """To be called before an update is dispatched; returns a context in which to dispatch it, which
+    names it.
+    """
     if step == self._first < self._after:
       jax.profiler.start_trace(str(self._folder))
       self._on = True

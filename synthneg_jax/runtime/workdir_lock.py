@@ -1,10 +1,11 @@
 """One run at a time in a workdir: process 0 of the run holds the folder until the run ends.
 
-On a file system it takes flock on run.lock, which the kernel releases when the process ends, however it ends. In a bucket,
-and where flock is not supported, it keeps a lease: run.lease names the holder, who renews it every BEAT_S seconds. Each write
-is conditional on the generation read before (tensorstore's `if_equal`; in GCS ifGenerationMatch), so that of two runs that
-write at once one fails. A lease that was not renewed for LEASE_S seconds may be taken over, and a holder that finds its lease
-taken, or could not renew it for nearly as long, ends its process.
+On a file system it takes flock on run.lock, which the kernel releases when the process ends,
+however it ends. In a bucket, and where flock is not supported, it keeps a lease: run.lease names
+the holder, who renews it every BEAT_S seconds. Each write is conditional on the generation read
+before (tensorstore's `if_equal`; in GCS ifGenerationMatch), so that of two runs that write at once
+one fails. A lease that was not renewed for LEASE_S seconds may be taken over, and a holder that
+finds its lease taken, or could not renew it for nearly as long, ends its process.
 """
 
 import contextlib
@@ -39,7 +40,9 @@ def _identity() -> dict:
 
 
 class Flock:
-  """Holds a folder by flock on run.lock; the file stays, since removing it would let two runs lock two files."""
+  """Holds a folder by flock on run.lock; the file stays, since removing it would let two runs lock
+  two files.
+  """
 
   def __init__(self, folder: epath.Path):
     self._path = folder / "run.lock"
@@ -76,7 +79,8 @@ class Flock:
 class Lease:
   """Holds a folder by a record in a key-value store, renewed by a thread.
 
-  `end(status, sentence)` ends the process when the lease is lost; `clock` and `sleep` are time's, in seconds.
+  `end(status, sentence)` ends the process when the lease is lost; `clock` and `sleep` are time's,
+  in seconds.
   """
 
   KEY = "run.lease"
@@ -99,10 +103,14 @@ class Lease:
     return found.stamp.generation, json.loads(found.value) if found.state == "value" else None
 
   def _write(self, generation: bytes) -> bool:
-    """Writes the record where the stored one is of this generation, or ours by a write whose reply was lost."""
+    """Writes the record where the stored one is of this generation, or ours by a write whose reply
+    was lost.
+    """
     now = self._clock()
     text = json.dumps({**self._record, "renewed": now})
-    written = self._store.write(self.KEY, text, if_equal=generation).result(timeout=BEAT_S).generation
+    written = (
+      self._store.write(self.KEY, text, if_equal=generation).result(timeout=BEAT_S).generation
+    )
     if not written:
       written, holder = self._read()
       if not holder or holder["token"] != self._record["token"]:
@@ -114,8 +122,8 @@ class Lease:
     """Returns None, or who holds it.
 
     Args:
-      patient: whether a lease counts as held only once it was seen being renewed, which takes up to BEAT_S seconds; so a
-        holder that died a moment ago is outlived and not reported.
+      patient: whether a lease counts as held only once it was seen being renewed, which takes up to
+        BEAT_S seconds; so a holder that died a moment ago is outlived and not reported.
     """
     begin = self._clock()
     generation, holder = self._read()
@@ -136,11 +144,16 @@ class Lease:
       if not self._write(self._generation):
         other = _name(self._read()[1] or _UNKNOWN)
         self._end(
-          1, f"another run took over the workdir, {other}: this one had not renewed its lease for {LEASE_S:.0f} s."
+          1,
+          f"another run took over the workdir, {other}: this one had not renewed its lease for "
+          f"{LEASE_S:.0f} s.",
         )
     except Exception as error:  # tensorstore's errors have no common base
       if self._clock() - self._renewed > LEASE_S - 2 * BEAT_S:
-        self._end(distributed.LOST, f"the lease on the workdir cannot be renewed ({error}). The same command goes on.")
+        self._end(
+          distributed.LOST,
+          f"the lease on the workdir cannot be renewed ({error}). The same command goes on.",
+        )
       logging.warning("The lease on the workdir was not renewed: %s", error)
 
   def _keep(self) -> None:
@@ -182,11 +195,17 @@ def _acquire(folder: epath.Path, patient: bool) -> tuple[Flock | Lease | None, d
       except OSError as error:
         if error.errno not in _NO_FLOCK:
           raise
-    spec = {"driver": "file", "path": f"{os.path.abspath(url)}/", "file_io_locking": {"mode": "lockfile"}}
+    spec = {
+      "driver": "file",
+      "path": f"{os.path.abspath(url)}/",
+      "file_io_locking": {"mode": "lockfile"},
+    }
   elif url.startswith(_BUCKETS):
     spec = f"{url.rstrip('/')}/"
   else:
-    logging.warning("%s: no lease can be kept here; see to it that one run alone writes it.", folder)
+    logging.warning(
+      "%s: no lease can be kept here; see to it that one run alone writes it.", folder
+    )
     return None, None
   try:
     lease = Lease(ts.KvStore.open(spec).result(timeout=LEASE_S), _end)
@@ -197,7 +216,8 @@ def _acquire(folder: epath.Path, patient: bool) -> tuple[Flock | Lease | None, d
 
 @contextlib.contextmanager
 def claim(folder: epath.PathLike, *, patient: bool = False) -> Iterator[str]:
-  """Holds a folder for the body; yields "", or the process that holds it instead, and since when. All processes call it.
+  """Holds a folder for the body; yields "", or the process that holds it instead, and since when.
+  All processes call it.
 
   Raises:
     UserError: the folder or its lease cannot be written.
@@ -224,5 +244,7 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
   """
   with claim(workdir, patient=True) as other:
     if other:
-      raise UserError(f"{workdir} is held by another run, {other}; wait until it ends, or take another --workdir.")
+      raise UserError(
+        f"{workdir} is held by another run, {other}; wait until it ends, or take another --workdir."
+      )
     yield

@@ -1,15 +1,17 @@
-"""The embedded task: clock arithmetic over named quantities, with a scripted teacher in place of a capable model.
+"""The embedded task: clock arithmetic over named quantities, with a scripted teacher in place of a
+capable model.
 
-A problem defines a few leaves (` A= 3`), then operations over what stands before them (` K: A*B`), and asks for one
-of these (` ? K=`). Values live on a clock of ten: 7 + 5 = 2. A solution writes one operation a line, copied, its operands
-looked up and its result worked out, and ends like GSM8K's:
+A problem defines a few leaves (` A= 3`), then operations over what stands before them (` K: A*B`),
+and asks for one of these (` ? K=`). Values live on a clock of ten: 7 + 5 = 2. A solution writes one
+operation a line, copied, its operands looked up and its result worked out, and ends like GSM8K's:
 
      K: A*B A= 3 B= 4 K= 2
      #### 2
 
-Some defined operations do not matter for the question. The teacher writes those that do, in the order of the problem.
-With probability `skip_step_prob` it does an addition in its head: the line is left out and only its result is used (capable
-models skip what is easy for them). The rules that say what a legal step is serve the diagnosis, never the training.
+Some defined operations do not matter for the question. The teacher writes those that do, in the
+order of the problem. With probability `skip_step_prob` it does an addition in its head: the line is
+left out and only its result is used (capable models skip what is easy for them). The rules that say
+what a legal step is serve the diagnosis, never the training.
 """
 
 import dataclasses
@@ -28,7 +30,9 @@ EOS, PAD = "<eos>", "<pad>"
 
 @dataclasses.dataclass(frozen=True)
 class Puzzle:
-  """One problem. Names are letters; `definitions` maps a name to a digit or to (left, operator, right)."""
+  """One problem. Names are letters; `definitions` maps a name to a digit or to (left, operator,
+  right).
+  """
 
   definitions: dict
   query: str
@@ -38,7 +42,11 @@ class Puzzle:
     """What the model is given, one line."""
     parts = []
     for name, definition in self.definitions.items():
-      parts.append(f" {name}= {definition}" if isinstance(definition, int) else f" {name}: {''.join(definition)}")
+      parts.append(
+        f" {name}= {definition}"
+        if isinstance(definition, int)
+        else f" {name}: {''.join(definition)}"
+      )
     return "".join(parts) + f" ? {self.query}=\n"
 
   def value(self, name: str) -> int:
@@ -69,8 +77,12 @@ def apply(left: int, operator: str, right: int) -> int:
   return {"+": left + right, "-": left - right, "*": left * right}[operator] % CLOCK
 
 
-def make_puzzle(rng: np.random.Generator, num_leaves: int, num_operations: int, needed: tuple[int, int]) -> Puzzle:
-  """Draws a problem whose query rests on needed[0]..needed[1] operations (uniformly, as far as drawn graphs allow)."""
+def make_puzzle(
+  rng: np.random.Generator, num_leaves: int, num_operations: int, needed: tuple[int, int]
+) -> Puzzle:
+  """Draws a problem whose query rests on needed[0]..needed[1] operations (uniformly, as far as
+  drawn graphs allow).
+  """
   wanted = int(rng.integers(needed[0], needed[1] + 1))
   while True:
     names = [str(name) for name in rng.permutation(list(NAMES))[: num_leaves + num_operations]]
@@ -85,7 +97,8 @@ def make_puzzle(rng: np.random.Generator, num_leaves: int, num_operations: int, 
 
 
 def teach(rng: np.random.Generator, puzzle: Puzzle, skip_step_prob: float) -> str:
-  """A teacher's solution; with probability `skip_step_prob` an addition that the query does not ask for is done silently.
+  """A teacher's solution; with probability `skip_step_prob` an addition that the query does not ask
+  for is done silently.
 
   Never two in one line: an operation over a silent one is written.
   """
@@ -93,7 +106,12 @@ def teach(rng: np.random.Generator, puzzle: Puzzle, skip_step_prob: float) -> st
   needed = puzzle.needed(puzzle.query)
   for name in [name for name in puzzle.definitions if name in needed]:
     left, operator, right = puzzle.definitions[name]
-    if operator == "+" and name != puzzle.query and not {left, right} & silent and rng.random() < skip_step_prob:
+    if (
+      operator == "+"
+      and name != puzzle.query
+      and not {left, right} & silent
+      and rng.random() < skip_step_prob
+    ):
       silent.add(name)
     else:
       lines.append(puzzle.line(name))
@@ -101,14 +119,21 @@ def teach(rng: np.random.Generator, puzzle: Puzzle, skip_step_prob: float) -> st
 
 
 def wander(rng: np.random.Generator, puzzle: Puzzle) -> str:
-  """Legal steps without a plan: one or two operations with what they rest on, asked for or not, and no answer.
+  """Legal steps without a plan: one or two operations with what they rest on, asked for or not, and
+  no answer.
 
-  Half of the texts follow the order of the problem, half a random legal one, so that a step is copied from its
-  definition wherever that stands.
+  Half of the texts follow the order of the problem, half a random legal one, so that a step is
+  copied from its definition wherever that stands.
   """
-  operations = [name for name, definition in puzzle.definitions.items() if not isinstance(definition, int)]
+  operations = [
+    name for name, definition in puzzle.definitions.items() if not isinstance(definition, int)
+  ]
   goals = rng.choice(operations, size=min(rng.integers(1, 3), len(operations)), replace=False)
-  rest = [name for name in operations if name in set().union(*(puzzle.needed(str(goal)) for goal in goals))]
+  rest = [
+    name
+    for name in operations
+    if name in set().union(*(puzzle.needed(str(goal)) for goal in goals))
+  ]
   shuffled, lines = rng.random() < 0.5, []
   while rest:
     ready = [name for name in rest if not (puzzle.needed(name) - {name}) & set(rest)]
@@ -119,8 +144,8 @@ def wander(rng: np.random.Generator, puzzle: Puzzle) -> str:
 
 
 def judge_step(puzzle: Puzzle, known: set[str], line: str) -> str:
-  """What a written step is: "legal" (operands known, all values right), "leap" (right definition, an operand not yet
-  worked out), "wrong" (a false value, operand or operator), or "malformed".
+  """What a written step is: "legal" (operands known, all values right), "leap" (right definition,
+  an operand not yet worked out), "wrong" (a false value, operand or operator), or "malformed".
 
   Args:
     puzzle: the problem.
@@ -131,7 +156,9 @@ def judge_step(puzzle: Puzzle, known: set[str], line: str) -> str:
   if len(parts) != 8 or not parts[0].endswith(":") or len(parts[1]) != 3:
     return "malformed"
   name, (left, _, right) = parts[0][:-1], parts[1]
-  if puzzle.definitions.get(name) != tuple(parts[1]) or parts[2::2] != [f"{each}=" for each in (left, right, name)]:
+  if puzzle.definitions.get(name) != tuple(parts[1]) or parts[2::2] != [
+    f"{each}=" for each in (left, right, name)
+  ]:
     return "wrong"
   for operand in (left, right):
     if not isinstance(puzzle.definitions[operand], int) and operand not in known:
@@ -141,15 +168,19 @@ def judge_step(puzzle: Puzzle, known: set[str], line: str) -> str:
 
 
 def build_tokenizer() -> tokenizers.Tokenizer:
-  """Typed tokens: each letter as defined (` K:`) and as valued (` K=`), each expression (` A*B`), digits and marks.
+  """Typed tokens: each letter as defined (` K:`) and as valued (` K=`), each expression (` A*B`),
+  digits and marks.
 
-  Text round-trips. With these every lookup is one step of attention; small models hardly learn it otherwise.
+  Text round-trips. With these every lookup is one step of attention; small models hardly learn it
+  otherwise.
   """
   words = [PAD, EOS, "\n", " ?", " ####"]
   words += [f" {digit}" for digit in range(CLOCK)]
   words += [f" {name}{kind}" for kind in (":", "=") for name in NAMES]
   words += [f" {a}{operator}{b}" for operator in OPERATORS for a in NAMES for b in NAMES if a != b]
-  tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
+  tokenizer = tokenizers.Tokenizer(
+    models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD)
+  )
   tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| ?[^ \n]+"), behavior="isolated")
   tokenizer.decoder = decoders.Fuse()
   tokenizer.add_special_tokens([PAD, EOS])
@@ -164,11 +195,16 @@ def check(task) -> None:
   """
   c = task.arithmetic
   most = len(NAMES) - c.num_leaves
-  if not (2 <= c.num_leaves and 1 <= c.min_needed_ops <= c.max_needed_ops <= c.num_operations <= most):
+  if not (
+    2 <= c.num_leaves and 1 <= c.min_needed_ops <= c.max_needed_ops <= c.num_operations <= most
+  ):
     raise UserError(
-      f"task.arithmetic.num_leaves={c.num_leaves}, task.arithmetic.num_operations={c.num_operations}, "
-      f"task.arithmetic.min_needed_ops={c.min_needed_ops}, task.arithmetic.max_needed_ops={c.max_needed_ops}: there must be "
-      f"at least 2 leaves, 1 <= min_needed_ops <= max_needed_ops <= num_operations, and at most {len(NAMES)} names in all."
+      f"task.arithmetic.num_leaves={c.num_leaves}, "
+      f"task.arithmetic.num_operations={c.num_operations}, "
+      f"task.arithmetic.min_needed_ops={c.min_needed_ops}, "
+      f"task.arithmetic.max_needed_ops={c.max_needed_ops}: there must be "
+      "at least 2 leaves, 1 <= min_needed_ops <= max_needed_ops <= num_operations, and at most "
+      f"{len(NAMES)} names in all."
     )
 
 
@@ -187,7 +223,9 @@ def document(rng: np.random.Generator, task, section) -> tuple[str, str, str]:
   wandering = rng.random() < section.random_step_fraction
   num_leaves = int(rng.integers(2, task.arithmetic.num_leaves + 1))
   num_operations = int(rng.integers(1, task.arithmetic.num_operations + 1))
-  most = min(task.arithmetic.max_needed_ops if wandering else section.max_answered_ops, num_operations)
+  most = min(
+    task.arithmetic.max_needed_ops if wandering else section.max_answered_ops, num_operations
+  )
   puzzle = make_puzzle(rng, num_leaves, num_operations, (1, most))
   text = wander(rng, puzzle) if wandering else teach(rng, puzzle, skip_step_prob=0.0)
   return puzzle.prompt, text, str(puzzle.value(puzzle.query))

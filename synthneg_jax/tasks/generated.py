@@ -1,4 +1,6 @@
-"""Tasks whose problems a program writes, with a scripted teacher: their splits, and documents for their base models."""
+"""Tasks whose problems a program writes, with a scripted teacher: their splits, and documents for
+their base models.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,7 +27,8 @@ class Truth(NamedTuple):
 
   Attributes:
     read: (prompt) -> the problem that it states.
-    true_pit: (problem, lines) -> the first line after which a solution cannot come out right any more; -1 if there is none.
+    true_pit: (problem, lines) -> the first line after which a solution cannot come out right any
+      more; -1 if there is none.
     is_open: (problem, lines) -> whether a solution that begins so can still come out right.
   """
 
@@ -42,7 +45,8 @@ class Task(NamedTuple):
     draw: (rng, task) -> Drawn, a problem with its teacher's solution.
     document: (rng, task, pretrain's section) -> Drawn, what the base model reads.
     tokenizer: (task) -> its tokenizer, with EOS and PAD of the names below.
-    raw: its prompts are put to the model as they stand; False: in the form of task.prompt, as those of files are.
+    raw: its prompts are put to the model as they stand; False: in the form of task.prompt, as those
+      of files are.
     truth: where it is known exactly which steps a solution recovers from; None for other tasks.
   """
 
@@ -56,7 +60,12 @@ class Task(NamedTuple):
 
 EOS, PAD = "<eos>", "<pad>"
 TASKS = {
-  "arithmetic": Task(arithmetic.check, arithmetic.draw, arithmetic.document, lambda task: arithmetic.build_tokenizer()),
+  "arithmetic": Task(
+    arithmetic.check,
+    arithmetic.draw,
+    arithmetic.document,
+    lambda task: arithmetic.build_tokenizer(),
+  ),
   "jobs": Task(
     jobs.check,
     jobs.draw,
@@ -82,7 +91,8 @@ TASKS = {
 
 
 def load(task, seed: int, split: str, count: int) -> list[Problem]:
-  """The first `count` training problems of a seed, or test problems from number task.test_start on, which no seed changes.
+  """The first `count` training problems of a seed, or test problems from number task.test_start on,
+  which no seed changes.
 
   Raises:
     UserError: settings that the task cannot draw problems for.
@@ -94,14 +104,20 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
 
 def _problem(task, seed: int, split: str, index: int) -> Problem:
   rng = np.random.default_rng([seed, _SPLITS.index(split), index])
-  return Problem(f"{task.name}/{split}/{seed}/{index:06d}", *TASKS[task.name].draw(rng, task), "scripted teacher")
+  return Problem(
+    f"{task.name}/{split}/{seed}/{index:06d}", *TASKS[task.name].draw(rng, task), "scripted teacher"
+  )
 
 
 def pretraining(task, section, seed: int) -> list[Problem]:
-  """Documents for a base model: legal steps without a plan, and short problems solved by the teacher."""
+  """Documents for a base model: legal steps without a plan, and short problems solved by the
+  teacher.
+  """
   documents = []
   for index in range(section.num_problems):
     rng = np.random.default_rng([seed, _SPLITS.index("pretrain"), index])
     drawn = TASKS[task.name].document(rng, task, section)
-    documents.append(Problem(f"{task.name}/pretrain/{seed}/{index:06d}", *drawn, "base model's reading"))
+    documents.append(
+      Problem(f"{task.name}/pretrain/{seed}/{index:06d}", *drawn, "base model's reading")
+    )
   return documents

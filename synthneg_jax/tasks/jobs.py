@@ -1,16 +1,20 @@
-"""A task of choices that cannot be taken back: jobs on one machine, each with a deadline, and every one is to be paid.
+"""A task of choices that cannot be taken back: jobs on one machine, each with a deadline, and every
+one is to be paid.
 
-A problem lists jobs: hours, deadline and pay (` A 3h <9 $5`). A solution does one job a line: what it takes, its deadline and
-pay are copied, the clock goes on, the pay of a job that ends by its deadline is added up, and the last line states the sum:
+A problem lists jobs: hours, deadline and pay (` A 3h <9 $5`). A solution does one job a line: what
+it takes, its deadline and pay are copied, the clock goes on, the pay of a job that ends by its
+deadline is added up, and the last line states the sum:
 
      B: 2h <4 @2 ok $4 = 4
      A: 3h <9 @5 ok $5 = 9
      #### 9
 
-The answer is the pay of all jobs, so that one job too late makes a solution wrong. Whether a beginning can still come out
-right is known exactly: the jobs that are left must all be on time in the order of their deadlines (Jackson's rule, "Scheduling
-a production line to minimize maximum tardiness", 1955). The teacher plans: each next job is drawn among those after which
-everything can still be on time. The base model has seen jobs done in any order, late ones too: it executes and does not plan.
+The answer is the pay of all jobs, so that one job too late makes a solution wrong. Whether a
+beginning can still come out right is known exactly: the jobs that are left must all be on time in
+the order of their deadlines (Jackson's rule, "Scheduling a production line to minimize maximum
+tardiness", 1955). The teacher plans: each next job is drawn among those after which everything can
+still be on time. The base model has seen jobs done in any order, late ones too: it executes and
+does not plan.
 """
 
 import dataclasses
@@ -28,7 +32,9 @@ EOS, PAD = "<eos>", "<pad>"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What a job takes (hours), until when it must be done (hours from the start), and what it pays if it is."""
+  """What a job takes (hours), until when it must be done (hours from the start), and what it pays
+  if it is.
+  """
 
   hours: int
   deadline: int
@@ -44,7 +50,10 @@ class Puzzle:
   @property
   def prompt(self) -> str:
     """What the model is given, one line."""
-    return "".join(f" {name} {job.hours}h <{job.deadline} ${job.pay}" for name, job in self.jobs.items()) + " ?\n"
+    return (
+      "".join(f" {name} {job.hours}h <{job.deadline} ${job.pay}" for name, job in self.jobs.items())
+      + " ?\n"
+    )
 
   @property
   def answer(self) -> int:
@@ -54,7 +63,9 @@ class Puzzle:
   def can_be_paid(self, done: set[str] | frozenset[str]) -> bool:
     """Whether all jobs that are left can still be on time, after these in any order."""
     clock = sum(self.jobs[name].hours for name in done)
-    for job in sorted((job for name, job in self.jobs.items() if name not in done), key=lambda job: job.deadline):
+    for job in sorted(
+      (job for name, job in self.jobs.items() if name not in done), key=lambda job: job.deadline
+    ):
       clock += job.hours
       if clock > job.deadline:
         return False
@@ -83,7 +94,9 @@ def read(prompt: str) -> Puzzle:
   if len(words) % 4 != 1 or words[-1] != "?":
     raise ValueError(f"{prompt!r} lists no jobs.")
   four = zip(*(iter(words[:-1]),) * 4, strict=True)
-  return Puzzle({name: Job(int(hours[:-1]), int(end[1:]), int(pay[1:])) for name, hours, end, pay in four})
+  return Puzzle(
+    {name: Job(int(hours[:-1]), int(end[1:]), int(pay[1:])) for name, hours, end, pay in four}
+  )
 
 
 def make_puzzle(rng: np.random.Generator, fewest: int, most: int, slack: int) -> Puzzle:
@@ -92,26 +105,32 @@ def make_puzzle(rng: np.random.Generator, fewest: int, most: int, slack: int) ->
   Args:
     rng: of the draw.
     fewest, most: jobs, uniformly.
-    slack: hours that a deadline lies behind the job's end in a hidden order, at most; uniformly from 0.
+    slack: hours that a deadline lies behind the job's end in a hidden order, at most; uniformly
+      from 0.
   """
   names = [str(name) for name in rng.permutation(list(NAMES))[: rng.integers(fewest, most + 1)]]
   jobs, clock = {}, 0
   for name in names:
     hours = int(rng.integers(1, MOST_HOURS + 1))
     clock += hours
-    jobs[name] = Job(hours, clock + int(rng.integers(slack + 1)), int(rng.integers(1, MOST_PAY + 1)))
+    jobs[name] = Job(
+      hours, clock + int(rng.integers(slack + 1)), int(rng.integers(1, MOST_PAY + 1))
+    )
   return Puzzle({str(name): jobs[name] for name in rng.permutation(names)})
 
 
 def teach(rng: np.random.Generator, puzzle: Puzzle) -> str:
-  """A teacher's solution: each next job is drawn among those after which everything can still be on time."""
+  """A teacher's solution: each next job is drawn among those after which everything can still be on
+  time.
+  """
   order, rest = [], list(puzzle.jobs)
   while rest:
     clock = sum(puzzle.jobs[name].hours for name in order)
     good = [
       name
       for name in rest
-      if clock + puzzle.jobs[name].hours <= puzzle.jobs[name].deadline and puzzle.can_be_paid({*order, name})
+      if clock + puzzle.jobs[name].hours <= puzzle.jobs[name].deadline
+      and puzzle.can_be_paid({*order, name})
     ]
     order.append(good[rng.integers(len(good))])
     rest.remove(order[-1])
@@ -133,7 +152,8 @@ def judge_step(puzzle: Puzzle, done: list[str], line: str) -> str:
     line: one step, without its newline.
 
   Returns:
-    "legal"; "repeated", a job that was done or is none; "wrong", a false number or verdict; or "malformed".
+    "legal"; "repeated", a job that was done or is none; "wrong", a false number or verdict; or
+    "malformed".
   """
   parts = line.split()
   if len(parts) != 8 or not parts[0].endswith(":"):
@@ -145,9 +165,11 @@ def judge_step(puzzle: Puzzle, done: list[str], line: str) -> str:
 
 
 def true_pit(puzzle: Puzzle, lines: list[str]) -> int:
-  """The first step after which the solution cannot come out right any more, from 0; -1 if there is none.
+  """The first step after which the solution cannot come out right any more, from 0; -1 if there is
+  none.
 
-  That is the first step that is not legal, or after which some job must be late; a job that is late had to be, before.
+  That is the first step that is not legal, or after which some job must be late; a job that is late
+  had to be, before.
   """
   done = []
   for number, line in enumerate(lines):
@@ -160,7 +182,9 @@ def true_pit(puzzle: Puzzle, lines: list[str]) -> int:
 
 
 def is_open(puzzle: Puzzle, lines: list[str]) -> bool:
-  """Whether a solution that begins with these lines, an answer perhaps last, can still come out right."""
+  """Whether a solution that begins with these lines, an answer perhaps last, can still come out
+  right.
+  """
   *steps, last = lines
   if last.split()[:1] == ["####"]:
     whole = len(steps) == len(puzzle.jobs) and last.split()[1:] == [str(puzzle.answer)]
@@ -169,14 +193,22 @@ def is_open(puzzle: Puzzle, lines: list[str]) -> bool:
 
 
 def build_tokenizer() -> tokenizers.Tokenizer:
-  """Typed tokens: a job in the list (` A`) and done (` A:`), hours, deadlines, clock, pay, sums. Text round-trips."""
+  """Typed tokens: a job in the list (` A`) and done (` A:`), hours, deadlines, clock, pay, sums.
+  Text round-trips.
+  """
   longest = len(NAMES) * MOST_HOURS
   words = [PAD, EOS, "\n", " ?", " ####", " =", " ok", " late"]
   words += [f" {name}{kind}" for kind in ("", ":") for name in NAMES]
-  words += [f" {hours}h" for hours in range(1, MOST_HOURS + 1)] + [f" ${pay}" for pay in range(1, MOST_PAY + 1)]
-  words += [f" <{hour}" for hour in range(1, 2 * longest)] + [f" @{hour}" for hour in range(1, longest + 1)]
+  words += [f" {hours}h" for hours in range(1, MOST_HOURS + 1)] + [
+    f" ${pay}" for pay in range(1, MOST_PAY + 1)
+  ]
+  words += [f" <{hour}" for hour in range(1, 2 * longest)] + [
+    f" @{hour}" for hour in range(1, longest + 1)
+  ]
   words += [f" {paid}" for paid in range(len(NAMES) * MOST_PAY + 1)]
-  tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
+  tokenizer = tokenizers.Tokenizer(
+    models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD)
+  )
   tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| ?[^ \n]+"), behavior="isolated")
   tokenizer.decoder = decoders.Fuse()
   tokenizer.add_special_tokens([PAD, EOS])
@@ -192,7 +224,8 @@ def check(task) -> None:
   fewest, most, slack = task.jobs.fewest, task.jobs.most, task.jobs.slack
   if not (1 <= fewest <= most <= len(NAMES) and 0 <= slack <= MOST_HOURS * len(NAMES)):
     raise UserError(
-      f"task.jobs.fewest={fewest}, task.jobs.most={most}, task.jobs.slack={slack}: 1 <= fewest <= most <= {len(NAMES)}, and a "
+      f"task.jobs.fewest={fewest}, task.jobs.most={most}, task.jobs.slack={slack}: 1 <= fewest <= "
+      f"most <= {len(NAMES)}, and a "
       f"slack of 0 to {MOST_HOURS * len(NAMES)} hours."
     )
 
@@ -204,7 +237,9 @@ def draw(rng: np.random.Generator, task) -> tuple[str, str, str]:
 
 
 def document(rng: np.random.Generator, task, section) -> tuple[str, str, str]:
-  """What the base model reads: jobs done in any order without an answer, or a short problem solved by the teacher."""
+  """What the base model reads: jobs done in any order without an answer, or a short problem solved
+  by the teacher.
+  """
   wandering = rng.random() < section.random_step_fraction
   most = task.jobs.most if wandering else min(section.max_answered_ops, task.jobs.most)
   puzzle = make_puzzle(rng, 1, most, task.jobs.slack)

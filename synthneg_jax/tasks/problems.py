@@ -1,8 +1,9 @@
 """The problems of a task by split, with their known solutions.
 
-Problems from files stand in the order of a hash of seed and id. So the first 8,000 are among the first 16,000, neither the
-order of files and lines nor the loss of single rows changes who is before whom, and two splits or sources need no common
-count. The test split's order is that of seed 0 whatever the run's seed.
+Problems from files stand in the order of a hash of seed and id. So the first 8,000 are among the
+first 16,000, neither the order of files and lines nor the loss of single rows changes who is before
+whom, and two splits or sources need no common count. The test split's order is that of seed 0
+whatever the run's seed.
 """
 
 import dataclasses
@@ -33,10 +34,12 @@ class Chosen:
 
   Attributes:
     train, test: problems; traces are sampled on the training problems.
-    sft: problems whose solutions SFT sees instead of those of `train`; empty unless task.fresh_problems is set.
+    sft: problems whose solutions SFT sees instead of those of `train`; empty unless
+      task.fresh_problems is set.
     figures: counts of what was left out, for the stage's manifest.
-    report: one JSON-ready object a training problem that was left out because it overlaps a test problem, one a broken
-      row, and one a row whose solution is not graded as right; docs/data.md has the fields.
+    report: one JSON-ready object a training problem that was left out because it overlaps a test
+      problem, one a broken row, and one a row whose solution is not graded as right; docs/data.md
+      has the fields.
   """
 
   train: list[Problem]
@@ -46,7 +49,9 @@ class Chosen:
   sft: list[Problem] = dataclasses.field(default_factory=list)
 
   def sample_on_fresh(self, task) -> "Chosen":
-    """With task.fresh_problems, the first task.train_problems are SFT's alone, and traces are sampled on the others."""
+    """With task.fresh_problems, the first task.train_problems are SFT's alone, and traces are
+    sampled on the others.
+    """
     if not task.fresh_problems:
       return self
     count = len(self.train) - task.fresh_problems
@@ -59,18 +64,22 @@ def prompt_style(task) -> str:
 
 
 def is_drawn(task) -> bool:
-  """Whether a program writes the task's problems, so that there are as many as one likes; else they are read from files."""
+  """Whether a program writes the task's problems, so that there are as many as one likes; else they
+  are read from files.
+  """
   return task.name in generated.TASKS or task.name == "reasoning_gym"
 
 
 def choose(task, seed: int) -> Chosen:
   """The training and test problems of a task; more of them have the fewer ones first.
 
-  With task.fresh_problems the training problems after the first task.train_problems are the ones sampled on.
+  With task.fresh_problems the training problems after the first task.train_problems are the ones
+  sampled on.
 
-  Training problems that overlap a test problem (data/decontamination.py), one of the whole test split and of
-  task.decontaminate_against, are left out before the first task.train_problems are taken. So are those of which the solution
-  states another answer than the gold one, unless task.gold_disagreements is "keep".
+  Training problems that overlap a test problem (data/decontamination.py), one of the whole test
+  split and of task.decontaminate_against, are left out before the first task.train_problems are
+  taken. So are those of which the solution states another answer than the gold one, unless
+  task.gold_disagreements is "keep".
 
   Args:
     task: the config's section.
@@ -88,11 +97,16 @@ def choose(task, seed: int) -> Chosen:
   test, train = _rows(task, "test"), _rows(task, "train")
   for rows in (test, train):
     _check_answers(task, rows)
-  known = [*test.rows, *(row for path in task.decontaminate_against for row in _read(task, path, "test").rows)]
+  known = [
+    *test.rows,
+    *(row for path in task.decontaminate_against for row in _read(task, path, "test").rows),
+  ]
   dropped = {}
   if task.decontaminate_ngram:
     texts = [[row.problem for row in rows] for rows in (train.rows, known)]
-    dropped = {found.index: found for found in decontamination.overlaps(*texts, task.decontaminate_ngram)}
+    dropped = {
+      found.index: found for found in decontamination.overlaps(*texts, task.decontaminate_ngram)
+    }
   unseen = {row.problem for row in known}
   kept = [row for i, row in enumerate(train.rows) if i not in dropped and row.problem not in unseen]
   figures = {
@@ -100,7 +114,9 @@ def choose(task, seed: int) -> Chosen:
     "skipped_rows": len(train.skipped) + len(test.skipped),
     "duplicates": train.duplicates + test.duplicates,
   }
-  paths = [path for path in (task.path, task.test_path, *task.decontaminate_against) if hub.is_hub(path)]
+  paths = [
+    path for path in (task.path, task.test_path, *task.decontaminate_against) if hub.is_hub(path)
+  ]
   if paths:
     figures["hub_commits"] = {path: hub.commit(path) for path in paths}
   report = [
@@ -125,7 +141,8 @@ def choose(task, seed: int) -> Chosen:
 
 
 def _check_answers(task, rows: Rows) -> None:
-  """Takes rows out whose gold answer the grader cannot read, or does not find equal to itself: no response could be right.
+  """Takes rows out whose gold answer the grader cannot read, or does not find equal to itself: no
+  response could be right.
 
   Raises:
     UserError: there is one, and task.skip_bad_rows is not set.
@@ -152,8 +169,12 @@ def _check_answers(task, rows: Rows) -> None:
     except UserError as error:
       complaint = str(error)
     if not task.skip_bad_rows:
-      hint = "task.answers=math compares more than numbers, and " if task.answers == "integer" else ""
-      raise UserError(f"{row.id}: {complaint.removesuffix('.')}; {hint}--skip_bad_rows leaves such rows out.")
+      hint = (
+        "task.answers=math compares more than numbers, and " if task.answers == "integer" else ""
+      )
+      raise UserError(
+        f"{row.id}: {complaint.removesuffix('.')}; {hint}--skip_bad_rows leaves such rows out."
+      )
     rows.skipped.append(f"{row.id}: {complaint}")
   rows.rows = kept
 
@@ -161,8 +182,12 @@ def _check_answers(task, rows: Rows) -> None:
 def _grade(task, responses: Sequence[str], golds: Sequence[str]) -> list[answers.Verdict]:
   """Verdicts by the task's rules."""
   rules = {name: value for name, value in task.grading.items() if name != "timeout_s"}
-  rules = answers.Conventions(**rules | {"extraction": "marked"})  # what only the last line says is no disagreement
-  return answers.grade_many(responses, golds, kind=task.answers, timeout_s=task.grading.timeout_s, rules=rules)
+  rules = answers.Conventions(
+    **rules | {"extraction": "marked"}
+  )  # what only the last line says is no disagreement
+  return answers.grade_many(
+    responses, golds, kind=task.answers, timeout_s=task.grading.timeout_s, rules=rules
+  )
 
 
 def _log_disagreements(doubts: Sequence[dict]) -> None:
@@ -175,11 +200,15 @@ def _log_disagreements(doubts: Sequence[dict]) -> None:
       "left out" if doubt["left_out"] else "kept",
     )
   if len(doubts) > _LOGGED:
-    logging.warning("%d more rows state another answer than their gold answer.", len(doubts) - _LOGGED)
+    logging.warning(
+      "%d more rows state another answer than their gold answer.", len(doubts) - _LOGGED
+    )
 
 
 def test_texts(task, seed: int) -> list[str]:
-  """What no training problem may overlap: all problems of the test split, and those of task.decontaminate_against."""
+  """What no training problem may overlap: all problems of the test split, and those of
+  task.decontaminate_against.
+  """
   if is_drawn(task):
     return [problem.prompt for problem in load(task, seed, "test", task.test_problems)]
   paths = [_rows(task, "test"), *(_read(task, path, "test") for path in task.decontaminate_against)]
@@ -240,15 +269,26 @@ def _first(
     solved = [row for row in batch if row.solution]
     if task.answers == "math" and len(solved) > _ANNOUNCED:
       logging.info("%d solutions are graded against their gold answers.", len(solved))
-    graded = _grade(task, [row.solution for row in solved], [row.answer for row in solved]) if solved else []
-    verdicts = {row.id: verdict for row, verdict in zip(solved, graded, strict=True) if not verdict.correct}
+    graded = (
+      _grade(task, [row.solution for row in solved], [row.answer for row in solved])
+      if solved
+      else []
+    )
+    verdicts = {
+      row.id: verdict for row, verdict in zip(solved, graded, strict=True) if not verdict.correct
+    }
     for row in batch:
       verdict = verdicts.get(row.id)
       left_out = drops and verdict is not None and verdict.reason == "wrong"
       if not left_out:
         taken.append(row)
       if verdict is not None:
-        about = {"id": row.id, "gold": row.answer, "states": verdict.extracted, "reason": verdict.reason}
+        about = {
+          "id": row.id,
+          "gold": row.answer,
+          "states": verdict.extracted,
+          "reason": verdict.reason,
+        }
         doubts.append(about | {"left_out": left_out})
   if count > len(taken):
     notes = [note] if note else []
@@ -256,20 +296,25 @@ def _first(
       notes.append(f"{gone} more state another answer in the solution than the gold one")
     others = f" ({', '.join(notes)})" if notes else ""
     raise UserError(
-      f"The {split} split has {len(taken)} problems{others}; task.{split}_problems={count} asks for more."
+      f"The {split} split has {len(taken)} problems{others}; task.{split}_problems={count} asks "
+      "for more."
     )
 
   def source(row):
     return "/".join([task.name, split] + ([row.kind] if row.kind else []))
 
-  return [Problem(row.id, row.problem, row.solution or "", row.answer, source(row)) for row in taken], doubts
+  return [
+    Problem(row.id, row.problem, row.solution or "", row.answer, source(row)) for row in taken
+  ], doubts
 
 
 def _read(task, path: str, split: str) -> Rows:
   from synthneg_jax.data import datasets  # imports TFDS, which the embedded task does without
 
   fields = config_schema.field_map(task.fields)
-  return datasets.from_files(path, task.name, split, skip_bad_rows=task.skip_bad_rows, fields=fields)
+  return datasets.from_files(
+    path, task.name, split, skip_bad_rows=task.skip_bad_rows, fields=fields
+  )
 
 
 def _rows(task, split: str) -> Rows:
@@ -280,13 +325,16 @@ def _rows(task, split: str) -> Rows:
     kind = "split" if hub.is_hub(task.path) and hub.parse(task.path).split else "file"
     if split == "test" and (kind == "split" or epath.Path(task.path).expanduser().is_file()):
       raise UserError(
-        f"task.path={task.path} is a {kind} of training problems; name the test problems by task.test_path."
+        f"task.path={task.path} is a {kind} of training problems; name the test problems by "
+        "task.test_path."
       )
     return _read(task, task.path, split)
   home = os.environ.get(_DATA_DIR, "")
   if task.name == "jsonl" or (task.name == "math" and not home):
     hint = "" if task.name == "jsonl" else f" or set {_DATA_DIR} to the folder that holds math/"
-    raise UserError(f"task.path is empty: name the file or folder of the problems by --config.task.path{hint}.")
+    raise UserError(
+      f"task.path is empty: name the file or folder of the problems by --config.task.path{hint}."
+    )
   if not home:
     from synthneg_jax.data import datasets
 

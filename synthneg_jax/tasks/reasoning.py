@@ -48,7 +48,9 @@ _EVALUATING = (
   "spiral_matrix string_insertion".split()
 )
 REFUSED = {
-  **dict.fromkeys(_EVALUATING, "its scorer may evaluate the answer's text as code or as an expression"),
+  **dict.fromkeys(
+    _EVALUATING, "its scorer may evaluate the answer's text as code or as an expression"
+  ),
   "figlet_font": "its scorer gives full marks for ten matching letters",
   "game_of_life_halting": "its scorer takes any text for True",
   "letter_jumble": "its scorer takes any text that begins with the right words",
@@ -64,12 +66,16 @@ def _registered(name: str) -> tuple[type, type]:
   try:
     from reasoning_gym.factory import DATASETS
   except ImportError:
-    raise UserError("task.name=reasoning_gym needs: pip install 'synthneg_jax[reasoning]'.") from None
+    raise UserError(
+      "task.name=reasoning_gym needs: pip install 'synthneg_jax[reasoning]'."
+    ) from None
   if name not in DATASETS:
     near = difflib.get_close_matches(name, DATASETS, n=3)
     names = ", ".join(sorted(DATASETS))
     hint = f"did you mean {' or '.join(near)}?" if near else f"it has {names}."
-    raise UserError(f"task.reasoning_gym.dataset={name!r}: reasoning-gym has no such dataset; {hint}")
+    raise UserError(
+      f"task.reasoning_gym.dataset={name!r}: reasoning-gym has no such dataset; {hint}"
+    )
   return DATASETS[name]
 
 
@@ -87,7 +93,8 @@ def dataset(name: str, params: str, size: int):
   )
   if unknown := [parameter for parameter in chosen if parameter not in known]:
     raise UserError(
-      f"task.reasoning_gym.params: {name} has no parameter {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none'}."
+      f"task.reasoning_gym.params: {name} has no parameter {unknown[0]!r}; it has "
+      f"{', '.join(sorted(known)) or 'none'}."
     )
   try:
     config = config_kind(**chosen, seed=_SEED, size=size)
@@ -139,7 +146,9 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
       different questions.
   """
   if seed > _LARGEST_SEED:
-    raise UserError(f"seed={seed}: task.name=reasoning_gym has problems for seeds up to {_LARGEST_SEED}.")
+    raise UserError(
+      f"seed={seed}: task.name=reasoning_gym has problems for seeds up to {_LARGEST_SEED}."
+    )
   if split == "test":
     first, end = task.test_start, _TEST_INDICES
   else:

@@ -1,17 +1,21 @@
-"""The star graph: which way from the centre leads to the goal? One decision, after which the path can only be followed.
+"""The star graph: which way from the centre leads to the goal? One decision, after which the path
+can only be followed.
 
-Several arms leave a centre; the prompt lists their edges in random order and names centre and goal, the leaf of one arm.
-The solution is the path, one node a step, after Bachmann & Nagarajan (https://arxiv.org/abs/2403.06963):
+Several arms leave a centre; the prompt lists their edges in random order and names centre and goal,
+the leaf of one arm. The solution is the path, one node a step, after Bachmann & Nagarajan
+(https://arxiv.org/abs/2403.06963):
 
      3 11 |7 5 |3 7 |11 2 |?3 2 =        3 11 2
 
-The node next to the centre is the critical token: the others are copied from the list of edges, one look-up each, but for
-it the goal must be traced back. A model that walks any arm to its end is right with probability 1/degree: chance.
+The node next to the centre is the critical token: the others are copied from the list of edges, one
+look-up each, but for it the goal must be traced back. A model that walks any arm to its end is
+right with probability 1/degree: chance.
 
-What a base model is taught here, and they are not: every look-up, along the edges and against them, without a plan. Marks
-say what is asked: `=` the path (a base walks some arm), `<` a walk from the goal back to the centre. The form of the base's
-documents is ours. Node names are numbers below `num_nodes`; arrays hold them as they are.
-Shape letters: N graphs, A arms, L nodes of a path, E edges, C tokens of a prompt.
+What a base model is taught here, and they are not: every look-up, along the edges and against them,
+without a plan. Marks say what is asked: `=` the path (a base walks some arm), `<` a walk from the
+goal back to the centre. The form of the base's documents is ours. Node names are numbers below
+`num_nodes`; arrays hold them as they are. Shape letters: N graphs, A arms, L nodes of a path, E
+edges, C tokens of a prompt.
 """
 
 import dataclasses
@@ -25,7 +29,14 @@ from synthneg_jax.runtime.errors import UserError
 EOS, PAD = "<eos>", "<pad>"
 PATH, BACK = "=", "<"
 _BAR, _ASK = "|", "?"
-WORDS = (PAD, EOS, _BAR, _ASK, PATH, BACK)  # their ids are their places; node v is the token len(WORDS) + v
+WORDS = (
+  PAD,
+  EOS,
+  _BAR,
+  _ASK,
+  PATH,
+  BACK,
+)  # their ids are their places; node v is the token len(WORDS) + v
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +44,8 @@ class Graphs:
   """N star graphs.
 
   Attributes:
-    arm_NAL: int, the nodes of every arm from the centre, which is the first node of each, to its leaf.
+    arm_NAL: int, the nodes of every arm from the centre, which is the first node of each, to its
+      leaf.
     edge_NE2: int, (from, to) of every edge, in the order of the prompt.
     goal_N: int, the arm whose leaf is asked for.
   """
@@ -55,12 +67,18 @@ class Graphs:
     return self.arm_NAL[np.arange(len(self)), self.goal_N]
 
 
-def draw(rng: np.random.Generator, count: int, degree: int, path_nodes: int, num_nodes: int) -> Graphs:
-  """Star graphs with random node names, order of edges and goal; num_nodes is at least 1 + degree · (path_nodes - 1)."""
+def draw(
+  rng: np.random.Generator, count: int, degree: int, path_nodes: int, num_nodes: int
+) -> Graphs:
+  """Star graphs with random node names, order of edges and goal; num_nodes is at least 1 + degree ·
+  (path_nodes - 1).
+  """
   inner = degree * (path_nodes - 1)
   name_NV = np.argsort(rng.random((count, num_nodes)), axis=1)[:, : 1 + inner]
   center_NA1 = np.repeat(name_NV[:, :1, None], degree, axis=1)
-  arm_NAL = np.concatenate([center_NA1, name_NV[:, 1:].reshape(count, degree, path_nodes - 1)], axis=2)
+  arm_NAL = np.concatenate(
+    [center_NA1, name_NV[:, 1:].reshape(count, degree, path_nodes - 1)], axis=2
+  )
   edge_NE2 = np.stack([arm_NAL[:, :, :-1], arm_NAL[:, :, 1:]], axis=-1).reshape(count, inner, 2)
   order_NE = np.argsort(rng.random((count, inner)), axis=1)
   edge_NE2 = np.take_along_axis(edge_NE2, order_NE[:, :, None], axis=1)
@@ -88,7 +106,12 @@ def prompt_ids(graphs: Graphs, mark: str | np.ndarray = PATH) -> np.ndarray:
   listed_NC = np.concatenate([tokens(graphs.edge_NE2), bar_NE1], axis=2).reshape(count, -1)
   path_NL = graphs.path_NL
   marks_N = np.array([WORDS.index(each) for each in np.atleast_1d(mark)])
-  asked = [column(WORDS.index(_ASK)), column(tokens(path_NL[:, 0])), column(tokens(path_NL[:, -1])), column(marks_N)]
+  asked = [
+    column(WORDS.index(_ASK)),
+    column(tokens(path_NL[:, 0])),
+    column(tokens(path_NL[:, -1])),
+    column(marks_N),
+  ]
   return np.concatenate([listed_NC, *asked], axis=1)
 
 
@@ -103,7 +126,8 @@ def solution_ids(graphs: Graphs) -> np.ndarray:
 
 
 def tours(rng: np.random.Generator, graphs: Graphs) -> tuple[np.ndarray, np.ndarray]:
-  """Documents that show many look-ups: all arms in random order, along the edges or (`<`) against them; no EOS.
+  """Documents that show many look-ups: all arms in random order, along the edges or (`<`) against
+  them; no EOS.
 
   Returns:
     (prompts [N, C], responses [N, A·L]).
@@ -113,11 +137,14 @@ def tours(rng: np.random.Generator, graphs: Graphs) -> tuple[np.ndarray, np.ndar
   order_NA = np.argsort(rng.random((count, degree)), axis=1)
   arm_NAL = np.take_along_axis(graphs.arm_NAL, order_NA[:, :, None], axis=1)
   arm_NAL = np.where(back_N[:, None, None], arm_NAL[:, :, ::-1], arm_NAL)
-  return prompt_ids(graphs, np.where(back_N, BACK, PATH)), tokens(arm_NAL.reshape(count, degree * nodes))
+  return prompt_ids(graphs, np.where(back_N, BACK, PATH)), tokens(
+    arm_NAL.reshape(count, degree * nodes)
+  )
 
 
 def walks(rng: np.random.Generator, graphs: Graphs) -> tuple[np.ndarray, np.ndarray]:
-  """Documents of one walk each: some arm, whatever the goal (`=`), or the goal's arm from leaf to centre (`<`), EOS last.
+  """Documents of one walk each: some arm, whatever the goal (`=`), or the goal's arm from leaf to
+  centre (`<`), EOS last.
 
   Returns:
     (prompts [N, C], responses [N, L + 1]).
@@ -130,7 +157,8 @@ def walks(rng: np.random.Generator, graphs: Graphs) -> tuple[np.ndarray, np.ndar
 
 
 def judge(prompt: str, response: str) -> str:
-  """What a response is: "right", "other_arm" (a whole arm, not the goal's) or "illegal". For diagnosis, never training.
+  """What a response is: "right", "other_arm" (a whole arm, not the goal's) or "illegal". For
+  diagnosis, never training.
 
   Args:
     prompt: as the tokenizer writes it, asking for the path.
@@ -143,7 +171,9 @@ def judge(prompt: str, response: str) -> str:
     successors.setdefault(start, set()).add(end)
   center, goal = asked.removesuffix(PATH).split()
   nodes = response.split()
-  legal = nodes[:1] == [center] and all(b in successors.get(a, ()) for a, b in zip(nodes, nodes[1:], strict=False))
+  legal = nodes[:1] == [center] and all(
+    b in successors.get(a, ()) for a, b in zip(nodes, nodes[1:], strict=False)
+  )
   if not legal or len(nodes) < 2 or nodes[-1] in successors:
     return "illegal"
   return "right" if nodes[-1] == goal else "other_arm"
@@ -178,15 +208,20 @@ def check(task) -> None:
   c = task.star_graph
   if c.degree < 2 or c.path_nodes < 3 or c.num_nodes < 1 + c.degree * (c.path_nodes - 1):
     raise UserError(
-      f"task.star_graph.degree={c.degree}, task.star_graph.path_nodes={c.path_nodes}, task.star_graph.num_nodes={c.num_nodes}: "
+      f"task.star_graph.degree={c.degree}, task.star_graph.path_nodes={c.path_nodes}, "
+      f"task.star_graph.num_nodes={c.num_nodes}: "
       "there must be at least 2 arms, 3 nodes in a path, and 1 + degree * (path_nodes - 1) names."
     )
 
 
 def build_tokenizer(num_nodes: int) -> tokenizers.Tokenizer:
-  """One token a node (`7 `, its space included, so that each is a step of its own) and one a mark; text round-trips."""
+  """One token a node (`7 `, its space included, so that each is a step of its own) and one a mark;
+  text round-trips.
+  """
   words = [*WORDS, *(f"{node} " for node in range(num_nodes))]
-  tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
+  tokenizer = tokenizers.Tokenizer(
+    models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD)
+  )
   tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[0-9]+ |[|?=<]"), behavior="isolated")
   tokenizer.decoder = decoders.Fuse()
   tokenizer.add_special_tokens([PAD, EOS])

@@ -115,7 +115,11 @@ class Story:
   def derivations(self) -> list[str]:
     """Those of `needed` whose quantities are not stated, in the order of the sentences."""
     needed = self.needed
-    return [name for name, quantity in self.quantities.items() if name in needed and isinstance(quantity, Relation)]
+    return [
+      name
+      for name, quantity in self.quantities.items()
+      if name in needed and isinstance(quantity, Relation)
+    ]
 
   def derivation(self, name: str) -> str:
     """The right step that derives what a person has, without its newline."""
@@ -159,7 +163,8 @@ def make_story(rng: np.random.Generator, section) -> Story:
       return story
   raise UserError(
     f"task.stories: none of {_ATTEMPTS} drawn stories has {wanted} derivations and at most "
-    f"{section.max_distractors} people who do not matter; allow more people, or more who do not matter."
+    f"{section.max_distractors} people who do not matter; allow more people, or more who do not "
+    "matter."
   )
 
 
@@ -178,7 +183,9 @@ def _draw_relation(rng: np.random.Generator, base: str, value: int, largest: int
 
 def _ready(story: Story, names: Sequence[str], known: set[str]) -> list[str]:
   """Those of the people whose base is stated or known."""
-  available = known | {name for name, quantity in story.quantities.items() if isinstance(quantity, int)}
+  available = known | {
+    name for name, quantity in story.quantities.items() if isinstance(quantity, int)
+  }
   return [name for name in names if story.quantities[name].base in available]
 
 
@@ -209,7 +216,8 @@ def wander(rng: np.random.Generator, story: Story) -> str:
 
 
 _SENTENCE = re.compile(
-  r"(\w+) has (\d+|\d+ more|\d+ fewer|twice|\d times|half)( as many)? (\w+)(?: (?:than|as) (\w+))?\."
+  r"(\w+) has (\d+|\d+ more|\d+ fewer|twice|\d times|half)( as many)? (\w+)(?: (?:than|as) "
+  r"(\w+))?\."
 )
 _QUESTION = re.compile(r"How many (\w+) do (\w+) and (\w+) have together\?$")
 _DERIVATION = re.compile(r"(\w+) has (?:(\w+)'s )?(\d+) ([-+*/]) (\d+) = (-?\d+) (\w+)\.")
@@ -277,7 +285,9 @@ def judge_step(story: Story, known: set[str], line: str) -> Step:
     divides_by_0 = written.operator == "/" and written.number == 0
     holds = not divides_by_0 and written.apply(int(match[3])) == int(match[6])
     legal = isinstance(relation, Relation) and is_known(relation.base)
-    return Step("derivation", legal and line == story.derivation(name), number_right and holds, name)
+    return Step(
+      "derivation", legal and line == story.derivation(name), number_right and holds, name
+    )
   if match := _SUM.fullmatch(line):
     asked = set(match.groups()[:2]) == set(story.asked)
     first, second, total = (int(match[group]) for group in (3, 5, 6))
@@ -345,9 +355,12 @@ def check(task) -> None:
   if not (people and derivations and s.min_people - s.max_derivations - 2 <= s.max_distractors):
     raise UserError(
       f"task.stories.min_people={s.min_people}, task.stories.max_people={s.max_people}, "
-      f"task.stories.min_derivations={s.min_derivations}, task.stories.max_derivations={s.max_derivations}, "
-      f"task.stories.max_distractors={s.max_distractors}: there must be 2 <= min_people <= max_people <= "
-      f"{len(NAMES)}, min_derivations <= max_derivations < max_people, and max_distractors of at least "
+      f"task.stories.min_derivations={s.min_derivations}, "
+      f"task.stories.max_derivations={s.max_derivations}, "
+      f"task.stories.max_distractors={s.max_distractors}: there must be 2 <= min_people <= "
+      "max_people <= "
+      f"{len(NAMES)}, min_derivations <= max_derivations < max_people, and max_distractors of at "
+      "least "
       "min_people - max_derivations - 2."
     )
 

@@ -1,6 +1,8 @@
-"""An OpenAI-compatible HTTP endpoint: many requests at once, at the server's pace, tried again where that may help.
+"""An OpenAI-compatible HTTP endpoint: many requests at once, at the server's pace, tried again
+where that may help.
 
-The key comes from the environment and goes into the Authorization header, nowhere else: what a server echoes is scrubbed.
+The key comes from the environment and goes into the Authorization header, nowhere else: what a
+server echoes is scrubbed.
 """
 
 import email.utils
@@ -21,11 +23,21 @@ from absl import logging
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.teacher.reply_cache import Prices, Purse, Reply, Request, Store
 
-_AGAIN = {408, 409, 425, 429}  # statuses after which the same request may succeed, as after every 5xx; not billed
+_AGAIN = {
+  408,
+  409,
+  425,
+  429,
+}  # statuses after which the same request may succeed, as after every 5xx; not billed
 _REFUSED = {400, 413, 422}  # statuses that are about one request and say nothing of others
 _UNFINISHED = ("error", "abort")  # finish reasons of replies that the server gave up
 _FILTERED = ("content_filter", "content_policy_violation")
-_NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError")  # the transport's, by name: not billed
+_NEVER_SENT = (
+  "ConnectError",
+  "ConnectTimeout",
+  "PoolTimeout",
+  "ProxyError",
+)  # the transport's, by name: not billed
 _LONGEST_BACKOFF_S = 60.0
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -75,8 +87,8 @@ def _duration(text: str) -> float | None:
 def wait_of(headers, now: float) -> float:
   """Seconds that a response's headers ask to wait before the next request.
 
-  retry-after-ms, retry-after (seconds or an HTTP date); else x-ratelimit-reset-{requests,tokens} where the same
-  -remaining- is 0.
+  retry-after-ms, retry-after (seconds or an HTTP date); else x-ratelimit-reset-{requests,tokens}
+  where the same -remaining- is 0.
 
   Args:
     headers: a mapping without case.
@@ -101,24 +113,33 @@ def wait_of(headers, now: float) -> float:
 
 
 def _words_of(body) -> str:
-  """What a server says in the body of an error: OpenAI's message, FastAPI's detail, or the text itself; "" for nothing."""
+  """What a server says in the body of an error: OpenAI's message, FastAPI's detail, or the text
+  itself; "" for nothing.
+  """
   if isinstance(body, str):
     return body
   if isinstance(body, list):
     return "; ".join(filter(None, map(_words_of, body)))
   if not isinstance(body, dict):
     return ""
-  said = next((words for key in ("message", "detail", "error", "msg") if (words := _words_of(body.get(key)))), "")
+  said = next(
+    (words for key in ("message", "detail", "error", "msg") if (words := _words_of(body.get(key)))),
+    "",
+  )
   place = ".".join(str(part) for part in body["loc"]) if isinstance(body.get("loc"), list) else ""
   return f"{place}: {said}" if place and said else said
 
 
 def text_of(content) -> str:
-  """The text of a message's content, which some servers give as a list of parts; parts of other types are passed over."""
+  """The text of a message's content, which some servers give as a list of parts; parts of other
+  types are passed over.
+  """
   if isinstance(content, str):
     return content
   if isinstance(content, dict):
-    return text_of(content.get("text")) if content.get("type", "text") in ("text", "output_text") else ""
+    return (
+      text_of(content.get("text")) if content.get("type", "text") in ("text", "output_text") else ""
+    )
   return "".join(map(text_of, content)) if isinstance(content, list) else ""
 
 
@@ -139,7 +160,8 @@ def key_of(variable: str) -> str:
   key = os.environ.get(variable, "").strip()
   if not key:
     raise UserError(
-      f"endpoint.key_variable names {variable}, which is not set; set it to the endpoint's key, or give "
+      f"endpoint.key_variable names {variable}, which is not set; set it to the endpoint's key, or "
+      "give "
       "endpoint.key_variable= (empty) for a server that wants none."
     )
   return key
@@ -152,33 +174,42 @@ class Endpoint:
     """Opens no connection yet.
 
     Args:
-      section: config section with url, model, key_variable, concurrency, timeout_s, attempts, backoff_s.
+      section: config section with url, model, key_variable, concurrency, timeout_s, attempts,
+        backoff_s.
 
     Raises:
-      UserError: the package openai is not installed, the url is none or carries a secret, no model, or no key.
+      UserError: the package openai is not installed, the url is none or carries a secret, no model,
+        or no key.
     """
     try:
       self._openai = importlib.import_module("openai")
     except ImportError as error:
       raise UserError(
-        'An endpoint needs the package openai: pip install "synthneg_jax[synthesize]" (in a checkout: .[synthesize]).'
+        'An endpoint needs the package openai: pip install "synthneg_jax[synthesize]" (in a '
+        "checkout: .[synthesize])."
       ) from error
     parts = urllib.parse.urlsplit(section.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
       raise UserError(f"endpoint.url={section.url!r} is no URL such as http://localhost:8000/v1.")
     if parts.username or parts.password or parts.query:
       raise UserError(
-        "endpoint.url carries a user, a password or a query, which would be written to the workdir with the config; "
+        "endpoint.url carries a user, a password or a query, which would be written to the workdir "
+        "with the config; "
         "put the key into the variable that endpoint.key_variable names."
       )
     if not section.model:
       raise UserError("endpoint.model is empty: name the model that the endpoint is to use.")
     self._section, self._key = section, key_of(section.key_variable)
     self._where = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname
-    # A read that brings no byte for timeout_s ends the attempt; the client's own retries would ignore our pace.
-    self.client = self._openai.OpenAI(base_url=section.url, api_key=self._key, max_retries=0, timeout=section.timeout_s)
+    # A read that brings no byte for timeout_s ends the attempt; the client's own retries would
+    # ignore our pace.
+    self.client = self._openai.OpenAI(
+      base_url=section.url, api_key=self._key, max_retries=0, timeout=section.timeout_s
+    )
     for name in ("openai", "httpx", "httpx2"):
-      stdlib_logging.getLogger(name).setLevel(stdlib_logging.WARNING)  # they would log every request
+      stdlib_logging.getLogger(name).setLevel(
+        stdlib_logging.WARNING
+      )  # they would log every request
     self._lock, self._not_before = threading.Lock(), 0.0
     self._stop = threading.Event()
 
@@ -200,7 +231,9 @@ class Endpoint:
         return
 
   def _refuse(self, error) -> None:
-    """Raises UserError for a status that will not go away by asking again, Refused for one that is about this request."""
+    """Raises UserError for a status that will not go away by asking again, Refused for one that is
+    about this request.
+    """
     body, status = error.body if isinstance(error.body, dict) else {}, error.status_code
     if status >= 500 or status in _AGAIN - {429}:
       return
@@ -216,12 +249,14 @@ class Endpoint:
     """Sends until a whole reply is there.
 
     Args:
-      send: makes one attempt; returns (headers, reply), raises Broken for a reply that is not whole.
-      begin, free, lose: told before an attempt, after one that was not billed, and after one that may have been
-        (its error and what came).
+      send: makes one attempt; returns (headers, reply), raises Broken for a reply that is not
+        whole.
+      begin, free, lose: told before an attempt, after one that was not billed, and after one that
+        may have been (its error and what came).
 
     Raises:
-      UserError: the server refuses for good. Filtered, Refused: it refuses this request. Exhausted: no whole reply. And
+      UserError: the server refuses for good. Filtered, Refused: it refuses this request. Exhausted:
+        no whole reply. And
       what `begin` raises.
     """
     last = "stopped"
@@ -255,22 +290,29 @@ class Endpoint:
         return note, reply
       if number + 1 < self._section.attempts:
         backoff = min(self._section.backoff_s * 2**number, _LONGEST_BACKOFF_S)
-        self._stop.wait(backoff * random.uniform(0.5, 1.5))  # so that threads do not come back all at once
+        self._stop.wait(
+          backoff * random.uniform(0.5, 1.5)
+        )  # so that threads do not come back all at once
     raise Exhausted(self.scrub(f"{self._where}: {last}"))
 
-  def many(self, items: Sequence, work: Callable[[object], object], max_failed: int) -> Iterator[tuple[object, object]]:
+  def many(
+    self, items: Sequence, work: Callable[[object], object], max_failed: int
+  ) -> Iterator[tuple[object, object]]:
     """Yields (item, result of `work`) as they come, `concurrency` at a time.
 
     What an item has brought is yielded before any error is raised, so that the caller can keep it.
 
     Raises:
-      UserError: the server refused, the budget is spent, or more than max_failed items brought nothing.
+      UserError: the server refused, the budget is spent, or more than max_failed items brought
+        nothing.
     """
     failed, in_a_row, fatal = [], 0, None
     self._stop.clear()
     with futures.ThreadPoolExecutor(self._section.concurrency) as pool:
       queue = iter(items)
-      running = {pool.submit(work, item): item for item in itertools.islice(queue, self._section.concurrency)}
+      running = {
+        pool.submit(work, item): item for item in itertools.islice(queue, self._section.concurrency)
+      }
       try:
         while running:
           done, _ = futures.wait(running, return_when=futures.FIRST_COMPLETED)
@@ -282,14 +324,17 @@ class Endpoint:
               failed.append(str(error))
               in_a_row += 1
               if in_a_row >= self._section.concurrency + max_failed:
-                fatal = fatal or UserError(f"{in_a_row} requests one after another brought nothing: {failed[-1]}.")
+                fatal = fatal or UserError(
+                  f"{in_a_row} requests one after another brought nothing: {failed[-1]}."
+                )
             except (UserError, OutOfMoney) as error:
               fatal = fatal or error
             else:
               in_a_row = 0
               yield item, result
             if fatal and not isinstance(fatal, OutOfMoney):
-              self._stop.set()  # those that wait for their turn give up; those under way are let finish
+              # those that wait for their turn give up; those under way are let finish
+              self._stop.set()
             if not fatal:
               running |= {pool.submit(work, item): item for item in itertools.islice(queue, 1)}
       finally:
@@ -298,7 +343,8 @@ class Endpoint:
       raise fatal
     if len(failed) > max_failed:
       raise UserError(
-        f"{len(failed)} of {len(items)} requests brought no whole reply in {self._section.attempts} attempts, the last: "
+        f"{len(failed)} of {len(items)} requests brought no whole reply in "
+        f"{self._section.attempts} attempts, the last: "
         f"{failed[-1]}. The same command asks for these again, and for nothing else."
       )
 
@@ -308,7 +354,13 @@ class Chat:
 
   def __init__(self, endpoint: Endpoint, store: Store, purse: Purse, prices: Prices, section):
     """section: config section with stream, send_seed, max_tokens_field, max_failed, budget_usd."""
-    self._endpoint, self._store, self._purse, self._prices, self._section = endpoint, store, purse, prices, section
+    self._endpoint, self._store, self._purse, self._prices, self._section = (
+      endpoint,
+      store,
+      purse,
+      prices,
+      section,
+    )
 
   def _send(self, request: Request) -> tuple[object, Reply]:
     arguments = {
@@ -352,7 +404,15 @@ class Chat:
       attempt, reply = filtered.note, Reply("", "content_filter", 0, 0, counted=True)
       most = 0.0  # settled when it was freed
     usd = self._prices.usd(reply.prompt_tokens, reply.completion_tokens)
-    reply = Reply(reply.text, reply.finish, reply.prompt_tokens, reply.completion_tokens, reply.counted, usd, attempt)
+    reply = Reply(
+      reply.text,
+      reply.finish,
+      reply.prompt_tokens,
+      reply.completion_tokens,
+      reply.counted,
+      usd,
+      attempt,
+    )
     self._store.put(request, reply)
     self._purse.settle(most, usd)
     return reply
@@ -367,13 +427,17 @@ class Chat:
       yield from self._endpoint.many(requests, self._ask, self._section.max_failed)
     except OutOfMoney:
       raise UserError(
-        f"synthesis.budget_usd={self._section.budget_usd}: {self._purse.spent:.4f} US dollars are spent, and the next request "
-        f"may cost {self._purse.refused:.4f}. All replies are kept; a higher budget goes on from here."
+        f"synthesis.budget_usd={self._section.budget_usd}: {self._purse.spent:.4f} US dollars are "
+        "spent, and the next request "
+        f"may cost {self._purse.refused:.4f}. All replies are kept; a higher budget goes on from "
+        "here."
       ) from None
 
 
 def _read_stream(response) -> tuple[str, str, object]:
-  """(text, finish reason, usage or None) of a reply that comes in pieces; Broken where it does not end."""
+  """(text, finish reason, usage or None) of a reply that comes in pieces; Broken where it does not
+  end.
+  """
   pieces, finish, usage = [], None, None
   try:
     for chunk in response.parse():
@@ -393,6 +457,10 @@ def _read_whole(response) -> tuple[str, str, object]:
   try:
     completion = response.parse()
     choice = completion.choices[0]
-    return text_of(choice.message.content), choice.finish_reason or "stop", getattr(completion, "usage", None)
+    return (
+      text_of(choice.message.content),
+      choice.finish_reason or "stop",
+      getattr(completion, "usage", None),
+    )
   except Exception as error:  # the parser's; or it is no completion
     raise Broken(f"no completion ({error})", response.text[:2000]) from error

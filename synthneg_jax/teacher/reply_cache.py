@@ -1,8 +1,9 @@
-"""What a capable model is asked and what it answered, kept so that nothing is paid for twice, and what that cost.
+"""What a capable model is asked and what it answered, kept so that nothing is paid for twice, and
+what that cost.
 
-A reply is one file, named by a hash of its request and renamed into place when it is whole. An attempt is one more file
-from before it is sent until its reply is there: one that was cut off, or that a killed run left behind, may have been
-billed, and counts with the most that it can have cost.
+A reply is one file, named by a hash of its request and renamed into place when it is whole. An
+attempt is one more file from before it is sent until its reply is there: one that was cut off, or
+that a killed run left behind, may have been billed, and counts with the most that it can have cost.
 """
 
 import dataclasses
@@ -43,11 +44,15 @@ class Request:
   @functools.cached_property
   def key(self) -> str:
     """Names the request: 32 hex digits of a hash of all that it is."""
-    return hashlib.blake2b(json.dumps(dataclasses.asdict(self)).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+      json.dumps(dataclasses.asdict(self)).encode(), digest_size=16
+    ).hexdigest()
 
   @functools.cached_property
   def seed(self) -> int:
-    """A number in [0, 2³¹) for servers that take one; another for every draw, the same for every model."""
+    """A number in [0, 2³¹) for servers that take one; another for every draw, the same for every
+    model.
+    """
     text = json.dumps([self.messages, self.index])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) >> 1
 
@@ -126,7 +131,9 @@ class Store:
   def begin(self, request: Request, most_usd: float) -> str:
     """Notes that a request is about to be sent; returns the attempt's name."""
     attempt = uuid.uuid4().hex[:8]
-    self._write(self._path(request.key, f".{attempt}.attempt"), {"attempt": attempt, "usd": most_usd})
+    self._write(
+      self._path(request.key, f".{attempt}.attempt"), {"attempt": attempt, "usd": most_usd}
+    )
     return attempt
 
   def put(self, request: Request, reply: Reply) -> None:
@@ -180,13 +187,17 @@ class Purse:
   def settle(self, held: float, usd: float) -> None:
     """Spends `usd` of what was held, and sets the rest free."""
     with self._changed:
-      self._held = self._held - held if self._held - held > 1e-12 else 0.0  # rounding must not hold anyone up
+      self._held = (
+        self._held - held if self._held - held > 1e-12 else 0.0
+      )  # rounding must not hold anyone up
       self.spent += usd
       self._changed.notify_all()
 
 
 def estimate(requests: Sequence[Request], prices: Prices) -> dict[str, float]:
-  """What requests may come to: prompt tokens (bytes / 4, a rule of thumb), bound on the reply's tokens and on the cost."""
+  """What requests may come to: prompt tokens (bytes / 4, a rule of thumb), bound on the reply's
+  tokens and on the cost.
+  """
   prompt = sum(len(text.encode()) for request in requests for _, text in request.messages) // 4
   return {
     "prompt_tokens": prompt,

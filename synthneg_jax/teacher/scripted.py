@@ -1,6 +1,8 @@
-"""The embedded task's scripted teacher in the place of a capable model: it reads the prompts and answers them.
+"""The embedded task's scripted teacher in the place of a capable model: it reads the prompts and
+answers them.
 
-It lets the whole way of D_syn be walked without a network, in this process or behind a server that speaks the protocol.
+It lets the whole way of D_syn be walked without a network, in this process or behind a server that
+speaks the protocol.
 """
 
 import hashlib
@@ -24,7 +26,9 @@ def parse(prompt: str) -> arithmetic.Puzzle | None:
   if not query:
     return None
   found = {}
-  for match in sorted([*_LEAF.finditer(prompt), *_OPERATION.finditer(prompt)], key=lambda match: match.start()):
+  for match in sorted(
+    [*_LEAF.finditer(prompt), *_OPERATION.finditer(prompt)], key=lambda match: match.start()
+  ):
     name, *definition = match.groups()
     if len(definition) == 3 and not {definition[0], definition[2]} <= set(found):
       return None
@@ -34,12 +38,14 @@ def parse(prompt: str) -> arithmetic.Puzzle | None:
 
 
 def reply(task, messages: Sequence[tuple[str, str]], seed: int) -> str:
-  """What the teacher writes: as many problems as are asked for, or the solution of the last problem between tags.
+  """What the teacher writes: as many problems as are asked for, or the solution of the last problem
+  between tags.
 
   Args:
     task: the config's section.
     messages: (role, text); only the last counts.
-    seed: another one, another draw; with task.arithmetic.skip_step_prob = 0 every solution of a problem is the same.
+    seed: another one, another draw; with task.arithmetic.skip_step_prob = 0 every solution of a
+      problem is the same.
   """
   text = messages[-1][1]
   digest = hashlib.blake2b(f"{text}|{seed}".encode(), digest_size=8).digest()
@@ -52,4 +58,8 @@ def reply(task, messages: Sequence[tuple[str, str]], seed: int) -> str:
     return "\n".join(f"<problem>\n{puzzle.prompt}</problem>" for puzzle in puzzles)
   blocks = _BLOCK.findall(text)
   puzzle = parse(blocks[-1]) if blocks else None
-  return arithmetic.teach(rng, puzzle, task.arithmetic.skip_step_prob) if puzzle else "I see no problem here."
+  return (
+    arithmetic.teach(rng, puzzle, task.arithmetic.skip_step_prob)
+    if puzzle
+    else "I see no problem here."
+  )

@@ -1,6 +1,7 @@
 """What a capable model is asked for D_syn, how its replies are read, and which problems are kept.
 
-The paper's prompts, filters and thresholds are not known from public sources; all of these are ours.
+The paper's prompts, filters and thresholds are not known from public sources; all of these are
+ours.
 """
 
 import collections
@@ -36,7 +37,8 @@ class Templates:
 
   @classmethod
   def read(cls, folder: str) -> "Templates":
-    """Reads problems.txt and solution.txt of a folder; configs/prompts/... comes with the project, wherever this runs.
+    """Reads problems.txt and solution.txt of a folder; configs/prompts/... comes with the project,
+    wherever this runs.
 
     Raises:
       UserError: a file is missing, or a placeholder in it.
@@ -82,7 +84,8 @@ def read_problems(reply: str, raw: bool) -> list[str]:
 
   Args:
     reply: what the model wrote.
-    raw: spaces and the last line's end belong to the problem (the embedded task); else they are trimmed.
+    raw: spaces and the last line's end belong to the problem (the embedded task); else they are
+      trimmed.
   """
   found = [match.group(1) for match in _PROBLEM.finditer(_said(reply, raw))]
   return [text if raw else text.strip() for text in found if text.strip()]
@@ -91,9 +94,9 @@ def read_problems(reply: str, raw: bool) -> list[str]:
 def read_solution(reply: str, raw: bool, kind: str = "integer") -> tuple[str, str] | None:
   """A reply as (solution in step format, its answer), or None where it states no answer.
 
-  What the model thought before it answered is no part of it. In step format every line is a step and none is blank; what
-  follows the line of the answer is cut. The answer stands alone on the last line behind `####` (integer, and readable by
-  the grader), or in the last \\boxed{} (math).
+  What the model thought before it answered is no part of it. In step format every line is a step
+  and none is blank; what follows the line of the answer is cut. The answer stands alone on the last
+  line behind `####` (integer, and readable by the grader), or in the last \\boxed{} (math).
 
   Args:
     reply: what the model wrote.
@@ -107,7 +110,11 @@ def read_solution(reply: str, raw: bool, kind: str = "integer") -> tuple[str, st
     # A formula that the answer ends may close on a line of its own.
     closing = reply[end:].partition("\n")[2].splitlines()[:1]
     lines += [line for line in closing if line.strip() in ("$$", "\\]", "\\end{align*}")]
-    return ("\n".join(line.rstrip() for line in lines if line.strip()), answer) if answer and end >= 0 else None
+    return (
+      ("\n".join(line.rstrip() for line in lines if line.strip()), answer)
+      if answer and end >= 0
+      else None
+    )
   lines = list(_ANSWER_LINE.finditer(reply))
   if not lines:
     return None
@@ -138,8 +145,9 @@ class Vote:
     answer: the one that most of them state; the first stated of equally frequent ones.
     agreement: share of all draws that state it; those without a readable answer count against it.
     chosen: index of the first draw that states it; that is the known solution (ours).
-    difficulty: median number of lines of the draws that state it, the answer's among them. The more there is to do, the
-      harder (ours; the agreement of a capable model is near 1 on nearly all that is kept, and tells little).
+    difficulty: median number of lines of the draws that state it, the answer's among them. The more
+      there is to do, the harder (ours; the agreement of a capable model is near 1 on nearly all
+      that is kept, and tells little).
   """
 
   answer: str
@@ -148,7 +156,9 @@ class Vote:
   difficulty: int
 
 
-def vote(solutions: Sequence[tuple[str, str] | None], gold: str | None = None, kind: str = "integer") -> Vote | None:
+def vote(
+  solutions: Sequence[tuple[str, str] | None], gold: str | None = None, kind: str = "integer"
+) -> Vote | None:
   """The majority's answer; with a known answer, that answer if any draw states it.
 
   Args:
@@ -181,15 +191,18 @@ def _bigrams(text: str) -> np.ndarray:
   """How many of a text's pairs of neighbouring characters fall into each bucket; int16 [_BUCKETS]."""
   codes = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.uint64)
   pairs = (codes[:-1] * np.uint64(31) + codes[1:] * np.uint64(7)) % np.uint64(_BUCKETS)
-  return np.bincount(pairs.astype(np.int64), minlength=_BUCKETS).clip(max=2**15 - 1).astype(np.int16)
+  return (
+    np.bincount(pairs.astype(np.int64), minlength=_BUCKETS).clip(max=2**15 - 1).astype(np.int16)
+  )
 
 
 class NearDuplicates:
   """Texts that are kept only if they are far from every one kept before.
 
-  The distance is that of `core.selection.deduplicate_by_edit_distance`: Levenshtein's over the longer length. An edit changes
-  at most two bigrams into others, so that a quarter of the difference in their counts bounds it from below (Ukkonen's q-gram
-  lemma); nearly all texts are told apart by that.
+  The distance is that of `core.selection.deduplicate_by_edit_distance`: Levenshtein's over the
+  longer length. An edit changes at most two bigrams into others, so that a quarter of the
+  difference in their counts bounds it from below (Ukkonen's q-gram lemma); nearly all texts are
+  told apart by that.
   """
 
   def __init__(self, threshold: float):
@@ -205,7 +218,10 @@ class NearDuplicates:
     close = np.flatnonzero(np.abs(lengths - len(text)) <= most)
     bound = np.abs(self._counts[close] - mine).sum(axis=1) / 4
     for other in close[bound <= most[close]]:
-      near = Levenshtein.normalized_distance(text, self._kept[other], score_cutoff=self._threshold) <= self._threshold
+      near = (
+        Levenshtein.normalized_distance(text, self._kept[other], score_cutoff=self._threshold)
+        <= self._threshold
+      )
       if near:
         return False
     if count == len(self._lengths):
@@ -219,7 +235,8 @@ class NearDuplicates:
 def balance(difficulties: Sequence[int], count: int) -> list[int]:
   """Indices of `count` items whose difficulties are as evenly spread as the items allow, rising.
 
-  One item of each difficulty in turn, the first ones first, until there are enough; all where there are not more (ours).
+  One item of each difficulty in turn, the first ones first, until there are enough; all where there
+  are not more (ours).
   """
   queues = {}
   for index, difficulty in enumerate(difficulties):

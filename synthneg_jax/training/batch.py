@@ -11,7 +11,9 @@ from synthneg_jax.core import tree as tree_lib
 
 @dataclasses.dataclass(frozen=True)
 class PairInTree:
-  """Two branches of one tree, by their numbers in it from 0, with the reference's summed log-probs in nats."""
+  """Two branches of one tree, by their numbers in it from 0, with the reference's summed log-probs
+  in nats.
+  """
 
   chosen: int
   rejected: int
@@ -21,7 +23,9 @@ class PairInTree:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """What one problem brings to a batch: a tree and the pairs among its branches (none for SFT and RFT)."""
+  """What one problem brings to a batch: a tree and the pairs among its branches (none for SFT and
+  RFT).
+  """
 
   tree: tree_lib.Tree
   pairs: tuple[PairInTree, ...] = ()
@@ -34,12 +38,13 @@ class Batch:
 
   Attributes:
     trees: fields [R, T].
-    scored_at: int32 [R, S], row indices of the scored tokens, -1 beyond them; logits exist at their parents only.
+    scored_at: int32 [R, S], row indices of the scored tokens, -1 beyond them; logits exist at their
+      parents only.
     branch_end: int32 [R, B], row indices of the branches' last tokens, -1 beyond them.
     chosen, rejected: int32 [R, P], the pairs' places in `branch_end`; -1 where there is no pair.
     ref_chosen, ref_rejected: float32 [R, P], summed log-probs under the reference, nats.
-    num_scored: float32 [], scored tokens of the whole batch's branches, over all rows, devices and accumulation steps; a
-      token that branches share counts in each of them.
+    num_scored: float32 [], scored tokens of the whole batch's branches, over all rows, devices and
+      accumulation steps; a token that branches share counts in each of them.
     num_pairs: float32 [], pairs of the whole batch.
   """
 
@@ -56,7 +61,9 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """The sizes that one compiled program takes: rows, tokens a row, scored tokens a row, pairs and branches a row."""
+  """The sizes that one compiled program takes: rows, tokens a row, scored tokens a row, pairs and
+  branches a row.
+  """
 
   rows: int
   length: int

@@ -1,4 +1,6 @@
-"""Which examples make which batch: a function of (seed, step), so that a resumed run sees what an unbroken one sees."""
+"""Which examples make which batch: a function of (seed, step), so that a resumed run sees what an
+unbroken one sees.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -31,11 +33,13 @@ class Schedule:
 def plan(weights: Sequence[int], schedule: Schedule) -> list[list[int]]:
   """The examples of each step.
 
-  Epoch after epoch, each shuffled by (seed, epoch) if there is a seed, examples are taken in order until the next would make
-  the batch weigh more than `batch_size`; batches cross the ends of epochs, and only the last may be small.
+  Epoch after epoch, each shuffled by (seed, epoch) if there is a seed, examples are taken in order
+  until the next would make the batch weigh more than `batch_size`; batches cross the ends of
+  epochs, and only the last may be small.
 
   Args:
-    weights: what each example counts: its solutions (SFT, RFT) or its pairs (DPO), never more than batch_size.
+    weights: what each example counts: its solutions (SFT, RFT) or its pairs (DPO), never more than
+      batch_size.
     schedule: how many steps there are, and what they take.
 
   Returns:
@@ -99,10 +103,19 @@ class Batches:
     self._examples, self._keys = examples, keys
     for example, key in zip(examples, keys, strict=True):
       if example.tree.num_tokens > row_length:
-        raise UserError(f"{key}: its tree has {example.tree.num_tokens} tokens, more than row_length={row_length}.")
-    weights = [max(len(example.pairs), 1) if example.pairs else example.tree.num_branches for example in examples]
+        raise UserError(
+          f"{key}: its tree has {example.tree.num_tokens} tokens, more than "
+          f"row_length={row_length}."
+        )
+    weights = [
+      max(len(example.pairs), 1) if example.pairs else example.tree.num_branches
+      for example in examples
+    ]
     self._steps = plan(weights, schedule)
-    shapes = [batch_lib.measure([examples[i] for i in step], row_length, rows_multiple_of) for step in self._steps]
+    shapes = [
+      batch_lib.measure([examples[i] for i in step], row_length, rows_multiple_of)
+      for step in self._steps
+    ]
 
     def widest(field):
       return max(getattr(shape, field) for shape in shapes)

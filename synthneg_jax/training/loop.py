@@ -43,18 +43,22 @@ class Run:
 
   Attributes:
     name: for progress lines and messages.
-    section: the config's section with `optimizer`, `grad_accum_steps`, `save_every_steps`, `max_to_keep` and
-      `max_to_keep_best`.
+    section: the config's section with `optimizer`, `grad_accum_steps`, `save_every_steps`,
+      `max_to_keep` and `max_to_keep_best`.
     model: what is trained: the policy's architecture, or an adapter of it.
     objective: as training/objectives.py makes them.
     batches: the data, a function of the step.
     mesh: where it runs.
-    folder: takes checkpoints/ and metrics.jsonl (loss and its companions, averages over one step's batch).
-    resumable: whether checkpoints are written and read. Without them a run that was stopped starts over.
-    check_start: called with the metrics of step 0, which are computed before any update; may raise. None for no check.
-    after_step: called after each update with (updates so far, current parameters), to measure them; a resumed run does
-      not repeat calls of earlier steps. The next update consumes the parameters, so copy what you keep. Layers that are
-      unrolled are unstacked, as `Model.hidden` takes them too. None for nothing.
+    folder: takes checkpoints/ and metrics.jsonl (loss and its companions, averages over one step's
+      batch).
+    resumable: whether checkpoints are written and read. Without them a run that was stopped starts
+      over.
+    check_start: called with the metrics of step 0, which are computed before any update; may raise.
+      None for no check.
+    after_step: called after each update with (updates so far, current parameters), to measure them;
+      a resumed run does not repeat calls of earlier steps. The next update consumes the parameters,
+      so copy what you keep. Layers that are unrolled are unstacked, as `Model.hidden` takes them
+      too. None for nothing.
     open_metrics: the first step -> what takes the metrics; None for metrics.jsonl alone.
   """
 
@@ -72,19 +76,22 @@ class Run:
 
 
 def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
-  """Trains to the end of the batches, from the newest checkpoint in the run's folder if there is one.
+  """Trains to the end of the batches, from the newest checkpoint in the run's folder if there is
+  one.
 
   Args:
     run: what is trained, on what, and where.
     params: where training starts, stacked; consumed (donated).
-    frozen: parameters that the objective takes after the trained ones and the batch, and that stay as they are.
+    frozen: parameters that the objective takes after the trained ones and the batch, and that stay
+      as they are.
 
   Returns:
-    (trained parameters, stacked; the last step's metrics, with what all steps cost where `open_metrics` measures it).
+    (trained parameters, stacked; the last step's metrics, with what all steps cost where
+    `open_metrics` measures it).
 
   Raises:
-    UserError: the loss or the gradient is not finite; names the step, the examples and the last checkpoint. Or the disk
-      is full, or the newest checkpoint is of another model.
+    UserError: the loss or the gradient is not finite; names the step, the examples and the last
+      checkpoint. Or the disk is full, or the newest checkpoint is of another model.
     Stopped: SIGTERM came; where the run is resumable, the state after the last step is saved.
   """
   section, batches, folder = run.section, run.batches, run.folder
@@ -101,9 +108,14 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
   checkpointer, state = None, None
   if run.resumable:
     checkpointer = checkpoints.TrainCheckpoints(
-      folder / "checkpoints", section.max_to_keep, section.save_every_steps, section.max_to_keep_best
+      folder / "checkpoints",
+      section.max_to_keep,
+      section.save_every_steps,
+      section.max_to_keep_best,
     )
-    abstract = jax.eval_shape(step_lib.make_init(optimizer, saved_shardings), run.model.abstract_params())
+    abstract = jax.eval_shape(
+      step_lib.make_init(optimizer, saved_shardings), run.model.abstract_params()
+    )
     state = checkpointer.restore(abstract, saved_shardings)
   if state is None:
     state = step_lib.make_init(optimizer, shardings)(params)
@@ -125,7 +137,9 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
   open_metrics = run.open_metrics or functools.partial(Metrics, None, folder, folder)
   lines = open_metrics(first_step)
   profiler = Profiler(lines.profile_steps, folder / "profile", first_step, batches.num_steps)
-  rates = optimizer_lib.learning_rates(section.optimizer, batches.num_steps) if lines.measured else ()
+  rates = (
+    optimizer_lib.learning_rates(section.optimizer, batches.num_steps) if lines.measured else ()
+  )
   averages, losses = {}, []  # of the last step; since the last checkpoint
 
   def report(step, metrics, progress):
@@ -133,14 +147,21 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
     averages.update(new_averages)
     if not all(math.isfinite(value) for value in averages.values()):
       raise UserError(
-        f"{run.name}: step {step} is not finite ({averages}); its examples were {', '.join(batches.keys(step)[:8])} …; "
-        + (f"the last good checkpoint is in {folder / 'checkpoints'}." if run.resumable else "no checkpoint was kept.")
+        f"{run.name}: step {step} is not finite ({averages}); its examples were "
+        f"{', '.join(batches.keys(step)[:8])} …; "
+        + (
+          f"the last good checkpoint is in {folder / 'checkpoints'}."
+          if run.resumable
+          else "no checkpoint was kept."
+        )
       )
     if step == 0 and run.check_start is not None:
       run.check_start(averages)
     cost = {}
     if lines.measured:
-      cost = {"learning_rate": float(rates[step])} | meter.step(batches.num_tokens(step), batches.num_places)
+      cost = {"learning_rate": float(rates[step])} | meter.step(
+        batches.num_tokens(step), batches.num_places
+      )
     lines.write(step, averages | cost, histograms)
     losses.append(next(value for key, value in averages.items() if key.startswith("loss")))
     progress.update(1, loss=losses[-1])
@@ -151,7 +172,11 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
     lines.keep()
 
   logging.info(
-    "%s: %d steps, %s, %.0f %% full.", run.name, batches.num_steps, batches.shape, 100 * batches.packing_efficiency
+    "%s: %d steps, %s, %.0f %% full.",
+    run.name,
+    batches.num_steps,
+    batches.shape,
+    100 * batches.packing_efficiency,
   )
   previous, meter = None, Meter()
   remaining = Progress(run.name, batches.num_steps - first_step, "steps")

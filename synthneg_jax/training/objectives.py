@@ -1,8 +1,10 @@
-"""From parameters and a batch to a loss: the forward pass over trees, and the two objectives of this project.
+"""From parameters and a batch to a loss: the forward pass over trees, and the two objectives of
+this project.
 
-An objective is `fn(params, batch) -> (loss, metrics)`: the loss is a part of a global mean (its denominators are counts
-over the whole batch, so parts add up over rows, devices and accumulation steps), and each metric is a pair
-(sum, count). A metric whose name begins with `HISTOGRAM` is a pair (counts [E + 1], count), between the edges of `EDGES`.
+An objective is `fn(params, batch) -> (loss, metrics)`: the loss is a part of a global mean (its
+denominators are counts over the whole batch, so parts add up over rows, devices and accumulation
+steps), and each metric is a pair (sum, count). A metric whose name begins with `HISTOGRAM` is a
+pair (counts [E + 1], count), between the edges of `EDGES`.
 """
 
 import dataclasses
@@ -18,7 +20,9 @@ from synthneg_jax.models.decoder import Model
 from synthneg_jax.training.batch import Batch
 
 HISTOGRAM = "histogram/"
-_MAGNITUDES = tuple(10.0 ** (i / 4) for i in range(-8, 9))  # 0.01 to 100 nats, four to a factor of ten; ours
+_MAGNITUDES = tuple(
+  10.0 ** (i / 4) for i in range(-8, 9)
+)  # 0.01 to 100 nats, four to a factor of ten; ours
 EDGES = {  # nats
   f"{HISTOGRAM}nll/per_token": (0.0, *_MAGNITUDES),
   f"{HISTOGRAM}margin/per_pair": (*(-x for x in reversed(_MAGNITUDES)), 0.0, *_MAGNITUDES),
@@ -37,8 +41,9 @@ def scored_logprobs(model: Model, params, batch: Batch, *, chunk: int = 0):
   Args:
     model, params: the policy.
     batch: what is scored.
-    chunk: how many scored tokens of a row have their logits at once, and again in the backward pass, so that [S, V] never
-      exists; 0 for all at once. It pays where that array would be the largest.
+    chunk: how many scored tokens of a row have their logits at once, and again in the backward
+      pass, so that [S, V] never exists; 0 for all at once. It pays where that array would be the
+      largest.
 
   Returns:
     (logp_RS nats, zero where there is no token; bool [R, S], True where there is one).
@@ -80,7 +85,9 @@ def _scored(model: Model, params, batch: Batch, *, h_RTD, chunk: int):
 def branch_tokens(batch: Batch) -> jax.Array:
   """bool [R, B, S]: which scored tokens each branch has, those that its last token sees."""
   at_RS = jnp.maximum(batch.scored_at, 0)
-  leave_RS = jnp.where(batch.scored_at < 0, 0, jnp.take_along_axis(batch.trees.leave, at_RS, axis=1))
+  leave_RS = jnp.where(
+    batch.scored_at < 0, 0, jnp.take_along_axis(batch.trees.leave, at_RS, axis=1)
+  )
   return sees(batch.branch_end, at_RS, leave_RS)
 
 
@@ -95,7 +102,8 @@ def _early_eos(model: Model, params, batch: Batch, *, h_RTD, eos_ids: Sequence[i
 
 
 def make_sft(model: Model, chunk: int = 0):
-  """The next-token objective, for SFT, RFT and pretraining: mean nats per scored token of all branches.
+  """The next-token objective, for SFT, RFT and pretraining: mean nats per scored token of all
+  branches.
 
   `chunk` as in `scored_logprobs`.
   """
@@ -116,8 +124,8 @@ class Preference:
   """What is minimised over pairs.
 
   Attributes:
-    loss: of (chosen, rejected, ref_chosen, ref_rejected), [R, P] each, nats: `dpo_loss`, `ipo_loss` or `dpop_loss` with
-      its settings.
+    loss: of (chosen, rejected, ref_chosen, ref_rejected), [R, P] each, nats: `dpo_loss`, `ipo_loss`
+      or `dpop_loss` with its settings.
     beta, penalty: as `core.losses.preference_metrics` takes them.
     nll_weight: weight of the chosen branch's next-token loss per token.
   """
@@ -128,8 +136,11 @@ class Preference:
   nll_weight: float = 0.0
 
 
-def make_preference(model: Model, preference: Preference, *, eos_ids: Sequence[int], chunk: int = 0):
-  """The preference objective over pairs of branches: mean per pair of a loss of `core.losses` + nll_weight · nll_term.
+def make_preference(
+  model: Model, preference: Preference, *, eos_ids: Sequence[int], chunk: int = 0
+):
+  """The preference objective over pairs of branches: mean per pair of a loss of `core.losses` +
+  nll_weight · nll_term.
 
   Args:
     model: the policy's architecture.
@@ -153,7 +164,9 @@ def make_preference(model: Model, preference: Preference, *, eos_ids: Sequence[i
     with jax.named_scope("loss"):
       loss_RP = preference.loss(*args)
       nll_RP = losses.nll_term(chosen_RP, tokens_RP)
-      loss = jnp.sum(jnp.where(pair_RP, loss_RP + preference.nll_weight * nll_RP, 0.0)) / batch.num_pairs
+      loss = (
+        jnp.sum(jnp.where(pair_RP, loss_RP + preference.nll_weight * nll_RP, 0.0)) / batch.num_pairs
+      )
     watched = losses.preference_metrics(*args, beta=preference.beta, penalty=preference.penalty)
     metrics = {
       "loss/per_pair": masked_stats.total(loss_RP, pair_RP),
@@ -166,7 +179,9 @@ def make_preference(model: Model, preference: Preference, *, eos_ids: Sequence[i
         masked_stats.total(-chosen_RP, pair_RP)[0],
         masked_stats.total(tokens_RP, pair_RP)[0],
       ),
-      "early_eos/per_unfinished_branch": _early_eos(model, params, batch, h_RTD=h_RTD, eos_ids=eos_ids),
+      "early_eos/per_unfinished_branch": _early_eos(
+        model, params, batch, h_RTD=h_RTD, eos_ids=eos_ids
+      ),
     }
     return loss, metrics | _spread("margin/per_pair", watched["margin"], pair_RP)
 

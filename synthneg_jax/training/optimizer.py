@@ -35,8 +35,8 @@ def learning_rates(config, num_steps: int) -> np.ndarray:
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
   """optax's transformation of this name, state and all, as one factor for all gradients.
 
-  Ours because optax divides each gradient by the norm: a division that several moments read is written out first, one
-  more pass over memory than AdamW needs.
+  Ours because optax divides each gradient by the norm: a division that several moments read is
+  written out first, one more pass over memory than AdamW needs.
   """
 
   def update(updates, state, params=None):
@@ -49,7 +49,9 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
-  """Clipping by global norm, then AdamW; the weight decay spares norms' scales (arrays whose last name is "scale")."""
+  """Clipping by global norm, then AdamW; the weight decay spares norms' scales (arrays whose last
+  name is "scale").
+  """
 
   def decayed(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)

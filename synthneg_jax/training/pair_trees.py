@@ -1,4 +1,6 @@
-"""Preference pairs as token trees: pairs of one trunk share a tree, and a branch that several pairs share stands once."""
+"""Preference pairs as token trees: pairs of one trunk share a tree, and a branch that several pairs
+share stands once.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -35,7 +37,8 @@ def build(pairs: Sequence[Pair], *, max_branches: int, length: int) -> PairTrees
 
   Args:
     pairs: each of at most `length` tokens (`num_tokens`).
-    max_branches: branches that a tree holds, at most; further pairs go to another tree that repeats trunk and chosen.
+    max_branches: branches that a tree holds, at most; further pairs go to another tree that repeats
+      trunk and chosen.
     length: tokens that a tree holds, at most.
 
   Raises:
@@ -64,7 +67,9 @@ def build(pairs: Sequence[Pair], *, max_branches: int, length: int) -> PairTrees
 
 
 def examples(pair_trees: PairTrees, store: reference.Store) -> list[Example]:
-  """What the preference objective trains on: the trees with their pairs and the summed reference log-probs of branches."""
+  """What the preference objective trains on: the trees with their pairs and the summed reference
+  log-probs of branches.
+  """
 
   result = []
   for tree, numbered in zip(pair_trees.trees, pair_trees.pairs, strict=True):

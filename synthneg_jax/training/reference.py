@@ -1,4 +1,6 @@
-"""Log-probs under the reference policy: computed once, kept on disk, reused by every loss and sweep."""
+"""Log-probs under the reference policy: computed once, kept on disk, reused by every loss and
+sweep.
+"""
 
 import hashlib
 import io
@@ -30,7 +32,9 @@ def rows_per_call(mesh: Mesh) -> int:
 
 
 def branch_key(trunk: Sequence[int], fork: int, ids: Sequence[int]) -> str:
-  """Names a branch by the trunk up to its fork and its own ids, whatever tree or packing it stands in."""
+  """Names a branch by the trunk up to its fork and its own ids, whatever tree or packing it stands
+  in.
+  """
   digest = hashlib.blake2b(digest_size=12)
   for part in (trunk[:fork], ids):
     digest.update(np.asarray(part, "<i4").tobytes() + b"|")
@@ -39,7 +43,10 @@ def branch_key(trunk: Sequence[int], fork: int, ids: Sequence[int]) -> str:
 
 def _unfolded(tree: Tree) -> list[Branch]:
   """The tree's branches, each whole from where its path leaves the trunk."""
-  return [Branch(len(before), tree.layout.token[own]) for before, own in map(tree.path, range(tree.num_branches))]
+  return [
+    Branch(len(before), tree.layout.token[own])
+    for before, own in map(tree.path, range(tree.num_branches))
+  ]
 
 
 def branch_keys(tree: Tree) -> list[str]:
@@ -86,14 +93,19 @@ class Store:
 
 
 def make_forward(model: Model, mesh: Mesh, chunk: int = 0):
-  """Returns forward(params, batch) -> log-probs [R, S] of the scored tokens in nats, whole on every device; jitted."""
+  """Returns forward(params, batch) -> log-probs [R, S] of the scored tokens in nats, whole on every
+  device; jitted.
+  """
 
   def forward(params, batch):
     return objectives.scored_logprobs(model, params, batch, chunk=chunk)[0]
 
   return jax.jit(
     device_mesh.under(mesh, forward),
-    in_shardings=(device_mesh.shardings(mesh, model.logical_axes()), step_lib.batch_shardings(mesh)),
+    in_shardings=(
+      device_mesh.shardings(mesh, model.logical_axes()),
+      step_lib.batch_shardings(mesh),
+    ),
     out_shardings=device_mesh.replicated(mesh),
   )
 
@@ -128,7 +140,11 @@ def score(model: Model, params, trees: Sequence[Tree], *, store: Store, packing:
   mesh, row_length, chunk = packing
   wanted = []
   for tree in trees:
-    missing = {key: branch for key, branch in zip(branch_keys(tree), _unfolded(tree), strict=True) if key not in store}
+    missing = {
+      key: branch
+      for key, branch in zip(branch_keys(tree), _unfolded(tree), strict=True)
+      if key not in store
+    }
     if missing:
       wanted.append(Tree(tree.trunk, tuple(missing.values())))
   if not wanted:
@@ -140,16 +156,21 @@ def score(model: Model, params, trees: Sequence[Tree], *, store: Store, packing:
   rows = batch_lib.assign_rows(examples, row_length)
   per_call = rows_per_call(mesh)
   calls = [
-    [examples[i] for row in rows[start : start + per_call] for i in row] for start in range(0, len(rows), per_call)
+    [examples[i] for row in rows[start : start + per_call] for i in row]
+    for start in range(0, len(rows), per_call)
   ]
   shapes = [batch_lib.measure(call, row_length) for call in calls]
-  shape = batch_lib.Shape(per_call, row_length, max(s.scored for s in shapes), 0, max(s.branches for s in shapes))
+  shape = batch_lib.Shape(
+    per_call, row_length, max(s.scored for s in shapes), 0, max(s.branches for s in shapes)
+  )
   forward = make_forward(model, mesh, chunk)
   values = {}
   with Progress("reference", len(calls), "batches") as progress:
     for call in calls:
       batch = batch_lib.build(call, shape)
-      logp_RS = np.asarray(forward(params, device_mesh.place(batch, step_lib.batch_shardings(mesh))))
+      logp_RS = np.asarray(
+        forward(params, device_mesh.place(batch, step_lib.batch_shardings(mesh)))
+      )
       for r, row in enumerate(batch_lib.assign_rows(call, row_length)):
         at = 0
         for index in row:

@@ -1,4 +1,6 @@
-"""The train step: gradients of an objective over a batch, accumulated, clipped and applied, under a mesh."""
+"""The train step: gradients of an objective over a batch, accumulated, clipped and applied, under a
+mesh.
+"""
 
 import functools
 
@@ -15,16 +17,21 @@ from synthneg_jax.training.batch import Batch
 
 
 def state_shardings(
-  model: Model | Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, *, stacked: bool = False
+  model: Model | Adapter,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  *,
+  stacked: bool = False,
 ):
-  """Shardings of the train state {"params", "opt_state", "step"}; moments are sharded as their parameters are.
+  """Shardings of the train state {"params", "opt_state", "step"}; moments are sharded as their
+  parameters are.
 
   Args:
     model: its parameters are trained.
     optimizer: of them.
     mesh: where the state is.
-    stacked: layers as checkpoints hold them; otherwise as the train step wants them (models/layer_stacking.py). An
-      adapter, which is small, is always stacked.
+    stacked: layers as checkpoints hold them; otherwise as the train step wants them
+      (models/layer_stacking.py). An adapter, which is small, is always stacked.
   """
   params = device_mesh.shardings(mesh, model.logical_axes())
   replicated = device_mesh.replicated(mesh)
@@ -47,12 +54,18 @@ def initial_state(optimizer: optax.GradientTransformation, params):
 
 
 def make_init(optimizer: optax.GradientTransformation, shardings):
-  """Returns init(stacked params) -> train state with these shardings; donates the parameters where their layout stays."""
+  """Returns init(stacked params) -> train state with these shardings; donates the parameters where
+  their layout stays.
+  """
 
   def init(params):
     return initial_state(optimizer, layer_stacking.like(shardings["params"], params))
 
-  return jax.jit(init, out_shardings=shardings, donate_argnums=() if layer_stacking.is_unstacked(shardings) else 0)
+  return jax.jit(
+    init,
+    out_shardings=shardings,
+    donate_argnums=() if layer_stacking.is_unstacked(shardings) else 0,
+  )
 
 
 def make_relayout(shardings):
@@ -63,23 +76,29 @@ def make_relayout(shardings):
 def batch_shardings(mesh: Mesh) -> Batch:
   """Shardings of a batch, as a prefix of it: rows split, counts replicated."""
   rows, replicated = device_mesh.rows(mesh), device_mesh.replicated(mesh)
-  return Batch(rows, rows, rows, rows, rows, rows, rows, num_scored=replicated, num_pairs=replicated)
+  return Batch(
+    rows, rows, rows, rows, rows, rows, rows, num_scored=replicated, num_pairs=replicated
+  )
 
 
 def make_update(objective, optimizer: optax.GradientTransformation, *, accumulate: int = 1):
-  """Returns update(state, batch, *frozen) -> (state, metrics): the pure function inside the train step, without a mesh.
+  """Returns update(state, batch, *frozen) -> (state, metrics): the pure function inside the train
+  step, without a mesh.
 
   Args:
     objective: as training/objectives.py makes them.
     optimizer: of the parameters.
-    accumulate: microbatches that a batch's rows are cut into, one after another; the sums are the whole batch's.
+    accumulate: microbatches that a batch's rows are cut into, one after another; the sums are the
+      whole batch's.
 
   Returns:
     The update. Metrics are pairs (sum, count) of scalars.
   """
 
   def split(x):
-    """Rows [R, ...] as microbatches [accumulate, R / accumulate, ...]; each of them takes a scalar whole."""
+    """Rows [R, ...] as microbatches [accumulate, R / accumulate, ...]; each of them takes a scalar
+    whole.
+    """
     if not x.ndim:
       return jnp.broadcast_to(x, accumulate)
     return x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
@@ -114,15 +133,23 @@ def make_update(objective, optimizer: optax.GradientTransformation, *, accumulat
 
 
 def make_step(
-  objective, optimizer: optax.GradientTransformation, shardings, *, mesh: Mesh, accumulate: int = 1, frozen=()
+  objective,
+  optimizer: optax.GradientTransformation,
+  shardings,
+  *,
+  mesh: Mesh,
+  accumulate: int = 1,
+  frozen=(),
 ):
-  """Returns step(state, batch, *frozen) -> (state, metrics), jitted with its shardings; the state is donated.
+  """Returns step(state, batch, *frozen) -> (state, metrics), jitted with its shardings; the state
+  is donated.
 
   Args:
     objective, optimizer, accumulate: as `make_update` takes them.
     shardings: of the state, from `state_shardings`.
     mesh: where it runs.
-    frozen: shardings of the parameters that the objective takes after the batch, which are not trained.
+    frozen: shardings of the parameters that the objective takes after the batch, which are not
+      trained.
   """
   return jax.jit(
     device_mesh.under(mesh, make_update(objective, optimizer, accumulate=accumulate)),

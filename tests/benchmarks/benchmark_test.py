@@ -48,7 +48,8 @@ class BenchmarkTest(absltest.TestCase):
     self.assertIn("losses", differ(0.414131, 9.0e-5))
 
   def test_calls_alternate(self):
-    # Fails if all rounds of one side run before the other's, or if a side is timed before the proof of equality.
+    # Fails if all rounds of one side run before the other's, or if a side is timed before the proof
+    # of equality.
     bench = Bench()
     proof = lambda: bench.calls.append("proof") or ""
     baselines = [Baseline(name, bench.run(name, 1.0), proof) for name in "bc"]
@@ -56,13 +57,18 @@ class BenchmarkTest(absltest.TestCase):
     self.assertEqual("".join(bench.calls), "proofproof" + "a" + "abc" * 2)
 
   def test_medians_of_rounds(self):
-    # Fails if the warming call counts, if the ratio is turned, or if means or totals stand for medians of rounds.
+    # Fails if the warming call counts, if the ratio is turned, or if means or totals stand for
+    # medians of rounds.
     bench = Bench()
     ours = bench.run("ours", 100.0, 1.0, 2.0, 4.0)  # the first is the warming call
-    item = Item("x", "T", ours, [Baseline("b", bench.run("b", 3.0, 20.0, 8.0), lambda: "")], Work(4.0, 6.0), 3)
+    item = Item(
+      "x", "T", ours, [Baseline("b", bench.run("b", 3.0, 20.0, 8.0), lambda: "")], Work(4.0, 6.0), 3
+    )
     (row,) = rows_of(item, bench, Limits(flops=2.0, bytes=6.0))
     self.assertEqual((row["ratio"], row["min"], row["max"]), (3.0, 2.0, 10.0))
-    self.assertEqual((row["ours"], row["theirs"], row["share_of_limit"]), (2.0, 8.0, 1.0))  # 4 flops at 2 a second
+    self.assertEqual(
+      (row["ours"], row["theirs"], row["share_of_limit"]), (2.0, 8.0, 1.0)
+    )  # 4 flops at 2 a second
     self.assertTrue(row["equal_outputs"])
 
   def test_no_ratio_where_outputs_differ(self):
@@ -70,7 +76,10 @@ class BenchmarkTest(absltest.TestCase):
     bench = Bench()
     wrong = Baseline("b", bench.run("b", 1.0), lambda: "3 of 9 sequences")
     right = Baseline("c", bench.run("c", 1.0), lambda: "")
-    items = [Item("x", "T", bench.run("a", 1.0), [wrong]), Item("y", "T", bench.run("a", 1.0), [wrong, right])]
+    items = [
+      Item("x", "T", bench.run("a", 1.0), [wrong]),
+      Item("y", "T", bench.run("a", 1.0), [wrong, right]),
+    ]
     rows = [row for item in items for row in rows_of(item, bench)]
     self.assertNotIn("b", bench.calls)
     self.assertEqual([row["equal_outputs"] for row in rows], [False, False, True])
@@ -81,29 +90,46 @@ class BenchmarkTest(absltest.TestCase):
 
   def test_bytes_are_returned_not_timed(self):
     # Fails if an item of bytes is measured in seconds.
-    item = Item("m", "T", lambda: 2**20, [Baseline("b", lambda: 2**24, lambda: "")], rounds=1, unit="bytes")
+    item = Item(
+      "m", "T", lambda: 2**20, [Baseline("b", lambda: 2**24, lambda: "")], rounds=1, unit="bytes"
+    )
     (row,) = rows_of(item, Bench())
     self.assertEqual((row["ratio"], row["unit"]), (16.0, "bytes"))
     self.assertIn("16.00  16.00–16.00  1 MiB  16 MiB", benchmark.table([row]))
 
   def test_the_file(self):
-    # Fails if a key that others read has another name, or if the file is not written where outputs differ.
-    bench, path = Bench(), pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / "out.json"
+    # Fails if a key that others read has another name, or if the file is not written where outputs
+    # differ.
+    bench, path = (
+      Bench(),
+      pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / "out.json",
+    )
     item = Item("x", "T", bench.run("a", 1.0), [Baseline("b", bench.run("b", 2.0), lambda: "")])
     benchmark.report("train", [item], str(path), Limits(2e9, 3e9), bench.now)
     made = json.loads(path.read_text())
     self.assertContainsSubset(["suite", "versions", "load", "rows"], made)
-    expected = {"item": "x", "size": "T", "baseline": "b", "ratio": 2.0, "min": 2.0, "max": 2.0, "equal_outputs": True}
+    expected = {
+      "item": "x",
+      "size": "T",
+      "baseline": "b",
+      "ratio": 2.0,
+      "min": 2.0,
+      "max": 2.0,
+      "equal_outputs": True,
+    }
     self.assertEqual({key: made["rows"][0][key] for key in expected}, expected)
     self.assertIn("jax", made["versions"])
     self.assertEqual(made["limits"], {"gflops": 2.0, "read_gb_per_s": 3.0})
-    unequal = Item("x", "T", bench.run("a", 1.0), [Baseline("b", bench.run("b", 2.0), lambda: "all")])
+    unequal = Item(
+      "x", "T", bench.run("a", 1.0), [Baseline("b", bench.run("b", 2.0), lambda: "all")]
+    )
     with self.assertRaises(UserError):
       benchmark.report("train", [unequal], str(path), None, bench.now)
     self.assertFalse(json.loads(path.read_text())["rows"][0]["equal_outputs"])
 
   def test_without_torch_it_says_what_to_install(self):
-    # Fails if a missing package ends in a traceback, or if the sentence does not name it and the extra.
+    # Fails if a missing package ends in a traceback, or if the sentence does not name it and the
+    # extra.
     with mock.patch.dict(sys.modules, {"torch": None}):
       with self.assertRaisesRegex(UserError, r'needs torch: pip install -e "\.\[bench\]"'):
         torch_baselines.need("torch")

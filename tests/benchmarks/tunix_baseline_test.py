@@ -1,4 +1,6 @@
-"""The rows against google-tunix: which rows there are where, and, where it is installed, its tokens beside ours."""
+"""The rows against google-tunix: which rows there are where, and, where it is installed, its tokens
+beside ours.
+"""
 
 import functools
 from unittest import mock
@@ -13,14 +15,23 @@ from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.runtime.errors import UserError
 
 TOY = ModelConfig(
-  vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24, scan_layers=False
+  vocab_size=32,
+  d_model=16,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  d_ff=24,
+  scan_layers=False,
 )
 
 
 class RowsTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
-    self.enterContext(mock.patch.object(benchmark_items, "Side", return_value=mock.MagicMock(size="T")))
+    self.enterContext(
+      mock.patch.object(benchmark_items, "Side", return_value=mock.MagicMock(size="T"))
+    )
     self.enterContext(mock.patch.object(ours, "make_engine"))
 
   def baselines(self, torch: bool, tunix: bool) -> tuple[list[str], str]:
@@ -32,7 +43,11 @@ class RowsTest(parameterized.TestCase):
       mock.patch.object(tunix_baseline, "Sampler"),
       mock.patch.object(benchmark_items.logging, "info") as info,
     ):
-      names = [baseline.name for item in benchmark_items.sampling(full=False) for baseline in item.baselines]
+      names = [
+        baseline.name
+        for item in benchmark_items.sampling(full=False)
+        for baseline in item.baselines
+      ]
     return names, "\n".join(call.args[0] % call.args[1:] for call in info.call_args_list)
 
   @parameterized.parameters(
@@ -41,7 +56,8 @@ class RowsTest(parameterized.TestCase):
     (False, True, ["tunix"] * 6, "No rows against transformers: torch is not installed here"),
   )
   def test_rows_are_of_what_is_installed(self, torch, tunix, names, line):
-    # Fails if an environment without one of the two has no rows of the other, or if nothing says what was left out.
+    # Fails if an environment without one of the two has no rows of the other, or if nothing says
+    # what was left out.
     found, logged = self.baselines(torch, tunix)
     self.assertEqual(found, names)
     self.assertIn(line, logged)
@@ -71,7 +87,8 @@ class SamplerTest(absltest.TestCase):
         self.assertIn(calls[-1], calls[:before])
 
   def test_no_id_is_padding_or_an_end(self):
-    # Fails if a drawn 0 is masked as padding, if an id ends a sequence, or if a beginning is put before the prompt.
+    # Fails if a drawn 0 is masked as padding, if an id ends a sequence, or if a beginning is put
+    # before the prompt.
     ids = tunix_baseline._Ids()
     self.assertEqual(ids.encode(ids.decode([3, 0, 12])), [3, 0, 12])
     self.assertLess(max(ids.pad_id(), ids.eos_id()), 0)
@@ -80,7 +97,8 @@ class SamplerTest(absltest.TestCase):
 
   @absltest.skipUnless(tunix_baseline.installed(), "google-tunix is not installed")
   def test_greedy_tokens_are_ours(self):
-    # Fails if a weight lands elsewhere, or if the base of the rotary embedding is not the one that tunix computes with.
+    # Fails if a weight lands elsewhere, or if the base of the rotary embedding is not the one that
+    # tunix computes with.
     with mock.patch.dict(ours.SIZES, T=TOY):
       for tied in (False, True):
         side = ours.Side("T", rope_theta=tunix_baseline.ROPE_THETA, tie_embeddings=tied)

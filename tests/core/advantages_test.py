@@ -17,22 +17,33 @@ class BestOfKTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    estimate = lambda k: np.asarray(advantages.best_of_k(jnp.asarray(COUNTS[:, 0]), jnp.asarray(COUNTS[:, 1]), k)[0])
-    cls.of_k = {k: dict(zip(map(tuple, COUNTS.tolist()), estimate(k), strict=True)) for k in range(1, 13)}
+    estimate = lambda k: np.asarray(
+      advantages.best_of_k(jnp.asarray(COUNTS[:, 0]), jnp.asarray(COUNTS[:, 1]), k)[0]
+    )
+    cls.of_k = {
+      k: dict(zip(map(tuple, COUNTS.tolist()), estimate(k), strict=True)) for k in range(1, 13)
+    }
 
   def test_equals_exact_binomials(self):
-    # Fails for any off-by-one in the product's factors or in their number, and for c/M put into 1 - (1 - q)^k.
+    # Fails for any off-by-one in the product's factors or in their number, and for c/M put into 1 -
+    # (1 - q)^k.
     for k, values in self.of_k.items():
       for (c, m), value in values.items():
         if k <= m:
-          self.assertAlmostEqual(value, 1.0 - math.comb(m - c, k) / math.comb(m, k), delta=1e-6, msg=f"{c=} {m=} {k=}")
+          self.assertAlmostEqual(
+            value, 1.0 - math.comb(m - c, k) / math.comb(m, k), delta=1e-6, msg=f"{c=} {m=} {k=}"
+          )
 
   def test_is_unbiased(self):
-    # Fails for every other estimate: over c ~ Binomial(M, q) it averages to 1 - (1 - q)^k, summed exactly.
+    # Fails for every other estimate: over c ~ Binomial(M, q) it averages to 1 - (1 - q)^k, summed
+    # exactly.
     for m in (1, 5, 10, 12):
       for k in range(1, m + 1):
         for q in (0.0, 0.03, 0.3, 0.5, 0.9, 1.0):
-          mean = sum(math.comb(m, c) * q**c * (1.0 - q) ** (m - c) * float(self.of_k[k][c, m]) for c in range(m + 1))
+          mean = sum(
+            math.comb(m, c) * q**c * (1.0 - q) ** (m - c) * float(self.of_k[k][c, m])
+            for c in range(m + 1)
+          )
           self.assertAlmostEqual(mean, 1.0 - (1.0 - q) ** k, delta=1e-6, msg=f"{m=} {k=} {q=}")
 
   def test_k_of_1_is_the_rate(self):
@@ -41,15 +52,17 @@ class BestOfKTest(parameterized.TestCase):
       self.assertAlmostEqual(value, c / m, delta=1e-6)
 
   def test_refuses_fewer_rollouts_than_k(self):
-    # Fails if M < k counts as known, M = k does not, the counts must be flat, or an unknown step has another value than 0
-    # (0/0 would spread NaN).
-    q, known = advantages.best_of_k(jnp.asarray([[0, 2], [1, 0], [2, 1]]), jnp.asarray([[4, 4], [4, 0], [2, 1]]), 2)
+    # Fails if M < k counts as known, M = k does not, the counts must be flat, or an unknown step
+    # has another value than 0 (0/0 would spread NaN).
+    q, known = advantages.best_of_k(
+      jnp.asarray([[0, 2], [1, 0], [2, 1]]), jnp.asarray([[4, 4], [4, 0], [2, 1]]), 2
+    )
     np.testing.assert_allclose(q, [[0.0, 1 - 1 / 6], [0.5, 0.0], [1.0, 0.0]], atol=1e-6)
     np.testing.assert_array_equal(known, [[True, True], [True, False], [True, False]])
 
   def test_exact_values_need_no_rollouts(self):
-    # Fails if an exact value is refused for its few counts or estimated from them (2 of 4 at k = 2 would give 5/6), or if
-    # `exact` without any count is known.
+    # Fails if an exact value is refused for its few counts or estimated from them (2 of 4 at k = 2
+    # would give 5/6), or if `exact` without any count is known.
     c, m = jnp.asarray([1, 0, 2, 2, 0]), jnp.asarray([1, 1, 4, 4, 0])
     q, known = jax.jit(advantages.best_of_k, static_argnums=2)(
       c, m, 2, exact=jnp.asarray([True, True, True, False, True])
@@ -66,21 +79,28 @@ class BestOfKTest(parameterized.TestCase):
 class BestOfKPluginTest(parameterized.TestCase):
   @parameterized.parameters(1, 2, 5, 12)
   def test_equals_numpy(self, k):
-    # Fails if the unbiased ratio is returned, if (c/M)^k is (all k right), or if M < k is treated apart.
+    # Fails if the unbiased ratio is returned, if (c/M)^k is (all k right), or if M < k is treated
+    # apart.
     c, m = COUNTS.astype(np.float64).T
     with jax.enable_x64(True):
       got, known = jax.jit(advantages.best_of_k_plugin, static_argnums=2)(c, m, k)
     self.assertTrue(np.all(known))
-    np.testing.assert_allclose(got, 1.0 - np.prod([(m - c) / m] * k, axis=0), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(
+      got, 1.0 - np.prod([(m - c) / m] * k, axis=0), rtol=1e-12, atol=1e-15
+    )
 
   def test_bias(self):
     # Fails if the estimate is not the biased one: it never exceeds the unbiased, and k = 1 agrees.
     c, m = jnp.asarray(COUNTS[:, 0]), jnp.asarray(COUNTS[:, 1])
     enough = np.asarray(m >= 3)
-    gap = np.asarray(advantages.best_of_k(c, m, 3)[0] - advantages.best_of_k_plugin(c, m, 3)[0])[enough]
+    gap = np.asarray(advantages.best_of_k(c, m, 3)[0] - advantages.best_of_k_plugin(c, m, 3)[0])[
+      enough
+    ]
     self.assertGreater(gap.min(), -1e-6)
     self.assertGreater(gap.max(), 0.05)
-    np.testing.assert_allclose(advantages.best_of_k_plugin(c, m, 1)[0], advantages.best_of_k(c, m, 1)[0], atol=1e-6)
+    np.testing.assert_allclose(
+      advantages.best_of_k_plugin(c, m, 1)[0], advantages.best_of_k(c, m, 1)[0], atol=1e-6
+    )
 
   def test_no_rollouts(self):
     # Fails if 0/0 spreads, or if nothing known gives 1 or counts as known.
@@ -90,8 +110,11 @@ class BestOfKPluginTest(parameterized.TestCase):
 
 class StepValuesTest(absltest.TestCase):
   def test_by_hand(self):
-    # Fails if c and M change places, if no rollouts count as known or give 0/0, or if a zero of many is unknown.
-    q, known = jax.jit(advantages.step_values)(jnp.asarray([[1, 0], [0, 5]]), jnp.asarray([[4, 8], [0, 5]]))
+    # Fails if c and M change places, if no rollouts count as known or give 0/0, or if a zero of
+    # many is unknown.
+    q, known = jax.jit(advantages.step_values)(
+      jnp.asarray([[1, 0], [0, 5]]), jnp.asarray([[4, 8], [0, 5]])
+    )
     np.testing.assert_array_equal(q, [[0.25, 0.0], [0.0, 1.0]])
     np.testing.assert_array_equal(known, [[True, True], [False, True]])
     self.assertEqual((q.dtype, known.dtype), (jnp.float32, bool))
@@ -110,7 +133,8 @@ class StepAdvantagesTest(absltest.TestCase):
     np.testing.assert_array_equal(got, [0.25, 0.25, -0.75])
 
   def test_telescopes(self):
-    # Fails if any step's baseline is not the value of the step before: the sum would not be Q_L - V(x).
+    # Fails if any step's baseline is not the value of the step before: the sum would not be Q_L -
+    # V(x).
     rng = np.random.default_rng(0)
     q, v0 = jnp.asarray(rng.random((20, 7)), jnp.float32), jnp.asarray(rng.random(20), jnp.float32)
     gained = jax.vmap(advantages.step_advantages)(q, v0)

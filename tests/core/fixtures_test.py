@@ -1,7 +1,8 @@
 """The preference losses on a table of numbers worked out elsewhere, once, without JAX or numpy.
 
-The expected values were computed with Python's `decimal` at 50 digits from the published equations, and rounded to 20
-digits. With e = Decimal.exp, ln = Decimal.ln and the columns as exact decimals (all are also exact in float32):
+The expected values were computed with Python's `decimal` at 50 digits from the published equations,
+and rounded to 20 digits. With e = Decimal.exp, ln = Decimal.ln and the columns as exact decimals
+(all are also exact in float32):
 
   h         = (chosen - ref_chosen) - (rejected - ref_rejected)
   logsig(x) = -ln(1 + e(-x))
@@ -32,9 +33,9 @@ LOSSES = {
   "dpop": functools.partial(losses.dpop_loss, beta=BETA, penalty=PENALTY),
 }
 
-# Rows of (chosen, rejected, ref_chosen, ref_rejected): level with the reference; both fall, the rejected by more; only
-# the chosen falls; both rise, the rejected by more; far on the right side; far on the wrong side, where exp overflows
-# float32; the margin that IPO asks for.
+# Rows of (chosen, rejected, ref_chosen, ref_rejected): level with the reference; both fall, the
+# rejected by more; only the chosen falls; both rise, the rejected by more; far on the right side;
+# far on the wrong side, where exp overflows float32; the margin that IPO asks for.
 TABLE = (
   (-12.5, -20.25, -12.5, -20.25),
   (-14.0, -30.0, -12.5, -20.25),
@@ -104,7 +105,8 @@ GRADIENTS = {
     -0.067235355342498780187,
   ),
 }
-# In float32 a βh of 40 is exact, but σ and log round; near 0 cdpo's gradient is a difference of larger numbers.
+# In float32 a βh of 40 is exact, but σ and log round; near 0 cdpo's gradient is a difference of
+# larger numbers.
 TOLERANCE = {"float64": {"rtol": 1e-13, "atol": 0.0}, "float32": {"rtol": 2e-6, "atol": 1e-8}}
 CASES = [(f"{name}_{dtype}", name, dtype) for name in LOSSES for dtype in TOLERANCE]
 
@@ -116,7 +118,8 @@ def columns(dtype: str):
 class FixturesTest(parameterized.TestCase):
   @parameterized.named_parameters(*CASES)
   def test_values(self, name, dtype):
-    # Fails if an equation of core/losses.py changes in a sign, a factor, or the place of β, ε, τ or λ.
+    # Fails if an equation of core/losses.py changes in a sign, a factor, or the place of β, ε, τ or
+    # λ.
     with jax.enable_x64(dtype == "float64"):
       got = jax.jit(LOSSES[name])(*columns(dtype))
     self.assertEqual(got.dtype, np.dtype(dtype))
@@ -124,8 +127,9 @@ class FixturesTest(parameterized.TestCase):
 
   @parameterized.named_parameters(*CASES)
   def test_gradients(self, name, dtype):
-    # Fails if a gradient is not its equation's: a stop_gradient too many, another side of DPOP's kink (the first and the
-    # last row stand on it or above it), or a guard against overflow that cuts gradients.
+    # Fails if a gradient is not its equation's: a stop_gradient too many, another side of DPOP's
+    # kink (the first and the last row stand on it or above it), or a guard against overflow that
+    # cuts gradients.
     with jax.enable_x64(dtype == "float64"):
       got = jax.jit(jax.grad(lambda *args: LOSSES[name](*args).sum()))(*columns(dtype))
     np.testing.assert_allclose(got, GRADIENTS[name], **TOLERANCE[dtype])

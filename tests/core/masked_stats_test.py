@@ -10,8 +10,8 @@ from synthneg_jax.core import masked_stats
 
 class TotalTest(absltest.TestCase):
   def test_by_hand(self):
-    # Fails if masked values enter the sum (0 · inf would be NaN), count, or are replaced by anything but 0, or if a mean
-    # is taken.
+    # Fails if masked values enter the sum (0 · inf would be NaN), count, or are replaced by
+    # anything but 0, or if a mean is taken.
     values = jnp.asarray([[1.0, 2.0, jnp.inf], [4.0, -jnp.inf, 8.0]])
     mask = jnp.asarray([[True, False, False], [True, False, True]])
     total, count = jax.jit(masked_stats.total)(values, mask)
@@ -19,7 +19,8 @@ class TotalTest(absltest.TestCase):
     self.assertEqual((total.dtype, count.dtype), (jnp.float32, jnp.int32))
 
   def test_mask_of_rows(self):
-    # Fails if a mask that stands for whole rows is counted once for each row instead of once for each value.
+    # Fails if a mask that stands for whole rows is counted once for each row instead of once for
+    # each value.
     total, count = masked_stats.total(jnp.ones((2, 3)), jnp.asarray([[True], [False]]))
     self.assertEqual((float(total), int(count)), (3.0, 3))
 
@@ -30,13 +31,17 @@ class TotalTest(absltest.TestCase):
 
 class HistogramTest(absltest.TestCase):
   def test_as_numpy(self):
-    # Fails if a value on an edge falls into the bucket below, if what lies beyond the ends is lost or put inside, or if
-    # masked values count.
+    # Fails if a value on an edge falls into the bucket below, if what lies beyond the ends is lost
+    # or put inside, or if masked values count.
     edges = (-1.0, 0.0, 0.5, 2.0)
-    values = np.concatenate([np.random.default_rng(0).normal(size=(40, 5)), [[-1.0, 0.0, 0.5, 2.0, np.inf]]])
+    values = np.concatenate(
+      [np.random.default_rng(0).normal(size=(40, 5)), [[-1.0, 0.0, 0.5, 2.0, np.inf]]]
+    )
     mask = np.random.default_rng(1).random(values.shape) < 0.7
     mask[-1] = [True, True, True, True, False]
-    counts = jax.jit(lambda v, m: masked_stats.histogram(v, m, edges))(jnp.asarray(values, jnp.float32), mask)
+    counts = jax.jit(lambda v, m: masked_stats.histogram(v, m, edges))(
+      jnp.asarray(values, jnp.float32), mask
+    )
     expected, _ = np.histogram(values[mask], [-1e9, *edges, 1e9])
     np.testing.assert_array_equal(counts, expected)
     self.assertEqual(counts.dtype, jnp.int32)

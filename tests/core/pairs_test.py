@@ -1,4 +1,6 @@
-"""Pairs of every mode by hand: which branch is chosen, which rejected, what trunk they share, and how sure the label is."""
+"""Pairs of every mode by hand: which branch is chosen, which rejected, what trunk they share, and
+how sure the label is.
+"""
 
 import dataclasses
 
@@ -14,7 +16,8 @@ PROMPT = (90, 91)
 SOLUTION = [50, 51, EOS]
 # Three steps: [10, 11], [12] and [13, 14, EOS].
 WRONG = Response((10, 11, 12, 13, 14, EOS), (2, 3, 6))
-# Rollouts from the prefix [10, 11]: first steps [12] (the pit itself), [20, 21], [22] and [20, 21] again.
+# Rollouts from the prefix [10, 11]: first steps [12] (the pit itself), [20, 21], [22] and [20, 21]
+# again.
 SAME = Sibling([12, 30, EOS], [1, 3], True, step_logp=-0.1, logp=-0.2)
 LONG = Sibling([20, 21, 31, 32, EOS], [2, 5], True, step_logp=-1.0, logp=-5.0)
 SHORT = Sibling([22, EOS], [1, 2], True, step_logp=-2.0, logp=-2.5)
@@ -29,11 +32,20 @@ def sibling(first, correct=True) -> Sibling:
 
 
 def named(name: str) -> str:
-  """An equal string that is another object, as names from a file or a flag are: fails where `is` compares them."""
+  """An equal string that is another object, as names from a file or a flag are: fails where `is`
+  compares them.
+  """
   return "".join(name)
 
 
-def shared(pit=1, siblings=(SAME, LONG, SHORT, AGAIN), after=ZERO, continuation="step", choice="random", seed=0):
+def shared(
+  pit=1,
+  siblings=(SAME, LONG, SHORT, AGAIN),
+  after=ZERO,
+  continuation="step",
+  choice="random",
+  seed=0,
+):
   return pairs.shared_prefix(
     PROMPT,
     WRONG,
@@ -48,15 +60,22 @@ def shared(pit=1, siblings=(SAME, LONG, SHORT, AGAIN), after=ZERO, continuation=
 
 class ResponseTest(absltest.TestCase):
   def test_prefix_and_step(self):
-    # Fails if an end is taken as inclusive, if prefix counts from 1, or if a step starts at the step before it.
+    # Fails if an end is taken as inclusive, if prefix counts from 1, or if a step starts at the
+    # step before it.
     self.assertEqual(
-      [WRONG.prefix(steps) for steps in range(4)], [[], [10, 11], [10, 11, 12], [10, 11, 12, 13, 14, EOS]]
+      [WRONG.prefix(steps) for steps in range(4)],
+      [[], [10, 11], [10, 11, 12], [10, 11, 12, 13, 14, EOS]],
     )
     self.assertEqual([WRONG.step(index) for index in range(3)], [[10, 11], [12], [13, 14, EOS]])
 
   def test_cannot_be_changed(self):
     # Fails if what a pair was made from can be edited later.
-    for value, name in ((WRONG, "ids"), (SAME, "correct"), (ZERO, "exact"), (TokenPair([1], [2], [3]), "flip")):
+    for value, name in (
+      (WRONG, "ids"),
+      (SAME, "correct"),
+      (ZERO, "exact"),
+      (TokenPair([1], [2], [3]), "flip"),
+    ):
       with self.assertRaises(dataclasses.FrozenInstanceError):
         setattr(value, name, None)
 
@@ -64,11 +83,14 @@ class ResponseTest(absltest.TestCase):
 class FlipProbabilityTest(parameterized.TestCase):
   @parameterized.parameters((0, 6, 3, 6), (2, 6, 2, 6), (5, 5, 0, 3), (1, 1, 4, 10), (0, 0, 2, 3))
   def test_counts_equal_monte_carlo(self, c, m, c_other, m_other):
-    # Fails if the two change places, for another prior than Jeffreys', or if counts are taken for values.
+    # Fails if the two change places, for another prior than Jeffreys', or if counts are taken for
+    # values.
     rng = np.random.default_rng(0)
     draw = lambda c, m: rng.beta(c + 0.5, m - c + 0.5, 400_000)
     expected = np.mean(draw(c, m) > draw(c_other, m_other))
-    self.assertAlmostEqual(pairs.flip_probability(Count(c, m), Count(c_other, m_other)), expected, delta=4e-3)
+    self.assertAlmostEqual(
+      pairs.flip_probability(Count(c, m), Count(c_other, m_other)), expected, delta=4e-3
+    )
 
   def test_equal_counts_say_nothing(self):
     # Fails if a tie of counts leans to either side.
@@ -79,14 +101,19 @@ class FlipProbabilityTest(parameterized.TestCase):
     # Fails if an exact value is treated as a sample, or if the posterior's wrong tail is taken.
     posterior = stats.beta(2 + 0.5, 7 - 2 + 0.5)
     exact = Count(c, m, exact=True)
-    self.assertAlmostEqual(pairs.flip_probability(exact, Count(2, 7)), posterior.cdf(c / m), delta=1e-12)
-    self.assertAlmostEqual(pairs.flip_probability(Count(2, 7), exact), posterior.sf(c / m), delta=1e-12)
+    self.assertAlmostEqual(
+      pairs.flip_probability(exact, Count(2, 7)), posterior.cdf(c / m), delta=1e-12
+    )
+    self.assertAlmostEqual(
+      pairs.flip_probability(Count(2, 7), exact), posterior.sf(c / m), delta=1e-12
+    )
 
   @parameterized.parameters(
     (0, 1, 1, 1, 0.0), (1, 1, 0, 1, 1.0), (0, 1, 0, 1, 0.5), (1, 2, 1, 3, 1.0), (1, 2, 2, 4, 0.5)
   )
   def test_two_exact_values(self, c, m, c_other, m_other, expected):
-    # Fails if equal exact values count as flipped or as kept, or if successes are compared without their rollouts.
+    # Fails if equal exact values count as flipped or as kept, or if successes are compared without
+    # their rollouts.
     got = pairs.flip_probability(Count(c, m, exact=True), Count(c_other, m_other, exact=True))
     self.assertEqual((got, type(got)), (expected, float))
 
@@ -94,11 +121,14 @@ class FlipProbabilityTest(parameterized.TestCase):
 class WholeResponseTest(parameterized.TestCase):
   @parameterized.parameters((0, [10, 11]), (1, [10, 11, 12]), (2, [10, 11, 12, 13, 14, EOS]))
   def test_algorithm1(self, pit, rejected):
-    # Fails if the pit itself is cut off, if the whole wrong response is rejected (EOS and what follows the pit), if the
-    # chosen loses its EOS, if steps before the pit become trunk, or if the flip is that of other counts.
+    # Fails if the pit itself is cut off, if the whole wrong response is rejected (EOS and what
+    # follows the pit), if the chosen loses its EOS, if steps before the pit become trunk, or if the
+    # flip is that of other counts.
     after, before = Count(0, 8), Count(3, 8)
     got = pairs.algorithm1(PROMPT, SOLUTION, WRONG, pit=pit, after=after, before=before)
-    self.assertEqual(got, TokenPair([90, 91], SOLUTION, rejected, pairs.flip_probability(after, before)))
+    self.assertEqual(
+      got, TokenPair([90, 91], SOLUTION, rejected, pairs.flip_probability(after, before))
+    )
     self.assertBetween(got.flip, 0.001, 0.1)
     if pit < 2:
       self.assertNotIn(EOS, rejected)
@@ -106,32 +136,40 @@ class WholeResponseTest(parameterized.TestCase):
   def test_arbitrary(self):
     # Fails if either response is cut, or if verdicts, which are exact, leave a doubt.
     self.assertEqual(
-      pairs.arbitrary(PROMPT, tuple(SOLUTION), WRONG.ids), TokenPair([90, 91], SOLUTION, list(WRONG.ids), 0.0)
+      pairs.arbitrary(PROMPT, tuple(SOLUTION), WRONG.ids),
+      TokenPair([90, 91], SOLUTION, list(WRONG.ids), 0.0),
     )
 
 
 class FurthestTest(parameterized.TestCase):
   def test_largest(self):
-    # Fails if the nearest is taken, if a wrong response is used twice, if the distance is divided by lengths (the second
-    # would take "zz"), if ties go to the later, or if right responses beyond the wrong ones are paired.
+    # Fails if the nearest is taken, if a wrong response is used twice, if the distance is divided
+    # by lengths (the second would take "zz"), if ties go to the later, or if right responses beyond
+    # the wrong ones are paired.
     wrong = ["abcx", "zz", "abcdzzzz", "abcdzzzz"]
     self.assertEqual(pairs.furthest(["abcd"], wrong, variant="largest"), [(0, 1)])
-    self.assertEqual(pairs.furthest(["abcd"], ["vwxyz", "vwxyzuv"], variant=named("largest")), [(0, 1)])
+    self.assertEqual(
+      pairs.furthest(["abcd"], ["vwxyz", "vwxyzuv"], variant=named("largest")), [(0, 1)]
+    )
     self.assertEqual(
       pairs.furthest(["abcd", "abcdabcd", "abcd", "abcd", "abcd"], wrong, variant="largest"),
       [(0, 1), (1, 0), (2, 2), (3, 3)],
     )
 
   def test_shortest_far(self):
-    # Fails if the furthest is taken, if d is divided by the longer length, if > is >= (d/(a+b) = 4/8 in "wxyz"), if a
-    # lower bound is tried while a higher has a hit, if a wrong one is used twice, or if one below 0.3 is taken.
+    # Fails if the furthest is taken, if d is divided by the longer length, if > is >= (d/(a+b) =
+    # 4/8 in "wxyz"), if a lower bound is tried while a higher has a hit, if a wrong one is used
+    # twice, or if one below 0.3 is taken.
     right = ["abcd"] * 4
     wrong = ["wxyz", "abcdabc", "vwxyz", "abcx"]
     self.assertEqual(pairs.furthest(right, wrong, variant="shortest_far"), [(0, 2), (1, 0)])
     # d/(a+b): 5/9 and 6/10 are far; the shorter wins. 3/11 is never far.
-    self.assertEqual(pairs.furthest(["abcd"], ["uvwxyz", "vwxyz"], variant="shortest_far"), [(0, 1)])
+    self.assertEqual(
+      pairs.furthest(["abcd"], ["uvwxyz", "vwxyz"], variant="shortest_far"), [(0, 1)]
+    )
     self.assertEqual(pairs.furthest(["abcd"], ["abcdabc"], variant="shortest_far"), [])
-    # 4/9 is beyond the second bound, 3/8, though shorter, beyond the third only; 0.3 exactly is not.
+    # 4/9 is beyond the second bound, 3/8, though shorter, beyond the third only; 0.3 exactly is
+    # not.
     self.assertEqual(pairs.furthest(["abcd"], ["axyz", "avwxy"], variant="shortest_far"), [(0, 1)])
     self.assertEqual(pairs.furthest(["abcd"], ["axyz"], variant="shortest_far"), [(0, 0)])
     self.assertEqual(pairs.furthest(["abcde"], ["abxyz"], variant="shortest_far"), [])
@@ -155,7 +193,8 @@ class FurthestTest(parameterized.TestCase):
 
 class SharedPrefixTest(parameterized.TestCase):
   def test_pit_in_the_middle(self):
-    # Fails if the trunk lacks the steps before the pit or holds the pit, or if the rejected is more than the pit.
+    # Fails if the trunk lacks the steps before the pit or holds the pit, or if the rejected is more
+    # than the pit.
     pair = shared(choice="shortest")
     self.assertEqual((pair.trunk, pair.chosen, pair.rejected), ([90, 91, 10, 11], [22], [12]))
 
@@ -167,7 +206,9 @@ class SharedPrefixTest(parameterized.TestCase):
   def test_pit_at_the_end(self):
     # Fails if the last step's EOS is dropped: there the step is the rest of the response.
     pair = shared(pit=2, siblings=(LONG,))
-    self.assertEqual((pair.trunk, pair.chosen, pair.rejected), ([90, 91, 10, 11, 12], [20, 21], [13, 14, EOS]))
+    self.assertEqual(
+      (pair.trunk, pair.chosen, pair.rejected), ([90, 91, 10, 11, 12], [20, 21], [13, 14, EOS])
+    )
 
   @parameterized.parameters(("step", [20, 21]), ("rollout", [20, 21, 31, 32, EOS]))
   def test_continuation(self, continuation, chosen):
@@ -175,25 +216,33 @@ class SharedPrefixTest(parameterized.TestCase):
     self.assertEqual(shared(siblings=(SAME, LONG), continuation=continuation).chosen, chosen)
 
   def test_shortest(self):
-    # Fails if the shortest first step is taken instead of the shortest rollout, the last of equals, or a wrong one.
+    # Fails if the shortest first step is taken instead of the shortest rollout, the last of equals,
+    # or a wrong one.
     other = Sibling([23, 33, 34, EOS], [1, 4], True)
     self.assertEqual(shared(siblings=(SAME, other, AGAIN), choice="shortest").chosen, [20, 21])
     twin = Sibling([24, 25, EOS], [2, 3], True)
     self.assertEqual(shared(siblings=(twin, AGAIN), choice="shortest").chosen, [24, 25])
-    self.assertEqual(shared(siblings=(Sibling([29], [1], False), AGAIN), choice="shortest").chosen, [20, 21])
+    self.assertEqual(
+      shared(siblings=(Sibling([29], [1], False), AGAIN), choice="shortest").chosen, [20, 21]
+    )
 
   @parameterized.parameters(("step", [20, 21]), ("rollout", [22, EOS]))
   def test_most_likely(self, continuation, chosen):
-    # Fails if the likelihood of other tokens than the taken ones decides, the least likely wins, or a wrong or equal one.
+    # Fails if the likelihood of other tokens than the taken ones decides, the least likely wins, or
+    # a wrong or equal one.
     siblings = (SAME, FAILED, LONG, SHORT, AGAIN)
-    self.assertEqual(shared(siblings=siblings, choice="most_likely", continuation=continuation).chosen, chosen)
+    self.assertEqual(
+      shared(siblings=siblings, choice="most_likely", continuation=continuation).chosen, chosen
+    )
 
   @parameterized.parameters(
-    # [20, 21]: two right, three wrong; [22]: one right. A count of right ones alone would take [20, 21].
+    # [20, 21]: two right, three wrong; [22]: one right. A count of right ones alone would take [20,
+    # 21].
     ([([20, 21], True)] * 2 + [([20, 21], False)] * 3 + [([22], True)], [22]),
     # A rate of right ones would take [22].
     ([([20, 21], True)] * 3 + [([20, 21], False)] + [([22], True)], [20, 21]),
-    # A right one that weighs more than a wrong one would take [20, 21], and so would three right ones.
+    # A right one that weighs more than a wrong one would take [20, 21], and so would three right
+    # ones.
     ([([20, 21], True)] * 3 + [([20, 21], False)] * 3 + [([22], True)], [22]),
     # The pit's own step has the most votes and is no alternative.
     ([([12], True)] * 5 + [([22], True)] + [([20, 21], False)], [22]),
@@ -202,11 +251,13 @@ class SharedPrefixTest(parameterized.TestCase):
   )
   def test_majority(self, firsts, chosen):
     # Fails if wrong rollouts do not count against their step, or if the pit's own step can win.
-    self.assertEqual(shared(siblings=[sibling(*first) for first in firsts], choice="majority").chosen, chosen)
+    self.assertEqual(
+      shared(siblings=[sibling(*first) for first in firsts], choice="majority").chosen, chosen
+    )
 
   def test_random(self):
-    # Fails if the generator is not used (one choice only), if a seed does not fix the choice, or if the pit's own step or
-    # a wrong rollout can be drawn.
+    # Fails if the generator is not used (one choice only), if a seed does not fix the choice, or if
+    # the pit's own step or a wrong rollout can be drawn.
     siblings = (SAME, LONG, FAILED, SHORT, AGAIN)
     draw = lambda seed: tuple(shared(siblings=siblings, seed=seed, continuation="rollout").chosen)
     drawn = [draw(seed) for seed in range(40)]
@@ -215,7 +266,8 @@ class SharedPrefixTest(parameterized.TestCase):
 
   @parameterized.parameters("step", "rollout")
   def test_flip(self, continuation):
-    # Fails if the chosen step's counts leave out wrong siblings or those of its other rollouts, or if `after` is not used.
+    # Fails if the chosen step's counts leave out wrong siblings or those of its other rollouts, or
+    # if `after` is not used.
     firsts = [([20, 21], True)] * 2 + [([20, 21], False)] + [([12], True), ([22], False)]
     siblings = [sibling(*first) for first in firsts]
     got = shared(siblings=siblings, after=Count(1, 9), continuation=continuation).flip
@@ -223,10 +275,13 @@ class SharedPrefixTest(parameterized.TestCase):
     self.assertEqual(shared(siblings=siblings).flip, 0.0)
 
   @parameterized.product(
-    continuation=("step", "rollout"), choice=("random", "shortest", "most_likely", "majority"), seed=(0, 1, 2)
+    continuation=("step", "rollout"),
+    choice=("random", "shortest", "most_likely", "majority"),
+    seed=(0, 1, 2),
   )
   def test_chosen_never_starts_as_the_rejected_does(self, continuation, choice, seed):
-    # Fails if rollouts that begin with the pit are not left out, or are compared as tuple against list.
+    # Fails if rollouts that begin with the pit are not left out, or are compared as tuple against
+    # list.
     pair = shared(siblings=(SAME, SAME, AGAIN), seed=seed, continuation=continuation, choice=choice)
     self.assertEqual(pair.chosen[:2], [20, 21])
 
@@ -238,7 +293,9 @@ class SharedPrefixTest(parameterized.TestCase):
   def test_refuses(self):
     # Fails if an unknown name falls through to one of the others.
     for choice in ("longest", "a", "tallest"):
-      with self.assertRaisesRegex(ValueError, f"No choice '{choice}': random, shortest, most_likely or majority"):
+      with self.assertRaisesRegex(
+        ValueError, f"No choice '{choice}': random, shortest, most_likely or majority"
+      ):
         shared(choice=choice)
     with self.assertRaisesRegex(ValueError, "No continuation 'all': step or rollout"):
       shared(continuation="all")
@@ -258,13 +315,15 @@ class FiltersTest(parameterized.TestCase):
 
   @parameterized.parameters((0, []), (1, [0]), (2, [0, 4]), (3, [0, 4, 7]), (9, [0, 4, 7]))
   def test_negatives(self, most, expected):
-    # Fails if right ones or ones without an answer are kept, if repeats are kept or count, if the later of equals is kept,
-    # or if `most` is off by one.
-    self.assertEqual(pairs.negatives([(ids, named(reason)) for ids, reason in self.RESPONSES], most), expected)
+    # Fails if right ones or ones without an answer are kept, if repeats are kept or count, if the
+    # later of equals is kept, or if `most` is off by one.
+    self.assertEqual(
+      pairs.negatives([(ids, named(reason)) for ids, reason in self.RESPONSES], most), expected
+    )
 
   def test_filter_pairs(self):
-    # Fails if a reason is lost or its check turned, if a dropped pair counts for the cap or hides a later one, or if
-    # pairs of two problems count as one.
+    # Fails if a reason is lost or its check turned, if a dropped pair counts for the cap or hides a
+    # later one, or if pairs of two problems count as one.
     made = [
       (TokenPair([1], [2], [2]), "a"),
       (TokenPair([1], [2], [3], flip=0.25), "a"),
@@ -279,7 +338,10 @@ class FiltersTest(parameterized.TestCase):
     self.assertEqual(kept, [2, 4, 6, 7])
     self.assertEqual(dropped, {"same": 1, "doubtful": 1, "repeated": 1, "beyond_cap": 1})
     self.assertEqual(pairs.filter_pairs([], [], most=2, max_flip=1.0), ([], {}))
-    self.assertEqual(pairs.filter_pairs(*zip(*made[1:3], strict=True), most=2, max_flip=0.25), ([0], {"repeated": 1}))
+    self.assertEqual(
+      pairs.filter_pairs(*zip(*made[1:3], strict=True), most=2, max_flip=0.25),
+      ([0], {"repeated": 1}),
+    )
 
   def test_settings_go_by_name(self):
     # Fails if a setting can be given by its place, where it may be taken for its neighbour.

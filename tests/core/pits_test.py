@@ -22,7 +22,9 @@ def loop_pit(q, known, v0, rule, drop_ratio=0.34, min_before=0.25) -> int:
     before_known = step == 0 or known[step - 1]
     if rule == "first_zero" and now == 0:
       return step
-    if rule == "first_dead" and not any(known[later] and q[later] > 0 for later in range(step, len(q))):
+    if rule == "first_dead" and not any(
+      known[later] and q[later] > 0 for later in range(step, len(q))
+    ):
       return step
     if rule == "relative_drop" and before_known and before >= np.float32(min_before):
       if now <= np.float32(drop_ratio) * before:
@@ -40,10 +42,14 @@ def jitted_pits(q_NS, known_NS, v0_N, rule):
 
 
 def random_cases(num: int, steps: int):
-  """Values on a coarse grid, so that ties and zeros abound; a third of the steps unknown; some rows wholly unknown."""
+  """Values on a coarse grid, so that ties and zeros abound; a third of the steps unknown; some rows
+  wholly unknown.
+  """
   rng = np.random.default_rng(0)
   q = (rng.integers(0, 6, (num, steps)) / 5.0).astype(np.float32)
-  known = rng.random((num, steps)) < rng.choice([0.0, 0.3, 0.7, 1.0], (num, 1), p=[0.05, 0.2, 0.35, 0.4])
+  known = rng.random((num, steps)) < rng.choice(
+    [0.0, 0.3, 0.7, 1.0], (num, 1), p=[0.05, 0.2, 0.35, 0.4]
+  )
   return q, known, (rng.integers(0, 6, num) / 5.0).astype(np.float32)
 
 
@@ -63,9 +69,10 @@ class FirstPitTest(parameterized.TestCase):
 
   @parameterized.parameters(*RULES)
   def test_equals_a_loop(self, rule):
-    # Fails if an unknown step is picked, if a step after an unknown one counts where its advantage is unknown, if v0
-    # counts as unknown, if rules are told apart by identity, or if ties go to a later step. NaN, -1, 9, 1, or
-    # 1 and 0.1 in turn, stand at unknown steps, where nothing must read them.
+    # Fails if an unknown step is picked, if a step after an unknown one counts where its advantage
+    # is unknown, if v0 counts as unknown, if rules are told apart by identity, or if ties go to a
+    # later step. NaN, -1, 9, 1, or 1 and 0.1 in turn, stand at unknown steps, where nothing must
+    # read them.
     q, known, v0 = random_cases(400, 6)
     expected = [loop_pit(*case, rule) for case in zip(q, known, v0, strict=True)]
     for garbage in (np.nan, -1.0, 9.0, 1.0, [1.0, 0.1] * 3):
@@ -93,7 +100,8 @@ class FirstPitTest(parameterized.TestCase):
       self.assertEqual(int(jitted_pits(q, np.ones((1, 4), bool), v0, rule)[0]), -1)
 
   def test_a_success_later_on_outdoes_a_zero(self):
-    # Fails if first_dead looks at the steps before, or first_zero at those after; step 3 is unknown and says nothing.
+    # Fails if first_dead looks at the steps before, or first_zero at those after; step 3 is unknown
+    # and says nothing.
     q, known = jnp.asarray([0.5, 0.0, 0.25, 1.0, 0.0]), jnp.asarray([True, True, True, False, True])
     pit = lambda rule: int(pits.first_pit(q, known, jnp.asarray(0.5), rule=rule))
     self.assertEqual((pit("first_zero"), pit("first_dead")), (1, 4))
@@ -101,7 +109,9 @@ class FirstPitTest(parameterized.TestCase):
   @parameterized.parameters("lowest_value", "first_zero", "first_dead")
   def test_nothing_comes_right(self, rule):
     # Fails if a response that is lost from its first step is not blamed for it.
-    pit = jitted_pits(np.zeros((1, 4), np.float32), np.ones((1, 4), bool), np.zeros(1, np.float32), rule)
+    pit = jitted_pits(
+      np.zeros((1, 4), np.float32), np.ones((1, 4), bool), np.zeros(1, np.float32), rule
+    )
     self.assertEqual(np.asarray(pit).tolist(), [0])
 
   def test_thresholds_of_relative_drop(self):
@@ -122,21 +132,24 @@ class FirstPitTest(parameterized.TestCase):
   def test_unknown_rule(self):
     # Fails if an unknown rule falls through to one of the others.
     for rule in ("lowest", "a", "zero"):
-      with self.assertRaisesRegex(ValueError, f"No pit rule '{rule}': lowest_value, first_zero, first_dead, least_"):
+      with self.assertRaisesRegex(
+        ValueError, f"No pit rule '{rule}': lowest_value, first_zero, first_dead, least_"
+      ):
         pits.first_pit(jnp.zeros(2), jnp.ones(2, bool), jnp.asarray(0.0), rule=rule)
 
 
 class SpuriousStepTest(parameterized.TestCase):
   @parameterized.parameters((0.0, 1), (-0.2, 1), (-0.25, -1), (-0.4, -1))
   def test_by_hand(self, below, expected):
-    # Fails if the lowest value is taken instead of the lowest advantage, if < is <=, or if `below` is not used.
+    # Fails if the lowest value is taken instead of the lowest advantage, if < is <=, or if `below`
+    # is not used.
     q = jnp.asarray([0.75, 0.5, 0.5, 1.0])
     step = pits.spurious_step(q, jnp.ones(4, bool), jnp.asarray(0.25), below=below)
     self.assertEqual((int(step), step.dtype, step.shape), (expected, jnp.int32, ()))
 
   def test_none(self):
-    # Fails if a response that only makes progress, or of which nothing is known, has a spurious step: the index -1 of
-    # no step reads the last, whose advantage is < 0 here.
+    # Fails if a response that only makes progress, or of which nothing is known, has a spurious
+    # step: the index -1 of no step reads the last, whose advantage is < 0 here.
     rising, falling = jnp.asarray([0.5, 0.75, 1.0]), jnp.asarray([0.5, 0.25, 0.0])
     self.assertEqual(int(pits.spurious_step(rising, jnp.ones(3, bool), jnp.asarray(0.25))), -1)
     self.assertEqual(int(pits.spurious_step(falling, jnp.zeros(3, bool), jnp.asarray(0.25))), -1)

@@ -1,4 +1,6 @@
-"""Schedules by hand, against enumeration, and on simulated responses whose first dead step is known."""
+"""Schedules by hand, against enumeration, and on simulated responses whose first dead step is
+known.
+"""
 
 import itertools
 
@@ -9,7 +11,9 @@ from synthneg_jax.core import rollout_schedules
 
 
 def first_dead(successes, rollouts) -> int:
-  """The first step with rollouts, none of them right, after the last that had a success; else the last step."""
+  """The first step with rollouts, none of them right, after the last that had a success; else the
+  last step.
+  """
   alive = max([i for i, c in enumerate(successes) if c], default=-1)
   return next((i for i in range(alive + 1, len(rollouts)) if rollouts[i]), len(rollouts))
 
@@ -26,7 +30,9 @@ def simulate(schedule, q, rng, num_rollouts):
 
 
 def responses(num: int, seed: int = 0):
-  """(values of all steps but the last, first dead step): alive ones fall from left to right, dead ones are 0."""
+  """(values of all steps but the last, first dead step): alive ones fall from left to right, dead
+  ones are 0.
+  """
   rng = np.random.default_rng(seed)
   for _ in range(num):
     steps = int(rng.integers(2, 10))
@@ -50,8 +56,8 @@ class UntilFirstZeroTest(parameterized.TestCase):
     ([], [], []),
   )
   def test_by_hand(self, successes, rollouts, more):
-    # Fails if a step is begun before the one on its left is done, if the walk goes on behind a zero, or if a step with
-    # fewer rollouts than R counts as a zero.
+    # Fails if a step is begun before the one on its left is done, if the walk goes on behind a
+    # zero, or if a step with fewer rollouts than R counts as a zero.
     self.assertEqual(rollout_schedules.until_first_zero(successes, rollouts, 4), more)
 
 
@@ -66,8 +72,8 @@ class BisectTest(parameterized.TestCase):
     ([], [], None),
   )
   def test_by_hand(self, successes, rollouts, step):
-    # Fails if it goes to the wrong side of a zero, if a settled threshold is searched on, or if the last step, which is
-    # dead, is asked for.
+    # Fails if it goes to the wrong side of a zero, if a settled threshold is searched on, or if the
+    # last step, which is dead, is asked for.
     expected = [0] * len(rollouts)
     if step is not None:
       expected[step] = 4
@@ -77,13 +83,16 @@ class BisectTest(parameterized.TestCase):
     # Fails if steps are walked one by one.
     rng = np.random.default_rng(0)
     for pit in range(16):
-      _, rollouts, rounds = simulate(rollout_schedules.bisect, [1.0] * pit + [0.0] * (15 - pit), rng, 3)
+      _, rollouts, rounds = simulate(
+        rollout_schedules.bisect, [1.0] * pit + [0.0] * (15 - pit), rng, 3
+      )
       self.assertEqual((rounds, sum(rollouts)), (4, 12))
 
 
 class PitPosteriorTest(absltest.TestCase):
   def test_equals_bayes(self):
-    # Fails for another prior or likelihood: by integrating Q ~ Beta(1, 1) numerically for each step before the pit.
+    # Fails for another prior or likelihood: by integrating Q ~ Beta(1, 1) numerically for each step
+    # before the pit.
     q = (np.arange(20_000) + 0.5) / 20_000
     for rollouts in itertools.product((0, 1, 5), repeat=3):
       weight = []
@@ -91,25 +100,35 @@ class PitPosteriorTest(absltest.TestCase):
         alive = [np.mean((1 - q) ** m) for m in rollouts[:pit]]
         weight.append(np.prod(alive))
       expected = np.array(weight) / np.sum(weight)
-      np.testing.assert_allclose(rollout_schedules.pit_posterior([0, 0, 0], rollouts, 9), expected, rtol=1e-6)
+      np.testing.assert_allclose(
+        rollout_schedules.pit_posterior([0, 0, 0], rollouts, 9), expected, rtol=1e-6
+      )
 
   def test_a_success_excludes_pits_up_to_it(self):
     # Fails if a success says nothing of the steps before, or settles a zero before it.
-    np.testing.assert_allclose(rollout_schedules.pit_posterior([0, 1, 0], [4, 2, 1], 4), [0, 0, 2 / 3, 1 / 3])
+    np.testing.assert_allclose(
+      rollout_schedules.pit_posterior([0, 1, 0], [4, 2, 1], 4), [0, 0, 2 / 3, 1 / 3]
+    )
 
   def test_none_of_r_settles(self):
     # Fails if R zeros leave room for a later pit.
-    np.testing.assert_allclose(rollout_schedules.pit_posterior([0, 0, 0], [1, 4, 0], 4), [2 / 3, 1 / 3, 0, 0])
+    np.testing.assert_allclose(
+      rollout_schedules.pit_posterior([0, 0, 0], [1, 4, 0], 4), [2 / 3, 1 / 3, 0, 0]
+    )
     np.testing.assert_allclose(rollout_schedules.pit_posterior([], [], 4), [1.0])
 
 
 class AdaptiveTest(parameterized.TestCase):
   @parameterized.parameters(
-    ([0] * 7, [0] * 7), ([0, 0, 1, 0, 0], [0, 0, 2, 0, 2]), ([0, 0, 0], [2, 4, 6]), ([0, 0, 0, 0], [1, 7, 2, 0])
+    ([0] * 7, [0] * 7),
+    ([0, 0, 1, 0, 0], [0, 0, 2, 0, 2]),
+    ([0, 0, 0], [2, 4, 6]),
+    ([0, 0, 0, 0], [1, 7, 2, 0]),
   )
   def test_takes_the_step_that_tells_most(self, successes, rollouts):
-    # Fails if another step is taken than the one whose outcomes leave the least entropy, each outcome weighed by its
-    # probability: here both outcomes are put through Bayes anew. R = 8, batches of 2.
+    # Fails if another step is taken than the one whose outcomes leave the least entropy, each
+    # outcome weighed by its probability: here both outcomes are put through Bayes anew. R = 8,
+    # batches of 2.
     posterior = rollout_schedules.pit_posterior(successes, rollouts, 8)
     entropy = lambda p: -np.sum(p[p > 0] * np.log(p[p > 0]))
     left = {}
@@ -117,10 +136,15 @@ class AdaptiveTest(parameterized.TestCase):
       if c or posterior[: step + 1].sum() == 0:
         continue
       n = min(2, 8 - m)
-      change = lambda counts, by, step=step: [count + by * (i == step) for i, count in enumerate(counts)]
+      change = lambda counts, by, step=step: [
+        count + by * (i == step) for i, count in enumerate(counts)
+      ]
       alive = posterior[step + 1 :].sum()
       lucky = alive * (1 - (0 if m + n == 8 else (m + 1) / (m + n + 1)))
-      after = [rollout_schedules.pit_posterior(change(successes, by), change(rollouts, n), 8) for by in (1, 0)]
+      after = [
+        rollout_schedules.pit_posterior(change(successes, by), change(rollouts, n), 8)
+        for by in (1, 0)
+      ]
       left[step] = lucky * entropy(after[0]) + (1 - lucky) * entropy(after[1])
     best = min(left, key=left.get)
     more = rollout_schedules.adaptive(successes, rollouts, 8)
@@ -128,7 +152,8 @@ class AdaptiveTest(parameterized.TestCase):
 
   @parameterized.parameters(([2, 0], [2, 8]), ([0, 3], [0, 4]), ([], []))
   def test_is_content(self, successes, rollouts):
-    # Fails if a settled pit is rolled out, or a step that has a success. (The third has one step: nothing to find.)
+    # Fails if a settled pit is rolled out, or a step that has a success. (The third has one step:
+    # nothing to find.)
     self.assertEqual(rollout_schedules.adaptive(successes, rollouts, 8), [0] * len(rollouts))
 
   def test_never_beyond_r(self):
@@ -141,12 +166,16 @@ class AdaptiveTest(parameterized.TestCase):
         self.assertLessEqual(rounds, sum(rollouts))
 
   def test_saves_rollouts_at_equal_error(self):
-    # Fails if it spends rollouts where nothing is in doubt, or stops too early: against until_first_zero with as many
-    # rollouts a step it needs two thirds at most, and errs no more.
+    # Fails if it spends rollouts where nothing is in doubt, or stops too early: against
+    # until_first_zero with as many rollouts a step it needs two thirds at most, and errs no more.
     wrong, spent = {}, {}
     for name in ("until_first_zero", "bisect", "adaptive"):
       rng = np.random.default_rng(2)
-      runs = [(pit, simulate(rollout_schedules.SCHEDULES[name], q, rng, 8)[:2]) for q, pit in responses(500) if len(q)]
+      runs = [
+        (pit, simulate(rollout_schedules.SCHEDULES[name], q, rng, 8)[:2])
+        for q, pit in responses(500)
+        if len(q)
+      ]
       wrong[name] = np.mean([first_dead(*counts) != pit for pit, counts in runs])
       spent[name] = sum(sum(counts[1]) for _, counts in runs)
     self.assertLess(spent["adaptive"] * 1.5, spent["until_first_zero"])
@@ -158,7 +187,9 @@ class AdaptiveTest(parameterized.TestCase):
     rng = np.random.default_rng(3)
     for steps in range(1, 12):
       for pit in range(steps + 1):
-        counts = simulate(rollout_schedules.adaptive, [1.0] * pit + [0.0] * (steps - pit), rng, 8)[:2]
+        counts = simulate(rollout_schedules.adaptive, [1.0] * pit + [0.0] * (steps - pit), rng, 8)[
+          :2
+        ]
         self.assertEqual(first_dead(*counts), pit)
 
 

@@ -21,10 +21,13 @@ RESPONSES = [
 
 
 class KeepRightTest(parameterized.TestCase):
-  @parameterized.parameters((0, []), (1, [1]), (2, [1, 3]), (3, [1, 3, 4]), (4, [1, 3, 4, 7]), (99, [1, 3, 4, 7]))
+  @parameterized.parameters(
+    (0, []), (1, [1]), (2, [1, 3]), (3, [1, 3, 4]), (4, [1, 3, 4, 7]), (99, [1, 3, 4, 7])
+  )
   def test_by_hand(self, most, expected):
-    # Fails if wrong ones are kept, if repeats are kept or count, if a wrong one hides an equal right one, if a list and
-    # a tuple of the same ids differ, if the last are kept instead of the first, or if `most` is off by one.
+    # Fails if wrong ones are kept, if repeats are kept or count, if a wrong one hides an equal
+    # right one, if a list and a tuple of the same ids differ, if the last are kept instead of the
+    # first, or if `most` is off by one.
     self.assertEqual(selection.keep_right(RESPONSES, most), expected)
 
   def test_none(self):
@@ -60,8 +63,9 @@ class EquationKeyTest(parameterized.TestCase):
     ("", ""),
   )
   def test_by_hand(self, text, key):
-    # Fails if annotations and prose are both read, if spaces or the final point stay, if a chain of equations is cut, if
-    # the lone x is taken for a product, or if an equation runs over a line's end.
+    # Fails if annotations and prose are both read, if spaces or the final point stay, if a chain of
+    # equations is cut, if the lone x is taken for a product, or if an equation runs over a line's
+    # end.
     self.assertEqual(selection.equation_key(text), key)
 
   def test_order_and_words(self):
@@ -82,14 +86,17 @@ class EquationKeyTest(parameterized.TestCase):
     ("1,5 + 1,000,000 = 3", "1,5+1000000=3"),
   )
   def test_prose(self, text, key):
-    # Fails if a chain starts within a number, after a sign of its own, or at the second of two terms; if words may stand
-    # within a chain; if any comma is dropped; or if a variable's product counts.
+    # Fails if a chain starts within a number, after a sign of its own, or at the second of two
+    # terms; if words may stand within a chain; if any comma is dropped; or if a variable's product
+    # counts.
     self.assertEqual(selection.equation_key(text), key)
 
-  @parameterized.parameters("1+", "(", "1 ", "1", "1,1", "-", "1=", " ", "1 x ", "<<", "<<1", "$(1 ")
+  @parameterized.parameters(
+    "1+", "(", "1 ", "1", "1,1", "-", "1=", " ", "1 x ", "<<", "<<1", "$(1 "
+  )
   def test_time_is_linear(self, piece):
-    # Fails if a run of characters is read again from each of its places: 200,000 of them would take minutes, not 0.1 s.
-    # (A bound of seconds on a slow machine, far from both.)
+    # Fails if a run of characters is read again from each of its places: 200,000 of them would take
+    # minutes, not 0.1 s. (A bound of seconds on a slow machine, far from both.)
     start = time.process_time()
     selection.equation_key(piece * (200_000 // len(piece)))
     self.assertLess(time.process_time() - start, 10.0)
@@ -97,7 +104,8 @@ class EquationKeyTest(parameterized.TestCase):
 
 class EquationKeyDeduplicationTest(absltest.TestCase):
   def test_by_hand(self):
-    # Fails if the last of a key is kept, if texts without equations are taken for one another, or if words tell apart.
+    # Fails if the last of a key is kept, if texts without equations are taken for one another, or
+    # if words tell apart.
     texts = ["2 + 3 = 5", "so 2+3=5!", "no sums", "3 + 2 = 5", "none here", "again 3+2=5"]
     self.assertEqual(selection.deduplicate_by_equation_key(texts), [0, 2, 3, 4])
     self.assertEqual(selection.deduplicate_by_equation_key([]), [])
@@ -106,8 +114,11 @@ class EquationKeyDeduplicationTest(absltest.TestCase):
 class EditDistanceTest(parameterized.TestCase):
   @parameterized.parameters((0.0, [0, 2, 3]), (0.25, [0, 3]), (0.24, [0, 2, 3]), (0.99, [0, 3]))
   def test_by_hand(self, threshold, expected):
-    # Fails if > is >=, if distances are not over the longer length, or if the last of near texts is kept.
-    self.assertEqual(selection.deduplicate_by_edit_distance(["abcd", "abcd", "abcx", "wyz"], threshold), expected)
+    # Fails if > is >=, if distances are not over the longer length, or if the last of near texts is
+    # kept.
+    self.assertEqual(
+      selection.deduplicate_by_edit_distance(["abcd", "abcd", "abcx", "wyz"], threshold), expected
+    )
 
   @parameterized.parameters(0.0, 0.2, 0.5, 0.8)
   def test_equals_a_loop(self, threshold):
@@ -127,7 +138,8 @@ class EditDistanceTest(parameterized.TestCase):
 class MostDiverseTest(parameterized.TestCase):
   @parameterized.parameters((0, []), (1, [0]), (2, [0, 3]), (3, [0, 3, 2]), (9, [0, 3, 2]))
   def test_by_hand(self, n, expected):
-    # Fails if the sum or the furthest chosen text counts, if repeats fill up, or if `n` is off by one.
+    # Fails if the sum or the furthest chosen text counts, if repeats fill up, or if `n` is off by
+    # one.
     self.assertEqual(selection.most_diverse(["abcd", "abcd", "abxx", "wyz"], n), expected)
     self.assertEqual(selection.most_diverse([], n), [])
 
@@ -141,10 +153,12 @@ class MostDiverseTest(parameterized.TestCase):
 
 
 class AdvantageFilterTest(parameterized.TestCase):
-  @parameterized.parameters((0.0, [0, 1, 2, 4, 5]), (0.5, [0, 2, 4]), (0.6, [2, 4]), (0.8, [4]), (1.0, []))
+  @parameterized.parameters(
+    (0.0, [0, 1, 2, 4, 5]), (0.5, [0, 2, 4]), (0.6, [2, 4]), (0.8, [4]), (1.0, [])
+  )
   def test_by_hand(self, share, expected):
-    # Fails if the top is dropped, if NaN is kept or counts, if the earlier of equals go first, if the number is rounded up,
-    # or if indices come back in another order.
+    # Fails if the top is dropped, if NaN is kept or counts, if the earlier of equals go first, if
+    # the number is rounded up, or if indices come back in another order.
     lows = [-0.5, -0.9, -0.2, math.nan, 0.1, -0.5]
     self.assertEqual(selection.advantage_filter(lows, share), expected)
 
@@ -166,18 +180,26 @@ class StepMaskTest(parameterized.TestCase):
     ("before_negative", [True, True, True, False, False, False, False]),
   )
   def test_by_hand(self, rule, mask):
-    # Fails if rules are told apart by identity, if A = 0 counts as positive or negative, if an unknown step is cloned or
-    # stops the cloning, if a good step after a bad one comes back, or if a step's end is off by one.
-    rule = "".join(rule)  # equal to the rule's name, and not the same object, as names from a file are
-    self.assertEqual(selection.step_mask([0.5, 0.0, -0.25, 0.125, math.nan], [2, 3, 5, 6, 7], rule=rule), mask)
+    # Fails if rules are told apart by identity, if A = 0 counts as positive or negative, if an
+    # unknown step is cloned or stops the cloning, if a good step after a bad one comes back, or if
+    # a step's end is off by one.
+    rule = "".join(
+      rule
+    )  # equal to the rule's name, and not the same object, as names from a file are
+    self.assertEqual(
+      selection.step_mask([0.5, 0.0, -0.25, 0.125, math.nan], [2, 3, 5, 6, 7], rule=rule), mask
+    )
 
   def test_without_a_bad_step(self):
     # Fails if no bad step cuts the response, or if an unknown one does.
-    self.assertEqual(selection.step_mask([0.0, math.nan], [1, 3], rule="before_negative"), [True] * 3)
+    self.assertEqual(
+      selection.step_mask([0.0, math.nan], [1, 3], rule="before_negative"), [True] * 3
+    )
     self.assertEqual(selection.step_mask([], [], rule="before_negative"), [])
 
   def test_refuses(self):
-    # Fails if an unknown rule falls through, or steps and ends of unequal number are cut to the shorter.
+    # Fails if an unknown rule falls through, or steps and ends of unequal number are cut to the
+    # shorter.
     for rule in ("negative", "a", "zero"):
       with self.assertRaisesRegex(ValueError, f"No rule '{rule}': positive or before_negative"):
         selection.step_mask([0.5], [2], rule=rule)
@@ -189,10 +211,12 @@ class StepMaskTest(parameterized.TestCase):
 class SpuriousStepsTest(parameterized.TestCase):
   @parameterized.parameters((0.9, [1, 4]), (0.6, [1, 3, 4]), (0.9999, [1]))
   def test_by_hand(self, confidence, expected):
-    # Fails if the sign alone decides (step 3: 9 to 7 of 10), if an unknown step or the one after it counts (5 and 6), or
-    # if the confidence is that of a gain.
+    # Fails if the sign alone decides (step 3: 9 to 7 of 10), if an unknown step or the one after it
+    # counts (5 and 6), or if the confidence is that of a gain.
     successes, rollouts = [10, 1, 9, 7, 1, 0, 0, 8], [10, 10, 10, 10, 10, 0, 10, 10]
-    self.assertEqual(selection.spurious_steps(successes, rollouts, (5, 10), confidence=confidence), expected)
+    self.assertEqual(
+      selection.spurious_steps(successes, rollouts, (5, 10), confidence=confidence), expected
+    )
 
   def test_the_first_step_is_held_against_the_start(self):
     # Fails if the first step has no baseline, the last step's, or its own.
@@ -202,7 +226,8 @@ class SpuriousStepsTest(parameterized.TestCase):
     self.assertEqual(selection.spurious_steps([], [], (9, 10)), [])
 
   def test_no_success_is_known_too(self):
-    # Fails if counts without a success are taken for none: 0 of 1000 after 0 of 10 is a step back, sure to 0.936.
+    # Fails if counts without a success are taken for none: 0 of 1000 after 0 of 10 is a step back,
+    # sure to 0.936.
     self.assertEqual(selection.spurious_steps([0], [1000], (0, 10)), [0])
 
   def test_default_confidence(self):

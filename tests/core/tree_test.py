@@ -1,4 +1,6 @@
-"""Packing against fields written by hand, and the attention rule against the paths of the unpacked sequences."""
+"""Packing against fields written by hand, and the attention rule against the paths of the unpacked
+sequences.
+"""
 
 import dataclasses
 
@@ -10,7 +12,8 @@ from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.core.tree import Branch, Tree
 from tests import random_trees
 
-# Two branches at one fork in the trunk's middle; a later one, partly scored, with a branch of its own.
+# Two branches at one fork in the trunk's middle; a later one, partly scored, with a branch of its
+# own.
 FIRST = Tree(
   trunk=[10, 11, 12, 13],
   branches=(
@@ -24,9 +27,9 @@ SECOND = Tree(trunk=[50, 51], branches=(Branch(2, [60]),))
 
 class PackTest(absltest.TestCase):
   def test_fields_by_hand(self):
-    # Fails if branches do not follow in falling order of fork, each before its own siblings' but behind its own; if a
-    # branch's positions restart at 0, if its first token's parent is the row's token before it, if `leave` counts from the
-    # tree, or if padding gets a parent or a score.
+    # Fails if branches do not follow in falling order of fork, each before its own siblings' but
+    # behind its own; if a branch's positions restart at 0, if its first token's parent is the row's
+    # token before it, if `leave` counts from the tree, or if padding gets a parent or a score.
     packed = tree_lib.pack([[SECOND], [FIRST, SECOND]], 18)
     expected = {
       "token": [10, 11, 12, 13, 40, 41, 70, 71, 20, 21, 22, 30, 50, 51, 60, 0, 0, 0],
@@ -45,8 +48,9 @@ class PackTest(absltest.TestCase):
     self.assertEqual(FIRST.layout.end.tolist(), [10, 11, 5, 7])
 
   def test_sequences_of_random_trees(self):
-    # Fails if a branch is numbered in the order of the row, if its last token sees another branch or not all of its own
-    # path, if a position or a parent is not the one of its sequence, or if a scored mask goes to another branch.
+    # Fails if a branch is numbered in the order of the row, if its last token sees another branch
+    # or not all of its own path, if a position or a parent is not the one of its sequence, or if a
+    # scored mask goes to another branch.
     rng = np.random.default_rng(1)
     for _ in range(60):
       tree = random_trees.draw(rng)
@@ -65,7 +69,9 @@ class PackTest(absltest.TestCase):
 
   def test_counts(self):
     # Fails if unscored branch tokens count as scored, or branches of branches are forgotten.
-    self.assertEqual((FIRST.num_tokens, FIRST.num_scored, FIRST.num_branches), (12, 3 + 1 + 1 + 2, 4))
+    self.assertEqual(
+      (FIRST.num_tokens, FIRST.num_scored, FIRST.num_branches), (12, 3 + 1 + 1 + 2, 4)
+    )
     self.assertEqual((SECOND.num_tokens, SECOND.num_scored, SECOND.num_branches), (3, 1, 1))
 
   def test_one_branch_may_stand_twice(self):
@@ -85,7 +91,10 @@ class PackTest(absltest.TestCase):
 class TreeErrorsTest(parameterized.TestCase):
   @parameterized.parameters(
     ({"trunk": []}, "at least one token"),
-    ({"trunk": [1, 2], "branches": (Branch(1, [3]), Branch(0, [3]))}, "Branch 1 forks at 0, outside 1..2"),
+    (
+      {"trunk": [1, 2], "branches": (Branch(1, [3]), Branch(0, [3]))},
+      "Branch 1 forks at 0, outside 1..2",
+    ),
     ({"trunk": [1, 2], "branches": (Branch(3, [3]),)}, "Branch 0 forks at 3, outside 1..2"),
     (
       {"trunk": [1, 2], "branches": (Branch(1, [3], branches=(Branch(1, [4]),)),)},
@@ -105,15 +114,20 @@ class TreeErrorsTest(parameterized.TestCase):
 
   def test_what_was_checked_stays(self):
     # Fails if a field can be changed after the checks.
-    for value, name in ((FIRST, "trunk"), (FIRST.branches[0], "fork"), (tree_lib.empty_rows(1, 1), "token")):
+    for value, name in (
+      (FIRST, "trunk"),
+      (FIRST.branches[0], "fork"),
+      (tree_lib.empty_rows(1, 1), "token"),
+    ):
       with self.assertRaises(dataclasses.FrozenInstanceError):
         setattr(value, name, None)
 
 
 class SharingTest(absltest.TestCase):
   def test_by_hand(self):
-    # Fails if a beginning is shared across another scored mask, if a sequence that is another's beginning, or another's
-    # twin, is lost, if a branch leaves at the wrong place, or if only the first level is shared.
+    # Fails if a beginning is shared across another scored mask, if a sequence that is another's
+    # beginning, or another's twin, is lost, if a branch leaves at the wrong place, or if only the
+    # first level is shared.
     ids = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 9, 4], [5, 6], [5, 6, 7, 8], [8, 8]]
     unscored = Branch(2, [5, 6, 3], scored=[False, True, True])
     tree = tree_lib.sharing([1, 2], [*(Branch(2, part) for part in ids), unscored])
@@ -123,7 +137,8 @@ class SharingTest(absltest.TestCase):
     self.assertEqual(tree.num_tokens, 2 + 4 + 1 + 1 + 1 + 1 + 2 + 3)
 
   def test_random_branches(self):
-    # Fails if a sequence changes, or nothing is shared. Ids of 2 to 3 only, so that most beginnings are in common.
+    # Fails if a sequence changes, or nothing is shared. Ids of 2 to 3 only, so that most beginnings
+    # are in common.
     rng = np.random.default_rng(0)
     for _ in range(50):
       tree = random_trees.draw(rng, depth=1, high=4)
@@ -141,7 +156,8 @@ class FirstFitTest(parameterized.TestCase):
     ([1, 7, 8], 8, [[0, 1], [2]]),  # sorting by size would put 8 first
   )
   def test_rows(self, sizes, length, rows):
-    # Fails if a tree goes to the last row, to the fullest row or in another order, or if an exact fit does not fit.
+    # Fails if a tree goes to the last row, to the fullest row or in another order, or if an exact
+    # fit does not fit.
     self.assertEqual(tree_lib.first_fit(sizes, length), rows)
 
   def test_a_tree_longer_than_a_row(self):
@@ -158,8 +174,9 @@ def row_mask(packed, window=0):
 class AttentionMaskTest(parameterized.TestCase):
   @parameterized.parameters(0, 1, 4)
   def test_equals_the_paths_on_random_rows(self, window):
-    # Fails if trees of one row see each other, siblings see each other, a branch sees its path beyond its fork or not up
-    # to it, a token sees what continues it, padding sees anything but itself, or a window counts places of the row.
+    # Fails if trees of one row see each other, siblings see each other, a branch sees its path
+    # beyond its fork or not up to it, a token sees what continues it, padding sees anything but
+    # itself, or a window counts places of the row.
     rng = np.random.default_rng(0)
     rows = [[FIRST, SECOND], [SECOND, FIRST]]
     rows += [[random_trees.draw(rng) for _ in range(rng.integers(1, 4))] for _ in range(30)]
@@ -171,12 +188,16 @@ class AttentionMaskTest(parameterized.TestCase):
         path = [q]  # from the query up through its parents
         while packed.parent[r, path[-1]] >= 0:
           path.append(int(packed.parent[r, path[-1]]))
-        self.assertEqual(np.flatnonzero(mask[r, q]).tolist(), sorted(path[:window] if window else path))
+        self.assertEqual(
+          np.flatnonzero(mask[r, q]).tolist(), sorted(path[:window] if window else path)
+        )
 
   def test_one_row_without_a_batch_axis(self):
     # Fails if the axes are counted from the front.
     packed = tree_lib.pack([[FIRST]], 14)
-    row = tree_lib.PackedTrees(**{field.name: getattr(packed, field.name)[0] for field in dataclasses.fields(packed)})
+    row = tree_lib.PackedTrees(
+      **{field.name: getattr(packed, field.name)[0] for field in dataclasses.fields(packed)}
+    )
     np.testing.assert_array_equal(row_mask(row), row_mask(packed)[0])
 
   def test_compiled(self):

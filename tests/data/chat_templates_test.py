@@ -1,4 +1,6 @@
-"""Prompts as ids: chat templates of every family's form render as apply_chat_template does, each special token once."""
+"""Prompts as ids: chat templates of every family's form render as apply_chat_template does, each
+special token once.
+"""
 
 import pytest
 import tokenizers
@@ -33,20 +35,23 @@ TEMPLATES = {
   + "{% else %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}",
   "llama 3": "{{ bos_token }}"
   + _TURN
-  + "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+  + "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% "
+  "endfor %}"
   + "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
   "deepseek math": "{{ bos_token }}"
   + _TURN
   + "{% if m['role'] == 'user' %}User: {{ m['content'] }}\n\n{% endif %}{% endfor %}"
   + "{% if add_generation_prompt %}Assistant:{% endif %}",
-  "qwen 2.5 math": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nReason step by step.<|im_end|>\n{% endif %}"
+  "qwen 2.5 math": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nReason step by "
+  "step.<|im_end|>\n{% endif %}"
   + _TURN
   + "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
   + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
   "qwen 3": _TURN
   + "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
   + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}",
-  "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+  "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system "
+  "turn') }}{% endif %}"
   + _TURN
   + "<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
   + "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
@@ -55,36 +60,55 @@ QUESTION = " Ann has 3 pears.\nShe eats <eos> 1; how many are left?  \n"
 
 
 def make_tokenizer(adds_bos: bool):
-  """Byte level; where `adds_bos`, every text that it encodes of itself begins with BOS, as with Llama and Gemma."""
+  """Byte level; where `adds_bos`, every text that it encodes of itself begins with BOS, as with
+  Llama and Gemma.
+  """
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-  backend = tokenizers.Tokenizer(token_models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+  backend = tokenizers.Tokenizer(
+    token_models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
+  )
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = decoders.ByteLevel()
-  backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+  backend.add_special_tokens(
+    [tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+  )
   if adds_bos:
     bos = ("<bos>", backend.token_to_id("<bos>"))
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A $B", special_tokens=[bos])
-  return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+    backend.post_processor = processors.TemplateProcessing(
+      single="<bos> $A", pair="<bos> $A $B", special_tokens=[bos]
+    )
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>"
+  )
 
 
 class ChatTest(parameterized.TestCase):
   def assert_renders(self, tokenizer, question=QUESTION):
     asked = [{"role": "user", "content": question}]
-    rendered = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    rendered = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)[
+      "input_ids"
+    ]
     ids = prompts.encode_prompt(tokenizer, question, "chat")
     self.assertEqual(ids, rendered)
     return ids
 
   @parameterized.product(name=list(TEMPLATES), adds_bos=[True, False])
   def test_every_form(self, name, adds_bos):
-    # Fails if BOS is put before a text that has it, the generation prompt is left out, or the question is trimmed by us.
+    # Fails if BOS is put before a text that has it, the generation prompt is left out, or the
+    # question is trimmed by us.
     tokenizer = make_tokenizer(adds_bos)
     tokenizer.chat_template = TEMPLATES[name]
     ids = self.assert_renders(tokenizer)
     self.assertEqual(ids.count(tokenizer.bos_token_id), 1 if "bos_token" in TEMPLATES[name] else 0)
     text = tokenizer.decode(ids)
     self.assertIn(QUESTION.strip(), text)
-    open_turn = ("[/INST]", "assistant<|end_header_id|>\n\n", "Assistant:", "assistant\n", "model\n")
+    open_turn = (
+      "[/INST]",
+      "assistant<|end_header_id|>\n\n",
+      "Assistant:",
+      "assistant\n",
+      "model\n",
+    )
     self.assertEndsWith(text, next(end for end in open_turn if text.endswith(end)))
 
   def test_template_args(self):
@@ -99,7 +123,8 @@ class ChatTest(parameterized.TestCase):
 
   @parameterized.parameters(True, False)
   def test_a_template_that_opens_no_turn_is_refused(self, has_shots):
-    # Fails if the model is asked without being told that it is its turn, or a template that needs no prompt is refused.
+    # Fails if the model is asked without being told that it is its turn, or a template that needs
+    # no prompt is refused.
     tokenizer = make_tokenizer(False)
     shots = (("1+1?", "2"),) if has_shots else ()
     turn = _TURN + "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -146,7 +171,9 @@ class PlainTest(parameterized.TestCase):
     # Fails if a base model that always saw BOS first is asked without it, or another with it.
     tokenizer = make_tokenizer(adds_bos)
     ids = prompts.encode_prompt(tokenizer, "2 + 2?", "plain")
-    self.assertEqual(tokenizer.decode(ids), ("<bos>" if adds_bos else "") + "Question: 2 + 2?\nAnswer:\n")
+    self.assertEqual(
+      tokenizer.decode(ids), ("<bos>" if adds_bos else "") + "Question: 2 + 2?\nAnswer:\n"
+    )
     self.assertNotIn(tokenizer.bos_token_id, prompts.encode_prompt(tokenizer, "2 + 2?", "raw"))
     self.assertEqual(prompts.encode_solution(tokenizer, "4")[-1], tokenizer.eos_token_id)
     self.assertLen(prompts.encode_solution(tokenizer, "4"), 2)

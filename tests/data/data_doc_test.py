@@ -23,12 +23,21 @@ def _rows(section: str) -> list[tuple[str, str]]:
 
 
 def test_there_are_records():
-  assert {kind.__name__ for kind in _KINDS} == {"Problem", "Candidate", "Trace", "Rollout", "StepEstimate", "Pair"}
+  assert {kind.__name__ for kind in _KINDS} == {
+    "Problem",
+    "Candidate",
+    "Trace",
+    "Rollout",
+    "StepEstimate",
+    "Pair",
+  }
 
 
 @pytest.mark.parametrize("kind", _KINDS, ids=lambda kind: kind.__name__)
 def test_fields_stand_in_their_section(kind):
-  fields = [(field.name, inspect.formatannotation(field.type)) for field in dataclasses.fields(kind)]
+  fields = [
+    (field.name, inspect.formatannotation(field.type)) for field in dataclasses.fields(kind)
+  ]
   assert _rows(kind.__name__) == fields
 
 

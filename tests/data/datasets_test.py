@@ -29,25 +29,35 @@ class DatasetsTest(absltest.TestCase):
 
   def _file(self, *rows):
     path = self.folder / "rows.jsonl"
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+      "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
   def _prepared(self):
     return sorted((self.folder / "tfds").rglob("*.array_record*"))
 
-  # Fails if a field, the order or Unicode is lost on the way through array_record, or an absent solution becomes text.
+  # Fails if a field, the order or Unicode is lost on the way through array_record, or an absent
+  # solution becomes text.
   def test_rows_are_those_of_the_files(self):
     for path, name, split in ((EXCERPT, "gsm8k", "train"), (EXCERPT, "gsm8k", "test")):
-      self.assertEqual(datasets.from_files(path, name, split), problem_files.read(path, name, split))
+      self.assertEqual(
+        datasets.from_files(path, name, split), problem_files.read(path, name, split)
+      )
     row = {"problem": "\u00e9t\u00e9 \U0001f600 $x$", "answer": "\\frac{1}{2}", "id": "a"}
-    path = self._file(row, row | {"id": "b", "solution": "s", "type": "Algebra", "level": "Level 3"})
+    path = self._file(
+      row, row | {"id": "b", "solution": "s", "type": "Algebra", "level": "Level 3"}
+    )
     rows = datasets.from_files(path, "jsonl", "train")
     self.assertEqual(rows, problem_files.read(path, "jsonl", "train"))
-    self.assertEqual([(r.solution, r.kind) for r in rows.rows], [(None, ""), ("s", "algebra/level 3")])
+    self.assertEqual(
+      [(r.solution, r.kind) for r in rows.rows], [(None, ""), ("s", "algebra/level 3")]
+    )
     self.assertLen(self._prepared(), 3)
     self.assertNotIn("tensorflow", sys.modules)  # fails, too, if TensorFlow comes to be needed
 
-  # Fails if the files are read again although they are prepared, or what was skipped is forgotten the second time.
+  # Fails if the files are read again although they are prepared, or what was skipped is forgotten
+  # the second time.
   def test_prepared_once(self):
     path = self._file({"problem": "p", "answer": "5"}, "{", {"problem": "p", "answer": "5"}, "}")
     first = datasets.from_files(path, "jsonl", "train", skip_bad_rows=True)
@@ -68,7 +78,10 @@ class DatasetsTest(absltest.TestCase):
   # Fails if what was prepared under other names of the fields is taken.
   def test_fields(self):
     path = self._file({"problem": "p", "answer": "5", "other": "6"})
-    answers = [datasets.from_files(path, "jsonl", "train", fields=f).rows[0].answer for f in ({}, {"answer": "other"})]
+    answers = [
+      datasets.from_files(path, "jsonl", "train", fields=f).rows[0].answer
+      for f in ({}, {"answer": "other"})
+    ]
     self.assertEqual(answers, ["5", "6"])
 
   # Fails if an edited file is answered from what was prepared before.
@@ -87,7 +100,8 @@ class DatasetsTest(absltest.TestCase):
       datasets.from_files(path, "jsonl", "train")
     self.assertEmpty(self._prepared())
 
-  # Fails if two that prepare the same dataset at once get in each other's way: the second is done while the first writes.
+  # Fails if two that prepare the same dataset at once get in each other's way: the second is done
+  # while the first writes.
   def test_prepared_twice_at_once(self):
     path = self._file(*({"problem": f"p{i}", "answer": "5"} for i in range(30)))
     original, inner = datasets.SynthnegProblems._generate_examples, []
@@ -124,7 +138,9 @@ class DownloadTest(absltest.TestCase):
       def log_message(self, *args):
         pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    server = http.server.ThreadingHTTPServer(
+      ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     self.addCleanup(server.server_close)
     self.addCleanup(server.shutdown)
@@ -134,7 +150,9 @@ class DownloadTest(absltest.TestCase):
   def test_downloaded_rows_are_those_of_the_files(self):
     at = self._serve(EXCERPT)
     names = {"train": "train", "test": "test", "train_socratic": "train", "test_socratic": "test"}
-    with mock.patch.dict(published._URLS, {split: f"{at}/{name}.jsonl" for split, name in names.items()}):
+    with mock.patch.dict(
+      published._URLS, {split: f"{at}/{name}.jsonl" for split, name in names.items()}
+    ):
       for split in ("train", "test"):
         rows = datasets.gsm8k(split).rows
         expected = problem_files.read(EXCERPT, "gsm8k", split).rows
@@ -143,8 +161,12 @@ class DownloadTest(absltest.TestCase):
 
   # Fails if a machine without network tries for minutes, or is not told what to do.
   def test_no_network(self):
-    with mock.patch.dict(published._URLS, {split: "http://127.0.0.1:9/none" for split in published._URLS}):
-      with self.assertRaisesRegex(errors.UserError, "GSM8K could not be downloaded .*SYNTHNEG_DATA_DIR"):
+    with mock.patch.dict(
+      published._URLS, {split: "http://127.0.0.1:9/none" for split in published._URLS}
+    ):
+      with self.assertRaisesRegex(
+        errors.UserError, "GSM8K could not be downloaded .*SYNTHNEG_DATA_DIR"
+      ):
         datasets.gsm8k("train")
 
 

@@ -26,8 +26,9 @@ def naive(train, test, n):
 
 
 class OverlapsTest(parameterized.TestCase):
-  # Fails if windows run across texts, a word that tests lack counts as any other, a short text is forgotten or found in a
-  # longer one, the share is of other windows, or the test problem named is not one that has the words.
+  # Fails if windows run across texts, a word that tests lack counts as any other, a short text is
+  # forgotten or found in a longer one, the share is of other windows, or the test problem named is
+  # not one that has the words.
   @settings(max_examples=300, deadline=None, database=None)
   @given(st.data(), st.integers(1, 4))
   def test_against_sets_of_tuples(self, data, n):
@@ -38,10 +39,13 @@ class OverlapsTest(parameterized.TestCase):
     for overlap in found:
       self.assertIn(f" {overlap.words} ", f" {test[overlap.test_index]} ")
 
-  # Fails if case, punctuation, layout or LaTeX's signs hide an overlap, or numbers are cut out of it.
+  # Fails if case, punctuation, layout or LaTeX's signs hide an overlap, or numbers are cut out of
+  # it.
   @parameterized.parameters(
-    ("Ann has 3 cats, and $\\frac{1}{2}$ of them sleep.", "ann HAS 3\ncats and \\(\\frac 1 2\\) of them: SLEEP", True),
-    ("Ann has 3 cats, and $\\frac{1}{2}$ of them sleep.", "Ann has 4 cats, and $\\frac{1}{2}$ of them sleep.", False),
+    ("Ann has 3 cats, and $\\frac{1}{2}$ of them sleep.",
+    "ann HAS 3\ncats and \\(\\frac 1 2\\) of them: SLEEP", True),
+    ("Ann has 3 cats, and $\\frac{1}{2}$ of them sleep.",
+    "Ann has 4 cats, and $\\frac{1}{2}$ of them sleep.", False),
     ("\u00e9t\u00e9 a b c d e f g h i", "\u00c9T\u00c9 a b c d e f g h i", True),
   )  # fmt: skip
   def test_words(self, train, test, expected):
@@ -52,14 +56,20 @@ class OverlapsTest(parameterized.TestCase):
   def test_nothing_to_compare(self, train, test):
     self.assertEqual(decontamination.overlaps(train, test, 13), [])
 
-  # Fails if an instruction that test problems share makes every problem with it an overlap, or hides one that is.
+  # Fails if an instruction that test problems share makes every problem with it an overlap, or
+  # hides one that is.
   def test_shared_instruction(self):
-    ask = "solve this problem step by step and put the answer on a line of its own {} remember to be brief"
+    ask = (
+      "solve this problem step by step and put the answer on a line of its own {} remember to "
+      "be brief"
+    )
     test = [ask.format(f"t{i}a t{i}b t{i}c") for i in range(8)]
     train = [ask.format("u v w"), ask.format("t3a t3b t3c"), "t5b t5c remember to be brief x"]
     found = decontamination.overlaps(train, test, 5)
     self.assertEqual([(o.index, o.test_index) for o in found], [(1, 3), (2, 5)])
-    self.assertLen(decontamination.overlaps(train, test[:4], 5), 2)  # four texts are too few to tell
+    self.assertLen(
+      decontamination.overlaps(train, test[:4], 5), 2
+    )  # four texts are too few to tell
 
   # Fails if chunks lose their place.
   def test_many_texts(self):

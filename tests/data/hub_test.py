@@ -1,4 +1,6 @@
-"""Tests of datasets on the Hub: the real client against a server on this machine that speaks the Hub's API."""
+"""Tests of datasets on the Hub: the real client against a server on this machine that speaks the
+Hub's API.
+"""
 
 import hashlib
 import http.server
@@ -24,13 +26,17 @@ FIRST, SECOND = "a" * 40, "b" * 40  # commits
 
 def lines(*numbers: int) -> bytes:
   """JSON lines of problems."""
-  return "".join(json.dumps({"problem": f"p{i}", "answer": str(i)}) + "\n" for i in numbers).encode()
+  return "".join(
+    json.dumps({"problem": f"p{i}", "answer": str(i)}) + "\n" for i in numbers
+  ).encode()
 
 
 def table(*numbers: int) -> bytes:
   """The same as Parquet."""
   sink = pyarrow.BufferOutputStream()
-  parquet.write_table(pyarrow.Table.from_pylist([{"problem": f"p{i}", "answer": str(i)} for i in numbers]), sink)
+  parquet.write_table(
+    pyarrow.Table.from_pylist([{"problem": f"p{i}", "answer": str(i)} for i in numbers]), sink
+  )
   return sink.getvalue().to_pybytes()
 
 
@@ -40,7 +46,9 @@ def card(configs: str) -> bytes:
 
 
 class Server:
-  """Datasets by name: commit -> file -> bytes; the last commit is main. `asked` holds each request's method and path."""
+  """Datasets by name: commit -> file -> bytes; the last commit is main. `asked` holds each
+  request's method and path.
+  """
 
   def __init__(self, repos: dict[str, dict[str, dict[str, bytes]]], gated: tuple[str, ...] = ()):
     self.repos, self.gated, self.asked, self.tokens = repos, gated, [], set()
@@ -86,12 +94,16 @@ class Server:
         "sha": commit,
         "siblings": [{"rfilename": name} for name in commits[commit]],
       }
-      return self.send(request, 200, json.dumps(about).encode(), {"Content-Type": "application/json"})
+      return self.send(
+        request, 200, json.dumps(about).encode(), {"Content-Type": "application/json"}
+      )
     if repo in self.gated:
       return self.send(request, 403, b"", {"X-Error-Code": "GatedRepo"})
     data = commits[commit].get("/".join(rest[2:]))
     if data is None:
-      return self.send(request, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+      return self.send(
+        request, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
+      )
     etag = f'"{hashlib.sha256(data).hexdigest()}"'
     return self.send(request, 200, data, {"ETag": etag, "X-Repo-Commit": commit})
 
@@ -114,7 +126,9 @@ class HubTest(parameterized.TestCase):
 
   def serve(self, files, **more) -> Server:
     """A server with the dataset me/data, at two commits if `files` is a list."""
-    commits = dict(zip((FIRST, SECOND), files if isinstance(files, list) else [files], strict=False))
+    commits = dict(
+      zip((FIRST, SECOND), files if isinstance(files, list) else [files], strict=False)
+    )
     server = Server({"me/data": commits}, **more)
     self.addCleanup(server.close)
     self.enter_context(mock.patch.dict(os.environ, {"HF_ENDPOINT": server.url}))
@@ -123,32 +137,45 @@ class HubTest(parameterized.TestCase):
   def answers(self, path, split="train"):
     return [row.answer for row in problem_files.read(path, "jsonl", split).rows]
 
-  # Fails if the files of a split are not those that `datasets` takes, by the card or by their names.
+  # Fails if the files of a split are not those that `datasets` takes, by the card or by their
+  # names.
   @parameterized.named_parameters(
-    ("parts", "", {"data/train-00000-of-00002.parquet": table(1), "data/train-00001-of-00002.parquet": table(2),
+    ("parts", "",
+    {"data/train-00000-of-00002.parquet": table(1), "data/train-00001-of-00002.parquet": table(2),
                    "data/test-00000-of-00001.parquet": table(9)}, "", ["1", "2"]),
-    ("file", "", {"train.jsonl": lines(1, 2), "test.jsonl": lines(9), "dataset_infos.json": b"{}"}, "", ["1", "2"]),
-    ("folders", "", {"train/a.jsonl": lines(1), "train/b.jsonl": lines(2), "testing/a.jsonl": lines(9)}, "", ["1", "2"]),
-    ("no split", "", {"data/all-17k.parquet": table(1, 2), ".x/y.parquet": table(9)}, "", ["1", "2"]),
+    ("file", "", {"train.jsonl": lines(1, 2), "test.jsonl": lines(9), "dataset_infos.json": b"{}"},
+    "", ["1", "2"]),
+    ("folders", "",
+    {"train/a.jsonl": lines(1), "train/b.jsonl": lines(2), "testing/a.jsonl": lines(9)}, "",
+    ["1", "2"]),
+    ("no split", "", {"data/all-17k.parquet": table(1, 2), ".x/y.parquet": table(9)}, "",
+    ["1", "2"]),
     ("json list", "", {"Math-395K.json": b"[" + lines(1).strip() + b"," + lines(2).strip() + b"]",
                         "dataset_infos.json": b"{}"}, "", ["1", "2"]),
     ("two forms", "", {"train.jsonl": lines(1, 2), "train.parquet": table(9)}, "", ["1", "2"]),
-    ("card", "configs:\n- data_files:\n  - split: train\n    path: d/t-*\n  - split: test\n    path: d/*.jsonl",
-     {"d/t-1.jsonl": lines(1), "d/t-2.jsonl": lines(2), "d/z.jsonl": lines(3), "d/t-/e.jsonl": lines(9)}, "", ["1", "2"]),
+    ("card", "configs:\n- data_files:\n  - split: train\n    path: d/t-*\n  - split: test\n    "
+             "path: d/*.jsonl",
+     {"d/t-1.jsonl": lines(1), "d/t-2.jsonl": lines(2), "d/z.jsonl": lines(3),
+     "d/t-/e.jsonl": lines(9)}, "", ["1", "2"]),
     ("text", "configs:\n- config_name: x\n  data_files: '**/[ab].jsonl'",
      {"d/a.jsonl": lines(1), "b.jsonl": lines(2), "c.jsonl": lines(9)}, "", ["2", "1"]),
-    ("list", "configs:\n- data_files: [b.jsonl, a.jsonl]", {"a.jsonl": lines(1), "b.jsonl": lines(2)}, "", ["2", "1"]),
+    ("list", "configs:\n- data_files: [b.jsonl, a.jsonl]",
+    {"a.jsonl": lines(1), "b.jsonl": lines(2)}, "", ["2", "1"]),
     ("paths", "configs:\n- data_files:\n  - split: train\n    path: [a.jsonl, b.jsonl]",
      {"a.jsonl": lines(1), "b.jsonl": lines(2)}, "", ["1", "2"]),
     ("data_dir", "configs:\n- config_name: x\n  data_dir: ./d",
      {"d/train.jsonl": lines(1), "e/train.jsonl": lines(9)}, "", ["1"]),
-    ("default", "configs:\n- config_name: x\n  data_files: a.jsonl\n- config_name: y\n  data_files: b.jsonl\n  default: true",
+    ("default", "configs:\n- config_name: x\n  data_files: a.jsonl\n- config_name: y\n  "
+                "data_files: b.jsonl\n  default: true",
      {"a.jsonl": lines(9), "b.jsonl": lines(1)}, "", ["1"]),
-    ("named", "configs:\n- config_name: x\n  data_files: a.jsonl\n- config_name: y\n  data_files: b.jsonl",
+    ("named", "configs:\n- config_name: x\n  data_files: a.jsonl\n- config_name: y\n  data_files: "
+              "b.jsonl",
      {"a.jsonl": lines(9), "b.jsonl": lines(1)}, "/y", ["1"]),
-    ("all", "configs:\n- config_name: x\n  data_files: a.jsonl\n- config_name: y\n  data_files: b.jsonl",
+    ("all", "configs:\n- config_name: x\n  data_files: a.jsonl\n- config_name: y\n  data_files: "
+            "b.jsonl",
      {"a.jsonl": lines(2), "b.jsonl": lines(1)}, "/*", ["2", "1"]),
-    ("subfolder", "", {"main/train.jsonl": lines(1), "other/train.jsonl": lines(9)}, "/main", ["1"]),
+    ("subfolder", "", {"main/train.jsonl": lines(1), "other/train.jsonl": lines(9)}, "/main",
+    ["1"]),
     ("split", "", {"train.jsonl": lines(9), "dev.jsonl": lines(1)}, ":validation", ["1"]),
   )  # fmt: skip
   def test_files_of_a_split(self, configs, files, more, expected):
@@ -171,9 +198,13 @@ class HubTest(parameterized.TestCase):
 
   # Fails if one of several subsets is guessed.
   def test_several_subsets(self):
-    configs = card("configs:\n- config_name: x\n  data_files: a.jsonl\n- config_name: y\n  data_files: a.jsonl")
+    configs = card(
+      "configs:\n- config_name: x\n  data_files: a.jsonl\n- config_name: y\n  data_files: a.jsonl"
+    )
     self.serve({"README.md": configs, "a.jsonl": lines(1)})
-    with self.assertRaisesRegex(UserError, "me/data on the Hub has several subsets: x, y; name one as in hf:me/data/x"):
+    with self.assertRaisesRegex(
+      UserError, "me/data on the Hub has several subsets: x, y; name one as in hf:me/data/x"
+    ):
       problem_files.find("hf:me/data", "train")
 
   # Fails if a dataset that asks for terms, or a machine without network, ends in a traceback.
@@ -185,25 +216,34 @@ class HubTest(parameterized.TestCase):
       with self.assertRaisesRegex(UserError, "me/other on the Hub could not be fetched"):
         problem_files.find("hf:me/other", "train")
 
-  # Fails if the token is not sent, files are downloaded twice, a commit is not that of its branch, or what was prepared
-  # from one commit is taken for another.
+  # Fails if the token is not sent, files are downloaded twice, a commit is not that of its branch,
+  # or what was prepared from one commit is taken for another.
   def test_commits(self):
     server = self.serve([{"train.jsonl": lines(1)}, {"train.jsonl": lines(2)}])
     read = lambda path: [row.answer for row in datasets.from_files(path, "jsonl", "train").rows]
     with mock.patch.dict(os.environ, {"HF_TOKEN": "hf_secret"}):
       self.assertEqual((read("hf:me/data"), hub.commit("hf:me/data")), (["2"], SECOND))
     self.assertIn("Bearer hf_secret", server.tokens)
-    self.assertEqual((read(f"hf:me/data@{FIRST}"), hub.commit(f"hf:me/data@{FIRST}")), (["1"], FIRST))
+    self.assertEqual(
+      (read(f"hf:me/data@{FIRST}"), hub.commit(f"hf:me/data@{FIRST}")), (["1"], FIRST)
+    )
     count = len(server.asked)
     self.assertEqual((read("hf:me/data"), read(f"hf:me/data@{FIRST}")), (["2"], ["1"]))
     self.assertLen(server.asked, count)
-    fetched = [path for method, path in server.asked if method == "GET" and path.endswith("train.jsonl")]
+    fetched = [
+      path for method, path in server.asked if method == "GET" and path.endswith("train.jsonl")
+    ]
     self.assertLen(fetched, 2)
 
-  # Fails if a dataset in the cache needs the network, by its branch or its commit; or if half of a split passes for it.
+  # Fails if a dataset in the cache needs the network, by its branch or its commit; or if half of a
+  # split passes for it.
   def test_offline(self):
-    names = [f"data/{split}-0000{i}-of-00002.parquet" for split in ("train", "test") for i in range(2)]
-    configs = card("configs:\n- config_name: x\n  data_files:\n  - split: train\n    path: data/train-*")
+    names = [
+      f"data/{split}-0000{i}-of-00002.parquet" for split in ("train", "test") for i in range(2)
+    ]
+    configs = card(
+      "configs:\n- config_name: x\n  data_files:\n  - split: train\n    path: data/train-*"
+    )
     server = self.serve({name: table(i) for i, name in enumerate(names)} | {"README.md": configs})
     self.assertEqual(self.answers("hf:me/data"), ["0", "1"])
     hub._snapshot.cache_clear()
@@ -212,7 +252,9 @@ class HubTest(parameterized.TestCase):
       self.assertEqual(self.answers("hf:me/data"), ["0", "1"])
       self.assertEqual(self.answers(f"hf:me/data@{FIRST}"), ["0", "1"])
       self.assertEqual(hub.commit("hf:me/data"), FIRST)
-      with self.assertRaisesRegex(UserError, "me/more on the Hub could not be fetched .OfflineMode"):
+      with self.assertRaisesRegex(
+        UserError, "me/more on the Hub could not be fetched .OfflineMode"
+      ):
         problem_files.find("hf:me/more", "train")
       next((self.folder / "hub").rglob("train-00001-of-00002.parquet")).unlink()
       hub._snapshot.cache_clear()
@@ -220,7 +262,8 @@ class HubTest(parameterized.TestCase):
         problem_files.find("hf:me/data", "train")
     self.assertEmpty(server.asked)
 
-  # Fails if a run cannot take its problems from the Hub, a training split serves as test problems, or the commit is not kept.
+  # Fails if a run cannot take its problems from the Hub, a training split serves as test problems,
+  # or the commit is not kept.
   def test_task(self):
     self.serve({"train.jsonl": lines(1, 2), "dev.jsonl": lines(3), "test.jsonl": lines(4)})
     task = config_schema.default().task
@@ -231,7 +274,9 @@ class HubTest(parameterized.TestCase):
     task.path, task.test_path = "hf:me/data:train", "hf:me/data:validation"
     self.assertEqual([problem.prompt for problem in problems.choose(task, 0).test], ["p3"])
     task.test_path = ""
-    with self.assertRaisesRegex(UserError, "task.path=hf:me/data:train is a split .*task.test_path"):
+    with self.assertRaisesRegex(
+      UserError, "task.path=hf:me/data:train is a split .*task.test_path"
+    ):
       problems.choose(task, 0)
 
 

@@ -17,10 +17,21 @@ from synthneg_jax.runtime import errors
 
 EXCERPT = pathlib.Path(__file__).parents[1] / "data" / "gsm8k"
 GSM8K = [
-  {"question": "How many clips?", "answer": "48/2 = <<48/2=24>>24\n48+24 = <<48+24=72>>72\n#### 72"},
-  {"question": "How much is a \u00a3540 bill twice?", "answer": "It is \u00a3<<540*2=1080>>1080.\n#### 1,080"},
+  {
+    "question": "How many clips?",
+    "answer": "48/2 = <<48/2=24>>24\n48+24 = <<48+24=72>>72\n#### 72",
+  },
+  {
+    "question": "How much is a \u00a3540 bill twice?",
+    "answer": "It is \u00a3<<540*2=1080>>1080.\n#### 1,080",
+  },
 ]
-MATH = {"problem": "What is $1+1$?", "level": "Level 1", "type": "Algebra", "solution": "It is $\\boxed{2}.$"}
+MATH = {
+  "problem": "What is $1+1$?",
+  "level": "Level 1",
+  "type": "Algebra",
+  "solution": "It is $\\boxed{2}.$",
+}
 
 
 class ProblemFilesTest(parameterized.TestCase):
@@ -32,7 +43,10 @@ class ProblemFilesTest(parameterized.TestCase):
 
   def _file(self, *lines, name="rows.jsonl"):
     """Writes lines (bytes as they stand, text as UTF-8, all else as JSON) and returns the path."""
-    encoded = [x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode() for x in lines]
+    encoded = [
+      x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode()
+      for x in lines
+    ]
     path = self.folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(line + b"\n" for line in encoded))
@@ -58,7 +72,9 @@ class ProblemFilesTest(parameterized.TestCase):
 
   # Fails if the hash that ids are changes from one version, machine or run to another.
   def test_hashed_id_is_fixed(self):
-    self.assertEqual(problem_files.read(EXCERPT, "gsm8k", "train").rows[0].id, "gsm8k/train/6d009c0edbb6676b")
+    self.assertEqual(
+      problem_files.read(EXCERPT, "gsm8k", "train").rows[0].id, "gsm8k/train/6d009c0edbb6676b"
+    )
 
   # Fails if keep_annotations is ignored.
   def test_keep_annotations(self):
@@ -68,7 +84,9 @@ class ProblemFilesTest(parameterized.TestCase):
   # Fails if real rows are lost, or an annotation survives.
   @parameterized.parameters((None, 48, 16), ("SYNTHNEG_DATA_DIR", 7473, 1319))
   def test_real_rows(self, variable, train, test):
-    folder = EXCERPT if variable is None else pathlib.Path(os.environ.get(variable, "/nowhere")) / "gsm8k"
+    folder = (
+      EXCERPT if variable is None else pathlib.Path(os.environ.get(variable, "/nowhere")) / "gsm8k"
+    )
     if not folder.exists():
       self.skipTest(f"{variable} is not set")
     for split, count in (("train", train), ("test", test)):
@@ -76,8 +94,8 @@ class ProblemFilesTest(parameterized.TestCase):
       self.assertLen({row.id for row in rows}, count)
       self.assertFalse(any("<<" in row.solution or ">>" in row.solution for row in rows))
 
-  # Fails if the line number is 0-based, the field is not named, or a broken line is skipped without being asked to; or, if
-  # asked to, stops the rest or is not counted.
+  # Fails if the line number is 0-based, the field is not named, or a broken line is skipped without
+  # being asked to; or, if asked to, stops the rest or is not counted.
   @parameterized.parameters(
     ("{", "not JSON"),
     ("", "blank"),
@@ -92,13 +110,25 @@ class ProblemFilesTest(parameterized.TestCase):
     ({"question": "q", "answer": True}, '"answer" must be text or a number, not a bool'),
     ({"question": "q", "answer": float("nan")}, '"answer" must be a finite number'),
     ({"query": "q", "response": "It is 5."}, '"response" has no \\boxed{}'),
-    ({"prompt": [{"role": "user", "content": "q"}] * 2, "answer": 5}, '"prompt" must hold one turn of the user, not 2'),
-    ({"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "turn of an assistant"),
+    (
+      {"prompt": [{"role": "user", "content": "q"}] * 2, "answer": 5},
+      '"prompt" must hold one turn of the user, not 2',
+    ),
+    (
+      {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+      "turn of an assistant",
+    ),
     ({"prompt": [{"role": "user", "content": 5}], "answer": 5}, '"content" must be text in quotes'),
     ({"prompt": ["q"], "answer": 5}, '"prompt" must hold turns'),
     ({"prompt": [], "answer": 5}, '"prompt" must hold one turn of the user, not 0'),
-    ({"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": None}}, '"answer" is missing'),
-    ({"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "a"}]}, "not 'tool'"),
+    (
+      {"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": None}},
+      '"answer" is missing',
+    ),
+    (
+      {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "a"}]},
+      "not 'tool'",
+    ),
     ({"question": ["q"], "answer": "#### 5"}, '"question" must be text in quotes, not a list'),
     ({"question": " ", "answer": "#### 5"}, '"question" is blank'),
     ({"question": "\ud800", "answer": "#### 5"}, '"question" holds half of a surrogate pair'),
@@ -110,12 +140,18 @@ class ProblemFilesTest(parameterized.TestCase):
     ({"problem": "q"}, '"answer" is missing'),
     ({"problem": "q", "answer": None}, '"answer" is missing'),
     ({"problem": "q", "answer": "5", "id": False}, '"id" must be text in quotes, not a bool'),
-    ({"problem": "q", "answer": "5", "solution": 5}, '"solution" must be text in quotes, not a int'),
+    (
+      {"problem": "q", "answer": "5", "solution": 5},
+      '"solution" must be text in quotes, not a int',
+    ),
   )
   def test_broken_line(self, line, message):
     path = self._file(GSM8K[0], line, GSM8K[1])
     self._assert_error(
-      lambda: problem_files.read(path, "gsm8k", "train"), f"{path}, line 2: ", message, "--skip_bad_rows"
+      lambda: problem_files.read(path, "gsm8k", "train"),
+      f"{path}, line 2: ",
+      message,
+      "--skip_bad_rows",
     )
     rows = problem_files.read(path, "gsm8k", "train", skip_bad_rows=True)
     self.assertEqual([row.answer for row in rows.rows], ["72", "1080"])
@@ -123,7 +159,8 @@ class ProblemFilesTest(parameterized.TestCase):
     self.assertStartsWith(rows.skipped[0], f"{path}, line 2: ")
     self.assertIn(message, rows.skipped[0])
 
-  # Fails if a missing or an empty file gives no rows, or a traceback of ours; or if nothing but broken rows is taken.
+  # Fails if a missing or an empty file gives no rows, or a traceback of ours; or if nothing but
+  # broken rows is taken.
   def test_missing_and_empty(self):
     read = lambda path, **how: problem_files.read(path, "jsonl", "train", **how)
     empty = self.folder / "none" / "empty.jsonl"
@@ -131,11 +168,14 @@ class ProblemFilesTest(parameterized.TestCase):
     empty.write_bytes(b"")
     self._assert_error(lambda: read(self.folder / "no.jsonl"), "no.jsonl does not exist")
     self._assert_error(lambda: read(empty), str(empty), "empty")
-    self._assert_error(lambda: read(self._file("{", "}"), skip_bad_rows=True), "none of 2 rows", "line 1")
+    self._assert_error(
+      lambda: read(self._file("{", "}"), skip_bad_rows=True), "none of 2 rows", "line 1"
+    )
     (self.folder / "bare").mkdir()
     self._assert_error(lambda: read(self.folder / "bare"), "bare holds no train.jsonl")
 
-  # Rows as the datasets have them that are named. Fails if one is refused, or its problem, solution or answer is another.
+  # Rows as the datasets have them that are named. Fails if one is refused, or its problem, solution
+  # or answer is another.
   @parameterized.parameters(
     ({"id": 60, "problem": "p", "answer": 204, "url": "u"}, "p", None, "204"),  # AIME
     ({"problem": "p", "answer": 204.0, "solution": "\\boxed{204}"}, "p", "\\boxed{204}", "204"),
@@ -153,7 +193,12 @@ class ProblemFilesTest(parameterized.TestCase):
       "72",
     ),  # MetaMathQA
     ({"query": "p", "response": "a\nThe answer is: $\\frac12$"}, "p", None, "\\frac12"),
-    ({"query": "p", "response": "a $\\boxed{\\frac12}$.\nThe answer is: \\frac{1}{2}"}, "p", None, "\\frac12"),
+    (
+      {"query": "p", "response": "a $\\boxed{\\frac12}$.\nThe answer is: \\frac{1}{2}"},
+      "p",
+      None,
+      "\\frac12",
+    ),
     ({"query": "p", "response": "a\nThe answer is: 1.5."}, "p", None, "1.5"),
     ({"query": "p", "response": "The answer is 1.5. So it is."}, "p", None, "1.5"),
     ({"question": "p", "answer": "First 2.\nSo \\boxed{5}."}, "p", "First 2.\nSo \\boxed{5}.", "5"),
@@ -168,10 +213,20 @@ class ProblemFilesTest(parameterized.TestCase):
       None,
       "34",
     ),
-    ({"prompt": [{"role": "user", "content": "p"}], "reward_model": {"ground_truth": 3}}, "p", None, "3"),
+    (
+      {"prompt": [{"role": "user", "content": "p"}], "reward_model": {"ground_truth": 3}},
+      "p",
+      None,
+      "3",
+    ),
     ({"prompt": "p", "reward_model": {"ground_truth": "3"}}, "p", None, "3"),
     (  # chats for finetuning
-      {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "s \\boxed{5}"}]},
+      {
+        "messages": [
+          {"role": "user", "content": "p"},
+          {"role": "assistant", "content": "s \\boxed{5}"},
+        ]
+      },
       "p",
       "s \\boxed{5}",
       "5",
@@ -179,10 +234,13 @@ class ProblemFilesTest(parameterized.TestCase):
   )
   def test_formats(self, row, problem, solution, answer):
     read = problem_files.read(self._file(row), "jsonl", "train").rows[0]
-    self.assertEqual((read.problem, read.solution, read.answer), (problem, solution or row.get("response"), answer))
+    self.assertEqual(
+      (read.problem, read.solution, read.answer), (problem, solution or row.get("response"), answer)
+    )
     self.assertEqual(read.id.startswith("jsonl/train/60"), "id" in row)
 
-  # Fails if a gold answer in several boxes loses one, holds one twice, or boxes that are steps of an argument are joined.
+  # Fails if a gold answer in several boxes loses one, holds one twice, or boxes that are steps of
+  # an argument are joined.
   @parameterized.parameters(
     ("$x=\\boxed{2}$ or $x=\\boxed{3}$", "2, 3"),
     ("$\\boxed{2}$ or $\\boxed{3}$.", "2, 3"),
@@ -198,16 +256,25 @@ class ProblemFilesTest(parameterized.TestCase):
     row = {"problem": "p", "solution": solution}
     self.assertEqual(problem_files.read(self._file(row), "math", "train").rows[0].answer, answer)
 
-  # Fails if names of the user's are not followed, into objects, too; if rows without them, of a test file, are not read by
-  # their fields; or if one that is missing beside another goes unnoticed.
+  # Fails if names of the user's are not followed, into objects, too; if rows without them, of a
+  # test file, are not read by their fields; or if one that is missing beside another goes
+  # unnoticed.
   def test_fields(self):
     fields = {"problem": "q", "answer": "gold.final", "id": "n"}
     read = lambda *rows: problem_files.read(self._file(*rows), "jsonl", "train", fields=fields)
-    mine, plain = read({"q": "p", "gold": {"final": 5}, "n": 3, "answer": "x"}, {"question": "r", "answer": "6"}).rows
+    mine, plain = read(
+      {"q": "p", "gold": {"final": 5}, "n": 3, "answer": "x"}, {"question": "r", "answer": "6"}
+    ).rows
     self.assertEqual((mine.problem, mine.answer, mine.id), ("p", "5", "jsonl/train/3"))
     self.assertEqual((plain.problem, plain.answer), ("r", "6"))
-    self._assert_error(lambda: read({"q": "p", "gold": {}}), 'line 1: the field "gold.final" is missing', "task.fields")
-    self._assert_error(lambda: read({"q": 5, "gold": {"final": 5}}), 'the field "q" must be text in quotes')
+    self._assert_error(
+      lambda: read({"q": "p", "gold": {}}),
+      'line 1: the field "gold.final" is missing',
+      "task.fields",
+    )
+    self._assert_error(
+      lambda: read({"q": 5, "gold": {"final": 5}}), 'the field "q" must be text in quotes'
+    )
 
   # Fails if blank last lines count as rows, or one in the middle does not.
   def test_blank_lines(self):
@@ -216,14 +283,17 @@ class ProblemFilesTest(parameterized.TestCase):
     path = self._file(row, "", row)
     self._assert_error(lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 2: blank")
 
-  # Fails if Parquet, gzip or a list in one JSON file gives other rows than JSON lines, nested columns are lost, or an error
-  # names no row.
+  # Fails if Parquet, gzip or a list in one JSON file gives other rows than JSON lines, nested
+  # columns are lost, or an error names no row.
   def test_other_files(self):
     rows = [
-      {"prompt": [{"role": "user", "content": f"p{i}"}], "reward_model": {"ground_truth": str(i)}} for i in range(3)
+      {"prompt": [{"role": "user", "content": f"p{i}"}], "reward_model": {"ground_truth": str(i)}}
+      for i in range(3)
     ]
     expected = problem_files.read(self._file(*rows), "jsonl", "train")
-    (self.folder / "a.jsonl.gz").write_bytes(gzip.compress((self.folder / "rows.jsonl").read_bytes()))
+    (self.folder / "a.jsonl.gz").write_bytes(
+      gzip.compress((self.folder / "rows.jsonl").read_bytes())
+    )
     (self.folder / "a.json").write_text(json.dumps(rows, indent=2))
     (self.folder / "lines.json").write_bytes((self.folder / "rows.jsonl").read_bytes())
     parquet.write_table(pyarrow.Table.from_pylist(rows), self.folder / "a.parquet")
@@ -240,9 +310,11 @@ class ProblemFilesTest(parameterized.TestCase):
       read = functools.partial(problem_files.read, self.folder / name, "jsonl", "train")
       self._assert_error(read, name, "not ")
 
-  # Fails if a split is not found under the names that datasets have, or another's files are taken for it.
+  # Fails if a split is not found under the names that datasets have, or another's files are taken
+  # for it.
   @parameterized.parameters(
-    "train.parquet", "train.jsonl.gz", "train.json", "train/a.parquet", "train/b.jsonl.gz", "data/train-0-of-1.parquet",
+    "train.parquet", "train.jsonl.gz", "train.json", "train/a.parquet", "train/b.jsonl.gz",
+    "data/train-0-of-1.parquet",
     "train-00000-of-00001-1a2b.parquet",
   )  # fmt: skip
   def test_names_of_splits(self, name):
@@ -253,7 +325,8 @@ class ProblemFilesTest(parameterized.TestCase):
     path.unlink()
     self._assert_error(lambda: problem_files.find(self.folder, "train"), "holds no train")
 
-  # Fails if a given id or solution is dropped, null or "" is taken for text, or white space makes another problem.
+  # Fails if a given id or solution is dropped, null or "" is taken for text, or white space makes
+  # another problem.
   def test_jsonl(self):
     lines = [
       {"problem": "p", "answer": "5", "solution": "s", "id": "a"},
@@ -262,14 +335,18 @@ class ProblemFilesTest(parameterized.TestCase):
     first, second = problem_files.read(self._file(*lines, name="mine.jsonl"), "jsonl", "test").rows
     self.assertEqual(first, problem_files.Row("a", "p", "s", "5", ""))
     self.assertEqual((second.problem, second.solution, second.answer), ("q", None, "x"))
-    spaced = problem_files.read(self._file({"problem": " q\n", "answer": "x"}), "jsonl", "test").rows
+    spaced = problem_files.read(
+      self._file({"problem": " q\n", "answer": "x"}), "jsonl", "test"
+    ).rows
     self.assertEqual(spaced[0].id, second.id)
 
   # Fails if a byte-order mark or Windows line ends break a file, or stay in the text.
   def test_bom_and_crlf(self):
     row = json.dumps({"problem": "a\r\nb", "answer": "5"}).encode()
     path = self._file(b"\xef\xbb\xbf" + row + b"\r", row.replace(b'"a\\', b'"c\\') + b"\r")
-    self.assertEqual([row.problem for row in problem_files.read(path, "jsonl", "train").rows], ["a\nb", "c\nb"])
+    self.assertEqual(
+      [row.problem for row in problem_files.read(path, "jsonl", "train").rows], ["a\nb", "c\nb"]
+    )
 
   # Fails if a huge line takes more than linear time.
   def test_huge_line(self):
@@ -278,21 +355,32 @@ class ProblemFilesTest(parameterized.TestCase):
     self.assertEqual(problem_files.read(self._file(row), "math", "train").rows[0].answer, "7")
     self.assertLess(time.process_time() - start, 20)
 
-  # Fails if a problem that is there twice is taken twice, its loss is not counted, or two answers to one are taken.
+  # Fails if a problem that is there twice is taken twice, its loss is not counted, or two answers
+  # to one are taken.
   def test_duplicates(self):
     row = {"problem": "p", "answer": "5"}
-    rows = problem_files.read(self._file(row, {"problem": "q", "answer": "5"}, row), "jsonl", "train")
-    self.assertEqual(([row.problem for row in rows.rows], rows.duplicates, rows.skipped), (["p", "q"], 1, []))
+    rows = problem_files.read(
+      self._file(row, {"problem": "q", "answer": "5"}, row), "jsonl", "train"
+    )
+    self.assertEqual(
+      ([row.problem for row in rows.rows], rows.duplicates, rows.skipped), (["p", "q"], 1, [])
+    )
     path = self._file(row, row | {"answer": "6"})
-    self._assert_error(lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 2", f"{path}, line 1")
+    self._assert_error(
+      lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 2", f"{path}, line 1"
+    )
     rows = problem_files.read(path, "jsonl", "train", skip_bad_rows=True)
-    self.assertEqual(([row.answer for row in rows.rows], rows.duplicates, len(rows.skipped)), (["5"], 0, 1))
+    self.assertEqual(
+      ([row.answer for row in rows.rows], rows.duplicates, len(rows.skipped)), (["5"], 0, 1)
+    )
 
   # Fails if an id that is given twice passes, even where the rows are the same.
   def test_given_id_twice(self):
     row = {"problem": "p", "answer": "5"}
     path = self._file(row | {"id": "a"}, row, row | {"id": "a"})
-    self._assert_error(lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 3", "line 1", "'a'")
+    self._assert_error(
+      lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 3", "line 1", "'a'"
+    )
 
   # Fails if optional fields are not checked where they are present.
   @parameterized.parameters("problem", "answer", "solution", "id")
@@ -300,19 +388,29 @@ class ProblemFilesTest(parameterized.TestCase):
     row = {"problem": "p", "answer": "5", "solution": "s", "id": "a"}
     path = self._file(row, row | {"id": "b"} | {field: [7]})
     self._assert_error(
-      lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 2: ", f'"{field}" must be text'
+      lambda: problem_files.read(path, "jsonl", "train"),
+      f"{path}, line 2: ",
+      f'"{field}" must be text',
     )
 
-  # Fails if a tree's files lose their names as ids, if the other split is read, or files that are no rows of it; if MATH-500
-  # calls the same problem by another id; or if the tree's split, given by itself, is not found.
+  # Fails if a tree's files lose their names as ids, if the other split is read, or files that are
+  # no rows of it; if MATH-500 calls the same problem by another id; or if the tree's split, given
+  # by itself, is not found.
   def test_math_tree(self):
     self._file(MATH, name="MATH/train/algebra/2.json")
     self._file(MATH | {"type": "Geometry", "level": "Level ?"}, name="MATH/train/geometry/10.json")
     self._file({"any": "thing"}, name="MATH/notes.json")
     self._file(MATH, name="MATH/test/algebra/7.json")
-    row = MATH | {"subject": MATH["type"], "level": 1, "answer": "2", "unique_id": "test/algebra/7.json"}
+    row = MATH | {
+      "subject": MATH["type"],
+      "level": 1,
+      "answer": "2",
+      "unique_id": "test/algebra/7.json",
+    }
     five_hundred = self._file({key: row[key] for key in row if key != "type"}, name="math500.jsonl")
-    train, test = (problem_files.read(self.folder / "MATH", "math", split).rows for split in ("train", "test"))
+    train, test = (
+      problem_files.read(self.folder / "MATH", "math", split).rows for split in ("train", "test")
+    )
     self.assertEqual([row.id for row in train], ["math/train/algebra/2", "math/train/geometry/10"])
     self.assertEqual([row.kind for row in train], ["algebra/level 1", "geometry"])
     self.assertEqual([row.answer for row in train], ["2", "2"])
@@ -320,15 +418,20 @@ class ProblemFilesTest(parameterized.TestCase):
     self.assertEqual(problem_files.read(five_hundred, "math", "test").rows, test)
     self.assertEqual(problem_files.read(self.folder / "MATH/test", "math", "test").rows, test)
     self._file("{", name="MATH/train/algebra/1.json")
-    self._assert_error(lambda: problem_files.read(self.folder / "MATH", "math", "train"), "algebra/1.json: not JSON")
+    self._assert_error(
+      lambda: problem_files.read(self.folder / "MATH", "math", "train"), "algebra/1.json: not JSON"
+    )
 
   # Fails if a folder of splits is taken for the split that it lacks.
   def test_a_missing_split_is_said(self):
     self._file(MATH, name="MATH/train.jsonl")
     self.assertLen(problem_files.read(self.folder / "MATH", "math", "train").rows, 1)
-    self._assert_error(lambda: problem_files.read(self.folder / "MATH", "math", "test"), "MATH holds no test.jsonl")
+    self._assert_error(
+      lambda: problem_files.read(self.folder / "MATH", "math", "test"), "MATH holds no test.jsonl"
+    )
 
-  # Fails if braces inside are not counted, an escaped one is, the first box is taken, or one that is cut off.
+  # Fails if braces inside are not counted, an escaped one is, the first box is taken, or one that
+  # is cut off.
   @parameterized.parameters(
     ("\\boxed{2}", "2"),
     ("$\\boxed{1}$, no: $\\boxed{\\frac{1}{2}}.$", "\\frac{1}{2}"),

@@ -34,7 +34,8 @@ class PromptsTest(parameterized.TestCase):
       "Question: What is 3+3?\nBe brief.\nAnswer:\n",
     )
 
-  # Fails if a worked problem is no turn of its own, a turn has another's role, or the generation prompt is missing.
+  # Fails if a worked problem is no turn of its own, a turn has another's role, or the generation
+  # prompt is missing.
   def test_chat(self):
     turns = [
       ("user", "What is 1+1?\nBe brief."),

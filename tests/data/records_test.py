@@ -43,7 +43,17 @@ ESTIMATE = StepEstimate(
   [dataclasses.asdict(Rollout([6, 2], True, "right", "eos", -0.5, -1.25))] * 2,
   "p0/sample/0/1/0",
 )
-PAIR = Pair("p0/sample/0/1/algorithm1/0", "p0", "p0/sample/0/1", [1, 2], [3, 4, 2], [5], "algorithm1", 0, 0.125)
+PAIR = Pair(
+  "p0/sample/0/1/algorithm1/0",
+  "p0",
+  "p0/sample/0/1",
+  [1, 2],
+  [3, 4, 2],
+  [5],
+  "algorithm1",
+  0,
+  0.125,
+)
 
 
 class ShardsTest(parameterized.TestCase):
@@ -54,7 +64,8 @@ class ShardsTest(parameterized.TestCase):
 
   @parameterized.parameters(problem(0), TRACE, ESTIMATE, PAIR)
   def test_round_trip(self, record):
-    # Fails if a field is lost, renamed, rounded or changes type on its way through JSON, or if the key is another.
+    # Fails if a field is lost, renamed, rounded or changes type on its way through JSON, or if the
+    # key is another.
     shards = Shards(self.folder, type(record))
     shards.write([record])
     self.assertEqual(list(shards.read()), [record])
@@ -63,19 +74,24 @@ class ShardsTest(parameterized.TestCase):
   def test_keys(self):
     # Fails if a key is not what other records refer to.
     self.assertEqual(
-      [r.key for r in (problem(0), TRACE, ESTIMATE, PAIR)], ["p0", "p0/sample/0/1", "p0/sample/0/1/0", PAIR.id]
+      [r.key for r in (problem(0), TRACE, ESTIMATE, PAIR)],
+      ["p0", "p0/sample/0/1", "p0/sample/0/1/0", PAIR.id],
     )
 
   def test_shards_keep_their_order(self):
-    # Fails if shards are read by name without leading zeros (10 before 2), or if a second write overwrites the first.
+    # Fails if shards are read by name without leading zeros (10 before 2), or if a second write
+    # overwrites the first.
     for number in range(12):
       self.shards.write([problem(2 * number), problem(2 * number + 1)])
     self.assertLen(self.shards.files(), 12)
     self.assertLen(list(self.folder.iterdir()), 12)  # and no temporary file
-    self.assertEqual([record.id for record in self.shards.read()], [f"p{number}" for number in range(24)])
+    self.assertEqual(
+      [record.id for record in self.shards.read()], [f"p{number}" for number in range(24)]
+    )
 
   def test_text_of_any_kind(self):
-    # Fails if a record's text can end a line: line and paragraph separators, carriage returns, quotes, emoji.
+    # Fails if a record's text can end a line: line and paragraph separators, carriage returns,
+    # quotes, emoji.
     texts = ["a\nb\r\nc", "a\u2028b\u2029c\x85d\x0be", 'say "4"', "½ 🙂", ""]
     self.shards.write([problem(i, text) for i, text in enumerate(texts)])
     self.assertEqual([record.prompt for record in self.shards.read()], texts)
@@ -88,7 +104,8 @@ class ShardsTest(parameterized.TestCase):
     self.assertEqual(self.shards.read_dict(), {})
 
   def test_a_killed_write_is_ignored(self):
-    # Fails if a temporary file is read as a shard or takes a number, or if a write that raises leaves a shard.
+    # Fails if a temporary file is read as a shard or takes a number, or if a write that raises
+    # leaves a shard.
     self.shards.write([problem(0)])
     (self.folder / "00001.jsonl.123.tmp").write_text('{"id": "p1", "pro')
 
@@ -103,8 +120,8 @@ class ShardsTest(parameterized.TestCase):
     self.assertEqual([path.name for path in self.shards.files()], ["00000.jsonl", "00001.jsonl"])
 
   def test_a_deleted_shard_overwrites_no_other(self):
-    # Fails if a new shard's number is the count of those there: after the deletion that messages ask for, the next write
-    # would take the last shard's name.
+    # Fails if a new shard's number is the count of those there: after the deletion that messages
+    # ask for, the next write would take the last shard's name.
     for number in range(3):
       self.shards.write([problem(number)])
     self.shards.files()[1].unlink()
@@ -113,7 +130,8 @@ class ShardsTest(parameterized.TestCase):
 
   @parameterized.parameters(1, 5, 40)
   def test_a_line_that_was_cut_off(self, cut):
-    # Fails if a file that lost its end is read as if it were whole, or if the sentence names another file or line.
+    # Fails if a file that lost its end is read as if it were whole, or if the sentence names
+    # another file or line.
     for number in range(2):
       self.shards.write([problem(2 * number), problem(2 * number + 1)])
     path = self.shards.files()[1]
@@ -153,7 +171,8 @@ class ShardsTest(parameterized.TestCase):
     self.assertLen(list(self.shards.read()), 3)
 
   def test_every_type_can_be_stored(self):
-    # Fails if a record type is added that Shards.read cannot make again from plain JSON values, or one without a key.
+    # Fails if a record type is added that Shards.read cannot make again from plain JSON values, or
+    # one without a key.
     for kind in records.Record.__constraints__:
       self.assertTrue(dataclasses.is_dataclass(kind))
       self.assertTrue(hasattr(kind, "key"))

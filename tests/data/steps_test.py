@@ -24,11 +24,15 @@ LINES = types.SimpleNamespace(steps="delimiter", step_delimiter="\n")
 PROSE = types.SimpleNamespace(steps="prose", step_delimiter="\n")
 # What prose and LaTeX are made of, whole and broken; hypothesis puts them together in every order.
 PIECES = [
-  *("$", "$$", "\\$", "\\(", "\\)", "\\[", "\\]", "\\\\", "{", "}", "\\{", "\\}", "\\begin{align*}", "\\end{align*}"),
-  *("\\begin{cases}", "\\end{cases}", "[asy]", "[/asy]", "\n", "\n\n", "\n \n", " ", "  ", ". ", ".", "! ", "? ", ".) "),
-  *("...", ". A", "A", "b", "Then ", "x=2", "x=2.", "3.14", "1,000", "$5", "$x$", "$x.$ ", "e.g. ", "Fig. ", "No. ", "a.m. "),
+  *("$", "$$", "\\$", "\\(", "\\)", "\\[", "\\]", "\\\\", "{", "}", "\\{", "\\}", "\\begin{align*}",
+  "\\end{align*}"),
+  *("\\begin{cases}", "\\end{cases}", "[asy]", "[/asy]", "\n", "\n\n", "\n \n", " ", "  ", ". ",
+  ".", "! ", "? ", ".) "),
+  *("...", ". A", "A", "b", "Then ", "x=2", "x=2.", "3.14", "1,000", "$5", "$x$", "$x.$ ", "e.g. ",
+  "Fig. ", "No. ", "a.m. "),
   *("\u3002", "\uff1f\u300d", "5!. ", "p.m. "),
-  *("1. ", "Step 2. ", "5! ", "Done! ", "\\boxed{7}", "\\text{If so. Then}", "####", " 72", "*", '"'),
+  *("1. ", "Step 2. ", "5! ", "Done! ", "\\boxed{7}", "\\text{If so. Then}", "####", " 72", "*",
+  '"'),
   *("\u20ac", "\u201d", "\u00e9"),
 ]  # fmt: skip
 
@@ -57,7 +61,11 @@ def text_of(name: str) -> token_text.TokenText:
 def solutions() -> list[str]:
   """Real text: GSM8K's, and our rows in MATH's format."""
   places = ((EXCERPT, "gsm8k"), (MATH_ROWS, "math"))
-  rows = [problem_files.read(path, name, split).rows for path, name in places for split in ("train", "test")]
+  rows = [
+    problem_files.read(path, name, split).rows
+    for path, name in places
+    for split in ("train", "test")
+  ]
   return [row.solution for part in rows for row in part]
 
 
@@ -65,7 +73,9 @@ def cut(text: str) -> list[str]:
   """Prose cut behind every separator."""
   data, spans = text.encode(), list(steps.prose_separators(text.encode()))
   ends = [*(stop for _, stop in spans), len(data)]
-  return [data[start:stop].decode() for start, stop in zip([0, *ends], ends, strict=False) if start < stop]
+  return [
+    data[start:stop].decode() for start, stop in zip([0, *ends], ends, strict=False) if start < stop
+  ]
 
 
 class ProseTest(parameterized.TestCase):
@@ -78,19 +88,25 @@ class ProseTest(parameterized.TestCase):
     "It is \u201cso.\u201d| Then.",
     "about 3.14 and 1,000.5 of $2.50.| Then 0.5 is left.",  # numbers
     "It is 3. 5 is more.",  # a number with a space in it, perhaps
-    "as in Fig. 2, e.g. x, i.e. Y, cf. Eq. (3), by Prof. Smith vs. Dr. Jones et al. The end.",  # abbreviations
+    # abbreviations
+    "as in Fig. 2, e.g. x, i.e. Y, cf. Eq. (3), by Prof. Smith vs. Dr. Jones et al. The end.",
     "The U.S. Team w.r.t. Time",
-    "at 5 p.m.| Then he eats from 7 A.M.| She left at 5 p.m. and came at 6 p.m. 3 left",  # times of day
+    # times of day
+    "at 5 p.m.| Then he eats from 7 A.M.| She left at 5 p.m. and came at 6 p.m. 3 left",
     "at 5 p.m. Monday and 6 a.m. EST, e.g. Ann, i.e. Bob",
-    "See No. 5.| The answer is no.| Then 5 ft. 3 in. tall.| It is 5 ft.| Then.",  # before digits only
+    # before digits only
+    "See No. 5.| The answer is no.| Then 5 ft. 3 in. tall.| It is 5 ft.| Then.",
     "for x. then y",  # no sentence begins with a small letter
     "wait...| Then",
     "wait... then",
     "1. First.| 2. Second.| Step 3. Third.| Case i. Fourth.| **Step 5.** Last.",  # line numbers
     "(a) 5! = 120, n! Is",  # factorials
     "It is 5!.| Then n!.| 3 more (3!).| So 5!. so",  # and a period
-    "\u5171\u67093\u4e2a\u3002|\u5bf9\u5417\uff1f|\u300c\u5bf9\uff01\u300d|So 3.14\u3002\u201d|\u5b8c",  # Chinese
-    "\u7b54\u3048\u306f4\u3067\u3059\u3002|$x\u3002y$\u3067\u3059\uff01\uff09|\u6b21",  # Japanese, and a formula
+    # Chinese
+    "\u5171\u67093\u4e2a\u3002|\u5bf9\u5417\uff1f|\u300c\u5bf9\uff01\u300d|So "
+    "3.14\u3002\u201d|\u5b8c",
+    # Japanese, and a formula
+    "\u7b54\u3048\u306f4\u3067\u3059\u3002|$x\u3002y$\u3067\u3059\uff01\uff09|\u6b21",
     "Then $x=2.$| So $y=3.14$ and \\(z. A\\) hold.| $w$.| $v$",  # formulas, and their last period
     "a $x,\\ldots$ Then $a, b, ...$ Then",
     "It costs $5.| He has $3.| Then.",  # money is no formula
@@ -99,7 +115,8 @@ class ProseTest(parameterized.TestCase):
     "It costs \\$5.| He has \\$3.| Then $2.",
     "between $ 3. A $ and so.| Then",  # spaces inside both
     "$$x. Y$$ Then.| \\[x. Y\n = z.\\]| Then.",  # displays
-    "\\begin{align*}\nx &= 2. Y\\\\[2pt]\n\ny\n\\end{align*}\n|Then.",  # environments, over blank lines, too
+    # environments, over blank lines, too
+    "\\begin{align*}\nx &= 2. Y\\\\[2pt]\n\ny\n\\end{align*}\n|Then.",
     "\\begin{a}\\begin{a} A. B\\end{a} C. D\\end{a} E.| F",  # nested
     "[asy]\ndraw((0,0). A);\n\nlabel();\n[/asy]\n|Then.",
     "\\text{If A. Then B} and {c. D {e. F} g. H}.| Then.",  # braces
@@ -117,27 +134,41 @@ class ProseTest(parameterized.TestCase):
     self.assertEqual(cut("".join(parts)), [part for part in parts if part])
 
   # Fails if a text of nothing but openers, closers or stops takes more than linear time.
-  @parameterized.parameters("{", "$", "\\[", "\\begin{a}", "[asy]", ". ", "1. ", "}", "\\end{a}", "$ x", "\n", "a.")
+  @parameterized.parameters(
+    "{", "$", "\\[", "\\begin{a}", "[asy]", ". ", "1. ", "}", "\\end{a}", "$ x", "\n", "a."
+  )
   def test_linear(self, piece):
     data = (piece * 100_000).encode()
     start = time.process_time()
     list(steps.prose_separators(data))
     self.assertLess(time.process_time() - start, 6.0)  # seconds; about half of one was measured
 
-  # An oracle of its own for whole LaTeX: no cut may lie in what a plain regex takes for a formula, environment or brace.
-  # Fails if any of them can be cut, wherever they stand and whatever is in them.
+  # An oracle of its own for whole LaTeX: no cut may lie in what a plain regex takes for a formula,
+  # environment or brace. Fails if any of them can be cut, wherever they stand and whatever is in
+  # them.
   @settings(max_examples=400, deadline=None, database=None)
   @given(st.data())
   def test_never_inside_latex(self, data):
     words = ["A. B", "x=2. ", "3.14", "\n", "? So ", "! Now", "e.g. ", " y "]
     inner = st.lists(st.sampled_from(words), max_size=5).map("".join)
     environment = ("\\begin{align}", "\\end{align}")
-    wraps = [("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$"), ("$x", "y$"), ("{", "}"), environment, ("[asy]", "[/asy]")]
+    wraps = [
+      ("\\[", "\\]"),
+      ("\\(", "\\)"),
+      ("$$", "$$"),
+      ("$x", "y$"),
+      ("{", "}"),
+      environment,
+      ("[asy]", "[/asy]"),
+    ]
     parts = []
     for _ in range(data.draw(st.integers(1, 5))):
       opens, closes = data.draw(st.sampled_from(wraps))
       held = opens + re.sub(r"\n\s*\n", "\n", data.draw(inner)) + closes
-      parts += [(data.draw(st.sampled_from(["Then ", "So. It ", "\n", "is. "])), False), (held, True)]
+      parts += [
+        (data.draw(st.sampled_from(["Then ", "So. It ", "\n", "is. "])), False),
+        (held, True),
+      ]
     text = "".join(part for part, _ in parts)
     cuts = {len("".join(cut(text)[: n + 1])) for n in range(len(cut(text)))}
     at = 0
@@ -157,14 +188,18 @@ class EndsTest(parameterized.TestCase):
     self.assertEqual(sum(parts, []), list(ids))
     self.assertTrue(all(parts))
     if len(parts) > 1:
-      self.assertTrue(all(b"".join(map(text.bytes_of, part)).strip() for part in parts))  # blank is ASCII's white space
-    # The rest of a response after a step has the rest of its steps: rollouts are cut as their traces are.
+      self.assertTrue(
+        all(b"".join(map(text.bytes_of, part)).strip() for part in parts)
+      )  # blank is ASCII's white space
+    # The rest of a response after a step has the rest of its steps: rollouts are cut as their
+    # traces are.
     for end in ends[:-1]:
       rest = [end + other for other in steps.ends(ids[end:], text, task)]
       self.assertEqual(rest, [other for other in ends if other > end], text.text(ids))
     return [text.text(part) for part in parts]
 
-  # Fails if an end is lost, doubled, or taken from a text that was put together and tokenised again.
+  # Fails if an end is lost, doubled, or taken from a text that was put together and tokenised
+  # again.
   @parameterized.product(name=["small", "smollm2"], task=[LINES, PROSE])
   def test_real_text(self, name, task):
     tokenizer, cuts = tokenizers()[name], 0
@@ -173,9 +208,13 @@ class EndsTest(parameterized.TestCase):
       cuts += len(self._check(ids, name, task)) - 1
     self.assertGreater(cuts, 150)
 
-  # Fails if generated text, whole or broken, has steps that are not the response, or ends that depend on what stood before.
+  # Fails if generated text, whole or broken, has steps that are not the response, or ends that
+  # depend on what stood before.
   @settings(max_examples=400, deadline=None, database=None)
-  @given(st.sampled_from(["small", "smollm2"]), st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25))
+  @given(
+    st.sampled_from(["small", "smollm2"]),
+    st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25),
+  )
   @example("small", ["$", "\n", "\xa0"])
   @example("smollm2", ["A. ", "1. ", "x"])
   @example("smollm2", ["Go. ", "$5", ". A", "$"])
@@ -190,29 +229,39 @@ class EndsTest(parameterized.TestCase):
   @given(st.sampled_from(["small", "smollm2"]), st.data())
   def test_drawn_ids(self, name, data):
     size = text_of(name).vocab_size
-    ids = data.draw(st.lists(st.sampled_from(signs_of(name)) | st.integers(0, size - 1), max_size=30))
+    ids = data.draw(
+      st.lists(st.sampled_from(signs_of(name)) | st.integers(0, size - 1), max_size=30)
+    )
     for task in (LINES, PROSE):
       self._check(ids, name, task)
 
-  # Fails if the space before a sentence counts as its stop (then no sentence ends, for such tokens hold the next word), or
-  # GSM8K's steps are cut at sentences.
+  # Fails if the space before a sentence counts as its stop (then no sentence ends, for such tokens
+  # hold the next word), or GSM8K's steps are cut at sentences.
   def test_smollm2_steps(self):
     encode = lambda text: tokenizers()["smollm2"].encode(text, add_special_tokens=False)
     text = "First, $f(2)=-1.$ Then it is 3.5. So $f(f(2))=\\boxed{5}.$"
     expected = ["First, $f(2)=-1.$", " Then it is 3.5.", " So $f(f(2))=\\boxed{5}.$"]
     self.assertEqual(self._check(encode(text), "smollm2", PROSE), expected)
     text = "She has 3. Then 4.\nIt is 7.\n#### 7"
-    self.assertEqual(self._check(encode(text), "smollm2", LINES), ["She has 3. Then 4.\n", "It is 7.\n", "#### 7"])
+    self.assertEqual(
+      self._check(encode(text), "smollm2", LINES), ["She has 3. Then 4.\n", "It is 7.\n", "#### 7"]
+    )
 
-  # Fails if a pattern is taken for text, a class of characters for one of bytes, its spans are misplaced after other
-  # scripts or bytes that are no UTF-8, or a match without text makes a step.
+  # Fails if a pattern is taken for text, a class of characters for one of bytes, its spans are
+  # misplaced after other scripts or bytes that are no UTF-8, or a match without text makes a step.
   def test_pattern(self):
     def cut_by(delimiter, *pieces):
-      fake = types.SimpleNamespace(bytes_of=[p if isinstance(p, bytes) else p.encode() for p in pieces].__getitem__)
-      return steps.ends(range(len(pieces)), fake, types.SimpleNamespace(steps="delimiter", step_delimiter=delimiter))
+      fake = types.SimpleNamespace(
+        bytes_of=[p if isinstance(p, bytes) else p.encode() for p in pieces].__getitem__
+      )
+      return steps.ends(
+        range(len(pieces)), fake, types.SimpleNamespace(steps="delimiter", step_delimiter=delimiter)
+      )
 
     self.assertEqual(cut_by(r"re:\n\n+", "a\n", "b\n", "\n", "\nc\n", "\n", "d"), [5, 6])
-    self.assertEqual(cut_by("re:[\u3002;]", "\u4e2d", "\u3002", b"\xff\xe4", ";", "\u3001", "b"), [2, 4, 6])
+    self.assertEqual(
+      cut_by("re:[\u3002;]", "\u4e2d", "\u3002", b"\xff\xe4", ";", "\u3001", "b"), [2, 4, 6]
+    )
     with self.assertRaisesRegex(errors.UserError, "task.step_delimiter.*without text"):
       cut_by("re:(?=b)", "a", "b")
 

@@ -15,12 +15,17 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from synthneg_jax.data import token_text
 from synthneg_jax.runtime import errors
 
-CORPUS = ["She sold 3 clips.\nThen 4 \u20ac more.\n\nIt makes 3 + 4 = 7.\n#### 7\n", "x\n\n\n  y\n"] * 4
+CORPUS = [
+  "She sold 3 clips.\nThen 4 \u20ac more.\n\nIt makes 3 + 4 = 7.\n#### 7\n",
+  "x\n\n\n  y\n",
+] * 4
 
 
 @functools.cache
 def byte_level():
-  """Returns a small ByteLevel BPE tokenizer with a special token, a silent control token and an added word."""
+  """Returns a small ByteLevel BPE tokenizer with a special token, a silent control token and an
+  added word.
+  """
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   tokenizer.decoder = decoders.ByteLevel()
@@ -36,11 +41,30 @@ def byte_level():
 @functools.cache
 def word_level():
   """Returns a WordLevel tokenizer whose tokens carry their leading spaces."""
-  words = ["<pad>", "</s>", " K:", " 3", "\n", "K:", "3", " ", "ab", "a\nb", "\n\n", "b\n", "\nb\n", "a\n "]
-  tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+  words = [
+    "<pad>",
+    "</s>",
+    " K:",
+    " 3",
+    "\n",
+    "K:",
+    "3",
+    " ",
+    "ab",
+    "a\nb",
+    "\n\n",
+    "b\n",
+    "\nb\n",
+    "a\n ",
+  ]
+  tokenizer = tokenizers.Tokenizer(
+    models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>")
+  )
   tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("\n| ?[^ \n]+"), "isolated")
   tokenizer.decoder = decoders.Fuse()
-  return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>"
+  )
 
 
 def wrapped(decoder, vocab):
@@ -48,7 +72,9 @@ def wrapped(decoder, vocab):
   backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=next(iter(vocab))))
   if decoder is not None:
     backend.decoder = decoder
-  return types.SimpleNamespace(backend_tokenizer=backend, all_special_ids=[], get_vocab=backend.get_vocab)
+  return types.SimpleNamespace(
+    backend_tokenizer=backend, all_special_ids=[], get_vocab=backend.get_vocab
+  )
 
 
 @functools.cache
@@ -71,7 +97,8 @@ class TokenTextTest(parameterized.TestCase):
     euro = fast.encode("\U0001f600")
     self.assertEqual(text.text(euro[:1]), "\ufffd")
 
-  # Fails if special tokens keep text, added words go through the byte alphabet, or added ids are not counted.
+  # Fails if special tokens keep text, added words go through the byte alphabet, or added ids are
+  # not counted.
   def test_special_and_added_tokens(self):
     fast, text = byte_level(), texts()["byte"]
     ids = fast.convert_tokens_to_ids(["<eos>", "<control>", "\u00e9t\u00e9"])
@@ -92,12 +119,18 @@ class TokenTextTest(parameterized.TestCase):
     decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]),
   )
   def test_metaspace(self, decoder):
-    text = token_text.TokenText(wrapped(decoder, {"\u2581a": 0, "\u2581\u2581": 1, "<0x0A>": 2, "<0xE2>": 3, "b": 5}))
-    self.assertEqual([text.bytes_of(i) for i in range(6)], [b" a", b"  ", b"\n", b"\xe2", b"", b"b"])
+    text = token_text.TokenText(
+      wrapped(decoder, {"\u2581a": 0, "\u2581\u2581": 1, "<0x0A>": 2, "<0xE2>": 3, "b": 5})
+    )
+    self.assertEqual(
+      [text.bytes_of(i) for i in range(6)], [b" a", b"  ", b"\n", b"\xe2", b"", b"b"]
+    )
     self.assertEqual(text.text([0, 2, 5]), " a\nb")
 
   # Fails if an unknown decoder is read as plain text.
-  @parameterized.parameters(None, decoders.WordPiece(), decoders.Sequence([decoders.Replace("x", " ")]))
+  @parameterized.parameters(
+    None, decoders.WordPiece(), decoders.Sequence([decoders.Replace("x", " ")])
+  )
   def test_unknown_kind(self, decoder):
     with self.assertRaisesRegex(errors.UserError, "no known kind"):
       token_text.TokenText(wrapped(decoder, {"a": 0}))
@@ -138,19 +171,24 @@ class StepEndsTest(parameterized.TestCase):
     ("b\n", ["3", "b\n", "b\n", "3", "a\nb"], [3, 5]),
   )
   def test_other_delimiters(self, delimiter, words, expected):
-    self.assertEqual(token_text.step_ends(np.array(word_ids(*words)), texts()["word"], delimiter), expected)
+    self.assertEqual(
+      token_text.step_ends(np.array(word_ids(*words)), texts()["word"], delimiter), expected
+    )
 
   def test_empty_delimiter(self):  # Fails if an empty delimiter ends a step at every byte.
     with self.assertRaisesRegex(errors.UserError, "between steps, '', must be text, not empty"):
       token_text.step_ends([1], texts()["word"], "")
 
-  # Fails if ends repeat, miss the last token, leave a step without text, or split where no delimiter was completed.
+  # Fails if ends repeat, miss the last token, leave a step without text, or split where no
+  # delimiter was completed.
   @settings(max_examples=300, deadline=None, database=None)
   @given(st.sampled_from(["byte", "word"]), st.data(), st.sampled_from(["\n", "\n\n", " ", "b\n"]))
   def test_slices_concatenate(self, name, data, delimiter):
     text = texts()[name]
     likely = [i for i in range(text.vocab_size) if text.bytes_of(i).strip() != text.bytes_of(i)]
-    ids = data.draw(st.lists(st.sampled_from(likely) | st.integers(0, text.vocab_size - 1), max_size=30))
+    ids = data.draw(
+      st.lists(st.sampled_from(likely) | st.integers(0, text.vocab_size - 1), max_size=30)
+    )
     ends = token_text.step_ends(ids, text, delimiter)
     steps = [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     self.assertEqual(sum(steps, []), ids)
@@ -166,8 +204,12 @@ class StopTest(parameterized.TestCase):
   @settings(max_examples=300, deadline=None, database=None)
   @given(st.data())
   def test_table_against_search(self, data):
-    pieces = data.draw(st.lists(st.text("ab\n\u20ac", max_size=4), min_size=1, max_size=8, unique=True))
-    text = token_text.TokenText(wrapped(decoders.Fuse(), {piece: i for i, piece in enumerate(pieces)}))
+    pieces = data.draw(
+      st.lists(st.text("ab\n\u20ac", max_size=4), min_size=1, max_size=8, unique=True)
+    )
+    text = token_text.TokenText(
+      wrapped(decoders.Fuse(), {piece: i for i, piece in enumerate(pieces)})
+    )
     stops = data.draw(st.lists(st.text("ab\n\u20ac", min_size=1, max_size=5), max_size=4))
     table, accept = token_text.stop_table(text, stops)
     self.assertEqual((table.dtype, table.shape), (np.int32, (accept + 1, len(pieces))))
@@ -181,7 +223,8 @@ class StopTest(parameterized.TestCase):
     table, accept = token_text.stop_table(texts()["word"], ["\n\n"])
     newline, eos, three = word_ids("\n", "</s>", "3")
     self.assertEqual(accept, 2)
-    self.assertEqual([table[0, newline], table[1, eos], table[1, newline], table[1, three], table[2, three]],
+    self.assertEqual([table[0, newline], table[1, eos], table[1, newline], table[1, three],
+    table[2, three]],
                      [1, 1, 2, 0, 2])  # fmt: skip
 
   # Fails if the table is made token by token in Python. The bound is far above the time measured.
@@ -203,7 +246,9 @@ class StopTest(parameterized.TestCase):
       token_text.cut_at_stop("a", stops)
 
   # Fails if the first stop of the list wins over the first in the text.
-  @parameterized.parameters(("abXcdY", ["Y", "X"], "ab"), ("ab", ["X"], "ab"), ("Xab", ["X"], ""), ("ab", [], "ab"))
+  @parameterized.parameters(
+    ("abXcdY", ["Y", "X"], "ab"), ("ab", ["X"], "ab"), ("Xab", ["X"], ""), ("ab", [], "ab")
+  )
   def test_cut_at_stop(self, text, stops, expected):
     self.assertEqual(token_text.cut_at_stop(text, stops), expected)
 

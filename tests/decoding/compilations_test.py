@@ -15,7 +15,9 @@ pytestmark = pytest.mark.slow  # compiles much
 
 _compiled = []
 jax.monitoring.register_event_duration_secs_listener(
-  lambda event, *_, **__: _compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+  lambda event, *_, **__: (
+    _compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+  )
 )
 
 
@@ -24,7 +26,11 @@ def trunks(rng, count: int, longest: int, items: int):
   lengths = [longest, *rng.integers(2, longest + 1, count - 1)]
   for length in lengths:
     forks = rng.integers(1, length + 1, size=items)
-    yield Trunk(rng.integers(4, 31, length).tolist(), forks.tolist(), rng.integers(0, 2**32, (items, 2), np.uint32))
+    yield Trunk(
+      rng.integers(4, 31, length).tolist(),
+      forks.tolist(),
+      rng.integers(0, 2**32, (items, 2), np.uint32),
+    )
 
 
 def stop_table() -> np.ndarray:
@@ -38,11 +44,21 @@ def stop_table() -> np.ndarray:
 
 class CompilationsTest(absltest.TestCase):
   def test_bucketed_shapes_share_programs(self):
-    # Fails if a program is compiled for every length, number of trunks, of items or of rounds: ten calls fall into two
-    # buckets, of five programs each, and some small transfers; repeated, they compile nothing at all.
-    engine = Engine(tiny_model.model(), tiny_model.one_device_mesh(), Stops((3,)), lanes=4, slots=2, max_new_tokens=5)
+    # Fails if a program is compiled for every length, number of trunks, of items or of rounds: ten
+    # calls fall into two buckets, of five programs each, and some small transfers; repeated, they
+    # compile nothing at all.
+    engine = Engine(
+      tiny_model.model(),
+      tiny_model.one_device_mesh(),
+      Stops((3,)),
+      lanes=4,
+      slots=2,
+      max_new_tokens=5,
+    )
     params, rng = tiny_model.params(), np.random.default_rng(0)
-    calls = [list(trunks(rng, 3 + n % 5, 9 + n % 7, 3 + n % 2)) for n in range(5)]  # up to 16 tokens
+    calls = [
+      list(trunks(rng, 3 + n % 5, 9 + n % 7, 3 + n % 2)) for n in range(5)
+    ]  # up to 16 tokens
     calls += [list(trunks(rng, 4 + n % 5, 17 + 3 * n, 3)) for n in range(5)]  # up to 32
     run = lambda: [len(dict(engine.run(params, call, Sampling()))) for call in calls]
     del _compiled[:]
@@ -54,9 +70,18 @@ class CompilationsTest(absltest.TestCase):
 
   def test_rounds_share_a_length(self):
     # Fails if `longest` is not used: rounds with ever shorter trunks would each compile anew.
-    engine = Engine(tiny_model.model(), tiny_model.one_device_mesh(), Stops((3,)), lanes=2, slots=2, max_new_tokens=5)
+    engine = Engine(
+      tiny_model.model(),
+      tiny_model.one_device_mesh(),
+      Stops((3,)),
+      lanes=2,
+      slots=2,
+      max_new_tokens=5,
+    )
     params, rng = tiny_model.params(), np.random.default_rng(1)
-    run = lambda length: dict(engine.run(params, list(trunks(rng, 4, length, 2)), Sampling(), longest=48))
+    run = lambda length: dict(
+      engine.run(params, list(trunks(rng, 4, length, 2)), Sampling(), longest=48)
+    )
     run(48)
     del _compiled[:]
     for length in (40, 30, 20, 5):
@@ -64,8 +89,8 @@ class CompilationsTest(absltest.TestCase):
     self.assertEqual(_compiled, [])
 
   def test_stops_compare_by_content(self):
-    # Fails if a table is hashed by its identity, compared as an array (which raises), or by its bytes alone (two shapes
-    # may have the same).
+    # Fails if a table is hashed by its identity, compared as an array (which raises), or by its
+    # bytes alone (two shapes may have the same).
     stops = Stops((3,), stop_table(), 31)
     self.assertEqual(stops, Stops((3,), stop_table(), 31))
     self.assertEqual(hash(stops), hash(Stops((3,), stop_table(), 31)))
@@ -79,13 +104,18 @@ class CompilationsTest(absltest.TestCase):
     self.assertEqual(given, stops)
 
   def test_engines_with_equal_stop_strings_share_programs(self):
-    # Fails if the cache of programs misses for a second engine with the same stop strings: everything compiles again.
+    # Fails if the cache of programs misses for a second engine with the same stop strings:
+    # everything compiles again.
     params, call = tiny_model.params(), list(trunks(np.random.default_rng(2), 3, 9, 3))
 
     def run():
       model, stops = tiny_model.model(), Stops((3,), stop_table(), 31)
-      engine = Engine(model, tiny_model.one_device_mesh(), stops, lanes=2, slots=2, max_new_tokens=6)
-      return [[item.finish for item in made] for _, made in sorted(engine.run(params, call, Sampling()))]
+      engine = Engine(
+        model, tiny_model.one_device_mesh(), stops, lanes=2, slots=2, max_new_tokens=6
+      )
+      return [
+        [item.finish for item in made] for _, made in sorted(engine.run(params, call, Sampling()))
+      ]
 
     first = run()
     self.assertIn("stop", sum(first, []))
@@ -94,7 +124,9 @@ class CompilationsTest(absltest.TestCase):
     self.assertEqual(run(), first)
     after = engine_lib.programs.cache_info()
     self.assertEqual((after.hits, after.misses), (before.hits + 1, before.misses))
-    self.assertLessEqual(len(_compiled), 1)  # the second engine lays its parameters out; no program of decoding
+    self.assertLessEqual(
+      len(_compiled), 1
+    )  # the second engine lays its parameters out; no program of decoding
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from tests import tiny_model
 
 EOS = 3
 NEW = 12
-CDF_EDGE = 1e-5  # draws this close to an edge of the CDF may differ between programs of other shapes
+CDF_EDGE = (
+  1e-5  # draws this close to an edge of the CDF may differ between programs of other shapes
+)
 
 
 def make_trunks(rng, count=7):
@@ -26,7 +28,10 @@ def make_trunks(rng, count=7):
     ids = rng.integers(4, 31, size=rng.integers(2, 9))
     forks = [int(f) for f in rng.integers(1, len(ids) + 1, size=rng.integers(1, 7))]
     keys = np.stack(
-      [keys_lib.draw_key(0, "test", 0, f"p{i}", keys_lib.hash_ids(ids[:f]), r) for r, f in enumerate(forks)]
+      [
+        keys_lib.draw_key(0, "test", 0, f"p{i}", keys_lib.hash_ids(ids[:f]), r)
+        for r, f in enumerate(forks)
+      ]
     )
     trunks.append(Trunk([int(t) for t in ids], forks, keys))
   return trunks
@@ -44,7 +49,9 @@ def _next_logits(params, ids, size):
 
 
 _draw = jax.jit(
-  lambda logits, key, at, sampling: draw(logits, jax.random.fold_in(jax.random.wrap_key_data(key), at), sampling),
+  lambda logits, key, at, sampling: draw(
+    logits, jax.random.fold_in(jax.random.wrap_key_data(key), at), sampling
+  ),
   static_argnums=3,
 )
 
@@ -71,13 +78,17 @@ def naive(params, trunk, item, sampling, stop_table=None):
 
 
 def near_edge(params, trunk, item, ids, sampling):
-  """Whether the draw of ids[-1] lies within CDF_EDGE of an edge of its CDF, in the naive loop's program."""
+  """Whether the draw of ids[-1] lies within CDF_EDGE of an edge of its CDF, in the naive loop's
+  program.
+  """
   padded = np.zeros(24, np.int32)
   sequence = [*trunk.ids[: trunk.forks[item]], *ids[:-1]]
   padded[: len(sequence)] = sequence
   scaled = _next_logits(params, jnp.asarray(padded), len(sequence)) / sampling.temperature
   key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(trunk.keys[item])), len(ids) - 1)
-  return float(jnp.min(jnp.abs(jnp.cumsum(jax.nn.softmax(scaled)) - jax.random.uniform(key)))) < CDF_EDGE
+  return (
+    float(jnp.min(jnp.abs(jnp.cumsum(jax.nn.softmax(scaled)) - jax.random.uniform(key)))) < CDF_EDGE
+  )
 
 
 class EngineTest(parameterized.TestCase):
@@ -88,10 +99,16 @@ class EngineTest(parameterized.TestCase):
     Sampling(temperature=1.0, top_p=0.7),
   )
   def test_equals_naive_loop(self, sampling):
-    # Fails if a branch sees trunk tokens at or after its fork, if a refilled slot keeps its suffix, or if keys move.
+    # Fails if a branch sees trunk tokens at or after its fork, if a refilled slot keeps its suffix,
+    # or if keys move.
     params, trunks = tiny_model.params(), make_trunks(np.random.default_rng(0))
     engine = Engine(
-      tiny_model.model(), tiny_model.one_device_mesh(), Stops((EOS,)), lanes=3, slots=2, max_new_tokens=NEW
+      tiny_model.model(),
+      tiny_model.one_device_mesh(),
+      Stops((EOS,)),
+      lanes=3,
+      slots=2,
+      max_new_tokens=NEW,
     )
     results = dict(engine.run(params, trunks, sampling))
     self.assertSameElements(results, range(len(trunks)))
@@ -107,14 +124,20 @@ class EngineTest(parameterized.TestCase):
     self.assertEqual(finishes, {"eos", "length"})
 
   def test_stop_strings_end_branches(self):
-    # Fails if the automaton's state is not carried from token to token, or from prefill to the loop.
+    # Fails if the automaton's state is not carried from token to token, or from prefill to the
+    # loop.
     table = np.zeros((3, 31), np.int32)  # stops at an odd token followed by an even one
     table[:, 1::2] = 1
     table[1, 0::2] = 2
     table[2] = 2
     params, trunks = tiny_model.params(), make_trunks(np.random.default_rng(1))
     engine = Engine(
-      tiny_model.model(), tiny_model.one_device_mesh(), Stops((EOS,), table), lanes=3, slots=2, max_new_tokens=NEW
+      tiny_model.model(),
+      tiny_model.one_device_mesh(),
+      Stops((EOS,), table),
+      lanes=3,
+      slots=2,
+      max_new_tokens=NEW,
     )
     finishes = set()
     for i, generations in engine.run(params, trunks, Sampling(temperature=1.0)):
@@ -125,9 +148,16 @@ class EngineTest(parameterized.TestCase):
     self.assertIn("stop", finishes)
 
   def assert_same_draws(self, params, trunks, order, engine, sampling, other_params=None):
-    """Equal tokens to the shared geometry's, but for draws at an edge of the CDF; `other_params` are on `engine`'s mesh."""
+    """Equal tokens to the shared geometry's, but for draws at an edge of the CDF; `other_params`
+    are on `engine`'s mesh.
+    """
     reference = Engine(
-      tiny_model.model(), tiny_model.one_device_mesh(), Stops((EOS,)), lanes=3, slots=2, max_new_tokens=NEW
+      tiny_model.model(),
+      tiny_model.one_device_mesh(),
+      Stops((EOS,)),
+      lanes=3,
+      slots=2,
+      max_new_tokens=NEW,
     )
     expected, compared = dict(reference.run(params, trunks, sampling)), 0
     for i, generations in engine.run(other_params or params, [trunks[j] for j in order], sampling):
@@ -135,7 +165,9 @@ class EngineTest(parameterized.TestCase):
         got, wanted = got.ids.tolist(), wanted.ids.tolist()
         if got != wanted:
           first = next(n for n in range(len(wanted)) if got[: n + 1] != wanted[: n + 1])
-          self.assertTrue(near_edge(params, trunks[order[i]], item, wanted[: first + 1], sampling), (got, wanted))
+          self.assertTrue(
+            near_edge(params, trunks[order[i]], item, wanted[: first + 1], sampling), (got, wanted)
+          )
         compared += 1
     self.assertEqual(compared, sum(len(trunk.forks) for trunk in trunks))
 
@@ -160,23 +192,38 @@ class EngineTest(parameterized.TestCase):
     params, trunks = tiny_model.params(), make_trunks(np.random.default_rng(3), count=9)
     mesh = device_mesh.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
     other = Engine(tiny_model.model(), mesh, Stops((EOS,)), lanes=32, slots=2, max_new_tokens=NEW)
-    other_params = jax.device_put(params, device_mesh.shardings(mesh, tiny_model.model().logical_axes()))
-    self.assert_same_draws(params, trunks, range(len(trunks)), other, Sampling(temperature=1.0), other_params)
+    other_params = jax.device_put(
+      params, device_mesh.shardings(mesh, tiny_model.model().logical_axes())
+    )
+    self.assert_same_draws(
+      params, trunks, range(len(trunks)), other, Sampling(temperature=1.0), other_params
+    )
 
   def test_padding_of_the_vocabulary_is_never_drawn(self):
     # Fails if ids that the tokenizer does not know can be drawn.
     params, trunks = tiny_model.params(), make_trunks(np.random.default_rng(4))
     engine = Engine(
-      tiny_model.model(), tiny_model.one_device_mesh(), Stops((EOS,), None, 20), lanes=3, slots=2, max_new_tokens=NEW
+      tiny_model.model(),
+      tiny_model.one_device_mesh(),
+      Stops((EOS,), None, 20),
+      lanes=3,
+      slots=2,
+      max_new_tokens=NEW,
     )
     with jax.debug_nans(False):
       made = dict(engine.run(params, trunks, Sampling(temperature=1.5)))
-    drawn = {int(token) for generations in made.values() for generation in generations for token in generation.ids}
+    drawn = {
+      int(token)
+      for generations in made.values()
+      for generation in generations
+      for token in generation.ids
+    }
     self.assertGreater(len(drawn), 10)
     self.assertLess(max(drawn), 20)
 
   def test_inverse_cdf_in_two_levels(self):
-    # Fails if a block is left out or counted twice, or if rounding at a block's edge picks a token of probability 0.
+    # Fails if a block is left out or counted twice, or if rounding at a block's edge picks a token
+    # of probability 0.
     rng = np.random.default_rng(0)
     prob = rng.random(3000).astype(np.float32) * (rng.random(3000) < 0.1)
     prob[::256] = 0.0

@@ -15,9 +15,12 @@ class ScaleTest(parameterized.TestCase):
   @parameterized.parameters(
     ("7 million", "7000000"), (r"7\text{ million}", "7000000"), ("1.5 billion", "1500000000"),
     ("3 hundred", "300"), ("12 thousand", "12000"), ("2 trillion", "2000000000000"),
-    ("2.5 dozen eggs", "30 eggs"), (r"2\text{ dozen eggs}", "24"), ("7 million dollars", r"\$7000000"),
-    (r"\$7\text{ million}", "7000000 dollars"), (r"\$7k", "7000"), ("$7K", "7000"), ("$1.5M", "1500000"),
-    (r"\$2bn", "2000000000"), ("€3B", "3000000000"), ("$7 per dozen", "7"), (r"7\text{ cents per dozen}", "7"),
+    ("2.5 dozen eggs", "30 eggs"), (r"2\text{ dozen eggs}", "24"),
+    ("7 million dollars", r"\$7000000"),
+    (r"\$7\text{ million}", "7000000 dollars"), (r"\$7k", "7000"), ("$7K", "7000"),
+    ("$1.5M", "1500000"),
+    (r"\$2bn", "2000000000"), ("€3B", "3000000000"), ("$7 per dozen", "7"),
+    (r"7\text{ cents per dozen}", "7"),
     ("-7 million", "-7000000"), ("half", r"\text{half}"), ("5 dozen dozens", "720"),
   )  # fmt: skip
   def test_scale_words_multiply(self, text, equal):
@@ -27,12 +30,15 @@ class ScaleTest(parameterized.TestCase):
   def test_the_value_is_exact(self):
     self.assertEqual(exact(parse("0.1 million")), fractions.Fraction(100000))
 
-  @parameterized.parameters(("7 million", "7"), ("7 dozen", "7"), (r"\$7k", "7"), ("$7M", "7"), ("7k", "7"))
+  @parameterized.parameters(
+    ("7 million", "7"), ("7 dozen", "7"), (r"\$7k", "7"), ("$7M", "7"), ("7k", "7")
+  )
   def test_scaled_numbers_are_others(self, text, gold):
     self.assertFalse(same(parse(gold), parse(text)))
 
   @parameterized.parameters(
-    "7 tenths", "7 hundredths", "2 thirds", "3 fifths", "5 factorial", "5 squared", "7 dollars million",
+    "7 tenths", "7 hundredths", "2 thirds", "3 fifths", "5 factorial", "5 squared", "7 dollars "
+                                                                                    "million",
     r"7\text{ less}", "7 hundreds", r"7\text{ is wrong}", "7 apples is impossible",
   )  # fmt: skip
   def test_words_that_make_another_number_are_refused(self, text):
@@ -40,7 +46,9 @@ class ScaleTest(parameterized.TestCase):
     with self.assertRaises(Unreadable):
       parse(text)
 
-  @parameterized.parameters("7 or more", r"7\text{ or more}", "7 and a half", r"7\text{ and a half}")
+  @parameterized.parameters(
+    "7 or more", r"7\text{ or more}", "7 and a half", r"7\text{ and a half}"
+  )
   def test_hedges_are_lists(self, text):
     # Fails if the first number of a hedge is read as the answer.
     with self.assertRaises(Ambiguous):
@@ -49,10 +57,14 @@ class ScaleTest(parameterized.TestCase):
 
 class DecorationTest(parameterized.TestCase):
   @parameterized.parameters(
-    r"\textcolor{red}{13}", r"{\color{red}13}", r"\color{blue}{13}", r"{\color{red} 13}", r"\colorbox{yellow}{13}",
-    r"\fcolorbox{red}{white}{13}", r"\underline{13}", r"\underbrace{13}", r"\boxed{13}", r"\fbox{13}",
-    r"\framebox{13}", r"\bbox[5px,border:2px solid red]{13}", r"\bbox{13}", r"\large 13", r"{\huge 13}",
-    r"13 \checkmark", "13 ✓", "13 ✅", '"13"', "“13”", "``13''", r"\textcolor{red}{\boxed{13}}", r"\color[rgb]{1,0,0}13",
+    r"\textcolor{red}{13}", r"{\color{red}13}", r"\color{blue}{13}", r"{\color{red} 13}",
+    r"\colorbox{yellow}{13}",
+    r"\fcolorbox{red}{white}{13}", r"\underline{13}", r"\underbrace{13}", r"\boxed{13}",
+    r"\fbox{13}",
+    r"\framebox{13}", r"\bbox[5px,border:2px solid red]{13}", r"\bbox{13}", r"\large 13",
+    r"{\huge 13}",
+    r"13 \checkmark", "13 ✓", "13 ✅", '"13"', "“13”", "``13''", r"\textcolor{red}{\boxed{13}}",
+    r"\color[rgb]{1,0,0}13",
   )  # fmt: skip
   def test_it_reads_as_what_it_shows(self, text):
     # Fails if colour, a frame, a size or quotes change an answer or make it unreadable.
@@ -66,7 +78,12 @@ class DecorationTest(parameterized.TestCase):
 
 class LabelTest(parameterized.TestCase):
   @parameterized.parameters(
-    r"\text{Answer: }13", r"\text{The area: } 13", r"\text{Area} = 13", "Area: 13", r"\text{Area}: 13", "=13"
+    r"\text{Answer: }13",
+    r"\text{The area: } 13",
+    r"\text{Area} = 13",
+    "Area: 13",
+    r"\text{Area}: 13",
+    "=13",
   )
   def test_a_label_is_skipped(self, text):
     # Fails if words before a colon or equals sign are read as part of the value.

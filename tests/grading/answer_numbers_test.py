@@ -34,7 +34,8 @@ def random_tree(random_: random.Random, depth: int) -> tuple[Node, fractions.Fra
 
 class ValuesTest(parameterized.TestCase):
   def test_exact_is_python_s_arithmetic(self):
-    # Fails if an operation of `exact` is another one than fractions', or a division by zero has a value.
+    # Fails if an operation of `exact` is another one than fractions', or a division by zero has a
+    # value.
     random_, defined = random.Random(0), 0
     for _ in range(2000):
       tree, value = random_tree(random_, 4)
@@ -58,17 +59,22 @@ class ValuesTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (r"\pi \cdot 10^{-50}", r"2\pi \cdot 10^{-50}"), (r"e^{\pi\sqrt{163}}", "262537412640768744"),
-    (r"\ln 2 + 10^{-60}", r"\ln 2"), (r"\pi + 10^{-200}", r"\pi"), (r"\sqrt2 + 10^{-300}", r"\sqrt2"),
-    (r"\sqrt{10^{40}+1}", r"10^{20}"), (r"\frac{\pi}{2^{99}}", r"\frac{\pi}{2^{98}}"), ("x + 10^{-100}", "x"),
-    (r"\sqrt{5}+\sqrt{6}+\sqrt{18}", r"\sqrt{4}+\sqrt{12}+\sqrt{12}"), (r"\frac{e}{200!}", r"\frac{e}{199!}"),
-    (r"\sqrt{1000001}+\sqrt{1000025}+\sqrt{1000031}", r"\sqrt{1000000}+\sqrt{1000026}+\sqrt{1000031.0000001}"),
+    (r"\ln 2 + 10^{-60}", r"\ln 2"), (r"\pi + 10^{-200}", r"\pi"),
+    (r"\sqrt2 + 10^{-300}", r"\sqrt2"),
+    (r"\sqrt{10^{40}+1}", r"10^{20}"), (r"\frac{\pi}{2^{99}}", r"\frac{\pi}{2^{98}}"),
+    ("x + 10^{-100}", "x"),
+    (r"\sqrt{5}+\sqrt{6}+\sqrt{18}", r"\sqrt{4}+\sqrt{12}+\sqrt{12}"),
+    (r"\frac{e}{200!}", r"\frac{e}{199!}"),
+    (r"\sqrt{1000001}+\sqrt{1000025}+\sqrt{1000031}",
+    r"\sqrt{1000000}+\sqrt{1000026}+\sqrt{1000031.0000001}"),
   )  # fmt: skip
   def test_near_misses_differ(self, a, b):
     # Fails if too few digits are asked for, or a difference is held against an absolute bound.
     self.assertFalse(answer_numbers.equal(parse(a), parse(b)))
 
   @parameterized.parameters(
-    (r"\sqrt{11+2\sqrt{29}}+\sqrt{16-2\sqrt{29}+2\sqrt{55-10\sqrt{29}}}", r"\sqrt{5}+\sqrt{22+2\sqrt{5}}"),
+    (r"\sqrt{11+2\sqrt{29}}+\sqrt{16-2\sqrt{29}+2\sqrt{55-10\sqrt{29}}}",
+    r"\sqrt{5}+\sqrt{22+2\sqrt{5}}"),
     (r"\sqrt[3]{2+\sqrt{5}}", r"\frac{1+\sqrt5}{2}"),
     (r"\sqrt[3]{\sqrt[3]{2}-1}", r"\frac{1-\sqrt[3]{2}+\sqrt[3]{4}}{\sqrt[3]{9}}"),
     (r"4\arctan\frac15-\arctan\frac1{239}", r"\frac{\pi}{4}"),
@@ -85,7 +91,8 @@ class ValuesTest(parameterized.TestCase):
     random_ = random.Random(2)
     for _ in range(200):
       text = "".join(
-        f"{random_.choice('+-')}{random_.randrange(1, 9)}\\sqrt{{{random_.randrange(2, 99)}}}" for _ in range(3)
+        f"{random_.choice('+-')}{random_.randrange(1, 9)}\\sqrt{{{random_.randrange(2, 99)}}}"
+        for _ in range(3)
       )
       tree = parse(text)
       above, below, degree = answer_numbers.separation(tree)
@@ -95,7 +102,13 @@ class ValuesTest(parameterized.TestCase):
         self.assertGreaterEqual(digits.ctx.log(abs(value), 2), -(below + (degree - 1) * above))
 
   @parameterized.parameters(
-    "9^{9^9}", "(10^6)!", r"\binom{10^9}{3}", "2^{10^9}", r"\exp(10^9)", r"\sin(10^{50})", "x^{10^9}"
+    "9^{9^9}",
+    "(10^6)!",
+    r"\binom{10^9}{3}",
+    "2^{10^9}",
+    r"\exp(10^9)",
+    r"\sin(10^{50})",
+    "x^{10^9}",
   )
   def test_what_is_too_large_is_said_at_once(self, text):
     # Fails if a size is not looked at before it is computed.
@@ -108,8 +121,10 @@ class SympyTest(parameterized.TestCase):
     # Fails if an operation becomes another one, symbols are mixed up, or a constant is a symbol.
     random_, at = random.Random(2), {"x": fractions.Fraction(7, 5), "y": fractions.Fraction(-3, 4)}
     texts = [
-      r"\sqrt{x^2+1}", r"\frac{x-y}{2}", r"|y-x|", r"\lfloor 3x \rfloor - \lceil y \rceil", r"\max(x, y) + \min(x, 1)",
-      r"\sin x \cos y", r"\ln(x+2)", r"\log_2 8 + \lg 100", r"e^{x}\pi", r"\sqrt[3]{x+1}", r"5! + \binom{6}{2}", "20\\%",
+      r"\sqrt{x^2+1}", r"\frac{x-y}{2}", r"|y-x|", r"\lfloor 3x \rfloor - \lceil y \rceil",
+      r"\max(x, y) + \min(x, 1)",
+      r"\sin x \cos y", r"\ln(x+2)", r"\log_2 8 + \lg 100", r"e^{x}\pi", r"\sqrt[3]{x+1}",
+      r"5! + \binom{6}{2}", "20\\%",
       r"30^\circ", r"\arctan x",
     ]  # fmt: skip
     trees = [parse(text) for text in texts] + [random_tree(random_, 3)[0] for _ in range(100)]
@@ -127,13 +142,17 @@ class SympyTest(parameterized.TestCase):
     self.assertGreater(compared, 90)
 
   @parameterized.parameters(
-    ("|x-5000|", "5000-x", False), ("|x-5000|", "|5000-x|", True), (r"\sqrt{(x-54321)^2}", "54321-x", False),
+    ("|x-5000|", "5000-x", False), ("|x-5000|", "|5000-x|", True),
+    (r"\sqrt{(x-54321)^2}", "54321-x", False),
     (r"\max(x, 70000)", "70000", False), (r"\max(x, 70000)", r"\frac{x+70000+|x-70000|}{2}", True),
-    ("|x^2-9000000|", "9000000-x^2", False), ("|x-y-40000|", "40000+y-x", False), ("|y-x-40000|", "|40000+x-y|", True),
-    (r"|x-5000|+|x-5002|", r"2", False), (r"\sqrt{x^2}", "|x|", True), ("x^{1/2}", r"\sqrt{x}", True),
+    ("|x^2-9000000|", "9000000-x^2", False), ("|x-y-40000|", "40000+y-x", False),
+    ("|y-x-40000|", "|40000+x-y|", True),
+    (r"|x-5000|+|x-5002|", r"2", False), (r"\sqrt{x^2}", "|x|", True),
+    ("x^{1/2}", r"\sqrt{x}", True),
   )  # fmt: skip
   def test_both_sides_of_a_turn(self, left, right, same):
-    # Fails if expressions pass for equal that differ beyond all points of a fixed choice, or equal ones for different.
+    # Fails if expressions pass for equal that differ beyond all points of a fixed choice, or equal
+    # ones for different.
     self.assertEqual(answer_numbers.equal(parse(left), parse(right)), same)
 
   @parameterized.parameters(

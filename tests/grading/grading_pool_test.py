@@ -56,10 +56,12 @@ def unruly(num_workers: int) -> grading_pool.GradingPool:
 
 class LostWorkersTest(parameterized.TestCase):
   @parameterized.parameters(
-    ("hang", "timeout", 1), ("spin", "timeout", 0), ("die", "timeout", 1), ("crash", "timeout", 1), ("eat", "too_large", 0)
+    ("hang", "timeout", 1), ("spin", "timeout", 0), ("die", "timeout", 1), ("crash", "timeout", 1),
+    ("eat", "too_large", 0)
   )  # fmt: skip
   def test_one_answer_is_lost_and_no_other(self, what, reason, replaced):
-    # Fails if a lost worker takes the answers behind it along, is not replaced, or memory or time has no bound.
+    # Fails if a lost worker takes the answers behind it along, is not replaced, or memory or time
+    # has no bound.
     items = [(rf"\boxed{{{n}}}", "5") for n in range(20)]
     items[7] = (what, "5")
     with unruly(1) as pool:
@@ -68,7 +70,8 @@ class LostWorkersTest(parameterized.TestCase):
       self.assertLess(time.monotonic() - start, 30)
       self.assertEqual(made[7][0], reason)
       self.assertEqual(
-        [reason for i, (reason, _) in enumerate(made) if i != 7], ["wrong"] * 5 + ["right"] + ["wrong"] * 13
+        [reason for i, (reason, _) in enumerate(made) if i != 7],
+        ["wrong"] * 5 + ["right"] + ["wrong"] * 13,
       )
       self.assertEqual(pool.replaced, replaced)
       self.assertEqual(pool.grade(items[:7], RULES, 0.5), made[:7])
@@ -82,7 +85,9 @@ class LostWorkersTest(parameterized.TestCase):
 
   def test_a_worker_that_does_not_start_is_said(self):
     with self.assertRaisesRegex(errors.UserError, "does not start"):
-      grading_pool.GradingPool(1, command=[sys.executable, "-c", "pass"]).grade([("5", "5")], RULES, 0.5)
+      grading_pool.GradingPool(1, command=[sys.executable, "-c", "pass"]).grade(
+        [("5", "5")], RULES, 0.5
+      )
 
   def test_a_bad_gold_answer_is_said_and_the_pool_goes_on(self):
     with grading_pool.GradingPool(1) as pool:
@@ -93,19 +98,26 @@ class LostWorkersTest(parameterized.TestCase):
 
 class UseTest(absltest.TestCase):
   def test_order_and_size(self):
-    # Fails if answers come back in another order, or a long response fills the pipe and both sides wait.
-    responses = [("x " * (30_000 if n % 7 == 0 else 1)) + rf"\boxed{{{n}}}" for n in range(300)] + ["y" * 1_000_001]
+    # Fails if answers come back in another order, or a long response fills the pipe and both sides
+    # wait.
+    responses = [("x " * (30_000 if n % 7 == 0 else 1)) + rf"\boxed{{{n}}}" for n in range(300)] + [
+      "y" * 1_000_001
+    ]
     graded = answers.grade_many(responses, [str(n) for n in range(301)], kind="math")
     self.assertEqual([v.reason for v in graded], ["right"] * 300 + ["too_large"])
     self.assertEqual([v.extracted for v in graded[:300]], [str(n) for n in range(300)])
 
   def test_from_threads(self):
-    # Fails if threads that share the workers get each other's answers, or a signal is used (they work in one thread only).
+    # Fails if threads that share the workers get each other's answers, or a signal is used (they
+    # work in one thread only).
     found = {}
 
     def work(n):
       texts = [rf"\boxed{{\frac{{{n}}}{{{k}}}}}" for k in range(1, 80)]
-      found[n] = [v.correct for v in answers.grade_many(texts, [f"{n}/{k}" for k in range(1, 80)], kind="math")]
+      found[n] = [
+        v.correct
+        for v in answers.grade_many(texts, [f"{n}/{k}" for k in range(1, 80)], kind="math")
+      ]
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(1, 9)]
     for thread in threads:
@@ -115,7 +127,8 @@ class UseTest(absltest.TestCase):
     self.assertEqual(found, {n: [True] * 79 for n in range(1, 9)})
 
   def test_as_a_notebook_does(self):
-    # Fails if a __main__ guard, a file of the main program or jax in the workers were needed; run from stdin, elsewhere.
+    # Fails if a __main__ guard, a file of the main program or jax in the workers were needed; run
+    # from stdin, elsewhere.
     program = textwrap.dedent(r"""
       import sys
       from synthneg_jax.grading import answers
@@ -124,14 +137,23 @@ class UseTest(absltest.TestCase):
     """)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-      [sys.executable], input=program, capture_output=True, text=True, env=environment, cwd="/", timeout=120, check=True
+      [sys.executable],
+      input=program,
+      capture_output=True,
+      text=True,
+      env=environment,
+      cwd="/",
+      timeout=120,
+      check=True,
     )
     self.assertEqual(done.stdout.split(), ["right", "False"])
 
   def test_a_worker_imports_no_jax(self):
     done = subprocess.run(
-      [sys.executable, "-c", "import sys, synthneg_jax.grading.grading_worker; print([m for m in sys.modules if m in "
-       "('jax', 'numpy', 'sympy', 'flax')])"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+      [sys.executable, "-c", "import sys, synthneg_jax.grading.grading_worker; print([m for m in "
+                             "sys.modules if m in "
+       "('jax', 'numpy', 'sympy', 'flax')])"], capture_output=True, text=True,
+       env=os.environ | {"PYTHONPATH": str(ROOT)},
       timeout=120, check=True)  # fmt: skip
     self.assertEqual(done.stdout.strip(), "[]")
 
@@ -163,8 +185,12 @@ def _alive(pid: int) -> bool:
 
 class SpeedTest(absltest.TestCase):
   def test_math(self):
-    # Fails if workers start for every call, or an answer takes a symbolic simplification. Far below what was measured.
-    items = [(rf"So \boxed{{\frac{{\sqrt{{3}}}}{{{n}}}}}", rf"\frac{{3}}{{{n}\sqrt3}}") for n in range(1, 1001)]
+    # Fails if workers start for every call, or an answer takes a symbolic simplification. Far below
+    # what was measured.
+    items = [
+      (rf"So \boxed{{\frac{{\sqrt{{3}}}}{{{n}}}}}", rf"\frac{{3}}{{{n}\sqrt3}}")
+      for n in range(1, 1001)
+    ]
     answers.grade("5", "5", kind="math")
     start = time.monotonic()
     graded = answers.grade_many(*map(list, zip(*items, strict=True)), kind="math")
@@ -173,11 +199,17 @@ class SpeedTest(absltest.TestCase):
 
   @pytest.mark.long
   def test_figures_of_the_page(self):
-    # Fails below the figures that are promised, on two idle cores: 5,000 GSM8K and 500 MATH answers a second.
+    # Fails below the figures that are promised, on two idle cores: 5,000 GSM8K and 500 MATH answers
+    # a second.
     start = time.monotonic()
-    answers.grade_many(["She sold 48 / 2 = 24 clips in May.\n" * 4 + "#### 72 clips"] * 20_000, ["72"] * 20_000)
+    answers.grade_many(
+      ["She sold 48 / 2 = 24 clips in May.\n" * 4 + "#### 72 clips"] * 20_000, ["72"] * 20_000
+    )
     self.assertGreater(20_000 / (time.monotonic() - start), 5000)
-    items = [(rf"So \boxed{{\frac{{\sqrt{{3}}}}{{{n}}}}}", rf"\frac{{3}}{{{n}\sqrt3}}") for n in range(1, 5001)]
+    items = [
+      (rf"So \boxed{{\frac{{\sqrt{{3}}}}{{{n}}}}}", rf"\frac{{3}}{{{n}\sqrt3}}")
+      for n in range(1, 5001)
+    ]
     answers.grade("5", "5", kind="math")
     start = time.monotonic()
     answers.grade_many(*map(list, zip(*items, strict=True)), kind="math")

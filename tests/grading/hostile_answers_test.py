@@ -1,4 +1,6 @@
-"""Hostile answers: no hang, no crash, no verdict by accident. 10,000 structured strings; an hour of atheris with --long."""
+"""Hostile answers: no hang, no crash, no verdict by accident. 10,000 structured strings; an hour of
+atheris with --long.
+"""
 
 import os
 import pathlib
@@ -44,12 +46,15 @@ atheris.Fuzz()
 
 class HostileTest(parameterized.TestCase):
   def test_ten_thousand_strings(self):
-    # Fails if any string makes the grader raise, or takes long: a size that is computed before it is capped, a regex that
-    # backtracks, a recursion without end. What is "right" by accident would show a rule that picks bits out of gibberish.
+    # Fails if any string makes the grader raise, or takes long: a size that is computed before it
+    # is capped, a regex that backtracks, a recursion without end. What is "right" by accident would
+    # show a rule that picks bits out of gibberish.
     worst, right = 0.0, []
     for index, text in enumerate(hostile_answers.strings(10_000, seed=3)):
       gold, start = GOLDS[index % len(GOLDS)], time.process_time()
-      reason, _ = grade_response(text if index % 2 else rf"\boxed{{{text}}}", gold, kind="math", rules=RULES)
+      reason, _ = grade_response(
+        text if index % 2 else rf"\boxed{{{text}}}", gold, kind="math", rules=RULES
+      )
       worst = max(worst, time.process_time() - start)
       self.assertIn(reason, answers.REASONS)
       if reason == "right":
@@ -60,7 +65,8 @@ class HostileTest(parameterized.TestCase):
   @parameterized.parameters(
     "." * 80 + "f", "xxx" * 30 + "7..." * 20 + "f",
     "((x!)!)! + y", "!d!$x! b! n! y!", r"\binom{x}{y!}^{y!}",
-    "9**9**9", "10^{10^{10}}", "1e999999999", "9^{9^{9^{9}}}", "(" * 50_000, "{" * 50_000, r"\frac{" * 20_000,
+    "9**9**9", "10^{10^{10}}", "1e999999999", "9^{9^{9^{9}}}", "(" * 50_000, "{" * 50_000,
+    r"\frac{" * 20_000,
     "1+" * 50_000 + "1",
     "x" * 100_000, "\x00" * 10, "7\x00", "\ud800", "٧", "𝟕", "7\u202e8", "99999999!",
     "((10!)!)!", r"\sqrt[10^9]{2}", "-" * 100_000,
@@ -74,7 +80,8 @@ class HostileTest(parameterized.TestCase):
     r"\text{" * 300, "**" * 50_000, r"\$" * 50_000,
     r"\(" * 50_000, r"\\" * 50_000,
     r"sgn\{\}", "sgn{}", r"\sin\emptyset", "sgn()",
-    "1" * 50 + "=0i", "1" * 20 + ".5+0i", "[0i,2)", "0i<x<3", "x>2+0i", r"\max(1+0i,2)", "3+0i:4", r"\floor(2+0i)",
+    "1" * 50 + "=0i", "1" * 20 + ".5+0i", "[0i,2)", "0i<x<3", "x>2+0i", r"\max(1+0i,2)", "3+0i:4",
+    r"\floor(2+0i)",
   )  # fmt: skip
   def test_is_quick_and_never_right(self, text):
     # Fails if one of them hangs, raises, or reads as 7.
@@ -88,15 +95,20 @@ class HostileTest(parameterized.TestCase):
     # Fails if a worker's limits of memory or time change what an answer is.
     texts = [rf"\boxed{{{text}}}" for text in hostile_answers.strings(500, seed=4)]
     here = [grade_response(text, "7", kind="math", rules=RULES)[0] for text in texts]
-    there = [verdict.reason for verdict in answers.grade_many(texts, ["7"] * 500, kind="math", timeout_s=20.0)]
+    there = [
+      verdict.reason
+      for verdict in answers.grade_many(texts, ["7"] * 500, kind="math", timeout_s=20.0)
+    ]
     self.assertEqual(here, there)
 
   @pytest.mark.long
   def test_an_hour_of_fuzzing(self):
-    # Fails if coverage-guided input finds an exception, or a text that takes more than 10 s. Needs `pip install atheris`.
+    # Fails if coverage-guided input finds an exception, or a text that takes more than 10 s. Needs
+    # `pip install atheris`.
     pytest.importorskip("atheris")
     done = subprocess.run(
-      [sys.executable, "-c", FUZZ, "-max_total_time=3600", "-timeout=10", "-rss_limit_mb=4096", "-max_len=600"],
+      [sys.executable, "-c", FUZZ, "-max_total_time=3600", "-timeout=10", "-rss_limit_mb=4096",
+      "-max_len=600"],
       env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
       cwd=self.enterContext(tempfile.TemporaryDirectory()),
     )  # fmt: skip

@@ -1,4 +1,6 @@
-"""Tests of the verifier, answers of kind "math": own pairs by kind of answer, hedges, extraction, conventions."""
+"""Tests of the verifier, answers of kind "math": own pairs by kind of answer, hedges, extraction,
+conventions.
+"""
 
 import itertools
 import pathlib
@@ -52,7 +54,9 @@ class PairsTest(parameterized.TestCase):
   def test_pairs(self, kind):
     # Fails if a rule of the grammar or of equality goes, or one too many is added.
     for _, gold, equal, unequal in (line for line in PAIRS if line[0] == kind):
-      for answer, right in itertools.chain(((a, True) for a in equal), ((a, False) for a in unequal)):
+      for answer, right in itertools.chain(
+        ((a, True) for a in equal), ((a, False) for a in unequal)
+      ):
         for response in (answer, rf"So we have it. \boxed{{{answer}}}"):
           found = reason(response, gold)
           self.assertEqual(found == "right", right, f"{gold} | {response}: {found}")
@@ -60,11 +64,15 @@ class PairsTest(parameterized.TestCase):
   @parameterized.parameters(*KINDS)
   def test_gold_is_right_against_itself(self, kind):
     for _, gold, _, _ in (line for line in PAIRS if line[0] == kind):
-      for response in (rf"\boxed{{{gold}}}", rf"The final answer is ${gold}$." if "$" not in gold else gold):
+      for response in (
+        rf"\boxed{{{gold}}}",
+        rf"The final answer is ${gold}$." if "$" not in gold else gold,
+      ):
         self.assertEqual(reason(response, gold), "right", f"{gold} | {response}")
 
   def test_other_golds_are_never_right(self):
-    # Fails if two answers of the file that say different things are equal: golds against each other.
+    # Fails if two answers of the file that say different things are equal: golds against each
+    # other.
     every = list(itertools.permutations(PAIRS, 2))
     for (_, a, equal, _), (_, b, also_equal, _) in random.Random(0).sample(every, 3000):
       if a == b or a in also_equal or b in equal or set(equal) & set(also_equal) or "pmod" in a + b:
@@ -75,8 +83,15 @@ class PairsTest(parameterized.TestCase):
     # Fails if any digit of an answer does not count.
     random_, changed = random.Random(0), 0
     for kind, gold, equal, _ in PAIRS:
-      if kind in ("bases_ratios_times", "functions_of_integers", "logarithms_and_trigonometry", "complex", "choices"):
-        continue  # a digit may be changed there and the value stay: 3:45 mod 12 hours, 1/2004! and so on
+      if kind in (
+        "bases_ratios_times",
+        "functions_of_integers",
+        "logarithms_and_trigonometry",
+        "complex",
+        "choices",
+      ):
+        # a digit may be changed there and the value stay: 3:45 mod 12 hours, 1/2004! and so on
+        continue
       for answer in [gold, *equal]:
         for place in [m.start() for m in re.finditer(r"\d", answer)]:
           other = random_.choice([d for d in "123456789" if d != answer[place]])
@@ -89,9 +104,14 @@ class PairsTest(parameterized.TestCase):
 
 
 def _means_the_same(changed: str, gold: str) -> bool:
-  """Changed digits that change nothing, or what is not the answer: names, powers of 1, steps on the way to it."""
+  """Changed digits that change nothing, or what is not the answer: names, powers of 1, steps on the
+  way to it.
+  """
   return (
-    any(text in changed for text in (r"\cup[2,5]", r"[1,3]\cup", r"]\cup[3,5]", "1^", "0^", "_1", "_2", "x_"))
+    any(
+      text in changed
+      for text in (r"\cup[2,5]", r"[1,3]\cup", r"]\cup[3,5]", "1^", "0^", "_1", "_2", "x_")
+    )
     or changed.count("=") > 1
   )
 
@@ -100,16 +120,23 @@ class HedgesTest(parameterized.TestCase):
   @parameterized.parameters(
     *itertools.product(
       [
-        r"\boxed{7 \text{ or } 8}", r"\boxed{x=7 \lor x=8}", r"\boxed{7}\boxed{8}", r"\boxed{7}. No: \boxed{8}", "#### 7 or 8",
-        "The answer is 7 or 8.", "The answer is either 7 or 8", r"\boxed{8=7}", r"\boxed{7=8}", r"\boxed{7,8}",
+        r"\boxed{7 \text{ or } 8}", r"\boxed{x=7 \lor x=8}", r"\boxed{7}\boxed{8}",
+        r"\boxed{7}. No: \boxed{8}", "#### 7 or 8",
+        "The answer is 7 or 8.", "The answer is either 7 or 8", r"\boxed{8=7}", r"\boxed{7=8}",
+        r"\boxed{7,8}",
         r"\boxed{\{7,8\}}",
-        r"\boxed{7 \text{ maybe}}", r"\boxed{7 \text{ or more}}", r"\boxed{\text{not } 7}", r"\boxed{7\text{ or so}}",
-        r"\boxed{7 \text{ and } 8}", r"\boxed{\pm 7}", r"\boxed{7 \pm 1}", "#### 7\n#### 8", r"\boxed{(7,8)}", r"\boxed{7;8}",
-        r"\boxed{7 \text{ million}}", r"\boxed{x \approx 7 \text{ or } x \approx 8}", "The answer is 7. The answer is 8.",
-        "Answer: 7\nAnswer: 8", r"\boxed{7 \Rightarrow 8 \text{ or } 7}", r"\boxed{7, \text{ or } 8}", "A: 7 or 8",
+        r"\boxed{7 \text{ maybe}}", r"\boxed{7 \text{ or more}}", r"\boxed{\text{not } 7}",
+        r"\boxed{7\text{ or so}}",
+        r"\boxed{7 \text{ and } 8}", r"\boxed{\pm 7}", r"\boxed{7 \pm 1}", "#### 7\n#### 8",
+        r"\boxed{(7,8)}", r"\boxed{7;8}",
+        r"\boxed{7 \text{ million}}", r"\boxed{x \approx 7 \text{ or } x \approx 8}",
+        "The answer is 7. The answer is 8.",
+        "Answer: 7\nAnswer: 8", r"\boxed{7 \Rightarrow 8 \text{ or } 7}",
+        r"\boxed{7, \text{ or } 8}", "A: 7 or 8",
         r"\boxed{\text{7 or 8}}", "I guess 7 or maybe 8.", "It is not 7",
         r"\boxed{7 \ne 8}", r"\boxed{7<8}", r"\boxed{7 | 8}",
-        r"\boxed{[7,8]}", r"\boxed{7 \cup 8}", r"\boxed{7\; 8}", r"\boxed{7 \text{ unless } 8}", r"\boxed{7?}",
+        r"\boxed{[7,8]}", r"\boxed{7 \cup 8}", r"\boxed{7\; 8}", r"\boxed{7 \text{ unless } 8}",
+        r"\boxed{7?}",
         r"\boxed{7 \vee 8}",
         r"\boxed{7}\boxed{8}\boxed{7}", r"\boxed{8}. \boxed{7}. \boxed{8}",
       ],
@@ -121,7 +148,10 @@ class HedgesTest(parameterized.TestCase):
     self.assertNotEqual(reason(response, gold), "right")
 
   @parameterized.parameters(
-    r"\boxed{7 \text{ or } 8}", r"\boxed{x=7 \lor x=8}", r"\boxed{7}\boxed{8}", "The answer is 7 or 8."
+    r"\boxed{7 \text{ or } 8}",
+    r"\boxed{x=7 \lor x=8}",
+    r"\boxed{7}\boxed{8}",
+    "The answer is 7 or 8.",
   )
   def test_it_is_called_ambiguous(self, response):
     self.assertEqual(reason(response, "7"), "ambiguous")
@@ -133,18 +163,25 @@ class HedgesTest(parameterized.TestCase):
 
 class ExtractionTest(parameterized.TestCase):
   @parameterized.parameters(
-    (r"First \boxed{3}, so again \boxed{3}.", "3", "right"), (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{\sqrt2}{2}", "right"),
+    (r"First \boxed{3}, so again \boxed{3}.", "3", "right"),
+    (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{\sqrt2}{2}", "right"),
     (r"\fbox{3}", "3", "right"), (r"\boxed 3", "3", "right"),
     (r"\boxed{a+b = 3}", "3", "right"), (r"\boxed{2x = 3}", "3", "wrong"),
     (r"\boxed{ \text{The area is } 3}", "3", "right"),
-    (r"\boxed{3", "3", "unparsable"), (r"\boxed{}", "3", "no_answer"), ("", "3", "no_answer"), ("   \n ", "3", "no_answer"),
-    (r"<think>\boxed{4}</think> \boxed{3}", "3", "right"), (r"\boxed{3}<|im_end|>\boxed{4}", "3", "right"),
+    (r"\boxed{3", "3", "unparsable"), (r"\boxed{}", "3", "no_answer"), ("", "3", "no_answer"),
+    ("   \n ", "3", "no_answer"),
+    (r"<think>\boxed{4}</think> \boxed{3}", "3", "right"),
+    (r"\boxed{3}<|im_end|>\boxed{4}", "3", "right"),
     ("#### 3", "3", "right"), ("So.\n#### $\\frac{6}{2}$", "3", "right"),
     ("The final answer is $3$. I hope it is correct.", "3", "right"),
-    ("The answer is: **3**", "3", "right"), ("The answer is 3 apples.", "3", "right"), ("Answer: $x = 3$", "3", "right"),
-    ("A: 3\n", "3", "right"), ("Final Answer: The largest $n$ is 3.", "3", "right"), ("Thus $x=3$.", "3", "right"),
-    ("We get\n\\[ x = 3. \\]", "3", "right"), ("We get $$3$$", "3", "right"), ("so that 2+1 = 3", "3", "right"),
-    ("There are 3 of them", "3", "right"), ("I do not know", "3", "no_answer"), ("As above.", "3", "wrong"),
+    ("The answer is: **3**", "3", "right"), ("The answer is 3 apples.", "3", "right"),
+    ("Answer: $x = 3$", "3", "right"),
+    ("A: 3\n", "3", "right"), ("Final Answer: The largest $n$ is 3.", "3", "right"),
+    ("Thus $x=3$.", "3", "right"),
+    ("We get\n\\[ x = 3. \\]", "3", "right"), ("We get $$3$$", "3", "right"),
+    ("so that 2+1 = 3", "3", "right"),
+    ("There are 3 of them", "3", "right"), ("I do not know", "3", "no_answer"),
+    ("As above.", "3", "wrong"),
   )  # fmt: skip
   def test_where_the_answer_is(self, response, gold, wanted):
     # Fails if a rule of answer_extraction.py goes, or its order changes.
@@ -170,16 +207,22 @@ class ExtractionTest(parameterized.TestCase):
 
 class ConventionsTest(parameterized.TestCase):
   @parameterized.parameters(
-    ("20", r"20\%", {"percent": "fraction"}, "wrong"), ("0.2", r"20\%", {"percent": "fraction"}, "right"),
-    ("0.2", r"20\%", {"percent": "number"}, "wrong"), ("20", r"20\%", {"percent": "number"}, "right"),
-    ("5", r"5\text{ cm}", {"units": "required"}, "wrong"), ("5 cm", r"5\text{ cm}", {"units": "required"}, "right"),
+    ("20", r"20\%", {"percent": "fraction"}, "wrong"),
+    ("0.2", r"20\%", {"percent": "fraction"}, "right"),
+    ("0.2", r"20\%", {"percent": "number"}, "wrong"),
+    ("20", r"20\%", {"percent": "number"}, "right"),
+    ("5", r"5\text{ cm}", {"units": "required"}, "wrong"),
+    ("5 cm", r"5\text{ cm}", {"units": "required"}, "right"),
     ("5 kg", r"5\text{ cm}", {"units": "ignored"}, "right"), ("5 kg", r"5\text{ cm}", {}, "wrong"),
-    ("(2,1)", "(1,2)", {"tuples": "unordered"}, "right"), (r"\{1,2\}", "(1,2)", {"tuples": "unordered"}, "right"),
+    ("(2,1)", "(1,2)", {"tuples": "unordered"}, "right"),
+    (r"\{1,2\}", "(1,2)", {"tuples": "unordered"}, "right"),
     ("2, 3, 1", "1, 2, 3", {"lists": "ordered"}, "wrong"), ("2, 3, 1", "1, 2, 3", {}, "right"),
     ("3, 5, 4", "5, 3, 4", {"lists": "unordered"}, "right"), ("3, 5, 4", "5, 3, 4", {}, "wrong"),
-    ("1.414", r"\sqrt2", {"decimal_digits": 3}, "right"), ("1.41", r"\sqrt2", {"decimal_digits": 4}, "wrong"),
+    ("1.414", r"\sqrt2", {"decimal_digits": 3}, "right"),
+    ("1.41", r"\sqrt2", {"decimal_digits": 4}, "wrong"),
     ("1.415", r"\sqrt2", {"decimal_digits": 3}, "wrong"), ("1.414", r"\sqrt2", {}, "wrong"),
-    ("1.41421356237310", r"\sqrt2", {}, "right"), ("1.41421356237310", r"\sqrt2", {"decimal_digits": 0}, "wrong"),
+    ("1.41421356237310", r"\sqrt2", {}, "right"),
+    ("1.41421356237310", r"\sqrt2", {"decimal_digits": 0}, "wrong"),
     ("0.1", "0.1000000000001", {}, "wrong"),
   )  # fmt: skip
   def test_conventions(self, answer, gold, conventions, wanted):
@@ -206,13 +249,16 @@ class NoExecutionTest(absltest.TestCase):
     ):
       for text, gold in zip(texts, itertools.cycle(["7", "x+1", r"\{1,2\}"])):
         self.assertIn(
-          reason(rf"\boxed{{{text}}}", gold), ("right", "wrong", "ambiguous", "unparsable", "too_large", "no_answer")
+          reason(rf"\boxed{{{text}}}", gold),
+          ("right", "wrong", "ambiguous", "unparsable", "too_large", "no_answer"),
         )
 
   def test_the_grammar_names_no_evaluator(self):
     # Fails if a module of the grader comes to call one.
     for path in pathlib.Path(answer_grammar.__file__).parent.glob("*answer*.py"):
-      self.assertNotRegex(path.read_text(), r"\b(?:eval|exec|sympify|parse_expr|lambdify)\(", path.name)
+      self.assertNotRegex(
+        path.read_text(), r"\b(?:eval|exec|sympify|parse_expr|lambdify)\(", path.name
+      )
 
 
 if __name__ == "__main__":

@@ -29,13 +29,18 @@ COMMON, ADVERSARIAL = families("responses.jsonl"), families("responses_adversari
 
 
 class ResponsesTest(parameterized.TestCase):
-  # Fails if a rule of the reader goes or takes more than it should. A row that is mended loses its mark.
-  @parameterized.parameters(*[(COMMON, name) for name in COMMON], *[(ADVERSARIAL, name) for name in ADVERSARIAL])
+  # Fails if a rule of the reader goes or takes more than it should. A row that is mended loses its
+  # mark.
+  @parameterized.parameters(
+    *[(COMMON, name) for name in COMMON], *[(ADVERSARIAL, name) for name in ADVERSARIAL]
+  )
   def test_family(self, rows, family):
     rows = rows[family]
     self.assertGreaterEqual(len(rows), 5)
     for row in rows:
-      reason, _ = verdicts.grade_response(row["response"], row["gold"], kind=row["kind"], rules=answers.Conventions())
+      reason, _ = verdicts.grade_response(
+        row["response"], row["gold"], kind=row["kind"], rules=answers.Conventions()
+      )
       expected = row["correct"] != row.get("known_miss", False)
       self.assertEqual(reason == "right", expected, f"{row} {reason}")
 
@@ -48,8 +53,10 @@ class ResponsesTest(parameterized.TestCase):
 
 class ThoughtsTest(parameterized.TestCase):
   @parameterized.parameters(
-    ("<|im_start|>assistant\n<think>\n", True), ("<think>\n\n</think>\n\n", False), ("Solve it.", False),
-    ("<think> in the problem </think> <|Assistant|><think>", True), ("[THINK]", True), ("◁think▷", True),
+    ("<|im_start|>assistant\n<think>\n", True), ("<think>\n\n</think>\n\n", False),
+    ("Solve it.", False),
+    ("<think> in the problem </think> <|Assistant|><think>", True), ("[THINK]", True),
+    ("◁think▷", True),
   )  # fmt: skip
   def test_the_prompt_opens_one(self, prompt, expected):
     self.assertEqual(answers.opens_thought(prompt), expected)
@@ -63,7 +70,8 @@ class ThoughtsTest(parameterized.TestCase):
       self.assertEqual(verdict.reason, reason)
 
   @parameterized.parameters(
-    ("a <think> b </think> c", "a   c"), ("b </think> c", " c"), ("<think> b", None), ("a </think> b </think> c", " c"),
+    ("a <think> b </think> c", "a   c"), ("b </think> c", " c"), ("<think> b", None),
+    ("a </think> b </think> c", " c"),
     ("<think> a <think> b </think> c", "  c"), ("analysisIt is 7.assistantfinalNo, 8.", "No, 8."),
     ("c</s>d", "c"), ("<|im_start|>assistant\nc<|im_end|>d", "\nc"),
   )  # fmt: skip
@@ -73,9 +81,12 @@ class ThoughtsTest(parameterized.TestCase):
 
 class MarkdownTest(parameterized.TestCase):
   @parameterized.parameters(
-    ("**29** and *7*", "29 and 7"), ("2*3*4 = 24", "2*3*4 = 24"), ("$a*b*c$ and x_1 and y_2", "$a*b*c$ and x_1 and y_2"),
-    ("> # **So** `7`", "So  7 "), ("~~7~~ 8", " 8"), ("7 ✅", "7  "), ("<b>7</b>", " 7 "), ("3 = <<1+2=3>>3", "3 = 3"),
-    ("__7__", "7"), ("2 ** 3", "2 ** 3"), (r"\boxed{a*b*c}", r"\boxed{a*b*c}"), ("**a\n\nb**", "**a\n\nb**"),
+    ("**29** and *7*", "29 and 7"), ("2*3*4 = 24", "2*3*4 = 24"),
+    ("$a*b*c$ and x_1 and y_2", "$a*b*c$ and x_1 and y_2"),
+    ("> # **So** `7`", "So  7 "), ("~~7~~ 8", " 8"), ("7 ✅", "7  "), ("<b>7</b>", " 7 "),
+    ("3 = <<1+2=3>>3", "3 = 3"),
+    ("__7__", "7"), ("2 ** 3", "2 ** 3"), (r"\boxed{a*b*c}", r"\boxed{a*b*c}"),
+    ("**a\n\nb**", "**a\n\nb**"),
   )  # fmt: skip
   def test_what_is_left(self, text, expected):
     self.assertEqual(response_text.without_markdown(text).split(), expected.split())
@@ -83,12 +94,15 @@ class MarkdownTest(parameterized.TestCase):
 
 class StatementsTest(parameterized.TestCase):
   @parameterized.parameters(
-    (r"\boxed{3} and \boxed{5}", [("3, 5", "box")]), ("#### 7", [("7", "marker")]), ("so 7", [("so 7", "last")]),
+    (r"\boxed{3} and \boxed{5}", [("3, 5", "box")]), ("#### 7", [("7", "marker")]),
+    ("so 7", [("so 7", "last")]),
     ("The answer is 7, so #### 8", [("8", "marker")]), ("<answer>7</answer>", [("7", "tag")]),
     ("## Answer\n7", [("7", "heading")]),
-    ("The answer is 7.\n\\boxed{7}", [("7", "line"), ("7", "box")]), ("We get\n$$7$$", [("7", "display")]),
+    ("The answer is 7.\n\\boxed{7}", [("7", "line"), ("7", "box")]),
+    ("We get\n$$7$$", [("7", "display")]),
     ("The answer is 7. No wait, it is 8.", [("7", "line"), ("wait, it is 8.", "retraction")]),
-    ("The answer isn't 7.", [("The answer isn't 7.", "last")]), (r"The answer is not \boxed{7}.", []), (r"\boxed{}", []),
+    ("The answer isn't 7.", [("The answer isn't 7.", "last")]),
+    (r"The answer is not \boxed{7}.", []), (r"\boxed{}", []),
   )  # fmt: skip
   def test_sources(self, response, expected):
     # Fails if a rule goes, or applies where a stronger one does.
@@ -101,9 +115,12 @@ class StatementsTest(parameterized.TestCase):
     for response, reasons in (
       ("The answer is 7. No wait, it is 8.", ("ambiguous", "right")),
       (r"\boxed{7}. Wait, that is wrong. \boxed{8}", ("ambiguous", "right")),
-      (r"\boxed{7}\boxed{8}", ("ambiguous", "ambiguous")), ("#### 7\n#### 8", ("ambiguous", "ambiguous")),
+      (r"\boxed{7}\boxed{8}", ("ambiguous", "ambiguous")),
+      ("#### 7\n#### 8", ("ambiguous", "ambiguous")),
     ):  # fmt: skip
-      found = tuple(answers.grade(response, "8", rules=rules).reason for rules in (answers.Conventions(), last))
+      found = tuple(
+        answers.grade(response, "8", rules=rules).reason for rules in (answers.Conventions(), last)
+      )
       self.assertEqual(found, reasons, response)
 
   @pytest.mark.slow  # starts a worker
@@ -111,11 +128,16 @@ class StatementsTest(parameterized.TestCase):
     # Fails if the last line or display is read although the config says not to.
     marked = answers.Conventions(extraction="marked")
     for kind in ("integer", "math"):
-      self.assertEqual(answers.grade("so it is 7", "7", kind=kind, rules=marked).reason, "no_answer")
-      self.assertEqual(answers.grade("The answer is 7", "7", kind=kind, rules=marked).reason, "right")
+      self.assertEqual(
+        answers.grade("so it is 7", "7", kind=kind, rules=marked).reason, "no_answer"
+      )
+      self.assertEqual(
+        answers.grade("The answer is 7", "7", kind=kind, rules=marked).reason, "right"
+      )
 
   @parameterized.parameters(
-    ("x. The answer is: 72", "72"), ("#### 7\nThe answer is: 7", "7"), (r"so \boxed{2}, \boxed{3}", "2, 3"), ("so 7", None),
+    ("x. The answer is: 72", "72"), ("#### 7\nThe answer is: 7", "7"),
+    (r"so \boxed{2}, \boxed{3}", "2, 3"), ("so 7", None),
   )  # fmt: skip
   def test_stated_answer(self, solution, expected):
     self.assertEqual(answers.stated_answer(solution), expected)
@@ -123,9 +145,12 @@ class StatementsTest(parameterized.TestCase):
 
 class AssertionsTest(parameterized.TestCase):
   @parameterized.parameters(
-    ("It isn't 7", True), ("x is not 3, so it is 7", False), ("the largest number that cannot be obtained is 7", False),
-    ("7 is wrong", True), ("the claim that it is 7 is false", True), ("nobody knows whether it is 7", True),
-    ("no doubt it is 7", False), ("this contradicts x = 7", True), ("the answer is none other than 7", False),
+    ("It isn't 7", True), ("x is not 3, so it is 7", False),
+    ("the largest number that cannot be obtained is 7", False),
+    ("7 is wrong", True), ("the claim that it is 7 is false", True),
+    ("nobody knows whether it is 7", True),
+    ("no doubt it is 7", False), ("this contradicts x = 7", True),
+    ("the answer is none other than 7", False),
     ("some people think that it is 7", True), ("so I think it is 7", False), ("7, not 8", False),
   )  # fmt: skip
   def test_denials(self, text, expected):

@@ -1,4 +1,6 @@
-"""The decoder in float64: packed trees against their unpacked sequences, and against a decoder written in numpy."""
+"""The decoder in float64: packed trees against their unpacked sequences, and against a decoder
+written in numpy.
+"""
 
 import dataclasses
 import functools
@@ -18,11 +20,14 @@ from synthneg_jax.runtime import device_mesh
 from synthneg_jax.runtime.errors import UserError
 from tests import random_trees, tiny_model
 
-# Within a row no token comes twice and none is 0, so that a token's embedding stands for one place of the row.
+# Within a row no token comes twice and none is 0, so that a token's embedding stands for one place
+# of the row.
 _A = Tree(
   trunk=[1, 2, 3, 4, 5, 6],
   branches=(
-    Branch(2, [7, 8, 9], branches=(Branch(4, [23]), Branch(5, [24, 26], branches=(Branch(6, [27]),)))),
+    Branch(
+      2, [7, 8, 9], branches=(Branch(4, [23]), Branch(5, [24, 26], branches=(Branch(6, [27]),)))
+    ),
     Branch(2, [10, 11]),
     Branch(6, [12, 13]),
     Branch(1, [14]),
@@ -39,14 +44,20 @@ def unpack(rows):
   """Each trunk and each branch on its trunk as a sequence, and where the packed tokens are in them.
 
   Returns:
-    (sequences, places): lists of ids, and a dict from (row, place in the row) to (sequence, place in the sequence).
+    (sequences, places): lists of ids, and a dict from (row, place in the row) to (sequence, place
+    in the sequence).
   """
   sequences, places = [], {}
   for r, trees in enumerate(rows):
     at = 0
     for tree in trees:
-      paths = [np.arange(len(tree.trunk)), *(np.concatenate(tree.path(n)) for n in range(tree.num_branches))]
-      for path, ids in zip(paths, [list(tree.trunk), *(ids for ids, _ in random_trees.sequences(tree))], strict=True):
+      paths = [
+        np.arange(len(tree.trunk)),
+        *(np.concatenate(tree.path(n)) for n in range(tree.num_branches)),
+      ]
+      for path, ids in zip(
+        paths, [list(tree.trunk), *(ids for ids, _ in random_trees.sequences(tree))], strict=True
+      ):
         for place, index in enumerate(path):
           places.setdefault((r, at + int(index)), (len(sequences), place))
         sequences.append(ids)
@@ -56,7 +67,9 @@ def unpack(rows):
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(model, params, trees, weight):
-  """((Σ weight·logp, logp [B, T]), gradients); a token that nothing predicts gets the logp of a wrong guess."""
+  """((Σ weight·logp, logp [B, T]), gradients); a token that nothing predicts gets the logp of a
+  wrong guess.
+  """
 
   def weighted(params):
     h, _ = model.hidden(params, trees)
@@ -68,7 +81,9 @@ def run(model, params, trees, weight):
 
 
 def numpy_logits(config, params, ids):
-  """The decoder's equations for one sequence, place by place and head by head; float64 [len(ids), V]."""
+  """The decoder's equations for one sequence, place by place and head by head; float64 [len(ids),
+  V].
+  """
   c, params = config, jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   ends, half = params["ends"], config.head_dim // 2
   norm = lambda x, scale: x / np.sqrt(np.sum(x**2) / len(x) + c.norm_eps) * scale
@@ -127,7 +142,9 @@ class DecoderTest(parameterized.TestCase):
     cls.params = tiny_model.make_params(cls.model)
     cls.trees = tree_lib.pack(ROWS, LENGTH)
     cls.sequences, cls.places = unpack(ROWS)
-    cls.weight = np.random.default_rng(0).normal(size=cls.trees.token.shape) * (cls.trees.parent >= 0)
+    cls.weight = np.random.default_rng(0).normal(size=cls.trees.token.shape) * (
+      cls.trees.parent >= 0
+    )
     (_, cls.logp), cls.gradients = run(cls.model, cls.params, cls.trees, cls.weight)
 
   def predicted(self):
@@ -138,13 +155,15 @@ class DecoderTest(parameterized.TestCase):
 
   def assert_trees_close(self, got, expected, atol):
     self.assertEqual(jax.tree.structure(got), jax.tree.structure(expected))
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+    for (path, a), b in zip(
+      jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
       np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
 
   def test_packed_equals_unpacked(self):
-    # Fails if a branch sees the trunk's token at its fork or a sibling, if trees of a row see each other, if positions
-    # count the row's places, if a branch's first token is predicted by the row's token before it, or if gradients of
-    # shared trunk tokens are those of one branch only.
+    # Fails if a branch sees the trunk's token at its fork or a sibling, if trees of a row see each
+    # other, if positions count the row's places, if a branch's first token is predicted by the
+    # row's token before it, or if gradients of shared trunk tokens are those of one branch only.
     longest = max(map(len, self.sequences))
     alone = tree_lib.pack([[Tree(ids)] for ids in self.sequences], longest)
     weight = np.zeros(alone.token.shape)
@@ -153,25 +172,32 @@ class DecoderTest(parameterized.TestCase):
     (_, logp), gradients = run(self.model, self.params, alone, weight)
     for row, at, sequence, place in self.predicted():
       self.assertAlmostEqual(float(self.logp[row, at]), float(logp[sequence, place]), delta=1e-10)
-    self.assertGreater(min(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradients)), 0.1)
+    self.assertGreater(
+      min(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradients)), 0.1
+    )
     self.assert_trees_close(self.gradients, gradients, 1e-10)
 
   def test_packed_equals_numpy(self):
-    # Fails for any change of the equations: the rotary pairs, angles or base, which kv head a query head reads, the
-    # scale of scores, where the norms stand and their ε, the gate, the residual sums, the output matrix.
+    # Fails for any change of the equations: the rotary pairs, angles or base, which kv head a query
+    # head reads, the scale of scores, where the norms stand and their ε, the gate, the residual
+    # sums, the output matrix.
     logp = [numpy_logp(self.model.config, self.params, ids) for ids in self.sequences]
     for row, at, sequence, place in self.predicted():
       self.assertAlmostEqual(float(self.logp[row, at]), logp[sequence][place], delta=1e-9)
 
   def test_tied_embeddings_equal_numpy(self):
     # Fails if the tied model reads another output matrix than the embedding, or keeps one.
-    model = tiny_model.model(**F64, tie_embeddings=True, rope_theta=500.0, norm_eps=0.1, num_kv_heads=1, head_dim=6)
+    model = tiny_model.model(
+      **F64, tie_embeddings=True, rope_theta=500.0, norm_eps=0.1, num_kv_heads=1, head_dim=6
+    )
     params = tiny_model.make_params(model)
     self.assertNotIn("unembedding", params["ends"])
     ids = self.sequences[0]
     h, cache = jax.jit(model.hidden)(params, tree_lib.pack([[Tree(ids)]], len(ids)))
     self.assertIsNone(cache)
-    np.testing.assert_allclose(model.logits(params, h)[0], numpy_logits(model.config, params, ids), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+      model.logits(params, h)[0], numpy_logits(model.config, params, ids), rtol=0, atol=1e-9
+    )
 
   @parameterized.parameters(*itertools.product((True, False), ("none", "full", "selective")))
   def test_scan_and_remat_change_nothing(self, scan, remat):
@@ -183,19 +209,24 @@ class DecoderTest(parameterized.TestCase):
 
   @parameterized.product(scan=(True, False), remat=("none", "full", "selective"))
   def test_what_is_recomputed(self, scan, remat):
-    # Fails if `remat` is not read, if "full" keeps a product, or if "selective" computes one anew. A layer has 7 products
-    # with matrices and 2 of attention's, and each twice as many in the backward pass; it needs all but the last again.
+    # Fails if `remat` is not read, if "full" keeps a product, or if "selective" computes one anew.
+    # A layer has 7 products with matrices and 2 of attention's, and each twice as many in the
+    # backward pass; it needs all but the last again.
     model = tiny_model.model(**F64, scan_layers=scan, remat=remat)
     loss = lambda params: jnp.sum(model.hidden(params, self.trees)[0])
     again = {"none": 0, "full": 8, "selective": 2}[remat]
-    self.assertEqual(products(jax.make_jaxpr(jax.grad(loss))(self.params)), (1 if scan else 2) * (3 * 9 + again))
+    self.assertEqual(
+      products(jax.make_jaxpr(jax.grad(loss))(self.params)), (1 if scan else 2) * (3 * 9 + again)
+    )
 
   def test_unstack_is_exact(self):
     # Fails if layers change places or bits, or if an unstacked tree is unstacked again.
     unstacked = self.model.unstack(self.params)
     self.assertLen(unstacked["layers"], 2)
     for i, layer in enumerate(unstacked["layers"]):
-      self.assert_trees_close(layer, jax.tree.map(lambda leaf, i=i: leaf[i], self.params["layers"]), 0)
+      self.assert_trees_close(
+        layer, jax.tree.map(lambda leaf, i=i: leaf[i], self.params["layers"]), 0
+      )
     self.assert_trees_close(unstacked["ends"], self.params["ends"], 0)
     self.assertIs(self.model.unstack(unstacked), unstacked)
 
@@ -217,11 +248,14 @@ class DecoderTest(parameterized.TestCase):
 
   @parameterized.parameters(True, False)
   def test_cache_equals_hidden(self, scan):
-    # Fails if a slot sees the trunk at its fork or the other slot, if positions restart, or if layers share a cache.
+    # Fails if a slot sees the trunk at its fork or the other slot, if positions restart, or if
+    # layers share a cache.
     model = tiny_model.model(**F64, scan_layers=scan)
     hidden = jax.jit(model.hidden, static_argnames="with_cache")
     expected, _ = hidden(self.params, self.trees)
-    _, (k, v) = hidden(self.params, tree_lib.pack([[Tree(_A.trunk)]], len(_A.trunk)), with_cache=True)
+    _, (k, v) = hidden(
+      self.params, tree_lib.pack([[Tree(_A.trunk)]], len(_A.trunk)), with_cache=True
+    )
     suffix = jnp.zeros((2, 1, 2, model.config.num_kv_heads, 3, model.config.head_dim))
     stack = (lambda fields: fields) if scan else tuple
     turned = lambda fields: jax.tree.map(lambda x: x.swapaxes(-1, -2), fields)
@@ -246,25 +280,34 @@ class DecoderTest(parameterized.TestCase):
       self.assertEqual((h.dtype, logits.dtype), (jnp.bfloat16, jnp.float32))
       self.assertEqual({leaf.dtype for leaf in jax.tree.leaves(gradients)}, {jnp.dtype("float32")})
       self.assertTrue(all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(gradients)))
-    differences = [abs(float(logp[row, at] - self.logp[row, at])) for row, at, _, _ in self.predicted()]
+    differences = [
+      abs(float(logp[row, at] - self.logp[row, at])) for row, at, _, _ in self.predicted()
+    ]
     self.assertLess(max(differences), 0.3)
     self.assertGreater(max(differences), 1e-4)  # it did compute in bfloat16
 
   def test_padding_alone_is_finite(self):
     # Fails if a query that sees nothing divides by zero or takes exp of an infinity's difference.
-    (_, logp), gradients = run(self.model, self.params, tree_lib.empty_rows(2, LENGTH), np.ones((2, LENGTH)))
-    self.assertTrue(all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in (logp, *jax.tree.leaves(gradients))))
+    (_, logp), gradients = run(
+      self.model, self.params, tree_lib.empty_rows(2, LENGTH), np.ones((2, LENGTH))
+    )
+    self.assertTrue(
+      all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in (logp, *jax.tree.leaves(gradients)))
+    )
 
 
 class ShapesTest(parameterized.TestCase):
   @parameterized.parameters(True, False)
   def test_axes_and_counts_fit_the_parameters(self, tied):
-    # Fails if a parameter has no logical axes or axes of another rank, or if num_params forgets one.
+    # Fails if a parameter has no logical axes or axes of another rank, or if num_params forgets
+    # one.
     model = tiny_model.model(tie_embeddings=tied)
     shapes = model.abstract_params()
     axes = jax.tree.map(tuple, model.logical_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
     flat = jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
-    self.assertEqual([len(names) for names in flat], [leaf.ndim for leaf in jax.tree.leaves(shapes)])
+    self.assertEqual(
+      [len(names) for names in flat], [leaf.ndim for leaf in jax.tree.leaves(shapes)]
+    )
     self.assertContainsSubset({name for names in flat for name in names}, device_mesh.RULES)
     self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(shapes)), model.config.num_params)
 
@@ -272,7 +315,12 @@ class ShapesTest(parameterized.TestCase):
     # Fails if layers share their draws, or if a matrix's spread does not follow its fan-in.
     model = tiny_model.model(d_model=64, head_dim=16, d_ff=48)
     layers = jax.jit(model.init)(jax.random.key(0))["layers"]
-    for name, expected in {"query": 64**-0.5, "gate": 64**-0.5, "output": 64**-0.5 / 2, "down": 48**-0.5 / 2}.items():
+    for name, expected in {
+      "query": 64**-0.5,
+      "gate": 64**-0.5,
+      "output": 64**-0.5 / 2,
+      "down": 48**-0.5 / 2,
+    }.items():
       self.assertAlmostEqual(float(jnp.std(layers[name])) / expected, 1.0, delta=0.1)
       self.assertGreater(float(jnp.max(jnp.abs(layers[name][0] - layers[name][1]))), 0.0)
 

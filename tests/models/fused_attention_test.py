@@ -1,4 +1,6 @@
-"""The kernels, interpreted, against softmax attention in float64, and compiled for TPUs that are not there."""
+"""The kernels, interpreted, against softmax attention in float64, and compiled for TPUs that are
+not there.
+"""
 
 import functools
 import os
@@ -24,11 +26,19 @@ from tests import random_trees
 
 
 def draw_rows(num_rows: int, length: int) -> tree_lib.PackedTrees:
-  """Rows of random trees, some padding at the end of each; the first also holds a branch longer than a block."""
+  """Rows of random trees, some padding at the end of each; the first also holds a branch longer
+  than a block.
+  """
   rng, rows = np.random.default_rng(0), []
   for number in range(num_rows):
     ids = lambda size: rng.integers(2, 30, size).tolist()
-    row = [] if number else [Tree(ids(20), (Branch(12, ids(150)), Branch(20, ids(9), branches=(Branch(24, ids(3)),))))]
+    row = (
+      []
+      if number
+      else [
+        Tree(ids(20), (Branch(12, ids(150)), Branch(20, ids(9), branches=(Branch(24, ids(3)),))))
+      ]
+    )
     while sum(tree.num_tokens for tree in row) < length - 60:
       row.append(random_trees.of_depth(rng, int(rng.integers(1, 6))))
     rows.append(row)
@@ -37,7 +47,9 @@ def draw_rows(num_rows: int, length: int) -> tree_lib.PackedTrees:
 
 def mask_of(packed, window: int) -> np.ndarray:
   keys = tree_lib.keys_of(packed)
-  return np.asarray(tree_lib.attention_mask(tree_lib.Queries(keys.index, keys.position), keys, window))
+  return np.asarray(
+    tree_lib.attention_mask(tree_lib.Queries(keys.index, keys.position), keys, window)
+  )
 
 
 def dense(q, k, v, mask, cap: float):
@@ -50,7 +62,9 @@ def dense(q, k, v, mask, cap: float):
 
 def value_and_gradients(fn, weight, *args):
   """(fn of the arguments, gradients of its weighted sum)."""
-  pulled = jax.jit(lambda *args: (fn(*args), jax.grad(lambda *args: jnp.sum(weight * fn(*args)), (0, 1, 2))(*args)))
+  pulled = jax.jit(
+    lambda *args: (fn(*args), jax.grad(lambda *args: jnp.sum(weight * fn(*args)), (0, 1, 2))(*args))
+  )
   out, gradients = pulled(*args)
   return [np.asarray(x, np.float64) for x in (out, *gradients)]
 
@@ -65,32 +79,41 @@ class InterpretedTest(parameterized.TestCase):
     ("padded_window_and_cap", 2, 8, 300, 7, 3.0),
   )
   def test_equals_dense_attention(self, groups, head_dim, length, window, cap):
-    # Fails if a visit is left out or made twice, if a sum is not begun anew, if a mask, a cap or a window is read at another
-    # block's tokens, if a query head reads another key head, if padding is seen, or if a term of a gradient is missing.
+    # Fails if a visit is left out or made twice, if a sum is not begun anew, if a mask, a cap or a
+    # window is read at another block's tokens, if a query head reads another key head, if padding
+    # is seen, or if a term of a gradient is missing.
     rng, packed = np.random.default_rng(1), draw_rows(2, length)
     shape = (2, 2, groups, length, head_dim)
     mask = mask_of(packed, window)
-    q, k, v, weight = (rng.normal(size=s) for s in (shape, (2, 2, length, head_dim), (2, 2, length, head_dim), shape))
+    q, k, v, weight = (
+      rng.normal(size=s) for s in (shape, (2, 2, length, head_dim), (2, 2, length, head_dim), shape)
+    )
     with jax.enable_x64(True):
       expected = value_and_gradients(functools.partial(dense, mask=mask, cap=cap), weight, q, k, v)
 
     def fused(q, k, v):
       fields = jnp.asarray(packed.position), jnp.asarray(packed.leave)
-      return fused_attention.attend(q, k, v, *fields, window=window, cap=cap, block=128, interpret=True)
+      return fused_attention.attend(
+        q, k, v, *fields, window=window, cap=cap, block=128, interpret=True
+      )
 
     args = [jnp.asarray(x, jnp.float32) for x in (weight, q, k, v)]
     found = value_and_gradients(fused, *args)
     for name, got, wanted in zip(("out", "d_q", "d_k", "d_v"), found, expected, strict=True):
-      np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * max(np.abs(wanted).max(), 1.0), err_msg=name)
+      np.testing.assert_allclose(
+        got, wanted, rtol=0, atol=1e-5 * max(np.abs(wanted).max(), 1.0), err_msg=name
+      )
 
   def test_bfloat16_and_heads_held_one_by_one(self):
-    # Fails if sums are kept in bfloat16, if a query head that the chip cannot hold beside its siblings reads another key
-    # head or is left out of the keys' gradients, or if results have another dtype.
+    # Fails if sums are kept in bfloat16, if a query head that the chip cannot hold beside its
+    # siblings reads another key head or is left out of the keys' gradients, or if results have
+    # another dtype.
     rng, packed = np.random.default_rng(1), draw_rows(1, 256)
     shape = (1, 2, 2, 256, 8)
     mask = mask_of(packed, 0)
     q, k, v, weight = (
-      jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in (shape, (1, 2, 256, 8), (1, 2, 256, 8), shape)
+      jnp.asarray(rng.normal(size=s), jnp.bfloat16)
+      for s in (shape, (1, 2, 256, 8), (1, 2, 256, 8), shape)
     )
 
     def fused(q, k, v):
@@ -104,14 +127,19 @@ class InterpretedTest(parameterized.TestCase):
       found = value_and_gradients(fused, weight, q, k, v)
       self.assertEqual(jax.eval_shape(fused, q, k, v).dtype, jnp.bfloat16)
     for name, got, wanted in zip(("out", "d_q", "d_k", "d_v"), found, expected, strict=True):
-      np.testing.assert_allclose(got, wanted, rtol=0, atol=0.02 * np.abs(wanted).max(), err_msg=name)
+      np.testing.assert_allclose(
+        got, wanted, rtol=0, atol=0.02 * np.abs(wanted).max(), err_msg=name
+      )
 
   def test_the_last_block_alone_skips_blocks(self):
-    # Fails if the end of the list of visits is not the end of a block's: what follows it, not to be visited, is of the same
-    # block then, and the block's result would never be written.
+    # Fails if the end of the list of visits is not the end of a block's: what follows it, not to be
+    # visited, is of the same block then, and the block's result would never be written.
     packed = tree_lib.pack([[Tree([1] * 256), Tree([2] * 128)]], 384)
     rng = np.random.default_rng(1)
-    q, k = rng.normal(size=(1, 1, 1, 384, 8)).astype(np.float32), rng.normal(size=(1, 1, 384, 8)).astype(np.float32)
+    q, k = (
+      rng.normal(size=(1, 1, 1, 384, 8)).astype(np.float32),
+      rng.normal(size=(1, 1, 384, 8)).astype(np.float32),
+    )
     fields = jnp.asarray(packed.position), jnp.asarray(packed.leave)
     out = fused_attention.attend(q, k, k, *fields, block=128, interpret=True)
     np.testing.assert_allclose(out, dense(q, k, k, mask_of(packed, 0), 0.0), rtol=0, atol=1e-5)
@@ -119,7 +147,10 @@ class InterpretedTest(parameterized.TestCase):
   def test_each_layer_has_its_window(self):
     # Fails if a window that is a traced scalar is read as a constant, or not at all.
     rng, packed = np.random.default_rng(1), draw_rows(1, 256)
-    q, k = rng.normal(size=(1, 1, 1, 256, 8)).astype(np.float32), rng.normal(size=(1, 1, 256, 8)).astype(np.float32)
+    q, k = (
+      rng.normal(size=(1, 1, 1, 256, 8)).astype(np.float32),
+      rng.normal(size=(1, 1, 256, 8)).astype(np.float32),
+    )
 
     @jax.jit
     def fused(window):
@@ -127,7 +158,9 @@ class InterpretedTest(parameterized.TestCase):
       return fused_attention.attend(q, k, k, *fields, window=window, block=128, interpret=True)
 
     for window in (3, 256):
-      np.testing.assert_allclose(fused(window), dense(q, k, k, mask_of(packed, window), 0.0), rtol=0, atol=1e-5)
+      np.testing.assert_allclose(
+        fused(window), dense(q, k, k, mask_of(packed, window), 0.0), rtol=0, atol=1e-5
+      )
 
 
 class BlocksTest(parameterized.TestCase):
@@ -135,43 +168,58 @@ class BlocksTest(parameterized.TestCase):
   def test_no_block_is_missed(self, window):
     # Fails if a bound is of another block or the wrong end of it, or if nothing is skipped.
     packed = draw_rows(8, 256)
-    found = np.asarray(fused_attention.needed_blocks(packed.position, packed.leave, window or None, 32))
+    found = np.asarray(
+      fused_attention.needed_blocks(packed.position, packed.leave, window or None, 32)
+    )
     seen = mask_of(packed, window).reshape(8, 8, 32, 8, 32).any(axis=(2, 4))
     self.assertFalse(np.any(seen & ~found))
     self.assertLess(found.sum(), 0.5 * 8 * 8 * 9 / 2)
 
   def test_siblings_are_skipped(self):
-    # Fails if a block of one branch is visited for a block of its sibling: trunk, then four branches, a block each.
+    # Fails if a block of one branch is visited for a block of its sibling: trunk, then four
+    # branches, a block each.
     branches = tuple(Branch(128, [1] * 128) for _ in range(4))
     packed = tree_lib.pack([[Tree([1] * 128, branches)]], 640)
     found = fused_attention.needed_blocks(packed.position, packed.leave, None, 128)[0]
-    self.assertEqual(np.asarray(found, int).tolist(), (np.eye(5, dtype=int) | (np.arange(5) == 0)).tolist())
+    self.assertEqual(
+      np.asarray(found, int).tolist(), (np.eye(5, dtype=int) | (np.arange(5) == 0)).tolist()
+    )
 
   def test_cost(self):
-    # Fails if the kernel's cost is not that of the blocks it visits: of one row and head, 3 pairs of blocks of 128.
+    # Fails if the kernel's cost is not that of the blocks it visits: of one row and head, 3 pairs
+    # of blocks of 128.
     forward = fused_attention.cost((1, 1, 1, 256, 64), 128, 2, itemsize=2)
-    self.assertEqual((forward.flops, forward.transcendentals), (2 * 2 * 3 * 128 * 128 * 64, 3 * 128 * 128))
+    self.assertEqual(
+      (forward.flops, forward.transcendentals), (2 * 2 * 3 * 128 * 128 * 64, 3 * 128 * 128)
+    )
     block = 128 * 64
     self.assertEqual(forward.bytes_accessed, 2 * (3 * 2 * block + 2 * 2 * block))
     backward = fused_attention.cost((1, 1, 1, 256, 64), 128, 5, itemsize=2)
     self.assertEqual(backward.flops, 2.5 * forward.flops)
-    self.assertEqual(backward.bytes_accessed, 2 * (3 * 2 * block + 2 * 2 * block) + 4 * 2 * 3 * block)
+    self.assertEqual(
+      backward.bytes_accessed, 2 * (3 * 2 * block + 2 * 2 * block) + 4 * 2 * 3 * block
+    )
 
 
 def loss(q, k, v, keys, window=0, cap=0.0):
   scoring = attention.Scoring(cap=cap)
   return jnp.sum(
-    attention.tree_attention(q, k, v, keys=keys, window=window, scoring=scoring)[0].astype(jnp.float32) ** 2
+    attention.tree_attention(q, k, v, keys=keys, window=window, scoring=scoring)[0].astype(
+      jnp.float32
+    )
+    ** 2
   )
 
 
 class ShardedTest(parameterized.TestCase):
   @parameterized.named_parameters(("heads_divide", 2, 2), ("heads_do_not_divide", 4, 2))
   def test_equals_one_device(self, tensor, kv_heads):
-    # Fails if a device computes other rows or heads than its own, or if gradients are lost or counted twice where all have
-    # all heads.
+    # Fails if a device computes other rows or heads than its own, or if gradients are lost or
+    # counted twice where all have all heads.
     rng, packed = np.random.default_rng(1), draw_rows(4, 256)
-    q, k, v = (jnp.asarray(rng.normal(size=(4 * 256, n, 8)), jnp.float32) for n in (8, kv_heads, kv_heads))
+    q, k, v = (
+      jnp.asarray(rng.normal(size=(4 * 256, n, 8)), jnp.float32) for n in (8, kv_heads, kv_heads)
+    )
     keys = tree_lib.keys_of(jax.tree.map(jnp.asarray, packed))
     gradients = jax.value_and_grad(loss, (0, 1, 2))
     expected = jax.jit(gradients)(q, k, v, keys)
@@ -180,7 +228,9 @@ class ShardedTest(parameterized.TestCase):
       mock.patch.object(device_mesh, "runs_on_tpu", return_value=True),
       mock.patch.object(attention, "_FUSED_FROM", 1),
       mock.patch.object(
-        fused_attention, "attend", functools.partial(fused_attention.attend, block=128, interpret=True)
+        fused_attention,
+        "attend",
+        functools.partial(fused_attention.attend, block=128, interpret=True),
       ),
     ):
       args = jax.device_put((q, k, v, keys), device_mesh.rows(mesh))
@@ -193,7 +243,9 @@ class ShardedTest(parameterized.TestCase):
 class CompiledTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
-    self.addCleanup(jax.config.update, "jax_enable_compilation_cache", jax.config.jax_enable_compilation_cache)
+    self.addCleanup(
+      jax.config.update, "jax_enable_compilation_cache", jax.config.jax_enable_compilation_cache
+    )
     jax.config.update("jax_enable_compilation_cache", False)
 
   def compile(self, sharding, mesh, *, rows, length, heads, kv_heads, head_dim, dtype, **settings):
@@ -204,13 +256,19 @@ class CompiledTest(parameterized.TestCase):
     run = jax.grad(functools.partial(loss, **settings), (0, 1, 2))
     return jax.jit(device_mesh.under(mesh, run)).lower(*args).compile()
 
-  @parameterized.product(topology=("v5e:2x2", "v5p:2x2x1", "v6e:2x2"), dtype=("bfloat16", "float32"))
+  @parameterized.product(
+    topology=("v5e:2x2", "v5p:2x2x1", "v6e:2x2"), dtype=("bfloat16", "float32")
+  )
   def test_on_each_chip(self, topology, dtype):
-    # Fails if a chip's compiler refuses a kernel (memory on the chip, layouts, transposes), if long rows are not fused, or
-    # if scores are held: by hand, those of 8192 tokens and 8 heads are 2 GiB.
+    # Fails if a chip's compiler refuses a kernel (memory on the chip, layouts, transposes), if long
+    # rows are not fused, or if scores are held: by hand, those of 8192 tokens and 8 heads are 2
+    # GiB.
     devices, _ = preflight.devices_of(topology)
     mesh = device_mesh.make_mesh(1, 1, 1, devices=devices[:1])
-    for length, kv_heads, head_dim, settings in ((8192, 8, 128, {}), (1280, 2, 64, {"window": 100, "cap": 30.0})):
+    for length, kv_heads, head_dim, settings in (
+      (8192, 8, 128, {}),
+      (1280, 2, 64, {"window": 100, "cap": 30.0}),
+    ):
       made = self.compile(
         SingleDeviceSharding(devices[0]),
         mesh,
@@ -230,7 +288,14 @@ class CompiledTest(parameterized.TestCase):
     devices, _ = preflight.devices_of("v5e:4x4")
     mesh = device_mesh.make_mesh(2, 4, 2, devices=devices)
     made = self.compile(
-      device_mesh.rows(mesh), mesh, rows=16, length=2048, heads=8, kv_heads=4, head_dim=128, dtype=jnp.bfloat16
+      device_mesh.rows(mesh),
+      mesh,
+      rows=16,
+      length=2048,
+      heads=8,
+      kv_heads=4,
+      head_dim=128,
+      dtype=jnp.bfloat16,
     )
     self.assertIn("bf16[2,2,2,2048,128]", made.as_text())  # rows and key heads of a chip
 
@@ -240,7 +305,14 @@ class CompiledTest(parameterized.TestCase):
     made = self.compile(
       SingleDeviceSharding(devices[0]),
       device_mesh.make_mesh(1, 1, 1, devices=devices[:1]),
-      **{"rows": 2, "length": 512, "heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": jnp.bfloat16},
+      **{
+        "rows": 2,
+        "length": 512,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "dtype": jnp.bfloat16,
+      },
     )
     self.assertNotIn("tpu_custom_call", made.as_text())
 

@@ -1,4 +1,6 @@
-"""Tests of the GGUF conversion on a tiny file that is written here, and on the real SmolLM2-135M-Instruct."""
+"""Tests of the GGUF conversion on a tiny file that is written here, and on the real
+SmolLM2-135M-Instruct.
+"""
 
 import contextlib
 import io
@@ -24,16 +26,26 @@ from tests.models import smollm2
 pytestmark = pytest.mark.slow  # starts processes
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, BLOCKS = 48, 64, 6, 2, 8, 2
-# The last of these has no role, so nothing but its type says that it is special; WHOLE is matched but not special.
+# The last of these has no role, so nothing but its type says that it is special; WHOLE is matched
+# but not special.
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<file_sep>"]
 WHOLE = "<think>"
 MERGES = ["h e", "Ġ t", "Ġt he", "1 2", "Ġ 1"]
-TOKENS = SPECIAL + [WHOLE] + sorted(pre_tokenizers.ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES]
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+TOKENS = (
+  SPECIAL
+  + [WHOLE]
+  + sorted(pre_tokenizers.ByteLevel.alphabet())
+  + [merge.replace(" ", "") for merge in MERGES]
+)
+TEMPLATE = (
+  "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
 
 
 def temporary_folder(test: absltest.TestCase) -> pathlib.Path:
-  """A folder that goes with the test; absl's create_tempdir would need parsed flags, which pytest does not have."""
+  """A folder that goes with the test; absl's create_tempdir would need parsed flags, which pytest
+  does not have.
+  """
   folder = tempfile.TemporaryDirectory()
   test.addCleanup(folder.cleanup)
   return pathlib.Path(folder.name)
@@ -57,7 +69,8 @@ def hf_weights() -> dict[str, np.ndarray]:
       prefix + "mlp.down_proj.weight": (HIDDEN, INNER),
     }
   weights = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
-  # Multiples of 1/32 up to 127/32 in each run of 32 numbers are exact in Q8_0, whose scale is the largest over 127.
+  # Multiples of 1/32 up to 127/32 in each run of 32 numbers are exact in Q8_0, whose scale is the
+  # largest over 127.
   whole = rng.integers(-127, 128, size=(HIDDEN, INNER))
   whole[:, ::32] = 127
   weights["model.layers.0.mlp.down_proj.weight"] = (whole / 32).astype(np.float32)
@@ -65,7 +78,9 @@ def hf_weights() -> dict[str, np.ndarray]:
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-  """The row order of llama.cpp, written as a loop: row j and row j + half of a head become neighbours."""
+  """The row order of llama.cpp, written as a loop: row j and row j + half of a head become
+  neighbours.
+  """
   head_dim = weight.shape[0] // heads
   rows = []
   for head in range(heads):
@@ -81,7 +96,9 @@ def gguf_tensors(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     "output_norm.weight": weights["model.norm.weight"],
   }
   for block in range(BLOCKS):
-    of = {name.split(".")[-2]: value for name, value in weights.items() if f".layers.{block}." in name}
+    of = {
+      name.split(".")[-2]: value for name, value in weights.items() if f".layers.{block}." in name
+    }
     tensors |= {
       f"blk.{block}.attn_norm.weight": of["input_layernorm"],
       f"blk.{block}.attn_q.weight": interleave(of["q_proj"], HEADS),
@@ -122,7 +139,9 @@ def gguf_metadata() -> dict:
   }
 
 
-def write_gguf(path, metadata: dict, tensors: dict[str, np.ndarray], architecture: str = "llama") -> None:
+def write_gguf(
+  path, metadata: dict, tensors: dict[str, np.ndarray], architecture: str = "llama"
+) -> None:
   """Writes a GGUF file with float32 tensors, but block 0's ffn_down as Q8_0."""
   writer = gguf.GGUFWriter(path, architecture)
   for key, value in metadata.items():
@@ -149,7 +168,9 @@ def write_gguf(path, metadata: dict, tensors: dict[str, np.ndarray], architectur
 
 
 class TinyTest(parameterized.TestCase):
-  """The conversion of a file that is written here, against the weights and tokens it was written from."""
+  """The conversion of a file that is written here, against the weights and tokens it was written
+  from.
+  """
 
   def setUp(self):
     super().setUp()
@@ -163,8 +184,9 @@ class TinyTest(parameterized.TestCase):
     gguf_import.convert(self.path, self.out)
 
   def test_weights_are_those_the_file_was_written_from(self):
-    # Fails when q or k is left permuted, when k is unpermuted with the number of query heads, when two names are
-    # exchanged, when a quantised tensor is not dequantised, or when the weights are rounded to 16 bits.
+    # Fails when q or k is left permuted, when k is unpermuted with the number of query heads, when
+    # two names are exchanged, when a quantised tensor is not dequantised, or when the weights are
+    # rounded to 16 bits.
     self._convert()
     wanted = hf_weights()
     got = safetensors.numpy.load_file(self.out / "model.safetensors")
@@ -182,8 +204,9 @@ class TinyTest(parameterized.TestCase):
     self.assertFalse(json.loads((self.out / "config.json").read_text())["tie_word_embeddings"])
 
   def test_config_loads_as_a_llama_config(self):
-    # Fails when a field is left out or takes the value of another, when rms_norm_eps keeps the digits of float32
-    # (9.99e-06), or when rope_theta is written for one generation of transformers only.
+    # Fails when a field is left out or takes the value of another, when rms_norm_eps keeps the
+    # digits of float32 (9.99e-06), or when rope_theta is written for one generation of transformers
+    # only.
     self._convert()
     config = transformers.AutoConfig.from_pretrained(self.out)
     wanted = {
@@ -212,12 +235,15 @@ class TinyTest(parameterized.TestCase):
     self.assertEqual(raw["rope_theta"], 100000.0)
     self.assertEqual(raw["rope_parameters"], {"rope_theta": 100000.0, "rope_type": "default"})
     generation = transformers.GenerationConfig.from_pretrained(self.out)
-    self.assertEqual((generation.bos_token_id, generation.eos_token_id, generation.pad_token_id), (1, 2, 2))
+    self.assertEqual(
+      (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id), (1, 2, 2)
+    )
 
   def test_tokenizer_merges_words_and_never_digits(self):
-    # Fails when Digits is left out of the pre-tokenizer ("12" is a merge), when ByteLevel puts a space in front, when
-    # the merges are lost, when the special and user-defined strings are not matched whole, or when tokenizer_class is
-    # GPT2Tokenizer, which would replace the pre-tokenizer.
+    # Fails when Digits is left out of the pre-tokenizer ("12" is a merge), when ByteLevel puts a
+    # space in front, when the merges are lost, when the special and user-defined strings are not
+    # matched whole, or when tokenizer_class is GPT2Tokenizer, which would replace the
+    # pre-tokenizer.
     self._convert()
     tokenizer = transformers.AutoTokenizer.from_pretrained(self.out)
     encoded = tokenizer.encode("<|im_start|>the the 12<file_sep><think><|im_end|>")
@@ -225,12 +251,15 @@ class TinyTest(parameterized.TestCase):
       tokenizer.convert_ids_to_tokens(encoded),
       ["<|im_start|>", "t", "he", "Ġthe", "Ġ", "1", "2", "<file_sep>", "<think>", "<|im_end|>"],
     )
-    self.assertEqual(encoded, [TOKENS.index(token) for token in tokenizer.convert_ids_to_tokens(encoded)])
+    self.assertEqual(
+      encoded, [TOKENS.index(token) for token in tokenizer.convert_ids_to_tokens(encoded)]
+    )
     self.assertLen(tokenizer, len(TOKENS))
 
   def test_tokenizer_names_special_tokens_and_template(self):
-    # Fails when a role gets another id, when the control tokens are added as ordinary ones (the decoder would not skip
-    # <file_sep>), when the user-defined ones are added as special ones, or when the chat template is dropped.
+    # Fails when a role gets another id, when the control tokens are added as ordinary ones (the
+    # decoder would not skip <file_sep>), when the user-defined ones are added as special ones, or
+    # when the chat template is dropped.
     self._convert()
     tokenizer = transformers.AutoTokenizer.from_pretrained(self.out)
     self.assertEqual(
@@ -238,7 +267,8 @@ class TinyTest(parameterized.TestCase):
       ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>"),
     )
     self.assertEqual(
-      tokenizer.decode([0, 1, *tokenizer.encode(" the<think>"), 2, 3], skip_special_tokens=True), " the<think>"
+      tokenizer.decode([0, 1, *tokenizer.encode(" the<think>"), 2, 3], skip_special_tokens=True),
+      " the<think>",
     )
     text = tokenizer.apply_chat_template([{"role": "user", "content": "12"}], tokenize=False)
     self.assertEqual(text, "<|im_start|>user\n12<|im_end|>\n")
@@ -257,7 +287,9 @@ class TinyTest(parameterized.TestCase):
       del metadata[key]
     write_gguf(self.path, metadata, gguf_tensors(hf_weights()))
     gguf_import.convert(self.path, self.out)
-    self.assertEqual(transformers.AutoConfig.from_pretrained(self.out).rope_parameters["rope_theta"], 10000.0)
+    self.assertEqual(
+      transformers.AutoConfig.from_pretrained(self.out).rope_parameters["rope_theta"], 10000.0
+    )
     self.assertIsNone(transformers.AutoTokenizer.from_pretrained(self.out).pad_token)
 
   @parameterized.named_parameters(
@@ -267,7 +299,11 @@ class TinyTest(parameterized.TestCase):
     ("scaled_rotation", {"llama.rope.scaling.type": "yarn"}, "scaled .yarn."),
     ("partial_rotation", {"llama.rope.dimension_count": 4}, "only 4 of 8"),
     ("heads_by_block", {"llama.attention.head_count_kv": [2, 1]}, "differs between blocks"),
-    ("other_width", {"llama.feed_forward_length": 32}, r"blk.0.ffn_gate.weight has shape \(64, 48\), not \(32, 48\)"),
+    (
+      "other_width",
+      {"llama.feed_forward_length": 32},
+      r"blk.0.ffn_gate.weight has shape \(64, 48\), not \(32, 48\)",
+    ),
     ("more_blocks", {"llama.block_count": 3}, "blk.2.attn_norm.weight is missing"),
     ("fewer_blocks", {"llama.block_count": 1}, "blk.1.attn_k.weight has no place"),
     ("merge_of_no_token", {"tokenizer.ggml.merges": ["z z"]}, "merges do not fit"),
@@ -303,21 +339,24 @@ class TinyTest(parameterized.TestCase):
 
   def test_names_a_tensor_that_has_no_place(self):
     # Fails when tensors that are left over, such as a bias, are dropped in silence.
-    tensors = gguf_tensors(hf_weights()) | {"blk.0.attn_q.bias": np.zeros(HEADS * HEAD_DIM, np.float32)}
+    tensors = gguf_tensors(hf_weights()) | {
+      "blk.0.attn_q.bias": np.zeros(HEADS * HEAD_DIM, np.float32)
+    }
     with self.assertRaisesRegex(UserError, "the tensor blk.0.attn_q.bias has no place"):
       self._convert(tensors=tensors)
 
   @parameterized.parameters(2, 30, 2000, -40)
   def test_refuses_a_truncated_file(self, end):
-    # Fails when the exceptions of the reader come through: the cut is in the magic, the header, the metadata and the
-    # last tensor.
+    # Fails when the exceptions of the reader come through: the cut is in the magic, the header, the
+    # metadata and the last tensor.
     write_gguf(self.path, gguf_metadata(), gguf_tensors(hf_weights()))
     self.path.write_bytes(self.path.read_bytes()[:end])
     with self.assertRaisesRegex(UserError, "not a GGUF file|truncated GGUF file"):
       gguf_import.convert(self.path, self.out)
 
   def test_command_line(self):
-    # Fails when an error of the user prints a traceback or exits with 0, or when a good run exits with another status.
+    # Fails when an error of the user prints a traceback or exits with 0, or when a good run exits
+    # with another status.
     error = io.StringIO()
     self.path.write_text("hello")
     with contextlib.redirect_stderr(error):
@@ -339,17 +378,24 @@ class GetSmollm2Test(absltest.TestCase):
 
   def _run(self, *args, **env):
     return subprocess.run(
-      [smollm2.SCRIPT, *args], capture_output=True, text=True, check=False, cwd="/", env=os.environ | env
+      [smollm2.SCRIPT, *args],
+      capture_output=True,
+      text=True,
+      check=False,
+      cwd="/",
+      env=os.environ | env,
     )
 
   def test_help(self):
-    # Fails when --help starts the work or exits with another status; without a home the work would stop.
+    # Fails when --help starts the work or exits with another status; without a home the work would
+    # stop.
     result = self._run("--help", HOME="", XDG_CACHE_HOME="")
     self.assertEqual((result.returncode, result.stderr), (0, ""))
     self.assertIn("--dir=DIR", result.stdout)
 
   def test_complete_folder_is_left_alone(self):
-    # Fails when the script works on a folder that has all files: it would refuse them, or leave a lock file.
+    # Fails when the script works on a folder that has all files: it would refuse them, or leave a
+    # lock file.
     folder = temporary_folder(self)
     for name in (
       "config.json",
@@ -360,18 +406,24 @@ class GetSmollm2Test(absltest.TestCase):
     ):
       (folder / name).write_text("x")
     result = self._run(f"--dir={folder}")
-    self.assertEqual((result.returncode, result.stdout), (0, f"{folder} is already complete; nothing to do.\n"))
+    self.assertEqual(
+      (result.returncode, result.stdout), (0, f"{folder} is already complete; nothing to do.\n")
+    )
     self.assertFalse(folder.with_name(f"{folder.name}.lock").exists())
 
   def test_errors_are_one_sentence(self):
-    # Fails when an unknown argument is ignored, a PYTHON that is not there is replaced by another, or a folder with
-    # something else in it is taken over.
+    # Fails when an unknown argument is ignored, a PYTHON that is not there is replaced by another,
+    # or a folder with something else in it is taken over.
     folder = temporary_folder(self) / "taken"
     folder.mkdir()
     (folder / "config.json").write_text("mine")
     cases = [
       (("--folder=x",), {}, "Unknown command line flag 'folder'"),
-      ((f"--dir={folder}",), {"PYTHON": "/nonexistent/python"}, "no Python at '/nonexistent/python'"),
+      (
+        (f"--dir={folder}",),
+        {"PYTHON": "/nonexistent/python"},
+        "no Python at '/nonexistent/python'",
+      ),
       ((f"--dir={folder}",), {}, "is not a complete model; remove it"),
       ((), {"HOME": "", "XDG_CACHE_HOME": ""}, "neither HOME nor XDG_CACHE_HOME is set"),
     ]
@@ -395,13 +447,17 @@ class RealTest(absltest.TestCase):
     # Fails when Digits is left out of the pre-tokenizer or stops cutting between digits.
     for text in ("1234567890", "$1,250.75", "In 2024 there were 365 days.", "10% of 48 = 4.8"):
       pieces = self.tokenizer.convert_ids_to_tokens(self.tokenizer.encode(text))
-      self.assertEqual([piece for piece in pieces if any(map(str.isdigit, piece))], list(filter(str.isdigit, text)))
+      self.assertEqual(
+        [piece for piece in pieces if any(map(str.isdigit, piece))], list(filter(str.isdigit, text))
+      )
     self.assertEqual(self.tokenizer.encode("0123456789"), list(range(32, 42)))
 
   def test_round_trip(self):
-    # Fails when ByteLevel puts a space in front, the decoder is left out or cleans up spaces, or merges lose tokens.
+    # Fails when ByteLevel puts a space in front, the decoder is left out or cleans up spaces, or
+    # merges lose tokens.
     for text in (
-      "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\nShe makes 9 * 2 = $<<9*2=18>>18 every day.\n#### 18",
+      "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\nShe makes 9 * 2 = $<<9*2=18>>18 "
+      "every day.\n#### 18",
       'It costs $1,250.75 , or about 12% more than $1,100 .\n\n  Is that "fair"?\tYes !',
       "\nx = 3/4; y = -2.5e3\r\n#### -2500\n",
       "Zoë's café is 20° warm — she pays €5 and £3. 😀",
@@ -409,10 +465,15 @@ class RealTest(absltest.TestCase):
       self.assertEqual(self.tokenizer.decode(self.tokenizer.encode(text)), text)
 
   def test_special_tokens_and_chat_template(self):
-    # Fails when a special id or the template is lost, or when the special strings of a rendered chat are cut to pieces.
+    # Fails when a special id or the template is lost, or when the special strings of a rendered
+    # chat are cut to pieces.
     tokenizer = self.tokenizer
-    self.assertEqual((tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id), (1, 2, 2))
-    self.assertEqual(tokenizer.convert_ids_to_tokens([0, 1, 2]), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    self.assertEqual(
+      (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id), (1, 2, 2)
+    )
+    self.assertEqual(
+      tokenizer.convert_ids_to_tokens([0, 1, 2]), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    )
     self.assertLen(tokenizer, 49152)
     self.assertEqual(sorted(tokenizer.added_tokens_decoder), list(range(17)))
     text = tokenizer.apply_chat_template(
@@ -424,7 +485,8 @@ class RealTest(absltest.TestCase):
     self.assertEqual((encoded.count(1), encoded.count(2)), (3, 2))
 
   def test_weights_and_config(self):
-    # Fails when a tensor is left out or an lm_head is written, or when the config has another shape than the weights.
+    # Fails when a tensor is left out or an lm_head is written, or when the config has another shape
+    # than the weights.
     config = transformers.AutoConfig.from_pretrained(self.folder)
     self.assertEqual(
       (

@@ -1,4 +1,6 @@
-"""Every family: recorded logits of torch, the forms of the forward pass against one another, config.json there and back."""
+"""Every family: recorded logits of torch, the forms of the forward pass against one another,
+config.json there and back.
+"""
 
 import dataclasses
 import functools
@@ -64,8 +66,8 @@ class FamiliesTest(parameterized.TestCase):
 
   @parameterized.parameters(*FORMS)
   def test_forms_agree(self, name, scan):
-    # Fails if packed branches, prefill or decoding miss a window, a cap or a base: in the trunk, across a fork, or within
-    # a branch longer than the window.
+    # Fails if packed branches, prefill or decoding miss a window, a cap or a base: in the trunk,
+    # across a fork, or within a branch longer than the window.
     with jax.enable_x64(True):
       model = tiny_families.model(name, scan_layers=scan, **F64)
       params = tiny_families.params(model)
@@ -92,13 +94,16 @@ class FamiliesTest(parameterized.TestCase):
 
   @parameterized.parameters(*tiny_families.CASES)
   def test_there_and_back(self, name):
-    # Fails if an option is left out of config.json, if a tensor is written under another name, or bits change.
+    # Fails if an option is left out of config.json, if a tensor is written under another name, or
+    # bits change.
     model = tiny_families.model(name)
     raw = hf_configs.write(model.config, 64)
     how = self.how(model) | {"max_length": tiny_families.LENGTH}
     self.assertEqual(hf_configs.read(raw, "x", **how), model.config)
     kept = ("model_type", "num_key_value_heads", "max_position_embeddings", "hidden_size")
-    self.assertEqual([raw[key] for key in kept], [tiny_families.config_json(name)[key] for key in kept])
+    self.assertEqual(
+      [raw[key] for key in kept], [tiny_families.config_json(name)[key] for key in kept]
+    )
     params, layout = (
       tiny_families.params(model),
       device_mesh.shardings(tiny_model.one_device_mesh(), model.logical_axes()),
@@ -106,14 +111,19 @@ class FamiliesTest(parameterized.TestCase):
     with tempfile.TemporaryDirectory() as folder:
       huggingface.save(pathlib.Path(folder) / "x", model, params)
       tiny_families.write_folder(name, pathlib.Path(folder) / "y")
-      for loaded in (huggingface.load_params(pathlib.Path(folder) / which, model, layout) for which in "xy"):
+      for loaded in (
+        huggingface.load_params(pathlib.Path(folder) / which, model, layout) for which in "xy"
+      ):
         jax.tree.map(np.testing.assert_array_equal, loaded, params)
     self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(params)), model.config.num_params)
 
   @parameterized.parameters("llama, biases", "olmo2", "phi3", "granite")
   def test_split_over_devices(self, name):
-    # Fails if a bias, a norm over all heads or a part of a fused tensor lies elsewhere than its matrix.
-    model = Model(dataclasses.replace(tiny_families.model(name).config, vocab_size=64))  # a size that divides
+    # Fails if a bias, a norm over all heads or a part of a fused tensor lies elsewhere than its
+    # matrix.
+    model = Model(
+      dataclasses.replace(tiny_families.model(name).config, vocab_size=64)
+    )  # a size that divides
     whole, mesh = tiny_families.params(model), device_mesh.make_mesh(2, 2, 2)
     layout = device_mesh.shardings(mesh, model.logical_axes())
     with tempfile.TemporaryDirectory() as folder:
@@ -127,10 +137,15 @@ class FamiliesTest(parameterized.TestCase):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
   def how(self, model):
-    return {key: getattr(model.config, key) for key in ("dtype", "param_dtype", "scan_layers", "remat")}
+    return {
+      key: getattr(model.config, key) for key in ("dtype", "param_dtype", "scan_layers", "remat")
+    }
 
   @parameterized.parameters(
-    ({"qkv_bias": True}, "No llama model has qkv_bias True; transformers would compute with False."),
+    (
+      {"qkv_bias": True},
+      "No llama model has qkv_bias True; transformers would compute with False.",
+    ),
     ({"mlp_bias": True, "family": "qwen3", "qk_norm": "head"}, "No qwen3 model has mlp_bias True"),
     ({"residual_scale": 0.5}, "No llama model has residual_scale 0.5"),
     ({"attention_cap": 3.0}, "No llama model has attention_cap 3.0"),
@@ -152,9 +167,14 @@ class FamiliesTest(parameterized.TestCase):
     self.assertEqual(windows("llama"), (0, 0, 0))
 
   def test_attention_of_a_window_is_exact(self):
-    # Fails if a window reaches one position further or less, or counts places of the row: gradients beyond it are 0.
+    # Fails if a window reaches one position further or less, or counts places of the row: gradients
+    # beyond it are 0.
     with jax.enable_x64(True):
-      model = Model(dataclasses.replace(tiny_families.model("mistral", **F64).config, num_layers=1, windowed=(True,)))
+      model = Model(
+        dataclasses.replace(
+          tiny_families.model("mistral", **F64).config, num_layers=1, windowed=(True,)
+        )
+      )
       params = tiny_families.params(model)
       tree = Tree(list(range(4, 12)), (Branch(3, [20, 21]), Branch(8, [22, 23])))
       trees = tree_lib.pack([[Tree([30, 31]), tree]], 16)
@@ -164,7 +184,9 @@ class FamiliesTest(parameterized.TestCase):
         return jnp.sum(jnp.sin(h[0, jnp.asarray([13, 11])]), axis=-1)
 
       seen = np.any(jax.jit(jax.jacrev(last))(params["ends"]["embedding"]) != 0, axis=-1)
-      self.assertEqual(np.flatnonzero(seen[0]).tolist(), [4, 5, 6, 20, 21])  # positions 0 to 4: all within 5
+      self.assertEqual(
+        np.flatnonzero(seen[0]).tolist(), [4, 5, 6, 20, 21]
+      )  # positions 0 to 4: all within 5
       self.assertEqual(np.flatnonzero(seen[1]).tolist(), [9, 10, 11, 22, 23])  # positions 5 to 9
 
 
@@ -186,7 +208,9 @@ class RopeTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       rope.frequencies(8, 1e4, RopeScaling("dynamic", 4.0, 64))[0], rope.frequencies(8, 1e4)[0]
     )
-    with self.assertRaisesRegex(UserError, "rope_scaling 'ntk' is none of linear, llama3, yarn, longrope, dynamic."):
+    with self.assertRaisesRegex(
+      UserError, "rope_scaling 'ntk' is none of linear, llama3, yarn, longrope, dynamic."
+    ):
       rope.frequencies(8, 1e4, RopeScaling("ntk", 2.0))
 
 

@@ -1,4 +1,6 @@
-"""Tokenizers and endings at load: tokenizer.json as it stands, ids within the embedding, every id that ends a turn."""
+"""Tokenizers and endings at load: tokenizer.json as it stands, ids within the embedding, every id
+that ends a turn.
+"""
 
 import json
 import pathlib
@@ -29,7 +31,9 @@ TEMPLATE = (
 )
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIAL = ("<eos>", "<|start|>", "<|end|>", "<image>")
-EOS, START, END, IMAGE = range(len(ALPHABET) + 1, len(ALPHABET) + 5)  # one id more than bytes: the merge of two digits
+EOS, START, END, IMAGE = range(
+  len(ALPHABET) + 1, len(ALPHABET) + 5
+)  # one id more than bytes: the merge of two digits
 
 
 def make_backend(digits: bool = True) -> tokenizers.Tokenizer:
@@ -40,7 +44,9 @@ def make_backend(digits: bool = True) -> tokenizers.Tokenizer:
   parts = [pre_tokenizers.Digits(individual_digits=True), byte_level] if digits else [byte_level]
   backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
   backend.decoder = decoders.ByteLevel()
-  backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+  backend.add_special_tokens(
+    [tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+  )
   return backend
 
 
@@ -56,7 +62,9 @@ class FolderTest(parameterized.TestCase):
     huggingface.save(self.folder, model, tiny_model.make_params(model))
     make_backend().save(str(self.folder / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"} | (tokenizer or {})
-    (self.folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in about.items() if v is not None}))
+    (self.folder / "tokenizer_config.json").write_text(
+      json.dumps({k: v for k, v in about.items() if v is not None})
+    )
     raw = json.loads((self.folder / "config.json").read_text()) | (config or {})
     (self.folder / "config.json").write_text(json.dumps(raw))
     (self.folder / "generation_config.json").write_text(json.dumps(generation or {}))
@@ -84,7 +92,9 @@ class TokenizerTest(FolderTest):
     self.write(tokenizer={"tokenizer_class": label})
     tokenizer = self.load().tokenizer
     text = "Add 12 and 3, then  211.\n"
-    self.assertEqual(tokenizer.encode(text, add_special_tokens=False), make_backend().encode(text).ids)
+    self.assertEqual(
+      tokenizer.encode(text, add_special_tokens=False), make_backend().encode(text).ids
+    )
     self.assertNotIn(len(ALPHABET), tokenizer.encode(text))
     self.assertEqual(tokenizer.decode(tokenizer.encode(text)), text)
 
@@ -101,7 +111,9 @@ class TokenizerTest(FolderTest):
     raw = json.loads(path.read_text())
     raw["pre_tokenizer"] = {"type": "Quantum"}
     path.write_text(json.dumps(raw))
-    self.assert_refused(r"tokenizer\.json cannot be read by tokenizers [\d.]+.*pip install --upgrade tokenizers")
+    self.assert_refused(
+      r"tokenizer\.json cannot be read by tokenizers [\d.]+.*pip install --upgrade tokenizers"
+    )
 
   def test_no_tokenizer(self):
     # Fails if its absence is not said.
@@ -155,9 +167,13 @@ class EmbeddingTest(FolderTest):
   def test_prompts_and_examples(self):
     # Fails if ids beyond the embedding reach a lookup, which would clamp them.
     model = tiny_model.model()
-    engine = Engine(model, tiny_model.one_device_mesh(), Stops((3,)), lanes=1, slots=1, max_new_tokens=2)
+    engine = Engine(
+      model, tiny_model.one_device_mesh(), Stops((3,)), lanes=1, slots=1, max_new_tokens=2
+    )
     trunk = Trunk([1, 31], [2], np.zeros((1, 2), np.uint32))
-    with self.assertRaisesRegex(UserError, "A prompt holds token id 31, but the model's embedding has 31 rows"):
+    with self.assertRaisesRegex(
+      UserError, "A prompt holds token id 31, but the model's embedding has 31 rows"
+    ):
       list(engine.run(tiny_model.params(), [trunk], Sampling(temperature=0.0)))
     model.config.check_ids([], "x")
     with self.assertRaisesRegex(UserError, "p1: its text holds token id -1"):
@@ -185,7 +201,9 @@ class EndingsTest(FolderTest):
     policy = self.load()
     self.assertEqual((policy.tokenizer.eos_token_id, policy.eos_ids), (END, (END, EOS)))
     self.write_config(eos_token_id=None)
-    self.assert_refused("base: the tokenizer names no EOS, and neither does config.json; set eos_token in")
+    self.assert_refused(
+      "base: the tokenizer names no EOS, and neither does config.json; set eos_token in"
+    )
     self.write_config(eos_token_id=99999)
     self.assert_refused("the eos_token_id 99999 of its configs is none of its ids")
     self.write_config(eos_token_id="end")
@@ -196,7 +214,8 @@ class EndingsTest(FolderTest):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
   def test_an_ending_is_no_text(self):
-    # Fails if the token that ends a turn stands in the response that is graded, because its tokenizer takes it for text.
+    # Fails if the token that ends a turn stands in the response that is graded, because its
+    # tokenizer takes it for text.
     self.write(generation={"eos_token_id": [END]})
     path = self.folder / "tokenizer.json"
     raw = json.loads(path.read_text())
@@ -224,14 +243,18 @@ class TiedTest(FolderTest):
     self.write(model=tiny_model.model(vocab_size=IMAGE + 1, tie_embeddings=True))
     path = self.folder / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
-    head = tensors["model.embed_tokens.weight"] + differs * np.eye(*tensors["model.embed_tokens.weight"].shape)
+    head = tensors["model.embed_tokens.weight"] + differs * np.eye(
+      *tensors["model.embed_tokens.weight"].shape
+    )
     safetensors.numpy.save_file(tensors | {"lm_head.weight": head.astype(np.float32)}, path)
     policy = self.load()
     self.assertEqual(policy.model.config.tie_embeddings, not differs)
     if differs:
       np.testing.assert_array_equal(policy.params["ends"]["unembedding"], head.astype(np.float32))
     policy.save(self.folder.parent / "saved", policy.params)
-    saved = Policy.load(self.folder.parent / "saved", config_schema.default().model, tiny_model.one_device_mesh())
+    saved = Policy.load(
+      self.folder.parent / "saved", config_schema.default().model, tiny_model.one_device_mesh()
+    )
     self.assertEqual(saved.fingerprint, policy.fingerprint)
 
 

@@ -1,4 +1,6 @@
-"""Hugging Face folders: written and read back bit by bit, refused with a sentence; SmolLM2 computes as in torch."""
+"""Hugging Face folders: written and read back bit by bit, refused with a sentence; SmolLM2 computes
+as in torch.
+"""
 
 import dataclasses
 import json
@@ -41,8 +43,9 @@ CONFIG = {
   "rope_theta": 10000.0,
 }
 
-# A chat prompt ("What is the capital of France, and why is it famous?"), and what transformers 5.23 with torch 2.13
-# computes for it in float32 at the last place: the five greatest logits, and those of eight fixed ids.
+# A chat prompt ("What is the capital of France, and why is it famous?"), and what transformers 5.23
+# with torch 2.13 computes for it in float32 at the last place: the five greatest logits, and those
+# of eight fixed ids.
 PROMPT = [
   1,
   9690,
@@ -108,7 +111,9 @@ def shardings(model, mesh=None):
 def make_params(model, seed=0):
   """Random parameters that no program was compiled for."""
   rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), model.abstract_params())
+  return jax.tree.map(
+    lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), model.abstract_params()
+  )
 
 
 def bits(params):
@@ -133,14 +138,25 @@ class FolderTest(parameterized.TestCase):
 
 
 class RoundTripTest(FolderTest):
-  @parameterized.parameters((False, "float32", None), (True, "bfloat16", 2000), (False, "float16", 1))
+  @parameterized.parameters(
+    (False, "float32", None), (True, "bfloat16", 2000), (False, "float16", 1)
+  )
   def test_load_gives_the_bits_that_were_saved(self, tied, dtype, limit):
-    # Fails if a matrix is not turned both ways, a layer or a shard is lost, or a value passes through another dtype.
-    model = tiny_model.model(tie_embeddings=tied, param_dtype=dtype, rope_theta=123.5, norm_eps=2e-6)
+    # Fails if a matrix is not turned both ways, a layer or a shard is lost, or a value passes
+    # through another dtype.
+    model = tiny_model.model(
+      tie_embeddings=tied, param_dtype=dtype, rope_theta=123.5, norm_eps=2e-6
+    )
     params = make_params(model)
-    huggingface.save(self.root / "a/b", model, params, **({"max_shard_bytes": limit} if limit else {}))
-    self.assertEqual(huggingface.read_config(self.root / "a/b", **HOW | {"param_dtype": dtype}), model.config)
-    self.assertEqual(bits(huggingface.load_params(self.root / "a/b", model, shardings(model))), bits(params))
+    huggingface.save(
+      self.root / "a/b", model, params, **({"max_shard_bytes": limit} if limit else {})
+    )
+    self.assertEqual(
+      huggingface.read_config(self.root / "a/b", **HOW | {"param_dtype": dtype}), model.config
+    )
+    self.assertEqual(
+      bits(huggingface.load_params(self.root / "a/b", model, shardings(model))), bits(params)
+    )
     self.assertEqual([path.name for path in (self.root / "a").iterdir()], ["b"])
     files = sorted(path.name for path in (self.root / "a/b").glob("*.safetensors*"))
     if limit is None:
@@ -155,7 +171,9 @@ class RoundTripTest(FolderTest):
       sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.abstract_params())),
     )
     shards = [name for name in files if name.endswith(".safetensors")]
-    self.assertEqual(shards, [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))])
+    self.assertEqual(
+      shards, [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     self.assertGreater(len(shards), 2)
     held = {}
     for shard in shards:
@@ -173,32 +191,44 @@ class RoundTripTest(FolderTest):
     self.assertEqual(bits(loaded), bits(params))
     self.assertEqual(jax.tree.map(lambda leaf: leaf.sharding, loaded), shardings(model, mesh))
     huggingface.save(self.root / "y", model, loaded)
-    self.assertEqual((self.root / "x/model.safetensors").read_bytes(), (self.root / "y/model.safetensors").read_bytes())
+    self.assertEqual(
+      (self.root / "x/model.safetensors").read_bytes(),
+      (self.root / "y/model.safetensors").read_bytes(),
+    )
 
-  @parameterized.product(source=[np.float32, np.float16, ml_dtypes.bfloat16], wanted=["float32", "bfloat16", "float16"])
+  @parameterized.product(
+    source=[np.float32, np.float16, ml_dtypes.bfloat16], wanted=["float32", "bfloat16", "float16"]
+  )
   def test_sources_are_cast(self, source, wanted):
     # Fails if bits are taken for values, or the file's dtype wins over param_dtype.
     model = tiny_model.model(param_dtype=wanted)
     huggingface.save(self.root / "x", tiny_model.model(), make_params(tiny_model.model()))
     path = self.root / "x/model.safetensors"
-    tensors = {name: value.astype(source) for name, value in safetensors.numpy.load_file(path).items()}
+    tensors = {
+      name: value.astype(source) for name, value in safetensors.numpy.load_file(path).items()
+    }
     safetensors.numpy.save_file(tensors, path)
     loaded = huggingface.load_params(self.root / "x", model, shardings(model))
-    expected = jax.tree.map(lambda leaf: leaf.astype(source).astype(wanted), make_params(tiny_model.model()))
+    expected = jax.tree.map(
+      lambda leaf: leaf.astype(source).astype(wanted), make_params(tiny_model.model())
+    )
     self.assertEqual(bits(loaded), bits(expected))
 
 
 class MemoryTest(FolderTest):
   @parameterized.parameters((1, 1, 1), (2, 2, 2), (1, 8, 1), (8, 1, 1))
   def test_the_host_holds_one_parameter_at_a_time(self, data, fsdp, tensor):
-    # Fails if all tensors, or those of two parameters, are read before they are handed on, or a part is read once a device.
+    # Fails if all tensors, or those of two parameters, are read before they are handed on, or a
+    # part is read once a device.
     model = tiny_model.model(vocab_size=4000, d_model=128, d_ff=512, num_layers=8, head_dim=32)
     huggingface.save(self.root / "x", model, make_params(model))
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.abstract_params())]
     mesh = device_mesh.make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
 
     def hand_on(shape, sharding, part):
-      """A device that takes what it is given: on CPU jax would keep the host's own buffer as the parameter."""
+      """A device that takes what it is given: on CPU jax would keep the host's own buffer as the
+      parameter.
+      """
       for index in sharding.addressable_devices_indices_map(shape).values():
         part(index)
       return jax.ShapeDtypeStruct(shape, np.float32)
@@ -224,12 +254,15 @@ class ExportTest(FolderTest):
     ).save_pretrained(self.root / "base")
 
   def test_transformers_reads_it(self):
-    # Fails if a size, the rotary base, ε, the tie or a special token is left out or stands under another name.
+    # Fails if a size, the rotary base, ε, the tie or a special token is left out or stands under
+    # another name.
     self.make_tokenizer()
     (self.root / "base/config.json").write_text('{"max_position_embeddings": 77}')
     (self.root / "base/model.safetensors").write_bytes(b"not to be copied")
     model = tiny_model.model(tie_embeddings=True, rope_theta=123.5, norm_eps=2e-6)
-    huggingface.save(self.root / "x", model, make_params(model), tokenizer_folder=self.root / "base")
+    huggingface.save(
+      self.root / "x", model, make_params(model), tokenizer_folder=self.root / "base"
+    )
     config = transformers.AutoConfig.from_pretrained(self.root / "x")
     self.assertIsInstance(config, transformers.LlamaConfig)
     expected = {
@@ -256,10 +289,15 @@ class ExportTest(FolderTest):
     written = json.loads((self.root / "x/config.json").read_text())
     self.assertEqual((written["rope_theta"], written["dtype"]), (123.5, "float32"))
     generation = transformers.GenerationConfig.from_pretrained(self.root / "x")
-    self.assertEqual((generation.bos_token_id, generation.eos_token_id, generation.pad_token_id), (1, 2, 0))
+    self.assertEqual(
+      (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id), (1, 2, 0)
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(self.root / "x")
     self.assertEqual((tokenizer("one two")["input_ids"], tokenizer.eos_token_id), ([3, 4], 2))
-    self.assertEqual(os.stat(self.root / "x/model.safetensors").st_mode, os.stat(self.root / "x/config.json").st_mode)
+    self.assertEqual(
+      os.stat(self.root / "x/model.safetensors").st_mode,
+      os.stat(self.root / "x/config.json").st_mode,
+    )
 
   def test_without_a_tokenizer_special_tokens_are_null(self):
     # Fails if the keys are left out: transformers would put 1 and 2 in their place.
@@ -268,11 +306,16 @@ class ExportTest(FolderTest):
     self.assertEqual([config.bos_token_id, config.eos_token_id, config.pad_token_id], [None] * 3)
 
   def test_a_failed_call_leaves_nothing_under_the_name(self):
-    # Fails if files are written under the final name, or if what a killed call left is in the way or stays.
+    # Fails if files are written under the final name, or if what a killed call left is in the way
+    # or stays.
     model = tiny_model.model()
     with mock.patch.object(safetensors.numpy, "save_file", side_effect=OSError("disk full")):
       self.assert_user_error(
-        "x cannot be written (disk full).", huggingface.save, self.root / "x", model, make_params(model)
+        "x cannot be written (disk full).",
+        huggingface.save,
+        self.root / "x",
+        model,
+        make_params(model),
       )
     self.assertEqual([path.name for path in self.root.iterdir()], [".x.partial"])
     (self.root / ".x.partial/model-00001-of-00002.safetensors").write_bytes(b"old")
@@ -285,7 +328,8 @@ class ExportTest(FolderTest):
     )
 
   def test_refuses(self):
-    # Fails if a folder in use is overwritten, or a tokenizer or a size is found bad only when transformers loads.
+    # Fails if a folder in use is overwritten, or a tokenizer or a size is found bad only when
+    # transformers loads.
     (self.root / "full").mkdir()
     (self.root / "full/notes.txt").write_text("mine")
     (self.root / "bare").mkdir()
@@ -293,12 +337,21 @@ class ExportTest(FolderTest):
     def save(name, model, base=None):
       huggingface.save(self.root / name, model, make_params(model), tokenizer_folder=base)
 
-    self.assert_user_error("full exists already and is not an empty folder.", save, "full", tiny_model.model())
     self.assert_user_error(
-      "notes.txt exists already and is not an empty folder.", save, "full/notes.txt", tiny_model.model()
+      "full exists already and is not an empty folder.", save, "full", tiny_model.model()
     )
     self.assert_user_error(
-      "bare has no tokenizer that transformers can load", save, "x", tiny_model.model(), self.root / "bare"
+      "notes.txt exists already and is not an empty folder.",
+      save,
+      "full/notes.txt",
+      tiny_model.model(),
+    )
+    self.assert_user_error(
+      "bare has no tokenizer that transformers can load",
+      save,
+      "x",
+      tiny_model.model(),
+      self.root / "bare",
     )
     self.assert_user_error(
       "a d_model that its num_heads divide, not 18 and 4.", save, "x", tiny_model.model(d_model=18)
@@ -316,7 +369,10 @@ class ConfigTest(FolderTest):
     ({}, {}),
     ({"rope_theta": "(none)"}, {"rope_theta": 10000.0}),
     ({"rope_theta": 500000}, {"rope_theta": 500000.0}),
-    ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_scaling": None}, {"rope_theta": 5e5}),
+    (
+      {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_scaling": None},
+      {"rope_theta": 5e5},
+    ),
     ({"rope_theta": "(none)", "rope_parameters": {"rope_theta": 7.0}}, {"rope_theta": 7.0}),
     ({"head_dim": None, "num_key_value_heads": None}, {"head_dim": 4, "num_kv_heads": 4}),
     ({"head_dim": "(none)", "num_key_value_heads": "(none)"}, {"head_dim": 4, "num_kv_heads": 4}),
@@ -324,35 +380,67 @@ class ConfigTest(FolderTest):
     ({"tie_word_embeddings": True}, {"tie_embeddings": True}),
     ({"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, {}),
     ({"partial_rotary_factor": 1.0, "rope_scaling": {"rope_type": "default"}}, {}),
-    ({"attention_bias": True, "mlp_bias": True}, {"qkv_bias": True, "output_bias": True, "mlp_bias": True}),
-    # Numbers as others write them.
-    ({"hidden_size": "16", "vocab_size": 31.0, "num_hidden_layers": "2.0", "rms_norm_eps": "1e-5"}, {}),
-    ({"rope_theta": "500000", "tie_word_embeddings": "false", "num_attention_heads": "4"}, {"rope_theta": 500000.0}),
     (
-      {"model_type": "qwen2", "use_sliding_window": "true", "max_window_layers": "1", "sliding_window": "7"},
+      {"attention_bias": True, "mlp_bias": True},
+      {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
+    ),
+    # Numbers as others write them.
+    (
+      {"hidden_size": "16", "vocab_size": 31.0, "num_hidden_layers": "2.0", "rms_norm_eps": "1e-5"},
+      {},
+    ),
+    (
+      {"rope_theta": "500000", "tie_word_embeddings": "false", "num_attention_heads": "4"},
+      {"rope_theta": 500000.0},
+    ),
+    (
+      {
+        "model_type": "qwen2",
+        "use_sliding_window": "true",
+        "max_window_layers": "1",
+        "sliding_window": "7",
+      },
       {"family": "qwen2", "qkv_bias": True, "windowed": (False, True), "window": 7},
     ),
     ({"tie_word_embeddings": "True", "partial_rotary_factor": "1.0"}, {"tie_embeddings": True}),
   )
   def test_reads(self, changes, expected):
-    # Fails if a default is not that of LlamaConfig, or if the rotary base of transformers 5 is not found.
+    # Fails if a default is not that of LlamaConfig, or if the rotary base of transformers 5 is not
+    # found.
     self.assertEqual(self.read(**changes), dataclasses.replace(tiny_model.CONFIG, **expected))
 
   @parameterized.parameters(
     ({"model_type": "gpt2"}, 'model_type "gpt2" is not supported, only llama, mistral, qwen2, '),
     ({"model_type": "gemma3"}, "text_config is null, not an object."),
-    ({"model_type": "qwen3_5"}, 'model_type "qwen3_5" is not supported: its layers of linear attention'),
-    ({"model_type": "gemma4"}, 'model_type "gemma4" is not supported: its per-layer inputs and the keys and values'),
-    ({"model_type": "qwen3_moe"}, 'model_type "qwen3_moe" is not supported: it is a mixture of experts'),
-    ({"model_type": "newest", "num_experts": 8}, 'model_type "newest" is not supported: it is a mixture of experts'),
+    (
+      {"model_type": "qwen3_5"},
+      'model_type "qwen3_5" is not supported: its layers of linear attention',
+    ),
+    (
+      {"model_type": "gemma4"},
+      'model_type "gemma4" is not supported: its per-layer inputs and the keys and values',
+    ),
+    (
+      {"model_type": "qwen3_moe"},
+      'model_type "qwen3_moe" is not supported: it is a mixture of experts',
+    ),
+    (
+      {"model_type": "newest", "num_experts": 8},
+      'model_type "newest" is not supported: it is a mixture of experts',
+    ),
     (
       {"quantization_config": {"quant_method": "fp8"}},
-      'quantization_config names "fp8"; quantised weights are not supported, take the folder of the model before',
+      'quantization_config names "fp8"; quantised weights are not supported, take the folder of '
+      "the model before",
     ),
     ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers is not a list of 2 numbers"),
     (
-      {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]}},
-      "rope_scaling.short_factor is a list of 1, not a list of 2 numbers, one for each rotated pair.",
+      {
+        "model_type": "phi3",
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]},
+      },
+      "rope_scaling.short_factor is a list of 1, not a list of 2 numbers, one for each rotated "
+      "pair.",
     ),
     (
       {"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 2.0}},
@@ -362,12 +450,19 @@ class ConfigTest(FolderTest):
     ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported, only "silu" is.'),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported, only 1.0 is."),
     (
-      {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25}},
+      {
+        "rope_parameters": {
+          "rope_theta": 1e4,
+          "rope_type": "default",
+          "partial_rotary_factor": 0.25,
+        }
+      },
       "rope_parameters.partial_rotary_factor 0.25 is not supported",
     ),
     (
       {"rope_parameters": {"rope_theta": 1e4, "rope_type": "longrope", "factor": 8.0}},
-      'rope_parameters.rope_type "longrope" is not supported, only default, linear, dynamic, llama3, yarn are.',
+      'rope_parameters.rope_type "longrope" is not supported, only default, linear, dynamic, '
+      "llama3, yarn are.",
     ),
     ({"rope_scaling": {"type": "su", "factor": 2.0}}, 'rope_scaling.type "su" is not supported'),
     ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is null, not a positive number."),
@@ -379,7 +474,10 @@ class ConfigTest(FolderTest):
       {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
       "rope_parameters of a llama model by kind of layer are not supported.",
     ),
-    ({"layer_types": ["chunked_attention"] * 2}, 'layer_types "chunked_attention" is not supported'),
+    (
+      {"layer_types": ["chunked_attention"] * 2},
+      'layer_types "chunked_attention" is not supported',
+    ),
     (
       {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
       "layer_types of a llama model differ from what its sliding_window says.",
@@ -388,18 +486,33 @@ class ConfigTest(FolderTest):
       {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
       "layer_types of a qwen2 model differ from what its sliding_window says.",
     ),
-    ({"model_type": "gemma2", "layer_types": ["sliding_attention"]}, "windowed names 1 layers, num_layers is 2."),
-    ({"model_type": "gemma2", "hidden_activation": "gelu"}, 'hidden_activation "gelu" is not supported'),
+    (
+      {"model_type": "gemma2", "layer_types": ["sliding_attention"]},
+      "windowed names 1 layers, num_layers is 2.",
+    ),
+    (
+      {"model_type": "gemma2", "hidden_activation": "gelu"},
+      'hidden_activation "gelu" is not supported',
+    ),
     (
       {"model_type": "gemma2", "use_bidirectional_attention": True},
       "use_bidirectional_attention true is not supported",
     ),
-    ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported"),
     (
-      {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 8.0}}},
+      {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+      "attn_logit_softcapping 50.0 is not supported",
+    ),
+    (
+      {
+        "model_type": "gemma3_text",
+        "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 8.0}},
+      },
       'rope_parameters.sliding_attention.rope_type "linear" is not supported, only default is.',
     ),
-    ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, not a positive whole number."),
+    (
+      {"model_type": "mistral", "sliding_window": 0},
+      "sliding_window is 0, not a positive whole number.",
+    ),
     ({"rope_scaling": "linear"}, 'rope_scaling is "linear", not an object.'),
     ({"rope_theta": "big"}, 'rope_theta is "big", not a positive number.'),
     ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, not a positive number."),
@@ -455,12 +568,26 @@ class NamesTest(FolderTest):
 
   def test_a_wrapper(self):
     # Fails if the text model's config is not found, or defaults of Gemma 3's own are missing.
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "sliding_window": 16}
-    raw = {"model_type": "gemma3", "text_config": text | {"model_type": "gemma3_text"}, "vision_config": {}}
+    text = {
+      "hidden_size": 32,
+      "intermediate_size": 48,
+      "num_hidden_layers": 3,
+      "sliding_window": 16,
+    }
+    raw = {
+      "model_type": "gemma3",
+      "text_config": text | {"model_type": "gemma3_text"},
+      "vision_config": {},
+    }
     (self.root / "config.json").write_text(json.dumps(raw))
     config = huggingface.read_config(self.root, **HOW)
-    self.assertEqual((config.family, config.num_layers, config.tie_embeddings), ("gemma3_text", 3, True))
-    self.assertEqual((config.vocab_size, config.num_heads, config.num_kv_heads, config.head_dim), (262208, 8, 4, 256))
+    self.assertEqual(
+      (config.family, config.num_layers, config.tie_embeddings), ("gemma3_text", 3, True)
+    )
+    self.assertEqual(
+      (config.vocab_size, config.num_heads, config.num_kv_heads, config.head_dim),
+      (262208, 8, 4, 256),
+    )
     self.assertEqual((config.rope_theta, config.windowed_rope_theta), (1e6, 1e4))
 
 
@@ -479,16 +606,23 @@ class TorchFilesTest(FolderTest):
     weight_map = {}
     for shard in range(shards):
       names = sorted(tensors)[shard::shards]
-      torch.save({name: tensors[name] for name in names}, self.root / f"x/pytorch_model-{shard}.bin")
+      torch.save(
+        {name: tensors[name] for name in names}, self.root / f"x/pytorch_model-{shard}.bin"
+      )
       weight_map |= dict.fromkeys(names, f"pytorch_model-{shard}.bin")
-    (self.root / "x/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (self.root / "x/pytorch_model.bin.index.json").write_text(
+      json.dumps({"weight_map": weight_map})
+    )
     return model
 
   @parameterized.parameters(("float32", 1), ("bfloat16", 1), ("float16", 3))
   def test_weights_in_torchs_format(self, dtype, shards):
     # Fails if bits change on the way through torch, or a file of several is not read.
     model = self.folder(dtype, shards)
-    self.assertEqual(bits(huggingface.load_params(self.root / "x", model, shardings(model))), bits(make_params(model)))
+    self.assertEqual(
+      bits(huggingface.load_params(self.root / "x", model, shardings(model))),
+      bits(make_params(model)),
+    )
 
   def test_code_in_a_file_is_not_run(self):
     # Fails if the file is unpickled: whatever it holds would be called.
@@ -504,7 +638,9 @@ class TorchFilesTest(FolderTest):
     model = tiny_model.model()
     with mock.patch.dict(sys.modules, {"torch": None}):
       load = lambda: huggingface.load_params(self.root, model, shardings(model))
-      self.assert_user_error("pytorch_model*.bin, which only torch reads: pip install torch, or convert", load)
+      self.assert_user_error(
+        "pytorch_model*.bin, which only torch reads: pip install torch, or convert", load
+      )
 
 
 class LoadErrorsTest(FolderTest):
@@ -529,19 +665,23 @@ class LoadErrorsTest(FolderTest):
     ),
     (
       lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(16)}),
-      "model.safetensors: the tensor model.layers.0.self_attn.q_proj.bias has no place in this model.",
+      "model.safetensors: the tensor model.layers.0.self_attn.q_proj.bias has no place in this "
+      "model.",
     ),
     (
       lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.zeros((16, 24), np.float32)}),
-      "model.safetensors: the tensor model.layers.0.mlp.up_proj.weight has shape (16, 24), not (24, 16).",
+      "model.safetensors: the tensor model.layers.0.mlp.up_proj.weight has shape (16, 24), not "
+      "(24, 16).",
     ),
     (
       lambda t: t.update({"model.norm.weight": np.zeros(16, np.int8)}),
-      "model.safetensors: the tensor model.norm.weight has dtype I8, not one of F64, F32, F16, BF16.",
+      "model.safetensors: the tensor model.norm.weight has dtype I8, not one of F64, F32, F16, "
+      "BF16.",
     ),
     (
       lambda t: t.update({"model.norm.weight": np.zeros(16, ml_dtypes.float8_e4m3fn)}),
-      "the tensor model.norm.weight has dtype F8_E4M3, not one of F64, F32, F16, BF16 (quantised weights are not supported).",
+      "the tensor model.norm.weight has dtype F8_E4M3, not one of F64, F32, F16, BF16 (quantised "
+      "weights are not supported).",
     ),
     (
       lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale_inv": np.zeros(1, np.float32)}),
@@ -549,7 +689,8 @@ class LoadErrorsTest(FolderTest):
     ),
     (
       lambda t: t.update({"v_head.summary.weight": np.zeros((1, 16), np.float32)}),
-      "the tensor v_head.summary.weight is of a value head (TRL's AutoModelForCausalLMWithValueHead)",
+      "the tensor v_head.summary.weight is of a value head (TRL's "
+      "AutoModelForCausalLMWithValueHead)",
     ),
   )
   def test_a_tensor_is_named(self, edit, sentence):
@@ -557,22 +698,35 @@ class LoadErrorsTest(FolderTest):
     self.assert_user_error(sentence, self.change, tiny_model.model(), edit)
 
   def test_buffers_and_a_tied_head_are_passed_over(self):
-    # Fails if older checkpoints' rotary buffers, or the copy of a tied embedding, are refused or read.
+    # Fails if older checkpoints' rotary buffers, or the copy of a tied embedding, are refused or
+    # read.
     model = tiny_model.model(tie_embeddings=True)
-    extra = {"lm_head.weight": np.zeros((31, 16)), "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2)}
-    self.assertEqual(bits(self.change(model, lambda tensors: tensors.update(extra))), bits(make_params(model)))
+    extra = {
+      "lm_head.weight": np.zeros((31, 16)),
+      "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2),
+    }
+    self.assertEqual(
+      bits(self.change(model, lambda tensors: tensors.update(extra))), bits(make_params(model))
+    )
 
   def test_broken_files_are_named(self):
-    # Fails if an error of safetensors, of an index or of a missing shard reaches the user without the file's name.
+    # Fails if an error of safetensors, of an index or of a missing shard reaches the user without
+    # the file's name.
     model, folder = tiny_model.model(), self.root / "x"
     load = lambda: huggingface.load_params(folder, model, shardings(model))
     folder.mkdir()
-    self.assert_user_error("x holds neither model.safetensors nor model.safetensors.index.json.", load)
+    self.assert_user_error(
+      "x holds neither model.safetensors nor model.safetensors.index.json.", load
+    )
     (folder / "consolidated.safetensors").write_bytes(b"")
     self.assert_user_error("x holds consolidated.safetensors alone, Mistral's own format", load)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
-    self.assert_user_error("model.safetensors.index.json has no weight_map from tensors to files.", load)
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    self.assert_user_error(
+      "model.safetensors.index.json has no weight_map from tensors to files.", load
+    )
+    (folder / "model.safetensors.index.json").write_text(
+      '{"weight_map": {"a": "gone.safetensors"}}'
+    )
     self.assert_user_error("gone.safetensors is missing or no safetensors file", load)
     huggingface.save(self.root / "y", model, make_params(model))
     whole = (self.root / "y/model.safetensors").read_bytes()
@@ -584,12 +738,15 @@ class LoadErrorsTest(FolderTest):
 @pytest.mark.slow  # a model of 135 million parameters
 class SmolLM2Test(absltest.TestCase):
   def test_logits_are_those_of_torch(self):
-    # Fails if two matrices change places, the rotary pairs are neighbours, or the base 100000 or ε is not read.
+    # Fails if two matrices change places, the rotary pairs are neighbours, or the base 100000 or ε
+    # is not read.
     folder = smollm2.smollm2_dir()
     model = Model(huggingface.read_config(folder, **HOW | {"scan_layers": True}))
     params = huggingface.load_params(folder, model, shardings(model))
     trees = tree_lib.pack([[tree_lib.Tree(PROMPT)]], len(PROMPT))
-    logits = np.asarray(jax.jit(lambda p, t: model.logits(p, model.hidden(p, t)[0][0, -1]))(params, trees))
+    logits = np.asarray(
+      jax.jit(lambda p, t: model.logits(p, model.hidden(p, t)[0][0, -1]))(params, trees)
+    )
     self.assertEqual(np.argsort(-logits)[:5].tolist(), list(TOP))
     recorded = TOP | OTHERS
     np.testing.assert_allclose(logits[list(recorded)], list(recorded.values()), rtol=0, atol=1e-3)

@@ -12,21 +12,29 @@ from tests import tiny_model
 
 class LayoutTest(absltest.TestCase):
   def test_there_and_back(self):
-    # Fails if a layer is lost or changes its place, if the moments of an optimizer are passed over, if the ends or the
-    # count are touched, or if a second call unstacks again.
+    # Fails if a layer is lost or changes its place, if the moments of an optimizer are passed over,
+    # if the ends or the count are touched, or if a second call unstacks again.
     params = tiny_model.make_params(tiny_model.model())
     state = {"params": params, "opt_state": optax.adamw(1e-3).init(params), "step": np.int32(3)}
     unstacked = layer_stacking.unstack(state)
-    self.assertEqual((layer_stacking.is_unstacked(state), layer_stacking.is_unstacked(unstacked)), (False, True))
+    self.assertEqual(
+      (layer_stacking.is_unstacked(state), layer_stacking.is_unstacked(unstacked)), (False, True)
+    )
     for tree in (unstacked["params"], unstacked["opt_state"][0].mu):
       self.assertLen(tree["layers"], tiny_model.CONFIG.num_layers)
     for number, layer in enumerate(unstacked["params"]["layers"]):
       np.testing.assert_array_equal(layer["query"], params["layers"]["query"][number])
-    self.assertEqual(jax.tree.structure(layer_stacking.unstack(unstacked)), jax.tree.structure(unstacked))
-    self.assertEqual(jax.tree.structure(layer_stacking.like(unstacked, state)), jax.tree.structure(unstacked))
+    self.assertEqual(
+      jax.tree.structure(layer_stacking.unstack(unstacked)), jax.tree.structure(unstacked)
+    )
+    self.assertEqual(
+      jax.tree.structure(layer_stacking.like(unstacked, state)), jax.tree.structure(unstacked)
+    )
     for back in (layer_stacking.stack(unstacked), layer_stacking.like(state, unstacked)):
       self.assertEqual(jax.tree.structure(back), jax.tree.structure(state))
-      for (path, got), expected in zip(jax.tree_util.tree_leaves_with_path(back), jax.tree.leaves(state), strict=True):
+      for (path, got), expected in zip(
+        jax.tree_util.tree_leaves_with_path(back), jax.tree.leaves(state), strict=True
+      ):
         np.testing.assert_array_equal(got, expected, err_msg=jax.tree_util.keystr(path))
 
   def test_shardings_fit_the_arrays(self):
@@ -36,7 +44,8 @@ class LayoutTest(absltest.TestCase):
       device_mesh.shardings(mesh, model.logical_axes()), tiny_model.CONFIG.num_layers
     )
     self.assertEqual(
-      jax.tree.structure(shardings), jax.tree.structure(layer_stacking.unstack(tiny_model.make_params(model)))
+      jax.tree.structure(shardings),
+      jax.tree.structure(layer_stacking.unstack(tiny_model.make_params(model))),
     )
     self.assertEqual(tuple(shardings["layers"][1]["down"].spec), ("tensor", "fsdp"))
 

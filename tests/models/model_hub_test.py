@@ -1,4 +1,6 @@
-"""Models of the Hub, and back to it: the real client against a server on this machine that speaks the Hub's API."""
+"""Models of the Hub, and back to it: the real client against a server on this machine that speaks
+the Hub's API.
+"""
 
 import base64
 import json
@@ -25,7 +27,9 @@ FIRST, SECOND = hub_test.FIRST, hub_test.SECOND
 
 
 class Server(hub_test.Server):
-  """The same for models, which takes commits too: `pushed` holds the files of each by their repository."""
+  """The same for models, which takes commits too: `pushed` holds the files of each by their
+  repository.
+  """
 
   def __init__(self, repos, **more):
     super().__init__(repos, **more)
@@ -60,18 +64,23 @@ class Server(hub_test.Server):
       send(
         {
           "files": [
-            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]
+            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+            for file in json.loads(body)["files"]
           ]
         }
       )
     elif "/commit/" in request.path:
       lines = [json.loads(line) for line in body.splitlines() if line]
       files = {
-        line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
+        line["value"]["path"]: base64.b64decode(line["value"]["content"])
+        for line in lines
+        if line["key"] == "file"
       }
       repo = "/".join(request.path.split("/")[3:5])
       self.pushed.setdefault(repo, []).append(files)
-      send({"commitUrl": f"{self.url}/{repo}/commit/{SECOND}", "commitOid": SECOND, "success": True})
+      send(
+        {"commitUrl": f"{self.url}/{repo}/commit/{SECOND}", "commitOid": SECOND, "success": True}
+      )
     else:
       send({"error": "unknown"}, 404)
 
@@ -101,23 +110,31 @@ class ModelHubTest(hf_tokenizers_test.FolderTest):
     return {path.name: path.read_bytes() for path in self.folder.iterdir()} | more
 
   def serve(self, *commits, **more) -> Server:
-    server = Server({"me/tiny": dict(zip((FIRST, SECOND), commits or (self.files(),), strict=False))}, **more)
+    server = Server(
+      {"me/tiny": dict(zip((FIRST, SECOND), commits or (self.files(),), strict=False))}, **more
+    )
     self.addCleanup(server.close)
     self.enter_context(mock.patch.dict(os.environ, {"HF_ENDPOINT": server.url}))
     return server
 
   def load(self, path="me/tiny") -> Policy:
-    return Policy.load(policy_lib.resolve(path), config_schema.default().model, tiny_model.one_device_mesh())
+    return Policy.load(
+      policy_lib.resolve(path), config_schema.default().model, tiny_model.one_device_mesh()
+    )
 
   def test_a_model_by_its_name(self):
-    # Fails if weights, tokenizer or endings are not those of the repository, files are fetched that nobody reads or twice,
-    # or the token is not sent.
+    # Fails if weights, tokenizer or endings are not those of the repository, files are fetched that
+    # nobody reads or twice, or the token is not sent.
     server = self.serve()
     with mock.patch.dict(os.environ, {"HF_TOKEN": "hf_secret"}):
       policy = self.load()
     self.assertEqual(policy.fingerprint, self.load(str(self.folder)).fingerprint)
     self.assertEqual(policy.eos_ids, (hf_tokenizers_test.EOS, hf_tokenizers_test.END))
-    fetched = [path.rpartition("/")[2] for method, path in server.asked if method == "GET" and "resolve" in path]
+    fetched = [
+      path.rpartition("/")[2]
+      for method, path in server.asked
+      if method == "GET" and "resolve" in path
+    ]
     self.assertCountEqual(set(fetched), [path.name for path in self.folder.iterdir()])
     self.assertIn("Bearer hf_secret", server.tokens)
     self.assertEqual(policy_lib.resolve("hf:me/tiny", weights=False), policy.folder)
@@ -140,7 +157,9 @@ class ModelHubTest(hf_tokenizers_test.FolderTest):
     second = first | {"generation_config.json": b'{"eos_token_id": 258}'}
     self.serve(first, second)
     self.assertEqual(self.load().eos_ids, (hf_tokenizers_test.EOS, hf_tokenizers_test.START))
-    self.assertEqual(self.load(f"me/tiny@{FIRST}").eos_ids, (hf_tokenizers_test.EOS, hf_tokenizers_test.END))
+    self.assertEqual(
+      self.load(f"me/tiny@{FIRST}").eos_ids, (hf_tokenizers_test.EOS, hf_tokenizers_test.END)
+    )
 
   def test_without_a_network(self):
     # Fails if a model in the cache needs the network.
@@ -151,7 +170,9 @@ class ModelHubTest(hf_tokenizers_test.FolderTest):
     with mock.patch.object(constants, "HF_HUB_OFFLINE", True):
       self.assertEqual(self.load().fingerprint, fingerprint)
       self.assertEqual(self.load(f"me/tiny@{FIRST}").fingerprint, fingerprint)
-      with self.assertRaisesRegex(UserError, "me/other on the Hub is not in the cache, and the Hub cannot be reached"):
+      with self.assertRaisesRegex(
+        UserError, "me/other on the Hub is not in the cache, and the Hub cannot be reached"
+      ):
         self.load("hf:me/other")
     self.assertLen(server.asked, count)
 
@@ -170,7 +191,8 @@ class ModelHubTest(hf_tokenizers_test.FolderTest):
     ("hf:me/none", "^The model me/none on the Hub does not exist, or it is private and HF_TOKEN"),
     (
       "me/none",
-      "There is no folder me/none, and no such model was found: The model me/none on the Hub does not exist",
+      "There is no folder me/none, and no such model was found: The model me/none on the Hub does "
+      "not exist",
     ),
     ("hf:me/tiny@v9", "The model me/tiny on the Hub has no such revision"),
     ("hf:tiny", "hf:tiny is no model on the Hub; the form is hf:ORG/NAME"),
@@ -190,7 +212,8 @@ class ModelHubTest(hf_tokenizers_test.FolderTest):
       self.load()
 
   def test_the_base_of_an_adapter(self):
-    # Fails if an adapter of PEFT on a model of the Hub needs a folder, or takes another revision than it was trained on.
+    # Fails if an adapter of PEFT on a model of the Hub needs a folder, or takes another revision
+    # than it was trained on.
     first = self.files()
     self.serve(first, first | {"generation_config.json": b'{"eos_token_id": 258}'})
     folder = self.root / "adapter"

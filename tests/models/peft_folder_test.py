@@ -1,4 +1,6 @@
-"""A folder of PEFT as model.path: its base with its adapter, its own tokenizer, and what is refused."""
+"""A folder of PEFT as model.path: its base with its adapter, its own tokenizer, and what is
+refused.
+"""
 
 import json
 
@@ -30,7 +32,9 @@ class PeftFolderTest(hf_tokenizers_test.FolderTest):
     adapter_lib.save_peft(self.adapter_folder, [(self.adapter, self.params)], str(self.folder))
 
   def load(self, folder=None) -> Policy:
-    return Policy.load(folder or self.adapter_folder, config_schema.default().model, tiny_model.one_device_mesh())
+    return Policy.load(
+      folder or self.adapter_folder, config_schema.default().model, tiny_model.one_device_mesh()
+    )
 
   def change(self, **changes):
     path = self.adapter_folder / "adapter_config.json"
@@ -58,7 +62,9 @@ class PeftFolderTest(hf_tokenizers_test.FolderTest):
     # Fails if a stage does not see that the base under an adapter has changed.
     before = policy_lib.files_identity(policy_lib.epath.Path(self.adapter_folder))
     self.write(generation={"eos_token_id": hf_tokenizers_test.START})
-    self.assertNotEqual(policy_lib.files_identity(policy_lib.epath.Path(self.adapter_folder)), before)
+    self.assertNotEqual(
+      policy_lib.files_identity(policy_lib.epath.Path(self.adapter_folder)), before
+    )
 
   def test_a_tokenizer_of_its_own(self):
     # Fails if the adapter's chat template is passed over.
@@ -102,7 +108,8 @@ class PeftFolderTest(hf_tokenizers_test.FolderTest):
     (
       "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
       (2, 15),
-      r"q_proj has lora_A \(2, 15\) and lora_B \(16, 2\), which do not fit the base's matrix of 16 inputs and 16 outputs",
+      r"q_proj has lora_A \(2, 15\) and lora_B \(16, 2\), which do not fit the base's matrix of 16 "
+      r"inputs and 16 outputs",
     ),
   )
   def test_refused_tensors(self, name, shape, sentence):
@@ -115,7 +122,9 @@ class PeftFolderTest(hf_tokenizers_test.FolderTest):
   def test_no_weights(self):
     # Fails if a folder without weights passes for an adapter that does nothing.
     (self.adapter_folder / "adapter_model.safetensors").unlink()
-    with self.assertRaisesRegex(UserError, "holds neither adapter_model.safetensors nor adapter_model.bin"):
+    with self.assertRaisesRegex(
+      UserError, "holds neither adapter_model.safetensors nor adapter_model.bin"
+    ):
       self.load()
 
 

@@ -1,6 +1,7 @@
 """Tiny models of every family and option, as config.json has them, with weights that numpy draws.
 
-tests/parity computes with transformers and torch what these models' logits are; family_logits.json keeps some of them.
+tests/parity computes with transformers and torch what these models' logits are; family_logits.json
+keeps some of them.
 """
 
 import json
@@ -30,8 +31,18 @@ _SIZES = {
   "eos_token_id": 3,
   "pad_token_id": 0,
 }
-_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-_GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5, "tie_word_embeddings": True}
+_LLAMA3 = {
+  "factor": 8.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 16,
+}
+_GEMMA = {
+  "head_dim": 12,
+  "query_pre_attn_scalar": 20,
+  "sliding_window": 5,
+  "tie_word_embeddings": True,
+}
 _LONGROPE = {
   "rope_scaling": {
     "type": "longrope",
@@ -42,33 +53,68 @@ _LONGROPE = {
 }
 CASES = {
   "llama": {"model_type": "llama"},
-  "llama, many heads, no ties": {"model_type": "llama", "num_key_value_heads": 4, "rms_norm_eps": 1e-6},
-  "llama, one kv head, tied": {"model_type": "llama", "num_key_value_heads": 1, "tie_word_embeddings": True},
-  "llama, head_dim, base": {"model_type": "llama", "head_dim": 12, "rope_theta": 30.0, "rms_norm_eps": 0.05},
+  "llama, many heads, no ties": {
+    "model_type": "llama",
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+  },
+  "llama, one kv head, tied": {
+    "model_type": "llama",
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+  },
+  "llama, head_dim, base": {
+    "model_type": "llama",
+    "head_dim": 12,
+    "rope_theta": 30.0,
+    "rms_norm_eps": 0.05,
+  },
   "llama, llama3 rope": {
     "model_type": "llama",
     "rope_theta": 500.0,
     "rope_scaling": {"rope_type": "llama3", **_LLAMA3},
   },
   "llama, linear rope": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}},
-  "llama, dynamic rope": {"model_type": "llama", "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+  "llama, dynamic rope": {
+    "model_type": "llama",
+    "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+  },
   "llama, yarn rope": {
     "model_type": "llama",
     "rope_theta": 100.0,
     "head_dim": 16,
-    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 4.0},
+    "rope_scaling": {
+      "rope_type": "yarn",
+      "factor": 4.0,
+      "original_max_position_embeddings": 32,
+      "beta_fast": 4.0,
+    },
   },
   "mistral": {"model_type": "mistral", "sliding_window": 5},
   "mistral, no window": {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6},
   "qwen2": {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
-  "qwen2, windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+  "qwen2, windows": {
+    "model_type": "qwen2",
+    "use_sliding_window": True,
+    "sliding_window": 4,
+    "max_window_layers": 1,
+  },
   "qwen3": {"model_type": "qwen3", "head_dim": 12, "rope_theta": 1e6},
   "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
   "qwen3, biases": {"model_type": "qwen3", "head_dim": 12, "attention_bias": True},
   "phi3": {"model_type": "phi3"},
-  "phi3, window": {"model_type": "phi3", "sliding_window": 5, "partial_rotary_factor": 0.5, "num_key_value_heads": 4},
+  "phi3, window": {
+    "model_type": "phi3",
+    "sliding_window": 5,
+    "partial_rotary_factor": 0.5,
+    "num_key_value_heads": 4,
+  },
   "phi3, longrope": {"model_type": "phi3", **_LONGROPE, "original_max_position_embeddings": 32},
-  "phi3, longrope, long": {"model_type": "phi3", **_LONGROPE, "original_max_position_embeddings": 16},
+  "phi3, longrope, long": {
+    "model_type": "phi3",
+    **_LONGROPE,
+    "original_max_position_embeddings": 16,
+  },
   "olmo2": {"model_type": "olmo2"},
   "olmo3": {
     "model_type": "olmo3",
@@ -84,7 +130,12 @@ CASES = {
       "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
     },
   },
-  "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "tie_word_embeddings": True, "rope_theta": 100.0},
+  "smollm3": {
+    "model_type": "smollm3",
+    "num_hidden_layers": 5,
+    "tie_word_embeddings": True,
+    "rope_theta": 100.0,
+  },
   "smollm3, windows": {
     "model_type": "smollm3",
     "no_rope_layers": [1, 0, 1],
@@ -101,8 +152,18 @@ CASES = {
     "logits_scaling": 1.5,
     "mlp_bias": True,
   },
-  "gemma": {"model_type": "gemma", "head_dim": 12, "tie_word_embeddings": True, "hidden_act": "gelu"},
-  "gemma2": {"model_type": "gemma2", **_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+  "gemma": {
+    "model_type": "gemma",
+    "head_dim": 12,
+    "tie_word_embeddings": True,
+    "hidden_act": "gelu",
+  },
+  "gemma2": {
+    "model_type": "gemma2",
+    **_GEMMA,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+  },
   "gemma2, no caps": {
     "model_type": "gemma2",
     **_GEMMA,
@@ -154,7 +215,9 @@ def ids(name: str) -> list[int]:
 
 
 def draw(name: str, shape) -> np.ndarray:
-  """A tensor of this Hugging Face name: matrices wide enough for logits to differ, norms away from their neutral value."""
+  """A tensor of this Hugging Face name: matrices wide enough for logits to differ, norms away from
+  their neutral value.
+  """
   values = np.random.RandomState(sum(map(ord, name))).normal(size=shape)
   return (0.3 * values + (1.0 if "norm" in name else 0.0)).astype(np.float32)
 
@@ -179,7 +242,9 @@ def params(of: Model):
 
 
 def write_folder(name: str, folder: pathlib.Path) -> None:
-  """A Hugging Face folder of the model, written without our exporter: only the tensors' names are ours."""
+  """A Hugging Face folder of the model, written without our exporter: only the tensors' names are
+  ours.
+  """
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps(config_json(name)))
   of = model(name)

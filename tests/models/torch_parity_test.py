@@ -1,4 +1,6 @@
-"""--check_parity where torch is not: it says so; and it comes before any stage, with the base model."""
+"""--check_parity where torch is not: it says so; and it comes before any stage, with the base
+model.
+"""
 
 import pathlib
 import sys
@@ -19,12 +21,14 @@ class CheckParityTest(absltest.TestCase):
   def test_without_torch(self):
     # Fails if a check that was asked for is passed over in silence.
     with mock.patch.dict(sys.modules, {"torch": None}):
-      with self.assertRaisesRegex(UserError, "--check_parity compares with torch, which is not installed"):
+      with self.assertRaisesRegex(
+        UserError, "--check_parity compares with torch, which is not installed"
+      ):
         torch_parity.check(EMBEDDED, tiny_model.model(), None)
 
   def test_first_of_all(self):
-    # Fails if the leaf that the flag sets is not read, if it is on by itself, or if another model than the base is held
-    # against its folder.
+    # Fails if the leaf that the flag sets is not read, if it is on by itself, or if another model
+    # than the base is held against its folder.
     config = config_schema.default()
     config.mesh.data = 1
     config.mesh.fsdp = -1
@@ -35,7 +39,9 @@ class CheckParityTest(absltest.TestCase):
       stages.run(config, tempfile.mkdtemp(), [])
     ((folder, model, params),) = [call.args for call in check.call_args_list]
     self.assertEqual(pathlib.Path(folder), EMBEDDED)
-    self.assertEqual(params["ends"]["embedding"].shape, (model.config.vocab_size, model.config.d_model))
+    self.assertEqual(
+      params["ends"]["embedding"].shape, (model.config.vocab_size, model.config.d_model)
+    )
 
 
 if __name__ == "__main__":

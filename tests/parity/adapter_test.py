@@ -30,20 +30,29 @@ class PeftTest(parameterized.TestCase):
 
   @parameterized.parameters("llama", "qwen2, windows", "gemma3, linear rope", "phi3", "olmo2")
   def test_peft_computes_what_we_saved(self, name):
-    # Fails if PEFT does not find a tensor, counts it with another scale, or merges to other weights than ours.
+    # Fails if PEFT does not find a tensor, counts it with another scale, or merges to other weights
+    # than ours.
     tiny_families.write_folder(name, self.folder / "base")
     model, base = load(self.folder / "base")
-    first, second = Adapter(model, 3, 6.0, adapter_lib.TARGETS), Adapter(model, 2, 1.0, ("query", "value"))
+    first, second = (
+      Adapter(model, 3, 6.0, adapter_lib.TARGETS),
+      Adapter(model, 2, 1.0, ("query", "value")),
+    )
     chain = [(adapter, adapter_test.drawn(adapter)) for adapter in (first, second)]
     adapter_lib.save_peft(self.folder / "adapter", chain, str(self.folder / "base"))
     for adapter, params in chain:
       base = adapter.merge(base, params)
     ids = tiny_families.ids(name)
     plain = torch_logits(read_by_torch(self.folder / "base"), ids)
-    theirs = peft.PeftModel.from_pretrained(read_by_torch(self.folder / "base"), self.folder / "adapter").eval()
+    theirs = peft.PeftModel.from_pretrained(
+      read_by_torch(self.folder / "base"), self.folder / "adapter"
+    ).eval()
     ours, adapted = our_logits(model, base, ids), torch_logits(theirs, ids)
     merged = torch_logits(theirs.merge_and_unload(), ids)
-    print(f"| {name}, adapter | {np.abs(ours - adapted).max():.1e} | {np.abs(ours - merged).max():.1e} |")
+    print(
+      f"| {name}, adapter | {np.abs(ours - adapted).max():.1e} | "
+      f"{np.abs(ours - merged).max():.1e} |"
+    )
     self.assertGreater(np.abs(adapted - plain).max(), 0.5)
     np.testing.assert_allclose(adapted, ours, rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(merged, ours, rtol=0, atol=TOLERANCE)
@@ -60,7 +69,9 @@ class PeftTest(parameterized.TestCase):
   def test_we_compute_what_peft_saved(self, name, modules, changes):
     # Fails if a scale, a rank of its own, a layer or a part of a fused matrix is read wrongly.
     tiny_families.write_folder(name, self.folder / "base")
-    config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=modules, lora_dropout=0.0, **changes)
+    config = peft.LoraConfig(
+      r=3, lora_alpha=12, target_modules=modules, lora_dropout=0.0, **changes
+    )
     theirs = peft.get_peft_model(read_by_torch(self.folder / "base"), config).eval()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -79,7 +90,8 @@ class PeftTest(parameterized.TestCase):
 
   @parameterized.parameters("llama", "qwen3")
   def test_gradients_are_those_of_peft(self, name):
-    # Fails if our SFT of an adapter takes another gradient than PEFT's of the same adapter on the same text.
+    # Fails if our SFT of an adapter takes another gradient than PEFT's of the same adapter on the
+    # same text.
     tiny_families.write_folder(name, self.folder / "base")
     model, base = load(self.folder / "base")
     adapter = Adapter(model, 3, 12.0, ("query", "output", "gate", "down"))
@@ -92,32 +104,44 @@ class PeftTest(parameterized.TestCase):
     (loss, _), grads = jax.jit(jax.value_and_grad(of_params, has_aux=True))(params)
 
     modules = {
-      target: hf_configs.tensor_names(model.config)[f"layers/{target}"][: -len(".weight")] for target in params
+      target: hf_configs.tensor_names(model.config)[f"layers/{target}"][: -len(".weight")]
+      for target in params
     }
     config = peft.LoraConfig(
-      r=3, lora_alpha=12, target_modules=[module.rpartition(".")[2] for module in modules.values()], lora_dropout=0.0
+      r=3,
+      lora_alpha=12,
+      target_modules=[module.rpartition(".")[2] for module in modules.values()],
+      lora_dropout=0.0,
     )
     theirs = peft.get_peft_model(read_by_torch(self.folder / "base"), config)
     found = dict(theirs.named_parameters())
-    place = lambda module, layer, part: found[f"base_model.model.{module.format(layer)}.lora_{part}.default.weight"]
+    place = lambda module, layer, part: found[
+      f"base_model.model.{module.format(layer)}.lora_{part}.default.weight"
+    ]
     with torch.no_grad():
       for target, module in modules.items():
         for layer in range(model.config.num_layers):
           for part, ours in (("A", "a"), ("B", "b")):
-            place(module, layer, part).copy_(torch.tensor(np.asarray(params[target][ours][layer].T)))
+            place(module, layer, part).copy_(
+              torch.tensor(np.asarray(params[target][ours][layer].T))
+            )
     labels = [-100] * 6 + text[6:]
     their_loss = theirs(torch.tensor([text]), labels=torch.tensor([labels])).loss
     their_loss.backward()
     self.assertAlmostEqual(float(loss), their_loss.item(), delta=1e-5)
     self.assertEqual(
-      {key for key, value in found.items() if value.grad is None} & {k for k in found if "lora" in k}, set()
+      {key for key, value in found.items() if value.grad is None}
+      & {k for k in found if "lora" in k},
+      set(),
     )
     for target, module in modules.items():
       for layer in range(model.config.num_layers):
         for part, ours in (("A", "a"), ("B", "b")):
           expected = place(module, layer, part).grad.numpy().T
           scale = np.abs(expected).max()
-          np.testing.assert_allclose(grads[target][ours][layer], expected, rtol=0, atol=2e-3 * scale)
+          np.testing.assert_allclose(
+            grads[target][ours][layer], expected, rtol=0, atol=2e-3 * scale
+          )
 
 
 if __name__ == "__main__":

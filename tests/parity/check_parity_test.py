@@ -16,7 +16,8 @@ from tests.parity.logits_test import load
 class CheckParityTest(parameterized.TestCase):
   @parameterized.product(name=["qwen2", "gemma3"], dtype=["float32", "bfloat16"])
   def test_sees_one_matrix(self, name, dtype):
-    # Fails if the tolerance is so wide that a matrix of another layer passes, or so narrow that rounding does not.
+    # Fails if the tolerance is so wide that a matrix of another layer passes, or so narrow that
+    # rounding does not.
     folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory())) / "x"
     tiny_families.write_folder(name, folder)
     model, params = load(folder, dtype=dtype)

@@ -1,4 +1,6 @@
-"""Logits and greedy text against transformers with torch, both reading the same Hugging Face folders."""
+"""Logits and greedy text against transformers with torch, both reading the same Hugging Face
+folders.
+"""
 
 import pathlib
 import tempfile
@@ -39,7 +41,11 @@ VARIANTS = (
   {"num_key_value_heads": 2, "tie_word_embeddings": True},
   {"num_key_value_heads": 1, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
   {"head_dim": 12, "num_key_value_heads": 2, "rms_norm_eps": 0.05},
-  {"head_dim": 4, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 30.0, "rope_type": "default"}},
+  {
+    "head_dim": 4,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_theta": 30.0, "rope_type": "default"},
+  },
 )
 
 
@@ -90,33 +96,44 @@ class ParityTest(parameterized.TestCase):
     model, params = load(self.folder / "x")
     expected = torch_logits(theirs, self.ids)
     self.assertGreater(np.ptp(expected), 1.0)
-    np.testing.assert_allclose(our_logits(model, params, self.ids), expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(
+      our_logits(model, params, self.ids), expected, rtol=0, atol=TOLERANCE
+    )
 
   @parameterized.parameters(*enumerate(VARIANTS))
   def test_torch_computes_what_we_saved(self, seed, changes):
-    # Fails if an option is written wrongly, or if transformers does not find a tensor and draws it anew.
+    # Fails if an option is written wrongly, or if transformers does not find a tensor and draws it
+    # anew.
     torch_model(seed, **changes).save_pretrained(self.folder / "x")
     model, params = load(self.folder / "x")
     params = jax.tree.map(lambda leaf: 0.9 * leaf + 0.01, params)
     huggingface.save(self.folder / "y", model, params, max_shard_bytes=8000)
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(self.folder / "y", output_loading_info=True)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+      self.folder / "y", output_loading_info=True
+    )
     self.assertIsInstance(theirs, transformers.LlamaForCausalLM)
     self.assertEqual({key: list(value) for key, value in report.items() if value}, {})
     expected = torch_logits(theirs.eval(), self.ids)
     self.assertGreater(np.ptp(expected), 1.0)
-    np.testing.assert_allclose(our_logits(model, params, self.ids), expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(
+      our_logits(model, params, self.ids), expected, rtol=0, atol=TOLERANCE
+    )
 
   def test_torch_reads_our_bfloat16(self):
     # Fails if bfloat16 bits are changed on the way into the file.
     model = tiny_model.model(param_dtype="bfloat16")
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), model.abstract_params())
+    params = jax.tree.map(
+      lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), model.abstract_params()
+    )
     huggingface.save(self.folder / "x", model, params)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(self.folder / "x")
     state = theirs.state_dict()
     self.assertEqual({value.dtype for value in state.values()}, {torch.bfloat16})
     query = params["layers"]["query"][1].astype(np.float32)
-    np.testing.assert_array_equal(state["model.layers.1.self_attn.q_proj.weight"].float().numpy(), query.T)
+    np.testing.assert_array_equal(
+      state["model.layers.1.self_attn.q_proj.weight"].float().numpy(), query.T
+    )
 
   def test_greedy_text_is_that_of_torch(self):
     # Fails if the engine's cache, positions or ending differ from those of `generate`.
@@ -126,11 +143,17 @@ class ParityTest(parameterized.TestCase):
     rng = np.random.default_rng(1)
     prompts = [rng.integers(4, 61, size).tolist() for size in (1, 3, 6, 9, 12, 5, 7, 2)]
     trunks = [Trunk(ids, [len(ids)], np.zeros((1, 2), np.uint32)) for ids in prompts]
-    engine = Engine(model, tiny_model.one_device_mesh(), Stops((3,)), lanes=3, slots=1, max_new_tokens=20)
-    ours = {i: generations[0] for i, generations in engine.run(params, trunks, Sampling(temperature=0.0))}
+    engine = Engine(
+      model, tiny_model.one_device_mesh(), Stops((3,)), lanes=3, slots=1, max_new_tokens=20
+    )
+    ours = {
+      i: generations[0] for i, generations in engine.run(params, trunks, Sampling(temperature=0.0))
+    }
     sizes = set()
     for i, ids in enumerate(prompts):
-      whole = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=20, pad_token_id=0)
+      whole = theirs.generate(
+        torch.tensor([ids]), do_sample=False, max_new_tokens=20, pad_token_id=0
+      )
       self.assertEqual(ours[i].ids.tolist(), whole[0, len(ids) :].tolist())
       sizes.add(len(ours[i].ids))
     self.assertGreater(len(sizes), 1)  # some end with EOS, some after 20 tokens
@@ -139,27 +162,36 @@ class ParityTest(parameterized.TestCase):
 
 class SmolLM2Test(absltest.TestCase):
   def test_logits(self):
-    # Fails if the real model's equations differ from torch's at any place of the prompt. Float64 shows them without
-    # noise, but for the norms, which transformers computes in float32. In float32, logits up to 38 carry noise of 1e-4
-    # over a prompt's 2.6 million: 6e-5 of torch's and 9e-5 of ours against float64, 7e-5 between torch's own attention
-    # kernels. So there the absolute tolerance holds for the last place, and all places are held to the logits' scale.
+    # Fails if the real model's equations differ from torch's at any place of the prompt. Float64
+    # shows them without noise, but for the norms, which transformers computes in float32. In
+    # float32, logits up to 38 carry noise of 1e-4 over a prompt's 2.6 million: 6e-5 of torch's and
+    # 9e-5 of ours against float64, 7e-5 between torch's own attention kernels. So there the
+    # absolute tolerance holds for the last place, and all places are held to the logits' scale.
     folder = smollm2.smollm2_dir()
     ids = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
-      [{"role": "user", "content": "Natalia sold 48 clips in April and half as many in May. How many in all?"}],
+      [
+        {
+          "role": "user",
+          "content": "Natalia sold 48 clips in April and half as many in May. How many in all?",
+        }
+      ],
       add_generation_prompt=True,
       return_dict=True,
     )["input_ids"]
     found = {}
     for dtype in ("float32", "float64"):
       with jax.enable_x64(dtype == "float64"):
-        theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        theirs = transformers.LlamaForCausalLM.from_pretrained(
+          folder, dtype=getattr(torch, dtype)
+        ).eval()
         expected = torch_logits(theirs, ids)
         del theirs
         ours = our_logits(*load(folder, dtype=dtype, scan_layers=True), ids)
         self.assertEqual(ours.dtype, np.dtype(dtype))
         found[dtype] = np.abs(ours - expected).max(axis=1)
         print(
-          f"SmolLM2 in {dtype}: largest difference {found[dtype].max():.1e} over {len(ids)} places, "
+          f"SmolLM2 in {dtype}: largest difference {found[dtype].max():.1e} over {len(ids)} "
+          "places, "
           f"{found[dtype][-1]:.1e} at the last; largest logit {np.abs(expected).max():.1f}."
         )
     self.assertLessEqual(found["float64"].max(), TOLERANCE)

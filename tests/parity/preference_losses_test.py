@@ -1,15 +1,16 @@
-"""Preference losses and a whole DPO step against TRL's DPOTrainer, by calling its own `compute_loss`.
+"""Preference losses and a whole DPO step against TRL's DPOTrainer, by calling its own
+`compute_loss`.
 
-First with log-probs that we hand to it in place of a model's: the same numbers in, the same numbers and gradients out.
-TRL names some losses otherwise, and one of them is another loss:
+First with log-probs that we hand to it in place of a model's: the same numbers in, the same numbers
+and gradients out. TRL names some losses otherwise, and one of them is another loss:
 
   DPO    its "sigmoid"; it has no label smoothing (its "robust" with label_smoothing is robust DPO, another loss).
   cDPO   its "aot" with label_smoothing on one pair alone: that sorts margins over a batch, and one is always sorted.
   IPO    its "ipo" puts in means per token where we sum. On responses of one token these are the same numbers; on
          responses of n tokens its loss at τ is ours at τ/n, divided by n².
 
-Then with models: a tiny random Llama as policy and another as reference, TRL's padded batch of [chosen, rejected] rows
-on one side, our packed trees on the other.
+Then with models: a tiny random Llama as policy and another as reference, TRL's padded batch of
+[chosen, rejected] rows on one side, our packed trees on the other.
 """
 
 import pathlib
@@ -62,7 +63,9 @@ def llama(seed: int) -> transformers.LlamaForCausalLM:
 
 
 def make_trainer(folder: pathlib.Path, policy, ref_policy) -> trl.DPOTrainer:
-  """A DPOTrainer in float32 on the CPU. Its data set is never read: batches are handed to `compute_loss`."""
+  """A DPOTrainer in float32 on the CPU. Its data set is never read: batches are handed to
+  `compute_loss`.
+  """
   config = trl.DPOConfig(
     output_dir=str(folder),
     beta=BETA,
@@ -83,15 +86,28 @@ def make_trainer(folder: pathlib.Path, policy, ref_policy) -> trl.DPOTrainer:
   )
 
 
-def trl_loss(trainer, loss_type, chosen_PT, rejected_PT, ref_chosen_P, ref_rejected_P, beta, label_smoothing=0.0):
+def trl_loss(
+  trainer,
+  loss_type,
+  chosen_PT,
+  rejected_PT,
+  ref_chosen_P,
+  ref_rejected_P,
+  beta,
+  label_smoothing=0.0,
+):
   """TRL's loss of one batch and its gradients, log-probs per token being given.
 
   Returns:
     (loss, gradient [P, T] to the chosen tokens, gradient [P, T] to the rejected ones), float64.
   """
-  logp = torch.tensor(np.concatenate([chosen_PT, rejected_PT]), requires_grad=True)  # TRL's order of rows
+  logp = torch.tensor(
+    np.concatenate([chosen_PT, rejected_PT]), requires_grad=True
+  )  # TRL's order of rows
   none = torch.zeros_like(logp)
-  outputs = types.SimpleNamespace(log_probs=logp, entropy=none, mean_logits=none, is_top1=none.bool())
+  outputs = types.SimpleNamespace(
+    log_probs=logp, entropy=none, mean_logits=none, is_top1=none.bool()
+  )
   ones = torch.ones(logp.shape[0], logp.shape[1] + 1, dtype=torch.long)
   completion = ones.clone()
   completion[:, 0] = 0  # the prompt is one token
@@ -113,7 +129,9 @@ def our_loss(loss_fn, chosen_PT, rejected_PT, ref_chosen_P, ref_rejected_P, **se
   """Ours of the same, the mean over pairs as TRL takes it."""
 
   def mean(chosen_PT, rejected_PT):
-    return loss_fn(chosen_PT.sum(1), rejected_PT.sum(1), ref_chosen_P, ref_rejected_P, **settings).mean()
+    return loss_fn(
+      chosen_PT.sum(1), rejected_PT.sum(1), ref_chosen_P, ref_rejected_P, **settings
+    ).mean()
 
   with jax.enable_x64(True):
     loss, grads = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))(chosen_PT, rejected_PT)
@@ -149,7 +167,9 @@ class GivenLogprobsTest(parameterized.TestCase):
     h = args[0].sum(1) - args[1].sum(1) - args[2] + args[3]
     self.assertLess(h.min(), 0.0)
     self.assertGreater(h.max(), 0.0)
-    self.assert_same(our_loss(losses.dpo_loss, *args, beta=beta), trl_loss(self.trainer, "sigmoid", *args, beta))
+    self.assert_same(
+      our_loss(losses.dpo_loss, *args, beta=beta), trl_loss(self.trainer, "sigmoid", *args, beta)
+    )
 
   @parameterized.product(epsilon=(0.1, 0.4), pair=(0, 1, 2))
   def test_conservative_dpo(self, epsilon, pair):
@@ -164,16 +184,22 @@ class GivenLogprobsTest(parameterized.TestCase):
   def test_ipo(self, tau):
     # Fails if the margin is drawn to another value than 1/(2τ), or if the square is halved.
     args = draw(9, 1)
-    self.assert_same(our_loss(losses.ipo_loss, *args, tau=tau), trl_loss(self.trainer, "ipo", *args, tau))
+    self.assert_same(
+      our_loss(losses.ipo_loss, *args, tau=tau), trl_loss(self.trainer, "ipo", *args, tau)
+    )
 
   def test_ipo_of_several_tokens_is_another_loss(self):
-    # Fails if we begin to average log-probs over tokens: then both would be equal without the factors.
+    # Fails if we begin to average log-probs over tokens: then both would be equal without the
+    # factors.
     args, n, tau = draw(9, 7), 7, 0.3
     ours = our_loss(losses.ipo_loss, *args, tau=tau / n)
-    self.assert_same(tuple(value / n**2 for value in ours), trl_loss(self.trainer, "ipo", *args, tau))
+    self.assert_same(
+      tuple(value / n**2 for value in ours), trl_loss(self.trainer, "ipo", *args, tau)
+    )
 
 
-# Two problems; the second and the third pair share a chosen response. One rejected is an unfinished prefix, without EOS.
+# Two problems; the second and the third pair share a chosen response. One rejected is an unfinished
+# prefix, without EOS.
 PROMPTS = ([5, 6, 7, 8, 9], [5, 6, 10])
 PAIRS = (
   (0, [11, 12, 13, EOS], [11, 14, 15]),
@@ -184,16 +210,19 @@ PAIRS = (
 
 class WholeStepTest(absltest.TestCase):
   def test_loss_and_gradients(self):
-    # Fails if rows of trees score other tokens than padded rows of whole sequences do, if a shared trunk or chosen
-    # response counts once too often or too seldom, if reference log-probs go to other branches, or if the mean is not
-    # taken over pairs. Losses agree to 1e-4 and gradients to 1e-4 of each tensor's largest entry, in float32.
+    # Fails if rows of trees score other tokens than padded rows of whole sequences do, if a shared
+    # trunk or chosen response counts once too often or too seldom, if reference log-probs go to
+    # other branches, or if the mean is not taken over pairs. Losses agree to 1e-4 and gradients to
+    # 1e-4 of each tensor's largest entry, in float32.
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     policy, ref_policy = llama(0), llama(1)
     for name, model in (("policy", policy), ("reference", ref_policy)):
       model.save_pretrained(folder / name)
     trainer = make_trainer(folder / "trl", policy, ref_policy)
     collator = dpo_trainer.DataCollatorForPreference(pad_token_id=0)
-    rows = [{"prompt_ids": PROMPTS[i], "chosen_ids": good, "rejected_ids": bad} for i, good, bad in PAIRS]
+    rows = [
+      {"prompt_ids": PROMPTS[i], "chosen_ids": good, "rejected_ids": bad} for i, good, bad in PAIRS
+    ]
     loss = trainer.compute_loss(policy, collator(rows))
     loss.backward()
     loss = float(loss.detach())
@@ -203,13 +232,17 @@ class WholeStepTest(absltest.TestCase):
       folder / "policy", dtype="float32", param_dtype="float32", scan_layers=False, remat="none"
     )
     model, mesh = Model(config), tiny_model.one_device_mesh()
-    load = lambda name: huggingface.load_params(folder / name, model, device_mesh.shardings(mesh, model.logical_axes()))
+    load = lambda name: huggingface.load_params(
+      folder / name, model, device_mesh.shardings(mesh, model.logical_axes())
+    )
     trees = (
       Tree(PROMPTS[0], tuple(Branch(5, ids) for ids in PAIRS[0][1:])),
       Tree(PROMPTS[1], tuple(Branch(3, ids) for ids in (*PAIRS[1][1:], PAIRS[2][2]))),
     )
     store = reference.Store(epath.Path(folder / "reference.npz"))
-    reference.score(model, load("reference"), trees, store=store, packing=reference.Packing(mesh, 32))
+    reference.score(
+      model, load("reference"), trees, store=store, packing=reference.Packing(mesh, 32)
+    )
 
     def referenced(tree: tree_lib.Tree, *pairs) -> Example:
       keys = [reference.branch_key(tree.trunk, branch.fork, branch.ids) for branch in tree.branches]

@@ -1,4 +1,6 @@
-"""SmolLM2 from PyPI, our SFT, our export, and transformers' `generate` on it: the same tokens as our engine's."""
+"""SmolLM2 from PyPI, our SFT, our export, and transformers' `generate` on it: the same tokens as
+our engine's.
+"""
 
 import pathlib
 import shutil
@@ -31,7 +33,9 @@ class GenerateTest(absltest.TestCase):
     theirs = []
     for question in QUESTIONS:
       asked = [{"role": "user", "content": question}]
-      ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+      ids = tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+      )
       whole = model.generate(**ids, do_sample=False, max_new_tokens=smollm2_test.NEW)[0]
       theirs.append(whole[ids["input_ids"].shape[1] :].tolist())
     print(f"SmolLM2 after SFT and export: {[tokenizer.decode(ids) for ids in theirs]}")

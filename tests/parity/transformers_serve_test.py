@@ -53,7 +53,9 @@ class ServeTest(hf_tokenizers_test.FolderTest):
     ]
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     log = self.enterContext(tempfile.TemporaryFile())
-    server = subprocess.Popen([*command, "--host=127.0.0.1", "--device=cpu"], env=env, stdout=log, stderr=log)
+    server = subprocess.Popen(
+      [*command, "--host=127.0.0.1", "--device=cpu"], env=env, stdout=log, stderr=log
+    )
     self.addCleanup(server.wait)
     self.addCleanup(server.kill)
     for _ in range(240):
@@ -78,8 +80,8 @@ class ServeTest(hf_tokenizers_test.FolderTest):
     return section
 
   def test_replies_and_rollouts(self):
-    # Fails if a reply is lost in its stream or whole, rollouts end where the server refuses ids, or they are not the
-    # policy's own tokens.
+    # Fails if a reply is lost in its stream or whole, rollouts end where the server refuses ids, or
+    # they are not the policy's own tokens.
     for stream in (True, False):
       section = self.section()
       section.stream = stream
@@ -89,8 +91,12 @@ class ServeTest(hf_tokenizers_test.FolderTest):
       requests = [Request("solution", model, (("user", f"Add {i}"),), 0, 0.7, 6) for i in range(3)]
       replies = dict(chat.ask(requests))
       self.assertLen(replies, 3)
-      self.assertTrue(all(reply.finish in ("length", "stop") for reply in replies.values()), replies)
-      self.assertTrue(all(reply.counted and reply.completion_tokens <= 6 for reply in replies.values()), replies)
+      self.assertTrue(
+        all(reply.finish in ("length", "stop") for reply in replies.values()), replies
+      )
+      self.assertTrue(
+        all(reply.counted and reply.completion_tokens <= 6 for reply in replies.values()), replies
+      )
 
     policy = Policy.load(self.folder, config_schema.default().model, tiny_model.one_device_mesh())
     codec = Codec(
@@ -105,7 +111,9 @@ class ServeTest(hf_tokenizers_test.FolderTest):
       ((_, branches),) = engine.run(None, [trunk], Sampling(0.8))
     self.assertIn("The server refuses token ids", "".join(logs.output))
     self.assertEqual((engine.stats["requests"], engine.stats["retokenised"]), (4, 4))
-    self.assertTrue(all(branch.finish in ("eos", "length") and branch.logp is None for branch in branches))
+    self.assertTrue(
+      all(branch.finish in ("eos", "length") and branch.logp is None for branch in branches)
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Traces out and in again, pairs and labels in others' forms; each is read back and held against the records."""
+"""Traces out and in again, pairs and labels in others' forms; each is read back and held against
+the records.
+"""
 
 import collections
 import json
@@ -60,15 +62,19 @@ class RoundTripTest(parameterized.TestCase):
     np.random.default_rng(0).shuffle(rows)
     experiment, figures = imported(rows, suffix=suffix)
     self.assertEqual(
-      read(experiment.workdir, "sample/traces", Trace), read(small_run.finished(), "sample/traces", Trace)
+      read(experiment.workdir, "sample/traces", Trace),
+      read(small_run.finished(), "sample/traces", Trace),
     )
     self.assertEqual((figures["imported"]["rows"], figures["imported"]["without_logps"]), (120, 0))
 
   def test_text_is_tokenised_once_and_scored(self):
-    # Fails if a trace that came as text differs from the same as ids in anything but the last bits of its log-probs; or if
-    # credit treats it in another way than our own.
+    # Fails if a trace that came as text differs from the same as ids in anything but the last bits
+    # of its log-probs; or if credit treats it in another way than our own.
     ours = read(small_run.finished(), "sample/traces", Trace)
-    rows = [{"problem": t.text and self.prompt_of(t), "response": t.text, "finish_reason": t.finish} for t in ours]
+    rows = [
+      {"problem": t.text and self.prompt_of(t), "response": t.text, "finish_reason": t.finish}
+      for t in ours
+    ]
     experiment, figures = imported(rows)
     for trace, known in zip(read(experiment.workdir, "sample/traces", Trace), ours, strict=True):
       for field in ("id", "ids", "step_ends", "text", "correct", "reason", "extracted", "finish"):
@@ -83,11 +89,14 @@ class RoundTripTest(parameterized.TestCase):
 
   def prompt_of(self, trace):
     if not hasattr(self, "prompts"):
-      self.prompts = {p.id: p.prompt for p in read(small_run.finished(), "synthesize/train", Problem)}
+      self.prompts = {
+        p.id: p.prompt for p in read(small_run.finished(), "synthesize/train", Problem)
+      }
     return self.prompts[trace.problem_id]
 
   def test_a_policy_trained_elsewhere(self):
-    # Fails if another policy's traces cannot come without our SFT, or stage sft keeps other weights than those given.
+    # Fails if another policy's traces cannot come without our SFT, or stage sft keeps other weights
+    # than those given.
     experiment = small_run.opened(small_run.copied("synthesize"))
     figures = import_traces.adopt_sft(experiment, "embedded")
     self.assertEqual(figures["adopted"], "embedded")
@@ -111,15 +120,24 @@ class RoundTripTest(parameterized.TestCase):
         f"--workdir={workdir}",
         *flags,
       ]
-      env = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HOME": str(out), "PATH": "/usr/bin:/bin"}
+      env = {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "HOME": str(out),
+        "PATH": "/usr/bin:/bin",
+      }
       return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
-    done = launch("export_records", small_run.finished(), "--what=traces", f"--out={out / 't.jsonl'}")
+    done = launch(
+      "export_records", small_run.finished(), "--what=traces", f"--out={out / 't.jsonl'}"
+    )
     self.assertEqual(done.returncode, 0, done.stderr[-2000:])
     self.assertIn("120 rows", done.stderr)
     done = launch("import_traces", workdir, f"--traces={out / 't.jsonl'}")
     self.assertEqual(done.returncode, 0, done.stderr[-2000:])
-    self.assertEqual(json.loads((workdir / "summary.json").read_text())["stages"]["sample"]["traces"], 120)
+    self.assertEqual(
+      json.loads((workdir / "summary.json").read_text())["stages"]["sample"]["traces"], 120
+    )
     done = launch("export_records", workdir, "--what=stepwise", f"--out={out / 's.jsonl'}")
     self.assertEqual(done.returncode, 1)
     self.assertIn("credit/estimates has no records", done.stderr)
@@ -129,7 +147,12 @@ class RefusalTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     trace = read(small_run.finished(), "sample/traces", Trace)[0]
-    self.row = {"problem_id": trace.problem_id, "ids": trace.ids, "finish": trace.finish, "logps": trace.logps}
+    self.row = {
+      "problem_id": trace.problem_id,
+      "ids": trace.ids,
+      "finish": trace.finish,
+      "logps": trace.logps,
+    }
 
   @parameterized.parameters(
     ({"problem_id": "other/7"}, "problem_id 'other/7' is no training problem"),
@@ -166,7 +189,8 @@ class RefusalTest(parameterized.TestCase):
       imported([self.row | {"index": 3}] * 2)
 
   def test_too_few_for_best_of_k(self):
-    # Fails if values under Best-of-k would be taken from fewer than k traces, which later ends in a traceback.
+    # Fails if values under Best-of-k would be taken from fewer than k traces, which later ends in a
+    # traceback.
     with self.assertRaisesRegex(UserError, "has 1 traces, less than credit.best_of=2"):
       imported([self.row], **{"credit.best_of": 2})
 
@@ -187,9 +211,15 @@ class ExactnessTest(parameterized.TestCase):
 
   def setUp(self):
     super().setUp()
-    vocab = {piece: i for i, piece in enumerate(["<eos>", "a", "b", "Ċ", "#", "Ġ", "1", "ab", "Ċb"])}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[("a", "b"), ("Ċ", "b")]))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocab = {
+      piece: i for i, piece in enumerate(["<eos>", "a", "b", "Ċ", "#", "Ġ", "1", "ab", "Ċb"])
+    }
+    backend = tokenizers.Tokenizer(
+      tokenizers.models.BPE(vocab=vocab, merges=[("a", "b"), ("Ċ", "b")])
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=False
+    )
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_tokens(["<end>"])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
@@ -212,7 +242,9 @@ class ExactnessTest(parameterized.TestCase):
     self.assertEqual((made.ids, made.finish, list(made.logp)), ([1, 2, 1, 7, 0], "eos", [-1.0] * 5))
     report = import_traces._report(self.reader.counts)
     self.assertEqual((report["reencoded_boundaries"], report["reencoded_boundaries_moved"]), (3, 1))
-    self.assertEqual((report["reencoded_rows_moved"], report["reencoded_share_moved"]), (1, round(1 / 3, 6)))
+    self.assertEqual(
+      (report["reencoded_rows_moved"], report["reencoded_share_moved"]), (1, round(1 / 3, 6))
+    )
 
   def test_logprobs_of_other_tokens_are_not_taken(self):
     # Fails if log-probs are put to tokens that they are not of.
@@ -221,11 +253,16 @@ class ExactnessTest(parameterized.TestCase):
     kept = self.read(text="abb", tokens=["ab", "b"], logps=[-1.0, -2.0], finish="length")
     self.assertEqual((kept.ids, kept.logp), ([7, 2], [-1.0, -2.0]))
     self.assertEqual(
-      (self.reader.counts["retokenised_boundaries"], self.reader.counts["retokenised_boundaries_moved"]), (3, 1)
+      (
+        self.reader.counts["retokenised_boundaries"],
+        self.reader.counts["retokenised_boundaries_moved"],
+      ),
+      (3, 1),
     )
 
   def test_the_seam(self):
-    # Fails if it goes unseen that prompt and response would merge if they were tokenised as one text.
+    # Fails if it goes unseen that prompt and response would merge if they were tokenised as one
+    # text.
     self.read(text="b1", finish="length")
     self.assertEqual(self.reader.counts["seam_moved"], 1)
     self.read(text="1b", finish="length")
@@ -235,14 +272,17 @@ class ExactnessTest(parameterized.TestCase):
     # Fails if EOS is added where the response was cut, or is missing where it ended.
     self.assertEqual(self.read(text="1", finish="length").ids, [6])
     self.assertEqual(self.read(text="1", finish="stop").ids, [6, 0])
-    cut, whole = self.read(ids=[6], finish="length", logps=[-1.0]), self.read(ids=[6], finish="stop", logps=[-1.0])
+    cut, whole = (
+      self.read(ids=[6], finish="length", logps=[-1.0]),
+      self.read(ids=[6], finish="stop", logps=[-1.0]),
+    )
     self.assertEqual((cut.ids, cut.finish, cut.logp), ([6], "length", [-1.0]))
     self.assertEqual((whole.ids, whole.finish, whole.logp), ([6, 0], "eos", None))
     self.assertEqual(self.reader.counts["eos_restored"], 1)
 
   def test_every_ending_of_the_policy(self):
-    # Fails if only the tokenizer's EOS ends a trace: one that ends its turn otherwise would get another, and lose its
-    # log-probs.
+    # Fails if only the tokenizer's EOS ends a trace: one that ends its turn otherwise would get
+    # another, and lose its log-probs.
     for finish in ("eos", "stop"):
       made = self.read(ids=[6, 9], finish=finish, logps=[-1.0, -2.0])
       self.assertEqual((made.ids, made.finish, made.logp), ([6, 9], "eos", [-1.0, -2.0]))
@@ -279,7 +319,8 @@ class ExportTest(parameterized.TestCase):
     for row in rows:
       pair = records[row["id"]]
       self.assertEqual(
-        (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]), (pair.trunk, pair.chosen, pair.rejected)
+        (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]),
+        (pair.trunk, pair.chosen, pair.rejected),
       )
       for side in ("prompt", "chosen", "rejected"):
         self.assertEqual(tokenizer.encode(row[side], add_special_tokens=False), row[f"{side}_ids"])
@@ -302,13 +343,17 @@ class ExportTest(parameterized.TestCase):
       self.assertEqual("\n".join(row["completions"]), trace.text.rstrip("\n"))
       self.assertEqual(row["labels"], self.labels(trace.id))
       self.assertEqual(row["prompt"], self.problems[trace.problem_id].prompt)
-      counts = [(e.successes, e.rollouts) if not e.exact else (int(e.correct), 1) for e in self.estimates[trace.id]]
+      counts = [
+        (e.successes, e.rollouts) if not e.exact else (int(e.correct), 1)
+        for e in self.estimates[trace.id]
+      ]
       self.assertEqual(list(zip(row["successes"], row["rollouts"], strict=True)), counts)
       both |= set(row["labels"])
     self.assertEqual(both, {True, False})
 
   def test_math_shepherd(self):
-    # Fails if a tag or sign is missing: its readers find labels by replacing the tags of `input` in turn.
+    # Fails if a tag or sign is missing: its readers find labels by replacing the tags of `input` in
+    # turn.
     for row, trace_id in zip(exported("math_shepherd"), self.estimates, strict=True):
       signs = []
       for part, line in zip(row["input"].split("\n"), row["label"].split("\n"), strict=True):
@@ -325,14 +370,18 @@ class ExportTest(parameterized.TestCase):
       end = labels.index(False) + 1 if False in labels else len(labels)
       ratings = [step["completions"][0]["rating"] for step in row["label"]["steps"]]
       self.assertEqual(ratings, [1 if label else -1 for label in labels[:end]])
-      self.assertEqual(row["label"]["finish_reason"], "found_error" if False in labels else "solution")
+      self.assertEqual(
+        row["label"]["finish_reason"], "found_error" if False in labels else "solution"
+      )
       self.assertLen(row["question"]["pre_generated_steps"], len(labels))
 
   def test_what_is_not_known_has_no_label(self):
     # Fails if a step that a schedule left out is labelled: rows end before it.
     workdir = small_run.copied("synthesize", "sft", "sample", "credit")
     shards = Shards(workdir / "credit/estimates", StepEstimate)
-    records = [json.loads(line) for path in shards.files() for line in path.read_text().splitlines()]
+    records = [
+      json.loads(line) for path in shards.files() for line in path.read_text().splitlines()
+    ]
     for record in records:
       if record["step"] == 1 and not record["exact"]:
         record["rollouts"] = record["successes"] = 0
@@ -344,7 +393,9 @@ class ExportTest(parameterized.TestCase):
     cut = {record["trace_id"] for record in records if record["step"] == 1 and not record["exact"]}
     for line in out.read_text().splitlines():
       row = json.loads(line)
-      self.assertLen(row["labels"], 1 if row["trace_id"] in cut else len(self.estimates[row["trace_id"]]))
+      self.assertLen(
+        row["labels"], 1 if row["trace_id"] in cut else len(self.estimates[row["trace_id"]])
+      )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The export stage: folders that hold a policy's bits, its tokenizer and its endings, in files as large as asked."""
+"""The export stage: folders that hold a policy's bits, its tokenizer and its endings, in files as
+large as asked.
+"""
 
 import json
 import pathlib
@@ -28,7 +30,9 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor 
 
 
 def finished_sft(workdir: pathlib.Path, **export_section) -> Experiment:
-  """A run whose stage sft left other weights than the base's, beside a tokenizer with everything a tokenizer may have."""
+  """A run whose stage sft left other weights than the base's, beside a tokenizer with everything a
+  tokenizer may have.
+  """
   config = arithmetic.get_config("smoke")
   config.model.path = str(workdir.parent / "base")
   config.evaluate.methods = ("base", "sft", "rft")  # rft was not trained here
@@ -55,13 +59,16 @@ class ExportTest(absltest.TestCase):
     self.addCleanup(shutil.rmtree, self.root)
 
   def test_a_folder_for_every_trained_policy(self):
-    # Fails if weights change, a file of the tokenizer, a template or an ending is lost, or the base is exported.
+    # Fails if weights change, a file of the tokenizer, a template or an ending is lost, or the base
+    # is exported.
     experiment = finished_sft(self.root / "run")
     policy = experiment.policy("sft")
     self.assertEqual(policy.eos_ids, (policy.tokenizer.eos_token_id, 3))
     figures = export.run(experiment)
     folder = self.root / "run/export/sft/policy"
-    self.assertEqual({method: figures[method]["folder"] for method in figures}, {"sft": str(folder)})
+    self.assertEqual(
+      {method: figures[method]["folder"] for method in figures}, {"sft": str(folder)}
+    )
     self.assertEqual([path.name for path in (self.root / "run/export").iterdir()], ["sft"])
     loaded = Policy.load(folder, experiment.config.model, experiment.mesh)
     self.assertEqual(loaded.fingerprint, policy.fingerprint)
@@ -73,7 +80,9 @@ class ExportTest(absltest.TestCase):
     self.assertEqual(tokenizer.apply_chat_template(asked, tokenize=False), "<user>a")
     generation = transformers.GenerationConfig.from_pretrained(folder)
     self.assertEqual(generation.eos_token_id, [policy.tokenizer.eos_token_id, 3])
-    self.assertEqual((generation.temperature, generation.pad_token_id), (0.6, policy.tokenizer.pad_token_id))
+    self.assertEqual(
+      (generation.temperature, generation.pad_token_id), (0.6, policy.tokenizer.pad_token_id)
+    )
     self.assertEqual(export.run(experiment), {})
 
   def test_large_weights_are_several_files(self):
@@ -87,11 +96,14 @@ class ExportTest(absltest.TestCase):
     held = {}
     for shard in shards:
       tensors = safetensors.numpy.load_file(shard)
-      self.assertTrue(len(tensors) == 1 or sum(value.nbytes for value in tensors.values()) <= 100_000)
+      self.assertTrue(
+        len(tensors) == 1 or sum(value.nbytes for value in tensors.values()) <= 100_000
+      )
       held |= dict.fromkeys(tensors, shard.name)
     self.assertEqual(index, held)
     self.assertEqual(
-      Policy.load(folder, experiment.config.model, experiment.mesh).fingerprint, experiment.policy("sft").fingerprint
+      Policy.load(folder, experiment.config.model, experiment.mesh).fingerprint,
+      experiment.policy("sft").fingerprint,
     )
 
   def test_what_a_killed_call_left_is_written_anew(self):

@@ -26,7 +26,9 @@ class FreshProblemsTest(absltest.TestCase):
     self.assertEqual(sft.run(experiment)["solutions"], 12)
     sample.run(experiment)
     folder = experiment.workdir / "synthesize"
-    of_sft, sampled = (list(Shards(folder / split, Problem).read_dict()) for split in ("sft", "train"))
+    of_sft, sampled = (
+      list(Shards(folder / split, Problem).read_dict()) for split in ("sft", "train")
+    )
     traces = Shards(experiment.workdir / "sample" / "traces", Trace).read()
     self.assertEqual({trace.problem_id for trace in traces}, set(sampled))
     every = {"task.train_problems": 17, "task.fresh_problems": 0}

@@ -23,8 +23,10 @@ def problem(name: str, answer: str) -> Problem:
 
 def trace(name: str, reason: str, text: str) -> Trace:
   return Trace(
-    id=f"{name}/sample/0", problem_id=name, index=0, ids=[1], step_ends=[1], text=text, correct=reason == "right",
-    reason=reason, extracted=text[:5], finish="eos", logps=[0.0], drawn_logps=[0.0], policy="0" * 16,
+    id=f"{name}/sample/0", problem_id=name, index=0, ids=[1], step_ends=[1], text=text,
+    correct=reason == "right",
+    reason=reason, extracted=text[:5], finish="eos", logps=[0.0], drawn_logps=[0.0],
+    policy="0" * 16,
   )  # fmt: skip
 
 
@@ -36,7 +38,11 @@ class GradingReportTest(absltest.TestCase):
       [problem("a", "7"), problem("b", "8"), problem("c", "9")]
     )
     Shards(self.folder / "synthesize" / "test", Problem).write([problem("d", "1")])
-    self.traces = [trace("a", "right", "7"), trace("b", "unparsable", "x?y"), trace("c", "ambiguous", "9 or 8")]
+    self.traces = [
+      trace("a", "right", "7"),
+      trace("b", "unparsable", "x?y"),
+      trace("c", "ambiguous", "9 or 8"),
+    ]
 
   def test_reasons_and_examples(self):
     # Fails if counts are wrong, right ones come first, or an example is missing.
@@ -45,7 +51,9 @@ class GradingReportTest(absltest.TestCase):
     text = grading_report.report(str(self.folder), False, 5).read_text()
     self.assertIn("| unparsable | 1 | 0 |", text)
     self.assertIn("| all | 3 | 1 |", text)
-    order = [text.index(f"## {reason}: ") for reason in ("unparsable", "ambiguous", "wrong", "right")]
+    order = [
+      text.index(f"## {reason}: ") for reason in ("unparsable", "ambiguous", "wrong", "right")
+    ]
     self.assertEqual(order, sorted(order))
     self.assertIn("- b/sample/0: gold `8`, read `x?y`", text)
     self.assertNotIn("second opinion", text)
@@ -54,13 +62,16 @@ class GradingReportTest(absltest.TestCase):
     # Fails if agreements are listed, or an opinion that is none counts.
     says = {"7": False, "x?y": None, "9 or 8": True}
     problems = {p.id: p for p in (problem("a", "7"), problem("b", "8"), problem("c", "9"))}
-    text = grading_report.markdown({"sample": self.traces}, problems, lambda response, gold: says[response], 5)
+    text = grading_report.markdown(
+      {"sample": self.traces}, problems, lambda response, gold: says[response], 5
+    )
     self.assertIn("## wrong here, right there: sample, 1 of 2", text)
     self.assertIn("## right here, wrong there: sample, 1 of 1", text)
     self.assertIn("no opinion on 1 of 3: sample", text)
 
   def test_math_verify_is_asked(self):
-    # Fails if what it is given, or what it says, is read wrongly. Not "right" of both: 1/2^99 for 1/2^98, its known mistake.
+    # Fails if what it is given, or what it says, is read wrongly. Not "right" of both: 1/2^99 for
+    # 1/2^98, its known mistake.
     opinion = grading_report.math_verify()
     self.assertIs(opinion(r"So \boxed{0.5}.", r"\frac12"), True)
     self.assertIs(opinion(r"So \boxed{0.6}.", r"\frac12"), False)
@@ -69,7 +80,8 @@ class GradingReportTest(absltest.TestCase):
 
   @pytest.mark.long
   def test_math_verify_judges_no_kind_of_answer_better(self):
-    # Fails once math-verify is better than our grader on a kind of the own pairs: then it should judge there.
+    # Fails once math-verify is better than our grader on a kind of the own pairs: then it should
+    # judge there.
     opinion, table = grading_report.math_verify(), collections.defaultdict(collections.Counter)
     for kind, gold, equal, unequal in math_answers_test.PAIRS:
       for answer, right in [(a, True) for a in equal] + [(a, False) for a in unequal]:
@@ -78,7 +90,14 @@ class GradingReportTest(absltest.TestCase):
         table[kind][right, "ours"] += (math_answers_test.reason(response, gold) == "right") == right
         table[kind][right, "theirs"] += bool(opinion(response, gold)) == right
     for kind, row in table.items():
-      print(kind, *(f"{what} {row[right, what]}" for right in (True, False) for what in ("pairs", "ours", "theirs")))
+      print(
+        kind,
+        *(
+          f"{what} {row[right, what]}"
+          for right in (True, False)
+          for what in ("pairs", "ours", "theirs")
+        ),
+      )
       for right in (True, False):
         self.assertGreaterEqual(row[right, "ours"], row[right, "theirs"], kind)
 

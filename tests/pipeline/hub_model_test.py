@@ -1,4 +1,6 @@
-"""The recipe on a model of the Hub, by the command line, against a server on this machine; and the upload of its policy."""
+"""The recipe on a model of the Hub, by the command line, against a server on this machine; and the
+upload of its policy.
+"""
 
 import os
 import pathlib
@@ -19,7 +21,8 @@ NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 class HubModelTest(hf_tokenizers_test.FolderTest):
   def test_the_recipe(self):
-    # Fails if a stage takes the model's name for a folder, asks for it once more, or the policy does not reach the Hub.
+    # Fails if a stage takes the model's name for a folder, asks for it once more, or the policy
+    # does not reach the Hub.
     root = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
     self.write(
       generation={"eos_token_id": hf_tokenizers_test.END},
@@ -60,13 +63,23 @@ class HubModelTest(hf_tokenizers_test.FolderTest):
       *("--config.export.push_to_hub=me/policy", "--config.evaluate.methods=('base','sft')"),
       "--stages=synthesize,sft,sample,credit,evaluate,export",
     ]
-    done = subprocess.run(command, env=os.environ | env, cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+      command, env=os.environ | env, cwd=root, capture_output=True, text=True, check=False
+    )
     self.assertEqual(done.returncode, 0, done.stderr[-3000:])
-    fetched = [path for method, path in server.asked if method == "GET" and path.endswith("model.safetensors")]
+    fetched = [
+      path
+      for method, path in server.asked
+      if method == "GET" and path.endswith("model.safetensors")
+    ]
     self.assertLen(fetched, 1)
     ((files,),) = server.pushed.values()
-    self.assertContainsSubset(["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"], files)
-    self.assertIn(f'"eos_token_id": [\n    {hf_tokenizers_test.EOS},', files["config.json"].decode())
+    self.assertContainsSubset(
+      ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"], files
+    )
+    self.assertIn(
+      f'"eos_token_id": [\n    {hf_tokenizers_test.EOS},', files["config.json"].decode()
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""SFT of an adapter on the embedded model: what is trained, kept, resumed, stacked, merged and exported."""
+"""SFT of an adapter on the embedded model: what is trained, kept, resumed, stacked, merged and
+exported.
+"""
 
 import copy
 import json
@@ -64,7 +66,9 @@ class LoraTest(absltest.TestCase):
 
   def test_learns(self):
     # Fails if the adapter is not what the optimizer moves: the base alone would keep its loss.
-    lines = [json.loads(line) for line in (self.root / "run/sft/metrics.jsonl").read_text().splitlines()]
+    lines = [
+      json.loads(line) for line in (self.root / "run/sft/metrics.jsonl").read_text().splitlines()
+    ]
     self.assertLen(lines, 8)
     self.assertLess(lines[-1]["loss/per_token"], 0.8 * lines[0]["loss/per_token"])
 
@@ -96,21 +100,28 @@ class LoraTest(absltest.TestCase):
     self.assertNotEqual(policy.fingerprint, base.fingerprint)
 
   def test_a_killed_run_goes_on(self):
-    # Fails if a checkpoint lacks the adapter's moments, or the base's fresh copy is trained from zero again.
+    # Fails if a checkpoint lacks the adapter's moments, or the base's fresh copy is trained from
+    # zero again.
     experiment = self.copy_of_run()
     for name in ("manifest.json", "metrics.jsonl"):
       (experiment.workdir / "sft" / name).unlink()
     (experiment.workdir / "sft/policy").rmtree()
     sft.run(experiment)
-    self.assertLen((experiment.workdir / "sft/metrics.jsonl").read_text().splitlines(), 2)  # steps 7 and 8 alone
-    self.assertEqual(experiment.policy("sft").fingerprint, self.experiment.policy("sft").fingerprint)
+    self.assertLen(
+      (experiment.workdir / "sft/metrics.jsonl").read_text().splitlines(), 2
+    )  # steps 7 and 8 alone
+    self.assertEqual(
+      experiment.policy("sft").fingerprint, self.experiment.policy("sft").fingerprint
+    )
 
   def test_adapters_stack_move_and_are_exported(self):
-    # Fails if the second adapter's base is not the first one's policy, if a moved workdir loses it, or if the two exports
-    # are not the same weights.
+    # Fails if the second adapter's base is not the first one's policy, if a moved workdir loses it,
+    # or if the two exports are not the same weights.
     experiment = self.copy_of_run()
     policy, section = experiment.policy("sft"), copy.deepcopy(experiment.config.dpo)
-    examples, names, _ = train_policy.solution_trees({"p": [5, 6, 7]}, {"p": [[8, 9], [9, 8, 7]]}, 4, 64)
+    examples, names, _ = train_policy.solution_trees(
+      {"p": [5, 6, 7]}, {"p": [[8, 9], [9, 8, 7]]}, 4, 64
+    )
     plan = train_policy.plan(experiment, section, examples, names)
     stage = experiment.stage("dpo/dpo", ["dpo"], ["sft"])
     objective = objectives.make_sft(policy.model)
@@ -139,19 +150,24 @@ class LoraTest(absltest.TestCase):
     for name in ("model.layers.1.self_attn.q_proj", "model.layers.2.mlp.up_proj"):
       pair = [adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "BA"]
       self.assertEqual(pair[0].shape[1], 3 if "q_proj" in name else 1)
-      np.testing.assert_allclose(exported[f"{name}.weight"], base[f"{name}.weight"] + pair[0] @ pair[1], atol=1e-5)
+      np.testing.assert_allclose(
+        exported[f"{name}.weight"], base[f"{name}.weight"] + pair[0] @ pair[1], atol=1e-5
+      )
     query = policy.params["layers"]["query"]
     np.testing.assert_array_equal(exported["model.layers.1.self_attn.q_proj.weight"], query[1].T)
 
   def test_refuses(self):
-    # Fails if an adapter of nothing is trained, or a misnamed matrix is found after the data was made.
+    # Fails if an adapter of nothing is trained, or a misnamed matrix is found after the data was
+    # made.
     config = make_config()
     with config.unlocked():
       config.pretrain.lora.rank = 4
     with self.assertRaisesRegex(UserError, "pretrain.lora.rank must be 0"):
       config_schema.check_values(config)
     config.pretrain.lora.rank, config.rft.lora.targets = 0, ("query", "q_proj")
-    with self.assertRaisesRegex(UserError, "rft.lora.targets=.*q_proj.* must be one of query, key, "):
+    with self.assertRaisesRegex(
+      UserError, "rft.lora.targets=.*q_proj.* must be one of query, key, "
+    ):
       config_schema.check_values(config)
 
 

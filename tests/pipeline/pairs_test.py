@@ -1,4 +1,6 @@
-"""Pairs of every mode out of hand-made traces and counts: what a run's records become before training."""
+"""Pairs of every mode out of hand-made traces and counts: what a run's records become before
+training.
+"""
 
 import shutil
 import tempfile
@@ -16,7 +18,11 @@ from synthneg_jax.runtime import config_schema
 from tests import tiny_model
 
 PROMPT = " J= 4 A= 4 L: A-J D: A+L ? D=\n"
-FIRST, SECOND, DETOUR = " L: A-J A= 4 J= 4 L= 0\n", " D: A+L A= 4 L= 0 D= 4\n", " C: D-J D= 4 J= 4 C= 0\n"
+FIRST, SECOND, DETOUR = (
+  " L: A-J A= 4 J= 4 L= 0\n",
+  " D: A+L A= 4 L= 0 D= 4\n",
+  " C: D-J D= 4 J= 4 C= 0\n",
+)
 WRONG_FIRST, WRONG_SECOND = " L: A+J A= 4 J= 4 L= 8\n", " D: A-L A= 4 L= 0 D= 5\n"
 RIGHT, WRONG, OTHER = " #### 4", " #### 5", " #### 8"
 # Traces of one problem, with (successes of 4 rollouts) after each step but the last.
@@ -54,7 +60,21 @@ class BuildTest(absltest.TestCase):
       key = f"p/sample/{index}"
       logps = [-0.25] * len(ids)
       traces.append(
-        Trace(key, "p", index, ids, ends(ids), "".join(lines), correct, reason, None, "eos", logps, logps, "f" * 16)
+        Trace(
+          key,
+          "p",
+          index,
+          ids,
+          ends(ids),
+          "".join(lines),
+          correct,
+          reason,
+          None,
+          "eos",
+          logps,
+          logps,
+          "f" * 16,
+        )
       )
       for step, end in enumerate(ends(ids) if counts else []):
         last = step == len(counts)
@@ -67,7 +87,15 @@ class BuildTest(absltest.TestCase):
           ]
         estimates.append(
           StepEstimate(
-            key, "p", step, end, *((0, 0) if last else (4, counts[step])), last, last and correct, samples, holder
+            key,
+            "p",
+            step,
+            end,
+            *((0, 0) if last else (4, counts[step])),
+            last,
+            last and correct,
+            samples,
+            holder,
           )
         )
     tokenizer = cls.experiment.workdir / "sft" / "policy"
@@ -82,11 +110,15 @@ class BuildTest(absltest.TestCase):
       Shards(cls.experiment.workdir / name, kind).write(records)
 
   def build(self, mode, best_of=1, **settings):
-    """(for each pair its trace, the trunk beyond the prompt, chosen, rejected as text, and its pit; pairs; figures)."""
+    """(for each pair its trace, the trunk beyond the prompt, chosen, rejected as text, and its pit;
+    pairs; figures).
+    """
     config = self.experiment.config.copy_and_resolve_references()
     config.credit.best_of = best_of
     config.pairs.update(**settings)
-    made, figures = pairs.build(Experiment(config, self.experiment.workdir, self.experiment.mesh), mode)
+    made, figures = pairs.build(
+      Experiment(config, self.experiment.workdir, self.experiment.mesh), mode
+    )
     text = lambda ids: self.policy.token_text.text([i for i in ids if i != self.eos])
     rows = []
     for pair in made:
@@ -96,42 +128,55 @@ class BuildTest(absltest.TestCase):
     return rows, made, figures
 
   def test_algorithm1(self):
-    # Fails if the pit is another step, if a right trace gives a pair, if the chosen is not the teacher's with EOS, or if
-    # the pit is held against other counts than those before it.
+    # Fails if the pit is another step, if a right trace gives a pair, if the chosen is not the
+    # teacher's with EOS, or if the pit is held against other counts than those before it.
     rows, made, figures = self.build("algorithm1")
     solution = FIRST + SECOND + RIGHT
-    self.assertEqual(rows, [("0", "", solution, FIRST + WRONG_SECOND, 1), ("1", "", solution, WRONG_FIRST + SECOND, 1)])
+    self.assertEqual(
+      rows,
+      [("0", "", solution, FIRST + WRONG_SECOND, 1), ("1", "", solution, WRONG_FIRST + SECOND, 1)],
+    )
     self.assertEqual([pair.chosen[-1] for pair in made], [self.eos] * 2)
     self.assertNotIn(self.eos, made[0].rejected)
-    flips = [pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(c, 4)) for c in (3, 1)]
+    flips = [
+      pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(c, 4)) for c in (3, 1)
+    ]
     self.assertEqual([pair.flip for pair in made], flips)
-    self.assertEqual((figures["pairs"], figures["dropped"]["without_pit"], figures["pits_by_step"]), (2, 0, {"1": 2}))
+    self.assertEqual(
+      (figures["pairs"], figures["dropped"]["without_pit"], figures["pits_by_step"]),
+      (2, 0, {"1": 2}),
+    )
 
   def test_shared_prefix(self):
-    # Fails if rollouts are taken from another prefix or from a trace that does not hold them, if the pit's own step is
-    # chosen, or if a trace whose prefix has no rollouts at hand raises.
+    # Fails if rollouts are taken from another prefix or from a trace that does not hold them, if
+    # the pit's own step is chosen, or if a trace whose prefix has no rollouts at hand raises.
     rows, made, figures = self.build("shared_prefix", choice="majority")
     self.assertEqual(rows, [("0", FIRST, SECOND, WRONG_SECOND, 1)])
-    self.assertEqual(made[0].flip, pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(2, 2)))
+    self.assertEqual(
+      made[0].flip, pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(2, 2))
+    )
     self.assertEqual(figures["dropped"]["without_alternative"], 1)
     rows, _, _ = self.build("shared_prefix", choice="most_likely", continuation="rollout")
     self.assertEqual(rows, [("0", FIRST, DETOUR + RIGHT, WRONG_SECOND, 1)])
 
   def test_a_pit_at_the_start_is_held_against_the_traces(self):
-    # Fails if step 0 has no siblings, or they are not the problem's traces: the first pit of trace 1 by advantage.
+    # Fails if step 0 has no siblings, or they are not the problem's traces: the first pit of trace
+    # 1 by advantage.
     rows, _, _ = self.build("shared_prefix", pit_rule="relative_drop", drop_ratio=1.0)
     self.assertIn(("1", "", FIRST, WRONG_FIRST, 0), rows)
 
   def test_positives_too(self):
-    # Fails if right traces give nothing, if their pit is the lowest value (step 0 of r3) and not the step back, if a right
-    # trace without one gives a pair, or if the detour is chosen for itself.
+    # Fails if right traces give nothing, if their pit is the lowest value (step 0 of r3) and not
+    # the step back, if a right trace without one gives a pair, or if the detour is chosen for
+    # itself.
     rows, _, figures = self.build("positives_too", choice="majority")
     self.assertEqual(rows, [("0", FIRST, SECOND, WRONG_SECOND, 1), ("2", FIRST, SECOND, DETOUR, 1)])
     self.assertEqual(figures["from_right_traces"], 1)
     self.assertLen(self.build("positives_too", choice="majority", spurious_below=-0.6)[0], 1)
 
   def test_random_step(self):
-    # Fails if the step is the pit after all, changes from run to run, or pairs are not those of a shared prefix.
+    # Fails if the step is the pit after all, changes from run to run, or pairs are not those of a
+    # shared prefix.
     places = {}
     for seed in range(12):
       self.experiment.config.seed = seed
@@ -139,7 +184,9 @@ class BuildTest(absltest.TestCase):
       self.assertEqual(rows, self.build("random_step", choice="majority")[0])
       places |= {(row[0], row[4]): row for row in rows}
     self.experiment.config.seed = 0
-    self.assertEqual(set(places), {("0", 1), ("1", 0)})  # where rollouts are at hand, with another right way on
+    self.assertEqual(
+      set(places), {("0", 1), ("1", 0)}
+    )  # where rollouts are at hand, with another right way on
     self.assertEqual(places["1", 0], ("1", "", FIRST, WRONG_FIRST, 0))
 
   def cloned(self, **settings):
@@ -148,14 +195,19 @@ class BuildTest(absltest.TestCase):
     config.credit.best_of = 1
     config.rft.update(**settings)
     groups = by_problem(Shards(self.experiment.workdir / "sample/traces", Trace).read(), ["p"])
-    chosen = rft._chosen(Experiment(config, self.experiment.workdir, self.experiment.mesh), groups)["p"]
-    scored = lambda trace, mask: [i for i, on in zip(trace.ids, mask or [True] * len(trace.ids), strict=True) if on]
+    chosen = rft._chosen(Experiment(config, self.experiment.workdir, self.experiment.mesh), groups)[
+      "p"
+    ]
+    scored = lambda trace, mask: [
+      i for i, on in zip(trace.ids, mask or [True] * len(trace.ids), strict=True) if on
+    ]
     text = lambda ids: self.policy.token_text.text([i for i in ids if i != self.eos])
     return {trace.id[-1]: text(scored(trace, mask)) for trace, mask in chosen}
 
   def test_responses_that_rft_learns(self):
-    # Fails if wrong responses of high advantage are left out (figure 11 keeps them), right ones with a step back are kept, the
-    # filter ranks by another figure than the lowest advantage, or a mask leaves a bad step in.
+    # Fails if wrong responses of high advantage are left out (figure 11 keeps them), right ones
+    # with a step back are kept, the filter ranks by another figure than the lowest advantage, or a
+    # mask leaves a bad step in.
     whole = {str(n): "".join(lines) for n, (_, lines, _) in enumerate(TRACES)}
     self.assertEqual(self.cloned(), {n: whole[n] for n in "23"})
     self.assertEqual(self.cloned(max_per_problem=1), {"2": whole["2"]})
@@ -170,7 +222,9 @@ class BuildTest(absltest.TestCase):
 
   def test_rft_learns_the_teachers_solution_too(self):
     # Fails if it is left out where no sample was right: then there was nothing to train on.
-    trace = by_problem(Shards(self.experiment.workdir / "sample/traces", Trace).read(), ["p"])["p"][3]
+    trace = by_problem(Shards(self.experiment.workdir / "sample/traces", Trace).read(), ["p"])["p"][
+      3
+    ]
     chosen = {"p": [(trace, None)], "q": [], "r": []}
     made = rft._branches(chosen, {"p": [7, 8], "q": [9]}, {"p": 3, "q": 4, "r": 5}.get)
     self.assertEqual(made["p"], [Branch(3, tuple(trace.ids)), Branch(3, (7, 8))])
@@ -183,14 +237,18 @@ class BuildTest(absltest.TestCase):
     expected = [(str(n), "", solution, "".join(TRACES[n][1]), -1) for n in (0, 1)]
     self.assertEqual(rows, expected)
     self.assertEqual([pair.rejected[-1] for pair in made], [self.eos] * 2)
-    self.assertEqual(figures["dropped"], {"without_pit": 0, "without_alternative": 0, "too_long": 0})
+    self.assertEqual(
+      figures["dropped"], {"without_pit": 0, "without_alternative": 0, "too_long": 0}
+    )
     self.assertNotIn("mean_flip", figures)
 
   def test_furthest(self):
-    # Fails if right traces do not join the teacher's solution, if a wrong one is used twice, or if the variant is not the
-    # config's: these are never far by half of their lengths together.
+    # Fails if right traces do not join the teacher's solution, if a wrong one is used twice, or if
+    # the variant is not the config's: these are never far by half of their lengths together.
     rows, _, _ = self.build("furthest")
-    self.assertEqual([row[2] for row in rows], [FIRST + SECOND + RIGHT, FIRST + DETOUR + SECOND + RIGHT])
+    self.assertEqual(
+      [row[2] for row in rows], [FIRST + SECOND + RIGHT, FIRST + DETOUR + SECOND + RIGHT]
+    )
     self.assertEqual({row[3] for row in rows}, {"".join(TRACES[n][1]) for n in (0, 1)})
     self.assertEqual(self.build("furthest", furthest="shortest_far")[0], [])
 
@@ -202,7 +260,8 @@ class BuildTest(absltest.TestCase):
     self.assertEqual(figures["dropped"]["doubtful"], 1)
 
   def test_pairs_beyond_the_row_are_counted_and_left_out(self):
-    # Fails if a pair that no training row holds is written, so that dpo would stumble over it, or goes uncounted.
+    # Fails if a pair that no training row holds is written, so that dpo would stumble over it, or
+    # goes uncounted.
     _, made, figures = self.build("algorithm1")
     sizes = sorted(len(pair.trunk) + len(pair.chosen) + len(pair.rejected) for pair in made)
     self.assertEqual((len(sizes), figures["dropped"]["too_long"]), (2, 0))
@@ -214,7 +273,8 @@ class BuildTest(absltest.TestCase):
     self.assertEqual((len(made), figures["dropped"]["too_long"]), (len(kept), 2 - len(kept)))
 
   def test_best_of_k_needs_k_rollouts(self):
-    # Fails if a step with fewer rollouts than k counts as known: the answer step alone is known then.
+    # Fails if a step with fewer rollouts than k counts as known: the answer step alone is known
+    # then.
     rows, _, _ = self.build("algorithm1", best_of=5)
     self.assertEqual([row[4] for row in rows], [2, 2])
 

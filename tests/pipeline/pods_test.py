@@ -1,4 +1,6 @@
-"""The embedded pipeline as several processes on this machine: the same records and losses, deaths, and ways back."""
+"""The embedded pipeline as several processes on this machine: the same records and losses, deaths,
+and ways back.
+"""
 
 import functools
 import json
@@ -30,7 +32,8 @@ SETTINGS = (  # 50 steps of SFT; verdicts of both kinds, so that there are pairs
   "--config.sft.max_steps=50",
   "--config.sft.save_every_steps=10",
   "--config.dpo.max_steps=1",
-  "--config.credit.schedule=until_first_zero",  # so that processes must hear of each other's verdicts
+  # so that processes must hear of each other's verdicts
+  "--config.credit.schedule=until_first_zero",
 )
 
 
@@ -44,15 +47,24 @@ def free_port() -> int:
     return server.getsockname()[1]
 
 
-def start(workdir, count: int, stages: str, *flags, stop_at: int = 0, last=(), last_env=()) -> list[subprocess.Popen]:
-  """The pipeline as `count` processes, which have DEVICES devices between them; the last has flags and variables besides."""
+def start(
+  workdir, count: int, stages: str, *flags, stop_at: int = 0, last=(), last_env=()
+) -> list[subprocess.Popen]:
+  """The pipeline as `count` processes, which have DEVICES devices between them; the last has flags
+  and variables besides.
+  """
   env = {**os.environ, "JAX_PLATFORMS": "cpu"}
   env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // count}"
   address, made = f"127.0.0.1:{free_port()}", []
   for index in range(count):
     command = [sys.executable, *(("-c", STOP_AT, str(stop_at)) if stop_at else ())]
     command += [str(ROOT / "launch/pipeline.py"), "--config=configs/arithmetic.py:smoke", *SETTINGS]
-    command += [f"--workdir={workdir}", f"--compilation_cache={scratch() / 'xla'}", f"--stages={stages}", *flags]
+    command += [
+      f"--workdir={workdir}",
+      f"--compilation_cache={scratch() / 'xla'}",
+      f"--stages={stages}",
+      *flags,
+    ]
     if count > 1:
       command += [
         "--distributed",
@@ -88,7 +100,9 @@ def finish(started, workdir, status: int, timeout_s: float = 400.0, first: int =
         other.kill()
       raise
     logs.append((scratch() / f"{workdir.name}.{index}.log").read_text())
-  assert [process.returncode for process in started] == [status] * len(started), "\n".join(log[-2500:] for log in logs)
+  assert [process.returncode for process in started] == [status] * len(started), "\n".join(
+    log[-2500:] for log in logs
+  )
   return [log.strip().splitlines()[-1] for log in logs]
 
 
@@ -110,7 +124,11 @@ def after_sft(name: str) -> pathlib.Path:
 
 def records(workdir, name) -> dict[str, dict]:
   key = lambda record: record["id"] if "id" in record else f"{record['trace_id']}/{record['step']}"
-  found = [json.loads(line) for path in (workdir / name).glob("*.jsonl") for line in path.read_text().splitlines()]
+  found = [
+    json.loads(line)
+    for path in (workdir / name).glob("*.jsonl")
+    for line in path.read_text().splitlines()
+  ]
   by_key = {key(record): record for record in found}
   assert len(by_key) == len(found)
   return by_key
@@ -124,7 +142,9 @@ def losses(workdir) -> list[float]:
 
 class PodTestCase(absltest.TestCase):
   def assert_same_records(self, workdir, count: int):
-    """Traces, rollouts and pairs are one process's; log-probs to rounding; each process wrote its part of all."""
+    """Traces, rollouts and pairs are one process's; log-probs to rounding; each process wrote its
+    part of all.
+    """
     for name in ("sample/traces", "credit/estimates", "pairs/dpo/pairs", "pairs/step_dpo/pairs"):
       found, expected = records(workdir, name), records(alone(), name)
       self.assertNotEmpty(expected, name)
@@ -140,12 +160,16 @@ class PodTestCase(absltest.TestCase):
             near += sum(a["ids"] != b["ids"] for a, b in zip(value, found[key][field], strict=True))
             for a, b in zip(value, found[key][field], strict=True):
               if a["ids"] == b["ids"]:
-                self.assertEqual((a["correct"], a["reason"], a["finish"]), (b["correct"], b["reason"], b["finish"]))
+                self.assertEqual(
+                  (a["correct"], a["reason"], a["finish"]), (b["correct"], b["reason"], b["finish"])
+                )
           elif field == "ids":
             near += value != found[key][field]
           elif record.get("ids") == found[key].get("ids"):
             self.assertEqual(value, found[key][field], f"{name} {key} {field}")
-      self.assertEqual(near, 0, f"{name}: draws that lie at a CDF edge")  # none was seen with these seeds
+      self.assertEqual(
+        near, 0, f"{name}: draws that lie at a CDF edge"
+      )  # none was seen with these seeds
       files = sorted(path.name for path in (workdir / name).glob("*.jsonl"))
       self.assertEqual(files, [f"00000-p{index:05d}.jsonl" for index in range(count)], name)
       sizes = [len((workdir / name / file).read_text().splitlines()) for file in files]
@@ -184,7 +208,9 @@ class PodTestCase(absltest.TestCase):
     self.assertLess(time.monotonic() - at, 30)
     for line in said:
       self.assertIn("stopped by SIGTERM; what was done is saved.", line)
-    saved = max(int(path.name) for path in (workdir / "sft/checkpoints").iterdir() if path.name.isdigit())
+    saved = max(
+      int(path.name) for path in (workdir / "sft/checkpoints").iterdir() if path.name.isdigit()
+    )
     self.assertLen((workdir / "sft/metrics.jsonl").read_text().splitlines(), saved)
 
     finish(start(workdir, then, "synthesize,sft"), workdir, 0)
@@ -195,15 +221,17 @@ class PodTestCase(absltest.TestCase):
 
 class TwoProcessesTest(PodTestCase):
   def test_records_from_a_given_checkpoint(self):
-    # Fails if a draw depends on the number of processes, a process grades or writes another's share, the records' order
-    # reaches the pairs, or any process enters a program that another does not (then it hangs).
+    # Fails if a draw depends on the number of processes, a process grades or writes another's
+    # share, the records' order reaches the pairs, or any process enters a program that another does
+    # not (then it hangs).
     workdir = after_sft("records")
     finish(start(workdir, 2, "sample,credit,pairs,dpo"), workdir, 0)
     self.assert_same_records(workdir, 2)
 
   def test_deaths_and_ways_back(self):
-    # Fails if the others hang when one dies, or say nothing; if SIGTERM to one stops that one only, or all at different
-    # steps; or if one process does not go on where two were, or loses step or shuffle.
+    # Fails if the others hang when one dies, or say nothing; if SIGTERM to one stops that one only,
+    # or all at different steps; or if one process does not go on where two were, or loses step or
+    # shuffle.
     self.deaths_and_ways_back(scratch() / "deaths", 2, then=1)
 
 
@@ -212,7 +240,10 @@ class DifferencesTest(PodTestCase):
     # Fails if two processes with different rates train on together, or one of them leaves a file.
     workdir = scratch() / "rates"
     said = finish(
-      start(workdir, 2, "synthesize,sft", last=["--config.sft.optimizer.learning_rate=0.5"]), workdir, 1, timeout_s=90
+      start(workdir, 2, "synthesize,sft", last=["--config.sft.optimizer.learning_rate=0.5"]),
+      workdir,
+      1,
+      timeout_s=90,
     )
     for line in said:
       self.assertIn("The processes differ in sft.optimizer.learning_rate: ", line)
@@ -220,13 +251,19 @@ class DifferencesTest(PodTestCase):
     self.assertFalse(workdir.exists())
 
   def test_processes_that_read_other_data(self):
-    # Fails if a process whose own data file has another row, here a bad one, works on, or is called dead by the others.
-    rows = [{"problem": f"{n} + 1", "solution": f"Answer: {n + 1}", "answer": str(n + 1)} for n in range(40)]
+    # Fails if a process whose own data file has another row, here a bad one, works on, or is called
+    # dead by the others.
+    rows = [
+      {"problem": f"{n} + 1", "solution": f"Answer: {n + 1}", "answer": str(n + 1)}
+      for n in range(40)
+    ]
     for name in ("data0", "data1"):
       folder = scratch() / name / "gsm8k"
       folder.mkdir(parents=True)
       for split in ("train", "test"):
-        lines = [json.dumps(row) for row in rows] + (["{broken"] if name == "data1" and split == "train" else [])
+        lines = [json.dumps(row) for row in rows] + (
+          ["{broken"] if name == "data1" and split == "train" else []
+        )
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     workdir = scratch() / "data"
     with mock.patch.dict(os.environ, {"SYNTHNEG_DATA_DIR": str(scratch() / "data0")}):
@@ -242,7 +279,8 @@ class DifferencesTest(PodTestCase):
     self.assertFalse(workdir.exists())
 
 
-# Asks to stop at the given call of the decoding loop, as SIGTERM would, and runs the program named by the rest.
+# Asks to stop at the given call of the decoding loop, as SIGTERM would, and runs the program named
+# by the rest.
 STOP_AT = """
 import itertools, runpy, sys
 from synthneg_jax.runtime import distributed
@@ -256,7 +294,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.long
 class StoppedTest(PodTestCase):
   def test_what_was_drawn_before_a_stop_is_kept(self):
-    # Fails if a stop costs finished problems, keeps one that was not finished, or changes what is drawn after it.
+    # Fails if a stop costs finished problems, keeps one that was not finished, or changes what is
+    # drawn after it.
     workdir = after_sft("stopped")
     small = ("--config.engine.lanes=8", "--config.credit.lanes=4")
     for stage, name, at in (("sample", "sample/traces", 4), ("credit", "credit/estimates", 30)):
@@ -266,14 +305,17 @@ class StoppedTest(PodTestCase):
       kept, expected = records(workdir, name), records(alone(), name)
       self.assertBetween(len(kept), 1, len(expected) - 1, name)
       complete = {record["problem_id"] for record in kept.values()}
-      self.assertEqual(set(kept), {key for key, record in expected.items() if record["problem_id"] in complete})
+      self.assertEqual(
+        set(kept), {key for key, record in expected.items() if record["problem_id"] in complete}
+      )
       finish(start(workdir, 1, stage, *small), workdir, 0)
       found = records(workdir, name)
       for key, record in kept.items():
         self.assertEqual(found[key], record)
       self.assertLen(list((workdir / name).glob("*.jsonl")), 2)
       drawn = lambda made: {
-        key: record.get("ids", [sample["ids"] for sample in record.get("samples", [])]) for key, record in made.items()
+        key: record.get("ids", [sample["ids"] for sample in record.get("samples", [])])
+        for key, record in made.items()
       }
       self.assertEqual(drawn(found), drawn(expected))
 

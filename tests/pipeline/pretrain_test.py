@@ -28,7 +28,9 @@ class PretrainTest(absltest.TestCase):
     workdir = pathlib.Path(tempfile.mkdtemp())
     done = stages_test.launch(workdir, program="pretrain")
     self.assertEqual(done.returncode, 0, done.stderr[-2000:])
-    policy = Policy.load(workdir / "pretrain/policy", config_schema.default().model, tiny_model.one_device_mesh())
+    policy = Policy.load(
+      workdir / "pretrain/policy", config_schema.default().model, tiny_model.one_device_mesh()
+    )
     shipped = Policy.load(EMBEDDED, config_schema.default().model, tiny_model.one_device_mesh())
     self.assertEqual(policy.model.config, shipped.model.config)
     self.assertEqual(policy.tokenizer.get_vocab(), shipped.tokenizer.get_vocab())

@@ -1,4 +1,6 @@
-"""Problems from files in the stages: broken rows, what was left out, and worked problems for the base model."""
+"""Problems from files in the stages: broken rows, what was left out, and worked problems for the
+base model.
+"""
 
 import json
 import os
@@ -24,16 +26,19 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class SynthesizeTest(absltest.TestCase):
-  # Fails if --skip_bad_rows is no flag, if the stage that a broken row stopped refuses to go on with it, or if what was left
-  # out is not said.
+  # Fails if --skip_bad_rows is no flag, if the stage that a broken row stopped refuses to go on
+  # with it, or if what was left out is not said.
   def test_skip_bad_rows(self):
     folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
     row = lambda question, answer: json.dumps({"problem": question, "answer": answer}) + "\n"
     leak = "one two three four five six seven eight nine ten eleven twelve thirteen"
-    (folder / "train.jsonl").write_text(row("first", "1") + row(leak + " fourteen", "2") + "{\n" + row("last", "3"))
+    (folder / "train.jsonl").write_text(
+      row("first", "1") + row(leak + " fourteen", "2") + "{\n" + row("last", "3")
+    )
     (folder / "test.jsonl").write_text(row(leak, "4"))
     (folder / "mine.py").write_text(
-      "from synthneg_jax.runtime import config_schema\n\n\ndef get_config():\n  c = config_schema.default()\n"
+      "from synthneg_jax.runtime import config_schema\n\n\ndef get_config():\n  c = "
+      "config_schema.default()\n"
       f"  c.task.name, c.task.path = 'jsonl', {str(folder)!r}\n"
       "  c.task.train_problems, c.task.test_problems = 2, 1\n  return c\n"
     )
@@ -44,7 +49,11 @@ class SynthesizeTest(absltest.TestCase):
       f"--workdir={folder}/run",
     ]
     start = lambda *flags: subprocess.run(
-      [*command, *flags], capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False
+      [*command, *flags],
+      capture_output=True,
+      text=True,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+      check=False,
     )
     stopped = start()
     self.assertEqual(stopped.returncode, 1, stopped.stderr)
@@ -54,7 +63,9 @@ class SynthesizeTest(absltest.TestCase):
     figures = json.loads((folder / "run/synthesize/manifest.json").read_text())["figures"]
     expected = {"train": 2, "test": 1, "dropped_as_test": 1, "skipped_rows": 1, "duplicates": 0}
     self.assertEqual({key: figures[key] for key in expected}, expected)
-    overlap, skipped = map(json.loads, (folder / "run/synthesize/left_out.jsonl").read_text().splitlines())
+    overlap, skipped = map(
+      json.loads, (folder / "run/synthesize/left_out.jsonl").read_text().splitlines()
+    )
     self.assertEqual((overlap["words"], overlap["share"]), (leak, 0.5))
     self.assertIn("train.jsonl, line 3", skipped["skipped"])
 
@@ -69,7 +80,9 @@ class ShotsTest(parameterized.TestCase):
     policy = types.SimpleNamespace(tokenizer=tokenizer)
     return types.SimpleNamespace(
       config=config,
-      stage=lambda *args, **kwargs: types.SimpleNamespace(done=False, folder=pathlib.Path("/nowhere")),
+      stage=lambda *args, **kwargs: types.SimpleNamespace(
+        done=False, folder=pathlib.Path("/nowhere")
+      ),
       base=lambda: policy,
       policy=lambda name: policy,
       problems=lambda split: {problem.id: problem for problem in made},
@@ -94,14 +107,18 @@ class ShotsTest(parameterized.TestCase):
   def test_prompt(self):
     experiment = self._run()
     ids = train_policy.prompt_ids(
-      experiment, experiment.base().tokenizer, Problem("9", "q9", "", "5", ""), [experiment.problems("train")["0"]]
+      experiment,
+      experiment.base().tokenizer,
+      Problem("9", "q9", "", "5", ""),
+      [experiment.problems("train")["0"]],
     )
     self.assertEqual(
       experiment.base().tokenizer.decode(ids),
       "Question: q0\nBe brief.\nAnswer:\ns0\n\nQuestion: q9\nBe brief.\nAnswer:\n",
     )
 
-  # Fails if a base model may be asked so without a stop string: it goes on with problems of its own.
+  # Fails if a base model may be asked so without a stop string: it goes on with problems of its
+  # own.
   @parameterized.parameters(
     ({"evaluate.base_shots": 2}, "engine.stop"),
     ({"evaluate.base_shots": -1}, r"base_shots=-1 must be in \[0, inf\)"),

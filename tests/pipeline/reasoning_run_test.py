@@ -1,4 +1,6 @@
-"""Datasets of reasoning-gym through the stages at toy size, with worked, scripted and bare solutions."""
+"""Datasets of reasoning-gym through the stages at toy size, with worked, scripted and bare
+solutions.
+"""
 
 import collections
 import pathlib
@@ -28,7 +30,11 @@ pytestmark = pytest.mark.slow  # trains
 
 def config(dataset: str, params: str = "", **leaves):
   c = config_schema.default()
-  c.task.name, c.task.reasoning_gym.dataset, c.task.reasoning_gym.params = "reasoning_gym", dataset, params
+  c.task.name, c.task.reasoning_gym.dataset, c.task.reasoning_gym.params = (
+    "reasoning_gym",
+    dataset,
+    params,
+  )
   c.task.train_problems, c.task.test_problems = 8, 4
   c.model.max_length, c.engine.max_new_tokens, c.engine.lanes, c.engine.slots = 640, 48, 4, 4
   c.sft.optimizer.learning_rate, c.sft.num_epochs = 5e-3, 25
@@ -42,24 +48,36 @@ def config(dataset: str, params: str = "", **leaves):
 
 
 def save_base(folder: pathlib.Path, c) -> None:
-  """A model with random weights whose vocabulary is the words of the config's problems, digits one by one."""
+  """A model with random weights whose vocabulary is the words of the config's problems, digits one
+  by one.
+  """
   split = Regex(r"\d| ?[^\W\d]+|\s|[^\w\s]")
-  texts = [text for each in ("train", "test") for problem in problems.load(c.task, 0, each, c.task[f"{each}_problems"])
+  texts = [text for each in ("train", "test") for problem in problems.load(c.task, 0, each,
+  c.task[f"{each}_problems"])
            for text in (problem.prompt, problem.solution)]  # fmt: skip
   pieces = pre_tokenizers.Split(split, behavior="isolated")
-  words = {piece for text in [*texts, "Question: \nAnswer:\n"] for piece, _ in pieces.pre_tokenize_str(text)}
+  words = {
+    piece
+    for text in [*texts, "Question: \nAnswer:\n"]
+    for piece, _ in pieces.pre_tokenize_str(text)
+  }
   vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", *sorted(words)])}
   backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
   backend.pre_tokenizer, backend.decoder = pieces, decoders.Fuse()
   backend.add_special_tokens(["<pad>", "<eos>"])
   tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", clean_up_tokenization_spaces=False
+    tokenizer_object=backend,
+    eos_token="<eos>",
+    pad_token="<pad>",
+    clean_up_tokenization_spaces=False,
   )
   tokenizer.save_pretrained(str(folder / "tokenizer"))
   sizes = dict(d_model=48, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=12, d_ff=96)
   model = Model(ModelConfig(vocab_size=len(vocabulary), scan_layers=False, **sizes))
   params = model.init(jax.random.key(0))
-  huggingface.save(epath.Path(folder / "base"), model, params, tokenizer_folder=epath.Path(folder / "tokenizer"))
+  huggingface.save(
+    epath.Path(folder / "base"), model, params, tokenizer_folder=epath.Path(folder / "tokenizer")
+  )
 
 
 class ReasoningRunTest(parameterized.TestCase):
@@ -69,7 +87,8 @@ class ReasoningRunTest(parameterized.TestCase):
     ("spell_backward", "", {"sample.temperature": 1.5}),
   )
   def test_from_problems_to_test_errors(self, name, params, leaves):
-    # Fails if a stage does not take the dataset's problems, or traces are judged by something else than the task says.
+    # Fails if a stage does not take the dataset's problems, or traces are judged by something else
+    # than the task says.
     root = pathlib.Path(tempfile.mkdtemp())
     c = config(name, params, **leaves)
     save_base(root, c)

@@ -1,4 +1,6 @@
-"""Rollouts from a server over HTTP give the very estimates that our own engine gives, if it draws the same."""
+"""Rollouts from a server over HTTP give the very estimates that our own engine gives, if it draws
+the same.
+"""
 
 import dataclasses
 
@@ -31,9 +33,14 @@ class _Policy:
     self.known = {}
     for estimate in estimates(experiment.workdir):
       prefix = traces[estimate.trace_id].ids[: estimate.prefix_end]
-      prompt = train_policy.prompt_ids(experiment, self.policy.tokenizer, problems[estimate.problem_id]) + prefix
+      prompt = (
+        train_policy.prompt_ids(experiment, self.policy.tokenizer, problems[estimate.problem_id])
+        + prefix
+      )
       for index, sample in enumerate(estimate.samples):
-        key = keys.draw_key(experiment.config.seed, "credit", 0, estimate.problem_id, keys.hash_ids(prefix), index)
+        key = keys.draw_key(
+          experiment.config.seed, "credit", 0, estimate.problem_id, keys.hash_ids(prefix), index
+        )
         self.known[tuple(prompt), remote.seed_of(key)] = sample
 
   def sample(self, body: dict) -> dict:
@@ -48,7 +55,8 @@ class _Policy:
     assert body["return_token_ids"]
     sample = self.sample(body)
     ids, first = sample["ids"], self.first(sample["ids"])
-    # Log-probs that sum to the record's: all of the first step's in its first token, of the rest in its last.
+    # Log-probs that sum to the record's: all of the first step's in its first token, of the rest in
+    # its last.
     logprobs = [0.0] * len(ids)
     logprobs[0] += sample["step_logp"]
     logprobs[-1] += sample["logp"] - sample["step_logp"]
@@ -64,7 +72,12 @@ class _Policy:
         "stop_reason": None,
         "token_ids": ids,
         "prompt_token_ids": list(body["prompt"]),
-        "logprobs": {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": [], "text_offset": []},
+        "logprobs": {
+          "tokens": tokens,
+          "token_logprobs": logprobs,
+          "top_logprobs": [],
+          "text_offset": [],
+        },
       }
     ]
 
@@ -103,8 +116,8 @@ class RemoteCreditTest(parameterized.TestCase):
       return experiment, credit.run(experiment), server
 
   def test_ids_there_and_back(self):
-    # Fails if a fork, a seed or a count is not ours, if ids or log-probs are altered on the way, or if a request that
-    # failed once leaves a hole.
+    # Fails if a fork, a seed or a count is not ours, if ids or log-probs are altered on the way, or
+    # if a request that failed once leaves a hole.
     faults = ["503", "", "429:0.05", "", "stall", "401"[:0]]
     experiment, figures, server = self.run_credit(self.model.like_vllm, faults)
     ours = estimates(small_run.finished())
@@ -112,7 +125,9 @@ class RemoteCreditTest(parameterized.TestCase):
       for sample, drawn in zip(estimate.samples, known.samples, strict=True):
         for name in ("step_logp", "logp"):
           self.assertAlmostEqual(sample.pop(name), drawn[name], delta=2e-5)
-        self.assertEqual(sample, {name: value for name, value in drawn.items() if not name.endswith("logp")})
+        self.assertEqual(
+          sample, {name: value for name, value in drawn.items() if not name.endswith("logp")}
+        )
       same = lambda e: dataclasses.replace(e, samples=[])
       self.assertEqual(same(estimate), same(known))
     self.assertEqual((figures["requests"], figures["retokenised"]), (figures["rollouts"], 0))
@@ -120,7 +135,9 @@ class RemoteCreditTest(parameterized.TestCase):
 
   def test_text_alone(self):
     # Fails if EOS is not put back where a rollout ended by itself, or log-probs are made up.
-    experiment, figures, _ = self.run_credit(self.model.text_alone, **{"credit.send_token_ids": False})
+    experiment, figures, _ = self.run_credit(
+      self.model.text_alone, **{"credit.send_token_ids": False}
+    )
     ours = estimates(small_run.finished())
     for estimate, known in zip(estimates(experiment.workdir), ours, strict=True):
       self.assertEqual((estimate.successes, estimate.rollouts), (known.successes, known.rollouts))
@@ -134,22 +151,28 @@ class RemoteCreditTest(parameterized.TestCase):
       pairs.build(experiment, "shared_prefix")
 
   def test_a_server_that_refuses_ids(self):
-    # Fails if the run ends there, although the same works as text; or a rollout that the server gave up counts.
+    # Fails if the run ends there, although the same works as text; or a rollout that the server
+    # gave up counts.
     def complete(body):
       assert isinstance(body["prompt"], str) and "return_token_ids" not in body
       return self.model.text_alone(body)
 
-    _, figures, server = self.run_credit(complete, ["detail", "error", "abort"], **{"credit.endpoint.concurrency": 1})
+    _, figures, server = self.run_credit(
+      complete, ["detail", "error", "abort"], **{"credit.endpoint.concurrency": 1}
+    )
     self.assertEqual(figures["retokenised"], figures["rollouts"])
     self.assertLen(server.requests, figures["rollouts"] + 3)
     self.assertLen([body for body in server.bodies() if isinstance(body["prompt"], list)], 1)
 
   def test_a_schedule(self):
-    # Fails if rounds ask for other rollouts than one round does: the first of each prefix must be the same.
+    # Fails if rounds ask for other rollouts than one round does: the first of each prefix must be
+    # the same.
     changes = {"credit.schedule": "until_first_zero"}
     experiment, figures, _ = self.run_credit(self.model.like_vllm, **changes)
     drawn = 0
-    for estimate, known in zip(estimates(experiment.workdir), estimates(small_run.finished()), strict=True):
+    for estimate, known in zip(
+      estimates(experiment.workdir), estimates(small_run.finished()), strict=True
+    ):
       ids = [sample["ids"] for sample in estimate.samples]
       self.assertEqual(ids, [sample["ids"] for sample in known.samples[: len(ids)]])
       drawn += len(ids)
@@ -171,14 +194,19 @@ class GenerationTest(parameterized.TestCase):
     engine._eos_ids, engine._stop = (0, 9), list(stop)
     engine._encode = lambda text: [{v: k for k, v in pieces.items()}[c] for c in text]
     engine._decode = lambda ids: "".join(pieces.get(i, "") for i in ids)
-    return engine._generation(CompletionChoice.model_validate({"index": 0, "logprobs": None} | choice))
+    return engine._generation(
+      CompletionChoice.model_validate({"index": 0, "logprobs": None} | choice)
+    )
 
   def test_ids_in_the_names_of_tokens(self):
     # Fails if vLLM's older way of giving ids is tokenised anew.
     logprobs = {"tokens": ["token_id:1", "token_id:0"], "token_logprobs": [-1.0, -0.5]}
-    made, retokenised = self.generation({"text": "zzz", "finish_reason": "stop", "logprobs": logprobs})
+    made, retokenised = self.generation(
+      {"text": "zzz", "finish_reason": "stop", "logprobs": logprobs}
+    )
     self.assertEqual(
-      (made.ids.tolist(), made.logp.tolist(), made.finish, retokenised), ([1, 0], [-1.0, -0.5], "eos", False)
+      (made.ids.tolist(), made.logp.tolist(), made.finish, retokenised),
+      ([1, 0], [-1.0, -0.5], "eos", False),
     )
 
   @parameterized.parameters(

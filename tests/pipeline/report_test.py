@@ -1,4 +1,6 @@
-"""The report is right by hand, escapes what a model wrote, needs no network, and renders in a browser."""
+"""The report is right by hand, escapes what a model wrote, needs no network, and renders in a
+browser.
+"""
 
 import dataclasses
 import html.parser
@@ -23,7 +25,10 @@ from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
 from tests import browser as browser_lib
 
-HOSTILE = '</span><script>document.title = "owned"</script><img src="https://evil.example/x.png" onerror=alert(1)>'
+HOSTILE = (
+  '</span><script>document.title = "owned"</script><img src="https://evil.example/x.png" '
+  "onerror=alert(1)>"
+)
 
 
 class _Page(html.parser.HTMLParser):
@@ -66,12 +71,19 @@ def _hand_made() -> report_page.Report:
   return report_page.Report(
     title="Toy",
     methods=[report_page.Method("SFT", 0.4, 0.3, 0.5, 100), report_page.Method("RFT")],
-    values=report_page.MeanValues([0.5, 0.25, 0.0], [3, 2, 0], 0.6, 2, [-0.1, 0.25, 0.0], [3, 2, 0]),
+    values=report_page.MeanValues(
+      [0.5, 0.25, 0.0], [3, 2, 0], 0.6, 2, [-0.1, 0.25, 0.0], [3, 2, 0]
+    ),
     pits=[1, 0, -1],
     traces=[trace],
     reasons={"SFT, test": {"right": 60, "wrong": 40}},
     stages=states,
-    training={"sft": ("SFT", [{"step": n, "loss/per_token": 1 / (n + 1), "grad_norm": 2.0} for n in range(60)])},
+    training={
+      "sft": (
+        "SFT",
+        [{"step": n, "loss/per_token": 1 / (n + 1), "grad_norm": 2.0} for n in range(60)],
+      )
+    },
     config={"seed": 0, "model.path": HOSTILE},
     changed=["model.path"],
     versions={"jax": "1"},
@@ -87,7 +99,14 @@ def _hand_made() -> report_page.Report:
 
 def _unfinished(made: report_page.Report) -> report_page.Report:
   states = [report_page.StageState(stage.name, "begun", {}) for stage in made.stages[1:]]
-  rest = {"values": None, "pits": None, "traces": None, "reasons": {}, "training": {}, "stages": states}
+  rest = {
+    "values": None,
+    "pits": None,
+    "traces": None,
+    "reasons": {},
+    "training": {},
+    "stages": states,
+  }
   return dataclasses.replace(made, methods=[report_page.Method("SFT")], **rest)
 
 
@@ -102,12 +121,20 @@ def test_no_resource_is_fetched(tmp_path, change):
   text = report_page.write(change(_hand_made()), tmp_path).read_text()
   page = _Page(text)
   loads = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
-  assert all(value.startswith(("#", "traces.html")) for _, name, value in page.attributes if name in loads)
-  assert not any("traces.html" in value for tag, _, value in page.attributes if tag != "a")  # a link, not a resource
+  assert all(
+    value.startswith(("#", "traces.html")) for _, name, value in page.attributes if name in loads
+  )
+  assert not any(
+    "traces.html" in value for tag, _, value in page.attributes if tag != "a"
+  )  # a link, not a resource
   assert not {"link", "iframe", "object", "script", "img"} & set(page.tags)
-  assert not any("http:" in value or "https:" in value or "url(h" in value for _, _, value in page.attributes)
+  assert not any(
+    "http:" in value or "https:" in value or "url(h" in value for _, _, value in page.attributes
+  )
   assert "@import" not in text
-  assert "//" not in text.replace("https://evil.example", "")  # the one address stands in the text of a trace
+  assert "//" not in text.replace(
+    "https://evil.example", ""
+  )  # the one address stands in the text of a trace
   ids = [value for _, name, value in page.attributes if name == "id"]
   assert len(ids) == len(set(ids))
 
@@ -133,14 +160,20 @@ def test_figures_are_kept_as_png_and_csv_and_repeat(tmp_path):
   for name in ("errors", "mean_q", "mean_advantage", "pits", "training_sft", "time"):
     assert (tmp_path / "a" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
   assert (tmp_path / "a" / "errors.csv").read_text().splitlines()[1] == "SFT,0.4,0.3,0.5,100"
-  assert (tmp_path / "a" / "mean_q.csv").read_text() == "step,mean_q,traces\n0,0.6,3\n1,0.5,3\n2,0.25,2\n3,,0\n"
-  assert (tmp_path / "a" / "mean_advantage.csv").read_text() == "step,mean_advantage,traces\n1,-0.1,3\n2,0.25,2\n3,,0\n"
+  assert (
+    tmp_path / "a" / "mean_q.csv"
+  ).read_text() == "step,mean_q,traces\n0,0.6,3\n1,0.5,3\n2,0.25,2\n3,,0\n"
+  assert (
+    tmp_path / "a" / "mean_advantage.csv"
+  ).read_text() == "step,mean_advantage,traces\n1,-0.1,3\n2,0.25,2\n3,,0\n"
   assert (tmp_path / "a" / "training_sft.csv").read_text().splitlines()[:3] == [
     "step,loss/per_token,grad_norm",
     "0,1.0,2.0",
     "1,0.5,2.0",
   ]
-  assert (tmp_path / "a" / "time.csv").read_text() == "stage,seconds,responses_drawn,tokens_drawn\nsft,3.5,,\n"
+  assert (
+    tmp_path / "a" / "time.csv"
+  ).read_text() == "stage,seconds,responses_drawn,tokens_drawn\nsft,3.5,,\n"
   assert (tmp_path / "a" / "pits.csv").read_text() == "step,traces\n1,1\n2,1\n3,0\nnone,1\n"
 
 
@@ -149,7 +182,9 @@ def test_step_shows_its_credit(tmp_path):
   assert "Q 3/4 = 0.75 (0.10 – 0.90), advantage +0.25" in text
   assert "Q 1/4 = 0.25 (0.10 – 0.90), advantage −0.50 ◀ pit" in text
   assert "Q = 0, the verdict" in text
-  best = _Page(report_page.write(dataclasses.replace(_hand_made(), best_of=2), tmp_path).read_text()).text
+  best = _Page(
+    report_page.write(dataclasses.replace(_hand_made(), best_of=2), tmp_path).read_text()
+  ).text
   assert "right 1/4 = 0.25 (0.10 – 0.90), Q 0.25" in best and "under Best-of-2" in best
 
 
@@ -157,8 +192,12 @@ def test_numbers_are_not_rounded_into_falsehoods(tmp_path):
   made = _hand_made()
   (trace,) = made.traces
   still = dataclasses.replace(trace.steps[0], advantage=-0.001)
-  trace = dataclasses.replace(trace, v0=0.125, right_samples=1, samples=8, steps=[still, *trace.steps[1:]])
-  made = dataclasses.replace(made, traces=[trace], pits=[1, 0, 2], reasons={"x": {"right": 3999, "unparsable": 1}})
+  trace = dataclasses.replace(
+    trace, v0=0.125, right_samples=1, samples=8, steps=[still, *trace.steps[1:]]
+  )
+  made = dataclasses.replace(
+    made, traces=[trace], pits=[1, 0, 2], reasons={"x": {"right": 3999, "unparsable": 1}}
+  )
   text = _Page(report_page.write(made, tmp_path).read_text()).text
   assert "1 of 8 samples of the problem are right (value 0.125)" in text
   assert "(0.10 – 0.90), advantage 0.00" in text and "−0.00" not in text
@@ -169,7 +208,11 @@ def test_numbers_are_not_rounded_into_falsehoods(tmp_path):
 # The workdir: two problems with four samples each. Steps are lines; the last one states the answer.
 _RIGHT = " A: X= 2 + Y= 3 A= 5\n #### 5"
 _WRONG = (" A: X= 2 + Y= 3 A= 6\n B: A= 6 + Y= 3 B= 9\n #### 9", " A: X= 2 + Y= 3 A= 7\n #### 7")
-_SUCCESSES = {"p0/sample/2": (3, 1), "p0/sample/3": (1,), "p1/sample/3": (2, 0)}  # of 4 rollouts, but for the last step
+_SUCCESSES = {
+  "p0/sample/2": (3, 1),
+  "p0/sample/3": (1,),
+  "p1/sample/3": (2, 0),
+}  # of 4 rollouts, but for the last step
 
 
 def _stage(workdir, name, figures=None, config=None):
@@ -178,7 +221,12 @@ def _stage(workdir, name, figures=None, config=None):
   if figures is not None:
     (workdir / name / "manifest.json").write_text(
       json.dumps(
-        {"figures": {"seconds": 1.5, **figures}, "files": {}, "versions": {"jax": "9.9"}, "git_commit": "abc123"}
+        {
+          "figures": {"seconds": 1.5, **figures},
+          "files": {},
+          "versions": {"jax": "9.9"},
+          "git_commit": "abc123",
+        }
       )
     )
 
@@ -190,7 +238,9 @@ def _run(tmp_path) -> Experiment:
   config = config_schema.default()
   config.credit.num_rollouts, config.credit.best_of, config.report.num_traces = 4, 1, 2
   config.pairs.pit_rule = "lowest_value"
-  letters = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate(["<eos>", *string.printable])}, "<eos>"))
+  letters = tokenizers.Tokenizer(
+    models.WordLevel({c: i for i, c in enumerate(["<eos>", *string.printable])}, "<eos>")
+  )
   letters.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
   letters.decoder = decoders.Fuse()
   transformers.PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>").save_pretrained(
@@ -236,7 +286,16 @@ def _run(tmp_path) -> Experiment:
       right = 0 if exact else _SUCCESSES[made.id][step]
       estimates.append(
         StepEstimate(
-          made.id, made.problem_id, step, end, 0 if exact else 4, right, exact, False, [], f"{made.id}/{step}"
+          made.id,
+          made.problem_id,
+          step,
+          end,
+          0 if exact else 4,
+          right,
+          exact,
+          False,
+          [],
+          f"{made.id}/{step}",
         )
       )
   Shards(workdir / "synthesize" / "train", Problem).write(
@@ -271,25 +330,39 @@ def test_stage_from_a_workdir(experiment):
   path = epath.Path(report.run(experiment)["path"])
   assert path == experiment.workdir / "report" / "index.html"
   lines = (path.parent / "mean_q.csv").read_text().splitlines()[1:]
-  # V: 2/4, 2/4, 3/4. Step 1: 3/4, 1/4, 2/4. Step 2: 1/4, the last step of the second trace, 0/4. Step 3: two last ones.
+  # V: 2/4, 2/4, 3/4. Step 1: 3/4, 1/4, 2/4. Step 2: 1/4, the last step of the second trace, 0/4.
+  # Step 3: two last ones.
   expected = [(0, 7 / 12, 3), (1, 0.5, 3), (2, 1 / 12, 3), (3, 0.0, 2)]
-  np.testing.assert_allclose([[float(cell) for cell in line.split(",")] for line in lines], expected, atol=1e-6)
+  np.testing.assert_allclose(
+    [[float(cell) for cell in line.split(",")] for line in lines], expected, atol=1e-6
+  )
   # Advantages of those, by trace: 1/4, -2/4, -1/4; then -1/4, -1/4; then -1/4, -2/4, 0.
   lines = (path.parent / "mean_advantage.csv").read_text().splitlines()[1:]
   expected = [(1, -1 / 12, 3), (2, -5 / 12, 3), (3, -1 / 8, 2)]
-  np.testing.assert_allclose([[float(cell) for cell in line.split(",")] for line in lines], expected, atol=1e-6)
+  np.testing.assert_allclose(
+    [[float(cell) for cell in line.split(",")] for line in lines], expected, atol=1e-6
+  )
   assert (path.parent / "training_sft.csv").read_text() == "step,loss/per_token\n0,0.5\n"
   # Lowest Q first reached: the third, the second and the second step.
   assert (path.parent / "pits.csv").read_text() == "step,traces\n1,0\n2,2\n3,1\nnone,0\n"
   page = _Page(path.read_text())
   text = page.text
   assert "script" not in page.tags and HOSTILE in text
-  assert "p0/sample/2" in text and "p1/sample/3" in text and "p0/sample/3" not in text  # one a problem
+  assert (
+    "p0/sample/2" in text and "p1/sample/3" in text and "p0/sample/3" not in text
+  )  # one a problem
   assert "1. A: X= 2 + Y= 3 A= 6" in text
-  assert "Q 3/4 = 0.75 (0.30 – 0.95), advantage +0.25" in text  # V is 2/4; Wilson's interval of 3 in 4
+  assert (
+    "Q 3/4 = 0.75 (0.30 – 0.95), advantage +0.25" in text
+  )  # V is 2/4; Wilson's interval of 3 in 4
   assert "2 of 4 samples of the problem are right (value 0.50)" in text
-  assert "Not finished yet: rft, pairs/dpo, pairs/step_dpo, dpo/dpo, dpo/step_dpo, evaluate/base" in text
-  seconds = [float(line.split(",")[1] or 0) for line in (path.parent / "time.csv").read_text().splitlines()[1:]]
+  assert (
+    "Not finished yet: rft, pairs/dpo, pairs/step_dpo, dpo/dpo, dpo/step_dpo, evaluate/base" in text
+  )
+  seconds = [
+    float(line.split(",")[1] or 0)
+    for line in (path.parent / "time.csv").read_text().splitlines()[1:]
+  ]
   assert len(seconds) > 2 and f"all{sum(seconds):.1f}" in text
   assert "25.0 %" in text and "10.0 – 50.0 %" in text and "cut off at the length limit" in text
   assert "would be 20; 20 were drawn" in text and "Seed 0" in text
@@ -311,7 +384,10 @@ def test_stage_shows_the_preferred_branch(experiment):
 def test_stage_in_an_empty_workdir(tmp_path):
   path = report.run(Experiment(config_schema.default(), epath.Path(tmp_path), None))["path"]
   text = _Page(epath.Path(path).read_text()).text
-  assert "Not finished yet: synthesize, sft, sample, rft, credit" in text and "Stage credit is not done" in text
+  assert (
+    "Not finished yet: synthesize, sft, sample, rft, credit" in text
+    and "Stage credit is not done" in text
+  )
 
 
 def test_stage_refuses_another_config(experiment):
@@ -339,7 +415,9 @@ def test_renders_in_a_browser(experiment, tmp_path, width, dark):
     browser.size(width, 900, dark)
     browser.open(page)
     title = browser.js("document.title")
-    assert title == "Learning from wrong solutions: arithmetic"  # no script of a trace has changed it
+    assert (
+      title == "Learning from wrong solutions: arithmetic"
+    )  # no script of a trace has changed it
     assert browser.js("document.querySelectorAll('svg').length") == 6
     assert "◀ pit" in browser.js("document.body.innerText")
     assert browser.js("document.documentElement.scrollWidth") <= width

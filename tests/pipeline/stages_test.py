@@ -48,13 +48,17 @@ def command(workdir, *flags, config="configs/arithmetic.py:smoke", program="pipe
 
 
 def environment(**changes):
-  env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}  # one device, as a user has
+  env = {
+    key: value for key, value in os.environ.items() if key != "XLA_FLAGS"
+  }  # one device, as a user has
   return env | {"JAX_PLATFORMS": "cpu"} | changes
 
 
 def launch(*args, **kwargs) -> subprocess.CompletedProcess:
   env = environment(**kwargs.pop("env", {}))
-  return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+  return subprocess.run(
+    command(*args, **kwargs), capture_output=True, text=True, cwd=ROOT, env=env, check=False
+  )
 
 
 @functools.cache
@@ -77,22 +81,32 @@ def methods(workdir):
 
 
 def outputs(workdir):
-  """Everything that was drawn and trained: records without their order in shards, and fingerprints of weights."""
+  """Everything that was drawn and trained: records without their order in shards, and fingerprints
+  of weights.
+  """
   made = {}
   for path in sorted(workdir.rglob("*.jsonl")):
     if path.parent.name in ("traces", "estimates", "pairs"):
-      made.setdefault(str(path.parent.relative_to(workdir)), []).extend(sorted(path.read_text().splitlines()))
+      made.setdefault(str(path.parent.relative_to(workdir)), []).extend(
+        sorted(path.read_text().splitlines())
+      )
   for path in workdir.rglob("fingerprint.json"):
     made[str(path.relative_to(workdir))] = path.read_text()
   return made
 
 
 def run_with_kills(workdir, kills: int, longest_s: float, config: str, rng: random.Random) -> int:
-  """Runs the command, killing it `kills` times at random moments; returns how many kills came before its end."""
+  """Runs the command, killing it `kills` times at random moments; returns how many kills came
+  before its end.
+  """
   came = 0
   for _ in range(kills):
     process = subprocess.Popen(
-      command(workdir, config=config), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+      command(workdir, config=config),
+      cwd=ROOT,
+      env=environment(),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
     )
     try:
       process.wait(timeout=rng.uniform(5.0, longest_s))
@@ -113,8 +127,12 @@ class RecipeTest(absltest.TestCase):
     for figures in summary["methods"].values():
       self.assertEqual(set(figures), {"test_error", "ci95", "num_problems"})
       self.assertEqual(figures["num_problems"], 32)
-      self.assertBetween(figures["test_error"], figures["ci95"][0] - 1e-4, figures["ci95"][1] + 1e-4)
-    self.assertEqual(summary["step_dpo"], {"pair_mode": "shared_prefix", "pit_rule": "lowest_value"})
+      self.assertBetween(
+        figures["test_error"], figures["ci95"][0] - 1e-4, figures["ci95"][1] + 1e-4
+      )
+    self.assertEqual(
+      summary["step_dpo"], {"pair_mode": "shared_prefix", "pit_rule": "lowest_value"}
+    )
     for stage in (
       "synthesize",
       "sft",
@@ -135,10 +153,15 @@ class RecipeTest(absltest.TestCase):
   def test_policies_differ_and_training_is_logged(self):
     # Fails if a stage hands on the weights that it was given.
     names = ["sft", "rft", "dpo/dpo", "dpo/step_dpo"]
-    prints = {json.loads((finished() / name / "policy/fingerprint.json").read_text())["fingerprint"] for name in names}
+    prints = {
+      json.loads((finished() / name / "policy/fingerprint.json").read_text())["fingerprint"]
+      for name in names
+    }
     self.assertLen(prints, len(names))
     for name in names:
-      lines = [json.loads(line) for line in (finished() / name / "metrics.jsonl").read_text().splitlines()]
+      lines = [
+        json.loads(line) for line in (finished() / name / "metrics.jsonl").read_text().splitlines()
+      ]
       self.assertEqual([line["step"] for line in lines], list(range(len(lines))))
 
   def test_first_preference_step_starts_at_the_reference(self):
@@ -149,15 +172,17 @@ class RecipeTest(absltest.TestCase):
       self.assertAlmostEqual(first["loss/per_pair"], 0.693147, delta=1e-4)
 
   def test_pairs_are_scored_before_and_after_training(self):
-    # Fails if scores are of other weights, of other branches, or if chosen and rejected are swapped. The oracle: one
-    # response in one row, no packing, no branches.
+    # Fails if scores are of other weights, of other branches, or if chosen and rejected are
+    # swapped. The oracle: one response in one row, no packing, no branches.
     sys.path.insert(0, str(ROOT / "configs"))
     import arithmetic
 
     experiment = Experiment.open(arithmetic.get_config("smoke"), finished())
     self.assertIn('id="texts-0"', (finished() / "report/traces.html").read_text())
     for name in ("dpo", "step_dpo"):
-      pairs = {pair.id: pair for pair in Shards(experiment.workdir / "pairs" / name / "pairs", Pair).read()}
+      pairs = {
+        pair.id: pair for pair in Shards(experiment.workdir / "pairs" / name / "pairs", Pair).read()
+      }
       moved = pair_logprobs.read(experiment, name)
       self.assertEqual(set(moved), set(pairs))
       for key in list(pairs)[:2]:
@@ -165,23 +190,30 @@ class RecipeTest(absltest.TestCase):
         for n, stage in enumerate(("sft", f"dpo/{name}")):
           policy = experiment.policy(stage)
           for ids, sums in ((pair.chosen, found.chosen), (pair.rejected, found.rejected)):
-            rows = pack([[Tree(tuple(pair.trunk), (Branch(len(pair.trunk), tuple(ids)),))]], len(pair.trunk) + len(ids))
+            rows = pack(
+              [[Tree(tuple(pair.trunk), (Branch(len(pair.trunk), tuple(ids)),))]],
+              len(pair.trunk) + len(ids),
+            )
             hidden, _ = policy.model.hidden(policy.params, rows)
-            logp = jax.nn.log_softmax(policy.model.logits(policy.params, hidden[0, len(pair.trunk) - 1 : -1]))
+            logp = jax.nn.log_softmax(
+              policy.model.logits(policy.params, hidden[0, len(pair.trunk) - 1 : -1])
+            )
             expected = float(logp[jnp.arange(len(ids)), jnp.array(ids)].sum())
             self.assertAlmostEqual(sums[n], expected, delta=1e-3)
     self.assertGreater(max(abs(m.after - m.before) for m in moved.values()), 1e-3)
 
   def test_sampler_and_trainer_agree(self):
-    # Fails if the decoder's log-probs are of another distribution than the trainer's (tempered, masked, another fork), or
-    # of other tokens; float32, so that records, rounded to 1e-5, and rounding in the sums are all that may differ.
+    # Fails if the decoder's log-probs are of another distribution than the trainer's (tempered,
+    # masked, another fork), or of other tokens; float32, so that records, rounded to 1e-5, and
+    # rounding in the sums are all that may differ.
     stages = json.loads((finished() / "summary.json").read_text())["stages"]
     for name in ("dpo/dpo", "dpo/step_dpo"):
       self.assertBetween(stages[name]["sampler_gap_nats"], 1e-9, 1e-4)
 
   def test_rollouts_are_the_trace_itself_no_more_often_than_chance(self):
-    # Fails if rollouts draw with the trace's keys, or all with one key: each is the trace's own rest with the probability
-    # that the trace was drawn with, and 5 standard deviations are room enough.
+    # Fails if rollouts draw with the trace's keys, or all with one key: each is the trace's own
+    # rest with the probability that the trace was drawn with, and 5 standard deviations are room
+    # enough.
     records = lambda name: [json.loads(line) for line in (finished() / name / "00000.jsonl").open()]
     traces = {trace["id"]: trace for trace in records("sample/traces")}
     chance, spread, seen, distinct = 0.0, 0.0, 0, []
@@ -198,7 +230,8 @@ class RecipeTest(absltest.TestCase):
     self.assertGreater(sum(distinct), len(distinct) / 4)
 
   def test_another_loss_on_other_pairs(self):
-    # Fails if dpo.loss or pairs.outcome_mode is not read: DPO-Positive starts at ln 2 too, IPO at (1/2τ)² = 4.
+    # Fails if dpo.loss or pairs.outcome_mode is not read: DPO-Positive starts at ln 2 too, IPO at
+    # (1/2τ)² = 4.
     workdir = copy_of_finished()
     shutil.rmtree(workdir / "dpo")
     shutil.rmtree(workdir / "pairs/dpo")
@@ -215,7 +248,8 @@ class RecipeTest(absltest.TestCase):
     self.assertIn('"pair_mode": "furthest"', (workdir / "pairs/dpo/pairs/00000.jsonl").read_text())
 
   def test_one_variant_alone(self):
-    # Fails if per-step pairs cannot be built, or trained on, without arbitrary ones, or if what they make differs.
+    # Fails if per-step pairs cannot be built, or trained on, without arbitrary ones, or if what
+    # they make differs.
     workdir = copy_of_finished()
     for stage in ("pairs", "dpo/dpo", "dpo/step_dpo"):
       shutil.rmtree(workdir / stage)
@@ -227,13 +261,19 @@ class RecipeTest(absltest.TestCase):
       self.assertEqual((workdir / path).read_text(), (finished() / path).read_text())
 
   def test_another_schedule(self):
-    # Fails if the schedule is not read, if rounds draw other rollouts than one round does (their keys count on), if a
-    # round's rollouts are lost or counted twice, or if one goes on for good.
+    # Fails if the schedule is not read, if rounds draw other rollouts than one round does (their
+    # keys count on), if a round's rollouts are lost or counted twice, or if one goes on for good.
     workdir = copy_of_finished()
-    estimates = lambda folder: [json.loads(line) for line in (folder / "credit/estimates/00000.jsonl").open()]
+    estimates = lambda folder: [
+      json.loads(line) for line in (folder / "credit/estimates/00000.jsonl").open()
+    ]
     before = {(e["trace_id"], e["step"]): e for e in estimates(workdir)}
     shutil.rmtree(workdir / "credit")
-    flags = ["--stages=credit", "--config.credit.schedule=adaptive", "--config.pairs.pit_rule=first_dead"]
+    flags = [
+      "--stages=credit",
+      "--config.credit.schedule=adaptive",
+      "--config.pairs.pit_rule=first_dead",
+    ]
     done = launch(workdir, *flags)
     self.assertEqual(done.returncode, 0, done.stderr[-2000:])
     after = {(e["trace_id"], e["step"]): e for e in estimates(workdir)}
@@ -252,7 +292,9 @@ class RecipeTest(absltest.TestCase):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("manifest.json")}
     again = launch(workdir)
     self.assertEqual(again.returncode, 0, again.stderr[-2000:])
-    self.assertEqual(before, {path: path.stat().st_mtime_ns for path in workdir.rglob("manifest.json")})
+    self.assertEqual(
+      before, {path: path.stat().st_mtime_ns for path in workdir.rglob("manifest.json")}
+    )
     self.assertEqual(methods(workdir), methods(finished()))
 
   def test_kills_change_nothing(self):
@@ -292,12 +334,15 @@ class RefusalTest(parameterized.TestCase):
     # Fails if a stage is skipped, or continued, whatever it was made with.
     workdir = copy_of_finished()
     before = (workdir / "config.json").read_text()
-    self.assert_refuses(launch(workdir, "--config.sft.num_epochs=2"), "sft.num_epochs=1", "now it is 2", "--workdir")
+    self.assert_refuses(
+      launch(workdir, "--config.sft.num_epochs=2"), "sft.num_epochs=1", "now it is 2", "--workdir"
+    )
     self.assertEqual((workdir / "config.json").read_text(), before)
     self.assertEqual(methods(workdir), methods(finished()))
 
   def test_another_base_model(self):
-    # Fails if a stage that reads the base model is skipped, or continued, with another one in its place.
+    # Fails if a stage that reads the base model is skipped, or continued, with another one in its
+    # place.
     workdir = copy_of_finished()
     other = scratch() / "other_base"
     shutil.copytree(ROOT / "synthneg_jax/tasks/embedded", other, dirs_exist_ok=True)
@@ -363,7 +408,8 @@ class RefusalTest(parameterized.TestCase):
     # Fails if config files may add leaves that nothing reads.
     path = scratch() / "mine.py"
     path.write_text(
-      "from synthneg_jax.runtime import config_schema\n\n\ndef get_config():\n  c = config_schema.default()\n"
+      "from synthneg_jax.runtime import config_schema\n\n\ndef get_config():\n  c = "
+      "config_schema.default()\n"
       "  c.dpo.betta = 1.0\n  return c\n"
     )
     self.assert_refuses(launch(scratch() / "x", config=path), "mine.py, line 6", "betta", "beta")
@@ -376,7 +422,9 @@ class RefusalTest(parameterized.TestCase):
     (folder / "train.jsonl").write_text(good * 2 + '{"question": "1 + ')
     (folder / "test.jsonl").write_text(good * 6)
     done = launch(
-      scratch() / "y", config="configs/gsm8k.py:model=smollm2_135m,smoke", env={"SYNTHNEG_DATA_DIR": str(folder.parent)}
+      scratch() / "y",
+      config="configs/gsm8k.py:model=smollm2_135m,smoke",
+      env={"SYNTHNEG_DATA_DIR": str(folder.parent)},
     )
     self.assert_refuses(done, "train.jsonl", "line 3")
 

@@ -1,4 +1,6 @@
-"""D_syn over HTTP: equal to the one made in process, whatever happens on the way, and paid for once."""
+"""D_syn over HTTP: equal to the one made in process, whatever happens on the way, and paid for
+once.
+"""
 
 import collections
 import dataclasses
@@ -33,7 +35,12 @@ def make_config(**changes):
   config = arithmetic.get_config("smoke")
   c = config.synthesis
   c.provider, c.num_solutions, c.new_per_request = "scripted", 2, 5
-  c.endpoint.model, c.endpoint.key_variable, c.endpoint.backoff_s, c.endpoint.timeout_s = "teacher", "", 0.01, 2.0
+  c.endpoint.model, c.endpoint.key_variable, c.endpoint.backoff_s, c.endpoint.timeout_s = (
+    "teacher",
+    "",
+    0.01,
+    2.0,
+  )
   c.update(changes)
   return config
 
@@ -63,8 +70,9 @@ class SynthesizeTest(parameterized.TestCase):
     self.addCleanup(self.server.close)
 
   def test_new_problems_over_http_are_those_made_in_process(self):
-    # Fails if anything of the protocol changes a problem or a solution, or what is drawn depends on who came first; the
-    # faults on the way must leave no trace. Also: a second workdir with the same replies asks for nothing.
+    # Fails if anything of the protocol changes a problem or a solution, or what is drawn depends on
+    # who came first; the faults on the way must leave no trace. Also: a second workdir with the
+    # same replies asks for nothing.
     here = open_run(make_config())
     self.server.faults = ["503", "die", "broken_json", "429:0.05", "cut"]
     there = open_run(served(self.server))
@@ -81,19 +89,26 @@ class SynthesizeTest(parameterized.TestCase):
     self.assertEmpty(self.server.requests)
 
   def test_solutions_over_http_train_the_same(self):
-    # Fails if D_syn with the solutions of a teacher behind HTTP differs, by a space, from that made in process.
-    own, there = open_run(make_config(provider="task")), open_run(served(self.server, generate="solutions"))
+    # Fails if D_syn with the solutions of a teacher behind HTTP differs, by a space, from that made
+    # in process.
+    own, there = (
+      open_run(make_config(provider="task")),
+      open_run(served(self.server, generate="solutions")),
+    )
     prints = []
     for experiment in (own, there):
       synthesize.run(experiment)
       sft.run(experiment)
-      prints.append(json.loads((experiment.workdir / "sft/policy/fingerprint.json").read_text())["fingerprint"])
+      prints.append(
+        json.loads((experiment.workdir / "sft/policy/fingerprint.json").read_text())["fingerprint"]
+      )
     self.assertEqual(without_source(records(own)), without_source(records(there)))
     self.assertEqual(prints[0], prints[1])
     self.assertLen(self.server.requests, 96)
 
   def test_what_is_dropped_and_why(self):
-    # Fails if a problem without agreement, a repeat, or one of the test set is trained on, or a vote goes to a minority.
+    # Fails if a problem without agreement, a repeat, or one of the test set is trained on, or a
+    # vote goes to a minority.
     teacher = scripted_chat(make_config().task)
     own = open_run(make_config(provider="task"))
     synthesize.run(own)
@@ -106,7 +121,8 @@ class SynthesizeTest(parameterized.TestCase):
         first = text.split("</problem>")[0] + "</problem>"
         repeated.append(first)
         return (
-          f"{text}\n{first}\n<problem>\n{stolen}</problem>\n<problem>\nnonsense {len(repeated)} {hash(text)}</problem>"
+          f"{text}\n{first}\n<problem>\n{stolen}</problem>\n<problem>\nnonsense "
+          f"{len(repeated)} {hash(text)}</problem>"
         )
       if len(wrong) < 30 and body["seed"] % 3 == 0:
         wrong.append(body)
@@ -123,7 +139,9 @@ class SynthesizeTest(parameterized.TestCase):
     self.assertNotEmpty(wrong)
     self.assertLen(found["near_duplicate"], len(repeated))
     self.assertEqual({candidate.prompt for candidate in found["contaminated"]}, {stolen})
-    nonsense = [candidate for candidate in found["unsolved"] if candidate.prompt.startswith("nonsense")]
+    nonsense = [
+      candidate for candidate in found["unsolved"] if candidate.prompt.startswith("nonsense")
+    ]
     self.assertLen(nonsense, len(repeated))
     for candidate in found["kept"]:
       puzzle = scripted.parse(candidate.prompt)
@@ -135,12 +153,16 @@ class SynthesizeTest(parameterized.TestCase):
     self.assertLess(min(candidate.agreement for candidate in found["kept"]), 1.0)
     by_id = {candidate.id: candidate for candidate in found["kept"]}
     for problem in records(experiment):
-      self.assertEqual(problem.solution, by_id[problem.id].solutions[by_id[problem.id].chosen]["text"])
+      self.assertEqual(
+        problem.solution, by_id[problem.id].solutions[by_id[problem.id].chosen]["text"]
+      )
 
   def test_too_few(self):
     # Fails if a run goes on with fewer problems than its figures will say.
     self.server.chat = lambda body: "I would rather not."
-    with self.assertRaisesRegex(UserError, "max_rounds=2 rounds 0 problems of task.train_problems=48"):
+    with self.assertRaisesRegex(
+      UserError, "max_rounds=2 rounds 0 problems of task.train_problems=48"
+    ):
       synthesize.run(open_run(served(self.server, max_rounds=2)))
 
   def test_budget(self):
@@ -160,9 +182,11 @@ class SynthesizeTest(parameterized.TestCase):
     self.assertBetween(figures["spent_usd"], 0.004, 1.0)
 
   def test_a_local_checkpoint(self):
-    # Fails if our own engine cannot be asked, or its replies are drawn again or all with one key. The embedded base solves
-    # next to nothing, so what it writes is looked at, not what is kept.
-    config = make_config(provider="local", generate="solutions", max_tokens=40, temperature_solutions=3.0)
+    # Fails if our own engine cannot be asked, or its replies are drawn again or all with one key.
+    # The embedded base solves next to nothing, so what it writes is looked at, not what is kept.
+    config = make_config(
+      provider="local", generate="solutions", max_tokens=40, temperature_solutions=3.0
+    )
     config.task.train_problems = 3
     config.synthesis.endpoint.model = "embedded"
     config.engine.lanes, config.engine.slots = 2, 2
@@ -197,23 +221,39 @@ class CommandTest(absltest.TestCase):
       "--config=configs/arithmetic.py:smoke",
       f"--workdir={self.workdir}",
     ]
-    leaves = {"provider": "endpoint", "num_solutions": 2, "new_per_request": 5, "endpoint.url": self.server.url}
-    leaves |= {"endpoint.model": "teacher", "endpoint.key_variable": "TEACHER_KEY", "endpoint.concurrency": 4}
+    leaves = {
+      "provider": "endpoint",
+      "num_solutions": 2,
+      "new_per_request": 5,
+      "endpoint.url": self.server.url,
+    }
+    leaves |= {
+      "endpoint.model": "teacher",
+      "endpoint.key_variable": "TEACHER_KEY",
+      "endpoint.concurrency": 4,
+    }
     command += [f"--config.synthesis.{name}={value}" for name, value in leaves.items()]
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     env |= {"JAX_PLATFORMS": "cpu", "TEACHER_KEY": KEY, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-      [*command, *flags], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+      [*command, *flags],
+      cwd=ROOT,
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
     )
 
   def test_killed_and_gone_on_with(self):
-    # Fails if a reply that is on disk is asked for again after SIGKILL, if what is made differs from an unbroken run's, if
-    # cost and tokens are not shown before and at the end, or if the key comes into any file or the log: the server echoes
-    # it in replies and errors.
+    # Fails if a reply that is on disk is asked for again after SIGKILL, if what is made differs
+    # from an unbroken run's, if cost and tokens are not shown before and at the end, or if the key
+    # comes into any file or the log: the server echoes it in replies and errors.
     self.server.delay_s = 0.2
     first = self.start()
     deadline = time.monotonic() + 300
-    replies = lambda: [p for p in (self.workdir / "replies").glob("*/*.json") if not p.name.endswith(".attempt.json")]
+    replies = lambda: [
+      p for p in (self.workdir / "replies").glob("*/*.json") if not p.name.endswith(".attempt.json")
+    ]
     while len(replies()) < 20 and time.monotonic() < deadline and first.poll() is None:
       time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
@@ -223,7 +263,10 @@ class CommandTest(absltest.TestCase):
     before = len(self.server.requests)
     self.server.delay_s = 0.0
     self.server.faults = ["echo", "503", "echo", "die"]
-    prices = ("--config.synthesis.usd_per_million_prompt=1", "--config.synthesis.usd_per_million_completion=2")
+    prices = (
+      "--config.synthesis.usd_per_million_prompt=1",
+      "--config.synthesis.usd_per_million_completion=2",
+    )
     second = self.start(*prices)
     log += second.communicate(timeout=300)[0]
     self.assertEqual(second.returncode, 0, log)
@@ -234,7 +277,9 @@ class CommandTest(absltest.TestCase):
     self.assertLessEqual(before, kept + 4)  # at most what was under way was lost
     self.assertLen(self.server.requests, before + len(replies()) - kept + 2)  # two were broken
     self.assertRegex(
-      log, r"synthesize solutions: \d+ requests .* at most \d+ tokens of replies, at most 0\.\d+ US dollars"
+      log,
+      r"synthesize solutions: \d+ requests .* at most \d+ tokens of replies, at most 0\.\d+ US "
+      r"dollars",
     )
     self.assertRegex(log, r"synthesize solutions: (\d+)/\1 replies, .* tokens \S+, usd 0\.\d+")
     self.assertNotIn(KEY, log)

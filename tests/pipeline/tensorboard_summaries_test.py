@@ -15,14 +15,17 @@ pytestmark = pytest.mark.slow  # trains
 
 
 def board(stage: str):
-  opened = event_accumulator.EventAccumulator(str(small_run.finished() / stage), {"images": 0, "tensors": 0})
+  opened = event_accumulator.EventAccumulator(
+    str(small_run.finished() / stage), {"images": 0, "tensors": 0}
+  )
   opened.Reload()
   return opened
 
 
 class BoardsTest(absltest.TestCase):
   def test_traces(self):
-    # Fails if no trace is shown, if its text can be markup, or if lengths are of other traces than those of the run.
+    # Fails if no trace is shown, if its text can be markup, or if lengths are of other traces than
+    # those of the run.
     shown, experiment = board("sample"), small_run.opened(small_run.finished())
     texts = [name for name in shown.Tags()["tensors"] if name.startswith("traces/")]
     self.assertLen(texts, experiment.config.report.num_traces)
@@ -37,14 +40,17 @@ class BoardsTest(absltest.TestCase):
     self.assertBetween(max(len(trace.ids) for trace in traces.values()), lengths.min, lengths.max)
 
   def test_step_values(self):
-    # Fails if there is no drawing beside the texts, if a drawing is no image, or if Q is counted of steps that have none.
+    # Fails if there is no drawing beside the texts, if a drawing is no image, or if Q is counted of
+    # steps that have none.
     shown, experiment = board("credit"), small_run.opened(small_run.finished())
     drawings = shown.Tags()["images"]
     self.assertNotEmpty(drawings)
     self.assertLessEqual(len(drawings), experiment.config.report.num_traces)
     for name in drawings:
       image = shown.Images(name)[0]
-      self.assertEqual(struct.unpack(">II", image.encoded_image_string[16:24]), (image.width, image.height))
+      self.assertEqual(
+        struct.unpack(">II", image.encoded_image_string[16:24]), (image.width, image.height)
+      )
       self.assertIn(f"{name}/text_summary", shown.Tags()["tensors"])
     estimates = list(Shards(experiment.workdir / "credit" / "estimates", StepEstimate).read())
     counted = shown.Histograms("q/per_step")[0].histogram_value
@@ -52,14 +58,17 @@ class BoardsTest(absltest.TestCase):
     self.assertBetween(counted.max, 0.0, 1.06)
 
   def test_a_histogram_counts_between_its_edges(self):
-    # Fails if a count moves to another bucket: 2 below 0, none from 0 to 1, 3 from 1 to 3, 1 beyond.
+    # Fails if a count moves to another bucket: 2 below 0, none from 0 to 1, 3 from 1 to 3, 1
+    # beyond.
     made = event_files._bucketed([0.0, 1.0, 3.0], [2, 0, 3, 1])
     self.assertEqual(list(made.bucket_limit), [0.0, 1.0, 3.0, 5.0])
     self.assertEqual(list(made.bucket), [2, 0, 3, 1])
     self.assertEqual((made.min, made.max, made.num), (-1.0, 5.0, 6.0))
     self.assertEqual((made.sum, made.sum_squares), (9.0, 28.5))  # middles -.5, .5, 2, 4
     inner = event_files._bucketed([0.0, 1.0, 3.0], [0, 4, 0, 0])
-    self.assertEqual((inner.min, inner.max, list(inner.bucket_limit), list(inner.bucket)), (0.0, 1.0, [1.0], [4.0]))
+    self.assertEqual(
+      (inner.min, inner.max, list(inner.bucket_limit), list(inner.bucket)), (0.0, 1.0, [1.0], [4.0])
+    )
 
   def test_not_asked_for(self):
     # Fails if metrics.tensorboard=False writes one all the same.

@@ -1,4 +1,6 @@
-"""What the stage gathers for the trace viewer from a workdir: credit, rollouts, pairs with their margins, bounds."""
+"""What the stage gathers for the trace viewer from a workdir: credit, rollouts, pairs with their
+margins, bounds.
+"""
 
 import dataclasses
 import json
@@ -15,12 +17,16 @@ from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import reference
 from tests.pipeline import report_test
 
-experiment = report_test._run  # the fixture: two problems of four samples, three of them wrong and credited
+experiment = (
+  report_test._run
+)  # the fixture: two problems of four samples, three of them wrong and credited
 
 
 def _data(experiment, name):
   text = (experiment.workdir / "report" / "traces.html").read_text()
-  return json.loads(re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text).group(1))
+  return json.loads(
+    re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text).group(1)
+  )
 
 
 def _traces(experiment):
@@ -39,13 +45,16 @@ def _traces(experiment):
 
 
 def test_credit_of_a_workdir(experiment):
-  # Fails if counts, Q, advantages or pits are another step's or another trace's. The same numbers as report_test's.
+  # Fails if counts, Q, advantages or pits are another step's or another trace's. The same numbers
+  # as report_test's.
   assert viewer.run(experiment) == {"path": str(experiment.workdir / "report" / "traces.html")}
   traces = _traces(experiment)
   assert len(traces) == 8 and _data(experiment, "index")["total"] == 8
   row, steps, credit, _, _ = traces["p0/sample/2"]
   assert steps == [" A: X= 2 + Y= 3 A= 6\n", " B: A= 6 + Y= 3 B= 9\n", " #### 9"]
-  np.testing.assert_allclose(credit[0], [4, 3, 0.301, 0.954, 0.75, 0.25, 0], atol=1e-3)  # V is 2/4; Wilson's interval
+  np.testing.assert_allclose(
+    credit[0], [4, 3, 0.301, 0.954, 0.75, 0.25, 0], atol=1e-3
+  )  # V is 2/4; Wilson's interval
   np.testing.assert_allclose(credit[1][4:], [0.25, -0.5, 0])
   assert credit[2] == [0, 0, None, None, 0.0, -0.25, 1]
   assert row["pit"] == 2 and row["drop"] == -500
@@ -55,11 +64,13 @@ def test_credit_of_a_workdir(experiment):
 
 
 def test_steps_that_a_schedule_left_out(experiment):
-  # Fails if a step whose own Q, or the Q before it, is not known is given an advantage all the same.
+  # Fails if a step whose own Q, or the Q before it, is not known is given an advantage all the
+  # same.
   folder = experiment.workdir / "credit" / "estimates"
   left_out = {"rollouts": 0, "successes": 0, "samples": []}
   estimates = [
-    dataclasses.replace(e, **left_out if e.key == "p0/sample/2/0" else {}) for e in Shards(folder, StepEstimate).read()
+    dataclasses.replace(e, **left_out if e.key == "p0/sample/2/0" else {})
+    for e in Shards(folder, StepEstimate).read()
   ]
   (folder / "00000.jsonl").unlink()
   Shards(folder, StepEstimate).write(estimates)
@@ -77,14 +88,20 @@ def test_report_makes_the_viewer_too_and_pipeline_makes_it_alone(experiment):
 
 
 def test_rollouts_are_counted_once_and_bounded(experiment):
-  # Fails if equal rollouts stand twice, if a shared prefix has none, or if the bound of the config is not kept.
+  # Fails if equal rollouts stand twice, if a shared prefix has none, or if the bound of the config
+  # is not kept.
   tokenizer = transformers.AutoTokenizer.from_pretrained(str(experiment.workdir / "sft" / "policy"))
   sample = lambda text, right: {
     "ids": tokenizer.encode(text),
     "correct": right,
     "reason": "right" if right else "wrong",
   }
-  drawn = [sample(" #### 5", True), sample(" #### 6", False), sample(" #### 5", True), sample(" #### 8", False)]
+  drawn = [
+    sample(" #### 5", True),
+    sample(" #### 6", False),
+    sample(" #### 5", True),
+    sample(" #### 8", False),
+  ]
   folder = experiment.workdir / "credit" / "estimates"
   estimates = [
     dataclasses.replace(
@@ -100,15 +117,21 @@ def test_rollouts_are_counted_once_and_bounded(experiment):
   viewer.run(experiment)
   expected = [[" #### 5", 1, "right", 2], [" #### 6", 0, "wrong", 1]]
   traces = _traces(experiment)
-  assert traces["p0/sample/2"][3] == [expected, [], []] and traces["p0/sample/3"][3] == [expected, []]
+  assert traces["p0/sample/2"][3] == [expected, [], []] and traces["p0/sample/3"][3] == [
+    expected,
+    [],
+  ]
 
 
 def test_pairs_have_their_margins(experiment):
-  # Fails if before and after are swapped, if chosen and rejected are, or if a pair without scores stops the page.
+  # Fails if before and after are swapped, if chosen and rejected are, or if a pair without scores
+  # stops the page.
   tokenizer = transformers.AutoTokenizer.from_pretrained(str(experiment.workdir / "sft" / "policy"))
   encode = tokenizer.encode
   trunk = encode("P A: X= 2 + Y= 3 A= 6\n")
-  scored = Pair("a", "p0", "p0/sample/2", trunk, encode(" good\n"), encode(" bad\n"), "shared_prefix", 1, 0.125)
+  scored = Pair(
+    "a", "p0", "p0/sample/2", trunk, encode(" good\n"), encode(" bad\n"), "shared_prefix", 1, 0.125
+  )
   alone = dataclasses.replace(scored, id="b", chosen=encode(" too long\n"))
   Shards(experiment.workdir / "pairs" / "step_dpo" / "pairs", Pair).write([scored, alone])
   report_test._stage(experiment.workdir, "pairs/step_dpo", {"pairs": 2})
@@ -124,26 +147,46 @@ def test_pairs_have_their_margins(experiment):
   reference.Store(experiment.workdir / "dpo" / "reference" / f"{'f' * 16}-float32.npz").add(
     {key(scored.chosen): values(-1, -2), key(scored.rejected): values(-0.5, -0.25)}
   )
-  reference.Store(experiment.workdir / "dpo" / "step_dpo" / "scores" / f"{'e' * 16}-float32.npz").add(
-    {key(scored.chosen): values(-1, -1), key(scored.rejected): values(-4, -1)}
-  )
+  reference.Store(
+    experiment.workdir / "dpo" / "step_dpo" / "scores" / f"{'e' * 16}-float32.npz"
+  ).add({key(scored.chosen): values(-1, -1), key(scored.rejected): values(-4, -1)})
   viewer.run(experiment)
   row, *_, pairs = _traces(experiment)["p0/sample/2"]
   branches = [" A: X= 2 + Y= 3 A= 6\n", " good\n", " bad\n"]
   old, *pairs = pairs
-  assert old == ["dpo", "arbitrary", -1, "", *branches[1:], 0.0, None, None]  # trained without scores being kept
+  assert old == [
+    "dpo",
+    "arbitrary",
+    -1,
+    "",
+    *branches[1:],
+    0.0,
+    None,
+    None,
+  ]  # trained without scores being kept
   assert pairs[0] == ["step_dpo", "shared_prefix", 1, *branches, 0.125, [-3.0, -2.0], [-0.75, -5.0]]
   assert pairs[1][4] == " too long\n" and pairs[1][7:] == [None, None]
   assert row["flags"] & 16 and not _traces(experiment)["p0/sample/3"][0]["flags"] & 16
 
 
 def test_policies_on_one_problem(experiment):
-  # Fails if two policies' answers, whose records share an id, become one, or if the base model counts as a policy.
+  # Fails if two policies' answers, whose records share an id, become one, or if the base model
+  # counts as a policy.
   sample = next(Shards(experiment.workdir / "sample" / "traces", Trace).read())
   (experiment.workdir / "synthesize" / "test").mkdir()
-  problem = json.loads((experiment.workdir / "synthesize" / "train" / "00000.jsonl").read_text().splitlines()[0])
-  (experiment.workdir / "synthesize" / "test" / "00000.jsonl").write_text(json.dumps(problem | {"id": "t0"}) + "\n")
-  done = {"test_error": 0.5, "ci95": [0.0, 1.0], "num_problems": 1, "reasons": {}, "mean_tokens": 1.0}
+  problem = json.loads(
+    (experiment.workdir / "synthesize" / "train" / "00000.jsonl").read_text().splitlines()[0]
+  )
+  (experiment.workdir / "synthesize" / "test" / "00000.jsonl").write_text(
+    json.dumps(problem | {"id": "t0"}) + "\n"
+  )
+  done = {
+    "test_error": 0.5,
+    "ci95": [0.0, 1.0],
+    "num_problems": 1,
+    "reasons": {},
+    "mean_tokens": 1.0,
+  }
   answer = lambda reason: dataclasses.replace(
     sample, id="t0/evaluate/0", problem_id="t0", correct=reason == "right", reason=reason
   )

@@ -1,4 +1,6 @@
-"""Preflight: every program of a config compiles for v5e:4x4 at depth 2, and its figures are those counted by hand."""
+"""Preflight: every program of a config compiles for v5e:4x4 at depth 2, and its figures are those
+counted by hand.
+"""
 
 import contextlib
 import functools
@@ -71,15 +73,21 @@ def preflight_reports(config, stages):
 def kinds(text: str, name: str) -> dict[str, float]:
   """Bytes that a program sends by kind, as preflight prints them."""
   lines = text[text.index(f"\n{name}: ") + 1 :].splitlines()
-  found = re.search(r"GB by kind: (.*)\)", next(line for line in lines if line.startswith("  links"))).group(1)
-  return {kind: 1e9 * float(size) for kind, size in (part.rsplit(" ", 1) for part in found.split(", "))}
+  found = re.search(
+    r"GB by kind: (.*)\)", next(line for line in lines if line.startswith("  links"))
+  ).group(1)
+  return {
+    kind: 1e9 * float(size) for kind, size in (part.rsplit(" ", 1) for part in found.split(", "))
+  }
 
 
 class PreflightTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.addClassCleanup(jax.config.update, "jax_enable_compilation_cache", jax.config.jax_enable_compilation_cache)
+    cls.addClassCleanup(
+      jax.config.update, "jax_enable_compilation_cache", jax.config.jax_enable_compilation_cache
+    )
     cls.folder = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
     cls.config = make_config(cls.folder)
     cls.text = run(cls.config, out=str(cls.folder / "figures.json"))
@@ -87,7 +95,8 @@ class PreflightTest(parameterized.TestCase):
     cls.programs = {entry["name"]: entry for entry in cls.result["programs"]}
 
   def test_form(self):
-    # Fails if a program of a stage is left out, if a figure changes its name, or if the last line is not the figures.
+    # Fails if a program of a stage is left out, if a figure changes its name, or if the last line
+    # is not the figures.
     self.assertEqual(list(self.programs), list(PROGRAMS))
     self.assertEqual(set(self.result), {"topology", "programs", "bill"})
     self.assertEqual(json.loads(self.text.splitlines()[-1]), self.result)
@@ -110,7 +119,8 @@ class PreflightTest(parameterized.TestCase):
       self.assertIn(entry["bound_by"], ("compute", "memory", "interconnect"))
 
   def test_memory(self):
-    # Fails if moments are left out or not split (fsdp=4 x tensor=2), or if the cache is not split over lanes and heads.
+    # Fails if moments are left out or not split (fsdp=4 x tensor=2), or if the cache is not split
+    # over lanes and heads.
     params = 4 * architecture(self.config).config.num_params
     for name in ("sft", "rft", "dpo/dpo", "dpo/step_dpo"):
       self.assertGreater(self.programs[name]["peak_bytes_per_chip"], 3 * params / 8)
@@ -120,31 +130,42 @@ class PreflightTest(parameterized.TestCase):
       self.assertLess(self.programs[f"{name}/decode"]["peak_bytes_per_chip"], params / 8 + 15e6)
 
   def test_model_flops(self):
-    # Fails if padding counts, if the backward pass is left out, if the embedding counts as a product, or if a branch
-    # looks at other branches. By hand, of SFT: 24 trees of a prompt of 12 and a response of 24.
+    # Fails if padding counts, if the backward pass is left out, if the embedding counts as a
+    # product, or if a branch looks at other branches. By hand, of SFT: 24 trees of a prompt of 12
+    # and a response of 24.
     layers = 2 * (4 * 256 * 256 + 3 * 256 * 512)
     keys = 36 * 37 / 2
     tree = 2 * layers * 36 + 4 * 2 * 256 * keys + 2 * 512 * 256 * 24
-    self.assertAlmostEqual(self.programs["sft"]["model_flops_per_chip"] / (3 * 24 * tree / 16), 1.0, places=6)
+    self.assertAlmostEqual(
+      self.programs["sft"]["model_flops_per_chip"] / (3 * 24 * tree / 16), 1.0, places=6
+    )
     # 16 slots that each look at a prompt of 12 and half of 24 new tokens.
     step = 16 * (2 * layers + 4 * 2 * 256 * 24 + 2 * 512 * 256)
-    self.assertAlmostEqual(self.programs["sample/decode"]["model_flops_per_chip"] / (step / 16), 1.0, places=6)
+    self.assertAlmostEqual(
+      self.programs["sample/decode"]["model_flops_per_chip"] / (step / 16), 1.0, places=6
+    )
 
   def test_flops(self):
-    # Fails if the body of the loop over layers counts once, or a loop counts too often: training takes what the model
-    # takes for whole rows (here the rows are 84 % full at best, S is 1.1 times too wide, and layers run twice forward).
+    # Fails if the body of the loop over layers counts once, or a loop counts too often: training
+    # takes what the model takes for whole rows (here the rows are 84 % full at best, S is 1.1 times
+    # too wide, and layers run twice forward).
     for name in ("sft", "rft", "dpo/dpo", "dpo/step_dpo"):
       entry = self.programs[name]
       self.assertBetween(entry["flops_per_chip"] / entry["model_flops_per_chip"], 1.0, 8.0, name)
 
   def test_selective_rematerialisation(self):
-    # Fails if the backward pass of "selective" computes a product anew, or if that of "full" keeps one: by hand, 3 times
-    # all products of 8 rows of 128 tokens and attention's 2 once more; or all but a layer's last once more.
+    # Fails if the backward pass of "selective" computes a product anew, or if that of "full" keeps
+    # one: by hand, 3 times all products of 8 rows of 128 tokens and attention's 2 once more; or all
+    # but a layer's last once more.
     rows, matrices, tokens = 8, 2 * (4 * 256 * 256 + 3 * 256 * 512), 8 * 128
-    keys = sum(range(64, 129, 64)) * 64 * rows  # two blocks of 64 queries, each against the keys up to its end
+    keys = (
+      sum(range(64, 129, 64)) * 64 * rows
+    )  # two blocks of 64 queries, each against the keys up to its end
     logits = 2 * 512 * 256 * rows * math.ceil(1.1 * 0.95 * 128 / 36 * 24)
     selective = 3 * (2 * matrices * tokens + logits) + (3 + 1) * 2 * (2 * 2 * 256 * keys)
-    self.assertAlmostEqual(self.programs["sft"]["flops_per_chip"] * 16 / selective, 1.0, delta=0.003)
+    self.assertAlmostEqual(
+      self.programs["sft"]["flops_per_chip"] * 16 / selective, 1.0, delta=0.003
+    )
     config = make_config(self.folder)
     config.model.remat = "full"
     (full,) = preflight_reports(config, ["sft"])
@@ -152,29 +173,48 @@ class PreflightTest(parameterized.TestCase):
     self.assertAlmostEqual((full.cost.flops * 16 - selective) / again, 1.0, delta=0.05)
 
   def test_an_adapter(self):
-    # Fails if moments or gradients of all weights are counted where an adapter is trained, if the base is left out, or if
-    # the bill keeps the base with every policy. By hand: the base's part of a chip in float32, an adapter with two moments;
-    # the base's products forward and back to what they multiply; attention 4 times, as ever, and the adapter's own, too.
+    # Fails if moments or gradients of all weights are counted where an adapter is trained, if the
+    # base is left out, or if the bill keeps the base with every policy. By hand: the base's part of
+    # a chip in float32, an adapter with two moments; the base's products forward and back to what
+    # they multiply; attention 4 times, as ever, and the adapter's own, too.
     config = make_config(self.folder)
     config.sft.lora.rank = 4
     (report,) = preflight_reports(config, ["sft"])
-    base, adapter = 4 * architecture(config).config.num_params, 2 * 4 * (4 * (256 + 256) + 3 * (256 + 512))
+    base, adapter = (
+      4 * architecture(config).config.num_params,
+      2 * 4 * (4 * (256 + 256) + 3 * (256 + 512)),
+    )
     self.assertIn(f"adapter of {adapter / 1e6:.3g} M parameters", report.program.sizes)
-    self.assertBetween(report.argument_bytes, base / 8 + 3 * 4 * adapter / 4, base / 8 + 3 * 4 * adapter)
+    self.assertBetween(
+      report.argument_bytes, base / 8 + 3 * 4 * adapter / 4, base / 8 + 3 * 4 * adapter
+    )
     self.assertEqual(report.cost.collectives["reduce-scatter"], 0)
-    rows, matrices, tokens, keys = 8, 2 * (4 * 256 * 256 + 3 * 256 * 512), 8 * 128, 8 * (64 + 128) * 64
+    rows, matrices, tokens, keys = (
+      8,
+      2 * (4 * 256 * 256 + 3 * 256 * 512),
+      8 * 128,
+      8 * (64 + 128) * 64,
+    )
     logits = 2 * 512 * 256 * rows * math.ceil(1.1 * 0.95 * 128 / 36 * 24)
-    counted = 2 * (2 * matrices * tokens + logits) + (3 + 1) * 2 * (2 * 2 * 256 * keys) + 4 * 2 * adapter * tokens
+    counted = (
+      2 * (2 * matrices * tokens + logits)
+      + (3 + 1) * 2 * (2 * 2 * 256 * keys)
+      + 4 * 2 * adapter * tokens
+    )
     self.assertAlmostEqual(report.cost.flops * 16 / counted, 1.0, delta=0.03)
-    own = 24 * (2 * (2 * matrices * 36 + 2 * 512 * 256 * 24) + 3 * (4 * 2 * 256 * 36 * 37 / 2 + 2 * adapter * 36))
+    own = 24 * (
+      2 * (2 * matrices * 36 + 2 * 512 * 256 * 24)
+      + 3 * (4 * 2 * 256 * 36 * 37 / 2 + 2 * adapter * 36)
+    )
     self.assertAlmostEqual(report.program.model_flops / own, 1.0, places=6)
     stored = cost_model.storage(config, architecture(config), self.result["bill"]["by_stage"])
     self.assertEqual(stored["policies"], 3 * base + 4 * adapter)
     self.assertEqual(stored["checkpoints"], 3 * 2 * (3 * base + 4 * adapter))
 
   def test_gradients_are_scattered(self):
-    # Fails if a gradient is summed on every chip and a part of it taken then, or if parameters are gathered more than
-    # twice. fsdp=4: a ring sends 3 of 4 parts of what it gathers or scatters, here one of tensor=2 parts in bfloat16.
+    # Fails if a gradient is summed on every chip and a part of it taken then, or if parameters are
+    # gathered more than twice. fsdp=4: a ring sends 3 of 4 parts of what it gathers or scatters,
+    # here one of tensor=2 parts in bfloat16.
     sent = kinds(self.text, "sft")
     copy = 0.75 * 2 * architecture(self.config).config.num_params / 2
     self.assertBetween(sent["reduce-scatter"] / copy, 0.95, 1.1)
@@ -183,15 +223,31 @@ class PreflightTest(parameterized.TestCase):
     self.assertLess(kinds(self.text, "dpo/reference")["all-gather"] / copy, 1.1)
 
   def test_no_parameter_moves_more_than_twice(self):
-    # Fails if the backward pass gathers a matrix a third time, if a gradient is summed whole, or if what moves is not told from
-    # activations: by hand, query, key, value and output are gathered forward and backward, and scattered once.
-    for name, gathers in (("sft", 2.0), ("rft", 2.0), ("dpo/dpo", 2.0), ("dpo/step_dpo", 2.0), ("dpo/reference", 1.0)):
+    # Fails if the backward pass gathers a matrix a third time, if a gradient is summed whole, or if
+    # what moves is not told from activations: by hand, query, key, value and output are gathered
+    # forward and backward, and scattered once.
+    for name, gathers in (
+      ("sft", 2.0),
+      ("rft", 2.0),
+      ("dpo/dpo", 2.0),
+      ("dpo/step_dpo", 2.0),
+      ("dpo/reference", 1.0),
+    ):
       lines = self.text[self.text.index(f"\n{name}: ") + 1 :].split("  bound")[0].splitlines()
-      found = dict(line.removeprefix("    times ").split(": ") for line in lines if line.startswith("    times "))
-      times = {array: dict(part.rsplit(" ", 1) for part in kinds.split(", ")) for array, kinds in found.items()}
+      found = dict(
+        line.removeprefix("    times ").split(": ")
+        for line in lines
+        if line.startswith("    times ")
+      )
+      times = {
+        array: dict(part.rsplit(" ", 1) for part in kinds.split(", "))
+        for array, kinds in found.items()
+      }
       squares = times["key, output, query, value"]
       self.assertAlmostEqual(float(squares["all-gather"]), gathers, delta=0.02, msg=name)
-      self.assertAlmostEqual(float(squares.get("reduce-scatter", 0)), gathers - 1, delta=0.02, msg=name)
+      self.assertAlmostEqual(
+        float(squares.get("reduce-scatter", 0)), gathers - 1, delta=0.02, msg=name
+      )
       for array in times.keys() - {"activations"}:
         self.assertLessEqual(max(map(float, times[array].values())), 2.02, (name, array))
 
@@ -202,8 +258,9 @@ class PreflightTest(parameterized.TestCase):
 
   @parameterized.parameters(2, 8)
   def test_decoding_holds_one_cache(self, heads):
-    # Fails if suffixes are copied as the loop begins or ends, or padded: by hand, 2 layers' keys and values of one lane's 2
-    # slots, half of the heads; those of 8 heads are more than the memory on the chip holds.
+    # Fails if suffixes are copied as the loop begins or ends, or padded: by hand, 2 layers' keys
+    # and values of one lane's 2 slots, half of the heads; those of 8 heads are more than the memory
+    # on the chip holds.
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     config = make_config(folder, num_attention_heads=heads, hidden_size=128 * heads)
     config.engine.max_new_tokens = 32768
@@ -215,8 +272,8 @@ class PreflightTest(parameterized.TestCase):
       self.assertBetween(report.cost.memory_bytes / report.program.least_read, 0.9, 1.25)
 
   def test_two_slices(self):
-    # Fails if gradients do not cross the data-centre network, or if parameters do: a slice sends the parts of its sums that
-    # it keeps, in bfloat16, and of the embedding, in float32.
+    # Fails if gradients do not cross the data-centre network, or if parameters do: a slice sends
+    # the parts of its sums that it keeps, in bfloat16, and of the embedding, in float32.
     config = make_config(self.folder)
     config.mesh.slices = 2
     (report,) = preflight_reports(config, ["sft"])
@@ -233,13 +290,16 @@ class PreflightTest(parameterized.TestCase):
     self.assertEqual(made["by_stage"]["evaluate"]["traces"], 1000 * len(c.evaluate.methods))
     self.assertEqual(made["rollouts"], 1000 * wrong * 3 * 5)
     self.assertEqual(set(made["chip_hours"]), set(PROGRAMS))
-    self.assertAlmostEqual(sum(made["chip_hours"].values()) / made["chip_hours_total"], 1.0, places=2)
+    self.assertAlmostEqual(
+      sum(made["chip_hours"].values()) / made["chip_hours_total"], 1.0, places=2
+    )
     self.assertEqual(made["storage_bytes"]["policies"], 4 * 4 * architecture(c).config.num_params)
 
 
 class LoopsTest(absltest.TestCase):
   def test_scanned_equals_unrolled(self):
-    # Fails if the body of the loop over layers is not multiplied by their number, or by something else.
+    # Fails if the body of the loop over layers is not multiplied by their number, or by something
+    # else.
     folder, found = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())), []
     for scan in (True, False):
       config = make_config(folder, num_hidden_layers=5)
@@ -251,8 +311,8 @@ class LoopsTest(absltest.TestCase):
     self.assertAlmostEqual(found[0].flops / found[1].flops, 1.0, delta=0.03)
 
   def test_scanned_equals_unrolled_between_chips(self):
-    # Fails if what a loop's body sends counts once. Each layer gathers its matrix by hand, so that the compiler has no
-    # choice between the two.
+    # Fails if what a loop's body sends counts once. Each layer gathers its matrix by hand, so that
+    # the compiler has no choice between the two.
     devices, chip = preflight.devices_of("v5e:4x4")
     mesh = device_mesh.make_mesh(1, 16, 1, devices=devices)
     rows, split = device_mesh.rows(mesh), NamedSharding(mesh, PartitionSpec(None, "fsdp"))
@@ -266,7 +326,11 @@ class LoopsTest(absltest.TestCase):
     found = []
     for scan in (True, False):
       grad = jax.grad(functools.partial(loss, scan=scan), argnums=(0, 1))
-      run = jax.jit(jax.shard_map(grad, mesh=mesh, in_specs=(split.spec, rows.spec), out_specs=(split.spec, rows.spec)))
+      run = jax.jit(
+        jax.shard_map(
+          grad, mesh=mesh, in_specs=(split.spec, rows.spec), out_specs=(split.spec, rows.spec)
+        )
+      )
       stack = jax.ShapeDtypeStruct((7, 1024, 1024), jnp.bfloat16, sharding=split)
       x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=rows)
       program = Program("p", functools.partial(run.lower, stack, x), 1, 1.0, "", "")
@@ -274,7 +338,8 @@ class LoopsTest(absltest.TestCase):
     scanned, unrolled = found
     self.assertAlmostEqual(scanned.flops / unrolled.flops, 1.0, delta=0.03)
     self.assertAlmostEqual(scanned.collective_bytes / unrolled.collective_bytes, 1.0, delta=0.03)
-    # Gathered forward and backward, and its gradient scattered: three times 15 of 16 parts of 7 matrices at least.
+    # Gathered forward and backward, and its gradient scattered: three times 15 of 16 parts of 7
+    # matrices at least.
     self.assertGreater(scanned.collective_bytes, 2.5 * 7 * 1024 * 1024 * 2 * 15 / 16)
     # Forward one product, backward two, for 64 rows a chip.
     self.assertAlmostEqual(scanned.flops / (3 * 7 * 2 * 64 * 1024 * 1024), 1.0, delta=0.03)
@@ -282,10 +347,13 @@ class LoopsTest(absltest.TestCase):
 
 class FusedTest(absltest.TestCase):
   def test_fused_attention_counts_as_dense_attention_does(self):
-    # Fails if a kernel is not counted, counted once for all layers of the scan, or counted otherwise than by its visits: its
-    # backward pass computes scores anew, one product of nine more than what dense attention does.
+    # Fails if a kernel is not counted, counted once for all layers of the scan, or counted
+    # otherwise than by its visits: its backward pass computes scores anew, one product of nine more
+    # than what dense attention does.
     folder, found = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())), []
-    config = make_config(folder, hidden_size=1024, num_attention_heads=8, num_key_value_heads=4, intermediate_size=4096)
+    config = make_config(
+      folder, hidden_size=1024, num_attention_heads=8, num_key_value_heads=4, intermediate_size=4096
+    )
     config.sft.row_length = 1024
     for fused_from in (1024, 2048):
       with mock.patch.object(attention, "_FUSED_FROM", fused_from):
@@ -310,7 +378,9 @@ class RefusalTest(parameterized.TestCase):
     # Fails if it passes, or if the sentence lacks the program, the sizes or what to change.
     small = preflight.Chip(1 << 20, 1e12, 1e12, 1e12)
     with mock.patch.dict(preflight.CHIPS, {"v5e": small}):
-      said = self.refusal(make_config(self.folder), stages=["sample/decode"], out=str(self.folder / "out.json"))
+      said = self.refusal(
+        make_config(self.folder), stages=["sample/decode"], out=str(self.folder / "out.json")
+      )
     self.assertRegex(
       said,
       r"^sample/decode does not fit: \d+\.\d\d of 0\.00 GB a chip of v5e:4x4, most of it \w+; "
@@ -321,18 +391,25 @@ class RefusalTest(parameterized.TestCase):
   def test_what_the_compiler_refuses(self):
     # Fails if XLA's refusal comes out as a traceback, or if its size is not read.
     devices, chip = preflight.devices_of("v5e:4x4")
-    x = jax.ShapeDtypeStruct((1 << 16, 1 << 10), jnp.float32, sharding=SingleDeviceSharding(devices[0]))
+    x = jax.ShapeDtypeStruct(
+      (1 << 16, 1 << 10), jnp.float32, sharding=SingleDeviceSharding(devices[0])
+    )
     sort = jax.jit(lambda x: jnp.sort(x @ x.T, axis=0))
-    report = preflight.compile_program(Program("p", lambda: sort.lower(x), 1, 1.0, "", "buy more."), chip, 1)
+    report = preflight.compile_program(
+      Program("p", lambda: sort.lower(x), 1, 1.0, "", "buy more."), chip, 1
+    )
     self.assertFalse(report.fits)
     self.assertGreater(report.peak_bytes, 16 << 30)
     self.assertLess(report.peak_bytes, 64 << 30)
     self.assertEqual(report.too_large, "temporaries")
 
   def test_what_jax_cannot_read_back(self):
-    # Fails if a program whose HLO jax cannot read (a v6e's, with a large embedding) is not read from what the compiler wrote.
+    # Fails if a program whose HLO jax cannot read (a v6e's, with a large embedding) is not read
+    # from what the compiler wrote.
     config, found = make_config(self.folder), []
-    unreadable = mock.patch.object(jax.stages.Compiled, "as_text", side_effect=jax.errors.JaxRuntimeError("RET_CHECK"))
+    unreadable = mock.patch.object(
+      jax.stages.Compiled, "as_text", side_effect=jax.errors.JaxRuntimeError("RET_CHECK")
+    )
     for context in (contextlib.nullcontext(), unreadable):
       with context:
         (report,) = preflight_reports(config, ["dpo/reference"])
@@ -340,10 +417,17 @@ class RefusalTest(parameterized.TestCase):
     self.assertEqual(found[0], found[1])
 
   def test_the_command(self):
-    # Fails if the launcher does not get as far as its topology, or if it says what is wrong otherwise than in a sentence.
+    # Fails if the launcher does not get as far as its topology, or if it says what is wrong
+    # otherwise than in a sentence.
     root = pathlib.Path(__file__).parents[2]
-    words = ["launch/preflight.py", "--config=configs/gsm8k.py:model=llama2_7b", "--topology=v5e:3x9"]
-    done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True, check=False)
+    words = [
+      "launch/preflight.py",
+      "--config=configs/gsm8k.py:model=llama2_7b",
+      "--topology=v5e:3x9",
+    ]
+    done = subprocess.run(
+      [sys.executable, *words], cwd=root, capture_output=True, text=True, check=False
+    )
     self.assertEqual(done.returncode, 1)
     self.assertStartsWith(done.stderr.splitlines()[-1], "preflight.py: --topology=v5e:3x9: ")
 
@@ -356,7 +440,9 @@ class RefusalTest(parameterized.TestCase):
   @parameterized.parameters("v5e", "v9:4x4", "v5e:3x9", "4x4", "v5e:4xx4")
   def test_unknown_topologies(self, topology):
     # Fails if libtpu's exception comes out as it is.
-    self.assertStartsWith(self.refusal(make_config(self.folder), topology=topology), f"--topology={topology}: ")
+    self.assertStartsWith(
+      self.refusal(make_config(self.folder), topology=topology), f"--topology={topology}: "
+    )
 
   def test_slices(self):
     # Fails if the slices of a pod are not asked for, or if the outermost axis runs across them.
@@ -368,15 +454,21 @@ class RefusalTest(parameterized.TestCase):
       self.assertEqual({device.slice_index for device in mesh.devices[index].reshape(-1)}, {index})
 
   def test_names_and_models(self):
-    # Fails if an unknown stage is skipped in silence, or if a path that is neither a folder nor a preset is not named.
+    # Fails if an unknown stage is skipped in silence, or if a path that is neither a folder nor a
+    # preset is not named.
     config = make_config(self.folder)
-    self.assertStartsWith(self.refusal(config, stages=["sampel"]), "--stages: 'sampel' is none of sft, rft, dpo, ")
+    self.assertStartsWith(
+      self.refusal(config, stages=["sampel"]), "--stages: 'sampel' is none of sft, rft, dpo, "
+    )
     config.model.path = "nowhere/mistral"
     self.assertStartsWith(
-      self.refusal(config, stages=["sft"]), "model.path=nowhere/mistral is no folder and no preset ("
+      self.refusal(config, stages=["sft"]),
+      "model.path=nowhere/mistral is no folder and no preset (",
     )
     config = make_config(self.folder, vocab_size=511)
-    self.assertEqual(self.refusal(config), "ends.embedding: dimension vocab=511 does not divide by tensor=2.")
+    self.assertEqual(
+      self.refusal(config), "ends.embedding: dimension vocab=511 does not divide by tensor=2."
+    )
 
   @parameterized.parameters(("deepseek_math_7b", 6.91), ("llama2_7b", 6.74))
   def test_presets(self, name, billions):

@@ -7,8 +7,8 @@ from absl.testing import absltest, parameterized
 
 from synthneg_jax.preflight import roofline
 
-# Three turns of a loop: each multiplies x by one matrix of a stack, which a fusion within a fusion slices out, and sums
-# x over four devices; S(1) is memory on the chip.
+# Three turns of a loop: each multiplies x by one matrix of a stack, which a fusion within a fusion
+# slices out, and sums x over four devices; S(1) is memory on the chip.
 LOOP = """HloModule loop
 
 %slice (p.0: f32[6,8,8], p.1: s32[]) -> f32[8,8] {
@@ -57,8 +57,8 @@ ENTRY %main (x.1: f32[4,8], stack.1: f32[6,8,8]) -> f32[4,8] {
 """
 
 
-# One all-gather that is cut into parts around a product: begun, carried on within a fusion that multiplies something else,
-# ended.
+# One all-gather that is cut into parts around a product: begun, carried on within a fusion that
+# multiplies something else, ended.
 CHAIN = """HloModule chain
 
 %begin (a.0: f32[2,8]) -> (f32[2,8], f32[8,8]) {
@@ -101,8 +101,8 @@ ENTRY %main (x.1: f32[2,8], y.1: f32[4,8], z.1: f32[8,8]) -> f32[8,8] {
 
 class HandTest(parameterized.TestCase):
   def test_a_collective_between_other_work(self):
-    # Fails if each part of a collective sends, reads or writes all of it again, or if what a fusion merely passes on
-    # counts as read or written.
+    # Fails if each part of a collective sends, reads or writes all of it again, or if what a fusion
+    # merely passes on counts as read or written.
     cost = roofline.Program(CHAIN, 8).cost
     self.assertEqual(dict(cost.collectives), {"all-gather": 8 * 8 * 4 * 3 / 4})
     self.assertEqual(cost.flops, 2 * 4 * 8 * 8)
@@ -112,8 +112,9 @@ class HandTest(parameterized.TestCase):
 
   @parameterized.parameters(("6", 3), ("7", 3), ("8", 4), ("1", 0))
   def test_a_loop(self, bound, turns):
-    # Fails if a loop's start or step is not read, if a whole stack counts where a slice is read, if memory on the chip
-    # counts as main memory, or if a sum over devices is sent once instead of twice, or by eight devices.
+    # Fails if a loop's start or step is not read, if a whole stack counts where a slice is read, if
+    # memory on the chip counts as main memory, or if a sum over devices is sent once instead of
+    # twice, or by eight devices.
     cost = roofline.Program(LOOP.replace("BOUND", bound), 8).cost
     self.assertEqual(cost.flops, turns * 2 * 4 * 8 * 8)
     x, matrix, scalars = 4 * 8 * 4, 8 * 8 * 4, 3 * 4
@@ -124,7 +125,9 @@ class HandTest(parameterized.TestCase):
 
   def test_a_loop_of_unknown_length(self):
     # Fails if a loop that only the data ends counts as none, or as known.
-    text = LOOP.replace("%bound = s32[] constant(BOUND)", "%bound = s32[] get-tuple-element(%state.1), index=0")
+    text = LOOP.replace(
+      "%bound = s32[] constant(BOUND)", "%bound = s32[] get-tuple-element(%state.1), index=0"
+    )
     program = roofline.Program(text, 8)
     self.assertEqual(program.cost.flops, 2 * 4 * 8 * 8)
     self.assertEqual(program.open_loop.flops, 2 * 4 * 8 * 8)
@@ -137,16 +140,24 @@ class HandTest(parameterized.TestCase):
     ("collective-permute", "f32[4,8]{1,0}", "", 128),
     ("send", "(f32[4,8]{1,0}, u32[], token[])", "", 128),
     ("all-gather-start", "(f32[4,8]{1,0}, f32[16,8]{1,0})", "", 512 * 3 / 4),
-    ("collective-permute-start", "(f32[4,8]{1,0}, f32[4,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)})", "", 128),
+    (
+      "collective-permute-start",
+      "(f32[4,8]{1,0}, f32[4,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)})",
+      "",
+      128,
+    ),
   )
   def test_collectives(self, opcode, shape, _, sent):
     # Fails if a kind counts as another, or if a start's operands count with its results.
     for groups in ("[2,4]<=[8]", "{{0,1,2,3},{4,5,6,7}}", "mesh['a'=2,'b'=4] {'b'}"):
       text = (
         "ENTRY %main (x: f32[4,8]) -> f32[4,8] {\n  %x = f32[4,8]{1,0} parameter(0)\n"
-        f"  ROOT %y = {shape} {opcode}(%x), channel_id=1, replica_groups={groups}, dimensions={{0}}\n}}\n"
+        f"  ROOT %y = {shape} {opcode}(%x), channel_id=1, replica_groups={groups}, "
+        f"dimensions={{0}}\n}}\n"
       )
-      self.assertEqual(dict(roofline.Program(text, 8).cost.collectives), {opcode.removesuffix("-start"): sent})
+      self.assertEqual(
+        dict(roofline.Program(text, 8).cost.collectives), {opcode.removesuffix("-start"): sent}
+      )
 
 
 class XlaTest(parameterized.TestCase):
@@ -154,9 +165,13 @@ class XlaTest(parameterized.TestCase):
   def test_scanned_and_unrolled_programs_of_this_machine(self, scan):
     # Fails if products that XLA writes as dots are not counted, or the loop's length is not found.
     def run(stack, x):
-      return jax.lax.scan(lambda x, matrix: (jnp.tanh(x @ matrix), None), x, stack, unroll=1 if scan else 5)[0]
+      return jax.lax.scan(
+        lambda x, matrix: (jnp.tanh(x @ matrix), None), x, stack, unroll=1 if scan else 5
+      )[0]
 
-    compiled = jax.jit(run).lower(np.ones((5, 32, 32), np.float32), np.ones((16, 32), np.float32)).compile()
+    compiled = (
+      jax.jit(run).lower(np.ones((5, 32, 32), np.float32), np.ones((16, 32), np.float32)).compile()
+    )
     self.assertEqual(roofline.Program(compiled.as_text(), 1).cost.flops, 5 * 2 * 16 * 32 * 32)
 
 

@@ -1,4 +1,6 @@
-"""The tables of docs/scaling.md: the paper's models on the pods that configs/gsm8k.py knows, and the goals that they hold."""
+"""The tables of docs/scaling.md: the paper's models on the pods that configs/gsm8k.py knows, and
+the goals that they hold.
+"""
 
 import importlib.util
 import os
@@ -43,8 +45,10 @@ def line(pod: str, report: preflight.Report) -> str:
   reads = f", {cost.memory_bytes / program.least_read:.2f} x least" if program.least_read else ""
   seconds = ", ".join(f"{1e3 * value:.3g}" for value in report.seconds.values())
   return (
-    f"| {pod} | {program.name} | {program.sizes} | {report.peak_bytes / giga:.2f} | {cost.flops / 1e12:.3g}, "
-    f"{cost.flops / own:.2f} | {cost.memory_bytes / giga:.3g}{reads} | {cost.collective_bytes / giga:.3g} | {seconds} | "
+    f"| {pod} | {program.name} | {program.sizes} | {report.peak_bytes / giga:.2f} | "
+    f"{cost.flops / 1e12:.3g}, "
+    f"{cost.flops / own:.2f} | {cost.memory_bytes / giga:.3g}{reads} | "
+    f"{cost.collective_bytes / giga:.3g} | {seconds} | "
     f"{report.bound_by} |"
   )
 
@@ -52,14 +56,19 @@ def line(pod: str, report: preflight.Report) -> str:
 class SettingsTest(parameterized.TestCase):
   @parameterized.product(model=MODELS, pod=tuple(PODS), name=("gsm8k", "math"))
   def test_batches_fill_the_pod(self, model, pod, name):
-    # Fails if a pod's mesh does not hold the model, or if its batches leave parts of the pod, or much of a row, empty.
+    # Fails if a pod's mesh does not hold the model, or if its batches leave parts of the pod, or
+    # much of a row, empty.
     config = get_config(model, pod, name)
     devices, _ = preflight.devices_of(PODS[pod])
     mesh = device_mesh.make_mesh(**config.mesh, devices=devices)
     recipe = Recipe(config, mesh, LONGER if name == "math" else LENGTHS)
-    programs = {program.name: program.sizes for program in recipe.programs(("sft", "rft", "dpo/step_dpo"))}
+    programs = {
+      program.name: program.sizes for program in recipe.programs(("sft", "rft", "dpo/step_dpo"))
+    }
     for program, sizes in programs.items():
-      rows, fill = re.fullmatch(r"(\d+) rows x \d+ tokens in 1 microbatch\(es\), (\d+) % full", sizes).groups()
+      rows, fill = re.fullmatch(
+        r"(\d+) rows x \d+ tokens in 1 microbatch\(es\), (\d+) % full", sizes
+      ).groups()
       self.assertEqual(int(rows) % device_mesh.row_shards(mesh), 0)
       self.assertGreaterEqual(int(fill), 85, program)
       tokens = int(rows) // device_mesh.row_shards(mesh) * config[program.split("/")[0]].row_length
@@ -73,15 +82,19 @@ class TablesTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    for name in ("jax_enable_compilation_cache", "jax_debug_nans"):  # under debug_nans nothing is donated
+    for name in (
+      "jax_enable_compilation_cache",
+      "jax_debug_nans",
+    ):  # under debug_nans nothing is donated
       cls.addClassCleanup(jax.config.update, name, getattr(jax.config, name))
       jax.config.update(name, False)
 
   @parameterized.product(model=MODELS, pod=tuple(PODS))
   def test_goals(self, model, pod):
-    # Fails if a program does not fit, if a training step costs more than 1.35 x the model's own FLOPs or if something else
-    # than arithmetic binds it, if a collective moves a parameter more than twice, or if a token reads more than 1.25 x what is
-    # there to be read. Prints the rows of docs/scaling.md (pytest -s).
+    # Fails if a program does not fit, if a training step costs more than 1.35 x the model's own
+    # FLOPs or if something else than arithmetic binds it, if a collective moves a parameter more
+    # than twice, or if a token reads more than 1.25 x what is there to be read. Prints the rows of
+    # docs/scaling.md (pytest -s).
     config = get_config(model, pod)
     reports = preflight.main(config, PODS[pod], STAGES, None, LENGTHS, 0.5)
     print("\n".join(line(pod, report) for report in reports))
@@ -91,7 +104,8 @@ class TablesTest(parameterized.TestCase):
       if name in ("sft", "rft", "dpo/step_dpo"):
         own = program.model_flops / len(preflight.devices_of(PODS[pod])[0])
         self.assertLessEqual(report.cost.flops / own, 1.35, name)
-        # Gathered forward and backward, their gradients scattered: no kind of collective moves a parameter a third time.
+        # Gathered forward and backward, their gradients scattered: no kind of collective moves a
+        # parameter a third time.
         times, array, kind = collective_traffic.worst(report.moves)
         self.assertLessEqual(times, 2.02, f"{name}: {kind} of {array}")
         self.assertLessEqual(sum(report.moves["others"].values()), 0.05, name)

@@ -33,24 +33,36 @@ def texts(figure) -> list[str]:
 
 class TraceFigureTest(absltest.TestCase):
   def test_says_what_is_known_of_each_step(self):
-    # Fails if counts, advantages, V or the verdict are not those of the trace, or model text is taken for a formula.
+    # Fails if counts, advantages, V or the verdict are not those of the trace, or model text is
+    # taken for a formula.
     figure = trace_figures.credit(shown())
     figures.png(figure)  # a formula that cannot be parsed would raise here
     said = texts(figure)
-    for text in ("V = 4/8", "Q = 3/4, A +0.25", "Q = 0/4, A −0.75", "Q = 0, the verdict, A 0.00", "2. " + HOSTILE):
+    for text in (
+      "V = 4/8",
+      "Q = 3/4, A +0.25",
+      "Q = 0/4, A −0.75",
+      "Q = 0, the verdict, A 0.00",
+      "2. " + HOSTILE,
+    ):
       self.assertIn(text, said)
 
   def test_frames_the_pit_alone(self):
     # Fails if the pit is not marked, or marked where there is none.
     for pit in (-1, 0, 1):
       figure = trace_figures.credit(shown(pit))
-      frames = [p for p in figure.axes[0].patches if isinstance(p, FancyBboxPatch) and p.get_linewidth() > 0]
+      frames = [
+        p for p in figure.axes[0].patches if isinstance(p, FancyBboxPatch) and p.get_linewidth() > 0
+      ]
       self.assertLen(frames, int(pit >= 0))
       self.assertEqual(texts(figure).count("◀ pit"), int(pit >= 0))
 
   def test_colour_is_the_sign_of_the_advantage(self):
-    # Fails if steps that lower Q are not orange and those that raise it blue, or strength does not follow the size.
-    boxes = [p for p in trace_figures.credit(shown(-1)).axes[0].patches if isinstance(p, FancyBboxPatch)]
+    # Fails if steps that lower Q are not orange and those that raise it blue, or strength does not
+    # follow the size.
+    boxes = [
+      p for p in trace_figures.credit(shown(-1)).axes[0].patches if isinstance(p, FancyBboxPatch)
+    ]
     colors = [tuple(np.round(box.get_facecolor()[:3], 2)) for box in boxes]
     wanted = [
       tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
@@ -70,14 +82,16 @@ class TraceFigureTest(absltest.TestCase):
     figures.png(figure)
     said = texts(figure)
     order = [
-      said.index(t) for t in ("A: one", "B: two", "log p −1.00 → −0.50 nats", HOSTILE, "log p −2.00 → −3.00 nats")
+      said.index(t)
+      for t in ("A: one", "B: two", "log p −1.00 → −0.50 nats", HOSTILE, "log p −2.00 → −3.00 nats")
     ]
     self.assertEqual(order, sorted(order))
 
 
 class LossFigureTest(absltest.TestCase):
   def test_slopes_are_those_of_dpo(self):
-    # Fails if the gradient is taken by the wrong argument or of another sign: ∂/∂chosen = −β σ(−βh), ∂/∂rejected its negative.
+    # Fails if the gradient is taken by the wrong argument or of another sign: ∂/∂chosen = −β
+    # σ(−βh), ∂/∂rejected its negative.
     chosen, rejected, beta = np.array([-1.0, 2.0]), np.array([1.0, -3.0]), 0.3
     value, by_chosen, by_rejected = loss_figures.slopes(
       functools.partial(losses.dpo_loss, beta=beta), jnp.asarray(chosen), jnp.asarray(rejected)
@@ -92,30 +106,42 @@ class LossFigureTest(absltest.TestCase):
     dpo = functools.partial(losses.dpo_loss, beta=0.3)
     both = loss_figures.with_nll(dpo, weight=2.0, num_tokens=8, ref_chosen=-4.0)
     at = jnp.array([-1.0]), jnp.array([0.5])
-    (plain, plain_slope, _), (summed, slope, _) = loss_figures.slopes(dpo, *at), loss_figures.slopes(both, *at)
+    (plain, plain_slope, _), (summed, slope, _) = (
+      loss_figures.slopes(dpo, *at),
+      loss_figures.slopes(both, *at),
+    )
     np.testing.assert_allclose(summed - plain, 2.0 * 5.0 / 8, rtol=1e-6)
     np.testing.assert_allclose(slope - plain_slope, -2.0 / 8, rtol=1e-5)
 
   def test_by_step_pushes_the_rejected_steps_alone(self):
-    # Fails if bars are of other steps than those of the rejected branch, or of another size than β/2.
+    # Fails if bars are of other steps than those of the rejected branch, or of another size than
+    # β/2.
     dpo = functools.partial(losses.dpo_loss, beta=0.4)
-    figure = loss_figures.by_step([0.1, -0.5, 0.0], {"pit": loss_figures.rejecting(dpo, jnp.array([0.0, 1.0, 0.0]))})
+    figure = loss_figures.by_step(
+      [0.1, -0.5, 0.0], {"pit": loss_figures.rejecting(dpo, jnp.array([0.0, 1.0, 0.0]))}
+    )
     heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes[:2]]
     np.testing.assert_allclose(heights, [[0.1, -0.5, 0.0], [0.0, -0.2, 0.0]], atol=1e-6)
 
   def test_curves_are_one_at_the_start(self):
     # Fails if a curve is not drawn as a multiple of itself at h = 0.
     figure = loss_figures.by_margin(
-      {"a": functools.partial(losses.dpo_loss, beta=0.1), "b": functools.partial(losses.ipo_loss, tau=0.05)},
+      {
+        "a": functools.partial(losses.dpo_loss, beta=0.1),
+        "b": functools.partial(losses.ipo_loss, tau=0.05),
+      },
       low=-10,
       high=10,
     )
     for axes in figure.axes:
       for line in [line for line in axes.lines if len(line.get_xdata()) == 301]:
-        self.assertAlmostEqual(float(np.interp(0, line.get_xdata(), line.get_ydata())), 1.0, places=4)
+        self.assertAlmostEqual(
+          float(np.interp(0, line.get_xdata(), line.get_ydata())), 1.0, places=4
+        )
 
   def test_arrows_of_dpop_point_to_the_chosen(self):
-    # Fails if the plane's axes are swapped: left of the start DPOP pushes the chosen 1 + λ times as hard as the rejected.
+    # Fails if the plane's axes are swapped: left of the start DPOP pushes the chosen 1 + λ times as
+    # hard as the rejected.
     dpop = functools.partial(losses.dpop_loss, beta=0.3, penalty=5.0)
     quiver = loss_figures.by_shifts({"DPOP": dpop}).axes[0].collections[-1]
     left = quiver.XY[:, 0] < 0
@@ -124,7 +150,8 @@ class LossFigureTest(absltest.TestCase):
 
 class StarGraphFigureTest(absltest.TestCase):
   def test_graph_tells_each_arm_its_own_values(self):
-    # Fails if values are put to another arm, the goal stands at the wrong one, or a node is left out.
+    # Fails if values are put to another arm, the goal stands at the wrong one, or a node is left
+    # out.
     figure = plots.draw_graph([[7, 1, 2], [7, 3, 4]], 1, [0.25, 0.75], [0.0, 0.5])
     figures.png(figure)
     at = {text.get_text(): text.xy for text in figure.axes[0].texts if text.get_text()}
@@ -136,7 +163,10 @@ class StarGraphFigureTest(absltest.TestCase):
   def test_cell_draws_training_solid_and_test_dashed(self):
     # Fails if the splits or measures are exchanged, or DPO's loss is taken for SFT's.
     split = lambda base: {"loss": base, "critical": base + 0.1, "error": base + 0.2}
-    curve = [{"step": step, "train": split(0.1 + step / 100), "test": split(0.4 + step / 100)} for step in (0, 15)]
+    curve = [
+      {"step": step, "train": split(0.1 + step / 100), "test": split(0.4 + step / 100)}
+      for step in (0, 15)
+    ]
     with_dpo = [{**point, "dpo_loss": 0.69 - point["step"] / 100} for point in curve]
     drawn = lambda axes: [
       (line.get_linestyle(), *line.get_ydata()) for line in axes.lines if len(line.get_xdata()) == 2
@@ -155,7 +185,8 @@ class ReportFigureTest(absltest.TestCase):
   def test_verdict_bars_fill_the_row(self):
     # Fails if shares do not add up to 100 %, or right and wrong change colours.
     figure = figures.verdicts(
-      {"a": {"right": 1, "wrong": 2, "no_answer": 1}, "b": {"wrong": 5}}, {"right": "r", "wrong": "w", "no_answer": "n"}
+      {"a": {"right": 1, "wrong": 2, "no_answer": 1}, "b": {"wrong": 5}},
+      {"right": "r", "wrong": "w", "no_answer": "n"},
     )
     widths = [bar.get_width() for bar in figure.axes[0].patches]
     np.testing.assert_allclose(widths, [25, 50, 25, 0, 100, 0])

@@ -1,4 +1,6 @@
-"""The trace viewer: its data say what is so, it runs nothing that a model wrote, and 20,000 traces do not freeze it."""
+"""The trace viewer: its data say what is so, it runs nothing that a model wrote, and 20,000 traces
+do not freeze it.
+"""
 
 import ast
 import dataclasses
@@ -21,17 +23,24 @@ HOSTILE = (
   "<svg onload='window.owned = 3'><iframe src='https://evil.example/'></iframe><!-- <script>"
   " javascript:window.owned=4 \u2028\u2029\ud800 &lt;b&gt; {{DATA}} ${window.owned=5} "
   "$\\href{javascript:window.owned=6}{click}$ $\\htmlData{onclick=window.owned=7}{x^2}$ "
-  "$\\includegraphics{https://evil.example/x.png}$ \\(\\def\\x{\\x\\x}\\x\\) $\\url{javascript:window.owned=8}$"
+  "$\\includegraphics{https://evil.example/x.png}$ \\(\\def\\x{\\x\\x}\\x\\) "
+  "$\\url{javascript:window.owned=8}$"
 )
 
 
 def _credit(rollouts, successes, q, advantage, *, exact=False, drawn=()):
-  return viewer_page.Credit(rollouts, successes, (0.1, 0.9) if rollouts else None, q, advantage, exact, drawn)
+  return viewer_page.Credit(
+    rollouts, successes, (0.1, 0.9) if rollouts else None, q, advantage, exact, drawn
+  )
 
 
-def _trace(number, *, problem="p/0", source=0, reason="wrong", steps=(" one\n", " two\n", " #### 3"), **more):
+def _trace(
+  number, *, problem="p/0", source=0, reason="wrong", steps=(" one\n", " two\n", " #### 3"), **more
+):
   extracted = None if reason == "no_answer" else "3"
-  return viewer_page.TraceView(f"{problem}/sample/{number}", source, steps, reason, extracted, "eos", **more)
+  return viewer_page.TraceView(
+    f"{problem}/sample/{number}", source, steps, reason, extracted, "eos", **more
+  )
 
 
 def _toy() -> viewer_page.Viewer:
@@ -41,9 +50,19 @@ def _toy() -> viewer_page.Viewer:
     viewer_page.Rollout(" two\n #### 3", False, "wrong", 1),
   ]
   pair = viewer_page.PairView(
-    "step_dpo", "shared_prefix", 1, " one\n", " better two\n", " two\n", 0.02, (-3.0, -2.5), (-1.0, -4.0)
+    "step_dpo",
+    "shared_prefix",
+    1,
+    " one\n",
+    " better two\n",
+    " two\n",
+    0.02,
+    (-3.0, -2.5),
+    (-1.0, -4.0),
   )
-  old = viewer_page.PairView("dpo", "arbitrary", -1, "", " all right", " all wrong", 0.0, None, None)
+  old = viewer_page.PairView(
+    "dpo", "arbitrary", -1, "", " all right", " all wrong", 0.0, None, None
+  )
   blamed = _trace(
     0,
     credit=[
@@ -55,19 +74,32 @@ def _toy() -> viewer_page.Viewer:
     pairs=[pair, old],
   )
   unlucky = _trace(
-    1, credit=[_credit(4, 2, 0.5, 0.0), _credit(4, 4, 1.0, 0.5), _credit(0, 0, 0.0, -1.0, exact=True)], pit=2
+    1,
+    credit=[_credit(4, 2, 0.5, 0.0), _credit(4, 4, 1.0, 0.5), _credit(0, 0, 0.0, -1.0, exact=True)],
+    pit=2,
   )
   lucky = _trace(
-    2, reason="right", credit=[_credit(4, 1, 0.25, -0.25), _credit(0, 0, 1.0, 0.75, exact=True)], spurious=0,
+    2, reason="right", credit=[_credit(4, 1, 0.25, -0.25), _credit(0, 0, 1.0, 0.75, exact=True)],
+    spurious=0,
     steps=(" slip\n", " #### 4"),
   )  # fmt: skip
-  plain = _trace(0, problem="p/1", reason="right", steps=(" $x^2 + 1$ costs $5 and $10 \n", " \\[\\frac{1}{2}\\]"))
+  plain = _trace(
+    0,
+    problem="p/1",
+    reason="right",
+    steps=(" $x^2 + 1$ costs $5 and $10 \n", " \\[\\frac{1}{2}\\]"),
+  )
   at = lambda source, reason, steps: viewer_page.TraceView(
     f"t/0/evaluate/0@{source}", source, steps, reason, "1", "eos"
   )
-  tested = [at(1, "wrong", (" same\n", " then\n", " #### 1")), at(2, "right", (" same\n", " else\n", " #### 1"))]
+  tested = [
+    at(1, "wrong", (" same\n", " then\n", " #### 1")),
+    at(2, "right", (" same\n", " else\n", " #### 1")),
+  ]
   problems = [
-    viewer_page.ProblemView("p/0", "What is 1 + 2?", "4", " the known way", 0.5, 1, 3, [blamed, unlucky, lucky]),
+    viewer_page.ProblemView(
+      "p/0", "What is 1 + 2?", "4", " the known way", 0.5, 1, 3, [blamed, unlucky, lucky]
+    ),
     viewer_page.ProblemView("p/1", "Solve it", "5", "", None, 1, 1, [plain]),
     viewer_page.ProblemView("t/0", "A question", "1", "", None, 0, 0, tested),
   ]
@@ -82,7 +114,9 @@ def _hostile(text=HOSTILE) -> viewer_page.Viewer:
   credit = [_credit(4, 1, 0.25, -0.25, drawn=drawn), _credit(0, 0, 0.0, -0.25, exact=True)]
   trace = viewer_page.TraceView(f"x{text}", 0, steps, "wrong", text, "eos", credit, 1, -1, [pair])
   problem = viewer_page.ProblemView(text, text, text, text, 0.5, 1, 2, [trace])
-  return viewer_page.Viewer(f"Title {text}".replace("\ud800", ""), (text,), (), (), [problem], 1, 1, 4, 8, "rule")
+  return viewer_page.Viewer(
+    f"Title {text}".replace("\ud800", ""), (text,), (), (), [problem], 1, 1, 4, 8, "rule"
+  )
 
 
 class _Scripts(html.parser.HTMLParser):
@@ -133,7 +167,9 @@ def test_index_and_chunks():
   assert columns["pit"] == [1, 2, -1, -1, -1, -1] and columns["spurious"] == [-1, -1, 0, -1, -1, -1]
   assert columns["drop"] == [-500, -1000, -250, None, None, None]
   assert columns["flags"][4:] == [8, 8]
-  assert [index["reasons"][reason] for reason in columns["reason"]] == ["wrong"] * 2 + ["right"] * 2 + [
+  assert [index["reasons"][reason] for reason in columns["reason"]] == ["wrong"] * 2 + [
+    "right"
+  ] * 2 + [
     "wrong",
     "right",
   ]
@@ -153,15 +189,20 @@ def test_index_and_chunks():
 def test_hostile_text_stays_data():
   # Fails if "<" is not escaped in the JSON: then the first </script> ends the element.
   page = _Scripts(viewer_page.page(_hostile()))
-  assert [a.get("type") for a, _ in page.found] == ["application/json"] * 3 + [None] * 5  # KaTeX and four of ours
+  assert [a.get("type") for a, _ in page.found] == ["application/json"] * 3 + [
+    None
+  ] * 5  # KaTeX and four of ours
   assert not {"img", "iframe", "svg", "link"} & set(page.tags)
   trace = page.data("texts-0")[0][7][0]
   assert trace[1] == [HOSTILE, HOSTILE]
-  assert all(text.isascii() and not set("<>&") & set(text) for attributes, text in page.found if attributes)
+  assert all(
+    text.isascii() and not set("<>&") & set(text) for attributes, text in page.found if attributes
+  )
 
 
 @pytest.mark.parametrize(
-  "text, needed", [("a $x^2$ b", True), ("\\(x\\)", True), ("$5 and $10", False), ("5 = 5 #### 3", False)]
+  "text, needed",
+  [("a $x^2$ b", True), ("\\(x\\)", True), ("$5 and $10", False), ("5 = 5 #### 3", False)],
 )
 def test_katex_is_inside_only_where_latex_is(text, needed):
   # Fails if every page carries KaTeX's 700 kB, or if none does.
@@ -193,7 +234,8 @@ def _quiet(browser):
 
 
 TITLES = (
-  "[...document.querySelectorAll('#list .row')].sort((a, b) => a.ariaPosInSet - b.ariaPosInSet).map(e => e.innerText)"
+  "[...document.querySelectorAll('#list .row')].sort((a, b) => a.ariaPosInSet - "
+  "b.ariaPosInSet).map(e => e.innerText)"
 )
 STATUS = "document.getElementById('status').textContent"
 
@@ -209,12 +251,21 @@ def _choose(browser, name, text):
 
 @pytest.mark.browser
 def test_steps_rollouts_and_pairs(browser, tmp_path):
-  # Fails if a step's credit, its pit, its rollouts or a pair's margins are not shown, or shown at another step.
+  # Fails if a step's credit, its pit, its rollouts or a pair's margins are not shown, or shown at
+  # another step.
   _open(browser, tmp_path, _toy(), "#trace=p%2F0%2Fsample%2F0")
   browser.wait("document.querySelector('article')")
-  steps = browser.js("[...document.querySelectorAll('.step')].map(e => e.innerText.replace(/\\s+/g, ' '))")
-  assert "Q 0.75 0.10–0.90" in steps[0] and "▲ advantage +0.25" in steps[0] and "4 rollouts, 3 right" in steps[0]
-  assert "▼ advantage −0.50" in steps[1] and "◀ pit" in steps[1] and "pit" not in steps[0] + steps[2]
+  steps = browser.js(
+    "[...document.querySelectorAll('.step')].map(e => e.innerText.replace(/\\s+/g, ' '))"
+  )
+  assert (
+    "Q 0.75 0.10–0.90" in steps[0]
+    and "▲ advantage +0.25" in steps[0]
+    and "4 rollouts, 3 right" in steps[0]
+  )
+  assert (
+    "▼ advantage −0.50" in steps[1] and "◀ pit" in steps[1] and "pit" not in steps[0] + steps[2]
+  )
   assert "the verdict" in steps[2]
   range_, dot = (f"document.querySelector('.{name}').style" for name in ("range", "dot"))
   assert browser.js(f"[{range_}.left, {range_}.width, {dot}.left]") == ["10%", "80%", "75%"]
@@ -228,8 +279,12 @@ def test_steps_rollouts_and_pairs(browser, tmp_path):
   browser.click(".roll")
   assert browser.js("document.querySelector('.rollouts').hidden")
   browser.js("document.querySelectorAll('.roll')[1].click()")
-  assert "4 more rollouts not kept" in browser.js("document.querySelectorAll('.rollouts')[1].innerText")
-  pairs = browser.js("[...document.querySelectorAll('.pair')].map(e => e.innerText.replace(/\\s+/g, ' '))")
+  assert "4 more rollouts not kept" in browser.js(
+    "document.querySelectorAll('.rollouts')[1].innerText"
+  )
+  pairs = browser.js(
+    "[...document.querySelectorAll('.pair')].map(e => e.innerText.replace(/\\s+/g, ' '))"
+  )
   assert "Per-step DPO at step 2" in pairs[0] and "Trunk: the problem and step 1" in pairs[0]
   assert "better two" in pairs[0] and "chosen − rejected −2.00 1.50 +3.50" in pairs[0]
   assert "not recorded" in pairs[1] and "Trunk: the problem alone." in pairs[1]
@@ -253,7 +308,11 @@ def test_filters_search_and_order(browser, tmp_path):
     ("disagreement", "wrong, though Q", ["p/0/sample/1"]),
     ("disagreement", "right, though Q", ["p/0/sample/2"]),
     ("disagreement", "policies differ", ["t/0/evaluate/0@1", "t/0/evaluate/0@2"]),
-    ("disagreement", "any", ["p/0/sample/1", "p/0/sample/2", "t/0/evaluate/0@1", "t/0/evaluate/0@2"]),
+    (
+      "disagreement",
+      "any",
+      ["p/0/sample/1", "p/0/sample/2", "t/0/evaluate/0@1", "t/0/evaluate/0@2"],
+    ),
     ("pit", "has a pit", ["p/0/sample/1", "p/0/sample/0"]),
     ("credit", "with pairs", ["p/0/sample/0"]),
     ("credit", "without credit", ["p/1/sample/0", "t/0/evaluate/0@1", "t/0/evaluate/0@2"]),
@@ -288,7 +347,8 @@ def test_filters_search_and_order(browser, tmp_path):
 
 @pytest.mark.browser
 def test_keys_links_and_two_side_by_side(browser, tmp_path):
-  # Fails if a key does nothing, a link opens another trace, or the first difference is marked elsewhere.
+  # Fails if a key does nothing, a link opens another trace, or the first difference is marked
+  # elsewhere.
   path = _open(browser, tmp_path, _toy())
   browser.wait("document.querySelector('article')")
   browser.js("document.getElementById('list').focus()")
@@ -296,7 +356,9 @@ def test_keys_links_and_two_side_by_side(browser, tmp_path):
   assert browser.js("location.hash") == "#trace=p%2F0%2Fsample%2F0"
   assert browser.js("document.querySelector('article').dataset.trace") == "p/0/sample/0"
   assert browser.js("document.querySelector('[aria-selected=true]').id") == "row-1"
-  assert browser.js("document.getElementById('list').getAttribute('aria-activedescendant')") == "row-1"
+  assert (
+    browser.js("document.getElementById('list').getAttribute('aria-activedescendant')") == "row-1"
+  )
   browser.press("End")
   assert browser.js("document.querySelector('article').dataset.trace") == "t/0/evaluate/0@2"
   browser.press("k")
@@ -311,7 +373,9 @@ def test_keys_links_and_two_side_by_side(browser, tmp_path):
   ]
   parts = "[...document.querySelectorAll('.step')].map(e => e.classList.contains('parts'))"
   assert browser.js(parts) == [False, True, False] * 2
-  assert browser.js("document.documentElement.scrollHeight") <= 900  # list and trace scroll, not the page
+  assert (
+    browser.js("document.documentElement.scrollHeight") <= 900
+  )  # list and trace scroll, not the page
   link = browser.js("location.hash")
   browser.open(path, link)
   browser.wait("document.querySelectorAll('article').length === 2")
@@ -326,7 +390,9 @@ def test_on_a_phone_the_list_gives_way_to_the_trace(browser, tmp_path):
   # Fails if list and trace stand in each other's way, or if something is wider than the phone.
   _open(browser, tmp_path, _toy(), width=390, dark=True)
   browser.wait("document.querySelector('.row')")
-  seen = lambda selector: browser.js(f"document.querySelector('{selector}').getClientRects().length > 0")
+  seen = lambda selector: browser.js(
+    f"document.querySelector('{selector}').getClientRects().length > 0"
+  )
   assert seen("#list") and not seen("#detail")
   browser.click("#row-1")
   browser.wait("document.querySelector('article')")
@@ -340,10 +406,15 @@ def test_on_a_phone_the_list_gives_way_to_the_trace(browser, tmp_path):
 
 @pytest.mark.browser
 def test_formulas(browser, tmp_path):
-  # Fails if amounts of dollars become formulas, if formulas stay as written, or if KaTeX's fonts are not inside.
+  # Fails if amounts of dollars become formulas, if formulas stay as written, or if KaTeX's fonts
+  # are not inside.
   _open(browser, tmp_path, _toy(), "#trace=p%2F1%2Fsample%2F0")
   browser.wait("document.querySelectorAll('.step .katex').length === 2")
-  assert browser.js("document.querySelector('.step .text').innerText").rstrip().endswith("costs $5 and $10")
+  assert (
+    browser.js("document.querySelector('.step .text').innerText")
+    .rstrip()
+    .endswith("costs $5 and $10")
+  )
   assert browser.js("document.querySelectorAll('.apart .mfrac').length") == 1
   assert browser.js("document.fonts.load('16px KaTeX_Main').then(found => found.length)") == 1
   cut = lambda text: browser.js(f"pieces({json.dumps(text)}).filter(p => p[1]).map(p => p[0])")
@@ -364,7 +435,8 @@ def test_formulas(browser, tmp_path):
 
 @pytest.mark.browser
 def test_hostile_text_runs_nothing(browser, tmp_path):
-  # Fails if any of the texts reaches innerHTML, if KaTeX trusts them, or if the policy of the page allows a request.
+  # Fails if any of the texts reaches innerHTML, if KaTeX trusts them, or if the policy of the page
+  # allows a request.
   _open(browser, tmp_path, _hostile())
   browser.wait("document.querySelector('article')")
   for selector in (".roll", ".problem summary", ".pair summary"):
@@ -373,20 +445,36 @@ def test_hostile_text_runs_nothing(browser, tmp_path):
   browser.js("document.querySelectorAll('.katex, .enclosing').forEach(e => e.click())")
   browser.js("new Promise(done => setTimeout(done, 100))")
   assert browser.js("typeof window.owned") == "undefined"
-  assert browser.js("document.querySelectorAll('#detail img, #detail a, #detail iframe, #detail script').length") == 0
   assert (
-    browser.js("document.querySelectorAll('#detail [onclick], #detail [data-onclick], #detail [href]').length") == 0
+    browser.js(
+      "document.querySelectorAll('#detail img, #detail a, #detail iframe, #detail script').length"
+    )
+    == 0
+  )
+  assert (
+    browser.js(
+      "document.querySelectorAll('#detail [onclick], #detail [data-onclick], #detail "
+      "[href]').length"
+    )
+    == 0
   )
   assert "</script><script>window.owned = 1</script><img src=x" in browser.js(
     "document.querySelector('.step').innerText"
   )
   _quiet(browser)
   # The page's own policy stops a script and a request that got in some other way.
-  browser.js("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.owned = 9'}))")
-  browser.js("document.body.append(Object.assign(new Image(), {src: 'https://evil.example/x.png'}))")
+  browser.js(
+    "document.body.append(Object.assign(document.createElement('script'), {textContent: "
+    "'window.owned = 9'}))"
+  )
+  browser.js(
+    "document.body.append(Object.assign(new Image(), {src: 'https://evil.example/x.png'}))"
+  )
   browser.js("new Promise(done => setTimeout(done, 100))")
   assert browser.js("typeof window.owned") == "undefined"
-  assert len(browser.complaints) >= 2 and all("Content Security Policy" in text for text in browser.complaints)
+  assert len(browser.complaints) >= 2 and all(
+    "Content Security Policy" in text for text in browser.complaints
+  )
 
 
 @pytest.mark.browser
@@ -419,11 +507,14 @@ def _over(top, bottom, share):
 @pytest.mark.browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_contrast(browser, tmp_path, dark):
-  # Fails if any text falls below 4.5 to 1 (WCAG AA) in either mode; the deepest shade of a step is 0.45.
+  # Fails if any text falls below 4.5 to 1 (WCAG AA) in either mode; the deepest shade of a step is
+  # 0.45.
   _open(browser, tmp_path, _toy(), dark=dark)
 
   def colour(name):
-    text = browser.js(f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')").strip()
+    text = browser.js(
+      f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')"
+    ).strip()
     if text.startswith("#"):
       return [int(text[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     return [int(part) / 255 for part in text.split(",")]
@@ -438,14 +529,17 @@ def test_contrast(browser, tmp_path, dark):
     assert _contrast(fg, step) >= 4.5
     assert _contrast(_over(fg, step, 0.86), step) >= 4.5  # the interval's numbers
   shades = browser.js(
-    "[...document.querySelectorAll('.step')].map(e => Number(e.style.getPropertyValue('--shade') || 0))"
+    "[...document.querySelectorAll('.step')].map(e => Number(e.style.getPropertyValue('--shade') "
+    "|| 0))"
   )
   assert max(shades) == 0.45  # an advantage of -1 is among them
   _quiet(browser)
 
 
 def _many(count) -> viewer_page.Viewer:
-  """As many traces as asked for, of about GSM8K's length, eight a problem, two in eight with credit and rollouts."""
+  """As many traces as asked for, of about GSM8K's length, eight a problem, two in eight with credit
+  and rollouts.
+  """
   draw = random.Random(0)
   words = "each week Anna buys apples for her class and sells what is left at the market so that she earns".split()
   text = lambda n: " ".join(draw.choice(words) for _ in range(n))
@@ -454,17 +548,22 @@ def _many(count) -> viewer_page.Viewer:
   def trace(p, i):
     steps = [draw.choice(texts) for _ in range(5)] + [" #### 42"]
     if i >= 2:
-      return _trace(i, problem=f"gsm8k/train/{p:05d}", steps=steps, reason="right" if i % 2 else "wrong")
+      return _trace(
+        i, problem=f"gsm8k/train/{p:05d}", steps=steps, reason="right" if i % 2 else "wrong"
+      )
     credit, before = [], 0.5
     for _ in range(5):
       right = draw.randrange(9)
       drawn = [
-        viewer_page.Rollout(draw.choice(texts) * 2, k < right, "right" if k < right else "wrong", 1) for k in range(8)
+        viewer_page.Rollout(draw.choice(texts) * 2, k < right, "right" if k < right else "wrong", 1)
+        for k in range(8)
       ]
       credit.append(_credit(8, right, right / 8, right / 8 - before, drawn=drawn))
       before = right / 8
     credit.append(_credit(0, 0, 0.0, -before, exact=True))
-    return _trace(i, problem=f"gsm8k/train/{p:05d}", steps=steps, credit=credit, pit=draw.randrange(5))
+    return _trace(
+      i, problem=f"gsm8k/train/{p:05d}", steps=steps, credit=credit, pit=draw.randrange(5)
+    )
 
   problems = (
     viewer_page.ProblemView(
@@ -472,12 +571,15 @@ def _many(count) -> viewer_page.Viewer:
     )
     for p in range(count // 8)
   )
-  return viewer_page.Viewer("Many", ("SFT, samples",), (), (), problems, count, 1, 8, 8, "lowest_value")
+  return viewer_page.Viewer(
+    "Many", ("SFT, samples",), (), (), problems, count, 1, 8, 8, "lowest_value"
+  )
 
 
 @pytest.mark.browser
 def test_twenty_thousand_traces_do_not_freeze(browser, tmp_path):
-  # Fails if all rows are made, all chunks parsed at the start, or a search done in one go (measured: see docs/report.md).
+  # Fails if all rows are made, all chunks parsed at the start, or a search done in one go
+  # (measured: see docs/report.md).
   started = time.time()
   path = _open(browser, tmp_path, _many(20_000))
   browser.wait("document.querySelector('article') && shown.length === 20000", 60)
@@ -498,7 +600,10 @@ def test_twenty_thousand_traces_do_not_freeze(browser, tmp_path):
   searched = browser.js("gap")
   size = len(path.read_bytes()) / 1e6
   loading = browser.js("performance.getEntriesByType('navigation')[0].loadEventEnd")
-  print(f"{size:.1f} MB, loaded in {loading:.0f} ms; longest pauses: scroll {scroll:.0f} ms, search {searched:.0f} ms")
+  print(
+    f"{size:.1f} MB, loaded in {loading:.0f} ms; longest pauses: scroll {scroll:.0f} ms, search "
+    f"{searched:.0f} ms"
+  )
   print(f"made, written and open in {loaded:.1f} s; chunks parsed by then: {parsed}")
   assert size < 80 and parsed < 40
   assert scroll < 3000 and searched < 3000  # generous: other work may share the machine
@@ -518,11 +623,15 @@ def test_the_page_is_installed_with_the_package():
   root = pathlib.Path(viewer_page.__file__).parents[1]
   patterns = ast.literal_eval(
     re.search(
-      r"package_data=\{.*?\"synthneg_jax\": (\[.*?\])", (root.parent / "setup.py").read_text(), re.DOTALL
+      r"package_data=\{.*?\"synthneg_jax\": (\[.*?\])",
+      (root.parent / "setup.py").read_text(),
+      re.DOTALL,
     ).group(1)
   )
   installed = {path for pattern in patterns for path in root.glob(pattern)}
   parts = {
-    p for p in (root / "report").rglob("*") if p.suffix in (".js", ".css", ".html", ".woff2") or p.name == "LICENSE"
+    p
+    for p in (root / "report").rglob("*")
+    if p.suffix in (".js", ".css", ".html", ".woff2") or p.name == "LICENSE"
   }
   assert len(parts) == 29 and parts <= installed

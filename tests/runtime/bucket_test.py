@@ -1,4 +1,6 @@
-"""Workdirs that are no local folder: gs:// paths through etils.epath, over a bucket that lives in memory."""
+"""Workdirs that are no local folder: gs:// paths through etils.epath, over a bucket that lives in
+memory.
+"""
 
 import fsspec
 from absl.testing import absltest
@@ -39,7 +41,8 @@ class BucketTest(absltest.TestCase):
     self.workdir = epath.Path("gs://bucket/run")
 
   def test_records_and_manifest(self):
-    # Fails if a path is made by anything but epath, or a file is renamed or listed as only a disk can.
+    # Fails if a path is made by anything but epath, or a file is renamed or listed as only a disk
+    # can.
     problems = [Problem(f"p{i}", "1 + 1 =", "2 #### 2", "2", "test") for i in range(3)]
     stage = manifest.Stage(self.workdir, "synthesize", {"seed": 0})
     self.assertFalse(stage.done)
@@ -59,7 +62,8 @@ class BucketTest(absltest.TestCase):
     self.assertEmpty([name for name in Bucket.store if name.endswith(".tmp")])
 
   def test_metrics(self):
-    # Fails if lines are added to a file that cannot be added to, or are not there after a checkpoint.
+    # Fails if lines are added to a file that cannot be added to, or are not there after a
+    # checkpoint.
     path = self.workdir / "metrics.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = metrics.JsonLines(path, 0)
@@ -70,10 +74,13 @@ class BucketTest(absltest.TestCase):
     again = metrics.JsonLines(path, 2)
     again.write(2, {"loss": 9.0}, {})
     again.close()
-    self.assertEqual(path.read_text().splitlines()[1:], ['{"step": 1, "loss": 0.5}', '{"step": 2, "loss": 9.0}'])
+    self.assertEqual(
+      path.read_text().splitlines()[1:], ['{"step": 1, "loss": 0.5}', '{"step": 2, "loss": 9.0}']
+    )
 
   def test_event_files(self):
-    # Fails if an event file is added to, is not there after a checkpoint, or cannot be cut where training goes on.
+    # Fails if an event file is added to, is not there after a checkpoint, or cannot be cut where
+    # training goes on.
     folder = self.workdir / "sft"
     file = event_files.EventFile(folder)
     for step in range(3):
@@ -105,7 +112,9 @@ class BucketTest(absltest.TestCase):
 
     local = tokenizer_folder(self.workdir)
     self.assertNotIn("://", local)
-    self.assertEqual(hf_tokenizers.eos_ids(local, 1), [1, 5])  # a copy without them would end an export at one token
+    self.assertEqual(
+      hf_tokenizers.eos_ids(local, 1), [1, 5]
+    )  # a copy without them would end an export at one token
     self.assertGreater(len(transformers.AutoTokenizer.from_pretrained(local)), 10)
 
 

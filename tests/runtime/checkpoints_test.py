@@ -21,7 +21,10 @@ pytestmark = pytest.mark.slow  # writes checkpoints
 _rng = np.random.default_rng(0)
 PARAMS = {
   "ends": {"embedding": _rng.normal(size=(16, 8)).astype(np.float32)},
-  "layers": {"query": jnp.asarray(_rng.normal(size=(2, 8, 8)), jnp.bfloat16), "scale": np.ones((2, 8), np.float32)},
+  "layers": {
+    "query": jnp.asarray(_rng.normal(size=(2, 8, 8)), jnp.bfloat16),
+    "scale": np.ones((2, 8), np.float32),
+  },
 }
 SPECS = {
   "ends": {"embedding": PartitionSpec("tensor", "fsdp")},
@@ -54,8 +57,8 @@ class FolderTestCase(parameterized.TestCase):
 
 class ParamsTest(FolderTestCase):
   def test_round_trip_from_mesh_to_mesh(self):
-    # Fails if a bit or dtype changes, if the layout asked for is not given, or if a second save does not replace the
-    # first.
+    # Fails if a bit or dtype changes, if the layout asked for is not given, or if a second save
+    # does not replace the first.
     placed = jax.device_put(PARAMS, shardings(2, 2, 2))
     checkpoints.save_params(self.folder, jax.tree.map(jnp.zeros_like, placed))
     checkpoints.save_params(self.folder, placed)
@@ -70,13 +73,17 @@ class ParamsTest(FolderTestCase):
     with self.assertRaises(UserError) as caught:
       checkpoints.load_params(self.folder / "nowhere", abstract(PARAMS), shardings(1, 1, 1))
     self.assertEqual(
-      str(caught.exception), f"{self.folder / 'nowhere' / 'params'} is not there: the policy's weights are missing."
+      str(caught.exception),
+      f"{self.folder / 'nowhere' / 'params'} is not there: the policy's weights are missing.",
     )
 
   @parameterized.parameters("wider", "narrower", "another leaf", "a leaf less")
-  @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves coroutines behind
+  @pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+  )  # orbax leaves coroutines behind
   def test_other_weights(self, change):
-    # Fails if an array is cut or padded in silence, or if the error is not one sentence that names the folder.
+    # Fails if an array is cut or padded in silence, or if the error is not one sentence that names
+    # the folder.
     checkpoints.save_params(self.folder, jax.device_put(PARAMS, shardings(1, 1, 1)))
     target, placed = abstract(PARAMS), shardings(1, 1, 1)
     if change == "another leaf":
@@ -91,7 +98,9 @@ class ParamsTest(FolderTestCase):
       target["ends"]["embedding"] = jax.ShapeDtypeStruct((rows, 8), np.float32)
     with self.assertRaises(UserError) as caught:
       checkpoints.load_params(self.folder, target, placed)
-    self.assertStartsWith(str(caught.exception), f"{self.folder / 'params'} does not hold the weights of this model: ")
+    self.assertStartsWith(
+      str(caught.exception), f"{self.folder / 'params'} does not hold the weights of this model: "
+    )
     self.assertNotIn("\n", str(caught.exception))
     self.assertLess(len(str(caught.exception)), 500)
     gc.collect()  # orbax's coroutines, within this test
@@ -102,20 +111,29 @@ class ParamsTest(FolderTestCase):
 
 class FingerprintTest(parameterized.TestCase):
   def test_recorded_value(self):
-    # Fails if the hash changes: reference log-probs and manifests of earlier runs are filed under it.
-    params = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": jnp.asarray([1.5, -2.0], jnp.bfloat16)}
+    # Fails if the hash changes: reference log-probs and manifests of earlier runs are filed under
+    # it.
+    params = {
+      "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+      "b": jnp.asarray([1.5, -2.0], jnp.bfloat16),
+    }
     self.assertEqual(checkpoints.fingerprint(params), "30a7bdf81c6da15a")
 
   @parameterized.parameters(*MESHES)
   def test_equal_on_every_mesh(self, *sizes):
-    # Fails if the sum depends on the layout: on the order of shards, or on places counted within a shard.
+    # Fails if the sum depends on the layout: on the order of shards, or on places counted within a
+    # shard.
     self.assertEqual(
-      checkpoints.fingerprint(jax.device_put(PARAMS, shardings(*sizes))), checkpoints.fingerprint(PARAMS)
+      checkpoints.fingerprint(jax.device_put(PARAMS, shardings(*sizes))),
+      checkpoints.fingerprint(PARAMS),
     )
 
-  @parameterized.parameters((np.float32, np.uint32), (jnp.bfloat16, np.uint16), (np.float64, np.uint64))
+  @parameterized.parameters(
+    (np.float32, np.uint32), (jnp.bfloat16, np.uint16), (np.float64, np.uint64)
+  )
   def test_any_bit_changes_it(self, dtype, bits):
-    # Fails if some bits are not read (the high ones of a wide dtype, the sign), or if the last or first place is not.
+    # Fails if some bits are not read (the high ones of a wide dtype, the sign), or if the last or
+    # first place is not.
     with jax.enable_x64(True):
       values = np.asarray(jnp.asarray(np.linspace(-1.0, 1.0, 6), dtype))
       seen = {checkpoints.fingerprint({"a": values})}
@@ -128,7 +146,8 @@ class FingerprintTest(parameterized.TestCase):
     self.assertLen(seen, 1 + len(flips))
 
   def test_places_and_names_enter(self):
-    # Fails if values may change places within a leaf or between leaves, or if a leaf may be renamed.
+    # Fails if values may change places within a leaf or between leaves, or if a leaf may be
+    # renamed.
     a, b = np.float32([1.0, 2.0, 3.0]), np.float32([4.0, 5.0, 6.0])
     trees = [
       {"a": a, "b": b},
@@ -141,15 +160,26 @@ class FingerprintTest(parameterized.TestCase):
     self.assertLen({checkpoints.fingerprint(tree) for tree in trees}, len(trees))
 
   def test_signs_do_not_cancel(self):
-    # Fails if bits only enter a weighted sum: there the top bit, the sign, weighs 2³¹ in any place, and two cancel.
+    # Fails if bits only enter a weighted sum: there the top bit, the sign, weighs 2³¹ in any place,
+    # and two cancel.
     a = np.float32([1.0, 2.0, 3.0, 4.0])
-    signs = np.float32([[1, 1, 1, 1], [-1, -1, 1, 1], [-1, 1, -1, 1], [1, -1, 1, -1], [-1, -1, -1, -1], [-1, 1, 1, 1]])
+    signs = np.float32(
+      [
+        [1, 1, 1, 1],
+        [-1, -1, 1, 1],
+        [-1, 1, -1, 1],
+        [1, -1, 1, -1],
+        [-1, -1, -1, -1],
+        [-1, 1, 1, 1],
+      ]
+    )
     self.assertLen({checkpoints.fingerprint({"a": a * sign}) for sign in signs}, len(signs))
 
 
 class TrainCheckpointsTest(FolderTestCase):
   def test_newest_comes_back_in_the_layout_asked_for(self):
-    # Fails if another step's state is restored, if older ones are kept beyond `keep`, or if the layout is the saved one.
+    # Fails if another step's state is restored, if older ones are kept beyond `keep`, or if the
+    # layout is the saved one.
     keeper = checkpoints.TrainCheckpoints(self.folder, keep=2, every_steps=5)
     self.assertIsNone(keeper.restore(abstract(PARAMS), shardings(1, 1, 1)))
     state = jax.device_put(PARAMS, shardings(2, 2, 2))
@@ -166,7 +196,8 @@ class TrainCheckpointsTest(FolderTestCase):
       self.assertTrue(leaf.sharding.is_equivalent_to(sharding, leaf.ndim))
 
   def test_the_best_are_kept_besides_the_newest(self):
-    # Fails if max_to_keep_best is not read, if the highest loss counts as best, or if the newest make room for the best.
+    # Fails if max_to_keep_best is not read, if the highest loss counts as best, or if the newest
+    # make room for the best.
     keeper = checkpoints.TrainCheckpoints(self.folder, keep=1, every_steps=1, max_to_keep_best=2)
     state = jax.device_put(PARAMS, shardings(1, 1, 1))
     for step, loss in enumerate((3.0, 1.0, 2.0, 5.0, 4.0), start=1):
@@ -180,7 +211,8 @@ class TrainCheckpointsTest(FolderTestCase):
     self.assertCountEqual([path.name for path in self.folder.iterdir()], ["2", "6"])
 
   def test_another_model_is_refused(self):
-    # Fails if a whole checkpoint that does not fit is passed over, and so lost when newer ones come.
+    # Fails if a whole checkpoint that does not fit is passed over, and so lost when newer ones
+    # come.
     keeper = checkpoints.TrainCheckpoints(self.folder, keep=2, every_steps=1)
     keeper.save(1, jax.device_put(PARAMS, shardings(1, 1, 1)), 1.0)
     keeper.close()
@@ -202,10 +234,13 @@ class TrainCheckpointsTest(FolderTestCase):
     self.assertTrue((self.folder / "1").exists())
 
   @parameterized.product(
-    steps=[(2,), (2, 4), (2, 4, 6)], damage=["emptied", "no arrays", "no metadata", "no metrics"], best=[0, 1]
+    steps=[(2,), (2, 4), (2, 4, 6)],
+    damage=["emptied", "no arrays", "no metadata", "no metrics"],
+    best=[0, 1],
   )
   def test_all_damaged(self, steps, damage, best):
-    # Fails if a training whose checkpoints cannot be read any more cannot start anew, write where they stand, or go on.
+    # Fails if a training whose checkpoints cannot be read any more cannot start anew, write where
+    # they stand, or go on.
     state = jax.device_put(PARAMS, shardings(1, 1, 1))
     keeper = checkpoints.TrainCheckpoints(self.folder, keep=2, every_steps=2, max_to_keep_best=best)
     for step in steps:
@@ -220,7 +255,9 @@ class TrainCheckpointsTest(FolderTestCase):
       again.save(step, jax.tree.map(lambda leaf, step=step: leaf * step, state), loss=1.0)
     again.close()
     last = checkpoints.TrainCheckpoints(self.folder, keep=2, every_steps=2, max_to_keep_best=best)
-    self.assert_bitwise(last.restore(abstract(PARAMS), shardings(1, 1, 1)), jax.tree.map(lambda leaf: leaf * 8, state))
+    self.assert_bitwise(
+      last.restore(abstract(PARAMS), shardings(1, 1, 1)), jax.tree.map(lambda leaf: leaf * 8, state)
+    )
     last.close()
     aside = pathlib.Path(f"{self.folder}.unreadable")
     self.assertEqual(aside.exists(), restored is None)

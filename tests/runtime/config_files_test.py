@@ -29,11 +29,13 @@ class ConfigFilesTest(parameterized.TestCase):
     ("", ""),
   )
   def test_resolve(self, value, path):
-    # Fails if a bare name or a path of the checkout depends on the working directory, or if an argument is lost.
+    # Fails if a bare name or a path of the checkout depends on the working directory, or if an
+    # argument is lost.
     self.assertEqual(config_files.resolve(value), path)
 
   def test_a_file_of_ones_own_wins(self):
-    # Fails if configs/... of the working directory gives way to the file of that name that comes with the project.
+    # Fails if configs/... of the working directory gives way to the file of that name that comes
+    # with the project.
     (self.folder / "configs").mkdir()
     (self.folder / "configs/arithmetic.py").write_text("")
     self.assertEqual(config_files.resolve("configs/arithmetic.py:x"), "configs/arithmetic.py:x")
@@ -41,7 +43,9 @@ class ConfigFilesTest(parameterized.TestCase):
 
   def test_unknown_names(self):
     # Fails if an unknown name passes, or if the names are not listed.
-    with self.assertRaisesRegex(UserError, r"unknown config 'gsm8'; did you mean 'gsm8k'\? The names are arithmetic, "):
+    with self.assertRaisesRegex(
+      UserError, r"unknown config 'gsm8'; did you mean 'gsm8k'\? The names are arithmetic, "
+    ):
       config_files.resolve("gsm8:smoke")
 
   def test_resolve_flag(self):
@@ -58,12 +62,22 @@ class ConfigFilesTest(parameterized.TestCase):
     ]
     path = f"{ROOT}/configs/math.py"
     config_files.resolve_flag(argv)
-    expected = ["p", "--config.seed=math", "--configs=math", f"--config={path}", f"-config={path}", "--config", path]
+    expected = [
+      "p",
+      "--config.seed=math",
+      "--configs=math",
+      f"--config={path}",
+      f"-config={path}",
+      "--config",
+      path,
+    ]
     self.assertEqual(argv, [*expected, "--config"])
 
   def test_shipped_folders(self):
     # Fails if the prompts are found from the checkout alone.
-    self.assertEqual(config_files.shipped_path("configs/prompts/gsm8k"), ROOT / "configs/prompts/gsm8k")
+    self.assertEqual(
+      config_files.shipped_path("configs/prompts/gsm8k"), ROOT / "configs/prompts/gsm8k"
+    )
     self.assertEqual(config_files.shipped_path("prompts/gsm8k"), pathlib.Path("prompts/gsm8k"))
 
 

@@ -1,4 +1,6 @@
-"""The config schema: every leaf is documented and bounded, bad values and old or unknown names are refused."""
+"""The config schema: every leaf is documented and bounded, bad values and old or unknown names are
+refused.
+"""
 
 import importlib
 import pathlib
@@ -19,7 +21,8 @@ def is_number(value) -> bool:
 
 class SchemaTest(parameterized.TestCase):
   def test_every_leaf_is_documented_and_bounded(self):
-    # Fails for a leaf without a sentence, a number without a range, or a default that its own leaf refuses.
+    # Fails for a leaf without a sentence, a number without a range, or a default that its own leaf
+    # refuses.
     self.assertGreater(len(LEAVES), 180)
     for name, leaf in LEAVES.items():
       self.assertRegex(leaf.doc, r"^\S.*\.$", name)
@@ -40,7 +43,8 @@ class SchemaTest(parameterized.TestCase):
     ("(0, inf)", 1e-9, 1e9, (0, -1e-9)),
   )
   def test_intervals(self, within, low, high, outside):
-    # Fails if a bound is read as the other kind, or if NaN or infinity passes for a number in the interval.
+    # Fails if a bound is read as the other kind, or if NaN or infinity passes for a number in the
+    # interval.
     leaf = Leaf(low, "A number.", within=within)
     self.assertEqual((leaf.problem(low), leaf.problem(high)), ("", ""))
     for value in (*outside, float("nan"), float("inf"), float("-inf")):
@@ -50,8 +54,12 @@ class SchemaTest(parameterized.TestCase):
     # Fails if only the first is looked at, or if a value of its own meaning is refused.
     self.assertIn("[0, inf)", Leaf((1,), "Numbers.", within="[0, inf)").problem((1, 2, -1)))
     self.assertEqual(Leaf(-1, "A size.", within="[1, inf)", also=(-1,)).problem(-1), "")
-    self.assertEqual(Leaf(-1, "A size.", within="[1, inf)", also=(-1,)).problem(0), "must be in -1 or [1, inf)")
-    self.assertEqual(Leaf(("a",), "Names.", choices=("a", "b")).problem(("b", "c")), "must be one of a, b")
+    self.assertEqual(
+      Leaf(-1, "A size.", within="[1, inf)", also=(-1,)).problem(0), "must be in -1 or [1, inf)"
+    )
+    self.assertEqual(
+      Leaf(("a",), "Names.", choices=("a", "b")).problem(("b", "c")), "must be one of a, b"
+    )
 
   @parameterized.parameters(
     ("sample.top_p", 0.0),  # would draw token 0 for ever
@@ -105,7 +113,8 @@ class SchemaTest(parameterized.TestCase):
       config_schema.check_values(importlib.import_module(f"configs.{name}").get_config())
 
   def test_fingerprints_hold_what_changes_results(self):
-    # Fails if a leaf that only says how to compute refuses a resumed run, or one that decides results does not.
+    # Fails if a leaf that only says how to compute refuses a resumed run, or one that decides
+    # results does not.
     for name in (
       "engine.lanes",
       "credit.slots",
@@ -115,19 +124,31 @@ class SchemaTest(parameterized.TestCase):
       "model.remat",
     ):
       self.assertFalse(config_schema.changes_results(name), name)
-    for name in ("seed", "dpo.beta", "task.path", "credit.endpoint.model", "sample.num_traces", "model.max_length"):
+    for name in (
+      "seed",
+      "dpo.beta",
+      "task.path",
+      "credit.endpoint.model",
+      "sample.num_traces",
+      "model.max_length",
+    ):
       self.assertTrue(config_schema.changes_results(name), name)
 
   def test_choices_are_what_the_code_knows(self):
-    # Fails if a loss, a schedule or a task is added to the code and not to the schema, or the other way round.
+    # Fails if a loss, a schedule or a task is added to the code and not to the schema, or the other
+    # way round.
     self.assertEqual(LEAVES["dpo.loss"].choices, tuple(losses.PREFERENCE_LOSSES))
     self.assertEqual(set(LEAVES["credit.schedule"].choices), set(rollout_schedules.SCHEDULES))
     self.assertContainsSubset(generated.TASKS, LEAVES["task.name"].choices)
 
   def test_help_text(self):
-    # Fails if a section's leaf, its default, range, unit or sentence is missing, or if another section is shown.
+    # Fails if a section's leaf, its default, range, unit or sentence is missing, or if another
+    # section is shown.
     text = config_schema.help_text(["dpo"])
-    self.assertIn("--config.dpo.beta=0.1  ((0, inf), per nat)\n      Strength of the pull to the reference.", text)
+    self.assertIn(
+      "--config.dpo.beta=0.1  ((0, inf), per nat)\n      Strength of the pull to the reference.",
+      text,
+    )
     self.assertIn("--config.dpo.loss='dpo'  (dpo, ipo, dpop)", text)
     self.assertNotIn("config.pairs", text)
 
@@ -149,7 +170,8 @@ class NamesTest(parameterized.TestCase):
     ("zzzzzzzzzzzzzzzz", "the config has no leaf 'zzzzzzzzzzzzzzzz'\\.$"),
   )
   def test_unknown_names(self, name, sentence):
-    # Fails if an unknown name passes, or if the nearest names are missing, far off, or offered where there are none.
+    # Fails if an unknown name passes, or if the nearest names are missing, far off, or offered
+    # where there are none.
     with self.assertRaisesRegex(UserError, sentence):
       config_schema.check_name(name, f"--config.{name}")
 
@@ -174,13 +196,20 @@ class TreeTest(absltest.TestCase):
     self.assertNotEqual(first.sft.optimizer.learning_rate, 9.0)
 
   def test_plain(self):
-    # Fails if a section is left out or another let in, if names are not dotted, or if tuples stay (JSON has none).
+    # Fails if a section is left out or another let in, if names are not dotted, or if tuples stay
+    # (JSON has none).
     config = config_schema.default()
     config.engine.stop = ("Question:",)
     some = config_schema.plain(config, ["seed", "engine"])
     self.assertEqual(
       some,
-      {"seed": 0, "engine.lanes": 32, "engine.slots": 8, "engine.max_new_tokens": 256, "engine.stop": ["Question:"]},
+      {
+        "seed": 0,
+        "engine.lanes": 32,
+        "engine.slots": 8,
+        "engine.max_new_tokens": 256,
+        "engine.stop": ["Question:"],
+      },
     )
     everything = config_schema.plain(config)
     self.assertContainsSubset(some, everything)

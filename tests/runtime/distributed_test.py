@@ -1,4 +1,6 @@
-"""What processes tell each other: values, deaths, failures, and one place at which all stop; and who may wait for whom."""
+"""What processes tell each other: values, deaths, failures, and one place at which all stop; and
+who may wait for whom.
+"""
 
 import ast
 import os
@@ -52,7 +54,9 @@ class MembersTestCase(parameterized.TestCase):
     return made
 
   def members(self, program: str, count: int = 3, before: str = "") -> list[subprocess.Popen]:
-    """Processes that have found each other and run `program`; `before` runs before any of them has joined."""
+    """Processes that have found each other and run `program`; `before` runs before any of them has
+    joined.
+    """
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     self.address = f"127.0.0.1:{free_port()}"
     member = MEMBER.replace("distributed.watch", f"{before}\ndistributed.watch")
@@ -75,7 +79,8 @@ class MembersTestCase(parameterized.TestCase):
 
 class ProcessesTest(MembersTestCase):
   def test_gather_and_agree(self):
-    # Fails if values come in another order than the processes', or those of one round reach another.
+    # Fails if values come in another order than the processes', or those of one round reach
+    # another.
     made = self.members("""
       for n in range(50):
         time.sleep(random.random() / 100)
@@ -138,7 +143,8 @@ class ProcessesTest(MembersTestCase):
         self.assertIn("Waiting for process 0 of 3 since", line)
 
   def test_a_difference_ends_all_before_any_work(self):
-    # Fails if processes that were started with other settings work together, or the sentence names neither leaf nor process.
+    # Fails if processes that were started with other settings work together, or the sentence names
+    # neither leaf nor process.
     made = self.members("""
       from synthneg_jax.runtime.errors import UserError
       try:
@@ -152,8 +158,8 @@ class ProcessesTest(MembersTestCase):
       self.assertIn("The processes differ in sft.rate: 0.1 in process 0, 0.2 in process 2.", line)
 
   def test_the_grace_after_sigterm(self):
-    # Fails if what cannot stop runs on after SIGTERM to another process, or if the end of the first one, which serves the
-    # others, counts as a death.
+    # Fails if what cannot stop runs on after SIGTERM to another process, or if the end of the first
+    # one, which serves the others, counts as a death.
     made = self.members("time.sleep(60)", before="distributed.GRACE_S = 2.0")
     made[1].terminate()
     for status, _, line in self.ends(made):
@@ -164,16 +170,20 @@ class ProcessesTest(MembersTestCase):
     # Fails if a crash in a library is called the death of process 0 and run again for ever.
     made = self.members("os.abort() if index == 1 else distributed.gather()")
     self.assertEqual(
-      [status for status, _, _ in self.ends(made)], [distributed.LOST, -signal.SIGABRT, distributed.LOST]
+      [status for status, _, _ in self.ends(made)],
+      [distributed.LOST, -signal.SIGABRT, distributed.LOST],
     )
 
   def test_a_process_that_comes_twice(self):
-    # Fails if one that joins under a number that is taken, or a second process 0, hangs or ends without a sentence; or if
-    # the processes that it drives out do.
+    # Fails if one that joins under a number that is taken, or a second process 0, hangs or ends
+    # without a sentence; or if the processes that it drives out do.
     made = self.members("distributed.gather() if index else time.sleep(60)", count=2)
     for index, sentence in ((0, "another job may run there"), (1, "came late or came twice")):
       source = MEMBER.replace("timeout_s=60", "timeout_s=3") + "\nprint('joined')"
-      source = f"from synthneg_jax.runtime.errors import UserError\ntry:\n{textwrap.indent(source, '  ')}\n"
+      source = (
+        "from synthneg_jax.runtime.errors import "
+        f"UserError\ntry:\n{textwrap.indent(source, '  ')}\n"
+      )
       source += "except UserError as error:\n  sys.exit(str(error))"
       late = self.process(source, index, 2)
       [(status, out, line)] = self.ends([late])
@@ -184,21 +194,27 @@ class ProcessesTest(MembersTestCase):
       self.assertRegex(line, "joined under a number that was taken|process 0 of 2 died")
 
   def test_the_others_never_come(self):
-    # Fails if a process that waits in vain is aborted without a sentence, or waits longer than it was told.
+    # Fails if a process that waits in vain is aborted without a sentence, or waits longer than it
+    # was told.
     source = MEMBER.replace("timeout_s=60", "timeout_s=3")
     self.folder, self.address = (
       pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())),
       f"127.0.0.1:{free_port()}",
     )
-    for status, _, line in self.ends([self.process(source, index, 3) for index in (0,)], timeout_s=25):
+    for status, _, line in self.ends(
+      [self.process(source, index, 3) for index in (0,)], timeout_s=25
+    ):
       self.assertEqual(status, 1, line)
       self.assertIn("did not find each other within 3 s", line)
 
   def test_nothing_of_ours_listens(self):
-    # Fails if a port is open besides the coordinator's, or the coordinator's on other interfaces than was asked for.
+    # Fails if a port is open besides the coordinator's, or the coordinator's on other interfaces
+    # than was asked for.
     self.members("time.sleep(60)")
     rows = [
-      line.split() for name in ("tcp", "tcp6") for line in pathlib.Path(f"/proc/net/{name}").read_text().splitlines()
+      line.split()
+      for name in ("tcp", "tcp6")
+      for line in pathlib.Path(f"/proc/net/{name}").read_text().splitlines()
     ]
     listening = {row[9]: row[1] for row in rows if row[3] == "0A"}
     found = []
@@ -209,11 +225,13 @@ class ProcessesTest(MembersTestCase):
     port = f"{int(self.address.split(':')[1]):04X}"
     self.assertNotEmpty(found)
     for address in found:
-      self.assertTrue(address.endswith(f"0100007F:{port}"), found)  # 127.0.0.1, also as an IPv6 address
+      self.assertTrue(
+        address.endswith(f"0100007F:{port}"), found
+      )  # 127.0.0.1, also as an IPv6 address
 
   def test_all_stop_at_the_same_place(self):
-    # Fails if a process that is behind stops earlier than one ahead, so that one waits for the other for ever; or if the
-    # end of one that has taken leave is called a death.
+    # Fails if a process that is behind stops earlier than one ahead, so that one waits for the
+    # other for ever; or if the end of one that has taken leave is called a death.
     made = self.members("""
       for place in range(100_000):
         time.sleep(random.random() / 200 * (1 + index))
@@ -243,21 +261,50 @@ class ProcessesTest(MembersTestCase):
     self.assertFalse(distributed.stopping())
 
 
-WAITS = {"gather", "agree", "barrier", "stopping", "finish", "whole", "fingerprint", "save_params", "load_params"}
-WAITS |= {"fit", "score", "train", "respond", "write_shared", "clear", "restore", "place", "policy", "base", "stage"}
+WAITS = {
+  "gather",
+  "agree",
+  "barrier",
+  "stopping",
+  "finish",
+  "whole",
+  "fingerprint",
+  "save_params",
+  "load_params",
+}
+WAITS |= {
+  "fit",
+  "score",
+  "train",
+  "respond",
+  "write_shared",
+  "clear",
+  "restore",
+  "place",
+  "policy",
+  "base",
+  "stage",
+}
 
 
 def waiting_behind(source: str) -> list[str]:
-  """Calls that wait for all processes, or run on all devices, where only some processes come: `name` at its line."""
+  """Calls that wait for all processes, or run on all devices, where only some processes come:
+  `name` at its line.
+  """
   found = []
 
   def some(test: ast.expr) -> bool:
     names = {node.attr for node in ast.walk(test) if isinstance(node, ast.Attribute)}
-    return bool(names & {"first", "mine", "process_index"} or ("index" in names and "distributed" in ast.dump(test)))
+    return bool(
+      names & {"first", "mine", "process_index"}
+      or ("index" in names and "distributed" in ast.dump(test))
+    )
 
   def walk(node: ast.AST, behind: bool):
     if isinstance(node, ast.Call) and behind:
-      name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+      name = (
+        node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+      )
       if name in WAITS:
         found.append(f"{name} at {node.lineno}")
     if isinstance(node, ast.FunctionDef | ast.Module):
@@ -270,7 +317,11 @@ def waiting_behind(source: str) -> list[str]:
           return
       return
     for field, value in ast.iter_fields(node):
-      guarded = isinstance(node, ast.If | ast.IfExp | ast.While) and field in ("body", "orelse") and some(node.test)
+      guarded = (
+        isinstance(node, ast.If | ast.IfExp | ast.While)
+        and field in ("body", "orelse")
+        and some(node.test)
+      )
       for child in value if isinstance(value, list) else [value]:
         if isinstance(child, ast.AST):
           walk(child, behind or guarded)
@@ -281,7 +332,8 @@ def waiting_behind(source: str) -> list[str]:
 
 class WaitingTest(parameterized.TestCase):
   def test_nobody_waits_where_not_all_come(self):
-    # Fails if a collective comes to stand behind a branch that only some processes take: then all hang.
+    # Fails if a collective comes to stand behind a branch that only some processes take: then all
+    # hang.
     for path in sorted((ROOT / "synthneg_jax").rglob("*.py")):
       if path.name not in ("distributed.py",):
         self.assertEqual(waiting_behind(path.read_text()), [], path)
@@ -289,7 +341,10 @@ class WaitingTest(parameterized.TestCase):
   @parameterized.parameters(
     ("if distributed.first():\n  distributed.barrier()", ["barrier at 2"]),
     ("if distributed.first():\n  pass\nelse:\n  x = distributed.agree(1)", ["agree at 4"]),
-    ("def f():\n  if not distributed.first():\n    return {}\n  experiment.policy('sft')", ["policy at 4"]),
+    (
+      "def f():\n  if not distributed.first():\n    return {}\n  experiment.policy('sft')",
+      ["policy at 4"],
+    ),
     ("def f():\n  if distributed.mine(3):\n    with a:\n      loop.fit()", ["fit at 4"]),
     ("x = mesh_lib.whole(y) if jax.process_index() == 0 else None", ["whole at 1"]),
     ("if distributed.first():\n  write()\ndistributed.barrier()", []),

@@ -55,11 +55,13 @@ class StageTest(parameterized.TestCase):
     )
     self.assertIn("jax", written["versions"])
     self.assertEqual(
-      sorted(p.name for p in (self.workdir / "sample").iterdir()), ["begun.json", "manifest.json", "traces"]
+      sorted(p.name for p in (self.workdir / "sample").iterdir()),
+      ["begun.json", "manifest.json", "traces"],
     )
 
   def test_a_stage_that_has_made_nothing_takes_a_changed_config(self):
-    # Fails if a mistyped setting must be cleaned up by hand, or if logs of the abandoned start are mixed with new ones.
+    # Fails if a mistyped setting must be cleaned up by hand, or if logs of the abandoned start are
+    # mixed with new ones.
     folder = Stage(self.workdir, "sft", CONFIG).folder
     for name in ("metrics.jsonl", "events.out.tfevents.1"):
       (folder / name).write_text("of the first start")
@@ -72,7 +74,8 @@ class StageTest(parameterized.TestCase):
     return self.refused("sft", CONFIG)
 
   def test_what_version_1_made_is_refused(self):
-    # Fails if files of the earlier format are read as today's, as this stage's own or as its inputs.
+    # Fails if files of the earlier format are read as today's, as this stage's own or as its
+    # inputs.
     self.make()
     for name in ("begun.json", "manifest.json"):
       path = self.workdir / "sample" / name
@@ -86,18 +89,23 @@ class StageTest(parameterized.TestCase):
 
   @parameterized.parameters(True, False)
   def test_changed_config(self, finished):
-    # Fails if a changed, new or dropped leaf goes unseen, before the stage is done or after, or if the sentence does not
-    # name leaf, both values and the workdir.
+    # Fails if a changed, new or dropped leaf goes unseen, before the stage is done or after, or if
+    # the sentence does not name leaf, both values and the workdir.
     if finished:
       self.make()
     else:
       (Stage(self.workdir, "sample", CONFIG).folder / "traces").mkdir()
     message = self.refused("sample", {**CONFIG, "sample.num_traces": 16})
-    self.assertStartsWith(message, f"Stage sample in {self.workdir} was begun with sample.num_traces=8, now it is 16;")
+    self.assertStartsWith(
+      message, f"Stage sample in {self.workdir} was begun with sample.num_traces=8, now it is 16;"
+    )
     self.assertIn("--workdir", message)
     self.assertIn(str(self.workdir / "sample"), message)
     self.assertIn("extra=None, now it is 1", self.refused("sample", {**CONFIG, "extra": 1}))
-    self.assertIn("seed=0, now it is None", self.refused("sample", {k: v for k, v in CONFIG.items() if k != "seed"}))
+    self.assertIn(
+      "seed=0, now it is None",
+      self.refused("sample", {k: v for k, v in CONFIG.items() if k != "seed"}),
+    )
 
   def assertStartsWith(self, text, start):
     self.assertEqual(text[: len(start)], start)
@@ -111,7 +119,8 @@ class StageTest(parameterized.TestCase):
     )
 
   def test_changed_upstream(self):
-    # Fails if a stage goes on from another run of what it needs; it may where that was made again and came out equal.
+    # Fails if a stage goes on from another run of what it needs; it may where that was made again
+    # and came out equal.
     path = self.make()
     Stage(self.workdir, "credit", CONFIG, ["sample"]).finish({})
     self.make()
@@ -120,7 +129,8 @@ class StageTest(parameterized.TestCase):
       self.make(**change)
       message = self.refused("credit", CONFIG, ["sample"])
       self.assertStartsWith(
-        message, f"Stage credit in {self.workdir} was made from another run of stage sample; delete "
+        message,
+        f"Stage credit in {self.workdir} was made from another run of stage sample; delete ",
       )
       self.assertIn(str(self.workdir / "credit"), message)
     path.parent.parent.joinpath("begun.json").unlink()
@@ -128,7 +138,8 @@ class StageTest(parameterized.TestCase):
     self.assertIn("another run of stage sample", self.refused("credit", CONFIG, ["sample"]))
 
   def test_a_change_is_carried_on(self):
-    # Fails if a stage's identity does not hold its inputs': a stage two steps down would not see the change.
+    # Fails if a stage's identity does not hold its inputs': a stage two steps down would not see
+    # the change.
     self.make()
     Stage(self.workdir, "credit", CONFIG, ["sample"]).finish({})
     Stage(self.workdir, "dpo/step_dpo", CONFIG, ["credit"]).finish({})
@@ -136,7 +147,9 @@ class StageTest(parameterized.TestCase):
     for path in (self.workdir / "credit").iterdir():
       path.unlink()
     Stage(self.workdir, "credit", CONFIG, ["sample"]).finish({})
-    self.assertIn("made from another run of stage credit", self.refused("dpo/step_dpo", CONFIG, ["credit"]))
+    self.assertIn(
+      "made from another run of stage credit", self.refused("dpo/step_dpo", CONFIG, ["credit"])
+    )
 
   @parameterized.parameters("one\ntw", "one\nTwo\n", "one\ntwo\n\n", "")
   def test_cut_off_or_changed_file(self, text):
@@ -155,13 +168,16 @@ class StageTest(parameterized.TestCase):
     path.unlink()
     self.assertEqual(
       self.refused("credit", CONFIG, ["sample"]),
-      f"{path} is missing; delete {self.workdir / 'sample' / 'manifest.json'} to have stage sample made again.",
+      f"{path} is missing; delete {self.workdir / 'sample' / 'manifest.json'} to have stage sample "
+      "made again.",
     )
 
   def test_a_folder_that_cannot_be_written(self):
     # Fails if the operating system's error comes out as a traceback.
     (self.workdir / "sample").write_text("a file where the folder should be")
-    self.assertRegex(self.refused("sample", CONFIG), f"{self.workdir / 'sample'}.* cannot be written: .+")
+    self.assertRegex(
+      self.refused("sample", CONFIG), f"{self.workdir / 'sample'}.* cannot be written: .+"
+    )
 
   def test_write_json_leaves_nothing_half(self):
     # Fails if a reader can see half a file: a write that is cut off leaves the old one.
@@ -189,7 +205,8 @@ class GitCommitTest(absltest.TestCase):
       self.assertEqual(manifest.git_commit(), "")
 
   def test_of_this_project_alone(self):
-    # Fails if a package that is installed within another project's repository takes that project's commit for its own.
+    # Fails if a package that is installed within another project's repository takes that project's
+    # commit for its own.
     root = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e"]
     subprocess.run([*git, "init", "--quiet"], check=True)

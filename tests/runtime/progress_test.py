@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow  # starts processes
 ROOT = pathlib.Path(__file__).parents[2]
 WORK = (
   "import time\nfrom synthneg_jax.runtime.progress import Progress\n"
-  "with Progress('sft', 4, 'steps') as p:\n  for i in range(4):\n    time.sleep(0.15); p.update(1, loss=0.5)\n"
+  "with Progress('sft', 4, 'steps') as p:\n  for i in range(4):\n    time.sleep(0.15); p.update(1, "
+  "loss=0.5)\n"
 )
 
 
@@ -42,7 +43,8 @@ class ProgressTest(absltest.TestCase):
     self.assertEqual(lines, ["sft: 2/4 steps, 20 s, 20 s left, loss 0.25", "sft: 4/4 steps, 30 s"])
 
   def test_log_leaves_compilation_out_of_the_rest(self):
-    # Fails if the first update's time, most of it compilation, is taken for what each of the others will take.
+    # Fails if the first update's time, most of it compilation, is taken for what each of the others
+    # will take.
     clock = iter([100.0, 130.0, 150.0, 151.0, 151.0])
     with (
       mock.patch.object(progress.time, "monotonic", lambda: next(clock)),
@@ -55,14 +57,17 @@ class ProgressTest(absltest.TestCase):
         bar.update(81)
     lines = [call.args[0] % call.args[1:] for call in said.call_args_list]
     self.assertEqual(
-      lines, ["sft: 1/122 steps, 30 s", "sft: 41/122 steps, 50 s, 40 s left", "sft: 122/122 steps, 51 s"]
+      lines,
+      ["sft: 1/122 steps, 30 s", "sft: 41/122 steps, 50 s, 40 s left", "sft: 122/122 steps, 51 s"],
     )
 
   def test_terminal(self):
     # Fails if a terminal gets no bar, or one without the time that remains.
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
-    with subprocess.Popen([sys.executable, "-c", WORK], cwd=ROOT, stderr=theirs, stdout=subprocess.DEVNULL):
+    with subprocess.Popen(
+      [sys.executable, "-c", WORK], cwd=ROOT, stderr=theirs, stdout=subprocess.DEVNULL
+    ):
       os.close(theirs)
       text = b""
       with contextlib.suppress(OSError):  # the program has ended
@@ -72,12 +77,15 @@ class ProgressTest(absltest.TestCase):
     self.assertRegex(text.decode(), r"sft: +50%.*2/4 \[00:00<00:00.*loss=0.5")
 
   def test_notebook(self):
-    # Fails if a kernel, whose stderr is no terminal, is taken for a log: absl's lines are not shown there.
+    # Fails if a kernel, whose stderr is no terminal, is taken for a log: absl's lines are not shown
+    # there.
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(ROOT))
     said = []
     try:
       client.execute_interactive(
-        WORK, timeout=60, output_hook=lambda message: said.append(message["content"].get("text", ""))
+        WORK,
+        timeout=60,
+        output_hook=lambda message: said.append(message["content"].get("text", "")),
       )
     finally:
       client.stop_channels()
@@ -86,7 +94,10 @@ class ProgressTest(absltest.TestCase):
 
   def test_other_processes_are_silent(self):
     # Fails if each process of a pod draws a bar.
-    with mock.patch.object(distributed, "first", lambda: False), mock.patch.object(sys.stderr, "isatty", lambda: True):
+    with (
+      mock.patch.object(distributed, "first", lambda: False),
+      mock.patch.object(sys.stderr, "isatty", lambda: True),
+    ):
       self.assertIsNone(progress._bar("sft", 4, "steps"))
 
 

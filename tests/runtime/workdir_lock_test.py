@@ -1,4 +1,6 @@
-"""One run at a time in a workdir: by flock, by a lease with a fake clock, in a bucket over HTTP, and two real pipelines."""
+"""One run at a time in a workdir: by flock, by a lease with a fake clock, in a bucket over HTTP,
+and two real pipelines.
+"""
 
 import errno
 import fcntl
@@ -25,7 +27,10 @@ from tests import gcs_server
 
 ROOT = pathlib.Path(__file__).parents[2]
 CACHE = ROOT / "build" / "test_xla_cache"
-HELD = r"held by another run, process {} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC; wait until it ends, or take"
+HELD = (
+  r"held by another run, process {} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC; wait "
+  r"until it ends, or take"
+)
 
 
 def workdir() -> pathlib.Path:
@@ -34,15 +39,21 @@ def workdir() -> pathlib.Path:
 
 class HoldTest(parameterized.TestCase):
   def test_one_holder_at_a_time(self):
-    # Fails if two may hold a folder, if the sentence does not name the holder, or if a hold outlives its body.
+    # Fails if two may hold a folder, if the sentence does not name the holder, or if a hold
+    # outlives its body.
     folder = workdir()
     with self.assertRaisesRegex(RuntimeError, "stop"), workdir_lock.hold(folder):
       with self.assertRaisesRegex(UserError, HELD.format(os.getpid())), workdir_lock.hold(folder):
         self.fail("held twice")
-      with workdir_lock.claim(folder) as holder, workdir_lock.claim(folder.with_name("other")) as nobody:
+      with (
+        workdir_lock.claim(folder) as holder,
+        workdir_lock.claim(folder.with_name("other")) as nobody,
+      ):
         self.assertRegex(holder, rf"^process {os.getpid()} on \S+ since ")
         self.assertEqual(nobody, "")
-      with workdir_lock.claim(folder) as holder:  # the claim that failed took nothing from the holder
+      with workdir_lock.claim(
+        folder
+      ) as holder:  # the claim that failed took nothing from the holder
         self.assertNotEmpty(holder)
       raise RuntimeError("stop")
     with workdir_lock.hold(folder):
@@ -71,11 +82,16 @@ class HoldTest(parameterized.TestCase):
     with self.assertRaisesRegex(UserError, "cannot be written"), workdir_lock.hold(path / "run"):
       pass
 
-  @parameterized.parameters("pretrain", "synthesize", "sample", "dpo/step_dpo", "export", "report", "traces")
+  @parameterized.parameters(
+    "pretrain", "synthesize", "sample", "dpo/step_dpo", "export", "report", "traces"
+  )
   def test_commands(self, name):
-    # Fails if a command that writes records works where another run does, or one that only draws is refused.
+    # Fails if a command that writes records works where another run does, or one that only draws is
+    # refused.
     folder, calls = workdir(), []
-    do = lambda: stages.run(arithmetic.get_config("smoke"), str(folder), [name], {name: calls.append})
+    do = lambda: stages.run(
+      arithmetic.get_config("smoke"), str(folder), [name], {name: calls.append}
+    )
     with workdir_lock.hold(folder):
       if name in ("report", "traces"):
         do()
@@ -110,7 +126,8 @@ class LeaseTest(absltest.TestCase):
     return workdir_lock.Lease(store or self.store, end, lambda: self.clock.now, self.clock.sleep)
 
   def test_a_lease_that_is_renewed_is_held(self):
-    # Fails if a living holder is taken for dead, or is seen to live only when its time is nearly up.
+    # Fails if a living holder is taken for dead, or is seen to live only when its time is nearly
+    # up.
     holder, other = self.lease(), self.lease()
     self.assertIsNone(holder.acquire())
     beats = iter(range(1000))
@@ -125,7 +142,8 @@ class LeaseTest(absltest.TestCase):
     self.assertEmpty(self.ends)
 
   def test_the_lease_of_a_dead_holder_runs_out(self):
-    # Fails if a dead holder keeps the workdir, is outlived too early, or goes on after it was taken for dead.
+    # Fails if a dead holder keeps the workdir, is outlived too early, or goes on after it was taken
+    # for dead.
     holder, other = self.lease(), self.lease()
     self.assertIsNone(holder.acquire())
     self.clock.now += workdir_lock.LEASE_S
@@ -135,12 +153,16 @@ class LeaseTest(absltest.TestCase):
     holder.renew()
     ((status, sentence),) = self.ends
     self.assertEqual(status, 1)
-    self.assertRegex(sentence, rf"another run took over the workdir, process {os.getpid()} on .* not renewed its lease")
+    self.assertRegex(
+      sentence,
+      rf"another run took over the workdir, process {os.getpid()} on .* not renewed its lease",
+    )
     other.renew()
     self.assertLen(self.ends, 1)
 
   def test_a_run_waits_for_the_lease_of_one_that_died_just_now(self):
-    # Fails if a job that is queued again is refused because its predecessor died moments ago, whatever its clock said.
+    # Fails if a job that is queued again is refused because its predecessor died moments ago,
+    # whatever its clock said.
     for skew in (0.0, 3600.0):
       holder, other = self.lease(), self.lease()
       self.clock.now += skew
@@ -158,14 +180,18 @@ class LeaseTest(absltest.TestCase):
     reads = [lease._read() for lease in leases]
     for lease, read in zip(leases, reads, strict=True):  # all see no lease before any writes one
       later = iter([read])
-      lease._read = lambda later=later, own=lease: next(later, None) or workdir_lock.Lease._read(own)
+      lease._read = lambda later=later, own=lease: (
+        next(later, None) or workdir_lock.Lease._read(own)
+      )
     self.assertEqual([lease.acquire() for lease in leases].count(None), 1)
 
   def test_a_reply_that_was_lost(self):
     # Fails if a holder takes its own write, which arrived twice, for another's.
     lease = self.lease()
     self.assertIsNone(lease.acquire())
-    self.store.write(lease.KEY, self.store.read(lease.KEY).result().value).result()  # another generation
+    self.store.write(
+      lease.KEY, self.store.read(lease.KEY).result().value
+    ).result()  # another generation
     lease.renew()
     lease.renew()
     self.assertEmpty(self.ends)
@@ -228,8 +254,9 @@ class ProcessesTest(absltest.TestCase):
     self.assertEqual(self.holder(folder, 0).stdout.readline(), "held\n")
 
   def test_a_bucket(self):
-    # Fails if the lease is written without its precondition, is not renewed, or does not run out; if a holder that was
-    # stopped goes on beside the one that took over; or if the lease is not given back.
+    # Fails if the lease is written without its precondition, is not renewed, or does not run out;
+    # if a holder that was stopped goes on beside the one that took over; or if the lease is not
+    # given back.
     server = gcs_server.Server()
     self.addCleanup(server.close)
     env, folder = server.environment(), "gs://bucket/run"
@@ -242,7 +269,9 @@ class ProcessesTest(absltest.TestCase):
     first.send_signal(signal.SIGCONT)
     _, stderr = first.communicate(timeout=30)
     self.assertEqual(first.returncode, 1)
-    self.assertIn(f"another run took over the workdir, process {second.pid} on", stderr.strip().splitlines()[-1])
+    self.assertIn(
+      f"another run took over the workdir, process {second.pid} on", stderr.strip().splitlines()[-1]
+    )
     self.assertEqual(second.wait(timeout=30), 0)
     self.assertGreaterEqual(server.refused, 1)
     self.assertNotIn("run/run.lease", server.objects)
@@ -253,25 +282,45 @@ class PipelinesTest(absltest.TestCase):
   """The embedded pipeline, started twice in one workdir."""
 
   def start(self, folder, stages: str = "synthesize,sft,sample") -> subprocess.Popen:
-    command = [sys.executable, "launch/pipeline.py", "--config=configs/arithmetic.py:smoke", f"--workdir={folder}"]
-    command += [f"--stages={stages}", f"--compilation_cache={CACHE}", "--config.task.train_problems=16"]
+    command = [
+      sys.executable,
+      "launch/pipeline.py",
+      "--config=configs/arithmetic.py:smoke",
+      f"--workdir={folder}",
+    ]
+    command += [
+      f"--stages={stages}",
+      f"--compilation_cache={CACHE}",
+      "--config.task.train_problems=16",
+    ]
     command += ["--config.sft.batch_size=4", "--config.sft.max_steps=4"]
-    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
+      "JAX_PLATFORMS": "cpu"
+    }
+    process = subprocess.Popen(
+      command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     self.addCleanup(process.kill)
     return process
 
   def assert_undamaged(self, folder, **counts: int):
     """Every record of these stages stands once, and every update of SFT."""
     for name, count in {"synthesize/train": 16, **counts}.items():
-      rows = [json.loads(line) for path in (folder / name).glob("*.jsonl") for line in path.read_text().splitlines()]
+      rows = [
+        json.loads(line)
+        for path in (folder / name).glob("*.jsonl")
+        for line in path.read_text().splitlines()
+      ]
       self.assertLen({row["id"] for row in rows}, len(rows))
       self.assertLen(rows, count)
-    steps = [json.loads(line)["step"] for line in (folder / "sft/metrics.jsonl").read_text().splitlines()]
+    steps = [
+      json.loads(line)["step"] for line in (folder / "sft/metrics.jsonl").read_text().splitlines()
+    ]
     self.assertEqual(steps, [0, 1, 2, 3])
 
   def test_a_command_given_twice(self):
-    # Fails if both work, if neither does, or if the second leaves a trace in the first one's records.
+    # Fails if both work, if neither does, or if the second leaves a trace in the first one's
+    # records.
     folder, offset = workdir(), random.uniform(0.0, 2.0)
     first = self.start(folder)
     time.sleep(offset)
@@ -279,7 +328,9 @@ class PipelinesTest(absltest.TestCase):
     stderr = {process: process.communicate(timeout=200)[1] for process in (first, second)}
     self.assertEqual(sorted(process.returncode for process in stderr), [0, 1], (offset, stderr))
     winner, loser = sorted(stderr, key=lambda process: process.returncode)
-    self.assertRegex(stderr[loser].strip().splitlines()[-1], "pipeline.py: .* is " + HELD.format(winner.pid))
+    self.assertRegex(
+      stderr[loser].strip().splitlines()[-1], "pipeline.py: .* is " + HELD.format(winner.pid)
+    )
     self.assertNotIn("Traceback", stderr[loser])
     self.assert_undamaged(folder, **{"sample/traces": 48})
 

@@ -10,7 +10,15 @@ from synthneg_jax.runtime import config_schema
 from synthneg_jax.tasks import arithmetic, problems
 
 PUZZLE = arithmetic.Puzzle(
-  {"A": 3, "B": 4, "C": ("A", "+", "B"), "D": ("C", "*", "A"), "E": ("B", "-", "A"), "F": ("D", "-", "C")}, "F"
+  {
+    "A": 3,
+    "B": 4,
+    "C": ("A", "+", "B"),
+    "D": ("C", "*", "A"),
+    "E": ("B", "-", "A"),
+    "F": ("D", "-", "C"),
+  },
+  "F",
 )
 
 
@@ -29,7 +37,9 @@ def evaluate(text: str) -> int:
     if len(parts) == 1:
       return int(parts)
     left, right = value(parts[0]), value(parts[2])
-    return (left + right if parts[1] == "+" else left - right if parts[1] == "-" else left * right) % 10
+    return (
+      left + right if parts[1] == "+" else left - right if parts[1] == "-" else left * right
+    ) % 10
 
   return value(query)
 
@@ -69,7 +79,9 @@ class ArithmeticTest(parameterized.TestCase):
         self.assertEqual(operator, "+")
         self.assertNoCommonElements({left, right}, silent)
       leaps += len(silent)
-      places += sum(puzzle.definitions[name][1] == "+" for name in puzzle.needed(puzzle.query) - {puzzle.query})
+      places += sum(
+        puzzle.definitions[name][1] == "+" for name in puzzle.needed(puzzle.query) - {puzzle.query}
+      )
     self.assertBetween(leaps / places, 0.4, 0.5)
 
   @parameterized.parameters(
@@ -108,7 +120,9 @@ class ArithmeticTest(parameterized.TestCase):
     self.assertEqual(few, many[:5])
     self.assertNotEqual(few, problems.load(task, 4, "train", 5))
     self.assertEqual(problems.load(task, 3, "test", 5), problems.load(task, 4, "test", 5))
-    self.assertNoCommonElements([p.prompt for p in many], [p.prompt for p in problems.load(task, 3, "test", 9)])
+    self.assertNoCommonElements(
+      [p.prompt for p in many], [p.prompt for p in problems.load(task, 3, "test", 9)]
+    )
 
 
 if __name__ == "__main__":

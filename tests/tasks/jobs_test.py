@@ -1,4 +1,6 @@
-"""Jobs with deadlines: the text, the teacher, what can still come out right (by brute force), and the tokenizer."""
+"""Jobs with deadlines: the text, the teacher, what can still come out right (by brute force), and
+the tokenizer.
+"""
 
 import itertools
 
@@ -37,7 +39,11 @@ class JobsTest(parameterized.TestCase):
       rest = [name for name in puzzle.jobs if name not in done]
       clock = sum(puzzle.jobs[name].hours for name in done)
       late = jobs.Puzzle(
-        {name: jobs.Job(job.hours, job.deadline - clock, job.pay) for name, job in puzzle.jobs.items() if name in rest}
+        {
+          name: jobs.Job(job.hours, job.deadline - clock, job.pay)
+          for name, job in puzzle.jobs.items()
+          if name in rest
+        }
       )
       brute = any(on_time(late, order) for order in itertools.permutations(rest))
       self.assertEqual(puzzle.can_be_paid(set(done)), brute)
@@ -106,7 +112,8 @@ class JobsTest(parameterized.TestCase):
       order = [str(name) for name in rng.permutation(list(puzzle.jobs))]
       lost = [
         not any(
-          on_time(puzzle, [*order[:k], *rest]) for rest in itertools.permutations(set(puzzle.jobs) - set(order[:k]))
+          on_time(puzzle, [*order[:k], *rest])
+          for rest in itertools.permutations(set(puzzle.jobs) - set(order[:k]))
         )
         for k in range(1, len(order) + 1)
       ]
@@ -123,7 +130,11 @@ class JobsTest(parameterized.TestCase):
     whole = [line[:-1] for line in PUZZLE.lines("BAC")]
     self.assertTrue(jobs.is_open(PUZZLE, whole[:1]))
     self.assertTrue(jobs.is_open(PUZZLE, [*whole, " #### 10"]))
-    for lines in ([*whole[:2], " #### 9"], [*whole, " #### 9"], [line[:-1] for line in PUZZLE.lines("C")]):
+    for lines in (
+      [*whole[:2], " #### 9"],
+      [*whole, " #### 9"],
+      [line[:-1] for line in PUZZLE.lines("C")],
+    ):
       self.assertFalse(jobs.is_open(PUZZLE, lines))
 
   def test_settings_that_no_problem_has_are_refused(self):
@@ -145,8 +156,13 @@ class GeneratedTest(parameterized.TestCase):
     c.task.name, c.pretrain.num_problems = name, 100
     tokenizer = generated.TASKS[name].tokenizer(c.task)
     pad = tokenizer.token_to_id(generated.PAD)
-    self.assertEqual(tokenizer.decode([tokenizer.token_to_id(generated.EOS)], skip_special_tokens=False), generated.EOS)
-    for problem in generated.load(c.task, 0, "train", 100) + generated.pretraining(c.task, c.pretrain, 0):
+    self.assertEqual(
+      tokenizer.decode([tokenizer.token_to_id(generated.EOS)], skip_special_tokens=False),
+      generated.EOS,
+    )
+    for problem in generated.load(c.task, 0, "train", 100) + generated.pretraining(
+      c.task, c.pretrain, 0
+    ):
       text = problem.prompt + problem.solution
       ids = tokenizer.encode(text).ids
       self.assertNotIn(pad, ids)
@@ -154,7 +170,8 @@ class GeneratedTest(parameterized.TestCase):
 
   @parameterized.parameters(*generated.TASKS)
   def test_splits(self, name):
-    # Fails if fewer problems are not among more, a seed changes the test split, or test_start does not move it.
+    # Fails if fewer problems are not among more, a seed changes the test split, or test_start does
+    # not move it.
     task = config_schema.default().task
     task.name = name
     few, more = (generated.load(task, 3, "train", count) for count in (5, 9))
@@ -162,20 +179,27 @@ class GeneratedTest(parameterized.TestCase):
     self.assertNotEqual(few, generated.load(task, 4, "train", 5))
     test = generated.load(task, 3, "test", 9)
     self.assertEqual(test, generated.load(task, 4, "test", 9))
-    self.assertNoCommonElements({problem.prompt for problem in test}, {problem.prompt for problem in more})
+    self.assertNoCommonElements(
+      {problem.prompt for problem in test}, {problem.prompt for problem in more}
+    )
     task.test_start = 4
     self.assertEqual(generated.load(task, 0, "test", 5), test[4:])
 
   @parameterized.parameters("arithmetic", "jobs")
   def test_documents(self, name):
-    # Fails if the base model reads solutions of problems as long as those that it is to learn, or no wandering.
+    # Fails if the base model reads solutions of problems as long as those that it is to learn, or
+    # no wandering.
     c = config_schema.default()
     c.task.name, c.pretrain.num_problems = name, 300
     documents = generated.pretraining(c.task, c.pretrain, 0)
     answered = [each for each in documents if "####" in each.solution]
     self.assertBetween(len(answered), 100, 200)
-    self.assertLessEqual(max(each.solution.count("\n") for each in answered), c.pretrain.max_answered_ops)
-    self.assertGreater(max(each.solution.count("\n") for each in documents), c.pretrain.max_answered_ops)
+    self.assertLessEqual(
+      max(each.solution.count("\n") for each in answered), c.pretrain.max_answered_ops
+    )
+    self.assertGreater(
+      max(each.solution.count("\n") for each in documents), c.pretrain.max_answered_ops
+    )
 
 
 if __name__ == "__main__":

@@ -39,14 +39,17 @@ class ProblemsTest(parameterized.TestCase):
   def _file(self, texts, name="train.jsonl", **more):
     path = self.folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"problem": p, "answer": "5", **more}) + "\n" for p in texts))
+    path.write_text(
+      "".join(json.dumps({"problem": p, "answer": "5", **more}) + "\n" for p in texts)
+    )
     return path
 
   def _chosen(self, seed=0, **leaves):
     return problems.choose(task(**{"name": "jsonl", "path": str(self.folder), **leaves}), seed)
 
-  # Fails if a larger subset is not the smaller one and more, in order; if a seed has the order of another; if the order
-  # hangs on the file's, or on rows that are not among the first; or if the test problems change with the seed.
+  # Fails if a larger subset is not the smaller one and more, in order; if a seed has the order of
+  # another; if the order hangs on the file's, or on rows that are not among the first; or if the
+  # test problems change with the seed.
   def test_nested_under_one_seed(self):
     texts = [text(i) for i in range(200)]
     self._file(texts)
@@ -63,10 +66,13 @@ class ProblemsTest(parameterized.TestCase):
     self.assertEqual(again[:60], large.train[:60])
     self.assertEqual(again[60:159], large.train[61:])
 
-  # Fails if an overlap with a test problem beyond the first test_problems, or with one of decontaminate_against, passes; if the
-  # count shrinks by it; if the report does not say which; or if decontaminate_ngram=0 looks for overlaps all the same.
+  # Fails if an overlap with a test problem beyond the first test_problems, or with one of
+  # decontaminate_against, passes; if the count shrinks by it; if the report does not say which; or
+  # if decontaminate_ngram=0 looks for overlaps all the same.
   def test_overlaps_go_before_the_count_is_taken(self):
-    leaked = [text(i) + f" and {text(1000 + i)}" for i in range(30)] + ["more " + text(2000) + " still"]
+    leaked = [text(i) + f" and {text(1000 + i)}" for i in range(30)] + [
+      "more " + text(2000) + " still"
+    ]
     self._file([*leaked, *(text(100 + i) for i in range(50))])
     self._file([text(1000 + i) for i in range(30)], "test.jsonl")
     other = self._file([text(2000)], "elsewhere.jsonl", id="that")
@@ -74,15 +80,20 @@ class ProblemsTest(parameterized.TestCase):
     self.assertLen(chosen.train, 50)
     self.assertFalse({p.prompt for p in chosen.train} & set(leaked))
     self.assertEqual(chosen.figures, {
-      "dropped_as_test": 31, "skipped_rows": 0, "duplicates": 0, "gold_disagreements": 0, "test_gold_disagreements": 0,
+      "dropped_as_test": 31, "skipped_rows": 0, "duplicates": 0, "gold_disagreements": 0,
+      "test_gold_disagreements": 0,
       "unreadable_solutions": 0,
     })  # fmt: skip
     last = [line for line in chosen.report if line["overlaps"] == "that"]
     self.assertLen(chosen.report, 31)
     self.assertEqual((last[0]["words"], last[0]["share"]), (" ".join(text(2000).split()[:13]), 0.8))
-    with self.assertRaisesRegex(errors.UserError, "has 50 problems .31 more overlap.*train_problems=51 asks for more"):
+    with self.assertRaisesRegex(
+      errors.UserError, "has 50 problems .31 more overlap.*train_problems=51 asks for more"
+    ):
       self._chosen(train_problems=51, test_problems=2, decontaminate_against=(str(other),))
-    self.assertLen(self._chosen(train_problems=81, test_problems=2, decontaminate_ngram=0).train, 81)
+    self.assertLen(
+      self._chosen(train_problems=81, test_problems=2, decontaminate_ngram=0).train, 81
+    )
 
   # Fails if a training problem that is a test problem passes where overlaps are not looked for.
   def test_equal_problems_always_go(self):
@@ -102,24 +113,40 @@ class ProblemsTest(parameterized.TestCase):
     self.assertEqual(chosen.figures["skipped_rows"], 1)
     self.assertStartsWith(chosen.report[0]["skipped"], f"{path}, line 3: ")
 
-  # Fails if a gold answer that no response can be held against is found hours later, in the first verdict.
+  # Fails if a gold answer that no response can be held against is found hours later, in the first
+  # verdict.
   @pytest.mark.slow  # grades in worker processes
   def test_answers_that_are_no_numbers(self):
     path = self._file([text(0), text(1)])
-    path.write_text(path.read_text() + json.dumps({"problem": text(2), "answer": "\\sqrt{2}", "id": "half"}) + "\n")
+    path.write_text(
+      path.read_text()
+      + json.dumps({"problem": text(2), "answer": "\\sqrt{2}", "id": "half"})
+      + "\n"
+    )
     self._file([text(5)], "test.jsonl")
-    with self.assertRaisesRegex(errors.UserError, "^half: .*sqrt.* is not a number .*task.answers=math"):
+    with self.assertRaisesRegex(
+      errors.UserError, "^half: .*sqrt.* is not a number .*task.answers=math"
+    ):
       self._chosen(train_problems=3, test_problems=1)
     self.assertLen(self._chosen(train_problems=3, test_problems=1, answers="math").train, 3)
     chosen = self._chosen(train_problems=2, test_problems=1, skip_bad_rows=True)
-    self.assertEqual((chosen.figures["skipped_rows"], chosen.report[0]["skipped"][:5]), (1, "half:"))
-    path.write_text(path.read_text() + json.dumps({"problem": text(3), "answer": "1+" * 3000, "id": "long"}) + "\n")
+    self.assertEqual(
+      (chosen.figures["skipped_rows"], chosen.report[0]["skipped"][:5]), (1, "half:")
+    )
+    path.write_text(
+      path.read_text()
+      + json.dumps({"problem": text(3), "answer": "1+" * 3000, "id": "long"})
+      + "\n"
+    )
     with self.assertRaisesRegex(errors.UserError, "^long: The gold answer .*--skip_bad_rows"):
       self._chosen(train_problems=3, test_problems=1, answers="math")
-    self.assertLen(self._chosen(train_problems=3, test_problems=1, answers="math", skip_bad_rows=True).train, 3)
+    self.assertLen(
+      self._chosen(train_problems=3, test_problems=1, answers="math", skip_bad_rows=True).train, 3
+    )
 
-  # Fails if a row whose solution states another answer than its gold is trained on unless that is asked for, one that states
-  # none is dropped, test problems change, or the report, the figures or the order of the others are wrong.
+  # Fails if a row whose solution states another answer than its gold is trained on unless that is
+  # asked for, one that states none is dropped, test problems change, or the report, the figures or
+  # the order of the others are wrong.
   @parameterized.parameters("drop", "keep")
   def test_gold_disagreements(self, choice):
     self._file([text(i) for i in range(20)], solution="It is 5.\n#### 5")
@@ -146,18 +173,25 @@ class ProblemsTest(parameterized.TestCase):
       at_fault[wrong.id],
       {"id": wrong.id, "gold": "5", "states": "6", "reason": "wrong", "left_out": choice == "drop"},
     )
-    self.assertEqual((at_fault[silent.id]["reason"], at_fault[silent.id]["left_out"]), ("no_answer", False))
+    self.assertEqual(
+      (at_fault[silent.id]["reason"], at_fault[silent.id]["left_out"]), ("no_answer", False)
+    )
     self.assertEqual({at_fault[p.id]["left_out"] for p in chosen.test}, {False})
     self.assertEqual(
-      problems.load(task(name="jsonl", path=str(self.folder), gold_disagreements=choice), 0, "train", 10), chosen.train
+      problems.load(
+        task(name="jsonl", path=str(self.folder), gold_disagreements=choice), 0, "train", 10
+      ),
+      chosen.train,
     )
     if choice == "drop":
       with self.assertRaisesRegex(
-        errors.UserError, "has 19 problems .0 more overlap test problems, 1 more state another answer.*=20 asks"
+        errors.UserError,
+        "has 19 problems .0 more overlap test problems, 1 more state another answer.*=20 asks",
       ):
         self._chosen(train_problems=20, test_problems=2)
 
-  # Fails if the real GSM8K loses a row, has one whose solution states another answer, or is slow to check.
+  # Fails if the real GSM8K loses a row, has one whose solution states another answer, or is slow to
+  # check.
   def test_golds_of_gsm8k(self):
     if not os.environ.get("SYNTHNEG_DATA_DIR"):
       self.skipTest("SYNTHNEG_DATA_DIR is not set")
@@ -169,7 +203,9 @@ class ProblemsTest(parameterized.TestCase):
 
   # Fails if a D_syn that a run wrote comes back changed, or under other ids.
   def test_written_d_syn(self):
-    made = [Problem(f"mine/{i}", text(i), f"s{i}\n#### 5" if i else "", "5", "teacher") for i in range(5)]
+    made = [
+      Problem(f"mine/{i}", text(i), f"s{i}\n#### 5" if i else "", "5", "teacher") for i in range(5)
+    ]
     Shards(self.folder / "synthesize" / "train", Problem).write(made[:3])
     Shards(self.folder / "synthesize" / "train", Problem).write(made[3:4])
     Shards(self.folder / "synthesize" / "test", Problem).write(made[4:])
@@ -179,23 +215,34 @@ class ProblemsTest(parameterized.TestCase):
     self.assertEqual(list(map(fields, chosen.test)), list(map(fields, made[4:])))
     self.assertEqual(chosen.train[0].source, "jsonl/train")
 
-  # Fails if test problems of another format, MATH-500's, are not taken, or the path's own are taken beside them.
+  # Fails if test problems of another format, MATH-500's, are not taken, or the path's own are taken
+  # beside them.
   def test_test_path(self):
     self._file([text(0)])
     self._file([text(9)], "test.jsonl")
-    path = self._file([text(3)], "500.jsonl", unique_id="test/algebra/3.json", level=2, subject="Algebra")
+    path = self._file(
+      [text(3)], "500.jsonl", unique_id="test/algebra/3.json", level=2, subject="Algebra"
+    )
     chosen = self._chosen(train_problems=1, test_problems=1, test_path=str(path))
-    self.assertEqual([(p.id, p.source) for p in chosen.test], [("math/test/algebra/3", "jsonl/test/algebra/level 2")])
+    self.assertEqual(
+      [(p.id, p.source) for p in chosen.test],
+      [("math/test/algebra/3", "jsonl/test/algebra/level 2")],
+    )
 
   # Fails if task.fields does not reach the files, or test files in another form need it.
   def test_fields(self):
     self._file([text(0)])
-    (self.folder / "mine.jsonl").write_text(json.dumps({"q": text(3), "a": {"gold": 7}, "answer": "6"}))
+    (self.folder / "mine.jsonl").write_text(
+      json.dumps({"q": text(3), "a": {"gold": 7}, "answer": "6"})
+    )
     chosen = self._chosen(
       path=str(self.folder / "mine.jsonl"), test_path=str(self.folder / "train.jsonl"),
       fields="problem=q,answer=a.gold", train_problems=1, test_problems=1,
     )  # fmt: skip
-    self.assertEqual([(p.prompt, p.answer) for p in (*chosen.train, *chosen.test)], [(text(3), "7"), (text(0), "5")])
+    self.assertEqual(
+      [(p.prompt, p.answer) for p in (*chosen.train, *chosen.test)],
+      [(text(3), "7"), (text(0), "5")],
+    )
 
   # Fails if GSM8K in SYNTHNEG_DATA_DIR is not found, or a path is overruled by it.
   def test_where_gsm8k_is_looked_for(self):
@@ -205,10 +252,13 @@ class ProblemsTest(parameterized.TestCase):
       self.assertEqual({p.source for p in chosen.train}, {"gsm8k/train"})
       self._file([text(0)])
       self._file([text(1)], "test.jsonl")
-      other = problems.choose(task(name="gsm8k", path=str(self.folder), train_problems=1, test_problems=1), 0)
+      other = problems.choose(
+        task(name="gsm8k", path=str(self.folder), train_problems=1, test_problems=1), 0
+      )
       self.assertEqual(other.train[0].prompt, text(0))
 
-  # Fails if nothing, or a file of training problems, is taken for a test set, or the sentence does not say what to give.
+  # Fails if nothing, or a file of training problems, is taken for a test set, or the sentence does
+  # not say what to give.
   @parameterized.parameters(
     ({"name": "jsonl", "path": ""}, "task.path is empty"),
     ({"name": "math", "path": ""}, "task.path is empty.*SYNTHNEG_DATA_DIR"),

@@ -1,4 +1,6 @@
-"""Problems of reasoning-gym: splits, parameters, solutions, and verdicts by scorers that evaluate no text."""
+"""Problems of reasoning-gym: splits, parameters, solutions, and verdicts by scorers that evaluate
+no text.
+"""
 
 import inspect
 import os
@@ -37,8 +39,12 @@ def is_longer(response: str, problem: Problem) -> bool:
 class ReasoningTest(parameterized.TestCase):
   @parameterized.parameters("gsm_symbolic", "chain_sum", "word_sorting", "letter_counting")
   def test_no_question_is_in_two_splits(self, name):
-    # Fails if splits or seeds share indices, few problems are not among more, or a seed changes the test split.
-    chosen = {seed: problems.choose(task(name, train_problems=40, test_problems=40), seed) for seed in (0, 1)}
+    # Fails if splits or seeds share indices, few problems are not among more, or a seed changes the
+    # test split.
+    chosen = {
+      seed: problems.choose(task(name, train_problems=40, test_problems=40), seed)
+      for seed in (0, 1)
+    }
     few = problems.choose(task(name, train_problems=30, test_problems=10, fresh_problems=10), 0)
     self.assertEqual(few.sft + few.train, chosen[0].train)
     self.assertEqual(few.test, chosen[0].test[:10])
@@ -66,7 +72,9 @@ class ReasoningTest(parameterized.TestCase):
     # Fails if a term is added that is to be subtracted.
     for problem in reasoning.load(task("chain_sum", "min_terms=3, max_terms=5"), 0, "train", 20):
       for line in problem.solution.splitlines()[:-1]:
-        first, operator, second, result = re.fullmatch(r"(-?\d+) ([-+]) (-?\d+) = (-?\d+)", line).groups()
+        first, operator, second, result = re.fullmatch(
+          r"(-?\d+) ([-+]) (-?\d+) = (-?\d+)", line
+        ).groups()
         signed = int(second) if operator == "+" else -int(second)
         self.assertEqual(int(first) + signed, int(result))
 
@@ -74,7 +82,9 @@ class ReasoningTest(parameterized.TestCase):
     # Fails if problems of one template cannot be told from others'.
     sources = {problem.source for problem in reasoning.load(task("gsm_symbolic"), 0, "train", 20)}
     self.assertGreater(len(sources), 5)
-    self.assertTrue(all(re.fullmatch(r"reasoning_gym/train/gsm_symbolic/\d+", source) for source in sources))
+    self.assertTrue(
+      all(re.fullmatch(r"reasoning_gym/train/gsm_symbolic/\d+", source) for source in sources)
+    )
 
   @parameterized.parameters(
     ("chain_sums", "", "no such dataset; did you mean chain_sum"),
@@ -100,22 +110,34 @@ class ReasoningTest(parameterized.TestCase):
 
   def test_params_are_literals(self):
     # Fails if the leaf's text is evaluated.
-    self.assertEqual(config_schema.literals("a=1, b=('+', '-'), c=True"), {"a": 1, "b": ("+", "-"), "c": True})
+    self.assertEqual(
+      config_schema.literals("a=1, b=('+', '-'), c=True"), {"a": 1, "b": ("+", "-"), "c": True}
+    )
     for text in ("a=f()", "1, 2", "a", "**{'a': 1}", "a=1) + g("):
       with self.assertRaisesRegex(UserError, "names with literals"):
         config_schema.literals(text)
 
   def test_reviewed_scorers_evaluate_no_text(self):
-    # Fails if a listed scorer runs code that an answer holds, calls it right, or has been changed so that it might.
+    # Fails if a listed scorer runs code that an answer holds, calls it right, or has been changed
+    # so that it might.
     marker = pathlib.Path(tempfile.mkdtemp()) / "evaluated"
     write = f"__import__('pathlib').Path({str(marker)!r}).touch()"
-    hostile = (write, f"[{write}]", f"[[{write}]]", f"{{'a': {write}}}", f"({write}, 1)", f"1 if {write} else 2")
+    hostile = (
+      write,
+      f"[{write}]",
+      f"[[{write}]]",
+      f"{{'a': {write}}}",
+      f"({write}, 1)",
+      f"1 if {write} else 2",
+    )
     self.assertContainsSubset(reasoning.REVIEWED, DATASETS)
     self.assertContainsSubset(reasoning.REFUSED, DATASETS)
     self.assertEmpty(reasoning.REVIEWED & reasoning.REFUSED.keys())
     for name in sorted(reasoning.REVIEWED):
       kind, config_kind = DATASETS[name]
-      self.assertNotRegex(inspect.getsource(kind.score_answer), r"\b(eval|exec|parse_expr|sympify|compile)\(", name)
+      self.assertNotRegex(
+        inspect.getsource(kind.score_answer), r"\b(eval|exec|parse_expr|sympify|compile)\(", name
+      )
       section = task(name)
       of_name = kind(config_kind(seed=0, size=1))
       answer = str(of_name[0]["answer"])
@@ -149,7 +171,8 @@ class VerificationTest(absltest.TestCase):
         verification.verdict(section, "no", self.PROBLEM)
 
   def test_what_a_response_states(self):
-    # Fails if an answer of several lines is cut, an earlier one is taken, or a heading within a line counts.
+    # Fails if an answer of several lines is cut, an earlier one is taken, or a heading within a
+    # line counts.
     self.assertEqual(reasoning.stated("so\n#### 1 2\n3 4\n"), "1 2\n3 4")
     self.assertEqual(reasoning.stated("#### a\n#### b"), "b")
     self.assertIsNone(reasoning.stated("the answer is #### not marked"))

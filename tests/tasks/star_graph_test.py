@@ -1,4 +1,6 @@
-"""The star graph: what its prompts say, read independently; its documents, tokens, steps and verdicts."""
+"""The star graph: what its prompts say, read independently; its documents, tokens, steps and
+verdicts.
+"""
 
 import hypothesis
 import numpy as np
@@ -16,7 +18,9 @@ def task(**changes):
   from configs import star_graph as config
 
   found = config.get_config().task
-  found.star_graph.update({name: value for name, value in changes.items() if name in found.star_graph})
+  found.star_graph.update(
+    {name: value for name, value in changes.items() if name in found.star_graph}
+  )
   found.update({name: value for name, value in changes.items() if name not in found.star_graph})
   return found
 
@@ -41,10 +45,14 @@ def back_from(before: dict[str, list[str]], node: str) -> list[str]:
 class StarGraphTest(parameterized.TestCase):
   @hypothesis.settings(max_examples=60, deadline=None)
   @hypothesis.given(
-    strategies.integers(2, 5), strategies.integers(3, 5), strategies.integers(0, 9), strategies.integers(0)
+    strategies.integers(2, 5),
+    strategies.integers(3, 5),
+    strategies.integers(0, 9),
+    strategies.integers(0),
   )
   def test_graphs(self, degree, path_nodes, spare, seed):
-    # Fails if a name repeats, an edge is lost or turned round, the goal is no leaf, or the solution is another arm.
+    # Fails if a name repeats, an edge is lost or turned round, the goal is no leaf, or the solution
+    # is another arm.
     count = 1 + degree * (path_nodes - 1)
     graphs = star_graph.draw(np.random.default_rng(seed), 3, degree, path_nodes, count + spare)
     for row in range(3):
@@ -63,7 +71,9 @@ class StarGraphTest(parameterized.TestCase):
       self.assertEqual(solution.split(), path)
       self.assertEqual(star_graph.judge(prompt, solution), "right")
       for leaf in set(before) - set(starts) - {goal}:
-        self.assertEqual(star_graph.judge(prompt, " ".join(back_from(before, leaf)[::-1])), "other_arm")
+        self.assertEqual(
+          star_graph.judge(prompt, " ".join(back_from(before, leaf)[::-1])), "other_arm"
+        )
       for wrong in (
         "",
         center,
@@ -75,7 +85,8 @@ class StarGraphTest(parameterized.TestCase):
         self.assertEqual(star_graph.judge(prompt, wrong), "illegal", wrong)
 
   def test_documents_show_look_ups_and_no_plan(self):
-    # Fails if a document holds a false look-up, or if walks of `=` come to the goal more often than by chance.
+    # Fails if a document holds a false look-up, or if walks of `=` come to the goal more often than
+    # by chance.
     rng = np.random.default_rng(0)
     graphs = star_graph.draw(rng, 3000, 3, 3, 20)
     kinds, arrived = {"=": 0, "<": 0}, 0
@@ -104,19 +115,25 @@ class StarGraphTest(parameterized.TestCase):
       self.assertLen({tuple(arm) for arm in arms}, 3)
 
   def test_text_and_ids_agree_and_a_node_is_a_step(self):
-    # Fails if the tokenizer cuts text elsewhere than the arrays have it, or if a node and its space are not one step.
+    # Fails if the tokenizer cuts text elsewhere than the arrays have it, or if a node and its space
+    # are not one step.
     backend = star_graph.build_tokenizer(20)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>"
+    )
     graphs = star_graph.draw(np.random.default_rng(1), 20, 3, 4, 20)
     text = TokenText(tokenizer)
     for ids in [*star_graph.prompt_ids(graphs), *star_graph.solution_ids(graphs)]:
       written = star_graph.text(ids)
       self.assertEqual(tokenizer.encode(written), [i for i in ids if i > 1])
       self.assertEqual(text.text(ids.tolist()), written)
-    self.assertEqual(step_ends(star_graph.solution_ids(graphs)[0].tolist(), text, " "), [1, 2, 3, 5])
+    self.assertEqual(
+      step_ends(star_graph.solution_ids(graphs)[0].tolist(), text, " "), [1, 2, 3, 5]
+    )
 
   def test_problems(self):
-    # Fails if fewer problems are not the first of more, if splits share problems, or if a solution is graded wrong.
+    # Fails if fewer problems are not the first of more, if splits share problems, or if a solution
+    # is graded wrong.
     chosen = problems.choose(task(train_problems=60, test_problems=40), seed=3)
     self.assertEqual(problems.load(task(), 3, "train", 20), chosen.train[:20])
     self.assertNotEqual(problems.load(task(), 4, "train", 20), chosen.train[:20])
@@ -142,7 +159,9 @@ class StarGraphTest(parameterized.TestCase):
   @parameterized.parameters({"degree": 1}, {"path_nodes": 2}, {"num_nodes": 4})
   def test_sizes_that_make_no_star_are_refused(self, **changes):
     # Fails if the check is left out: names would run out, or there would be nothing to decide.
-    with self.assertRaisesRegex(UserError, f"task.star_graph.{next(iter(changes))}={next(iter(changes.values()))}"):
+    with self.assertRaisesRegex(
+      UserError, f"task.star_graph.{next(iter(changes))}={next(iter(changes.values()))}"
+    ):
       problems.load(task(**changes), 0, "train", 1)
 
 

@@ -1,4 +1,6 @@
-"""Story problems: the text, the teacher, judged steps and true pits by hand and by an independent reading."""
+"""Story problems: the text, the teacher, judged steps and true pits by hand and by an independent
+reading.
+"""
 
 import re
 
@@ -24,7 +26,8 @@ STORY = stories.Story(
 )
 PROMPT = (
   "Kim has 12 more marbles than Ben. Ann has twice as many marbles as Kim. Ben has 7 marbles. "
-  "Dan has half as many marbles as Ann. Max has 15 marbles. How many marbles do Ann and Ben have together?"
+  "Dan has half as many marbles as Ann. Max has 15 marbles. How many marbles do Ann and Ben have "
+  "together?"
 )
 KIM = "Kim has Ben's 7 + 12 = 19 marbles."
 ANN = "Ann has Kim's 19 * 2 = 38 marbles."
@@ -39,7 +42,9 @@ def section(**changes):
 
 
 def drawn(count: int, **changes) -> list[stories.Story]:
-  return [stories.make_story(np.random.default_rng(seed), section(**changes)) for seed in range(count)]
+  return [
+    stories.make_story(np.random.default_rng(seed), section(**changes)) for seed in range(count)
+  ]
 
 
 def solved_by_words(prompt: str) -> int:
@@ -56,7 +61,15 @@ def solved_by_words(prompt: str) -> int:
         value = known[last]
         number = int(words[2]) if words[2].isdigit() else 2
         more, fewer, half = (word in words for word in ("more", "fewer", "half"))
-        known[name] = value + number if more else value - number if fewer else value // 2 if half else value * number
+        known[name] = (
+          value + number
+          if more
+          else value - number
+          if fewer
+          else value // 2
+          if half
+          else value * number
+        )
   words = question.strip("?").split()
   return known[words[4]] + known[words[6]]
 
@@ -67,7 +80,9 @@ class StoriesTest(parameterized.TestCase):
     self.assertEqual(STORY.prompt, PROMPT)
     self.assertEqual([STORY.derivation("Kim"), STORY.derivation("Ann"), STORY.sum], [KIM, ANN, SUM])
     self.assertEqual(STORY.derivation("Dan"), "Dan has Ann's 38 / 2 = 19 marbles.")
-    self.assertEqual((STORY.answer, STORY.needed, STORY.derivations), (45, {"Ann", "Kim", "Ben"}, ["Kim", "Ann"]))
+    self.assertEqual(
+      (STORY.answer, STORY.needed, STORY.derivations), (45, {"Ann", "Kim", "Ben"}, ["Kim", "Ann"])
+    )
 
   def test_answers_against_an_independent_reading(self):
     # Fails if a relation is told one way and computed another.
@@ -75,23 +90,39 @@ class StoriesTest(parameterized.TestCase):
       self.assertEqual(solved_by_words(story.prompt), story.answer, story.prompt)
 
   @parameterized.parameters(
-    {"min_people": 3, "max_people": 3, "min_derivations": 1, "max_derivations": 2, "max_distractors": 1},
-    {"min_people": 5, "max_people": 7, "min_derivations": 3, "max_derivations": 4, "max_distractors": 1},
+    {
+      "min_people": 3,
+      "max_people": 3,
+      "min_derivations": 1,
+      "max_derivations": 2,
+      "max_distractors": 1,
+    },
+    {
+      "min_people": 5,
+      "max_people": 7,
+      "min_derivations": 3,
+      "max_derivations": 4,
+      "max_distractors": 1,
+    },
     {"largest_value": 20},
   )
   def test_difficulty_is_as_asked(self, **changes):
-    # Fails if a story has more people, derivations, distractors or larger numbers than the leaves allow, or always as many.
+    # Fails if a story has more people, derivations, distractors or larger numbers than the leaves
+    # allow, or always as many.
     wanted, derivations = section(**changes), set()
     for story in drawn(60, **changes):
       self.assertBetween(len(story.quantities), wanted.min_people, wanted.max_people)
       self.assertBetween(len(story.derivations), wanted.min_derivations, wanted.max_derivations)
       self.assertLessEqual(len(story.quantities) - len(story.needed), wanted.max_distractors)
-      self.assertTrue(all(1 <= story.value(name) <= wanted.largest_value for name in story.quantities))
+      self.assertTrue(
+        all(1 <= story.value(name) <= wanted.largest_value for name in story.quantities)
+      )
       derivations.add(len(story.derivations))
     self.assertLen(derivations, wanted.max_derivations - wanted.min_derivations + 1)
 
   def test_the_teacher_is_right_and_draws_among_all_possible_orders(self):
-    # Fails if a solution is wrong, derives what is not needed, or always takes the same order where two are possible.
+    # Fails if a solution is wrong, derives what is not needed, or always takes the same order where
+    # two are possible.
     rng, orders = np.random.default_rng(0), []
     for story in drawn(60):
       told = {stories.teach(rng, story) for _ in range(10)}
@@ -129,7 +160,11 @@ class StoriesTest(parameterized.TestCase):
     ("Kim has Max's 15 + 12 = 27 marbles.", (), ("derivation", False, False)),
     ("Kim has Max's 15 + 4 = 19 marbles.", (), ("derivation", False, True)),
     ("Kim has Ben's 7 + 12 = 19 coins.", (), ("derivation", False, True)),
-    ("Max has Ben's 7 + 8 = 15 marbles.", (), ("derivation", False, True)),  # stated, not to be derived
+    (
+      "Max has Ben's 7 + 8 = 15 marbles.",
+      (),
+      ("derivation", False, True),
+    ),  # stated, not to be derived
     ("Max has 15 + 15 = 30 marbles.", (), ("derivation", False, False)),
     ("Tom has Ben's 7 + 12 = 19 marbles.", (), ("derivation", False, False)),
     ("Kim has 7 + 12 = 19 marbles.", (), ("derivation", False, True)),  # does not say from whom
@@ -148,14 +183,22 @@ class StoriesTest(parameterized.TestCase):
     ("Kim has 19 marbles.", (), ("malformed", False, False)),
   )
   def test_judged_step(self, line, known, verdict):
-    # Fails if a false number passes, a derivation that was left out goes unseen, or a right number is called wrong.
+    # Fails if a false number passes, a derivation that was left out goes unseen, or a right number
+    # is called wrong.
     self.assertEqual(stories.judge_step(STORY, set(known), line)[:3], verdict)
 
   @parameterized.parameters(
     ([KIM, ANN, SUM, "#### 45"], -1),
     ([ANN, SUM, "#### 45"], -1),  # a step in the head, and right
     ([KIM, "Ann has Kim's 19 * 2 = 36 marbles.", SUM, "#### 45"], 1),
-    (["Ann has Ben's 7 * 2 = 14 marbles.", "Together Ann and Ben have 14 + 7 = 21 marbles.", "#### 21"], 0),
+    (
+      [
+        "Ann has Ben's 7 * 2 = 14 marbles.",
+        "Together Ann and Ben have 14 + 7 = 21 marbles.",
+        "#### 21",
+      ],
+      0,
+    ),
     (["Dan has Ann's 38 / 2 = 18 marbles.", KIM, ANN, SUM, "#### 45"], -1),  # Dan does not matter
     ([KIM, ANN, "Together Kim and Ben have 19 + 7 = 26 marbles.", "#### 26"], 2),
     ([KIM, ANN, SUM, "#### 54"], 3),
@@ -171,7 +214,11 @@ class StoriesTest(parameterized.TestCase):
     # Fails if a relation's number or base is lost, or prose passes for a story.
     for story in drawn(60, max_people=9):
       self.assertEqual(stories.read(story.prompt), story)
-    for prose in (PROMPT.replace("more", "less"), PROMPT + " Why?", "How many marbles do Ann and Ben have together?!"):
+    for prose in (
+      PROMPT.replace("more", "less"),
+      PROMPT + " Why?",
+      "How many marbles do Ann and Ben have together?!",
+    ):
       with self.assertRaisesRegex(ValueError, "tells no story"):
         stories.read(prose)
 
@@ -187,7 +234,12 @@ class StoriesTest(parameterized.TestCase):
     # Fails if numbers of people go through for which drawing would never end.
     task = config_schema.default().task
     task.name = "stories"
-    for leaf, value in (("min_people", 7), ("max_people", 19), ("min_derivations", 5), ("max_derivations", 6)):
+    for leaf, value in (
+      ("min_people", 7),
+      ("max_people", 19),
+      ("min_derivations", 5),
+      ("max_derivations", 6),
+    ):
       changed = task.copy_and_resolve_references()
       changed.stories[leaf] = value
       with self.assertRaisesRegex(UserError, f"task.stories.{leaf}={value}"):

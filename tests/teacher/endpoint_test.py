@@ -1,4 +1,6 @@
-"""The client against a real HTTP server that streams, stalls, rate-limits, sends broken JSON and dies half-way."""
+"""The client against a real HTTP server that streams, stalls, rate-limits, sends broken JSON and
+dies half-way.
+"""
 
 import dataclasses
 import email.utils
@@ -27,7 +29,9 @@ TEXT = "One two three four five six seven.\n#### 7"
 
 
 def requests(count: int) -> list[Request]:
-  return [Request("solution", "teacher", (("user", f"Problem {i}"),), 0, 0.7, 100) for i in range(count)]
+  return [
+    Request("solution", "teacher", (("user", f"Problem {i}"),), 0, 0.7, 100) for i in range(count)
+  ]
 
 
 class EndpointTest(parameterized.TestCase):
@@ -42,7 +46,12 @@ class EndpointTest(parameterized.TestCase):
   def chat(self, prices=(0.0, 0.0), budget=0.0, **changes) -> Chat:
     section = config_schema.default().synthesis
     section.endpoint.update(
-      url=self.server.url, model="teacher", key_variable="TEACHER_KEY", timeout_s=0.6, backoff_s=0.01, attempts=4
+      url=self.server.url,
+      model="teacher",
+      key_variable="TEACHER_KEY",
+      timeout_s=0.6,
+      backoff_s=0.01,
+      attempts=4,
     )
     for name, value in changes.items():
       (section if name in section else section.endpoint)[name] = value
@@ -52,16 +61,21 @@ class EndpointTest(parameterized.TestCase):
 
   @parameterized.product(stream=[True, False])
   def test_a_reply_comes_whole_with_its_tokens(self, stream):
-    # Fails if pieces of a stream are lost or doubled, usage is not asked for, or the request is not what was meant.
+    # Fails if pieces of a stream are lost or doubled, usage is not asked for, or the request is not
+    # what was meant.
     ((request, reply),) = self.chat(stream=stream).ask(requests(1))
     self.assertEqual((reply.text, reply.finish, reply.counted), (TEXT, "stop", True))
     self.assertEqual((reply.prompt_tokens, reply.completion_tokens), (2, 9))
     body = self.server.bodies()[0]
     self.assertEqual(body["messages"], [{"role": "user", "content": "Problem 0"}])
-    self.assertEqual((body["temperature"], body["max_tokens"], body["seed"]), (0.7, 100, request.seed))
+    self.assertEqual(
+      (body["temperature"], body["max_tokens"], body["seed"]), (0.7, 100, request.seed)
+    )
     self.assertEqual(self.server.requests[0][1]["authorization"], f"Bearer {KEY}")
 
-  @parameterized.product(stream=[True, False], fault=["503", "520", "524", "429:0.05", "stall", "broken_json", "die"])
+  @parameterized.product(
+    stream=[True, False], fault=["503", "520", "524", "429:0.05", "stall", "broken_json", "die"]
+  )
   def test_what_goes_wrong_once_is_asked_again(self, stream, fault):
     # Fails if a fault ends the run, or half a reply is taken for a whole one.
     self.server.faults = [fault, fault]
@@ -74,25 +88,30 @@ class EndpointTest(parameterized.TestCase):
     *((reason, stream) for reason in ("error", "abort") for stream in (True, False)),
   )
   def test_half_a_reply_is_none(self, fault, stream):
-    # Fails if a stream that stops within the reply, a reply without choices, or one that the server gave up, is kept.
+    # Fails if a stream that stops within the reply, a reply without choices, or one that the server
+    # gave up, is kept.
     self.server.faults = [fault]
     ((_, reply),) = self.chat(stream=stream).ask(requests(1))
     self.assertEqual((reply.text, len(self.server.requests)), (TEXT, 2))
 
   @parameterized.parameters("429:1.0", "503:1.0")
   def test_all_threads_wait_as_long_as_the_server_says(self, fault):
-    # Fails if retry-after is not read, or only the thread that was told waits: but for the two that were under way, no
-    # request may come within the second.
+    # Fails if retry-after is not read, or only the thread that was told waits: but for the two that
+    # were under way, no request may come within the second.
     self.server.faults, self.server.delay_s = [fault], 0.3
     self.assertLen(dict(self.chat(concurrency=3).ask(requests(9))), 9)
     told = self.server.times[0]
     self.assertGreaterEqual(min(self.server.times[3:]) - told, 0.95)
 
   def test_a_server_that_has_nothing_left_is_left_alone(self):
-    # Fails if x-ratelimit-remaining: 0 is not read: each of three requests after the first would come at once.
+    # Fails if x-ratelimit-remaining: 0 is not read: each of three requests after the first would
+    # come at once.
     came = []
     self.server.chat = lambda body: came.append(time.monotonic()) or TEXT
-    self.server.headers = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "250ms"}
+    self.server.headers = {
+      "x-ratelimit-remaining-requests": "0",
+      "x-ratelimit-reset-requests": "250ms",
+    }
     list(self.chat(concurrency=1).ask(requests(3)))
     self.assertGreater(min(b - a for a, b in zip(came, came[1:], strict=False)), 0.2)
 
@@ -139,13 +158,17 @@ class EndpointTest(parameterized.TestCase):
     self.assertLen(self.server.requests, 4)
     self.server.faults, kept = ["", "400"], []
     with self.assertRaisesRegex(UserError, "1 of 4 requests.*answered 400: refused"):
-      kept.extend(self.chat(concurrency=2).ask([dataclasses.replace(one, index=1) for one in requests(4)]))
+      kept.extend(
+        self.chat(concurrency=2).ask([dataclasses.replace(one, index=1) for one in requests(4)])
+      )
     self.assertLen(kept, 3)
 
   def test_the_servers_own_words(self):
     # Fails if FastAPI's detail is hidden behind a number.
     self.server.faults = ["detail"] * 9
-    with self.assertRaisesRegex(UserError, "answered 422: body.prompt: Input should be a valid string"):
+    with self.assertRaisesRegex(
+      UserError, "answered 422: body.prompt: Input should be a valid string"
+    ):
       list(self.chat(concurrency=1).ask(requests(1)))
 
   def test_a_filtered_request_is_a_reply_without_text(self):
@@ -178,8 +201,8 @@ class EndpointTest(parameterized.TestCase):
     self.assertLess(time.monotonic() - start, 5.0)
 
   def test_the_budget_is_never_passed(self):
-    # Fails if requests under way are not reckoned with, or replies are lost when the money is spent. A prompt has 25
-    # tokens at most (9 bytes and 16), a reply 100 at most and 9 in fact.
+    # Fails if requests under way are not reckoned with, or replies are lost when the money is
+    # spent. A prompt has 25 tokens at most (9 bytes and 16), a reply 100 at most and 9 in fact.
     self.server.delay_s = 0.02
     kept = []
     with self.assertRaisesRegex(UserError, "budget_usd=0.001"):
@@ -192,7 +215,8 @@ class EndpointTest(parameterized.TestCase):
     self.assertEqual(asked, len(kept))
 
   def test_lost_attempts_count_with_the_most_that_they_can_have_cost(self):
-    # Fails if a reply that was cut off is free, or a refused connection is not; and if what came is thrown away.
+    # Fails if a reply that was cut off is free, or a refused connection is not; and if what came is
+    # thrown away.
     self.server.faults = ["die", "503"]
     list(self.chat(prices=(1.0, 10.0)).ask(requests(1)))
     lost, paid = (25 * 1 + 100 * 10) * 1e-6, (2 * 1 + 9 * 10) * 1e-6
@@ -210,7 +234,9 @@ class EndpointTest(parameterized.TestCase):
     # Fails if such a reply costs nothing.
     self.server.usage = False
     ((_, reply),) = self.chat().ask(requests(1))
-    self.assertEqual((reply.prompt_tokens, reply.completion_tokens, reply.counted), (25, 100, False))
+    self.assertEqual(
+      (reply.prompt_tokens, reply.completion_tokens, reply.counted), (25, 100, False)
+    )
 
   def test_the_key_is_written_nowhere(self):
     # Fails if what the server echoes (in a reply, an error, half a reply) is kept as it came.
@@ -238,7 +264,8 @@ class EndpointTest(parameterized.TestCase):
 
 class PurseTest(absltest.TestCase):
   def test_money_held_is_not_there_for_others(self):
-    # Fails if two requests may hold the same money, or if what comes back of it is not given to the one who waits.
+    # Fails if two requests may hold the same money, or if what comes back of it is not given to the
+    # one who waits.
     purse, held = Purse(1.0, 0.0), []
     self.assertEqual([purse.hold(0.3) for _ in range(3)], [True] * 3)
     waiting = threading.Thread(target=lambda: held.append(purse.hold(0.3)))

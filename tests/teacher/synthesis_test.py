@@ -41,29 +41,40 @@ class TemplatesTest(parameterized.TestCase):
 
 class ReadTest(parameterized.TestCase):
   def test_problems(self):
-    # Fails if chatter is taken for a problem, an unclosed tag runs on, or spaces are lost where they count.
+    # Fails if chatter is taken for a problem, an unclosed tag runs on, or spaces are lost where
+    # they count.
     reply = (
-      "Sure!\n<problem>\n A= 3 ? A=\n</problem>\n2. <problem>Two\nlines?</problem> <problem> </problem> <problem>cut"
+      "Sure!\n<problem>\n A= 3 ? A=\n</problem>\n2. <problem>Two\nlines?</problem> "
+      "<problem> "
+      "</problem> <problem>cut"
     )
     self.assertEqual(synthesis.read_problems(reply, raw=True), [" A= 3 ? A=\n", "Two\nlines?"])
     self.assertEqual(synthesis.read_problems(reply, raw=False), ["A= 3 ? A=", "Two\nlines?"])
     thought = "<think><problem>A draft</problem></think>"
-    self.assertEqual(synthesis.read_problems(thought + reply, raw=False), ["A= 3 ? A=", "Two\nlines?"])
+    self.assertEqual(
+      synthesis.read_problems(thought + reply, raw=False), ["A= 3 ? A=", "Two\nlines?"]
+    )
 
   @parameterized.parameters(
-    ("Half of 8 is 4.\n\n4 + 1 = 5  \n#### 5\nHope that helps!", ("Half of 8 is 4.\n4 + 1 = 5\n#### 5", "5")),
+    (
+      "Half of 8 is 4.\n\n4 + 1 = 5  \n#### 5\nHope that helps!",
+      ("Half of 8 is 4.\n4 + 1 = 5\n#### 5", "5"),
+    ),
     ("1 + 1 = 2\n**#### 2**", ("1 + 1 = 2\n#### 2", "2")),
     ("3 * 400 = 1200\n####1,200", ("3 * 400 = 1200\n#### 1,200", "1200")),
     ("#### unsolvable", None),
     ("The answer is 5.", None),
     ("#### 5\nNo, wait.\n#### 6", None),
-    ("<think>\nMaybe 6.\n#### 6\n</think>\n\n2 + 3 = 5\n#### 5<|im_end|>", ("2 + 3 = 5\n#### 5", "5")),
+    (
+      "<think>\nMaybe 6.\n#### 6\n</think>\n\n2 + 3 = 5\n#### 5<|im_end|>",
+      ("2 + 3 = 5\n#### 5", "5"),
+    ),
     ("Maybe 6.\n#### 6\n</think>\n2 + 3 = 5\n#### 5", ("2 + 3 = 5\n#### 5", "5")),
     ("<think>\nMaybe 6.\n#### 6", None),
   )
   def test_solutions(self, reply, expected):
-    # Fails if steps and lines come apart, chatter after the answer or a thought is trained on, or a hedge counts as an
-    # answer.
+    # Fails if steps and lines come apart, chatter after the answer or a thought is trained on, or a
+    # hedge counts as an answer.
     self.assertEqual(synthesis.read_solution(reply, raw=False), expected)
 
   @parameterized.parameters(
@@ -88,7 +99,8 @@ class ReadTest(parameterized.TestCase):
 
 class VoteTest(parameterized.TestCase):
   def test_majority(self):
-    # Fails if a draw without answer does not count against, ties are broken by value, or another's solution is taken.
+    # Fails if a draw without answer does not count against, ties are broken by value, or another's
+    # solution is taken.
     a, b = ("x\n#### 1", "1"), ("x\ny\n#### 2", "2")
     self.assertEqual(synthesis.vote([a, b, None, b]), synthesis.Vote("2", 0.5, 1, 3))
     self.assertEqual(synthesis.vote([b, a]), synthesis.Vote("2", 0.5, 0, 3))
@@ -127,7 +139,8 @@ class ChoiceTest(parameterized.TestCase):
       self.assertLess(len(kept), len(texts))
 
   def test_balance(self):
-    # Fails if frequent difficulties crowd out rare ones, or the first of a difficulty are not taken.
+    # Fails if frequent difficulties crowd out rare ones, or the first of a difficulty are not
+    # taken.
     difficulties = [2] * 10 + [3] * 2 + [9]
     self.assertEqual(synthesis.balance(difficulties, 6), [0, 1, 2, 10, 11, 12])
     self.assertEqual(synthesis.balance(difficulties, 99), list(range(13)))
@@ -140,7 +153,8 @@ class ScriptedTest(parameterized.TestCase):
     self.templates = synthesis.Templates.read("configs/prompts/arithmetic")
 
   def test_problems_and_their_solutions(self):
-    # Fails if the teacher cannot read its own problems as the prompts put them, or its answers are wrong.
+    # Fails if the teacher cannot read its own problems as the prompts put them, or its answers are
+    # wrong.
     asked = self.templates.ask_problems([" A= 3 ? A=\n"], 5)
     prompts = synthesis.read_problems(scripted.reply(self.task, [("user", asked)], 3), raw=True)
     self.assertLen(set(prompts), 5)

@@ -14,25 +14,32 @@ from synthneg_jax.training.batch import Example, PairInTree, Shape
 from synthneg_jax.training.batches import Batches, Schedule
 from tests import tiny_model
 
-# 7 tokens: trunk 1 2 3, branches 4 5 | 6 | 6 7, the 7 unscored; two pairs share the rejected branch.
+# 7 tokens: trunk 1 2 3, branches 4 5 | 6 | 6 7, the 7 unscored; two pairs share the rejected
+# branch.
 A = Example(
   Tree([1, 2, 3], (Branch(2, [4, 5]), Branch(3, [6], branches=(Branch(4, [7], scored=[False]),)))),
   (PairInTree(0, 1, -1.5, -2.5), PairInTree(2, 1, -3.5, -2.5)),
 )
 B = Example(Tree([8, 9], (Branch(1, [10]),)))  # 3 tokens, no pair
-C = Example(Tree([11], (Branch(1, [12]), Branch(1, [13, 14, 15]))), (PairInTree(1, 0, -4.5, -5.5),))  # 5 tokens
+C = Example(
+  Tree([11], (Branch(1, [12]), Branch(1, [13, 14, 15]))), (PairInTree(1, 0, -4.5, -5.5),)
+)  # 5 tokens
 
 
 def plan(weights, batch_size, num_epochs, seed):
   """The steps of these weights."""
-  return batches_lib.plan(weights, Schedule(batch_size=batch_size, num_epochs=num_epochs, seed=seed))
+  return batches_lib.plan(
+    weights, Schedule(batch_size=batch_size, num_epochs=num_epochs, seed=seed)
+  )
 
 
 class PlanTest(parameterized.TestCase):
   @parameterized.product(seed=(0, 1), num_epochs=(1, 3), batch_size=(4, 5, 64))
-  def test_each_example_comes_once_an_epoch_and_batches_are_as_full_as_order_allows(self, seed, num_epochs, batch_size):
-    # Fails if an example is lost or doubled between batches or epochs, if a batch weighs more than batch_size, if one
-    # is closed although the next example fits, or if epochs end batches.
+  def test_each_example_comes_once_an_epoch_and_batches_are_as_full_as_order_allows(
+    self, seed, num_epochs, batch_size
+  ):
+    # Fails if an example is lost or doubled between batches or epochs, if a batch weighs more than
+    # batch_size, if one is closed although the next example fits, or if epochs end batches.
     weights = np.random.default_rng(0).integers(1, 5, 23).tolist()
     steps = plan(weights, batch_size, num_epochs, seed)
     flat = [index for step in steps for index in step]
@@ -45,7 +52,8 @@ class PlanTest(parameterized.TestCase):
         self.assertGreater(weight + weights[following[0]], batch_size)
 
   def test_is_a_function_of_the_seed(self):
-    # Fails if numpy's global state or the order of calls enters, if the seed does not, or if all epochs have one order.
+    # Fails if numpy's global state or the order of calls enters, if the seed does not, or if all
+    # epochs have one order.
     first = plan([1] * 20, 20, 2, 3)
     np.random.seed(5)
     plan([1] * 20, 20, 2, 4)
@@ -82,7 +90,15 @@ class PlanTest(parameterized.TestCase):
 
 
 class BatchesTest(parameterized.TestCase):
-  def make(self, examples=(A, B, C) * 3, batch_size=3, num_epochs=2, max_steps=0, row_length=8, rows_multiple_of=2):
+  def make(
+    self,
+    examples=(A, B, C) * 3,
+    batch_size=3,
+    num_epochs=2,
+    max_steps=0,
+    row_length=8,
+    rows_multiple_of=2,
+  ):
     return Batches(
       examples,
       [f"p{i}" for i in range(len(examples))],
@@ -92,8 +108,8 @@ class BatchesTest(parameterized.TestCase):
     )
 
   def test_one_shape_holds_all_steps(self):
-    # Fails if the shape is the first step's, the smallest, or not rounded up to whole shards of rows; build raises or
-    # gives another shape then.
+    # Fails if the shape is the first step's, the smallest, or not rounded up to whole shards of
+    # rows; build raises or gives another shape then.
     batches = self.make(rows_multiple_of=4)
     widest = collections.Counter()
     for step in range(batches.num_steps):
@@ -111,7 +127,8 @@ class BatchesTest(parameterized.TestCase):
       }
       widest = collections.Counter({name: max(widest[name], count) for name, count in used.items()})
     self.assertEqual(
-      batches.shape, Shape(-(-widest["rows"] // 4) * 4, 8, widest["scored"], widest["pairs"], widest["branches"])
+      batches.shape,
+      Shape(-(-widest["rows"] // 4) * 4, 8, widest["scored"], widest["pairs"], widest["branches"]),
     )
 
   def test_fill(self):
@@ -122,7 +139,8 @@ class BatchesTest(parameterized.TestCase):
     self.assertBetween(full, 0.1, 0.9)
 
   def test_weights_and_keys(self):
-    # Fails if an example with pairs weighs its branches, one without pairs nothing, or keys are another step's.
+    # Fails if an example with pairs weighs its branches, one without pairs nothing, or keys are
+    # another step's.
     batches = self.make((A, B, C), batch_size=3, num_epochs=1)  # weights 2, 1, 1
     self.assertEqual(batches.num_steps, 2)
     self.assertEqual(sorted(len(batches.keys(step)) for step in range(2)), [1, 2])
@@ -150,16 +168,20 @@ class BatchesTest(parameterized.TestCase):
 
 class BuildTest(absltest.TestCase):
   def test_fields_by_hand(self):
-    # Fails if branch numbers do not go on from tree to tree, if a place without a pair is not -1, if an example without
-    # branches or pairs shifts the others, if scored_at holds parents, unscored tokens or other rows' places, or if a token
-    # that two branches share counts once in num_scored.
+    # Fails if branch numbers do not go on from tree to tree, if a place without a pair is not -1,
+    # if an example without branches or pairs shifts the others, if scored_at holds parents,
+    # unscored tokens or other rows' places, or if a token that two branches share counts once in
+    # num_scored.
     batch = batch_lib.build([A, C, B], Shape(rows=3, length=11, scored=6, pairs=2, branches=4))
     # Row 0: A then B (they fit), row 1: C, row 2: padding.
     self.assertEqual(
-      batch.trees.token.tolist(), [[1, 2, 3, 6, 7, 4, 5, 8, 9, 10, 0], [11, 12, 13, 14, 15] + [0] * 6, [0] * 11]
+      batch.trees.token.tolist(),
+      [[1, 2, 3, 6, 7, 4, 5, 8, 9, 10, 0], [11, 12, 13, 14, 15] + [0] * 6, [0] * 11],
     )
     self.assertEqual(batch.branch_end.tolist(), [[6, 3, 4, 9], [1, 4, -1, -1], [-1] * 4])
-    self.assertEqual(batch.scored_at.tolist(), [[3, 5, 6, 9, -1, -1], [1, 2, 3, 4, -1, -1], [-1] * 6])
+    self.assertEqual(
+      batch.scored_at.tolist(), [[3, 5, 6, 9, -1, -1], [1, 2, 3, 4, -1, -1], [-1] * 6]
+    )
     self.assertEqual(batch.chosen.tolist(), [[0, 2], [1, -1], [-1, -1]])
     self.assertEqual(batch.rejected.tolist(), [[1, 1], [0, -1], [-1, -1]])
     self.assertEqual(batch.ref_chosen.tolist(), [[-1.5, -3.5], [-4.5, 0.0], [0.0, 0.0]])
@@ -170,11 +192,13 @@ class BuildTest(absltest.TestCase):
   def test_numbers_go_on_over_trees_with_pairs(self):
     # Fails if the second tree's pairs count its branches from 0 again.
     batch = batch_lib.build([C, A, C], Shape(rows=1, length=17, scored=12, pairs=4, branches=7))
-    self.assertEqual((batch.chosen[0].tolist(), batch.rejected[0].tolist()), ([1, 2, 4, 6], [0, 3, 3, 5]))
+    self.assertEqual(
+      (batch.chosen[0].tolist(), batch.rejected[0].tolist()), ([1, 2, 4, 6], [0, 3, 3, 5])
+    )
 
   def test_measure(self):
-    # Fails if a size is that of another row or a sum over rows, if rows are not rounded up, or if none or no scored
-    # token gives a size of 0, which no program takes.
+    # Fails if a size is that of another row or a sum over rows, if rows are not rounded up, or if
+    # none or no scored token gives a size of 0, which no program takes.
     self.assertEqual(batch_lib.measure([A, C, B], 11), Shape(2, 11, 4, 2, 4))
     self.assertEqual(batch_lib.measure([A, C, B], 7, multiple_of=4), Shape(4, 7, 4, 2, 3))
     self.assertEqual(batch_lib.measure([], 7, multiple_of=4), Shape(4, 7, 1, 0, 0))

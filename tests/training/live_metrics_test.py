@@ -1,4 +1,6 @@
-"""What a training writes while it runs, read back by other programs' readers: TensorBoard's, W&B's format, the profiler's."""
+"""What a training writes while it runs, read back by other programs' readers: TensorBoard's, W&B's
+format, the profiler's.
+"""
 
 import functools
 import gzip
@@ -56,17 +58,24 @@ def fit(workdir, c, batches, objective=None, open_metrics=None):
 
 
 def lines(workdir) -> list[dict]:
-  return [json.loads(line) for line in (pathlib.Path(workdir) / "sft/metrics.jsonl").read_text().splitlines()]
+  return [
+    json.loads(line)
+    for line in (pathlib.Path(workdir) / "sft/metrics.jsonl").read_text().splitlines()
+  ]
 
 
 def raw_events(folder) -> list:
   """Every event of every file, as TensorBoard's loader reads it, with nothing dropped."""
   files = sorted(pathlib.Path(folder).glob("events.out.tfevents.*"))
-  return [event for path in files for event in event_file_loader.LegacyEventFileLoader(str(path)).Load()]
+  return [
+    event for path in files for event in event_file_loader.LegacyEventFileLoader(str(path)).Load()
+  ]
 
 
 def wandb_history(path: pathlib.Path) -> list[dict]:
-  """The logged rows of a .wandb file: LevelDB's log format, records that may go on over blocks of 32 KiB."""
+  """The logged rows of a .wandb file: LevelDB's log format, records that may go on over blocks of
+  32 KiB.
+  """
   data, at, part, rows = path.read_bytes(), 7, b"", []
   while at + 7 <= len(data):
     if (1 << 15) - at % (1 << 15) < 7:
@@ -80,7 +89,10 @@ def wandb_history(path: pathlib.Path) -> list[dict]:
       part = b""
       if record.HasField("history"):
         rows.append(
-          {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+          {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+          }
         )
   return rows
 
@@ -101,21 +113,26 @@ class WrittenTest(parameterized.TestCase):
     cls.lines = lines(cls.workdir)
 
   def test_tensorboard_says_what_the_lines_say(self):
-    # Fails if a metric is missing from the event files or stands at another step, if values differ, or if TensorBoard
-    # cannot read the files (lengths, checksums).
+    # Fails if a metric is missing from the event files or stands at another step, if values differ,
+    # or if TensorBoard cannot read the files (lengths, checksums).
     board = event_accumulator.EventAccumulator(str(self.workdir / "sft"))
     board.Reload()
     self.assertEqual([line["step"] for line in self.lines], list(range(STEPS)))
     names = set(self.lines[0]) - {"step"}
-    self.assertContainsSubset({"loss/per_token", "grad_norm", "learning_rate", "run/tokens_per_s"}, names)
+    self.assertContainsSubset(
+      {"loss/per_token", "grad_norm", "learning_rate", "run/tokens_per_s"}, names
+    )
     self.assertEqual(set(board.Tags()["scalars"]), names)
     for name in names:
       found = [(event.step, event.value) for event in board.Scalars(name)]
-      self.assertEqual(found, [(line["step"], float(np.float32(line[name]))) for line in self.lines], name)
+      self.assertEqual(
+        found, [(line["step"], float(np.float32(line[name]))) for line in self.lines], name
+      )
 
   def test_no_step_is_written_twice(self):
-    # Fails if what was done after the last checkpoint stays in the files of the start that was killed; the second half of
-    # the assertion, if that start had not got that far, and so nothing was tested.
+    # Fails if what was done after the last checkpoint stays in the files of the start that was
+    # killed; the second half of the assertion, if that start had not got that far, and so nothing
+    # was tested.
     steps = lambda events: [event.step for event in events if event.HasField("summary")]
     self.assertEqual(sorted(steps(self.before)), [0, 1, 2, 3])
     self.assertEqual(sorted(steps(raw_events(self.workdir / "sft"))), list(range(STEPS)))
@@ -123,12 +140,17 @@ class WrittenTest(parameterized.TestCase):
 
   def test_an_open_tensorboard_forgets_them_too(self):
     # Fails if the second file does not say from which step it goes on.
-    starts = [event.step for event in raw_events(self.workdir / "sft") if event.session_log.status == 1]
+    starts = [
+      event.step for event in raw_events(self.workdir / "sft") if event.session_log.status == 1
+    ]
     self.assertEqual(starts, [3])
 
   def test_histograms(self):
-    # Fails if the histogram is of other tokens than the loss: each step's batch has two scored tokens.
-    board = event_accumulator.EventAccumulator(str(self.workdir / "sft"), {"histograms": 0})  # all, not the last
+    # Fails if the histogram is of other tokens than the loss: each step's batch has two scored
+    # tokens.
+    board = event_accumulator.EventAccumulator(
+      str(self.workdir / "sft"), {"histograms": 0}
+    )  # all, not the last
     board.Reload()
     self.assertEqual(board.Tags()["histograms"], ["histogram/nll/per_token"])
     for event, line in zip(board.Histograms("histogram/nll/per_token"), self.lines, strict=True):
@@ -137,14 +159,16 @@ class WrittenTest(parameterized.TestCase):
       self.assertBetween(line["loss/per_token"], one.min, one.max)
 
   def test_weights_and_biases(self):
-    # Fails if the run that goes on is another run, if rows are logged at other steps or with other values, or without
-    # their histograms; or if the config does not go along.
+    # Fails if the run that goes on is another run, if rows are logged at other steps or with other
+    # values, or without their histograms; or if the config does not go along.
     files = sorted((self.workdir / "sft").rglob("*.wandb"))
     self.assertLen(files, 2)
     mark = (self.workdir / "sft/wandb_run").read_text()
     self.assertEqual({path.name for path in files}, {f"run-{mark}.wandb"})
     found = [row for path in files for row in wandb_history(path)]
-    self.assertEqual([row["_step"] for row in found], [0, 1, 2, 3, 3, 4, 5])  # the server keeps the first of a step
+    self.assertEqual(
+      [row["_step"] for row in found], [0, 1, 2, 3, 3, 4, 5]
+    )  # the server keeps the first of a step
     for row in found:
       expected = self.lines[row["_step"]]
       self.assertEqual(row["loss/per_token"], expected["loss/per_token"])
@@ -152,8 +176,8 @@ class WrittenTest(parameterized.TestCase):
       self.assertEqual(set(expected) - set(row), {"step"})
 
   def test_what_it_costs(self):
-    # Fails if padding counts as throughput, if the share is of something else, if a program is compiled at every step
-    # or compilations are not seen, or if memory is not in bytes.
+    # Fails if padding counts as throughput, if the share is of something else, if a program is
+    # compiled at every step or compilations are not seen, or if memory is not in bytes.
     for line in self.lines:
       tokens = self.batches.num_tokens(line["step"])
       self.assertEqual((tokens, self.batches.num_places), (4, 8))
@@ -171,19 +195,26 @@ class WrittenTest(parameterized.TestCase):
 
 class ProfileTest(absltest.TestCase):
   def test_updates_that_are_traced(self):
-    # Fails if other updates are traced, if the trace ends before they are done, or if the model's parts have no names.
-    # In a process of its own: where another test has asked XLA for a TPU's topology, jax's profiler crashes.
+    # Fails if other updates are traced, if the trace ends before they are done, or if the model's
+    # parts have no names. In a process of its own: where another test has asked XLA for a TPU's
+    # topology, jax's profiler crashes.
     code = (
       "import sys; from tests.training import live_metrics_test as t; "
       "t.fit(sys.argv[1], t.config(profile_steps='3:5'), t.loop_test.Spy(num_steps=t.STEPS))"
     )
     with tempfile.TemporaryDirectory() as workdir:
-      subprocess.run([sys.executable, "-c", code, workdir], cwd=ROOT, check=True, capture_output=True)
+      subprocess.run(
+        [sys.executable, "-c", code, workdir], cwd=ROOT, check=True, capture_output=True
+      )
       profile = pathlib.Path(workdir) / "sft" / "profile"
       (trace,) = profile.rglob("*.trace.json.gz")
       events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
       inside = b"".join(path.read_bytes() for path in profile.rglob("*.xplane.pb"))
-    steps = [event["args"]["step_num"] for event in events if event.get("name") == "train" and "args" in event]
+    steps = [
+      event["args"]["step_num"]
+      for event in events
+      if event.get("name") == "train" and "args" in event
+    ]
     self.assertEqual(sorted(map(int, steps)), [3, 4])
     for scope in (b"attention", b"feed_forward", b"logits", b"update"):
       self.assertIn(scope, inside)
@@ -214,8 +245,13 @@ class OrderTest(absltest.TestCase):
 
   def test_the_first_process_alone_writes(self):
     # Fails if another process opens any file for metrics.
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(distributed, "first", lambda: False):
-      made = metrics_lib.Metrics(config(wandb="x"), epath.Path(folder), epath.Path(folder) / "sft", 0)
+    with (
+      tempfile.TemporaryDirectory() as folder,
+      mock.patch.object(distributed, "first", lambda: False),
+    ):
+      made = metrics_lib.Metrics(
+        config(wandb="x"), epath.Path(folder), epath.Path(folder) / "sft", 0
+      )
       made.write(0, {"loss/per_token": 1.0}, {})
       made.keep()
       made.close()
@@ -225,7 +261,9 @@ class OrderTest(absltest.TestCase):
   def test_by_flag(self):
     # Fails if a leaf does not turn off what it names.
     with tempfile.TemporaryDirectory() as folder:
-      made = metrics_lib.Metrics(config(jsonl=False, tensorboard=False), epath.Path(folder), epath.Path(folder), 0)
+      made = metrics_lib.Metrics(
+        config(jsonl=False, tensorboard=False), epath.Path(folder), epath.Path(folder), 0
+      )
       made.write(0, {"loss/per_token": 1.0}, {})
       made.close()
       self.assertEqual(list(pathlib.Path(folder).rglob("*")), [])
@@ -235,7 +273,9 @@ class RefusalTest(parameterized.TestCase):
   def test_wandb_missing(self):
     # Fails if hours of work precede the news that the package is missing.
     with mock.patch.object(importlib.util, "find_spec", lambda name: None):
-      with self.assertRaisesRegex(UserError, "metrics.wandb='p' needs the package wandb, which is not installed: pip"):
+      with self.assertRaisesRegex(
+        UserError, "metrics.wandb='p' needs the package wandb, which is not installed: pip"
+      ):
         metrics_lib.check(config(wandb="p").metrics)
 
   @parameterized.parameters("5", "5:5", "a:b", ":3", "-1:3", "3:")
@@ -247,13 +287,23 @@ class RefusalTest(parameterized.TestCase):
   def test_the_flag_reaches_the_config(self):
     # Fails if --profile_steps is no flag of a stage, or is not heeded before work begins.
     with tempfile.TemporaryDirectory() as folder:
-      given = ["--config=configs/arithmetic.py:smoke", f"--workdir={folder}/run", "--profile_steps=9:9"]
+      given = [
+        "--config=configs/arithmetic.py:smoke",
+        f"--workdir={folder}/run",
+        "--profile_steps=9:9",
+      ]
       done = subprocess.run(
-        [sys.executable, "launch/sft.py", *given], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "launch/sft.py", *given],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
       )
       self.assertFalse((pathlib.Path(folder) / "run").exists())
     self.assertEqual(done.returncode, 1)
-    self.assertEqual(done.stderr.splitlines()[-1].partition(" is no range")[0], "sft.py: --profile_steps='9:9'")
+    self.assertEqual(
+      done.stderr.splitlines()[-1].partition(" is no range")[0], "sft.py: --profile_steps='9:9'"
+    )
 
   def test_a_range_beyond_the_end_traces_nothing(self):
     # Fails if the profiler is started and never stopped.

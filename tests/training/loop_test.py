@@ -1,4 +1,6 @@
-"""The train loop: killed runs go on bitwise, bad steps stop it, bad checkpoints are passed over; and the optimizer."""
+"""The train loop: killed runs go on bitwise, bad steps stop it, bad checkpoints are passed over;
+and the optimizer.
+"""
 
 import dataclasses
 import gc
@@ -40,8 +42,14 @@ class StandIn:
 
 def objective(params, batch):
   """All parameters and the batch's tokens in one number."""
-  weight = jnp.sum(batch.trees.token * jnp.arange(batch.trees.token.shape[1])[None], dtype=jnp.float32) / 1000.0
-  loss = sum(jnp.sum(jnp.sin(leaf * 3.0 + weight)) for leaf in jax.tree.leaves(params)) / batch.num_scored
+  weight = (
+    jnp.sum(batch.trees.token * jnp.arange(batch.trees.token.shape[1])[None], dtype=jnp.float32)
+    / 1000.0
+  )
+  loss = (
+    sum(jnp.sum(jnp.sin(leaf * 3.0 + weight)) for leaf in jax.tree.leaves(params))
+    / batch.num_scored
+  )
   return loss, {"loss/per_token": (loss, jnp.ones(()))}
 
 
@@ -64,7 +72,9 @@ class Spy(Batches):
     if step == self._kill_at:
       raise KeyboardInterrupt
     batch = super().build(step)
-    return dataclasses.replace(batch, num_scored=np.float32(np.nan)) if step == self._nan_at else batch
+    return (
+      dataclasses.replace(batch, num_scored=np.float32(np.nan)) if step == self._nan_at else batch
+    )
 
 
 class LoopTest(parameterized.TestCase):
@@ -94,18 +104,26 @@ class LoopTest(parameterized.TestCase):
     return jax.tree.map(np.asarray, params), averages
 
   def lines(self, name):
-    return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+    return [
+      json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()
+    ]
 
   def kept(self, name):
-    return sorted(int(path.name) for path in (self.folder / name / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+    return sorted(
+      int(path.name)
+      for path in (self.folder / name / "checkpoints").glob("[0-9]*")
+      if path.name.isdigit()
+    )
 
   def assert_bitwise(self, got, expected):
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+    for (path, a), b in zip(
+      jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
       np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
   def test_checkpoints_know_stacked_layers_only(self):
-    # Fails if layers that are unrolled are saved, or given back, unstacked: a model that scans them goes on from their
-    # checkpoint, and ends where the unrolled one does.
+    # Fails if layers that are unrolled are saved, or given back, unstacked: a model that scans them
+    # goes on from their checkpoint, and ends where the unrolled one does.
     section = config_schema.default().sft
     section.update(save_every_steps=1, max_to_keep=2)
 
@@ -134,14 +152,16 @@ class LoopTest(parameterized.TestCase):
       np.testing.assert_allclose(a, b, atol=1e-5)
 
   def test_a_killed_run_goes_on_bitwise(self):
-    # Fails if the moments, the schedule's count or the data position are not restored, if a checkpoint holds the state
-    # of another step, if a save is not waited for when the loop is left by an error, or if metrics.jsonl keeps lines
-    # beyond the checkpoint or loses lines before it.
+    # Fails if the moments, the schedule's count or the data position are not restored, if a
+    # checkpoint holds the state of another step, if a save is not waited for when the loop is left
+    # by an error, or if metrics.jsonl keeps lines beyond the checkpoint or loses lines before it.
     with self.assertRaises(KeyboardInterrupt):
       self.fit("killed", Spy(kill_at=2))
     self.assertEqual(self.kept("killed"), [2])
     with (self.folder / "killed" / "metrics.jsonl").open("a") as file:
-      file.write('{"step": 2, "loss/per_token": 99.0}\n{"step": 3, "lo')  # as a run that was killed later leaves it
+      file.write(
+        '{"step": 2, "loss/per_token": 99.0}\n{"step": 3, "lo'
+      )  # as a run that was killed later leaves it
     batches = Spy()
     resumed, resumed_averages = self.fit("killed", batches)
     self.assertEqual(batches.built, [2, 3])
@@ -152,14 +172,19 @@ class LoopTest(parameterized.TestCase):
     self.assertGreater(
       max(
         np.abs(a - b).max()
-        for a, b in zip(jax.tree.leaves(self.whole), jax.tree.leaves(tiny_model.make_params(StandIn())), strict=True)
+        for a, b in zip(
+          jax.tree.leaves(self.whole),
+          jax.tree.leaves(tiny_model.make_params(StandIn())),
+          strict=True,
+        )
       ),
       0.05,
     )
 
   def test_measures_after_each_update(self):
-    # Fails if a measurement sees the parameters of another step, if the last step has none, if a resumed run repeats
-    # those of steps before its checkpoint, or if measuring changes what is trained.
+    # Fails if a measurement sees the parameters of another step, if the last step has none, if a
+    # resumed run repeats those of steps before its checkpoint, or if measuring changes what is
+    # trained.
     seen = []
 
     def measure(step, params):
@@ -179,7 +204,8 @@ class LoopTest(parameterized.TestCase):
     self.assertEqual(seen, whole[2:])
 
   def test_without_checkpoints(self):
-    # Fails if a run that is not resumable writes checkpoints, reads those of another, or trains otherwise.
+    # Fails if a run that is not resumable writes checkpoints, reads those of another, or trains
+    # otherwise.
     with self.assertRaises(KeyboardInterrupt):
       self.fit("free", Spy(kill_at=3))
     shutil.copytree(self.folder / "free", self.folder / "copy")
@@ -197,11 +223,16 @@ class LoopTest(parameterized.TestCase):
       self.fit("free", Spy(nan_at=1), resumable=False)
 
   @parameterized.parameters("largest", "metadata", "manifest")
-  @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves coroutines behind
+  @pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+  )  # orbax leaves coroutines behind
   def test_a_bad_checkpoint_is_passed_over(self, kind):
-    # Fails if a checkpoint that was cut off stops the run, is taken for good, or sends the run back to the start.
+    # Fails if a checkpoint that was cut off stops the run, is taken for good, or sends the run back
+    # to the start.
     shutil.copytree(self.folder / "whole", self.folder / kind)
-    self.assertEqual(self.kept(kind), [2, 3])  # the newest max_to_keep; the last state is not kept, the policy is
+    self.assertEqual(
+      self.kept(kind), [2, 3]
+    )  # the newest max_to_keep; the last state is not kept, the policy is
     newest = pathlib.Path(self.folder / kind / "checkpoints" / "3")
     files = [path for path in newest.rglob("*") if path.is_file()]
     bad = {
@@ -222,10 +253,12 @@ class LoopTest(parameterized.TestCase):
     gc.collect()  # orbax's coroutines, within this test
 
   def test_a_step_that_is_not_finite_stops_the_run(self):
-    # Fails if training goes on over NaN, if the message names the step after, other examples or no checkpoint folder,
-    # if the bad step is written, or if its state is kept as a checkpoint.
+    # Fails if training goes on over NaN, if the message names the step after, other examples or no
+    # checkpoint folder, if the bad step is written, or if its state is kept as a checkpoint.
     batches = Spy(nan_at=3, num_steps=5)
-    with self.assertRaisesRegex(UserError, f"bad: step 3 is not finite .*{batches.keys(3)[0]} .*checkpoints") as caught:
+    with self.assertRaisesRegex(
+      UserError, f"bad: step 3 is not finite .*{batches.keys(3)[0]} .*checkpoints"
+    ) as caught:
       self.fit("bad", batches)
     self.assertIn(str(self.folder / "bad" / "checkpoints"), str(caught.exception))
     for step in (0, 1, 2, 4):
@@ -234,10 +267,15 @@ class LoopTest(parameterized.TestCase):
     self.assertEqual(self.kept("bad"), [2])
 
   def test_no_checkpoints_and_the_check_of_the_start(self):
-    # Fails if 0 saves anyway, if check_start sees another step than the first or comes after its line was written, or
-    # if its error is swallowed.
+    # Fails if 0 saves anyway, if check_start sees another step than the first or comes after its
+    # line was written, or if its error is swallowed.
     seen = []
-    self.fit("none", Spy(num_steps=2), save_every=0, check_start=lambda averages: seen.append(dict(averages)))
+    self.fit(
+      "none",
+      Spy(num_steps=2),
+      save_every=0,
+      check_start=lambda averages: seen.append(dict(averages)),
+    )
     self.assertEqual(self.kept("none"), [])
     self.assertEqual([{"step": 0, **averages} for averages in seen], self.lines("none")[:1])
 
@@ -262,10 +300,12 @@ class ScheduleTest(parameterized.TestCase):
     ("constant", [1.0] * 9),
   )
   def test_values(self, name, after):
-    # Fails if the first update has no rate, if warm-up takes another share, if the peak is not reached, or if the decay
-    # does not end at zero with the last step.
+    # Fails if the first update has no rate, if warm-up takes another share, if the peak is not
+    # reached, or if the decay does not end at zero with the last step.
     expected = [0.5 * x for x in [1 / 3, 2 / 3, *after]]
-    np.testing.assert_allclose(self.schedule(10, schedule=name, warmup_fraction=0.2), expected, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(
+      self.schedule(10, schedule=name, warmup_fraction=0.2), expected, rtol=1e-5, atol=1e-8
+    )
 
   def test_no_warmup(self):
     # Fails if a share that rounds to no step still takes the first step's rate away.
@@ -275,28 +315,41 @@ class ScheduleTest(parameterized.TestCase):
 
   def test_unknown_name(self):
     # Fails if an unknown schedule is taken for one of the three.
-    with self.assertRaisesRegex(UserError, "optimizer.schedule='cosin' is none of cosine, linear, constant"):
+    with self.assertRaisesRegex(
+      UserError, "optimizer.schedule='cosin' is none of cosine, linear, constant"
+    ):
       self.schedule(4, schedule="cosin")
 
 
 class OptimizerTest(absltest.TestCase):
   def updates(self, gradient, **changes):
-    """The first update of every parameter, where each gradient is `gradient` times the parameter's shape of ones."""
+    """The first update of every parameter, where each gradient is `gradient` times the parameter's
+    shape of ones.
+    """
     section = config_schema.default().sft.optimizer
-    section.update(learning_rate=0.1, schedule="constant", warmup_fraction=0.0, clip_norm=1e9, **changes)
-    made, params = optimizer_lib.make_optimizer(section, 4), tiny_model.make_params(tiny_model.model(num_layers=1))
+    section.update(
+      learning_rate=0.1, schedule="constant", warmup_fraction=0.0, clip_norm=1e9, **changes
+    )
+    made, params = (
+      optimizer_lib.make_optimizer(section, 4),
+      tiny_model.make_params(tiny_model.model(num_layers=1)),
+    )
     first = lambda params: made.update(
       jax.tree.map(lambda x: gradient * jnp.ones_like(x), params), made.init(params), params
     )[0]
     return params, jax.jit(first)(params)
 
   def test_weight_decay_spares_scales(self):
-    # Fails if norms' scales decay, if another parameter does not, or if the decay is not times the rate.
+    # Fails if norms' scales decay, if another parameter does not, or if the decay is not times the
+    # rate.
     params, plain = self.updates(1.0)
     _, decayed = self.updates(1.0, weight_decay=0.5)
     scales = 0
     for (path, x), a, b in zip(
-      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(plain), jax.tree.leaves(decayed), strict=True
+      jax.tree_util.tree_leaves_with_path(params),
+      jax.tree.leaves(plain),
+      jax.tree.leaves(decayed),
+      strict=True,
     ):
       spared = path[-1].key == "scale"
       scales += spared
@@ -304,21 +357,31 @@ class OptimizerTest(absltest.TestCase):
     self.assertEqual(scales, 3)
 
   def test_clips_as_optax_does(self):
-    # Fails if gradients within the norm are touched, if those beyond are scaled otherwise, or if the states differ, so that
-    # a checkpoint of one could not be read by the other.
+    # Fails if gradients within the norm are touched, if those beyond are scaled otherwise, or if
+    # the states differ, so that a checkpoint of one could not be read by the other.
     grads = jax.tree.map(lambda x: 0.1 * x, tiny_model.make_params(tiny_model.model()))
     norm = float(optax.tree.norm(grads))
     for most in (0.3 * norm, 3.0 * norm):
       ours, theirs = optimizer_lib.clip_by_global_norm(most), optax.clip_by_global_norm(most)
       self.assertEqual(ours.init(grads), theirs.init(grads))
-      got, expected = (jax.jit(lambda x, made=made: made.update(x, made.init(x))[0])(grads) for made in (ours, theirs))
+      got, expected = (
+        jax.jit(lambda x, made=made: made.update(x, made.init(x))[0])(grads)
+        for made in (ours, theirs)
+      )
       for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
   def test_clipping_and_betas(self):
     # Fails if clipping is missing or comes after AdamW, or if the betas change places.
     section = config_schema.default().sft.optimizer
-    section.update(learning_rate=0.1, schedule="constant", warmup_fraction=0.0, clip_norm=1.0, beta1=0.8, beta2=0.9)
+    section.update(
+      learning_rate=0.1,
+      schedule="constant",
+      warmup_fraction=0.0,
+      clip_norm=1.0,
+      beta1=0.8,
+      beta2=0.9,
+    )
     made, x = optimizer_lib.make_optimizer(section, 4), {"w": jnp.zeros(4)}
 
     @jax.jit
@@ -327,7 +390,9 @@ class OptimizerTest(absltest.TestCase):
       _, state = made.update({"w": clipped}, state, x)
       return made.update({"w": free}, state, x)[0]["w"]
 
-    g = jnp.full(4, 3.0)  # norm 6: clipped to 0.5 each, and so is 2 g, so that both steps have the rate's size
+    g = jnp.full(
+      4, 3.0
+    )  # norm 6: clipped to 0.5 each, and so is 2 g, so that both steps have the rate's size
     np.testing.assert_allclose(second(g, 2 * g), np.full(4, -0.1), rtol=1e-4)
     # A second gradient of norm 0.25 is not clipped; m and v by hand.
     m, v = 0.8 * 0.2 * 0.5 + 0.2 * 0.125, 0.9 * 0.1 * 0.5**2 + 0.1 * 0.125**2

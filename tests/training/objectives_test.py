@@ -1,4 +1,6 @@
-"""The objectives over packed batches, in float64, against the model on each unpacked sequence and numpy."""
+"""The objectives over packed batches, in float64, against the model on each unpacked sequence and
+numpy.
+"""
 
 import dataclasses
 import functools
@@ -17,18 +19,24 @@ from synthneg_jax.training import objectives, reference
 from synthneg_jax.training.batch import Example, PairInTree, Shape
 from tests import random_trees, tiny_model
 
-# Pairs 0 and 1 share a rejected branch; in both, chosen and rejected differ at their first token already.
+# Pairs 0 and 1 share a rejected branch; in both, chosen and rejected differ at their first token
+# already.
 A = Example(
   Tree([1, 2, 3, 4, 5], (Branch(5, [6, 7, 8]), Branch(5, [9, 10]), Branch(5, [11]))),
   (PairInTree(0, 1, -9.0, -4.0), PairInTree(2, 1, -1.0, -4.0)),
 )
-# A pair whose rejected is a prefix of the chosen, and a branch that forks early and belongs to no pair.
+# A pair whose rejected is a prefix of the chosen, and a branch that forks early and belongs to no
+# pair.
 B = Example(
-  Tree([12, 13, 14], (Branch(3, [15, 16]), Branch(3, [15]), Branch(1, [17, 18]))), (PairInTree(0, 1, -60.0, -2.0),)
+  Tree([12, 13, 14], (Branch(3, [15, 16]), Branch(3, [15]), Branch(1, [17, 18]))),
+  (PairInTree(0, 1, -60.0, -2.0),),
 )
 # A branch of a branch, which shares a scored token and an unscored one; no pair.
 C = Example(
-  Tree([19, 20, 21], (Branch(2, [23, 24, 25], scored=[True, False, True], branches=(Branch(4, [22]),)),)),
+  Tree(
+    [19, 20, 21],
+    (Branch(2, [23, 24, 25], scored=[True, False, True], branches=(Branch(4, [22]),)),),
+  ),
 )
 EXAMPLES = (A, B, C)
 SHAPE = Shape(rows=3, length=18, scored=10, pairs=2, branches=5)  # rows: A and C, B, padding
@@ -40,7 +48,9 @@ MODEL = tiny_model.model(dtype="float64", param_dtype="float64")
 sft = jax.jit(objectives.make_sft(MODEL))
 dpo_loss = functools.partial(losses.dpo_loss, beta=BETA, label_smoothing=SMOOTHING)
 dpo = jax.jit(
-  objectives.make_preference(MODEL, objectives.Preference(loss=dpo_loss, beta=BETA, nll_weight=NLL), eos_ids=EOS)
+  objectives.make_preference(
+    MODEL, objectives.Preference(loss=dpo_loss, beta=BETA, nll_weight=NLL), eos_ids=EOS
+  )
 )
 
 
@@ -69,7 +79,9 @@ def unpacked(params, examples):
 
 
 def averages(metrics) -> dict[str, float]:
-  scalars = {name: pair for name, pair in metrics.items() if not name.startswith(objectives.HISTOGRAM)}
+  scalars = {
+    name: pair for name, pair in metrics.items() if not name.startswith(objectives.HISTOGRAM)
+  }
   return {name: float(total) / float(count) for name, (total, count) in scalars.items()}
 
 
@@ -85,30 +97,47 @@ class ObjectivesTest(parameterized.TestCase):
     cls.dpo_loss, cls.dpo_metrics = dpo(cls.params, cls.batch)
 
   def pair_sums(self):
-    """(chosen, rejected, ref_chosen, ref_rejected, chosen's tokens) of each pair, from the unpacked sequences."""
+    """(chosen, rejected, ref_chosen, ref_rejected, chosen's tokens) of each pair, from the unpacked
+    sequences.
+    """
     found = []
     for example, branches in zip(EXAMPLES, self.alone, strict=True):
       for pair in example.pairs:
         chosen = branches[pair.chosen]
-        found.append((chosen.sum(), branches[pair.rejected].sum(), pair.ref_chosen, pair.ref_rejected, len(chosen)))
+        found.append(
+          (
+            chosen.sum(),
+            branches[pair.rejected].sum(),
+            pair.ref_chosen,
+            pair.ref_rejected,
+            len(chosen),
+          )
+        )
     self.assertLen(found, 3)
     return np.array(found).T
 
   def early_eos(self):
     """P(EOS) after each of the six branches that do not end in it, from the unpacked sequences."""
-    rows = [ids for example in EXAMPLES for ids, _ in random_trees.sequences(example.tree) if ids[-1] not in EOS]
+    rows = [
+      ids
+      for example in EXAMPLES
+      for ids, _ in random_trees.sequences(example.tree)
+      if ids[-1] not in EOS
+    ]
     self.assertLen(rows, 6)
     token = np.zeros((len(rows), len(EOS), LONGEST + 1), np.int32)
     for n, ids in enumerate(rows):
       for e, eos in enumerate(EOS):
         token[n, e, : len(ids) + 1] = [*ids, eos]
-    logp = np.asarray(_next_logprobs(self.params, token.reshape(-1, LONGEST + 1))).reshape(len(rows), len(EOS), -1)
+    logp = np.asarray(_next_logprobs(self.params, token.reshape(-1, LONGEST + 1))).reshape(
+      len(rows), len(EOS), -1
+    )
     return np.array([np.exp(logp[n, :, len(ids) - 1]).sum() for n, ids in enumerate(rows)])
 
   def test_sft_equals_unpacked_sequences(self):
-    # Fails if a token's log-prob is read at another place than its parent, if a branch's first token is left out, if
-    # unscored or padded places count, if a token of two branches counts once, or if the mean is taken per row or per
-    # sequence.
+    # Fails if a token's log-prob is read at another place than its parent, if a branch's first
+    # token is left out, if unscored or padded places count, if a token of two branches counts once,
+    # or if the mean is taken per row or per sequence.
     scored = [value for branches in self.alone for logp in branches for value in logp.tolist()]
     self.assertLen(scored, 6 + 5 + (2 + 2))
     self.assertAlmostEqual(float(self.sft_loss), -np.mean(scored), delta=1e-6)
@@ -117,13 +146,16 @@ class ObjectivesTest(parameterized.TestCase):
     self.assertEqual(int(count), 15)
 
   def test_dpo_equals_unpacked_sequences(self):
-    # Fails if a pair reads another branch or row, if a sum misses the first response token or holds trunk tokens, if an
-    # empty place counts as a pair, or if the loss is averaged over rows or weights.
+    # Fails if a pair reads another branch or row, if a sum misses the first response token or holds
+    # trunk tokens, if an empty place counts as a pair, or if the loss is averaged over rows or
+    # weights.
     chosen, rejected, ref_chosen, ref_rejected, tokens = self.pair_sums()
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
     log_sigmoid = lambda x: -np.log1p(np.exp(-x))
     dpo_P = -(1 - SMOOTHING) * log_sigmoid(BETA * h) - SMOOTHING * log_sigmoid(-BETA * h)
-    self.assertAlmostEqual(float(self.dpo_loss), np.mean(dpo_P + NLL * -chosen / tokens), delta=1e-6)
+    self.assertAlmostEqual(
+      float(self.dpo_loss), np.mean(dpo_P + NLL * -chosen / tokens), delta=1e-6
+    )
     self.assertGreater(np.max(BETA * h), 5.0)  # one pair is saturated, one is on the wrong side
     self.assertLess(np.min(h), 0.0)
     expected = {
@@ -142,26 +174,34 @@ class ObjectivesTest(parameterized.TestCase):
       # Metrics name their unit: pairs are counted by the pair, the chosen's loss by the token.
       self.assertAlmostEqual(got[name], value, delta=1e-9, msg=name)
       counts = {"per_token": tokens.sum(), "per_unfinished_branch": 6}
-      self.assertEqual(float(self.dpo_metrics[name][1]), counts.get(name.partition("/")[2], 3), name)
+      self.assertEqual(
+        float(self.dpo_metrics[name][1]), counts.get(name.partition("/")[2], 3), name
+      )
 
   def test_the_loss_parts_add_up(self):
     # Fails if a part is divided by its own count: microbatches and devices sum their parts.
     parts = [
       jax.tree.map(
         lambda x, keep=keep: (
-          x if np.ndim(x) == 0 else np.where((np.arange(3) == keep).reshape(3, *[1] * (x.ndim - 1)), x, empty_like(x))
+          x
+          if np.ndim(x) == 0
+          else np.where((np.arange(3) == keep).reshape(3, *[1] * (x.ndim - 1)), x, empty_like(x))
         ),
         self.batch,
       )
       for keep in range(3)
     ]
-    self.assertAlmostEqual(sum(float(sft(self.params, part)[0]) for part in parts), float(self.sft_loss), delta=1e-10)
-    self.assertAlmostEqual(sum(float(dpo(self.params, part)[0]) for part in parts), float(self.dpo_loss), delta=1e-10)
+    self.assertAlmostEqual(
+      sum(float(sft(self.params, part)[0]) for part in parts), float(self.sft_loss), delta=1e-10
+    )
+    self.assertAlmostEqual(
+      sum(float(dpo(self.params, part)[0]) for part in parts), float(self.dpo_loss), delta=1e-10
+    )
 
   @parameterized.parameters(1, 3, 4, 9)
   def test_chunks_change_nothing(self, chunk):
-    # Fails if a chunk's tokens are held against another's logits, if the last, part empty one counts its padding, or if
-    # the backward pass loses a chunk. 10 scored tokens a row.
+    # Fails if a chunk's tokens are held against another's logits, if the last, part empty one
+    # counts its padding, or if the backward pass loses a chunk. 10 scored tokens a row.
     loss = lambda params, chunk: objectives.make_sft(MODEL, chunk)(params, self.batch)[0]
     grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     expected, got = grad(self.params, 0), grad(self.params, chunk)
@@ -202,12 +242,15 @@ class ObjectivesTest(parameterized.TestCase):
       self.assertBetween(averages(metrics)[mean], low, high)
 
   def test_against_itself_the_margin_is_zero(self):
-    # Fails if reference and objective score different tokens: A's pairs diverge at their first token, so a first token
-    # that only one of them counts gives a margin of nats. A margin of 0 gives ln 2 under any smoothing.
+    # Fails if reference and objective score different tokens: A's pairs diverge at their first
+    # token, so a first token that only one of them counts gives a margin of nats. A margin of 0
+    # gives ln 2 under any smoothing.
     folder = self.enterContext(tempfile.TemporaryDirectory())
     store = reference.Store(epath.Path(folder) / "reference.npz")
     packing = reference.Packing(tiny_model.one_device_mesh(), 18)
-    reference.score(MODEL, self.params, [example.tree for example in (A, B)], store=store, packing=packing)
+    reference.score(
+      MODEL, self.params, [example.tree for example in (A, B)], store=store, packing=packing
+    )
 
     def referenced(example):
       tree = example.tree
@@ -217,7 +260,9 @@ class ObjectivesTest(parameterized.TestCase):
           dtype=np.float64,
         )
       )
-      pairs = [PairInTree(p.chosen, p.rejected, value(p.chosen), value(p.rejected)) for p in example.pairs]
+      pairs = [
+        PairInTree(p.chosen, p.rejected, value(p.chosen), value(p.rejected)) for p in example.pairs
+      ]
       return Example(tree, tuple(pairs))
 
     _, metrics = dpo(self.params, batch_lib.build([referenced(A), referenced(B)], SHAPE))
@@ -231,7 +276,9 @@ class ObjectivesTest(parameterized.TestCase):
 
 
 def empty_like(x):
-  """What `batch_lib.build` puts in rows without trees (the fields are told apart by their padding value)."""
+  """What `batch_lib.build` puts in rows without trees (the fields are told apart by their padding
+  value).
+  """
   return np.full_like(x, x[2].reshape(-1)[0])
 
 

@@ -1,4 +1,6 @@
-"""A training as a process: killed at every step, asked to stop, on a full disk, with a checkpoint that is not its own."""
+"""A training as a process: killed at every step, asked to stop, on a full disk, with a checkpoint
+that is not its own.
+"""
 
 import functools
 import os
@@ -27,10 +29,14 @@ def scratch() -> pathlib.Path:
 
 
 def start(workdir, *args) -> subprocess.Popen:
-  env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+  env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
+    "JAX_PLATFORMS": "cpu"
+  }
   command = [sys.executable, "-m", "tests.training.small_training", f"--workdir={workdir}", *args]
   command += [f"--compilation_cache={scratch() / 'xla'}"]
-  return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
 
 
 def run(workdir, *args) -> subprocess.CompletedProcess:
@@ -48,7 +54,9 @@ def whole() -> pathlib.Path:
 
 
 def kept(workdir) -> list[int]:
-  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+  return sorted(
+    int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
+  )
 
 
 class PreemptionTest(absltest.TestCase):
@@ -57,7 +65,9 @@ class PreemptionTest(absltest.TestCase):
     with np.load(whole() / "trained.npz") as expected, np.load(workdir / "trained.npz") as found:
       for name in expected:
         np.testing.assert_array_equal(found[name].view(np.uint32), expected[name].view(np.uint32))
-    self.assertEqual((workdir / "metrics.jsonl").read_text(), (whole() / "metrics.jsonl").read_text())
+    self.assertEqual(
+      (workdir / "metrics.jsonl").read_text(), (whole() / "metrics.jsonl").read_text()
+    )
 
   def assert_one_sentence(self, done, *parts):
     self.assertEqual(done.returncode, 1, done.stderr)
@@ -66,8 +76,8 @@ class PreemptionTest(absltest.TestCase):
       self.assertIn(part, done.stderr.strip().splitlines()[-1])
 
   def test_sigkill_at_every_step(self):
-    # Fails if a checkpoint that was being written is taken for whole, or if any of state, data position and metrics
-    # goes on from another step than the others.
+    # Fails if a checkpoint that was being written is taken for whole, or if any of state, data
+    # position and metrics goes on from another step than the others.
     workdir = scratch() / "killed"
     for step in range(6):
       self.assertEqual(run(workdir, f"--kill_at={step}").returncode, -signal.SIGKILL)
@@ -77,11 +87,14 @@ class PreemptionTest(absltest.TestCase):
     self.assert_as_whole(workdir)
 
   def test_sigterm_saves_and_ends_with_its_own_status(self):
-    # Fails if SIGTERM kills, if its status is another's, if the step under way is lost, or if it takes its time.
+    # Fails if SIGTERM kills, if its status is another's, if the step under way is lost, or if it
+    # takes its time.
     workdir = scratch() / "terminated"
     process = start(workdir, "--step_s=0.5", "--save_every_steps=100")
     lines = lambda: (
-      len((workdir / "metrics.jsonl").read_text().splitlines()) if (workdir / "metrics.jsonl").exists() else 0
+      len((workdir / "metrics.jsonl").read_text().splitlines())
+      if (workdir / "metrics.jsonl").exists()
+      else 0
     )
     while lines() < 1:
       self.assertIsNone(process.poll())
@@ -104,26 +117,34 @@ class PreemptionTest(absltest.TestCase):
     # Fails if a process that hangs, or compiles for minutes, lives on after SIGTERM.
     self.assertLess(distributed.GRACE_S, 30)
     program = (
-      "import signal, os, time; from synthneg_jax.runtime import distributed; distributed.GRACE_S = 1.0;"
+      "import signal, os, time; from synthneg_jax.runtime import distributed; distributed.GRACE_S "
+      "= 1.0;"
       "distributed.watch_signals(); os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1);"
       "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); time.sleep(30)"
     )
     done = subprocess.run(
-      [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=25
+      [sys.executable, "-c", program],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      check=False,
+      timeout=25,
     )
     self.assertEqual(done.returncode, distributed.PREEMPTED, done.stderr)
     self.assertIn("after SIGTERM; what was saved before is kept.", done.stderr.splitlines()[-1])
 
   def test_a_full_disk(self):
-    # Fails if a disk that is full ends in a traceback or in status 0, if it costs the checkpoints that were whole, or if
-    # the run does not go on once there is room.
+    # Fails if a disk that is full ends in a traceback or in status 0, if it costs the checkpoints
+    # that were whole, or if the run does not go on once there is room.
     workdir = scratch() / "full"
     self.assertEqual(run(workdir, "--kill_at=5").returncode, -signal.SIGKILL)
     before = kept(workdir)
     self.assertNotEmpty(before)
     for step in before[1:]:
       shutil.rmtree(workdir / "checkpoints" / str(step))
-    self.assert_one_sentence(run(workdir, "--largest_file=900"), "A checkpoint in", "cannot be written", "are kept")
+    self.assert_one_sentence(
+      run(workdir, "--largest_file=900"), "A checkpoint in", "cannot be written", "are kept"
+    )
     self.assertEqual(kept(workdir)[0], before[0])
     done = run(workdir)
     self.assertEqual(done.returncode, 0, done.stderr)
@@ -135,15 +156,21 @@ class PreemptionTest(absltest.TestCase):
     workdir = scratch() / "full_metrics"
     workdir.mkdir()
     (workdir / "metrics.jsonl.tmp").symlink_to("/dev/full")
-    self.assert_one_sentence(run(workdir), "metrics.jsonl cannot be written: No space left on device")
+    self.assert_one_sentence(
+      run(workdir), "metrics.jsonl cannot be written: No space left on device"
+    )
 
   def test_a_checkpoint_of_another_model(self):
-    # Fails if it is passed over, so that training starts anew and deletes it, or if the sentence does not say what differs.
+    # Fails if it is passed over, so that training starts anew and deletes it, or if the sentence
+    # does not say what differs.
     workdir = scratch() / "other"
     shutil.copytree(whole(), workdir)
     before = kept(workdir)
     self.assert_one_sentence(
-      run(workdir, "--width=5"), "is a checkpoint of another model", "matrix", "(6, 4) there, (6, 5) here"
+      run(workdir, "--width=5"),
+      "is a checkpoint of another model",
+      "matrix",
+      "(6, 4) there, (6, 5) here",
     )
     self.assertEqual(kept(workdir), before)
 
@@ -168,7 +195,8 @@ class PreemptionTest(absltest.TestCase):
     self.assert_as_whole(workdir)
 
   def test_no_checkpoint_can_be_read(self):
-    # Fails if the training does not start from step 0 in the same call, or ends in "cannot be written".
+    # Fails if the training does not start from step 0 in the same call, or ends in "cannot be
+    # written".
     workdir = scratch() / "all_damaged"
     shutil.copytree(whole(), workdir)
     before = kept(workdir)

@@ -1,4 +1,6 @@
-"""A training of a few steps as a program of its own, for tests that kill it: python -m tests.training.small_training --help."""
+"""A training of a few steps as a program of its own, for tests that kill it: python -m
+tests.training.small_training --help.
+"""
 
 import os
 import resource
@@ -31,7 +33,9 @@ def main():
     def abstract_params(self):
       import jax
 
-      return jax.eval_shape(lambda: {"matrix": jnp.zeros((6, flags.FLAGS.width)), "norm": {"scale": jnp.zeros(4)}})
+      return jax.eval_shape(
+        lambda: {"matrix": jnp.zeros((6, flags.FLAGS.width)), "norm": {"scale": jnp.zeros(4)}}
+      )
 
   class Slow(loop_test.Spy):
     def build(self, step):

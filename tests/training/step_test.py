@@ -1,4 +1,6 @@
-"""One train step in float64: accumulated and sharded it is the step of one device on the whole batch."""
+"""One train step in float64: accumulated and sharded it is the step of one device on the whole
+batch.
+"""
 
 import functools
 
@@ -17,13 +19,16 @@ from synthneg_jax.training import step as step_lib
 from synthneg_jax.training.batch import Example, PairInTree, Shape
 from tests import tiny_model
 
-# 32 tokens and 16 wide, so that every axis divides by 2 and the width by 8; one layer compiles fastest.
+# 32 tokens and 16 wide, so that every axis divides by 2 and the width by 8; one layer compiles
+# fastest.
 MODEL = tiny_model.model(dtype="float64", param_dtype="float64", vocab_size=32, num_layers=1)
 SHAPE = Shape(rows=8, length=12, scored=9, pairs=2, branches=3)
 
 
 def make_batch() -> batch_lib.Batch:
-  """Six trees with one or two pairs in eight rows, two of them empty: microbatches and shards hold unequal counts."""
+  """Six trees with one or two pairs in eight rows, two of them empty: microbatches and shards hold
+  unequal counts.
+  """
   rng = np.random.default_rng(0)
   ids = lambda size: rng.integers(0, 32, size).tolist()
   examples = []
@@ -43,10 +48,14 @@ def take_step(mesh, accumulate: int = 1):
   loss = functools.partial(losses.dpo_loss, beta=0.3)
   preference = objectives.Preference(loss=loss, beta=0.3, nll_weight=0.2)
   objective = objectives.make_preference(MODEL, preference, eos_ids=(2,))
-  params = jax.device_put(tiny_model.make_params(MODEL), device_mesh.shardings(mesh, MODEL.logical_axes()))
+  params = jax.device_put(
+    tiny_model.make_params(MODEL), device_mesh.shardings(mesh, MODEL.logical_axes())
+  )
   state = step_lib.make_init(made, shardings)(params)
   batch = jax.device_put(make_batch(), step_lib.batch_shardings(mesh))
-  state, metrics = step_lib.make_step(objective, made, shardings, mesh=mesh, accumulate=accumulate)(state, batch)
+  state, metrics = step_lib.make_step(objective, made, shardings, mesh=mesh, accumulate=accumulate)(
+    state, batch
+  )
   for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
     if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
       raise AssertionError(f"{leaf.shape} lies as {leaf.sharding}, not as {sharding}")
@@ -66,14 +75,20 @@ class StepTest(parameterized.TestCase):
   def assert_same(self, metrics, state, atol):
     found, wanted = (metrics, state), (self.metrics, self.state)
     self.assertEqual(jax.tree.structure(found), jax.tree.structure(wanted))
-    for (path, got), expected in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
-      np.testing.assert_allclose(got, expected, rtol=1e-9, atol=atol, err_msg=jax.tree_util.keystr(path))
+    for (path, got), expected in zip(
+      jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True
+    ):
+      np.testing.assert_allclose(
+        got, expected, rtol=1e-9, atol=atol, err_msg=jax.tree_util.keystr(path)
+      )
 
   def test_the_step_moves_all_parameters(self):
-    # Fails if the updates are not applied, if a parameter has no gradient, or if the step is not counted; the tests
-    # below would compare parameters that stood still.
+    # Fails if the updates are not applied, if a parameter has no gradient, or if the step is not
+    # counted; the tests below would compare parameters that stood still.
     before = jax.tree.map(np.asarray, layer_stacking.unstack(tiny_model.make_params(MODEL)))
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(self.state["params"]), strict=True):
+    for old, new in zip(
+      jax.tree.leaves(before), jax.tree.leaves(self.state["params"]), strict=True
+    ):
       self.assertGreater(np.abs(new - old).max(), 0.01)
       self.assertLess(np.abs(new - old).max(), 0.1)
     self.assertEqual(int(self.state["step"]), 1)
@@ -81,19 +96,25 @@ class StepTest(parameterized.TestCase):
     self.assertGreater(float(self.metrics["grad_norm"][0]), 0.1)
 
   def test_accumulation_changes_nothing(self):
-    # Fails if microbatches are averaged, if the last one's gradients or metrics stand for all, or if counts are split.
+    # Fails if microbatches are averaged, if the last one's gradients or metrics stand for all, or
+    # if counts are split.
     self.assert_same(*take_step(tiny_model.one_device_mesh(), accumulate=2), atol=1e-9)
 
   def test_accumulation_takes_batches_without_pairs(self):
     # Fails if microbatches of an empty array are given a size that has to be guessed from it.
     examples = [Example(Tree([1, 2 + i], (Branch(2, [3, 4]),))) for i in range(2)]
     batch = batch_lib.build(examples, Shape(rows=2, length=4, scored=2, pairs=0, branches=1))
-    made, mesh = optimizer.make_optimizer(config_schema.default().sft.optimizer, 4), tiny_model.one_device_mesh()
+    made, mesh = (
+      optimizer.make_optimizer(config_schema.default().sft.optimizer, 4),
+      tiny_model.one_device_mesh(),
+    )
     shardings = step_lib.state_shardings(MODEL, made, mesh)
 
     def loss(accumulate):
       state = step_lib.make_init(made, shardings)(tiny_model.make_params(MODEL))
-      step = step_lib.make_step(objectives.make_sft(MODEL), made, shardings, mesh=mesh, accumulate=accumulate)
+      step = step_lib.make_step(
+        objectives.make_sft(MODEL), made, shardings, mesh=mesh, accumulate=accumulate
+      )
       return np.divide(*jax.device_get(step(state, batch)[1]["loss/per_token"]))
 
     np.testing.assert_allclose(loss(2), loss(1), rtol=1e-12)
@@ -101,24 +122,34 @@ class StepTest(parameterized.TestCase):
   @pytest.mark.slow  # compiles for eight devices
   @parameterized.parameters((8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8))
   def test_a_mesh_changes_nothing(self, *sizes):
-    # Fails if a device's part of the loss is a mean of its own rows, if gradients are not summed over devices, or if
-    # moments lie otherwise than their parameters (take_step checks where each leaf of the state lies).
+    # Fails if a device's part of the loss is a mean of its own rows, if gradients are not summed
+    # over devices, or if moments lie otherwise than their parameters (take_step checks where each
+    # leaf of the state lies).
     self.assert_same(*take_step(device_mesh.make_mesh(*sizes)), atol=1e-9)
 
 
 class ShardingsTest(absltest.TestCase):
   def test_state_and_batch_lie_as_the_rules_say(self):
-    # Fails if moments are replicated, if layers are stacked where they are unrolled, or unstacked where they are scanned
-    # or kept, if counts are split over rows, or if a batch's rows are not split.
+    # Fails if moments are replicated, if layers are stacked where they are unrolled, or unstacked
+    # where they are scanned or kept, if counts are split over rows, or if a batch's rows are not
+    # split.
     mesh = device_mesh.make_mesh(2, 2, 2)
     made = optimizer.make_optimizer(config_schema.default().sft.optimizer, 4)
 
     def query(model, **kwargs):
-      found = jax.tree_util.tree_leaves_with_path(step_lib.state_shardings(model, made, mesh, **kwargs))
-      return [tuple(sharding.spec) for path, sharding in found if jax.tree_util.keystr(path).endswith("['query']")]
+      found = jax.tree_util.tree_leaves_with_path(
+        step_lib.state_shardings(model, made, mesh, **kwargs)
+      )
+      return [
+        tuple(sharding.spec)
+        for path, sharding in found
+        if jax.tree_util.keystr(path).endswith("['query']")
+      ]
 
     stacked = [(None, "fsdp", "tensor")] * 3  # two moments and the parameter
-    self.assertEqual(query(tiny_model.model()), [("fsdp", "tensor")] * 3 * tiny_model.CONFIG.num_layers)
+    self.assertEqual(
+      query(tiny_model.model()), [("fsdp", "tensor")] * 3 * tiny_model.CONFIG.num_layers
+    )
     self.assertEqual(query(tiny_model.model(scan_layers=True)), stacked)
     self.assertEqual(query(tiny_model.model(), stacked=True), stacked)
     shardings = step_lib.state_shardings(tiny_model.model(), made, mesh)

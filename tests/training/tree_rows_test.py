@@ -1,11 +1,13 @@
-"""Loss and gradients of packed trees against the unpacked sequences that they stand for, for every kind of tree we use.
+"""Loss and gradients of packed trees against the unpacked sequences that they stand for, for every
+kind of tree we use.
 
-Each kind of work of the method is one case: a trunk with branches on one side, and on the other the plain sequences
-(what stands before, the scored response), each alone in its own padded row under causal attention. Trees of several
-problems share rows with padding. Log-probs of all scored tokens, the loss, and its gradient with respect to every
-parameter must agree: to 1e-10 in float64 and to 1e-5 in float32, relative to the largest entry (of the gradient: of
-each parameter's own gradient), or to 1 where it is a loss or a log-prob below 1. Reference log-probs are multiples of
-1/8, which float32 holds exactly.
+Each kind of work of the method is one case: a trunk with branches on one side, and on the other the
+plain sequences (what stands before, the scored response), each alone in its own padded row under
+causal attention. Trees of several problems share rows with padding. Log-probs of all scored tokens,
+the loss, and its gradient with respect to every parameter must agree: to 1e-10 in float64 and to
+1e-5 in float32, relative to the largest entry (of the gradient: of each parameter's own gradient),
+or to 1 where it is a loss or a log-prob below 1. Reference log-probs are multiples of 1/8, which
+float32 holds exactly.
 """
 
 import dataclasses
@@ -43,7 +45,8 @@ class Work:
 
   Attributes:
     examples: trees with their pairs.
-    sequences: (ids, which are scored) of each branch's sequence, in the order of the examples and their branches.
+    sequences: (ids, which are scored) of each branch's sequence, in the order of the examples and
+      their branches.
     pairs: (chosen, rejected, ref_chosen, ref_rejected) of each pair, by numbers of sequences.
   """
 
@@ -63,7 +66,9 @@ class Problem:
 
 
 def draw_problem(seed: int, prompt_size: int) -> Problem:
-  """All prompts begin alike, and so do some responses, so that a token that sees another tree's would find its twin."""
+  """All prompts begin alike, and so do some responses, so that a token that sees another tree's
+  would find its twin.
+  """
   rng = np.random.default_rng(seed)
   draw = lambda size: tuple(rng.integers(2, VOCAB, size).tolist())
   wrong = (
@@ -85,12 +90,18 @@ def scored_behind(before, ids) -> tuple[tuple[int, ...], tuple[bool, ...]]:
 
 
 def one_tree(trunk, branches, pairs=()) -> Work:
-  """A tree from (fork, ids) of its branches and (chosen, rejected) of its pairs; the references are made up here."""
+  """A tree from (fork, ids) of its branches and (chosen, rejected) of its pairs; the references are
+  made up here.
+  """
   references = [(-2.5 - 1.75 * n, -9.125 + 2.5 * n) for n in range(len(pairs))]
   tree = Tree(trunk, tuple(Branch(fork, ids) for fork, ids in branches))
   in_tree = tuple(PairInTree(*pair, *refs) for pair, refs in zip(pairs, references, strict=True))
   sequences = tuple(scored_behind(trunk[:fork], ids) for fork, ids in branches)
-  return Work((Example(tree, in_tree),), sequences, tuple((*p, *r) for p, r in zip(pairs, references, strict=True)))
+  return Work(
+    (Example(tree, in_tree),),
+    sequences,
+    tuple((*p, *r) for p, r in zip(pairs, references, strict=True)),
+  )
 
 
 def on_prompt(problem: Problem, responses, pairs=()) -> Work:
@@ -103,7 +114,9 @@ def sampled_traces(problem: Problem) -> Work:
 
 
 def rollouts_from_steps(problem: Problem) -> Work:
-  """Step-level Q: the trunk is prompt and trace; two rollouts leave it at the end of every step but the last."""
+  """Step-level Q: the trunk is prompt and trace; two rollouts leave it at the end of every step but
+  the last.
+  """
   trace = problem.wrong[0]
   forks = [len(problem.prompt) + end for end in trace.step_ends[:-1] for _ in range(2)]
   work = one_tree((*problem.prompt, *trace.ids), list(zip(forks, problem.rollouts, strict=True)))
@@ -119,9 +132,11 @@ def solutions(problem: Problem) -> Work:
 
 
 def steps_of_one_trace(problem: Problem) -> Work:
-  """Per-step DPO with a shared prefix: pairs at three pits of one trace; the trunk goes up to the last of them.
+  """Per-step DPO with a shared prefix: pairs at three pits of one trace; the trunk goes up to the
+  last of them.
 
-  The first two fork in mid-trunk, where the trunk's own next tokens are the rejected step over again.
+  The first two fork in mid-trunk, where the trunk's own next tokens are the rejected step over
+  again.
   """
   trace, prompt = problem.wrong[0], problem.prompt
   trunk = (*prompt, *trace.prefix(2))
@@ -137,25 +152,35 @@ def steps_of_one_trace(problem: Problem) -> Work:
 
 
 def algorithm1(problem: Problem) -> Work:
-  """Per-step DPO after Algorithm 1: the right solution once, and every rejected prefix of the problem."""
-  rejected = [tuple(response.prefix(pit + 1)) for response, pit in zip(problem.wrong, (1, 0, 0), strict=True)]
+  """Per-step DPO after Algorithm 1: the right solution once, and every rejected prefix of the
+  problem.
+  """
+  rejected = [
+    tuple(response.prefix(pit + 1)) for response, pit in zip(problem.wrong, (1, 0, 0), strict=True)
+  ]
   return on_prompt(problem, [problem.right[0], *rejected], [(0, 1), (0, 2), (0, 3)])
 
 
 def whole_responses(problem: Problem) -> Work:
   """Standard DPO, IPO, DPOP: whole right and wrong responses."""
   wrong = [response.ids for response in problem.wrong]
-  return on_prompt(problem, [problem.right[0], wrong[0], problem.right[1], wrong[1]], [(0, 1), (2, 3)])
+  return on_prompt(
+    problem, [problem.right[0], wrong[0], problem.right[1], wrong[1]], [(0, 1), (2, 3)]
+  )
 
 
 @functools.cache
 def deep_trees(depth: int) -> Work:
-  """Random trees with random pairs among their branches, a branch's own beginnings and ends among them."""
+  """Random trees with random pairs among their branches, a branch's own beginnings and ends among
+  them.
+  """
   rng, works = np.random.default_rng(depth), []
   while len(works) < 4:
     tree = random_trees.of_depth(rng, depth, high=VOCAB, most=30)
     scored = [any(mask) for _, mask in random_trees.sequences(tree)]
-    if not 2 <= tree.num_branches <= 6 or not all(scored):  # the NLL term is a mean over the chosen's tokens
+    if not 2 <= tree.num_branches <= 6 or not all(
+      scored
+    ):  # the NLL term is a mean over the chosen's tokens
       continue
     found = [tuple(rng.choice(tree.num_branches, 2, replace=False).tolist()) for _ in range(2)]
     refs = [tuple((rng.integers(-80, 0, 2) / 8).tolist()) for _ in found]
@@ -181,7 +206,9 @@ def joined(works) -> Work:
 
 
 def _margins(sums_N, work: Work):
-  chosen, rejected, ref_chosen, ref_rejected = (np.array(column) for column in zip(*work.pairs, strict=True))
+  chosen, rejected, ref_chosen, ref_rejected = (
+    np.array(column) for column in zip(*work.pairs, strict=True)
+  )
   return (sums_N[chosen] - ref_chosen) - (sums_N[rejected] - ref_rejected), chosen, ref_chosen
 
 
@@ -210,8 +237,8 @@ def dpop_alone(logp_NL, scored_NL, work):
   return jnp.mean(jnp.log1p(jnp.exp(-BETA * (h_P - PENALTY * fallen_P))))
 
 
-# Each objective's name, its reference, and the weights of DPO, IPO, DPOP and NLL in the one preference objective that is
-# compiled for them all.
+# Each objective's name, its reference, and the weights of DPO, IPO, DPOP and NLL in the one
+# preference objective that is compiled for them all.
 ALONE = {"sft": sft_alone, "dpo": dpo_alone, "ipo": ipo_alone, "dpop": dpop_alone}
 WEIGHTS = {"dpo": (1.0, 0.0, 0.0, NLL), "ipo": (0.0, 1.0, 0.0, 0.0), "dpop": (0.0, 0.0, 1.0, 0.0)}
 
@@ -252,18 +279,24 @@ def _compiled(dtype: str, is_sft: bool, kind: str):
 
 def packed(params, batch, name: str, dtype: str, kind: str = "plain"):
   """(loss, gradients, log-probs of scored tokens [R, S]) of a batch of trees."""
-  return _compiled(dtype, name == "sft", kind)(params, batch, np.array(WEIGHTS.get(name, (0.0,) * 4), dtype))
+  return _compiled(dtype, name == "sft", kind)(
+    params, batch, np.array(WEIGHTS.get(name, (0.0,) * 4), dtype)
+  )
 
 
 @functools.cache
 def alone_program(dtype: str, kind: str):
-  """(params, tokens [N, L], their weights in a sum [N, L - 1]) -> (log-prob of each next token, the sum's gradients)."""
+  """(params, tokens [N, L], their weights in a sum [N, L - 1]) -> (log-prob of each next token, the
+  sum's gradients).
+  """
   model = make_model(dtype, kind)
 
   def next_logprobs(params, token_NL):
     rows = tree_lib.empty_rows(*token_NL.shape)
     position = np.broadcast_to(np.arange(token_NL.shape[1], dtype=np.int32), token_NL.shape)
-    rows = dataclasses.replace(rows, token=token_NL, position=position, leave=np.full_like(position, position.shape[1]))
+    rows = dataclasses.replace(
+      rows, token=token_NL, position=position, leave=np.full_like(position, position.shape[1])
+    )
     h_NLD, _ = model.hidden(params, rows)
     return losses.token_logprobs(model.logits(params, h_NLD[:, :-1]), token_NL[:, 1:])
 
@@ -285,9 +318,15 @@ def alone(params, work: Work, loss_fn, dtype: str, kind: str = "plain"):
   program = alone_program(dtype, kind)
   logp_NL, _ = program(params, token_NL, np.zeros(scored_NL.shape, dtype))
   masked = lambda logp_NL: jnp.where(scored_NL, logp_NL, 0.0)
-  loss, weight_NL = jax.value_and_grad(lambda logp_NL: loss_fn(masked(logp_NL), scored_NL, work))(logp_NL)
+  loss, weight_NL = jax.value_and_grad(lambda logp_NL: loss_fn(masked(logp_NL), scored_NL, work))(
+    logp_NL
+  )
   _, grads = program(params, token_NL, weight_NL)
-  return loss, grads, [np.asarray(logp)[scored] for logp, scored in zip(logp_NL, scored_NL, strict=True)]
+  return (
+    loss,
+    grads,
+    [np.asarray(logp)[scored] for logp, scored in zip(logp_NL, scored_NL, strict=True)],
+  )
 
 
 CASES = (
@@ -304,12 +343,15 @@ CASES = (
 
 class TreeRowsTest(parameterized.TestCase):
   @parameterized.named_parameters(
-    (f"{name}_{dtype}", make, objective, dtype) for dtype in TOLERANCE for name, make, objective in CASES
+    (f"{name}_{dtype}", make, objective, dtype)
+    for dtype in TOLERANCE
+    for name, make, objective in CASES
   )
   def test_equals_unpacked_sequences(self, make, objective, dtype):
-    # Fails if a token sees another branch, another tree, padding, or the trunk beyond its fork; if a position counts
-    # places of the row; if a branch's first token is predicted from elsewhere than its fork or not scored; if a trunk
-    # shared by branches passes back the gradient of only one; or if a pair reads other branches than its own.
+    # Fails if a token sees another branch, another tree, padding, or the trunk beyond its fork; if
+    # a position counts places of the row; if a branch's first token is predicted from elsewhere
+    # than its fork or not scored; if a trunk shared by branches passes back the gradient of only
+    # one; or if a pair reads other branches than its own.
     self.assert_equal(joined(map(make, PROBLEMS)), objective, dtype, "plain")
 
   @parameterized.product(
@@ -318,9 +360,9 @@ class TreeRowsTest(parameterized.TestCase):
     depth=(1, 2, 3, 4, 5, 6),
   )
   def test_trees_of_any_depth(self, depth, objective, kind):
-    # Fails if, below the first branches, a token sees a sibling or not all of its path, if a window counts places of the
-    # row, if a shared scored token counts in one of its branches only, if a branch's sum is of its own tokens only, or if
-    # a gradient of shared tokens is one branch's.
+    # Fails if, below the first branches, a token sees a sibling or not all of its path, if a window
+    # counts places of the row, if a shared scored token counts in one of its branches only, if a
+    # branch's sum is of its own tokens only, or if a gradient of shared tokens is one branch's.
     self.assert_equal(deep_trees(depth), objective, "float64", kind)
 
   def assert_equal(self, work: Work, objective: str, dtype: str, kind: str):
@@ -333,15 +375,28 @@ class TreeRowsTest(parameterized.TestCase):
     with jax.enable_x64(dtype == "float64"):
       params = tiny_model.make_params(make_model(dtype, kind))
       loss, grads, logp_RS = packed(params, batch, objective, dtype, kind)
-      expected_loss, expected_grads, expected_logp = alone(params, work, ALONE[objective], dtype, kind)
-    self.assertEqual({leaf.dtype for leaf in jax.tree.leaves((loss, grads, logp_RS))}, {np.dtype(dtype)})
+      expected_loss, expected_grads, expected_logp = alone(
+        params, work, ALONE[objective], dtype, kind
+      )
+    self.assertEqual(
+      {leaf.dtype for leaf in jax.tree.leaves((loss, grads, logp_RS))}, {np.dtype(dtype)}
+    )
 
     tokens_RBS = np.asarray(objectives.branch_tokens(batch))
-    branches = [(r, b) for r in range(SHAPE.rows) for b in range(SHAPE.branches) if batch.branch_end[r, b] >= 0]
+    branches = [
+      (r, b)
+      for r in range(SHAPE.rows)
+      for b in range(SHAPE.branches)
+      if batch.branch_end[r, b] >= 0
+    ]
     logp = [np.asarray(logp_RS[r])[tokens_RBS[r, b]] for r, b in branches]
     first = np.cumsum([0] + [example.tree.num_branches for example in work.examples])
-    expected = [expected_logp[n] for row in rows for i in row for n in range(first[i], first[i + 1])]
-    np.testing.assert_allclose(np.concatenate(logp), np.concatenate(expected), rtol=tolerance, atol=tolerance)
+    expected = [
+      expected_logp[n] for row in rows for i in row for n in range(first[i], first[i + 1])
+    ]
+    np.testing.assert_allclose(
+      np.concatenate(logp), np.concatenate(expected), rtol=tolerance, atol=tolerance
+    )
 
     np.testing.assert_allclose(loss, expected_loss, rtol=tolerance, atol=tolerance)
     for (path, got), leaf in zip(

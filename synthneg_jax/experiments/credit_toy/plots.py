@@ -1,7 +1,7 @@
 """Figures in number and in line for the study that sets credit by step against credit by response.
 
-A run is one seed; intervals are 95 % ones of a mean over runs, by Student's t. In drawings a colour is a method and a band
-such an interval.
+A run is one seed; intervals are 95 % ones of a mean over runs, by Student's t. In drawings a colour
+is a method and a band such an interval.
 """
 
 import matplotlib
@@ -25,7 +25,9 @@ def slope(x_R: np.ndarray, y_R: np.ndarray) -> list[float]:
 
 
 def first_at(x_N: np.ndarray, y_N: np.ndarray, target: float) -> float:
-  """The x at which a curve first reaches the target, linear between its points; NaN where it begins above or ends below."""
+  """The x at which a curve first reaches the target, linear between its points; NaN where it begins
+  above or ends below.
+  """
   above = np.flatnonzero(np.asarray(y_N) >= target)
   if above.size == 0 or above[0] == 0:
     return np.nan
@@ -34,7 +36,9 @@ def first_at(x_N: np.ndarray, y_N: np.ndarray, target: float) -> float:
 
 
 def ratio(response_R: np.ndarray, step_R: np.ndarray) -> dict:
-  """Geometric means and that of response / step with its interval, over the runs in which both are known."""
+  """Geometric means and that of response / step with its interval, over the runs in which both are
+  known.
+  """
   both_R = np.isfinite(response_R) & np.isfinite(step_R)
   if both_R.sum() < 2:
     return {"runs": int(both_R.sum())}
@@ -66,7 +70,15 @@ def _band(axes, method: str, x, *, summaries, marker: str = "") -> None:
 
 def _name(axes, method: str, x: float, y: float, **options) -> None:
   """The method's name in its colour at a place in the panel, 0 to 1 both ways."""
-  axes.text(x, y, _NAME[method], color=_COLOR[method], fontweight="bold", transform=axes.transAxes, **options)
+  axes.text(
+    x,
+    y,
+    _NAME[method],
+    color=_COLOR[method],
+    fontweight="bold",
+    transform=axes.transAxes,
+    **options,
+  )
 
 
 def _log_ticks(axes, ticks: list[float]) -> None:
@@ -77,25 +89,37 @@ def _log_ticks(axes, ticks: list[float]) -> None:
 
 
 def budget(result: dict, beta: float) -> Figure:
-  """Return against pairs and against rollouts, and what irrelevant steps move on the way to a return.
+  """Return against pairs and against rollouts, and what irrelevant steps move on the way to a
+  return.
 
   Args:
     result: as `credit_toy.study.budget` gives it.
     beta: which β is drawn in the third panel.
   """
   with matplotlib.rc_context(figures.STYLE):
-    figure, (pairs, rollouts, moved) = _panels(["what pairs buy", "what rollouts buy", "moved in vain"])
+    figure, (pairs, rollouts, moved) = _panels(
+      ["what pairs buy", "what rollouts buy", "moved in vain"]
+    )
     for method in _COLOR:
       curve, path = result["curves"][method], result["paths"][method][str(beta)]
       for axes, cost in ((pairs, "pairs"), (rollouts, "rollouts")):
-        _band(axes, method, [mean for mean, _, _ in curve[cost]], summaries=curve["return"], marker="o")
-      _band(moved, method, [mean for mean, _, _ in path["return"]], summaries=path["kl_irrelevant"], marker=".")
+        _band(
+          axes, method, [mean for mean, _, _ in curve[cost]], summaries=curve["return"], marker="o"
+        )
+      _band(
+        moved,
+        method,
+        [mean for mean, _, _ in path["return"]],
+        summaries=path["kl_irrelevant"],
+        marker=".",
+      )
     start = result["reference_return"][0]
     for axes, ticks in ((pairs, [10, 100, 1000]), (rollouts, [100, 1000, 10000])):
       axes.axhline(start, color=figures.GREY, linewidth=1, linestyle="--")
       _log_ticks(axes, ticks)
       axes.set_ylim(0, 1)
-    pairs.annotate("SFT", (1, start), xycoords=("axes fraction", "data"), xytext=(-3, 3), textcoords="offset points",
+    pairs.annotate("SFT", (1, start), xycoords=("axes fraction", "data"), xytext=(-3, 3),
+    textcoords="offset points",
                    ha="right", fontsize=8)  # fmt: skip
     pairs.set_ylabel("return")
     pairs.set_xlabel("pairs")
@@ -113,21 +137,28 @@ def budget(result: dict, beta: float) -> Figure:
 
 
 def spurious(result: dict, beta: float) -> Figure:
-  """Where the remark's log-odds go, what becomes of the lean on it, and the return on fresh problems.
+  """Where the remark's log-odds go, what becomes of the lean on it, and the return on fresh
+  problems.
 
   Args:
     result: as `credit_toy.study.spurious` gives it.
     beta: which β is drawn.
   """
   with matplotlib.rc_context(figures.STYLE):
-    figure, (blame, lean, value) = _panels(["is the remark blamed?", "is the lean on it undone?", "fresh problems"])
+    figure, (blame, lean, value) = _panels(
+      ["is the remark blamed?", "is the lean on it undone?", "fresh problems"]
+    )
     steps, ratio = result["training_steps"], np.array(result["failure_log_odds_ratio"])
     for method in _COLOR:
       of_method = result[method][str(beta)]
-      blame.plot(ratio, of_method["shift_at_half"], "o", color=_COLOR[method], markersize=4, alpha=0.8)
+      blame.plot(
+        ratio, of_method["shift_at_half"], "o", color=_COLOR[method], markersize=4, alpha=0.8
+      )
       slope, shift = of_method["slope_at_half"][0], np.array(of_method["shift_at_half"])
       ends = np.array([ratio.min(), ratio.max()])
-      blame.plot(ends, shift.mean() + slope * (ends - ratio.mean()), color=_COLOR[method], linewidth=1.2)
+      blame.plot(
+        ends, shift.mean() + slope * (ends - ratio.mean()), color=_COLOR[method], linewidth=1.2
+      )
       _band(lean, method, steps, summaries=of_method["lean"])
       _band(value, method, steps, summaries=of_method["return"])
     for axes in (blame, lean):

@@ -1,1 +1,3 @@
-"""The scaling study: cells over data size, method and seed, and the paper's figures drawn from them."""
+"""The scaling study: cells over data size, method and seed, and the paper's figures drawn from
+them.
+"""

@@ -1,7 +1,8 @@
-"""The paper's figures, each from the cells of a study: its data, its drawing, and what it needs to be made.
+"""The paper's figures, each from the cells of a study: its data, its drawing, and what it needs to
+be made.
 
-Numbers are those of the NeurIPS version; names without a number are beyond the paper. A figure's a and b are two tasks there
-and one drawing here: the config says which task it is of.
+Numbers are those of the NeurIPS version; names without a number are beyond the paper. A figure's a
+and b are two tasks there and one drawing here: the config says which task it is of.
 """
 
 import dataclasses
@@ -40,7 +41,9 @@ class Data:
     for cell in self.cells:
       if cell.method.name == name:
         return cell.method
-    raise UserError(f"This figure needs cells of {name!r}, which study.grid of this config does not make.")
+    raise UserError(
+      f"This figure needs cells of {name!r}, which study.grid of this config does not make."
+    )
 
   def label(self, name: str) -> str:
     """A method as figures call it."""
@@ -61,7 +64,9 @@ class Data:
     """A method's test error against problems."""
     points = self.points(name)
     dots = [point.wrong_SN.mean(axis=1).tolist() for point in points]
-    columns = zip(*((point.size, point.mean, point.low, point.high) for point in points), strict=True)
+    columns = zip(
+      *((point.size, point.mean, point.low, point.high) for point in points), strict=True
+    )
     return plots.Series(self.label(name), *map(list, columns), dots, dashed)
 
   def stage(self, cell: grid.Cell, name: str) -> dict:
@@ -85,20 +90,28 @@ def _against_problems(names: Sequence[str], factors: bool = True) -> Callable[[D
       factor = data.factors.get(name)
       if factor and factor["factor"] and not factor["extrapolated"]:
         error = next(point.mean for point in data.points(name) if point.size == factor["at"])
-        reaches.append(plots.Reach(factor["at"], factor["at"] * factor["factor"], error, _factor_text(factor)))
-    return plots.against_problems(series, data.config.study.family, reaches), plots.as_csv(series, "problems")
+        reaches.append(
+          plots.Reach(factor["at"], factor["at"] * factor["factor"], error, _factor_text(factor))
+        )
+    return plots.against_problems(series, data.config.study.family, reaches), plots.as_csv(
+      series, "problems"
+    )
 
   return make
 
 
 def _settings(data: Data, kind: str, leaf: str) -> list[tuple[float, study.Point]]:
-  """(value, point) of every method of a kind that sets this leaf alone, or nothing, at study.reference_size."""
+  """(value, point) of every method of a kind that sets this leaf alone, or nothing, at
+  study.reference_size.
+  """
   found = []
   for name, points in data.found.items():
     method = data.method(name)
     if method.kind == kind and set(method.settings) <= {leaf}:
       value = dict(config_schema.leaves(methods.configure(data.config, method)))[leaf]
-      found += [(value, point) for point in points if point.size == data.config.study.reference_size]
+      found += [
+        (value, point) for point in points if point.size == data.config.study.reference_size
+      ]
   return sorted(found, key=lambda pair: pair[0])
 
 
@@ -113,9 +126,12 @@ def _swept(data: Data, kinds: Sequence[str], leaf: str, label: str) -> Drawn:
       series.append(plots.Series(methods.KINDS[kind].label, values, *parts, dots))
   if max((len(one.x) for one in series), default=0) < 2:  # one value is no sweep
     raise UserError(
-      f"This figure needs cells that set {leaf} at {data.config.study.reference_size} problems; study.grid has none."
+      f"This figure needs cells that set {leaf} at {data.config.study.reference_size} problems; "
+      "study.grid has none."
     )
-  baseline = [p for p in data.points(data.config.study.baseline) if p.size == data.config.study.reference_size]
+  baseline = [
+    p for p in data.points(data.config.study.baseline) if p.size == data.config.study.reference_size
+  ]
   level = (baseline[0].mean, data.label(data.config.study.baseline)) if baseline else None
   title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
   return plots.against_setting(series, title, label, level=level), plots.as_csv(series, leaf)
@@ -128,25 +144,34 @@ def _bars(names: Sequence[str]) -> Callable[[Data], Drawn]:
       for point in data.points(name):
         if point.size == size:
           dots = [point.wrong_SN.mean(axis=1).tolist()]
-          series.append(plots.Series(data.label(name), [size], [point.mean], [point.low], [point.high], dots))
-    return plots.bars(series, f"{data.config.study.family}, {size} problems", "test error, %"), plots.as_csv(
-      series, "problems"
-    )
+          series.append(
+            plots.Series(data.label(name), [size], [point.mean], [point.low], [point.high], dots)
+          )
+    return plots.bars(
+      series, f"{data.config.study.family}, {size} problems", "test error, %"
+    ), plots.as_csv(series, "problems")
 
   return make
 
 
 def _way(data: Data) -> Drawn:
   size, seed = data.config.study.reference_size, data.config.study.seeds[0]
-  cells = {name: grid.Cell(size, seed, data.method(name)) for name in (data.config.study.baseline, "rft", "step_dpo")}
+  cells = {
+    name: grid.Cell(size, seed, data.method(name))
+    for name in (data.config.study.baseline, "rft", "step_dpo")
+  }
   for name in cells:
     if size not in [point.size for point in data.points(name)]:
-      raise UserError(f"This figure needs the cell of {name} from {size} problems (study.reference_size).")
+      raise UserError(
+        f"This figure needs the cell of {name} from {size} problems (study.reference_size)."
+      )
   last = cells["step_dpo"]
   sft, sample, credit, pairs = (
     data.stage(last, name) for name in ("sft", "sample", "credit", last.method.pairs_folder)
   )
-  errors = [grid.load(data.workdir / "cells", data.config, cell)["test_error"] for cell in cells.values()]
+  errors = [
+    grid.load(data.workdir / "cells", data.config, cell)["test_error"] for cell in cells.values()
+  ]
   counts = dataflow_diagram.Counts(
     problems=data.stage(last, "synthesize")["train"],
     solutions=sft["solutions"],
@@ -167,9 +192,16 @@ def _way(data: Data) -> Drawn:
 
 
 def _measured(
-  data: Data, name: str, measure: Callable[[Experiment], dict], *, size: int | None = None, needs: str = "sample"
+  data: Data,
+  name: str,
+  measure: Callable[[Experiment], dict],
+  *,
+  size: int | None = None,
+  needs: str = "sample",
 ) -> list[dict]:
-  """A measure in the run folder of every seed at a size (study.reference_size), kept in measures/; `needs` is a stage."""
+  """A measure in the run folder of every seed at a size (study.reference_size), kept in measures/;
+  `needs` is a stage.
+  """
   made, size = [], size or data.config.study.reference_size
   for seed in data.config.study.seeds:
     path = data.workdir / "measures" / f"{name}_{size}_{seed}.json"
@@ -177,7 +209,9 @@ def _measured(
       unit = grid.Cell(size, seed, data.method(data.config.study.baseline))
       folder = data.workdir / "runs" / unit.unit
       if not (folder / needs / "manifest.json").exists():
-        raise UserError(f"This figure measures in {folder}, which is not there; `synthneg study` makes it.")
+        raise UserError(
+          f"This figure measures in {folder}, which is not there; `synthneg study` makes it."
+        )
       path.parent.mkdir(parents=True, exist_ok=True)
       manifest.write_json(path, measure(Experiment.open(grid.configure(data.config, unit), folder)))
     made.append(json.loads(path.read_text()))
@@ -190,13 +224,17 @@ def _likelihoods(data: Data) -> Drawn:
   labels = {"D_plus": "self-generated, right", "D_syn": "teacher's"}
   samples = [(labels[name], values) for name, values in joined.items()]
   rows = [
-    plots.Series(labels[name], list(data.config.study.seeds), *[[float(np.mean(each[name])) for each in made]] * 3)
+    plots.Series(
+      labels[name],
+      list(data.config.study.seeds),
+      *[[float(np.mean(each[name])) for each in made]] * 3,
+    )
     for name in joined
   ]
   title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
-  return plots.distributions(samples, title, "negative log-likelihood under the base, nats a token"), plots.as_csv(
-    rows, "seed"
-  )
+  return plots.distributions(
+    samples, title, "negative log-likelihood under the base, nats a token"
+  ), plots.as_csv(rows, "seed")
 
 
 FIGURE_7 = ("sft", "arbitrary", "furthest", "step_dpo")
@@ -210,7 +248,9 @@ def _held_out(data: Data) -> list[dict]:
   folders = [data.method(name).folder for name in FIGURE_7]
 
   def measure(experiment: Experiment) -> dict:
-    problems = sorted(experiment.problems("test").values(), key=lambda problem: problem.id)[:HELD_OUT]
+    problems = sorted(experiment.problems("test").values(), key=lambda problem: problem.id)[
+      :HELD_OUT
+    ]
     return measures.held_out(experiment, folders, problems, ROLLOUTS)
 
   return _measured(data, "values", measure)
@@ -222,9 +262,14 @@ def _by_step(data: Data) -> Drawn:
     each = [one[data.method(name).folder] for one in made]
     width = min(sum(count >= LEAST_RESPONSES for count in one["responses"]) for one in each)
     values = np.array([[one["start"], *one["mean"][:width]] for one in each])
-    mean, half = values.mean(axis=0), 1.96 * values.std(axis=0, ddof=len(values) > 1) / np.sqrt(len(values))
+    mean, half = (
+      values.mean(axis=0),
+      1.96 * values.std(axis=0, ddof=len(values) > 1) / np.sqrt(len(values)),
+    )
     series.append(
-      plots.Series(data.label(name), list(range(width + 1)), mean, mean - half, mean + half, values.T.tolist())
+      plots.Series(
+        data.label(name), list(range(width + 1)), mean, mean - half, mean + half, values.T.tolist()
+      )
     )
   title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
   return plots.by_step(series, title, "mean Q on held-out problems"), plots.as_csv(series, "step")
@@ -236,11 +281,15 @@ def _critical(data: Data) -> Drawn:
     each = [one[data.method(name).folder]["critical"] for one in made]
     values, rng = [float(np.mean(one)) for one in each], np.random.default_rng(0)
     draws = [
-      np.mean([np.mean(rng.choice(each[i], len(each[i]))) for i in rng.integers(0, len(each), len(each))])
+      np.mean(
+        [np.mean(rng.choice(each[i], len(each[i]))) for i in rng.integers(0, len(each), len(each))]
+      )
       for _ in range(2000)
     ]
     low, high = np.quantile(draws, [0.025, 0.975])
-    series.append(plots.Series(data.label(name), [0], [float(np.mean(values))], [low], [high], [values]))
+    series.append(
+      plots.Series(data.label(name), [0], [float(np.mean(values))], [low], [high], [values])
+    )
   title, label = (
     f"{data.config.study.family}, {data.config.study.reference_size} problems",
     "mean Q before SFT's pits, held-out problems",
@@ -257,18 +306,29 @@ def _many_samples(data: Data) -> Drawn:
   folders = {name: data.method(name).folder for name in SAMPLED}
 
   def measure(experiment: Experiment) -> dict:
-    problems = sorted(experiment.problems("test").values(), key=lambda problem: problem.id)[:HELD_OUT]
+    problems = sorted(experiment.problems("test").values(), key=lambda problem: problem.id)[
+      :HELD_OUT
+    ]
     return measures.many_samples(experiment, list(folders.values()), problems, SAMPLES)
 
   made, series = _measured(data, "samples", measure), []
   for kind, words in (("pass", "any of k"), ("majority", "majority of k")):
     for name in SAMPLED:
       values = np.array([one[folders[name]][kind] for one in made])
-      mean, half = values.mean(axis=0), 1.96 * values.std(axis=0, ddof=len(values) > 1) / np.sqrt(len(values))
+      mean, half = (
+        values.mean(axis=0),
+        1.96 * values.std(axis=0, ddof=len(values) > 1) / np.sqrt(len(values)),
+      )
       label = f"{data.label(name)}, {words}"
       ks = made[0][folders[name]]["k"]
-      series.append(plots.Series(label, ks, mean, mean - half, mean + half, values.T.tolist(), kind == "majority"))
-  title = f"{data.config.study.family}, {data.config.study.reference_size} problems; {HELD_OUT} held out"
+      series.append(
+        plots.Series(
+          label, ks, mean, mean - half, mean + half, values.T.tolist(), kind == "majority"
+        )
+      )
+  title = (
+    f"{data.config.study.family}, {data.config.study.reference_size} problems; {HELD_OUT} held out"
+  )
   return plots.against_setting(series, title, "k, samples a problem"), plots.as_csv(series, "k")
 
 
@@ -276,18 +336,29 @@ def _true_pits(data: Data) -> Drawn:
   known = [name for name, task in generated.TASKS.items() if task.truth]
   if data.config.task.name not in known:
     raise UserError(
-      f"This figure needs a task whose pits are known exactly ({', '.join(known)}), not {data.config.task.name!r}."
+      f"This figure needs a task whose pits are known exactly ({', '.join(known)}), not "
+      f"{data.config.task.name!r}."
     )
   data.points("step_dpo")
   folder = data.method("step_dpo").pairs_folder
-  made, series = _measured(data, "true_pits", lambda experiment: measures.true_pits(experiment, folder)), []
+  made, series = (
+    _measured(data, "true_pits", lambda experiment: measures.true_pits(experiment, folder)),
+    [],
+  )
   for part, words in (("pits", "pit by {}"), ("labels", "label {}")):
     for name in made[0][part]:
       values = np.array([one[part][name] for one in made])
       half = 1.96 * values.std(ddof=len(values) > 1) / np.sqrt(len(values))
       label = words.format(name.replace("_", " "))
       series.append(
-        plots.Series(label, [0], [values.mean()], [values.mean() - half], [values.mean() + half], [values.tolist()])
+        plots.Series(
+          label,
+          [0],
+          [values.mean()],
+          [values.mean() - half],
+          [values.mean() + half],
+          [values.tolist()],
+        )
       )
   title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
   label = "right, % of wrong traces and of pairs"
@@ -298,12 +369,18 @@ COMPUTED = ("sft", "rft", "step_dpo")
 
 
 def _against_compute(data: Data) -> Drawn:
-  longer = [name for name in data.found if name != "sft" and set(data.method(name).settings) == {"sft.num_epochs"}]
+  longer = [
+    name
+    for name in data.found
+    if name != "sft" and set(data.method(name).settings) == {"sft.num_epochs"}
+  ]
   names = [*COMPUTED, *longer]
   series = []
   for name in names:
     path, columns = data.method(name).path, []
-    points = [p for p in data.points(name) if name == names[0] or p.size == data.config.study.reference_size]
+    points = [
+      p for p in data.points(name) if name == names[0] or p.size == data.config.study.reference_size
+    ]
     for point in points:
       costs = _measured(
         data,
@@ -312,9 +389,13 @@ def _against_compute(data: Data) -> Drawn:
         size=point.size,
         needs=path[-1],
       )
-      columns.append((float(np.mean([sum(cost.values()) for cost in costs])), point.mean, point.low, point.high))
+      columns.append(
+        (float(np.mean([sum(cost.values()) for cost in costs])), point.mean, point.low, point.high)
+      )
     dots = [point.wrong_SN.mean(axis=1).tolist() for point in points]
-    series.append(plots.Series(data.label(name), *map(list, zip(*columns, strict=True)), dots, name != names[0]))
+    series.append(
+      plots.Series(data.label(name), *map(list, zip(*columns, strict=True)), dots, name != names[0])
+    )
   return plots.against_compute(series, data.config.study.family), plots.as_csv(series, "operations")
 
 
@@ -384,7 +465,9 @@ def main(config, workdir: str, names: Sequence[str]) -> None:
   """Makes the study's missing cells, then the figures; prints their files."""
   check(names, "--figure")
   if not study.make(config, workdir, grid.read(config)):
-    raise UserError(f"Other processes still work on cells of {workdir}; draw again when they are done.")
+    raise UserError(
+      f"Other processes still work on cells of {workdir}; draw again when they are done."
+    )
   of = data(config, workdir)
   for name in names:
     print("\n".join(map(str, write(of, name))))

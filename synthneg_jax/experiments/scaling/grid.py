@@ -1,13 +1,13 @@
 """Cells of a study: a size of D_syn, a seed and a method, each leaving one small JSON file.
 
-`study.grid` asks for them as rows (sizes, methods, overrides); the overrides are leaves that each method of the row has as
-its own (methods.py):
+`study.grid` asks for them as rows (sizes, methods, overrides); the overrides are leaves that each
+method of the row has as its own (methods.py):
 
     ((250, 500, 1000), ("sft", "rft", "step_dpo"), {})
     ((500,), ("arbitrary", "furthest"), {"dpo.beta": 0.1})
 
-Cells of one size and seed share a run folder, and with it π_sft, traces and credit. Whoever works on such a folder holds it
-(runtime/workdir_lock.py), so that several machines may share a workdir.
+Cells of one size and seed share a run folder, and with it π_sft, traces and credit. Whoever works
+on such a folder holds it (runtime/workdir_lock.py), so that several machines may share a workdir.
 """
 
 import base64
@@ -61,10 +61,13 @@ def _rows(config) -> list[Row]:
     UserError: a row of another form; names it.
   """
   for number, row in enumerate(config.study.grid, start=1):
-    well_formed = methods.is_sequence(row) and len(row) == 3 and all(map(methods.is_sequence, row[:2]))
+    well_formed = (
+      methods.is_sequence(row) and len(row) == 3 and all(map(methods.is_sequence, row[:2]))
+    )
     if not well_formed or not row[0] or not row[1] or not all(map(methods.is_size, row[0])):
       raise UserError(
-        f"study.grid: row {number}, {row!r}, must be (sizes in problems, methods, overrides), such as "
+        f"study.grid: row {number}, {row!r}, must be (sizes in problems, methods, overrides), such "
+        "as "
         '((250, 500), ("sft", "rft"), {}).'
       )
   return [Row(*row) for row in config.study.grid]
@@ -82,7 +85,9 @@ def read(config) -> list[Cell]:
       method = methods.resolve(config, kind, row.overrides, where=f"study.grid: row {number}")
       for seed in config.study.seeds:
         cells.setdefault((size, seed, method.name), cell := Cell(size, seed, method))
-      methods.configure(configure(config, cell), method)  # refuses now what a stage would refuse hours later
+      methods.configure(
+        configure(config, cell), method
+      )  # refuses now what a stage would refuse hours later
   return sorted(cells.values(), key=lambda cell: (cell.size, cell.seed))
 
 
@@ -102,19 +107,25 @@ def configure(config, cell: Cell):
 def config_hash(config, cell: Cell) -> str:
   """Of the leaves that decide what the cell holds and differ from the default tree.
 
-  Leaves of stages that it does not rest on are left out, and so are defaults: a leaf that a later version adds leaves
-  published cells valid.
+  Leaves of stages that it does not rest on are left out, and so are defaults: a leaf that a later
+  version adds leaves published cells valid.
   """
   leaves = config_schema.plain(methods.configure(configure(config, cell), cell.method))
   defaults = config_schema.plain(config_schema.default())
-  stages = {name.split("/")[0] for name in cell.method.path} | set(methods.KINDS[cell.method.kind].sections)
+  stages = {name.split("/")[0] for name in cell.method.path} | set(
+    methods.KINDS[cell.method.kind].sections
+  )
   sections = {"seed", "task", "model", "engine", "evaluate"} | stages
   kept = {
     leaf: value
     for leaf, value in leaves.items()
-    if leaf.split(".")[0] in sections and config_schema.changes_results(leaf) and value != defaults[leaf]
+    if leaf.split(".")[0] in sections
+    and config_schema.changes_results(leaf)
+    and value != defaults[leaf]
   }
-  return hashlib.sha256(json.dumps([kept, cell.method.name, cell.seed], sort_keys=True).encode()).hexdigest()[:16]
+  return hashlib.sha256(
+    json.dumps([kept, cell.method.name, cell.seed], sort_keys=True).encode()
+  ).hexdigest()[:16]
 
 
 def load(folder: epath.Path, config, cell: Cell) -> dict | None:
@@ -132,7 +143,10 @@ def load(folder: epath.Path, config, cell: Cell) -> dict | None:
       return found
   except (ValueError, KeyError, TypeError):
     raise UserError(f"{path} is no cell of a study; delete it to have it made again.") from None
-  raise UserError(f"{path} was made with another config; take another --workdir, or delete it to have it made again.")
+  raise UserError(
+    f"{path} was made with another config; take another --workdir, or delete it to have it made "
+    "again."
+  )
 
 
 def wrong(found: dict) -> np.ndarray:
@@ -144,7 +158,9 @@ def wrong(found: dict) -> np.ndarray:
 def write(folder: epath.Path, workdir: epath.Path, config, *, cell: Cell, seconds: float) -> dict:
   """Gathers a finished cell from its run folder into its JSON file."""
   test = f"evaluate/{cell.method.name.replace(',', '-')}"
-  traces = sorted(Shards(workdir / test / "traces", Trace).read(), key=lambda trace: trace.problem_id)
+  traces = sorted(
+    Shards(workdir / test / "traces", Trace).read(), key=lambda trace: trace.problem_id
+  )
   verdicts = np.array([not trace.correct for trace in traces])
   figures = {name: manifest.figures(workdir, name) for name in (*cell.method.path, test)}
   found = {
@@ -154,7 +170,9 @@ def write(folder: epath.Path, workdir: epath.Path, config, *, cell: Cell, second
     "config_hash": config_hash(config, cell),
     "test_error": round(float(verdicts.mean()), 5),
     "num_problems": len(verdicts),
-    "problems": hashlib.sha256("\n".join(trace.problem_id for trace in traces).encode()).hexdigest()[:16],
+    "problems": hashlib.sha256(
+      "\n".join(trace.problem_id for trace in traces).encode()
+    ).hexdigest()[:16],
     "wrong": base64.b64encode(np.packbits(verdicts).tobytes()).decode(),
     "seconds": round(seconds, 1),
     "stages": figures,

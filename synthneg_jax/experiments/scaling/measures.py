@@ -1,4 +1,6 @@
-"""What figures need beyond test errors, from a run folder: likelihoods under the base, Q by step, many samples, compute."""
+"""What figures need beyond test errors, from a run folder: likelihoods under the base, Q by step,
+many samples, compute.
+"""
 
 import collections
 import dataclasses
@@ -29,13 +31,16 @@ _MOST_RESPONSES = 4000  # responses scored of each kind
 
 
 def likelihoods(experiment: Experiment) -> dict[str, list[float]]:
-  """Negative log-likelihood a token, under the base model, of D_syn's solutions and of π_sft's right samples: figure 3.
+  """Negative log-likelihood a token, under the base model, of D_syn's solutions and of π_sft's
+  right samples: figure 3.
 
-  The figure's axis may be a sum (UNKNOWN); a mean is ours, since lengths differ. One right sample of each problem that has
-  one, and the teacher's solution of the same problems, so that both are of the same problems.
+  The figure's axis may be a sum (UNKNOWN); a mean is ours, since lengths differ. One right sample
+  of each problem that has one, and the teacher's solution of the same problems, so that both are of
+  the same problems.
 
   Returns:
-    {"D_syn": nats a token of each solution, "D_plus": the same of each right sample}, in one order of problems.
+    {"D_syn": nats a token of each solution, "D_plus": the same of each right sample}, in one order
+    of problems.
   """
   policy, problems = experiment.base(), experiment.problems("train")
   groups = by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
@@ -55,7 +60,10 @@ def likelihoods(experiment: Experiment) -> dict[str, list[float]]:
     logp_S = store[reference.branch_key(tree.trunk, branch.fork, branch.ids)]
     return round(-float(np.mean(logp_S, dtype=np.float64)), 5)
 
-  return {name: [cost(tree, tree.branches[n]) for tree in trees] for n, name in enumerate(("D_syn", "D_plus"))}
+  return {
+    name: [cost(tree, tree.branches[n]) for tree in trees]
+    for n, name in enumerate(("D_syn", "D_plus"))
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +84,8 @@ class Beginnings:
 def values(
   experiment: Experiment, policy: Policy, asked: Sequence[Beginnings], *, count: int, purpose: str
 ) -> list[np.ndarray]:
-  """Q under a policy: of each prefix of each solution, the share of `count` rollouts at credit.temperature that come out right.
+  """Q under a policy: of each prefix of each solution, the share of `count` rollouts at
+  credit.temperature that come out right.
 
   Args:
     experiment: for the config.
@@ -89,7 +98,9 @@ def values(
   for one in asked:
     prompt = train_policy.prompt_ids(experiment, policy.tokenizer, one.problem)
     draws = [
-      keys.draw_key(experiment.config.seed, purpose, 0, one.problem.id, keys.hash_ids(one.ids[:end]), k)
+      keys.draw_key(
+        experiment.config.seed, purpose, 0, one.problem.id, keys.hash_ids(one.ids[:end]), k
+      )
       for end in one.ends
       for k in range(count)
     ]
@@ -102,11 +113,16 @@ def values(
     for index, made in engine.run(policy.params, trunks, sampling(section), longest=longest):
       one = asked[index]
       begun = [list(one.ids[:end]) for end in one.ends for _ in range(count)]
-      texts = [policy.token_text.text(ids + each.ids.tolist()) for ids, each in zip(begun, made, strict=True)]
+      texts = [
+        policy.token_text.text(ids + each.ids.tolist())
+        for ids, each in zip(begun, made, strict=True)
+      ]
       verdicts = traces_lib.verdicts(
         experiment, policy, texts, [one.problem] * len(texts), [each.finish for each in made]
       )
-      found[index] = np.reshape([verdict.correct for verdict in verdicts], (len(one.ends), count)).mean(axis=1)
+      found[index] = np.reshape(
+        [verdict.correct for verdict in verdicts], (len(one.ends), count)
+      ).mean(axis=1)
       progress.update()
   return found
 
@@ -114,8 +130,12 @@ def values(
 def _sampled(
   experiment: Experiment, policy: Policy, problems: Sequence[Problem], *, count: int, purpose: str
 ) -> list[Trace]:
-  """Samples of each problem at credit.temperature, in the order of their problems' ids, then as they were drawn."""
-  trunk_ids = [train_policy.prompt_ids(experiment, policy.tokenizer, problem) for problem in problems]
+  """Samples of each problem at credit.temperature, in the order of their problems' ids, then as
+  they were drawn.
+  """
+  trunk_ids = [
+    train_policy.prompt_ids(experiment, policy.tokenizer, problem) for problem in problems
+  ]
   trunks = [
     traces_lib.trunk(experiment, prompt, problem, purpose, count)
     for prompt, problem in zip(trunk_ids, problems, strict=True)
@@ -127,29 +147,38 @@ def _sampled(
     for number, one in enumerate(several)
   ]
   return sorted(
-    traces_lib.traces_of(experiment, policy, "values", made), key=lambda trace: (trace.problem_id, trace.index)
+    traces_lib.traces_of(experiment, policy, "values", made),
+    key=lambda trace: (trace.problem_id, trace.index),
   )
 
 
 def _most_frequent(traces: Sequence[Trace]) -> bool:
-  """Whether the answer that most of the traces state is right; of equals the one that was stated first; none is wrong."""
+  """Whether the answer that most of the traces state is right; of equals the one that was stated
+  first; none is wrong.
+  """
   answers = collections.Counter(trace.extracted for trace in traces if trace.extracted)
   best = answers.most_common(1)[0][0] if answers else None
   return best is not None and next(trace.correct for trace in traces if trace.extracted == best)
 
 
 def _majority_at(groups: Sequence[Sequence[Trace]], k: int) -> float:
-  """Share of right majorities among all runs of k consecutive traces of each group, none counted twice."""
-  return float(np.mean([_most_frequent(group[i : i + k]) for group in groups for i in range(0, len(group), k)]))
+  """Share of right majorities among all runs of k consecutive traces of each group, none counted
+  twice.
+  """
+  return float(
+    np.mean([_most_frequent(group[i : i + k]) for group in groups for i in range(0, len(group), k)])
+  )
 
 
 def many_samples(
   experiment: Experiment, folders: Sequence[str], problems: Sequence[Problem], count: int
 ) -> dict[str, dict]:
-  """What k samples of a policy are worth on problems that it was not trained on, for k = 1, 2, 4, ... up to `count`.
+  """What k samples of a policy are worth on problems that it was not trained on, for k = 1, 2, 4,
+  ... up to `count`.
 
-  pass@k is the unbiased estimate from all samples (https://arxiv.org/abs/2107.03374); majority@k is the most frequent answer
-  of k samples, the mean over consecutive groups of k. Both as errors, shares of problems, at credit.temperature.
+  pass@k is the unbiased estimate from all samples (https://arxiv.org/abs/2107.03374); majority@k is
+  the most frequent answer of k samples, the mean over consecutive groups of k. Both as errors,
+  shares of problems, at credit.temperature.
 
   Args:
     experiment: of the run folder.
@@ -163,7 +192,9 @@ def many_samples(
   ks, found = [1 << i for i in range(count.bit_length())], {}
   for folder in folders:
     policy = experiment.policy(folder)
-    groups = by_problem(_sampled(experiment, policy, problems, count=count, purpose=f"samples of {folder}"))
+    groups = by_problem(
+      _sampled(experiment, policy, problems, count=count, purpose=f"samples of {folder}")
+    )
     right_N = np.array([sum(trace.correct for trace in group) for group in groups.values()])
     found[folder] = {
       "k": ks,
@@ -180,11 +211,13 @@ def _tokens_trained(folder) -> int:
 
 
 def compute(experiment: Experiment, path: Sequence[str]) -> dict[str, float]:
-  """Floating-point operations of the stages that a policy rests on: 6 N a token trained, 2 N a token read or drawn.
+  """Floating-point operations of the stages that a policy rests on: 6 N a token trained, 2 N a
+  token read or drawn.
 
-  N are the parameters of all matrices (attention's scores and the norms are left out). Trained tokens are the packed rows'
-  without padding; drawn ones those that were kept or rolled out; each prompt is read once for all its samples, each trace
-  once for the rollouts of all its prefixes, and each DPO pair once by the reference. The base model and the teacher are free.
+  N are the parameters of all matrices (attention's scores and the norms are left out). Trained
+  tokens are the packed rows' without padding; drawn ones those that were kept or rolled out; each
+  prompt is read once for all its samples, each trace once for the rollouts of all its prefixes, and
+  each DPO pair once by the reference. The base model and the teacher are free.
 
   Args:
     experiment: of the run folder, where the stages are done.
@@ -197,12 +230,16 @@ def compute(experiment: Experiment, path: Sequence[str]) -> dict[str, float]:
   model, section = policy.model.config, experiment.config.dpo
   matrices = cost_model.matrix_params(model) + model.d_model * model.vocab_size
   problems = experiment.problems("train").values()
-  prompt_tokens = sum(len(train_policy.prompt_ids(experiment, policy.tokenizer, problem)) for problem in problems)
+  prompt_tokens = sum(
+    len(train_policy.prompt_ids(experiment, policy.tokenizer, problem)) for problem in problems
+  )
   for name in path:
     if name == "sample":
       tokens = prompt_tokens + manifest.figures(experiment.workdir, name)["tokens"]
     elif name == "credit":
-      credit, sample = (manifest.figures(experiment.workdir, stage) for stage in ("credit", "sample"))
+      credit, sample = (
+        manifest.figures(experiment.workdir, stage) for stage in ("credit", "sample")
+      )
       read = prompt_tokens / len(problems) + sample["tokens"] / sample["traces"]
       tokens = credit["rollout_tokens"] + credit["traces"] * read
     elif name == "synthesize" or "pairs/" in name:
@@ -215,16 +252,18 @@ def compute(experiment: Experiment, path: Sequence[str]) -> dict[str, float]:
 
 
 def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]]:
-  """Estimated pits and the labels of pairs against the truth, which some generated tasks know exactly.
+  """Estimated pits and the labels of pairs against the truth, which some generated tasks know
+  exactly.
 
   Args:
     experiment: of a run folder with credit, whose task has a `truth` (tasks/generated.py).
     folder: of the stage that made the per-step pairs.
 
   Returns:
-    "pits": for each pit rule the share of wrong traces with credit whose pit is the first step after which they cannot come
-    out right; "distance": for the config's rule, shares by estimated minus true step; "labels": of pairs, shares "right" (the
-    chosen step keeps a right end possible, the rejected one does not), "flipped" (the other way round) and "neither".
+    "pits": for each pit rule the share of wrong traces with credit whose pit is the first step
+    after which they cannot come out right; "distance": for the config's rule, shares by estimated
+    minus true step; "labels": of pairs, shares "right" (the chosen step keeps a right end possible,
+    the rejected one does not), "flipped" (the other way round) and "neither".
   """
   policy, truth = experiment.policy("sft"), generated.TASKS[experiment.config.task.name].truth
   problems = experiment.problems("train")
@@ -234,7 +273,9 @@ def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]
     return [line for line in policy.token_text.text(list(ids)).split("\n") if line.strip()]
 
   puzzles = {key: truth.read(problem.prompt) for key, problem in problems.items()}
-  truth_N = np.array([truth.true_pit(puzzles[each.trace.problem_id], lines(each.trace.ids)) for each in wrong])
+  truth_N = np.array(
+    [truth.true_pit(puzzles[each.trace.problem_id], lines(each.trace.ids)) for each in wrong]
+  )
   found = {"pits": {}, "distance": {}, "labels": collections.Counter(right=0, flipped=0, neither=0)}
   for rule in config_schema.LEAVES["pairs.pit_rule"].choices:
     section = methods.with_leaves(experiment.config, {"pairs.pit_rule": rule}).pairs
@@ -242,15 +283,21 @@ def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]
     found["pits"][rule] = round(float(np.mean(pit_N == truth_N)), 5)
     if rule == experiment.config.pairs.pit_rule:
       away, counts = np.unique((pit_N - truth_N)[pit_N >= 0], return_counts=True)
-      found["distance"] = {str(n): round(float(count / len(pit_N)), 5) for n, count in zip(away, counts, strict=True)}
-  prompt_size = functools.cache(lambda key: len(train_policy.prompt_ids(experiment, policy.tokenizer, problems[key])))
+      found["distance"] = {
+        str(n): round(float(count / len(pit_N)), 5) for n, count in zip(away, counts, strict=True)
+      }
+  prompt_size = functools.cache(
+    lambda key: len(train_policy.prompt_ids(experiment, policy.tokenizer, problems[key]))
+  )
   pairs = list(Shards(experiment.workdir / folder / "pairs", Pair).read())
   for pair in pairs:
     puzzle, before = puzzles[pair.problem_id], lines(pair.trunk[prompt_size(pair.problem_id) :])
     if truth.true_pit(puzzle, before) >= 0:
       found["labels"]["neither"] += 1
       continue
-    chosen, rejected = (truth.is_open(puzzle, [*before, lines(ids)[0]]) for ids in (pair.chosen, pair.rejected))
+    chosen, rejected = (
+      truth.is_open(puzzle, [*before, lines(ids)[0]]) for ids in (pair.chosen, pair.rejected)
+    )
     found["labels"]["neither" if chosen == rejected else "right" if chosen else "flipped"] += 1
   found["labels"] = {name: round(count / len(pairs), 5) for name, count in found["labels"].items()}
   return found
@@ -259,11 +306,13 @@ def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]
 def held_out(
   experiment: Experiment, folders: Sequence[str], problems: Sequence[Problem], count: int
 ) -> dict[str, dict]:
-  """Q of policies on problems that none was trained on: by step of their own samples, and at π_sft's critical steps.
+  """Q of policies on problems that none was trained on: by step of their own samples, and at
+  π_sft's critical steps.
 
-  Figure 7's Q is of unknown policy and problems. By step: a policy's own samples, its own rollouts. Critical: the prefixes
-  before the pits (first lowest Q) of π_sft's wrong samples, from which each policy finishes; drawn afresh for π_sft, too,
-  since the pits were found by draws of its own. The last step's Q is its verdict. All ours.
+  Figure 7's Q is of unknown policy and problems. By step: a policy's own samples, its own rollouts.
+  Critical: the prefixes before the pits (first lowest Q) of π_sft's wrong samples, from which each
+  policy finishes; drawn afresh for π_sft, too, since the pits were found by draws of its own. The
+  last step's Q is its verdict. All ours.
 
   Args:
     experiment: of the run folder.
@@ -272,8 +321,8 @@ def held_out(
     count: rollouts a prefix.
 
   Returns:
-    by folder: {"start": mean V; "mean": Q after step 1, 2, ...; "responses": that have the step; "critical": Q at each of
-    π_sft's critical prefixes, in one order}.
+    by folder: {"start": mean V; "mean": Q after step 1, 2, ...; "responses": that have the step;
+    "critical": Q at each of π_sft's critical prefixes, in one order}.
   """
   by_id, made, critical = {problem.id: problem for problem in problems}, {}, []
   for folder in dict.fromkeys(["sft", *folders]):
@@ -289,14 +338,20 @@ def held_out(
       for row, trace in zip(q, traces, strict=True):
         if trace.reason == "wrong":
           pit = int(np.nanargmin(row[1:]))
-          critical.append(Beginnings(by_id[trace.problem_id], trace.ids, [0 if pit == 0 else trace.step_ends[pit - 1]]))
+          critical.append(
+            Beginnings(
+              by_id[trace.problem_id], trace.ids, [0 if pit == 0 else trace.step_ends[pit - 1]]
+            )
+          )
     made[folder] = {
       "start": round(float(np.nanmean(q[:, 0])), 5),
       "mean": np.nanmean(q[:, 1:], axis=0).round(5).tolist(),
       "responses": np.isfinite(q[:, 1:]).sum(axis=0).tolist(),
       "critical": [
         round(float(one[0]), 4)
-        for one in values(experiment, policy, critical, count=count, purpose="values at critical steps")
+        for one in values(
+          experiment, policy, critical, count=count, purpose="values at critical steps"
+        )
       ],
     }
   return made

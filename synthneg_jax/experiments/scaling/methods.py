@@ -1,9 +1,12 @@
-"""What a cell of a study trains: a kind of method, and overrides of config leaves that tell it from others of its kind.
+"""What a cell of a study trains: a kind of method, and overrides of config leaves that tell it from
+others of its kind.
 
-A method may override leaves of the stage that makes it and no others, so that what comes before (π_sft, its traces, their
-credit) is made once and shared by all methods of a size and seed. Its name joins both: `rft,rft.max_per_problem=1`.
+A method may override leaves of the stage that makes it and no others, so that what comes before
+(π_sft, its traces, their credit) is made once and shared by all methods of a size and seed. Its
+name joins both: `rft,rft.max_per_problem=1`.
 
-`study.settings` overrides leaves for all cells of some sizes or kinds, as rows (sizes or kinds, overrides):
+`study.settings` overrides leaves for all cells of some sizes or kinds, as rows (sizes or kinds,
+overrides):
 
     ((250,), {"sft.num_epochs": 10, "rft.num_epochs": 10})
     (("arbitrary", "furthest"), {"dpo.optimizer.learning_rate": 3e-5})
@@ -14,7 +17,17 @@ import difflib
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from synthneg_jax.pipeline import credit, dpo, evaluate, import_traces, pairs, rft, sample, sft, synthesize
+from synthneg_jax.pipeline import (
+  credit,
+  dpo,
+  evaluate,
+  import_traces,
+  pairs,
+  rft,
+  sample,
+  sft,
+  synthesize,
+)
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
@@ -34,8 +47,8 @@ class Kind:
     before: stages that it shares with others.
     sections: the config sections whose leaves it may override.
     settings: leaves that make it what it is.
-    first: a method whose policy takes the place of π_sft before its stages, which have a folder of their own: a second
-      round on that policy's own traces.
+    first: a method whose policy takes the place of π_sft before its stages, which have a folder of
+      their own: a second round on that policy's own traces.
   """
 
   label: str
@@ -46,12 +59,22 @@ class Kind:
 
 
 def _dpo(label: str, mode: str, **dpo) -> Kind:
-  return Kind(label, _CREDIT, ("dpo", "pairs"), {"pairs.pair_mode": mode, **{f"dpo.{k}": v for k, v in dpo.items()}})
+  return Kind(
+    label,
+    _CREDIT,
+    ("dpo", "pairs"),
+    {"pairs.pair_mode": mode, **{f"dpo.{k}": v for k, v in dpo.items()}},
+  )
 
 
 def _rft(label: str, **settings) -> Kind:
   needs_credit = "keep" in settings
-  return Kind(label, _CREDIT if needs_credit else _SAMPLE, ("rft",), {f"rft.{k}": v for k, v in settings.items()})
+  return Kind(
+    label,
+    _CREDIT if needs_credit else _SAMPLE,
+    ("rft",),
+    {f"rft.{k}": v for k, v in settings.items()},
+  )
 
 
 KINDS = {
@@ -64,7 +87,9 @@ KINDS = {
   "step_dpo": _dpo("per-step DPO", "shared_prefix"),
   "step_dpo_both": _dpo("per-step DPO, right traces too", "positives_too"),
   "algorithm1": _dpo("per-step DPO, algorithm 1", "algorithm1"),
-  "step_dpo_twice": dataclasses.replace(_dpo("per-step DPO, two rounds", "shared_prefix"), first="step_dpo"),
+  "step_dpo_twice": dataclasses.replace(
+    _dpo("per-step DPO, two rounds", "shared_prefix"), first="step_dpo"
+  ),
   "random_step": _dpo("DPO at a random step", "random_step"),
   "arbitrary": _dpo("DPO, arbitrary pairs", "arbitrary"),
   "furthest": _dpo("DPO, furthest pairs", "furthest"),
@@ -73,7 +98,9 @@ KINDS = {
 
 
 class SettingsRow(NamedTuple):
-  """A checked row of study.settings: overrides for all cells of some sizes (in problems) or kinds of methods."""
+  """A checked row of study.settings: overrides for all cells of some sizes (in problems) or kinds
+  of methods.
+  """
 
   sizes_or_kinds: tuple[int | str, ...]
   overrides: dict[str, object]
@@ -105,7 +132,9 @@ class Method:
   def folder(self) -> str:
     """Stage folder of its policy; empty for the base model."""
     name = self.name.replace(",", "-")
-    made = "" if self.kind == "base" else f"dpo/{name}" if "dpo" in KINDS[self.kind].sections else name
+    made = (
+      "" if self.kind == "base" else f"dpo/{name}" if "dpo" in KINDS[self.kind].sections else name
+    )
     return f"{self.second}/{made}" if self.second else made
 
   @property
@@ -138,7 +167,9 @@ def name_of(kind: str, overrides: Mapping[str, object]) -> str:
   return ",".join([kind, *(f"{leaf}={value}" for leaf, value in overrides.items())])
 
 
-def resolve(config, kind: str, overrides: Mapping[str, object] | None = None, *, where: str = "") -> Method:
+def resolve(
+  config, kind: str, overrides: Mapping[str, object] | None = None, *, where: str = ""
+) -> Method:
   """The method of a kind and its overrides, with what study.settings gives to all of that kind.
 
   Args:
@@ -182,11 +213,14 @@ def settings_rows(config) -> list[SettingsRow]:
     where = f"study.settings: row {number}"
     if not (is_sequence(row) and len(row) == 2 and is_sequence(row[0]) and row[0]):
       raise UserError(
-        f'{where}, {row!r}, must be (sizes or methods, overrides), such as ((250, 500), {{"sft.num_epochs": 10}}).'
+        f"{where}, {row!r}, must be (sizes or methods, overrides), such as ((250, 500), "
+        f'{{"sft.num_epochs": 10}}).'
       )
     for entry in row[0]:
       if entry not in KINDS and not is_size(entry):
-        raise UserError(f"{where} names {entry!r}, which is neither a size in problems nor a method.")
+        raise UserError(
+          f"{where} names {entry!r}, which is neither a size in problems nor a method."
+        )
     rows.append(SettingsRow(tuple(row[0]), typed_overrides(config, row[1], where)))
   return rows
 
@@ -208,7 +242,9 @@ def typed_overrides(config, overrides: object, where: str) -> dict[str, object]:
     UserError: begins with `where`: not a dict, an unknown leaf, or a value of another type.
   """
   if not isinstance(overrides, Mapping):
-    raise UserError(f'{where}: overrides must be a dict such as {{"dpo.beta": 0.1}}, not {overrides!r}.')
+    raise UserError(
+      f'{where}: overrides must be a dict such as {{"dpo.beta": 0.1}}, not {overrides!r}.'
+    )
   defaults, typed = dict(config_schema.leaves(config)), {}
   for leaf, value in overrides.items():
     config_schema.check_name(leaf, where)
@@ -216,7 +252,9 @@ def typed_overrides(config, overrides: object, where: str) -> dict[str, object]:
     if wanted is float and type(value) is int or wanted is tuple and type(value) is list:
       value = wanted(value)
     if type(value) is not wanted:
-      raise UserError(f"{where}: {leaf} takes values of type {wanted.__name__}, and {value!r} is not one.")
+      raise UserError(
+        f"{where}: {leaf} takes values of type {wanted.__name__}, and {value!r} is not one."
+      )
     typed[leaf] = value
   return typed
 

@@ -24,11 +24,15 @@ def errors(workdir: epath.PathLike, method: str) -> dict[str, bool]:
   return {trace.problem_id: not trace.correct for trace in Shards(folder / "traces", Trace).read()}
 
 
-def paired_difference(first_RP: np.ndarray, second_RP: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-  """Mean of first - second with a 95 % percentile bootstrap interval over runs and problems, both resampled.
+def paired_difference(
+  first_RP: np.ndarray, second_RP: np.ndarray, seed: int = 0
+) -> tuple[float, float, float]:
+  """Mean of first - second with a 95 % percentile bootstrap interval over runs and problems, both
+  resampled.
 
   Args:
-    first_RP, second_RP: bool [runs, problems], errors of the two methods; one run's problems stand in one order.
+    first_RP, second_RP: bool [runs, problems], errors of the two methods; one run's problems stand
+      in one order.
     seed: of the resampling.
 
   Returns:
@@ -38,7 +42,9 @@ def paired_difference(first_RP: np.ndarray, second_RP: np.ndarray, seed: int = 0
   runs, problems = difference_RP.shape
   rng = np.random.default_rng(seed)
   run_share = rng.multinomial(runs, np.full(runs, 1 / runs), size=_RESAMPLES) / runs
-  problem_share = rng.multinomial(problems, np.full(problems, 1 / problems), size=_RESAMPLES) / problems
+  problem_share = (
+    rng.multinomial(problems, np.full(problems, 1 / problems), size=_RESAMPLES) / problems
+  )
   means = np.einsum("nr,rp,np->n", run_share, difference_RP, problem_share, optimize=True)
   low, high = np.quantile(means, [0.025, 0.975])
   return float(difference_RP.mean()), float(low), float(high)
@@ -55,7 +61,9 @@ def compare(workdirs: Sequence[str], first: str, second: str) -> dict:
   for workdir, pair in zip(workdirs, tables, strict=True):
     if any(sorted(table) != ids for table in pair):
       raise UserError(f"{workdir} was tested on other problems than {workdirs[0]}.")
-  first_RP, second_RP = (np.array([[table[i][key] for key in ids] for table in tables]) for i in (0, 1))
+  first_RP, second_RP = (
+    np.array([[table[i][key] for key in ids] for table in tables]) for i in (0, 1)
+  )
   mean, low, high = paired_difference(first_RP, second_RP)
   return {
     "first": first,

@@ -1,7 +1,8 @@
-"""Drawings of studies: error against problems, against a setting, bars, distributions, Q by step; each also a table.
+"""Drawings of studies: error against problems, against a setting, bars, distributions, Q by step;
+each also a table.
 
-Points are means over seeds, thin dots single seeds, and error bars 95 % bootstrap intervals. Ink and mode as in
-report/figures.py. Which figure is drawn by what is in figure.py.
+Points are means over seeds, thin dots single seeds, and error bars 95 % bootstrap intervals. Ink
+and mode as in report/figures.py. Which figure is drawn by what is in figure.py.
 """
 
 import csv
@@ -74,13 +75,17 @@ def _draw(axes, series: Sequence[Series], line: bool = True) -> None:
 
 
 def _legend(axes, columns: int = 2) -> None:
-  axes.legend(frameon=False, fontsize=8, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+  axes.legend(
+    frameon=False, fontsize=8, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0
+  )
 
 
 def _whole_numbers(axis, places: Sequence[float]) -> None:
   axis.set_major_locator(FixedLocator(sorted(set(places))))
   axis.set_minor_locator(NullLocator())
-  axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"))
+  axis.set_major_formatter(
+    FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
+  )
 
 
 def _log_percent(axis, series: Sequence[Series]) -> None:
@@ -114,7 +119,9 @@ def against_compute(series: Sequence[Series], title: str) -> Figure:
     figure, axes = _log_log(series, title, "floating-point operations after the base model")
     axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
+    axes.xaxis.set_major_formatter(
+      FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
+    )
     return figure
 
 
@@ -130,15 +137,24 @@ def against_problems(series: Sequence[Series], title: str, reaches: Sequence[Rea
     figure, axes = _log_log(series, title, "synthetic problems")
     for reach in reaches:
       arrow = {"arrowstyle": "<-", "color": figures.INK, "linewidth": 0.9}
-      axes.annotate("", (reach.baseline_size, reach.error), (reach.size, reach.error), arrowprops=arrow)
+      axes.annotate(
+        "", (reach.baseline_size, reach.error), (reach.size, reach.error), arrowprops=arrow
+      )
       end = (reach.baseline_size, reach.error)
-      axes.annotate(reach.label, end, xytext=(-3, -10), textcoords="offset points", ha="right", fontsize=8)
+      axes.annotate(
+        reach.label, end, xytext=(-3, -10), textcoords="offset points", ha="right", fontsize=8
+      )
     _whole_numbers(axes.xaxis, [x for one in series for x in one.x])
     return figure
 
 
 def against_setting(
-  series: Sequence[Series], title: str, label: str, *, level: tuple[float, str] | None = None, log: bool = True
+  series: Sequence[Series],
+  title: str,
+  label: str,
+  *,
+  level: tuple[float, str] | None = None,
+  log: bool = True,
 ) -> Figure:
   """Test error against a setting such as beta or positives a problem: figures 2c and 5c.
 
@@ -184,14 +200,30 @@ def bars(series: Sequence[Series], title: str, label: str, percent: bool = True)
     for row, one in enumerate(series):
       color = COLORS[row % len(COLORS)]
       axes.plot(
-        [scale * one.low[0], scale * one.high[0]], [row, row], color=color, linewidth=2.5, solid_capstyle="round"
+        [scale * one.low[0], scale * one.high[0]],
+        [row, row],
+        color=color,
+        linewidth=2.5,
+        solid_capstyle="round",
       )
       axes.plot([scale * one.mean[0]], [row], "o", color=color, markersize=6)
       if one.dots:
-        axes.plot(np.multiply(one.dots[0], scale), [row] * len(one.dots[0]), "|", color=color, markersize=8, alpha=0.6)
+        axes.plot(
+          np.multiply(one.dots[0], scale),
+          [row] * len(one.dots[0]),
+          "|",
+          color=color,
+          markersize=8,
+          alpha=0.6,
+        )
       text = f"{scale * one.mean[0]:.3g}"
       axes.annotate(
-        text, (scale * one.mean[0], row), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
+        text,
+        (scale * one.mean[0], row),
+        xytext=(0, 6),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8,
       )
     axes.set_yticks(range(len(series)), [one.label for one in series])
     axes.set_ylim(len(series) - 0.5, -0.7)
@@ -223,8 +255,17 @@ def distributions(samples: Sequence[tuple[str, Sequence[float]]], title: str, la
     axes = figure.subplots()
     every = np.concatenate([values for _, values in samples])
     edges = np.histogram_bin_edges(every, bins=40)
-    for (name, values), color in zip(samples, (figures.BLUE, figures.ORANGE, figures.GREY), strict=False):
-      axes.hist(values, edges, density=True, color=color, alpha=0.5, label=f"{name}, mean {np.mean(values):.3g}")
+    for (name, values), color in zip(
+      samples, (figures.BLUE, figures.ORANGE, figures.GREY), strict=False
+    ):
+      axes.hist(
+        values,
+        edges,
+        density=True,
+        color=color,
+        alpha=0.5,
+        label=f"{name}, mean {np.mean(values):.3g}",
+      )
       axes.axvline(np.mean(values), color=color, linewidth=1.5)
     axes.set_xlabel(label)
     axes.set_ylabel("density")
@@ -241,5 +282,12 @@ def as_csv(series: Sequence[Series], x: str) -> str:
   for one in series:
     for i, place in enumerate(one.x):
       dots = " ".join(f"{value:.5f}" for value in one.dots[i]) if one.dots else ""
-      writer.writerow([one.label, f"{place:g}", *(f"{part[i]:.5f}" for part in (one.mean, one.low, one.high)), dots])
+      writer.writerow(
+        [
+          one.label,
+          f"{place:g}",
+          *(f"{part[i]:.5f}" for part in (one.mean, one.low, one.high)),
+          dots,
+        ]
+      )
   return buffer.getvalue()

@@ -1,7 +1,8 @@
-"""A study: all cells of a grid |D_syn| x method x seed, then figures, fitted exponents and efficiency factors.
+"""A study: all cells of a grid |D_syn| x method x seed, then figures, fitted exponents and
+efficiency factors.
 
-Everything is told from the cells' JSON files: a study goes on from those that another machine made, and its figures can be
-drawn where no run folder is.
+Everything is told from the cells' JSON files: a study goes on from those that another machine made,
+and its figures can be drawn where no run folder is.
 """
 
 import csv
@@ -48,7 +49,9 @@ Results = dict[str, list[Point]]  # by method, sizes rising
 def _time_left(
   cells: Sequence[grid.Cell], seconds: dict[str, list[tuple[int, float]]], rest: Sequence[grid.Cell]
 ) -> str:
-  """What the rest will take, by what a problem cost each method so far; methods not yet seen cost as much as the mean."""
+  """What the rest will take, by what a problem cost each method so far; methods not yet seen cost
+  as much as the mean.
+  """
   if not seconds:
     return ""
   each = {name: sum(s for _, s in seen) / sum(n for n, _ in seen) for name, seen in seconds.items()}
@@ -58,7 +61,8 @@ def _time_left(
 
 
 def make(config, workdir: epath.PathLike, cells: Sequence[grid.Cell]) -> bool:
-  """Makes the cells that are not there; returns whether all are, which they are not where other processes still work.
+  """Makes the cells that are not there; returns whether all are, which they are not where other
+  processes still work.
 
   Raises:
     UserError: a cell's file of another config, or whatever a stage refuses.
@@ -110,7 +114,9 @@ def results(config, workdir: epath.PathLike, cells: Sequence[grid.Cell]) -> Resu
     found = grid.load(epath.Path(workdir) / "cells", config, cell)
     if found:
       tested.setdefault(found["problems"], cell.name)
-      groups.setdefault(cell.method.name, {}).setdefault(cell.size, {})[cell.seed] = grid.wrong(found)
+      groups.setdefault(cell.method.name, {}).setdefault(cell.size, {})[cell.seed] = grid.wrong(
+        found
+      )
   if len(tested) > 1:
     raise UserError(f"The cells {' and '.join(tested.values())} were tested on different problems.")
   made = {}
@@ -118,16 +124,20 @@ def results(config, workdir: epath.PathLike, cells: Sequence[grid.Cell]) -> Resu
     for size in sorted(by_size):
       wrong_SN = np.stack([by_size[size][seed] for seed in sorted(by_size[size])])
       mean, low, high = paired_difference(wrong_SN, np.zeros_like(wrong_SN))
-      made.setdefault(name, []).append(Point(size, tuple(sorted(by_size[size])), wrong_SN, mean, low, high))
+      made.setdefault(name, []).append(
+        Point(size, tuple(sorted(by_size[size])), wrong_SN, mean, low, high)
+      )
   return made
 
 
 def efficiency(config, found: Results) -> dict[str, dict]:
-  """How many times the data the baseline needs for each method's error, at every size and at study.reference_size.
+  """How many times the data the baseline needs for each method's error, at every size and at
+  study.reference_size.
 
   Returns:
-    by method: factor, its 95 % bootstrap interval over seeds and problems (low, high; null for infinity), whether it was
-    extrapolated, seeds, at (problems of the method), and by_size with the same for every size.
+    by method: factor, its 95 % bootstrap interval over seeds and problems (low, high; null for
+    infinity), whether it was extrapolated, seeds, at (problems of the method), and by_size with the
+    same for every size.
   """
   baseline = found.get(config.study.baseline, [])
   seeds = set.intersection(*(set(point.seeds) for point in baseline)) if baseline else set()
@@ -141,7 +151,9 @@ def efficiency(config, found: Results) -> dict[str, dict]:
       continue
     by_size = {}
     for point in points:
-      one = scaling.bootstrap_efficiency(scaling.Baseline(sizes, baseline_DSN), point.size, point.wrong_SN)
+      one = scaling.bootstrap_efficiency(
+        scaling.Baseline(sizes, baseline_DSN), point.size, point.wrong_SN
+      )
       by_size[str(point.size)] = {
         "factor": _finite(one.factor),
         "low": _finite(one.low),
@@ -162,7 +174,9 @@ def _finite(value: float) -> float | None:
 
 
 def exponents(found: Results) -> dict[str, dict]:
-  """error ≈ b · size^(-a) for every method of two sizes or more: a with its 95 % bootstrap interval over seeds, and b."""
+  """error ≈ b · size^(-a) for every method of two sizes or more: a with its 95 % bootstrap interval
+  over seeds, and b.
+  """
   made = {}
   for name, points in found.items():
     if len(points) < 2:
@@ -172,7 +186,9 @@ def exponents(found: Results) -> dict[str, dict]:
     rng, drawn = np.random.default_rng(0), []
     errors = [point.wrong_SN.mean(axis=1) for point in points]
     for _ in range(1000):
-      drawn.append(scaling.power_law_fit(sizes, [rng.choice(each, len(each)).mean() for each in errors])[0])
+      drawn.append(
+        scaling.power_law_fit(sizes, [rng.choice(each, len(each)).mean() for each in errors])[0]
+      )
     low, high = np.quantile(drawn, [0.025, 0.975])
     made[name] = {
       "exponent": round(a, 4),
@@ -192,12 +208,16 @@ def table(found: Results) -> str:
     for point in points:
       for seed, error in zip(point.seeds, point.wrong_SN.mean(axis=1), strict=True):
         writer.writerow([name, point.size, seed, f"{error:.5f}", "", ""])
-      writer.writerow([name, point.size, "mean", f"{point.mean:.5f}", f"{point.low:.5f}", f"{point.high:.5f}"])
+      writer.writerow(
+        [name, point.size, "mean", f"{point.mean:.5f}", f"{point.low:.5f}", f"{point.high:.5f}"]
+      )
   return buffer.getvalue()
 
 
 def write(config, workdir: epath.PathLike, cells: Sequence[grid.Cell]) -> dict:
-  """Writes report/results.csv, efficiency.json and exponents.json of what is there; returns the factors."""
+  """Writes report/results.csv, efficiency.json and exponents.json of what is there; returns the
+  factors.
+  """
   report = epath.Path(workdir) / "report"
   report.mkdir(parents=True, exist_ok=True)
   found = results(config, workdir, cells)
@@ -209,13 +229,21 @@ def write(config, workdir: epath.PathLike, cells: Sequence[grid.Cell]) -> dict:
 
 
 def main(config, workdir: str) -> bool:
-  """Makes all cells, then what is told from them; prints the factors, and returns whether all cells are there."""
+  """Makes all cells, then what is told from them; prints the factors, and returns whether all cells
+  are there.
+  """
   cells = grid.read(config)
   if not cells:
-    raise UserError("study.grid is empty: --config should be a study's, such as configs/study_arithmetic.py.")
+    raise UserError(
+      "study.grid is empty: --config should be a study's, such as configs/study_arithmetic.py."
+    )
   whole = make(config, workdir, cells)
   factors = write(config, workdir, cells)
-  print(json.dumps({name: {k: v for k, v in one.items() if k != "by_size"} for name, one in factors.items()}))
+  print(
+    json.dumps(
+      {name: {k: v for k, v in one.items() if k != "by_size"} for name, one in factors.items()}
+    )
+  )
   if not whole:
     logging.warning("Study: not all cells are there; other processes still work on them.")
   return whole

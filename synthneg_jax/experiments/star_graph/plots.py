@@ -1,4 +1,5 @@
-"""Figure 8 from its cells: curves over seeds with their intervals, as JSON, CSV, SVG and PNG; and single graphs and cells.
+"""Figure 8 from its cells: curves over seeds with their intervals, as JSON, CSV, SVG and PNG; and
+single graphs and cells.
 
 Intervals are 95 % ones of a mean over seeds, by Student's t.
 """
@@ -17,18 +18,31 @@ from matplotlib.ticker import MaxNLocator
 from synthneg_jax.core.statistics import mean_interval
 from synthneg_jax.report import figures
 
-_SHADES = ("#9ecae9", "#3b86c8", "#1b4f87", "#d9772b", "#8f4513", "#4b2a10")  # checkpoints, the earliest first
+_SHADES = (
+  "#9ecae9",
+  "#3b86c8",
+  "#1b4f87",
+  "#d9772b",
+  "#8f4513",
+  "#4b2a10",
+)  # checkpoints, the earliest first
 
 
 def _curve(cells: Sequence[dict]) -> dict:
-  """Every measure of these cells, one a seed: {"step": [...], "test/error": [[mean, low, high], ...], ...}."""
+  """Every measure of these cells, one a seed: {"step": [...], "test/error": [[mean, low, high],
+  ...], ...}.
+  """
   points_RP = [cell["curve"] for cell in cells]
   found = {"step": [point["step"] for point in points_RP[0]]}
   for split in ("train", "test"):
     for name in points_RP[0][0][split]:
-      found[f"{split}/{name}"] = mean_interval([[point[split][name] for point in points] for points in points_RP])
+      found[f"{split}/{name}"] = mean_interval(
+        [[point[split][name] for point in points] for points in points_RP]
+      )
   if "dpo_loss" in points_RP[0][0]:
-    found["dpo_loss"] = mean_interval([[point["dpo_loss"] for point in points] for points in points_RP])
+    found["dpo_loss"] = mean_interval(
+      [[point["dpo_loss"] for point in points] for points in points_RP]
+    )
   return found
 
 
@@ -36,24 +50,31 @@ def collect(cells: Sequence[dict], degree: int) -> dict:
   """What the figure shows.
 
   Args:
-    cells: the base's, SFT's of every seed, DPO's of every seed and checkpoint. DPO of a checkpoint that leaves a seed without
-      pairs, since nothing was sampled wrong, ends where it began: its curve goes on flat.
+    cells: the base's, SFT's of every seed, DPO's of every seed and checkpoint. DPO of a checkpoint
+      that leaves a seed without pairs, since nothing was sampled wrong, ends where it began: its
+      curve goes on flat.
     degree: arms of a graph; chance is 1 / degree.
 
   Returns:
-    {"chance", "seeds", "base", "sft": curve, "dpo": {checkpoint: {"pairs", **curve}}, "gain": {checkpoint: fall of the test
-    error from the checkpoint to the end of DPO, paired by seed}, "seconds"}; [mean, low, high] wherever seeds are averaged.
+    {"chance", "seeds", "base", "sft": curve, "dpo": {checkpoint: {"pairs", **curve}}, "gain":
+    {checkpoint: fall of the test error from the checkpoint to the end of DPO, paired by seed},
+    "seconds"}; [mean, low, high] wherever seeds are averaged.
   """
   base = next(cell for cell in cells if cell["cell"] == "base")
   sft = [cell for cell in cells if cell["cell"].startswith("sft_")]
   dpo = [cell for cell in cells if cell["cell"].startswith("dpo_")]
   longest = max((cell["curve"] for cell in dpo), key=len)
   for cell in dpo:
-    cell["curve"] += [{**cell["curve"][-1], "step": point["step"]} for point in longest[len(cell["curve"]) :]]
+    cell["curve"] += [
+      {**cell["curve"][-1], "step": point["step"]} for point in longest[len(cell["curve"]) :]
+    ]
   of, gain = {}, {}
   for checkpoint in sorted({cell["checkpoint"] for cell in dpo}):
     group = [cell for cell in dpo if cell["checkpoint"] == checkpoint]
-    of[str(checkpoint)] = {"pairs": mean_interval([cell["pairs"] for cell in group]), **_curve(group)}
+    of[str(checkpoint)] = {
+      "pairs": mean_interval([cell["pairs"] for cell in group]),
+      **_curve(group),
+    }
     errors = [[cell["curve"][i]["test"]["error"] for i in (0, -1)] for cell in group]
     gain[str(checkpoint)] = mean_interval([start - end for start, end in errors])
   return {
@@ -79,7 +100,8 @@ def table(result: dict) -> str:
     for name, values in curve.items():
       if name not in ("step", "pairs"):
         rows.writerows(
-          [method, checkpoint, step, name, *value] for step, value in zip(curve["step"], values, strict=True)
+          [method, checkpoint, step, name, *value]
+          for step, value in zip(curve["step"], values, strict=True)
         )
   return text.getvalue()
 
@@ -91,7 +113,8 @@ def _line(axes, x, values, *, color: str, label: str, dash: str = "-") -> None:
 
 
 def draw(result: dict, under: Sequence[int], over: Sequence[int]) -> Figure:
-  """Four panels: (a) SFT's and DPO's loss, and the critical token's Q; (b), (c) test error of DPO from its checkpoints.
+  """Four panels: (a) SFT's and DPO's loss, and the critical token's Q; (b), (c) test error of DPO
+  from its checkpoints.
 
   Args:
     result: as `collect` gives it.
@@ -104,27 +127,57 @@ def draw(result: dict, under: Sequence[int], over: Sequence[int]) -> Figure:
     dpo = result["dpo"][str(shown)]
     x = [shown + step for step in dpo["step"]]
     for split, dash in (("train", "-"), ("test", "--")):
-      _line(loss, sft["step"], sft[f"{split}/loss"], color=figures.ORANGE, label=f"SFT, {split}", dash=dash)
-      _line(value, sft["step"], sft[f"{split}/value"], color=figures.ORANGE, label=f"SFT, {split}", dash=dash)
-      _line(value, x, dpo[f"{split}/value"], color=figures.BLUE, label=f"DPO from {shown}, {split}", dash=dash)
+      _line(
+        loss,
+        sft["step"],
+        sft[f"{split}/loss"],
+        color=figures.ORANGE,
+        label=f"SFT, {split}",
+        dash=dash,
+      )
+      _line(
+        value,
+        sft["step"],
+        sft[f"{split}/value"],
+        color=figures.ORANGE,
+        label=f"SFT, {split}",
+        dash=dash,
+      )
+      _line(
+        value,
+        x,
+        dpo[f"{split}/value"],
+        color=figures.BLUE,
+        label=f"DPO from {shown}, {split}",
+        dash=dash,
+      )
     _line(loss, x, dpo["dpo_loss"], color=figures.BLUE, label=f"DPO's loss from {shown}")
     for axes, checkpoints in ((early, under), (late, over)):
       for checkpoint, color in zip(checkpoints, _SHADES[0 if axes is early else 3 :], strict=False):
         curve = result["dpo"][str(checkpoint)]
-        _line(axes, curve["step"], curve["test/error"], color=color, label=f"from SFT step {checkpoint}")
+        _line(
+          axes, curve["step"], curve["test/error"], color=color, label=f"from SFT step {checkpoint}"
+        )
       axes.set_ylabel("test error, greedy")
       axes.set_xlabel("DPO steps")
       axes.set_ylim(0, 1)
-    for axes, level in ((value, result["chance"]), (early, 1 - result["chance"]), (late, 1 - result["chance"])):
+    for axes, level in (
+      (value, result["chance"]),
+      (early, 1 - result["chance"]),
+      (late, 1 - result["chance"]),
+    ):
       axes.axhline(level, color=figures.GREY, linewidth=1, linestyle=":")
-      axes.annotate("chance", (1, level), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
+      axes.annotate("chance", (1, level), xycoords=("axes fraction", "data"), xytext=(-2, 2),
+      textcoords="offset points",
                     ha="right", fontsize=7)  # fmt: skip
     loss.set_ylabel("loss")
     loss.set_ylim(bottom=0)
     value.set_ylabel("mean Q of the critical token")
     value.set_ylim(0, 1)
     for axes, title in zip(
-      (loss, value, early, late), ("a  loss", "a  credit", "b  under-trained", "c  over-trained"), strict=True
+      (loss, value, early, late),
+      ("a  loss", "a  credit", "b  under-trained", "c  over-trained"),
+      strict=True,
     ):
       axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
       axes.grid(axis="y")
@@ -137,7 +190,10 @@ def draw(result: dict, under: Sequence[int], over: Sequence[int]) -> Figure:
 
 
 def draw_graph(
-  arm_AL: Sequence[Sequence[int]], goal: int, policy_A: Sequence[float], q_A: Sequence[float] | None = None
+  arm_AL: Sequence[Sequence[int]],
+  goal: int,
+  policy_A: Sequence[float],
+  q_A: Sequence[float] | None = None,
 ) -> Figure:
   """One star graph, the right arm blue, with what a policy gives to the first node of each arm.
 
@@ -155,14 +211,23 @@ def draw_graph(
       color, y = (figures.BLUE if arm == goal else figures.GREY), len(arm_AL) - 1 - arm
       places = [(0, middle), *((x, y) for x in range(1, last + 1))]
       for start, end in zip(places, places[1:], strict=False):
-        axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": color, "shrinkA": 11, "shrinkB": 11})
+        axes.annotate(
+          "",
+          end,
+          start,
+          arrowprops={"arrowstyle": "-|>", "color": color, "shrinkA": 11, "shrinkB": 11},
+        )
       for place, node in zip(places[1:], nodes[1:], strict=True):
-        axes.plot(*place, "o", markersize=20, color="white", markeredgecolor=color, markeredgewidth=1.6)
+        axes.plot(
+          *place, "o", markersize=20, color="white", markeredgecolor=color, markeredgewidth=1.6
+        )
         axes.annotate(str(node), place, ha="center", va="center")
       said = f"π = {policy_A[arm]:.2f}" + (f", Q = {q_A[arm]:.2f}" if q_A is not None else "")
       axes.annotate(said, places[1], (0, 14), textcoords="offset points", ha="center", fontsize=8)
       if arm == goal:
-        axes.annotate("goal", places[-1], (16, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(
+          "goal", places[-1], (16, 0), textcoords="offset points", va="center", fontsize=8
+        )
     axes.plot(0, middle, "o", markersize=20, color=figures.GREY)
     axes.annotate(str(arm_AL[0][0]), (0, middle), ha="center", va="center", color="white")
     axes.set_xlim(-0.3, last + 0.5)
@@ -172,7 +237,8 @@ def draw_graph(
 
 
 def draw_cell(cell: dict, chance: float) -> Figure:
-  """One training of one seed: its loss, the probability of the right critical node, and the greedy error on test problems.
+  """One training of one seed: its loss, the probability of the right critical node, and the greedy
+  error on test problems.
 
   Args:
     cell: of SFT or DPO, as the study leaves it.
@@ -205,7 +271,8 @@ def draw_cell(cell: dict, chance: float) -> Figure:
     for axes, level in ((critical, chance), (error, 1 - chance)):
       axes.set_ylim(0, 1)
       axes.axhline(level, color=figures.GREY, linewidth=1, linestyle=":")
-      axes.annotate("chance", (1, level), xycoords=("axes fraction", "data"), xytext=(-2, -9), textcoords="offset points",
+      axes.annotate("chance", (1, level), xycoords=("axes fraction", "data"), xytext=(-2, -9),
+      textcoords="offset points",
                     ha="right", fontsize=7)  # fmt: skip
     for axes in (loss, critical, error):
       axes.set_xlabel("steps")

@@ -1,24 +1,28 @@
-"""Figure 8: does per-step DPO teach what SFT only memorises? The star graph (tasks/star_graph.py), every value exact.
+"""Figure 8: does per-step DPO teach what SFT only memorises? The star graph (tasks/star_graph.py),
+every value exact.
 
-One base model, which looks edges up and does not plan; the config's seed draws its first weights. For each of
-`star_graph.seeds` a training set; SFT on it, from the base, far beyond the point where it has memorised the set; and per-step
-DPO from SFT's checkpoints, on the same problems and no others. All three train with the project's train loop on packed token
-trees (training/).
+One base model, which looks edges up and does not plan; the config's seed draws its first weights.
+For each of `star_graph.seeds` a training set; SFT on it, from the base, far beyond the point where
+it has memorised the set; and per-step DPO from SFT's checkpoints, on the same problems and no
+others. All three train with the project's train loop on packed token trees (training/).
 
-Pairs. A checkpoint is reference and start. From each training problem `sample.num_traces` responses are sampled; where the
-node after the centre, the critical token, is wrong, Q is 0 from there on, and it is the first pit. The pair has the
-shared-prefix form: the right rest of the path against the wrong node, after prompt and centre. Equal pairs count once. The
-critical node is drawn from its exact distribution, which is what a sampler does.
+Pairs. A checkpoint is reference and start. From each training problem `sample.num_traces` responses
+are sampled; where the node after the centre, the critical token, is wrong, Q is 0 from there on,
+and it is the first pit. The pair has the shared-prefix form: the right rest of the path against the
+wrong node, after prompt and centre. Equal pairs count once. The critical node is drawn from its
+exact distribution, which is what a sampler does.
 
-Values. A response is right if it is the path, so Q is 0 after a wrong critical node, and after the right one it is the
-probability of the rest of the path, by one forced pass: no rollouts, no sampling error. Reported means over problems:
-`critical`, the probability of the right critical node; `rest`, Q after it; `value`, their product, the mean Q of the
-critical token; `error`, of the greedy response; `legal`, the probability that the critical node is any neighbour of the
-centre. A model that walks some arm has critical = value = 1 / degree.
+Values. A response is right if it is the path, so Q is 0 after a wrong critical node, and after the
+right one it is the probability of the rest of the path, by one forced pass: no rollouts, no
+sampling error. Reported means over problems: `critical`, the probability of the right critical
+node; `rest`, Q after it; `value`, their product, the mean Q of the critical token; `error`, of the
+greedy response; `legal`, the probability that the critical node is any neighbour of the centre. A
+model that walks some arm has critical = value = 1 / degree.
 
-Files. Each cell (the base; SFT of a seed; DPO of a seed and checkpoint) writes cells/NAME.json with the hash of the settings
-that it depends on, and is skipped when that file exists; weights are in weights/ and are made again when they are needed and
-missing; training/NAME/metrics.jsonl has every update. Batches and draws are functions of seed, checkpoint and step.
+Files. Each cell (the base; SFT of a seed; DPO of a seed and checkpoint) writes cells/NAME.json with
+the hash of the settings that it depends on, and is skipped when that file exists; weights are in
+weights/ and are made again when they are needed and missing; training/NAME/metrics.jsonl has every
+update. Batches and draws are functions of seed, checkpoint and step.
 """
 
 import dataclasses
@@ -91,14 +95,17 @@ class Forced(NamedTuple):
 
 
 class CriticalValues(NamedTuple):
-  """π(a | prompt, centre) for the first node a of each arm, and Q after it: 0 except for the goal's arm."""
+  """π(a | prompt, centre) for the first node a of each arm, and Q after it: 0 except for the goal's
+  arm.
+  """
 
   policy_NA: np.ndarray
   q_NA: np.ndarray
 
 
 class CriticalPairs(NamedTuple):
-  """P pairs at the critical token: the right rest of the path is chosen, a wrong node rejected, after prompt and centre.
+  """P pairs at the critical token: the right rest of the path is chosen, a wrong node rejected,
+  after prompt and centre.
 
   Attributes:
     problem_P: index of the graph.
@@ -144,7 +151,9 @@ def critical_values(model: Model, params: Params, graphs: Graphs) -> CriticalVal
 
 
 def _values(graphs: Graphs, forced: Forced) -> CriticalValues:
-  policy_NA = np.exp(np.take_along_axis(forced.critical_NV, star_graph.tokens(graphs.arm_NAL[:, :, 1]), axis=1))
+  policy_NA = np.exp(
+    np.take_along_axis(forced.critical_NV, star_graph.tokens(graphs.arm_NAL[:, :, 1]), axis=1)
+  )
   q_NA = np.zeros_like(policy_NA)
   q_NA[np.arange(len(graphs)), graphs.goal_N] = np.exp(forced.logp_NS[:, 2:].sum(axis=1))
   return CriticalValues(policy_NA, q_NA)
@@ -166,7 +175,9 @@ def measure(model: Model, params: Params, graphs: Graphs) -> dict[str, float]:
 
 
 def response_examples(prompt_NC: np.ndarray, response_NS: np.ndarray) -> list[Example]:
-  """Token trees for the next-token loss: a prompt with its response, all tokens of which are scored."""
+  """Token trees for the next-token loss: a prompt with its response, all tokens of which are
+  scored.
+  """
   return [
     Example(Tree(prompt_C, (Branch(len(prompt_C), response_S),)))
     for prompt_C, response_S in zip(prompt_NC, response_NS, strict=True)
@@ -174,20 +185,26 @@ def response_examples(prompt_NC: np.ndarray, response_NS: np.ndarray) -> list[Ex
 
 
 def pair_examples(graphs: Graphs, pairs: CriticalPairs) -> list[Example]:
-  """Token trees for the preference loss: prompt and centre, off which the right rest and the wrong node branch."""
+  """Token trees for the preference loss: prompt and centre, off which the right rest and the wrong
+  node branch.
+  """
   prompt_NC, path_NS = star_graph.prompt_ids(graphs), star_graph.solution_ids(graphs)
   examples = []
   for problem, wrong, ref_chosen, ref_rejected in zip(*pairs, strict=True):
     trunk = np.append(prompt_NC[problem], path_NS[problem, 0])
     branches = (Branch(len(trunk), path_NS[problem, 1:]), Branch(len(trunk), [wrong]))
-    examples.append(Example(Tree(trunk, branches), (PairInTree(0, 1, float(ref_chosen), float(ref_rejected)),)))
+    examples.append(
+      Example(Tree(trunk, branches), (PairInTree(0, 1, float(ref_chosen), float(ref_rejected)),))
+    )
   return examples
 
 
 def dpo_objective(model: Model, section):
   """DPO with the settings of the config's section dpo."""
   preference = objectives.Preference(
-    loss=functools.partial(losses.dpo_loss, beta=section.beta), beta=section.beta, nll_weight=section.nll_weight
+    loss=functools.partial(losses.dpo_loss, beta=section.beta),
+    beta=section.beta,
+    nll_weight=section.nll_weight,
   )
   eos_ids = (star_graph.WORDS.index(star_graph.EOS),)
   return objectives.make_preference(model, preference, eos_ids=eos_ids, chunk=section.logit_chunk)
@@ -200,16 +217,25 @@ class Study:
     """Computes nothing.
 
     Raises:
-      UserError: the task is not star_graph, its sizes make no star, or checkpoints lie beyond SFT's last step.
+      UserError: the task is not star_graph, its sizes make no star, or checkpoints lie beyond SFT's
+        last step.
     """
     if config.task.name != "star_graph":
-      raise UserError(f"task.name={config.task.name!r}: figure 8 needs star_graph, as configs/star_graph.py has it.")
+      raise UserError(
+        f"task.name={config.task.name!r}: figure 8 needs star_graph, as configs/star_graph.py has "
+        "it."
+      )
     star_graph.check(config.task)
     marks = config.star_graph
     self.checkpoints = (*marks.under_trained, *marks.over_trained)
-    if not marks.under_trained or not marks.over_trained or max(self.checkpoints) > config.sft.max_steps:
+    if (
+      not marks.under_trained
+      or not marks.over_trained
+      or max(self.checkpoints) > config.sft.max_steps
+    ):
       raise UserError(
-        f"star_graph.under_trained={marks.under_trained} and star_graph.over_trained={marks.over_trained} must name steps of "
+        f"star_graph.under_trained={marks.under_trained} and "
+        f"star_graph.over_trained={marks.over_trained} must name steps of "
         f"SFT, none above sft.max_steps={config.sft.max_steps}."
       )
     if config.star_graph.seeds < 2:
@@ -233,7 +259,9 @@ class Study:
     return self._draw(self.config.task.train_problems, _TRAIN, seed)
 
   def has(self, *cell) -> bool:
-    """Whether a cell's file is there: of "base", of "sft" and a seed, of "dpo", a seed and a checkpoint."""
+    """Whether a cell's file is there: of "base", of "sft" and a seed, of "dpo", a seed and a
+    checkpoint.
+    """
     return (self.folder / "cells" / f"{'_'.join(map(str, cell))}.json").exists()
 
   def _cell(self, name: str, sections: Sequence[str], make: Callable[[], dict]) -> dict:
@@ -242,7 +270,9 @@ class Study:
     defaults = config_schema.plain(config_schema.default(), ("seed", "task", *sections))
     # Defaults are left out: a leaf that a later version adds leaves published cells valid.
     plain = {
-      leaf: value for leaf, value in leaves.items() if config_schema.changes_results(leaf) and value != defaults[leaf]
+      leaf: value
+      for leaf, value in leaves.items()
+      if config_schema.changes_results(leaf) and value != defaults[leaf]
     }
     key = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
     path = self.folder / "cells" / f"{name}.json"
@@ -280,7 +310,9 @@ class Study:
     """
     found = self._kept(cell)
     if found is None:
-      raise UserError(f"{self.folder / 'weights' / f'{cell}.npz'} is not there: make the cell first.")
+      raise UserError(
+        f"{self.folder / 'weights' / f'{cell}.npz'} is not there: make the cell first."
+      )
     return found
 
   def _kept(self, name: str):
@@ -292,7 +324,9 @@ class Study:
       leaves = [jnp.asarray(found[key]) for key in found.files]
     return jax.tree.unflatten(jax.tree.structure(self.model.abstract_params()), leaves)
 
-  def _batches(self, section, examples: Sequence[Example], *, num_steps: int, seed: int | None) -> Batches:
+  def _batches(
+    self, section, examples: Sequence[Example], *, num_steps: int, seed: int | None
+  ) -> Batches:
     """The first `num_steps` batches of passes over the examples; without a seed in their order."""
     return Batches(
       examples,
@@ -307,8 +341,12 @@ class Study:
       rows_multiple_of=section.grad_accum_steps * device_mesh.row_shards(self.mesh),
     )
 
-  def _fit(self, name: str, params: Params, *, section, objective, batches: Batches, after_step=None) -> Params:
-    """Trains with the project's loop; a cell that is stopped starts over, so no checkpoints are written."""
+  def _fit(
+    self, name: str, params: Params, *, section, objective, batches: Batches, after_step=None
+  ) -> Params:
+    """Trains with the project's loop; a cell that is stopped starts over, so no checkpoints are
+    written.
+    """
     run = loop.Run(
       name=name,
       section=section,
@@ -337,14 +375,22 @@ class Study:
     start = jax.jit(self.model.init)(jax.random.key(self.config.seed))
     params = self._fit("base", start, section=section, objective=objective, batches=batches)
     self._keep("base", params)
-    return {"parameters": self.model.config.num_params, "test": measure(self.model, params, self.test)}
+    return {
+      "parameters": self.model.config.num_params,
+      "test": measure(self.model, params, self.test),
+    }
 
   def _documents(self, num_steps: int) -> list[Example]:
-    """What the base reads, in order: tours for the first `random_step_fraction` of the steps, then walks."""
+    """What the base reads, in order: tours for the first `random_step_fraction` of the steps, then
+    walks.
+    """
     section, rng = self.config.pretrain, np.random.default_rng([_BASE, 0])
     num_tour_steps = round(num_steps * section.random_step_fraction)
     examples = []
-    for kind, begin, end in ((star_graph.tours, 0, num_tour_steps), (star_graph.walks, num_tour_steps, num_steps)):
+    for kind, begin, end in (
+      (star_graph.tours, 0, num_tour_steps),
+      (star_graph.walks, num_tour_steps, num_steps),
+    ):
       for first in range(begin, end, _DRAWN_STEPS):
         count = (min(first + _DRAWN_STEPS, end) - first) * section.batch_size
         examples += response_examples(*kind(rng, self._draw(count, _BASE, first)))
@@ -353,7 +399,9 @@ class Study:
   def sft(self, seed: int) -> dict:
     """SFT of one seed, far beyond memorisation, measured every `star_graph.every_steps` steps."""
     self.base()
-    return self._cell(f"sft_{seed}", ("pretrain", "sft", "star_graph"), functools.partial(self._make_sft, seed))
+    return self._cell(
+      f"sft_{seed}", ("pretrain", "sft", "star_graph"), functools.partial(self._make_sft, seed)
+    )
 
   def _make_sft(self, seed: int) -> dict:
     section, graphs = self.config.sft, self.train_set(seed)
@@ -374,7 +422,9 @@ class Study:
 
     look(0, params)
     objective = objectives.make_sft(self.model, section.logit_chunk)
-    self._fit(f"sft_{seed}", params, section=section, objective=objective, batches=batches, after_step=look)
+    self._fit(
+      f"sft_{seed}", params, section=section, objective=objective, batches=batches, after_step=look
+    )
     return {"seed": seed, "curve": curve}
 
   def _measured_steps(self, num_steps: int) -> list[int]:
@@ -393,16 +443,22 @@ class Study:
     return self._cell(f"dpo_{seed}_{checkpoint}", sections, make)
 
   def pairs(self, params: Params, graphs: Graphs, rng: np.random.Generator) -> CriticalPairs:
-    """The pairs that `sample.num_traces` responses of the policy to each graph give; equal ones count once."""
+    """The pairs that `sample.num_traces` responses of the policy to each graph give; equal ones
+    count once.
+    """
     section = self.config.sample
     forced = force(self.model, params, graphs)
     scaled_NV = forced.critical_NV - forced.critical_NV.max(axis=1, keepdims=True)
     share_NV = np.exp(scaled_NV.astype(np.float64) / section.temperature)
     below_NV = np.cumsum(share_NV / share_NV.sum(axis=1, keepdims=True), axis=1)[:, :-1]
-    drawn_NK = np.sum(rng.random((len(graphs), section.num_traces, 1)) >= below_NV[:, None], axis=-1)
+    drawn_NK = np.sum(
+      rng.random((len(graphs), section.num_traces, 1)) >= below_NV[:, None], axis=-1
+    )
     right_N = star_graph.tokens(graphs.path_NL[:, 1])
     problem_W, k_W = np.nonzero(drawn_NK != right_N[:, None])
-    problem_P, wrong_P = np.unique(np.stack([problem_W, drawn_NK[problem_W, k_W]], axis=1), axis=0).T
+    problem_P, wrong_P = np.unique(
+      np.stack([problem_W, drawn_NK[problem_W, k_W]], axis=1), axis=0
+    ).T
     ref_chosen_P = forced.logp_NS[problem_P, 1:].sum(axis=1)
     return CriticalPairs(problem_P, wrong_P, ref_chosen_P, forced.critical_NV[problem_P, wrong_P])
 
@@ -417,7 +473,9 @@ class Study:
     cell = {"seed": seed, "checkpoint": checkpoint, "pairs": len(pairs.problem_P), "curve": curve}
     if not cell["pairs"]:
       return cell
-    batches = self._batches(section, pair_examples(graphs, pairs), num_steps=section.max_steps, seed=seed)
+    batches = self._batches(
+      section, pair_examples(graphs, pairs), num_steps=section.max_steps, seed=seed
+    )
     measured = self._measured_steps(section.max_steps)
 
     def look(step: int, params: Params) -> None:
@@ -436,10 +494,12 @@ class Study:
 def run(config, workdir: epath.PathLike) -> dict:
   """All cells that are missing, then report/: star_graph.json, .csv, .png and .svg.
 
-  Machines may share a workdir: the base is made by one, and each seed by whoever holds its folder in claims/.
+  Machines may share a workdir: the base is made by one, and each seed by whoever holds its folder
+  in claims/.
 
   Returns:
-    What star_graph.json holds (experiments/star_graph/plots.py); empty where others still work on cells.
+    What star_graph.json holds (experiments/star_graph/plots.py); empty where others still work on
+    cells.
 
   Raises:
     UserError: another process makes the base, or whatever a cell refuses.

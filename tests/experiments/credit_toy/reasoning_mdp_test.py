@@ -1,4 +1,6 @@
-"""Values, estimates and the equivalence theorem on a task whose every value is known (experiments/credit_toy)."""
+"""Values, estimates and the equivalence theorem on a task whose every value is known
+(experiments/credit_toy).
+"""
 
 import functools
 import itertools
@@ -19,19 +21,28 @@ ACTIONS, STEPS, PROBLEMS, BETA = 3, 4, 3, 0.15
 def random_policy(mdp, rng) -> list[np.ndarray]:
   """Probabilities of every action at every prefix, all different and above .02."""
   shapes = [(mdp.num_problems, mdp.num_actions**step) for step in range(mdp.num_steps)]
-  return [0.06 / mdp.num_actions + 0.94 * rng.dirichlet(np.ones(mdp.num_actions), shape) for shape in shapes]
+  return [
+    0.06 / mdp.num_actions + 0.94 * rng.dirichlet(np.ones(mdp.num_actions), shape)
+    for shape in shapes
+  ]
 
 
 @functools.cache
 def small():
-  """A task of 27 prefixes a problem before the answer, half of the answers off track right, and a policy."""
+  """A task of 27 prefixes a problem before the answer, half of the answers off track right, and a
+  policy.
+  """
   rng = np.random.default_rng(0)
-  mdp = reasoning_mdp.draw(rng, problems=PROBLEMS, steps=STEPS, critical=(0, 2), num_actions=ACTIONS, luck=0.3)
+  mdp = reasoning_mdp.draw(
+    rng, problems=PROBLEMS, steps=STEPS, critical=(0, 2), num_actions=ACTIONS, luck=0.3
+  )
   return mdp, random_policy(mdp, rng)
 
 
 def enumerated_value(mdp, policy, x: int, prefix: tuple[int, ...]) -> float:
-  """Sum over every completion of its probability, right ones only; each completion walked action by action."""
+  """Sum over every completion of its probability, right ones only; each completion walked action by
+  action.
+  """
   total = 0.0
   for tail in itertools.product(range(mdp.num_actions), repeat=mdp.num_steps - len(prefix)):
     probability, node = 1.0, 0
@@ -44,7 +55,9 @@ def enumerated_value(mdp, policy, x: int, prefix: tuple[int, ...]) -> float:
 
 
 def rollout_counts(mdp, policy, rollouts: int, repeats: int, seed: int):
-  """(Q [N], counts of right rollouts [N, repeats]) at every prefix of every problem but whole responses."""
+  """(Q [N], counts of right rollouts [N, repeats]) at every prefix of every problem but whole
+  responses.
+  """
   rng = np.random.default_rng(seed)
   q, counts = [], []
   for steps, value_XP in enumerate(reasoning_mdp.values(mdp, policy)[:-1]):
@@ -59,8 +72,8 @@ def rollout_counts(mdp, policy, rollouts: int, repeats: int, seed: int):
 
 class ReasoningMDPTest(parameterized.TestCase):
   def test_verdicts_by_hand(self):
-    # Fails if a wrong critical step is forgiven, if an irrelevant one counts, if prefixes are numbered otherwise, or if luck
-    # helps a wrong answer on track.
+    # Fails if a wrong critical step is forgiven, if an irrelevant one counts, if prefixes are
+    # numbered otherwise, or if luck helps a wrong answer on track.
     keep = np.array([[reasoning_mdp.ANY, 1, 0]])
     on_track = np.array([[0, 0, 1, 0, 0, 0, 1, 0]], bool)  # 010 and 110
     np.testing.assert_array_equal(
@@ -73,29 +86,38 @@ class ReasoningMDPTest(parameterized.TestCase):
     np.testing.assert_array_equal(lucky.prefix(np.array([2, 6]), 2), [1, 3])
 
   def test_values_equal_enumeration(self):
-    # Fails if the recursion takes another policy's step, weighs actions wrongly, or reads prefixes in another order.
+    # Fails if the recursion takes another policy's step, weighs actions wrongly, or reads prefixes
+    # in another order.
     mdp, policy = small()
     values = reasoning_mdp.values(mdp, policy)
     for x in range(PROBLEMS):
       for length in range(STEPS + 1):
         for node, prefix in enumerate(itertools.product(range(ACTIONS), repeat=length)):
-          self.assertAlmostEqual(values[length][x, node], enumerated_value(mdp, policy, x, prefix), delta=1e-12)
+          self.assertAlmostEqual(
+            values[length][x, node], enumerated_value(mdp, policy, x, prefix), delta=1e-12
+          )
 
   def test_policies_that_see_the_step_alone(self):
-    # Fails if the short form [X, 1, n] means another policy than the same probabilities at every prefix.
+    # Fails if the short form [X, 1, n] means another policy than the same probabilities at every
+    # prefix.
     mdp, policy = small()
     short = [step[:, :1] for step in policy]
     long = [np.repeat(step, ACTIONS**i, axis=1) for i, step in enumerate(short)]
-    for one, other in zip(reasoning_mdp.values(mdp, short), reasoning_mdp.values(mdp, long), strict=True):
+    for one, other in zip(
+      reasoning_mdp.values(mdp, short), reasoning_mdp.values(mdp, long), strict=True
+    ):
       np.testing.assert_allclose(one, other, rtol=1e-12)
     draws = [
-      reasoning_mdp.sample(mdp, p, np.arange(3), prefix_N=np.zeros(3, int), steps=0, rng=np.random.default_rng(1))
+      reasoning_mdp.sample(
+        mdp, p, np.arange(3), prefix_N=np.zeros(3, int), steps=0, rng=np.random.default_rng(1)
+      )
       for p in (short, long)
     ]
     np.testing.assert_array_equal(*draws)
 
   def test_samples(self):
-    # Fails if sampling takes another prefix's row, skips a step, or draws from the wrong end: every response's share.
+    # Fails if sampling takes another prefix's row, skips a step, or draws from the wrong end: every
+    # response's share.
     mdp, policy = small()
     num = 30_000
     x = np.arange(PROBLEMS)[:, None]
@@ -108,11 +130,14 @@ class ReasoningMDPTest(parameterized.TestCase):
       expected = (expected[:, :, None] * step).reshape(PROBLEMS, -1)
     self.assertLess(np.max(np.abs(share - expected) / np.sqrt(expected / num)), 5.0)
     self.assertAlmostEqual(
-      reasoning_mdp.mean_return(mdp, policy), np.sum(expected * mdp.right_XN) / PROBLEMS, delta=1e-12
+      reasoning_mdp.mean_return(mdp, policy),
+      np.sum(expected * mdp.right_XN) / PROBLEMS,
+      delta=1e-12,
     )
 
   def test_the_reference_is_imperfect(self):
-    # Fails if the default reference solves nearly all or none, or if right responses without a wrong step are all there are.
+    # Fails if the default reference solves nearly all or none, or if right responses without a
+    # wrong step are all there are.
     for seed in range(10):
       rng = np.random.default_rng(seed)
       mdp = reasoning_mdp.draw(rng)
@@ -126,8 +151,8 @@ class ReasoningMDPTest(parameterized.TestCase):
 
 class EstimatesTest(parameterized.TestCase):
   def test_monte_carlo_values_are_unbiased(self):
-    # Fails for any estimate but c/M, and for rollouts by another policy or from another prefix: every prefix, 4.5 standard
-    # errors (120 prefixes: one of 1000 seeds fails by chance).
+    # Fails for any estimate but c/M, and for rollouts by another policy or from another prefix:
+    # every prefix, 4.5 standard errors (120 prefixes: one of 1000 seeds fails by chance).
     mdp, policy = small()
     q, counts = rollout_counts(mdp, policy, rollouts=8, repeats=250, seed=1)
     estimate, known = advantages.step_values(jnp.asarray(counts), jnp.full(counts.shape, 8))
@@ -138,9 +163,10 @@ class EstimatesTest(parameterized.TestCase):
 
   @parameterized.product(level=(0.8, 0.95), method=("wilson", "beta"))
   def test_intervals_cover(self, level, method):
-    # Fails if z is of one tail, or if the level is another's. Coverage is promised on average over Q alone: over this task's
-    # prefixes it is within .03 of its level for 20 rollouts, while for single prefixes it strays much further. What is
-    # simulated must be what binomial sums give, within 4.5 standard errors.
+    # Fails if z is of one tail, or if the level is another's. Coverage is promised on average over
+    # Q alone: over this task's prefixes it is within .03 of its level for 20 rollouts, while for
+    # single prefixes it strays much further. What is simulated must be what binomial sums give,
+    # within 4.5 standard errors.
     mdp, policy = small()
     q, counts = rollout_counts(mdp, policy, rollouts=20, repeats=200, seed=2)
     inside = (q > 0.02) & (q < 0.98)  # at 0 and 1 every interval covers
@@ -148,7 +174,8 @@ class EstimatesTest(parameterized.TestCase):
     covered = (low <= q[inside, None]) & (q[inside, None] <= high)
     low, high = advantages.value_interval(np.arange(21), 20, level=level, method=method)
     exact = np.sum(
-      stats.binom.pmf(np.arange(21), 20, q[inside, None]) * ((low <= q[inside, None]) & (q[inside, None] <= high)),
+      stats.binom.pmf(np.arange(21), 20, q[inside, None])
+      * ((low <= q[inside, None]) & (q[inside, None] <= high)),
       axis=1,
     )
     error = np.sqrt(np.mean(exact * (1 - exact)) / covered.size)
@@ -156,37 +183,51 @@ class EstimatesTest(parameterized.TestCase):
     self.assertAlmostEqual(covered.mean(), level, delta=0.03)
 
   def test_best_of_k(self):
-    # Fails if c/M is put into 1 - (1 - q)^k for the unbiased estimate, or if the plug-in is no longer that. At Q of .1 to .4
-    # the plug-in's bias is .03 to .08 here, many times what is left of the noise.
+    # Fails if c/M is put into 1 - (1 - q)^k for the unbiased estimate, or if the plug-in is no
+    # longer that. At Q of .1 to .4 the plug-in's bias is .03 to .08 here, many times what is left
+    # of the noise.
     mdp, policy = small()
     k, rollouts, repeats = 5, 8, 2000
     q, counts = rollout_counts(mdp, policy, rollouts, repeats, seed=3)
     between = (q > 0.1) & (q < 0.4)
     expected = 1 - (1 - q[between]) ** k
     bias, error = {}, {}
-    for name, estimate in (("unbiased", advantages.best_of_k), ("plugin", advantages.best_of_k_plugin)):
-      values, known = estimate(jnp.asarray(counts[between]), jnp.full(counts[between].shape, rollouts), k)
+    for name, estimate in (
+      ("unbiased", advantages.best_of_k),
+      ("plugin", advantages.best_of_k_plugin),
+    ):
+      values, known = estimate(
+        jnp.asarray(counts[between]), jnp.full(counts[between].shape, rollouts), k
+      )
       self.assertTrue(np.all(known))
       values = np.asarray(values, np.float64)
       bias[name] = values.mean(axis=1) - expected
       error[name] = values.std(axis=1) / np.sqrt(repeats)
     self.assertLess(np.max(np.abs(bias["unbiased"]) / error["unbiased"]), 4.5)
-    self.assertGreater(np.min(-bias["plugin"] / error["plugin"]), 4.5)  # low at every one of these prefixes
+    self.assertGreater(
+      np.min(-bias["plugin"] / error["plugin"]), 4.5
+    )  # low at every one of these prefixes
     self.assertGreater(between.sum(), 10)
 
 
 def minimise(loss_fn, logits_NA: np.ndarray) -> np.ndarray:
   """The softmax of the logits with the least loss, float64, by L-BFGS from the given ones."""
   with jax.enable_x64(True):
-    value_and_grad = jax.jit(jax.value_and_grad(lambda flat: loss_fn(flat.reshape(logits_NA.shape))))
+    value_and_grad = jax.jit(
+      jax.value_and_grad(lambda flat: loss_fn(flat.reshape(logits_NA.shape)))
+    )
     scipy_fn = lambda flat: tuple(np.asarray(part, np.float64) for part in value_and_grad(flat))
     # factr and pgtol below what rounding allows: it stops when it can do no better
-    flat, _, _ = optimize.fmin_l_bfgs_b(scipy_fn, logits_NA.ravel(), factr=0.0, pgtol=1e-12, maxiter=5000)
+    flat, _, _ = optimize.fmin_l_bfgs_b(
+      scipy_fn, logits_NA.ravel(), factr=0.0, pgtol=1e-12, maxiter=5000
+    )
   return special.softmax(flat.reshape(logits_NA.shape), axis=-1)
 
 
 def pair_loss(ref_NA, weight_NAB):
-  """Σ weight(a, b) · DPO loss of a over b at one step, as a function of logits; a is chosen, b rejected."""
+  """Σ weight(a, b) · DPO loss of a over b at one step, as a function of logits; a is chosen, b
+  rejected.
+  """
 
   def loss_fn(logits_NA):
     logp_NA, ref_logp_NA = jax.nn.log_softmax(logits_NA, axis=-1), jnp.log(ref_NA)
@@ -206,13 +247,16 @@ def total_variation(p_NA, q_NA) -> np.ndarray:
 
 
 class TheoremTest(absltest.TestCase):
-  """DPO on pairs from one prefix and advantage-weighted regression (theorem 6.1), at prefixes whose advantages differ."""
+  """DPO on pairs from one prefix and advantage-weighted regression (theorem 6.1), at prefixes whose
+  advantages differ.
+  """
 
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
     rng = np.random.default_rng(4)
-    # 7 actions at 64 prefixes of one and two steps; those are kept at which the policy has most to gain.
+    # 7 actions at 64 prefixes of one and two steps; those are kept at which the policy has most to
+    # gain.
     mdp = reasoning_mdp.draw(rng, problems=8, steps=3, critical=(0, 1), num_actions=7, luck=0.3)
     policy = random_policy(mdp, rng)
     values = reasoning_mdp.values(mdp, policy)
@@ -233,18 +277,23 @@ class TheoremTest(absltest.TestCase):
   def test_population(self):
     # Fails if β or a sign of the DPO loss changes, or if no reference is subtracted.
     chosen_NAB, rejected_NAB = both(self.ref_NA)
-    found_NA = minimise(pair_loss(self.ref_NA, chosen_NAB * rejected_NAB * self.wins_NAB), np.log(self.ref_NA))
+    found_NA = minimise(
+      pair_loss(self.ref_NA, chosen_NAB * rejected_NAB * self.wins_NAB), np.log(self.ref_NA)
+    )
     self.assertLess(np.max(total_variation(found_NA, self.optimum_NA)), 1e-4)
 
   def test_finite_sample(self):
-    # Fails as the one above, and if labels were drawn otherwise; 300 000 pairs a prefix leave a total variation of .03.
+    # Fails as the one above, and if labels were drawn otherwise; 300 000 pairs a prefix leave a
+    # total variation of .03.
     rng = np.random.default_rng(5)
     num = 300_000
     count_NAB = np.zeros(self.wins_NAB.shape)
     for row, (ref_A, wins_AB) in enumerate(zip(self.ref_NA, self.wins_NAB, strict=True)):
       first, second = rng.choice(7, size=(2, num), p=ref_A)
       won = rng.random(num) < wins_AB[first, second]
-      np.add.at(count_NAB[row], (np.where(won, first, second), np.where(won, second, first)), 1.0 / num)
+      np.add.at(
+        count_NAB[row], (np.where(won, first, second), np.where(won, second, first)), 1.0 / num
+      )
     found_NA = minimise(pair_loss(self.ref_NA, count_NAB), np.log(self.ref_NA))
     self.assertLess(np.max(total_variation(found_NA, self.optimum_NA)), 0.03)
 
@@ -253,18 +302,29 @@ class TheoremTest(absltest.TestCase):
     def loss_fn(logits_NA):
       of_one = functools.partial(losses.advantage_weighted_loss, temperature=BETA, max_weight=1e9)
       step_NA = jax.vmap(jax.vmap(lambda logp, advantage: of_one(logp[None], advantage[None])))
-      return jnp.sum(self.ref_NA * step_NA(jax.nn.log_softmax(logits_NA, axis=-1), jnp.asarray(self.advantage_NA)))
+      return jnp.sum(
+        self.ref_NA
+        * step_NA(jax.nn.log_softmax(logits_NA, axis=-1), jnp.asarray(self.advantage_NA))
+      )
 
     found_NA = minimise(loss_fn, np.log(self.ref_NA))
     self.assertLess(np.max(total_variation(found_NA, self.optimum_NA)), 1e-4)
 
   def test_near_misses(self):
-    # Fails if the construction is the theorem's after all: y⁻ from the reference, and y⁺ from σ(A - A(y⁻)) normalised for
-    # each y⁻, weighted by the reference or not. Their own optima are known: log Z(y⁻) takes part in the advantage.
-    for name, weight_NAB in (("weighted", self.ref_NA[:, :, None] * self.wins_NAB), ("unweighted", self.wins_NAB)):
+    # Fails if the construction is the theorem's after all: y⁻ from the reference, and y⁺ from σ(A -
+    # A(y⁻)) normalised for each y⁻, weighted by the reference or not. Their own optima are known:
+    # log Z(y⁻) takes part in the advantage.
+    for name, weight_NAB in (
+      ("weighted", self.ref_NA[:, :, None] * self.wins_NAB),
+      ("unweighted", self.wins_NAB),
+    ):
       z_NB = weight_NAB.sum(axis=1)
-      found_NA = minimise(pair_loss(self.ref_NA, self.ref_NA[:, None, :] * weight_NAB / z_NB[:, None]), 0 * z_NB)
-      score_NA = self.advantage_NA + np.log(z_NB) - (np.log(self.ref_NA) if name == "unweighted" else 0.0)
+      found_NA = minimise(
+        pair_loss(self.ref_NA, self.ref_NA[:, None, :] * weight_NAB / z_NB[:, None]), 0 * z_NB
+      )
+      score_NA = (
+        self.advantage_NA + np.log(z_NB) - (np.log(self.ref_NA) if name == "unweighted" else 0.0)
+      )
       own_NA = special.softmax(np.log(self.ref_NA) + score_NA / BETA, axis=-1)
       with self.subTest(name):
         self.assertLess(np.max(total_variation(found_NA, own_NA)), 1e-3)
@@ -273,12 +333,15 @@ class TheoremTest(absltest.TestCase):
         self.assertGreater(np.mean(distance_N), {"weighted": 0.1, "unweighted": 0.5}[name])
 
   def test_hard_labels_have_no_optimum(self):
-    # Fails if the higher advantage wins with a probability below 1: its margin then stops at the difference of A/β.
+    # Fails if the higher advantage wins with a probability below 1: its margin then stops at the
+    # difference of A/β.
     chosen_NAB, rejected_NAB = both(self.ref_NA)
     always_NAB = (self.wins_NAB > 0.5).astype(np.float32)
     margins = {"hard": [], "soft": []}
     for name, labels_NAB in (("hard", always_NAB), ("soft", np.float32(self.wins_NAB))):
-      loss_fn = pair_loss(jnp.float32(self.ref_NA), jnp.float32(chosen_NAB * rejected_NAB) * labels_NAB)
+      loss_fn = pair_loss(
+        jnp.float32(self.ref_NA), jnp.float32(chosen_NAB * rejected_NAB) * labels_NAB
+      )
       for num_steps in (1000, 4000):
         logits_NA = descend(loss_fn, np.log(self.ref_NA).astype(np.float32), num_steps)
         shift_NA = logits_NA - np.log(self.ref_NA)
@@ -286,7 +349,9 @@ class TheoremTest(absltest.TestCase):
         rows = np.arange(len(best))
         margins[name].append(shift_NA[rows, best] - shift_NA[rows, worst])
     np.testing.assert_array_less(margins["hard"][0] + 3.0, margins["hard"][1])
-    np.testing.assert_allclose(margins["soft"][1], np.ptp(self.advantage_NA, axis=1) / BETA, rtol=0.02)
+    np.testing.assert_allclose(
+      margins["soft"][1], np.ptp(self.advantage_NA, axis=1) / BETA, rtol=0.02
+    )
 
 
 def descend(loss_fn, logits_NA: np.ndarray, num_steps: int) -> np.ndarray:

@@ -29,34 +29,48 @@ def folder() -> epath.Path:
 class GridTest(parameterized.TestCase):
   def test_rows_become_cells_small_ones_first_each_once(self):
     # Fails if a size, seed or method is lost or made twice, or if large cells come first.
-    rows = (((40, 20), ("sft", "rft"), {}), ((20,), ("rft",), {}), ((20,), ("step_dpo",), {"dpo.beta": 0.5}))
+    rows = (
+      ((40, 20), ("sft", "rft"), {}),
+      ((20,), ("rft",), {}),
+      ((20,), ("step_dpo",), {"dpo.beta": 0.5}),
+    )
     cells = grid.read(config(grid=rows, seeds=(1, 2)))
-    expected = [(20, seed, name) for seed in (1, 2) for name in ("sft", "rft", "step_dpo,dpo.beta=0.5")]
+    expected = [
+      (20, seed, name) for seed in (1, 2) for name in ("sft", "rft", "step_dpo,dpo.beta=0.5")
+    ]
     expected += [(40, seed, name) for seed in (1, 2) for name in ("sft", "rft")]
     self.assertCountEqual([(cell.size, cell.seed, cell.method.name) for cell in cells], expected)
     self.assertEqual([cell.size for cell in cells], [20] * 6 + [40] * 4)
     self.assertLen({cell.name for cell in cells}, 10)
 
   def test_names_say_what_is_overridden_as_it_is_written(self):
-    # Fails if a name, and with it a published cell's file, changes: 1 for a leaf of floats stays 1 there and is 1.0 in the
-    # config, so that the hash of 1 and 1.0 is one.
-    rows = (((20,), ("rft", "arbitrary"), {}), ((20,), ("arbitrary",), {"dpo.beta": 1, "pairs.max_per_problem": 2}))
+    # Fails if a name, and with it a published cell's file, changes: 1 for a leaf of floats stays 1
+    # there and is 1.0 in the config, so that the hash of 1 and 1.0 is one.
+    rows = (
+      ((20,), ("rft", "arbitrary"), {}),
+      ((20,), ("arbitrary",), {"dpo.beta": 1, "pairs.max_per_problem": 2}),
+    )
     c = config(grid=rows, seeds=(3,))
     *_, cell = grid.read(c)
     self.assertEqual(cell.method.name, "arbitrary,dpo.beta=1,pairs.max_per_problem=2")
     self.assertEqual(cell.name, "arbitrary-dpo.beta=1-pairs.max_per_problem=2_20_3")
     self.assertIsInstance(methods.configure(c, cell.method).dpo.beta, float)
-    twin = grid.Cell(20, 3, methods.resolve(c, "arbitrary", {"dpo.beta": 1.0, "pairs.max_per_problem": 2}))
+    twin = grid.Cell(
+      20, 3, methods.resolve(c, "arbitrary", {"dpo.beta": 1.0, "pairs.max_per_problem": 2})
+    )
     self.assertEqual(twin.method.settings, cell.method.settings)
 
   def test_rows_survive_a_config_and_its_json(self):
-    # Fails if the config turns a row's dict into one whose names may hold no dot, or a fingerprint cannot be written.
+    # Fails if the config turns a row's dict into one whose names may hold no dot, or a fingerprint
+    # cannot be written.
     rows = (((20,), ("step_dpo",), {"dpo.beta": 0.5}),)
     c = config(grid=rows, settings=(((20,), {"sft.num_epochs": 2}),), seeds=(1,))
     copied = c.copy_and_resolve_references()
     self.assertEqual(copied.study.grid, rows)
     told = json.loads(json.dumps(config_schema.plain(copied)))
-    again = config(grid=told["study.grid"], settings=told["study.settings"], seeds=(1,))  # lists in place of tuples
+    again = config(
+      grid=told["study.grid"], settings=told["study.settings"], seeds=(1,)
+    )  # lists in place of tuples
     self.assertEqual(grid.read(again), grid.read(c))
 
   @parameterized.parameters(
@@ -71,22 +85,54 @@ class GridTest(parameterized.TestCase):
     ((((20,), ("sft",), {}), ((0,), ("sft",), {})), (), "study.grid: row 2, .* must be"),
     (((("20",), ("sft",), {}),), (), "study.grid: row 1, .* must be"),
     (("20: sft",), (), "study.grid: row 1, '20: sft', must be"),
-    ((((20,), ("sft",), ("sft.num_epochs", 1)),), (), "study.grid: row 1: overrides must be a dict"),
+    (
+      (((20,), ("sft",), ("sft.num_epochs", 1)),),
+      (),
+      "study.grid: row 1: overrides must be a dict",
+    ),
     ((((20,), ("stf",), {}),), (), "study.grid: row 1 names the method 'stf'; known are sft"),
-    ((((20,), ("rft",), {"dpo.beta": 1}),), (), r"study.grid: row 1 overrides 'dpo.beta'; rft may override rft\.\*"),
+    (
+      (((20,), ("rft",), {"dpo.beta": 1}),),
+      (),
+      r"study.grid: row 1 overrides 'dpo.beta'; rft may override rft\.\*",
+    ),
     ((((20,), ("base",), {"dpo.beta": 1}),), (), "base may override no leaves"),
-    ((((20,), ("sft",), {"sft.num_epoch": 1}),), (), "row 1: .*no leaf 'sft.num_epoch'; did you mean sft.num_epochs"),
-    ((((20,), ("sft",), {"sft.num_epochs": "1"}),), (), "sft.num_epochs takes values of type int, and '1' is not one"),
+    (
+      (((20,), ("sft",), {"sft.num_epoch": 1}),),
+      (),
+      "row 1: .*no leaf 'sft.num_epoch'; did you mean sft.num_epochs",
+    ),
+    (
+      (((20,), ("sft",), {"sft.num_epochs": "1"}),),
+      (),
+      "sft.num_epochs takes values of type int, and '1' is not one",
+    ),
     (
       (((20,), ("sft",), {"sft.num_epochs": True}),),
       (),
       "sft.num_epochs takes values of type int, and True is not one",
     ),
-    ((((20,), ("rft",), {"rft.with_teacher": 1}),), (), "rft.with_teacher takes values of type bool, and 1 is not one"),
+    (
+      (((20,), ("rft",), {"rft.with_teacher": 1}),),
+      (),
+      "rft.with_teacher takes values of type bool, and 1 is not one",
+    ),
     ((((20,), ("rft",), {"rft.start": "top"}),), (), "rft.start='top' must be one of base, sft"),
-    ((((20,), ("sft",), {}),), (((20,), "sft.num_epochs"),), "study.settings: row 1: overrides must be a dict"),
-    ((((20,), ("sft",), {}),), ((20, {}),), "study.settings: row 1, .* must be .sizes or methods, overrides"),
-    ((((20,), ("sft",), {}),), ((("rtf",), {"rft.start": "sft"}),), "names 'rtf', which is neither a size in problems"),
+    (
+      (((20,), ("sft",), {}),),
+      (((20,), "sft.num_epochs"),),
+      "study.settings: row 1: overrides must be a dict",
+    ),
+    (
+      (((20,), ("sft",), {}),),
+      ((20, {}),),
+      "study.settings: row 1, .* must be .sizes or methods, overrides",
+    ),
+    (
+      (((20,), ("sft",), {}),),
+      ((("rtf",), {"rft.start": "sft"}),),
+      "names 'rtf', which is neither a size in problems",
+    ),
     (
       (((20,), ("rft",), {}),),
       ((("rft",), {"sft.num_epochs": 1}),),
@@ -94,19 +140,26 @@ class GridTest(parameterized.TestCase):
     ),
   )
   def test_bad_rows_are_refused_before_any_work(self, rows, settings, message):
-    # Fails if a row that cannot be made is found out only when its cell is reached, or is not named.
+    # Fails if a row that cannot be made is found out only when its cell is reached, or is not
+    # named.
     with self.assertRaisesRegex(UserError, message):
       grid.read(config(grid=rows, settings=settings))
 
   def test_settings_by_size_and_by_method(self):
     # Fails if a row's overrides reach other sizes or methods, or win over those of a method's own.
-    rows = (((20, 40), ("sft", "arbitrary", "step_dpo"), {}), ((20, 40), ("arbitrary",), {"dpo.beta": 2.0}))
+    rows = (
+      ((20, 40), ("sft", "arbitrary", "step_dpo"), {}),
+      ((20, 40), ("arbitrary",), {"dpo.beta": 2.0}),
+    )
     by_method = (("arbitrary",), {"dpo.beta": 0.7, "dpo.optimizer.learning_rate": 3e-5})
     c = config(grid=rows, settings=(((20,), {"sft.num_epochs": 9}), by_method))
     seen = {
-      (cell.size, cell.method.name): methods.configure(grid.configure(c, cell), cell.method) for cell in grid.read(c)
+      (cell.size, cell.method.name): methods.configure(grid.configure(c, cell), cell.method)
+      for cell in grid.read(c)
     }
-    self.assertEqual({size: seen[size, "sft"].sft.num_epochs for size in (20, 40)}, {20: 9, 40: c.sft.num_epochs})
+    self.assertEqual(
+      {size: seen[size, "sft"].sft.num_epochs for size in (20, 40)}, {20: 9, 40: c.sft.num_epochs}
+    )
     self.assertEqual(seen[20, "arbitrary"].sft.num_epochs, 9)
     self.assertEqual(seen[40, "arbitrary"].dpo.beta, 0.7)
     self.assertEqual(seen[40, "arbitrary"].dpo.optimizer.learning_rate, 3e-5)
@@ -115,9 +168,12 @@ class GridTest(parameterized.TestCase):
     self.assertEqual(seen[40, "step_dpo"].pairs.pair_mode, "shared_prefix")
 
   def test_hash_knows_what_decides_and_nothing_else(self):
-    # Fails if a cell made with other settings is taken for this one, or if a leaf of another stage unmakes it.
+    # Fails if a cell made with other settings is taken for this one, or if a leaf of another stage
+    # unmakes it.
     c = config(grid=(((20,), ("sft", "step_dpo"), {}),), seeds=(1,))
-    sft, dpo = ([one for one in grid.read(c) if one.method.name == name][0] for name in ("sft", "step_dpo"))
+    sft, dpo = (
+      [one for one in grid.read(c) if one.method.name == name][0] for name in ("sft", "step_dpo")
+    )
     before = grid.config_hash(c, sft), grid.config_hash(c, dpo)
     c.dpo.beta = 0.7
     self.assertEqual(grid.config_hash(c, sft), before[0])
@@ -133,13 +189,28 @@ class GridTest(parameterized.TestCase):
     self.assertNotEqual(grid.config_hash(c, other), before[0])
 
   def test_a_cell_is_written_and_read_again(self):
-    # Fails if a verdict changes its problem on the way, or a file of another config or of none is taken.
+    # Fails if a verdict changes its problem on the way, or a file of another config or of none is
+    # taken.
     c = config(grid=(((20,), ("sft",), {}),), seeds=(1,))
     (cell,), root = grid.read(c), folder()
     wrong = np.random.default_rng(0).random(37) < 0.4
     order = np.random.default_rng(1).permutation(37)
     Shards(root / "evaluate/sft/traces", Trace).write(
-      Trace(f"p{i:02d}/e/0", f"p{i:02d}", 0, [1], [1], "", not wrong[i], "", None, "eos", [0.0], [0.0], "f")
+      Trace(
+        f"p{i:02d}/e/0",
+        f"p{i:02d}",
+        0,
+        [1],
+        [1],
+        "",
+        not wrong[i],
+        "",
+        None,
+        "eos",
+        [0.0],
+        [0.0],
+        "f",
+      )
       for i in order
     )
     self.assertIsNone(grid.load(root, c, cell))
@@ -158,7 +229,8 @@ class GridTest(parameterized.TestCase):
 
 class PublishedTest(absltest.TestCase):
   def test_published_cells_are_of_the_configs_in_the_repository(self):
-    # Fails if a config is changed, or a cell's file lost or edited, so that docs/results.md tells of something else.
+    # Fails if a config is changed, or a cell's file lost or edited, so that docs/results.md tells
+    # of something else.
     root = pathlib.Path(__file__).parents[3]
     folders = sorted((root / "docs" / "results").glob("*/cells"))
     self.assertNotEmpty(folders)

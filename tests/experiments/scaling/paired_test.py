@@ -17,7 +17,21 @@ def workdir_with(errors: dict[str, list[bool]]) -> str:
   for method, wrong in errors.items():
     folder = root / "evaluate" / method
     Shards(folder / "traces", Trace).write(
-      Trace(f"p{i}/e/0", f"p{i}", 0, [1], [1], "", not bad, "wrong" if bad else "right", None, "eos", [0.0], [0.0], "f")
+      Trace(
+        f"p{i}/e/0",
+        f"p{i}",
+        0,
+        [1],
+        [1],
+        "",
+        not bad,
+        "wrong" if bad else "right",
+        None,
+        "eos",
+        [0.0],
+        [0.0],
+        "f",
+      )
       for i, bad in enumerate(wrong)
     )
     (folder / "manifest.json").write_text(json.dumps({}))

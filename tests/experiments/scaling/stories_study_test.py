@@ -1,4 +1,6 @@
-"""The study of stories at toy size: its cells, its figures, and estimated pits against the true ones."""
+"""The study of stories at toy size: its cells, its figures, and estimated pits against the true
+ones.
+"""
 
 import contextlib
 import csv
@@ -29,7 +31,9 @@ class StoriesStudyTest(absltest.TestCase):
     factors, *files = said.getvalue().splitlines()
     self.assertEqual(set(json.loads(factors)), {"rft", "step_dpo", "arbitrary", "algorithm1"})
     self.assertTrue(all(pathlib.Path(file).exists() for file in files))
-    rows = list(csv.DictReader((workdir / "report" / "figure_true_pits.csv").read_text().splitlines()))
+    rows = list(
+      csv.DictReader((workdir / "report" / "figure_true_pits.csv").read_text().splitlines())
+    )
     shares = {row["series"]: float(row["mean"]) for row in rows}
     self.assertBetween(shares["pit by lowest value"], 0.05, 1.0)
     labels = [share for name, share in shares.items() if name.startswith("label")]
@@ -37,7 +41,8 @@ class StoriesStudyTest(absltest.TestCase):
     self.assertAlmostEqual(sum(labels), 1.0, places=3)
 
   def test_configs(self):
-    # Fails if the study's test problems are not apart from what the search used, or an unknown argument goes through.
+    # Fails if the study's test problems are not apart from what the search used, or an unknown
+    # argument goes through.
     config_schema.check_values(study_stories.get_config())
     self.assertEqual(study_stories.get_config().task.stories, stories.get_config().task.stories)
     for module in (stories, study_stories):

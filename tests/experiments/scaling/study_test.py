@@ -86,11 +86,17 @@ class ToldTest(absltest.TestCase):
 
 class MajorityTest(absltest.TestCase):
   def test_most_frequent_answers_by_hand(self):
-    # Fails if ties go to the later answer, answers that are missing are counted, or groups of k overlap.
-    trace = lambda answer, gold: Trace("", "", 0, [], [], "", answer == gold, "", answer, "eos", [], [], "")
+    # Fails if ties go to the later answer, answers that are missing are counted, or groups of k
+    # overlap.
+    trace = lambda answer, gold: Trace(
+      "", "", 0, [], [], "", answer == gold, "", answer, "eos", [], [], ""
+    )
     group = [trace(answer, "7") for answer in ("7", "8", None, None, "8", "7", "8", "7")]
-    # k = 1: three right of eight; k = 2: (7 8) right, nothing, (8 7) wrong, (8 7) wrong; k = 4: (7 8) right, (8 7 8 7) wrong.
-    self.assertEqual([measures._majority_at([group], k) for k in (1, 2, 4, 8)], [3 / 8, 1 / 4, 1 / 2, 1.0])
+    # k = 1: three right of eight; k = 2: (7 8) right, nothing, (8 7) wrong, (8 7) wrong; k = 4: (7
+    # 8) right, (8 7 8 7) wrong.
+    self.assertEqual(
+      [measures._majority_at([group], k) for k in (1, 2, 4, 8)], [3 / 8, 1 / 4, 1 / 2, 1.0]
+    )
 
 
 class ToyTest(absltest.TestCase):
@@ -116,7 +122,9 @@ class ToyTest(absltest.TestCase):
       told = grid.load(self.workdir / "cells", self.config, cell)
       name = cell.method.name.replace(",", "-")
       manifest = self.workdir / "runs" / cell.unit / "evaluate" / name / "manifest.json"
-      self.assertAlmostEqual(told["test_error"], json.loads(manifest.read_text())["figures"]["test_error"], places=3)
+      self.assertAlmostEqual(
+        told["test_error"], json.loads(manifest.read_text())["figures"]["test_error"], places=3
+      )
       self.assertEqual(told["stages"]["synthesize"]["train"], cell.size)
     factors = study.write(self.config, self.workdir, self.cells)
     self.assertEqual(set(factors), {"rft", "step_dpo", TWICE, "arbitrary"})
@@ -128,18 +136,29 @@ class ToyTest(absltest.TestCase):
     self.assertEqual(means, {("sft", "48"), *((name, "32") for name in at_32)})
 
   def test_a_second_round_is_of_the_first_rounds_policy(self):
-    # Fails if round two samples from π_sft again, starts from it, or is made where round one's folder is.
+    # Fails if round two samples from π_sft again, starts from it, or is made where round one's
+    # folder is.
     experiment = self.workdir / "runs" / "32_1"
-    weights = lambda name: json.loads((experiment / name / "policy" / "fingerprint.json").read_text())["fingerprint"]
+    weights = lambda name: json.loads(
+      (experiment / name / "policy" / "fingerprint.json").read_text()
+    )["fingerprint"]
     samples = list(Shards(experiment / "after_step_dpo" / "sample" / "traces", Trace).read())
     self.assertEqual({trace.policy for trace in samples}, {weights("dpo/step_dpo")})
     self.assertEqual(weights("after_step_dpo/sft"), weights("dpo/step_dpo"))
     self.assertNotEqual(weights(f"after_step_dpo/dpo/{FOLDER}"), weights("dpo/step_dpo"))
-    references = [path.name for path in (experiment / "after_step_dpo" / "dpo" / "reference").glob("*.npz")]
+    references = [
+      path.name for path in (experiment / "after_step_dpo" / "dpo" / "reference").glob("*.npz")
+    ]
     self.assertEqual([name.split("-")[0] for name in references], [weights("dpo/step_dpo")])
     cell = next(cell for cell in self.cells if cell.method.name == TWICE)
     stages = grid.load(self.workdir / "cells", self.config, cell)["stages"]
-    for name in ("sft", "credit", "dpo/step_dpo", "after_step_dpo/sample", f"after_step_dpo/dpo/{FOLDER}"):
+    for name in (
+      "sft",
+      "credit",
+      "dpo/step_dpo",
+      "after_step_dpo/sample",
+      f"after_step_dpo/dpo/{FOLDER}",
+    ):
       self.assertTrue(stages[name], name)
 
   def test_compute_is_what_was_trained_and_drawn(self):
@@ -155,17 +174,22 @@ class ToyTest(absltest.TestCase):
       for key, p in experiment.problems("train").items()
     }
     solutions = [
-      len(prompts.encode_solution(base.tokenizer, p.solution)) for p in experiment.problems("train").values()
+      len(prompts.encode_solution(base.tokenizer, p.solution))
+      for p in experiment.problems("train").values()
     ]
     leaves = jax.tree.leaves(base.params)
     model = base.model.config
-    weights = sum(leaf.size for leaf in leaves if leaf.ndim > 1)  # no norms, and no embedding, which is looked up
+    weights = sum(
+      leaf.size for leaf in leaves if leaf.ndim > 1
+    )  # no norms, and no embedding, which is looked up
     weights -= 0 if model.tie_embeddings else model.vocab_size * model.d_model
     tokens = self.config.sft.num_epochs * (sum(prompts_.values()) + sum(solutions))
     self.assertAlmostEqual(
       found["sft"] / (6 * weights * tokens), 1.0, delta=0.01
     )  # seconds are written to microseconds
-    drawn = sum(len(trace.ids) for trace in Shards(experiment.workdir / "sample" / "traces", Trace).read())
+    drawn = sum(
+      len(trace.ids) for trace in Shards(experiment.workdir / "sample" / "traces", Trace).read()
+    )
     self.assertAlmostEqual(
       found["sample"] / (2 * weights * (sum(prompts_.values()) + drawn)), 1.0, delta=0.01
     )  # seconds are kept to the microsecond
@@ -173,7 +197,8 @@ class ToyTest(absltest.TestCase):
     self.assertGreater(found["credit"], 0)
 
   def test_cells_go_with_the_study_and_one_made_again_agrees(self):
-    # Fails if finished cells are made again on another machine, or a cell from scratch says something else.
+    # Fails if finished cells are made again on another machine, or a cell from scratch says
+    # something else.
     other = epath.Path(tempfile.mkdtemp()) / "study"
     shutil.copytree(self.workdir / "cells", other / "cells")
     self.assertTrue(study.make(self.config, other, self.cells))
@@ -188,30 +213,36 @@ class ToyTest(absltest.TestCase):
     self.assertFalse((other / "runs" / "32_1" / "dpo").exists())  # and nothing else is
 
   def test_where_another_works_nothing_is_done(self):
-    # Fails if two processes would write one run folder, or a study with cells missing calls itself whole.
+    # Fails if two processes would write one run folder, or a study with cells missing calls itself
+    # whole.
     other = epath.Path(tempfile.mkdtemp()) / "study"
     with workdir_lock.claim(other / "runs/32_1"), workdir_lock.claim(other / "runs/48_1"):
       self.assertFalse(study.make(self.config, other, self.cells))
     self.assertEqual([path.name for path in (other / "cells").iterdir()], [])
 
   def test_a_cell_held_by_another_is_passed_over(self):
-    # Fails if a study works in a folder that another process holds, says nothing of it, or makes no other cell; or if a
-    # folder that was claimed stays so.
+    # Fails if a study works in a folder that another process holds, says nothing of it, or makes no
+    # other cell; or if a folder that was claimed stays so.
     other = epath.Path(tempfile.mkdtemp()) / "study"
     shutil.copytree(self.workdir, other)
     for name in ("sft_32_1", "sft_48_1"):
       (other / "cells" / f"{name}.json").unlink()
     with workdir_lock.claim(other / "runs/32_1"), self.assertLogs(level="INFO") as logs:
       self.assertFalse(study.make(self.config, other, self.cells))
-    self.assertRegex("\n".join(logs.output), f"32_1 is passed over; it is held by process {os.getpid()} on")
+    self.assertRegex(
+      "\n".join(logs.output), f"32_1 is passed over; it is held by process {os.getpid()} on"
+    )
     self.assertFalse((other / "cells/sft_32_1.json").exists())
     self.assertTrue((other / "cells/sft_48_1.json").exists())
     self.assertTrue(study.make(self.config, other, self.cells))
 
   def test_figures(self):
-    # Fails if a figure cannot be drawn, or says other than the cells; measured ones are measured once.
+    # Fails if a figure cannot be drawn, or says other than the cells; measured ones are measured
+    # once.
     self.enter_context(
-      absltest.mock.patch.multiple(figure, FIGURE_7=("sft", "step_dpo"), HELD_OUT=6, ROLLOUTS=2, LEAST_RESPONSES=1)
+      absltest.mock.patch.multiple(
+        figure, FIGURE_7=("sft", "step_dpo"), HELD_OUT=6, ROLLOUTS=2, LEAST_RESPONSES=1
+      )
     )
     of = figure.data(self.config, self.workdir)
     self.enter_context(absltest.mock.patch.object(figure, "SAMPLES", 4))
@@ -220,11 +251,15 @@ class ToyTest(absltest.TestCase):
       self.assertStartsWith(svg.read_text(), "<svg")
       self.assertEqual(png.read_bytes()[:4], b"\x89PNG")
       rows = list(csv.DictReader(io.StringIO(table.read_text())))
-      self.assertTrue(all(math.isfinite(float(row["count" if name == "1" else "mean"])) for row in rows))
+      self.assertTrue(
+        all(math.isfinite(float(row["count" if name == "1" else "mean"])) for row in rows)
+      )
       if name == "1":
         sample = of.stage(grid.Cell(32, 1, methods.resolve(self.config, "rft")), "sample")
         told = {row["what"]: float(row["count"]) for row in rows}
-        self.assertEqual((told["traces"], told["right"]), (sample["traces"], sample["reasons"].get("right", 0)))
+        self.assertEqual(
+          (told["traces"], told["right"]), (sample["traces"], sample["reasons"].get("right", 0))
+        )
       if name == "samples":  # more samples never make "any of k" worse
         any_ = [float(row["mean"]) for row in rows if row["series"] == "SFT, any of k"]
         self.assertLen(any_, 3)
@@ -233,20 +268,30 @@ class ToyTest(absltest.TestCase):
         told = {(row["series"], row["problems"]): float(row["mean"]) for row in rows}
         self.assertAlmostEqual(told["per-step DPO", "32"], of.found["step_dpo"][0].mean, places=4)
     kept = sorted(path.name for path in (self.workdir / "measures").iterdir())
-    compute = ["compute-rft_32_1.json", "compute-sft_32_1.json", "compute-sft_48_1.json", "compute-step_dpo_32_1.json"]
-    self.assertEqual(kept, [*compute, "likelihoods_32_1.json", "samples_32_1.json", "values_32_1.json"])
+    compute = [
+      "compute-rft_32_1.json",
+      "compute-sft_32_1.json",
+      "compute-sft_48_1.json",
+      "compute-step_dpo_32_1.json",
+    ]
+    self.assertEqual(
+      kept, [*compute, "likelihoods_32_1.json", "samples_32_1.json", "values_32_1.json"]
+    )
     values = json.loads((self.workdir / "measures" / "values_32_1.json").read_text())
     self.assertEqual(set(values), {"sft", "dpo/step_dpo"})
     self.assertEqual(len(values["sft"]["critical"]), len(values["dpo/step_dpo"]["critical"]))
     made, _ = figure.FIGURES["2a"](of)
     self.assertIsInstance(made, Figure)
-    with self.assertRaisesRegex(UserError, "needs cells that set rft.max_per_problem at 32 problems"):
+    with self.assertRaisesRegex(
+      UserError, "needs cells that set rft.max_per_problem at 32 problems"
+    ):
       figure.write(of, "2c")
     with self.assertRaisesRegex(UserError, "needs cells of 'rft_advantage'"):
       figure.write(of, "11")
 
   def test_a_study_ends_in_its_figures(self):
-    # Fails if the command draws nothing, draws while others still work, or takes a figure that there is not.
+    # Fails if the command draws nothing, draws while others still work, or takes a figure that
+    # there is not.
     with contextlib.redirect_stdout(io.StringIO()) as said:
       figure.whole_study(self.config, str(self.workdir))
     factors, *files = said.getvalue().splitlines()

@@ -1,4 +1,6 @@
-"""Figure 8's study: exact values against enumeration, pairs and losses against the token tree, and all cells end to end."""
+"""Figure 8's study: exact values against enumeration, pairs and losses against the token tree, and
+all cells end to end.
+"""
 
 import functools
 import itertools
@@ -37,36 +39,53 @@ def config(**changes):
 
 @functools.cache
 def study():
-  """A study of graphs so small that every completion can be enumerated, with a model of random weights."""
+  """A study of graphs so small that every completion can be enumerated, with a model of random
+  weights.
+  """
   small = config(
-    **{"task.star_graph.degree": 2, "task.star_graph.num_nodes": 5, "task.train_problems": 6, "task.test_problems": 3}
+    **{
+      "task.star_graph.degree": 2,
+      "task.star_graph.num_nodes": 5,
+      "task.train_problems": 6,
+      "task.test_problems": 3,
+    }
   )
   made = star_graph_study.Study(small, tempfile.mkdtemp())
   return made, tiny_model.make_params(made.model)
 
 
 def by_tree(model, params, trees: list[Tree]) -> np.ndarray:
-  """Summed log-probs of the branches of trees that have as many each, by the token tree: [trees, branches]."""
+  """Summed log-probs of the branches of trees that have as many each, by the token tree: [trees,
+  branches].
+  """
   examples = [Example(tree) for tree in trees]
-  batch = batch_lib.build(examples, batch_lib.measure(examples, max(tree.num_tokens for tree in trees)))
+  batch = batch_lib.build(
+    examples, batch_lib.measure(examples, max(tree.num_tokens for tree in trees))
+  )
   logp_RS, _ = jax.jit(objectives.scored_logprobs, static_argnums=0)(model, params, batch)
   return np.asarray(losses.branch_logprobs(logp_RS, objectives.branch_tokens(batch)))
 
 
 class ValuesTest(absltest.TestCase):
   def test_critical_values_by_enumeration(self):
-    # Fails if Q is read one place off, leaves out EOS, goes to another arm, or if π is taken after another prefix.
+    # Fails if Q is read one place off, leaves out EOS, goes to another arm, or if π is taken after
+    # another prefix.
     made, params = study()
     policy_NA, q_NA = star_graph_study.critical_values(made.model, params, made.test)
     prompt_NC, vocab = star_graph.prompt_ids(made.test), made.model.config.vocab_size
     endings = list(itertools.product(range(vocab), repeat=2))  # leaf and EOS, or anything else
     for row in range(3):
-      prompt, right = prompt_NC[row].tolist(), star_graph.text(star_graph.solution_ids(made.test)[row])
+      prompt, right = (
+        prompt_NC[row].tolist(),
+        star_graph.text(star_graph.solution_ids(made.test)[row]),
+      )
       center = star_graph.tokens(made.test.arm_NAL[row, 0, 0])
       for arm in range(2):
         node = star_graph.tokens(made.test.arm_NAL[row, arm, 1])
         trunk = [*prompt, center, node]
-        grown = [Branch(len(trunk), list(ending)) for ending in endings] + [Branch(len(trunk) - 1, [node])]
+        grown = [Branch(len(trunk), list(ending)) for ending in endings] + [
+          Branch(len(trunk) - 1, [node])
+        ]
         *logp_E, first = by_tree(made.model, params, [Tree(trunk, tuple(grown))])[0]
         said = [star_graph.text([center, node, *ending]) for ending in endings]
         hits = [
@@ -78,12 +97,15 @@ class ValuesTest(absltest.TestCase):
         self.assertAlmostEqual(np.exp(first), policy_NA[row, arm], places=5)
 
   def test_measures_are_means_of_the_values(self):
-    # Fails if `value` is not the probability of the right path given the centre, or if the last, filled-up call counts twice.
+    # Fails if `value` is not the probability of the right path given the centre, or if the last,
+    # filled-up call counts twice.
     made, params = study()
     trees = [
       Tree([*prompt, path[0]], (Branch(len(prompt) + 1, path[1:]),))
       for prompt, path in zip(
-        star_graph.prompt_ids(made.test).tolist(), star_graph.solution_ids(made.test).tolist(), strict=True
+        star_graph.prompt_ids(made.test).tolist(),
+        star_graph.solution_ids(made.test).tolist(),
+        strict=True,
       )
     ]
     whole_N = np.exp(by_tree(made.model, params, trees)[:, 0])
@@ -91,11 +113,14 @@ class ValuesTest(absltest.TestCase):
     self.assertAlmostEqual(found["value"], whole_N.mean(), places=5)
     again = made.test.take(np.arange(1001) % 3)  # two calls
     self.assertAlmostEqual(
-      star_graph_study.measure(made.model, params, again)["value"], whole_N[np.arange(1001) % 3].mean(), places=4
+      star_graph_study.measure(made.model, params, again)["value"],
+      whole_N[np.arange(1001) % 3].mean(),
+      places=4,
     )
 
   def test_pairs_and_their_loss(self):
-    # Fails if a right node is rejected, equal pairs count twice, or reference and policy score other tokens than the pair's.
+    # Fails if a right node is rejected, equal pairs count twice, or reference and policy score
+    # other tokens than the pair's.
     made, params = study()
     graphs = made.train_set(0)
     pairs = made.pairs(params, graphs, np.random.default_rng(0))
@@ -108,15 +133,23 @@ class ValuesTest(absltest.TestCase):
     for problem, wrong in zip(problem_P, wrong_P, strict=True):
       trunk = [*prompt_NC[problem].tolist(), int(solution_NS[problem, 0])]
       trees.append(
-        Tree(trunk, (Branch(len(trunk), solution_NS[problem, 1:].tolist()), Branch(len(trunk), [int(wrong)])))
+        Tree(
+          trunk,
+          (Branch(len(trunk), solution_NS[problem, 1:].tolist()), Branch(len(trunk), [int(wrong)])),
+        )
       )
     logp_P2 = by_tree(made.model, params, trees)
-    np.testing.assert_allclose(np.stack([pairs.ref_chosen_P, pairs.ref_rejected_P], axis=1), logp_P2, atol=1e-4)
+    np.testing.assert_allclose(
+      np.stack([pairs.ref_chosen_P, pairs.ref_rejected_P], axis=1), logp_P2, atol=1e-4
+    )
     margin_P = logp_P2[:, 0] - logp_P2[:, 1]
     zeros_P = 0 * pairs.ref_chosen_P
     no_reference = pairs._replace(ref_chosen_P=zeros_P, ref_rejected_P=zeros_P)
     nll = -np.mean(logp_P2[:, 0]) / 3  # critical node, leaf, EOS
-    for used, wanted in ((pairs, np.log(2)), (no_reference, np.mean(np.log1p(np.exp(-0.5 * margin_P))))):
+    for used, wanted in (
+      (pairs, np.log(2)),
+      (no_reference, np.mean(np.log1p(np.exp(-0.5 * margin_P)))),
+    ):
       for nll_weight in (0.0, 2.0):
         loss = loss_of(made, params, star_graph_study.pair_examples(graphs, used), nll_weight)
         self.assertAlmostEqual(loss, wanted + nll_weight * nll, places=3)
@@ -158,8 +191,8 @@ class StudyTest(absltest.TestCase):
     self.assertIn("under-trained", (self.workdir / "report/star_graph.svg").read_text())
 
   def test_made_again(self):
-    # Fails if a cell is not taken from its file, if one that is made again from scratch differs, or if one of another beta
-    # or of another base is taken.
+    # Fails if a cell is not taken from its file, if one that is made again from scratch differs, or
+    # if one of another beta or of another base is taken.
     cell, weights = self.workdir / "cells/dpo_1_2.json", self.workdir / "weights/sft_1_2.npz"
     before = json.loads(cell.read_text())
     cell.unlink()
@@ -169,7 +202,12 @@ class StudyTest(absltest.TestCase):
     after = json.loads(cell.read_text())
     self.assertEqual({**after, "seconds": 0}, {**before, "seconds": 0})
     self.assertEqual(
-      {path.name: path.stat().st_mtime_ns for path in (self.workdir / "cells").iterdir() if path != cell}, stamps
+      {
+        path.name: path.stat().st_mtime_ns
+        for path in (self.workdir / "cells").iterdir()
+        if path != cell
+      },
+      stamps,
     )
     for change in ({"dpo.beta": 0.7}, {"seed": 1}):
       other = config(**{"star_graph.under_trained": (2,), **change})
@@ -177,17 +215,21 @@ class StudyTest(absltest.TestCase):
         star_graph_study.run(other, self.workdir)
 
   def test_a_seed_held_by_another_is_passed_over(self):
-    # Fails if two processes would make one seed's cells or the base, if no other seed is made, or if a study with cells
-    # missing is reported.
+    # Fails if two processes would make one seed's cells or the base, if no other seed is made, or
+    # if a study with cells missing is reported.
     folder = pathlib.Path(tempfile.mkdtemp()) / "run"
     shutil.copytree(self.workdir, folder, ignore=shutil.ignore_patterns("report"))
     for seed in (0, 1):
       (folder / f"cells/dpo_{seed}_2.json").unlink()
     with workdir_lock.claim(folder / "claims/seed_0"), self.assertLogs(level="INFO") as logs:
       self.assertEqual(star_graph_study.run(self.config, folder), {})
-    self.assertRegex("\n".join(logs.output), f"Seed 0 is passed over; it is held by process {os.getpid()} on")
+    self.assertRegex(
+      "\n".join(logs.output), f"Seed 0 is passed over; it is held by process {os.getpid()} on"
+    )
     self.assertFalse((folder / "report").exists())
-    self.assertEqual([(folder / f"cells/dpo_{seed}_2.json").exists() for seed in (0, 1)], [False, True])
+    self.assertEqual(
+      [(folder / f"cells/dpo_{seed}_2.json").exists() for seed in (0, 1)], [False, True]
+    )
     self.assertEqual(star_graph_study.run(self.config, folder)["dpo"], self.result["dpo"])
     (folder / "cells/base.json").unlink()
     refused = self.assertRaisesRegex(UserError, "claims/base is held by another run")
@@ -203,17 +245,22 @@ class StudyTest(absltest.TestCase):
     self.assertEqual(scored, [64 * 2 * nodes] * 3 + [64 * (nodes + 1)])
 
   def test_dpo_loss_is_told_of_the_steps_before_its_point(self):
-    # Fails if a point's loss is a mean over other updates than those since the point before, or another metric.
+    # Fails if a point's loss is a mean over other updates than those since the point before, or
+    # another metric.
     cell = json.loads((self.workdir / "cells/dpo_0_2.json").read_text())
     lines = (self.workdir / "training/dpo_0_2/metrics.jsonl").read_text().splitlines()
     loss_T = [json.loads(line)["loss/per_pair"] for line in lines]
     self.assertEqual([point["step"] for point in cell["curve"]], [0, 2, 4])
     told = [point["dpo_loss"] for point in cell["curve"]]
-    np.testing.assert_allclose(told, [np.log(2), np.mean(loss_T[:2]), np.mean(loss_T[2:])], atol=1e-5)
+    np.testing.assert_allclose(
+      told, [np.log(2), np.mean(loss_T[:2]), np.mean(loss_T[2:])], atol=1e-5
+    )
 
   def test_sft_memorises_its_problems(self):
-    # Fails if batches hold other responses than their prompts', or if training does not start where the base ends.
-    few = config(**{"task.train_problems": 4, "sft.max_steps": 150, "sft.optimizer.learning_rate": 0.01,
+    # Fails if batches hold other responses than their prompts', or if training does not start where
+    # the base ends.
+    few = config(**{"task.train_problems": 4, "sft.max_steps": 150,
+    "sft.optimizer.learning_rate": 0.01,
                     "star_graph.every_steps": 150, "star_graph.over_trained": (150,)})  # fmt: skip
     made = star_graph_study.Study(few, tempfile.mkdtemp())
     base, first, last = made.base()["test"], *[made.sft(0)["curve"][i] for i in (0, -1)]
@@ -222,7 +269,11 @@ class StudyTest(absltest.TestCase):
 
   def test_bad_settings(self):
     # Fails if checkpoints beyond SFT's end, a single seed or another task are taken.
-    for changes in ({"star_graph.over_trained": (9,)}, {"star_graph.seeds": 1}, {"task.name": "arithmetic"}):
+    for changes in (
+      {"star_graph.over_trained": (9,)},
+      {"star_graph.seeds": 1},
+      {"task.name": "arithmetic"},
+    ):
       with self.assertRaisesRegex(UserError, next(iter(changes)).replace(".", r"\.")):
         star_graph_study.Study(config(**changes), tempfile.mkdtemp())
 
@@ -230,15 +281,18 @@ class StudyTest(absltest.TestCase):
 class PublishedTest(parameterized.TestCase):
   @parameterized.parameters(("", "."), ("plan", "plan"))
   def test_published_cells_are_of_the_configs_in_the_repository(self, arg, folder):
-    # Fails if a config is changed, or a cell lost or edited, so that docs/star_graph.md tells of something else: a cell of
-    # other settings is refused, and one that is missing would be made here.
+    # Fails if a config is changed, or a cell lost or edited, so that docs/star_graph.md tells of
+    # something else: a cell of other settings is refused, and one that is missing would be made
+    # here.
     published = pathlib.Path(__file__).parents[3] / "docs" / "star_graph" / folder
     workdir = pathlib.Path(tempfile.mkdtemp())
     (workdir / "cells").mkdir()
     for path in published.glob("*_*.json"):
       shutil.copy(path, workdir / "cells")
     shutil.copy(published / "base.json", workdir / "cells")
-    with absltest.mock.patch.object(star_graph_study.Study, "_fit", side_effect=AssertionError("a cell is missing")):
+    with absltest.mock.patch.object(
+      star_graph_study.Study, "_fit", side_effect=AssertionError("a cell is missing")
+    ):
       star_graph_study.run(star_config.get_config(arg), workdir)
     for name in ("star_graph.json", "star_graph.csv"):
       self.assertEqual((workdir / "report" / name).read_text(), (published / name).read_text())
@@ -247,7 +301,8 @@ class PublishedTest(parameterized.TestCase):
 @pytest.mark.long
 class PipelineTest(absltest.TestCase):
   def test_every_stage_takes_the_task(self):
-    # Fails if a stage knows the embedded task alone: base, π_sft, traces, credit, pairs and verdicts all meet here.
+    # Fails if a stage knows the embedded task alone: base, π_sft, traces, credit, pairs and
+    # verdicts all meet here.
     workdir = pathlib.Path(tempfile.mkdtemp()) / "run"
     small = config(
       **{
