@@ -23,6 +23,7 @@ from etils import epath
 from synthneg_jax.models import hf_configs, stored_tensors
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.models.decoder import Model, Params
+from synthneg_jax.runtime import device_mesh, distributed
 from synthneg_jax.runtime.errors import UserError
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
@@ -73,7 +74,7 @@ def untie_other_head(folder: epath.PathLike, config: ModelConfig) -> ModelConfig
   return dataclasses.replace(config, tie_embeddings=False)
 
 
-def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
+def load_params(folder: epath.PathLike, model: Model, shardings, *, is_sent: bool = False) -> Params:
   """The parameters of a Hugging Face folder, cast to the model's param_dtype, each read straight into its layout.
 
   Names and shapes are checked before any tensor is read. Of every tensor only the parts that this process's devices hold
@@ -83,30 +84,14 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
     folder: as `stored_tensors.read` takes it.
     model: as `read_config` describes it.
     shardings: a tree like the parameters.
+    is_sent: process 0 alone reads the folder, whole, and sends it to the others: of stacked parameters a layer at a time.
 
   Raises:
     UserError: a file is missing or corrupt; a tensor is missing, has no place in the model, or has another shape or a
       dtype other than float64, float32, float16 or bfloat16.
   """
-  folder = epath.Path(folder)
-  tensors, places = stored_tensors.read(folder), hf_configs.tensor_places(model.config)
-  abstract = model.abstract_params()
-  wanted = _shapes(places, abstract)
-  for name, (shape, _) in wanted.items():
-    if name not in tensors:
-      raise UserError(f"{folder}: the tensor {name} is missing.")
-    tensor = tensors[name]
-    if tensor.dtype not in _DTYPES:
-      reason = " (quantised weights are not supported)" if tensor.dtype.startswith(("F8", "F4", "F6")) else ""
-      raise UserError(
-        f"{tensor.path}: the tensor {tensor.name} has dtype {tensor.dtype}, not one of {', '.join(_DTYPES)}{reason}."
-      )
-    if tensor.shape != shape:
-      raise UserError(f"{tensor.path}: the tensor {tensor.name} has shape {tensor.shape}, not {shape}.")
-  for name in sorted(set(tensors) - set(wanted)):
-    tied = model.config.tie_embeddings and name == places["ends/unembedding"].name
-    if not tied and not name.endswith("rotary_emb.inv_freq"):
-      _refuse_extra(tensors[name])
+  places, abstract = hf_configs.tensor_places(model.config), model.abstract_params()
+  tensors = _checked_tensors(epath.Path(folder), model, places) if distributed.first() or not is_sent else {}
 
   def load(key_path, leaf, sharding):
     place, read = places[_path(key_path)], {}
@@ -129,9 +114,39 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
         read[spans] = value
       return read[spans]
 
+    if is_sent:
+
+      def read_rows(span):
+        return part((span, *(slice(None),) * (leaf.ndim - 1)))
+
+      by = 1 if "{}" in place.name else leaf.shape[0]
+      return device_mesh.from_first(leaf.shape, leaf.dtype, sharding, read_rows, rows=by)
     return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, part))
 
   return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+
+
+def _checked_tensors(
+  folder: epath.Path, model: Model, places: Mapping[str, hf_configs.Place]
+) -> dict[str, stored_tensors.Tensor]:
+  """The tensors of a folder, all that the model has and no others; errors as in `load_params`."""
+  tensors, wanted = stored_tensors.read(folder), _shapes(places, model.abstract_params())
+  for name, (shape, _) in wanted.items():
+    if name not in tensors:
+      raise UserError(f"{folder}: the tensor {name} is missing.")
+    tensor = tensors[name]
+    if tensor.dtype not in _DTYPES:
+      reason = " (quantised weights are not supported)" if tensor.dtype.startswith(("F8", "F4", "F6")) else ""
+      raise UserError(
+        f"{tensor.path}: the tensor {tensor.name} has dtype {tensor.dtype}, not one of {', '.join(_DTYPES)}{reason}."
+      )
+    if tensor.shape != shape:
+      raise UserError(f"{tensor.path}: the tensor {tensor.name} has shape {tensor.shape}, not {shape}.")
+  for name in sorted(set(tensors) - set(wanted)):
+    tied = model.config.tie_embeddings and name == places["ends/unembedding"].name
+    if not tied and not name.endswith("rotary_emb.inv_freq"):
+      _refuse_extra(tensors[name])
+  return tensors
 
 
 def _refuse_extra(tensor: stored_tensors.Tensor) -> None:
