@@ -6,6 +6,7 @@ like and where its base is; it is merged when the policy is loaded, so that whoe
 sees plain weights.
 """
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -28,7 +29,11 @@ from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import checkpoints, device_mesh, distributed
 from synthneg_jax.runtime.errors import UserError, writing
 
-_ADAPTER = "adapter.json"
+_ADAPTER, _PEFT = (
+  "adapter.json",
+  ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+)
+_PIECE = 4_000_000  # bytes of a file that one message between processes holds
 EMBEDDED = pathlib.Path(synthneg_jax.tasks.__file__).parent / "embedded"
 # Base models that come with the package: of arithmetic, of jobs, and of stories at toy size.
 BASES = {"embedded": EMBEDDED} | {
@@ -67,6 +72,9 @@ class Policy:
     """Reads a policy folder or a Hugging Face folder: config, tokenizer, endings, weights; then its
     adapter, if any.
 
+    Of several processes, which all call it, each reads its own devices' parts; where one does not
+    have the folder, process 0 reads it and sends the others what they need.
+
     Args:
       path: the folder; one of PEFT, with an adapter, names its base itself.
       config: the config's section `model`.
@@ -74,18 +82,30 @@ class Policy:
 
     Raises:
       UserError: no such folder, weights that are missing or of another shape, a tokenizer that does
-        not belong to the model, or a model that the mesh cannot split.
+        not belong to the model, a model that the mesh cannot split, or orbax weights that a process
+        cannot see.
     """
     folder = epath.Path(path)
-    if not folder.exists():
+    has_folder = distributed.gather(folder.exists())
+    if not has_folder[0]:
       hint = "; `synthneg get-smollm2` makes it" if "smollm2" in folder.name else ""
       raise UserError(f"The model folder {folder} does not exist{hint}.")
-    if (folder / _ADAPTER).exists():
+    kind, is_sent = (
+      distributed.agree(_kind(folder) if distributed.first() else None),
+      not all(has_folder),
+    )
+    if is_sent and kind in ("adapted", "params"):
+      raise UserError(
+        f"The policy folder {folder} does not exist in process {has_folder.index(False)}; all "
+        "processes read its params."
+      )
+    if is_sent:
+      folder = _received(folder)
+    if kind == "adapted":
       return cls._load_adapted(folder, config, mesh)
-    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+    if kind == "peft":
       return cls._load_peft(folder, config, mesh)
 
-    has_params = (folder / "params").exists() or not stored_tensors.has_weights(folder)
     described = huggingface.read_config(
       folder,
       dtype=config.dtype,
@@ -94,14 +114,21 @@ class Policy:
       remat=config.remat,
       max_length=config.max_length,
     )
-    model = Model(described if has_params else huggingface.untie_other_head(folder, described))
+    if kind == "tensors":
+      is_tied = (
+        huggingface.untie_other_head(folder, described).tie_embeddings
+        if distributed.first()
+        else None
+      )
+      described = dataclasses.replace(described, tie_embeddings=distributed.agree(is_tied))
+    model = Model(described)
     _check_rope_scaling(folder, model, config.max_length)
     tokenizer, eos_ids = _tokenizer_and_eos(folder, model.config.vocab_size)
     layout = param_shardings(model, mesh)
-    if has_params:
+    if kind == "params":
       params = checkpoints.load_params(folder, model.abstract_params(), layout)
     else:
-      params = huggingface.load_params(folder, model, layout)
+      params = huggingface.load_params(folder, model, layout, is_sent=is_sent)
     return cls(
       model=model,
       params=params,
@@ -117,7 +144,9 @@ class Policy:
   @classmethod
   def _load_peft(cls, folder: epath.Path, config, mesh: Mesh) -> "Policy":
     """A base model with an adapter of PEFT, whose tokenizer is taken where it brings one."""
-    policy = cls.load(peft_base(folder), config, mesh)
+    policy = cls.load(
+      distributed.agree(os.fspath(peft_base(folder)) if distributed.first() else ""), config, mesh
+    )
     adapter, params = adapter_lib.load_peft(folder, policy.model)
     params = jax.device_put(params, param_shardings(adapter, mesh))
     about, tokenizer, eos_ids = policy.about, policy.tokenizer, policy.eos_ids
@@ -144,7 +173,7 @@ class Policy:
       for part in spec["base"].split("/"):
         base = base.parent if part == ".." else base / part
     else:
-      base = resolve(spec["base"])
+      base = resolve_for_all(spec["base"])
     policy = cls.load(base, config, mesh)
     adapter = Adapter(policy.model, spec["rank"], spec["alpha"], tuple(spec["targets"]))
     params = checkpoints.load_params(
@@ -225,8 +254,8 @@ def peft_base(folder: epath.Path) -> epath.Path:
   name = raw.get("base_model_name_or_path")
   if not name:
     raise UserError(
-      f"{path}: base_model_name_or_path is empty; name the folder of the adapter's base model "
-      "there."
+      f"{path}: base_model_name_or_path is empty; name the folder of the adapter's "
+      "base model there."
     )
   is_hub = model_hub.is_name(name) and "@" not in name and not epath.Path(name).exists()
   try:
@@ -293,6 +322,46 @@ def resolve(path: str, *, weights: bool = True) -> epath.Path:
     if path.startswith("hf:"):
       raise
     raise UserError(f"There is no folder {path}, and no such model was found: {error}") from error
+
+
+def resolve_for_all(path: str) -> epath.Path:
+  """`resolve` by process 0, for all processes, which call it; the folder need not exist in the
+  others.
+  """
+  return epath.Path(distributed.agree(os.fspath(resolve(path)) if distributed.first() else ""))
+
+
+def _kind(folder: epath.Path) -> str:
+  """What is loaded from a folder: orbax "params", a Hugging Face model's "tensors", or an adapter,
+  "peft" or "adapted".
+  """
+  if (folder / _ADAPTER).exists():
+    return "adapted"
+  if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+    return "peft"
+  return (
+    "tensors"
+    if stored_tensors.has_weights(folder) and not (folder / "params").exists()
+    else "params"
+  )
+
+
+def _received(folder: epath.Path) -> epath.Path:
+  """Process 0's folder; in other processes a local one with its configs, tokenizer and PEFT
+  adapter. All call it.
+  """
+  names = [*hf_tokenizers.CONFIG_FILES, *_PEFT, *hf_tokenizers.files(folder)]
+  names = distributed.agree([name for name in names if (folder / name).exists()])
+  copy = folder if distributed.first() else epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
+  for name in names:
+    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+    with (copy / name).open("rb" if distributed.first() else "wb") as file:
+      while piece := distributed.agree(
+        base64.b64encode(file.read(_PIECE)).decode() if distributed.first() else None
+      ):
+        if not distributed.first():
+          file.write(base64.b64decode(piece))
+  return copy
 
 
 def tokenizer_folder(folder: epath.Path) -> str:

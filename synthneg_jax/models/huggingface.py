@@ -25,12 +25,12 @@ from etils import epath
 from synthneg_jax.models import hf_configs, stored_tensors
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.models.decoder import Model, Params
+from synthneg_jax.runtime import device_mesh, distributed
 from synthneg_jax.runtime.errors import UserError
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_ROWS_COMPARED = (
-  4096  # rows of the embedding that are on the host at a time when a head is compared with it
-)
+# rows of the embedding that are on the host at a time when a head is compared with it
+_ROWS_COMPARED = 4096
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -98,7 +98,9 @@ def untie_other_head(folder: epath.PathLike, config: ModelConfig) -> ModelConfig
   return dataclasses.replace(config, tie_embeddings=False)
 
 
-def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
+def load_params(
+  folder: epath.PathLike, model: Model, shardings, *, is_sent: bool = False
+) -> Params:
   """The parameters of a Hugging Face folder, cast to the model's param_dtype, each read straight
   into its layout.
 
@@ -110,37 +112,19 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
     folder: as `stored_tensors.read` takes it.
     model: as `read_config` describes it.
     shardings: a tree like the parameters.
+    is_sent: process 0 alone reads the folder, whole, and sends it to the others: of stacked
+      parameters a layer at a time.
 
   Raises:
     UserError: a file is missing or corrupt; a tensor is missing, has no place in the model, or has
       another shape or a dtype other than float64, float32, float16 or bfloat16.
   """
-  folder = epath.Path(folder)
-  tensors, places = stored_tensors.read(folder), hf_configs.tensor_places(model.config)
-  abstract = model.abstract_params()
-  wanted = _shapes(places, abstract)
-  for name, (shape, _) in wanted.items():
-    if name not in tensors:
-      raise UserError(f"{folder}: the tensor {name} is missing.")
-    tensor = tensors[name]
-    if tensor.dtype not in _DTYPES:
-      reason = (
-        " (quantised weights are not supported)"
-        if tensor.dtype.startswith(("F8", "F4", "F6"))
-        else ""
-      )
-      raise UserError(
-        f"{tensor.path}: the tensor {tensor.name} has dtype {tensor.dtype}, not one of "
-        f"{', '.join(_DTYPES)}{reason}."
-      )
-    if tensor.shape != shape:
-      raise UserError(
-        f"{tensor.path}: the tensor {tensor.name} has shape {tensor.shape}, not {shape}."
-      )
-  for name in sorted(set(tensors) - set(wanted)):
-    tied = model.config.tie_embeddings and name == places["ends/unembedding"].name
-    if not tied and not name.endswith("rotary_emb.inv_freq"):
-      _refuse_extra(tensors[name])
+  places, abstract = hf_configs.tensor_places(model.config), model.abstract_params()
+  tensors = (
+    _checked_tensors(epath.Path(folder), model, places)
+    if distributed.first() or not is_sent
+    else {}
+  )
 
   def load(key_path, leaf, sharding):
     place, read = places[_path(key_path)], {}
@@ -163,9 +147,46 @@ def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
         read[spans] = value
       return read[spans]
 
+    if is_sent:
+
+      def read_rows(span):
+        return part((span, *(slice(None),) * (leaf.ndim - 1)))
+
+      by = 1 if "{}" in place.name else leaf.shape[0]
+      return device_mesh.from_first(leaf.shape, leaf.dtype, sharding, read_rows, rows=by)
     return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, part))
 
   return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+
+
+def _checked_tensors(
+  folder: epath.Path, model: Model, places: Mapping[str, hf_configs.Place]
+) -> dict[str, stored_tensors.Tensor]:
+  """The tensors of a folder, all that the model has and no others; errors as in `load_params`."""
+  tensors, wanted = stored_tensors.read(folder), _shapes(places, model.abstract_params())
+  for name, (shape, _) in wanted.items():
+    if name not in tensors:
+      raise UserError(f"{folder}: the tensor {name} is missing.")
+    tensor = tensors[name]
+    if tensor.dtype not in _DTYPES:
+      reason = (
+        " (quantised weights are not supported)"
+        if tensor.dtype.startswith(("F8", "F4", "F6"))
+        else ""
+      )
+      raise UserError(
+        f"{tensor.path}: the tensor {tensor.name} has dtype {tensor.dtype}, not one of "
+        f"{', '.join(_DTYPES)}{reason}."
+      )
+    if tensor.shape != shape:
+      raise UserError(
+        f"{tensor.path}: the tensor {tensor.name} has shape {tensor.shape}, not {shape}."
+      )
+  for name in sorted(set(tensors) - set(wanted)):
+    tied = model.config.tie_embeddings and name == places["ends/unembedding"].name
+    if not tied and not name.endswith("rotary_emb.inv_freq"):
+      _refuse_extra(tensors[name])
+  return tensors
 
 
 def _refuse_extra(tensor: stored_tensors.Tensor) -> None:
@@ -230,9 +251,8 @@ def save(
   )
   generation = {}
   if tokenizer_folder is not None:
-    from synthneg_jax.models import (
-      hf_tokenizers,
-    )  # transformers is slow to import; only tokenizers need it
+    # transformers is slow to import; only tokenizers need it
+    from synthneg_jax.models import hf_tokenizers
 
     source = epath.Path(tokenizer_folder)
     tokenizer = hf_tokenizers.load(source)
@@ -338,9 +358,8 @@ def _write_weights(folder: epath.Path, places, params: Params, *, max_shard_byte
     path = os.fspath(folder / files[shard])
     contents = {name: np.ascontiguousarray(view) for name, view in group}
     safetensors.numpy.save_file(contents, path, metadata={"format": "pt"})
-    shutil.copymode(
-      os.fspath(folder / "config.json"), path
-    )  # save_file makes files that only their owner reads
+    # save_file makes files that only their owner reads
+    shutil.copymode(os.fspath(folder / "config.json"), path)
   if count > 1:
     weight_map = {name: files[shard] for name, shard in shard_of.items()}
     _write_json(folder / _INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})

@@ -140,6 +140,9 @@ def _files(folder: epath.Path, single: str, index: str) -> list[str]:
 def _safetensors(folder: epath.Path, single: str = _SINGLE) -> Iterator[Tensor]:
   for name in _files(folder, single, _INDEX):
     path = folder / name
+    if "://" in os.fspath(path):
+      yield from _in_bucket(path)
+      continue
     try:
       file = safetensors.safe_open(os.fspath(path), framework="np")
     except (OSError, safetensors.SafetensorError) as error:
@@ -151,6 +154,51 @@ def _safetensors(folder: epath.Path, single: str = _SINGLE) -> Iterator[Tensor]:
 
 def _reader(file, key: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
   return lambda cuts: file.get_slice(key)[cuts]
+
+
+_NUMPY_DTYPES = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+}
+
+
+def _in_bucket(path: epath.Path) -> Iterator[Tensor]:
+  """The tensors of a safetensors file that no memory can be mapped to: its header, then the rows
+  that are asked for.
+  """
+  try:
+    with path.open("rb") as file:
+      start = 8 + int.from_bytes(file.read(8), "little")
+      if start > 100_000_000:  # as safetensors itself has it
+        raise ValueError("its header is too long")
+      header = json.loads(file.read(start - 8))
+    tensors = [
+      Tensor(path, key, tuple(about["shape"]), about["dtype"], _bucket_reader(path, about, start))
+      for key, about in header.items()
+      if key != "__metadata__"
+    ]
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{path} is missing or no safetensors file ({error}).") from error
+  yield from tensors
+
+
+def _bucket_reader(
+  path: epath.Path, about: dict[str, Any], start: int
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+  def part(cuts):
+    count, *others = about["shape"]
+    begin, end = about["data_offsets"]
+    first, last, _ = cuts[0].indices(count)
+    row = (end - begin) // count
+    with path.open("rb") as file:
+      file.seek(start + begin + first * row)
+      content = file.read((last - first) * row)
+    values = np.frombuffer(content, _NUMPY_DTYPES[about["dtype"]]).reshape(last - first, *others)
+    return values[(slice(None), *cuts[1:])]
+
+  return part
 
 
 _TORCH_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from synthneg_jax.data.records import Problem, Shards
 from synthneg_jax.decoding.engine import Engine
-from synthneg_jax.decoding.policy import BASES, Policy, files_identity, resolve
+from synthneg_jax.decoding.policy import BASES, Policy, files_identity, resolve, resolve_for_all
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.runtime import config_schema, device_mesh, distributed, manifest
 from synthneg_jax.runtime.errors import UserError
@@ -37,6 +37,7 @@ class Experiment:
     mesh = device_mesh.make_mesh(**config.mesh)
     if distributed.count() > 1:
       distributed.require_same(_started_with(config))
+      _compare_base_models(config.model.path)
       device_mesh.connect(mesh)
     return cls(config, epath.Path(workdir), mesh)
 
@@ -57,12 +58,13 @@ class Experiment:
     leaves = config_schema.plain(self.config, ("seed", *sections))
     fixed = {leaf: value for leaf, value in leaves.items() if config_schema.changes_results(leaf)}
     if reads_base:
-      given = (given or {}) | {"base model": files_identity(resolve(self.config.model.path))}
+      base = files_identity(resolve(self.config.model.path)) if distributed.first() else ""
+      given = (given or {}) | {"base model": distributed.agree(base)}
     return manifest.Stage(self.workdir, name, fixed, needs, given)
 
   def base(self) -> Policy:
     """The base model."""
-    return Policy.load(resolve(self.config.model.path), self.config.model, self.mesh)
+    return Policy.load(resolve_for_all(self.config.model.path), self.config.model, self.mesh)
 
   def policy(self, stage: str) -> Policy:
     """What a training stage made."""
@@ -106,15 +108,20 @@ def _started_with(config) -> dict:
     **{f"the version of {name}": version for name, version in manifest.versions().items()},
     "the source of synthneg_jax": source.hexdigest()[:16],
   }
-  base = epath.Path(BASES.get(config.model.path, config.model.path)).expanduser()
-  if config.model.path and base.exists():
-    about[f"the files of the base model {base}"] = files_identity(base)
   home = os.environ.get("SYNTHNEG_DATA_DIR", "")
   for path in filter(
     None, (config.task.path, config.task.test_path, home and os.path.join(home, config.task.name))
   ):
     about.update(_file_hashes(epath.Path(path).expanduser()))
   return about
+
+
+def _compare_base_models(path: str) -> None:
+  """Refuses base models that differ; a process without one is sent process 0's."""
+  base = epath.Path(BASES.get(path, path)).expanduser()
+  identity = files_identity(base) if path and base.exists() else ""
+  known = next(filter(None, distributed.gather(identity)), "")
+  distributed.require_same({f"the files of the base model {base}": identity or known})
 
 
 def _file_hashes(path: epath.Path) -> dict[str, str]:

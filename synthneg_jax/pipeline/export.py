@@ -76,9 +76,18 @@ def _write(experiment: Experiment, stage_name: str, folder: epath.Path) -> None:
     )
     if policy.adapters:
       adapter_lib.save_peft(made / "adapter", policy.adapters, _base_name(policy.base))
-    for path in made.rglob("*") if in_bucket else ():
-      if path.is_file():
-        path.copy(folder / path.relative_to(made), overwrite=True)
+    if in_bucket:
+      _copy(made, folder)
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+  """Copies a folder's files and folders into another."""
+  target.mkdir(parents=True, exist_ok=True)
+  for path in source.iterdir():
+    if path.is_dir():
+      _copy(path, target / path.name)
+    else:
+      path.copy(target / path.name, overwrite=True)
 
 
 def _base_name(folder: epath.Path) -> str:
@@ -97,11 +106,7 @@ def _push(folder: epath.Path, repo: str) -> None:
   with tempfile.TemporaryDirectory() as local:
     source = folder / "policy"
     if "://" in os.fspath(folder):
-      for path in source.rglob("*"):
-        if path.is_file():
-          target = epath.Path(local) / path.relative_to(source)
-          target.parent.mkdir(parents=True, exist_ok=True)
-          path.copy(target)
+      _copy(source, epath.Path(local))
       source = epath.Path(local)
     commit = model_hub.push(source, repo)
   write_json(note, {"repo": repo, "commit": commit})

@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from synthneg_jax.runtime import distributed
 from synthneg_jax.runtime.errors import UserError
 
 # A slice is a set of chips with fast links; slices are joined by the data-centre network, over
@@ -167,6 +168,51 @@ def place(tree, shardings):
   return jax.tree.map(
     lambda sharding, part: jax.tree.map(functools.partial(put, sharding), part), shardings, tree
   )
+
+
+def from_first(
+  shape: Sequence[int],
+  dtype,
+  sharding: NamedSharding,
+  read: Callable[[slice], np.ndarray],
+  *,
+  rows: int,
+) -> jax.Array:
+  """An array that process 0 alone can read, laid out like any other; every process calls it.
+
+  Each part passes through every device whole: as bits, which all but one device have as zeros, and
+  which are summed.
+
+  Args:
+    shape, dtype, sharding: of the array.
+    read: a slice of the first dimension -> that part; called in process 0, in order.
+    rows: of the first dimension, which it divides, in a part.
+  """
+  mesh, size = sharding.mesh, np.dtype(dtype).itemsize
+  bits, part_shape = np.dtype(f"uint{8 * size}"), (rows, *shape[1:])
+  sender = next(at for at, device in enumerate(mesh.devices.flat) if device.process_index == 0)
+  on_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+  @functools.partial(jax.jit, out_shardings=sharding, donate_argnums=0)
+  def put(array, part, start):
+    part = jax.lax.bitcast_convert_type(part.sum(0, dtype=bits), dtype)
+    return jax.lax.dynamic_update_slice_in_dim(array, part, start, 0)
+
+  array = jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)()
+  for start in range(0, shape[0], rows):
+    value = read(slice(start, start + rows)).view(bits) if distributed.first() else None
+    distributed.barrier()  # however long process 0 reads: devices' own waits have limits
+
+    def part(index, value=value):
+      return (
+        value[None]
+        if index[0].start in (sender, None) and value is not None
+        else np.zeros((1, *part_shape), bits)
+      )
+
+    parts = jax.make_array_from_callback((mesh.size, *part_shape), on_each, part)
+    array = put(array, parts, np.int32(start))
+  return array
 
 
 def connect(mesh: Mesh) -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -17,9 +18,13 @@ from absl.testing import absltest
 from etils import epath
 
 from synthneg_jax.decoding.policy import EMBEDDED, Policy
+from synthneg_jax.models import model_hub
 from synthneg_jax.pipeline import export
 from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.runtime import device_mesh
+from synthneg_jax.runtime.errors import UserError
 from tests import tiny_model
+from tests.runtime import bucket_test
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "configs"))
 import arithmetic  # noqa: E402
@@ -118,6 +123,58 @@ class ExportTest(absltest.TestCase):
     np.testing.assert_array_equal(
       weights["model.norm.weight"], experiment.policy("sft").params["ends"]["norm"]["scale"]
     )
+
+  def test_from_and_to_a_bucket(self):
+    # Fails if a base model's weights, or what is exported, must lie on a local disk; if rows of a
+    # tensor are read from another place in its file; or if a file of a bucket that is cut off is a
+    # traceback.
+    fsspec.register_implementation("gcs", bucket_test.Bucket, clobber=True)
+    bucket_test.Bucket.store.clear()
+    config = arithmetic.get_config("smoke")
+    config.model.path, config.evaluate.methods = "gs://bucket/base", ("base", "sft")
+    config.export.max_shard_bytes = 100_000
+    run = epath.Path("gs://bucket/run")
+    experiment = Experiment(config, run, device_mesh.make_mesh(1, 2, 1, devices=jax.devices()[:2]))
+    stage_folder = run / "sft/policy"
+    for folder in (epath.Path(config.model.path), stage_folder):
+      folder.mkdir(parents=True)
+      for path in epath.Path(EMBEDDED).iterdir():
+        if path.is_file():
+          (folder / path.name).write_bytes(path.read_bytes())
+      (folder / "additional_chat_templates").mkdir()
+      (folder / "additional_chat_templates/terse.jinja").write_text(TEMPLATE)
+    base = experiment.base()
+    local = Policy.load(EMBEDDED, config.model, experiment.mesh)
+    self.assertEqual((base.fingerprint, base.eos_ids), (local.fingerprint, local.eos_ids))
+    stage = experiment.stage("sft", ["sft"], reads_base=True)
+    # Its weights are in the other format, since orbax needs a real bucket.
+    (stage_folder / "fingerprint.json").write_text(json.dumps({"fingerprint": base.fingerprint}))
+    stage.finish({}, identity=base.fingerprint)
+    exported = export.run(experiment)["sft"]
+    self.assertEqual(exported["folder"], "gs://bucket/run/export/sft/policy")
+    written = epath.Path(exported["folder"])
+    self.assertGreater(len(list(written.glob("*.safetensors"))), 4)
+    self.assertEqual(
+      Policy.load(written, config.model, experiment.mesh).fingerprint, local.fingerprint
+    )
+    pushed = []
+
+    def push(folder, repo):
+      pushed.extend(
+        sorted(path.relative_to(folder).as_posix() for path in pathlib.Path(folder).rglob("*.*"))
+      )
+      return repo
+
+    with absltest.mock.patch.object(model_hub, "push", push):
+      export._push(stage.folder.parent / "export/sft", "me/policy")
+    self.assertContainsSubset(
+      ["config.json", "additional_chat_templates/terse.jinja", "tokenizer.json"], pushed
+    )
+    self.assertContainsSubset([path.name for path in written.glob("*.safetensors")], pushed)
+    path = stage_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with self.assertRaisesRegex(UserError, "model.safetensors is missing or no safetensors file"):
+      experiment.policy("sft")
 
 
 if __name__ == "__main__":

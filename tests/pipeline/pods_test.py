@@ -15,10 +15,18 @@ import tempfile
 import time
 from unittest import mock
 
+import jax
+import numpy as np
 import pytest
+import safetensors.numpy
 from absl.testing import absltest
+from etils import epath
 
-from synthneg_jax.runtime import distributed
+from synthneg_jax.decoding.policy import EMBEDDED, Policy, files_identity
+from synthneg_jax.models import adapter as adapter_lib
+from synthneg_jax.runtime import config_schema, distributed
+from tests import tiny_model
+from tests.runtime import distributed_test
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -48,16 +56,21 @@ def free_port() -> int:
 
 
 def start(
-  workdir, count: int, stages: str, *flags, stop_at: int = 0, last=(), last_env=()
+  workdir, count: int, stages: str, *flags, script=(), last=(), last_env=()
 ) -> list[subprocess.Popen]:
-  """The pipeline as `count` processes, which have DEVICES devices between them; the last has flags
-  and variables besides.
+  """The pipeline as `count` processes with DEVICES devices between them.
+
+  Args:
+    workdir, stages, flags: of all.
+    script: a Python program, and its arguments, that runs the one named by the rest of its command
+      line.
+    last, last_env: flags and variables that the last process has besides.
   """
   env = {**os.environ, "JAX_PLATFORMS": "cpu"}
   env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // count}"
   address, made = f"127.0.0.1:{free_port()}", []
   for index in range(count):
-    command = [sys.executable, *(("-c", STOP_AT, str(stop_at)) if stop_at else ())]
+    command = [sys.executable, *(("-c", *map(str, script)) if script else ())]
     command += [str(ROOT / "launch/pipeline.py"), "--config=configs/arithmetic.py:smoke", *SETTINGS]
     command += [
       f"--workdir={workdir}",
@@ -141,9 +154,11 @@ def losses(workdir) -> list[float]:
 
 
 class PodTestCase(absltest.TestCase):
-  def assert_same_records(self, workdir, count: int):
+  def assert_same_records(self, workdir, count: int, stopped: str = ""):
     """Traces, rollouts and pairs are one process's; log-probs to rounding; each process wrote its
     part of all.
+
+    `stopped` was written in two parts, the first of them before a stop.
     """
     for name in ("sample/traces", "credit/estimates", "pairs/dpo/pairs", "pairs/step_dpo/pairs"):
       found, expected = records(workdir, name), records(alone(), name)
@@ -167,11 +182,13 @@ class PodTestCase(absltest.TestCase):
             near += value != found[key][field]
           elif record.get("ids") == found[key].get("ids"):
             self.assertEqual(value, found[key][field], f"{name} {key} {field}")
-      self.assertEqual(
-        near, 0, f"{name}: draws that lie at a CDF edge"
-      )  # none was seen with these seeds
+      # none was seen with these seeds
+      self.assertEqual(near, 0, f"{name}: draws that lie at a CDF edge")
       files = sorted(path.name for path in (workdir / name).glob("*.jsonl"))
-      self.assertEqual(files, [f"00000-p{index:05d}.jsonl" for index in range(count)], name)
+      parts = range(2 if name == stopped else 1)
+      self.assertEqual(
+        files, [f"{part:05d}-p{index:05d}.jsonl" for part in parts for index in range(count)], name
+      )
       sizes = [len((workdir / name / file).read_text().splitlines()) for file in files]
       if len(expected) > 2 * count:
         self.assertGreater(min(sizes), 0, f"{name}: {sizes}")
@@ -189,6 +206,35 @@ class PodTestCase(absltest.TestCase):
       self.assertEqual([process.poll() for process in started], [None] * len(started))
       time.sleep(0.05)
 
+  def stop(self, workdir, count: int, stages: str, marker: int | str, *flags):
+    """Sends SIGTERM to the last process at a marker of NOTED; all must stop at one place, within 30
+    s.
+    """
+    marks = pathlib.Path(tempfile.mkdtemp(dir=scratch()))
+    started = start(
+      workdir,
+      count,
+      stages,
+      *flags,
+      script=(NOTED, marks, "compiles" if marker == "compiles" else ""),
+    )
+    until, asked = time.monotonic() + 300, [count - 1] if marker == "compiles" else range(count)
+    while not all((marks / f"{index}.{marker}").exists() for index in asked):
+      self.assertLess(time.monotonic(), until)
+      self.assertEqual([process.poll() for process in started], [None] * len(started))
+      time.sleep(0.02)
+    self.assertFalse(marker == "compiles" and (marks / f"{count - 1}.compiled").exists())
+    started[-1].send_signal(signal.SIGTERM)
+    at = time.monotonic()
+    said = finish(started, workdir, distributed.PREEMPTED, timeout_s=30)
+    self.assertLess(time.monotonic() - at, 30)
+    for line in said:
+      self.assertIn("stopped by SIGTERM; what was done is saved.", line)
+    calls = [
+      {path.name.partition(".")[2] for path in marks.glob(f"{index}.*")} for index in range(count)
+    ]
+    self.assertEqual(calls, calls[:1] * count)  # each asked equally often whether to stop
+
   def deaths_and_ways_back(self, workdir, count: int, then: int):
     """One process dies; one is asked to stop; then another number of processes goes on to the end."""
     started = start(workdir, count, "synthesize,sft")
@@ -200,18 +246,12 @@ class PodTestCase(absltest.TestCase):
     for index, line in enumerate(said):
       self.assertIn(f"process {count - 1} of {count} died; process {index} stops.", line)
 
-    started = start(workdir, count, "synthesize,sft")
-    self.wait_for_steps(started, workdir, 24)
-    started[-1].send_signal(signal.SIGTERM)
-    at = time.monotonic()
-    said = finish(started, workdir, distributed.PREEMPTED, timeout_s=30)
-    self.assertLess(time.monotonic() - at, 30)
-    for line in said:
-      self.assertIn("stopped by SIGTERM; what was done is saved.", line)
-    saved = max(
-      int(path.name) for path in (workdir / "sft/checkpoints").iterdir() if path.name.isdigit()
-    )
-    self.assertLen((workdir / "sft/metrics.jsonl").read_text().splitlines(), saved)
+    for marker in (12, "compiles"):  # during training, then during a compile in the middle of it
+      self.stop(workdir, count, "synthesize,sft", marker)
+      saved = max(
+        int(path.name) for path in (workdir / "sft/checkpoints").iterdir() if path.name.isdigit()
+      )
+      self.assertLen((workdir / "sft/metrics.jsonl").read_text().splitlines(), saved)
 
     finish(start(workdir, then, "synthesize,sft"), workdir, 0)
     log = (scratch() / f"{workdir.name}.0.log").read_text()
@@ -223,15 +263,17 @@ class TwoProcessesTest(PodTestCase):
   def test_records_from_a_given_checkpoint(self):
     # Fails if a draw depends on the number of processes, a process grades or writes another's
     # share, the records' order reaches the pairs, or any process enters a program that another does
-    # not (then it hangs).
+    # not (then it hangs). Or if SIGTERM to one while both decode stops that one only, or the two
+    # after different calls of the loop.
     workdir = after_sft("records")
+    self.stop(workdir, 2, "sample", 4, "--config.engine.lanes=8")
     finish(start(workdir, 2, "sample,credit,pairs,dpo"), workdir, 0)
-    self.assert_same_records(workdir, 2)
+    self.assert_same_records(workdir, 2, stopped="sample/traces")
 
   def test_deaths_and_ways_back(self):
-    # Fails if the others hang when one dies, or say nothing; if SIGTERM to one stops that one only,
-    # or all at different steps; or if one process does not go on where two were, or loses step or
-    # shuffle.
+    # Fails if the others hang when one dies, or say nothing; if SIGTERM to one, in training or
+    # while the main threads compile, stops that one only, or all at different steps; or if one
+    # process does not go on where two were, or loses step or shuffle.
     self.deaths_and_ways_back(scratch() / "deaths", 2, then=1)
 
 
@@ -279,6 +321,95 @@ class DifferencesTest(PodTestCase):
     self.assertFalse(workdir.exists())
 
 
+class BaseModelTest(distributed_test.MembersTestCase):
+  """Process 1 has no base model; every matrix is split over the two devices of both."""
+
+  def test_process_0_reads_and_sends(self):
+    # Fails if a process without the folder is refused, or has other weights (in any bit: -0.0 is
+    # one), another tokenizer, template, ending or identity of the base; if copies that differ, or
+    # orbax weights that one cannot see, are accepted.
+    root = pathlib.Path(tempfile.mkdtemp(dir=scratch()))
+    base, adapter = root / "0/base", root / "0/adapter"
+    shutil.copytree(EMBEDDED, base)
+    weights = safetensors.numpy.load_file(base / "model.safetensors")
+    for value in weights.values():
+      value.flat[::7] = -0.0
+    safetensors.numpy.save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [3]}))
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/terse.jinja").write_text("{{ messages[0]['content'] }}")
+    config = config_schema.default().model
+    expected = [Policy.load(base, config, tiny_model.one_device_mesh())]
+    low_rank = adapter_lib.Adapter(expected[0].model, 2, 6.0, ("query", "down"))
+    params = jax.tree.map(
+      lambda leaf: np.full(leaf.shape, 0.125, np.float32), low_rank.abstract_params()
+    )
+    adapter_lib.save_peft(adapter, [(low_rank, params)], str(base))
+    expected.append(Policy.load(adapter, config, tiny_model.one_device_mesh()))
+    config.param_dtype = "bfloat16"
+    expected.append(Policy.load(base, config, tiny_model.one_device_mesh()))
+    about = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+      json.dumps(about | {"base_model_name_or_path": "base"})
+    )
+    for process in "01":
+      (root / process / "other").mkdir(parents=True)
+      (root / process / "other/config.json").write_text(process)
+    (root / "0/kept/params").mkdir(parents=True)
+    made = self.members(
+      SENT.replace("ROOT", repr(str(root))), count=2, before=TWO_DEVICES, heartbeat_s=60
+    )
+    for status, said, line in self.ends(made, timeout_s=200):
+      self.assertEqual(status, 0, line)
+      *loaded, identity, differ, unseen = said.strip().splitlines()
+      for found, policy in zip(loaded, expected, strict=True):
+        tied, endings = policy.model.config.tie_embeddings, list(policy.eos_ids)
+        self.assertEqual(
+          json.loads(found), [policy.fingerprint, tied, endings, policy.tokenizer.chat_template]
+        )
+      self.assertEqual(identity, files_identity(epath.Path(base)))
+      self.assertRegex(
+        differ,
+        "^The processes differ in the files of the base model other: '.*' in process 0, "
+        ".*process 1",
+      )
+      self.assertEqual(
+        unseen, "The policy folder kept does not exist in process 1; all processes read its params."
+      )
+
+
+TWO_DEVICES = """
+sys.path.insert(0, os.getcwd())
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+"""
+SENT = """
+import json
+from configs import arithmetic
+from synthneg_jax.pipeline import experiment as experiment_lib
+from synthneg_jax.runtime.errors import UserError
+os.chdir(pathlib.Path(ROOT) / str(index))
+config = arithmetic.get_config("smoke")
+config.mesh.update(data=1, fsdp=4)
+config.model.path = "base"
+experiment = experiment_lib.Experiment.open(config, folder / "run")
+for path, dtype in (("base", "float32"), ("adapter", "float32"), ("base", "bfloat16")):
+  config.model.path, config.model.param_dtype = path, dtype
+  policy = experiment.base()
+  template = policy.tokenizer.chat_template
+  print(json.dumps([policy.fingerprint, policy.model.config.tie_embeddings, list(policy.eos_ids), template]))
+experiment.stage("sft", ["sft"], reads_base=True)
+distributed.barrier()
+print(json.loads((folder / "run/sft/begun.json").read_text())["inputs"]["base model"])
+config.model.path = "kept"
+for work in (lambda: experiment_lib._compare_base_models("other"), experiment.base):
+  try:
+    work()
+  except UserError as error:
+    print(error)
+distributed.finish()
+"""
+
+
 # Asks to stop at the given call of the decoding loop, as SIGTERM would, and runs the program named
 # by the rest.
 STOP_AT = """
@@ -287,6 +418,42 @@ from synthneg_jax.runtime import distributed
 calls, at = itertools.count(1), int(sys.argv[1])
 distributed.stopping = lambda: next(calls) >= at
 sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+# Runs the program named by the rest, and makes a file in a folder for each call of `stopping`,
+# which then takes longer. If asked, XLA compiles another program for a second or more, in one call,
+# before the second train step.
+NOTED = """
+import pathlib, runpy, sys, time
+import jax
+import jax.numpy as jnp
+from synthneg_jax.runtime import distributed
+from synthneg_jax.training import step
+folder, compiles, sys.argv = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+mark = lambda name: (folder / f"{distributed.index()}.{name}").touch()
+calls, stopping, make_step = [], distributed.stopping, step.make_step
+def noted():
+  calls.append(stopping())
+  mark(len(calls))
+  time.sleep(0.2)
+  return calls[-1]
+def slow(*args, **kwargs):
+  made, lowered = make_step(*args, **kwargs), [jax.jit(sorts).lower(jnp.ones(64)), None]
+  def step(*values):
+    if lowered and (program := lowered.pop()):
+      mark("compiles")
+      program.compile()
+      mark("compiled")
+    return made(*values)
+  return step
+def sorts(x):
+  for n in range(15):
+    x = jnp.sort(jnp.sin(x * (n + time.time() % 1)))  # no cache has it
+  return x
+distributed.stopping = noted
+if compiles:
+  step.make_step = slow
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -299,7 +466,7 @@ class StoppedTest(PodTestCase):
     workdir = after_sft("stopped")
     small = ("--config.engine.lanes=8", "--config.credit.lanes=4")
     for stage, name, at in (("sample", "sample/traces", 4), ("credit", "credit/estimates", 30)):
-      [process] = start(workdir, 1, stage, *small, stop_at=at)
+      [process] = start(workdir, 1, stage, *small, script=(STOP_AT, at))
       [line] = finish([process], workdir, distributed.PREEMPTED)
       self.assertIn("stopped by SIGTERM; what was done is saved.", line)
       kept, expected = records(workdir, name), records(alone(), name)

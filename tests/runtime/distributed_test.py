@@ -53,13 +53,17 @@ class MembersTestCase(parameterized.TestCase):
     self.addCleanup(made.kill)
     return made
 
-  def members(self, program: str, count: int = 3, before: str = "") -> list[subprocess.Popen]:
+  def members(
+    self, program: str, count: int = 3, before: str = "", heartbeat_s: int = 3
+  ) -> list[subprocess.Popen]:
     """Processes that have found each other and run `program`; `before` runs before any of them has
     joined.
     """
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     self.address = f"127.0.0.1:{free_port()}"
-    member = MEMBER.replace("distributed.watch", f"{before}\ndistributed.watch")
+    member = MEMBER.replace("distributed.watch", f"{before}\ndistributed.watch").replace(
+      "_s=3", f"_s={heartbeat_s}"
+    )
     made = [self.process(member + textwrap.dedent(program), index, count) for index in range(count)]
     self.made = made
     until = time.monotonic() + 60
@@ -128,16 +132,24 @@ class ProcessesTest(MembersTestCase):
 
   def test_waits_for_one_that_is_busy(self):
     # Fails if a wait for a process that is alive has an end, or does not say whom it waits for.
-    made = self.members("""
+    self.wait_for_one_that_is_busy(8)
+
+  @pytest.mark.long
+  def test_waits_for_one_that_is_busy_for_a_minute(self):
+    # As above, for longer than any heartbeat or time limit.
+    self.wait_for_one_that_is_busy(60)
+
+  def wait_for_one_that_is_busy(self, seconds: int):
+    made = self.members(f"""
       distributed._SAY_S = 2.0
       if index == 0:
-        end = time.monotonic() + 8
+        end = time.monotonic() + {seconds}
         while time.monotonic() < end:
           pass
       distributed.barrier()
       distributed.finish()
     """)
-    for index, (status, _, line) in enumerate(self.ends(made, timeout_s=40)):
+    for index, (status, _, line) in enumerate(self.ends(made, timeout_s=seconds + 32)):
       self.assertEqual(status, 0, line)
       if index:
         self.assertIn("Waiting for process 0 of 3 since", line)
@@ -225,9 +237,8 @@ class ProcessesTest(MembersTestCase):
     port = f"{int(self.address.split(':')[1]):04X}"
     self.assertNotEmpty(found)
     for address in found:
-      self.assertTrue(
-        address.endswith(f"0100007F:{port}"), found
-      )  # 127.0.0.1, also as an IPv6 address
+      # 127.0.0.1, also as an IPv6 address
+      self.assertTrue(address.endswith(f"0100007F:{port}"), found)
 
   def test_all_stop_at_the_same_place(self):
     # Fails if a process that is behind stops earlier than one ahead, so that one waits for the
@@ -284,6 +295,8 @@ WAITS |= {
   "policy",
   "base",
   "stage",
+  "resolve_for_all",
+  "from_first",
 }
 
 

@@ -51,9 +51,8 @@ class HoldTest(parameterized.TestCase):
       ):
         self.assertRegex(holder, rf"^process {os.getpid()} on \S+ since ")
         self.assertEqual(nobody, "")
-      with workdir_lock.claim(
-        folder
-      ) as holder:  # the claim that failed took nothing from the holder
+      # the claim that failed took nothing from the holder
+      with workdir_lock.claim(folder) as holder:
         self.assertNotEmpty(holder)
       raise RuntimeError("stop")
     with workdir_lock.hold(folder):
@@ -155,7 +154,8 @@ class LeaseTest(absltest.TestCase):
     self.assertEqual(status, 1)
     self.assertRegex(
       sentence,
-      rf"another run took over the workdir, process {os.getpid()} on .* not renewed its lease",
+      rf"another run took over the workdir, process {os.getpid()} on .* "
+      r"not renewed its lease",
     )
     other.renew()
     self.assertLen(self.ends, 1)
@@ -189,9 +189,8 @@ class LeaseTest(absltest.TestCase):
     # Fails if a holder takes its own write, which arrived twice, for another's.
     lease = self.lease()
     self.assertIsNone(lease.acquire())
-    self.store.write(
-      lease.KEY, self.store.read(lease.KEY).result().value
-    ).result()  # another generation
+    # another generation
+    self.store.write(lease.KEY, self.store.read(lease.KEY).result().value).result()
     lease.renew()
     lease.renew()
     self.assertEmpty(self.ends)
@@ -243,15 +242,43 @@ class ProcessesTest(absltest.TestCase):
     _, stderr = process.communicate(timeout=60)
     self.assertRegex(stderr.strip().splitlines()[-1], HELD.format(holder.pid))
 
-  def test_a_file_system(self):
-    # Fails if a hold is not seen by another process, or outlives a holder that was killed.
-    folder = workdir()
-    first = self.holder(folder, 60)
-    self.assertEqual(first.stdout.readline(), "held\n")
-    self.assert_refused(self.holder(folder, 0), first)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    self.assertEqual(self.holder(folder, 0).stdout.readline(), "held\n")
+  def folders(self):
+    """A folder on this machine's disk and one in a bucket, each with the environment of its
+    processes.
+    """
+    server = gcs_server.Server()
+    self.addCleanup(server.close)
+    return (workdir(), {}), ("gs://bucket/run", server.environment())
+
+  def test_two_at_random_offsets(self):
+    # Fails if both, or neither, of two processes that start at about the same time hold the folder.
+    for folder, env in self.folders():
+      offset = random.uniform(0.0, 0.5)
+      made = [self.holder(folder, 60, **env)]
+      time.sleep(offset)
+      made.append(self.holder(folder, 60, **env))
+      until = time.monotonic() + 120
+      while all(process.poll() is None for process in made):
+        self.assertLess(time.monotonic(), until, offset)
+        time.sleep(0.05)
+      [loser] = [process for process in made if process.poll() is not None]
+      [winner] = [process for process in made if process is not loser]
+      self.assertEqual(winner.stdout.readline(), "held\n")
+      self.assert_refused(loser, winner)
+      self.assertEqual(loser.returncode, 1)
+      self.assertIsNone(winner.poll())
+      winner.kill()
+
+  def test_a_holder_that_was_killed(self):
+    # Fails if a hold is not seen by another process, or outlives a holder that got SIGKILL by more
+    # than its lease.
+    for folder, env in self.folders():
+      first = self.holder(folder, 60, **env)
+      self.assertEqual(first.stdout.readline(), "held\n")
+      self.assert_refused(self.holder(folder, 0, **env), first)
+      first.send_signal(signal.SIGKILL)
+      first.wait()
+      self.assertEqual(self.holder(folder, 0, **env).stdout.readline(), "held\n")
 
   def test_a_bucket(self):
     # Fails if the lease is written without its precondition, is not renewed, or does not run out;
