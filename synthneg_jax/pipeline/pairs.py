@@ -178,7 +178,7 @@ def build(experiment: Experiment, mode: str) -> tuple[list[Pair], dict]:
   without_pit = 0 if mode in WHOLE_MODES else sum(candidate.step < 0 for candidate in candidates)
   dropped = {"without_pit": without_pit, "without_alternative": len(candidates) - len(found) - without_pit}
   pairs, too_long = [], 0
-  length = min(experiment.config.dpo.row_length, experiment.config.model.max_length)
+  length = train_policy.longest_tree(experiment.config, experiment.config.dpo)
   kept, filtered = core.filter_pairs(
     [candidate.pair for candidate in found],
     [candidate.trace.problem_id for candidate in found],

@@ -239,7 +239,7 @@ def main(
     raise UserError(f"--efficiency={efficiency} is no share: it lies above 0 and at most at 1.")
   devices, chip = devices_of(topology, config.mesh.slices)
   mesh = device_mesh.make_mesh(**config.mesh, devices=devices)
-  recipe = Recipe(config, mesh, lengths)
+  recipe = Recipe(config, mesh, lengths, chip.hbm_bytes)
   model = recipe.model.config
   sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   print(

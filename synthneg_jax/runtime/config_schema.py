@@ -193,8 +193,17 @@ def _training(learning_rate: float, batch_size: int, num_epochs: int) -> dict:
     ),
     "num_epochs": Leaf(num_epochs, "Passes over the solutions or pairs.", within=COUNT),
     "max_steps": Leaf(0, "Bound on the number of steps; 0 for none.", unit="steps", within=AT_LEAST_0),
-    "row_length": Leaf(1024, "Length of a row into which trees are packed.", unit="tokens", within="[2, inf)"),
-    "grad_accum_steps": Leaf(1, "Microbatches whose gradients are summed in a step.", within=COUNT),
+    "row_length": Leaf(
+      0,
+      "Length of a row into which trees are packed, and so of the longest that is trained on; 0 for rows that fit the trees, "
+      "which model.max_length bounds.",
+      unit="tokens",
+      within="[2, inf)",
+      also=(0,),
+    ),
+    "grad_accum_steps": _how(
+      0, "Microbatches whose gradients are summed in a step; 0 for as few as memory allows.", within=AT_LEAST_0
+    ),
     "logit_chunk": Leaf(
       0, "Scored tokens of a row whose logits exist at once; 0 for all.", unit="tokens", within=AT_LEAST_0
     ),
@@ -423,8 +432,8 @@ SCHEMA = {
     ),
   },
   "engine": {
-    "lanes": _how(32, "Trunks that decode at once.", within=COUNT),
-    "slots": _how(8, "Branches of a trunk that decode at once.", within=COUNT),
+    "lanes": _how(0, "Trunks that decode at once; 0 for what fits work and memory.", within=AT_LEAST_0),
+    "slots": _how(0, "Branches of a trunk that decode at once; 0 for what fits work and memory.", within=AT_LEAST_0),
     "max_new_tokens": Leaf(256, "Longest response.", unit="tokens", within=COUNT),
     "stop": Leaf((), "Strings that end a response besides EOS."),
   },
@@ -529,8 +538,8 @@ SCHEMA = {
     "best_of": Leaf(5, "k of Best-of-k, the policy whose values are estimated; 1 for π_sft itself.", within=COUNT),
     "max_wrong_per_problem": Leaf(8, "Wrong traces per problem that get credit.", unit="traces", within=AT_LEAST_0),
     "max_right_per_problem": Leaf(0, "Right traces per problem that get credit.", unit="traces", within=AT_LEAST_0),
-    "slots": _how(8, "Branches of a trace that decode at once.", within=COUNT),
-    "lanes": _how(8, "Traces whose rollouts decode at once.", within=COUNT),
+    "slots": _how(0, "Branches of a trace that decode at once; 0 for what fits work and memory.", within=AT_LEAST_0),
+    "lanes": _how(0, "Traces whose rollouts decode at once; 0 for what fits work and memory.", within=AT_LEAST_0),
     "endpoint": _endpoint(32),
     "send_token_ids": Leaf(
       True, "Send prompts to the endpoint as token ids and ask for ids; False sends and receives text."
@@ -732,6 +741,11 @@ def plain(config: ConfigDict, sections: Sequence[str] | None = None) -> dict:
 def changes_results(leaf: str) -> bool:
   """Whether two runs that differ in this leaf make different things."""
   return LEAVES[leaf].changes_results
+
+
+def may_change_results(leaf: str) -> bool:
+  """The same of a leaf that a stage of any version was begun with; True of one that there is no more."""
+  return leaf not in LEAVES or LEAVES[leaf].changes_results
 
 
 def help_text(sections: Sequence[str]) -> str:

@@ -245,7 +245,7 @@ class LoopsTest(absltest.TestCase):
       config = make_config(folder, num_hidden_layers=5)
       config.model.scan_layers, config.model.remat = scan, "none"
       devices, chip = preflight.devices_of("v5e:4x4")
-      recipe = Recipe(config, device_mesh.make_mesh(**config.mesh, devices=devices), LENGTHS)
+      recipe = Recipe(config, device_mesh.make_mesh(**config.mesh, devices=devices), LENGTHS, chip.hbm_bytes)
       (program,) = recipe.programs(["sft"])
       found.append(preflight.compile_program(program, chip, 16).cost)
     self.assertAlmostEqual(found[0].flops / found[1].flops, 1.0, delta=0.03)

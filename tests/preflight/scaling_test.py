@@ -54,9 +54,9 @@ class SettingsTest(parameterized.TestCase):
   def test_batches_fill_the_pod(self, model, pod, name):
     # Fails if a pod's mesh does not hold the model, or if its batches leave parts of the pod, or much of a row, empty.
     config = get_config(model, pod, name)
-    devices, _ = preflight.devices_of(PODS[pod])
+    devices, chip = preflight.devices_of(PODS[pod])
     mesh = device_mesh.make_mesh(**config.mesh, devices=devices)
-    recipe = Recipe(config, mesh, LONGER if name == "math" else LENGTHS)
+    recipe = Recipe(config, mesh, LONGER if name == "math" else LENGTHS, chip.hbm_bytes)
     programs = {program.name: program.sizes for program in recipe.programs(("sft", "rft", "dpo/step_dpo"))}
     for program, sizes in programs.items():
       rows, fill = re.fullmatch(r"(\d+) rows x \d+ tokens in 1 microbatch\(es\), (\d+) % full", sizes).groups()

@@ -65,7 +65,7 @@ class SchemaTest(parameterized.TestCase):
     ("sft.optimizer.learning_rate", -1.0),
     ("rft.optimizer.beta1", 1.0),
     ("dpo.optimizer.clip_norm", 0.0),
-    ("sft.grad_accum_steps", 0),
+    ("sft.grad_accum_steps", -1),
     ("sft.batch_size", 0),
     ("pretrain.num_layers", 0),
     ("rft.drop_fraction", 1.0),
@@ -180,7 +180,7 @@ class TreeTest(absltest.TestCase):
     some = config_schema.plain(config, ["seed", "engine"])
     self.assertEqual(
       some,
-      {"seed": 0, "engine.lanes": 32, "engine.slots": 8, "engine.max_new_tokens": 256, "engine.stop": ["Question:"]},
+      {"seed": 0, "engine.lanes": 0, "engine.slots": 0, "engine.max_new_tokens": 256, "engine.stop": ["Question:"]},
     )
     everything = config_schema.plain(config)
     self.assertContainsSubset(some, everything)

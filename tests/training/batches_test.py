@@ -82,19 +82,20 @@ class PlanTest(parameterized.TestCase):
 
 
 class BatchesTest(parameterized.TestCase):
-  def make(self, examples=(A, B, C) * 3, batch_size=3, num_epochs=2, max_steps=0, row_length=8, rows_multiple_of=2):
+  def make(self, examples=(A, B, C) * 3, batch_size=3, num_epochs=2, max_steps=0, row_length=8, row_shards=2):
     return Batches(
       examples,
       [f"p{i}" for i in range(len(examples))],
       schedule=Schedule(batch_size=batch_size, num_epochs=num_epochs, max_steps=max_steps),
       row_length=row_length,
-      rows_multiple_of=rows_multiple_of,
+      row_shards=row_shards,
+      microbatches=1,
     )
 
   def test_one_shape_holds_all_steps(self):
     # Fails if the shape is the first step's, the smallest, or not rounded up to whole shards of rows; build raises or
     # gives another shape then.
-    batches = self.make(rows_multiple_of=4)
+    batches = self.make(row_shards=4)
     widest = collections.Counter()
     for step in range(batches.num_steps):
       batch = batches.build(step)
@@ -176,8 +177,8 @@ class BuildTest(absltest.TestCase):
     # Fails if a size is that of another row or a sum over rows, if rows are not rounded up, or if none or no scored
     # token gives a size of 0, which no program takes.
     self.assertEqual(batch_lib.measure([A, C, B], 11), Shape(2, 11, 4, 2, 4))
-    self.assertEqual(batch_lib.measure([A, C, B], 7, multiple_of=4), Shape(4, 7, 4, 2, 3))
-    self.assertEqual(batch_lib.measure([], 7, multiple_of=4), Shape(4, 7, 1, 0, 0))
+    self.assertEqual(batch_lib.measure([A, C, B], 7), Shape(3, 7, 4, 2, 3))
+    self.assertEqual(batch_lib.measure([], 7), Shape(1, 7, 1, 0, 0))
 
   def test_too_small_a_shape(self):
     # Fails if rows beyond the shape are dropped in silence.
@@ -199,7 +200,7 @@ class IdsTest(absltest.TestCase):
       ["a", "b"],
       schedule=Schedule(batch_size=1, num_epochs=1),
       row_length=8,
-      rows_multiple_of=1,
+      row_shards=1,
     )
     planned.check_ids(dataclasses.replace(tiny_model.CONFIG, vocab_size=32))
     with self.assertRaisesRegex(UserError, "b: its text holds token id 31.*embedding has 31 rows"):

@@ -55,7 +55,7 @@ class Spy(Batches):
       [f"problem-{i}" for i in range(num_steps)],
       schedule=Schedule(batch_size=1, num_epochs=1),
       row_length=8,
-      rows_multiple_of=1,
+      row_shards=1,
     )
     self.built, self._kill_at, self._nan_at = [], kill_at, nan_at
 

@@ -304,7 +304,8 @@ class Study:
         seed=seed,
       ),
       row_length=section.row_length,
-      rows_multiple_of=section.grad_accum_steps * device_mesh.row_shards(self.mesh),
+      row_shards=device_mesh.row_shards(self.mesh),
+      microbatches=section.grad_accum_steps,
     )
 
   def _fit(self, name: str, params: Params, *, section, objective, batches: Batches, after_step=None) -> Params:
