@@ -21,8 +21,9 @@ _AS_GOOD = 1.02  # the shortest rows are taken among those that need so many tim
 _MOST_COUNTS = 8  # numbers of rows, each a program of its own
 _SAVES = 0.02  # share of all places that a further one must save, and as many as so many steps have:
 _STEPS = 2
-_IDLE = 128  # a decoding step takes as long as so many slots beside its own (reading weights)
-_STOP = 2  # a stop to fill lanes takes as long as so many steps
+_IDLE = 128  # a decoding step takes as long as so many slots beside its own (reading weights);
+_LANE = 1  # a lane as so many beside its own (reading its trunk);
+_STOP = 2  # a stop to fill lanes as so many steps. All three are ours.
 _BUSY = 0.78  # share of slots that should be busy, as far as lengths can be foreseen
 _RUNS_ON = 32  # one item in so many is taken to go on to the limit, as some always do
 
@@ -237,7 +238,7 @@ def fit_lanes(
         refill = max(n // part, 1)
         steps, stops = _turns(times, n, refill)
         busy = work / max(steps * n * s, 1)
-        cost = (steps + _STOP * stops) * (_IDLE + per_shard * s)
+        cost = (steps + _STOP * stops) * (_IDLE + per_shard * (_LANE + s))
         found.append((busy < _BUSY, cost, n * s, n, s, refill, busy))
   *_, n, s, refill, busy = min(found)
   return Lanes(n, s, refill, round(float(busy), 3))
