@@ -53,6 +53,8 @@ def _paper_scale(c, pod: str) -> None:
   c.sft.row_length, c.sft.batch_size = 1024, int(3.2 * sft_rows * parts)
   c.rft.batch_size = 8 * rft_rows * parts
   c.dpo.row_length, c.dpo.batch_size = 1536, 8 * dpo_rows * parts
+  # which the compiler found to fit
+  c.sft.grad_accum_steps = c.rft.grad_accum_steps = c.dpo.grad_accum_steps = 1
 
 
 def get_config(arg: str = "model=smollm2_135m"):

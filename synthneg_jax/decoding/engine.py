@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from synthneg_jax.core import geometry
+from synthneg_jax.core.geometry import Lanes
 from synthneg_jax.decoding import decode as decode_lib
 from synthneg_jax.decoding.decode import Collected, DecodeSpec, Geometry, State, Stops, TrunkBatch
 from synthneg_jax.decoding.sampling import Sampling
@@ -138,6 +140,63 @@ def programs(spec: DecodeSpec, mesh: Mesh) -> Programs:
   )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+  """What there is to decode, as far as it can be foreseen.
+
+  Attributes:
+    sizes: for each trunk the tokens that its items are expected to take.
+    longest: tokens of the longest trunk.
+  """
+
+  sizes: Sequence[Sequence[int]]
+  longest: int
+
+
+def fit(
+  model: Model,
+  mesh: Mesh,
+  work: Work,
+  *,
+  max_new_tokens: int,
+  memory: float,
+  lanes: int = 0,
+  slots: int = 0,
+) -> Lanes:
+  """Lanes and slots for some work, in the memory of the mesh's devices beside the parameters.
+
+  Args:
+    model, mesh: as the engine takes them.
+    work: what is to be decoded.
+    max_new_tokens: L; what an item takes at most.
+    memory: bytes that a device has for it all.
+    lanes, slots: given ones; 0 to choose.
+  """
+
+  def state_bytes(slots: int) -> int:
+    items = bucket(max(map(len, work.sizes), default=1))
+    g = Geometry(
+      lanes=1, slots=slots, trunk=bucket(work.longest), items=items, new=max_new_tokens, refill=1
+    )
+    state = jax.eval_shape(functools.partial(decode_lib.empty_state, model, g))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+  slot_bytes, split = state_bytes(2) - state_bytes(1), mesh.shape["tensor"]
+  size = sum(
+    np.dtype(dtype).itemsize for dtype in (model.config.param_dtype, model.config.dtype)
+  )  # as loaded, and cast
+  return geometry.fit_lanes(
+    [[max(size - 1, 0) for size in items] for items in work.sizes],
+    longest=max_new_tokens - 1,
+    lanes=lanes,
+    slots=slots,
+    shards=device_mesh.row_shards(mesh),
+    lane_bytes=(state_bytes(1) - slot_bytes) / split,
+    slot_bytes=slot_bytes / split,
+    room=memory - model.config.num_params * size / split,
+  )
+
+
 class Engine:
   """Decodes any number of trunks with a fixed set of compiled programs.
 
@@ -147,7 +206,15 @@ class Engine:
   """
 
   def __init__(
-    self, model: Model, mesh: Mesh, stops: Stops, *, lanes: int, slots: int, max_new_tokens: int
+    self,
+    model: Model,
+    mesh: Mesh,
+    stops: Stops,
+    *,
+    lanes: int,
+    slots: int,
+    max_new_tokens: int,
+    refill: int = 0,
   ):
     """Compiles nothing yet.
 
@@ -158,17 +225,20 @@ class Engine:
       lanes: trunks held at once; rounded up to a multiple of the mesh's row shards.
       slots: branches of a trunk that grow at once.
       max_new_tokens: L.
+      refill: lanes that are filled together, once so many rest; 0 for a quarter of them.
     """
     shards = device_mesh.row_shards(mesh)
     self._model, self._mesh, self._stops = model, device_mesh.decoding(mesh), stops
     self._lanes, self._slots, self._new = -(-lanes // shards) * shards, slots, max_new_tokens
+    self._refill = refill
     self._given = self._params = None
     self.stats = {"steps": 0, "busy_slots": 0, "slots": 0, "prefill_tokens": 0}
 
   def run(
     self, params, trunks: Sequence[Trunk], sampling: Sampling, *, longest: int = 0
   ) -> Iterator[tuple[int, list[Generation]]]:
-    """Yields (index of the trunk, its branches in the order of its items) as trunks finish.
+    """Yields (index of the trunk, its branches in the order of its items) as trunks finish; those
+    with most items begin.
 
     The tokens of an item depend on its trunk, fork and key, not on what shares the batch. Programs
     are compiled for bucketed numbers of trunks, of their tokens and of their items; a caller that
@@ -192,12 +262,12 @@ class Engine:
       trunk=bucket(max(longest, *(len(trunk.ids) for trunk in trunks))),
       items=bucket(max(len(trunk.forks) for trunk in trunks)),
       new=self._new,
-      refill=max(lanes // 4, 1),
+      refill=max(min(self._refill or lanes // 4, lanes), 1),
     )
     spec = DecodeSpec(model=self._model, geometry=g, sampling=sampling, stops=self._stops)
     compiled = programs(spec, self._mesh)
     params, state = self._laid_out(params), compiled.empty()
-    waiting = list(range(len(trunks)))[::-1]
+    waiting = sorted(range(len(trunks)), key=lambda index: -len(trunks[index].forks))[::-1]
     held = [-1] * lanes  # which trunk a lane holds
 
     while waiting or any(trunk >= 0 for trunk in held):

@@ -20,7 +20,7 @@ from synthneg_jax.core import pairs, rollout_schedules, selection
 from synthneg_jax.data import steps
 from synthneg_jax.data.credited_traces import CreditedTraces, by_problem
 from synthneg_jax.data.records import Problem, Rollout, Shards, StepEstimate, Trace
-from synthneg_jax.decoding.engine import Engine, Generation, Trunk
+from synthneg_jax.decoding.engine import Engine, Generation, Trunk, Work
 from synthneg_jax.decoding.policy import Policy
 from synthneg_jax.decoding.remote import Codec, RemoteEngine
 from synthneg_jax.pipeline import tensorboard_summaries, train_policy
@@ -30,9 +30,8 @@ from synthneg_jax.runtime import distributed, keys
 from synthneg_jax.runtime.progress import Progress
 
 _SHARD = 256  # problems a shard
-_OF_OTHERS = Rollout(
-  [], False, "", "", 0.0, 0.0
-)  # a rollout that another process grades and writes
+# a rollout that another process grades and writes
+_OF_OTHERS = Rollout([], False, "", "", 0.0, 0.0)
 
 
 def choose(group: Sequence[Trace], max_wrong: int, max_right: int) -> list[Trace]:
@@ -257,6 +256,25 @@ def _credit(
     raise stopped
 
 
+def _work(
+  experiment: Experiment,
+  policy: Policy,
+  problems: Mapping[str, Problem],
+  chosen: Mapping[str, Sequence[Trace]],
+) -> Work:
+  """The first round of some problems: a rollout is expected to end as far on as the trace that it
+  leaves.
+  """
+  sizes, longest = [], 1
+  for key, traces in chosen.items():
+    prompt = len(train_policy.prompt_ids(experiment, policy.tokenizer, problems[key]))
+    for group in _wanted(experiment, _prefixes(traces)).values():
+      places = [(len(p.trace.ids), p.trace.step_ends[p.step], count) for p, count in group]
+      sizes.append([size - end for size, end, count in places for _ in range(count)])
+      longest = max(longest, *(prompt + end for _, end, _ in places))
+  return Work(sizes=sizes, longest=longest)
+
+
 def _remote(experiment: Experiment, policy: Policy) -> RemoteEngine:
   """The server of credit.endpoint, which is to hold the SFT policy, as the engine."""
   distributed.alone("Credit by rollouts of a server")
@@ -284,12 +302,6 @@ def run(experiment: Experiment) -> dict:
   section, policy = experiment.config.credit, experiment.policy("sft")
   problems = experiment.problems("train")
   groups = by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
-  engine = (
-    _remote(experiment, policy)
-    if section.endpoint.url
-    else experiment.engine(policy, lanes=section.lanes, slots=section.slots)
-  )
-  given = _Resources(experiment, policy, engine, problems)
   shards = Shards(stage.folder / "estimates", StepEstimate)
   there = {estimate.problem_id for estimate in shards.read()}
   chosen = {
@@ -297,6 +309,19 @@ def run(experiment: Experiment) -> dict:
     for key, group in groups.items()
   }
   missing = [key for key in chosen if chosen[key] and key not in there]
+  first = {key: chosen[key] for key in missing[:_SHARD]}
+  engine = (
+    _remote(experiment, policy)
+    if section.endpoint.url
+    else experiment.engine(
+      policy,
+      lambda: _work(experiment, policy, problems, first),
+      lanes=section.lanes,
+      slots=section.slots,
+      stage=stage,
+    )
+  )
+  given = _Resources(experiment, policy, engine, problems)
   with Progress("credit", sum(len(chosen[key]) for key in missing), "traces") as progress:
     for start in range(0, len(missing), _SHARD):
       part = {key: chosen[key] for key in missing[start : start + _SHARD]}

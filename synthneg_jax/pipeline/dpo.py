@@ -87,7 +87,7 @@ def variant(experiment: Experiment, name: str) -> dict:
   made = pair_trees.build(
     pairs,
     max_branches=min(section.max_branches_per_tree, section.batch_size + 1),
-    length=min(section.row_length, experiment.config.model.max_length),
+    length=train_policy.longest_tree(experiment.config, section),
   )
   store = reference.Store(
     experiment.workdir
@@ -98,7 +98,10 @@ def variant(experiment: Experiment, name: str) -> dict:
   packing = reference.Packing(experiment.mesh, section.row_length, section.logit_chunk)
   reference.score(policy.model, policy.params, made.trees, store=store, packing=packing)
   sampler_gap = round(_sampler_gap(experiment, policy, pairs, store), 7)
-  plan = train_policy.plan(experiment, section, pair_trees.examples(made, store), made.names)
+  examples = pair_trees.examples(made, store)
+  plan = train_policy.plan(
+    experiment, stage, section, policy.model, examples=examples, names=made.names
+  )
   objective = objectives.make_preference(
     policy.model,
     objectives.Preference(

@@ -47,11 +47,16 @@ def test(experiment: Experiment, name: str, folder: str | None) -> dict:
       : section.base_shots
     ]
   problems = list(experiment.problems("test").values())
-  engine = experiment.engine(
-    policy, slots=1, lanes=experiment.config.engine.lanes * min(experiment.config.engine.slots, 4)
-  )
   request = traces.Request(
     label=f"evaluate {name}", purpose="evaluate", count=1, sampling=sampling(section), shots=shots
+  )
+  c = experiment.config.engine
+  engine = experiment.engine(
+    policy,
+    lambda: traces.work(experiment, policy, problems, request),
+    lanes=c.lanes * min(c.slots or 1, 4),
+    slots=1,
+    stage=stage,
   )
   shards = traces.respond(
     experiment, policy, engine, problems=problems, request=request, folder=stage.folder / "traces"

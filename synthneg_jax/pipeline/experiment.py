@@ -7,14 +7,15 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
 from synthneg_jax.data.records import Problem, Shards
-from synthneg_jax.decoding.engine import Engine
+from synthneg_jax.decoding.engine import Engine, Work, fit
 from synthneg_jax.decoding.policy import BASES, Policy, files_identity, resolve, resolve_for_all
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.runtime import config_schema, device_mesh, distributed, manifest
@@ -82,16 +83,65 @@ class Experiment:
     """Problems by id, as the stage synthesize wrote them."""
     return Shards(self.workdir / "synthesize" / split, Problem).read_dict()
 
-  def engine(self, policy: Policy, *, lanes: int | None = None, slots: int | None = None) -> Engine:
-    """The decoding engine for a policy."""
+  def engine(
+    self,
+    policy: Policy,
+    work: Callable[[], Work] | None = None,
+    *,
+    lanes: int,
+    slots: int,
+    stage: manifest.Stage | None = None,
+    max_new_tokens: int = 0,
+  ) -> Engine:
+    """The decoding engine for a policy.
+
+    Args:
+      policy: what decodes.
+      work: gives what there is to decode; asked by the first process where lanes or slots are 0.
+      lanes, slots: as the config has them; 0 for what fits the work.
+      stage: keeps what was chosen; None to choose anew.
+      max_new_tokens: 0 for the config's.
+    """
     c = self.config.engine
+    new, refill = max_new_tokens or c.max_new_tokens, 0
+    if not lanes or not slots:
+
+      def choose():
+        memory = device_mesh.memory()
+        chosen = fit(
+          policy.model,
+          self.mesh,
+          work(),
+          max_new_tokens=new,
+          memory=memory,
+          lanes=lanes,
+          slots=slots,
+        )
+        logging.info(
+          "%s: %d lanes of %d slots, filled by %d, are chosen; %.0f %% of slots are expected to be "
+          "busy.",
+          stage.name if stage else "decoding",
+          chosen.lanes,
+          chosen.slots,
+          chosen.refill,
+          100 * chosen.busy,
+        )
+        return dataclasses.asdict(chosen)
+
+      kept = (
+        stage.settle("lanes", choose)
+        if stage
+        else distributed.agree(choose() if distributed.first() else None)
+      )
+      lanes, slots, refill = lanes or kept["lanes"], slots or kept["slots"], kept["refill"]
     return Engine(
       policy.model,
       self.mesh,
       policy.stops(c.stop),
-      lanes=lanes or c.lanes,
-      slots=slots or c.slots,
-      max_new_tokens=c.max_new_tokens,
+      lanes=lanes,
+      slots=slots,
+      max_new_tokens=new,
+      refill=refill,
     )
 
 

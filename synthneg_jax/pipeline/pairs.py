@@ -24,10 +24,8 @@ from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import pair_trees
 
 WHOLE_MODES = ("arbitrary", "furthest")
-VARIANTS = {
-  "dpo": "outcome_mode",
-  "step_dpo": "pair_mode",
-}  # by the leaf of section `pairs` that holds their mode
+# by the leaf of section `pairs` that holds their mode
+VARIANTS = {"dpo": "outcome_mode", "step_dpo": "pair_mode"}
 _PITS = ("pairs.pit_rule", "pairs.drop_ratio", "pairs.min_before", "credit.best_of")
 _SIBLINGS = ("pairs.continuation", "pairs.choice")
 _READS = {  # leaves that a mode depends on, besides those of all modes
@@ -206,7 +204,7 @@ def build(experiment: Experiment, mode: str) -> tuple[list[Pair], dict]:
     "without_alternative": len(candidates) - len(found) - without_pit,
   }
   pairs, too_long = [], 0
-  length = min(experiment.config.dpo.row_length, experiment.config.model.max_length)
+  length = train_policy.longest_tree(experiment.config, experiment.config.dpo)
   kept, filtered = core.filter_pairs(
     [candidate.pair for candidate in found],
     [candidate.trace.problem_id for candidate in found],

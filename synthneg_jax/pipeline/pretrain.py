@@ -60,7 +60,8 @@ def run(experiment: Experiment) -> dict:
       dtype=c.model.dtype,
     )
   )
-  plan = train_policy.plan(experiment, section, examples, [document.id for document in documents])
+  names = [document.id for document in documents]
+  plan = train_policy.plan(experiment, stage, section, model, examples=examples, names=names)
   shardings = param_shardings(model, experiment.mesh)
   params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(c.seed))
   run = loop.Run(

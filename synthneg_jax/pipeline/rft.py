@@ -126,15 +126,15 @@ def run(experiment: Experiment, name: str = "rft") -> dict:
   branches = _branches(chosen, solutions, lambda key: len(trunk(key)))
   if not any(branches.values()):
     raise UserError(
-      f"Stage {name} has no response to train on: rft.keep={section.keep!r} left none of the "
-      "samples."
+      f"Stage {name} has no response to train on: rft.keep={section.keep!r} left "
+      "none of the samples."
     )
-  length = min(section.row_length, experiment.config.model.max_length)
+  length = train_policy.longest_tree(experiment.config, section)
   most = min(section.max_branches_per_tree, section.batch_size)
   examples, names, dropped = train_policy.branch_trees(
     {key: trunk(key) for key in branches}, branches, most, length
   )
-  plan = train_policy.plan(experiment, section, examples, names)
+  plan = train_policy.plan(experiment, stage, section, policy.model, examples=examples, names=names)
   training = loop.Run(
     name=name,
     section=section,

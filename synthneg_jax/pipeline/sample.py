@@ -17,17 +17,19 @@ def run(experiment: Experiment) -> dict:
     return {}
   section, policy = experiment.config.sample, experiment.policy("sft")
   problems = experiment.problems("train")
-  engine = experiment.engine(policy, slots=min(experiment.config.engine.slots, section.num_traces))
   request = traces.Request(
     label="sample", purpose="sample", count=section.num_traces, sampling=sampling(section)
   )
-  shards = traces.respond(
-    experiment,
+  c, wanted = experiment.config.engine, list(problems.values())
+  engine = experiment.engine(
     policy,
-    engine,
-    problems=list(problems.values()),
-    request=request,
-    folder=stage.folder / "traces",
+    lambda: traces.work(experiment, policy, wanted, request),
+    lanes=c.lanes,
+    slots=min(c.slots, section.num_traces),
+    stage=stage,
+  )
+  shards = traces.respond(
+    experiment, policy, engine, problems=wanted, request=request, folder=stage.folder / "traces"
   )
   groups = by_problem(shards.read(), problems)
   every = [trace for group in groups.values() for trace in group]

@@ -26,11 +26,11 @@ def run(experiment: Experiment, name: str = "sft") -> dict:
     key: [prompts.encode_solution(policy.tokenizer, problem.solution)]
     for key, problem in problems.items()
   }
-  length = min(section.row_length, experiment.config.model.max_length)
+  length = train_policy.longest_tree(experiment.config, section)
   examples, names, dropped = train_policy.solution_trees(
     trunks, solutions, min(section.max_branches_per_tree, section.batch_size), length
   )
-  plan = train_policy.plan(experiment, section, examples, names)
+  plan = train_policy.plan(experiment, stage, section, policy.model, examples=examples, names=names)
   training = loop.Run(
     name=name,
     section=section,

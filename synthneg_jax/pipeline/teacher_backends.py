@@ -8,7 +8,7 @@ import numpy as np
 from absl import logging
 
 from synthneg_jax.data import prompts
-from synthneg_jax.decoding.engine import Engine, Trunk
+from synthneg_jax.decoding.engine import Trunk, Work
 from synthneg_jax.decoding.policy import Policy, files_identity, resolve
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.pipeline.experiment import Experiment
@@ -35,13 +35,18 @@ class _Local:
     self._run, self._store, self.model = experiment, store, self._policy.fingerprint
     self._template_args = config_schema.template_args(c.task.template_args)
     self._style = "chat" if self._policy.tokenizer.chat_template else "raw"
-    self._engine = Engine(
-      self._policy.model,
-      experiment.mesh,
-      self._policy.stops(c.engine.stop),
+    most = c.synthesis.max_tokens
+    self._engine = experiment.engine(
+      self._policy,
+      lambda: Work(  # nobody knows yet how long replies are
+        sizes=np.random.default_rng(0)
+        .integers(1, most + 1, (_BATCH, c.synthesis.num_solutions))
+        .tolist(),
+        longest=c.model.max_length,
+      ),
       lanes=c.engine.lanes,
       slots=min(c.engine.slots, c.synthesis.num_solutions),
-      max_new_tokens=c.synthesis.max_tokens,
+      max_new_tokens=most,
     )
 
   def ask(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Reply]]:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from etils import epath
 
-from synthneg_jax.data import steps, token_text
+from synthneg_jax.data import prompts, steps, token_text
 from synthneg_jax.data.records import Problem, Shards, Trace
-from synthneg_jax.decoding.engine import Engine, Generation, Trunk
+from synthneg_jax.decoding.engine import Engine, Generation, Trunk, Work
 from synthneg_jax.decoding.policy import Policy
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.grading import answers
@@ -137,6 +137,24 @@ def _prompt(
       f"{experiment.config.model.max_length}, less than engine.max_new_tokens={new}."
     )
   return ids
+
+
+def work(
+  experiment: Experiment, policy: Policy, problems: Sequence[Problem], request: "Request"
+) -> Work:
+  """What `respond` decodes at once: responses are expected to be as long as the solutions that SFT
+  has seen.
+  """
+  first, new = problems[:_SHARD], experiment.config.engine.max_new_tokens
+  solved = [
+    problem.solution for problem in experiment.problems("train").values() if problem.solution
+  ][:_SHARD]
+  sizes = sorted(min(len(prompts.encode_solution(policy.tokenizer, text)), new) for text in solved)
+  draws = np.random.default_rng(0).choice(
+    sizes or np.arange(1, new + 1), (len(first), request.count)
+  )
+  longest = max(len(_prompt(experiment, policy, problem, request.shots)) for problem in first)
+  return Work(sizes=draws.tolist(), longest=longest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
+from jax.sharding import Mesh
 
+from synthneg_jax.core.geometry import Rows
 from synthneg_jax.core.tree import Branch, sharing
 from synthneg_jax.data import prompts
 from synthneg_jax.data.records import Problem
@@ -13,10 +15,11 @@ from synthneg_jax.decoding.policy import Policy, param_shardings
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.runtime import config_schema, device_mesh, keys
+from synthneg_jax.runtime import config_schema, device_mesh, keys, manifest
 from synthneg_jax.runtime.metrics import Metrics
 from synthneg_jax.tasks import problems as problems_lib
 from synthneg_jax.training import batches, loop
+from synthneg_jax.training import step as step_lib
 from synthneg_jax.training.batch import Example
 
 
@@ -83,10 +86,50 @@ def branch_trees(
   return examples, names, dropped
 
 
+def longest_tree(config, section) -> int:
+  """Tokens that a tree of a training stage may have."""
+  longest = config.model.max_length
+  return min(section.row_length or longest, longest)
+
+
+def room(model: Model, section, mesh: Mesh, *, length: int, memory: float) -> int:
+  """Tokens of a microbatch that each row shard has memory for, at least 1, by an estimate that is
+  ours.
+
+  Args:
+    model: whose weights a stage trains, or by `section.lora` an adapter of them.
+    section: the stage's.
+    mesh: where it runs.
+    length: tokens of a row, at most.
+    memory: bytes that a device has for it all.
+  """
+  c = model.config
+  weights = mesh.shape["fsdp"] * mesh.shape["tensor"]
+  adapter = trained(model, section)
+  num_trained = sum(leaf.size for leaf in jax.tree.leaves(adapter.abstract_params()))
+  # parameters; their gradients and two moments
+  state = (4 * c.num_params + 12 * num_trained) / weights
+  token = step_lib.bytes_per_token(
+    c, length, chunk=section.logit_chunk, fused=mesh.devices.flat[0].platform == "tpu"
+  )
+  return max(int((memory - state) / (token / mesh.shape["tensor"])), 1)
+
+
 def plan(
-  experiment: Experiment, section, examples: Sequence[Example], names: Sequence[str]
+  experiment: Experiment,
+  stage: manifest.Stage,
+  section,
+  model: Model,
+  *,
+  examples: Sequence[Example],
+  names: Sequence[str],
 ) -> batches.Batches:
-  """The batches of a training stage."""
+  """The batches of a training stage, in rows that were chosen for it once."""
+
+  def settle(choose: Callable[[], Rows]) -> Rows:
+    rows = stage.settle("rows", lambda: dataclasses.asdict(choose()))
+    return Rows(**rows | {"counts": tuple(rows["counts"])})
+
   return batches.Batches(
     examples,
     names,
@@ -97,7 +140,16 @@ def plan(
       seed=experiment.config.seed,
     ),
     row_length=section.row_length,
-    rows_multiple_of=section.grad_accum_steps * device_mesh.row_shards(experiment.mesh),
+    row_shards=device_mesh.row_shards(experiment.mesh),
+    microbatches=section.grad_accum_steps,
+    room=room(
+      model,
+      section,
+      experiment.mesh,
+      length=longest_tree(experiment.config, section),
+      memory=device_mesh.memory(),
+    ),
+    settle=settle,
   )
 
 

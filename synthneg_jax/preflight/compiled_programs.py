@@ -2,6 +2,7 @@
 compiled for abstract arrays.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -143,12 +144,34 @@ class Recipe:
     work: as `bill.work` has it.
   """
 
-  def __init__(self, config, mesh: Mesh, lengths: cost_model.Lengths):
-    """Checks that the mesh can hold the model."""
-    self._config, self.mesh, self._lengths = config, mesh, lengths
+  def __init__(self, config, mesh: Mesh, lengths: cost_model.Lengths, memory: float):
+    """Checks that the mesh can hold the model; `memory` is what a device has, in bytes."""
+    self.mesh, self._lengths, self._memory = mesh, lengths, device_mesh.SPENT * memory
     self.model = architecture(config)
+    self._config = self._settled(config)
     self._params = policy.param_shardings(self.model, mesh)
     self.work = cost_model.work(config, lengths, len(config.evaluate.methods))
+
+  def _settled(self, config):
+    """The config with a geometry where the stages would choose one: rows as long as
+    model.max_length allows.
+    """
+    config = copy.deepcopy(config)
+    for stage in ("sft", "rft", "dpo"):
+      section = config[stage]
+      section.row_length = section.row_length or config.model.max_length
+      if not section.grad_accum_steps:
+        tree = cost_model.mean_tree(
+          config, stage if stage != "dpo" else "dpo/step_dpo", self._lengths
+        )
+        shards = device_mesh.row_shards(self.mesh)
+        section.grad_accum_steps = 1
+        rows = cost_model.batch_shape(section, tree, shards)[0].rows // shards
+        room = train_policy.room(
+          self.model, section, self.mesh, length=section.row_length, memory=self._memory
+        )
+        section.grad_accum_steps = -(-rows // max(room // section.row_length, 1))
+    return config
 
   def programs(self, stages: Sequence[str]) -> Iterator[Program]:
     """Those of the given stages (sft, dpo, ...) or single ones (dpo/step_dpo, sample/decode, ...).
@@ -187,9 +210,8 @@ class Recipe:
     )
     chunk = {"chunk": section.logit_chunk} if section.get("logit_chunk") else {}
     if stage == "dpo":
-      loss = functools.partial(
-        losses.dpo_loss, beta=section.beta
-      )  # the others of its kind cost the same
+      # the others of its kind cost the same
+      loss = functools.partial(losses.dpo_loss, beta=section.beta)
       preference = objectives.Preference(
         loss=loss, beta=section.beta, nll_weight=section.nll_weight
       )
@@ -266,6 +288,7 @@ class Recipe:
     """(sizes at the stage's longest trunks, items of such a trunk)."""
     config, lengths = self._config, self._lengths
     c, section = config.engine, config[stage]
+    refill = 0
     slots, lanes, items = {
       "sample": lambda: (min(c.slots, section.num_traces), c.lanes, section.num_traces),
       "credit": lambda: (
@@ -273,9 +296,27 @@ class Recipe:
         section.lanes,
         math.ceil((2 * lengths.steps - 1) * section.num_rollouts),
       ),
-      "evaluate": lambda: (1, c.lanes * min(c.slots, 4), 1),
+      "evaluate": lambda: (1, c.lanes * min(c.slots or 1, 4), 1),
     }[stage]()
     trunk = math.ceil(2 * (lengths.prompt + (lengths.response if stage == "credit" else 0)))
+    if not lanes or not slots:  # the stage would choose them
+      mean = lengths.response / (2 if stage == "credit" else 1)
+      trunks = min(math.ceil(self.work[stage]["trunks"]), 512)
+      sizes = np.random.default_rng(0).integers(1, math.ceil(2 * mean) + 1, (trunks, items))
+      work = engine.Work(
+        sizes=np.minimum(sizes, c.max_new_tokens).tolist(),
+        longest=min(trunk, config.model.max_length),
+      )
+      chosen = engine.fit(
+        self.model,
+        self.mesh,
+        work,
+        max_new_tokens=c.max_new_tokens,
+        memory=self._memory,
+        lanes=lanes,
+        slots=slots,
+      )
+      lanes, slots, refill = chosen.lanes, chosen.slots, chosen.refill
     shards = device_mesh.row_shards(self.mesh)
     lanes, bucket = -(-lanes // shards) * shards, engine.bucket
     trunk = min(bucket(trunk), max(config.model.max_length, 1))
@@ -285,7 +326,7 @@ class Recipe:
       trunk=trunk,
       items=bucket(items),
       new=c.max_new_tokens,
-      refill=max(lanes // 4, 1),
+      refill=refill or max(lanes // 4, 1),
     )
     return g, items
 
@@ -312,9 +353,8 @@ class Recipe:
       f"lower {section}.lanes, {section}.slots or engine.max_new_tokens, or raise mesh.tensor"
     )
 
-    known = (
-      lengths.response if stage == "credit" else 0.0
-    )  # of a trunk: the trace whose prefixes are continued
+    # of a trunk: the trace whose prefixes are continued
+    known = lengths.response if stage == "credit" else 0.0
     grown = lengths.response / (2 if stage == "credit" else 1)  # by a branch
     trunk = lengths.prompt + known
     if part == "decode":

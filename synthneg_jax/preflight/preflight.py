@@ -96,8 +96,8 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list, Chip]:
   generation, _, sizes = topology.partition(":")
   if generation not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", sizes):
     raise UserError(
-      f"--topology={topology}: it is GENERATION:SIZES with one of {', '.join(CHIPS)}, such as "
-      "v5e:8x8."
+      f"--topology={topology}: it is GENERATION:SIZES with one of "
+      f"{', '.join(CHIPS)}, such as v5e:8x8."
     )
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(
@@ -275,7 +275,7 @@ def main(
     raise UserError(f"--efficiency={efficiency} is no share: it lies above 0 and at most at 1.")
   devices, chip = devices_of(topology, config.mesh.slices)
   mesh = device_mesh.make_mesh(**config.mesh, devices=devices)
-  recipe = Recipe(config, mesh, lengths)
+  recipe = Recipe(config, mesh, lengths, chip.hbm_bytes)
   model = recipe.model.config
   sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   print(

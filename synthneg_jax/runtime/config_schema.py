@@ -212,9 +212,19 @@ def _training(learning_rate: float, batch_size: int, num_epochs: int) -> dict:
       0, "Bound on the number of steps; 0 for none.", unit="steps", within=AT_LEAST_0
     ),
     "row_length": Leaf(
-      1024, "Length of a row into which trees are packed.", unit="tokens", within="[2, inf)"
+      0,
+      "Length of a row into which trees are packed, and so of the longest that is trained on; 0 "
+      "for rows that fit the trees, "
+      "which model.max_length bounds.",
+      unit="tokens",
+      within="[2, inf)",
+      also=(0,),
     ),
-    "grad_accum_steps": Leaf(1, "Microbatches whose gradients are summed in a step.", within=COUNT),
+    "grad_accum_steps": _how(
+      0,
+      "Microbatches whose gradients are summed in a step; 0 for as few as memory allows.",
+      within=AT_LEAST_0,
+    ),
     "logit_chunk": Leaf(
       0,
       "Scored tokens of a row whose logits exist at once; 0 for all.",
@@ -322,8 +332,8 @@ SCHEMA = {
     ),
     "path": Leaf(
       "",
-      "Folder of both splits, file to train on, or dataset on the Hub (hf:ORG/NAME); empty: see "
-      "docs/datasets.md.",
+      "Folder of both splits, file to train on, or dataset on the Hub (hf:ORG/NAME); empty: "
+      "see docs/datasets.md.",
     ),
     "test_path": Leaf(
       "", "The same for the test problems, such as MATH-500; empty: those of task.path."
@@ -544,8 +554,14 @@ SCHEMA = {
     ),
   },
   "engine": {
-    "lanes": _how(32, "Trunks that decode at once.", within=COUNT),
-    "slots": _how(8, "Branches of a trunk that decode at once.", within=COUNT),
+    "lanes": _how(
+      0, "Trunks that decode at once; 0 for what fits work and memory.", within=AT_LEAST_0
+    ),
+    "slots": _how(
+      0,
+      "Branches of a trunk that decode at once; 0 for what fits work and memory.",
+      within=AT_LEAST_0,
+    ),
     "max_new_tokens": Leaf(256, "Longest response.", unit="tokens", within=COUNT),
     "stop": Leaf((), "Strings that end a response besides EOS."),
   },
@@ -702,8 +718,14 @@ SCHEMA = {
     "max_right_per_problem": Leaf(
       0, "Right traces per problem that get credit.", unit="traces", within=AT_LEAST_0
     ),
-    "slots": _how(8, "Branches of a trace that decode at once.", within=COUNT),
-    "lanes": _how(8, "Traces whose rollouts decode at once.", within=COUNT),
+    "slots": _how(
+      0,
+      "Branches of a trace that decode at once; 0 for what fits work and memory.",
+      within=AT_LEAST_0,
+    ),
+    "lanes": _how(
+      0, "Traces whose rollouts decode at once; 0 for what fits work and memory.", within=AT_LEAST_0
+    ),
     "endpoint": _endpoint(32),
     "send_token_ids": Leaf(
       True,
@@ -822,7 +844,8 @@ SCHEMA = {
     ),
     "profile_steps": _how(
       "",
-      "a:b traces updates a to b - 1 of every training stage; also --profile_steps; empty for none.",
+      "a:b traces updates a to b - 1 of every training stage; also --profile_steps; empty for "
+      "none.",
     ),
   },
   "export": {
@@ -963,6 +986,13 @@ def changes_results(leaf: str) -> bool:
   return LEAVES[leaf].changes_results
 
 
+def may_change_results(leaf: str) -> bool:
+  """The same of a leaf that a stage of any version was begun with; True of one that there is no
+  more.
+  """
+  return leaf not in LEAVES or LEAVES[leaf].changes_results
+
+
 def help_text(sections: Sequence[str]) -> str:
   """The leaves of some sections as --help shows them: name, default, allowed values, unit and
   sentence.
@@ -1011,8 +1041,8 @@ def check_values(config: ConfigDict) -> None:
     )
   if values["pairs.pair_mode"] == "positives_too" and values["credit.max_right_per_problem"] < 1:
     raise UserError(
-      "pairs.pair_mode='positives_too' needs credit of right traces: credit.max_right_per_problem "
-      "is 0."
+      "pairs.pair_mode='positives_too' needs credit of right traces: "
+      "credit.max_right_per_problem is 0."
     )
   if values["synthesis.budget_usd"] and not (
     values["synthesis.usd_per_million_prompt"] or values["synthesis.usd_per_million_completion"]

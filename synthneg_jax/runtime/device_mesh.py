@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -27,6 +28,9 @@ RULES = {
   "norm": None,
   "rows": ("slice", "data", "fsdp"),
 }
+
+
+SPENT = 0.8  # share of a device's memory that work is fitted to
 
 
 def make_mesh(
@@ -256,6 +260,16 @@ def under(mesh: Mesh, fn: Callable) -> Callable:
       return fn(*args)
 
   return traced
+
+
+def memory() -> float:
+  """Bytes that work may take on each device of this process: of its own memory, or of a share of
+  half the host's.
+  """
+  device = jax.local_devices()[0]
+  if limit := (device.memory_stats() or {}).get("bytes_limit"):
+    return SPENT * limit
+  return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
 
 
 def runs_on_tpu() -> bool:

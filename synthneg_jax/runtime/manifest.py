@@ -9,19 +9,17 @@ import pathlib
 import subprocess
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from etils import epath
 
-from synthneg_jax.runtime import distributed
+from synthneg_jax.runtime import config_schema, distributed
 from synthneg_jax.runtime.errors import UserError, writing
 
 # of the stages' files; version 1 wrote none, had other leaf names, and made pairs within stage dpo
 FORMAT = 2
-_LOGS = (
-  "begun.json",
-  "metrics.jsonl",
-)  # besides TensorBoard's; a stage with nothing else has made nothing yet
+# besides TensorBoard's; a stage with nothing else has made nothing yet
+_LOGS = ("begun.json", "metrics.jsonl")
 _PACKAGES = (
   "jax",
   "jaxlib",
@@ -131,14 +129,22 @@ class Stage:
     self._begun = {"format": FORMAT, "config": json.loads(json.dumps(config)), "inputs": inputs}
     begun_path, manifest_path = self.folder / "begun.json", self.folder / "manifest.json"
     before = json.loads(begun_path.read_text()) if begun_path.exists() else None
+    self._geometry = before.pop("geometry", {}) if before else {}
+    if before and set(before) == set(self._begun):
+      # a leaf that decided results in an earlier version and no longer does is no difference
+      before["config"] = {
+        leaf: value
+        for leaf, value in before["config"].items()
+        if config_schema.may_change_results(leaf)
+      }
     if before not in (None, self._begun) and not self._made_nothing():
       self._refuse_change(before)
-    self.done = distributed.agree(
-      manifest_path.exists()
-    )  # and all have read what is there before anything is written
+    # and all have read what is there before anything is written
+    self.done = distributed.agree(manifest_path.exists())
     if before != self._begun:
       if before is not None and distributed.first():
         self.folder.rmtree()  # logs of a start that made nothing
+      self._geometry = {}
       write_json(begun_path, self._begun)
     distributed.barrier()  # the folder is there
 
@@ -196,6 +202,22 @@ class Stage:
           f"{self.folder} to have it made again."
         )
 
+  def settle(self, name: str, choose: Callable[[], dict]) -> dict:
+    """A geometry (core/geometry.py) that was chosen once for this stage, by the first process,
+    whoever goes on with it.
+
+    It changes speed and not results, so that it stands beside the fingerprint and not in it.
+
+    Args:
+      name: of what it is for.
+      choose: gives it as JSON values; called where nothing was chosen before. All processes call
+        this method.
+    """
+    if name not in self._geometry:
+      self._geometry[name] = distributed.agree(choose() if distributed.first() else None)
+      write_json(self.folder / "begun.json", self._begun | {"geometry": self._geometry})
+    return self._geometry[name]
+
   def finish(self, figures: dict, files: Sequence[epath.Path] = (), identity: str = "") -> dict:
     """Writes the manifest, once all processes are here; it is there when this returns.
 
@@ -226,6 +248,7 @@ class Stage:
         "figures": figures,
         "files": hashes,
         **self._begun,
+        "geometry": self._geometry,
         "versions": versions(),
         "git_commit": git_commit(),
       },

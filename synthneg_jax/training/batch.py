@@ -77,8 +77,8 @@ def assign_rows(examples: Sequence[Example], length: int) -> list[list[int]]:
   return tree_lib.first_fit([example.tree.num_tokens for example in examples], length)
 
 
-def measure(examples: Sequence[Example], length: int, multiple_of: int = 1) -> Shape:
-  """The smallest shape that holds these examples as one batch, rows rounded up to a multiple."""
+def measure(examples: Sequence[Example], length: int) -> Shape:
+  """The smallest shape that holds these examples as one batch."""
   rows = assign_rows(examples, length)
 
   def widest(count):
@@ -86,7 +86,7 @@ def measure(examples: Sequence[Example], length: int, multiple_of: int = 1) -> S
     return max((sum(count(examples[i]) for i in row) for row in rows), default=0)
 
   return Shape(
-    rows=-(-max(len(rows), 1) // multiple_of) * multiple_of,
+    rows=max(len(rows), 1),
     length=length,
     scored=max(widest(lambda example: example.tree.num_scored), 1),
     pairs=widest(lambda example: len(example.pairs)),

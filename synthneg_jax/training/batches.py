@@ -3,10 +3,13 @@ unbroken one sees.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from synthneg_jax.core import geometry
+from synthneg_jax.core.geometry import Rows
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import batch as batch_lib
@@ -75,7 +78,9 @@ class Batches:
   """All batches of a run, built when asked for.
 
   Attributes:
-    shape: the one shape that holds each of them, so that one compiled program serves all.
+    rows: how trees are laid in rows.
+    shape: the one shape that holds each of them; a step has as many rows as `rows` says, so that
+      few compiled programs serve all.
     packing_efficiency: share of all rows' places that hold a token.
   """
 
@@ -85,8 +90,11 @@ class Batches:
     keys: Sequence[str],
     *,
     schedule: Schedule,
-    row_length: int,
-    rows_multiple_of: int,
+    row_length: int = 0,
+    row_shards: int = 1,
+    microbatches: int = 0,
+    room: int = 0,
+    settle: Callable[[Callable[[], Rows]], Rows] = lambda choose: choose(),
   ):
     """Plans the run.
 
@@ -94,15 +102,18 @@ class Batches:
       examples: trees with their pairs.
       keys: a name for each example, for error messages.
       schedule: how many steps there are, and what they take.
-      row_length: T, tokens a row.
-      rows_multiple_of: accumulation steps × the mesh's row shards.
+      row_length, row_shards, microbatches, room: `length`, `shards`, `microbatches`, `room` of
+        `core.geometry.fit_rows`, which chooses what is 0. The examples of a step, and so what an
+        update means, never depend on them.
+      settle: given what chooses the rows, gives those to be used, such as ones that were chosen
+        before.
 
     Raises:
       UserError: an example is longer than a row, or there is none.
     """
     self._examples, self._keys = examples, keys
     for example, key in zip(examples, keys, strict=True):
-      if example.tree.num_tokens > row_length:
+      if 0 < row_length < example.tree.num_tokens:
         raise UserError(
           f"{key}: its tree has {example.tree.num_tokens} tokens, more than "
           f"row_length={row_length}."
@@ -112,33 +123,46 @@ class Batches:
       for example in examples
     ]
     self._steps = plan(weights, schedule)
+    sizes = [[examples[i].tree.num_tokens for i in step] for step in self._steps]
+    self.rows = settle(
+      functools.partial(
+        geometry.fit_rows,
+        sizes,
+        length=row_length,
+        shards=row_shards,
+        microbatches=microbatches,
+        room=room,
+      )
+    ).split(row_shards)
+    self._steps = [
+      [step[i] for i in self.rows.order(of_step)]
+      for step, of_step in zip(self._steps, sizes, strict=True)
+    ]
+    self._num_rows = list(map(self.rows.needed, sizes))
     shapes = [
-      batch_lib.measure([examples[i] for i in step], row_length, rows_multiple_of)
-      for step in self._steps
+      batch_lib.measure([examples[i] for i in step], self.rows.length) for step in self._steps
     ]
 
     def widest(field):
       return max(getattr(shape, field) for shape in shapes)
 
     self.shape = batch_lib.Shape(
-      rows=widest("rows"),
-      length=row_length,
+      rows=max(self._num_rows),
+      length=self.rows.length,
       scored=widest("scored"),
       pairs=widest("pairs"),
       branches=widest("branches"),
     )
-    tokens = sum(examples[i].tree.num_tokens for step in self._steps for i in step)
-    self.packing_efficiency = tokens / (len(self._steps) * self.shape.rows * row_length)
+    self.packing_efficiency = sum(map(sum, sizes)) / (sum(self._num_rows) * self.rows.length)
 
   @property
   def num_steps(self) -> int:
     """How many batches there are."""
     return len(self._steps)
 
-  @property
-  def num_places(self) -> int:
-    """Places for tokens in a batch, filled or not."""
-    return self.shape.rows * self.shape.length
+  def num_places(self, step: int) -> int:
+    """Places for tokens in the batch of a step, filled or not."""
+    return self._num_rows[step] * self.rows.length
 
   def num_tokens(self, step: int) -> int:
     """Tokens in the batch of a step; padding does not count."""
@@ -158,5 +182,6 @@ class Batches:
     return [self._keys[i] for i in self._steps[step]]
 
   def build(self, step: int) -> batch_lib.Batch:
-    """The batch of a step, numpy arrays of `shape`."""
-    return batch_lib.build([self._examples[i] for i in self._steps[step]], self.shape)
+    """The batch of a step, numpy arrays of `shape` but for the number of rows."""
+    shape = dataclasses.replace(self.shape, rows=self._num_rows[step])
+    return batch_lib.build([self._examples[i] for i in self._steps[step]], shape)

@@ -43,8 +43,8 @@ class Run:
 
   Attributes:
     name: for progress lines and messages.
-    section: the config's section with `optimizer`, `grad_accum_steps`, `save_every_steps`,
-      `max_to_keep` and `max_to_keep_best`.
+    section: the config's section with `optimizer`, `save_every_steps`, `max_to_keep` and
+      `max_to_keep_best`.
     model: what is trained: the policy's architecture, or an adapter of it.
     objective: as training/objectives.py makes them.
     batches: the data, a function of the step.
@@ -130,7 +130,7 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
     optimizer,
     shardings,
     mesh=run.mesh,
-    accumulate=section.grad_accum_steps,
+    accumulate=batches.rows.microbatches,
     frozen=jax.tree.map(lambda leaf: leaf.sharding, frozen),
   )
   batch_shardings = step_lib.batch_shardings(run.mesh)
@@ -160,7 +160,7 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
     cost = {}
     if lines.measured:
       cost = {"learning_rate": float(rates[step])} | meter.step(
-        batches.num_tokens(step), batches.num_places
+        batches.num_tokens(step), batches.num_places(step)
       )
     lines.write(step, averages | cost, histograms)
     losses.append(next(value for key, value in averages.items() if key.startswith("loss")))
@@ -172,10 +172,12 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
     lines.keep()
 
   logging.info(
-    "%s: %d steps, %s, %.0f %% full.",
+    "%s: %d steps of %s rows of %d tokens in %d microbatch(es), %.0f %% full.",
     run.name,
     batches.num_steps,
-    batches.shape,
+    " or ".join(map(str, batches.rows.counts)),
+    batches.rows.length,
+    batches.rows.microbatches,
     100 * batches.packing_efficiency,
   )
   previous, meter = None, Meter()

@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
+from synthneg_jax.core import geometry
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import device_mesh, distributed
@@ -115,7 +116,7 @@ class Packing(NamedTuple):
 
   Attributes:
     mesh: where the forward pass runs.
-    row_length: T, tokens a row.
+    row_length: T, tokens a row; 0 for rows that fit the trees.
     logit_chunk: as `chunk` of `objectives.scored_logprobs`.
   """
 
@@ -152,6 +153,9 @@ def score(model: Model, params, trees: Sequence[Tree], *, store: Store, packing:
     return
   for tree in wanted:
     model.config.check_ids(tree.layout.token, "A text to be scored")
+  if not row_length:
+    wanted.sort(key=lambda tree: -tree.num_tokens)
+    row_length = geometry.fit_rows([[tree.num_tokens for tree in wanted]]).length
   examples = [Example(tree) for tree in wanted]
   rows = batch_lib.assign_rows(examples, row_length)
   per_call = rows_per_call(mesh)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from synthneg_jax.models import layer_stacking
 from synthneg_jax.models.adapter import Adapter
+from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import device_mesh
 from synthneg_jax.training.batch import Batch
@@ -71,6 +72,29 @@ def make_init(optimizer: optax.GradientTransformation, shardings):
 def make_relayout(shardings):
   """Returns relayout(state) -> the same state, stacked or unstacked as its new shardings are."""
   return jax.jit(functools.partial(layer_stacking.like, shardings), out_shardings=shardings)
+
+
+def bytes_per_token(
+  config: ModelConfig, length: int, *, chunk: int = 0, fused: bool = False
+) -> float:
+  """What a gradient keeps of a token on its way back, roughly, in bytes (ours;
+  tests/training/step_test.py holds it to XLA's).
+
+  Args:
+    config: of the model.
+    length: tokens of a row.
+    chunk: scored tokens of a row whose logits exist at once; 0 for all.
+    fused: attention keeps no scores; else one for each token of the row and each head.
+  """
+  c, size = config, jnp.dtype(config.dtype).itemsize
+  layer = size * (8 * c.d_model + 4 * c.d_ff + 3 * (c.num_heads + c.num_kv_heads) * c.head_dim)
+  if not fused:
+    layer += c.num_heads * length * (4 + size)
+  layers = {"none": c.num_layers * layer, "selective": (c.num_layers / 2 + 1) * layer}.get(
+    c.remat, layer + c.num_layers * c.d_model * size
+  )
+  logits = 3 * 4 * c.vocab_size * (min(chunk, length) / length if chunk else 1)
+  return layers + logits
 
 
 def batch_shardings(mesh: Mesh) -> Batch:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from synthneg_jax.core import geometry
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.decoding.engine import Engine, Trunk
@@ -17,9 +18,8 @@ from tests import tiny_model
 
 EOS = 3
 NEW = 12
-CDF_EDGE = (
-  1e-5  # draws this close to an edge of the CDF may differ between programs of other shapes
-)
+# draws this close to an edge of the CDF may differ between programs of other shapes
+CDF_EDGE = 1e-5
 
 
 def make_trunks(rng, count=7):
@@ -171,9 +171,11 @@ class EngineTest(parameterized.TestCase):
         compared += 1
     self.assertEqual(compared, sum(len(trunk.forks) for trunk in trunks))
 
-  @parameterized.parameters((1, 1, False), (1, 1, True), (5, 4, False), (3, 2, True), (8, 3, True))
-  def test_tokens_do_not_depend_on_batch_mates(self, lanes, slots, scan):
-    # Fails if a key depends on the lane, the slot or the order of trunks.
+  @parameterized.parameters(
+    (1, 1, 0, False), (1, 1, 0, True), (5, 4, 3, False), (3, 2, 0, True), (8, 3, 1, True)
+  )
+  def test_tokens_do_not_depend_on_batch_mates(self, lanes, slots, refill, scan):
+    # Fails if a key depends on the lane, the slot, the order of trunks or when lanes are filled.
     params, trunks = tiny_model.params(), make_trunks(np.random.default_rng(2))
     order = np.random.default_rng(lanes).permutation(len(trunks))
     other = Engine(
@@ -183,8 +185,29 @@ class EngineTest(parameterized.TestCase):
       lanes=lanes,
       slots=slots,
       max_new_tokens=NEW,
+      refill=refill,
     )
     self.assert_same_draws(params, trunks, order, other, Sampling(temperature=1.0))
+
+  def test_steps_are_those_foreseen(self):
+    # Fails if the engine takes other steps than core/geometry.py counts, or if trunks with most
+    # items do not begin.
+    params, trunks = tiny_model.params(), make_trunks(np.random.default_rng(5), count=12)
+    engine = Engine(
+      tiny_model.model(),
+      tiny_model.one_device_mesh(),
+      Stops((EOS,)),
+      lanes=3,
+      slots=2,
+      max_new_tokens=NEW,
+      refill=2,
+    )
+    made = dict(engine.run(params, trunks, Sampling(temperature=1.0)))
+    steps = [[len(one.ids) - 1 for one in made[i] if len(one.ids) > 1] for i in range(len(trunks))]
+    order = sorted(range(len(trunks)), key=lambda i: -len(trunks[i].forks))
+    expected, _ = geometry.decoding_time([steps[i] for i in order], 3, 2, 2)
+    self.assertEqual(engine.stats["steps"], expected)
+    self.assertEqual(engine.stats["busy_slots"], sum(map(sum, steps)))
 
   @parameterized.parameters(3, 8)
   def test_a_mesh_changes_nothing(self, devices):

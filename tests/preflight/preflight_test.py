@@ -158,9 +158,8 @@ class PreflightTest(parameterized.TestCase):
     # one: by hand, 3 times all products of 8 rows of 128 tokens and attention's 2 once more; or all
     # but a layer's last once more.
     rows, matrices, tokens = 8, 2 * (4 * 256 * 256 + 3 * 256 * 512), 8 * 128
-    keys = (
-      sum(range(64, 129, 64)) * 64 * rows
-    )  # two blocks of 64 queries, each against the keys up to its end
+    # two blocks of 64 queries, each against the keys up to its end
+    keys = sum(range(64, 129, 64)) * 64 * rows
     logits = 2 * 512 * 256 * rows * math.ceil(1.1 * 0.95 * 128 / 36 * 24)
     selective = 3 * (2 * matrices * tokens + logits) + (3 + 1) * 2 * (2 * 2 * 256 * keys)
     self.assertAlmostEqual(
@@ -305,7 +304,9 @@ class LoopsTest(absltest.TestCase):
       config = make_config(folder, num_hidden_layers=5)
       config.model.scan_layers, config.model.remat = scan, "none"
       devices, chip = preflight.devices_of("v5e:4x4")
-      recipe = Recipe(config, device_mesh.make_mesh(**config.mesh, devices=devices), LENGTHS)
+      recipe = Recipe(
+        config, device_mesh.make_mesh(**config.mesh, devices=devices), LENGTHS, chip.hbm_bytes
+      )
       (program,) = recipe.programs(["sft"])
       found.append(preflight.compile_program(program, chip, 16).cost)
     self.assertAlmostEqual(found[0].flops / found[1].flops, 1.0, delta=0.03)

@@ -59,9 +59,9 @@ class SettingsTest(parameterized.TestCase):
     # Fails if a pod's mesh does not hold the model, or if its batches leave parts of the pod, or
     # much of a row, empty.
     config = get_config(model, pod, name)
-    devices, _ = preflight.devices_of(PODS[pod])
+    devices, chip = preflight.devices_of(PODS[pod])
     mesh = device_mesh.make_mesh(**config.mesh, devices=devices)
-    recipe = Recipe(config, mesh, LONGER if name == "math" else LENGTHS)
+    recipe = Recipe(config, mesh, LONGER if name == "math" else LENGTHS, chip.hbm_bytes)
     programs = {
       program.name: program.sizes for program in recipe.programs(("sft", "rft", "dpo/step_dpo"))
     }
@@ -82,10 +82,8 @@ class TablesTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    for name in (
-      "jax_enable_compilation_cache",
-      "jax_debug_nans",
-    ):  # under debug_nans nothing is donated
+    # under debug_nans nothing is donated
+    for name in ("jax_enable_compilation_cache", "jax_debug_nans"):
       cls.addClassCleanup(jax.config.update, name, getattr(jax.config, name))
       jax.config.update(name, False)
 

@@ -59,6 +59,35 @@ class StageTest(parameterized.TestCase):
       ["begun.json", "manifest.json", "traces"],
     )
 
+  def test_a_geometry_is_chosen_once(self):
+    # Fails if a stage that goes on chooses anew, if a geometry makes another stage of it or of
+    # those behind it, if the manifest lacks it, or if a start with another config that had made
+    # nothing leaves its own.
+    stage = Stage(self.workdir, "sample", CONFIG)
+    self.assertEqual(stage.settle("lanes", lambda: {"lanes": 3}), {"lanes": 3})
+    self.assertEqual(stage.settle("lanes", lambda: {"lanes": 4}), {"lanes": 3})
+    stage = Stage(self.workdir, "sample", CONFIG)
+    self.assertEqual(stage.settle("lanes", lambda: {"lanes": 5}), {"lanes": 3})
+    self.assertEqual(stage.settle("rows", lambda: {"length": 7}), {"length": 7})
+    stage.finish({})
+    written = json.loads((stage.folder / "manifest.json").read_text())
+    self.assertEqual(written["geometry"], {"lanes": {"lanes": 3}, "rows": {"length": 7}})
+    other = Stage(self.workdir / "other", "sample", CONFIG)
+    other.settle("lanes", lambda: {"lanes": 9})
+    other.finish({})
+    self.assertEqual(
+      json.loads((other.folder / "manifest.json").read_text())["identity"], written["identity"]
+    )
+    Stage(self.workdir, "rft", CONFIG).settle("rows", lambda: {"length": 7})
+    changed = Stage(self.workdir, "rft", CONFIG | {"seed": 1})
+    self.assertEqual(changed.settle("rows", lambda: {"length": 8}), {"length": 8})
+
+  def test_leaves_that_decided_results_once(self):
+    # Fails if a stage of an earlier version is refused over a leaf that today says only how a stage
+    # computes.
+    self.make(name="sft", config=CONFIG | {"sft.grad_accum_steps": 1})
+    self.assertTrue(Stage(self.workdir, "sft", CONFIG).done)
+
   def test_a_stage_that_has_made_nothing_takes_a_changed_config(self):
     # Fails if a mistyped setting must be cleaned up by hand, or if logs of the abandoned start are
     # mixed with new ones.

@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from synthneg_jax.core.geometry import Rows
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import batch as batch_lib
@@ -21,9 +22,8 @@ A = Example(
   (PairInTree(0, 1, -1.5, -2.5), PairInTree(2, 1, -3.5, -2.5)),
 )
 B = Example(Tree([8, 9], (Branch(1, [10]),)))  # 3 tokens, no pair
-C = Example(
-  Tree([11], (Branch(1, [12]), Branch(1, [13, 14, 15]))), (PairInTree(1, 0, -4.5, -5.5),)
-)  # 5 tokens
+# 5 tokens
+C = Example(Tree([11], (Branch(1, [12]), Branch(1, [13, 14, 15]))), (PairInTree(1, 0, -4.5, -5.5),))
 
 
 def plan(weights, batch_size, num_epochs, seed):
@@ -97,20 +97,49 @@ class BatchesTest(parameterized.TestCase):
     num_epochs=2,
     max_steps=0,
     row_length=8,
-    rows_multiple_of=2,
+    row_shards=2,
   ):
     return Batches(
       examples,
       [f"p{i}" for i in range(len(examples))],
       schedule=Schedule(batch_size=batch_size, num_epochs=num_epochs, max_steps=max_steps),
       row_length=row_length,
-      rows_multiple_of=rows_multiple_of,
+      row_shards=row_shards,
+      microbatches=1,
     )
+
+  def test_chosen_rows(self):
+    # Fails if examples change steps with the geometry, if a step's batch has other rows than the
+    # geometry says or loses tokens, if trees do not lie by falling size, if fullness is of
+    # something else, or if a settled geometry is not taken.
+    given, chosen = self.make(), self.make(row_length=0, row_shards=1)
+    self.assertEqual((chosen.rows.by_size, given.rows.by_size), (True, False))
+    for step in range(chosen.num_steps):
+      self.assertCountEqual(chosen.keys(step), given.keys(step))
+      batch = chosen.build(step)
+      self.assertEqual(batch.trees.token.size, chosen.num_places(step))
+      self.assertIn(batch.trees.token.shape[0], chosen.rows.counts)
+      self.assertEqual(int((batch.trees.token > 0).sum()), given.num_tokens(step))
+      sizes = [chosen._examples[i].tree.num_tokens for i in chosen._steps[step]]
+      self.assertEqual(sizes, sorted(sizes, reverse=True))
+    steps = range(chosen.num_steps)
+    self.assertAlmostEqual(
+      chosen.packing_efficiency,
+      sum(map(chosen.num_tokens, steps)) / sum(map(chosen.num_places, steps)),
+    )
+    settled = Batches(
+      (A, B, C),
+      ["a", "b", "c"],
+      schedule=Schedule(batch_size=4, num_epochs=1),
+      row_shards=2,
+      settle=lambda choose: Rows(9, (1, 3), 2, by_size=True),
+    )
+    self.assertEqual((settled.rows.length, settled.rows.counts), (9, (4,)))
 
   def test_one_shape_holds_all_steps(self):
     # Fails if the shape is the first step's, the smallest, or not rounded up to whole shards of
     # rows; build raises or gives another shape then.
-    batches = self.make(rows_multiple_of=4)
+    batches = self.make(row_shards=4)
     widest = collections.Counter()
     for step in range(batches.num_steps):
       batch = batches.build(step)
@@ -197,11 +226,11 @@ class BuildTest(absltest.TestCase):
     )
 
   def test_measure(self):
-    # Fails if a size is that of another row or a sum over rows, if rows are not rounded up, or if
-    # none or no scored token gives a size of 0, which no program takes.
+    # Fails if a size is that of another row or a sum over rows, or if none or no scored token gives
+    # a size of 0, which no program takes.
     self.assertEqual(batch_lib.measure([A, C, B], 11), Shape(2, 11, 4, 2, 4))
-    self.assertEqual(batch_lib.measure([A, C, B], 7, multiple_of=4), Shape(4, 7, 4, 2, 3))
-    self.assertEqual(batch_lib.measure([], 7, multiple_of=4), Shape(4, 7, 1, 0, 0))
+    self.assertEqual(batch_lib.measure([A, C, B], 7), Shape(3, 7, 4, 2, 3))
+    self.assertEqual(batch_lib.measure([], 7), Shape(1, 7, 1, 0, 0))
 
   def test_too_small_a_shape(self):
     # Fails if rows beyond the shape are dropped in silence.
@@ -223,7 +252,7 @@ class IdsTest(absltest.TestCase):
       ["a", "b"],
       schedule=Schedule(batch_size=1, num_epochs=1),
       row_length=8,
-      rows_multiple_of=1,
+      row_shards=1,
     )
     planned.check_ids(dataclasses.replace(tiny_model.CONFIG, vocab_size=32))
     with self.assertRaisesRegex(UserError, "b: its text holds token id 31.*embedding has 31 rows"):

@@ -147,10 +147,8 @@ class WrittenTest(parameterized.TestCase):
 
   def test_histograms(self):
     # Fails if the histogram is of other tokens than the loss: each step's batch has two scored
-    # tokens.
-    board = event_accumulator.EventAccumulator(
-      str(self.workdir / "sft"), {"histograms": 0}
-    )  # all, not the last
+    # tokens. all, not the last
+    board = event_accumulator.EventAccumulator(str(self.workdir / "sft"), {"histograms": 0})
     board.Reload()
     self.assertEqual(board.Tags()["histograms"], ["histogram/nll/per_token"])
     for event, line in zip(board.Histograms("histogram/nll/per_token"), self.lines, strict=True):
@@ -166,9 +164,8 @@ class WrittenTest(parameterized.TestCase):
     mark = (self.workdir / "sft/wandb_run").read_text()
     self.assertEqual({path.name for path in files}, {f"run-{mark}.wandb"})
     found = [row for path in files for row in wandb_history(path)]
-    self.assertEqual(
-      [row["_step"] for row in found], [0, 1, 2, 3, 3, 4, 5]
-    )  # the server keeps the first of a step
+    # the server keeps the first of a step
+    self.assertEqual([row["_step"] for row in found], [0, 1, 2, 3, 3, 4, 5])
     for row in found:
       expected = self.lines[row["_step"]]
       self.assertEqual(row["loss/per_token"], expected["loss/per_token"])
@@ -180,7 +177,7 @@ class WrittenTest(parameterized.TestCase):
     # compiled at every step or compilations are not seen, or if memory is not in bytes.
     for line in self.lines:
       tokens = self.batches.num_tokens(line["step"])
-      self.assertEqual((tokens, self.batches.num_places), (4, 8))
+      self.assertEqual((tokens, self.batches.num_places(0)), (4, 8))
       self.assertAlmostEqual(line["run/tokens_per_s"] * line["run/step_s"], tokens, delta=0.05)
       self.assertEqual(line["run/padding_share"], 0.5)
       self.assertBetween(line["run/host_memory_peak_bytes"], 5e7, 1e12)

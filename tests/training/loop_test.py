@@ -63,7 +63,7 @@ class Spy(Batches):
       [f"problem-{i}" for i in range(num_steps)],
       schedule=Schedule(batch_size=1, num_epochs=1),
       row_length=8,
-      rows_multiple_of=1,
+      row_shards=1,
     )
     self.built, self._kill_at, self._nan_at = [], kill_at, nan_at
 
@@ -159,9 +159,8 @@ class LoopTest(parameterized.TestCase):
       self.fit("killed", Spy(kill_at=2))
     self.assertEqual(self.kept("killed"), [2])
     with (self.folder / "killed" / "metrics.jsonl").open("a") as file:
-      file.write(
-        '{"step": 2, "loss/per_token": 99.0}\n{"step": 3, "lo'
-      )  # as a run that was killed later leaves it
+      # as a run that was killed later leaves it
+      file.write('{"step": 2, "loss/per_token": 99.0}\n{"step": 3, "lo')
     batches = Spy()
     resumed, resumed_averages = self.fit("killed", batches)
     self.assertEqual(batches.built, [2, 3])
@@ -223,16 +222,14 @@ class LoopTest(parameterized.TestCase):
       self.fit("free", Spy(nan_at=1), resumable=False)
 
   @parameterized.parameters("largest", "metadata", "manifest")
-  @pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-  )  # orbax leaves coroutines behind
+  # orbax leaves coroutines behind
+  @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
   def test_a_bad_checkpoint_is_passed_over(self, kind):
     # Fails if a checkpoint that was cut off stops the run, is taken for good, or sends the run back
     # to the start.
     shutil.copytree(self.folder / "whole", self.folder / kind)
-    self.assertEqual(
-      self.kept(kind), [2, 3]
-    )  # the newest max_to_keep; the last state is not kept, the policy is
+    # the newest max_to_keep; the last state is not kept, the policy is
+    self.assertEqual(self.kept(kind), [2, 3])
     newest = pathlib.Path(self.folder / kind / "checkpoints" / "3")
     files = [path for path in newest.rglob("*") if path.is_file()]
     bad = {
@@ -390,9 +387,8 @@ class OptimizerTest(absltest.TestCase):
       _, state = made.update({"w": clipped}, state, x)
       return made.update({"w": free}, state, x)[0]["w"]
 
-    g = jnp.full(
-      4, 3.0
-    )  # norm 6: clipped to 0.5 each, and so is 2 g, so that both steps have the rate's size
+    # norm 6: clipped to 0.5 each, and so is 2 g, so that both steps have the rate's size
+    g = jnp.full(4, 3.0)
     np.testing.assert_allclose(second(g, 2 * g), np.full(4, -0.1), rtol=1e-4)
     # A second gradient of norm 0.25 is not clipped; m and v by hand.
     m, v = 0.8 * 0.2 * 0.5 + 0.2 * 0.125, 0.9 * 0.1 * 0.5**2 + 0.1 * 0.125**2

@@ -10,11 +10,12 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import losses
+from synthneg_jax.core.geometry import Rows
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.models import layer_stacking
 from synthneg_jax.runtime import config_schema, device_mesh
 from synthneg_jax.training import batch as batch_lib
-from synthneg_jax.training import objectives, optimizer
+from synthneg_jax.training import batches, objectives, optimizer
 from synthneg_jax.training import step as step_lib
 from synthneg_jax.training.batch import Example, PairInTree, Shape
 from tests import tiny_model
@@ -37,6 +38,38 @@ def make_batch() -> batch_lib.Batch:
     pairs = tuple(PairInTree(c, 0, *-rng.uniform(1.0, 9.0, 2)) for c in range(1, len(branches)))
     examples.append(Example(Tree(ids(5), branches), pairs))
   return batch_lib.build(examples, SHAPE)
+
+
+def losses_of(rows) -> list[float]:
+  """The losses of three steps of six trees each, laid in rows of this geometry."""
+  rng = np.random.default_rng(4)
+  ids = lambda size: rng.integers(0, 32, size).tolist()
+  trees = [Tree(ids(rng.integers(2, 6)), (Branch(2, ids(3)), Branch(1, ids(2)))) for _ in range(18)]
+  planned = batches.Batches(
+    [Example(tree, (PairInTree(0, 1, -2.0, -3.0),)) for tree in trees],
+    [str(number) for number in range(18)],
+    schedule=batches.Schedule(batch_size=6, num_epochs=1),
+    settle=lambda choose: rows or choose(),
+  )
+  section = config_schema.default().dpo.optimizer
+  section.update(learning_rate=0.05, schedule="constant", warmup_fraction=0.0)
+  made, mesh = optimizer.make_optimizer(section, 3), tiny_model.one_device_mesh()
+  preference = objectives.Preference(
+    loss=functools.partial(losses.dpo_loss, beta=0.3), beta=0.3, nll_weight=0.2
+  )
+  objective = objectives.make_preference(MODEL, preference, eos_ids=(2,))
+  shardings = step_lib.state_shardings(MODEL, made, mesh)
+  step = step_lib.make_step(
+    objective, made, shardings, mesh=mesh, accumulate=planned.rows.microbatches
+  )
+  state, found = step_lib.make_init(made, shardings)(tiny_model.make_params(MODEL)), []
+  for number in range(planned.num_steps):
+    state, metrics = step(
+      state, device_mesh.place(planned.build(number), step_lib.batch_shardings(mesh))
+    )
+    total, count = next(value for name, value in metrics.items() if name.startswith("loss"))
+    found.append(float(total) / float(count))
+  return found
 
 
 def take_step(mesh, accumulate: int = 1):
@@ -99,6 +132,14 @@ class StepTest(parameterized.TestCase):
     # Fails if microbatches are averaged, if the last one's gradients or metrics stand for all, or
     # if counts are split.
     self.assert_same(*take_step(tiny_model.one_device_mesh(), accumulate=2), atol=1e-9)
+
+  def test_rows_change_nothing(self):
+    # Fails if what a step's update is depends on how its trees are laid in rows: on their length,
+    # number or order, or on microbatches.
+    chosen = losses_of(None)
+    self.assertLen(chosen, 3)
+    self.assertGreater(np.ptp(chosen), 1e-3)
+    np.testing.assert_allclose(losses_of(Rows(33, (4, 6), 2)), chosen, atol=1e-9)
 
   def test_accumulation_takes_batches_without_pairs(self):
     # Fails if microbatches of an empty array are given a size that has to be guessed from it.

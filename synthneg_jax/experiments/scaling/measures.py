@@ -15,7 +15,7 @@ from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.data import prompts
 from synthneg_jax.data.credited_traces import CreditedTraces, by_problem, first_pits
 from synthneg_jax.data.records import Pair, Problem, Shards, Trace
-from synthneg_jax.decoding.engine import Trunk
+from synthneg_jax.decoding.engine import Trunk, Work
 from synthneg_jax.decoding.policy import Policy
 from synthneg_jax.experiments.scaling import methods
 from synthneg_jax.pipeline import traces as traces_lib
@@ -106,8 +106,15 @@ def values(
     ]
     forks = [len(prompt) + end for end in one.ends for _ in range(count)]
     trunks.append(Trunk(prompt + list(one.ids[: max(one.ends)]), forks, np.stack(draws)))
-  engine = experiment.engine(policy, lanes=section.lanes, slots=section.slots)
   longest = max(len(trunk.ids) for trunk in trunks)
+
+  def work() -> Work:
+    return Work(
+      sizes=[[len(one.ids) - end for end in one.ends for _ in range(count)] for one in asked],
+      longest=longest,
+    )
+
+  engine = experiment.engine(policy, work, lanes=section.lanes, slots=section.slots)
   found = [np.zeros(0)] * len(asked)
   with Progress(f"values {purpose}", len(asked), "solutions") as progress:
     for index, made in engine.run(policy.params, trunks, sampling(section), longest=longest):
@@ -140,10 +147,19 @@ def _sampled(
     traces_lib.trunk(experiment, prompt, problem, purpose, count)
     for prompt, problem in zip(trunk_ids, problems, strict=True)
   ]
-  engine = experiment.engine(policy, slots=min(count, experiment.config.engine.slots))
+  c = experiment.config.engine
+  request = traces_lib.Request(
+    label="values", purpose=purpose, count=count, sampling=sampling(experiment.config.credit)
+  )
+  engine = experiment.engine(
+    policy,
+    lambda: traces_lib.work(experiment, policy, problems, request),
+    lanes=c.lanes,
+    slots=min(count, c.slots),
+  )
   made = [
     (problems[i], number, one)
-    for i, several in engine.run(policy.params, trunks, sampling(experiment.config.credit))
+    for i, several in engine.run(policy.params, trunks, request.sampling)
     for number, one in enumerate(several)
   ]
   return sorted(

@@ -222,8 +222,8 @@ class Study:
     """
     if config.task.name != "star_graph":
       raise UserError(
-        f"task.name={config.task.name!r}: figure 8 needs star_graph, as configs/star_graph.py has "
-        "it."
+        f"task.name={config.task.name!r}: figure 8 needs star_graph, as "
+        "configs/star_graph.py has it."
       )
     star_graph.check(config.task)
     marks = config.star_graph
@@ -338,7 +338,8 @@ class Study:
         seed=seed,
       ),
       row_length=section.row_length,
-      rows_multiple_of=section.grad_accum_steps * device_mesh.row_shards(self.mesh),
+      row_shards=device_mesh.row_shards(self.mesh),
+      microbatches=section.grad_accum_steps,
     )
 
   def _fit(
