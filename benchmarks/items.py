@@ -52,7 +52,9 @@ def _sft(size: str, rows: int, length: int, compiled: bool) -> Item:
   step = ours.train_step(side, objectives.make_sft(side.model), batch)
   expected, baselines = [step(), step()], []
   for name in ("torch eager", "torch.compile")[: 1 + compiled]:
-    other = torch_baselines.SftStep(side.folder, ids, LEARNING_RATE, compiled=name == "torch.compile")
+    other = torch_baselines.SftStep(
+      torch_baselines.load(side.folder), ids, LEARNING_RATE, compiled=name == "torch.compile"
+    )
     baselines.append(Baseline(name, other.run, functools.partial(_losses_differ, expected, other.run)))
   work = Work(3 * side.forward_flops(rows * length, rows * (length - 1), length / 2))
   return Item(f"SFT step {rows}x{length}", size, step, baselines, work, rounds=11 if size == "T" else 3)
@@ -86,7 +88,9 @@ def _dpo(size: str, pairs: int, times: int, continuation: int) -> Item:
     row | {"ref_chosen_logps": good, "ref_rejected_logps": bad} for row, (good, bad) in zip(plain, sums, strict=True)
   ]
   for name, data in (("TRL, reference precomputed", known), ("TRL, reference at each step", plain)):
-    other = torch_baselines.DpoStep(side.folder, reference.folder, str(EMBEDDED), data, _BETA, LEARNING_RATE)
+    other = torch_baselines.DpoStep(
+      *map(torch_baselines.load, (side.folder, reference.folder)), str(EMBEDDED), data, _BETA, LEARNING_RATE
+    )
     baselines.append(Baseline(name, other.run, functools.partial(_losses_differ, expected, other.run)))
   work = Work(3 * side.forward_flops(pairs * length, 2 * continuation * pairs, length / 2))
   return Item(f"DPO step, {pairs} pairs {times}:1", size, step, baselines, work, rounds=7 if size == "T" else 3)

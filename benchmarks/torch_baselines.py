@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.runtime.errors import UserError
 
 PAD = 0
@@ -89,17 +90,38 @@ def generate(model, prompts: Sequence[Sequence[int]], new: int, temperature: flo
   return out[:, longest:].cpu().numpy()
 
 
+def random(c: ModelConfig, dtype: str):
+  """transformers' LlamaForCausalLM of these sizes with random weights, its attention PyTorch's fused one."""
+  torch = _torch()
+  (transformers,) = need("transformers")
+  config = transformers.LlamaConfig(
+    vocab_size=c.vocab_size,
+    hidden_size=c.d_model,
+    num_hidden_layers=c.num_layers,
+    num_attention_heads=c.num_heads,
+    num_key_value_heads=c.num_kv_heads,
+    head_dim=c.head_dim,
+    intermediate_size=c.d_ff,
+    tie_word_embeddings=c.tie_embeddings,
+    attn_implementation="sdpa",
+  )
+  with torch.device(device()):
+    return transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+
+
 class _Step:
   """A train step with fused AdamW; `run` takes one and returns the loss before it."""
 
-  def __init__(self, model, learning_rate: float):
-    self._model = model.train()
+  def __init__(self, model, learning_rate: float, autocast: bool = False):
+    """`autocast` computes products in bfloat16."""
+    self._model, self._autocast = model.train(), autocast
     self._optimizer = _torch().optim.AdamW(
       model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
 
   def run(self) -> float:
-    loss = self._loss()
+    with _torch().autocast(device(), _torch().bfloat16, enabled=self._autocast):
+      loss = self._loss()
     loss.backward()
     self._optimizer.step()
     self._optimizer.zero_grad(set_to_none=True)
@@ -109,8 +131,8 @@ class _Step:
 class SftStep(_Step):
   """The next-token loss that transformers' models return, on rows of equal length."""
 
-  def __init__(self, folder: str, ids: np.ndarray, learning_rate: float, compiled: bool = False):
-    super().__init__(load(folder), learning_rate)
+  def __init__(self, model, ids: np.ndarray, learning_rate: float, *, compiled: bool = False, autocast: bool = False):
+    super().__init__(model, learning_rate, autocast)
     self._ids = _torch().tensor(ids, device=device())
     self._forward = _torch().compile(self._model) if compiled else self._model
 
@@ -121,14 +143,16 @@ class SftStep(_Step):
 class DpoStep(_Step):
   """`compute_loss` of TRL's DPOTrainer on its own collator's batch."""
 
-  def __init__(self, folder: str, ref_folder: str, tokenizer: str, rows: Sequence[dict], beta: float, rate: float):
+  def __init__(
+    self, model, reference, tokenizer: str, rows: Sequence[dict], beta: float, rate: float, *, autocast: bool = False
+  ):
     """Rows hold prompt_ids, chosen_ids, rejected_ids, and ref_chosen_logps, ref_rejected_logps where precomputed."""
-    super().__init__(load(folder), rate)
+    super().__init__(model, rate, autocast)
     transformers, datasets, trl = need("transformers", "datasets", "trl")
     collator = importlib.import_module("trl.trainer.dpo_trainer").DataCollatorForPreference(pad_token_id=PAD)
     self._trainer = trl.DPOTrainer(
       model=self._model,
-      ref_model=load(ref_folder),
+      ref_model=reference,
       args=trl.DPOConfig(
         output_dir=tempfile.mkdtemp(),
         beta=beta,
