@@ -35,7 +35,9 @@ def _losses_differ(expected: Sequence[float], run: Callable[[], float]) -> str:
     abs(a - b) <= _CLOSE * max(map(abs, found)) for a, b in zip(expected, found, strict=True)
   )
   return (
-    "" if close else f"losses {[round(x, 6) for x in expected]} and {[round(x, 6) for x in found]}"
+    ""
+    if close
+    else (f"losses {[round(x, 6) for x in expected]} and {[round(x, 6) for x in found]}")
   )
 
 
@@ -63,7 +65,7 @@ def _sft(size: str, rows: int, length: int, compiled: bool) -> Item:
   expected, baselines = [step(), step()], []
   for name in ("torch eager", "torch.compile")[: 1 + compiled]:
     other = torch_baselines.SftStep(
-      side.folder, ids, LEARNING_RATE, compiled=name == "torch.compile"
+      torch_baselines.load(side.folder), ids, LEARNING_RATE, compiled=name == "torch.compile"
     )
     baselines.append(
       Baseline(name, other.run, functools.partial(_losses_differ, expected, other.run))
@@ -116,7 +118,11 @@ def _dpo(size: str, pairs: int, times: int, continuation: int) -> Item:
   ]
   for name, data in (("TRL, reference precomputed", known), ("TRL, reference at each step", plain)):
     other = torch_baselines.DpoStep(
-      side.folder, reference.folder, str(EMBEDDED), data, _BETA, LEARNING_RATE
+      *map(torch_baselines.load, (side.folder, reference.folder)),
+      str(EMBEDDED),
+      data,
+      _BETA,
+      LEARNING_RATE,
     )
     baselines.append(
       Baseline(name, other.run, functools.partial(_losses_differ, expected, other.run))
@@ -153,8 +159,8 @@ def sampling(full: bool) -> Iterator[Item]:
     )
   if not tunix:
     logging.info(
-      "No rows against tunix: google-tunix is not installed here; it may want an environment of "
-      "its own."
+      "No rows against tunix: google-tunix is not installed here; it may want an "
+      "environment of its own."
     )
     return
   for size, counts in sizes:

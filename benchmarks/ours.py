@@ -11,11 +11,12 @@ import jax
 import numpy as np
 
 from benchmarks.benchmark import Work
+from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.decoding import decode
 from synthneg_jax.decoding.decode import DecodeSpec, Geometry, Stops
 from synthneg_jax.decoding.engine import Engine, Trunk, trunk_arrays
 from synthneg_jax.decoding.sampling import Sampling
-from synthneg_jax.models import huggingface
+from synthneg_jax.models import huggingface, presets
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import config_schema, device_mesh
@@ -45,6 +46,31 @@ SIZES = {
     tie_embeddings=True,
     scan_layers=False,
   ),
+  # TinyLlama-1.1B (https://arxiv.org/abs/2401.02385) and Llama 2 7B.
+  "1B": ModelConfig(
+    vocab_size=32000,
+    d_model=2048,
+    num_layers=22,
+    num_heads=32,
+    num_kv_heads=4,
+    head_dim=64,
+    d_ff=5632,
+  ),
+  "7B": presets.preset(
+    "llama2_7b", dtype="float32", param_dtype="float32", scan_layers=True, remat="none"
+  ),
+}
+TREES = {  # that fill a row of so many tokens
+  "one sequence": lambda length: [Tree([1] * length)],
+  "pairs: trunk 256, 128 + 128": lambda length: (
+    [Tree([1] * 256, (Branch(256, [1] * 128),) * 2)] * (length // 512)
+  ),
+  "traces: prompt 128, 4 x 224": lambda length: (
+    [Tree([1] * 128, (Branch(128, [1] * 224),) * 4)] * (length // 1024)
+  ),
+  "one pair: prompt 512, two halves": lambda length: [
+    Tree([1] * 512, (Branch(512, [1] * (length // 2 - 256)),) * 2)
+  ],
 }
 LEARNING_RATE = 1e-4
 
@@ -59,16 +85,24 @@ class Side:
     self.size, self.config = size, dataclasses.replace(SIZES[size], **changes)
     self.model = Model(self.config)
     self.mesh = device_mesh.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    self.params = self.fresh(seed)
-    self.folder = f"{tempfile.mkdtemp()}/model"
-    huggingface.save(self.folder, self.model, self.params)
-    self.rng = np.random.default_rng(seed)
+    self._seed, self.rng = seed, np.random.default_rng(seed)
 
-  def fresh(self, seed: int = 0):
+  @functools.cached_property
+  def params(self):
+    """The weights."""
+    return self.fresh()
+
+  @functools.cached_property
+  def folder(self) -> str:
+    """Where the other side finds the weights."""
+    folder = f"{tempfile.mkdtemp()}/model"
+    huggingface.save(folder, self.model, self.params)
+    return folder
+
+  def fresh(self):
     """The weights anew: train steps consume theirs."""
-    return jax.jit(
-      self.model.init, out_shardings=device_mesh.shardings(self.mesh, self.model.logical_axes())
-    )(jax.random.key(seed))
+    shardings = device_mesh.shardings(self.mesh, self.model.logical_axes())
+    return jax.jit(self.model.init, out_shardings=shardings)(jax.random.key(self._seed))
 
   def ids(self, *shape: int) -> np.ndarray:
     """Random tokens, none of them the other side's padding."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.runtime.errors import UserError
 
 PAD = 0
@@ -53,8 +54,8 @@ def device() -> str:
     return "cpu"
   if not torch.cuda.is_available():
     raise UserError(
-      "jax computes on an accelerator that torch does not see; JAX_PLATFORMS=cpu compares on the "
-      "CPU."
+      "jax computes on an accelerator that torch does not see; JAX_PLATFORMS=cpu "
+      "compares on the CPU."
     )
   return "cuda"
 
@@ -102,17 +103,40 @@ def generate(
   return out[:, longest:].cpu().numpy()
 
 
+def random(c: ModelConfig, dtype: str):
+  """transformers' LlamaForCausalLM of these sizes with random weights, its attention PyTorch's
+  fused one.
+  """
+  torch = _torch()
+  (transformers,) = need("transformers")
+  config = transformers.LlamaConfig(
+    vocab_size=c.vocab_size,
+    hidden_size=c.d_model,
+    num_hidden_layers=c.num_layers,
+    num_attention_heads=c.num_heads,
+    num_key_value_heads=c.num_kv_heads,
+    head_dim=c.head_dim,
+    intermediate_size=c.d_ff,
+    tie_word_embeddings=c.tie_embeddings,
+    attn_implementation="sdpa",
+  )
+  with torch.device(device()):
+    return transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+
+
 class _Step:
   """A train step with fused AdamW; `run` takes one and returns the loss before it."""
 
-  def __init__(self, model, learning_rate: float):
-    self._model = model.train()
+  def __init__(self, model, learning_rate: float, autocast: bool = False):
+    """`autocast` computes products in bfloat16."""
+    self._model, self._autocast = model.train(), autocast
     self._optimizer = _torch().optim.AdamW(
       model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
 
   def run(self) -> float:
-    loss = self._loss()
+    with _torch().autocast(device(), _torch().bfloat16, enabled=self._autocast):
+      loss = self._loss()
     loss.backward()
     self._optimizer.step()
     self._optimizer.zero_grad(set_to_none=True)
@@ -122,8 +146,16 @@ class _Step:
 class SftStep(_Step):
   """The next-token loss that transformers' models return, on rows of equal length."""
 
-  def __init__(self, folder: str, ids: np.ndarray, learning_rate: float, compiled: bool = False):
-    super().__init__(load(folder), learning_rate)
+  def __init__(
+    self,
+    model,
+    ids: np.ndarray,
+    learning_rate: float,
+    *,
+    compiled: bool = False,
+    autocast: bool = False,
+  ):
+    super().__init__(model, learning_rate, autocast)
     self._ids = _torch().tensor(ids, device=device())
     self._forward = _torch().compile(self._model) if compiled else self._model
 
@@ -136,24 +168,26 @@ class DpoStep(_Step):
 
   def __init__(
     self,
-    folder: str,
-    ref_folder: str,
+    model,
+    reference,
     tokenizer: str,
     rows: Sequence[dict],
     beta: float,
     rate: float,
+    *,
+    autocast: bool = False,
   ):
     """Rows hold prompt_ids, chosen_ids, rejected_ids, and ref_chosen_logps, ref_rejected_logps
     where precomputed.
     """
-    super().__init__(load(folder), rate)
+    super().__init__(model, rate, autocast)
     transformers, datasets, trl = need("transformers", "datasets", "trl")
     collator = importlib.import_module("trl.trainer.dpo_trainer").DataCollatorForPreference(
       pad_token_id=PAD
     )
     self._trainer = trl.DPOTrainer(
       model=self._model,
-      ref_model=load(ref_folder),
+      ref_model=reference,
       args=trl.DPOConfig(
         output_dir=tempfile.mkdtemp(),
         beta=beta,
@@ -167,9 +201,8 @@ class DpoStep(_Step):
       ),
       processing_class=transformers.AutoTokenizer.from_pretrained(tokenizer),
     )
-    if (
-      "ref_chosen_logps" in rows[0]
-    ):  # as after its own precomputation, which would run over its data set of one text
+    # as after its own precomputation, which would run over its data set of one text
+    if "ref_chosen_logps" in rows[0]:
       self._trainer.precompute_ref_logps, self._trainer.ref_model = True, None
     self._inputs = {name: value.to(device()) for name, value in collator(list(rows)).items()}
 

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks import ours
 from synthneg_jax.core import tree as tree_lib
-from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.core.tree import Tree
 from synthneg_jax.models import attention, fused_attention
 from synthneg_jax.preflight import preflight
 from synthneg_jax.preflight.compiled_programs import Program
@@ -25,18 +26,6 @@ from synthneg_jax.runtime import device_mesh
 
 HEADS, HEAD_DIM = 8, 128  # of a chip: llama2_7b over tensor=4
 LENGTHS = (2048, 4096, 8192)
-ROWS = {  # the trees that fill a row
-  "one sequence": lambda length: [Tree([1] * length)],
-  "pairs: trunk 256, 128 + 128": lambda length: (
-    [Tree([1] * 256, (Branch(256, [1] * 128),) * 2)] * (length // 512)
-  ),
-  "traces: prompt 128, 4 x 224": lambda length: (
-    [Tree([1] * 128, (Branch(128, [1] * 224),) * 4)] * (length // 1024)
-  ),
-  "one pair: prompt 512, two halves": lambda length: [
-    Tree([1] * 512, (Branch(512, [1] * (length // 2 - 256)),) * 2)
-  ],
-}
 
 
 def report(length: int, *, fused: bool) -> preflight.Report:
@@ -80,7 +69,7 @@ def main() -> None:
       )
       print(f"| {length} | {name} | {figures} |", flush=True)
   print(f"\n| row | {' | '.join(map(str, LENGTHS))} |\n|---|{'---|' * len(LENGTHS)}")
-  for name, trees in ROWS.items():
+  for name, trees in ours.TREES.items():
     print(
       f"| {name} | "
       f"{' | '.join(f'{100 * visited(trees(length), length):.0f} %' for length in LENGTHS)} |"

@@ -13,17 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from synthneg_jax.core import tree as tree_lib
-from synthneg_jax.models import fused_attention, rope
+from synthneg_jax.models import fused_attention, fused_attention_gpu, rope
 from synthneg_jax.runtime import device_mesh
 
 # Masked scores: finite, so that a row of padding gives numbers and no NaN gradient.
 _MASKED = -1e30
-_BLOCKS, _LEAST_BLOCK = (
-  4,
-  64,
-)  # queries of a row are cut into so many blocks, of so many tokens at least
-# tokens of a row from which on its scores are not held: a GPU's break-even lies between 512 and
-# 2048
+# queries of a row are cut into so many blocks, of so many tokens at least
+_BLOCKS, _LEAST_BLOCK = 4, 64
+# Tokens of a row from which on its scores are not held: a GPU's break-even lies between 512 and
+# 2048.
 _FUSED_FROM = 1024
 
 
@@ -122,8 +120,8 @@ def _capped(scores, cap: float):
 def tree_attention(
   q, k, v, *, keys: tree_lib.Keys, window: int | jax.Array = 0, scoring: Scoring = _UNCAPPED
 ):
-  """Attention of rows of packed trees: fused on TPU where rows are long
-  (models/fused_attention.py), else XLA's products.
+  """Attention of rows of packed trees: fused on TPUs and NVIDIA's GPUs where rows are long, else
+  XLA's products.
 
   Args:
     q: [B·T, N, H]; k, v: [B·T, K, H], rotary positions applied.
@@ -141,15 +139,26 @@ def tree_attention(
   q *= scoring.scale or head_dim**-0.5
   k_BKTH = k.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3)
   v_BKTH = v.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3)
-  if length >= _FUSED_FROM and q.dtype in (jnp.bfloat16, jnp.float32) and device_mesh.runs_on_tpu():
-    out = _fused(q, k_BKTH, v_BKTH, keys=keys, window=window, cap=scoring.cap)
+  fused = kernels(length, q.dtype)
+  if fused:
+    out = _fused(fused, q, k_BKTH, v_BKTH, keys=keys, window=window, cap=scoring.cap)
   else:
     out = _in_blocks(q, k_BKTH, v_BKTH, keys=keys, window=window, cap=scoring.cap)
   out = out.transpose(0, 3, 1, 2, 4).reshape(rows * length, kv_heads * groups, head_dim)
   return out, k_BKTH, v_BKTH
 
 
-def _fused(q, k, v, *, keys: tree_lib.Keys, window, cap: float):
+def kernels(length: int, dtype):
+  """The module whose kernels attend in rows of so many tokens; None where XLA's products do."""
+  if length >= _FUSED_FROM and dtype in (jnp.bfloat16, jnp.float32):
+    if device_mesh.runs_on("TPU"):
+      return fused_attention
+    if device_mesh.runs_on("NVIDIA") and fused_attention_gpu.is_available():
+      return fused_attention_gpu
+  return None
+
+
+def _fused(module, q, k, v, *, keys: tree_lib.Keys, window, cap: float):
   """The kernels on every device's own rows and key heads; where key heads do not divide, each has
   all of them.
   """
@@ -158,9 +167,7 @@ def _fused(q, k, v, *, keys: tree_lib.Keys, window, cap: float):
   windowed = not isinstance(window, int) or window > 0
 
   def attend(q, k, v, position, leave, window):
-    return fused_attention.attend(
-      q, k, v, position, leave, window=window if windowed else 0, cap=cap
-    )
+    return module.attend(q, k, v, position, leave, window=window if windowed else 0, cap=cap)
 
   split = ("rows", heads), ("rows", heads), ("rows", heads), ("rows",), ("rows",), ()
   run = device_mesh.on_each_device(attend, split, ("rows", heads))

@@ -22,12 +22,11 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_MASKED = -1e30  # finite, so that a query whose first block is all masked gives numbers
+MASKED = -1e30  # finite, so that a query whose first block is all masked gives numbers
 _BLOCKS = (512, 256, 128)  # tokens of a block, at most and at least; lanes come by 128
 _LEAST_BLOCKS = 4  # of a row: with fewer, more of what no query sees is computed
-_MOST_BYTES = (
-  1 << 20
-)  # of a visit's queries, so that all that a kernel holds fits the memory on the chip
+# of a visit's queries, so that all that a kernel holds fits the memory on the chip
+_MOST_BYTES = 1 << 20
 # Of the gradients of a row's queries that the backward kernel sums on the chip; a single head may
 # take more.
 _MOST_ROW_BYTES = 4 << 20
@@ -123,7 +122,7 @@ def _visits(needed_BQK, *, by_key: bool) -> Visits:
   )
 
 
-def _product(a, b, a_axis: int, b_axis: int):
+def product(a, b, a_axis: int, b_axis: int):
   """a·b over one axis of each, float32; of bfloat16 in one pass, whatever precision the program
   asks of its own products.
   """
@@ -167,11 +166,11 @@ def _mask_KQ(refs: _Refs, visit, settings: Settings):
 
 def _scores_KQ(q_QH, k_KH, mask_KQ, cap: float):
   """(masked scores, derivative of the cap or None), float32 [keys, queries]."""
-  scores = _product(k_KH, q_QH, 1, 1)
+  scores = product(k_KH, q_QH, 1, 1)
   if not cap:
-    return jnp.where(mask_KQ, scores, _MASKED), None
+    return jnp.where(mask_KQ, scores, MASKED), None
   turned = jnp.tanh(scores / cap)
-  return jnp.where(mask_KQ, cap * turned, _MASKED), 1.0 - turned * turned
+  return jnp.where(mask_KQ, cap * turned, MASKED), 1.0 - turned * turned
 
 
 def _forward_kernel(settings: Settings, *all_refs):
@@ -180,7 +179,7 @@ def _forward_kernel(settings: Settings, *all_refs):
 
   @pl.when(refs.visits.is_first[visit] == 1)
   def _start():
-    most_ref[...] = jnp.full_like(most_ref, _MASKED)
+    most_ref[...] = jnp.full_like(most_ref, MASKED)
     total_ref[...] = jnp.zeros_like(total_ref)
     sum_ref[...] = jnp.zeros_like(sum_ref)
 
@@ -192,7 +191,7 @@ def _forward_kernel(settings: Settings, *all_refs):
     weights_KQ, fade = jnp.exp(scores_KQ - most), jnp.exp(before - most)
     most_ref[row] = most
     total_ref[row] = total_ref[row] * fade + jnp.sum(weights_KQ, axis=0, keepdims=True)
-    sum_ref[g] = sum_ref[g] * fade + _product(v_KH, weights_KQ.astype(v_KH.dtype), 0, 0)
+    sum_ref[g] = sum_ref[g] * fade + product(v_KH, weights_KQ.astype(v_KH.dtype), 0, 0)
 
   @pl.when(refs.visits.is_last[visit] == 1)
   def _end():
@@ -223,11 +222,11 @@ def _backward_kernel(settings: Settings, *all_refs):
     q_QH, d_out_QH = refs.q[0, 0, g], d_out_ref[0, 0, g]
     scores_KQ, slope_KQ = _scores_KQ(q_QH, k_KH, mask_KQ, settings.cap)
     weights_KQ = jnp.exp(scores_KQ - lse_ref[0, 0, g : g + 1])
-    d_scores_KQ = weights_KQ * (_product(v_KH, d_out_QH, 1, 1) - inner_ref[0, 0, g : g + 1])
+    d_scores_KQ = weights_KQ * (product(v_KH, d_out_QH, 1, 1) - inner_ref[0, 0, g : g + 1])
     d_scores_KQ = (d_scores_KQ if slope_KQ is None else d_scores_KQ * slope_KQ).astype(k_KH.dtype)
-    d_q_ref[0, 0, g, query] += _product(k_KH, d_scores_KQ, 0, 0)
-    d_k_ref[0, 0] += _product(d_scores_KQ, q_QH, 1, 0)
-    d_v_ref[0, 0] += _product(weights_KQ.astype(d_out_QH.dtype), d_out_QH, 1, 0)
+    d_q_ref[0, 0, g, query] += product(k_KH, d_scores_KQ, 0, 0)
+    d_k_ref[0, 0] += product(d_scores_KQ, q_QH, 1, 0)
+    d_v_ref[0, 0] += product(weights_KQ.astype(d_out_QH.dtype), d_out_QH, 1, 0)
 
 
 def cost(shape, block: int, products: int, *, itemsize: int) -> pl.CostEstimate:
@@ -301,9 +300,8 @@ def _call(kernel, settings: Settings, fields, arrays, *, outputs, scratch=(), pr
     "shared_keys",
     *("queries" if x.ndim == 5 else "per_query" for x in arrays[3:]),
   ]
-  on_chip = (
-    2 * 4 * groups * length * head_dim if products == _BACKWARD else 0
-  )  # the form "row", twice
+  # the form "row", twice
+  on_chip = 2 * 4 * groups * length * head_dim if products == _BACKWARD else 0
   return pl.pallas_call(
     functools.partial(kernel, settings),
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -402,6 +400,25 @@ def block_of(length: int, groups: int, head_dim: int, itemsize: int) -> int:
   return next((block for block in _BLOCKS if padded % block == 0 and block <= most), _BLOCKS[-1])
 
 
+def prepare(q, k, v, position_BT, leave_BT, *, window, cap: float, block: int, interpret: bool):
+  """(settings, fields, (q, k, v)) for kernels, rows padded to whole blocks; arguments as `attend`
+  takes them.
+  """
+  length = q.shape[-2]
+  more = -length % block
+  if more:  # padding sees itself only
+
+    def pad(x, axis):
+      return jnp.pad(x, [(0, more if place == axis % x.ndim else 0) for place in range(x.ndim)])
+
+    q, k, v, position_BT = pad(q, -2), pad(k, -2), pad(v, -2), pad(position_BT, -1)
+    behind = jnp.arange(length + 1, length + more + 1, dtype=leave_BT.dtype)
+    leave_BT = jnp.concatenate([leave_BT, jnp.broadcast_to(behind, (len(leave_BT), more))], axis=1)
+  windowed = not (isinstance(window, int) and window == 0)
+  fields = position_BT, leave_BT, jnp.asarray(window, jnp.int32).reshape(1)
+  return Settings(block, cap, windowed, interpret), fields, (q, k, v)
+
+
 def attend(
   q,
   k,
@@ -428,17 +445,15 @@ def attend(
     [B, K, G, T, H], as q.
   """
   _, _, groups, length, head_dim = q.shape
-  block = block or block_of(length, groups, head_dim, q.dtype.itemsize)
-  more = -length % block
-  if more:  # padding sees itself only
-
-    def pad(x, axis):
-      return jnp.pad(x, [(0, more if place == axis % x.ndim else 0) for place in range(x.ndim)])
-
-    q, k, v, position_BT = pad(q, -2), pad(k, -2), pad(v, -2), pad(position_BT, -1)
-    behind = jnp.arange(length + 1, length + more + 1, dtype=leave_BT.dtype)
-    leave_BT = jnp.concatenate([leave_BT, jnp.broadcast_to(behind, (len(leave_BT), more))], axis=1)
-  windowed = not (isinstance(window, int) and window == 0)
-  settings = Settings(block, cap, windowed, interpret)
-  fields = position_BT, leave_BT, jnp.asarray(window, jnp.int32).reshape(1)
-  return _attend(settings, fields, q, k, v)[..., :length, :]
+  settings, fields, arrays = prepare(
+    q,
+    k,
+    v,
+    position_BT,
+    leave_BT,
+    window=window,
+    cap=cap,
+    block=block or block_of(length, groups, head_dim, q.dtype.itemsize),
+    interpret=interpret,
+  )
+  return _attend(settings, fields, *arrays)[..., :length, :]

@@ -21,35 +21,10 @@ from etils import epath
 from jax.experimental import topologies
 
 from synthneg_jax.preflight import collective_traffic, cost_model, roofline
+from synthneg_jax.preflight.chips import CHIPS, Chip
 from synthneg_jax.preflight.compiled_programs import STAGES, Program, Recipe
 from synthneg_jax.runtime import device_mesh
 from synthneg_jax.runtime.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """What a chip has, by Google's published figures (https://cloud.google.com/tpu/docs/v5e and its
-  neighbours).
-
-  Attributes:
-    hbm_bytes: main memory.
-    flops: bfloat16, per second.
-    memory_rate: bytes to and from main memory, per second.
-    link_rate: bytes to other chips of the slice over all its links, per second.
-  """
-
-  hbm_bytes: int
-  flops: float
-  memory_rate: float
-  link_rate: float
-
-
-CHIPS = {
-  "v4": Chip(32 << 30, 275e12, 1.2e12, 300e9),
-  "v5e": Chip(16 << 30, 197e12, 0.82e12, 200e9),
-  "v5p": Chip(95 << 30, 459e12, 2.77e12, 600e9),
-  "v6e": Chip(32 << 30, 918e12, 1.64e12, 448e9),
-}
 
 
 @dataclasses.dataclass

@@ -272,12 +272,14 @@ def memory() -> float:
   return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
 
 
-def runs_on_tpu() -> bool:
-  """Whether the program that is being traced is for TPUs: by the mesh of `under`, without one by
-  the default devices.
+def runs_on(maker: str) -> bool:
+  """Whether the program that is being traced is for devices whose kind begins so, "TPU" or
+  "NVIDIA".
+
+  They are those of the mesh of `under`; without one, the default device.
   """
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() == "tpu" if device is None else device.device_kind.startswith("TPU")
+  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+  return device.device_kind.startswith(maker)
 
 
 def on_each_device(

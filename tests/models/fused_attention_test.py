@@ -1,4 +1,4 @@
-"""The kernels, interpreted, against softmax attention in float64, and compiled for TPUs that are
+"""The kernels, interpreted, against softmax attention in float64, and compiled for chips that are
 not there.
 """
 
@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.core.tree import Branch, Tree
-from synthneg_jax.models import attention, fused_attention
+from synthneg_jax.models import attention, fused_attention, fused_attention_gpu
 from synthneg_jax.preflight import preflight
 from synthneg_jax.runtime import device_mesh
 from tests import random_trees
@@ -69,16 +69,29 @@ def value_and_gradients(fn, weight, *args):
   return [np.asarray(x, np.float64) for x in (out, *gradients)]
 
 
+def interpreted(kernels, packed, **settings):
+  """attend(q, k, v) over these rows, by a module of kernels."""
+  fields, block = (jnp.asarray(packed.position), jnp.asarray(packed.leave)), BLOCK[kernels]
+  return lambda q, k, v: kernels.attend(q, k, v, *fields, block=block, interpret=True, **settings)
+
+
+BLOCK = {fused_attention: 128, fused_attention_gpu: 32}
+
+
 class InterpretedTest(parameterized.TestCase):
   @parameterized.named_parameters(
-    ("plain", 1, 16, 384, 0, 0.0),
-    ("grouped", 3, 8, 256, 0, 0.0),
-    ("window", 2, 8, 384, 5, 0.0),
-    ("wide_window", 1, 8, 384, 140, 0.0),
-    ("cap", 2, 8, 256, 0, 2.0),
-    ("padded_window_and_cap", 2, 8, 300, 7, 3.0),
+    ("plain", fused_attention, 1, 16, 384, 0, 0.0),
+    ("grouped", fused_attention, 3, 8, 256, 0, 0.0),
+    ("window", fused_attention, 2, 8, 384, 5, 0.0),
+    ("wide_window", fused_attention, 1, 8, 384, 140, 0.0),
+    ("cap", fused_attention, 2, 8, 256, 0, 2.0),
+    ("padded_window_and_cap", fused_attention, 2, 8, 300, 7, 3.0),
+    ("gpu_plain", fused_attention_gpu, 1, 16, 384, 0, 0.0),
+    ("gpu_grouped", fused_attention_gpu, 3, 16, 256, 0, 0.0),
+    ("gpu_window", fused_attention_gpu, 2, 16, 384, 5, 0.0),
+    ("gpu_padded_window_and_cap", fused_attention_gpu, 2, 24, 300, 7, 3.0),
   )
-  def test_equals_dense_attention(self, groups, head_dim, length, window, cap):
+  def test_equals_dense_attention(self, kernels, groups, head_dim, length, window, cap):
     # Fails if a visit is left out or made twice, if a sum is not begun anew, if a mask, a cap or a
     # window is read at another block's tokens, if a query head reads another key head, if padding
     # is seen, or if a term of a gradient is missing.
@@ -90,13 +103,7 @@ class InterpretedTest(parameterized.TestCase):
     )
     with jax.enable_x64(True):
       expected = value_and_gradients(functools.partial(dense, mask=mask, cap=cap), weight, q, k, v)
-
-    def fused(q, k, v):
-      fields = jnp.asarray(packed.position), jnp.asarray(packed.leave)
-      return fused_attention.attend(
-        q, k, v, *fields, window=window, cap=cap, block=128, interpret=True
-      )
-
+    fused = interpreted(kernels, packed, window=window, cap=cap)
     args = [jnp.asarray(x, jnp.float32) for x in (weight, q, k, v)]
     found = value_and_gradients(fused, *args)
     for name, got, wanted in zip(("out", "d_q", "d_k", "d_v"), found, expected, strict=True):
@@ -104,7 +111,8 @@ class InterpretedTest(parameterized.TestCase):
         got, wanted, rtol=0, atol=1e-5 * max(np.abs(wanted).max(), 1.0), err_msg=name
       )
 
-  def test_bfloat16_and_heads_held_one_by_one(self):
+  @parameterized.parameters(fused_attention, fused_attention_gpu)
+  def test_bfloat16_and_heads_held_one_by_one(self, kernels):
     # Fails if sums are kept in bfloat16, if a query head that the chip cannot hold beside its
     # siblings reads another key head or is left out of the keys' gradients, or if results have
     # another dtype.
@@ -115,11 +123,7 @@ class InterpretedTest(parameterized.TestCase):
       jnp.asarray(rng.normal(size=s), jnp.bfloat16)
       for s in (shape, (1, 2, 256, 8), (1, 2, 256, 8), shape)
     )
-
-    def fused(q, k, v):
-      fields = jnp.asarray(packed.position), jnp.asarray(packed.leave)
-      return fused_attention.attend(q, k, v, *fields, block=128, interpret=True)
-
+    fused = interpreted(kernels, packed)
     with jax.enable_x64(True):
       args = [np.asarray(x, np.float64) for x in (weight, q, k, v)]
       expected = value_and_gradients(functools.partial(dense, mask=mask, cap=0.0), *args)
@@ -131,7 +135,8 @@ class InterpretedTest(parameterized.TestCase):
         got, wanted, rtol=0, atol=0.02 * np.abs(wanted).max(), err_msg=name
       )
 
-  def test_the_last_block_alone_skips_blocks(self):
+  @parameterized.parameters(fused_attention, fused_attention_gpu)
+  def test_the_last_block_alone_skips_blocks(self, kernels):
     # Fails if the end of the list of visits is not the end of a block's: what follows it, not to be
     # visited, is of the same block then, and the block's result would never be written.
     packed = tree_lib.pack([[Tree([1] * 256), Tree([2] * 128)]], 384)
@@ -140,11 +145,11 @@ class InterpretedTest(parameterized.TestCase):
       rng.normal(size=(1, 1, 1, 384, 8)).astype(np.float32),
       rng.normal(size=(1, 1, 384, 8)).astype(np.float32),
     )
-    fields = jnp.asarray(packed.position), jnp.asarray(packed.leave)
-    out = fused_attention.attend(q, k, k, *fields, block=128, interpret=True)
+    out = interpreted(kernels, packed)(q, k, k)
     np.testing.assert_allclose(out, dense(q, k, k, mask_of(packed, 0), 0.0), rtol=0, atol=1e-5)
 
-  def test_each_layer_has_its_window(self):
+  @parameterized.parameters(fused_attention, fused_attention_gpu)
+  def test_each_layer_has_its_window(self, kernels):
     # Fails if a window that is a traced scalar is read as a constant, or not at all.
     rng, packed = np.random.default_rng(1), draw_rows(1, 256)
     q, k = (
@@ -154,8 +159,7 @@ class InterpretedTest(parameterized.TestCase):
 
     @jax.jit
     def fused(window):
-      fields = jnp.asarray(packed.position), jnp.asarray(packed.leave)
-      return fused_attention.attend(q, k, k, *fields, window=window, block=128, interpret=True)
+      return interpreted(kernels, packed, window=window)(q, k, k)
 
     for window in (3, 256):
       np.testing.assert_allclose(
@@ -212,8 +216,10 @@ def loss(q, k, v, keys, window=0, cap=0.0):
 
 
 class ShardedTest(parameterized.TestCase):
-  @parameterized.named_parameters(("heads_divide", 2, 2), ("heads_do_not_divide", 4, 2))
-  def test_equals_one_device(self, tensor, kv_heads):
+  @parameterized.named_parameters(
+    ("heads_divide", "TPU", 2, 2), ("heads_do_not_divide", "TPU", 4, 2), ("on_gpus", "NVIDIA", 2, 2)
+  )
+  def test_equals_one_device(self, maker, tensor, kv_heads):
     # Fails if a device computes other rows or heads than its own, or if gradients are lost or
     # counted twice where all have all heads.
     rng, packed = np.random.default_rng(1), draw_rows(4, 256)
@@ -224,19 +230,36 @@ class ShardedTest(parameterized.TestCase):
     gradients = jax.value_and_grad(loss, (0, 1, 2))
     expected = jax.jit(gradients)(q, k, v, keys)
     mesh = device_mesh.make_mesh(2, 8 // 2 // tensor, tensor)
+    kernels = fused_attention if maker == "TPU" else fused_attention_gpu
     with (
-      mock.patch.object(device_mesh, "runs_on_tpu", return_value=True),
+      mock.patch.object(device_mesh, "runs_on", maker.__eq__),
       mock.patch.object(attention, "_FUSED_FROM", 1),
       mock.patch.object(
-        fused_attention,
-        "attend",
-        functools.partial(fused_attention.attend, block=128, interpret=True),
+        kernels, "attend", functools.partial(kernels.attend, block=BLOCK[kernels], interpret=True)
       ),
     ):
       args = jax.device_put((q, k, v, keys), device_mesh.rows(mesh))
       found = jax.jit(device_mesh.under(mesh, gradients))(*args)
     for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
+
+
+class LoweredForGpuTest(parameterized.TestCase):
+  @parameterized.product(dtype=("bfloat16", "float32"), length=(512, 8192))
+  def test_lowers_to_triton(self, dtype, length):
+    # Fails if Triton's language lacks an operation of a kernel, if an array's size is no power of
+    # two, or if short rows are fused or long ones not.
+    device = AbstractDevice("NVIDIA H200", None, "gpu")
+    mesh = AbstractMesh(
+      (1,) * 4, device_mesh.AXES, axis_types=(AxisType.Auto,) * 4, abstract_device=device
+    )
+    x = lambda n: jax.ShapeDtypeStruct((length, n, 80), jnp.dtype(dtype))
+    field = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    with jax.sharding.use_abstract_mesh(mesh):
+      run = jax.jit(jax.grad(functools.partial(loss, window=100, cap=30.0), (0, 1, 2)))
+      traced = run.trace(x(8), x(2), x(2), tree_lib.Keys(field, field, field))
+      made = traced.lower(lowering_platforms=("cuda",)).as_text()
+    self.assertEqual(made.count("xla.gpu.triton"), 3 if length > 1024 else 0)
 
 
 @pytest.mark.slow  # compiles for TPUs

@@ -1,0 +1,53 @@
+"""What accelerators can do at best, by their makers' published figures."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What a chip has.
+
+  Attributes:
+    hbm_bytes: main memory.
+    flops: bfloat16, per second, of dense matrices.
+    memory_rate: bytes to and from main memory, per second.
+    link_rate: bytes to other chips over all its links, per second.
+  """
+
+  hbm_bytes: int
+  flops: float
+  memory_rate: float
+  link_rate: float
+
+
+# By generation; https://cloud.google.com/tpu/docs/v5e and its neighbours.
+CHIPS = {
+  "v4": Chip(32 << 30, 275e12, 1.2e12, 300e9),
+  "v5e": Chip(16 << 30, 197e12, 0.82e12, 200e9),
+  "v5p": Chip(95 << 30, 459e12, 2.77e12, 600e9),
+  "v6e": Chip(32 << 30, 918e12, 1.64e12, 448e9),
+}
+# By a part of what JAX calls a device; NVIDIA's data sheets (those of SXM modules, without
+# sparsity).
+GPUS = {
+  "H200": Chip(141 * 10**9, 989e12, 4.8e12, 900e9),
+  "H100": Chip(80 * 10**9, 989e12, 3.35e12, 900e9),
+  "A100": Chip(80 * 10**9, 312e12, 2.04e12, 600e9),
+  "L4": Chip(24 * 10**9, 121e12, 0.3e12, 64e9),
+}
+_TPU_KINDS = {
+  "TPU v4": "v4",
+  "TPU v5 lite": "v5e",
+  "TPU v5e": "v5e",
+  "TPU v5": "v5p",
+  "TPU v5p": "v5p",
+}
+_TPU_KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+
+
+def of_kind(device_kind: str) -> Chip | None:
+  """The chip that JAX calls so ("NVIDIA H200", "TPU v5 lite"); None where it is not in the tables."""
+  if device_kind in _TPU_KINDS:
+    return CHIPS[_TPU_KINDS[device_kind]]
+  words = device_kind.replace("-", " ").split()
+  return next((chip for name, chip in GPUS.items() if name in words), None)
