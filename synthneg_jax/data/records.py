@@ -118,6 +118,7 @@ class Pair:
   pair_mode: str
   pit: int  # step of the trace, from 0; -1 where none was used
   flip: float  # probability that the label is flipped, by the counts
+  context: int = 0  # tokens at the beginning of rejected that are not scored
 
   @property
   def key(self) -> str:
@@ -187,7 +188,9 @@ class Shards:
     Raises:
       UserError: a line that is no whole record; names file and line.
     """
-    names = {field.name for field in dataclasses.fields(self._kind)}
+    every = dataclasses.fields(self._kind)
+    names = {field.name for field in every}
+    required = {field.name for field in every if field.default is dataclasses.MISSING}
     for path in self.files():
       text = path.read_text()
       for number, line in enumerate(text.splitlines(), start=1):
@@ -198,7 +201,7 @@ class Shards:
             f"{path}, line {number}: not a whole {self._kind.__name__} record ({error.msg}); the file was cut off or "
             "changed. Delete it and the stage's manifest.json to have it made again."
           ) from error
-        if not isinstance(fields, dict) or set(fields) != names:
+        if not isinstance(fields, dict) or not required <= set(fields) <= names:
           raise UserError(f"{path}, line {number}: the fields are not those of a {self._kind.__name__} record.")
         yield self._kind(**fields)
       if text and not text.endswith("\n"):

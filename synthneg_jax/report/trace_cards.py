@@ -70,7 +70,7 @@ def _trace(trace: ShownTrace, number: int, best_of: int, pair_mode: str) -> str:
   steps = "\n".join(_step(step, i, trace, best_of) for i, step in enumerate(trace.steps))
   what = (
     "this known solution to the trace up to and with its pit"
-    if pair_mode == "algorithm1"
+    if pair_mode in ("algorithm1", "prefix_protected")
     else "this to the pit; it is from a continuation of the same steps that came out right"
   )
   preferred = (
