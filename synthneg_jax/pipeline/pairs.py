@@ -204,9 +204,10 @@ def build(experiment: Experiment, mode: str) -> tuple[list[Pair], dict]:
   )
   within = {(preferred[index].trace.id, preferred[index].step) for index in kept}
   in_budget = _in_budget(experiment, [each for each in found if (each.trace.id, each.step) in within])
+  beyond = {"beyond_budget": len(kept) - len(in_budget)} if section.max_pairs else {}
   for trace, step, made in in_budget:
     branches = (made.trunk, made.chosen, made.rejected)
-    pair = Pair(f"{trace.id}/{mode}/{step}", trace.problem_id, trace.id, *branches, mode, step, made.flip)
+    pair = Pair(f"{trace.id}/{mode}/{step}", trace.problem_id, trace.id, *branches, mode, step, made.flip, made.context)
     if pair_trees.num_tokens(pair) > length:
       too_long += 1
     else:
@@ -214,7 +215,7 @@ def build(experiment: Experiment, mode: str) -> tuple[list[Pair], dict]:
   figures = {
     "pairs": len(pairs),
     "problems": len({pair.problem_id for pair in pairs}),
-    "dropped": {**dropped, **filtered, "beyond_budget": len(kept) - len(in_budget), "too_long": too_long},
+    "dropped": {**dropped, **filtered, **beyond, "too_long": too_long},
   }
   return pairs, figures | _step_figures(pairs, {candidate.trace.id for candidate in found if candidate.trace.correct})
 

@@ -98,7 +98,7 @@ def _branches(
 ) -> dict[str, list[Branch]]:
   """By problem the branches to be cloned: the chosen traces, then the teacher's solution where there is one."""
   branches = {
-    key: [Branch(fork(key), clone.trace.ids, clone.scored, advantage=clone.advantage) for clone in clones]
+    key: [Branch(fork(key), tuple(trace.ids), scored, advantage=advantage) for trace, scored, advantage in clones]
     for key, clones in chosen.items()
   }
   for key, ids in solutions.items():
