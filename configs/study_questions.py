@@ -10,8 +10,8 @@ are made once, and DIR/report holds the last one's figures. Copy docs/results/st
 only what is missing there is made.
 
 Protocol. Task, base and recipe are those of configs/study_arithmetic.py, whose seeds, problems and 4000 test problems these
-are. `tune` is seed 0 with 2000 validation problems (from number 100,000 on), 500 training problems: three tries for each of RFT,
-equation 4, algorithm 1 and the protected form; per-step DPO had its four before (configs/arithmetic.py) and keeps them.
+are. `tune` is seed 0 with 2000 validation problems (from number 100,000 on), 500 training problems: three tries for each of
+RFT, equation 4, algorithm 1 and the protected form; per-step DPO had four before (configs/arithmetic.py) and keeps its choice.
 """
 
 import importlib.util
@@ -79,7 +79,8 @@ _RATE = "dpo.optimizer.learning_rate"
 _TRIES = (
   ((500,), ("sft", "step_dpo"), {}),
   ((500,), ("rft",), {"rft.optimizer.learning_rate": 5e-4}),
-  *(((500,), ("rft",), {"rft.start": "sft", "rft.optimizer.learning_rate": rate}) for rate in (2e-4, 5e-4)),
+  ((500,), ("rft",), {"rft.optimizer.learning_rate": 1e-3}),
+  ((500,), ("rft",), {"rft.start": "sft", "rft.optimizer.learning_rate": 5e-4}),
   *(
     ((500,), ("advantage_weighted",), {"rft.advantage_beta": beta, "rft.optimizer.learning_rate": rate})
     for beta, rate in ((0.1, 2e-4), (0.3, 2e-4), (0.3, 5e-4))
