@@ -99,7 +99,7 @@ def _recipe():
 
 
 def get_config(arg: str = ""):
-  """`1` to `5`, `equation4`, `tune` or `smoke`; see above."""
+  """`equation4`, which is the default, `1` to `5`, `tune` or `smoke`; see above."""
   config = _recipe().get_config("toy" if arg == "smoke" else "")
   c = config
   c.study.figures = ("settings",)
@@ -107,6 +107,7 @@ def get_config(arg: str = ""):
     ((250,), {"sft.num_epochs": 10, "rft.num_epochs": 10}),
     (_RIGHT_TOO, {"credit.max_right_per_problem": 2}),
   )
+  arg = arg or "equation4"
   if arg in _QUESTIONS:
     c.study.grid = _QUESTIONS[arg]
     if arg == "equation4":
@@ -116,13 +117,21 @@ def get_config(arg: str = ""):
     c.task.test_start, c.task.test_problems = 100_000, 2000
   elif arg == "smoke":
     c.study.seeds = (1,)
-    toy = {"pairs.pair_mode": "algorithm1"}  # of so few samples hardly a right one shares a prefix with a wrong one
-    budget = {"credit.max_rollouts": 40, "credit.schedule": "until_first_zero", "pairs.order": "largest_drop"}
+    # Of so few samples hardly a right one shares a prefix with a wrong one, hence algorithm1.
     c.study.grid = (
-      ((32,), ("sft", "rft", "step_dpo", "prefix_protected", "advantage_weighted", "advantage_filtered"), {}),
-      ((32,), ("step_dpo_twice", "step_dpo_3_rounds"), toy),
-      ((32,), ("prefix_protected",), budget),
-      ((32,), ("algorithm1",), {"pairs.max_pairs": 4, "sample.num_traces": 4}),
+      ((32,), ("sft", "rft", "advantage_weighted"), {}),
+      ((32,), ("step_dpo_3_rounds",), {"pairs.pair_mode": "algorithm1"}),
+      (
+        (32,),
+        ("prefix_protected",),
+        {
+          "sample.num_traces": 4,
+          "credit.max_rollouts": 40,
+          "credit.schedule": "until_first_zero",
+          "pairs.order": "largest_drop",
+          "pairs.max_pairs": 4,
+        },
+      ),
     )
     c.study.settings = ((_RIGHT_TOO, {"credit.max_right_per_problem": 2}),)
     c.study.figures = ("settings", "equation_4", "critical", "shifts")

@@ -345,9 +345,15 @@ def _copy_stage(source: epath.Path, target: epath.Path) -> None:
   if distributed.agree((target / "manifest.json").exists()):
     return
   if distributed.first():
-    files = [path for path in source.rglob("*") if not path.is_dir()]
-    for path in sorted(files, key=lambda path: path == source / "manifest.json"):
-      copy = target / path.relative_to(source)
-      copy.parent.mkdir(parents=True, exist_ok=True)
-      path.copy(copy, overwrite=True)
+    _copy(source, target, without="manifest.json")
+    (source / "manifest.json").copy(target / "manifest.json")
   distributed.barrier()
+
+
+def _copy(source: epath.Path, target: epath.Path, without: str = "") -> None:
+  target.mkdir(parents=True, exist_ok=True)
+  for path in source.iterdir():
+    if path.is_dir():
+      _copy(path, target / path.name)
+    elif path.name != without:
+      path.copy(target / path.name, overwrite=True)
