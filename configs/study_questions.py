@@ -117,10 +117,9 @@ def get_config(arg: str = ""):
     c.task.test_start, c.task.test_problems = 100_000, 2000
   elif arg == "smoke":
     c.study.seeds = (1,)
-    # Of so few samples hardly a right one shares a prefix with a wrong one, hence algorithm1.
     c.study.grid = (
       ((32,), ("sft", "rft", "advantage_weighted"), {}),
-      ((32,), ("step_dpo_3_rounds",), {"pairs.pair_mode": "algorithm1"}),
+      ((32,), ("step_dpo_3_rounds",), {}),
       (
         (32,),
         ("prefix_protected",),
@@ -133,7 +132,11 @@ def get_config(arg: str = ""):
         },
       ),
     )
-    c.study.settings = ((_RIGHT_TOO, {"credit.max_right_per_problem": 2}),)
+    c.study.settings = (
+      (_RIGHT_TOO, {"credit.max_right_per_problem": 2}),
+      # Of so few samples hardly a right one shares a prefix with a wrong one.
+      (("step_dpo", "step_dpo_twice", "step_dpo_3_rounds"), {"pairs.pair_mode": "algorithm1"}),
+    )
     c.study.figures = ("settings", "equation_4", "critical", "shifts")
   else:
     raise UserError(f"configs/study_questions.py knows no {arg!r}; it knows {', '.join(_QUESTIONS)}, tune and smoke.")
