@@ -203,7 +203,7 @@ def build(experiment: Experiment, mode: str) -> tuple[list[Pair], dict]:
     max_flip=section.max_flip,
   )
   within = {(preferred[index].trace.id, preferred[index].step) for index in kept}
-  in_budget = _in_budget(experiment, [each for each in found if (each.trace.id, each.step) in within])
+  in_budget = _in_budget(experiment, mode, [each for each in found if (each.trace.id, each.step) in within])
   beyond = {"beyond_budget": len(kept) - len(in_budget)} if section.max_pairs else {}
   for trace, step, made in in_budget:
     branches = (made.trunk, made.chosen, made.rejected)
@@ -220,10 +220,10 @@ def build(experiment: Experiment, mode: str) -> tuple[list[Pair], dict]:
   return pairs, figures | _step_figures(pairs, {candidate.trace.id for candidate in found if candidate.trace.correct})
 
 
-def _in_budget(experiment: Experiment, candidates: Sequence[Candidate]) -> list[Candidate]:
+def _in_budget(experiment: Experiment, mode: str, candidates: Sequence[Candidate]) -> list[Candidate]:
   """At most pairs.max_pairs of them, in their order, drawn by a hash of their traces, so that fewer are among more.
 
-  With pairs.right_fraction that share of the budget is drawn from right traces, the rest from wrong ones.
+  With pairs.right_fraction, in mode positives_too, that share of the budget is drawn from right traces, the rest from wrong ones.
 
   Raises:
     UserError: too few of one kind for that share.
@@ -237,7 +237,7 @@ def _in_budget(experiment: Experiment, candidates: Sequence[Candidate]) -> list[
     return keys.draw_key(experiment.config.seed, "budget", 0, trace.id, "", step).tobytes()
 
   drawn = sorted(candidates, key=draw)
-  if section.pair_mode == "positives_too" and section.right_fraction >= 0:
+  if mode == "positives_too" and section.right_fraction >= 0:
     num_right = round(section.right_fraction * section.max_pairs)
     wanted, taken = {True: num_right, False: section.max_pairs - num_right}, []
     for right, count in wanted.items():

@@ -145,12 +145,10 @@ class BuildTest(absltest.TestCase):
     self.assertIn(one[0], every)
     self.assertEqual(figures["dropped"]["beyond_budget"], 1)
     for fraction, trace in ((0.0, "0"), (1.0, "2")):
-      rows, _, _ = self.build(
-        "positives_too", choice="majority", max_pairs=1, right_fraction=fraction, pair_mode="positives_too"
-      )
+      rows, _, _ = self.build("positives_too", choice="majority", max_pairs=1, right_fraction=fraction)
       self.assertEqual([row[0] for row in rows], [trace])
     with self.assertRaisesRegex(UserError, "asks for 2 pairs from right traces, and there are 1"):
-      self.build("positives_too", choice="majority", max_pairs=2, right_fraction=1.0, pair_mode="positives_too")
+      self.build("positives_too", choice="majority", max_pairs=2, right_fraction=1.0)
 
   def test_shared_prefix(self):
     # Fails if rollouts are taken from another prefix or from a trace that does not hold them, if the pit's own step is

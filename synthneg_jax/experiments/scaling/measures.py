@@ -347,9 +347,8 @@ def shifts(experiment: Experiment, folders: Sequence[str], credit: str) -> dict[
 
   Returns:
     by folder: "slope" (nats per unit of advantage, least squares through the origin; the theorem's 1/β), "correlation",
-    "middles" and "mean" (mean advantage and log-ratio of seven
-    buckets by advantage, both less the mean at their prefix), "good" and "bad" (mean
-    log-ratio, nats, of steps with A > 0 and A < 0), "steps".
+    "middles" and "mean" (mean advantage and log-ratio of buckets by advantage, both less the mean at their prefix), "good" and
+    "bad" (mean log-ratio, nats, of steps with A > 0 and A < 0), "steps".
   """
   problems, start = experiment.problems("train"), experiment.policy("sft")
   workdir = experiment.workdir / credit if credit else experiment.workdir
