@@ -223,7 +223,7 @@ def build(experiment: Experiment, mode: str) -> tuple[list[Pair], dict]:
 def _in_budget(experiment: Experiment, mode: str, candidates: Sequence[Candidate]) -> list[Candidate]:
   """At most pairs.max_pairs of them, in their order, drawn by a hash of their traces, so that fewer are among more.
 
-  In mode positives_too with pairs.right_fraction, that share of the budget is drawn from right traces, the rest from wrong ones.
+  In mode positives_too with pairs.right_fraction, that share of the budget comes from right traces, the rest from wrong ones.
 
   Raises:
     UserError: too few of one kind for that share.
