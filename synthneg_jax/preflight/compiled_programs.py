@@ -123,8 +123,9 @@ def _batch(shape: Shape, mesh: Mesh) -> Batch:
   count = jax.ShapeDtypeStruct((), jnp.float32, sharding=one)
   trees = PackedTrees(**fields)
   scored, ends = i32(shape.rows, shape.scored), i32(shape.rows, shape.branches)
+  advantage = f32(shape.rows, shape.scored)
   return Batch(
-    trees, scored, ends, i32(*pairs), i32(*pairs), f32(*pairs), f32(*pairs), count, count
+    trees, scored, advantage, ends, i32(*pairs), i32(*pairs), f32(*pairs), f32(*pairs), count, count
   )
 
 
@@ -187,9 +188,8 @@ class Recipe:
     )
     chunk = {"chunk": section.logit_chunk} if section.get("logit_chunk") else {}
     if stage == "dpo":
-      loss = functools.partial(
-        losses.dpo_loss, beta=section.beta
-      )  # the others of its kind cost the same
+      # the others of its kind cost the same
+      loss = functools.partial(losses.dpo_loss, beta=section.beta)
       preference = objectives.Preference(
         loss=loss, beta=section.beta, nll_weight=section.nll_weight
       )
@@ -312,9 +312,8 @@ class Recipe:
       f"lower {section}.lanes, {section}.slots or engine.max_new_tokens, or raise mesh.tensor"
     )
 
-    known = (
-      lengths.response if stage == "credit" else 0.0
-    )  # of a trunk: the trace whose prefixes are continued
+    # of a trunk: the trace whose prefixes are continued
+    known = lengths.response if stage == "credit" else 0.0
     grown = lengths.response / (2 if stage == "credit" else 1)  # by a branch
     trunk = lengths.prompt + known
     if part == "decode":
