@@ -68,12 +68,15 @@ class Count:
 class TokenPair:
   """trunk + chosen is preferred to trunk + rejected; `flip` is the probability that it should be
   the other way.
+
+  The first `context` tokens of rejected are context, which no log-prob counts.
   """
 
   trunk: list[int]
   chosen: list[int]
   rejected: list[int]
   flip: float = 0.0
+  context: int = 0
 
 
 def _value(count: Count) -> float:
@@ -128,6 +131,21 @@ def algorithm1(
   return TokenPair(
     list(prompt), list(solution), response.prefix(pit + 1), flip_probability(after, before)
   )
+
+
+def prefix_protected(
+  prompt: Ids, solution: Ids, response: Response, *, pit: int, after: Count, before: Count
+) -> TokenPair:
+  """Algorithm 1's pair with the steps before the pit as context: only the pit's own log-prob, log
+  π(ŷ_c | x, ŷ_1:c−1), falls.
+
+  Algorithm 1 also pushes down the good steps that lead to the pit. To reward a right prefix and to
+  punish from the first error on is the idea of VPPO (https://arxiv.org/abs/2601.18984, read as an
+  abstract); this form of it is ours. It lies between `algorithm1`, whose chosen response it keeps,
+  and `shared_prefix`, whose rejected step it has. Arguments as `algorithm1`.
+  """
+  pair = algorithm1(prompt, solution, response, pit=pit, after=after, before=before)
+  return dataclasses.replace(pair, context=len(response.prefix(pit)))
 
 
 def arbitrary(prompt: Ids, right: Ids, wrong: Ids) -> TokenPair:

@@ -39,12 +39,14 @@ class Branch:
     ids: int [L], L >= 1.
     scored: bool [L], which tokens count in a loss; None means all.
     branches: those that leave this branch's own tokens.
+    advantage: float [L], of the step that each token belongs to; None means 0.
   """
 
   fork: int
   ids: Sequence[int]
   scored: Sequence[bool] | None = None
   branches: tuple["Branch", ...] = ()
+  advantage: Sequence[float] | None = None
 
 
 class Layout(NamedTuple):
@@ -52,6 +54,7 @@ class Layout(NamedTuple):
   `PackedTrees`.
 
   Attributes:
+    advantage: float [n], of the token's step.
     end: int [branches], the last token of each branch, by its number.
   """
 
@@ -60,6 +63,7 @@ class Layout(NamedTuple):
   leave: np.ndarray
   parent: np.ndarray
   scored: np.ndarray
+  advantage: np.ndarray
   end: np.ndarray
 
 
@@ -74,8 +78,8 @@ class Tree:
     branches: those that leave the trunk.
 
   Raises:
-    ValueError: a fork outside of the run that a branch leaves, an empty branch, or a mask of
-      another length.
+    ValueError: a fork outside of the run that a branch leaves, an empty branch, or a mask or
+      advantages of another length.
   """
 
   trunk: Sequence[int]
@@ -94,6 +98,10 @@ class Tree:
         branch.scored is not None and len(branch.scored) != len(branch.ids)
       ):
         raise ValueError(f"Branch {number} is empty, or its scored mask has another length.")
+      if branch.advantage is not None and len(branch.advantage) != len(branch.ids):
+        raise ValueError(
+          f"Branch {number} has {len(branch.ids)} tokens and {len(branch.advantage)} advantages."
+        )
 
   @property
   def _root(self) -> Branch:
@@ -119,10 +127,9 @@ class Tree:
   def layout(self) -> Layout:
     """The tree in preorder."""
     size = self.num_tokens
+    integers = (np.zeros(size, np.int32) for _ in range(4))
     out = Layout(
-      *(np.zeros(size, np.int32) for _ in range(4)),
-      np.zeros(size, bool),
-      np.zeros(self.num_branches, int),
+      *integers, np.zeros(size, bool), np.zeros(size, np.float32), np.zeros(self.num_branches, int)
     )
 
     def lay(run: Branch, number: int, at: int, path: np.ndarray) -> int:
@@ -135,6 +142,7 @@ class Tree:
       out.parent[own] = np.concatenate([[-1], path])[run.fork : -1]
       out.leave[own] = end = at + len(own)
       out.scored[own] = True if run.scored is None else run.scored
+      out.advantage[own] = 0.0 if run.advantage is None else run.advantage
       if number >= 0:
         out.end[number] = own[-1]
       sizes = [1 + sum(1 for _ in _below(branch)) for branch in run.branches]
@@ -166,51 +174,49 @@ def _below(run: Branch) -> Iterator[tuple[Branch, Branch]]:
 def sharing(trunk: Sequence[int], branches: Sequence[Branch]) -> Tree:
   """The tree of these branches in which beginnings that they have in common stand once.
 
-  Every branch keeps its sequence and which of its tokens are scored; a beginning is in common where
-  both agree. At least its last token stays its own. Branches of branches are left as they are, and
-  numbers are not kept.
+  Every branch keeps its sequence, which of its tokens are scored and their advantages; a beginning
+  is in common where all three agree. At least its last token stays its own. Branches of branches
+  are left as they are, and numbers are not kept.
   """
-  root = _Shared(0, list(trunk), [False] * len(trunk), [])
+  root = _Shared(0, [(token, False, 0.0) for token in trunk], [])
   for branch in branches:
-    left, fork, ids = root, branch.fork, list(branch.ids)
-    scored = [True] * len(ids) if branch.scored is None else [bool(mark) for mark in branch.scored]
+    left, fork, size = root, branch.fork, len(branch.ids)
+    scored = [True] * size if branch.scored is None else [bool(mark) for mark in branch.scored]
+    advantage = (
+      [0.0] * size if branch.advantage is None else [float(value) for value in branch.advantage]
+    )
+    tokens = list(zip(branch.ids, scored, advantage, strict=True))
     while True:
-      sizes = [run.common(fork, ids[:-1], scored) for run in left.branches]
+      sizes = [run.common(fork, tokens[:-1]) for run in left.branches]
       size = max(sizes, default=0)
       if not size:
         break
-      left, fork, ids, scored = (
-        left.branches[sizes.index(size)],
-        fork + size,
-        ids[size:],
-        scored[size:],
-      )
-    left.branches.append(_Shared(fork, ids, scored, [], branch.branches))
+      left, fork, tokens = left.branches[sizes.index(size)], fork + size, tokens[size:]
+    left.branches.append(_Shared(fork, tokens, [], branch.branches))
   return Tree(trunk, tuple(run.frozen() for run in root.branches))
 
 
 @dataclasses.dataclass
 class _Shared:
-  """A branch that grows branches."""
+  """A branch that grows branches; its tokens as (id, scored, advantage)."""
 
   fork: int
-  ids: list[int]
-  scored: list[bool]
+  tokens: list[tuple[int, bool, float]]
   branches: list["_Shared"]
   given: tuple[Branch, ...] = ()
 
-  def common(self, fork: int, ids: list[int], scored: list[bool]) -> int:
+  def common(self, fork: int, tokens: list[tuple[int, bool, float]]) -> int:
     """How many tokens it has in common with what leaves at a fork."""
     if fork != self.fork:
       return 0
-    pairs = enumerate(zip(ids, scored, self.ids, self.scored, strict=False))
-    return next((n for n, (a, b, c, d) in pairs if (a, b) != (c, d)), min(len(ids), len(self.ids)))
+    pairs = enumerate(zip(tokens, self.tokens, strict=False))
+    return next((n for n, (one, own) in pairs if one != own), min(len(tokens), len(self.tokens)))
 
   def frozen(self) -> Branch:
     """The branch with those that it grew and those that it was given."""
-    return Branch(
-      self.fork, self.ids, self.scored, (*self.given, *(run.frozen() for run in self.branches))
-    )
+    ids, scored, advantage = map(list, zip(*self.tokens, strict=True))
+    branches = (*self.given, *(run.frozen() for run in self.branches))
+    return Branch(self.fork, ids, scored, branches, advantage if any(advantage) else None)
 
 
 @jax.tree_util.register_dataclass

@@ -84,9 +84,8 @@ class Rollout:
   correct: bool
   reason: str
   finish: str
-  step_logp: (
-    float | None
-  )  # nats, of its first step under the untempered model; None where a server did not say
+  # nats, of its first step under the untempered model; None where a server did not say
+  step_logp: float | None
   logp: float | None  # nats, of all its tokens under the untempered model
 
 
@@ -104,9 +103,8 @@ class StepEstimate:
   successes: int  # how many of them came out right
   exact: bool  # the last step: its value is the trace's verdict
   correct: bool  # verdict, where exact; else False
-  samples: list[
-    dict
-  ]  # the rollouts (fields of Rollout); empty where another trace with this prefix holds them
+  # the rollouts (fields of Rollout); empty where another trace with this prefix holds them
+  samples: list[dict]
   samples_at: str  # key of the estimate that holds them; its own key where it does
 
   @property
@@ -128,6 +126,7 @@ class Pair:
   pair_mode: str
   pit: int  # step of the trace, from 0; -1 where none was used
   flip: float  # probability that the label is flipped, by the counts
+  context: int = 0  # tokens at the beginning of rejected that are not scored
 
   @property
   def key(self) -> str:
@@ -205,7 +204,9 @@ class Shards:
     Raises:
       UserError: a line that is no whole record; names file and line.
     """
-    names = {field.name for field in dataclasses.fields(self._kind)}
+    every = dataclasses.fields(self._kind)
+    names = {field.name for field in every}
+    required = {field.name for field in every if field.default is dataclasses.MISSING}
     for path in self.files():
       text = path.read_text()
       for number, line in enumerate(text.splitlines(), start=1):
@@ -217,7 +218,7 @@ class Shards:
             "file was cut off or "
             "changed. Delete it and the stage's manifest.json to have it made again."
           ) from error
-        if not isinstance(fields, dict) or set(fields) != names:
+        if not isinstance(fields, dict) or not required <= set(fields) <= names:
           raise UserError(
             f"{path}, line {number}: the fields are not those of a {self._kind.__name__} record."
           )

@@ -11,6 +11,7 @@ problem are estimated once. Which prefixes get rollouts is credit.schedule's to 
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from synthneg_jax.runtime import distributed, keys
 from synthneg_jax.runtime.progress import Progress
 
 _SHARD = 256  # problems a shard
+_SHARD_IN_BUDGET = 16  # where the last shard's rollouts beyond the budget are thrown away
 # a rollout that another process grades and writes
 _OF_OTHERS = Rollout([], False, "", "", 0.0, 0.0)
 
@@ -203,13 +205,27 @@ def _estimates(trace: Trace, prefixes: Sequence[_Prefix]) -> list[StepEstimate]:
 
 
 def _credit(
-  given: _Resources, chosen: dict[str, list[Trace]], shards: Shards, progress: Progress
-) -> None:
+  given: _Resources,
+  chosen: dict[str, list[Trace]],
+  shards: Shards,
+  progress: Progress,
+  left: float = math.inf,
+) -> int:
   """Writes the estimates of the chosen traces of some problems, made in as many rounds as the
   schedule takes.
 
+  Args:
+    given: what rolling out takes.
+    chosen: traces by problem, in their order.
+    shards: where estimates go.
+    progress: told of every trace.
+    left: rollouts of the budget; a problem is written if those before it took fewer.
+
+  Returns:
+    The rollouts of the problems written, by all processes.
+
   Raises:
-    Stopped: SIGTERM came; the problems that were finished by then are written.
+    Stopped: SIGTERM came; without a budget the problems that were finished by then are written.
   """
   experiment, tokenizer = given.experiment, given.policy.tokenizer
   given = given._replace(problems={key: given.problems[key] for key in chosen})
@@ -244,16 +260,24 @@ def _credit(
     progress.update(len(of_trace) - len(said))
   except distributed.Stopped as stop:
     stopped = stop
+  within, spent = set(), 0
+  for key, traces in chosen.items():
+    if spent < left and (stopped is None or left == math.inf):
+      within.add(key)
+      own = {prefix.key: len(prefix.samples) for trace in traces for prefix in of_trace[trace.id]}
+      spent += sum(own.values())
   shards.write(
     record
-    for number, traces in enumerate(chosen.values())
-    if distributed.mine(number)
+    for number, (problem_id, traces) in enumerate(chosen.items())
+    if problem_id in within
+    and distributed.mine(number)
     and not _wanted(experiment, {trace.id: of_trace[trace.id] for trace in traces})
     for trace in traces
     for record in _estimates(trace, of_trace[trace.id])
   )
   if stopped is not None:
     raise stopped
+  return spent
 
 
 def _work(
@@ -303,7 +327,10 @@ def run(experiment: Experiment) -> dict:
   problems = experiment.problems("train")
   groups = by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
   shards = Shards(stage.folder / "estimates", StepEstimate)
-  there = {estimate.problem_id for estimate in shards.read()}
+  there, spent = set(), 0
+  for estimate in shards.read():
+    there.add(estimate.problem_id)
+    spent += len(estimate.samples)
   chosen = {
     key: choose(group, section.max_wrong_per_problem, section.max_right_per_problem)
     for key, group in groups.items()
@@ -323,9 +350,13 @@ def run(experiment: Experiment) -> dict:
   )
   given = _Resources(experiment, policy, engine, problems)
   with Progress("credit", sum(len(chosen[key]) for key in missing), "traces") as progress:
-    for start in range(0, len(missing), _SHARD):
-      part = {key: chosen[key] for key in missing[start : start + _SHARD]}
-      _credit(given, part, shards, progress)
+    budget = section.max_rollouts or math.inf
+    size = _SHARD if budget == math.inf else _SHARD_IN_BUDGET
+    for start in range(0, len(missing), size):
+      if spent >= budget:
+        break
+      part = {key: chosen[key] for key in missing[start : start + size]}
+      spent += _credit(given, part, shards, progress, budget - spent)
   distributed.barrier()
   estimates = list(shards.read())
   figures = {

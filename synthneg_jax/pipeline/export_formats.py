@@ -88,6 +88,7 @@ def pairs(workdir: _Workdir, variant: str) -> Iterator[dict]:
       "pair_mode": pair.pair_mode,
       "pit": pair.pit,
       "flip": pair.flip,
+      "context": pair.context,
     }
 
 

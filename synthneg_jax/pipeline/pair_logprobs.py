@@ -17,7 +17,9 @@ from synthneg_jax.training import reference
 
 @dataclasses.dataclass(frozen=True)
 class Margin:
-  """Summed log-probs of a pair's branches, nats: chosen and rejected, before training and after."""
+  """Summed log-probs of the scored tokens of a pair's branches, nats: chosen and rejected, before
+  training and after.
+  """
 
   chosen: tuple[float, float]
   rejected: tuple[float, float]
@@ -72,9 +74,10 @@ def read(experiment: Experiment, name: str) -> dict[str, Margin]:
       reference.branch_key(pair.trunk, len(pair.trunk), ids) for ids in (pair.chosen, pair.rejected)
     ]
     if all(key in store for key in keys for store in (before, after)):
+      starts = zip(keys, (0, pair.context), strict=True)
       sums = [
-        tuple(float(np.sum(store[key], dtype=np.float64)) for store in (before, after))
-        for key in keys
+        tuple(float(np.sum(store[key][start:], dtype=np.float64)) for store in (before, after))
+        for key, start in starts
       ]
       margins[pair.id] = Margin(*sums)
   return margins

@@ -26,16 +26,21 @@ from synthneg_jax.training import pair_trees
 WHOLE_MODES = ("arbitrary", "furthest")
 # by the leaf of section `pairs` that holds their mode
 VARIANTS = {"dpo": "outcome_mode", "step_dpo": "pair_mode"}
-_PITS = ("pairs.pit_rule", "pairs.drop_ratio", "pairs.min_before", "credit.best_of")
+_PITS = ("pairs.pit_rule", "pairs.drop_ratio", "pairs.min_before", "pairs.order", "credit.best_of")
 _SIBLINGS = ("pairs.continuation", "pairs.choice")
 _READS = {  # leaves that a mode depends on, besides those of all modes
   "arbitrary": (),
   "furthest": ("pairs.furthest",),
   "algorithm1": _PITS,
+  "prefix_protected": _PITS,
   "shared_prefix": (*_PITS, *_SIBLINGS),
-  "positives_too": (*_PITS, *_SIBLINGS, "pairs.spurious_below"),
-  "random_step": _SIBLINGS,
+  "positives_too": (*_PITS, *_SIBLINGS, "pairs.spurious_below", "pairs.right_fraction"),
+  "random_step": (*_SIBLINGS, "pairs.order"),
 }
+
+
+# modes that choose y
+_KNOWN_SOLUTION = {"algorithm1": core.algorithm1, "prefix_protected": core.prefix_protected}
 
 
 class Candidate(NamedTuple):
@@ -130,12 +135,11 @@ class Builder:
       return Candidate(trace, step, None)
     prompt, response = self.prompt(trace.problem_id), core.Response(trace.ids, trace.step_ends)
     after = self.credited.count(trace, step + 1)
-    if mode == "algorithm1":
+    if mode in _KNOWN_SOLUTION:
       solution, before = self._solution(trace.problem_id), self.credited.count(trace, step)
+      make = _KNOWN_SOLUTION[mode]
       pair = (
-        core.algorithm1(prompt, solution, response, pit=step, after=after, before=before)
-        if solution
-        else None
+        make(prompt, solution, response, pit=step, after=after, before=before) if solution else None
       )
       return Candidate(trace, step, pair)
     seed = int(keys.draw_key(self._experiment.config.seed, "pairs", 0, trace.id, "", step)[0])
@@ -150,6 +154,18 @@ class Builder:
       rng=np.random.default_rng(seed),
     )
     return Candidate(trace, step, pair)
+
+  def rank(self, candidate: Candidate) -> float:
+    """What candidates are sorted by, lowest first, before pairs.max_per_problem cuts; equal for
+    pairs of whole responses.
+    """
+    trace, step = candidate.trace, candidate.step
+    if step < 0 or self._section.order == "sampled":
+      return 0.0
+    if self._section.order == "likeliest":
+      return -float(np.mean(trace.logps))
+    after, before = self.credited.count(trace, step + 1), self.credited.count(trace, step)
+    return after.successes / after.rollouts - before.successes / before.rollouts
 
   def _siblings(self, trace: Trace, num_steps: int) -> list[core.Sibling]:
     """Every rollout from the first `num_steps` steps of a trace; from none, the problem's traces."""
@@ -196,7 +212,8 @@ def build(experiment: Experiment, mode: str) -> tuple[list[Pair], dict]:
     traces).
   """
   section = experiment.config.pairs
-  candidates = Builder(experiment).candidates(mode)
+  builder = Builder(experiment)
+  candidates = builder.candidates(mode)
   found = [candidate for candidate in candidates if candidate.pair]
   without_pit = 0 if mode in WHOLE_MODES else sum(candidate.step < 0 for candidate in candidates)
   dropped = {
@@ -205,16 +222,29 @@ def build(experiment: Experiment, mode: str) -> tuple[list[Pair], dict]:
   }
   pairs, too_long = [], 0
   length = train_policy.longest_tree(experiment.config, experiment.config.dpo)
+  preferred = sorted(found, key=builder.rank)
   kept, filtered = core.filter_pairs(
-    [candidate.pair for candidate in found],
-    [candidate.trace.problem_id for candidate in found],
+    [candidate.pair for candidate in preferred],
+    [candidate.trace.problem_id for candidate in preferred],
     most=section.max_per_problem,
     max_flip=section.max_flip,
   )
-  for trace, step, made in map(found.__getitem__, kept):
+  within = {(preferred[index].trace.id, preferred[index].step) for index in kept}
+  in_budget = _in_budget(
+    experiment, mode, [each for each in found if (each.trace.id, each.step) in within]
+  )
+  beyond = {"beyond_budget": len(kept) - len(in_budget)} if section.max_pairs else {}
+  for trace, step, made in in_budget:
     branches = (made.trunk, made.chosen, made.rejected)
     pair = Pair(
-      f"{trace.id}/{mode}/{step}", trace.problem_id, trace.id, *branches, mode, step, made.flip
+      f"{trace.id}/{mode}/{step}",
+      trace.problem_id,
+      trace.id,
+      *branches,
+      mode,
+      step,
+      made.flip,
+      made.context,
     )
     if pair_trees.num_tokens(pair) > length:
       too_long += 1
@@ -223,11 +253,50 @@ def build(experiment: Experiment, mode: str) -> tuple[list[Pair], dict]:
   figures = {
     "pairs": len(pairs),
     "problems": len({pair.problem_id for pair in pairs}),
-    "dropped": {**dropped, **filtered, "too_long": too_long},
+    "dropped": {**dropped, **filtered, **beyond, "too_long": too_long},
   }
   return pairs, figures | _step_figures(
     pairs, {candidate.trace.id for candidate in found if candidate.trace.correct}
   )
+
+
+def _in_budget(
+  experiment: Experiment, mode: str, candidates: Sequence[Candidate]
+) -> list[Candidate]:
+  """At most pairs.max_pairs of them, in their order, drawn by a hash of their traces, so that fewer
+  are among more.
+
+  In mode positives_too with pairs.right_fraction, that share of the budget comes from right traces,
+  the rest from wrong ones.
+
+  Raises:
+    UserError: too few of one kind for that share.
+  """
+  section = experiment.config.pairs
+  if not section.max_pairs:
+    return list(candidates)
+
+  def draw(candidate: Candidate) -> bytes:
+    trace, step = candidate.trace, candidate.step
+    return keys.draw_key(experiment.config.seed, "budget", 0, trace.id, "", step).tobytes()
+
+  drawn = sorted(candidates, key=draw)
+  if mode == "positives_too" and section.right_fraction >= 0:
+    num_right = round(section.right_fraction * section.max_pairs)
+    wanted, taken = {True: num_right, False: section.max_pairs - num_right}, []
+    for right, count in wanted.items():
+      of_kind = [candidate for candidate in drawn if candidate.trace.correct == right]
+      if len(of_kind) < count:
+        raise UserError(
+          f"pairs.right_fraction={section.right_fraction} of pairs.max_pairs={section.max_pairs} "
+          f"asks for {count} pairs from "
+          f"{'right' if right else 'wrong'} traces, and there are {len(of_kind)}."
+        )
+      taken += of_kind[:count]
+  else:
+    taken = drawn[: section.max_pairs]
+  kept = {(candidate.trace.id, candidate.step) for candidate in taken}
+  return [candidate for candidate in candidates if (candidate.trace.id, candidate.step) in kept]
 
 
 def _step_figures(pairs: Sequence[Pair], right_traces: set[str]) -> dict:
@@ -264,6 +333,7 @@ def variant(experiment: Experiment, name: str) -> dict:
       "dpo.row_length",
       f"pairs.{leaf}",
       "pairs.max_per_problem",
+      "pairs.max_pairs",
       "pairs.max_flip",
       *_READS[mode],
     ],

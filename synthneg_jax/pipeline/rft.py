@@ -1,9 +1,15 @@
 """Stage rft: finetuning on π_sft's own responses: right ones (RFT,
 https://arxiv.org/abs/2308.01825), or by advantage.
+
+With rft.objective=advantage_weighted it is equation 4 of the paper: right and wrong traces alike,
+each step weighted by exp(A/β). The theorem's objective is an expectation over π_sft's own
+responses; the traces here are those with credit, distinct, drawn at sample.temperature, and as many
+right ones as credit.max_right_per_problem asks for.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,11 +18,26 @@ from synthneg_jax.core.tree import Branch
 from synthneg_jax.data import prompts
 from synthneg_jax.data.credited_traces import CreditedTrace, CreditedTraces, by_problem
 from synthneg_jax.data.records import Shards, Trace
+from synthneg_jax.models.decoder import Model
 from synthneg_jax.pipeline import train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import keys
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import loop, objectives
+
+
+class _Clone(NamedTuple):
+  """A trace to be trained on.
+
+  Attributes:
+    trace: the record.
+    scored: which of its tokens are scored; None for all.
+    advantage: of each token's step, for rft.objective=advantage_weighted.
+  """
+
+  trace: Trace
+  scored: Sequence[bool] | None = None
+  advantage: Sequence[float] | None = None
 
 
 def _is_spurious(credited: CreditedTrace, start: tuple[int, int]) -> bool:
@@ -27,57 +48,66 @@ def _is_spurious(credited: CreditedTrace, start: tuple[int, int]) -> bool:
   return bool(selection.spurious_steps(*zip(*counted, strict=True), start))
 
 
+def _token_advantages(credited: CreditedTrace) -> list[float]:
+  """The advantage of each token's step; -inf where it is unknown."""
+  known = np.where(credited.advantage_known, credited.advantage, -np.inf)
+  return np.repeat(known, np.diff([0, *credited.trace.step_ends])).tolist()
+
+
 def _chosen(
   experiment: Experiment, groups: Mapping[str, Sequence[Trace]]
-) -> dict[str, list[tuple[Trace, Sequence[bool] | None]]]:
-  """The traces to be cloned, by problem, each with a mask of its scored tokens (None: all)."""
+) -> dict[str, list[_Clone]]:
+  """The traces to be cloned, by problem."""
   section, chosen = experiment.config.rft, {key: [] for key in groups}
   if section.keep == "right":
     for key, group in groups.items():
       kept = selection.keep_right(
         [(trace.ids, trace.correct) for trace in group], section.max_per_problem
       )
-      chosen[key] = [(group[i], None) for i in kept]
+      chosen[key] = [_Clone(group[i]) for i in kept]
     return chosen
   credit = CreditedTraces.load(experiment.workdir, experiment.config.credit.best_of, groups)
   if section.keep in ("spurious", "clean"):
     for credited in credit.right:
       key = credited.trace.problem_id
       if _is_spurious(credited, credit.start[key]) == (section.keep == "spurious"):
-        chosen[key].append((credited.trace, None))
+        chosen[key].append(_Clone(credited.trace))
     return {key: traces[: section.max_per_problem] for key, traces in chosen.items()}
   lowest = [float(each.advantage.min()) if each.known.all() else np.nan for each in credit.traces]
   for i in selection.advantage_filter(lowest, section.drop_fraction):
-    trace, mask = credit.traces[i].trace, None
+    trace, mask, advantage = credit.traces[i].trace, None, None
+    if section.objective == "advantage_weighted":
+      advantage = _token_advantages(credit.traces[i])
     if section.loss_mask != "whole":
       mask = selection.step_mask(
         credit.traces[i].advantage.tolist(), trace.step_ends, rule=section.loss_mask
       )
       if not any(mask):
         continue
-    chosen[trace.problem_id].append((trace, mask))
+    chosen[trace.problem_id].append(_Clone(trace, mask, advantage))
   return {key: traces[: section.max_per_problem] for key, traces in chosen.items()}
 
 
-def _at_most(chosen: dict[str, list], most: int, seed: int) -> dict[str, list]:
+def _at_most(chosen: dict[str, list[_Clone]], most: int, seed: int) -> dict[str, list[_Clone]]:
   """At most this many of all, drawn by a hash of their ids, so that fewer are among more; 0 for
   all.
   """
   if not most:
     return chosen
   every = [
-    (keys.draw_key(seed, "rft", 0, trace.id, "", 0).tobytes(), trace.id)
+    (keys.draw_key(seed, "rft", 0, clone.trace.id, "", 0).tobytes(), clone.trace.id)
     for of in chosen.values()
-    for trace, _ in of
+    for clone in of
   ]
   kept = {name for _, name in sorted(every)[:most]}
   return {
-    key: [pair for pair in of_problem if pair[0].id in kept] for key, of_problem in chosen.items()
+    key: [clone for clone in of_problem if clone.trace.id in kept]
+    for key, of_problem in chosen.items()
   }
 
 
 def _branches(
-  chosen: Mapping[str, list[tuple[Trace, Sequence[bool] | None]]],
+  chosen: Mapping[str, list[_Clone]],
   solutions: Mapping[str, Sequence[int]],
   fork: Callable[[str], int],
 ) -> dict[str, list[Branch]]:
@@ -86,14 +116,23 @@ def _branches(
   """
   branches = {
     key: [
-      Branch(fork(key), tuple(trace.ids), None if mask is None else tuple(mask))
-      for trace, mask in traces
+      Branch(fork(key), tuple(trace.ids), scored, advantage=advantage)
+      for trace, scored, advantage in clones
     ]
-    for key, traces in chosen.items()
+    for key, clones in chosen.items()
   }
   for key, ids in solutions.items():
     branches[key].append(Branch(fork(key), tuple(ids)))
   return branches
+
+
+def _objective(model: Model, section):
+  """What rft.objective names."""
+  if section.objective == "advantage_weighted":
+    return objectives.make_advantage_weighted(
+      model, beta=section.advantage_beta, max_weight=section.max_weight, chunk=section.logit_chunk
+    )
+  return objectives.make_sft(model, section.logit_chunk)
 
 
 def run(experiment: Experiment, name: str = "rft") -> dict:
@@ -139,7 +178,7 @@ def run(experiment: Experiment, name: str = "rft") -> dict:
     name=name,
     section=section,
     model=policy.model,
-    objective=objectives.make_sft(policy.model, section.logit_chunk),
+    objective=_objective(policy.model, section),
     batches=plan,
     mesh=experiment.mesh,
     folder=stage.folder,
@@ -148,6 +187,6 @@ def run(experiment: Experiment, name: str = "rft") -> dict:
   counts = {
     "solutions": sum(map(len, branches.values())),
     "problems": sum(map(bool, branches.values())),
-    "wrong": sum(not trace.correct for of_problem in chosen.values() for trace, _ in of_problem),
+    "wrong": sum(not clone.trace.correct for of_problem in chosen.values() for clone in of_problem),
   }
   return stage.finish({**counts, "too_long": dropped, **figures}, identity=identity)

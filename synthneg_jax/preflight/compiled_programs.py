@@ -124,8 +124,9 @@ def _batch(shape: Shape, mesh: Mesh) -> Batch:
   count = jax.ShapeDtypeStruct((), jnp.float32, sharding=one)
   trees = PackedTrees(**fields)
   scored, ends = i32(shape.rows, shape.scored), i32(shape.rows, shape.branches)
+  advantage = f32(shape.rows, shape.scored)
   return Batch(
-    trees, scored, ends, i32(*pairs), i32(*pairs), f32(*pairs), f32(*pairs), count, count
+    trees, scored, advantage, ends, i32(*pairs), i32(*pairs), f32(*pairs), f32(*pairs), count, count
   )
 
 

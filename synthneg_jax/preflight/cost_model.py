@@ -94,7 +94,7 @@ def mean_tree(config, name: str, lengths: Lengths) -> MeanTree:
     return MeanTree(prompt, (response,) * kept, kept)
   rejected = min(config.dpo.max_branches_per_tree - 1, config.pairs.max_per_problem)
   mode = config.pairs.outcome_mode if name == "dpo/dpo" else config.pairs.pair_mode
-  if mode == "algorithm1":
+  if mode in ("algorithm1", "prefix_protected"):
     return MeanTree(prompt, (response, *(response / 2,) * rejected), rejected)
   if mode in ("shared_prefix", "positives_too"):
     step = response / lengths.steps

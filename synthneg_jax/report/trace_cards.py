@@ -14,9 +14,8 @@ class Step:
   text: str
   rollouts: int  # from the end of the step; 0 where exact
   successes: int
-  interval: (
-    tuple[float, float] | None
-  )  # 95 %, of the share of right rollouts; None without rollouts
+  # 95 %, of the share of right rollouts; None without rollouts
+  interval: tuple[float, float] | None
   q: float | None  # under Best-of-k; None where unknown
   advantage: float | None  # q minus q of the step before; None where either is unknown
   exact: bool  # the last step: q is the verdict
@@ -36,9 +35,8 @@ class ShownTrace:
   v0: float  # value of the bare problem under Best-of-k
   steps: Sequence[Step]
   pit: int  # step from 0, -1 where there is none
-  preferred: (
-    str | None
-  )  # what the per-step pair makes likelier than the pit; empty: no pair, None: not yet made
+  # what the per-step pair makes likelier than the pit; empty: no pair, None: not yet made
+  preferred: str | None
 
 
 def _step(step: Step, number: int, trace: ShownTrace, best_of: int) -> str:
@@ -76,7 +74,7 @@ def _trace(trace: ShownTrace, number: int, best_of: int, pair_mode: str) -> str:
   steps = "\n".join(_step(step, i, trace, best_of) for i, step in enumerate(trace.steps))
   what = (
     "this known solution to the trace up to and with its pit"
-    if pair_mode == "algorithm1"
+    if pair_mode in ("algorithm1", "prefix_protected")
     else "this to the pit; it is from a continuation of the same steps that came out right"
   )
   preferred = (

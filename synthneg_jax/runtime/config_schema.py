@@ -691,6 +691,20 @@ SCHEMA = {
     "max_solutions": Leaf(
       0, "Solutions in all, at most; 0 for no bound.", unit="solutions", within=AT_LEAST_0
     ),
+    "objective": Leaf(
+      "next_token",
+      "Next-token loss, or each step of the traces weighted by exp(advantage / advantage_beta) "
+      "(equation 4).",
+      choices=("next_token", "advantage_weighted"),
+    ),
+    "advantage_beta": Leaf(
+      0.3,
+      "objective=advantage_weighted: β; smaller values weigh good steps more.",
+      within="(0, inf)",
+    ),
+    "max_weight": Leaf(
+      20.0, "objective=advantage_weighted: largest weight of a step.", within="(0, inf)"
+    ),
   },
   "sample": {
     "num_traces": Leaf(8, "Traces per problem.", unit="traces", within=COUNT),
@@ -717,6 +731,13 @@ SCHEMA = {
     ),
     "max_right_per_problem": Leaf(
       0, "Right traces per problem that get credit.", unit="traces", within=AT_LEAST_0
+    ),
+    "max_rollouts": Leaf(
+      0,
+      "Budget of rollouts: problems get credit, in their order, while those before took fewer; 0 "
+      "for all problems.",
+      unit="rollouts",
+      within=AT_LEAST_0,
     ),
     "slots": _how(
       0,
@@ -763,6 +784,7 @@ SCHEMA = {
       "How pairs/step_dpo builds its pairs (docs/method.md).",
       choices=(
         "algorithm1",
+        "prefix_protected",
         "shared_prefix",
         "positives_too",
         "random_step",
@@ -810,6 +832,23 @@ SCHEMA = {
       choices=("random", "shortest", "most_likely", "majority"),
     ),
     "max_per_problem": Leaf(8, "Pairs per problem, at most.", unit="pairs", within=COUNT),
+    "order": Leaf(
+      "sampled",
+      "Per-step pairs: which traces of a problem come first where max_per_problem bounds them: as "
+      "sampled; the likeliest under "
+      "π_sft, per token; or those with the largest drop of Q at the blamed step.",
+      choices=("sampled", "likeliest", "largest_drop"),
+    ),
+    "max_pairs": Leaf(
+      0, "Pairs in all, at most, drawn at random; 0 for no bound.", unit="pairs", within=AT_LEAST_0
+    ),
+    "right_fraction": Leaf(
+      -1.0,
+      "pair_mode=positives_too with max_pairs: fraction of those pairs that comes from right "
+      "traces; -1 for no fixed one.",
+      within="[0, 1]",
+      also=(-1.0,),
+    ),
     "max_flip": Leaf(
       1.0,
       "Pairs whose label is flipped with a higher probability, by the rollout counts, are dropped.",
@@ -1038,6 +1077,19 @@ def check_values(config: ConfigDict) -> None:
       f"task.fresh_problems={values['task.fresh_problems']} needs synthesis.provider='task' and "
       "rft.with_teacher=False: fresh "
       "problems are the task's own, and their solutions are not the ones that SFT has seen."
+    )
+  if values["rft.objective"] == "advantage_weighted" and (
+    values["rft.keep"] != "advantage" or values["rft.with_teacher"]
+  ):
+    raise UserError(
+      "rft.objective='advantage_weighted' needs rft.keep='advantage' and rft.with_teacher=False: "
+      "only traces with credit "
+      "have advantages."
+    )
+  if values["pairs.right_fraction"] >= 0 and not values["pairs.max_pairs"]:
+    raise UserError(
+      f"pairs.right_fraction={values['pairs.right_fraction']} needs pairs.max_pairs, the number "
+      "that it is a fraction of."
     )
   if values["pairs.pair_mode"] == "positives_too" and values["credit.max_right_per_problem"] < 1:
     raise UserError(

@@ -40,6 +40,7 @@ class Batch:
     trees: fields [R, T].
     scored_at: int32 [R, S], row indices of the scored tokens, -1 beyond them; logits exist at their
       parents only.
+    advantage: float32 [R, S], of the scored tokens' steps; 0 beyond them.
     branch_end: int32 [R, B], row indices of the branches' last tokens, -1 beyond them.
     chosen, rejected: int32 [R, P], the pairs' places in `branch_end`; -1 where there is no pair.
     ref_chosen, ref_rejected: float32 [R, P], summed log-probs under the reference, nats.
@@ -50,6 +51,7 @@ class Batch:
 
   trees: tree_lib.PackedTrees
   scored_at: jax.Array
+  advantage: jax.Array
   branch_end: jax.Array
   chosen: jax.Array
   rejected: jax.Array
@@ -106,6 +108,7 @@ def build(examples: Sequence[Example], shape: Shape) -> Batch:
   rows = rows + [[]] * (shape.rows - len(rows))
   trees = tree_lib.pack([[examples[i].tree for i in row] for row in rows], shape.length)
   scored_at = np.full((shape.rows, shape.scored), -1, np.int32)
+  advantage = np.zeros((shape.rows, shape.scored), np.float32)
   branch_end = np.full((shape.rows, shape.branches), -1, np.int32)
   chosen = np.full((shape.rows, shape.pairs), -1, np.int32)
   rejected = np.full((shape.rows, shape.pairs), -1, np.int32)
@@ -115,6 +118,11 @@ def build(examples: Sequence[Example], shape: Shape) -> Batch:
   for r, row in enumerate(rows):
     at = np.flatnonzero(trees.scored[r])
     scored_at[r, : len(at)] = at
+    layouts = [examples[i].tree.layout for i in row]
+    if layouts:
+      advantage[r, : len(at)] = np.concatenate(
+        [layout.advantage[layout.scored] for layout in layouts]
+      )
     start, number, p = 0, 0, 0
     for index in row:
       tree = examples[index].tree
@@ -128,6 +136,7 @@ def build(examples: Sequence[Example], shape: Shape) -> Batch:
   return Batch(
     trees,
     scored_at,
+    advantage,
     branch_end,
     chosen,
     rejected,

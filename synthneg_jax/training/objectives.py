@@ -1,4 +1,4 @@
-"""From parameters and a batch to a loss: the forward pass over trees, and the two objectives of
+"""From parameters and a batch to a loss: the forward pass over trees, and the three objectives of
 this project.
 
 An objective is `fn(params, batch) -> (loss, metrics)`: the loss is a part of a global mean (its
@@ -8,6 +8,7 @@ pair (counts [E + 1], count), between the edges of `EDGES`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,9 +21,8 @@ from synthneg_jax.models.decoder import Model
 from synthneg_jax.training.batch import Batch
 
 HISTOGRAM = "histogram/"
-_MAGNITUDES = tuple(
-  10.0 ** (i / 4) for i in range(-8, 9)
-)  # 0.01 to 100 nats, four to a factor of ten; ours
+# 0.01 to 100 nats, four to a factor of ten; ours
+_MAGNITUDES = tuple(10.0 ** (i / 4) for i in range(-8, 9))
 EDGES = {  # nats
   f"{HISTOGRAM}nll/per_token": (0.0, *_MAGNITUDES),
   f"{HISTOGRAM}margin/per_pair": (*(-x for x in reversed(_MAGNITUDES)), 0.0, *_MAGNITUDES),
@@ -115,6 +115,39 @@ def make_sft(model: Model, chunk: int = 0):
       loss = jnp.sum(jax.vmap(losses.sft_loss)(logp_RS, count_RS)) / batch.num_scored
     spread = _spread("nll/per_token", -logp_RS, count_RS)
     return loss, {"loss/per_token": masked_stats.total(-logp_RS, count_RS)} | spread
+
+  return objective
+
+
+def make_advantage_weighted(model: Model, *, beta: float, max_weight: float, chunk: int = 0):
+  """Equation 4, `losses.advantage_weighted_loss`, per scored token of all branches: the mean of
+  -min(exp(A/β), w_max) log π.
+
+  A token bears the advantage of its step, so that the sum over tokens is the sum over steps. The
+  mean is over tokens, not over weights: where all advantages are 0 this is `make_sft`.
+
+  Args:
+    model: the policy's architecture.
+    beta: β > 0, in units of the advantage (a probability).
+    max_weight: w_max > 0.
+    chunk: as in `scored_logprobs`.
+  """
+  weighted = functools.partial(
+    losses.advantage_weighted_loss, temperature=beta, max_weight=max_weight
+  )
+
+  def objective(params, batch: Batch):
+    logp_RS, _ = scored_logprobs(model, params, batch, chunk=chunk)
+    count_RS = jnp.sum(branch_tokens(batch), axis=1)
+    with jax.named_scope("loss"):
+      loss = jnp.sum(jax.vmap(weighted)(count_RS * logp_RS, batch.advantage)) / batch.num_scored
+    metrics = {
+      "loss/per_token": masked_stats.total(-logp_RS, count_RS),
+      "weight/per_token": masked_stats.total(
+        jnp.minimum(jnp.exp(batch.advantage / beta), max_weight), count_RS
+      ),
+    }
+    return loss, metrics | _spread("nll/per_token", -logp_RS, count_RS)
 
   return objective
 

@@ -53,27 +53,44 @@ def build(pairs: Sequence[Pair], *, max_branches: int, length: int) -> PairTrees
   for trunk, group in groups.items():
     parts = []  # for each tree: number of each branch, pairs of numbers
     for pair in group:
-      wanted = [tuple(pair.chosen), tuple(pair.rejected)]
+      # ids, and how many are not scored
+      wanted = [(tuple(pair.chosen), 0), (tuple(pair.rejected), pair.context)]
       together = {*parts[-1][0], *wanted} if parts else set()
-      if not parts or len(together) > max_branches or len(trunk) + sum(map(len, together)) > length:
+      if (
+        not parts
+        or len(together) > max_branches
+        or len(trunk) + sum(len(ids) for ids, _ in together) > length
+      ):
         parts.append(({}, []))
       number_of, numbered = parts[-1]
-      numbered.append(tuple(number_of.setdefault(ids, len(number_of)) for ids in wanted))
+      numbered.append(tuple(number_of.setdefault(branch, len(number_of)) for branch in wanted))
     for number_of, numbered in parts:
-      result.trees.append(Tree(trunk, tuple(Branch(len(trunk), ids) for ids in number_of)))
+      result.trees.append(Tree(trunk, tuple(_branch(len(trunk), *branch) for branch in number_of)))
       result.pairs.append(numbered)
       result.names.append(group[0].id)
   return result
 
 
+def _branch(fork: int, ids: tuple[int, ...], context: int) -> Branch:
+  """A branch whose first `context` tokens are not scored."""
+  return Branch(fork, ids, tuple(i >= context for i in range(len(ids))) if context else None)
+
+
 def examples(pair_trees: PairTrees, store: reference.Store) -> list[Example]:
   """What the preference objective trains on: the trees with their pairs and the summed reference
   log-probs of branches.
+
+  Only scored tokens are in the sums.
   """
 
   result = []
   for tree, numbered in zip(pair_trees.trees, pair_trees.pairs, strict=True):
-    sums = [float(np.sum(store[key], dtype=np.float64)) for key in reference.branch_keys(tree)]
+    scored = [tree.layout.scored[tree.path(number)[1]] for number in range(tree.num_branches)]
+    keys = reference.branch_keys(tree)
+    sums = [
+      float(np.sum(store[key][own], dtype=np.float64))
+      for key, own in zip(keys, scored, strict=True)
+    ]
     in_tree = [PairInTree(c, r, sums[c], sums[r]) for c, r in numbered]
     result.append(Example(tree, tuple(in_tree)))
   return result

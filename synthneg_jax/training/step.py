@@ -100,9 +100,7 @@ def bytes_per_token(
 def batch_shardings(mesh: Mesh) -> Batch:
   """Shardings of a batch, as a prefix of it: rows split, counts replicated."""
   rows, replicated = device_mesh.rows(mesh), device_mesh.replicated(mesh)
-  return Batch(
-    rows, rows, rows, rows, rows, rows, rows, num_scored=replicated, num_pairs=replicated
-  )
+  return Batch(*[rows] * 8, num_scored=replicated, num_pairs=replicated)
 
 
 def make_update(objective, optimizer: optax.GradientTransformation, *, accumulate: int = 1):

@@ -133,6 +133,15 @@ class WholeResponseTest(parameterized.TestCase):
     if pit < 2:
       self.assertNotIn(EOS, rejected)
 
+  @parameterized.parameters((0, 0), (1, 2), (2, 3))
+  def test_prefix_protected(self, pit, context):
+    # Fails if the pit is context, too, a step before it is not, or the pair is otherwise not
+    # algorithm 1's.
+    after, before = Count(0, 8), Count(3, 8)
+    got = pairs.prefix_protected(PROMPT, SOLUTION, WRONG, pit=pit, after=after, before=before)
+    plain = pairs.algorithm1(PROMPT, SOLUTION, WRONG, pit=pit, after=after, before=before)
+    self.assertEqual(got, dataclasses.replace(plain, context=context))
+
   def test_arbitrary(self):
     # Fails if either response is cut, or if verdicts, which are exact, leave a doubt.
     self.assertEqual(

@@ -5,6 +5,7 @@ training.
 import shutil
 import tempfile
 
+import numpy as np
 from absl.testing import absltest
 
 from synthneg_jax.core.tree import Branch
@@ -15,13 +16,14 @@ from synthneg_jax.decoding.policy import EMBEDDED, Policy
 from synthneg_jax.pipeline import pairs, rft
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import config_schema
+from synthneg_jax.runtime.errors import UserError
 from tests import tiny_model
 
 PROMPT = " J= 4 A= 4 L: A-J D: A+L ? D=\n"
 FIRST, SECOND, DETOUR = (
   " L: A-J A= 4 J= 4 L= 0\n",
   " D: A+L A= 4 L= 0 D= 4\n",
-  " C: D-J D= 4 J= 4 C= 0\n",
+  (" C: D-J D= 4 J= 4 C= 0\n"),
 )
 WRONG_FIRST, WRONG_SECOND = " L: A+J A= 4 J= 4 L= 8\n", " D: A-L A= 4 L= 0 D= 5\n"
 RIGHT, WRONG, OTHER = " #### 4", " #### 5", " #### 8"
@@ -147,6 +149,50 @@ class BuildTest(absltest.TestCase):
       (2, 0, {"1": 2}),
     )
 
+  def test_the_prefix_is_protected(self):
+    # Fails if a good step of the rejected prefix is scored, if the pit is not, or if the pair is
+    # another than algorithm 1's.
+    rows, made, _ = self.build("prefix_protected")
+    expected, unprotected, _ = self.build("algorithm1")
+    self.assertEqual(rows, expected)
+    text = lambda ids: self.policy.token_text.text(ids)
+    self.assertEqual([text(pair.rejected[: pair.context]) for pair in made], [FIRST, WRONG_FIRST])
+    self.assertEqual([text(pair.rejected[pair.context :]) for pair in made], [WRONG_SECOND, SECOND])
+    self.assertEqual({pair.context for pair in unprotected}, {0})
+    self.assertEqual([pair.flip for pair in made], [pair.flip for pair in unprotected])
+
+  def test_order(self):
+    # Fails if the cap takes another trace than the one that the order has first: of equals the
+    # earlier. Drops of Q at the pits are 3/4 and 1/4.
+    first = lambda **settings: self.build("algorithm1", max_per_problem=1, **settings)[0][0][0]
+    self.assertEqual(first(), "0")
+    self.assertEqual(first(order="largest_drop"), "0")
+    self.assertEqual(first(order="largest_drop", pit_rule="least_advantage", min_before=0.0), "0")
+    self.assertEqual(first(order="likeliest"), "0")
+    config, ranks = self.experiment.config.copy_and_resolve_references(), {}
+    config.credit.best_of = 1
+    for order in ("likeliest", "largest_drop"):
+      config.pairs.order = order
+      builder = pairs.Builder(Experiment(config, self.experiment.workdir, self.experiment.mesh))
+      ranks[order] = [builder.rank(candidate) for candidate in builder.candidates("algorithm1")]
+    self.assertEqual(ranks, {"likeliest": [0.25, 0.25], "largest_drop": [-0.75, -0.25]})
+
+  def test_a_budget_of_pairs(self):
+    # Fails if more are kept, fewer are not among more, the share of right traces is not the one
+    # asked for, or a budget that cannot be filled is filled with others.
+    _, every, _ = self.build("positives_too", choice="majority")
+    _, one, figures = self.build("positives_too", choice="majority", max_pairs=1)
+    self.assertLen(one, 1)
+    self.assertIn(one[0], every)
+    self.assertEqual(figures["dropped"]["beyond_budget"], 1)
+    for fraction, trace in ((0.0, "0"), (1.0, "2")):
+      rows, _, _ = self.build(
+        "positives_too", choice="majority", max_pairs=1, right_fraction=fraction
+      )
+      self.assertEqual([row[0] for row in rows], [trace])
+    with self.assertRaisesRegex(UserError, "asks for 2 pairs from right traces, and there are 1"):
+      self.build("positives_too", choice="majority", max_pairs=2, right_fraction=1.0)
+
   def test_shared_prefix(self):
     # Fails if rollouts are taken from another prefix or from a trace that does not hold them, if
     # the pit's own step is chosen, or if a trace whose prefix has no rollouts at hand raises.
@@ -184,9 +230,8 @@ class BuildTest(absltest.TestCase):
       self.assertEqual(rows, self.build("random_step", choice="majority")[0])
       places |= {(row[0], row[4]): row for row in rows}
     self.experiment.config.seed = 0
-    self.assertEqual(
-      set(places), {("0", 1), ("1", 0)}
-    )  # where rollouts are at hand, with another right way on
+    # where rollouts are at hand, with another right way on
+    self.assertEqual(set(places), {("0", 1), ("1", 0)})
     self.assertEqual(places["1", 0], ("1", "", FIRST, WRONG_FIRST, 0))
 
   def cloned(self, **settings):
@@ -202,7 +247,7 @@ class BuildTest(absltest.TestCase):
       i for i, on in zip(trace.ids, mask or [True] * len(trace.ids), strict=True) if on
     ]
     text = lambda ids: self.policy.token_text.text([i for i in ids if i != self.eos])
-    return {trace.id[-1]: text(scored(trace, mask)) for trace, mask in chosen}
+    return {clone.trace.id[-1]: text(scored(clone.trace, clone.scored)) for clone in chosen}
 
   def test_responses_that_rft_learns(self):
     # Fails if wrong responses of high advantage are left out (figure 11 keeps them), right ones
@@ -220,12 +265,37 @@ class BuildTest(absltest.TestCase):
     self.assertEqual(self.cloned(keep="spurious"), {"2": whole["2"]})
     self.assertEqual(self.cloned(keep="clean"), {"3": whole["3"]})
 
+  def test_every_token_bears_its_steps_advantage(self):
+    # Fails if a token has the advantage of the step before or after, if wrong traces or steps back
+    # are left out, or if the next-token objective, too, has advantages, which would part trees at
+    # them.
+    config = self.experiment.config.copy_and_resolve_references()
+    config.credit.best_of = 1
+    config.rft.update(keep="advantage", drop_fraction=0.0, objective="advantage_weighted")
+    experiment = Experiment(config, self.experiment.workdir, self.experiment.mesh)
+    groups = by_problem(Shards(self.experiment.workdir / "sample/traces", Trace).read(), ["p"])
+    clones = rft._chosen(experiment, groups)["p"]
+    self.assertEqual([clone.trace.id[-1] for clone in clones], list("0123"))
+    values = {
+      "0": (0.35, -0.75, 0.0),
+      "1": (-0.15, -0.25, 0.0),
+      "2": (0.35, -0.5, 0.75, 0.0),
+      "3": (0.35, 0.25, 0.0),
+    }
+    for clone in clones:
+      size = np.diff([0, *clone.trace.step_ends])
+      expected = np.repeat(values[clone.trace.id[-1]], size)
+      np.testing.assert_allclose(clone.advantage, expected, atol=1e-6)
+      self.assertIsNone(clone.scored)
+    config.rft.objective = "next_token"
+    self.assertEqual({clone.advantage for clone in rft._chosen(experiment, groups)["p"]}, {None})
+
   def test_rft_learns_the_teachers_solution_too(self):
     # Fails if it is left out where no sample was right: then there was nothing to train on.
     trace = by_problem(Shards(self.experiment.workdir / "sample/traces", Trace).read(), ["p"])["p"][
       3
     ]
-    chosen = {"p": [(trace, None)], "q": [], "r": []}
+    chosen = {"p": [rft._Clone(trace)], "q": [], "r": []}
     made = rft._branches(chosen, {"p": [7, 8], "q": [9]}, {"p": 3, "q": 4, "r": 5}.get)
     self.assertEqual(made["p"], [Branch(3, tuple(trace.ids)), Branch(3, (7, 8))])
     self.assertEqual((made["q"], made["r"]), ([Branch(4, (9,))], []))

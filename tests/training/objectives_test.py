@@ -7,6 +7,7 @@ import functools
 import tempfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 from etils import epath
@@ -14,8 +15,9 @@ from etils import epath
 from synthneg_jax.core import losses
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.core.tree import Branch, Tree
+from synthneg_jax.data.records import Pair
 from synthneg_jax.training import batch as batch_lib
-from synthneg_jax.training import objectives, reference
+from synthneg_jax.training import objectives, pair_trees, reference
 from synthneg_jax.training.batch import Example, PairInTree, Shape
 from tests import random_trees, tiny_model
 
@@ -45,6 +47,7 @@ EOS = (10, 25)  # the ends of A's rejected branch and of C's
 LONGEST = 8
 
 MODEL = tiny_model.model(dtype="float64", param_dtype="float64")
+MESH = tiny_model.one_device_mesh()
 sft = jax.jit(objectives.make_sft(MODEL))
 dpo_loss = functools.partial(losses.dpo_loss, beta=BETA, label_smoothing=SMOOTHING)
 dpo = jax.jit(
@@ -83,6 +86,37 @@ def averages(metrics) -> dict[str, float]:
     name: pair for name, pair in metrics.items() if not name.startswith(objectives.HISTOGRAM)
   }
   return {name: float(total) / float(count) for name, (total, count) in scalars.items()}
+
+
+class Bandit:
+  """A policy of one state: its logits are its parameters, whatever it has read."""
+
+  def hidden(self, params, trees):
+    return jnp.zeros((*trees.token.shape, 1), params.dtype), None
+
+  def logits(self, params, h):
+    return jnp.broadcast_to(params, (*h.shape[:-1], params.size))
+
+
+class EquationFourTest(absltest.TestCase):
+  def test_the_optimum_on_a_bandit(self):
+    # Fails if the objective's optimum is not π ∝ π_sft exp(A/β), equation 4's: another β, a weight
+    # that is normalised for each branch, or a cut where none is due; with a cut the optimum is that
+    # of the cut weights.
+    counts, advantage, beta = np.array([5, 3, 2]), np.array([-0.3, 0.1, 0.4]), 0.3
+    branches = [
+      Branch(1, [a], advantage=[advantage[a]]) for a in range(3) for _ in range(counts[a])
+    ]
+    example = Example(Tree([0], tuple(branches)))
+    batch = batch_lib.build([example], batch_lib.measure([example], 16))
+    for max_weight in (1e9, 1.2):
+      objective = objectives.make_advantage_weighted(Bandit(), beta=beta, max_weight=max_weight)
+      grad = jax.jit(jax.grad(lambda logits, objective=objective: objective(logits, batch)[0]))
+      logits = jnp.zeros(3)
+      for _ in range(400):
+        logits -= grad(logits)
+      target = counts * np.minimum(np.exp(advantage / beta), max_weight)
+      np.testing.assert_allclose(jax.nn.softmax(logits), target / target.sum(), atol=1e-4)
 
 
 class ObjectivesTest(parameterized.TestCase):
@@ -177,6 +211,75 @@ class ObjectivesTest(parameterized.TestCase):
       self.assertEqual(
         float(self.dpo_metrics[name][1]), counts.get(name.partition("/")[2], 3), name
       )
+
+  def test_advantage_weighted_equals_unpacked_sequences(self):
+    # Fails if a token bears another step's advantage, if a weight is not cut, an unknown step
+    # (-inf) counts, a shared token counts once, weights divide the loss, or a gradient flows
+    # otherwise than through log π.
+    known = (0.4, 0.4, -0.2, -np.inf, 2.0)
+    trees = [
+      Tree(
+        [1, 2, 3],
+        (Branch(3, [6, 7, 8], advantage=known[:3]), Branch(3, [9, 10], advantage=known[3:])),
+      ),
+      tree_lib.sharing(
+        [12, 13],
+        [
+          Branch(2, [15, 16, 17], advantage=(0.5, 0.5, -0.5)),
+          Branch(2, [15, 16, 18], advantage=(0.5, -1.0, 0.0)),
+        ],
+      ),
+    ]
+    # 15 is shared, 16 is not: its advantages differ
+    self.assertEqual(trees[1].num_tokens, 2 + 1 + 2 + 2)
+    examples = [Example(tree) for tree in trees]
+    batch = batch_lib.build(examples, batch_lib.measure(examples, 18))
+    objective = jax.jit(objectives.make_advantage_weighted(MODEL, beta=0.25, max_weight=5.0))
+    loss, metrics = objective(self.params, batch)
+    alone = unpacked(
+      self.params, [Example(Tree(tree.trunk, tuple(reference._unfolded(tree)))) for tree in trees]
+    )
+    logp = np.concatenate([*alone[0], *alone[1]])
+    advantage = np.array([*known, 0.5, 0.5, -0.5, 0.5, -1.0, 0.0])
+    weight = np.minimum(np.exp(advantage / 0.25), 5.0)
+    self.assertEqual(sorted(set(weight))[-1], 5.0)
+    self.assertAlmostEqual(float(loss), -np.sum(weight * logp) / 11, delta=1e-6)
+    self.assertAlmostEqual(averages(metrics)["loss/per_token"], -logp.mean(), delta=1e-9)
+    self.assertAlmostEqual(averages(metrics)["weight/per_token"], weight.mean(), delta=1e-6)
+
+  def test_without_advantages_it_is_the_next_token_loss(self):
+    # Fails if the mean is over weights or rows, or if a step of advantage 0 has another weight than
+    # 1.
+    objective = jax.jit(objectives.make_advantage_weighted(MODEL, beta=0.25, max_weight=5.0))
+    self.assertAlmostEqual(
+      float(objective(self.params, self.batch)[0]), float(self.sft_loss), delta=1e-10
+    )
+
+  def test_context_of_a_rejected_branch_is_not_scored(self):
+    # Fails if a pair's loss, its reference or a gradient holds a step before the pit, or leaves out
+    # a token from the pit on.
+    pair = Pair(
+      "p", "p", "t", [1, 2, 3], [6, 7, 8], [9, 10, 11, 12], "prefix_protected", 1, 0.0, context=2
+    )
+    made = pair_trees.build(
+      [pair, dataclasses.replace(pair, id="q", context=0)], max_branches=3, length=18
+    )
+    self.assertLen(made.trees, 1)
+    store = reference.Store(epath.Path(tempfile.mkdtemp()) / "s.npz")
+    reference.score(
+      MODEL, self.params, made.trees, store=store, packing=reference.Packing(MESH, 18)
+    )
+    (example,) = pair_trees.examples(made, store)
+    chosen, rejected, _ = unpacked(self.params, [example])[0]
+    every = unpacked(self.params, [Example(Tree(pair.trunk, (Branch(3, pair.rejected),)))])[0][0]
+    self.assertEqual([len(branch) for branch in unpacked(self.params, [example])[0]], [3, 2, 4])
+    np.testing.assert_allclose(rejected, every[2:], rtol=1e-6)
+    self.assertAlmostEqual(example.pairs[0].ref_rejected, every[2:].sum(), delta=1e-5)
+    self.assertAlmostEqual(example.pairs[1].ref_rejected, every.sum(), delta=1e-5)
+    self.assertAlmostEqual(example.pairs[0].ref_chosen, chosen.sum(), delta=1e-5)
+    batch = batch_lib.build([example], batch_lib.measure([example], 18))
+    _, metrics = dpo(self.params, batch)
+    self.assertAlmostEqual(averages(metrics)["rejected_shift/per_pair"], 0.0, delta=1e-5)
 
   def test_the_loss_parts_add_up(self):
     # Fails if a part is divided by its own count: microbatches and devices sum their parts.

@@ -6,6 +6,7 @@ and b are two tasks there and one drawing here: the config says which task it is
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from synthneg_jax.experiments.scaling import grid, measures, methods, plots, study
+from synthneg_jax.experiments.scaling.paired import paired_difference
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.report import dataflow_diagram, figures
 from synthneg_jax.runtime import config_schema, manifest
@@ -262,10 +264,7 @@ def _by_step(data: Data) -> Drawn:
     each = [one[data.method(name).folder] for one in made]
     width = min(sum(count >= LEAST_RESPONSES for count in one["responses"]) for one in each)
     values = np.array([[one["start"], *one["mean"][:width]] for one in each])
-    mean, half = (
-      values.mean(axis=0),
-      1.96 * values.std(axis=0, ddof=len(values) > 1) / np.sqrt(len(values)),
-    )
+    mean, half = values.mean(axis=0), _half_width(values)
     series.append(
       plots.Series(
         data.label(name), list(range(width + 1)), mean, mean - half, mean + half, values.T.tolist()
@@ -275,10 +274,23 @@ def _by_step(data: Data) -> Drawn:
   return plots.by_step(series, title, "mean Q on held-out problems"), plots.as_csv(series, "step")
 
 
+def _half_width(values) -> np.ndarray:
+  """Of a 95 % interval of the mean over seeds, which are the first axis."""
+  return 1.96 * values.std(axis=0, ddof=len(values) > 1) / np.sqrt(len(values))
+
+
 def _critical(data: Data) -> Drawn:
-  made, series = _held_out(data), []
-  for name in FIGURE_7:
-    each = [one[data.method(name).folder]["critical"] for one in made]
+  made = [{folder: of["critical"] for folder, of in one.items()} for one in _held_out(data)]
+  return _q_before_pits(data, FIGURE_7, made)
+
+
+def _q_before_pits(
+  data: Data, names: Sequence[str], made: Sequence[dict[str, list[float]]]
+) -> Drawn:
+  """Bars of the mean Q before SFT's pits; `made` has a seed's values by folder."""
+  series = []
+  for name in names:
+    each = [one[data.method(name).folder] for one in made]
     values, rng = [float(np.mean(one)) for one in each], np.random.default_rng(0)
     draws = [
       np.mean(
@@ -315,10 +327,7 @@ def _many_samples(data: Data) -> Drawn:
   for kind, words in (("pass", "any of k"), ("majority", "majority of k")):
     for name in SAMPLED:
       values = np.array([one[folders[name]][kind] for one in made])
-      mean, half = (
-        values.mean(axis=0),
-        1.96 * values.std(axis=0, ddof=len(values) > 1) / np.sqrt(len(values)),
-      )
+      mean, half = values.mean(axis=0), _half_width(values)
       label = f"{data.label(name)}, {words}"
       ks = made[0][folders[name]]["k"]
       series.append(
@@ -348,7 +357,7 @@ def _true_pits(data: Data) -> Drawn:
   for part, words in (("pits", "pit by {}"), ("labels", "label {}")):
     for name in made[0][part]:
       values = np.array([one[part][name] for one in made])
-      half = 1.96 * values.std(ddof=len(values) > 1) / np.sqrt(len(values))
+      half = _half_width(values)
       label = words.format(name.replace("_", " "))
       series.append(
         plots.Series(
@@ -363,6 +372,110 @@ def _true_pits(data: Data) -> Drawn:
   title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
   label = "right, % of wrong traces and of pairs"
   return plots.bars(series, title, label), plots.as_csv(series, "-")
+
+
+EQUATION_4 = ("sft", "rft", "step_dpo", "advantage_weighted")
+
+
+def _settings_bars(data: Data) -> Drawn:
+  """Every method at study.reference_size; the table also has all paired differences over the seeds
+  that both have.
+  """
+  size, series, points = data.config.study.reference_size, [], {}
+  for name in dict.fromkeys(cell.method.name for cell in data.cells):
+    for point in data.found.get(name, []):
+      if point.size == size:
+        points[name] = point
+        dots = [point.wrong_SN.mean(axis=1).tolist()]
+        series.append(
+          plots.Series(data.label(name), [size], [point.mean], [point.low], [point.high], dots)
+        )
+  if not series:
+    raise UserError(
+      f"This figure needs cells from {size} problems (study.reference_size), and none is finished."
+    )
+  table = list(series)
+  for (first, one), (second, other) in itertools.combinations(points.items(), 2):
+    seeds = sorted(set(one.seeds) & set(other.seeds))
+    if seeds:
+      pair = [each.wrong_SN[np.isin(each.seeds, seeds)] for each in (one, other)]
+      dots = [(pair[0].mean(axis=1) - pair[1].mean(axis=1)).tolist()]
+      mean, low, high = paired_difference(*pair)
+      table.append(
+        plots.Series(
+          f"{data.label(first)} minus {data.label(second)}", [size], [mean], [low], [high], dots
+        )
+      )
+  title = f"{data.config.study.family}, {size} problems"
+  return plots.bars(series, title, "test error, %"), plots.as_csv(table, "problems")
+
+
+def _critical_of(names: Sequence[str]) -> Callable[[Data], Drawn]:
+  def make(data: Data) -> Drawn:
+    for name in names:
+      data.points(name)
+    folders = [data.method(name).folder for name in names]
+
+    def measure(experiment: Experiment) -> dict:
+      problems = sorted(experiment.problems("test").values(), key=lambda problem: problem.id)[
+        :HELD_OUT
+      ]
+      return measures.critical(experiment, folders, problems, ROLLOUTS)
+
+    return _q_before_pits(data, names, _measured(data, "critical", measure))
+
+  return make
+
+
+def _shifts(data: Data) -> Drawn:
+  names = [name for name in EQUATION_4 if name != data.config.study.baseline]
+  for name in names:
+    data.points(name)
+  credited = data.method("advantage_weighted")
+  folders = [data.method(name).folder for name in names]
+  made = _measured(
+    data, "shifts", lambda experiment: measures.shifts(experiment, folders, credited.second)
+  )
+  series = []
+  for name, folder in zip(names, folders, strict=True):
+    each = [one[folder] for one in made]
+    width = min(len(one["mean"]) for one in each)
+    x, values = (np.array([one[part][:width] for one in each]) for part in ("middles", "mean"))
+    mean, half = values.mean(axis=0), _half_width(values)
+    slope, correlation = (np.mean([one[part] for one in each]) for part in ("slope", "correlation"))
+    label = f"{data.label(name)}: slope {slope:.2g}, correlation {correlation:.2f}"
+    series.append(
+      plots.Series(
+        label, x.mean(axis=0).round(2), mean, mean - half, mean + half, values.T.tolist()
+      )
+    )
+  beta = methods.configure(data.config, credited).rft.advantage_beta
+  ends = np.array([-0.5, 0.5])
+  series.append(plots.Series(f"theorem, β = {beta:g}", ends, *[ends / beta] * 3, dashed=True))
+  rows = list(series)
+  for part in ("slope", "correlation", "good", "bad"):
+    for name, folder in zip(names, folders, strict=True):
+      values = np.array([one[folder][part] for one in made])
+      mean, half = values.mean(), _half_width(values)
+      rows.append(
+        plots.Series(
+          f"{part}, {data.label(name)}",
+          [0],
+          [mean],
+          [mean - half],
+          [mean + half],
+          [values.tolist()],
+        )
+      )
+  title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
+  drawn = plots.against_setting(
+    series,
+    title,
+    "advantage less the mean of its siblings",
+    log=False,
+    value="log-ratio to SFT less that of siblings, nats",
+  )
+  return drawn, plots.as_csv(rows, "advantage")
 
 
 COMPUTED = ("sft", "rft", "step_dpo")
@@ -428,6 +541,10 @@ FIGURES: dict[str, Callable[[Data], Drawn]] = {
   "samples": _many_samples,
   "compute": _against_compute,
   "true_pits": _true_pits,
+  "settings": _settings_bars,
+  "equation_4": _against_problems(EQUATION_4),
+  "critical": _critical_of(EQUATION_4),
+  "shifts": _shifts,
 }
 
 

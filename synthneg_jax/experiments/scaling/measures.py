@@ -319,6 +319,64 @@ def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]
   return found
 
 
+def _valued(
+  experiment: Experiment, policy: Policy, folder: str, problems: Sequence[Problem], count: int
+) -> tuple[list[Trace], np.ndarray]:
+  """One sample of each problem by the policy of a stage, those without a step left out, with the
+  policy's own Q.
+
+  Returns:
+    (N traces; Q [N, 1 + S] of the bare problem and after each step, NaN beyond a trace's end; the
+    last is its verdict).
+  """
+  by_id = {problem.id: problem for problem in problems}
+  sampled = _sampled(experiment, policy, problems, count=1, purpose=f"values of {folder}")
+  traces = [trace for trace in sampled if trace.step_ends]
+  asked = [Beginnings(by_id[t.problem_id], t.ids, [0, *t.step_ends[:-1]]) for t in traces]
+  found = values(experiment, policy, asked, count=count, purpose=f"values by {folder}")
+  q = np.full((len(traces), 1 + max(len(trace.step_ends) for trace in traces)), np.nan)
+  for row, trace, of_trace in zip(q, traces, found, strict=True):
+    row[: len(of_trace) + 1] = [*of_trace, trace.correct]
+  return traces, q
+
+
+def _before_pits(
+  traces: Sequence[Trace], q: np.ndarray, problems: Sequence[Problem]
+) -> list[Beginnings]:
+  """The prefixes before the pits (first lowest Q) of wrong traces."""
+  by_id, found = {problem.id: problem for problem in problems}, []
+  for row, trace in zip(q, traces, strict=True):
+    if trace.reason == "wrong":
+      pit = int(np.nanargmin(row[1:]))
+      found.append(
+        Beginnings(
+          by_id[trace.problem_id], trace.ids, [0 if pit == 0 else trace.step_ends[pit - 1]]
+        )
+      )
+  return found
+
+
+def _critical(
+  experiment: Experiment, policy: Policy, prefixes: Sequence[Beginnings], count: int
+) -> list[float]:
+  """Q of a policy from each prefix, by rollouts that drew no pit."""
+  found = values(experiment, policy, prefixes, count=count, purpose="values at critical steps")
+  return [round(float(one[0]), 4) for one in found]
+
+
+def critical(
+  experiment: Experiment, folders: Sequence[str], problems: Sequence[Problem], count: int
+) -> dict[str, list]:
+  """Q of policies before the pits of π_sft's wrong samples, as `held_out` has it: by folder, in one
+  order of prefixes.
+  """
+  policy = experiment.policy("sft")
+  prefixes = _before_pits(*_valued(experiment, policy, "sft", problems, count), problems)
+  return {
+    folder: _critical(experiment, experiment.policy(folder), prefixes, count) for folder in folders
+  }
+
+
 def held_out(
   experiment: Experiment, folders: Sequence[str], problems: Sequence[Problem], count: int
 ) -> dict[str, dict]:
@@ -340,34 +398,88 @@ def held_out(
     by folder: {"start": mean V; "mean": Q after step 1, 2, ...; "responses": that have the step;
     "critical": Q at each of π_sft's critical prefixes, in one order}.
   """
-  by_id, made, critical = {problem.id: problem for problem in problems}, {}, []
+  made, prefixes = {}, []
   for folder in dict.fromkeys(["sft", *folders]):
     policy = experiment.policy(folder)
-    sampled = _sampled(experiment, policy, problems, count=1, purpose=f"values of {folder}")
-    traces = [trace for trace in sampled if trace.step_ends]
-    asked = [Beginnings(by_id[t.problem_id], t.ids, [0, *t.step_ends[:-1]]) for t in traces]
-    found = values(experiment, policy, asked, count=count, purpose=f"values by {folder}")
-    q = np.full((len(traces), 1 + max(len(trace.step_ends) for trace in traces)), np.nan)
-    for row, trace, of_trace in zip(q, traces, found, strict=True):
-      row[: len(of_trace) + 1] = [*of_trace, trace.correct]
+    traces, q = _valued(experiment, policy, folder, problems, count)
     if folder == "sft":
-      for row, trace in zip(q, traces, strict=True):
-        if trace.reason == "wrong":
-          pit = int(np.nanargmin(row[1:]))
-          critical.append(
-            Beginnings(
-              by_id[trace.problem_id], trace.ids, [0 if pit == 0 else trace.step_ends[pit - 1]]
-            )
-          )
+      prefixes = _before_pits(traces, q, problems)
     made[folder] = {
       "start": round(float(np.nanmean(q[:, 0])), 5),
       "mean": np.nanmean(q[:, 1:], axis=0).round(5).tolist(),
       "responses": np.isfinite(q[:, 1:]).sum(axis=0).tolist(),
-      "critical": [
-        round(float(one[0]), 4)
-        for one in values(
-          experiment, policy, critical, count=count, purpose="values at critical steps"
-        )
-      ],
+      "critical": _critical(experiment, policy, prefixes, count),
     }
   return made
+
+
+def shifts(experiment: Experiment, folders: Sequence[str], credit: str) -> dict[str, dict]:
+  """How far policies moved the steps of credited traces from π_sft, against the advantages of the
+  steps.
+
+  Theorem 6.1's optimum has log π/π_sft = A/β + c(prefix). So steps that leave one prefix are
+  compared: each with its log-ratio and its advantage less the mean of the distinct steps seen there
+  (at least two). Ours.
+
+  Args:
+    experiment: of the run folder.
+    folders: stages of the policies.
+    credit: folder, in the run folder, of the stages with the credit that is asked for; "" for the
+      run folder itself.
+
+  Returns:
+    by folder: "slope" (nats per unit of advantage, least squares through the origin; the theorem's
+    1/β), "correlation", "middles" and "mean" (mean advantage and log-ratio of buckets by advantage,
+    both less the mean at their prefix), "good" and "bad" (mean log-ratio, nats, of steps with A > 0
+    and A < 0), "steps".
+  """
+  problems, start = experiment.problems("train"), experiment.policy("sft")
+  workdir = experiment.workdir / credit if credit else experiment.workdir
+  traces = CreditedTraces.load(workdir, experiment.config.credit.best_of, problems).traces
+  trees = []
+  for each in traces:
+    trunk = train_policy.prompt_ids(experiment, start.tokenizer, problems[each.trace.problem_id])
+    trees.append(Tree(trunk, (Branch(len(trunk), each.trace.ids),)))
+  section = experiment.config.sft
+  packing = reference.Packing(experiment.mesh, section.row_length, section.logit_chunk)
+
+  def scored(policy: Policy) -> list[np.ndarray]:
+    store = reference.Store(experiment.workdir / "measures" / f"steps-{policy.fingerprint}.npz")
+    reference.score(policy.model, policy.params, trees, store=store, packing=packing)
+    return [
+      store[reference.branch_key(tree.trunk, len(tree.trunk), tree.branches[0].ids)]
+      for tree in trees
+    ]
+
+  before = scored(start)
+  found = {}
+  for folder in folders:
+    after, at_prefix = scored(experiment.policy(folder)), {}
+    for each, old_T, new_T in zip(traces, before, after, strict=True):
+      begin = 0
+      for step, end in enumerate(each.trace.step_ends):
+        if each.advantage_known[step]:
+          prefix = (each.trace.problem_id, tuple(each.trace.ids[:begin]))
+          ratio = float(np.sum(new_T[begin:end] - old_T[begin:end], dtype=np.float64))
+          at_prefix.setdefault(prefix, {})[tuple(each.trace.ids[begin:end])] = (
+            float(each.advantage[step]),
+            ratio,
+          )
+        begin = end
+    groups = [np.array(list(steps.values())) for steps in at_prefix.values()]
+    raw = np.concatenate(groups)
+    advantage, ratio = np.concatenate(
+      [group - group.mean(axis=0) for group in groups if len(group) > 1]
+    ).T
+    edges = np.linspace(-0.75, 0.75, 7)
+    bucket = np.digitize(advantage, edges)
+    found[folder] = {
+      "slope": round(float(advantage @ ratio / (advantage @ advantage)), 4),
+      "correlation": round(float(np.corrcoef(advantage, ratio)[0, 1]), 4),
+      "middles": [round(float(advantage[bucket == b].mean()), 4) for b in np.unique(bucket)],
+      "mean": [round(float(ratio[bucket == b].mean()), 4) for b in np.unique(bucket)],
+      "good": round(float(raw[raw[:, 0] > 0, 1].mean()), 4),
+      "bad": round(float(raw[raw[:, 0] < 0, 1].mean()), 4),
+      "steps": len(advantage),
+    }
+  return found

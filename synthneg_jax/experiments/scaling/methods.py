@@ -1,9 +1,11 @@
 """What a cell of a study trains: a kind of method, and overrides of config leaves that tell it from
 others of its kind.
 
-A method may override leaves of the stage that makes it and no others, so that what comes before
-(π_sft, its traces, their credit) is made once and shared by all methods of a size and seed. Its
-name joins both: `rft,rft.max_per_problem=1`.
+A method may override leaves of the stage that makes it, so that what comes before (π_sft, its
+traces, their credit) is made once and shared by all methods of a size and seed. Its name joins
+both: `rft,rft.max_per_problem=1`. A method that rests on credit may also override leaves of the
+stages sample and credit: these it makes anew, in a folder of its own (`with_...`) in the run
+folder, which methods of the same overrides share; what comes before them is copied there.
 
 `study.settings` overrides leaves for all cells of some sizes or kinds, as rows (sizes or kinds,
 overrides):
@@ -17,6 +19,8 @@ import difflib
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from etils import epath
+
 from synthneg_jax.pipeline import (
   credit,
   dpo,
@@ -29,7 +33,7 @@ from synthneg_jax.pipeline import (
   synthesize,
 )
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.runtime import config_schema
+from synthneg_jax.runtime import config_schema, distributed
 from synthneg_jax.runtime.errors import UserError
 
 _SFT = ("synthesize", "sft")
@@ -48,7 +52,7 @@ class Kind:
     sections: the config sections whose leaves it may override.
     settings: leaves that make it what it is.
     first: a method whose policy takes the place of π_sft before its stages, which have a folder of
-      their own: a second round on that policy's own traces.
+      their own: another round on that policy's own traces.
   """
 
   label: str
@@ -58,23 +62,32 @@ class Kind:
   first: str = ""
 
 
+_MADE_ANEW = ("sample", "credit")
+
+
 def _dpo(label: str, mode: str, **dpo) -> Kind:
   return Kind(
     label,
     _CREDIT,
-    ("dpo", "pairs"),
+    ("dpo", "pairs", *_MADE_ANEW),
     {"pairs.pair_mode": mode, **{f"dpo.{k}": v for k, v in dpo.items()}},
   )
 
 
 def _rft(label: str, **settings) -> Kind:
   needs_credit = "keep" in settings
+  sections = ("rft", *_MADE_ANEW) if needs_credit else ("rft",)
   return Kind(
     label,
     _CREDIT if needs_credit else _SAMPLE,
-    ("rft",),
+    sections,
     {f"rft.{k}": v for k, v in settings.items()},
   )
+
+
+def _round(label: str, first: str) -> Kind:
+  """Per-step DPO once more, on the traces of the policy that `first` made."""
+  return dataclasses.replace(_dpo(label, "shared_prefix"), first=first, sections=("dpo", "pairs"))
 
 
 KINDS = {
@@ -84,12 +97,30 @@ KINDS = {
   "rft_spurious": _rft("RFT, with spurious steps", keep="spurious"),
   "rft_clean": _rft("RFT, without spurious steps", keep="clean"),
   "rft_advantage": _rft("advantage-filtered RFT", keep="advantage"),
+  "advantage_weighted": _rft(
+    "advantage-weighted (eq. 4)",
+    keep="advantage",
+    drop_fraction=0.0,
+    start="sft",
+    max_per_problem=100,
+    objective="advantage_weighted",
+  ),
+  "advantage_filtered": _rft(
+    "steps of positive advantage",
+    keep="advantage",
+    drop_fraction=0.0,
+    start="sft",
+    max_per_problem=100,
+    loss_mask="positive",
+  ),
   "step_dpo": _dpo("per-step DPO", "shared_prefix"),
   "step_dpo_both": _dpo("per-step DPO, right traces too", "positives_too"),
   "algorithm1": _dpo("per-step DPO, algorithm 1", "algorithm1"),
-  "step_dpo_twice": dataclasses.replace(
-    _dpo("per-step DPO, two rounds", "shared_prefix"), first="step_dpo"
-  ),
+  "prefix_protected": _dpo("per-step DPO, algorithm 1, prefix protected", "prefix_protected"),
+  "step_dpo_twice": _round("per-step DPO, two rounds", "step_dpo"),
+  "step_dpo_3_rounds": _round("per-step DPO, three rounds", "step_dpo_twice"),
+  "step_dpo_4_rounds": _round("per-step DPO, four rounds", "step_dpo_3_rounds"),
+  "step_dpo_5_rounds": _round("per-step DPO, five rounds", "step_dpo_4_rounds"),
   "random_step": _dpo("DPO at a random step", "random_step"),
   "arbitrary": _dpo("DPO, arbitrary pairs", "arbitrary"),
   "furthest": _dpo("DPO, furthest pairs", "furthest"),
@@ -131,35 +162,61 @@ class Method:
   @property
   def folder(self) -> str:
     """Stage folder of its policy; empty for the base model."""
-    name = self.name.replace(",", "-")
-    made = (
-      "" if self.kind == "base" else f"dpo/{name}" if "dpo" in KINDS[self.kind].sections else name
-    )
-    return f"{self.second}/{made}" if self.second else made
+    if self.kind == "base":
+      return ""
+    return self._folder("dpo" if "dpo" in KINDS[self.kind].sections else "")
 
   @property
   def pairs_folder(self) -> str:
     """Stage folder of the pairs that it trains on; empty for methods without any."""
-    return self.folder.replace("dpo/", "pairs/") if "dpo" in KINDS[self.kind].sections else ""
+    return self._folder("pairs") if "dpo" in KINDS[self.kind].sections else ""
+
+  def _folder(self, stage: str) -> str:
+    return "/".join(filter(None, (self.second, stage, self.name.replace(",", "-"))))
 
   @property
   def second(self) -> str:
-    """Folder of its stages in a second round, in the run folder; empty for methods of one."""
+    """Folder, in the run folder, of the stages that it does not share with methods of the plain
+    run; empty for none.
+
+    Those of a further round, or those with sampling or credit of its own.
+    """
     first = KINDS[self.kind].first
-    return f"after_{first}" if first else ""
+    if first:
+      return f"after_{first}"
+    own = self.made_anew
+    return (
+      "with_" + "-".join(f"{leaf}={value}" for leaf, value in sorted(own.items())) if own else ""
+    )
+
+  @property
+  def made_anew(self) -> dict[str, object]:
+    """Its overrides of leaves of sample and credit."""
+    every = {**self.given, **self.settings}
+    return {leaf: value for leaf, value in every.items() if leaf.split(".")[0] in _MADE_ANEW}
+
+  @property
+  def shared(self) -> tuple[str, ...]:
+    """The stages before its own that it shares with methods of the plain run, or with those of the
+    round before.
+    """
+    before = KINDS[self.kind].before
+    sections = {leaf.split(".")[0] for leaf in self.made_anew}
+    first_anew = next((i for i, stage in enumerate(before) if stage in sections), len(before))
+    return _SFT if KINDS[self.kind].first else before[:first_anew]
 
   @property
   def path(self) -> tuple[str, ...]:
     """All stages that it rests on, its own last."""
-    kind, again = KINDS[self.kind], ()
-    if kind.first:
-      again = (
-        f"pairs/{kind.first}",
-        f"dpo/{kind.first}",
-        *(f"{self.second}/{stage}" for stage in kind.before if stage not in _SFT),
-      )
+    kind = KINDS[self.kind]
+    shared = Method(kind.first, kind.first, {}).path if kind.first else self.shared
+    anew = [
+      f"{self.second}/{stage}" if self.second else stage
+      for stage in kind.before
+      if stage not in self.shared
+    ]
     own = [self.pairs_folder, self.folder] if "dpo" in kind.sections else [self.folder]
-    return (*kind.before, *again, *filter(None, own))
+    return (*shared, *anew, *filter(None, own))
 
 
 def name_of(kind: str, overrides: Mapping[str, object]) -> str:
@@ -291,29 +348,53 @@ def make(experiment: Experiment, method: Method) -> None:
     experiment: of the workdir that the methods of a size and seed share, with the config of all.
     method: what to make.
   """
-  kind = KINDS[method.kind]
-  if kind.first:
-    first = resolve(experiment.config, kind.first)
-    _train(experiment, first)
-    again = dataclasses.replace(experiment, workdir=experiment.workdir / method.second)
-    synthesize.run(again)
-    import_traces.adopt_sft(again, experiment.workdir / first.folder / "policy")
-    _train(again, method)
-  else:
-    _train(experiment, method)
+  _train(experiment, method)
   evaluate.test(experiment, method.name.replace(",", "-"), method.folder or None)
 
 
 def _train(experiment: Experiment, method: Method) -> None:
-  """The method's stages in one folder, each where it is not done."""
-  own = dataclasses.replace(experiment, config=configure(experiment.config, method))
+  """The method's stages, each where it is not done."""
+  kind, where = KINDS[method.kind], experiment
+  if method.second:
+    where = dataclasses.replace(experiment, workdir=experiment.workdir / method.second)
+  if kind.first:
+    first = resolve(experiment.config, kind.first)
+    _train(experiment, first)
+    synthesize.run(where)
+    import_traces.adopt_sft(where, experiment.workdir / first.folder / "policy")
+  else:
+    for stage in method.shared:
+      _RUN[stage](experiment)
+      if method.second:
+        _copy_stage(experiment.workdir / stage, where.workdir / stage)
+  own = dataclasses.replace(where, config=configure(experiment.config, method))
+  for stage in kind.before:
+    if stage not in method.shared:
+      _RUN[stage](own if method.made_anew else where)
   name = method.name.replace(",", "-")
-  for stage in KINDS[method.kind].before:
-    _RUN[stage](experiment)
-  if "dpo" in KINDS[method.kind].sections:
+  if "dpo" in kind.sections:
     pairs.variant(own, name)
     dpo.variant(own, name)
   elif method.kind == "sft":
     sft.run(own, name)
   elif method.kind != "base":
     rft.run(own, name)
+
+
+def _copy_stage(source: epath.Path, target: epath.Path) -> None:
+  """Copies a finished stage into another workdir, its manifest last; nothing where it is there."""
+  if distributed.agree((target / "manifest.json").exists()):
+    return
+  if distributed.first():
+    _copy(source, target, without="manifest.json")
+    (source / "manifest.json").copy(target / "manifest.json")
+  distributed.barrier()
+
+
+def _copy(source: epath.Path, target: epath.Path, without: str = "") -> None:
+  target.mkdir(parents=True, exist_ok=True)
+  for path in source.iterdir():
+    if path.is_dir():
+      _copy(path, target / path.name)
+    elif path.name != without:
+      path.copy(target / path.name, overwrite=True)

@@ -155,8 +155,10 @@ def against_setting(
   *,
   level: tuple[float, str] | None = None,
   log: bool = True,
+  value: str = "",
 ) -> Figure:
-  """Test error against a setting such as beta or positives a problem: figures 2c and 5c.
+  """Test error, or another value, against a setting such as beta or positives a problem: figures 2c
+  and 5c.
 
   Args:
     series: x in the setting's unit.
@@ -164,6 +166,7 @@ def against_setting(
     label: of the x axis.
     level: a value drawn as a horizontal line, with its name.
     log: a logarithmic x axis.
+    value: what the y axis is, in its own unit; empty for test errors in percent.
   """
   with matplotlib.rc_context(figures.STYLE):
     figure = Figure(figsize=(4.3, 3.1), layout="constrained")
@@ -183,9 +186,10 @@ def against_setting(
       )
     _draw(axes, series)
     _whole_numbers(axes.xaxis, [x for one in series for x in one.x])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+    if not value:
+      axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
     axes.set_xlabel(label)
-    axes.set_ylabel("test error, %")
+    axes.set_ylabel(value or "test error, %")
     axes.grid(axis="y")
     _legend(axes)
     figure.suptitle(title, fontsize=9, x=0.02, ha="left")

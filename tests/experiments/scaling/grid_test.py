@@ -68,9 +68,8 @@ class GridTest(parameterized.TestCase):
     copied = c.copy_and_resolve_references()
     self.assertEqual(copied.study.grid, rows)
     told = json.loads(json.dumps(config_schema.plain(copied)))
-    again = config(
-      grid=told["study.grid"], settings=told["study.settings"], seeds=(1,)
-    )  # lists in place of tuples
+    # lists in place of tuples
+    again = config(grid=told["study.grid"], settings=told["study.settings"], seeds=(1,))
     self.assertEqual(grid.read(again), grid.read(c))
 
   @parameterized.parameters(
@@ -94,7 +93,8 @@ class GridTest(parameterized.TestCase):
     (
       (((20,), ("rft",), {"dpo.beta": 1}),),
       (),
-      r"study.grid: row 1 overrides 'dpo.beta'; rft may override rft\.\*",
+      r"study.grid: row 1 overrides 'dpo.beta'; rft may "
+      r"override rft\.\*",
     ),
     ((((20,), ("base",), {"dpo.beta": 1}),), (), "base may override no leaves"),
     (
@@ -167,6 +167,44 @@ class GridTest(parameterized.TestCase):
     self.assertEqual(seen[40, "step_dpo"].dpo.beta, c.dpo.beta)
     self.assertEqual(seen[40, "step_dpo"].pairs.pair_mode, "shared_prefix")
 
+  def test_credit_of_ones_own_has_a_folder_of_its_own(self):
+    # Fails if methods with other credit would write into the plain run's stages, what comes before
+    # is not shared, two methods of the same credit do not share it, or a cell's hash does not know
+    # its credit.
+    fewer = {"credit.num_rollouts": 4}
+    rows = (
+      ((20,), ("step_dpo", "algorithm1"), fewer),
+      ((20,), ("step_dpo",), {}),
+      ((20,), ("algorithm1",), {"sample.num_traces": 6, "dpo.beta": 0.5}),
+      ((20,), ("step_dpo_3_rounds",), {}),
+    )
+    c = config(grid=rows, seeds=(1,))
+    paths = {cell.method.name: cell.method.path for cell in grid.read(c)}
+    own = "with_credit.num_rollouts=4"
+    first = ("synthesize", "sft", "sample")
+    for kind in ("step_dpo", "algorithm1"):
+      name = f"{kind}-credit.num_rollouts=4"
+      expected = (*first, f"{own}/credit", f"{own}/pairs/{name}", f"{own}/dpo/{name}")
+      self.assertEqual(paths[name.replace("-", ",", 1)], expected)
+    self.assertEqual(paths["step_dpo"], (*first, "credit", "pairs/step_dpo", "dpo/step_dpo"))
+    own, name = "with_sample.num_traces=6", "algorithm1-sample.num_traces=6-dpo.beta=0.5"
+    expected = (
+      "synthesize",
+      "sft",
+      *(f"{own}/{stage}" for stage in ("sample", "credit", f"pairs/{name}", f"dpo/{name}")),
+    )
+    self.assertEqual(paths["algorithm1,sample.num_traces=6,dpo.beta=0.5"], expected)
+    once = ("sample", "credit", "pairs/{}", "dpo/{}")
+    twice = [f"after_step_dpo/{stage.format('step_dpo_twice')}" for stage in once]
+    thrice = [f"after_step_dpo_twice/{stage.format('step_dpo_3_rounds')}" for stage in once]
+    self.assertEqual(paths["step_dpo_3_rounds"], (*paths["step_dpo"], *twice, *thrice))
+    cells = {cell.method.name: cell for cell in grid.read(c)}
+    self.assertEqual(
+      methods.configure(c, cells["step_dpo,credit.num_rollouts=4"].method).credit.num_rollouts, 4
+    )
+    with self.assertRaisesRegex(UserError, r"step_dpo_twice may override dpo\.\* and pairs\.\*"):
+      grid.read(config(grid=(((20,), ("step_dpo_twice",), fewer),), seeds=(1,)))
+
   def test_hash_knows_what_decides_and_nothing_else(self):
     # Fails if a cell made with other settings is taken for this one, or if a leaf of another stage
     # unmakes it.
@@ -232,10 +270,12 @@ class PublishedTest(absltest.TestCase):
     # Fails if a config is changed, or a cell's file lost or edited, so that docs/results.md tells
     # of something else.
     root = pathlib.Path(__file__).parents[3]
-    folders = sorted((root / "docs" / "results").glob("*/cells"))
+    folders = sorted((root / "docs" / "results").rglob("cells"))
     self.assertNotEmpty(folders)
     for results in folders:
-      name, _, arg = results.parent.name.partition(".")  # CONFIG or CONFIG.ARG
+      # CONFIG, CONFIG.ARG or CONFIG/ARG
+      place = results.parent.relative_to(root / "docs" / "results")
+      name, _, arg = ".".join(place.parts).partition(".")
       c = __import__(f"configs.{name}", fromlist=["get_config"]).get_config(arg)
       wanted = {f"{cell.name}.json": cell for cell in grid.read(c)}
       there = {path.name for path in results.glob("*.json")}
