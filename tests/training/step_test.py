@@ -169,6 +169,31 @@ class StepTest(parameterized.TestCase):
     self.assert_same(*take_step(device_mesh.make_mesh(*sizes)), atol=1e-9)
 
 
+class MemoryTest(absltest.TestCase):
+  def test_against_what_the_compiler_says(self):
+    # Fails if what a token keeps is off by half: rows would then be cut into needless microbatches,
+    # or exhaust the memory.
+    model = tiny_model.model(
+      d_model=64, num_layers=4, num_kv_heads=4, num_heads=4, head_dim=16, d_ff=192, vocab_size=256
+    )
+    tree = Tree([1], (Branch(1, list(range(127))),))
+    batch = batch_lib.build(
+      [Example(tree)] * 8, Shape(rows=8, length=128, scored=127, pairs=0, branches=1)
+    )
+    objective = objectives.make_sft(model, 0)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    gradient = jax.jit(jax.grad(lambda params, batch: objective(params, batch)[0]))
+    used = (
+      gradient.lower(model.abstract_params(), abstract)
+      .compile()
+      .memory_analysis()
+      .temp_size_in_bytes
+    )
+    self.assertBetween(
+      step_lib.bytes_per_token(model.config, 128) * batch.trees.token.size, 0.8 * used, 2 * used
+    )
+
+
 class ShardingsTest(absltest.TestCase):
   def test_state_and_batch_lie_as_the_rules_say(self):
     # Fails if moments are replicated, if layers are stacked where they are unrolled, or unstacked
