@@ -359,7 +359,7 @@ class BaseModelTest(distributed_test.MembersTestCase):
     made = self.members(
       SENT.replace("ROOT", repr(str(root))), count=2, before=TWO_DEVICES, heartbeat_s=60
     )
-    for status, said, line in self.ends(made, timeout_s=200):
+    for status, said, line in self.ends(made, timeout_s=400):
       self.assertEqual(status, 0, line)
       *loaded, identity, differ, unseen = said.strip().splitlines()
       for found, policy in zip(loaded, expected, strict=True):

@@ -278,7 +278,8 @@ class ProcessesTest(absltest.TestCase):
       self.assert_refused(self.holder(folder, 0, **env), first)
       first.send_signal(signal.SIGKILL)
       first.wait()
-      self.assertEqual(self.holder(folder, 0, **env).stdout.readline(), "held\n")
+      said, _ = self.holder(folder, 0, **env).communicate(timeout=60)
+      self.assertEqual(said, "held\n")
 
   def test_a_bucket(self):
     # Fails if the lease is written without its precondition, is not renewed, or does not run out;
