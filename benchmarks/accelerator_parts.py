@@ -90,21 +90,21 @@ TOY = Scale(
   attention=1024,
   sequences=2,
   short=2,
-  long=6,
+  long=66,
   seconds=0.2,
   matrix=256,
 )
 
 
-def _median_seconds(run: Callable[[], object], seconds: float) -> float:
-  """Of calls after a first one, at least three and for so many seconds; each waits for its result."""
+def _seconds(run: Callable[[], object], seconds: float, of=statistics.median) -> float:
+  """Of calls after a first one, at least three and for so many seconds, each waited for: what `of` makes of their times."""
   jax.block_until_ready(run())
   times = []
   while len(times) < 3 or (sum(times) < seconds and len(times) < 50):
     start = time.perf_counter()
     jax.block_until_ready(run())
     times.append(time.perf_counter() - start)
-  return statistics.median(times)
+  return of(times)
 
 
 def _memory() -> float:
@@ -151,8 +151,8 @@ def device(scale: Scale) -> dict:
   chip = chips.of_kind(found.device_kind)
   a = jnp.asarray(np.random.default_rng(0).normal(size=(n, n)), jnp.bfloat16)
   large = jnp.ones((16 * n, n), jnp.float32)
-  product = _median_seconds(functools.partial(jax.jit(jnp.dot), a, a), scale.seconds / 4)
-  copy = _median_seconds(functools.partial(jax.jit(lambda x: x + 1), large), scale.seconds / 4)
+  product = _seconds(functools.partial(jax.jit(jnp.dot), a, a), scale.seconds / 4)
+  copy = _seconds(functools.partial(jax.jit(lambda x: x + 1), large), scale.seconds / 4)
   return {
     "kind": found.device_kind,
     "platform": found.platform,
@@ -259,7 +259,7 @@ def attend(scale: Scale) -> dict:
 
     with mock.patch.object(attention, "_FUSED_FROM", 1 if fused else length + 1):
       call = functools.partial(jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True)), q, k, v)
-      return _median_seconds(call, scale.seconds / 4), call()[1]
+      return _seconds(call, scale.seconds / 4), call()[1]
 
   rows = {}
   for name, trees in ours.TREES.items():
@@ -315,7 +315,7 @@ def train(kind: str, name: str, scale: Scale) -> dict:
     else:
       loss = functools.partial(losses.dpo_loss, beta=_BETA)
       objective = objectives.make_preference(side.model, objectives.Preference(loss=loss, beta=_BETA), eos_ids=(0,))
-    seconds = _median_seconds(ours.train_step(side, objective, batch), scale.seconds)
+    seconds = _seconds(ours.train_step(side, objective, batch), scale.seconds)
     return _trained(side.config, rows, scale, work, seconds)
 
   return _halving(_start_rows(name, scale), measure)
@@ -333,6 +333,8 @@ def _trained(config: ModelConfig, rows: int, scale: Scale, work: dict, seconds: 
 
 def _decoded(config: ModelConfig, scale: Scale, seconds: float) -> dict:
   """From the time that the further tokens took: each step reads all matrices and the keys and values so far."""
+  if seconds <= 0:
+    raise RuntimeError(f"{scale.long} new tokens took no longer than {scale.short}: the machine is too busy to tell")
   steps = scale.long - scale.short
   matrices = config.num_params - (0 if config.tie_embeddings else config.vocab_size * config.d_model)
   context = scale.prompt + (scale.long + scale.short) / 2
@@ -357,7 +359,7 @@ def decode(name: str, scale: Scale) -> dict:
       Trunk(side.ids(scale.prompt).tolist(), [scale.prompt], ours.draw_keys(i, 1), [new])
       for i in range(scale.sequences)
     ]
-    return _median_seconds(lambda: ours.grow(engine, side, trunks, 1.0) and None, scale.seconds / 4)
+    return _seconds(lambda: ours.grow(engine, side, trunks, 1.0) and None, scale.seconds / 4, min)
 
   short = seconds(scale.short)
   return _decoded(side.config, scale, seconds(scale.long) - short)
@@ -373,7 +375,7 @@ def peer(tool: str, kind: str, name: str, scale: Scale) -> dict:
     prompts = side.ids(scale.sequences, scale.prompt).tolist()
 
     def seconds(new: int) -> float:
-      return _median_seconds(lambda: torch_baselines.generate(model, prompts, new, 1.0), scale.seconds / 4)
+      return _seconds(lambda: torch_baselines.generate(model, prompts, new, 1.0), scale.seconds / 4, min)
 
     short = seconds(scale.short)
     return _decoded(side.config, scale, seconds(scale.long) - short)
@@ -395,7 +397,7 @@ def peer(tool: str, kind: str, name: str, scale: Scale) -> dict:
         for example in examples
       ]
       step = torch_baselines.DpoStep(model, None, str(EMBEDDED), pairs, _BETA, LEARNING_RATE, autocast=True)
-    seconds = _median_seconds(step.run, scale.seconds)
+    seconds = _seconds(step.run, scale.seconds)
     return _trained(side.config, rows, scale, work, seconds)
 
   del tool
