@@ -53,6 +53,7 @@ class Scale:
     sequences, short, long: sequences that are decoded together, and new tokens of the two runs whose times are subtracted.
     seconds: that the steps of a part may take, compilation not counted.
     matrix: rows and columns of the matrices of the device part.
+    dtype: of products; parameters are float32 in training.
   """
 
   sizes: dict[str, str]
@@ -66,6 +67,7 @@ class Scale:
   long: int
   seconds: float
   matrix: int
+  dtype: str
 
 
 FULL = Scale(
@@ -80,6 +82,7 @@ FULL = Scale(
   long=136,
   seconds=3.0,
   matrix=8192,
+  dtype="bfloat16",
 )
 TOY = Scale(
   sizes=dict.fromkeys(FULL.sizes, "T"),
@@ -93,6 +96,7 @@ TOY = Scale(
   long=66,
   seconds=0.2,
   matrix=256,
+  dtype="float32",
 )
 
 
@@ -122,7 +126,7 @@ def _fitting(name: str, scale: Scale, bytes_a_parameter: float, **changes) -> tu
   layer = (config.num_params - one.num_params) / max(config.num_layers - 1, 1)
   held = _memory() / 2 / bytes_a_parameter - (one.num_params - layer)
   layers = int(min(config.num_layers, max(held // layer, 1)))
-  return size, {"num_layers": layers, "dtype": "bfloat16", "scan_layers": True} | changes
+  return size, {"num_layers": layers, "dtype": scale.dtype, "scan_layers": True} | changes
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -350,7 +354,7 @@ def _decoded(config: ModelConfig, scale: Scale, seconds: float) -> dict:
 
 def decode(name: str, scale: Scale) -> dict:
   """Sampling of a few sequences, one lane each, prefill subtracted."""
-  size, changes = _fitting(name, scale, 6, param_dtype="bfloat16")
+  size, changes = _fitting(name, scale, 6, param_dtype=scale.dtype)
   side = Side(size, **changes)
   engine = ours.make_engine(side, scale.sequences, 1, scale.long)
 
@@ -396,7 +400,8 @@ def peer(tool: str, kind: str, name: str, scale: Scale) -> dict:
         }
         for example in examples
       ]
-      step = torch_baselines.DpoStep(model, None, str(EMBEDDED), pairs, _BETA, LEARNING_RATE, autocast=True)
+      unused = torch_baselines.random(dataclasses.replace(side.config, num_layers=1), "bfloat16")  # else TRL loads one
+      step = torch_baselines.DpoStep(model, unused, str(EMBEDDED), pairs, _BETA, LEARNING_RATE, autocast=True)
     seconds = _seconds(step.run, scale.seconds)
     return _trained(side.config, rows, scale, work, seconds)
 
