@@ -55,6 +55,7 @@ class Scale:
       whose times are subtracted.
     seconds: that the steps of a part may take, compilation not counted.
     matrix: rows and columns of the matrices of the device part.
+    dtype: of products; parameters are float32 in training.
   """
 
   sizes: dict[str, str]
@@ -68,6 +69,7 @@ class Scale:
   long: int
   seconds: float
   matrix: int
+  dtype: str
 
 
 FULL = Scale(
@@ -82,6 +84,7 @@ FULL = Scale(
   long=136,
   seconds=3.0,
   matrix=8192,
+  dtype="bfloat16",
 )
 TOY = Scale(
   sizes=dict.fromkeys(FULL.sizes, "T"),
@@ -92,21 +95,24 @@ TOY = Scale(
   attention=1024,
   sequences=2,
   short=2,
-  long=6,
+  long=66,
   seconds=0.2,
   matrix=256,
+  dtype="float32",
 )
 
 
-def _median_seconds(run: Callable[[], object], seconds: float) -> float:
-  """Of calls after a first one, at least three and for so many seconds; each waits for its result."""
+def _seconds(run: Callable[[], object], seconds: float, of=statistics.median) -> float:
+  """Of calls after a first one, at least three and for so many seconds, each waited for: what `of`
+  makes of their times.
+  """
   jax.block_until_ready(run())
   times = []
   while len(times) < 3 or (sum(times) < seconds and len(times) < 50):
     start = time.perf_counter()
     jax.block_until_ready(run())
     times.append(time.perf_counter() - start)
-  return statistics.median(times)
+  return of(times)
 
 
 def _memory() -> float:
@@ -124,7 +130,7 @@ def _fitting(name: str, scale: Scale, bytes_a_parameter: float, **changes) -> tu
   layer = (config.num_params - one.num_params) / max(config.num_layers - 1, 1)
   held = _memory() / 2 / bytes_a_parameter - (one.num_params - layer)
   layers = int(min(config.num_layers, max(held // layer, 1)))
-  return size, {"num_layers": layers, "dtype": "bfloat16", "scan_layers": True} | changes
+  return size, {"num_layers": layers, "dtype": scale.dtype, "scan_layers": True} | changes
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -153,8 +159,8 @@ def device(scale: Scale) -> dict:
   chip = chips.of_kind(found.device_kind)
   a = jnp.asarray(np.random.default_rng(0).normal(size=(n, n)), jnp.bfloat16)
   large = jnp.ones((16 * n, n), jnp.float32)
-  product = _median_seconds(functools.partial(jax.jit(jnp.dot), a, a), scale.seconds / 4)
-  copy = _median_seconds(functools.partial(jax.jit(lambda x: x + 1), large), scale.seconds / 4)
+  product = _seconds(functools.partial(jax.jit(jnp.dot), a, a), scale.seconds / 4)
+  copy = _seconds(functools.partial(jax.jit(lambda x: x + 1), large), scale.seconds / 4)
   return {
     "kind": found.device_kind,
     "platform": found.platform,
@@ -287,7 +293,7 @@ def attend(scale: Scale) -> dict:
 
     with mock.patch.object(attention, "_FUSED_FROM", 1 if fused else length + 1):
       call = functools.partial(jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True)), q, k, v)
-      return _median_seconds(call, scale.seconds / 4), call()[1]
+      return _seconds(call, scale.seconds / 4), call()[1]
 
   rows = {}
   for name, trees in ours.TREES.items():
@@ -345,7 +351,7 @@ def train(kind: str, name: str, scale: Scale) -> dict:
       objective = objectives.make_preference(
         side.model, objectives.Preference(loss=loss, beta=_BETA), eos_ids=(0,)
       )
-    seconds = _median_seconds(ours.train_step(side, objective, batch), scale.seconds)
+    seconds = _seconds(ours.train_step(side, objective, batch), scale.seconds)
     return _trained(side.config, rows, scale, work, seconds)
 
   return _halving(_start_rows(name, scale), measure)
@@ -365,6 +371,10 @@ def _decoded(config: ModelConfig, scale: Scale, seconds: float) -> dict:
   """From the time that the further tokens took: each step reads all matrices and the keys and
   values so far.
   """
+  if seconds <= 0:
+    raise RuntimeError(
+      f"{scale.long} new tokens took no longer than {scale.short}: the machine is too busy to tell"
+    )
   steps = scale.long - scale.short
   matrices = config.num_params - (
     0 if config.tie_embeddings else config.vocab_size * config.d_model
@@ -382,7 +392,7 @@ def _decoded(config: ModelConfig, scale: Scale, seconds: float) -> dict:
 
 def decode(name: str, scale: Scale) -> dict:
   """Sampling of a few sequences, one lane each, prefill subtracted."""
-  size, changes = _fitting(name, scale, 6, param_dtype="bfloat16")
+  size, changes = _fitting(name, scale, 6, param_dtype=scale.dtype)
   side = Side(size, **changes)
   engine = ours.make_engine(side, scale.sequences, 1, scale.long)
 
@@ -391,7 +401,7 @@ def decode(name: str, scale: Scale) -> dict:
       Trunk(side.ids(scale.prompt).tolist(), [scale.prompt], ours.draw_keys(i, 1), [new])
       for i in range(scale.sequences)
     ]
-    return _median_seconds(lambda: ours.grow(engine, side, trunks, 1.0) and None, scale.seconds / 4)
+    return _seconds(lambda: ours.grow(engine, side, trunks, 1.0) and None, scale.seconds / 4, min)
 
   short = seconds(scale.short)
   return _decoded(side.config, scale, seconds(scale.long) - short)
@@ -409,8 +419,8 @@ def peer(tool: str, kind: str, name: str, scale: Scale) -> dict:
     prompts = side.ids(scale.sequences, scale.prompt).tolist()
 
     def seconds(new: int) -> float:
-      return _median_seconds(
-        lambda: torch_baselines.generate(model, prompts, new, 1.0), scale.seconds / 4
+      return _seconds(
+        lambda: torch_baselines.generate(model, prompts, new, 1.0), scale.seconds / 4, min
       )
 
     short = seconds(scale.short)
@@ -434,10 +444,12 @@ def peer(tool: str, kind: str, name: str, scale: Scale) -> dict:
         }
         for example in examples
       ]
+      # else TRL loads one
+      unused = torch_baselines.random(dataclasses.replace(side.config, num_layers=1), "bfloat16")
       step = torch_baselines.DpoStep(
-        model, None, str(EMBEDDED), pairs, _BETA, LEARNING_RATE, autocast=True
+        model, unused, str(EMBEDDED), pairs, _BETA, LEARNING_RATE, autocast=True
       )
-    seconds = _median_seconds(step.run, scale.seconds)
+    seconds = _seconds(step.run, scale.seconds)
     return _trained(side.config, rows, scale, work, seconds)
 
   del tool
