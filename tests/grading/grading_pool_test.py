@@ -83,13 +83,13 @@ class LostWorkersTest(parameterized.TestCase):
       made = [reason for reason, _ in pool.grade(items, RULES, 0.5)]
     self.assertEqual(made, ["timeout", "right", "timeout", "wrong"] * 5)
 
-  def test_a_worker_that_does_not_start_is_said(self):
-    with self.assertRaisesRegex(errors.UserError, "does not start"):
+  def test_a_worker_that_does_not_start(self):
+    with self.assertRaisesRegex(errors.UserError, "grading worker.*-c pass"):
       grading_pool.GradingPool(1, command=[sys.executable, "-c", "pass"]).grade(
         [("5", "5")], RULES, 0.5
       )
 
-  def test_a_bad_gold_answer_is_said_and_the_pool_goes_on(self):
+  def test_the_pool_survives_a_bad_gold_answer(self):
     with grading_pool.GradingPool(1) as pool:
       with self.assertRaisesRegex(errors.UserError, "gold answer"):
         pool.grade([("5", "5"), ("5", "")], RULES, 1.0)
