@@ -240,7 +240,7 @@ class Parser:
     return tree.Relation(tuple(operands), tuple(signs))
 
   def _skip_label(self) -> None:
-    r"""Skips a name before its value, as in \text{Area} = 5 or \text{Area: } 5, or a leading `=`."""
+    r"""Skips a name before its value (\text{Area} = 5, \text{Area: } 5), or a leading `=`."""
     if self.take("="):
       return
     ahead, token = 0, self.peek()
@@ -493,7 +493,7 @@ class Parser:
     return number(token.value)
 
   def _proper_fraction(self) -> Node | None:
-    r"""The fraction of a mixed number, 2\frac{3}{5} or 2 3/5; if none, None and nothing consumed."""
+    r"""The fraction of a mixed number (2\frac{3}{5}, 2 3/5); None, without consuming, if none."""
     start, before = self._position, self._tokens.copy()
     if self.at("frac"):
       fraction = self._command()

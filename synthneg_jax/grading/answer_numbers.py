@@ -469,7 +469,7 @@ def polynomial(node: Node, name: str, at: Mapping[str, Fraction]):
 
 
 def _turning_parts(node: Node) -> list[Node]:
-  """Expressions that change sign at turning points: u of |u|, ⌊u⌋, sgn u, √u; a - b of max(a, b)."""
+  """Expressions whose roots are turning points: u of |u|, ⌊u⌋, sgn u, √u; a - b of max(a, b)."""
   parts = []
   for part in tree.walk(node):
     if is_operation(part, "abs", "floor", "ceil", "sgn"):

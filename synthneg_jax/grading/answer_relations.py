@@ -239,8 +239,8 @@ def same_set(a: Node, b: Node) -> bool | None:
 class _Line:
   """The real line, cut at every number in two trees.
 
-  Cells with odd numbers are the cuts, cells with even numbers the open intervals between them. A set
-  of reals is a set of cells, so that Python's set operators apply.
+  Cells with odd numbers are the cuts, cells with even numbers the open intervals between them. A
+  set of reals is a set of cells, so that Python's set operators apply.
   """
 
   def __init__(self, *nodes: Node):
