@@ -1,8 +1,8 @@
 r"""Whether a sentence asserts a value: denials, refutations, hedges and retractions.
 
 "The answer isn't 7", "7 is wrong" and "this contradicts x = 7" mention a value without asserting
-it; "x is not negative, so x = 7" and "7, not 8" assert 7. Patterns are limited to the value's clause
-and adjacent words, so that "the largest number that cannot be obtained is 43" asserts 43.
+it; "x is not negative, so x = 7" and "7, not 8" assert 7. Patterns are limited to the value's
+clause and adjacent words, so that "the largest number that cannot be obtained is 43" asserts 43.
 """
 
 import re

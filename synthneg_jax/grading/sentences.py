@@ -1,8 +1,8 @@
 """Candidate answers within a statement: its whole text, or a value within its sentence.
 
 A box or `####` contains only an answer. A sentence may add asides ("7, because ..."), state its
-answer after "is", ":" or "=", or contain it as its only formula or number. Words beside a number may
-leave it open ("at least 7", "a multiple of 7").
+answer after "is", ":" or "=", or contain it as its only formula or number. Words beside a number
+may leave it open ("at least 7", "a multiple of 7").
 """
 
 import re
@@ -53,8 +53,8 @@ _ASIDE = re.compile(
     [,;(]? \s* \b(?: (?:and|but)\s+not | rather\s+than | instead\s+of | because | since
       | as\s+(?:required|desired|claimed|shown|expected|needed|asked)
       | (?:attained|achieved|reached|obtained)\b (?!\s*\Z) )\b
-    | [,，]\s*(?: not | as | so | which | after | obtained | with\s+equality | when | where | for | at
-        | [0-9]+\s+of\s+(?:whom|which|them) )\b
+    | [,，]\s*(?: not | as | so | which | after | obtained | with\s+equality | when | where | for
+        | at | [0-9]+\s+of\s+(?:whom|which|them) )\b
     | (?<=\$)\s+(?: when | where | for | at | if )\b (?!.*\b(?:when|if|otherwise|and|or)\b)
     | [,，;]?\s*\(? \s*(?: or\s+(?:equivalently|about|approximately|roughly|around|approx\.?)
         | \(\s*(?:about|approximately|roughly|approx\.?|i\.e\.|that\s+is|≈|\\approx) ) (?!\w)
@@ -86,7 +86,8 @@ _OPEN_BEFORE = re.compile(
       |(?:divided|divisible|dividing|divide|multiplied|multiple|multiplying|multiply)\s+(?:by|of)
       |(?:correct|rounded|close|nearest|accurate)\s+to|with
       |(?:thirds?|hal(?:f|ves)|quarters?|fifths?|tenths?|percent|multiple|square|cube|root|power
-        |opposite|reciprocal|inverse|double|one|each|out|any|factor|divisor|remainder|[0-9%]+)\s+of )\s+
+        |opposite|reciprocal|inverse|double|one|each|out|any|factor|divisor|remainder|[0-9%]+)
+        \s+of )\s+
     | 至少[是有为]?\s* | 至多[是有为]?\s* | 大于\s* | 小于\s* | 大约\s* | 约\s* | 不到\s* ) \$?\s*\Z
   """,
   re.IGNORECASE | re.VERBOSE,

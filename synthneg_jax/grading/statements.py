@@ -276,7 +276,7 @@ def _in_context(text: str, start: int, end: int, content: str) -> str:
 
 
 def gold_text(gold: str) -> str:
-  """The content of the last box, or of the last boxes of one answer; a text without boxes itself."""
+  """The content of the last box, or of the boxes of the last answer; or else the whole text."""
   contents, is_open = boxes(gold)
   if is_open:
     return re.split(r"\\(?:boxed|fbox)\s*\{", gold)[-1]

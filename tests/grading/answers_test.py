@@ -93,7 +93,7 @@ RESPONSES = [
 ]  # fmt: skip
 
 ROWS = [
-  "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 clips.\n#### 72",
+  "Natalia sold 48/2 = <<48/2=24>>24 clips.\nShe sold 48+24 = <<48+24=72>>72 clips.\n#### 72",
   "It grew by 540*2 = <<540*2=1080>>1080.\n#### 1,080",
   "The balance is 5-9 = <<5-9=-4>>-4.\n#### -4",
 ]

@@ -1,4 +1,4 @@
-"""Tests of grading in worker processes: hung, dead and greedy workers, threads, notebooks, speed."""
+"""Tests of worker processes: hung, dead and greedy workers, threads, notebooks, speed."""
 
 import os
 import pathlib
