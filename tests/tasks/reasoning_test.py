@@ -87,9 +87,9 @@ class ReasoningTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-    ("chain_sums", "", "no such dataset; did you mean chain_sum"),
+    ("chain_sums", "", "chain_sums.*did you mean chain_sum"),
     ("chain_sum", "terms=3", "no parameter 'terms'; it has .*max_terms"),
-    ("chain_sum", "min_terms=5, max_terms=2", "chain_sum refuses it .max_terms must be"),
+    ("chain_sum", "min_terms=5, max_terms=2", "chain_sum rejects it .max_terms must be"),
     ("chain_sum", "seed=3", "no parameter 'seed'"),
     ("binary_matrix", "", "may evaluate the answer's text .* task.verifier"),
     ("figlet_font", "", "ten matching letters"),
@@ -105,7 +105,7 @@ class ReasoningTest(parameterized.TestCase):
     # Fails if a small dataset repeats a question to be long enough.
     small = task("chain_sum", "min_terms=1, max_terms=1, max_digits=1")
     self.assertLen(reasoning.load(small, 0, "train", 10), 10)
-    with self.assertRaisesRegex(UserError, "has 10 different questions .* 11 train problems"):
+    with self.assertRaisesRegex(UserError, " 10 .* 11 train problems"):
       reasoning.load(small, 0, "train", 11)
 
   def test_params_are_literals(self):
