@@ -14,7 +14,7 @@ from synthneg_jax.grading.answer_tree import Node, Operation, number
 
 
 def random_tree(random_: random.Random, depth: int) -> tuple[Node, fractions.Fraction | None]:
-  """An expression and its value by Python's own arithmetic; None where it divides by zero."""
+  """An expression and its value by Python's arithmetic; None if it divides by zero."""
   if depth == 0 or random_.random() < 0.2:
     value = fractions.Fraction(random_.randrange(-9, 10), random_.randrange(1, 5))
     return number(value), value
@@ -33,7 +33,7 @@ def random_tree(random_: random.Random, depth: int) -> tuple[Node, fractions.Fra
 
 class ValuesTest(parameterized.TestCase):
   def test_exact_is_python_s_arithmetic(self):
-    # Fails if an operation of `exact` is another one than fractions', or a division by zero has a
+    # Fails if an operation of `exact` differs from that of Fraction, or a division by zero has a
     # value.
     random_, defined = random.Random(0), 0
     for _ in range(2000):
@@ -48,7 +48,7 @@ class ValuesTest(parameterized.TestCase):
     self.assertGreater(defined, 1000)
 
   def test_digits_agree_with_exact(self):
-    # Fails if an operation of Digits is another one than that of `exact`.
+    # Fails if an operation of Digits differs from that of `exact`.
     random_ = random.Random(1)
     for _ in range(300):
       tree, value = random_tree(random_, 3)
@@ -68,7 +68,7 @@ class ValuesTest(parameterized.TestCase):
     r"\sqrt{1000000}+\sqrt{1000026}+\sqrt{1000031.0000001}"),
   )  # fmt: skip
   def test_near_misses_differ(self, a, b):
-    # Fails if too few digits are asked for, or a difference is held against an absolute bound.
+    # Fails if too few digits are computed, or a difference is compared with an absolute bound.
     self.assertFalse(answer_numbers.equal(parse(a), parse(b)))
 
   @parameterized.parameters(
@@ -82,11 +82,11 @@ class ValuesTest(parameterized.TestCase):
     (r"\ln\frac{a}{b}", r"\ln a-\ln b"),
   )  # fmt: skip
   def test_identities_hold(self, a, b):
-    # Fails if an identity, exact by the separation bound or to many digits, is not seen.
+    # Fails if an identity is missed, whether exact by the separation bound or to many digits.
     self.assertTrue(answer_numbers.equal(parse(a), parse(b)))
 
   def test_separation_bound_is_a_bound(self):
-    # Fails if the bound is larger than what it bounds: random sums of three roots that are not 0.
+    # Fails if the bound exceeds the value of a random nonzero sum of three roots.
     random_ = random.Random(2)
     for _ in range(200):
       text = "".join(
@@ -109,8 +109,8 @@ class ValuesTest(parameterized.TestCase):
     r"\sin(10^{50})",
     "x^{10^9}",
   )
-  def test_what_is_too_large_is_said_at_once(self, text):
-    # Fails if a size is not looked at before it is computed.
+  def test_large_sizes_are_rejected_at_once(self, text):
+    # Fails if a size is not checked before the value is computed.
     with self.assertRaises(TooLarge):
       answer_numbers.equal(parse(text), parse(r"\pi"))
 
@@ -120,7 +120,7 @@ class TurningPointsTest(parameterized.TestCase):
     "(x-1)(x+2)^2/4", "x^3y^9-20\\%x", "-2^{10}x+5!", "x/y", "(x^2)^4-x", "7", "x^0", "3x^{2.0}"
   )
   def test_polynomials(self, text):
-    # Fails if an operation becomes another one, or symbols are mixed up.
+    # Fails if an operation or a symbol is confused with another.
     node, at = parse(text), {"x": fractions.Fraction(7, 5), "y": fractions.Fraction(-3, 4)}
     value = answer_numbers.polynomial(node, "x", at).eval(at["x"])
     self.assertAlmostEqual(float(value), float(answer_numbers.Digits(30, at).value(node)), places=9)
@@ -142,8 +142,8 @@ class TurningPointsTest(parameterized.TestCase):
     ("x^{1/2}", r"\sqrt{x}", True),
   )  # fmt: skip
   def test_both_sides_of_a_turn(self, left, right, same):
-    # Fails if expressions pass for equal that differ beyond all points of a fixed choice, or equal
-    # ones for different.
+    # Fails if expressions that differ only beyond all fixed points are equal, or equal ones are
+    # not.
     self.assertEqual(answer_numbers.equal(parse(left), parse(right)), same)
 
   @parameterized.parameters(

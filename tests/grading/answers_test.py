@@ -100,7 +100,7 @@ ROWS = [
 
 
 def gold_solutions() -> list[str]:
-  """Returns the solutions of GSM8K where SYNTHNEG_DATA_DIR is set, else rows of our own."""
+  """The solutions of GSM8K if SYNTHNEG_DATA_DIR is set, else our own rows."""
   folder = os.environ.get("SYNTHNEG_DATA_DIR")
   if not folder:
     return ROWS
@@ -145,12 +145,12 @@ class GradeTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, "gold answer"):
       answers.grade("#### 5", gold)
 
-  # Fails if another kind fell through to the integer rule.
+  # Fails if an unknown kind is graded as "integer".
   def test_bad_kind(self):
     with self.assertRaisesRegex(errors.UserError, '"real".*integer, math, exact'):
       answers.grade("#### 5", "5", kind="real")
 
-  # Fails if two different numbers on one line could be right, whatever stands between them.
+  # Fails if two different numbers on one line can be right, whatever is between them.
   @settings(max_examples=300, deadline=None, database=None)
   @given(
     st.integers(0, 10**6),
@@ -183,8 +183,8 @@ class GradeTest(parameterized.TestCase):
     self.assertIn(answers.grade(text, "5").reason, answers.REASONS)
     self.assertLess(time.process_time() - start, 3.0)
 
-  # Fails if a regex is compiled, or the gold answer parsed, at every call. The bound is far below
-  # the speed measured.
+  # Fails if every call compiles a regex or parses the gold answer. The bound is far below the
+  # measured speed.
   def test_throughput(self):
     response = "She sold 48 / 2 = 24 clips in May.\n" * 4 + "#### 72 clips"
     start = time.process_time()

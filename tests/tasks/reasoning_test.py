@@ -39,8 +39,8 @@ def is_longer(response: str, problem: Problem) -> bool:
 class ReasoningTest(parameterized.TestCase):
   @parameterized.parameters("gsm_symbolic", "chain_sum", "word_sorting", "letter_counting")
   def test_no_question_is_in_two_splits(self, name):
-    # Fails if splits or seeds share indices, few problems are not among more, or a seed changes the
-    # test split.
+    # Fails if splits or seeds share indices, fewer problems are not a prefix of more, or a seed
+    # changes the test split.
     chosen = {
       seed: problems.choose(task(name, train_problems=40, test_problems=40), seed)
       for seed in (0, 1)
@@ -97,7 +97,7 @@ class ReasoningTest(parameterized.TestCase):
     ("aiw", "train_problems=1", "no parameter"),
   )
   def test_what_is_refused(self, name, params, sentence):
-    # Fails if an unknown dataset or parameter, or a scorer that nobody has read, goes through.
+    # Fails if an unknown dataset or parameter, or an unreviewed scorer, is accepted.
     with self.assertRaisesRegex(UserError, sentence):
       reasoning.load(task(name, params), 0, "train", 3)
 
@@ -118,8 +118,8 @@ class ReasoningTest(parameterized.TestCase):
         config_schema.literals(text)
 
   def test_reviewed_scorers_evaluate_no_text(self):
-    # Fails if a listed scorer runs code that an answer holds, calls it right, or has been changed
-    # so that it might.
+    # Fails if a reviewed scorer runs an answer's code, scores it as right, or has changed since the
+    # review.
     marker = pathlib.Path(tempfile.mkdtemp()) / "evaluated"
     write = f"__import__('pathlib').Path({str(marker)!r}).touch()"
     hostile = (
@@ -160,7 +160,7 @@ class VerificationTest(absltest.TestCase):
   PROBLEM = Problem("p", "What?", "", "x y", "")
 
   def test_a_verifier_of_ones_own(self):
-    # Fails if the function is not asked, or a name that cannot be imported ends in a traceback.
+    # Fails if the verifier is not called, or a name that cannot be imported ends in a traceback.
     section = config_schema.default().task
     section.verifier = f"{__name__}:is_longer"
     self.assertTrue(verification.verdict(section, "A long response", self.PROBLEM).correct)
