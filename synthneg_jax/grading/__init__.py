@@ -1,3 +1,1 @@
-"""From responses to verdicts: reading the response, the answer grammar, equality, and the worker
-pool.
-"""
+"""Grading: reads a response, parses its answer and compares it with the gold answer."""

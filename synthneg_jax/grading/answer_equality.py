@@ -1,7 +1,6 @@
-"""Whether a written answer says what the gold answer says: trees of `answer_grammar` by kind.
+"""Equality of an answer and the gold answer: compares trees of `answer_grammar` by kind.
 
-The conventions, and why, are in docs/grading.md; those on which people differ are leaves of
-`Conventions`.
+docs/grading.md explains the conventions; the configurable ones are fields of `Conventions`.
 """
 
 import dataclasses
@@ -25,39 +24,35 @@ from synthneg_jax.grading.answer_relations import (
 )
 from synthneg_jax.grading.answer_tokens import TooLarge
 from synthneg_jax.grading.answer_tree import Node, is_operation
-from synthneg_jax.grading.answer_units import Unit
+from synthneg_jax.grading.answer_units import Unit, digits_for_words
 
-MAX_ITEMS = 40  # of a set or list that is compared without order
+MAX_ITEMS = 40  # of an unordered set or list
 MAX_ENTRIES = 100  # of a matrix
-_NUMBER_WORDS = (
-  "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-  "sixteen seventeen eighteen nineteen twenty"
-).split()
 
 
 class Ambiguous(Exception):
-  """The answer states several values, or contradicts itself, where one value is wanted."""
+  """The answer states several values where the gold answer has one, or contradicts itself."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Conventions:
-  """What counts as the same answer where people differ.
+  """Configurable conventions of equality and extraction.
 
   Attributes:
-    percent: what 20% equals: "either" (20 and 0.2), "fraction" (0.2) or "number" (20).
-    units: a unit of the gold answer that the answer leaves out: "optional" (no matter), "required"
-      (wrong), "ignored" (units are never looked at). Unless ignored, two known units that differ
-      are converted or contradict.
+    percent: 20% equals "either" 20 or 0.2, only 0.2 ("fraction"), or only 20 ("number").
+    units: whether an answer may omit the gold answer's unit: "optional", "required", or "ignored",
+      which ignores all units. Unless ignored, different units are converted or make the answer
+      wrong.
     tuples: "ordered", or "unordered": (1,2) equals (2,1) and {1,2}.
-    lists: whether 1, 2, 3 without braces is in order: "ordered", "unordered", or "auto": in order
-      if it holds at least three numbers that do not ascend, as people sort the lists of a set.
-    decimal_digits: significant digits from which a decimal that is the other side rounded or cut
-      off equals it, where that has no finite decimal form itself; 0: never. The default takes what
-      a computer prints (1/3 is 0.333333333333) and nothing that a person rounds.
-    extraction: "last" also reads a response that marks no answer, by its last display or line
+    lists: whether the order of 1, 2, 3 without braces matters: "ordered", "unordered", or "auto":
+      ordered if the gold list has at least three numbers that do not ascend, since people write
+      sets in ascending order.
+    decimal_digits: minimum number of significant digits for which a rounded or truncated decimal
+      equals a number without a finite decimal form; 0: never. The default accepts what a computer
+      prints (0.333333333333 for 1/3) but no manual rounding.
+    extraction: "last" falls back to the last display or line of a response that marks no answer
       (statements.py); "marked" does not.
-    retractions: what "The answer is 7. No wait, it is 8." states: nothing for sure ("ambiguous"),
-      or 8 ("last").
+    retractions: "The answer is 7. No wait, it is 8." is "ambiguous", or states 8 ("last").
   """
 
   percent: str = "either"
@@ -76,8 +71,9 @@ def same(gold: Node, answer: Node, rules: Conventions = DEFAULT) -> bool:
   """Whether the answer equals the gold answer.
 
   Raises:
-    Ambiguous: it states several values where the gold answer has one.
-    Undefined, TooLarge: a value that does not exist or is beyond what is computed.
+    Ambiguous: the answer states several values where the gold answer has one.
+    Undefined: a value does not exist.
+    TooLarge: a value exceeds a size limit.
   """
   if gold == answer:
     return True
@@ -102,14 +98,14 @@ def same(gold: Node, answer: Node, rules: Conventions = DEFAULT) -> bool:
 
 
 def _same_in_order(gold, answer, rules: Conventions) -> bool:
-  """Whether two sequences hold the same values one by one."""
+  """Whether two sequences are equal item by item."""
   if len(gold) != len(answer):
     return False
   return all(same(a, b, rules) for a, b in zip(gold, answer, strict=True))
 
 
 def _same_or_undecided(gold: Node, answer: Node, rules: Conventions) -> bool:
-  """As `same`; False where it raises."""
+  """`same`, but False if it raises Ambiguous or Undefined."""
   try:
     return same(gold, answer, rules)
   except (Ambiguous, Undefined):
@@ -121,10 +117,10 @@ def _both(kind: type, gold: Node, answer: Node) -> bool:
 
 
 def _stated_value(node: Node) -> Node:
-  """A relation that states one constant or set, as that: 2+5 = 7, x in [1,2]; else the tree.
+  """The constant or set that a relation states, as in 2+5 = 7 or x in [1,2]; else the tree itself.
 
   Raises:
-    Ambiguous: its constant sides differ, as in 8 = 7.
+    Ambiguous: the constant sides differ, as in 8 = 7.
   """
   if not isinstance(node, tree.Relation):
     return node
@@ -137,26 +133,21 @@ def _stated_value(node: Node) -> Node:
     return node
   for side in others:
     if not _same_scalars(first, side, Conventions(percent="fraction")):
-      raise Ambiguous("sides that differ")
+      raise Ambiguous("the sides differ")
   return others[-1]
 
 
 # Collections: sets, lists, values with ±
 
 
-def is_collection(node: Node) -> bool:
-  """Whether a gold answer is several values."""
-  return _members(node, DEFAULT) is not None
-
-
 def is_member(collection: Node, value: Node, rules: Conventions) -> bool:
-  """Whether a value is one of several that a tree holds."""
+  """Whether a value equals a member of a collection."""
   members = _members(collection, rules) or []
   return any(_same_or_undecided(member, value, rules) for member in members)
 
 
 def _members(node: Node, rules: Conventions) -> list[Node] | None:
-  """The members of a finite collection, ± as two values; None for any other tree."""
+  """The members of a finite collection, with ± as two values; None for any other tree."""
   if isinstance(node, (tree.SetValue, tree.ListValue)):
     items = node.items
   elif isinstance(node, tree.Bracket) and rules.tuples == "unordered":
@@ -183,7 +174,7 @@ def _has_sign(node: Node) -> bool:
 
 
 def _with_sign(node: Node, sign: str) -> Node:
-  """The tree with all signs ± chosen together, ∓ the other way."""
+  """The tree with every ± replaced by `sign`, and every ∓ by the opposite sign."""
   node = tree.map_children(node, functools.partial(_with_sign, sign=sign))
   if not isinstance(node, tree.PlusMinus):
     return node
@@ -191,7 +182,7 @@ def _with_sign(node: Node, sign: str) -> Node:
 
 
 def _same_collections(gold: Node, answer: Node, rules: Conventions) -> bool:
-  """Whether gold and answer, of which at least one is a collection, hold the same values."""
+  """Whether gold and answer have the same values; at least one of them is a collection."""
   wanted, given = _members(gold, rules), _members(answer, rules)
   if wanted is None and _members(unlabelled(gold), rules) is not None:
     return same(unlabelled(gold), answer, rules)
@@ -232,12 +223,12 @@ def _is_ordered(gold: tree.ListValue, answer: tree.ListValue, rules: Conventions
 
 
 def _same_members(wanted: list[Node], given: list[Node], rules: Conventions) -> bool:
-  """Whether two collections hold the same values, however often."""
+  """Whether two collections have the same members, ignoring order and repetition."""
   if max(len(wanted), len(given)) > MAX_ITEMS:
     raise TooLarge("items")
   labels, given_labels = list(map(label, wanted)), list(map(label, given))
   if all(labels) != all(given_labels):
-    # Names on one side only: distinct names are in order, values of a single name in none.
+    # Names on one side only: order matters for distinct names, but not for values of one name.
     if all(labels):
       wanted = list(map(unlabelled, wanted))
     else:
@@ -251,7 +242,7 @@ def _same_members(wanted: list[Node], given: list[Node], rules: Conventions) -> 
 
 
 def _is_real_set(node: Node) -> bool:
-  """Whether a tree can only be meant as a set of reals."""
+  """Whether a tree can only denote a set of reals."""
   if isinstance(node, tree.Bracket):
     half_open = node.opener + node.closer in ("[)", "(]")
     return len(node.items) == 2 and (half_open or any(map(tree.infinite_sign, node.items)))
@@ -266,7 +257,7 @@ def _is_real_set(node: Node) -> bool:
 
 
 def words(text: str) -> str:
-  """Text as it is compared: letters and digits in lower case, without articles."""
+  """Text normalised for comparison: letters and digits in lower case, without articles."""
   text = re.sub(r"\\[A-Za-z]+|\b(?:the|a|an)\b(?=.* )", " ", text.lower())
   return re.sub(r"[^a-z0-9\u0080-\uffff]+", "", text)
 
@@ -274,9 +265,9 @@ def words(text: str) -> str:
 def _same_text(gold: Node, answer: Node) -> bool:
   for node, other in ((gold, answer), (answer, gold)):
     if isinstance(node, tree.Text) and tree.is_scalar(other):
-      word = node.text.lower()
-      if word in _NUMBER_WORDS:
-        return _same_or_undecided(tree.number(_NUMBER_WORDS.index(word)), other, DEFAULT)
+      digits = digits_for_words(node.text)
+      if digits.isdigit():
+        return _same_or_undecided(tree.number(digits), other, DEFAULT)
       if isinstance(other, tree.Symbol):
         return words(node.text) == words(other.name)
   if label(answer):
@@ -296,7 +287,7 @@ def _same_tuples(gold: Node, answer: Node, rules: Conventions) -> bool:
   if label(answer) or label(gold):
     return same(unlabelled(gold), unlabelled(answer), rules)
   if _both(tree.Bracket, gold, answer):
-    # Two items may be an interval, and [1, 2] is another one than (1, 2).
+    # Two items may be an interval, and [1, 2] differs from (1, 2).
     same_signs = (gold.opener, gold.closer) == (answer.opener, answer.closer)
     if len(gold.items) == 2 and not same_signs:
       return False
@@ -313,13 +304,13 @@ def _same_tuples(gold: Node, answer: Node, rules: Conventions) -> bool:
 
 
 def _as_column(node: tree.Bracket | tree.Matrix) -> tuple[tuple[Node, ...], ...]:
-  """Rows of a column for a tuple or a single row; else a matrix's own."""
+  """The rows of a matrix; a tuple or a single row becomes a column."""
   rows = (node.items,) if isinstance(node, tree.Bracket) else node.rows
   return tuple((entry,) for entry in rows[0]) if len(rows) == 1 else rows
 
 
 def _evaluate_matrices(node: Node) -> Node:
-  """An expression in matrices as one matrix of expressions; any other tree as it is.
+  """Reduces an expression in matrices to one matrix of expressions; keeps any other tree.
 
   Raises:
     TooLarge: a matrix has more than MAX_ENTRIES.
@@ -376,7 +367,7 @@ def _same_relations(gold: Node, answer: Node, rules: Conventions) -> bool:
 
 
 def _same_scalars(gold: Node, answer: Node, rules: Conventions) -> bool:
-  """Whether two single values are the same."""
+  """Whether two single values are equal."""
   times = _time_of_day(gold), _time_of_day(answer)
   if None not in times:
     return _same_time(*times)
@@ -402,7 +393,7 @@ def _same_scalars(gold: Node, answer: Node, rules: Conventions) -> bool:
 
 
 def _readings(node: Node, rules: Conventions) -> list[Node]:
-  """The possible values of a percentage or an angle; any other value has one reading."""
+  """The possible values of a percentage or an angle; any other value stands for itself."""
   if is_operation(node, "neg") and is_operation(node.operands[0], "percent", "degree"):
     return [-reading for reading in _readings(node.operands[0], rules)]
   if not is_operation(node, "percent", "degree"):
@@ -414,7 +405,7 @@ def _readings(node: Node, rules: Conventions) -> list[Node]:
 
 
 class _Time(NamedTuple):
-  """A time of day in 24 hours; half is "am", "pm" or None if it is not written."""
+  """A time of day in 24 hours; `half` is "am", "pm" or, if not written, None."""
 
   hours: int
   minutes_and_seconds: tuple[int, ...]
@@ -439,7 +430,7 @@ def _same_time(gold: _Time, answer: _Time) -> bool:
     return False
   if gold.hours == answer.hours:
     return True
-  # 8:34 may be in the evening if the other says so, but 20:34 not in the morning.
+  # 8:34 equals 8:34 PM, but 20:34 does not equal 8:34 AM.
   with_half, without = (gold, answer) if gold.half else (answer, gold)
   if not with_half.half or without.half or without.hours > 12:
     return False
@@ -447,7 +438,7 @@ def _same_time(gold: _Time, answer: _Time) -> bool:
 
 
 def _equal_or_rounded(gold: Node, answer: Node, rules: Conventions) -> bool:
-  """Whether two values are equal, or one is the other as a decimal to many digits."""
+  """Whether two values are equal, or one is a rounded or truncated decimal of the other."""
   if equal(gold, answer):
     return True
   if not rules.decimal_digits or tree.symbols(gold) or tree.symbols(answer):
@@ -463,11 +454,11 @@ def _equal_or_rounded(gold: Node, answer: Node, rules: Conventions) -> bool:
   difference = digits.value(other) - digits.value(decimal)
   if digits.ctx.im(difference):
     return False
-  difference = digits.ctx.re(difference)  # 7 + 0i is no mpf and has no order
+  difference = digits.ctx.re(difference)  # an mpc such as 7 + 0i has no order
   if digits.ctx.re(digits.value(decimal)) < 0:
     difference = -difference
   last_place = digits.ctx.mpf(10) ** -form.places
-  return abs(difference) * 2 <= last_place or 0 <= difference < last_place  # rounded, or cut off
+  return abs(difference) * 2 <= last_place or 0 <= difference < last_place  # rounded, or truncated
 
 
 class _DecimalForm(NamedTuple):
@@ -476,7 +467,7 @@ class _DecimalForm(NamedTuple):
 
 
 def _decimal_form(node: Node) -> _DecimalForm | None:
-  """Decimal places and significant digits of a constant; None if it is no finite decimal."""
+  """Decimal places and significant digits of a finite decimal; None for any other tree."""
   value = exact(node)
   if value is None or bits(value) > 2000:
     return None
@@ -490,7 +481,7 @@ def _decimal_form(node: Node) -> _DecimalForm | None:
 
 
 def _same_quantities(gold: Node, answer: Node, rules: Conventions) -> bool:
-  """Whether two values, one of them with a unit at least, are the same."""
+  """Whether two values are equal; at least one of them has a unit."""
   value, unit = _value_and_unit(gold)
   other, other_unit = _value_and_unit(answer)
   kinds = {type(value), type(other)}
@@ -512,7 +503,7 @@ def _value_and_unit(node: Node) -> tuple[Node, Unit | None]:
 
 
 def _same_based(gold: Node, answer: Node) -> bool:
-  """1011_2 equals 1011_2 and the bare digits 1011; never a numeral in another base."""
+  """Whether two numerals have equal digits and bases; the base may be missing on one side."""
   if _both(tree.Based, gold, answer):
     return gold.base == answer.base and gold.digits.lstrip("0") == answer.digits.lstrip("0")
   based, other = (gold, answer) if isinstance(gold, tree.Based) else (answer, gold)
@@ -520,7 +511,7 @@ def _same_based(gold: Node, answer: Node) -> bool:
 
 
 def _same_ratios(gold: Node, answer: Node) -> bool:
-  """Ratios up to a factor; two that read as times (10:30) part for part. 3:2 is also 3/2."""
+  """Whether two ratios are proportional (3:2 also equals 3/2); two times must be identical."""
   if _both(tree.Clock, gold, answer):
     return gold == answer
   if _both(tree.Ratio, gold, answer):
@@ -531,7 +522,7 @@ def _same_ratios(gold: Node, answer: Node) -> bool:
     return all(equal(first * b, other_first * a) for a, b in pairs)
   ratio, other = (gold, answer) if isinstance(gold, tree.Ratio) else (answer, gold)
   if isinstance(ratio, tree.Clock) and math.gcd(*(int(part.value) for part in ratio.parts)) != 1:
-    return False  # a ratio would be written 1:3, and 10:30 is a time
+    return False  # 10:30 is a time: as a ratio it would be 1:3
   return len(ratio.parts) == 2 and equal(ratio.parts[0] / ratio.parts[1], other)
 
 

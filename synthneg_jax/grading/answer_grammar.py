@@ -1,14 +1,14 @@
-r"""The grammar of written answers: tokens to trees (answer_tree.py).
+r"""The grammar of answers: a recursive-descent parser from tokens to trees (answer_tree.py).
 
     answer     = item {("," | ";" | "and" | "or") item}
     item       = [label "="] operand {relation operand}
     operand    = words | expression {":" expression} [unit words] ["\pmod" power]
-    expression = [sign] power {operator [sign] power}, where nothing between two powers is a product
+    expression = [sign] power {[operator] [sign] power}
     power      = atom {"!" | "%" | "°" | "_" label} ["^" exponent]
     atom       = numeral | symbol | function argument | bracket | \command arguments
 
-Operators join from left to right, products before sums before unions: 1/2x is (1/2)x. No value is
-computed here, so 9^9^9 is three leaves.
+Adjacent powers are a product. Operators are left-associative and bind in the order product, sum,
+union: 1/2x is (1/2)x. The parser computes no values: 9^9^9 has three leaves.
 """
 
 import functools
@@ -23,7 +23,7 @@ from synthneg_jax.grading import answer_units
 from synthneg_jax.grading.answer_tokens import Token, TooLarge, Unreadable, tidy, tokens
 from synthneg_jax.grading.answer_tree import Node, Number, Operation, Symbol, is_operation, number
 
-MAX_DEPTH = 40  # brackets, functions and powers within each other
+MAX_DEPTH = 40  # of nested brackets, functions and powers
 
 
 def _by_spelling(spellings: dict[str, str]) -> dict[str, str]:
@@ -41,7 +41,7 @@ _RELATIONS = _by_spelling({
 _ARROWS = frozenset(
   "Rightarrow implies iff Leftrightarrow Longrightarrow to rightarrow therefore".split()
 )  # fmt: skip
-_UNION, _SUM, _PRODUCT, _POWER = range(4)  # how tightly operators bind
+_UNION, _SUM, _PRODUCT, _POWER = range(4)  # operator precedence
 
 
 class _Operator(NamedTuple):
@@ -51,7 +51,7 @@ class _Operator(NamedTuple):
 
 _TIMES = _Operator(_PRODUCT, operator.mul)
 _OVER = _Operator(_PRODUCT, operator.truediv)
-_BESIDE = _Operator(_PRODUCT, operator.mul)  # nothing between two factors
+_ADJACENT = _Operator(_PRODUCT, operator.mul)  # no sign between the factors
 _CUP = _Operator(_UNION, functools.partial(tree.SetOperation, "union"))
 _MINUS_SET = _Operator(_UNION, functools.partial(tree.SetOperation, "minus"))
 _OPERATORS = {
@@ -85,18 +85,18 @@ _DECORATIONS = frozenset(
 _CURRENCIES = _by_spelling({"dollar": "dollar", "euro": "euro", "pounds sterling": "pounds pound"})
 _CLOSERS = frozenset([")", "]", "}", r"\}", *"rfloor rceil rvert rVert end".split()])
 _MATRICES = frozenset("pmatrix bmatrix matrix vmatrix Bmatrix Vmatrix smallmatrix array".split())
-_FACTOR_COMMANDS = _FUNCTIONS | _GREEK | _DECORATIONS  # that can stand beside a factor
+_FACTOR_COMMANDS = _FUNCTIONS | _GREEK | _DECORATIONS  # commands that continue a product
 _FACTOR_COMMANDS |= frozenset(
   "frac sqrt pi infty infinity binom lfloor lceil lvert emptyset varnothing begin dollar "
   "euro pounds operatorname".split()
 )
-_NOT_SYMBOLS = frozenset(  # commands that do not stand for themselves
+_NOT_SYMBOLS = frozenset(  # any other unknown command is a symbol
   "oplus otimes circ mod bmod pmod land lor wedge vee neg cup cap setminus end right left choose "
   "over atop iff to rightarrow implies Rightarrow le ge leq geq ne neq in notin subset subseteq "
   "approx equiv sim cong propto mid parallel perp times cdot div ast pm mp text boxed rfloor rceil "
   "rvert rVert input write def catcode".split()
 )
-_MAX_LETTERS = 3  # that stand together as a product of symbols; more are a word
+_MAX_LETTERS = 3  # adjacent letters that are a product of symbols; more are a word
 _ENGLISH = frozenset(
   "the is of we so it to at be are for has was not all any sum its one two six ten day and or no "
   "yes set his her if as by on my he she find that than then this from let when with there "
@@ -108,67 +108,67 @@ _END = Token("end", "")
 
 
 def parse(text: str) -> Node:
-  """Reads an answer.
+  """Parses an answer.
 
   Raises:
     Unreadable: the text is outside the grammar.
-    TooLarge: it is longer or deeper than what is read.
+    TooLarge: the text exceeds a limit of answer_tokens.py, or MAX_DEPTH.
   """
   return Parser(tokens(tidy(text))).answer()
 
 
 class Parser:
-  """Recursive descent over the tokens of one answer; each method reads a rule of the grammar.
+  """Parses the tokens of one answer. Each method parses one rule of the grammar.
 
-  All of them raise Unreadable for tokens outside their rule, and TooLarge beyond MAX_DEPTH.
+  Methods raise Unreadable for tokens outside their rule, and TooLarge beyond MAX_DEPTH.
   """
 
   def __init__(self, answer_tokens: list[Token]):
     self._tokens = answer_tokens
     self._position = 0
     self._depth = 0
-    self._open_bars = 0  # of |...|, in which a bar does not start a factor
-    self._colon_separates = False  # in {x : x > 1} a colon is no ratio
-    self._currency = None  # of the operand being read
+    self._open_bars = 0  # unclosed |: the next bar closes one instead of starting a factor
+    self._colon_separates = False  # in {x : x > 1} a colon is not a ratio
+    self._currency = None  # of the current operand
 
   # Tokens
 
   def peek(self, ahead: int = 0) -> Token:
-    """The token `ahead` of the next one, which is not taken; _END beyond the last."""
+    """The token at offset `ahead` from the next one, not consumed; _END beyond the last."""
     index = self._position + ahead
     return self._tokens[index] if index < len(self._tokens) else _END
 
   def next(self) -> Token:
-    """Takes a token."""
+    """Consumes and returns the next token."""
     token = self.peek()
     self._position += 1
     return token
 
   def at(self, *values: str) -> bool:
-    """Whether one of these operators or commands comes next."""
+    """Whether the next token is one of these operators or commands."""
     token = self.peek()
     return token.kind in ("op", "cmd") and token.value in values
 
   def take(self, *values: str) -> bool:
-    """Takes the next token if it is one of these; returns whether it was."""
+    """Consumes the next token if it is one of these; returns whether it was."""
     if self.at(*values):
       self._position += 1
       return True
     return False
 
   def need(self, *values: str) -> None:
-    """Takes the next token, which must be one of these."""
+    """Consumes the next token, which must be one of these."""
     if not self.take(*values):
-      raise Unreadable(f"{' or '.join(values)} wanted")
+      raise Unreadable(f"expected {' or '.join(values)}")
 
   def _split(self, index: int, length: int) -> None:
-    """Splits the token at an index in two, the first of this length."""
+    """Splits the token at an index into two, the first of this length."""
     token = self._tokens[index]
     first = token._replace(value=token.value[:length])
     self._tokens[index : index + 1] = [first, Token(token.kind, token.value[length:])]
 
   def _signs(self) -> bool:
-    """Takes plus and minus signs; returns whether they negate what follows."""
+    """Consumes plus and minus signs; returns whether they negate the value after them."""
     negative = False
     while self.at("+", "-"):
       negative ^= self.next().value == "-"
@@ -177,17 +177,17 @@ class Parser:
   # Lists and relations
 
   def answer(self) -> Node:
-    """answer: a list, or several separated by semicolons: x=1, y=2; x=3, y=4."""
+    """answer: a list, or several lists separated by semicolons: x=1, y=2; x=3, y=4."""
     groups = [self.items(";")]
     while self.take(";"):
       if self.peek() is not _END:
         groups.append(self.items(";"))
     if self.peek() is not _END:
-      raise Unreadable(f"left over: {self.peek().value!r}")
+      raise Unreadable(f"unexpected {self.peek().value!r}")
     return groups[0] if len(groups) == 1 else tree.ListValue("and", tuple(groups))
 
   def items(self, *closers: str) -> Node:
-    """A list up to the end or a closing sign, which is left; a single item is itself."""
+    """A list up to the end or a closing sign, which is not consumed; or its only item."""
     items, joiner = [self.item()], ","
     while True:
       next_joiner = self._joiner(closers)
@@ -195,14 +195,14 @@ class Parser:
         break
       if self.peek() is _END or self.at(*closers):
         if next_joiner == "or":
-          raise Unreadable("a list that does not end")
+          raise Unreadable("unfinished list")
         break
       joiner = max(joiner, next_joiner)  # "," < "and" < "or"
       items.append(self.item())
     return items[0] if len(items) == 1 else tree.ListValue(joiner, tuple(items))
 
   def _joiner(self, closers: tuple[str, ...]) -> str | None:
-    """Takes what joins two items, such as ", and": ",", "and" or "or"; None where nothing does."""
+    """Consumes the joiner of two items, such as ", and"; returns ",", "and", "or" or None."""
     joiner = None
     while not self.at(*closers):
       token = self.peek()
@@ -218,7 +218,7 @@ class Parser:
     return joiner
 
   def item(self) -> Node:
-    """item: perhaps a label, then operands with relations or arrows between them."""
+    """item: an optional label, then operands joined by relations or arrows."""
     self._skip_label()
     self.take("approx", "simeq")
     operands, signs = [self.operand()], []
@@ -236,11 +236,11 @@ class Parser:
     if not signs:
       return operands[0]
     if any(isinstance(operand, tree.Text) for operand in operands):
-      raise Unreadable("words beside a relation")
+      raise Unreadable("words in a relation")
     return tree.Relation(tuple(operands), tuple(signs))
 
   def _skip_label(self) -> None:
-    r"""Skips a name before its value, as in \text{Area} = 5 or \text{Area: } 5, or a leading =."""
+    r"""Skips a name before its value (\text{Area} = 5, \text{Area: } 5), or a leading `=`."""
     if self.take("="):
       return
     ahead, token = 0, self.peek()
@@ -256,7 +256,7 @@ class Parser:
   # Operands: words, and values with units
 
   def operand(self) -> Node:
-    """operand: words alone, or an expression or ratio with its unit."""
+    """operand: words, or an expression or ratio with an optional unit."""
     outer_currency, self._currency = self._currency, None
     words = self._words_alone()
     if words is not None:
@@ -277,7 +277,7 @@ class Parser:
     return value
 
   def _words_alone(self) -> Node | None:
-    """Words that are the whole operand; one- and two-letter words are symbols."""
+    """Words that are the whole operand, or None; words of one or two letters are symbols."""
     words = []
     while True:
       token = self.peek(len(words))
@@ -296,7 +296,7 @@ class Parser:
     return tree.Text(text)
 
   def _ratio(self) -> Node:
-    """An expression, a ratio of several, or a time of day."""
+    """An expression, a ratio of expressions, or a time of day."""
     start = self._position
     parts = [self.expression()]
     while not self._colon_separates and self.take(":"):
@@ -311,7 +311,7 @@ class Parser:
     return tree.Ratio(tuple(parts))
 
   def _scale(self) -> int:
-    """Takes the words that multiply a number, as in 7 million; returns their product."""
+    """Consumes the words that multiply a number, as in 7 million; returns their product."""
     scale = 1
     while self.peek().kind in ("text", "word"):
       if self.peek().value.lower() not in answer_units.SCALES:
@@ -320,7 +320,10 @@ class Parser:
     return scale
 
   def _unit(self) -> list[tuple[str, int]]:
-    """Reads the words after a number as (word, power); refuses words that change the number."""
+    """The words after a number as (word, power) pairs.
+
+    Raises Unreadable for words that change the number.
+    """
     parts, sign = [], 1
     while True:
       token, after = self.peek(), self.peek(1)
@@ -330,7 +333,7 @@ class Parser:
           return parts
         is_scale = sign > 0 and word.lower() in answer_units.SCALES  # unlike 7 per dozen
         if is_scale or answer_units.changes_number(word):
-          raise Unreadable(f"{word!r} beside a number")
+          raise Unreadable(f"{word!r} changes the number")
         if word in ("per", "/"):
           sign = -1
         else:
@@ -340,7 +343,7 @@ class Parser:
         self.next()
         power = _UNIT_POWERS.get(self._exponent())
         if power is None:
-          raise Unreadable("the power of a unit")
+          raise Unreadable("unknown power of a unit")
         parts[-1] = (parts[-1][0], parts[-1][1] * power)
       elif parts and token == Token("op", ".", token.spaced):
         self.next()
@@ -353,7 +356,7 @@ class Parser:
   # Arithmetic
 
   def expression(self, level: int = _UNION) -> Node:
-    """Powers joined by operators that bind at least as tightly as `level`."""
+    """Powers joined by operators of precedence `level` or higher."""
     if level <= _SUM and self.at("pm", "mp"):
       result = number(0)
     elif self.at("+", "-"):
@@ -363,25 +366,25 @@ class Parser:
     else:
       result = self.power()
     while True:
-      joint = self._operator(result)
-      if joint is None or joint.level < level:
+      operation = self._operator(result)
+      if operation is None or operation.level < level:
         return result
-      if joint is not _BESIDE:
+      if operation is not _ADJACENT:
         self.next()
-      result = joint.join(result, self.expression(joint.level + 1))
+      result = operation.join(result, self.expression(operation.level + 1))
 
   def _operator(self, left: Node) -> _Operator | None:
-    """The operator after a value, _BESIDE where a factor follows; it is not taken."""
+    """The operator after a value, not consumed; _ADJACENT if a factor follows; else None."""
     token, after = self.peek(), self.peek(1)
     if token.kind in ("op", "cmd") and token.value in _OPERATORS:
       starts_unit = token.value == "/" and len(after.value) > 1 and _is_unit_word(after)
       return None if starts_unit else _OPERATORS[token.value]
     if token.kind == "word" and token.value == "U" and after.value in ("(", "[", r"\{"):
       return _CUP
-    return _BESIDE if self._starts_factor(left) else None
+    return _ADJACENT if self._starts_factor(left) else None
 
   def _starts_factor(self, left: Node) -> bool:
-    """Whether the next token continues a product by standing beside it."""
+    """Whether the next token starts a factor that multiplies `left` without a sign."""
     token = self.peek()
     kind, value = token.kind, token.value
     if kind == "num":
@@ -398,14 +401,14 @@ class Parser:
     return value in ("(", "{", r"\{") or (value == "[" and not isinstance(left, Number))
 
   def power(self) -> Node:
-    """power: an atom with its postfix signs, and an exponent, which binds to the right."""
+    """power: an atom with its postfix signs and a right-associative exponent."""
     self._depth += 1
     if self._depth > MAX_DEPTH:
-      raise TooLarge("brackets within brackets")
+      raise TooLarge("nesting depth")
     result = self._postfix(self.atom())
     if self.take("^"):
       if self.at("'") or (self.at("{") and self.peek(1).value in ("'", "prime")):
-        raise Unreadable("a prime as a power")
+        raise Unreadable("prime as an exponent")
       result = self._postfix(Operation("pow", (result, self._exponent())))
     self._depth -= 1
     return result
@@ -425,7 +428,7 @@ class Parser:
     while True:
       if self.take("!"):
         if self.at("!"):
-          raise Unreadable("a double factorial")
+          raise Unreadable("double factorial")
         value = Operation("fact", (value,))
       elif self.take("%", r"\%"):
         value = Operation("percent", (value,))
@@ -450,7 +453,7 @@ class Parser:
   # Atoms
 
   def atom(self) -> Node:
-    """atom: the number, word, command or bracket that comes next."""
+    """atom: a number, word, command or bracket."""
     token = self.peek()
     if token.kind == "num":
       return self._number()
@@ -470,19 +473,19 @@ class Parser:
       return self.finite_set()
     if token.value in ("|", r"\|"):
       return self._bars()
-    raise Unreadable(f"{token.value!r} where a value is wanted")
+    raise Unreadable(f"expected a value, not {token.value!r}")
 
   def _number(self) -> Node:
-    """A numeral, or a mixed number."""
+    """A numeral or mixed number."""
     token = self.next()
     if token.value.isdigit():
       fraction = self._proper_fraction()
       if fraction is not None:
         return number(token.value) + fraction
     if self.at("^") and self.peek(1).kind == "text":
-      raise Unreadable("text as a power")
+      raise Unreadable("text as an exponent")
     if "." in token.value and self.at("overline", "bar", "dot"):
-      raise Unreadable("the digits that repeat")
+      raise Unreadable("unknown repeating digits")
     suffix = self.peek()
     if self._currency and not suffix.spaced and suffix.value in answer_units.MONEY_SCALES:
       self.next()
@@ -490,7 +493,7 @@ class Parser:
     return number(token.value)
 
   def _proper_fraction(self) -> Node | None:
-    r"""The fraction of a mixed number, 2\frac{3}{5} or 2 3/5; None, and no token taken, if none."""
+    r"""The fraction of a mixed number (2\frac{3}{5}, 2 3/5); None, without consuming, if none."""
     start, before = self._position, self._tokens.copy()
     if self.at("frac"):
       fraction = self._command()
@@ -508,7 +511,7 @@ class Parser:
     return None
 
   def _word(self) -> Node:
-    """Letters: a function, a constant, a Greek letter, or a product of symbols."""
+    """A word: a function, constant or Greek letter, or the first symbol of a product."""
     token = self.next()
     word = token.value
     if word in _FUNCTIONS:
@@ -523,22 +526,22 @@ class Parser:
       return self._function(prefix)
     is_english = word.lower() in _ENGLISH and not (word.isupper() and len(word) > 1)
     if len(word) > _MAX_LETTERS or is_english:
-      raise Unreadable(f"the word {word[:20]!r}")
+      raise Unreadable(f"unknown word {word[:20]!r}")
     if len(word) > 1:
       self._split(self._position - 1, 1)
     return Symbol(_CONSTANTS.get(word[0], word[0]))
 
   def _text(self) -> Node:
-    """The words of a text command, where they are a function or a letter."""
+    """A word of a text command that is a function or a letter."""
     word = self.next().value.strip()
     if word.lower() in _FUNCTIONS:
       return self._function(word.lower())
     if re.fullmatch("[A-Za-z]", word):
       return Symbol(_CONSTANTS.get(word, word))
-    raise Unreadable(f"the word {word[:20]!r}")
+    raise Unreadable(f"unknown word {word[:20]!r}")
 
   def _function(self, name: str) -> Node:
-    """A function with its argument: bracketed, or the factors up to the next function."""
+    """A function applied to a bracket, or to the factors up to the next function."""
     exponent, base = None, None
     while self.at("^", "_"):
       if self.next().value == "^":
@@ -546,12 +549,12 @@ class Parser:
       else:
         base = self._argument()
     if base is not None and name != "log":
-      raise Unreadable("a function with a subscript")
+      raise Unreadable("function with a subscript")
     if exponent == -number(1) and name in _INVERTIBLE:
       name, exponent = "arc" + name, None
     operands = self._function_operands(name)
     if not operands:
-      raise Unreadable("a function of nothing")
+      raise Unreadable("function without an argument")
     first = operands[0]
     if name in ("sqrt", "cbrt"):
       result = tree.root(first, number(2 if name == "sqrt" else 3))
@@ -613,7 +616,7 @@ class Parser:
     if name in _DECORATIONS:
       return self._decorated(name)
     if name in _NOT_SYMBOLS or self.at("{", "["):
-      raise Unreadable(f"the command {name[:20]!r}")
+      raise Unreadable(f"unsupported command {name[:20]!r}")
     return Symbol(name)  # an unknown command is a symbol
 
   def _argument(self) -> Node:
@@ -635,24 +638,24 @@ class Parser:
     return tree.root(radicand, degree)
 
   def _decorated(self, name: str) -> Node:
-    r"""\vec{v}, \overline{AB}: a symbol of its own; \mathbb{R} is R."""
-    name_below = self.label() if self.peek() is not _END else ""
-    if not re.fullmatch("[A-Za-z0-9']{1,12}", name_below):
-      raise Unreadable("what a decoration stands over")
-    return Symbol(name_below if name == "mathbb" else f"{name} {name_below}")
+    r"""A decorated name as a symbol: \vec{v} is "vec v"; but \mathbb{R} is "R"."""
+    base = self.label() if self.peek() is not _END else ""
+    if not re.fullmatch("[A-Za-z0-9']{1,12}", base):
+      raise Unreadable("decoration of something other than a name")
+    return Symbol(base if name == "mathbb" else f"{name} {base}")
 
   def label(self) -> str:
-    """The text of a subscript or of a group that is no formula."""
+    """The text of a subscript, or of a group that is not a formula."""
     if not self.take("{"):
       token = self.next()
       if token.kind not in ("num", "word", "text", "cmd"):
-        raise Unreadable("a subscript")
+        raise Unreadable("unsupported subscript")
       return token.value
     parts, depth = [], 1
     while True:
       token = self.next()
       if token is _END:
-        raise Unreadable("a subscript that does not end")
+        raise Unreadable("unclosed subscript")
       depth += (token.value == "{") - (token.value == "}")
       if depth == 0:
         return "".join(parts).strip("()")
@@ -661,7 +664,7 @@ class Parser:
   # Brackets
 
   def _enclosed(self, *closers: str, bars: int = 0, colon_separates: bool = False) -> Node:
-    """Items up to a closing sign, which is left; bars and colons outside have no say in them."""
+    """`items` with fresh bar and colon state, so that bars and colons outside have no effect."""
     outer = self._open_bars, self._colon_separates
     self._open_bars, self._colon_separates = bars, colon_separates
     inner = self.items(*closers)
@@ -669,20 +672,20 @@ class Parser:
     return inner
 
   def bracket(self) -> Node:
-    """( ... ), [ ... ] or a mixture: one item is a group, several are a tuple or interval."""
+    """A group if it has one item, else a tuple or an interval: (...), [...], (...], ]...[."""
     opener = self.next().value
     items = _members(self._enclosed(")", "]", "["))
     closer = self.next().value
     if closer not in (")", "]", "["):
-      raise Unreadable("a bracket that does not close")
+      raise Unreadable("unclosed bracket")
     if opener == "]" or closer == "[":  # ]a,b[
       if len(items) != 2:
-        raise Unreadable("a bracket the wrong way round")
+        raise Unreadable("reversed bracket")
       opener, closer = opener.replace("]", "("), closer.replace("[", ")")
     if len(items) > 1:
       return tree.Bracket(opener, items, closer)
     if (opener == "(") != (closer == ")"):
-      raise Unreadable("brackets that do not match")
+      raise Unreadable("mismatched brackets")
     return items[0]
 
   def group(self) -> Node:
@@ -718,12 +721,12 @@ class Parser:
     return inner if has_condition else tree.SetValue(_members(inner))
 
   def _environment(self) -> Node:
-    r"""A matrix, or a system of equations as a list, the parser being behind its \begin."""
+    r"""A matrix, or a system of equations as a list; the parser has consumed \begin."""
     name = self.label()
     if name not in _MATRICES and name != "cases":
-      raise Unreadable(f"the environment {name[:20]!r}")
+      raise Unreadable(f"unsupported environment {name[:20]!r}")
     if name == "array":
-      self.label()  # the alignment of its columns
+      self.label()  # column alignment
     read_entry = self.item if name == "cases" else self.operand
     rows = [[read_entry()]]
     while not self.take("end"):
@@ -733,16 +736,16 @@ class Parser:
         if not self.at("end"):
           rows.append([read_entry()])
       elif not (name == "cases" and self.take(",")):
-        raise Unreadable("an entry that does not end")
+        raise Unreadable("unfinished matrix entry")
     if self.label() != name:
-      raise Unreadable("an environment that does not end")
+      raise Unreadable("unclosed environment")
     if len({len(row) for row in rows}) != 1:
-      raise Unreadable("rows of different length")
+      raise Unreadable("rows of different lengths")
     if name != "cases":
       matrix = tree.Matrix(tuple(map(tuple, rows)))
       return Operation("det", (matrix,)) if name == "vmatrix" else matrix
     if len(rows[0]) > 1:
-      raise Unreadable("a case with a condition")
+      raise Unreadable("case with a condition")
     return tree.ListValue("and", tuple(row[0] for row in rows))
 
 
@@ -753,7 +756,7 @@ def _members(node: Node) -> tuple[Node, ...]:
 def _based(numeral: Number, label: str) -> Node:
   is_base = re.fullmatch("[0-9]{1,2}", label) and 2 <= int(label) <= 36
   if numeral.value.denominator != 1 or not is_base:
-    raise Unreadable("the base of a numeral")
+    raise Unreadable("unsupported base")
   return tree.Based(str(numeral.value), int(label))
 
 
@@ -765,22 +768,22 @@ def _repeating(decimal: str) -> Node:
 
 
 def _unit_parts(word: str, sign: int) -> list[tuple[str, int]]:
-  """Units and powers of one word: m^2, km/h."""
+  """(unit, power) pairs of one word: m^2, km/h."""
   base, _, power = word.partition("^")
   if re.search("[0-9]", base):
-    raise Unreadable("a number among the words")
+    raise Unreadable("number in a unit")
   above, *below = base.strip(".").split("/")
   first = (above, sign * (int(power) if power in ("2", "3") else 1))
   return [first, *((part, -1) for part in below)]
 
 
 def _function_prefix(word: str) -> str | None:
-  """The function whose name and one argument letter are written together: sinx."""
+  """The function in a word that also holds its one-letter argument: sinx."""
   return word[:-1] if word[:-1] in _FUNCTIONS else None
 
 
 def _is_unit_word(token: Token) -> bool:
-  """Whether words after a number are its unit, and no further factor."""
+  """Whether a word after a number is its unit rather than a factor."""
   word = token.value
   if token.kind not in ("text", "word"):
     return False

@@ -1,18 +1,15 @@
-r"""Values of answer trees: exact rationals, numbers to many digits, and whether two are equal.
+r"""Values of answer trees and their equality, by the first method that applies:
 
-Three ways, the first that applies:
+1. Rational constants are computed exactly; sizes are capped before a value is computed.
+2. Constants built from rationals with + - * / and roots are algebraic. Two that differ do so by
+   more than the separation bound of Burnikel, Funke, Mehlhorn, Schirra and Schmitt ("A Separation
+   Bound for Real Algebraic Expressions", 2001), so that enough digits decide equality exactly.
+3. All others (π, e, logarithms, trigonometry, symbols) are compared to many digits, with more
+   digits for larger parts. Expressions in symbols are compared at fixed points, and on all sides of
+   the turning points of |u|, roots and the like, which SymPy isolates. Agreement at all points
+   counts as equality: a convention, because equality is undecidable in general.
 
-1. Rational constants are computed exactly; the size of a value is capped before it is computed.
-2. Constants made of rationals by + - * / and roots are algebraic. If two of them differ, they
-   differ by more than the separation bound of Burnikel, Funke, Mehlhorn, Schirra and Schmitt ("A
-   Separation Bound for Real Algebraic Expressions", 2001), so that enough digits decide exactly.
-3. All else (π, e, logarithms, trigonometry, symbols) is compared to many digits, more the larger
-   its parts are. Expressions in symbols are compared at points of our choosing and on all sides of
-   where |u|, roots and the like turn, which SymPy finds. Agreement there counts as equality. This
-   is a decision: equality is undecidable in general, and answers that differ agree to so many
-   digits only if they were made to.
-
-SymPy's objects are made by its constructors from a tree of our own grammar; no text reaches it.
+SymPy only sees polynomials built from our own trees, never text.
 """
 
 import fractions
@@ -34,19 +31,19 @@ Fraction = fractions.Fraction
 
 MAX_BITS = 1 << 16  # of a numerator or denominator
 MAX_FACTORIAL = 3000
-MAX_DECIMALS = 3000  # digits that are computed
-MAX_POWER = 10**6  # exponent of a power to many digits
-MAX_ARGUMENT = 10**6  # of a function to many digits
-MAX_GAMMA_DECIMALS = 450  # the Gamma function takes long to many digits
-MAX_ROOT = 64  # degree of a root that is taken exactly
-POINTS = 6  # at which expressions in symbols are compared
+MAX_DECIMALS = 3000
+MAX_POWER = 10**6  # exponent of an inexact power
+MAX_ARGUMENT = 10**6  # of an inexact function
+MAX_GAMMA_DECIMALS = 450  # the Gamma function is slow beyond
+MAX_ROOT = 64  # degree of an exact root
+POINTS = 6  # for comparing expressions in symbols
 _ARITHMETIC = {
   "neg": operator.neg, "add": operator.add, "mul": operator.mul, "div": operator.truediv,
 }  # fmt: skip
 
 
 class Undefined(Exception):
-  """The expression has no value: a division by zero, a matrix where a number is wanted."""
+  """The expression has no value: a division by zero, or a matrix in place of a number."""
 
 
 # Exact rationals
@@ -57,7 +54,7 @@ def exact(node: Node) -> Fraction | None:
 
   Raises:
     TooLarge: the value has more than MAX_BITS.
-    Undefined: it has none.
+    Undefined: the constant has no value.
   """
   if isinstance(node, tree.Number):
     return node.value
@@ -74,19 +71,19 @@ def exact(node: Node) -> Fraction | None:
   except ZeroDivisionError:
     raise Undefined("division by zero") from None
   except TypeError:
-    raise Undefined("number of arguments") from None
+    raise Undefined("wrong number of arguments") from None
   if value is not None and bits(value) > MAX_BITS:
     raise TooLarge("number")
   return value
 
 
 def bits(value: Fraction) -> int:
-  """Size of the larger of numerator and denominator."""
+  """Bit length of the numerator or the denominator, whichever is larger."""
   return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
 def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
-  """A power that is rational; of a negative base with an odd root, the real one. None otherwise."""
+  """The power if it is rational, else None; odd roots of negative numbers are real."""
   if base == 0:
     return base**exponent.numerator
   degree, times = exponent.denominator, exponent.numerator
@@ -103,7 +100,7 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
 
 
 def _integer_root(value: int, degree: int) -> int | None:
-  """The integer root of a positive integer, or None if it is not an integer."""
+  """The root of a positive integer, or None if it is not an integer."""
   if degree == 1:
     return value
   if degree == 2:
@@ -119,9 +116,10 @@ def _integer_root(value: int, degree: int) -> int | None:
   return low if low**degree == value else None
 
 
-def _counted(value: Fraction) -> int:
+def _natural(value: Fraction) -> int:
+  """The argument of a factorial as an integer."""
   if value.denominator != 1 or value < 0:
-    raise Undefined("factorial of what is no count")
+    raise Undefined("factorial of a negative number or fraction")
   if value > MAX_FACTORIAL:
     raise TooLarge("factorial")
   return value.numerator
@@ -135,8 +133,8 @@ def _integers(values) -> list[int]:
 
 _EXACT = _ARITHMETIC | {
   "pow": _exact_power,
-  "fact": lambda value: Fraction(math.factorial(_counted(value))),
-  "binom": lambda above, below: Fraction(math.comb(_counted(above), _counted(below))),
+  "fact": lambda value: Fraction(math.factorial(_natural(value))),
+  "binom": lambda above, below: Fraction(math.comb(_natural(above), _natural(below))),
   "gcd": lambda *values: Fraction(math.gcd(*_integers(values))),
   "lcm": lambda *values: Fraction(math.lcm(*_integers(values))),
   "max": lambda *values: max(values),
@@ -154,16 +152,11 @@ _CIRCULAR = "sin cos tan cot sec csc".split()
 _ELEMENTARY = {*_CIRCULAR, *("arc" + name for name in _CIRCULAR), "sinh", "cosh", "tanh", "coth"}
 
 
-def _library_name(function: str) -> str:
-  """The name that mpmath and SymPy have for an elementary function."""
-  return function.replace("arc", "a")
-
-
 def sample_point(names: Iterable[str], index: int) -> dict[str, Fraction]:
-  """Values of symbols at a point, the same in every process.
+  """Values of symbols at the point with this index, the same in every process.
 
-  They are positive at even points, negative at odd ones, and ever farther out, so that |x - 3| and
-  3 - x are told apart.
+  Points with even indices are positive, odd ones negative, and their distance from 0 grows, which
+  distinguishes |x - 3| from 3 - x.
   """
   distance = (-1) ** index * (1, 19, 1009)[index // 2]
   point = {}
@@ -174,26 +167,26 @@ def sample_point(names: Iterable[str], index: int) -> dict[str, Fraction]:
 
 
 class Digits:
-  """The value of a tree to a number of decimal digits; remembers how large its parts were.
+  """Evaluates trees to a number of decimal digits, recording how large their parts are.
 
   Attributes:
-    ctx: the mpmath context of its numbers.
-    largest: the largest binary magnitude, in absolute value, of any part.
+    ctx: mpmath context.
+    largest: the largest absolute binary magnitude of any part.
   """
 
   def __init__(self, decimals: int, at: Mapping[str, Fraction] | None = None):
-    """at: values of symbols; by default those of point 0."""
+    """at: values of symbols; default: those of sample point 0."""
     if not hasattr(_LOCAL, "context"):
       _LOCAL.context = MPContext()
     self.ctx, self.at, self.largest = _LOCAL.context, at or {}, 1.0
     self.ctx.dps = decimals
 
   def value(self, node: Node):
-    """The value, an mpf or mpc.
+    """The value of a tree, an mpf or mpc.
 
     Raises:
-      Undefined: it has no value, or the tree is not a number.
-      TooLarge: a part is beyond what is computed.
+      Undefined: the tree has no value or is not a number.
+      TooLarge: a part exceeds a size limit.
     """
     try:
       return self._value(node)
@@ -240,7 +233,7 @@ class Digits:
       raise Undefined(op)
     if abs(values[0]) > MAX_ARGUMENT:
       raise TooLarge("argument")
-    return getattr(self.ctx, _library_name(op))(*values)
+    return getattr(self.ctx, op.replace("arc", "a"))(*values)  # mpmath's arcsin is asin
 
   def _factorial(self, value):
     if abs(value) > MAX_FACTORIAL:
@@ -264,7 +257,7 @@ class Digits:
       raise TooLarge("digits of a factorial")
 
   def _power(self, base, exponent):
-    """base ** exponent; the real value for a negative base and an exponent of odd denominator."""
+    """base ** exponent, with real odd roots of negative bases."""
     ctx = self.ctx
     if abs(exponent) > MAX_POWER:
       raise TooLarge("power")
@@ -301,7 +294,7 @@ _DIGITS = {
 
 
 class Separation(NamedTuple):
-  """If the value of an algebraic constant is not 0, it is at least 1 / (l · u^(degree - 1))."""
+  """A nonzero algebraic constant has absolute value of at least 1 / (l · u^(degree - 1))."""
 
   log2_u: float
   log2_l: float
@@ -309,7 +302,7 @@ class Separation(NamedTuple):
 
 
 def separation(node: Node) -> Separation | None:
-  """None if a tree is no algebraic constant of rationals, + - * /, i and roots of whole degree."""
+  """The bound of a constant made of rationals, i, + - * / and integer roots; else None."""
   if isinstance(node, tree.Number):
     above, below = node.value.numerator.bit_length(), node.value.denominator.bit_length()
     return Separation(float(above), float(below), 1)
@@ -350,11 +343,11 @@ def _power_separation(base: Separation, exponent: Fraction) -> Separation:
 
 
 def equal(a: Node, b: Node) -> bool:
-  """Whether two expressions have one value, by the three ways of this module.
+  """Whether two expressions have the same value, by the methods of the module docstring.
 
   Raises:
-    Undefined: one of them has no value.
-    TooLarge: a value is beyond what is computed.
+    Undefined: an expression has no value.
+    TooLarge: a value exceeds a size limit.
   """
   if a == b:
     return True
@@ -371,7 +364,7 @@ def equal(a: Node, b: Node) -> bool:
     if False in outcomes:
       return False
   if True not in outcomes:
-    raise Undefined("no value at any point")
+    raise Undefined("no value at any sample point")
   turns = turning_points(a - b, points[0])
   return all(_agree(a, b, turn, real=True) is not False for turn in turns)
 
@@ -379,11 +372,13 @@ def equal(a: Node, b: Node) -> bool:
 def _agree(
   a: Node, b: Node, at: dict[str, Fraction], *, real: bool, may_skip: bool = True
 ) -> bool | None:  # fmt: skip
-  """Whether two expressions agree at a point; None where they have no value.
+  """Whether two expressions agree at a point; None if they have no value there.
 
   Args:
-    real: whether they must be real there to count, unless one of them holds i.
-    may_skip: whether None is returned, and TooLarge not raised, for values beyond the limits.
+    a, b: the expressions.
+    at: the point.
+    real: whether non-real values count as no value, unless an expression contains i.
+    may_skip: whether to return None instead of raising TooLarge.
   """
   try:
     if real and not any(part == tree.Symbol("i") for part in tree.walk(a - b)):
@@ -400,7 +395,7 @@ def _agree(
 
 
 def _equal_at(a: Node, b: Node, at: Mapping[str, Fraction]) -> bool:
-  """Whether two expressions have one value at a point."""
+  """Whether two expressions have the same value at a point."""
   rough = Digits(40, at)
   value = rough.value(a) - rough.value(b)
   if value and rough.ctx.mag(value) > max(rough.largest * 2 - 60, -60):
@@ -423,77 +418,58 @@ def _equal_at(a: Node, b: Node, at: Mapping[str, Fraction]) -> bool:
 
 # Turning points
 
-MAX_TURN_DEGREE = 8  # of polynomials whose roots are looked for
+MAX_TURN_DEGREE = 8  # of polynomials whose roots are isolated
+MAX_TURN_POWER = 64
 MAX_TURNS = 24
 MAX_COEFFICIENT_BITS = 256
-MAX_SYMPY_POWER = 64  # exponent of a constant that SymPy is given
-MAX_SYMPY_FACTORIAL = 300
 
 
-def sympy_expression(node: Node):
-  """A number or an expression as a SymPy object; symbols are real.
+def polynomial(node: Node, name: str, at: Mapping[str, Fraction]):
+  """A polynomial in one symbol as a SymPy Poly over the rationals, other symbols at their values.
 
-  Raises:
-    Undefined: the tree is no expression, or holds a function that SymPy is not given.
-    TooLarge: a power or factorial that SymPy would write out.
+  None for any other tree, a degree above MAX_TURN_DEGREE or coefficients above
+  MAX_COEFFICIENT_BITS.
   """
   import sympy  # takes half a second, and most answers do not need it
 
-  if isinstance(node, tree.Number):
-    return sympy.Rational(node.value.numerator, node.value.denominator)
-  if isinstance(node, tree.Symbol):
-    constants = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "oo": sympy.oo}
-    return constants.get(node.name, sympy.Symbol(node.name, real=True))
+  if isinstance(node, tree.Symbol) and node.name == name:
+    return sympy.Poly([1, 0], sympy.Symbol(name), domain="QQ")
+  value = at.get(node.name) if isinstance(node, tree.Symbol) else exact(node)
+  if value is not None:
+    if bits(value) > MAX_COEFFICIENT_BITS:
+      return None
+    return sympy.Poly([sympy.Rational(*value.as_integer_ratio())], sympy.Symbol(name), domain="QQ")
   if isinstance(node, tree.Quantity):
-    return sympy_expression(node.value)
-  if not isinstance(node, tree.Operation):
-    raise Undefined(f"{type(node).__name__} is not a number")
-  op, values = node.op, [sympy_expression(operand) for operand in node.operands]
-  if op in _ARITHMETIC:
-    return _ARITHMETIC[op](*values)
-  if op in _ELEMENTARY:
-    return getattr(sympy, _library_name(op))(*values)
-  if op == "pow" and all(value.is_number for value in values):
-    if not abs(values[1].evalf(15)) <= MAX_SYMPY_POWER:
-      raise TooLarge("power")
-  if op in ("fact", "binom") and values[0].is_number:
-    if not abs(values[0].evalf(15)) <= MAX_SYMPY_FACTORIAL:
-      raise TooLarge(op)
-  functions = {
-    "pow": operator.pow, "fact": sympy.factorial, "binom": sympy.binomial, "log": sympy.log,
-    "abs": sympy.Abs, "floor": sympy.floor, "ceil": sympy.ceiling, "sgn": sympy.sign,
-    "max": sympy.Max, "min": sympy.Min, "percent": lambda value: value / 100,
-    "degree": lambda value: value * sympy.pi / 180,
-  }  # fmt: skip
-  if op not in functions:
-    raise Undefined(op)
-  return functions[op](*values)
-
-
-def _degree_bound(node: Node, name: str) -> float:
-  """Degree of a polynomial, at most, before it is multiplied out; infinity if it is none."""
-  if isinstance(node, tree.Symbol):
-    return float(node.name == name)
-  degrees = [_degree_bound(child, name) for child in tree.children(node)]
-  if not any(degrees):
-    return 0.0
-  if is_operation(node, "add"):
-    return max(degrees)
-  if is_operation(node, "mul"):
-    return sum(degrees)
-  if is_operation(node, "neg", "percent", "degree") or isinstance(node, tree.Quantity):
-    return degrees[0]
-  if is_operation(node, "div") and not degrees[1]:
-    return degrees[0]
-  if is_operation(node, "pow") and isinstance(node.operands[1], tree.Number):
-    exponent = node.operands[1].value
-    if exponent >= 0 and exponent.denominator == 1:
-      return degrees[0] * float(exponent)
-  return math.inf
+    return polynomial(node.value, name, at)
+  if is_operation(node, "percent"):
+    return polynomial(node.operands[0] / tree.number(100), name, at)
+  if not is_operation(node, "neg", "add", "mul", "div", "pow"):
+    return None
+  operands = [polynomial(operand, name, at) for operand in node.operands]
+  if None in operands:
+    return None
+  left, right = operands[0], operands[-1]
+  if node.op == "pow":
+    exponent = exact(node.operands[1])
+    if exponent is None or exponent.denominator != 1 or exponent < 0:
+      return None
+    if exponent > MAX_TURN_POWER or left.degree() * exponent > MAX_TURN_DEGREE:
+      return None
+    result = left ** int(exponent)
+  elif node.op == "div":
+    if right.degree() > 0 or right.is_zero:
+      return None
+    result = left.mul_ground(1 / right.LC())
+  else:
+    result = _ARITHMETIC[node.op](*operands)
+  too_large = any(
+    bits(Fraction(int(c.p), int(c.q))) > MAX_COEFFICIENT_BITS for c in result.all_coeffs()
+  )
+  return None if result.degree() > MAX_TURN_DEGREE or too_large else result
 
 
 def _turning_parts(node: Node) -> list[Node]:
-  """What changes sign where a tree turns: u of |u|, ⌊u⌋, sgn u, √u; a - b of max(a, b)."""
+  """Expressions whose roots are turning points: u of |u|, ⌊u⌋, sgn u, √u; a - b of max(a, b)."""
   parts = []
   for part in tree.walk(node):
     if is_operation(part, "abs", "floor", "ceil", "sgn"):
@@ -508,42 +484,28 @@ def _turning_parts(node: Node) -> list[Node]:
 
 
 def _real_roots(node: Node, name: str, at: Mapping[str, Fraction]) -> list[Fraction]:
-  """Approximate real roots in one symbol of a polynomial with rational coefficients; else none."""
-  import sympy
-
-  if not 1 <= _degree_bound(node, name) <= MAX_TURN_DEGREE:
-    return []
-  for other, value in at.items():
-    if other != name:
-      node = tree.substitute(node, other, tree.number(value))
+  """Approximate real roots in one symbol of a polynomial; none for any other tree."""
   try:
-    polynomial = sympy.Poly(sympy_expression(node), sympy.Symbol(name, real=True))
-    if polynomial.domain not in (sympy.ZZ, sympy.QQ):
-      return []
-    if not 1 <= polynomial.degree() <= MAX_TURN_DEGREE:
-      return []
-    if any(abs(c) >= 1 << MAX_COEFFICIENT_BITS for c in polynomial.all_coeffs()):
-      return []
-    intervals = polynomial.intervals(eps=sympy.Rational(1, 10**6))
-  except (
-    Undefined, TooLarge, sympy.PolynomialError, OverflowError, ValueError, TypeError,
-    ZeroDivisionError,
-  ):  # fmt: skip
+    poly = polynomial(node, name, at)
+  except (Undefined, TooLarge):
     return []
+  if poly is None or poly.degree() < 1:
+    return []
+  intervals = poly.intervals(eps=Fraction(1, 10**6))
   return [Fraction(int((a + b).p), int((a + b).q)) / 2 for (a, b), _ in intervals]
 
 
 def turning_points(node: Node, at: Mapping[str, Fraction]) -> list[dict[str, Fraction]]:
-  """Points on all sides of where parts of an expression turn, one symbol moved at a time.
+  """Points on all sides of an expression's turning points, moving one symbol at a time.
 
-  No fixed choice of points would tell |x - 5000| from 5000 - x.
+  Fixed points alone cannot distinguish |x - 5000| from 5000 - x.
 
   Args:
     node: an expression.
-    at: a value of each of its symbols, which it keeps while another symbol moves.
+    at: values of its symbols while another symbol moves.
 
   Returns:
-    at most MAX_TURNS points, none where nothing turns.
+    At most MAX_TURNS points; none if the expression has no turning points.
   """
   parts, points = _turning_parts(node), []
   for name in sorted(at) if parts else ():

@@ -1,4 +1,4 @@
-"""Equations and inequalities as answers: what they state or describe, and when two are the same."""
+"""Equations, inequalities and sets of reals: the values they state, and equality of two of them."""
 
 import fractions
 import functools
@@ -22,20 +22,20 @@ def is_constant(node: Node) -> bool:
   return tree.is_scalar(node) and not tree.symbols(node)
 
 
-# Names and what an equation says of them
+# Named values
 
 
 class Label(NamedTuple):
-  """An equation that gives a name's value: x = 5, f(x) = 2x, AB = 7."""
+  """A name and its value, from an equation: x = 5, f(x) = 2x, AB = 7."""
 
   name: str
   value: Node
 
 
 def label(node: Node) -> Label | None:
-  """Name and value of an equation that gives a name's value; None for any other tree.
+  """The name and value of an equation that defines a name; None for any other tree.
 
-  Of several sides after the name the last one is the value: the others lead to it.
+  In a chain such as x = 2+3 = 5 the last side is the value.
   """
   if not isinstance(node, tree.Relation) or set(node.signs) != {"="}:
     return None
@@ -50,27 +50,27 @@ def label(node: Node) -> Label | None:
     return None
   value = sides[-1]
   if is_operation(head, "mul") and not tree.symbols(value) and not _is_segment(head):
-    head = head.operands[0]  # f(x) = 5 and f(n) = 5 name the same
-  return Label(_spelled(head), value)
+    head = head.operands[0]  # f(x) = 5 and f(n) = 5 define the same constant
+  return Label(_spelling(head), value)
 
 
 def unlabelled(node: Node) -> Node:
-  """The value of an equation that gives a name's value; any other tree as it is."""
+  """The value of an equation that defines a name; any other tree unchanged."""
   named = label(node)
   return named.value if named else node
 
 
-def _spelled(name: Node) -> str:
-  """A name as text; a segment and its length, AB and |AB|, are spelled alike."""
+def _spelling(name: Node) -> str:
+  """A name as text; a segment AB and its length |AB| have the same spelling."""
   if is_operation(name, "abs"):
-    return _spelled(name.operands[0])
+    return _spelling(name.operands[0])
   if is_operation(name, "mul") and _is_segment(name):
-    return "".join(map(_spelled, name.operands))
+    return "".join(map(_spelling, name.operands))
   return name.name.removeprefix("overline ") if isinstance(name, tree.Symbol) else repr(name)
 
 
 def is_name(node: Node) -> bool:
-  """Whether a tree is a symbol, f(x), a segment (AB), the length of one, or a tuple of symbols."""
+  """Whether a tree is a symbol, f(x), a segment AB or its length, or a tuple of symbols."""
   if isinstance(node, tree.Symbol):
     return node.name not in ("pi", "i", "oo")
   if is_operation(node, "abs"):
@@ -96,14 +96,14 @@ def _is_segment(node: Node) -> bool:
 
 
 def is_function(head: Node) -> bool:
-  """Whether a name is y, or that of a function of something."""
+  """Whether a name is y or a function application such as f(x)."""
   return head == tree.Symbol("y") or (is_operation(head, "mul") and not _is_segment(head))
 
 
 def stated(node: tree.Relation, gold: Node) -> list[Node]:
-  """The values that a relation states where the gold answer is a single value.
+  """The values that a relation states, to be compared with a gold answer of one value.
 
-  x = 5 states 5; a ≈ b states a, and b if it is close.
+  x = 5 states 5; a ≈ b states a, and b if it is close to a.
   """
   operands, signs = node.operands, node.signs
   if not set(signs) <= {"=", "~"}:
@@ -138,14 +138,14 @@ def _stated_approximately(node: tree.Relation, gold: Node) -> list[Node]:
 
 
 def _has_numeral(node: Node) -> bool:
-  """Whether an expression has numerals: a + b = 7 states a + b, but 2x = 10 is yet to be solved."""
+  """Whether an expression has numerals: a + b = 7 states a value, 2x = 10 is not yet solved."""
   if isinstance(node, tree.Number):
     return True
   return not is_name(node) and any(map(_has_numeral, tree.children(node)))
 
 
 def _is_close(value: Node, approximation: Node) -> bool:
-  """Whether two constants lie within 5 % of each other."""
+  """Whether two constants differ by at most 5 %."""
   if not is_constant(value) or not is_constant(approximation):
     return False
   digits = Digits(30)
@@ -157,7 +157,7 @@ def _is_close(value: Node, approximation: Node) -> bool:
 
 
 def same_relation(gold: tree.Relation, answer: tree.Relation) -> bool:
-  """Whether two equations or inequalities in several unknowns say the same.
+  """Whether two equations or inequalities in several unknowns are equivalent.
 
   2x - y = 3 equals 4x = 2y + 6; y > x equals x - y < 0; y = 1/x equals xy = 1.
   """
@@ -179,7 +179,7 @@ def same_relation(gold: tree.Relation, answer: tree.Relation) -> bool:
 
 
 def _proportional(left: Node, right: Node, sign: int = 0) -> bool:
-  """Whether left = c · right for a constant c that is not 0, and has this sign unless it is 0."""
+  """Whether left = c · right for a constant c ≠ 0; if `sign` is not 0, c must have this sign."""
   names = tree.symbols(left)
   if names != tree.symbols(right) or not names:
     return False
@@ -198,14 +198,14 @@ def _proportional(left: Node, right: Node, sign: int = 0) -> bool:
 
 
 def _simplest_fraction(value) -> fractions.Fraction:
-  """The simplest rational close to an mpf."""
+  """A rational with a small denominator close to an mpf."""
   mantissa, exponent = value.man_exp
   magnitude = fractions.Fraction(mantissa) * fractions.Fraction(2) ** exponent
   return (-magnitude if value < 0 else magnitude).limit_denominator(10**6)
 
 
 def _solves(solution: tree.Relation, equation: Node) -> bool:
-  """Whether `solution` is y = v, and v for y makes `equation`, which is linear in y, 0."""
+  """Whether `solution` is y = v and y = v is the root of `equation`, which is linear in y."""
   named = label(solution)
   heads = [side for side in solution.operands if isinstance(side, tree.Symbol)]
   if not named or not heads or not tree.is_scalar(named.value):
@@ -223,10 +223,10 @@ def _solves(solution: tree.Relation, equation: Node) -> bool:
 
 
 def same_set(a: Node, b: Node) -> bool | None:
-  """Whether two trees describe the same set of reals; None where one describes none.
+  """Whether two trees describe the same set of reals; None if one does not describe a set.
 
-  They may be intervals, finite sets, unions, the real line, inequalities in one unknown, or lists
-  of such joined by "or" or "and".
+  Sets are intervals, finite sets, set operations, the real line, inequalities in one unknown, and
+  lists of these.
   """
   try:
     line = _Line(a, b)
@@ -237,14 +237,14 @@ def same_set(a: Node, b: Node) -> bool | None:
 
 
 class _Line:
-  """The real line, cut at every number that two trees mention.
+  """The real line, cut at every number in two trees.
 
-  Each cut is a cell with an odd number, and what lies between two cuts one with an even number. A
-  set of reals is a set of cells, so that Python's operators unite, intersect and subtract them.
+  Cells with odd numbers are the cuts, cells with even numbers the open intervals between them. A
+  set of reals is a set of cells, so that Python's set operators apply.
   """
 
   def __init__(self, *nodes: Node):
-    """Raises Undefined where a number is no real one."""
+    """Raises Undefined if a cut is not a real number."""
     cuts = [cut for node in nodes for cut in _cuts(node)]
     if any(is_operation(part, "abs") for node in nodes for part in tree.walk(node)):  # |x| < 2
       cuts += [tree.number(0), *(-cut for cut in cuts)]
@@ -257,17 +257,17 @@ class _Line:
     self.all = frozenset(range(cell + 2))
 
   def ray(self, sign: str, end: Node) -> frozenset[int]:
-    """The numbers x with x `sign` end; `end` may be infinite."""
+    """The numbers x that satisfy x `sign` end, where `end` may be infinite."""
     infinite = tree.infinite_sign(end)
     cell = infinite * len(self.all) if infinite else self._cells[end]
     return frozenset(other for other in self.all if _ORDER[sign](other, cell))
 
   def cells(self, node: Node) -> frozenset[int] | None:
-    """The set that a tree describes; None where it describes none."""
+    """The set that a tree describes; None if it does not describe a set."""
     if isinstance(node, tree.Bracket) and len(node.items) == 2:
       low, high = node.items
       if _compare(low, high) > 0:
-        return frozenset([node])  # the wrong way round: equal to itself only
+        return frozenset([node])  # reversed ends: equal only to itself
       above = self.ray(">=" if node.opener == "[" else ">", low)
       return above & self.ray("<=" if node.closer == "]" else "<", high)
     if isinstance(node, tree.SetValue):
@@ -291,7 +291,7 @@ class _Line:
     return None
 
   def _solutions(self, node: tree.Relation) -> frozenset[int] | None:
-    """Solutions of x < 5, 1 <= x < 5, |x| < 2, x in A: an unknown between constants."""
+    """Solutions of an inequality with one unknown: x < 5, 1 <= x < 5, |x| < 2, x in A."""
     if node.signs == ("in",) and is_name(node.operands[0]):
       return self.cells(node.operands[1])
     unknown = _unknown(node)
@@ -313,7 +313,7 @@ _SET_OPERATORS = {"union": operator.or_, "intersection": operator.and_, "minus":
 
 
 def _unknown(node: tree.Relation) -> Node | None:
-  """The only unknown of an inequality between constants; None where there is no such."""
+  """The unknown of an inequality whose other sides are constants; None for other relations."""
   if node.signs == ("=",) or any(sign not in _CONVERSE for sign in node.signs):
     return None
   unknowns = [operand for operand in node.operands if tree.symbols(operand)]
@@ -326,7 +326,7 @@ def _numbers(node: tree.SetValue) -> list[Node]:
 
 
 def _cuts(node: Node) -> list[Node]:
-  """The finite numbers at which sets that a tree describes begin or end."""
+  """The finite end points of the sets that a tree describes."""
   ends = []
   if isinstance(node, (tree.SetOperation, tree.ListValue)):
     return [cut for child in tree.children(node) for cut in _cuts(child)]
@@ -342,7 +342,7 @@ def _cuts(node: Node) -> list[Node]:
 
 
 def _compare(a: Node, b: Node) -> int:
-  """-1, 0, 1 as two ends lie; raises Undefined for ends that are no real numbers."""
+  """Compares two end points: -1, 0 or 1. Raises Undefined for non-real numbers."""
   first, second = tree.infinite_sign(a), tree.infinite_sign(b)
   if first or second:
     return (first > second) - (first < second)
@@ -351,5 +351,5 @@ def _compare(a: Node, b: Node) -> int:
   digits = Digits(40)
   difference = digits.value(a) - digits.value(b)
   if digits.ctx.im(difference):
-    raise Undefined("ends that are not real")
+    raise Undefined("non-real end point")
   return 1 if digits.ctx.re(difference) > 0 else -1

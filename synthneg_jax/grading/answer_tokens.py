@@ -1,18 +1,17 @@
-r"""Text of a written answer, LaTeX or plain, to the tokens that `answer_grammar` reads.
+r"""The tokenizer of answers in LaTeX or plain text, for `answer_grammar`.
 
-`tokens("\\frac12 \\text{ cm}^2")` is [cmd frac, num 12, text cm, op ^, num 2]. Everything is one
-pass of regexes over at most `MAX_CHARS` characters; nothing is evaluated, and a character that no
-rule knows is an error, never skipped.
+`tokens("\\frac12 \\text{ cm}^2")` is [cmd frac, num 12, text cm, op ^, num 2]. It makes one pass of
+regexes over at most `MAX_CHARS` characters and evaluates nothing. An unknown character is an error.
 """
 
 import functools
 import re
 from typing import NamedTuple
 
-MAX_CHARS = 2000  # characters of one answer
-MAX_TOKENS = 1000
-MAX_DIGITS = 1000  # digits of one numeral
-MAX_EXPONENT = 1000  # of scientific notation, in absolute value
+MAX_CHARS = 2000  # per answer
+MAX_TOKENS = 1000  # per answer
+MAX_DIGITS = 1000  # per numeral
+MAX_EXPONENT = 1000  # absolute value in scientific notation
 
 
 class Unreadable(Exception):
@@ -20,20 +19,25 @@ class Unreadable(Exception):
 
 
 class TooLarge(Exception):
-  """The text, or a value that it asks for, is beyond what is computed."""
+  """The text, or a value that it denotes, exceeds a size limit."""
 
 
 class Token(NamedTuple):
-  """kind: num (digits, point, exponent), repeating (a decimal such as 0.1(6)), word (letters), cmd
-  (LaTeX command), text (a word of a text command), op (anything else); spaced: whether a space
-  stands before it."""
+  """A token.
+
+  Attributes:
+    kind: "num" (digits, point, exponent), "repeating" (a decimal such as 0.1(6)), "word" (letters),
+      "cmd" (LaTeX command), "text" (a word of a text command), "op" (anything else).
+    value: its text; of a command without the backslash.
+    spaced: whether a space precedes it.
+  """
 
   kind: str
   value: str
   spaced: bool = False
 
 
-# Unicode signs and the LaTeX or ASCII that they stand for: other ways of writing, never a rounding.
+# Unicode signs and their LaTeX or ASCII equivalents.
 _SIGNS = {
   "−–—﹣－‐‑": "-", "×": r"\times ", "⋅·": r"\cdot ", "∗": "*", "÷": r"\div ", "⁄∕": "/",
   "√": r"\sqrt ", "∛": r"\sqrt[3] ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ",
@@ -86,7 +90,7 @@ _BARE_FONT = re.compile(
   r"\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+"
   r"([A-Za-z0-9])(?![A-Za-z])"
 )
-_SHOWN = re.compile(  # colours, frames and marks, which do not change a formula
+_DECORATION = re.compile(  # colours, frames and marks, which do not change a formula's meaning
   r"\\(?:text)?color\s*+(?:\[[^\[\]]*+\]\s*+)?\{[^{}]*+\}|\\colorbox\s*+\{[^{}]*+\}|"
   r"\\fcolorbox\s*+\{[^{}]*+\}\s*+\{[^{}]*+\}|\\bbox(?![A-Za-z])\s*+(?:\[[^\[\]]*+\])?|"
   r"\\(?:boxed|fbox|framebox|underbrace|overbrace|checkmark)(?![A-Za-z])"
@@ -98,7 +102,6 @@ _OLD_FONT = re.compile(
 )
 _DEGREE = re.compile(r"\^ ?(?:\{ ?\\(?:circ|degree) ?\}|\\(?:circ|degree)(?![A-Za-z]))")
 _BRACKETS = {r"\lbrace": r"\{", r"\rbrace": r"\}", r"\langle": "(", r"\rangle": ")"}
-_FULL_STOP = re.compile(r"(?<![.0-9])\.$|(?<=[0-9])\.$")
 _OPENERS, _CLOSERS = ("(", "[", r"\{"), (")", "]", r"\}")
 _SCAN = re.compile(
   r"(?P<space>\s++)"
@@ -114,7 +117,7 @@ _SCAN = re.compile(
 
 
 def closing(text: str, start: int) -> int:
-  """The index of the brace that closes the one at `start`, or -1. Escaped braces do not count."""
+  """The index of the brace that closes the one at `start`, or -1; ignores escaped braces."""
   depth, index = 0, start
   while index < len(text):
     char = text[index]
@@ -129,42 +132,41 @@ def closing(text: str, start: int) -> int:
 
 
 def _plain_signs(text: str) -> str:
-  """The text with Unicode signs as LaTeX or ASCII, and raised digits as ^{...}."""
+  """Replaces Unicode signs by LaTeX or ASCII, and superscripts by ^{...}."""
   text = re.sub(r"(?<=[0-9])( ?)([mck]?m|ft|in)(?=[²³])", r"\1\\text{\2}", text)
   text = _SUPERSCRIPTS.sub(lambda match: "^{" + match[0].translate(_DIGITS) + "}", text)
   text = _SUBSCRIPTS.sub(lambda match: "_{" + match[0].translate(_DIGITS) + "}", text)
   return text.translate(_SIGN_TABLE)
 
 
-@functools.lru_cache(maxsize=1024)  # a response's answer is tidied several times
+@functools.lru_cache(maxsize=1024)  # grading tidies the same answer several times
 def tidy(text: str) -> str:
-  """The text without layout: spaces, sizes, math delimiters, display environments, a final stop."""
+  """Removes layout: spaces, sizes, math delimiters, display environments, a final full stop."""
   text = re.sub(r"\\[()\[\]]", " ", _plain_signs(text)).replace("**", "^")
   text = re.sub(r"\\not\s*=", r"\\ne ", text)
   if text.startswith("^") or text.endswith("^"):
-    text = text.strip("^ ")  # it was bold
+    text = text.strip("^ ")  # was bold in Markdown
   if r"\\begin" in text:
     text = text.replace(r"\\", "\\")  # every command is escaped twice
   elif r"\begin" not in text:
-    text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # outside matrices it is not a line break
+    text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # not a line break outside matrices
   text = _ENVIRONMENT.sub(" ", text)
   text = re.sub(r"(?<=[0-9]) ?\{ ?, ?\} ?(?=[0-9]{3})", "{,}", text)  # detokenized 14{,}916
   text = _THIN_GROUPS.sub(lambda match: re.sub(r"[^0-9]", "", match[0]), text)
   text = _BARE_FONT.sub(r" \1", text)
   text = re.sub(r"(?<=[0-9])\{[.,]\}(?=[0-9])", ".", text)
   text = re.sub(r"\b([apAP])\. ?[mM]\b\.?", r"\1m", text)
-  for layout in (_LAYOUT, _SPACES, _OLD_FONT, _SHOWN):
+  for layout in (_LAYOUT, _SPACES, _OLD_FONT, _DECORATION):
     text = layout.sub(" ", text)
   text = _QUOTED.sub(r" \1\2 ", text)
-  text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace("`", " ")
-  text = re.sub(r"\\[dt]binom(?![A-Za-z])", r"\\binom", text)
+  text = re.sub(r"\\[dtc](frac|binom)(?![A-Za-z])", r"\\\1", text).replace("`", " ")
   text = re.sub(r"\\(?:[lr]brace|[lr]angle)(?![A-Za-z])", lambda match: _BRACKETS[match[0]], text)
   text = _currency(_DEGREE.sub(r"\\degree ", text))
-  return _FULL_STOP.sub("", text.strip().rstrip("\\").strip()).strip()
+  return re.sub(r"(?<!\.)\.$", "", text.strip().rstrip("\\").strip()).strip()
 
 
 def _currency(text: str) -> str:
-  r"""Removes pairs of $, which are math delimiters; an odd one, or \$, is the currency."""
+  r"""Removes $ used as math delimiters; an unpaired $ and \$ are the currency."""
   text = text.replace(r"\$", r"\dollar ").replace("$$", " ")
   if text.count("$") % 2:
     text = text.replace("$", r"\dollar ", 1)
@@ -175,7 +177,7 @@ def tokens(text: str) -> list[Token]:
   """Splits a tidied answer into tokens.
 
   Raises:
-    Unreadable: a character or brace is outside the grammar.
+    Unreadable: an unknown character or an unclosed brace.
     TooLarge: more than MAX_CHARS, MAX_TOKENS or MAX_DIGITS.
   """
   if len(text) > MAX_CHARS:
@@ -186,10 +188,10 @@ def tokens(text: str) -> list[Token]:
     if command:
       end = closing(text, command.end())
       if end < 0:
-        raise Unreadable("a text command that does not end")
+        raise Unreadable("unclosed text command")
       words = text[command.end() + 1 : end].split()
       if _is_formula(" ".join(words), command[1]):
-        index = command.end()  # the braces are read as a group
+        index = command.end()  # tokenize the braces as a group
       else:
         for word in words or [""]:
           result.append(Token("text", word, spaced))
@@ -198,7 +200,7 @@ def tokens(text: str) -> list[Token]:
       continue
     match = _SCAN.match(text, index)
     if not match:
-      raise Unreadable(f"the sign {text[index]!r}")
+      raise Unreadable(f"unknown character {text[index]!r}")
     kind, value, index = match.lastgroup, match.group(), match.end()
     if kind == "space":
       spaced = True
@@ -226,10 +228,10 @@ def _is_formula(words: str, command: str) -> bool:
 
 
 def _numeral(value: str, spaced: bool, *, in_brackets: bool) -> list[Token]:
-  """One numeral. In brackets, "1,234" is two numerals, unless a group starts with 0 as in "1,000".
+  """Tokens of a numeral: one, or in brackets two for "1,234" (but one for "1,000", by its zeros).
 
   Raises:
-    TooLarge: it has more than MAX_DIGITS, or its exponent is beyond MAX_EXPONENT.
+    TooLarge: more digits than MAX_DIGITS, or an exponent beyond MAX_EXPONENT.
   """
   digits, _, exponent = value.lower().partition("e")
   if len(digits) > MAX_DIGITS or len(exponent) > 8 or abs(int(exponent or "0")) > MAX_EXPONENT:

@@ -1,19 +1,7 @@
-r"""The tree of a written answer: what the grammar reads and the other answer modules compare.
+"""Syntax trees of answers: the grammar builds them, the other answer modules compare them.
 
-    Number, Symbol            leaves: 3/4; x, x_1, and the CONSTANTS
-    Operation                 arithmetic (add, mul, div, pow, neg, fact, binom, percent, degree)
-                              and functions; log may have a base; roots are powers
-    PlusMinus                 left ± right; `upper` is "+" for \pm and "-" for \mp
-    Based, Ratio, Clock       1011_2; 3:2; 10:30, which may also be a ratio
-    Quantity, Modular         5 cm; 3 (mod 7)
-    Bracket                   (a, b), [a, b), (a, b, c): a tuple or an interval
-    SetValue, ListValue       {1, 2}; 1, 2 and 3, where `joiner` is ",", "and" or "or"
-    SetOperation              union, intersection or minus
-    Matrix, Relation          rows; 1 <= x < 5 has three operands and two signs
-    Text, Opaque              words that are the whole answer; text outside the grammar
-
-Nodes are immutable, and equal if they are written alike: 1/2 and 2/4 are different trees of equal
-value. Python's operators build trees: a - b is the tree of a plus the negative of b.
+Nodes are immutable. Two nodes are equal if they have the same structure: 1/2 and 2/4 are different
+trees of equal value. Python's operators build trees: a - b is the tree of a plus the negative of b.
 """
 
 import dataclasses
@@ -22,13 +10,13 @@ from collections.abc import Callable, Iterator
 
 from synthneg_jax.grading.answer_units import Unit
 
-CONSTANTS = frozenset(("pi", "e", "i", "oo"))  # symbols that are not unknowns; oo is infinity
+CONSTANTS = frozenset(("pi", "e", "i", "oo"))  # symbols with a fixed value; oo is infinity
 _node = dataclasses.dataclass(frozen=True, slots=True)
 
 
 @_node
 class Node:
-  """Base class of all nodes. Their fields hold nodes, tuples of nodes, or plain values."""
+  """Base class of all nodes; fields hold nodes, (nested) tuples of nodes, or plain values."""
 
   def __add__(self, other: "Node") -> "Node":
     return Operation("add", (self, other))
@@ -55,14 +43,17 @@ class Number(Node):
 
 @_node
 class Symbol(Node):
-  """An unknown, or one of CONSTANTS."""
+  """An unknown (x, x_1), or one of CONSTANTS."""
 
   name: str
 
 
 @_node
 class Operation(Node):
-  """Arithmetic, a root or a function of operands."""
+  """An arithmetic operation (add, mul, div, pow, neg, fact, binom, percent, degree) or a function.
+
+  Roots are powers. "log" has the base as an optional second operand.
+  """
 
   op: str
   operands: tuple[Node, ...]
@@ -70,7 +61,7 @@ class Operation(Node):
 
 @_node
 class PlusMinus(Node):
-  """Two values, left ± right or left ∓ right."""
+  r"""Two values, left ± right; `upper` is "+" for \pm and "-" for \mp."""
 
   upper: str
   left: Node
@@ -79,7 +70,7 @@ class PlusMinus(Node):
 
 @_node
 class Based(Node):
-  """A numeral in a base other than ten."""
+  """A numeral with a base: 1011_2."""
 
   digits: str
   base: int
@@ -87,19 +78,19 @@ class Based(Node):
 
 @_node
 class Ratio(Node):
-  """a : b, or more parts."""
+  """A ratio of two or more parts: 3:2."""
 
   parts: tuple[Node, ...]
 
 
 @_node
 class Clock(Ratio):
-  """Hours, two digits of minutes, and perhaps of seconds."""
+  """A time of day, h:mm or h:mm:ss, which may also be a ratio."""
 
 
 @_node
 class Quantity(Node):
-  """A value with its unit."""
+  """A value with its unit: 5 cm."""
 
   value: Node
   unit: Unit
@@ -107,7 +98,7 @@ class Quantity(Node):
 
 @_node
 class Modular(Node):
-  """A value modulo another."""
+  """A residue: 3 (mod 7)."""
 
   value: Node
   modulus: Node
@@ -115,7 +106,7 @@ class Modular(Node):
 
 @_node
 class Bracket(Node):
-  """A tuple or an interval."""
+  """A tuple or an interval: (a, b), [a, b), (a, b, c)."""
 
   opener: str
   items: tuple[Node, ...]
@@ -124,14 +115,14 @@ class Bracket(Node):
 
 @_node
 class SetValue(Node):
-  """A finite set."""
+  """A finite set: {1, 2}."""
 
   items: tuple[Node, ...]
 
 
 @_node
 class ListValue(Node):
-  """Values side by side, without brackets."""
+  """Values without brackets: 1, 2 and 3. `joiner` is ",", "and" or "or"."""
 
   joiner: str
   items: tuple[Node, ...]
@@ -139,7 +130,7 @@ class ListValue(Node):
 
 @_node
 class SetOperation(Node):
-  """A union, intersection or difference."""
+  """A "union", "intersection" or "minus" (set difference)."""
 
   op: str
   left: Node
@@ -155,7 +146,7 @@ class Matrix(Node):
 
 @_node
 class Relation(Node):
-  """Equations and inequalities, as many signs as gaps between operands."""
+  """An equation or inequality; n operands and n - 1 signs, such as 1 <= x < 5."""
 
   operands: tuple[Node, ...]
   signs: tuple[str, ...]
@@ -163,14 +154,14 @@ class Relation(Node):
 
 @_node
 class Text(Node):
-  """Words that are the whole answer."""
+  """An answer in words."""
 
   text: str
 
 
 @_node
 class Opaque(Node):
-  """Text that the grammar does not read."""
+  """Text outside the grammar."""
 
   text: str
 
@@ -180,22 +171,22 @@ _SCALARS = (Number, Symbol, Operation, Based, Ratio, Quantity, Modular)
 
 
 def is_scalar(node: Node) -> bool:
-  """Whether a tree is a single value and not a collection, relation or text."""
+  """Whether a tree is a single value, not a collection, relation or text."""
   return isinstance(node, _SCALARS)
 
 
 def is_operation(node: Node, *ops: str) -> bool:
-  """Whether a tree is one of these operations."""
+  """Whether a tree is an Operation of one of these kinds."""
   return isinstance(node, Operation) and node.op in ops
 
 
 def root(radicand: Node, degree: Node) -> Node:
-  """A power with the inverse of the degree as its exponent."""
+  """The root of this degree, as a power."""
   return Operation("pow", (radicand, number(1) / degree))
 
 
 def number(value) -> Number:
-  """A numeral from anything that Fraction reads."""
+  """A Number from anything that Fraction accepts."""
   return Number(fractions.Fraction(value))
 
 
@@ -204,7 +195,7 @@ def _fields(node: Node) -> list:
 
 
 def children(node: Node) -> list[Node]:
-  """The nodes directly within a node, from left to right."""
+  """The direct child nodes, from left to right."""
   nodes = []
   pending = _fields(node)[::-1]
   while pending:
@@ -217,7 +208,7 @@ def children(node: Node) -> list[Node]:
 
 
 def walk(node: Node) -> Iterator[Node]:
-  """A node and all nodes within it, in no order."""
+  """Yields a node and all its descendants, in no particular order."""
   pending = [node]
   while pending:
     node = pending.pop()
@@ -226,7 +217,7 @@ def walk(node: Node) -> Iterator[Node]:
 
 
 def map_children(node: Node, change: Callable[[Node], Node]) -> Node:
-  """The node with `change` applied to each node directly within it."""
+  """A copy of the node with `change` applied to each child node."""
 
   def changed(field):
     if isinstance(field, tuple):
@@ -243,7 +234,7 @@ def symbols(node: Node) -> frozenset[str]:
 
 
 def substitute(node: Node, name: str, value: Node) -> Node:
-  """The tree with a value in the place of an unknown."""
+  """The tree with an unknown replaced by a value."""
   if isinstance(node, Symbol):
     return value if node.name == name else node
   return map_children(node, lambda child: substitute(child, name, value))

@@ -1,4 +1,4 @@
-"""Units of measurement of an answer, and the words around a number: units, and what changes it."""
+"""Units of measurement, and the words beside a number that scale it, change it or hedge it."""
 
 import collections
 import dataclasses
@@ -28,8 +28,8 @@ _LITRE = {
   "l": 1, "liter": 1, "litre": 1, "ml": _F(1, 1000), "milliliter": _F(1, 1000),
   "millilitre": _F(1, 1000),
 }  # fmt: skip
-# dimension -> name of a unit -> how many of the dimension's first unit it is. Names are looked up
-# in lower case, then without a plural s.
+# dimension -> unit name -> its size in the dimension's first unit. Lookups ignore case and a plural
+# s.
 _DIMENSIONS = {
   "length": _METRE,
   "time": _SECOND,
@@ -50,7 +50,7 @@ _DIMENSIONS = {
 _UNITS = {}
 for _dimension, _table in _DIMENSIONS.items():
   _UNITS |= {name: (_dimension, _F(factor)) for name, factor in _table.items()}
-_POWERS = {"square": 2, "cubic": 3}  # of the unit after the word
+_POWERS = {"square": 2, "cubic": 3}  # power of the unit after the word
 
 # Words after a number that multiply it.
 SCALES = {
@@ -58,9 +58,9 @@ SCALES = {
   "millions": 10**6, "billion": 10**9, "billions": 10**9, "trillion": 10**12, "trillions": 10**12,
   "lakh": 10**5, "lakhs": 10**5, "crore": 10**7, "crores": 10**7,
 }  # fmt: skip
-# Letters that multiply an amount of money right before them: $7k.
+# Suffixes that multiply an amount of money: $7k.
 MONEY_SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "bn": 10**9}
-# Words after a number that leave open which number is meant, or make it another one.
+# Words beside a number that make it uncertain, deny it or turn it into another number.
 _HEDGES = frozenset(
   "wrong false incorrect impossible invalid untrue never cannot unlikely excluded contradiction "
   "or nor not maybe perhaps possibly either unless plus minus negative squared cubed half "
@@ -74,46 +74,78 @@ _HEDGES = frozenset(
 _ABBREVIATED = frozenset(
   "mm cm dm km ft yd mi kg mg lb oz ml mph kph hr sec min percent pct".split()  # no products
 )
+_SMALL_NUMBERS = (
+  "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+  "sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_WORD_VALUES = {word: value for value, word in enumerate(_SMALL_NUMBERS)}
+_WORD_VALUES |= {word: 20 + 10 * index for index, word in enumerate(_TENS)}
+_WORD_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6}
+_NUMBER_WORDS = re.compile(
+  rf"\b(?:{'|'.join([*_WORD_VALUES, 'a(?= hundred)'])})"
+  rf"(?:(?:[-\s]|\sand\s)(?:{'|'.join([*_WORD_VALUES, *_WORD_SCALES])}))*\b",
+  re.IGNORECASE,
+)
 
 
 def changes_number(words: str) -> bool:
-  """Whether words beside a number hedge, refute or change it: "or more", "is wrong", "squared"."""
+  """Whether words beside a number hedge, deny or change it: "or more", "is wrong", "squared"."""
   return any(word.lower() in _HEDGES for word in re.findall("[A-Za-z]+", words))
+
+
+def digits_for_words(text: str) -> str:
+  """Replaces numbers in words by digits: "twenty-one apples" becomes "21 apples"."""
+
+  def value(match: re.Match) -> str:
+    total = current = 0
+    for word in re.findall("[a-z]+", match.group().lower()):
+      if word in _WORD_SCALES:
+        scale = _WORD_SCALES[word]
+        current = max(current, 1) * scale
+        if scale > 100:
+          total, current = total + current, 0
+      else:
+        current += _WORD_VALUES.get(word, 0)
+    return str(total + current)
+
+  return _NUMBER_WORDS.sub(value, text)
 
 
 @functools.lru_cache(maxsize=4096)
 def unit_of(name: str) -> tuple[str, fractions.Fraction] | None:
-  """(dimension, factor) of one unit word; None for any other word."""
+  """(dimension, factor) of a unit name; None for any other word."""
   name = name.lower().replace(".", "")
   return _UNITS.get(name) or (_UNITS.get(name.removesuffix("s")) if len(name) > 2 else None)
 
 
 def is_abbreviation(word: str) -> bool:
-  """Whether letters after a number are a unit and not a product of symbols: cm, but not ab."""
+  """Whether letters after a number are a unit rather than a product of symbols: cm, but not ab."""
   return word.lower() in _ABBREVIATED
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-  """The known part of the unit of a quantity.
+  """A unit, without its unknown words.
 
   Attributes:
-    dimensions: (("length", 2),) for an area; () where no word is a known unit.
-    factor: how many of the dimensions' first unit it is, an exact rational.
+    dimensions: (dimension, power) pairs, such as (("length", 2),) for an area; () if every word is
+      unknown.
+    factor: exact size in the dimensions' first units.
   """
 
   dimensions: tuple[tuple[str, int], ...]
   factor: fractions.Fraction
 
   def ratio(self, other: "Unit") -> fractions.Fraction | None:
-    """How many of `other` one of this is: 1 if either is unknown; None if they do not compare."""
+    """This unit in terms of `other`; 1 if either is unknown, None if the dimensions differ."""
     if not self.dimensions or not other.dimensions:
       return fractions.Fraction(1)
     return self.factor / other.factor if self.dimensions == other.dimensions else None
 
 
 def unit(words: list[tuple[str, int]]) -> Unit:
-  """A unit from words and their powers, in the order written; unknown words count for nothing."""
+  """Builds a unit from (word, power) pairs in the order written, ignoring unknown words."""
   powers, total = collections.Counter(), fractions.Fraction(1)
   next_power = 1
   for word, power in words:

@@ -1,12 +1,11 @@
-"""Answers and verdicts: the face of the grader. docs/grading.md has its rules, conventions and
-figures.
+"""The grader's public interface. docs/grading.md documents its rules, conventions and accuracy.
 
-    grade(response, gold, kind="math")            one verdict
-    grade_many(responses, golds, kind="math")     many of them, in worker processes with a deadline for each
+    grade(response, gold, kind="math")            grades one response
+    grade_many(responses, golds, kind="math")     grades many, each with a deadline
 
-Nothing evaluates model text: it reaches regexes and a parser of our own, and sizes are capped
-before anything is computed. Answers of kind "integer" are graded within the calling process in time
-linear in their length. Those of kind "math" are graded in worker processes
+Model text is never evaluated: only regexes and our own parser read it, and every size is capped
+before a value is computed. Answers of kind "integer" are graded in the calling process, in time
+linear in their length. Answers of kind "math" are graded in worker processes
 (grading/grading_pool.py), which are killed and replaced if they hang or die.
 """
 
@@ -24,26 +23,16 @@ from synthneg_jax.runtime import errors
 
 __all__ = (
   "KINDS", "MAX_EXTRACTED", "REASONS", "Conventions", "Verdict", "extract_gold", "grade",
-  "grade_many", "opens_thought",
-  "stated_answer",
+  "grade_many", "opens_thought", "stated_answer",
 )  # fmt: skip
 
 KINDS = ("integer", "math", "exact")
 
-# right, wrong: an answer was read. no_answer: none is stated. ambiguous: more than one is, or a
-# hedge. unparsable: text that no rule reads, or without a value. timeout: the clock ran out, or the
-# worker died. too_large: beyond what is read or computed. truncated: for callers whose sampler hit
-# the length limit; `grade` sees only text and never returns it.
+# docs/grading.md explains each reason. `grade` never returns "truncated": callers set it for
+# responses that reached the length limit.
 REASONS = (
-  "right",
-  "wrong",
-  "no_answer",
-  "ambiguous",
-  "unparsable",
-  "timeout",
-  "too_large",
-  "truncated",
-)
+  "right", "wrong", "no_answer", "ambiguous", "unparsable", "timeout", "too_large", "truncated",
+)  # fmt: skip
 
 DEFAULT = Conventions()
 
@@ -55,9 +44,9 @@ class Verdict:
   Attributes:
     correct: True exactly if `reason` is "right".
     reason: one of `REASONS`.
-    extracted: a rational answer as a reduced fraction ("1080", "-5", "3/4"), so that equal ones
-      have equal strings; else the first `MAX_EXTRACTED` characters of the answer text (of kind
-      "math" without layout and spaces); None where there is none.
+    extracted: a rational answer as a reduced fraction ("1080", "-5", "3/4"), so that equal answers
+      have equal strings; any other answer as its first `MAX_EXTRACTED` characters (kind "math":
+      without layout and spaces); None if the response states no answer.
   """
 
   correct: bool
@@ -76,25 +65,21 @@ def grade(
 ) -> Verdict:
   r"""Grades a response against a gold answer.
 
-  What a response states is read the same way for every kind but "exact" (grading/statements.py). A
-  response should stop after its answer: statements that contradict each other are ambiguous, equal
-  ones are fine.
+  Except for kind "exact", grading/statements.py extracts the stated answer. Contradictory
+  statements are ambiguous; repeating an equal answer is fine.
 
   Args:
-    response: the response's text; any string is allowed, hostile ones included.
-    gold: the gold answer alone, for example "1,080" or r"\frac{3}{4}", or a text whose last boxes
-      hold it.
-    kind: how answers compare. "integer", despite its name, compares all rationals exactly: 72.0
-      equals 72, 3/4 equals 0.75, and no float is involved; 20% is 20. "math" reads the grammar of
-      docs/grading.md. "exact": the whole response is the answer, and equals the gold one but for
-      whitespace.
-    timeout_s: seconds of a processor after which an answer of kind "math" is given up ("timeout").
-    rules: what counts as the same answer; extraction and retractions hold for kind "integer" too.
-    thought_open: the prompt ends within a thought (`opens_thought`), so that the response begins in
-      one.
-
-  Returns:
-    The verdict.
+    response: the response's text; any string, including hostile ones.
+    gold: the gold answer alone, for example "1,080" or r"\frac{3}{4}", or a text that ends with it
+      in a box.
+    kind: how to compare answers. "integer", despite its name, compares rationals exactly (72.0
+      equals 72, 3/4 equals 0.75, 20% is 20) and uses no floats. "math" compares mathematical
+      expressions (docs/grading.md). "exact" compares the whole response with the gold answer,
+      ignoring whitespace.
+    timeout_s: processor seconds after which grading an answer of kind "math" ends in "timeout".
+    rules: which answers count as equal; kind "integer" uses only `extraction` and `retractions`.
+    thought_open: whether the response starts inside a thought that the prompt opened
+      (`opens_thought`).
 
   Raises:
     UserError: the kind is not supported, or the gold answer cannot be read.
@@ -112,13 +97,9 @@ def grade_many(
   rules: Conventions = DEFAULT,
   thought_open: bool = False,
 ) -> list[Verdict]:
-  """Grades responses against their gold answers, in order; else as `grade`. Of use from any thread,
-  and in notebooks.
-  """
+  """`grade` for many responses and gold answers, in order. Works in any thread and in notebooks."""
   if kind not in KINDS:
-    raise errors.UserError(
-      f'The answer kind "{kind}" is not supported; the supported kinds: {", ".join(KINDS)}.'
-    )
+    raise errors.UserError(f'Unknown answer kind "{kind}"; must be one of {", ".join(KINDS)}.')
   if len(responses) != len(golds):
     raise ValueError(f"{len(responses)} responses and {len(golds)} gold answers")
   if thought_open:
@@ -144,10 +125,10 @@ _shared: dict[int, grading_pool.GradingPool] = {}
 
 
 def _pool() -> grading_pool.GradingPool:
-  """The workers that all grades of this process share; started at the first one of kind "math"."""
+  """The process-wide worker pool, created by the first answer of kind "math"."""
   with _POOL_LOCK:
     if os.getpid() not in _shared:
-      _shared.clear()  # those of a process that this one was forked from
+      _shared.clear()  # inherited from the parent of a fork
       _shared[os.getpid()] = grading_pool.GradingPool()
       atexit.register(_shared[os.getpid()].close)
     return _shared[os.getpid()]

@@ -1,18 +1,18 @@
-r"""Whether a sentence asserts a value: denials, refutations, hedges, and words that take it back.
+r"""Whether a sentence asserts a value: denials, refutations, hedges and retractions.
 
-"The answer isn't 7", "7 is wrong" and "this contradicts x = 7" name a value and do not assert it;
-"x is not negative, so x = 7" and "7, not 8" do. Clauses matter, and what stands right beside the
-value, so that "the largest number that cannot be obtained is 43" asserts 43.
+"The answer isn't 7", "7 is wrong" and "this contradicts x = 7" mention a value without asserting
+it; "x is not negative, so x = 7" and "7, not 8" assert 7. Patterns are limited to the value's
+clause and adjacent words, so that "the largest number that cannot be obtained is 43" asserts 43.
 """
 
 import re
 from collections.abc import Iterator
 
-_REACH = 120  # characters before and after a value that are looked at
+_REACH = 120  # characters searched before and after a value
 
 
 def _any_of(phrases: str) -> str:
-  """A pattern of any of several phrases between bars; a space is any white space, n't also n’t."""
+  """A pattern for phrases separated by bars; a space matches any white space, n't also n’t."""
   pattern = re.sub(r"\s*\|\s*", "|", phrases.strip())
   return "(?:" + re.sub(r"\s+", r"\\s+", pattern).replace("'", "['’]") + ")"
 
@@ -37,9 +37,11 @@ SENTENCE_END = re.compile(
   re.VERBOSE,
 )
 
-# Before the value. Words that may stand between the denial and it:
-_SMALL_WORDS = _any_of(
-  "have|has|need|get|cost|contain|make|take|want|write|to|be|equal|equals|exactly|really|actually|necessarily|possibly|simply|just|even|the|answer|is|value|of"
+# Before the value
+
+_SMALL_WORDS = _any_of(  # may stand between a denial and the value
+  "have|has|need|get|cost|contain|make|take|want|write|to|be|equal|equals|exactly|really|actually"
+  "|necessarily|possibly|simply|just|even|the|answer|is|value|of"
 )
 _LEADS_IN = rf"(?:{_SMALL_WORDS}\b\s*)*[\s$:=({{]*(?:\\[(\[]\s*)?(?:[A-Za-z]\s*=\s*)?\Z"
 _DENIED_BEFORE = _compiled(
@@ -66,11 +68,15 @@ _DENIED_BEFORE = _compiled(
     "sure|certain|clear|known|true|the case|correct|right|know|say|tell|think|believe|follow|mean"
   )
   + r")\b(?:\s+\w+){0,4}?\s+(?:that|whether|if|how)\b[^.;\n]{0,60}\Z",
-  rf"\b(?:do(?:es)?{_NOT}\s+(?:think|believe)|(?<!no\s)doubt|whether|suppose|assume|assuming|imagine)\b[^.;\n]{{0,60}}\Z",
+  rf"\b(?:do(?:es)?{_NOT}\s+(?:think|believe)|(?<!no\s)doubt|whether|suppose|assume|assuming"
+  r"|imagine)\b[^.;\n]{0,60}\Z",
   # "some people think the answer is", "a common misconception that", "a wrong answer is"
-  r"\b(?!(?:I|we)\s)(?!so\s)\w+\s+(?:(?:might|may|would|could|often|initially)\s+)?(?:thinks?|believes?|claims?|says?|argues?|guess(?:es)?|assumes?)\b[^.;\n]{0,60}\Z",
-  r"\b(?:misconception|mistake|no\s+way|not\s+conclude|cannot\s+conclude|cannot\s+say)\b[^.;\n]{0,60}\Z",
-  r"(?<!of\s)\b(?:wrong|incorrect)(?:\s+(?:answer|result|value|solution))?(?:\s+(?:is|would\s+be))?[\s:]*\Z",
+  r"\b(?!(?:I|we)\s)(?!so\s)\w+\s+(?:(?:might|may|would|could|often|initially)\s+)?"
+  r"(?:thinks?|believes?|claims?|says?|argues?|guess(?:es)?|assumes?)\b[^.;\n]{0,60}\Z",
+  r"\b(?:misconception|mistake|no\s+way|not\s+conclude|cannot\s+conclude|cannot\s+say)\b"
+  r"[^.;\n]{0,60}\Z",
+  r"(?<!of\s)\b(?:wrong|incorrect)(?:\s+(?:answer|result|value|solution))?"
+  r"(?:\s+(?:is|would\s+be))?[\s:]*\Z",
   "(?:无法确定|不能说|不能确定)[^。，,]{0,30}\\Z",
 )
 _BEGINS_DENIED = re.compile(
@@ -129,16 +135,16 @@ _DISOWNED = _compiled(
   + _any_of("not enough information|please provide|cannot be determined|something went wrong"),
 )
 
-# What takes a statement back: words that begin a later sentence
+# Retractions: words that begin a later sentence
 
 _OPENERS = r"(?:(?:oh|ah|um|well|but|and|{})[,. ]+)*"
 _TURNS = re.compile(
   _OPENERS.format("so")
   + _any_of(
-    r"no\b(?! (?:other|more|further|need|matter|one|doubt))|nope|wait|hmm+|actually|hold on|hang "
-    r"on|sorry"
-    r"|apologies|upon re|strike that|等等|不对|let me (?:re|correct|double|check|fix|try)"
-    r"|on second thoughts?|edit\b|rather\b|my (?:bad|mistake)"
+    r"no\b(?! (?:other|more|further|need|matter|one|doubt))|nope|wait|hmm+|actually|hold on"
+    r"|hang on|sorry|apologies|upon re|strike that|等等|不对"
+    r"|let me (?:re|correct|double|check|fix|try)|on second thoughts?|edit\b|rather\b"
+    r"|my (?:bad|mistake)"
   ),
   re.IGNORECASE,
 )
@@ -151,18 +157,18 @@ _TURNS_FIRMLY = re.compile(
     r"\w*\s*(?:mistake|error)"
     r"|i was wrong|i (?:misread|miscounted|miscalculated|forgot)"
     r"|(?:that|this) (?:does(?:n't|\snot) (?:work|seem|make)|contradicts)|something went wrong"
-    r"|there must be an? (?:error|mistake)|(?:this|the|that|my) (?:answer|result|value|solution) is"
-    r" (?:wrong|incorrect|not "
-    r"(?:right|correct))|(?:wrong|incorrect|no)[.!]*\s*\Z|(?:wrong|incorrect)!"
+    r"|there must be an? (?:error|mistake)"
+    r"|(?:this|the|that|my) (?:answer|result|value|solution) is"
+    r" (?:wrong|incorrect|not (?:right|correct))|(?:wrong|incorrect|no)[.!]*\s*\Z"
+    r"|(?:wrong|incorrect)!"
     r"|i'm not sure|this leads to a contradiction|contradiction"
     r"|(?:that|this|it|which) (?:can't be|cannot be|isn't) (?:\w+ly )?(?:right|correct)"
   )
   + "|"
   + _THAT
   + _any_of(
-    "wrong|incorrect|a mistake|an error|not (?:right|correct|possible)|false|too "
-    "(?:big|small|large)"
-    "|impossible(?! (?:to|that|for))"
+    "wrong|incorrect|a mistake|an error|not (?:right|correct|possible)|false"
+    "|too (?:big|small|large)|impossible(?! (?:to|that|for))"
   )
   + ")",
   re.IGNORECASE,
@@ -181,18 +187,18 @@ _SENTENCE_START = re.compile(r"[\s\-–—(*:;,.]*")
 
 
 def _words(text: str) -> str:
-  """The text with \\text{...} commands replaced by their words."""
+  r"""Replaces \text{...} commands by their words."""
   return _TEXT_COMMAND.sub(r" \1 ", text)
 
 
 def clause_start(text: str, end: int) -> int:
-  """Where the clause begins that `end` lies in."""
+  """The start of the clause that contains position `end`."""
   begin = max(0, end - _REACH)
   return max((boundary.end() for boundary in _CLAUSE.finditer(text, begin, end)), default=begin)
 
 
 def is_denied(text: str, start: int, end: int) -> bool:
-  """Whether a text denies what stands at [start, end) of it: "isn't 7", "7 is wrong"."""
+  """Whether a text denies the value at [start, end): "isn't 7", "7 is wrong"."""
   begin = len(text[:start].rstrip(" \t$"))
   if re.search(r"[:：]\s*\Z", text[max(0, begin - 10) : begin]):  # "The following is wrong:"
     begin = len(text[:begin].rstrip(" \n\t:：$"))
@@ -206,7 +212,7 @@ def is_denied(text: str, start: int, end: int) -> bool:
 
 
 def denies_itself(text: str) -> bool:
-  """Whether the text of a statement denies its own value: "not 7", "7 is wrong"."""
+  """Whether a statement denies its own value: "not 7", "7 is wrong"."""
   words = _words(text)
   if _BEGINS_DENIED.match(words):
     return True
@@ -215,32 +221,32 @@ def denies_itself(text: str) -> bool:
 
 
 def has_denying_verb(text: str) -> bool:
-  """Whether the words up to a value deny it: "the answer must not be"."""
+  """Whether the words before a value deny it: "the answer must not be"."""
   return _DENYING_VERB.search(text) is not None
 
 
 def is_hedged(text: str) -> bool:
-  """Whether a sentence leaves its value open: "might be 7", "probably 7"."""
+  """Whether a sentence hedges its value: "might be 7", "probably 7"."""
   return _HEDGED.search(re.split(r"\bbut\b", _words(text))[-1]) is not None
 
 
 def disowns(text: str) -> bool:
-  """Whether a last line only seems to state something: "Wrong answer: 7", "if so, it would be 7"."""
+  """Whether a last line mentions a value without stating it: "Wrong answer: 7"."""
   return _DISOWNED.search(text) is not None
 
 
 def admits_ignorance(text: str) -> bool:
-  """Whether a sentence says that its author does not know: "I don't know"."""
+  """Whether the author does not know the answer: "I don't know"."""
   return _UNKNOWN.search(text) is not None
 
 
 def confirms(text: str) -> bool:
-  """Whether a text that turns on a statement ends up confirming it: "Wait, 3 + 4 = 7. Yes."."""
+  """Whether a text that questions a statement then confirms it: "Wait, 3 + 4 = 7. Yes."."""
   return _CONFIRMS.search(text) is not None
 
 
-def _sentences(text: str) -> Iterator[int]:
-  """Where the sentences and lines of a text begin."""
+def _sentence_starts(text: str) -> Iterator[int]:
+  """The start positions of sentences and lines."""
   yield 0
   for end in SENTENCE_END.finditer(text):
     yield end.end()
@@ -249,15 +255,15 @@ def _sentences(text: str) -> Iterator[int]:
 
 
 def turn(text: str) -> tuple[int, bool] | None:
-  """The first words of a text that turn on what stands before it, at the beginning of a sentence.
+  """The first sentence opening that retracts the statement before the text.
 
   Returns:
-    (end, firm) of the words; firm ones take it back whatever follows ("That is wrong"), others only
-    if another value follows ("Wait, ..."); None where there are none.
+    (end of the opening, whether it is firm), or None. A firm opening retracts unconditionally
+    ("That is wrong"), others only if another value follows ("Wait, ...").
   """
-  for start in sorted(_sentences(text)):
+  for start in sorted(_sentence_starts(text)):
     begin = _SENTENCE_START.match(text, start).end()
-    for words, firm in ((_TURNS_FIRMLY, True), (_TURNS, False)):
-      if found := words.match(text, begin):
-        return found.end(), firm
+    for openings, firm in ((_TURNS_FIRMLY, True), (_TURNS, False)):
+      if match := openings.match(text, begin):
+        return match.end(), firm
   return None

@@ -1,15 +1,14 @@
-"""Many answers graded in worker processes: each with a deadline, each lost worker replaced, memory
-bounded.
+"""A pool of worker processes that grade answers of kind "math" with deadlines and a memory limit.
 
-A worker is a fresh Python (`grading_worker.py`), started as a program: it shares nothing with the
-process that asks, so that the pool works from threads, in notebooks and beside jax, without
-`__main__` guards or signals. One thread here feeds one worker. A worker that overruns its deadline
-or dies is killed and replaced: the answer at hand is a "timeout", and those sent after it are sent
-again.
+Each worker is a fresh Python process (`grading_worker.py`) that shares nothing with its parent, so
+that the pool works from threads, in notebooks and beside jax, without `__main__` guards or signals.
+One thread feeds each worker. A worker that misses its deadline or dies is killed and replaced; its
+current answer gets the reason "timeout", and the answers queued behind it are sent again.
 """
 
 import collections
 import contextlib
+import json
 import os
 import pathlib
 import selectors
@@ -22,15 +21,11 @@ from synthneg_jax.grading import grading_worker
 from synthneg_jax.grading.answer_equality import Conventions
 from synthneg_jax.runtime import errors
 
-MAX_CHARS = 1_000_000  # of a response; a longer one is too large and is not sent
-# bytes sent to a worker ahead of its answers: less than a pipe holds, so that no side waits on the
-# other
-_IN_FLIGHT = 32_000
-_AT_ONCE = 64  # answers sent at once
+MAX_CHARS = 1_000_000  # longer responses are "too_large" and never sent
+_MAX_BATCH_BYTES = 32_000  # less than a pipe holds, so that neither side blocks on writing
+_MAX_BATCH = 64  # requests per batch
 _START_S = 120.0  # seconds for a worker to start
-# wall-clock deadline: the processor time that an answer may take so many times, and 3 s; machines
-# are busy
-_PATIENCE = 5.0
+_WALL_FACTOR = 5.0  # wall-clock deadline = this * timeout_s + 3 s, since machines may be busy
 _PACKAGE = pathlib.Path(__file__).parents[3]
 
 
@@ -39,7 +34,7 @@ class _Lost(Exception):
 
 
 class _Worker:
-  """One process and the pipe to it."""
+  """A worker process and its pipes."""
 
   def __init__(self, command: Sequence[str]):
     path = os.pathsep.join(filter(None, [str(_PACKAGE), os.environ.get("PYTHONPATH")]))
@@ -65,7 +60,7 @@ class _Worker:
       raise _Lost from None
 
   def receive(self, seconds: float) -> tuple[str, str | None]:
-    """The next answer, waited for so long at most."""
+    """The next (reason, extracted) pair; raises _Lost if none arrives within this time."""
     while b"\n" not in self._rest:
       if not self._selector.select(seconds):
         raise _Lost
@@ -74,7 +69,7 @@ class _Worker:
         raise _Lost
       self._rest += chunk
     line, _, self._rest = self._rest.partition(b"\n")
-    reason, extracted = grading_worker.json.loads(line)
+    reason, extracted = json.loads(line)
     return reason, extracted
 
   def kill(self) -> None:
@@ -90,7 +85,7 @@ class GradingPool:
   """Worker processes that grade answers of kind "math".
 
   Attributes:
-    replaced: workers that hung or died so far.
+    replaced: number of workers that have hung or died.
   """
 
   def __init__(
@@ -101,19 +96,14 @@ class GradingPool:
   ):
     """
     Args:
-      num_workers: processes; None takes the processors that this process may use, at most 8.
-      memory_mb: MiB that each may take.
-      command: what starts a worker, for tests; None is `grading_worker`.
+      num_workers: number of processes; None for the number of available processors, at most 8.
+      memory_mb: memory limit of each worker in MiB.
+      command: starts a worker instead of `grading_worker`, for tests.
     """
     self.num_workers = num_workers or min(8, len(os.sched_getaffinity(0)))
     self.replaced = 0
-    self._command = command or [
-      sys.executable,
-      "-P",
-      "-m",
-      "synthneg_jax.grading.grading_worker",
-      str(memory_mb),
-    ]
+    module = "synthneg_jax.grading.grading_worker"
+    self._command = command or [sys.executable, "-P", "-m", module, str(memory_mb)]
     self._idle: list[_Worker] = []
     self._lock = threading.Lock()
     self._slots = threading.Semaphore(self.num_workers)
@@ -121,30 +111,28 @@ class GradingPool:
   def grade(
     self, items: Sequence[tuple[str, str]], rules: Conventions, timeout_s: float
   ) -> list[tuple[str, str | None]]:
-    """(reason, extracted) of each (response, gold), in order.
+    """Grades each (response, gold) pair and returns (reason, extracted) pairs in order.
 
     Raises:
-      UserError: a gold answer cannot be read; or a worker does not start.
+      UserError: a gold answer cannot be read, or a worker does not start.
     """
-    made: list = [None] * len(items)
-    waiting = collections.deque()
+    results: list = [None] * len(items)
+    queue = collections.deque()
     for index, (response, gold) in enumerate(items):
       if len(response) > MAX_CHARS:
-        made[index] = ("too_large", None)
+        results[index] = ("too_large", None)
       else:
-        waiting.append((index, grading_worker.request(response, gold, rules, timeout_s)))
+        queue.append((index, grading_worker.request(response, gold, rules, timeout_s)))
     failures: list[BaseException] = []
 
     def work():
       try:
-        self._work(waiting, made, timeout_s * _PATIENCE + 3)
-      except BaseException as error:  # handed on to the thread that asked
+        self._work(queue, results, timeout_s * _WALL_FACTOR + 3)
+      except BaseException as error:  # re-raised in the calling thread
         failures.append(error)
 
-    threads = [
-      threading.Thread(target=work, daemon=True)
-      for _ in range(min(self.num_workers, -(-len(waiting) // _AT_ONCE)) - 1)
-    ]
+    num_threads = min(self.num_workers, -(-len(queue) // _MAX_BATCH)) - 1
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(num_threads)]
     for thread in threads:
       thread.start()
     work()
@@ -152,27 +140,27 @@ class GradingPool:
       thread.join()
     if failures:
       raise failures[0]
-    for made_one in made:
-      if made_one[0] == "error":
-        raise errors.UserError(made_one[1])
-    return made
+    for reason, sentence in results:
+      if reason == "error":
+        raise errors.UserError(sentence)
+    return results
 
-  def _work(self, waiting: collections.deque, made: list, seconds: float) -> None:
-    """Feeds one worker until nothing waits."""
+  def _work(self, queue: collections.deque, results: list, seconds: float) -> None:
+    """Feeds one worker until the queue is empty."""
     with self._slots:
       worker = None
       try:
-        while chunk := self._chunk(waiting):
+        while batch := self._next_batch(queue):
           worker = worker or self._start()
           done = 0
           try:
-            worker.send(b"".join(data for _, data in chunk))
-            for index, _ in chunk:
-              made[index] = worker.receive(seconds)
+            worker.send(b"".join(data for _, data in batch))
+            for index, _ in batch:
+              results[index] = worker.receive(seconds)
               done += 1
           except _Lost:
-            made[chunk[done][0]] = ("timeout", None)
-            waiting.extendleft(reversed(chunk[done + 1 :]))
+            results[batch[done][0]] = ("timeout", None)
+            queue.extendleft(reversed(batch[done + 1 :]))
             worker.kill()
             worker = None
             with self._lock:
@@ -185,18 +173,16 @@ class GradingPool:
         with self._lock:
           self._idle.append(worker)
 
-  def _chunk(self, waiting: collections.deque) -> list[tuple[int, bytes]]:
-    """The next answers to send: few enough that the pipe takes them all; a single one may be
-    longer.
-    """
-    found, size = [], 0
+  def _next_batch(self, queue: collections.deque) -> list[tuple[int, bytes]]:
+    """The next requests that fit into the pipe together, and at least one."""
+    batch, size = [], 0
     with self._lock:
-      while (
-        waiting and len(found) < _AT_ONCE and (not found or size + len(waiting[0][1]) <= _IN_FLIGHT)
-      ):
-        found.append(waiting.popleft())
-        size += len(found[-1][1])
-    return found
+      while queue and len(batch) < _MAX_BATCH:
+        size += len(queue[0][1])
+        if batch and size > _MAX_BATCH_BYTES:
+          break
+        batch.append(queue.popleft())
+    return batch
 
   def _start(self) -> _Worker:
     with self._lock:
@@ -208,12 +194,12 @@ class GradingPool:
     try:
       return _Worker(self._command)
     except (_Lost, OSError) as error:
-      raise errors.UserError(
-        f"A grading worker does not start ({' '.join(self._command)}): {error}."
-      ) from None
+      command = " ".join(self._command)
+      reason = str(error) or "it exited or hung"
+      raise errors.UserError(f"Cannot start a grading worker ({command}): {reason}.") from None
 
   def close(self) -> None:
-    """Ends the idle workers; the pool may be used again."""
+    """Ends the idle workers; the pool remains usable."""
     with self._lock:
       idle, self._idle = self._idle, []
     for worker in idle:

@@ -1,9 +1,7 @@
-"""The process that grades answers of kind "math" for `grading_pool`: requests in, verdicts out, a
-JSON line each.
+"""Worker process of `grading_pool`: reads requests and writes verdicts, one JSON line each.
 
-It imports no jax, limits its own memory, and gives up an answer after so many seconds of processor
-time. It ends with its input, so that it never outlives the process that started it; while it
-computes, a limit of processor time sees to that.
+The worker does not import jax, limits its own memory, and gives up on an answer after `timeout_s`
+processor seconds. It exits at the end of its input, so that it never outlives its parent.
 """
 
 import dataclasses
@@ -20,9 +18,7 @@ from synthneg_jax.runtime import errors
 
 
 class OutOfTime(BaseException):
-  """The timer of the answer at hand ran out; not an Exception, so that no handler on the way takes
-  it for its own.
-  """
+  """The answer's timer ran out. Not an Exception, so that no other handler catches it."""
 
 
 def _out_of_time(signum, frame):
@@ -32,7 +28,7 @@ def _out_of_time(signum, frame):
 def grade_line(
   response: str, gold: str, rules: Conventions, timeout_s: float
 ) -> tuple[str, str | None]:
-  """(reason, extracted), or ("error", sentence) for a gold answer that cannot be read."""
+  """Returns (reason, extracted), or ("error", sentence) if the gold answer cannot be read."""
   try:
     signal.setitimer(signal.ITIMER_VIRTUAL, timeout_s)
     try:
@@ -48,31 +44,30 @@ def grade_line(
 
 
 def serve(grade: Callable = grade_line, memory_mb: int = 1024) -> None:
-  """Answers requests until the input ends. Each is [response, gold, rules, timeout_s]; each answer
-  [reason, extracted].
+  """Answers each request [response, gold, rules, timeout_s] with [reason, extracted].
 
   Args:
-    grade: as `grade_line`.
-    memory_mb: MiB of address space, at most.
+    grade: grades a request, like `grade_line`.
+    memory_mb: limit of the address space in MiB.
   """
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
   signal.signal(signal.SIGVTALRM, _out_of_time)
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts
   answers = os.fdopen(os.dup(1), "w", buffering=1)
-  os.dup2(2, 1)  # nothing else may write between the answers
+  os.dup2(2, 1)  # anything else printed to stdout goes to stderr
   answers.write('["ready", null]\n')
   for line in sys.stdin.buffer:
     response, gold, rules, timeout_s = json.loads(line)
     try:
-      made = grade(response, gold, Conventions(**rules), timeout_s)
-    except OutOfTime:  # it ran out at the very end
-      made = ("timeout", None)
-    answers.write(json.dumps(made) + "\n")
+      result = grade(response, gold, Conventions(**rules), timeout_s)
+    except OutOfTime:  # raised between the end of grading and the end of the timer
+      result = ("timeout", None)
+    answers.write(json.dumps(result) + "\n")
 
 
 def request(response: str, gold: str, rules: Conventions, timeout_s: float) -> bytes:
-  """A request as the line that `serve` reads."""
+  """Encodes a request for `serve`."""
   return json.dumps([response, gold, dataclasses.asdict(rules), timeout_s]).encode() + b"\n"
 
 

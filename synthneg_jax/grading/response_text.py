@@ -1,7 +1,6 @@
-"""The text of a response that may state its answer: without thoughts, turn marks and Markdown.
+"""Extracts the answer text of a response: removes thoughts, turn marks and Markdown.
 
-Everything is regular expressions that take time linear in the text for any input; nothing is
-evaluated.
+All regular expressions take linear time on any input.
 """
 
 import re
@@ -21,7 +20,7 @@ _THOUGHT = re.compile(
 )
 _THOUGHT_ENDS = re.compile(r"\W*/|<\|end_|<channel|<unused[0-9]+>\Z", re.IGNORECASE)
 _CHANNEL = re.compile(r"<\|channel\|>\s*([A-Za-z]+)[^<|]{0,80}<\|message\|>")
-# The same where the tokenizer dropped the marks: "analysisLet me see ... assistantfinalIt is 7."
+# Channels whose marks the tokenizer dropped: "analysisLet me see ... assistantfinalIt is 7."
 _BARE_CHANNELS = re.compile(
   r"\A\s*analysis(?=[A-Z\s]).*assistant\s?final(?=[A-Z0-9\s\\$*#(-])", re.DOTALL
 )
@@ -66,7 +65,7 @@ _FORMULA_OR_BOX = re.compile(
   re.VERBOSE,
 )
 _BOLD = re.compile(r"\*\*(?=\S)([^*\n]{1,200})(?<=\S)\*\*")
-_ANNOTATION = re.compile(r"<<[^<>\n]{0,200}>>")  # of GSM8K's calculator
+_ANNOTATION = re.compile(r"<<[^<>\n]{0,200}>>")  # GSM8K's calculator annotations
 _END_OF_PROOF = re.compile(r"(?:\$?\\(?:blacksquare|square|qed|Box)\b\$?|[∎■□])\Z")
 _EMPHASIS = re.compile(r"\*{1,3}|_{1,3}|~~")
 _LINE_START = re.compile(
@@ -82,16 +81,16 @@ _EMOJI = re.compile("[\U0001f000-\U0001faff☀-✔✙-➓➘-➿⬛-⭕️⃣\u2
 
 
 def opens_thought(prompt: str) -> bool:
-  """Whether a prompt ends within a thought, as those of templates that write <think> do."""
+  """Whether a prompt ends inside a thought, as with chat templates that append <think>."""
   marks = _THOUGHT.findall(prompt[-2000:])
   return bool(marks) and not _THOUGHT_ENDS.match(marks[-1])
 
 
 def _without_thoughts(text: str) -> str | None:
-  """The text outside thoughts; None where the last thought does not close.
+  """The text outside thoughts; None if the last thought does not close.
 
-  A closing mark without an opening one ends a thought that the prompt opened: all before it is
-  dropped. An opening mark within a thought is part of the thought.
+  A closing mark without an opening one ends a thought that the prompt opened, so that the text
+  before it is dropped. An opening mark inside a thought is part of the thought.
   """
   kept, start, inside = [], 0, False
   for mark in _THOUGHT.finditer(text):
@@ -105,7 +104,7 @@ def _without_thoughts(text: str) -> str | None:
 
 
 def answer_text(response: str) -> str | None:
-  """The part of a response that may state its answer; None where it never leaves its thought."""
+  """The part of a response that may state its answer; None if it never leaves its thought."""
   channels = list(_CHANNEL.finditer(response))
   if channels:
     if channels[-1].group(1).lower() != "final":
@@ -125,10 +124,10 @@ def answer_text(response: str) -> str | None:
 
 
 def _emphasis(masked: str) -> list[tuple[str, int, int]]:
-  """(sign, start, end) of emphasis marks in pairs, opening and closing one in turn.
+  """(sign, start, end) of each emphasis mark, opening and closing marks in turn.
 
   Args:
-    masked: the text with formulas blanked, so that no sign of theirs counts.
+    masked: the text with its formulas masked, so that their signs do not count.
   """
   pairs, opened = [], {}
   for mark in _EMPHASIS.finditer(masked):
@@ -147,12 +146,12 @@ def _emphasis(masked: str) -> list[tuple[str, int, int]]:
 
 
 def bold_parts(text: str) -> list[str]:
-  """What is bold in a text, without Markdown."""
+  """The bold parts of a text, without Markdown."""
   return [without_markdown(part).strip() for part in _BOLD.findall(text)]
 
 
 def without_markdown(text: str) -> str:
-  """The text without Markdown and emoji; formulas and boxes stay as they are."""
+  """Removes Markdown and emoji, but changes no formulas and boxes."""
   if not text.isascii():
     text = _EMOJI.sub(" ", _CROSS.sub(" is wrong ", text))
   text = _END_OF_PROOF.sub("", text.rstrip()).rstrip()
@@ -167,7 +166,7 @@ def without_markdown(text: str) -> str:
     for (sign, start, opened), (_, closes, end) in zip(pairs[::2], pairs[1::2], strict=True):
       signs[start:opened] = [""] * (opened - start)
       signs[closes:end] = [""] * (end - closes)
-      if sign == "~~":  # struck out
+      if sign == "~~":  # strikethrough
         signs[start:end] = [""] * (end - start)
     text = "".join(signs)
   return _LINE_START.sub("", text).replace("`", " ")

@@ -1,7 +1,7 @@
-"""The parts of a statement that may be its answer: all of it, or a value within its sentence.
+"""Candidate answers within a statement: its whole text, or a value within its sentence.
 
-A box or `####` holds an answer and nothing else. In a sentence the answer may stand with asides
-("7, because ..."), after "is", ":" or "=", or as its only formula or number; words beside a number
+A box or `####` contains only an answer. A sentence may add asides ("7, because ..."), state its
+answer after "is", ":" or "=", or contain it as its only formula or number. Words beside a number
 may leave it open ("at least 7", "a multiple of 7").
 """
 
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from synthneg_jax.grading import assertions, statements
+from synthneg_jax.grading import answer_units, assertions, statements
 from synthneg_jax.grading.answer_tokens import MAX_CHARS
 from synthneg_jax.grading.statements import Statement
 
@@ -32,29 +32,29 @@ _TRAILING_CHINESE = re.compile(
 _SPACED_THOUSANDS = re.compile(r"\A\s*[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9 ])")
 _UNIT_LETTER = re.compile(r"(?<=[0-9}])([ \t]+)([msghL])(?=\s*(?:\^|[²³]|[.,]?\s*\Z))")
 _EXPLAINED = re.compile(  # "8 (= 7 + 1)", "7 (B)", "none other than 8"
-  r"\s*\(\s*(?:=|≈|\\approx)[^()]*\)\s*\.?\Z|(?<=[0-9])\s+\([A-J]\)[\s.]*\Z|\A\s*none\s+other\s+than\s+"
-  r"|\A\s*\(?[A-J]\)\s*:\s*(?=[-$\\0-9])"
+  r"\s*\(\s*(?:=|≈|\\approx)[^()]*\)\s*\.?\Z|(?<=[0-9])\s+\([A-J]\)[\s.]*\Z"
+  r"|\A\s*none\s+other\s+than\s+|\A\s*\(?[A-J]\)\s*:\s*(?=[-$\\0-9])"
 )
 _CHOICE_BEFORE = re.compile(rf"\A\s*(?:{_TEXT}\{{)?\s*\(?[A-J]\)[\s:}}]*(?=\S)")
 _CHOICE_BEHIND = re.compile(r"(?<=\S)\s*\([A-J]\)[\s.]*\Z")
 _CONNECTIVE = re.compile(
-  r"\A\s*(?:so|thus|hence|therefore|then|finally|and|we\s+(?:get|have|find|obtain)(?:\s+that)?|giving"
-  r"|which\s+gives)\b[,:]?\s*",
+  r"\A\s*(?:so|thus|hence|therefore|then|finally|and|we\s+(?:get|have|find|obtain)(?:\s+that)?"
+  r"|giving|which\s+gives)\b[,:]?\s*",
   re.IGNORECASE,
 )
 _IS = re.compile(
   r"\b(?:is|are|equals|be|was)\b:?+|\b(?:it|that|this|answer)['’]s\b|[:：]\s|→|=>"
   r"|(?<![!<>=/])=(?![=/>])|\btotal\s+of\b|\bin\s+total,?(?=\s)|是|有|为"
 )
-# What follows an answer in its sentence and is none of it.
+# Text after the answer in its sentence that is not part of it.
 _ASIDE = re.compile(
   r"""
   \s* (?:
     [,;(]? \s* \b(?: (?:and|but)\s+not | rather\s+than | instead\s+of | because | since
       | as\s+(?:required|desired|claimed|shown|expected|needed|asked)
       | (?:attained|achieved|reached|obtained)\b (?!\s*\Z) )\b
-    | [,，]\s*(?: not | as | so | which | after | obtained | with\s+equality | when | where | for | at
-        | [0-9]+\s+of\s+(?:whom|which|them) )\b
+    | [,，]\s*(?: not | as | so | which | after | obtained | with\s+equality | when | where | for
+        | at | [0-9]+\s+of\s+(?:whom|which|them) )\b
     | (?<=\$)\s+(?: when | where | for | at | if )\b (?!.*\b(?:when|if|otherwise|and|or)\b)
     | [,，;]?\s*\(? \s*(?: or\s+(?:equivalently|about|approximately|roughly|around|approx\.?)
         | \(\s*(?:about|approximately|roughly|approx\.?|i\.e\.|that\s+is|≈|\\approx) ) (?!\w)
@@ -69,14 +69,14 @@ _SUBORDINATE = re.compile(
   re.IGNORECASE,
 )
 _ONE_NUMBER = re.compile(
-  r"(?<![A-Za-z0-9.,])-?\$?(?:[1-9][0-9]{0,2}(?>(?:,[0-9]{3})+)|[0-9]++)(?:[.,][0-9]++)?(?:/[0-9]++)?"
-  r"(?![A-Za-z]?[0-9]|[A-Z]|[-+/^])%?"
+  r"(?<![A-Za-z0-9.,])-?\$?(?:[1-9][0-9]{0,2}(?>(?:,[0-9]{3})+)|[0-9]++)(?:[.,][0-9]++)?"
+  r"(?:/[0-9]++)?(?![A-Za-z]?[0-9]|[A-Z]|[-+/^])%?"
 )
 _SCALE = (
   r"(?:hundreds?|thousands?|millions?|billions?|trillions?|dozens?|score|lakhs?|crores?|bn|mn"
   r"|tenths?|hundredths?|thousandths?|thirds?|quarters?|fifths?)\b"
 )
-# Words that leave open a value, which stands right behind them or right before them.
+# Words directly before or behind a value that leave it open.
 _OPEN_BEFORE = re.compile(
   r"""
   (?: \b(?: or|nor|not|no|maybe|perhaps|possibly|either|about|approximately|around|nearly|almost
@@ -86,7 +86,8 @@ _OPEN_BEFORE = re.compile(
       |(?:divided|divisible|dividing|divide|multiplied|multiple|multiplying|multiply)\s+(?:by|of)
       |(?:correct|rounded|close|nearest|accurate)\s+to|with
       |(?:thirds?|hal(?:f|ves)|quarters?|fifths?|tenths?|percent|multiple|square|cube|root|power
-        |opposite|reciprocal|inverse|double|one|each|out|any|factor|divisor|remainder|[0-9%]+)\s+of )\s+
+        |opposite|reciprocal|inverse|double|one|each|out|any|factor|divisor|remainder|[0-9%]+)
+        \s+of )\s+
     | 至少[是有为]?\s* | 至多[是有为]?\s* | 大于\s* | 小于\s* | 大约\s* | 约\s* | 不到\s* ) \$?\s*\Z
   """,
   re.IGNORECASE | re.VERBOSE,
@@ -94,7 +95,8 @@ _OPEN_BEFORE = re.compile(
 _OPEN_BEHIND = re.compile(
   rf"""
   \s* (?: (?:or|nor|unless|maybe|perhaps|squared|cubed|factorial|half|and\s+a\s+half|more)\b
-    | times\s+(?:as|more|the|[0-9]) | -?{_SCALE} | (?:st|nd|rd|th)\b | [-\s](?:digits?|decimal|significant)\b
+    | times\s+(?:as|more|the|[0-9]) | -?{_SCALE} | (?:st|nd|rd|th)\b
+    | [-\s](?:digits?|decimal|significant)\b
     | (?:k|(?-i:[KMB]))\b | [万亿百千] )
   """,
   re.IGNORECASE | re.VERBOSE,
@@ -104,35 +106,22 @@ _OPEN_AT_ALL = re.compile(
   rf"\b(?:or|nor|maybe|perhaps|possibly|either|squared|cubed|guess|negative|half)\b|\b{_SCALE}",
   re.IGNORECASE,
 )
-_CUT_OFF = re.compile(  # a formula or a sum that does not end
+_CUT_OFF = re.compile(  # an unfinished formula or sum
   r"(?<!\\)\$(?=[A-Za-z\\])|\\\([^)]*\Z|\\\[[^\]]*\Z|[-+=/×÷:]\s*\Z|\A\s*step\s+[0-9]+[.:)]?\s*\Z",
   re.IGNORECASE,
 )
 _BOUND = re.compile(r"\A\s*(?:≥|≤|>|<|\\[gl]eq?\b|at\s+(?:least|most))")
 
-_SMALL_NUMBERS = (
-  "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-  "sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_WORD_VALUES = {word: value for value, word in enumerate(_SMALL_NUMBERS)}
-_WORD_VALUES |= {word: 20 + 10 * index for index, word in enumerate(_TENS)}
-_WORD_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6}
-_NUMBER_WORDS = re.compile(
-  rf"\b(?:{'|'.join([*_WORD_VALUES, 'a(?= hundred)'])})(?:(?:[-\s]|\sand\s)(?:{'|'.join([*_WORD_VALUES, *_WORD_SCALES])}))*\b",
-  re.IGNORECASE,
-)
-
 
 class Part(NamedTuple):
-  """A value within a sentence, or the reason why none is taken."""
+  """A value within a sentence, or "" and the reason why there is none."""
 
   text: str
   reason: str = ""
 
 
 def cleaned(statement: Statement) -> Statement:
-  """The statement without labels ("Answer:", "option"), units in Chinese and empty text commands."""
+  """Removes labels ("Answer:", "option"), Chinese units and empty text commands."""
   text = _EMPTY_TEXT.sub(" ", " ".join(statement.text.split()))
   around = _TEXT_AROUND.fullmatch(text)
   text = _OPTION.sub("", _ANSWER_LABEL.sub("", around.group(1) if around else text))
@@ -147,26 +136,8 @@ def cleaned(statement: Statement) -> Statement:
   return statement._replace(text=text)
 
 
-def digits_for_words(text: str) -> str:
-  """Numbers in words as digits: "twenty-one apples" is "21 apples"."""
-
-  def value(match: re.Match) -> str:
-    total = current = 0
-    for word in re.findall("[a-z]+", match.group().lower()):
-      if word in _WORD_SCALES:
-        scale = _WORD_SCALES[word]
-        current = max(current, 1) * scale
-        if scale > 100:
-          total, current = total + current, 0
-      else:
-        current += _WORD_VALUES.get(word, 0)
-    return str(total + current)
-
-  return _NUMBER_WORDS.sub(value, text)
-
-
 def wholes(statement: Statement) -> Iterator[str]:
-  """Texts that may be all of a statement's answer, the best first; none that the sentence denies."""
+  """Yields texts that may be the whole answer of a statement, the best first, unless denied."""
   text = statement.text
   if _BOUND.match(text):
     return
@@ -182,7 +153,7 @@ def wholes(statement: Statement) -> Iterator[str]:
     if without != text and _HOLDS_VALUE.search(without):
       yield without
   if not re.search("[0-9]", text):
-    spelled = digits_for_words(text)
+    spelled = answer_units.digits_for_words(text)
     if spelled != text:
       yield spelled
   if statement.source == "marker" or (statement.source == "box" and "\\text" not in text):
@@ -190,11 +161,10 @@ def wholes(statement: Statement) -> Iterator[str]:
   if assertions.is_hedged(text):
     return
   formulas = [formula.span() for formula in statements.FORMULA.finditer(text)]
-  verbs = [
-    verb
-    for verb in reversed(list(_IS.finditer(text)))
-    if not any(start < verb.start() < end for start, end in formulas)
-  ]
+  verbs = []
+  for verb in reversed(list(_IS.finditer(text))):
+    if not any(start < verb.start() < end for start, end in formulas):
+      verbs.append(verb)
   totals = [verb for verb in verbs if "total" in verb.group()]
   inside = [verb for verb in verbs if verb.end() <= len(trimmed)]
   for verb in (totals + inside + verbs)[:6]:
@@ -206,42 +176,38 @@ def wholes(statement: Statement) -> Iterator[str]:
 
 
 def leaves_open(text: str) -> bool:
-  """Whether words of an answer hedge it or change its number: "7 or more", "negative 7"."""
+  """Whether an answer contains words that hedge or change it: "7 or more", "negative 7"."""
   return _OPEN_AT_ALL.search(text) is not None
 
 
 def is_cut_off(statement: Statement) -> bool:
-  """Whether an unmarked last line breaks off in a formula or sum, or asks a question."""
+  """Whether a statement breaks off in a formula or sum, or asks a question."""
   text = statement.text
   return text.endswith(("?", "？")) or bool(_CUT_OFF.search(statements.FORMULA.sub("x", text)))
 
 
 def part(statement: Statement) -> Part:
-  """The formula or number of a sentence that may be its answer; several different numbers are none."""
+  """The formula or number in a sentence that may be its answer; different numbers are ambiguous."""
   text = statement.text[-MAX_CHARS:]
-  formulas = [
-    (match.start(), match.end(), next(filter(None, match.groups()), ""))
-    for match in statements.FORMULA.finditer(text)
-  ]
-  formulas = [found for found in formulas if not re.fullmatch(r"\s*[A-Za-z]*\s*", found[2])]
-  main = [found for found in formulas if not _SUBORDINATE.search(text[: found[0]])]
+  formulas = []
+  for match in statements.FORMULA.finditer(text):
+    formula = next(filter(None, match.groups()), "")
+    if not re.fullmatch(r"\s*[A-Za-z]*\s*", formula):  # a bare name
+      formulas.append((match.start(), match.end(), formula))
+  main = [formula for formula in formulas if not _SUBORDINATE.search(text[: formula[0]])]
   formulas = main or formulas
   outside = statements.FORMULA.sub(lambda match: " " * len(match.group()), text)
   outside = outside.replace(r"\$", " $").replace(r"\%", "% ")
   if formulas:
     start, end, chosen = formulas[0 if statement.source == "line" else -1]
-  elif re.search(
-    r"[\\^_{}<>≥≤≠|\[\]*`\x00-\x08]", outside
-  ):  # no prose: a number may be part of anything
+  elif re.search(r"[\\^_{}<>≥≤≠|\[\]*`\x00-\x08]", outside):  # not prose
     return Part("", "unparsable")
   else:
-    numbers = [
-      (match.start(), match.end(), match.group()) for match in _ONE_NUMBER.finditer(outside)
-    ]
+    numbers = list(_ONE_NUMBER.finditer(outside))
     if not numbers:
       return Part("", "unparsable")
-    start, end, chosen = numbers[-1]
-    if len({number.strip("$ ") for _, _, number in numbers}) > 1:
+    start, end, chosen = *numbers[-1].span(), numbers[-1].group()
+    if len({number.group().strip("$ ") for number in numbers}) > 1:
       return Part("", "ambiguous")
   if assertions.is_denied(text, start, end):
     return Part("", "no_answer")

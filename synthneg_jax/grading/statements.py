@@ -1,14 +1,14 @@
-r"""What a response states as its answer: the one reader of responses for answers of every kind.
+r"""Extracts the statements of an answer from a response, for every kind of answer.
 
 The rules apply in this order; docs/grading.md gives examples.
 
-1. Thoughts, turn marks and Markdown go (response_text.py).
-2. Explicit statements are collected: boxes, `####` lines, <answer> tags, "the answer is ..." lines,
-   and the line below an "Answer" heading. Only a response without any is read by the display that
-   ends it, else by its last line.
-3. Denied and hedged statements are none; "No, wait" takes back what stands before (assertions.py).
+1. Remove thoughts, turn marks and Markdown (response_text.py).
+2. Collect explicit statements: boxes, `####` lines, <answer> tags, "the answer is ..." lines, and
+   the line below an "Answer" heading. Without any, fall back to the display that ends the response,
+   or else to its last line.
+3. Drop denied and hedged statements; "No, wait" retracts the statements before it (assertions.py).
 
-Everything is regular expressions over the text, in time linear in its length; nothing is evaluated.
+All regular expressions take time linear in the length of the text.
 """
 
 import itertools
@@ -19,20 +19,20 @@ from typing import NamedTuple
 from synthneg_jax.grading import assertions, response_text
 from synthneg_jax.grading.answer_tokens import closing
 
-MAX_SENTENCE = 1600  # characters of a sentence or line that is read
-_MAX_STATEMENTS = 100  # the last ones of each rule
-_MAX_LINES = 50  # lines from the end in which an unmarked answer is looked for
-_MAX_GAP = 60  # characters between boxes that are one answer
+MAX_SENTENCE = 1600  # characters of a sentence or line
+_MAX_STATEMENTS = 100  # last matches of each rule
+_MAX_LINES = 50  # last lines searched for an unmarked answer
+_MAX_GAP = 60  # characters between boxes of one answer
 
 
 class Statement(NamedTuple):
-  """One place where a response says what its answer is.
+  """A statement of an answer.
 
   Attributes:
     text: the answer as written, several values joined by commas.
-    source: "box", "marker" (`####`), "tag" (<answer>), "line" ("the answer is ..."), "display",
-      "last" (the last line) or "retraction" (what follows "No, wait").
-    retracts: it follows words that take back what stands before.
+    source: "box", "marker" (`####`), "tag" (<answer>), "line" ("the answer is ..."), "heading"
+      (below "Answer"), "display", "last" (the last line) or "retraction" (after "No, wait").
+    retracts: whether it follows words that retract the statements before it.
   """
 
   text: str
@@ -41,13 +41,13 @@ class Statement(NamedTuple):
 
 
 class Reading(NamedTuple):
-  """What a response states.
+  """The statements of a response.
 
   Attributes:
-    statements: in the order of the text; of explicit sources only, where there is one.
-    failure: why there is none: "no_answer", "unparsable" (a box that does not close) or
-      "ambiguous" (a hedge); "" where there is one.
-    fallback: what the last line states, for statements that turn out to be none.
+    statements: in the order of the text; only explicit ones if there are any.
+    failure: why there are none: "no_answer", "unparsable" (an unclosed box) or "ambiguous" (a
+      hedge); else "".
+    fallback: the statement of the last line, in case all statements are unparsable headings.
   """
 
   statements: tuple[Statement, ...]
@@ -56,7 +56,7 @@ class Reading(NamedTuple):
 
 
 class _Span(NamedTuple):
-  """A statement and where it stands in the text."""
+  """A statement and its position in the text."""
 
   start: int
   end: int
@@ -86,7 +86,7 @@ _REST_OF_LINE = re.compile(rf"[^\n]{{0,{MAX_SENTENCE}}}")
 _ITEM_MARK = re.compile(rf"{_LIST_MARK}[ \t]+")
 _ITEMS = re.compile(rf"(?:{_LIST_MARK}[ \t]+[^\n]{{1,200}}(?:\n+|\Z)){{2,}}")
 
-# Boxes. \b may have become a backspace on its way through a JSON string.
+# Boxes. JSON decoding may have turned the \b of \boxed into a backspace.
 _BOX = re.compile(r"(?:\\{1,2}|\x08|(?<![A-Za-z\\]))(?:boxed|oxed|fbox|framebox)(?![A-Za-z])[ \t]*")
 _BARE_BOX = re.compile(r"\\[a-zA-Z]+(?:\{[^{}]*\}){0,2}|[-+]?[^\s$.,;{}()]+")
 _PLACEHOLDER = re.compile(  # \boxed{}, \boxed{...}, \boxed{your answer}
@@ -99,7 +99,7 @@ _PLACEHOLDER = re.compile(  # \boxed{}, \boxed{...}, \boxed{your answer}
   re.IGNORECASE | re.VERBOSE,
 )
 _QUOTES = {'"': '"', "“": "”", "'": "'", "‘": "’", "«": "»"}
-_GAP = re.compile(  # what stands between boxes that are one answer
+_GAP = re.compile(  # text between boxes of one answer
   rf"""
   (?: [\s,;&$.、，；{{}}] | \\\\ | \\(?:quad|qquad|text|mathrm|textrm|[,;:!\ ()\[\]])
     | \b(?:and|or)\b | 和 | 或 | ^{_LIST_MARK}
@@ -150,7 +150,8 @@ _OTHER_HEADING = re.compile(  # "#### Step 1: add", but not "#### Step 12"
 # "The answer (to this question) is therefore ..."
 _LINE = re.compile(
   r"""
-  (?: \b(?: answers?(?:\s+[0-9])? | ans\.? | solutions?(?:\s+set)? | (?:correct|right|best)\s+(?:option|choice) )
+  (?: \b(?: answers?(?:\s+[0-9])? | ans\.? | solutions?(?:\s+set)?
+        | (?:correct|right|best)\s+(?:option|choice) )
     | 答案 | 結果 | 结果 | 故 | 应 )
   (?: \s*\([^()\n]{0,60}\) | ,[^\n.:=,]{1,40},
     | ,?\s+(?: to|for|of|in|as|on|rounded|expressed|here|now|then|we|you|i|that|written|therefore
@@ -179,8 +180,9 @@ _OF_SOMETHING_ELSE = re.compile(
 )
 _REMARK = re.compile(  # "the answer is correct because ...", "the answer is the same"
   r"""
-  (?:the\s+)?(?:correct|right|wrong|incorrect|not\s+(?:right|correct)|same|clear|boxed|above|below|obvious|unique|reasonable|shown|consistent
-    |verified|confirmed|as\s+follows|found\s+by|obtained|not\s+boxed|already|in\s+the\s+box|given\s+(?:above|by)
+  (?:the\s+)?(?:correct|right|wrong|incorrect|not\s+(?:right|correct)|same|clear|boxed|above|below
+    |obvious|unique|reasonable|shown|consistent|verified|confirmed|as\s+follows|found\s+by|obtained
+    |not\s+boxed|already|in\s+the\s+box|given\s+(?:above|by)
     |an?\s+(?:positive\s+|negative\s+|whole\s+)?(?:integer|number|fraction|multiple|prime)\b)
   """,
   re.IGNORECASE | re.VERBOSE,
@@ -194,7 +196,7 @@ _TAG = re.compile(
 )
 _JSON = re.compile(r'"(?:final_?)?answer"\s*:\s*"?([^",}\n]{1,200})', re.IGNORECASE)
 _TAG_MARK = re.compile(r"</?(?:final_?)?answer>", re.IGNORECASE)
-_CONCLUDES = re.compile(  # text after a display that goes on to a result
+_CONCLUDES = re.compile(  # text that derives a result after a display
   r"""
   \b(?:so|thus|hence|therefore|then|consequently|finally|giving|gives|get|obtain|yields?|means
     |implies|solving|dividing|since|total|answer|result|we\s+(?:have|find|see))\b (?=[^$]*[0-9$\\])
@@ -214,23 +216,23 @@ _ENDS_EMPTY = re.compile(r"(?:#{4,}|\\(?:boxed|fbox)\s*(?:\{\s*\})?)[\s$*.]*\Z")
 
 
 def boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
-  r"""(start, end, content) of every \boxed or \fbox, and whether the last one does not close."""
-  found, position = [], 0
+  r"""(start, end, content) of every \boxed or \fbox, and whether the last one is unclosed."""
+  result, position = [], 0
   if "box" not in text and "oxed" not in text:
-    return found, False
+    return result, False
   while match := _BOX.search(text, position):
     position = match.end()
     if position < len(text) and text[position] == "{":
       end = closing(text, position)
       if end < 0:
-        return found, True
-      found.append((match.start(), end + 1, text[position + 1 : end]))
+        return result, True
+      result.append((match.start(), end + 1, text[position + 1 : end]))
       position = end + 1
     elif match.group().startswith("\\") and (bare := _BARE_BOX.match(text, position)):
       if re.search(r"[0-9\\]", bare.group()) or len(bare.group()) == 1:
-        found.append((match.start(), bare.end(), bare.group()))
+        result.append((match.start(), bare.end(), bare.group()))
         position = bare.end()
-  return found, False
+  return result, False
 
 
 def _is_quoted(text: str, start: int, end: int) -> bool:
@@ -239,16 +241,16 @@ def _is_quoted(text: str, start: int, end: int) -> bool:
 
 
 def _is_joint(gap: str) -> bool:
-  """Whether boxes with this between them are one answer."""
+  """Whether boxes separated by this text are one answer."""
   if len(gap) > _MAX_GAP:
     return False
   return bool(_GAP.fullmatch(gap) or (_JOINS.search(gap) and not _SEPARATES.search(gap)))
 
 
-def _box_statements(text: str, found: list[tuple[int, int, str]]) -> list[_Span]:
-  """Boxes as statements, those that are one answer together; empty and quoted boxes are none."""
+def _box_statements(text: str, contents: list[tuple[int, int, str]]) -> list[_Span]:
+  """Merges the boxes of one answer into one statement; drops empty and quoted boxes."""
   groups = []
-  for start, end, content in found:
+  for start, end, content in contents:
     if _PLACEHOLDER.fullmatch(content.strip()[:200]) or _is_quoted(text, start, end):
       continue
     content = _in_context(text, start, end, content)
@@ -264,9 +266,7 @@ def _box_statements(text: str, found: list[tuple[int, int, str]]) -> list[_Span]
 
 
 def _in_context(text: str, start: int, end: int, content: str) -> str:
-  r"""A box's content with what changes its value: a sign, a scale word; "?" for operators around
-  it.
-  """
+  """A box's content with the sign or scale word around it; "?" if operators surround it."""
   before, after = text[max(0, start - 20) : start], text[end : end + 20]
   if _MINUS_BEFORE.search(before):
     return f"-({content})"
@@ -276,16 +276,16 @@ def _in_context(text: str, start: int, end: int, content: str) -> str:
 
 
 def gold_text(gold: str) -> str:
-  """What the last boxes of a text hold together; a text without boxes itself."""
-  found, is_open = boxes(gold)
+  """The content of the last box, or of the boxes of the last answer; or else the whole text."""
+  contents, is_open = boxes(gold)
   if is_open:
     return re.split(r"\\(?:boxed|fbox)\s*\{", gold)[-1]
-  spans = _box_statements(gold, found)
+  spans = _box_statements(gold, contents)
   return spans[-1].statement.text if spans else gold
 
 
 def _statement_at(text: str, start: int) -> tuple[str, int]:
-  """(text, end) of the statement from `start` on: a sentence, or the display or list below."""
+  """(text, end) of the statement that follows `start`: a sentence, display or list."""
   begin = _BLANKS.match(text, start).end()
   display = _DISPLAY.match(text, begin)
   if display:
@@ -304,10 +304,10 @@ def _statement_at(text: str, start: int) -> tuple[str, int]:
 
 
 def _markers(text: str) -> Iterator[_Span]:
-  """What stands behind each `####` on its line; a marker alone, or a heading, has it below."""
-  found = list(_MARKER.finditer(text))[-_MAX_STATEMENTS:]
-  for index, marker in enumerate(found):
-    following = found[index + 1].start() if index + 1 < len(found) else len(text)
+  """The text after each `####` on its line, or below it if the line is empty or a heading."""
+  markers = list(_MARKER.finditer(text))[-_MAX_STATEMENTS:]
+  for index, marker in enumerate(markers):
+    following = markers[index + 1].start() if index + 1 < len(markers) else len(text)
     newline = text.find("\n", marker.end())
     end = min(newline if newline >= 0 else len(text), following)
     content = text[marker.end() : end].strip(" \t\r*")
@@ -320,7 +320,7 @@ def _markers(text: str) -> Iterator[_Span]:
 
 
 def _lines(text: str) -> Iterator[_Span]:
-  """Sentences such as "the answer is ...", and what stands below an "Answer" heading."""
+  """Sentences such as "the answer is ...", and the text below "Answer" headings."""
   if not _LINE_WORD.search(text):
     return
   reached = -1
@@ -339,10 +339,10 @@ def _lines(text: str) -> Iterator[_Span]:
       end = following.start()
       content = text[begin:end].strip()
     if _SOLUTION_HEADING.match(match.group()) and _HOLDS_VALUE.search(text[end:]):
-      continue  # the working follows
-    if _REMARK.match(content) or (
-      _CONDITIONAL.search(before) and re.search(r"would|in general", before + match.group())
-    ):
+      continue  # heads the working, not the answer
+    if _REMARK.match(content):
+      continue
+    if _CONDITIONAL.search(before) and re.search("would|in general", before + match.group()):
       continue
     reached = end
     shown = _BOX.sub("", content).strip("\"'”’.) ")
@@ -361,7 +361,7 @@ def _lines(text: str) -> Iterator[_Span]:
 
 
 def _short_answer(text: str) -> list[_Span]:
-  """What stands behind the last "A:" of "Q: ... A: ..."; none where a "B:" makes it a choice."""
+  """The text after the last "A:" of "Q: ... A: ...", unless a "B:" makes it a choice."""
   *_, last = [None, *_SHORT_ANSWER.finditer(text)]
   if last is None or _SECOND_CHOICE.search(text, last.end()):
     return []
@@ -370,7 +370,7 @@ def _short_answer(text: str) -> list[_Span]:
 
 
 def _tags(text: str) -> Iterator[_Span]:
-  """<answer> tags, their lines joined, and the "answer" of JSON."""
+  """<answer> tags, with short lines joined by commas, and the "answer" field of JSON."""
   for tag in [*_TAG.finditer(text), *_JSON.finditer(text)]:
     content = tag.group(1).strip()
     if content and not _PLACEHOLDER.fullmatch(content[:200]):
@@ -381,27 +381,32 @@ def _tags(text: str) -> Iterator[_Span]:
 
 
 def _explicit(text: str) -> tuple[list[_Span], bool]:
-  """All explicit statements in the order of the text, and whether the last box does not close.
+  """All explicit statements in the order of the text, and whether the last box is unclosed.
 
-  A line around a box or marker, and a tag around any of them, states nothing more than that.
+  A line that overlaps a box or marker is no statement of its own, nor is a tag that overlaps any of
+  these.
   """
-  found, is_open = boxes(text)
-  spans = [*_box_statements(text, found), *_markers(text)]
-  untagged = _TAG_MARK.sub(lambda mark: " " * len(mark.group()), text)
-  for outer in (_lines(untagged), _tags(text)):
+  contents, is_open = boxes(text)
+  spans = [*_box_statements(text, contents), *_markers(text)]
+  for outer in (_lines(_blank_tags(text)), _tags(text)):
     inner = list(spans)
-    spans += [
-      span for span in outer if not any(span.start < i.end and i.start < span.end for i in inner)
-    ]
+    for span in outer:
+      if not any(span.start < other.end and other.start < span.end for other in inner):
+        spans.append(span)
   return sorted(spans or _short_answer(text)), is_open
+
+
+def _blank_tags(text: str) -> str:
+  """Replaces <answer> tags by as many spaces."""
+  return _TAG_MARK.sub(lambda mark: " " * len(mark.group()), text)
 
 
 def _implicit(text: str, bold: Sequence[str] = ()) -> Statement | None:
   """The display that ends a text, else its last line with a formula or number, else its only line.
 
   Args:
-    text: without Markdown.
-    bold: what was bold in it; a single bold value of the line is what the line states.
+    text: text without Markdown.
+    bold: its bold parts; the only bold value in the line replaces the line.
   """
   text = text.strip()
   *_, display = [None, *_DISPLAY.finditer(text)]
@@ -418,9 +423,7 @@ def _implicit(text: str, bold: Sequence[str] = ()) -> Statement | None:
 
 
 def _last_sentence(line: str) -> str:
-  """The last sentence of a line that holds a value; all of it where that sentence turns on the
-  rest.
-  """
+  """The last sentence of a line with a value; the whole line if that sentence is a retraction."""
   begins = [0, *(stop.end() for stop in assertions.SENTENCE_END.finditer(line))]
   for begin, end in reversed(list(zip(begins, [*begins[1:], len(line)], strict=True))):
     sentence = line[begin:end].strip()
@@ -433,17 +436,16 @@ def _is_denied(text: str, span: _Span) -> bool:
   statement = span.statement
   if statement.source == "line":
     verb = text[span.start : span.end].removesuffix(statement.text)
-    if (
-      assertions.has_denying_verb(verb)
-      or text[span.end : span.end + 1] in ("?", "？")
-      or (statement.text.endswith(("?", "？", "吗")))
-    ):
+    is_question = text[span.end : span.end + 1] in ("?", "？")
+    if is_question or statement.text.endswith(("?", "？", "吗")):
+      return True
+    if assertions.has_denying_verb(verb):
       return True
   return assertions.denies_itself(statement.text) or assertions.is_denied(text, *span[:2])
 
 
 def _is_hedged(text: str, span: _Span) -> bool:
-  """Whether the sentence around a statement leaves it open."""
+  """Whether the sentence around a statement hedges it."""
   before = text[max(0, span.start - 80) : span.start]
   begin = max(before.rfind(sign) for sign in ("\n", ". ", "! ", "? ")) + 1
   head = {"line": before[begin:] + text[span.start : span.end], "box": before[begin:]}
@@ -453,7 +455,7 @@ def _is_hedged(text: str, span: _Span) -> bool:
 
 
 def _with_retractions(text: str, spans: list[_Span]) -> Reading:
-  """The statements, marked where they follow a retraction, and the value of a last retraction."""
+  """Marks the statements that follow a retraction, and adds the value of a final retraction."""
   statements = [spans[0].statement]
   for before, span in zip(spans, spans[1:], strict=False):
     turns = assertions.turn(text[before.end : span.start]) is not None
@@ -472,11 +474,11 @@ def _with_retractions(text: str, spans: list[_Span]) -> Reading:
 
 
 def read_response(response: str, *, marked_only: bool = False) -> Reading:
-  """What a response states.
+  """Extracts the statements of a response.
 
   Args:
     response: any text.
-    marked_only: leaves the last display and the last line out.
+    marked_only: whether to skip the last display and the last line.
   """
   text = response_text.answer_text(response)
   if text is None:
@@ -487,7 +489,7 @@ def read_response(response: str, *, marked_only: bool = False) -> Reading:
   spans, is_open = _explicit(text)
   if is_open:
     return Reading((), "unparsable")
-  text = _TAG_MARK.sub(lambda mark: " " * len(mark.group()), text)
+  text = _blank_tags(text)
   asserted = [span for span in spans if not _is_denied(text, span)]
   certain = [span for span in asserted if not _is_hedged(text, span)]
   if certain:

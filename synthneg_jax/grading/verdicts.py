@@ -1,7 +1,7 @@
-"""Verdicts: what a response states (statements.py) held against the gold answer.
+"""Verdicts: compares the statements of a response (statements.py) with the gold answer.
 
-Answers of both kinds are found and read the same way. Kind "math" compares their trees; kind
-"integer" takes the one rational number that a tree is.
+Both kinds of answers are extracted and parsed the same way. Kind "math" compares trees; kind
+"integer" compares the rational numbers that the trees denote.
 """
 
 import fractions
@@ -9,7 +9,13 @@ import functools
 import re
 from typing import NamedTuple
 
-from synthneg_jax.grading import answer_equality, answer_grammar, answer_relations, sentences
+from synthneg_jax.grading import (
+  answer_equality,
+  answer_grammar,
+  answer_relations,
+  answer_units,
+  sentences,
+)
 from synthneg_jax.grading import answer_tree as tree
 from synthneg_jax.grading import statements as statements_lib
 from synthneg_jax.grading.answer_equality import Ambiguous, Conventions
@@ -20,30 +26,31 @@ from synthneg_jax.grading.statements import Statement
 from synthneg_jax.runtime import errors
 
 MAX_EXTRACTED = 200  # characters of an answer kept in a verdict
-_MAX_BITS = 14_000  # of a rational answer; Python writes no more than 4,300 digits
-_MAX_STATEMENTS = 40  # the last ones that are compared
+_MAX_BITS = 14_000  # of a rational answer, since Python prints at most 4,300 digits
+_MAX_STATEMENTS = 40  # last statements compared
 _CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?![0-9]))\s*(.*)", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-J])\)?\.?")
 _LETTER_WITHIN = re.compile(
-  r"\A\s*(?:[Ss]o\s+|[Tt]hus\s+|therefore,?\s+|hence\s+)?\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|answer)"
-  r"|\(([A-J])\)[\s.]*\Z|\A\s*\(?([A-J])\)?\s*[,.:)]",
+  r"\A\s*(?:[Ss]o\s+|[Tt]hus\s+|therefore,?\s+|hence\s+)?\(?([A-J])\)?\s+is\s+(?:the\s+)?"
+  r"(?:correct|right|answer)|\(([A-J])\)[\s.]*\Z|\A\s*\(?([A-J])\)?\s*[,.:)]",
 )
 _PLAIN_NUMBER = re.compile(
   r"\s*(-?)\$?(?:([1-9][0-9]{0,2}(?:,[0-9]{3})+)|([0-9]{1,300}))(?:\.([0-9]{1,300}))?\s*\.?\s*"
 )
 _ANSWERS_IN_WORDS = re.compile(
-  r"(?:no\s+(?:real\s+)?solutions?|none|undefined|infinit\w*|impossible|does\s+not\s+exist|yes|no|true|false)[.\s]*",
+  r"(?:no\s+(?:real\s+)?solutions?|none|undefined|infinit\w*|impossible|does\s+not\s+exist|yes|no"
+  r"|true|false)[.\s]*",
   re.IGNORECASE,
 )
 
 
 class Outcome(NamedTuple):
-  """How one statement compares with the gold answer.
+  """The comparison of one statement with the gold answer.
 
   Attributes:
-    reason: as of a verdict.
-    value: what was read, a tree or a fraction; None where nothing was.
-    whole: the statement's whole text was read, not a number or formula within it.
+    reason: as in a verdict.
+    value: the parsed value, a tree or a fraction; None if nothing was parsed.
+    whole: whether the value is the statement's whole text, not a number or formula within it.
   """
 
   reason: str
@@ -52,7 +59,7 @@ class Outcome(NamedTuple):
 
 
 def canonical(text: str) -> str:
-  """An answer without layout and spaces; equal answers written alike have equal strings."""
+  """An answer without layout and spaces."""
   text = tidy(text[: 2 * MAX_CHARS])
   text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|textit)\{([^{}]*)\}", r"\1", text)
   text = re.sub(r"(?<=[0-9])\s+(?=[0-9])(?![0-9]{3}(?![0-9]))", "_", text)  # 2 3 is not 23
@@ -60,10 +67,10 @@ def canonical(text: str) -> str:
 
 
 def read(text: str) -> Node:
-  """The tree of an answer; text outside the grammar is Opaque, equal to the same text only.
+  """Parses an answer; text outside the grammar is Opaque, which equals only the same text.
 
   Raises:
-    TooLarge: the text is beyond what is read.
+    TooLarge: the text exceeds a size limit.
   """
   if len(text) > MAX_CHARS:
     raise TooLarge("characters")
@@ -82,7 +89,7 @@ def _is_words(value) -> bool:
 
 
 def _mixes_words(node: Node) -> bool:
-  """Whether a list holds words beside values, as "72, altogether" does."""
+  """Whether a list contains both words and values: "72, altogether"."""
   return isinstance(node, tree.ListValue) and len(set(map(_is_words, node.items))) == 2
 
 
@@ -96,7 +103,7 @@ class MathGold:
     self.is_words = _is_words(self.tree)
 
   def shown(self, outcome: Outcome, text: str) -> str | None:
-    """The answer as a verdict shows it."""
+    """The `extracted` field of the verdict."""
     if outcome.value is not None:
       try:
         value = exact(outcome.value)
@@ -107,7 +114,7 @@ class MathGold:
     return canonical(text)[:MAX_EXTRACTED] or None
 
   def at_once(self, text: str) -> Outcome | None:
-    """The outcome of text that need not be parsed: the gold answer, or the letter of a choice."""
+    """The outcome of text that needs no parsing: the gold answer, or the letter of a choice."""
     if len(text) <= 2 * MAX_CHARS and canonical(text) == self.plain:
       return Outcome("right", self.tree, True)
     if self.letter is None:
@@ -116,9 +123,8 @@ class MathGold:
     if not chosen:
       plain = re.sub(r"\\[a-z]+\{([^{}]*)\}", r"\1", tidy(text[:MAX_CHARS])).strip()
       chosen = _CHOICE.fullmatch(plain)
-      if chosen and re.search(
-        r"\b(?:or|maybe|perhaps|not)\b", chosen.group(2).partition("because")[0]
-      ):
+      explanation = chosen.group(2).partition("because")[0] if chosen else ""
+      if re.search(r"\b(?:or|maybe|perhaps|not)\b", explanation):
         return None
       chosen = chosen or _LETTER_WITHIN.search(plain)
     if not chosen:
@@ -127,7 +133,7 @@ class MathGold:
     return Outcome("right" if letter == self.letter else "wrong", tree.Symbol(letter), True)
 
   def compare(self, text: str) -> Outcome | None:
-    """The outcome of one candidate; None where the grammar does not read it."""
+    """The outcome of one candidate; None if the grammar does not parse it."""
     node = read(text)
     if isinstance(node, tree.Opaque) or (_mixes_words(node) and not _mixes_words(self.tree)):
       return None
@@ -147,13 +153,13 @@ class MathGold:
       return "too_large"
 
   def _restates(self, node: Node, gold: Node) -> bool:
-    """Whether a list gives one value in several forms: 1/2 or 0.5."""
+    """Whether a list repeats the gold value in several forms: 1/2 or 0.5."""
     if not isinstance(node, tree.ListValue) or len(node.items) > answer_equality.MAX_ITEMS:
       return False
     return all(self._judge(item, gold) == "right" for item in node.items)
 
   def unread(self, text: str) -> Outcome:
-    """The outcome of a statement of which nothing is read."""
+    """The outcome of a statement without a parsable candidate."""
     node = read(text)
     if isinstance(self.tree, tree.Opaque) and isinstance(node, tree.Opaque):
       if answer_equality.words(self.plain) == answer_equality.words(node.text):
@@ -161,7 +167,7 @@ class MathGold:
     return Outcome("unparsable")
 
   def is_part(self, outcome: Outcome) -> bool:
-    """Whether a value is one of the gold answer's several."""
+    """Whether a value is a member of the gold answer."""
     return isinstance(outcome.value, Node) and answer_equality.is_member(
       self.tree, outcome.value, self.rules
     )
@@ -169,19 +175,23 @@ class MathGold:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _math_gold(gold: str) -> tuple[Node, str]:
-  """The tree and the canonical text of a gold answer; UserError where there is none."""
+  """The tree and the canonical text of a gold answer.
+
+  Raises:
+    UserError: the gold answer is empty or too large.
+  """
   text = statements_lib.gold_text(gold)
   try:
     if tidy(text[: 2 * MAX_CHARS]):
       return read(text), canonical(text)
-    reason = "empty"
+    problem = "empty"
   except TooLarge:
-    reason = "too long or too deep to be read"
-  raise errors.UserError(f"The gold answer {gold[:MAX_EXTRACTED]!r} is {reason}.")
+    problem = "too long or too deeply nested"
+  raise errors.UserError(f"The gold answer {gold[:MAX_EXTRACTED]!r} is {problem}.")
 
 
 def _letter(gold: Node, plain: str) -> str | None:
-  """The letter of a multiple-choice gold answer; None for any other."""
+  """The letter of a multiple-choice gold answer; None for any other answer."""
   if isinstance(gold, tree.Symbol | tree.Text):
     match = _LETTER.fullmatch(gold.name if isinstance(gold, tree.Symbol) else gold.text)
     return match.group(1) if match else None
@@ -190,7 +200,7 @@ def _letter(gold: Node, plain: str) -> str | None:
 
 
 def _decimal_comma(text: str) -> Node | None:
-  """The number that 3,14 is where a comma is the decimal point; None for other text and 3,000."""
+  """The number 3,14 with a decimal comma; None for other text, including 3,000."""
   match = re.fullmatch(r"(-?[0-9]+),([0-9]+)", tidy(text[:MAX_CHARS]))
   if not match or re.fullmatch(r"-?[1-9][0-9]{0,2},[0-9]{3}", match.group()):
     return None
@@ -206,13 +216,13 @@ class IntegerGold:
     self.value = _integer_gold(gold)
 
   def shown(self, outcome: Outcome, text: str) -> str | None:
-    """The answer as a verdict shows it."""
+    """The `extracted` field of the verdict."""
     if outcome.value is not None:
       return str(outcome.value)
     return " ".join(text.split())[:MAX_EXTRACTED] or None
 
   def at_once(self, text: str) -> Outcome | None:
-    """The outcome of a numeral, which need not be parsed."""
+    """The outcome of a numeral, which needs no parsing."""
     match = _PLAIN_NUMBER.fullmatch(text)
     if not match:
       return None
@@ -226,7 +236,7 @@ class IntegerGold:
     return Outcome("right" if value == self.value else "wrong", value, whole)
 
   def compare(self, text: str) -> Outcome | None:
-    """The outcome of one candidate; None where it is no rational number."""
+    """The outcome of one candidate; None if it is not a rational number."""
     node = read(text)
     if isinstance(node, tree.Opaque) or _mixes_words(node):
       return None
@@ -241,7 +251,7 @@ class IntegerGold:
     return None if value is None else self._outcome(value)
 
   def unread(self, text: str) -> Outcome:
-    """The outcome of a statement of which nothing is read; several numbers leave it open."""
+    """The outcome of a statement without a parsable candidate; several numbers are ambiguous."""
     several = re.match(r"[-+$ ]*[0-9]", text) and len(set(re.findall("[0-9]+", text))) > 1
     return Outcome("ambiguous" if several else "unparsable")
 
@@ -252,24 +262,23 @@ class IntegerGold:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _integer_gold(gold: str) -> fractions.Fraction:
-  """The value of a gold answer; UserError where it has none."""
+  """The value of a gold answer; raises UserError if it is not a number."""
   try:
     value = rational(read(statements_lib.gold_text(gold))) if gold.strip() else None
   except (Ambiguous, Undefined, TooLarge, RecursionError):
     value = None
   if value is None:
-    raise errors.UserError(
-      f"The gold answer {gold[:MAX_EXTRACTED]!r} is not a number that the grader can read."
-    )
+    raise errors.UserError(f"The gold answer {gold[:MAX_EXTRACTED]!r} is not a number.")
   return value
 
 
 def rational(node: Node) -> fractions.Fraction | None:
-  """The one rational number that an answer is, without its unit, 20% being 20; None for any other.
+  """The rational number of an answer without its unit (20% is 20); None for any other answer.
 
   Raises:
-    Ambiguous: it states several, as 7, 8 and 7 = 8 do.
-    Undefined, TooLarge: it has no value, or one beyond what is computed.
+    Ambiguous: the answer states several numbers: "7, 8", "7 = 8".
+    Undefined: the answer has no value.
+    TooLarge: the value exceeds a size limit.
   """
   if isinstance(node, tree.Quantity):
     return rational(node.value)
@@ -279,7 +288,7 @@ def rational(node: Node) -> fractions.Fraction | None:
     inner = rational(node.operands[0])
     return None if inner is None else -inner
   if isinstance(node, tree.Text):
-    digits = sentences.digits_for_words(node.text)
+    digits = answer_units.digits_for_words(node.text)
     return fractions.Fraction(digits) if digits.isdigit() else None
   if isinstance(node, tree.Relation):
     return _stated_rational(node)
@@ -297,12 +306,12 @@ def rational(node: Node) -> fractions.Fraction | None:
 
 
 def _stated_rational(node: tree.Relation) -> fractions.Fraction | None:
-  """The number that an equation states: 18 of x = 18 and 10+8 = 18, nothing of 2x = 36."""
+  """The number that an equation states: 18 for x = 18 and 10+8 = 18, None for 2x = 36."""
   values = [value for value in map(rational, node.operands) if value is not None]
   if not values or not set(node.signs) <= {"=", "~"}:
     return None
   if "~" not in node.signs and len(set(values)) > 1:
-    raise Ambiguous("sides that differ")
+    raise Ambiguous("the sides differ")
   if len(values) == len(node.operands):
     return values[0] if "~" in node.signs else values[-1]
   named = answer_relations.stated(node, tree.Number(values[-1]))
@@ -310,7 +319,7 @@ def _stated_rational(node: tree.Relation) -> fractions.Fraction | None:
 
 
 def _outcome(statement: Statement, gold: MathGold | IntegerGold) -> Outcome:
-  """How one statement compares with the gold answer."""
+  """Compares one statement with the gold answer."""
   if len(statement.text) > MAX_CHARS:
     return Outcome("too_large")
   outcome = gold.at_once(statement.text)
@@ -354,13 +363,13 @@ def _outcome(statement: Statement, gold: MathGold | IntegerGold) -> Outcome:
 def grade_response(
   response: str, gold: str, *, kind: str, rules: Conventions
 ) -> tuple[str, str | None]:
-  """(reason, extracted answer) of a response.
+  """Grades a response and returns (reason, extracted answer).
 
   Args:
     response: any text.
     gold: the gold answer.
     kind: "integer" or "math".
-    rules: what counts as the same answer.
+    rules: conventions of equality and extraction.
 
   Raises:
     UserError: the gold answer cannot be read.
@@ -379,7 +388,7 @@ def grade_response(
 def _verdict(
   reading: statements_lib.Reading, gold: MathGold | IntegerGold, rules: Conventions
 ) -> tuple[str, str | None]:
-  """(reason, extracted answer) of what a response states."""
+  """(reason, extracted answer) of the statements of a response."""
   if reading.failure:
     return reading.failure, None
   stated = list(dict.fromkeys(reading.statements))[-_MAX_STATEMENTS:]
@@ -388,15 +397,9 @@ def _verdict(
     stated = stated[turns[-1] :] if turns else stated
   pairs = [(statement, _outcome(statement, gold)) for statement in stated]
   firm = [pair for pair in pairs if _is_firm(*pair, gold)]
-  if (
-    not firm
-    and reading.fallback
-    and all(
-      statement.source == "heading" and outcome.reason == "unparsable"
-      for statement, outcome in pairs
-    )
-  ):
-    firm = [(reading.fallback, _outcome(reading.fallback, gold))]
+  if not firm and reading.fallback:
+    if all(pair[0].source == "heading" and pair[1].reason == "unparsable" for pair in pairs):
+      firm = [(reading.fallback, _outcome(reading.fallback, gold))]
   pairs = firm or pairs[-1:]
   last, outcome = pairs[-1]
   if outcome.reason == "no_answer":
@@ -409,7 +412,7 @@ def _verdict(
 
 
 def _is_firm(statement: Statement, outcome: Outcome, gold: MathGold | IntegerGold) -> bool:
-  """Whether a statement counts beside others: a sentence only if all of it is an answer."""
+  """Whether a statement counts beside others; a sentence only if its whole text is an answer."""
   if statement.source in ("line", "heading"):
     if _is_words(outcome.value) and not gold.is_words:
       return _ANSWERS_IN_WORDS.fullmatch(statement.text) is not None
@@ -420,18 +423,18 @@ def _is_firm(statement: Statement, outcome: Outcome, gold: MathGold | IntegerGol
 
 
 def _contradict(earlier: Outcome, last: Outcome, gold: MathGold | IntegerGold) -> bool:
-  """Whether what a response states earlier contradicts its last statement."""
+  """Whether an earlier statement of a response contradicts its last one."""
   if earlier.reason in ("ambiguous", "too_large"):
     return True
   if earlier.value is None:
     return False
   if earlier.reason != last.reason:
-    return not (last.reason == "right" and gold.is_part(earlier))  # parts may be restated whole
+    return not (last.reason == "right" and gold.is_part(earlier))  # parts may precede the whole
   return isinstance(earlier.value, fractions.Fraction) and earlier.value != last.value
 
 
 def stated_answer(solution: str) -> str | None:
-  """The answer that a solution marks, as written, the last of several; None where none is marked."""
+  """The last answer that a solution marks, as written; None if it marks none."""
   stated = statements_lib.read_response(solution, marked_only=True).statements
   return stated[-1].text.strip().strip("$").strip() or None if stated else None
 
@@ -440,7 +443,7 @@ def extract_gold(solution: str) -> str:
   """The answer of a GSM8K solution as a reduced fraction without commas, for example "1080".
 
   Raises:
-    UserError: it states no readable number after `####`, or several different ones.
+    UserError: the solution has no parsable number after `####`, or several different ones.
   """
   texts = [part.partition("\n")[0].strip() for part in re.split("#{4,}", solution)[1:]]
   values, reason = set(), "no_answer"
@@ -455,8 +458,8 @@ def extract_gold(solution: str) -> str:
       reason = "unparsable"
   values.discard(None)
   if reason or len(values) != 1:
+    reason = reason or "ambiguous"
     raise errors.UserError(
-      f"The solution states no readable answer after #### ({reason or 'ambiguous'}): "
-      f"{solution[-80:]!r}."
+      f"The solution states no readable answer after #### ({reason}): {solution[-80:]!r}."
     )
   return str(values.pop())

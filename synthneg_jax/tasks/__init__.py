@@ -1,1 +1,1 @@
-"""Problems by task: generated ones and those read from files."""
+"""Problems of each task, generated or read from files."""

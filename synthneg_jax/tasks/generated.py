@@ -1,6 +1,4 @@
-"""Tasks whose problems a program writes, with a scripted teacher: their splits, and documents for
-their base models.
-"""
+"""Generated tasks with scripted teachers: their splits and their pretraining documents."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,12 +8,14 @@ import tokenizers
 
 from synthneg_jax.data.records import Problem
 from synthneg_jax.tasks import arithmetic, jobs, star_graph, stories
+from synthneg_jax.tasks.word_tokenizer import EOS as EOS
+from synthneg_jax.tasks.word_tokenizer import PAD as PAD
 
 _SPLITS = ("train", "test", "pretrain")
 
 
 class Drawn(NamedTuple):
-  """A problem as a task draws it."""
+  """A drawn problem."""
 
   prompt: str
   solution: str
@@ -23,13 +23,13 @@ class Drawn(NamedTuple):
 
 
 class Truth(NamedTuple):
-  """What a task knows exactly about solutions, as lists of lines.
+  """Ground truth about solutions, given as lists of lines.
 
   Attributes:
-    read: (prompt) -> the problem that it states.
-    true_pit: (problem, lines) -> the first line after which a solution cannot come out right any
-      more; -1 if there is none.
-    is_open: (problem, lines) -> whether a solution that begins so can still come out right.
+    read: (prompt) -> the problem.
+    true_pit: (problem, lines) -> index of the first line after which no continuation is correct;
+      -1 if there is none.
+    is_open: (problem, lines) -> whether some continuation of these lines is correct.
   """
 
   read: Callable
@@ -38,16 +38,15 @@ class Truth(NamedTuple):
 
 
 class Task(NamedTuple):
-  """What a generated task is to the others.
+  """The interface of a generated task; `task` is the config's section.
 
   Attributes:
-    check: refuses settings of the config's section task, by a UserError.
-    draw: (rng, task) -> Drawn, a problem with its teacher's solution.
-    document: (rng, task, pretrain's section) -> Drawn, what the base model reads.
-    tokenizer: (task) -> its tokenizer, with EOS and PAD of the names below.
-    raw: its prompts are put to the model as they stand; False: in the form of task.prompt, as those
-      of files are.
-    truth: where it is known exactly which steps a solution recovers from; None for other tasks.
+    check: (task) -> None; raises UserError for invalid settings.
+    draw: (rng, task) -> Drawn, a problem with the teacher's solution.
+    document: (rng, task, the config's section pretrain) -> Drawn, a pretraining document.
+    tokenizer: (task) -> the tokenizer, with the special tokens EOS and PAD.
+    raw: whether the model sees prompts verbatim; if not, in the style of task.prompt.
+    truth: ground truth about solutions; None if unknown.
   """
 
   check: Callable
@@ -58,7 +57,6 @@ class Task(NamedTuple):
   truth: Truth | None = None
 
 
-EOS, PAD = "<eos>", "<pad>"
 TASKS = {
   "arithmetic": Task(
     arithmetic.check,
@@ -91,15 +89,16 @@ TASKS = {
 
 
 def load(task, seed: int, split: str, count: int) -> list[Problem]:
-  """The first `count` training problems of a seed, or test problems from number task.test_start on,
-  which no seed changes.
+  """The first `count` training problems of a seed, or test problems from task.test_start on.
+
+  Test problems do not depend on the seed.
 
   Raises:
-    UserError: settings that the task cannot draw problems for.
+    UserError: invalid settings of the task.
   """
   TASKS[task.name].check(task)
-  first, of_seed = (task.test_start, 0) if split == "test" else (0, seed)
-  return [_problem(task, of_seed, split, index) for index in range(first, first + count)]
+  first, seed = (task.test_start, 0) if split == "test" else (0, seed)
+  return [_problem(task, seed, split, index) for index in range(first, first + count)]
 
 
 def _problem(task, seed: int, split: str, index: int) -> Problem:
@@ -110,9 +109,7 @@ def _problem(task, seed: int, split: str, index: int) -> Problem:
 
 
 def pretraining(task, section, seed: int) -> list[Problem]:
-  """Documents for a base model: legal steps without a plan, and short problems solved by the
-  teacher.
-  """
+  """Pretraining documents: legal steps without a plan, and short problems solved by the teacher."""
   documents = []
   for index in range(section.num_problems):
     rng = np.random.default_rng([seed, _SPLITS.index("pretrain"), index])

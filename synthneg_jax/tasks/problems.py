@@ -1,9 +1,8 @@
-"""The problems of a task by split, with their known solutions.
+"""The problems of a task by split, with their reference solutions.
 
-Problems from files stand in the order of a hash of seed and id. So the first 8,000 are among the
-first 16,000, neither the order of files and lines nor the loss of single rows changes who is before
-whom, and two splits or sources need no common count. The test split's order is that of seed 0
-whatever the run's seed.
+Problems from files are sorted by a hash of seed and id. The first 8,000 are therefore among the
+first 16,000, and neither the order of files and lines nor removed rows change the relative order.
+The test split always uses seed 0.
 """
 
 import dataclasses
@@ -24,8 +23,8 @@ from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.tasks import generated, reasoning
 
 _DATA_DIR = "SYNTHNEG_DATA_DIR"
-_LOGGED = 5  # rows that are logged one by one
-_ANNOUNCED = 2000  # solutions whose grading takes seconds
+_MAX_LOGGED = 5  # rows logged individually
+_MANY_SOLUTIONS = 2000  # grading more takes seconds and is logged
 
 
 @dataclasses.dataclass
@@ -34,12 +33,10 @@ class Chosen:
 
   Attributes:
     train, test: problems; traces are sampled on the training problems.
-    sft: problems whose solutions SFT sees instead of those of `train`; empty unless
-      task.fresh_problems is set.
-    figures: counts of what was left out, for the stage's manifest.
-    report: one JSON-ready object a training problem that was left out because it overlaps a test
-      problem, one a broken row, and one a row whose solution is not graded as right; docs/data.md
-      has the fields.
+    sft: problems for SFT in place of `train`; empty unless task.fresh_problems is set.
+    figures: counts of dropped rows, for the stage's manifest.
+    report: JSON objects, one per training problem that overlaps a test problem, per broken row, and
+      per row whose solution is not graded as right; docs/data.md lists the fields.
   """
 
   train: list[Problem]
@@ -49,9 +46,7 @@ class Chosen:
   sft: list[Problem] = dataclasses.field(default_factory=list)
 
   def sample_on_fresh(self, task) -> "Chosen":
-    """With task.fresh_problems, the first task.train_problems are SFT's alone, and traces are
-    sampled on the others.
-    """
+    """With task.fresh_problems, moves the first task.train_problems from `train` to `sft`."""
     if not task.fresh_problems:
       return self
     count = len(self.train) - task.fresh_problems
@@ -59,31 +54,26 @@ class Chosen:
 
 
 def prompt_style(task) -> str:
-  """How the task's problems are put to the model (data/prompts.py)."""
+  """The prompt style of the task's problems (data/prompts.py)."""
   return "raw" if task.name in generated.TASKS and generated.TASKS[task.name].raw else task.prompt
 
 
 def is_drawn(task) -> bool:
-  """Whether a program writes the task's problems, so that there are as many as one likes; else they
-  are read from files.
-  """
+  """Whether the task's problems are generated, in any number, rather than read from files."""
   return task.name in generated.TASKS or task.name == "reasoning_gym"
 
 
 def choose(task, seed: int) -> Chosen:
-  """The training and test problems of a task; more of them have the fewer ones first.
+  """Chooses the training and test problems of a task; larger numbers only append problems.
 
-  With task.fresh_problems the training problems after the first task.train_problems are the ones
-  sampled on.
-
-  Training problems that overlap a test problem (data/decontamination.py), one of the whole test
-  split and of task.decontaminate_against, are left out before the first task.train_problems are
-  taken. So are those of which the solution states another answer than the gold one, unless
-  task.gold_disagreements is "keep".
+  Training problems that overlap any problem of the test split or of task.decontaminate_against
+  (data/decontamination.py) are dropped first, as are those whose solution states another answer
+  than the gold answer, unless task.gold_disagreements is "keep". With task.fresh_problems, traces
+  are sampled on the training problems after the first task.train_problems.
 
   Args:
     task: the config's section.
-    seed: generated tasks: of the generator; files: of the training problems' order.
+    seed: seed of the generator, or of the order of the training problems from files.
 
   Raises:
     UserError: an unknown task, a missing or broken file, or too few problems.
@@ -104,9 +94,8 @@ def choose(task, seed: int) -> Chosen:
   dropped = {}
   if task.decontaminate_ngram:
     texts = [[row.problem for row in rows] for rows in (train.rows, known)]
-    dropped = {
-      found.index: found for found in decontamination.overlaps(*texts, task.decontaminate_ngram)
-    }
+    overlaps = decontamination.overlaps(*texts, task.decontaminate_ngram)
+    dropped = {overlap.index: overlap for overlap in overlaps}
   unseen = {row.problem for row in known}
   kept = [row for i, row in enumerate(train.rows) if i not in dropped and row.problem not in unseen]
   figures = {
@@ -114,19 +103,17 @@ def choose(task, seed: int) -> Chosen:
     "skipped_rows": len(train.skipped) + len(test.skipped),
     "duplicates": train.duplicates + test.duplicates,
   }
-  paths = [
-    path for path in (task.path, task.test_path, *task.decontaminate_against) if hub.is_hub(path)
-  ]
-  if paths:
-    figures["hub_commits"] = {path: hub.commit(path) for path in paths}
+  paths = (task.path, task.test_path, *task.decontaminate_against)
+  if commits := {path: hub.commit(path) for path in paths if hub.is_hub(path)}:
+    figures["hub_commits"] = commits
   report = [
     {
       "id": train.rows[i].id,
-      "overlaps": known[found.test_index].id,
-      "words": found.words,
-      "share": round(found.share, 4),
+      "overlaps": known[overlap.test_index].id,
+      "words": overlap.words,
+      "share": round(overlap.share, 4),
     }
-    for i, found in dropped.items()
+    for i, overlap in dropped.items()
   ]
   report += [{"skipped": sentence} for rows in (train, test) for sentence in rows.skipped]
   note = f"{figures['dropped_as_test']} more overlap test problems"
@@ -141,22 +128,21 @@ def choose(task, seed: int) -> Chosen:
 
 
 def _check_answers(task, rows: Rows) -> None:
-  """Takes rows out whose gold answer the grader cannot read, or does not find equal to itself: no
-  response could be right.
+  """Drops rows whose gold answer is unparsable or not equal to itself, so that none can be right.
 
   Raises:
-    UserError: there is one, and task.skip_bad_rows is not set.
+    UserError: there is such a row, and task.skip_bad_rows is not set.
   """
-  state = "#### {}".format if task.answers == "integer" else str
+  template = "#### {}" if task.answers == "integer" else "{}"
 
   def grade(golds):
-    return _grade(task, [state(gold) for gold in golds], golds)
+    return _grade(task, [template.format(gold) for gold in golds], golds)
 
   golds = [row.answer for row in rows.rows]
   try:
     if all(verdict.correct for verdict in grade(golds)):
       return
-  except UserError:  # one of them cannot be read, and which is not said
+  except UserError:  # does not name the row
     pass
   kept = []
   for row, gold in zip(rows.rows, golds, strict=True):
@@ -165,50 +151,45 @@ def _check_answers(task, rows: Rows) -> None:
       if verdict.correct:
         kept.append(row)
         continue
-      complaint = f"The gold answer {gold[:200]!r} is {verdict.reason}, held against itself."
+      problem = f"The gold answer {gold[:200]!r} is {verdict.reason} when graded against itself."
     except UserError as error:
-      complaint = str(error)
+      problem = str(error)
     if not task.skip_bad_rows:
-      hint = (
-        "task.answers=math compares more than numbers, and " if task.answers == "integer" else ""
-      )
+      is_integer = task.answers == "integer"
+      hint = "task.answers=math compares more than numbers, and " if is_integer else ""
       raise UserError(
-        f"{row.id}: {complaint.removesuffix('.')}; {hint}--skip_bad_rows leaves such rows out."
+        f"{row.id}: {problem.removesuffix('.')}; {hint}--skip_bad_rows drops such rows."
       )
-    rows.skipped.append(f"{row.id}: {complaint}")
+    rows.skipped.append(f"{row.id}: {problem}")
   rows.rows = kept
 
 
 def _grade(task, responses: Sequence[str], golds: Sequence[str]) -> list[answers.Verdict]:
-  """Verdicts by the task's rules."""
+  """Verdicts by the task's conventions, but only on marked answers: last lines are unreliable."""
   rules = {name: value for name, value in task.grading.items() if name != "timeout_s"}
-  rules = answers.Conventions(
-    **rules | {"extraction": "marked"}
-  )  # what only the last line says is no disagreement
+  rules = answers.Conventions(**rules | {"extraction": "marked"})
   return answers.grade_many(
     responses, golds, kind=task.answers, timeout_s=task.grading.timeout_s, rules=rules
   )
 
 
 def _log_disagreements(doubts: Sequence[dict]) -> None:
-  for doubt in doubts[:_LOGGED]:
+  for doubt in doubts[:_MAX_LOGGED]:
+    action = "dropped" if doubt["left_out"] else "kept"
     logging.warning(
-      "%s: the gold answer is %s, and the solution states %s; the row is %s.",
+      "%s: the gold answer is %s, but the solution states %s; the row is %s.",
       doubt["id"],
       doubt["gold"],
       doubt["states"],
-      "left out" if doubt["left_out"] else "kept",
+      action,
     )
-  if len(doubts) > _LOGGED:
-    logging.warning(
-      "%d more rows state another answer than their gold answer.", len(doubts) - _LOGGED
-    )
+  if len(doubts) > _MAX_LOGGED:
+    more = len(doubts) - _MAX_LOGGED
+    logging.warning("%d more solutions state another answer than the gold answer.", more)
 
 
 def test_texts(task, seed: int) -> list[str]:
-  """What no training problem may overlap: all problems of the test split, and those of
-  task.decontaminate_against.
-  """
+  """All problem texts of the test split and of task.decontaminate_against."""
   if is_drawn(task):
     return [problem.prompt for problem in load(task, seed, "test", task.test_problems)]
   paths = [_rows(task, "test"), *(_read(task, path, "test") for path in task.decontaminate_against)]
@@ -216,13 +197,13 @@ def test_texts(task, seed: int) -> list[str]:
 
 
 def load(task, seed: int, split: str, count: int) -> list[Problem]:
-  """The first `count` problems of a split, overlaps not looked for.
+  """The first `count` problems of a split, without decontamination.
 
   Args:
     task: the config's section.
-    seed: generated tasks: of the generator; files: of the order.
+    seed: seed of the generator, or of the order of problems from files.
     split: "train" or "test".
-    count: how many.
+    count: number of problems.
 
   Raises:
     UserError: as in `choose`.
@@ -235,7 +216,7 @@ def load(task, seed: int, split: str, count: int) -> list[Problem]:
 
 
 def ordered(rows: Iterable[Row], seed: int) -> list[Row]:
-  """Rows in the order of a hash of seed and id."""
+  """Sorts rows by a hash of seed and id."""
 
   def rank(row):
     return hashlib.blake2b(f"{seed}|{row.id}".encode(), digest_size=16).digest()
@@ -246,34 +227,30 @@ def ordered(rows: Iterable[Row], seed: int) -> list[Row]:
 def _first(
   task, rows: Sequence[Row], split: str, seed: int, note: str, count: int | None = None
 ) -> tuple[list[Problem], list[dict]]:
-  """The first problems of a split; training problems with a gold disagreement do not count.
+  """The first problems of a split, without training problems that have a gold disagreement.
 
   Args:
     task: the config's section.
-    rows: all that may be taken.
-    split: "train" or "test"; problems of the test split are never left out.
-    seed: of the order.
-    note: about rows that are gone already, for the sentence of the error.
-    count: how many; None for the config's number.
+    rows: candidate rows.
+    split: "train" or "test"; test problems are never dropped.
+    seed: seed of the order.
+    note: appended to the error message, about rows dropped earlier.
+    count: number of problems; None for the config's number.
 
   Returns:
-    (the problems; an entry of the report for each row looked at whose solution is not right).
+    The problems, and a report entry for each examined row whose solution is not graded as right.
 
   Raises:
-    UserError: there are too few.
+    UserError: too few problems.
   """
   count = task[f"{split}_problems"] if count is None else count
   queue, taken, doubts = iter(ordered(rows, seed)), [], []
   drops = split == "train" and task.gold_disagreements == "drop"
   while batch := list(itertools.islice(queue, count - len(taken))):
     solved = [row for row in batch if row.solution]
-    if task.answers == "math" and len(solved) > _ANNOUNCED:
-      logging.info("%d solutions are graded against their gold answers.", len(solved))
-    graded = (
-      _grade(task, [row.solution for row in solved], [row.answer for row in solved])
-      if solved
-      else []
-    )
+    if task.answers == "math" and len(solved) > _MANY_SOLUTIONS:
+      logging.info("Grading %d solutions against their gold answers.", len(solved))
+    graded = _grade(task, [row.solution for row in solved], [row.answer for row in solved])
     verdicts = {
       row.id: verdict for row, verdict in zip(solved, graded, strict=True) if not verdict.correct
     }
@@ -283,21 +260,25 @@ def _first(
       if not left_out:
         taken.append(row)
       if verdict is not None:
-        about = {
-          "id": row.id,
-          "gold": row.answer,
-          "states": verdict.extracted,
-          "reason": verdict.reason,
-        }
-        doubts.append(about | {"left_out": left_out})
+        doubts.append(
+          {
+            "id": row.id,
+            "gold": row.answer,
+            "states": verdict.extracted,
+            "reason": verdict.reason,
+            "left_out": left_out,
+          }
+        )
   if count > len(taken):
     notes = [note] if note else []
-    if gone := sum(doubt["left_out"] for doubt in doubts):
-      notes.append(f"{gone} more state another answer in the solution than the gold one")
+    if num_dropped := sum(doubt["left_out"] for doubt in doubts):
+      notes.append(
+        f"{num_dropped} more have a solution that states another answer than the gold one"
+      )
     others = f" ({', '.join(notes)})" if notes else ""
     raise UserError(
-      f"The {split} split has {len(taken)} problems{others}; task.{split}_problems={count} asks "
-      "for more."
+      f"The {split} split has {len(taken)} problems{others}, fewer than "
+      f"task.{split}_problems={count}."
     )
 
   def source(row):
@@ -309,7 +290,7 @@ def _first(
 
 
 def _read(task, path: str, split: str) -> Rows:
-  from synthneg_jax.data import datasets  # imports TFDS, which the embedded task does without
+  from synthneg_jax.data import datasets  # imports TFDS, which the embedded task does not need
 
   fields = config_schema.field_map(task.fields)
   return datasets.from_files(
@@ -318,22 +299,22 @@ def _read(task, path: str, split: str) -> Rows:
 
 
 def _rows(task, split: str) -> Rows:
-  """A split from where the config says it is, or from where the task's files are looked for."""
+  """Reads a split from the configured path, or from the task's default location."""
   if split == "test" and task.test_path:
     return _read(task, task.test_path, "test")
   if task.path:
     kind = "split" if hub.is_hub(task.path) and hub.parse(task.path).split else "file"
     if split == "test" and (kind == "split" or epath.Path(task.path).expanduser().is_file()):
       raise UserError(
-        f"task.path={task.path} is a {kind} of training problems; name the test problems by "
-        "task.test_path."
+        f"task.path={task.path} is a {kind} of training problems; set task.test_path for the test "
+        "problems."
       )
     return _read(task, task.path, split)
   home = os.environ.get(_DATA_DIR, "")
   if task.name == "jsonl" or (task.name == "math" and not home):
-    hint = "" if task.name == "jsonl" else f" or set {_DATA_DIR} to the folder that holds math/"
+    hint = "" if task.name == "jsonl" else f" or set {_DATA_DIR} to the folder that contains math/"
     raise UserError(
-      f"task.path is empty: name the file or folder of the problems by --config.task.path{hint}."
+      f"task.path is empty; set --config.task.path to the problems' file or folder{hint}."
     )
   if not home:
     from synthneg_jax.data import datasets

@@ -1,42 +1,34 @@
-"""The star graph: which way from the centre leads to the goal? One decision, after which the path
-can only be followed.
+"""The star graph: find the path from the centre to a goal, with a single decision at the centre.
 
-Several arms leave a centre; the prompt lists their edges in random order and names centre and goal,
-the leaf of one arm. The solution is the path, one node a step, after Bachmann & Nagarajan
-(https://arxiv.org/abs/2403.06963):
+Several arms leave the centre. The prompt lists their edges in random order, then the centre and the
+goal, which is the leaf of one arm. The solution is the path, one node per step, after Bachmann &
+Nagarajan (https://arxiv.org/abs/2403.06963):
 
      3 11 |7 5 |3 7 |11 2 |?3 2 =        3 11 2
 
-The node next to the centre is the critical token: the others are copied from the list of edges, one
-look-up each, but for it the goal must be traced back. A model that walks any arm to its end is
-right with probability 1/degree: chance.
+The node after the centre is the critical token: every other node is one lookup in the list of
+edges, but this one requires tracing the path back from the goal. Walking a random arm to its end is
+correct with probability 1/degree.
 
-What a base model is taught here, and they are not: every look-up, along the edges and against them,
-without a plan. Marks say what is asked: `=` the path (a base walks some arm), `<` a walk from the
-goal back to the centre. The form of the base's documents is ours. Node names are numbers below
-`num_nodes`; arrays hold them as they are. Shape letters: N graphs, A arms, L nodes of a path, E
-edges, C tokens of a prompt.
+Unlike in that paper, the base model is pretrained on lookups in both directions of the edges,
+without planning; the form of these documents is ours. The prompt ends with a mark: `=` asks for the
+path (the base model walks some arm), `<` for the walk from the goal back to the centre. Node names
+are the integers below `num_nodes`. Shape letters: N graphs, A arms, L nodes of a path, E edges, C
+tokens of a prompt, T tokens of a response, M indices.
 """
 
 import dataclasses
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.tasks import word_tokenizer
+from synthneg_jax.tasks.word_tokenizer import EOS, PAD
 
-EOS, PAD = "<eos>", "<pad>"
 PATH, BACK = "=", "<"
 _BAR, _ASK = "|", "?"
-WORDS = (
-  PAD,
-  EOS,
-  _BAR,
-  _ASK,
-  PATH,
-  BACK,
-)  # their ids are their places; node v is the token len(WORDS) + v
+WORDS = (PAD, EOS, _BAR, _ASK, PATH, BACK)  # in the order of ids; node v has id len(WORDS) + v
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +36,9 @@ class Graphs:
   """N star graphs.
 
   Attributes:
-    arm_NAL: int, the nodes of every arm from the centre, which is the first node of each, to its
-      leaf.
-    edge_NE2: int, (from, to) of every edge, in the order of the prompt.
-    goal_N: int, the arm whose leaf is asked for.
+    arm_NAL: int, the nodes of each arm from the centre to its leaf.
+    edge_NE2: int, the (from, to) nodes of each edge, in the order of the prompt.
+    goal_N: int, the index of the arm whose leaf is the goal.
   """
 
   arm_NAL: np.ndarray
@@ -58,20 +49,26 @@ class Graphs:
     return len(self.goal_N)
 
   def take(self, index_M) -> "Graphs":
-    """The graphs of these indices, in their order."""
+    """The graphs with these indices."""
     return Graphs(self.arm_NAL[index_M], self.edge_NE2[index_M], self.goal_N[index_M])
 
   @property
   def path_NL(self) -> np.ndarray:
-    """The right path of each: centre, critical node, ..., goal."""
+    """The correct paths: centre, critical node, ..., goal."""
     return self.arm_NAL[np.arange(len(self)), self.goal_N]
 
 
 def draw(
   rng: np.random.Generator, count: int, degree: int, path_nodes: int, num_nodes: int
 ) -> Graphs:
-  """Star graphs with random node names, order of edges and goal; num_nodes is at least 1 + degree ·
-  (path_nodes - 1).
+  """Star graphs with random node names, edge order and goal.
+
+  Args:
+    rng: random generator.
+    count: number of graphs.
+    degree: number of arms.
+    path_nodes: nodes of an arm, including the centre.
+    num_nodes: number of node names, at least 1 + degree · (path_nodes - 1).
   """
   inner = degree * (path_nodes - 1)
   name_NV = np.argsort(rng.random((count, num_nodes)), axis=1)[:, : 1 + inner]
@@ -94,8 +91,8 @@ def prompt_ids(graphs: Graphs, mark: str | np.ndarray = PATH) -> np.ndarray:
   """Token ids of the prompts, [N, C].
 
   Args:
-    graphs: all of one size.
-    mark: what is asked, one for all or one a graph.
+    graphs: the graphs.
+    mark: PATH or BACK, for all graphs or one per graph.
   """
   count, edges = graphs.edge_NE2.shape[:2]
 
@@ -116,18 +113,17 @@ def prompt_ids(graphs: Graphs, mark: str | np.ndarray = PATH) -> np.ndarray:
 
 
 def with_eos(ids_NT: np.ndarray) -> np.ndarray:
-  """The same with EOS behind."""
+  """Appends EOS: [N, T] to [N, T + 1]."""
   return np.concatenate([ids_NT, np.full((len(ids_NT), 1), WORDS.index(EOS))], axis=1)
 
 
 def solution_ids(graphs: Graphs) -> np.ndarray:
-  """Token ids of the right paths, EOS last, [N, L + 1]."""
+  """Token ids of the correct paths with EOS, [N, L + 1]."""
   return with_eos(tokens(graphs.path_NL))
 
 
 def tours(rng: np.random.Generator, graphs: Graphs) -> tuple[np.ndarray, np.ndarray]:
-  """Documents that show many look-ups: all arms in random order, along the edges or (`<`) against
-  them; no EOS.
+  """Documents with all arms in random order, along the edges or (`<`) against them, without EOS.
 
   Returns:
     (prompts [N, C], responses [N, A·L]).
@@ -143,8 +139,7 @@ def tours(rng: np.random.Generator, graphs: Graphs) -> tuple[np.ndarray, np.ndar
 
 
 def walks(rng: np.random.Generator, graphs: Graphs) -> tuple[np.ndarray, np.ndarray]:
-  """Documents of one walk each: some arm, whatever the goal (`=`), or the goal's arm from leaf to
-  centre (`<`), EOS last.
+  """Documents of one walk with EOS: a random arm (`=`), or the goal's arm from its leaf (`<`).
 
   Returns:
     (prompts [N, C], responses [N, L + 1]).
@@ -157,12 +152,11 @@ def walks(rng: np.random.Generator, graphs: Graphs) -> tuple[np.ndarray, np.ndar
 
 
 def judge(prompt: str, response: str) -> str:
-  """What a response is: "right", "other_arm" (a whole arm, not the goal's) or "illegal". For
-  diagnosis, never training.
+  """Classifies a response, for diagnosis only: "right", "other_arm" (a whole arm) or "illegal".
 
   Args:
-    prompt: as the tokenizer writes it, asking for the path.
-    response: the text of a response, EOS not included.
+    prompt: a decoded prompt with mark PATH.
+    response: a decoded response without EOS.
   """
   listed, asked = prompt.split(_ASK)
   successors = {}
@@ -180,14 +174,14 @@ def judge(prompt: str, response: str) -> str:
 
 
 def problem(rng: np.random.Generator, task) -> tuple[str, str, str]:
-  """A problem of the config: (prompt, path, path as the answer)."""
+  """Draws a problem: (prompt, path, path as the answer)."""
   graph = _drawn(task, rng, 1)
   solution = text(tokens(graph.path_NL[0]))
   return text(prompt_ids(graph)[0]), solution, solution.strip()
 
 
 def document(rng: np.random.Generator, task, section) -> tuple[str, str, str]:
-  """What the base model reads: `tours` by section.random_step_fraction, else `walks`; no answer."""
+  """Draws a pretraining document: with section.random_step_fraction of `tours`, else of `walks`."""
   tour = rng.random() < section.random_step_fraction
   prompt_NC, response_NT = (tours if tour else walks)(rng, _drawn(task, rng, 1))
   return text(prompt_NC[0]), text(response_NT[0]), ""
@@ -200,34 +194,28 @@ def _drawn(task, rng: np.random.Generator, count: int) -> Graphs:
 
 
 def check(task) -> None:
-  """Refuses sizes that make no star.
-
-  Raises:
-    UserError: names the leaves.
-  """
+  """Raises UserError if the configured sizes do not make a star."""
   c = task.star_graph
   if c.degree < 2 or c.path_nodes < 3 or c.num_nodes < 1 + c.degree * (c.path_nodes - 1):
     raise UserError(
       f"task.star_graph.degree={c.degree}, task.star_graph.path_nodes={c.path_nodes}, "
-      f"task.star_graph.num_nodes={c.num_nodes}: "
-      "there must be at least 2 arms, 3 nodes in a path, and 1 + degree * (path_nodes - 1) names."
+      f"task.star_graph.num_nodes={c.num_nodes}: must satisfy degree >= 2, path_nodes >= 3 and "
+      "num_nodes >= 1 + degree * (path_nodes - 1)."
     )
 
 
 def build_tokenizer(num_nodes: int) -> tokenizers.Tokenizer:
-  """One token a node (`7 `, its space included, so that each is a step of its own) and one a mark;
-  text round-trips.
-  """
+  """One token per mark and per node (`7 `, with its space, so that each node is a step)."""
   words = [*WORDS, *(f"{node} " for node in range(num_nodes))]
-  tokenizer = tokenizers.Tokenizer(
-    models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD)
-  )
-  tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[0-9]+ |[|?=<]"), behavior="isolated")
-  tokenizer.decoder = decoders.Fuse()
-  tokenizer.add_special_tokens([PAD, EOS])
-  return tokenizer
+  return word_tokenizer.build(words, r"[0-9]+ |[|?=<]")
 
 
 def text(ids) -> str:
-  """The text of one response's or prompt's ids, special tokens left out."""
-  return "".join("" if i < 2 else WORDS[i] if i < len(WORDS) else f"{i - len(WORDS)} " for i in ids)
+  """Decodes the ids of one prompt or response, without special tokens."""
+  words = []
+  for i in ids:
+    if i >= len(WORDS):
+      words.append(f"{i - len(WORDS)} ")
+    elif WORDS[i] not in (PAD, EOS):
+      words.append(WORDS[i])
+  return "".join(words)

@@ -1,20 +1,19 @@
-"""Story problems: what people have, some of it stated and some defined by what another person has.
+"""Story problems: people have items, in numbers that are stated or relative to another person's.
 
     Kim has 12 more marbles than Ben. Ann has twice as many marbles as Kim. Ben has 7 marbles.
     Max has 15 marbles. How many marbles do Ann and Ben have together?
 
-Sentences stand in any order, and some people do not matter for the question. A solution derives one
-quantity per line from a quantity that is known by then, adds up the two that are asked for, and
-ends like GSM8K's:
+Sentences come in any order, and some people are distractors. A solution derives one quantity per
+line from a known one, adds the two quantities in question, and ends as in GSM8K:
 
     Kim has Ben's 7 + 12 = 19 marbles.
     Ann has Kim's 19 * 2 = 38 marbles.
     Together Ann and Ben have 38 + 7 = 45 marbles.
     #### 45
 
-The teacher derives what the question rests on, in a random order that is possible, and nothing
-else. `judge_step` says of every line whether it is legal and whether its numbers are right; these
-verdicts serve the diagnosis, never the training.
+The teacher derives only the quantities that the question depends on, in a random legal order.
+`judge_step` decides whether a line is legal and whether its numbers are correct; it serves
+diagnosis only, never training.
 """
 
 import dataclasses
@@ -24,9 +23,10 @@ from typing import NamedTuple
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.tasks import word_tokenizer
+from synthneg_jax.tasks.word_tokenizer import EOS, PAD
 
 NAMES = (
   *("Adam", "Alice", "Ann", "Ben", "Bob", "Carl", "Dan", "David", "Frank"),
@@ -36,24 +36,23 @@ ITEMS = (
   *("apples", "balls", "beads", "books", "buttons", "cards", "coins", "cookies", "eggs", "flowers"),
   *("keys", "marbles", "pencils", "photos", "shells", "stamps", "stickers", "stones", "toys"),
 )
-EOS, PAD = "<eos>", "<pad>"
 LARGEST_DIFFERENCE = 20
 _MULTIPLES = {2: "twice", 3: "3 times", 4: "4 times", 5: "5 times"}
 _RATIOS = {("*", number): words for number, words in _MULTIPLES.items()} | {("/", 2): "half"}
 _STATED_SHARE = 0.25  # of the people after the first
-_ATTEMPTS = 10_000  # drawn stories, of which one in about five has the wanted number of derivations
+_ATTEMPTS = 10_000  # about one story in five has the required number of derivations
 
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
-  """A quantity defined by another person's: base operator number, such as Ben's + 12."""
+  """A quantity relative to another person's: base operator number, such as Ben's + 12."""
 
   base: str
   operator: str
   number: int
 
   def apply(self, value: int) -> int:
-    """The quantity, where the base has `value`; a value that cannot be halved is rounded down."""
+    """The quantity if the base has `value`; odd values are halved rounding down."""
     number = self.number
     if self.operator in "+-":
       return value + number if self.operator == "+" else value - number
@@ -62,12 +61,12 @@ class Relation:
 
 @dataclasses.dataclass(frozen=True)
 class Story:
-  """One problem: a number or a relation for each person, in the order of the sentences.
+  """A problem.
 
   Attributes:
-    quantities: by name.
-    asked: the two people whose quantities are added up.
-    item: what they have, in the plural.
+    quantities: a number or a relation by name, in the order of the sentences.
+    asked: the two people whose quantities are added.
+    item: the plural of the items that the people have.
   """
 
   quantities: dict[str, int | Relation]
@@ -76,7 +75,7 @@ class Story:
 
   @property
   def prompt(self) -> str:
-    """The problem's text, one line."""
+    """The prompt, one line."""
     sentences = [self._sentence(name) for name in self.quantities]
     first, second = self.asked
     return " ".join(sentences) + f" How many {self.item} do {first} and {second} have together?"
@@ -93,27 +92,27 @@ class Story:
 
   @property
   def answer(self) -> int:
-    """What the two have together."""
+    """The sum of the two quantities in question."""
     return sum(self.value(name) for name in self.asked)
 
   def value(self, name: str) -> int:
-    """What a person has."""
+    """The quantity of a person."""
     quantity = self.quantities[name]
     return quantity if isinstance(quantity, int) else quantity.apply(self.value(quantity.base))
 
   def chain(self, name: str) -> list[str]:
-    """The person and those whose quantities theirs rests on, the stated one last."""
+    """The person and those whose quantities theirs depends on, ending with a stated one."""
     quantity = self.quantities[name]
     return [name] if isinstance(quantity, int) else [name, *self.chain(quantity.base)]
 
   @property
   def needed(self) -> set[str]:
-    """The people that the answer rests on."""
+    """The people whose quantities the answer depends on."""
     return {name for asked in self.asked for name in self.chain(asked)}
 
   @property
   def derivations(self) -> list[str]:
-    """Those of `needed` whose quantities are not stated, in the order of the sentences."""
+    """The people of `needed` whose quantities are not stated, in the order of the sentences."""
     needed = self.needed
     return [
       name
@@ -122,27 +121,27 @@ class Story:
     ]
 
   def derivation(self, name: str) -> str:
-    """The right step that derives what a person has, without its newline."""
+    """The correct step that derives a person's quantity, without its newline."""
     relation = self.quantities[name]
     change = f"{self.value(relation.base)} {relation.operator} {relation.number}"
     return f"{name} has {relation.base}'s {change} = {self.value(name)} {self.item}."
 
   @property
   def sum(self) -> str:
-    """The right step that adds up what is asked for, without its newline."""
+    """The correct step that adds the two quantities in question, without its newline."""
     first, second = self.asked
     equation = f"{self.value(first)} + {self.value(second)} = {self.answer}"
     return f"Together {first} and {second} have {equation} {self.item}."
 
 
 def make_story(rng: np.random.Generator, section) -> Story:
-  """Draws a story of the config's section task.stories.
+  """Draws a story by rejection sampling.
 
-  The number of derivations is uniform between the section's bounds; stories are drawn until one has
-  it and no more people who do not matter than allowed.
+  The number of derivations is uniform within the bounds of `section`, the config's task.stories.
+  Stories with another number of derivations or too many distractors are rejected.
 
   Raises:
-    UserError: no story has what the section asks for.
+    UserError: all drawn stories were rejected.
   """
   wanted = int(rng.integers(section.min_derivations, section.max_derivations + 1))
   for _ in range(_ATTEMPTS):
@@ -163,13 +162,12 @@ def make_story(rng: np.random.Generator, section) -> Story:
       return story
   raise UserError(
     f"task.stories: none of {_ATTEMPTS} drawn stories has {wanted} derivations and at most "
-    f"{section.max_distractors} people who do not matter; allow more people, or more who do not "
-    "matter."
+    f"{section.max_distractors} distractors; increase max_people or max_distractors."
   )
 
 
 def _draw_relation(rng: np.random.Generator, base: str, value: int, largest: int) -> Relation:
-  """A relation to a base of this value that gives 1..largest; half are sums and differences."""
+  """A relation to a base of this value, with a result in 1..largest; half the time a ratio."""
   room = {"+": largest - value, "-": value - 1}
   differences = [(sign, min(LARGEST_DIFFERENCE, most)) for sign, most in room.items() if most >= 2]
   ratios = [("*", number) for number in _MULTIPLES if value * number <= largest]
@@ -182,7 +180,7 @@ def _draw_relation(rng: np.random.Generator, base: str, value: int, largest: int
 
 
 def _ready(story: Story, names: Sequence[str], known: set[str]) -> list[str]:
-  """Those of the people whose base is stated or known."""
+  """The people among `names` whose base is stated or known."""
   available = known | {
     name for name, quantity in story.quantities.items() if isinstance(quantity, int)
   }
@@ -190,7 +188,7 @@ def _ready(story: Story, names: Sequence[str], known: set[str]) -> list[str]:
 
 
 def teach(rng: np.random.Generator, story: Story) -> str:
-  """The teacher's solution: each next derivation is drawn among those needed that are possible."""
+  """The teacher's solution: draws each derivation among the needed ones that are possible."""
   rest, lines = story.derivations, []
   known: set[str] = set()
   while rest:
@@ -203,7 +201,7 @@ def teach(rng: np.random.Generator, story: Story) -> str:
 
 
 def wander(rng: np.random.Generator, story: Story) -> str:
-  """Possible derivations in any order, needed or not, some or all of them, and no answer."""
+  """Some or all derivations, needed or not, in random legal order and without an answer."""
   rest = [name for name, quantity in story.quantities.items() if not isinstance(quantity, int)]
   lines, known = [], set()
   for _ in range(rng.integers(1, len(rest) + 1)):
@@ -227,10 +225,10 @@ _OPERATORS = {"more": "+", "fewer": "-", "half": "/", "twice": "*", "times": "*"
 
 
 def read(prompt: str) -> Story:
-  """The story that a prompt tells.
+  """Parses a prompt.
 
   Raises:
-    ValueError: it tells none.
+    ValueError: it is not a prompt of this task.
   """
   question = _QUESTION.search(prompt)
   quantities: dict[str, int | Relation] = {}
@@ -246,16 +244,15 @@ def read(prompt: str) -> Story:
 
 
 class Step(NamedTuple):
-  """What a written step is.
+  """The classification of a step.
 
   Attributes:
-    kind: "derivation" (from somebody's quantity or a bare number), "sum", "answer" or "malformed".
-    legal: it follows from the problem and the steps before: a derivation is by the person's own
-      relation, from a quantity that is stated or was derived; a sum is of the two people asked for,
-      both known; an answer repeats the sum.
-    value_right: its numbers are right: what it says that somebody has, or that both have, is so,
-    and its equation holds.
-    person: whose quantity a derivation states; "" for other steps.
+    kind: "derivation" (from a person's quantity or a bare number), "sum", "answer" or "malformed".
+    legal: whether it follows from the problem and the earlier steps: a derivation applies the
+      person's own relation to a known quantity, a sum adds the two quantities in question, both
+      known, and an answer repeats the sum.
+    value_right: whether its numbers are correct: the quantity that it states, and its equation.
+    person: the person whose quantity a derivation states; "" for other steps.
   """
 
   kind: str
@@ -265,12 +262,12 @@ class Step(NamedTuple):
 
 
 def judge_step(story: Story, known: set[str], line: str) -> Step:
-  """What a written step is, after steps that derived these people's quantities.
+  """Classifies a step.
 
   Args:
     story: the problem.
-    known: people whose quantities were derived.
-    line: one step, without its newline.
+    known: people whose quantities were derived in earlier steps.
+    line: the step, without its newline.
   """
   line = line.strip()
 
@@ -301,11 +298,11 @@ def judge_step(story: Story, known: set[str], line: str) -> Step:
 
 
 def true_pit(story: Story, lines: Sequence[str]) -> int:
-  """The first step after which a consistent solution cannot come out right, from 0; -1 for none.
+  """Index of the first step after which no consistent continuation is correct; -1 if there is none.
 
-  That is the first that states a wrong quantity of somebody the answer rests on, a wrong sum or a
-  wrong answer, or is malformed. A wrong quantity of somebody who does not matter is no pit, nor is
-  a right number whose derivation was left out.
+  This is the first step with a wrong quantity that the answer depends on, a wrong sum, a wrong
+  answer or a malformed line. A distractor's wrong quantity is not a pit, nor is a correct quantity
+  whose derivation was skipped.
   """
   known: set[str] = set()
   for number, line in enumerate(lines):
@@ -318,15 +315,12 @@ def true_pit(story: Story, lines: Sequence[str]) -> int:
 
 
 def is_open(story: Story, lines: Sequence[str]) -> bool:
-  """Whether a consistent solution that begins with these lines can still come out right."""
+  """Whether some consistent continuation of these lines is correct."""
   return true_pit(story, lines) < 0
 
 
 def build_tokenizer() -> tokenizers.Tokenizer:
-  """Words with the space before them, digits one by one, and marks, for base models of this task.
-
-  Text round-trips.
-  """
+  """Tokens: words with the space before them, single digits, and marks."""
   words = [PAD, EOS, "\n", " ", ".", "?", ":", "'", "s", " +", " -", " *", " /", " =", "####"]
   words += ["Question", "Answer"]
   words += [str(digit) for digit in range(10)] + [" ####"]
@@ -334,21 +328,11 @@ def build_tokenizer() -> tokenizers.Tokenizer:
   words += [f" {item}" for item in ITEMS]
   plain = "has have more fewer than as many twice times half do and together"
   words += [f" {word}" for word in plain.split()] + ["How", " How", "Together", " Together"]
-  vocabulary = {word: i for i, word in enumerate(words)}
-  tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
-  split = Regex(r"\n| ?[A-Za-z]+| ?[-+*/=]| ?#+|\d| |[^\s\w]")
-  tokenizer.pre_tokenizer = pre_tokenizers.Split(split, behavior="isolated")
-  tokenizer.decoder = decoders.Fuse()
-  tokenizer.add_special_tokens([PAD, EOS])
-  return tokenizer
+  return word_tokenizer.build(words, r"\n| ?[A-Za-z]+| ?[-+*/=]| ?#+|\d| |[^\s\w]")
 
 
 def check(task) -> None:
-  """Refuses numbers of people and derivations that no story has.
-
-  Raises:
-    UserError: names the leaves.
-  """
+  """Raises UserError if no story has the configured numbers of people and derivations."""
   s = task.stories
   people = 2 <= s.min_people <= s.max_people <= len(NAMES)
   derivations = 0 <= s.min_derivations <= s.max_derivations < s.max_people
@@ -357,22 +341,20 @@ def check(task) -> None:
       f"task.stories.min_people={s.min_people}, task.stories.max_people={s.max_people}, "
       f"task.stories.min_derivations={s.min_derivations}, "
       f"task.stories.max_derivations={s.max_derivations}, "
-      f"task.stories.max_distractors={s.max_distractors}: there must be 2 <= min_people <= "
-      "max_people <= "
-      f"{len(NAMES)}, min_derivations <= max_derivations < max_people, and max_distractors of at "
-      "least "
-      "min_people - max_derivations - 2."
+      f"task.stories.max_distractors={s.max_distractors}: must satisfy 2 <= min_people <= "
+      f"max_people <= {len(NAMES)}, 0 <= min_derivations <= max_derivations < max_people and "
+      "max_distractors >= min_people - max_derivations - 2."
     )
 
 
 def draw(rng: np.random.Generator, task) -> tuple[str, str, str]:
-  """A problem of the config: (prompt, teacher's solution, answer)."""
+  """Draws a problem: (prompt, teacher's solution, answer)."""
   story = make_story(rng, task.stories)
   return story.prompt, teach(rng, story), str(story.answer)
 
 
 def document(rng: np.random.Generator, task, section) -> tuple[str, str, str]:
-  """What a base model of this task reads: derivations without a plan, or a short problem solved."""
+  """Draws a pretraining document: random derivations, or a short problem with its solution."""
   wandering = rng.random() < section.random_step_fraction
   stories = task.stories.copy_and_resolve_references()
   stories.min_derivations = 1

@@ -1,4 +1,4 @@
-"""Verdicts that are not the grader's: by a function of the user's, or by reasoning-gym's scorers."""
+"""Verdicts without the grader: by a user's verifier, or by reasoning-gym's scorers."""
 
 import functools
 import importlib
@@ -18,20 +18,20 @@ def _imported(name: str) -> Verifier:
   """The function that task.verifier names.
 
   Raises:
-    UserError: there is none.
+    UserError: it cannot be imported.
   """
   module, _, function = name.partition(":")
   try:
-    found = getattr(importlib.import_module(module), function)
+    verifier = getattr(importlib.import_module(module), function)
   except (ImportError, AttributeError, ValueError) as error:
     raise UserError(f"task.verifier={name!r} cannot be imported ({error}).") from None
-  if not callable(found):
-    raise UserError(f"task.verifier={name!r} is no function.")
-  return found
+  if not callable(verifier):
+    raise UserError(f"task.verifier={name!r} is not a function.")
+  return verifier
 
 
-def _of_scorer(task, response: str, problem: Problem) -> Verdict:
-  """By the dataset's scorer, of what stands behind the last ####; right iff it gives full marks."""
+def _scorer_verdict(task, response: str, problem: Problem) -> Verdict:
+  """The dataset's verdict on the text after the last ####; right if and only if its score is 1."""
   answer = reasoning.stated(response)
   if not answer:
     return Verdict(False, "no_answer", None)
@@ -40,7 +40,7 @@ def _of_scorer(task, response: str, problem: Problem) -> Verdict:
 
 
 def verdict(task, response: str, problem: Problem) -> Verdict | None:
-  """The verdict on a response where the task's grader is not asked; None where it is.
+  """The verdict on a response; None if the grader is responsible for it.
 
   Raises:
     UserError: task.verifier cannot be imported.
@@ -49,5 +49,5 @@ def verdict(task, response: str, problem: Problem) -> Verdict | None:
     correct = bool(_imported(task.verifier)(response, problem))
     return Verdict(correct, "right" if correct else "wrong", None)
   if task.name == "reasoning_gym" and not reasoning.is_number(problem.answer):
-    return _of_scorer(task, response, problem)
+    return _scorer_verdict(task, response, problem)
   return None

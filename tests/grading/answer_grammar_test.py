@@ -1,4 +1,4 @@
-"""Tests of what the grammar reads: scale words, decorations, signs for "not equal"."""
+"""Tests of the grammar: scale words, decorations, signs for "not equal"."""
 
 import fractions
 
@@ -67,7 +67,7 @@ class DecorationTest(parameterized.TestCase):
     r"\color[rgb]{1,0,0}13",
   )  # fmt: skip
   def test_it_reads_as_what_it_shows(self, text):
-    # Fails if colour, a frame, a size or quotes change an answer or make it unreadable.
+    # Fails if colour, a frame, a size or quotes change an answer or make it unparsable.
     self.assertTrue(same(parse("13"), parse(text)), text)
 
   @parameterized.parameters(r"\cancel{7}", r"\sout{7}", r"\xcancel{7}", '7"8"')

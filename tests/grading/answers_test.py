@@ -1,4 +1,4 @@
-"""Tests of the verifier, answers of kind "integer"."""
+"""Tests of grading answers of kind "integer"."""
 
 import fractions
 import json
@@ -93,14 +93,14 @@ RESPONSES = [
 ]  # fmt: skip
 
 ROWS = [
-  "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 clips.\n#### 72",
+  "Natalia sold 48/2 = <<48/2=24>>24 clips.\nShe sold 48+24 = <<48+24=72>>72 clips.\n#### 72",
   "It grew by 540*2 = <<540*2=1080>>1080.\n#### 1,080",
   "The balance is 5-9 = <<5-9=-4>>-4.\n#### -4",
 ]
 
 
 def gold_solutions() -> list[str]:
-  """Returns the solutions of GSM8K where SYNTHNEG_DATA_DIR is set, else rows of our own."""
+  """The solutions of GSM8K if SYNTHNEG_DATA_DIR is set, else our own rows."""
   folder = os.environ.get("SYNTHNEG_DATA_DIR")
   if not folder:
     return ROWS
@@ -111,8 +111,7 @@ def gold_solutions() -> list[str]:
 
 
 class GradeTest(parameterized.TestCase):
-  # Fails if any rule of the grammar goes: comma groups, sign order, the word list, `=` as the only
-  # joint, MAX_NUMERAL.
+  # Fails if a rule of the grammar is removed: comma groups, sign order, the word list, MAX_NUMERAL.
   @parameterized.parameters(*PAIRS)
   def test_answer_text(self, text, gold, reason):
     verdict = answers.grade(f"2 + 2 = 4.\n#### {text}", gold)
@@ -146,14 +145,12 @@ class GradeTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, "gold answer"):
       answers.grade("#### 5", gold)
 
-  # Fails if another kind fell through to the integer rule.
+  # Fails if an unknown kind is graded as "integer".
   def test_bad_kind(self):
-    with self.assertRaisesRegex(
-      errors.UserError, '"real" is not supported; the supported kinds: integer, math'
-    ):
+    with self.assertRaisesRegex(errors.UserError, '"real".*integer, math, exact'):
       answers.grade("#### 5", "5", kind="real")
 
-  # Fails if two different numbers on one line could be right, whatever stands between them.
+  # Fails if two different numbers on one line can be right, whatever is between them.
   @settings(max_examples=300, deadline=None, database=None)
   @given(
     st.integers(0, 10**6),
@@ -186,8 +183,8 @@ class GradeTest(parameterized.TestCase):
     self.assertIn(answers.grade(text, "5").reason, answers.REASONS)
     self.assertLess(time.process_time() - start, 3.0)
 
-  # Fails if a regex is compiled, or the gold answer parsed, at every call. The bound is far below
-  # the speed measured.
+  # Fails if every call compiles a regex or parses the gold answer. The bound is far below the
+  # measured speed.
   def test_throughput(self):
     response = "She sold 48 / 2 = 24 clips in May.\n" * 4 + "#### 72 clips"
     start = time.process_time()

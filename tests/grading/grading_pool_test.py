@@ -1,4 +1,4 @@
-"""Tests of grading in worker processes: hung, dead and greedy workers, threads, notebooks, speed."""
+"""Tests of worker processes: hung, dead and greedy workers, threads, notebooks, speed."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow  # starts processes
 RULES = Conventions()
 ROOT = pathlib.Path(__file__).parents[2]
 
-# A worker that grades as the real one does, but for responses that tell it to misbehave.
+# A worker that misbehaves on some responses and otherwise grades like the real one.
 UNRULY = """
 import os, signal, sys, time
 from synthneg_jax.grading import grading_worker
@@ -60,8 +60,8 @@ class LostWorkersTest(parameterized.TestCase):
     ("eat", "too_large", 0)
   )  # fmt: skip
   def test_one_answer_is_lost_and_no_other(self, what, reason, replaced):
-    # Fails if a lost worker takes the answers behind it along, is not replaced, or memory or time
-    # has no bound.
+    # Fails if a lost worker loses the answers queued behind it or is not replaced, or if memory or
+    # time is unbounded.
     items = [(rf"\boxed{{{n}}}", "5") for n in range(20)]
     items[7] = (what, "5")
     with unruly(1) as pool:
@@ -77,19 +77,19 @@ class LostWorkersTest(parameterized.TestCase):
       self.assertEqual(pool.grade(items[:7], RULES, 0.5), made[:7])
 
   def test_all_workers_lost_again_and_again(self):
-    # Fails if a worker is replaced only once, or two lost workers mix up their answers.
+    # Fails if a worker is replaced only once, or answers of two lost workers are swapped.
     items = [(what, "5") for what in ("die", r"\boxed{5}", "crash", r"\boxed{6}") * 5]
     with unruly(2) as pool:
       made = [reason for reason, _ in pool.grade(items, RULES, 0.5)]
     self.assertEqual(made, ["timeout", "right", "timeout", "wrong"] * 5)
 
-  def test_a_worker_that_does_not_start_is_said(self):
-    with self.assertRaisesRegex(errors.UserError, "does not start"):
+  def test_a_worker_that_does_not_start(self):
+    with self.assertRaisesRegex(errors.UserError, "grading worker.*-c pass"):
       grading_pool.GradingPool(1, command=[sys.executable, "-c", "pass"]).grade(
         [("5", "5")], RULES, 0.5
       )
 
-  def test_a_bad_gold_answer_is_said_and_the_pool_goes_on(self):
+  def test_the_pool_survives_a_bad_gold_answer(self):
     with grading_pool.GradingPool(1) as pool:
       with self.assertRaisesRegex(errors.UserError, "gold answer"):
         pool.grade([("5", "5"), ("5", "")], RULES, 1.0)
@@ -98,8 +98,7 @@ class LostWorkersTest(parameterized.TestCase):
 
 class UseTest(absltest.TestCase):
   def test_order_and_size(self):
-    # Fails if answers come back in another order, or a long response fills the pipe and both sides
-    # wait.
+    # Fails if answers are reordered, or a long response fills the pipe and causes a deadlock.
     responses = [("x " * (30_000 if n % 7 == 0 else 1)) + rf"\boxed{{{n}}}" for n in range(300)] + [
       "y" * 1_000_001
     ]
@@ -127,8 +126,8 @@ class UseTest(absltest.TestCase):
     self.assertEqual(found, {n: [True] * 79 for n in range(1, 9)})
 
   def test_as_a_notebook_does(self):
-    # Fails if a __main__ guard, a file of the main program or jax in the workers were needed; run
-    # from stdin, elsewhere.
+    # Fails if workers need a __main__ guard, a main program file or jax; runs from stdin in another
+    # folder.
     program = textwrap.dedent(r"""
       import sys
       from synthneg_jax.grading import answers
@@ -185,8 +184,8 @@ def _alive(pid: int) -> bool:
 
 class SpeedTest(absltest.TestCase):
   def test_math(self):
-    # Fails if workers start for every call, or an answer takes a symbolic simplification. Far below
-    # what was measured.
+    # Fails if workers start for every call, or an answer takes a symbolic simplification. The bound
+    # is far below the measured speed.
     items = [
       (rf"So \boxed{{\frac{{\sqrt{{3}}}}{{{n}}}}}", rf"\frac{{3}}{{{n}\sqrt3}}")
       for n in range(1, 1001)
@@ -199,8 +198,8 @@ class SpeedTest(absltest.TestCase):
 
   @pytest.mark.long
   def test_figures_of_the_page(self):
-    # Fails below the figures that are promised, on two idle cores: 5,000 GSM8K and 500 MATH answers
-    # a second.
+    # Fails below the documented speed on two idle cores: 5,000 GSM8K and 500 MATH answers per
+    # second.
     start = time.monotonic()
     answers.grade_many(
       ["She sold 48 / 2 = 24 clips in May.\n" * 4 + "#### 72 clips"] * 20_000, ["72"] * 20_000

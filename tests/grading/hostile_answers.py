@@ -1,6 +1,4 @@
-"""Hostile answers, generated: too big, too deep, too long, half open, and strange; for
-answer_hostile_test.py and fuzzing.
-"""
+"""Generates hostile answers: too large, too deep, too long, unclosed or strange."""
 
 import random
 from collections.abc import Iterator
@@ -19,60 +17,20 @@ _ATOMS = (
   "\\write18{id} \\catcode \\def\\x{\\x}\\x"
 ).split()
 _JOINTS = [
-  "+",
-  "-",
-  "*",
-  "/",
-  "^",
-  "_",
-  "!",
-  ",",
-  ";",
-  "=",
-  "<",
-  ">",
-  "\\le",
-  "\\cup",
-  "\\in",
-  "\\pm",
-  ":",
-  " ",
-  "\\cdot",
-  # fmt: skip
-  "\\text{ or }",
-  " and ",
-  "\\approx",
-  "\\\\",
-  "&",
-  "|",
-  "\\ne",
-  "\\%",
-  "'",
-  "\\Rightarrow",
-  "\\pmod",
-]
+  "+", "-", "*", "/", "^", "_", "!", ",", ";", "=", "<", ">", "\\le", "\\cup", "\\in", "\\pm", ":",
+  " ", "\\cdot", "\\text{ or }", " and ", "\\approx", "\\\\", "&", "|", "\\ne", "\\%", "'",
+  "\\Rightarrow", "\\pmod",
+]  # fmt: skip
 _WRAPS = [
-  ("(", ")"),
-  ("[", ")"),
-  ("{", "}"),
-  ("\\{", "\\}"),
-  ("\\sqrt{", "}"),
-  ("\\frac{", "}{2}"),
-  ("|", "|"),
-  ("\\left(", "\\right)"),
-  ("\\sin", ""),
-  ("\\text{", "}"),
-  ("\\boxed{", "}"),
-  ("$", "$"),
-  ("\\lfloor", "\\rfloor"),
-  # fmt: skip
-  ("-", ""),
-  ("\\begin{pmatrix}", "\\end{pmatrix}"),
-  ("x^{", "}"),
-  ("\\overline{", "}"),
-  ("\\log_{", "}2"),
-]
-_SIGNS = "\x00\x01\x7f\ud800\u202e\u200b\u0301\u0660\u00b2\u2460\U0001d7ce\U0001f600\ufffd\u2028\u00ad\u0130\u1e9e²³√∞π×"
+  ("(", ")"), ("[", ")"), ("{", "}"), ("\\{", "\\}"), ("\\sqrt{", "}"), ("\\frac{", "}{2}"),
+  ("|", "|"), ("\\left(", "\\right)"), ("\\sin", ""), ("\\text{", "}"), ("\\boxed{", "}"),
+  ("$", "$"), ("\\lfloor", "\\rfloor"), ("-", ""), ("\\begin{pmatrix}", "\\end{pmatrix}"),
+  ("x^{", "}"), ("\\overline{", "}"), ("\\log_{", "}2"),
+]  # fmt: skip
+_SIGNS = (
+  "\x00\x01\x7f\ud800\u202e\u200b\u0301\u0660\u00b2"
+  "\u2460\U0001d7ce\U0001f600\ufffd\u2028\u00ad\u0130\u1e9e²³√∞π×"
+)
 
 
 def _expression(random_: random.Random) -> str:
@@ -87,24 +45,16 @@ def _expression(random_: random.Random) -> str:
 
 
 def _repeated(random_: random.Random) -> str:
-  """One piece many times: long towers, deep brackets, and many boxes."""
-  piece = random_.choice(
-    [
-      *_JOINTS,
-      *_ATOMS,
-      *(left for left, _ in _WRAPS),
-      "\\boxed{1}",
-      "#### 1\n",
-      "the answer is 1. ",
-      "$",
-    ]
-  )
+  """One piece repeated: long towers, deep brackets, many boxes."""
+  lefts = [left for left, _ in _WRAPS]
+  statements = ["\\boxed{1}", "#### 1\n", "the answer is 1. ", "$"]
+  piece = random_.choice([*_JOINTS, *_ATOMS, *lefts, *statements])
   count = random_.choice([30, 300, 3000])
   return piece * count + random_.choice(["", "1", *_ATOMS])
 
 
 def _broken(random_: random.Random) -> str:
-  """An expression with signs put in, taken out and exchanged."""
+  """An expression with characters inserted, removed and replaced."""
   made = list(_expression(random_))
   for _ in range(random_.randrange(1, 6)):
     place = random_.randrange(len(made) + 1)

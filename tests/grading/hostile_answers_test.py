@@ -1,6 +1,4 @@
-"""Hostile answers: no hang, no crash, no verdict by accident. 10,000 structured strings; an hour of
-atheris with --long.
-"""
+"""Hostile answers cause no hang, crash or accidental verdict; with --long, an hour of fuzzing."""
 
 import os
 import pathlib
@@ -46,9 +44,8 @@ atheris.Fuzz()
 
 class HostileTest(parameterized.TestCase):
   def test_ten_thousand_strings(self):
-    # Fails if any string makes the grader raise, or takes long: a size that is computed before it
-    # is capped, a regex that backtracks, a recursion without end. What is "right" by accident would
-    # show a rule that picks bits out of gibberish.
+    # Fails if a string makes the grader raise or takes long (a value computed before its size is
+    # capped, a backtracking regex, infinite recursion), or if gibberish is graded as right.
     worst, right = 0.0, []
     for index, text in enumerate(hostile_answers.strings(10_000, seed=3)):
       gold, start = GOLDS[index % len(GOLDS)], time.process_time()
@@ -84,7 +81,7 @@ class HostileTest(parameterized.TestCase):
     r"\floor(2+0i)",
   )  # fmt: skip
   def test_is_quick_and_never_right(self, text):
-    # Fails if one of them hangs, raises, or reads as 7.
+    # Fails if a string hangs, raises, or is graded as 7.
     for response in (text, rf"\boxed{{{text}}}", f"#### {text}", f"The answer is {text}"):
       start = time.process_time()
       reason, _ = grade_response(response, "7", kind="math", rules=RULES)
@@ -92,7 +89,7 @@ class HostileTest(parameterized.TestCase):
       self.assertNotEqual(reason, "right", response[:50])
 
   def test_same_verdict_in_a_worker(self):
-    # Fails if a worker's limits of memory or time change what an answer is.
+    # Fails if a worker's memory or time limit changes a verdict.
     texts = [rf"\boxed{{{text}}}" for text in hostile_answers.strings(500, seed=4)]
     here = [grade_response(text, "7", kind="math", rules=RULES)[0] for text in texts]
     there = [
@@ -103,8 +100,8 @@ class HostileTest(parameterized.TestCase):
 
   @pytest.mark.long
   def test_an_hour_of_fuzzing(self):
-    # Fails if coverage-guided input finds an exception, or a text that takes more than 10 s. Needs
-    # `pip install atheris`.
+    # Fails if fuzzing finds an exception or a text that takes more than 10 s. Needs `pip install
+    # atheris`.
     pytest.importorskip("atheris")
     done = subprocess.run(
       [sys.executable, "-c", FUZZ, "-max_total_time=3600", "-timeout=10", "-rss_limit_mb=4096",

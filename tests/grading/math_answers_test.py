@@ -1,6 +1,4 @@
-"""Tests of the verifier, answers of kind "math": own pairs by kind of answer, hedges, extraction,
-conventions.
-"""
+"""Tests of grading answers of kind "math": pairs, hedges, extraction, conventions."""
 
 import itertools
 import pathlib
@@ -52,7 +50,7 @@ class PairsTest(parameterized.TestCase):
 
   @parameterized.parameters(*KINDS)
   def test_pairs(self, kind):
-    # Fails if a rule of the grammar or of equality goes, or one too many is added.
+    # Fails if a rule of the grammar or of equality is removed, or is too permissive.
     for _, gold, equal, unequal in (line for line in PAIRS if line[0] == kind):
       for answer, right in itertools.chain(
         ((a, True) for a in equal), ((a, False) for a in unequal)
@@ -71,12 +69,11 @@ class PairsTest(parameterized.TestCase):
         self.assertEqual(reason(response, gold), "right", f"{gold} | {response}")
 
   def test_other_golds_are_never_right(self):
-    # Fails if two answers of the file that say different things are equal: golds against each
-    # other.
+    # Fails if different gold answers are equal.
     every = list(itertools.permutations(PAIRS, 2))
     for (_, a, equal, _), (_, b, also_equal, _) in random.Random(0).sample(every, 3000):
       if a == b or a in also_equal or b in equal or set(equal) & set(also_equal) or "pmod" in a + b:
-        continue  # they do say the same: 3 is right for 3 modulo 7
+        continue  # these are equal: 3 is right for 3 modulo 7
       self.assertNotEqual(reason(rf"\boxed{{{a}}}", b), "right", f"{a} for {b}")
 
   def test_a_changed_digit_is_never_right(self):
@@ -90,7 +87,7 @@ class PairsTest(parameterized.TestCase):
         "complex",
         "choices",
       ):
-        # a digit may be changed there and the value stay: 3:45 mod 12 hours, 1/2004! and so on
+        # the value may stay the same: 3:45 mod 12 hours, 1/2004!
         continue
       for answer in [gold, *equal]:
         for place in [m.start() for m in re.finditer(r"\d", answer)]:
@@ -104,9 +101,7 @@ class PairsTest(parameterized.TestCase):
 
 
 def _means_the_same(changed: str, gold: str) -> bool:
-  """Changed digits that change nothing, or what is not the answer: names, powers of 1, steps on the
-  way to it.
-  """
+  """Whether the changed digit may not matter: names, powers of 1, steps before the answer."""
   return (
     any(
       text in changed
@@ -184,7 +179,7 @@ class ExtractionTest(parameterized.TestCase):
     ("As above.", "3", "wrong"),
   )  # fmt: skip
   def test_where_the_answer_is(self, response, gold, wanted):
-    # Fails if a rule of answer_extraction.py goes, or its order changes.
+    # Fails if a rule of statements.py is removed, or the order of rules changes.
     self.assertEqual(reason(response, gold), wanted)
 
   def test_marked_only(self):
@@ -226,7 +221,7 @@ class ConventionsTest(parameterized.TestCase):
     ("0.1", "0.1000000000001", {}, "wrong"),
   )  # fmt: skip
   def test_conventions(self, answer, gold, conventions, wanted):
-    # Fails if a leaf of Conventions is not looked at.
+    # Fails if a field of Conventions is ignored.
     self.assertEqual(reason(rf"\boxed{{{answer}}}", gold, **conventions), wanted)
 
 
@@ -254,7 +249,7 @@ class NoExecutionTest(absltest.TestCase):
         )
 
   def test_the_grammar_names_no_evaluator(self):
-    # Fails if a module of the grader comes to call one.
+    # Fails if a module of the grader calls an evaluator.
     for path in pathlib.Path(answer_grammar.__file__).parent.glob("*answer*.py"):
       self.assertNotRegex(
         path.read_text(), r"\b(?:eval|exec|sympify|parse_expr|lambdify)\(", path.name

@@ -29,8 +29,8 @@ COMMON, ADVERSARIAL = families("responses.jsonl"), families("responses_adversari
 
 
 class ResponsesTest(parameterized.TestCase):
-  # Fails if a rule of the reader goes or takes more than it should. A row that is mended loses its
-  # mark.
+  # Fails if an extraction rule is removed or too permissive. Remove `known_miss` from rows that are
+  # fixed.
   @parameterized.parameters(
     *[(COMMON, name) for name in COMMON], *[(ADVERSARIAL, name) for name in ADVERSARIAL]
   )
@@ -45,7 +45,7 @@ class ResponsesTest(parameterized.TestCase):
       self.assertEqual(reason == "right", expected, f"{row} {reason}")
 
   def test_few_are_known_to_be_missed(self):
-    # Fails if rows are marked instead of mended.
+    # Fails if rows are marked instead of fixed.
     rows = [row for group in (*COMMON.values(), *ADVERSARIAL.values()) for row in group]
     self.assertGreater(len(rows), 1700)
     self.assertLess(sum(row.get("known_miss", False) for row in rows), 30)
@@ -64,7 +64,7 @@ class ThoughtsTest(parameterized.TestCase):
   @parameterized.parameters("integer", "math")
   @pytest.mark.slow  # starts a worker
   def test_a_response_that_begins_within_one(self, kind):
-    # Fails if the flag is lost on the way to the workers, or a thought that does not close is read.
+    # Fails if the flag does not reach the workers, or an unclosed thought is graded.
     for response, reason in (("#### 7", "no_answer"), ("so 8</think>\\boxed{7}", "right")):
       verdict = answers.grade(response, "7", kind=kind, thought_open=True)
       self.assertEqual(verdict.reason, reason)
@@ -105,12 +105,12 @@ class StatementsTest(parameterized.TestCase):
     (r"The answer is not \boxed{7}.", []), (r"\boxed{}", []),
   )  # fmt: skip
   def test_sources(self, response, expected):
-    # Fails if a rule goes, or applies where a stronger one does.
+    # Fails if a rule is removed, or applies despite a stronger one.
     reading = statements.read_response(response)
     self.assertEqual([(one.text, one.source) for one in reading.statements], expected)
 
   def test_retractions(self):
-    # Fails if the leaf is not looked at, or the last value is taken without a word that retracts.
+    # Fails if the convention is ignored, or the last value counts without a retracting word.
     last = answers.Conventions(retractions="last")
     for response, reasons in (
       ("The answer is 7. No wait, it is 8.", ("ambiguous", "right")),
@@ -125,7 +125,7 @@ class StatementsTest(parameterized.TestCase):
 
   @pytest.mark.slow  # starts a worker
   def test_marked_only(self):
-    # Fails if the last line or display is read although the config says not to.
+    # Fails if the last line or display counts despite the convention.
     marked = answers.Conventions(extraction="marked")
     for kind in ("integer", "math"):
       self.assertEqual(

@@ -66,7 +66,7 @@ class ArithmeticTest(parameterized.TestCase):
       self.assertEqual(known, puzzle.needed(puzzle.query))
 
   def test_leaping_teacher_is_right_and_leaps_over_additions_only(self):
-    # Fails if the teacher leaps elsewhere, twice in one line, or at another rate.
+    # Fails if the teacher skips other steps, two in one line, or at another rate.
     rng, leaps, places = np.random.default_rng(1), 0, 0
     for _ in range(300):
       puzzle = arithmetic.make_puzzle(rng, 4, 6, (3, 5))
@@ -114,7 +114,7 @@ class ArithmeticTest(parameterized.TestCase):
     self.assertEqual(step_ends(solution, token_text), [9, 18, len(solution)])
 
   def test_subsets_are_nested_and_splits_differ(self):
-    # Fails if a problem depends on how many are asked for, or test problems on the seed.
+    # Fails if a problem depends on the number of problems, or test problems on the seed.
     task = config_schema.default().task
     few, many = problems.load(task, 3, "train", 5), problems.load(task, 3, "train", 9)
     self.assertEqual(few, many[:5])

@@ -1,4 +1,4 @@
-"""Jobs with deadlines: the text, the teacher, what can still come out right (by brute force), and
+"""Jobs with deadlines: the text, the teacher, true pits (by brute force), and
 the tokenizer.
 """
 
@@ -31,7 +31,7 @@ class JobsTest(parameterized.TestCase):
     self.assertEqual(PUZZLE.answer, 10)
 
   def test_what_can_be_paid_against_all_orders(self):
-    # Fails if a beginning counts as lost that some order mends, or the other way.
+    # Fails if a partial solution counts as lost although some order completes it, or vice versa.
     rng, both = np.random.default_rng(0), set()
     for _ in range(60):
       puzzle = jobs.make_puzzle(rng, 2, 5, 3)
@@ -51,7 +51,7 @@ class JobsTest(parameterized.TestCase):
     self.assertEqual(both, {True, False})
 
   def test_the_teacher_is_right_and_draws_among_all_good_orders(self):
-    # Fails if the teacher is ever late, or always does the same where several orders are right.
+    # Fails if the teacher is ever late, or always picks the same of several correct orders.
     rng, several = np.random.default_rng(1), 0
     for _ in range(60):
       puzzle = jobs.make_puzzle(rng, 3, 5, 4)
@@ -138,7 +138,7 @@ class JobsTest(parameterized.TestCase):
       self.assertFalse(jobs.is_open(PUZZLE, lines))
 
   def test_settings_that_no_problem_has_are_refused(self):
-    # Fails if numbers of jobs go through that the generator would loop or crash on.
+    # Fails if the check accepts numbers of jobs for which the generator loops or crashes.
     task = config_schema.default().task
     task.name = "jobs"
     for leaf, value in (("fewest", 0), ("most", 9), ("fewest", 7), ("slack", -1)):
@@ -170,8 +170,8 @@ class GeneratedTest(parameterized.TestCase):
 
   @parameterized.parameters(*generated.TASKS)
   def test_splits(self, name):
-    # Fails if fewer problems are not among more, a seed changes the test split, or test_start does
-    # not move it.
+    # Fails if fewer problems are not a prefix of more, a seed changes the test split, or test_start
+    # does not move it.
     task = config_schema.default().task
     task.name = name
     few, more = (generated.load(task, 3, "train", count) for count in (5, 9))

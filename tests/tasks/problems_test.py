@@ -1,4 +1,4 @@
-"""Tests of which problems a run gets."""
+"""Tests of choosing the problems of a run."""
 
 import json
 import os
@@ -47,9 +47,9 @@ class ProblemsTest(parameterized.TestCase):
   def _chosen(self, seed=0, **leaves):
     return problems.choose(task(**{"name": "jsonl", "path": str(self.folder), **leaves}), seed)
 
-  # Fails if a larger subset is not the smaller one and more, in order; if a seed has the order of
-  # another; if the order hangs on the file's, or on rows that are not among the first; or if the
-  # test problems change with the seed.
+  # Fails if a smaller subset is not a prefix of a larger one; if two seeds have the same order; if
+  # the order depends on the file's order or on later rows; or if the test problems depend on the
+  # seed.
   def test_nested_under_one_seed(self):
     texts = [text(i) for i in range(200)]
     self._file(texts)
@@ -88,21 +88,21 @@ class ProblemsTest(parameterized.TestCase):
     self.assertLen(chosen.report, 31)
     self.assertEqual((last[0]["words"], last[0]["share"]), (" ".join(text(2000).split()[:13]), 0.8))
     with self.assertRaisesRegex(
-      errors.UserError, "has 50 problems .31 more overlap.*train_problems=51 asks for more"
+      errors.UserError, "has 50 problems .31 more overlap.*train_problems=51"
     ):
       self._chosen(train_problems=51, test_problems=2, decontaminate_against=(str(other),))
     self.assertLen(
       self._chosen(train_problems=81, test_problems=2, decontaminate_ngram=0).train, 81
     )
 
-  # Fails if a training problem that is a test problem passes where overlaps are not looked for.
+  # Fails if a training problem that is a test problem passes without the overlap search.
   def test_equal_problems_always_go(self):
     self._file([text(0), text(1), text(2)])
     self._file([text(1)], "test.jsonl")
     chosen = self._chosen(train_problems=2, test_problems=1, decontaminate_ngram=0)
     self.assertEqual({p.prompt for p in chosen.train}, {text(0), text(2)})
 
-  # Fails if broken rows stop a run that was told to go on, or are not counted and listed.
+  # Fails if broken rows stop a run with --skip_bad_rows, or are not counted and listed.
   def test_skipped_rows_are_counted(self):
     path = self._file([text(0), text(1)])
     path.write_text(path.read_text() + "{\n")
@@ -113,8 +113,7 @@ class ProblemsTest(parameterized.TestCase):
     self.assertEqual(chosen.figures["skipped_rows"], 1)
     self.assertStartsWith(chosen.report[0]["skipped"], f"{path}, line 3: ")
 
-  # Fails if a gold answer that no response can be held against is found hours later, in the first
-  # verdict.
+  # Fails if an unusable gold answer is only found hours later, in the first verdict.
   @pytest.mark.slow  # grades in worker processes
   def test_answers_that_are_no_numbers(self):
     path = self._file([text(0), text(1)])
@@ -125,7 +124,7 @@ class ProblemsTest(parameterized.TestCase):
     )
     self._file([text(5)], "test.jsonl")
     with self.assertRaisesRegex(
-      errors.UserError, "^half: .*sqrt.* is not a number .*task.answers=math"
+      errors.UserError, "^half: .*sqrt.* is not a number.*task.answers=math"
     ):
       self._chosen(train_problems=3, test_problems=1)
     self.assertLen(self._chosen(train_problems=3, test_problems=1, answers="math").train, 3)
@@ -186,7 +185,7 @@ class ProblemsTest(parameterized.TestCase):
     if choice == "drop":
       with self.assertRaisesRegex(
         errors.UserError,
-        "has 19 problems .0 more overlap test problems, 1 more state another answer.*=20 asks",
+        "has 19 problems .0 more overlap test problems, 1 more .*task.train_problems=20",
       ):
         self._chosen(train_problems=20, test_problems=2)
 
@@ -257,8 +256,8 @@ class ProblemsTest(parameterized.TestCase):
       )
       self.assertEqual(other.train[0].prompt, text(0))
 
-  # Fails if nothing, or a file of training problems, is taken for a test set, or the sentence does
-  # not say what to give.
+  # Fails if an empty path or a file of training problems is accepted as a test set, or the message
+  # does not name the flag.
   @parameterized.parameters(
     ({"name": "jsonl", "path": ""}, "task.path is empty"),
     ({"name": "math", "path": ""}, "task.path is empty.*SYNTHNEG_DATA_DIR"),

@@ -115,8 +115,8 @@ class StarGraphTest(parameterized.TestCase):
       self.assertLen({tuple(arm) for arm in arms}, 3)
 
   def test_text_and_ids_agree_and_a_node_is_a_step(self):
-    # Fails if the tokenizer cuts text elsewhere than the arrays have it, or if a node and its space
-    # are not one step.
+    # Fails if the tokenizer's ids differ from the arrays, or if a node and its space are not one
+    # step.
     backend = star_graph.build_tokenizer(20)
     tokenizer = transformers.PreTrainedTokenizerFast(
       tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>"
@@ -132,7 +132,7 @@ class StarGraphTest(parameterized.TestCase):
     )
 
   def test_problems(self):
-    # Fails if fewer problems are not the first of more, if splits share problems, or if a solution
+    # Fails if fewer problems are not a prefix of more, if splits share problems, or if a solution
     # is graded wrong.
     chosen = problems.choose(task(train_problems=60, test_problems=40), seed=3)
     self.assertEqual(problems.load(task(), 3, "train", 20), chosen.train[:20])
@@ -158,7 +158,7 @@ class StarGraphTest(parameterized.TestCase):
 
   @parameterized.parameters({"degree": 1}, {"path_nodes": 2}, {"num_nodes": 4})
   def test_sizes_that_make_no_star_are_refused(self, **changes):
-    # Fails if the check is left out: names would run out, or there would be nothing to decide.
+    # Fails if the check accepts too few names, or a graph without a decision.
     with self.assertRaisesRegex(
       UserError, f"task.star_graph.{next(iter(changes))}={next(iter(changes.values()))}"
     ):

@@ -85,7 +85,7 @@ class StoriesTest(parameterized.TestCase):
     )
 
   def test_answers_against_an_independent_reading(self):
-    # Fails if a relation is told one way and computed another.
+    # Fails if a relation's sentence and its computation differ.
     for story in drawn(100):
       self.assertEqual(solved_by_words(story.prompt), story.answer, story.prompt)
 
@@ -206,7 +206,7 @@ class StoriesTest(parameterized.TestCase):
     (["Tom has Ben's 7 + 12 = 19 marbles.", KIM], 0),
   )
   def test_true_pit(self, lines, pit):
-    # Fails if the pit is found a step early or late, or at somebody who does not matter.
+    # Fails if the pit is a step early or late, or at a distractor.
     self.assertEqual(stories.true_pit(STORY, lines), pit)
     self.assertEqual(stories.is_open(STORY, lines), pit < 0)
 
@@ -231,7 +231,7 @@ class StoriesTest(parameterized.TestCase):
       self.assertEqual(tokenizer.decode(ids), prompts.plain_text(story.prompt))
 
   def test_settings_that_no_story_has_are_refused(self):
-    # Fails if numbers of people go through for which drawing would never end.
+    # Fails if the check accepts numbers of people for which drawing never ends.
     task = config_schema.default().task
     task.name = "stories"
     for leaf, value in (
@@ -249,7 +249,7 @@ class StoriesTest(parameterized.TestCase):
     self.assertLen(generated.load(task, 0, "train", 3), 3)
 
   def test_chat_and_plain_prompts_and_fresh_problems(self):
-    # Fails if stories are put to the model as typed tokens are, or fresh problems are SFT's.
+    # Fails if stories use the raw prompt style, or fresh problems go to SFT.
     task = config_schema.default().task
     task.name, task.train_problems, task.test_problems = "stories", 5, 3
     self.assertEqual(problems.prompt_style(task), "plain")
