@@ -188,8 +188,8 @@ class HubTest(parameterized.TestCase):
     ("hf:me/none", "The dataset me/none on the Hub does not exist"),
     ("hf:me/data@v9", "me/data on the Hub has no such revision"),
     ("hf:me/data/z", "me/data on the Hub has no subset 'z'"),
-    ("hf:data", "hf:data is no dataset on the Hub; the form is"),
-    ("hf:me/-bad-", "The dataset me/-bad- on the Hub could not be fetched .HFValidationError"),
+    ("hf:data", "hf:data is not a dataset on the Hub; the form is"),
+    ("hf:me/-bad-", "The dataset me/-bad- on the Hub could not be accessed .HFValidationError"),
   )
   def test_refusals(self, path, sentence):
     self.serve({"train.jsonl": lines(1), "val.jsonl": lines(2), "README.md": b"# No front matter"})
@@ -203,7 +203,7 @@ class HubTest(parameterized.TestCase):
     )
     self.serve({"README.md": configs, "a.jsonl": lines(1)})
     with self.assertRaisesRegex(
-      UserError, "me/data on the Hub has several subsets: x, y; name one as in hf:me/data/x"
+      UserError, "me/data on the Hub has several subsets: x, y; choose one, such as hf:me/data/x"
     ):
       problem_files.find("hf:me/data", "train")
 
@@ -213,7 +213,7 @@ class HubTest(parameterized.TestCase):
     with self.assertRaisesRegex(UserError, "me/data on the Hub is gated: .*HF_TOKEN"):
       problem_files.find("hf:me/data", "train")
     with mock.patch.dict(os.environ, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
-      with self.assertRaisesRegex(UserError, "me/other on the Hub could not be fetched"):
+      with self.assertRaisesRegex(UserError, "me/other on the Hub could not be accessed"):
         problem_files.find("hf:me/other", "train")
 
   # Fails if the token is not sent, files are downloaded twice, a commit is not that of its branch,
@@ -253,12 +253,12 @@ class HubTest(parameterized.TestCase):
       self.assertEqual(self.answers(f"hf:me/data@{FIRST}"), ["0", "1"])
       self.assertEqual(hub.commit("hf:me/data"), FIRST)
       with self.assertRaisesRegex(
-        UserError, "me/more on the Hub could not be fetched .OfflineMode"
+        UserError, "me/more on the Hub could not be accessed .OfflineMode"
       ):
         problem_files.find("hf:me/more", "train")
       next((self.folder / "hub").rglob("train-00001-of-00002.parquet")).unlink()
       hub._snapshot.cache_clear()
-      with self.assertRaisesRegex(UserError, "the cache holds some of its files only"):
+      with self.assertRaisesRegex(UserError, "the cache holds only some of its files"):
         problem_files.find("hf:me/data", "train")
     self.assertEmpty(server.asked)
 

@@ -140,7 +140,7 @@ class ShardsTest(parameterized.TestCase):
       list(self.shards.read())
     message = str(caught.exception)
     self.assertEqual(message[: len(f"{path}, line 2: ")], f"{path}, line 2: ")
-    self.assertIn("cut off", message)
+    self.assertIn("truncated", message)
     self.assertNotIn("\n", message)
 
   def test_other_damage(self):
@@ -151,12 +151,12 @@ class ShardsTest(parameterized.TestCase):
     fields = json.loads(second)
     short = json.dumps({name: value for name, value in fields.items() if name != "answer"})
     for damaged, sentence in (
-      ("", "line 2: not a whole Problem record"),
-      ("[1, 2]", "line 2: the fields are not those of a Problem record"),
-      ("7", "line 2: the fields are not those"),
-      (short, "line 2: the fields are not those"),
-      (json.dumps({**fields, "x": 1}), "line 2: the fields are not those"),
-      (json.dumps(dataclasses.asdict(PAIR)), "line 2: the fields are not those"),
+      ("", "line 2: not a complete Problem record"),
+      ("[1, 2]", "line 2: the fields do not match a Problem record"),
+      ("7", "line 2: the fields do not match"),
+      (short, "line 2: the fields do not match"),
+      (json.dumps({**fields, "x": 1}), "line 2: the fields do not match"),
+      (json.dumps(dataclasses.asdict(PAIR)), "line 2: the fields do not match"),
     ):
       path.write_text(f"{first}\n{damaged}\n")
       with self.assertRaisesRegex(UserError, f"{path}, {sentence}"):
@@ -166,7 +166,7 @@ class ShardsTest(parameterized.TestCase):
     # Fails if the later record replaces the earlier in silence.
     self.shards.write([problem(0), problem(1)])
     self.shards.write([problem(1, "another prompt")])
-    with self.assertRaisesRegex(UserError, f"{self.folder}: the key 'p1' stands twice"):
+    with self.assertRaisesRegex(UserError, f"{self.folder}: duplicate key 'p1'"):
       self.shards.read_dict()
     self.assertLen(list(self.shards.read()), 3)
 
