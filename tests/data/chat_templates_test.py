@@ -180,7 +180,7 @@ class PlainTest(parameterized.TestCase):
 
   def test_refuses_another_style(self):
     # Fails if an unknown style is taken for one that is known.
-    with self.assertRaisesRegex(UserError, "task.prompt='poem' is none of raw, plain, chat."):
+    with self.assertRaisesRegex(UserError, "task.prompt='poem' must be one of raw, plain, chat."):
       prompts.encode_prompt(make_tokenizer(False), "x", "poem")
 
 

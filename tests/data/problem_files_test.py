@@ -106,21 +106,21 @@ class ProblemFilesTest(parameterized.TestCase):
     ("null", "JSON object, not a NoneType"),
     ({"question": "q"}, '"answer" is missing'),
     ({"answer": "#### 5"}, '"question"'),
-    ({"question": "q", "answer": [5]}, '"answer" must be text or a number, not a list'),
-    ({"question": "q", "answer": True}, '"answer" must be text or a number, not a bool'),
+    ({"question": "q", "answer": [5]}, '"answer" must be a string or a number, not a list'),
+    ({"question": "q", "answer": True}, '"answer" must be a string or a number, not a bool'),
     ({"question": "q", "answer": float("nan")}, '"answer" must be a finite number'),
-    ({"query": "q", "response": "It is 5."}, '"response" has no \\boxed{}'),
+    ({"query": "q", "response": "It is 5."}, '"response" states no answer (\\boxed{}'),
     (
       {"prompt": [{"role": "user", "content": "q"}] * 2, "answer": 5},
-      '"prompt" must hold one turn of the user, not 2',
+      '"prompt" must hold one user turn, not 2',
     ),
     (
       {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-      "turn of an assistant",
+      "an assistant turn",
     ),
-    ({"prompt": [{"role": "user", "content": 5}], "answer": 5}, '"content" must be text in quotes'),
+    ({"prompt": [{"role": "user", "content": 5}], "answer": 5}, '"content" must be a string'),
     ({"prompt": ["q"], "answer": 5}, '"prompt" must hold turns'),
-    ({"prompt": [], "answer": 5}, '"prompt" must hold one turn of the user, not 0'),
+    ({"prompt": [], "answer": 5}, '"prompt" must hold one user turn, not 0'),
     (
       {"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": None}},
       '"answer" is missing',
@@ -129,20 +129,20 @@ class ProblemFilesTest(parameterized.TestCase):
       {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "a"}]},
       "not 'tool'",
     ),
-    ({"question": ["q"], "answer": "#### 5"}, '"question" must be text in quotes, not a list'),
+    ({"question": ["q"], "answer": "#### 5"}, '"question" must be a string, not a list'),
     ({"question": " ", "answer": "#### 5"}, '"question" is blank'),
-    ({"question": "\ud800", "answer": "#### 5"}, '"question" holds half of a surrogate pair'),
+    ({"question": "\ud800", "answer": "#### 5"}, '"question" holds an unpaired surrogate'),
     ({"question": "a\0b", "answer": "#### 5"}, '"question" holds a NUL character'),
     ({"question": "q", "answer": "It is\n5."}, '"answer": The solution states no readable answer'),
-    ({"problem": "q", "solution": "It is 5."}, '"solution" has no \\boxed{}'),
-    ({"problem": "q", "solution": "It is \\boxed{5."}, '"solution" has no \\boxed{}'),
-    ({"problem": "q", "solution": "It is \\boxed{ }."}, '"solution" has no \\boxed{}'),
+    ({"problem": "q", "solution": "It is 5."}, '"solution" states no answer (\\boxed{}'),
+    ({"problem": "q", "solution": "It is \\boxed{5."}, '"solution" states no answer (\\boxed{}'),
+    ({"problem": "q", "solution": "It is \\boxed{ }."}, '"solution" states no answer (\\boxed{}'),
     ({"problem": "q"}, '"answer" is missing'),
     ({"problem": "q", "answer": None}, '"answer" is missing'),
-    ({"problem": "q", "answer": "5", "id": False}, '"id" must be text in quotes, not a bool'),
+    ({"problem": "q", "answer": "5", "id": False}, '"id" must be a string, not a bool'),
     (
       {"problem": "q", "answer": "5", "solution": 5},
-      '"solution" must be text in quotes, not a int',
+      '"solution" must be a string, not a int',
     ),
   )
   def test_broken_line(self, line, message):
@@ -169,7 +169,7 @@ class ProblemFilesTest(parameterized.TestCase):
     self._assert_error(lambda: read(self.folder / "no.jsonl"), "no.jsonl does not exist")
     self._assert_error(lambda: read(empty), str(empty), "empty")
     self._assert_error(
-      lambda: read(self._file("{", "}"), skip_bad_rows=True), "none of 2 rows", "line 1"
+      lambda: read(self._file("{", "}"), skip_bad_rows=True), "none of the 2 rows", "line 1"
     )
     (self.folder / "bare").mkdir()
     self._assert_error(lambda: read(self.folder / "bare"), "bare holds no train.jsonl")
@@ -273,7 +273,7 @@ class ProblemFilesTest(parameterized.TestCase):
       "task.fields",
     )
     self._assert_error(
-      lambda: read({"q": 5, "gold": {"final": 5}}), 'the field "q" must be text in quotes'
+      lambda: read({"q": 5, "gold": {"final": 5}}), 'the field "q" must be a string'
     )
 
   # Fails if blank last lines count as rows, or one in the middle does not.
@@ -281,7 +281,9 @@ class ProblemFilesTest(parameterized.TestCase):
     row = {"problem": "p", "answer": "5"}
     self.assertLen(problem_files.read(self._file(row, "", " ", "\r"), "jsonl", "train").rows, 1)
     path = self._file(row, "", row)
-    self._assert_error(lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 2: blank")
+    self._assert_error(
+      lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 2: a blank line"
+    )
 
   # Fails if Parquet, gzip or a list in one JSON file gives other rows than JSON lines, nested
   # columns are lost, or an error names no row.
@@ -390,7 +392,7 @@ class ProblemFilesTest(parameterized.TestCase):
     self._assert_error(
       lambda: problem_files.read(path, "jsonl", "train"),
       f"{path}, line 2: ",
-      f'"{field}" must be text',
+      f'"{field}" must be a string',
     )
 
   # Fails if a tree's files lose their names as ids, if the other split is read, or files that are
