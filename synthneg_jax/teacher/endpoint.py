@@ -20,8 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.teacher.reply_cache import Attempts, BudgetExceeded, Prices, Purse, Reply
-from synthneg_jax.teacher.reply_cache import Request, Store
+from synthneg_jax.teacher.reply_cache import (
+  Attempts,
+  BudgetExceeded,
+  Prices,
+  Purse,
+  Reply,
+  Request,
+  Store,
+)
 
 _TRANSIENT = {408, 409, 425, 429}  # statuses that may pass, like every 5xx
 _REFUSED = {400, 413, 422}  # statuses that concern a single request

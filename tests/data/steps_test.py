@@ -262,7 +262,7 @@ class EndsTest(parameterized.TestCase):
     self.assertEqual(
       cut_by("re:[\u3002;]", "\u4e2d", "\u3002", b"\xff\xe4", ";", "\u3001", "b"), [2, 4, 6]
     )
-    with self.assertRaisesRegex(errors.UserError, "task.step_delimiter.*without text"):
+    with self.assertRaisesRegex(errors.UserError, "task.step_delimiter.*empty string"):
       cut_by("re:(?=b)", "a", "b")
 
   # Fails if a token that ends one step and begins the next is cut, or given to one of the two.

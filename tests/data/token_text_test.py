@@ -132,7 +132,7 @@ class TokenTextTest(parameterized.TestCase):
     None, decoders.WordPiece(), decoders.Sequence([decoders.Replace("x", " ")])
   )
   def test_unknown_kind(self, decoder):
-    with self.assertRaisesRegex(errors.UserError, "no known kind"):
+    with self.assertRaisesRegex(errors.UserError, "is not supported"):
       token_text.TokenText(wrapped(decoder, {"a": 0}))
     with self.assertRaisesRegex(errors.UserError, "not a fast tokenizer"):
       token_text.TokenText(object())
@@ -176,7 +176,7 @@ class StepEndsTest(parameterized.TestCase):
     )
 
   def test_empty_delimiter(self):  # Fails if an empty delimiter ends a step at every byte.
-    with self.assertRaisesRegex(errors.UserError, "between steps, '', must be text, not empty"):
+    with self.assertRaisesRegex(errors.UserError, "delimiter .. must be text, not empty"):
       token_text.step_ends([1], texts()["word"], "")
 
   # Fails if ends repeat, miss the last token, leave a step without text, or split where no

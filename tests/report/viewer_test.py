@@ -305,8 +305,8 @@ def test_filters_search_and_order(browser, tmp_path):
     ("verdict", "not right", ["p/0/sample/1", "p/0/sample/0", "t/0/evaluate/0@1"]),
     ("pit", "at step 2", ["p/0/sample/0"]),
     ("credit", "right, with a spurious step", ["p/0/sample/2"]),
-    ("disagreement", "wrong, though Q", ["p/0/sample/1"]),
-    ("disagreement", "right, though Q", ["p/0/sample/2"]),
+    ("disagreement", "wrong, but Q", ["p/0/sample/1"]),
+    ("disagreement", "right, but Q", ["p/0/sample/2"]),
     ("disagreement", "policies differ", ["t/0/evaluate/0@1", "t/0/evaluate/0@2"]),
     (
       "disagreement",

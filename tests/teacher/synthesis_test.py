@@ -35,7 +35,7 @@ class TemplatesTest(parameterized.TestCase):
       synthesis.Templates.read(str(folder))
     (folder / "problems.txt").write_text("{seeds} {count}")
     (folder / "solution.txt").write_text("Solve it.")
-    with self.assertRaisesRegex(UserError, "solution.txt does not hold {problem}"):
+    with self.assertRaisesRegex(UserError, "solution.txt does not contain {problem}"):
       synthesis.Templates.read(str(folder))
 
 
