@@ -321,7 +321,7 @@ def read_row(
   fields = fields or {}
   mapped = _mapped(row, fields)
   try:
-    return _read_mapped(mapped, prefix, given_id, keep_annotations)
+    return _read_mapped(mapped, prefix, given_id, keep_annotations=keep_annotations)
   except errors.UserError as error:
     message = str(error)
   for target, source in fields.items() if mapped is not row else ():
@@ -329,7 +329,7 @@ def read_row(
   raise errors.UserError(message)
 
 
-def _read_mapped(row: dict, prefix: str, given_id: str | None, keep_annotations: bool) -> Row:
+def _read_mapped(row: dict, prefix: str, given_id: str | None, *, keep_annotations: bool) -> Row:
   """As `read_row`, for a row whose fields have our names."""
   names = ("problem", "question", "query", "prompt", "messages")
   field = next((name for name in names if row.get(name) is not None), None)

@@ -21,7 +21,7 @@ def plain_text(problem: str, shots: Sequence[Shot] = ()) -> str:
 
 
 def _render(
-  tokenizer, turns: Sequence[tuple[str, str]], template_args: Mapping, generate: bool = False
+  tokenizer, turns: Sequence[tuple[str, str]], template_args: Mapping, *, generate: bool = False
 ) -> str:
   """Renders (role, content) turns; `generate` adds the generation prompt."""
   messages = [{"role": role, "content": content} for role, content in turns]

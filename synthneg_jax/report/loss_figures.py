@@ -22,7 +22,7 @@ _COLORS = (figures.BLUE, figures.ORANGE, "#4f9a5d", "#a05fb4", figures.GREY)
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 
-def with_nll(loss: Loss, weight: float, num_tokens: int, ref_chosen: float) -> Loss:
+def with_nll(loss: Loss, *, weight: float, num_tokens: int, ref_chosen: float) -> Loss:
   """loss + weight · `losses.nll_term` of the chosen branch, as in training.
 
   Args:

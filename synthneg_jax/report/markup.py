@@ -51,6 +51,7 @@ def table(
   header: Sequence[str],
   rows: Sequence[Sequence[str]],
   numeric: Sequence[int],
+  *,
   caption: str,
   loose: bool = False,
 ) -> str:
@@ -89,8 +90,16 @@ class Folder:
     for old in [*path.glob("*.png"), *path.glob("*.csv")]:  # some may belong to a deleted stage
       old.unlink()
 
-  def add(self, name: str, figure, header, rows, label: str, caption: str) -> str:
-    """Writes a figure and its numbers; returns a <figure> element."""
+  def add(self, name: str, figure, header, rows, *, label: str, caption: str) -> str:
+    """Writes a figure and its numbers; returns a <figure> element.
+
+    Args:
+      name: of the files, without suffix.
+      figure: to save.
+      header, rows: of the CSV file.
+      label: text for screen readers.
+      caption: HTML.
+    """
     (self.path / f"{name}.png").write_bytes(figures.png(figure))
     (self.path / f"{name}.csv").write_text(csv_text(header, rows))
     return (

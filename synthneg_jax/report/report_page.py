@@ -86,9 +86,12 @@ def _errors(report: Report, folder: markup.Folder) -> str:
     ("method", "test error", "95 % interval", "problems"),
     rows,
     (1, 2, 3),
-    "Test error: the share of test problems whose response is not graded right, with one response "
-    "per problem. The interval (Wilson) covers the draw of test problems for one training run. All "
-    "methods answer the same problems, so two methods may differ even if their intervals overlap.",
+    caption=(
+      "Test error: the share of test problems whose response is not graded right, with one "
+      "response per problem. The interval (Wilson) covers the draw of test problems for one "
+      "training run. All methods answer the same problems, so two methods may differ even if their "
+      "intervals overlap."
+    ),
   )
   if not tested:
     return out + markup.missing("Stage evaluate is not done: no method has been tested yet.")
@@ -100,8 +103,8 @@ def _errors(report: Report, folder: markup.Folder) -> str:
     figure,
     ("method", "test_error", "ci95_low", "ci95_high", "num_problems"),
     [(m.label, m.error, m.low, m.high, m.num_problems) for m in tested],
-    "Test errors with their intervals",
-    "Test error of each method; the line is the 95 % interval.",
+    label="Test errors with their intervals",
+    caption="Test error of each method; the line is the 95 % interval.",
   )
   return f'<div class="side"><div>{out}</div>{drawn}</div>'
 
@@ -138,11 +141,13 @@ def _values(report: Report, folder: markup.Folder) -> str:
         for s, (q, n) in enumerate(zip(values.means, values.counts, strict=True), start=1)
       ),
     ],
-    "Mean Q by step",
-    "Mean Q after each step over the wrong traces with a known Q there, including last steps (Q = "
-    f"0); {len(pits)} traces of {values.num_problems} problems, weighted equally. The value at 0 "
-    "is the mean value of the problem alone over these traces. The bars show the number of traces "
-    "in each mean.",
+    label="Mean Q by step",
+    caption=(
+      "Mean Q after each step over the wrong traces with a known Q there, including last steps (Q "
+      f"= 0); {len(pits)} traces of {values.num_problems} problems, weighted equally. The value at "
+      "0 is the mean value of the problem alone over these traces. The bars show the number of "
+      "traces in each mean."
+    ),
   )
   advantage = folder.add(
     "mean_advantage",
@@ -154,8 +159,8 @@ def _values(report: Report, folder: markup.Folder) -> str:
         zip(values.advantages, values.advantage_counts, strict=True), start=1
       )
     ],
-    "Mean advantage by step",
-    "Mean advantage of each step over the wrong traces with a known Q before and after it.",
+    label="Mean advantage by step",
+    caption="Mean advantage of each step over the wrong traces with a known Q before and after it.",
   )
   steps = max((pit + 1 for pit in pits), default=0)
   counts = [sum(pit == step for pit in pits) for step in range(max(steps, len(values.means)))]
@@ -168,8 +173,8 @@ def _values(report: Report, folder: markup.Folder) -> str:
     figures.pits(counts, without),
     ("step", "traces"),
     [*enumerate(counts, start=1), ("none", without)],
-    "Steps of the pits",
-    f"Step of the pit in the {len(pits)} credited wrong traces; {note}",
+    label="Steps of the pits",
+    caption=f"Step of the pit in the {len(pits)} credited wrong traces; {note}",
   )
   return f'{out}<div class="figures three">{mean}{advantage}{steps_of_pits}</div>'
 
@@ -191,8 +196,10 @@ def _reasons(report: Report) -> str:
     ("responses", *(markup.REASONS[name] for name in names), "all"),
     rows,
     range(1, len(names) + 2),
-    "Number of responses by verdict and, below, their share of the row in %. Samples answer the "
-    "training problems; the other rows answer the test problems once each.",
+    caption=(
+      "Number of responses by verdict and, below, their share of the row in %. Samples answer the "
+      "training problems; the other rows answer the test problems once each."
+    ),
   )
 
 
@@ -216,9 +223,11 @@ def _stages(report: Report) -> str:
     ("stage", "state", "seconds", "counts"),
     rows,
     (2,),
-    "Seconds of the process that finished the stage; an interrupted stage took longer in total. "
-    "Names with a / and grad_norm refer to the last training step; the part after the / says what "
-    "the mean is over.",
+    caption=(
+      "Seconds of the process that finished the stage; an interrupted stage took longer in total. "
+      "Names with a / and grad_norm refer to the last training step; the part after the / says "
+      "what the mean is over."
+    ),
     loose=True,
   )
 

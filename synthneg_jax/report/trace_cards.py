@@ -37,7 +37,7 @@ class ShownTrace:
   preferred: str | None  # chosen branch of the per-step pair; "" for no pair, None if not yet made
 
 
-def _step(step: Step, number: int, trace: ShownTrace, best_of: int) -> str:
+def _step(step: Step, *, number: int, trace: ShownTrace, best_of: int) -> str:
   if step.exact:
     credit = f"Q = {step.q:.0f}, the verdict"
   elif step.rollouts:
@@ -64,12 +64,14 @@ def _step(step: Step, number: int, trace: ShownTrace, best_of: int) -> str:
   )
 
 
-def _trace(trace: ShownTrace, number: int, best_of: int, pair_mode: str) -> str:
+def _trace(trace: ShownTrace, number: int, *, best_of: int, pair_mode: str) -> str:
   graded = "none" if trace.extracted is None else trace.extracted
   start = f"{trace.right_samples} of {trace.samples} samples of the problem are right"
   value = f"{trace.v0:.3f}".removesuffix("0")  # eighths need the third decimal
   start += f" (value {value} under Best-of-{best_of})" if best_of > 1 else f" (value {value})"
-  steps = "\n".join(_step(step, i, trace, best_of) for i, step in enumerate(trace.steps))
+  steps = "\n".join(
+    _step(step, number=i, trace=trace, best_of=best_of) for i, step in enumerate(trace.steps)
+  )
   preferred = ""
   if trace.preferred:
     comparison = "this correct continuation of the same steps to the pit"
@@ -112,5 +114,8 @@ def section(traces: Sequence[ShownTrace] | None, best_of: int, pair_mode: str) -
     '<span class="sample" style="background: rgba(var(--bad), 0.5)">the step lowers Q</span> '
     '<span class="sample" style="background: rgba(var(--good), 0.5)">the step raises Q</span>; '
     "stronger colour means a larger change.</p>"
-    + "\n".join(_trace(trace, i, best_of, pair_mode) for i, trace in enumerate(traces, start=1))
+    + "\n".join(
+      _trace(trace, i, best_of=best_of, pair_mode=pair_mode)
+      for i, trace in enumerate(traces, start=1)
+    )
   )

@@ -77,9 +77,11 @@ def curves(
         training_figure(rows),
         ("step", *names),
         numbers,
-        f"Training of {label}",
-        f"{markup.escape(label)}, {len(rows)} updates. Thin: each update's batch; thick: running "
-        f"mean over {width} updates.",
+        label=f"Training of {label}",
+        caption=(
+          f"{markup.escape(label)}, {len(rows)} updates. Thin: each update's batch; thick: running "
+          f"mean over {width} updates."
+        ),
       )
     )
   if not drawn:
@@ -133,8 +135,8 @@ def bill(
     figures.times([row[0] for row in rows], [row[1] for row in rows]),
     ("stage", "seconds", "responses_drawn", "tokens_drawn"),
     rows,
-    "Time by stage",
-    "Seconds of the process that finished each stage.",
+    label="Time by stage",
+    caption="Seconds of the process that finished each stage.",
   )
   return f"<p>{' '.join(lines)}</p>" if lines else "", figure
 

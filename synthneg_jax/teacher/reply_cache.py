@@ -143,7 +143,7 @@ class Store:
     """Deletes the record of an attempt that was not billed, or whose reply is stored."""
     self._path(request.key, f".{attempt}.attempt").unlink(missing_ok=True)
 
-  def mark_lost(self, request: Request, attempt: str, usd: float, error: str, text: str) -> None:
+  def mark_lost(self, request: Request, attempt: str, usd: float, *, error: str, text: str):
     """Records the error and the partial text of an attempt that may have been billed."""
     note = {"attempt": attempt, "usd": usd, "error": error, "text": text}
     self._write(self._path(request.key, f".{attempt}.attempt"), note)
@@ -224,7 +224,7 @@ class Attempts:
 
   def mark_lost(self, error: str, text: str) -> None:
     """Ends an attempt that may have been billed; `text` is the part of the reply that arrived."""
-    self._store.mark_lost(self._request, self._name, self._most, error, text)
+    self._store.mark_lost(self._request, self._name, self._most, error=error, text=text)
     self._end(self._most)
 
   def keep(self, reply: Reply, usd: float) -> Reply:

@@ -1,6 +1,4 @@
-"""The client against a real HTTP server that streams, stalls, rate-limits, sends broken JSON and
-dies half-way.
-"""
+"""The client against a real HTTP server that streams, stalls, rate-limits and breaks replies."""
 
 import dataclasses
 import json
@@ -59,9 +57,9 @@ class EndpointTest(parameterized.TestCase):
     return Chat(Endpoint(section.endpoint), self.store, self.purse, Prices(*prices), section)
 
   @parameterized.product(stream=[True, False])
-  def test_a_reply_comes_whole_with_its_tokens(self, stream):
-    # Fails if pieces of a stream are lost or doubled, usage is not asked for, or the request is not
-    # what was meant.
+  def test_complete_reply(self, stream):
+    # Fails if pieces of a stream are lost or doubled, usage is not requested, or the request is
+    # wrong.
     ((request, reply),) = self.chat(stream=stream).ask(requests(1))
     self.assertEqual((reply.text, reply.finish, reply.counted), (TEXT, "stop", True))
     self.assertEqual((reply.prompt_tokens, reply.completion_tokens), (2, 9))
@@ -76,8 +74,8 @@ class EndpointTest(parameterized.TestCase):
     stream=[True, False],
     fault=["503:0.01", "520:0.01", "524:0.01", "429:0.05", "stall", "broken_json", "die"],
   )
-  def test_what_goes_wrong_once_is_asked_again(self, stream, fault):
-    # Fails if a fault ends the run, or half a reply is taken for a whole one.
+  def test_transient_faults_are_retried(self, stream, fault):
+    # Fails if a fault ends the run, or an incomplete reply passes.
     self.server.faults = [fault, fault]
     replies = dict(self.chat(stream=stream).ask(requests(1)))
     self.assertEqual([reply.text for reply in replies.values()], [TEXT])
@@ -87,30 +85,29 @@ class EndpointTest(parameterized.TestCase):
     *(("stall_midway", True), ("cut", True), ("no_choices", False)),
     *((reason, stream) for reason in ("error", "abort") for stream in (True, False)),
   )
-  def test_half_a_reply_is_none(self, fault, stream):
-    # Fails if a stream that stops within the reply, a reply without choices, or one that the server
-    # gave up, is kept.
+  def test_incomplete_replies_are_retried(self, fault, stream):
+    # Fails if a truncated stream, a reply without choices, or one that the server aborted is kept.
     self.server.faults = [fault]
     ((_, reply),) = self.chat(stream=stream).ask(requests(1))
     self.assertEqual((reply.text, len(self.server.requests)), (TEXT, 2))
 
   @parameterized.parameters("429:1.0", "503:1.0")
-  def test_a_request_waits_as_long_as_the_server_says(self, fault):
+  def test_retry_after(self, fault):
     # Fails if Retry-After is not honoured.
     self.server.faults = [fault]
     self.assertLen(dict(self.chat(concurrency=1).ask(requests(1))), 1)
     first, second = self.server.times
     self.assertGreaterEqual(second - first, 0.95)
 
-  def test_no_more_at_once_than_allowed(self):
-    # Fails if concurrency is not bounded, or requests go one by one.
+  def test_concurrency(self):
+    # Fails if concurrency is unbounded, or requests are sequential.
     self.server.delay_s = 0.05
     self.assertLen(list(self.chat(concurrency=3).ask(requests(12))), 12)
     self.assertEqual(self.server.most_at_once, 3)
 
   @parameterized.parameters("401", "404", "400")
-  def test_what_will_not_get_better_stops_at_once(self, fault):
-    # Fails if a refusal is tried again, or its message carries the key.
+  def test_permanent_errors_stop_the_run(self, fault):
+    # Fails if a refusal is retried, or its message contains the key.
     self.server.faults = [fault] * 9
     with self.assertRaises(UserError) as caught:
       list(self.chat(concurrency=1).ask(requests(5)))
@@ -118,8 +115,8 @@ class EndpointTest(parameterized.TestCase):
     self.assertNotIn(KEY, str(caught.exception))
     self.assertIn(fault, str(caught.exception))
 
-  def test_a_spent_quota_ends_the_run(self):
-    # Fails if a 429 for good counts as one failed request.
+  def test_spent_quota_stops_the_run(self):
+    # Fails if a permanent 429 counts as one failed request.
     self.server.faults = ["quota"] * 9
     with self.assertRaisesRegex(UserError, "answered 429: You exceeded your quota"):
       list(self.chat(concurrency=1, attempts=1, max_failed=4).ask(requests(5)))
@@ -127,13 +124,14 @@ class EndpointTest(parameterized.TestCase):
 
   @parameterized.product(stream=[True, False])
   def test_content_in_parts(self, stream):
-    # Fails if the text of parts is lost, or a part that is no text counts for it.
+    # Fails if the text of parts is lost, or a part of another type counts as text.
     self.server.in_parts = True
     ((_, reply),) = self.chat(stream=stream).ask(requests(1))
     self.assertEqual((reply.text, reply.finish), (TEXT, "stop"))
 
-  def test_one_request_that_the_server_will_not_take(self):
-    # Fails if one prompt that is too long, say, ends the run, or is asked about again and again.
+  def test_one_refused_request(self):
+    # Fails if a single refused request, such as a prompt that is too long, ends the run or is
+    # retried.
     self.server.faults = ["400"]
     self.assertLen(list(self.chat(concurrency=1, max_failed=1).ask(requests(4))), 3)
     self.assertLen(self.server.requests, 4)
@@ -146,23 +144,23 @@ class EndpointTest(parameterized.TestCase):
       )
     self.assertLen(kept, 3)
 
-  def test_the_servers_own_words(self):
-    # Fails if FastAPI's detail is hidden behind a number.
+  def test_server_message(self):
+    # Fails if FastAPI's detail is missing from the message.
     self.server.faults = ["detail"] * 9
     with self.assertRaisesRegex(
       UserError, "answered 422: body.prompt: Input should be a valid string"
     ):
       list(self.chat(concurrency=1).ask(requests(1)))
 
-  def test_a_filtered_request_is_a_reply_without_text(self):
-    # Fails if one refused prompt stops all others, or is asked about again.
+  def test_filtered_request(self):
+    # Fails if a filtered request stops the others, or is retried.
     self.server.faults = ["filtered"]
     replies = dict(self.chat(concurrency=1).ask(requests(2)))
     self.assertCountEqual([reply.finish for reply in replies.values()], ["content_filter", "stop"])
     self.assertTrue(all(self.store.get(request) for request in requests(2)))
 
-  def test_a_request_that_never_succeeds(self):
-    # Fails if it is left out without a word, or takes the others with it; max_failed lets it go.
+  def test_one_failing_request(self):
+    # Fails if the failure is silent or stops the other requests; max_failed permits it.
     def chat(body):
       if body["messages"][0]["content"] == "Problem 1":
         raise BrokenPipeError
@@ -175,17 +173,17 @@ class EndpointTest(parameterized.TestCase):
     self.assertLen(kept, 3)
     self.assertLen(list(self.chat(max_failed=1, attempts=2).ask(requests(4))), 3)
 
-  def test_a_server_that_is_not_there(self):
-    # Fails if every one of many requests is tried to its end against a server that is down.
+  def test_server_down(self):
+    # Fails if all requests are retried against a server that is down.
     self.server.close()
     start = time.monotonic()
     with self.assertRaisesRegex(UserError, "ConnectError"):
       list(self.chat(concurrency=2, attempts=2).ask(requests(500)))
     self.assertLess(time.monotonic() - start, 5.0)
 
-  def test_the_budget_is_never_passed(self):
-    # Fails if requests under way are not reckoned with, or replies are lost when the money is
-    # spent. A prompt has 25 tokens at most (9 bytes and 16), a reply 100 at most and 9 in fact.
+  def test_budget(self):
+    # Fails if requests in flight are not counted, or replies are lost when the budget is spent. A
+    # prompt has at most 25 tokens (9 bytes plus 16), a reply at most 100 and in fact 9.
     self.server.delay_s = 0.02
     kept = []
     with self.assertRaisesRegex(UserError, "budget_usd=0.001"):
@@ -197,9 +195,8 @@ class EndpointTest(parameterized.TestCase):
     asked = len(self.server.requests)
     self.assertEqual(asked, len(kept))
 
-  def test_lost_attempts_count_with_the_most_that_they_can_have_cost(self):
-    # Fails if a reply that was cut off is free, or a refused connection is not; and if what came is
-    # thrown away.
+  def test_lost_attempts_are_charged(self):
+    # Fails if a truncated reply is free, a refused attempt is not, or the partial text is lost.
     self.server.faults = ["die", "503:0.01"]
     list(self.chat(prices=(1.0, 10.0)).ask(requests(1)))
     lost, paid = (25 * 1 + 100 * 10) * 1e-6, (2 * 1 + 9 * 10) * 1e-6
@@ -208,9 +205,9 @@ class EndpointTest(parameterized.TestCase):
     (note,) = [json.loads(path.read_text()) for path in self.folder.glob("*/*.attempt.json")]
     self.assertTrue(note["text"] and TEXT.startswith(note["text"]), note)
 
-  def test_attempts_lost_within_retries_of_the_client(self):
-    # Fails if a request that timed out and that openai repeated is free, if a status is not, or if
-    # a retry passes the budget.
+  def test_lost_attempts_within_retries_of_openai(self):
+    # Fails if a timed-out attempt that openai retries is free, a status is not, or a retry exceeds
+    # the budget.
     self.server.faults = ["stall", "503:0.01"]
     list(self.chat(prices=(1.0, 10.0)).ask(requests(1)))
     lost, paid = (25 * 1 + 100 * 10) * 1e-6, (2 * 1 + 9 * 10) * 1e-6
@@ -223,12 +220,12 @@ class EndpointTest(parameterized.TestCase):
     self.assertAlmostEqual(self.store.spent(), lost + paid + lost, places=9)
     self.assertLen(self.server.requests, 4)
 
-  def test_a_killed_run_is_reckoned_with(self):
-    # Fails if an attempt that was under way when the process was killed counts for nothing.
+  def test_attempt_of_a_killed_run_is_charged(self):
+    # Fails if an attempt in flight when the process was killed counts for nothing.
     self.store.begin(requests(1)[0], 0.25)
     self.assertEqual(self.store.spent(), 0.25)
 
-  def test_usage_that_the_server_keeps_to_itself_is_bounded(self):
+  def test_missing_usage_is_bounded(self):
     # Fails if such a reply costs nothing.
     self.server.usage = False
     ((_, reply),) = self.chat().ask(requests(1))
@@ -236,8 +233,8 @@ class EndpointTest(parameterized.TestCase):
       (reply.prompt_tokens, reply.completion_tokens, reply.counted), (25, 100, False)
     )
 
-  def test_the_key_is_written_nowhere(self):
-    # Fails if what the server echoes (in a reply, an error, half a reply) is kept as it came.
+  def test_key_is_never_written(self):
+    # Fails if echoed text (in a reply, an error, a partial reply) is stored with the key.
     self.server.faults = ["echo", "503:0.01", "echo"]
     with self.assertLogs("absl", "DEBUG") as logs:
       logging.info("a line")
@@ -253,17 +250,17 @@ class EndpointTest(parameterized.TestCase):
     ({"model": ""}, "endpoint.model is empty"),
     ({"key_variable": "NOT_SET_4711"}, "NOT_SET_4711"),
   )
-  def test_settings_that_cannot_work(self, changes, message):
-    # Fails if they are found out by the first request, or the message repeats a secret.
+  def test_invalid_settings(self, changes, message):
+    # Fails if only the first request reveals them, or the message repeats a secret.
     with self.assertRaisesRegex(UserError, message) as caught:
       self.chat(**changes)
     self.assertNotIn("secret", str(caught.exception))
 
 
 class PurseTest(absltest.TestCase):
-  def test_money_held_is_not_there_for_others(self):
-    # Fails if two requests may hold the same money, or if what comes back of it is not given to the
-    # one who waits.
+  def test_reservations(self):
+    # Fails if two requests can reserve the same money, or released money does not reach a waiting
+    # one.
     purse, held = Purse(1.0, 0.0), []
     self.assertEqual([purse.reserve(0.3) for _ in range(3)], [True] * 3)
     waiting = threading.Thread(target=lambda: held.append(purse.reserve(0.3)))
