@@ -232,13 +232,13 @@ def _stages(report: Report) -> str:
   )
 
 
-def _bill(report: Report, folder: markup.Folder) -> str:
+def _rollouts_and_time(report: Report, folder: markup.Folder) -> str:
   done = {stage.name: stage.figures for stage in report.stages if stage.state == "done"}
-  text, figure = training_sections.bill(done, report.num_rollouts, folder)
+  text, figure = training_sections.rollouts_and_time(done, report.num_rollouts, folder)
   return f'{text}<div class="side left">{figure}<div>{_stages(report)}</div></div>'
 
 
-def _origin(report: Report) -> str:
+def _provenance(report: Report) -> str:
   def kind(name):
     return ' class="changed"' if name in report.changed else ""
 
@@ -289,8 +289,8 @@ def page(report: Report, folder: epath.PathLike) -> str:
     ),
     ("Verdicts", _reasons(report)),
     ("Training", training_sections.curves(report.training, figure_folder)),
-    ("Rollouts and time by stage", _bill(report, figure_folder)),
-    ("Provenance", _origin(report)),
+    ("Rollouts and time by stage", _rollouts_and_time(report, figure_folder)),
+    ("Provenance", _provenance(report)),
   )
   body = "\n".join(f"<section><h2>{title}</h2>\n{text}</section>" for title, text in sections)
   return (

@@ -95,7 +95,7 @@ def curves(
   return f'{note}<div class="figures">{"".join(drawn)}</div>'
 
 
-def bill(
+def rollouts_and_time(
   stages: Mapping[str, Mapping[str, object]], num_rollouts: int, folder: markup.Folder
 ) -> tuple[str, str]:
   """Numbers of samples and rollouts as text, and the time of each stage as a figure.

@@ -313,11 +313,11 @@ class Chat:
     counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
     counted = all(isinstance(count, int) for count in counts)
     if not counted:
-      counts = [request.most_prompt_tokens, request.max_tokens]
+      counts = [request.max_prompt_tokens, request.max_tokens]
     return Reply(self._endpoint.scrub(text), finish, *counts, counted=counted)
 
   def _ask(self, request: Request) -> Reply:
-    attempts = Attempts(self._store, self._budget, request, self._prices.most(request))
+    attempts = Attempts(self._store, self._budget, request, self._prices.max_usd(request))
     try:
       reply = self._endpoint.call(functools.partial(self._send, request), attempts)
     except _Filtered:

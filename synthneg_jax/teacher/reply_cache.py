@@ -54,7 +54,7 @@ class Request:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) >> 1
 
   @property
-  def most_prompt_tokens(self) -> int:
+  def max_prompt_tokens(self) -> int:
     """Upper bound on the prompt's tokens: its bytes plus the chat template's tokens."""
     return sum(len(text.encode()) + _TEMPLATE_TOKENS for _, text in self.messages)
 
@@ -92,9 +92,9 @@ class Prices:
     """Cost of a request with its reply in US dollars."""
     return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
 
-  def most(self, request: Request) -> float:
+  def max_usd(self, request: Request) -> float:
     """The most that one attempt can cost, in US dollars."""
-    return self.usd(request.most_prompt_tokens, request.max_tokens)
+    return self.usd(request.max_prompt_tokens, request.max_tokens)
 
 
 class Store:
@@ -246,5 +246,5 @@ def estimate(requests: Sequence[Request], prices: Prices) -> dict[str, float]:
   return {
     "prompt_tokens": prompt,
     "most_completion_tokens": sum(request.max_tokens for request in requests),
-    "most_usd": sum(prices.most(request) for request in requests),
+    "most_usd": sum(prices.max_usd(request) for request in requests),
   }
