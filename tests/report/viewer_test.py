@@ -277,7 +277,7 @@ def test_steps_rollouts_and_pairs(browser, tmp_path):
   browser.click(".roll")
   assert browser.js("document.querySelector('.rollouts').hidden")
   browser.js("document.querySelectorAll('.roll')[1].click()")
-  assert "4 more rollouts not kept" in browser.js(
+  assert "4 more rollouts not in this page" in browser.js(
     "document.querySelectorAll('.rollouts')[1].innerText"
   )
   pairs = browser.js(
@@ -628,4 +628,4 @@ def test_page_is_package_data():
     for p in (root / "report").rglob("*")
     if p.suffix in (".js", ".css", ".html", ".woff2") or p.name == "LICENSE"
   }
-  assert len(parts) == 29 and parts <= installed
+  assert len(parts) == 30 and parts <= installed

@@ -46,7 +46,7 @@ class EndpointTest(parameterized.TestCase):
       url=self.server.url,
       model="teacher",
       key_variable="TEACHER_KEY",
-      timeout_s=0.6,
+      timeout_s=5.0,
       backoff_s=0.01,
       attempts=4,
     )
@@ -77,7 +77,8 @@ class EndpointTest(parameterized.TestCase):
   def test_transient_faults_are_retried(self, stream, fault):
     # Fails if a fault ends the run, or an incomplete reply passes.
     self.server.faults = [fault, fault]
-    replies = dict(self.chat(stream=stream).ask(requests(1)))
+    timeout_s = 0.6 if fault == "stall" else 5.0
+    replies = dict(self.chat(stream=stream, timeout_s=timeout_s).ask(requests(1)))
     self.assertEqual([reply.text for reply in replies.values()], [TEXT])
     self.assertLen(self.server.requests, 3)
 
@@ -88,7 +89,8 @@ class EndpointTest(parameterized.TestCase):
   def test_incomplete_replies_are_retried(self, fault, stream):
     # Fails if a truncated stream, a reply without choices, or one that the server aborted is kept.
     self.server.faults = [fault]
-    ((_, reply),) = self.chat(stream=stream).ask(requests(1))
+    timeout_s = 0.6 if fault == "stall_midway" else 5.0
+    ((_, reply),) = self.chat(stream=stream, timeout_s=timeout_s).ask(requests(1))
     self.assertEqual((reply.text, len(self.server.requests)), (TEXT, 2))
 
   @parameterized.parameters("429:1.0", "503:1.0")
@@ -209,14 +211,15 @@ class EndpointTest(parameterized.TestCase):
     # Fails if a timed-out attempt that openai retries is free, a status is not, or a retry exceeds
     # the budget.
     self.server.faults = ["stall", "503:0.01"]
-    list(self.chat(prices=(1.0, 10.0)).ask(requests(1)))
+    list(self.chat(prices=(1.0, 10.0), timeout_s=0.6).ask(requests(1)))
     lost, paid = (25 * 1 + 100 * 10) * 1e-6, (2 * 1 + 9 * 10) * 1e-6
     self.assertAlmostEqual(self.store.spent(), lost + paid, places=9)
     self.assertAlmostEqual(self.purse.spent, lost + paid, places=9)
     self.server.faults = ["stall"]
     other = [dataclasses.replace(request, index=1) for request in requests(1)]
     with self.assertRaisesRegex(UserError, "budget_usd=.*the next request may cost 0.0010"):
-      list(self.chat(prices=(1.0, 10.0), budget=lost + paid + 1.5 * lost).ask(other))
+      budget = lost + paid + 1.5 * lost
+      list(self.chat(prices=(1.0, 10.0), budget=budget, timeout_s=0.6).ask(other))
     self.assertAlmostEqual(self.store.spent(), lost + paid + lost, places=9)
     self.assertLen(self.server.requests, 4)
 
