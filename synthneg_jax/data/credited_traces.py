@@ -1,9 +1,7 @@
-"""Traces with step-level credit: what stages sample and credit wrote, read once and for every
-reader.
+"""Traces with step-level credit, from the records of stages sample and credit.
 
-Counts become values (core/advantages.py) and blame (core/pits.py) here, so that the pairs that are
-trained on, the RFT filter, the report, the trace viewer and TensorBoard all see the same Q,
-advantages and pits.
+Counts become values (core/advantages.py) and pits (core/pits.py) only here, so pairs, the RFT
+filter, the report, the trace viewer and TensorBoard use the same Q, advantages and pits.
 """
 
 import dataclasses
@@ -20,11 +18,10 @@ from synthneg_jax.data.records import Shards, StepEstimate, Trace
 
 
 def by_problem(traces: Iterable[Trace], order: Iterable[str] = ()) -> dict[str, list[Trace]]:
-  """Traces grouped by problem: problems in the given order, then others as they come; traces by
-  index.
+  """Groups traces by problem: problems in `order`, then the rest as they come; traces by index.
 
-  The order of problems in shards depends on which process wrote them; nothing made from traces may
-  depend on it.
+  The order of problems in shards depends on which process wrote them, so nothing derived from
+  traces may depend on it.
   """
   groups = {key: [] for key in order}
   for trace in traces:
@@ -42,10 +39,10 @@ class CreditedTrace:
     trace: the record.
     estimates: one per step.
     q: float32 [S], Q under Best-of-k after each step; 0 where unknown.
-    known: bool [S], which steps have an estimate of at least k rollouts, or an exact value.
+    known: bool [S], True for steps with at least k rollouts or an exact value.
     v0: V of the bare problem under Best-of-k.
     advantage: float32 [S].
-    advantage_known: bool [S], where Q is known both after and before the step.
+    advantage_known: bool [S], True if Q is known both after and before the step.
   """
 
   trace: Trace
@@ -58,9 +55,7 @@ class CreditedTrace:
 
 
 def pad(traces: Sequence[CreditedTrace]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Values of N traces, padded to the longest: (q [N, S], known [N, S], False beyond a trace's end,
-  v0 [N]).
-  """
+  """Pads N traces to the longest: (q [N, S], known [N, S], False beyond a trace's end, v0 [N])."""
   width = max(len(credited.q) for credited in traces)
   q, known = np.zeros((len(traces), width), np.float32), np.zeros((len(traces), width), bool)
   for n, credited in enumerate(traces):
@@ -69,8 +64,11 @@ def pad(traces: Sequence[CreditedTrace]) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def first_pits(traces: Sequence[CreditedTrace], section) -> list[int]:
-  """The first pit of each wrong trace by the rule of the config's section `pairs`; -1 if the rule
-  finds none.
+  """The first pit of each wrong trace; -1 for none.
+
+  Args:
+    traces: wrong traces.
+    section: the config's section `pairs`, with the rule.
   """
   if not traces:
     return []
@@ -84,9 +82,7 @@ def first_pits(traces: Sequence[CreditedTrace], section) -> list[int]:
 
 
 def spurious_steps(traces: Sequence[CreditedTrace], below: float) -> list[int]:
-  """The spurious step of each right trace, whose advantage is below `below`; -1 if the rule finds
-  none.
-  """
+  """The spurious step (advantage less than `below`) of each right trace; -1 for none."""
   if not traces:
     return []
   rule = functools.partial(pits.spurious_step, below=below)
@@ -94,13 +90,13 @@ def spurious_steps(traces: Sequence[CreditedTrace], below: float) -> list[int]:
 
 
 class CreditedTraces:
-  """All sampled traces of a run, and those of them that got credit.
+  """All sampled traces of a run and the credit of those that have any.
 
   Attributes:
     groups: every sampled trace, by problem.
     estimates: by key, "TRACE_ID/STEP".
-    traces: those with credit, in the order of `groups`.
-    start: (right, all) samples of each problem, from which V is estimated.
+    traces: traces with credit, in the order of `groups`.
+    start: (right, all) samples of each problem, the estimate of V.
   """
 
   def __init__(
@@ -109,7 +105,7 @@ class CreditedTraces:
     """
     Args:
       groups: as `by_problem` returns them.
-      estimates: of stage credit.
+      estimates: the records of stage credit, by key.
       best_of: k of Best-of-k; every problem has at least k samples.
     """
     self.groups, self.estimates = groups, estimates
@@ -122,7 +118,7 @@ class CreditedTraces:
 
   @classmethod
   def load(cls, workdir: epath.Path, best_of: int, order: Iterable[str] = ()) -> "CreditedTraces":
-    """Reads sample/traces/ and credit/estimates/ of a workdir; problems come in `order`."""
+    """Reads sample/traces/ and credit/estimates/ of a workdir; problems follow `order`."""
     groups = by_problem(Shards(workdir / "sample" / "traces", Trace).read(), order)
     return cls(groups, Shards(workdir / "credit" / "estimates", StepEstimate).read_dict(), best_of)
 
@@ -137,9 +133,7 @@ class CreditedTraces:
     return [credited for credited in self.traces if credited.trace.correct]
 
   def count(self, trace: Trace, num_steps: int) -> Count:
-    """What is known of Q after the first `num_steps` steps of a credited trace; of V where there
-    are none.
-    """
+    """The rollout counts behind Q after the first `num_steps` steps; those behind V for 0 steps."""
     if num_steps == 0:
       return Count(*self.start[trace.problem_id])
     estimate = self.estimates[f"{trace.id}/{num_steps - 1}"]
@@ -156,20 +150,15 @@ class CreditedTraces:
     for n, trace in enumerate(traces):
       for step in range(len(trace.step_ends)):
         count = self.count(trace, step + 1)
-        successes[n, step], rollouts[n, step], exact[n, step] = (
-          count.successes,
-          count.rollouts,
-          count.exact,
-        )
-    q, known = map(
-      np.asarray,
-      jax.jit(advantages.best_of_k, static_argnums=2)(successes, rollouts, best_of, exact=exact),
-    )
+        successes[n, step], rollouts[n, step] = count.successes, count.rollouts
+        exact[n, step] = count.exact
+    best_of_k = jax.jit(advantages.best_of_k, static_argnums=2)
+    q, known = map(np.asarray, best_of_k(successes, rollouts, best_of, exact=exact))
     start = np.array([self.start[trace.problem_id] for trace in traces], np.int32)
     v0, v0_known = map(np.asarray, advantages.best_of_k(start[:, 0], start[:, 1], best_of))
     assert np.all(v0_known)  # config_schema.check_values: sample.num_traces >= best_of
-    gained = np.asarray(jax.jit(jax.vmap(advantages.step_advantages))(q, v0))
-    both = known & np.concatenate([np.ones_like(known[:, :1]), known[:, :-1]], axis=1)
+    advantage = np.asarray(jax.jit(jax.vmap(advantages.step_advantages))(q, v0))
+    advantage_known = known & np.concatenate([np.ones_like(known[:, :1]), known[:, :-1]], axis=1)
     credited = []
     for n, trace in enumerate(traces):
       steps = slice(len(trace.step_ends))
@@ -177,8 +166,8 @@ class CreditedTraces:
       arrays = {
         "q": q[n, steps],
         "known": known[n, steps],
-        "advantage": gained[n, steps],
-        "advantage_known": both[n, steps],
+        "advantage": advantage[n, steps],
+        "advantage_known": advantage_known[n, steps],
       }
       credited.append(CreditedTrace(trace, estimates, v0=float(v0[n]), **arrays))
     return credited

@@ -1,11 +1,10 @@
-"""Problem files as TensorFlow Datasets: prepared once as array_record, then read from there.
-TensorFlow is not needed.
+"""Problem files as TensorFlow Datasets, prepared once as array_record; without TensorFlow.
 
-GSM8K is TFDS's own builder where it is to be downloaded. Everything that lies in files (GSM8K,
-MATH's tree of 12,500 files, MATH-500, any JSON lines, a written D_syn) goes through a builder of
-ours, whose rows keep their order, their ids and what was skipped. A prepared dataset is found again
-by its files' names, sizes and times of change, and by the code that reads them. It stands where
-TFDS keeps its own: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+TFDS's own builder downloads GSM8K. Problems in files (GSM8K, MATH's tree of 12,500 files, MATH-500,
+any JSON lines, a D_syn) go through `SynthnegProblems`, which keeps row order, ids and the list of
+skipped rows. A prepared dataset is reused while the files' names, sizes and modification times and
+the code that reads them stay the same. It is stored with TFDS's datasets, in $TFDS_DATA_DIR or
+~/tensorflow_datasets.
 """
 
 import contextlib
@@ -26,16 +25,16 @@ from synthneg_jax.grading import answers
 from synthneg_jax.runtime import errors
 
 _FIELDS = ("id", "problem", "solution", "answer", "kind")
-_SENTENCES = 1000  # sentences on skipped rows that are kept
+_MAX_SKIPPED = 1000  # skipped rows that are listed
 
 
 class SynthnegProblems(tfds.core.GeneratorBasedBuilder):
-  """Rows of problem files, in their order. A config is one split of one set of files."""
+  """Rows of problem files in file order. A config is one split of one set of files."""
 
   VERSION = tfds.core.Version("1.0.0")
 
   def __init__(self, rows: Rows | None = None, **kwargs):
-    """Opens what was prepared, or, given rows, what is to be."""
+    """Opens a prepared dataset or, given rows, one to prepare."""
     self._rows = rows or Rows()
     super().__init__(**kwargs)
 
@@ -43,10 +42,10 @@ class SynthnegProblems(tfds.core.GeneratorBasedBuilder):
     counts = {"skipped": len(self._rows.skipped), "duplicates": self._rows.duplicates}
     return tfds.core.DatasetInfo(
       builder=self,
-      description="Problems with gold answers, from files of the user.",
+      description="Problems with gold answers, from the user's files.",
       features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in _FIELDS}),
-      disable_shuffling=True,  # order is by seed and id, later (tasks/problems.py)
-      metadata=tfds.core.MetadataDict(counts | {"sentences": self._rows.skipped[:_SENTENCES]}),
+      disable_shuffling=True,  # tasks/problems.py orders by seed and id
+      metadata=tfds.core.MetadataDict(counts | {"sentences": self._rows.skipped[:_MAX_SKIPPED]}),
     )
 
   def _split_generators(self, dl_manager):
@@ -59,17 +58,13 @@ class SynthnegProblems(tfds.core.GeneratorBasedBuilder):
 
 
 def folder() -> epath.Path:
-  """Where prepared datasets stand."""
-  return epath.Path(
-    os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
-  ).expanduser()
+  """The folder of prepared datasets."""
+  return epath.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
-def _mark(files: list[epath.Path], *how) -> str:
-  """Tells files and ways of reading apart: names, sizes, times of change, arguments and the
-  readers' source.
-  """
-  digest = hashlib.sha256(repr(how).encode())
+def _fingerprint(files: list[epath.Path], *arguments) -> str:
+  """Hash of names, sizes, modification times, reader arguments and the readers' source code."""
+  digest = hashlib.sha256(repr(arguments).encode())
   for module in (problem_files, answers, inspect.getmodule(answers.stated_answer)):
     digest.update(inspect.getsource(module).encode())
   for file in files:
@@ -80,9 +75,7 @@ def _mark(files: list[epath.Path], *how) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-  """Puts TFDS's own progress and its remarks on configurations aside; errors are raised all the
-  same.
-  """
+  """Silences TFDS's progress bars and log lines; errors still propagate."""
   before = logging.get_verbosity()
   tfds.disable_progress_bar()
   logging.set_verbosity(logging.ERROR)
@@ -94,10 +87,10 @@ def _quiet():
 
 
 def _prepare(builder: tfds.core.DatasetBuilder) -> None:
-  """download_and_prepare as array_record.
+  """Runs download_and_prepare as array_record.
 
-  Another process may prepare the same at the same time: each works in a folder of its own, and one
-  rename wins.
+  Processes may prepare the same dataset concurrently: each writes its own folder, and one rename
+  wins.
   """
   try:
     builder.download_and_prepare(file_format="array_record")
@@ -119,51 +112,44 @@ def from_files(
   skip_bad_rows: bool = False,
   fields: Mapping[str, str] | None = None,
 ) -> Rows:
-  """The rows of a split of a dataset in files; arguments and errors as in `problem_files.read`.
+  """The rows of a split of a dataset in files; arguments as in `problem_files.read`.
 
   Raises:
-    UserError: also, the prepared dataset cannot be written.
+    UserError: as `problem_files.read`, or the prepared dataset cannot be written.
   """
   files = problem_files.find(path, split)
-  config = tfds.core.BuilderConfig(
-    name=f"{name}_{split}_{_mark(files, name, split, skip_bad_rows, fields or {})}"
-  )
+  fingerprint = _fingerprint(files, name, split, skip_bad_rows, fields or {})
+  config = tfds.core.BuilderConfig(name=f"{name}_{split}_{fingerprint}")
 
-  def make(rows=None):
+  def make_builder(rows=None):
     return SynthnegProblems(rows, config=config, data_dir=folder(), file_format="array_record")
 
   try:
     with _quiet():
-      builder = make()
+      builder = make_builder()
       if not builder.is_prepared():
-        _prepare(
-          make(problem_files.read(path, name, split, skip_bad_rows=skip_bad_rows, fields=fields))
-        )
-        builder = make()
+        rows = problem_files.read(path, name, split, skip_bad_rows=skip_bad_rows, fields=fields)
+        _prepare(make_builder(rows))
+        builder = make_builder()
   except OSError as error:
     raise errors.UserError(
-      f"The problems of {path} cannot be prepared in {folder()}: {error.strerror or error}; "
-      "TFDS_DATA_DIR names another "
-      "folder."
+      f"The problems of {path} cannot be prepared in {folder()}: {error.strerror or error}. Set "
+      "TFDS_DATA_DIR to use another folder."
     ) from error
   source = builder.as_data_source("rows")
-  made = Rows([_decode(source[index]) for index in range(len(source))])
-  made.skipped, made.duplicates = (
-    list(builder.info.metadata["sentences"]),
-    builder.info.metadata["duplicates"],
-  )
-  missing = builder.info.metadata["skipped"] - len(made.skipped)
-  if missing:
-    made.skipped.append(f"and {missing} more.")
-  return made
+  metadata = builder.info.metadata
+  skipped = list(metadata["sentences"])
+  if unlisted := metadata["skipped"] - len(skipped):
+    skipped.append(f"and {unlisted} more.")
+  rows = [_decode(source[index]) for index in range(len(source))]
+  return Rows(rows, skipped, metadata["duplicates"])
 
 
 def gsm8k(split: str) -> Rows:
-  """GSM8K through TFDS's own builder, downloaded when it is not there yet; rows and ids equal those
-  of the files.
+  """GSM8K through TFDS's own builder, downloaded on first use; rows and ids as from its files.
 
   Raises:
-    UserError: it cannot be downloaded.
+    UserError: the download fails.
   """
   from tensorflow_datasets.text.gsm8k import gsm8k as published
 
@@ -172,21 +158,21 @@ def gsm8k(split: str) -> Rows:
       builder = published.Gsm8k(data_dir=folder() / "synthneg_jax", file_format="array_record")
       prepared = builder.is_prepared()
     if not prepared:
-      logging.info("GSM8K is downloaded to %s.", builder.data_dir)
-      # Fails at once where TFDS would try for minutes.
+      logging.info("Downloading GSM8K to %s.", builder.data_dir)
+      # Fails at once without a network, whereas TFDS would retry for minutes.
       urllib.request.urlopen(next(iter(published._URLS.values())), timeout=20).close()
       with _quiet():
         _prepare(builder)
-  except Exception as error:  # urllib, requests and TFDS have no common class for "no network"
+  except Exception as error:  # urllib, requests and TFDS share no base class for "no network"
     raise errors.UserError(
       f"GSM8K could not be downloaded ({type(error).__name__}: {str(error)[:200]}); set "
-      "SYNTHNEG_DATA_DIR to a folder with "
-      "gsm8k/train.jsonl and gsm8k/test.jsonl, or name their folder by --config.task.path."
+      "SYNTHNEG_DATA_DIR to a folder with gsm8k/train.jsonl and gsm8k/test.jsonl, or "
+      "--config.task.path to the folder that holds them."
     ) from error
   source = builder.as_data_source(split)
-  made = [source[index] for index in range(len(source))]
-
-  def decode(example):
-    return {name: example[name].decode("utf-8") for name in ("question", "answer")}
-
-  return Rows([problem_files.read_row(decode(example), f"gsm8k/{split}") for example in made])
+  rows = Rows()
+  for index in range(len(source)):
+    example = source[index]
+    row = {name: example[name].decode("utf-8") for name in ("question", "answer")}
+    rows.rows.append(problem_files.read_row(row, f"gsm8k/{split}"))
+  return rows

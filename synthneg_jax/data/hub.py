@@ -1,9 +1,9 @@
 """Problem files of datasets on the Hugging Face Hub: `hf:ORG/NAME[/SUBSET][@REVISION][:SPLIT]`.
 
-The dataset card (`configs:`) says which files a split has, else the files' names do, by the rules
-of the `datasets` library, which is not needed. Files go through huggingface_hub: its cache, and its
-variables HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. A branch is resolved to its commit once
-per process, and all files are from that commit.
+The `configs:` of the dataset card define the files of each split; without them, file names do, by
+the rules of the `datasets` library (which is not required). huggingface_hub downloads the files, so
+its cache and its variables HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE apply. A branch is
+resolved to a commit once per process, and every file comes from that commit.
 """
 
 import collections
@@ -13,30 +13,31 @@ import functools
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from absl import logging
 from etils import epath
 
+from synthneg_jax.runtime import hub_errors
 from synthneg_jax.runtime.errors import UserError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json")  # that problem files have
-_FORM = re.compile(
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json")  # of problem files
+_PATH = re.compile(
   r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subset>[^@:]+))?(?:@(?P<revision>[^:]+))?(?::(?P<split>[^:@/]+))?"
 )
-_SPLITS = {
+_SPLIT_WORDS = {
   "train": {"train", "training"},
   "validation": {"validation", "valid", "dev", "val"},
   "test": {"test", "testing", "eval", "evaluation"},
 }
-_NO_DATA = ("dataset_infos.json", "dataset_info.json")
+_METADATA_FILES = ("dataset_infos.json", "dataset_info.json")
 _GLOB = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 _PART = re.compile(r"-\d+-of-(\d+)(?=[-.])")
 
 
 class Source(NamedTuple):
-  """What a path on the Hub says; "" where it leaves something out."""
+  """A parsed Hub path; "" for each part that the path omits."""
 
   repo: str
   subset: str
@@ -45,33 +46,31 @@ class Source(NamedTuple):
 
 
 class _Snapshot(NamedTuple):
-  """A dataset at one commit: its files' names, its card's `configs`, whether only the cache was
-  asked.
-  """
+  """A dataset at one commit."""
 
   commit: str
-  names: Sequence[str]
-  configs: Sequence[Mapping]
-  is_cached: bool
+  names: Sequence[str]  # of its files
+  configs: Sequence[Mapping]  # of its card
+  is_cached: bool  # listed from the cache, without asking the Hub
 
 
 def is_hub(path: epath.PathLike) -> bool:
-  """Whether a path is one of the Hub."""
+  """Whether a path names a dataset on the Hub."""
   return str(path).startswith("hf:")
 
 
 def parse(path: epath.PathLike) -> Source:
-  """Reads a path of the Hub.
+  """Parses a Hub path.
 
   Raises:
-    UserError: it has another form.
+    UserError: the path is malformed.
   """
-  found = _FORM.fullmatch(str(path))
-  if not found:
+  match = _PATH.fullmatch(str(path))
+  if not match:
     raise UserError(
-      f"{path} is no dataset on the Hub; the form is hf:ORG/NAME[/SUBSET][@REVISION][:SPLIT]."
+      f"{path} is not a dataset on the Hub; the form is hf:ORG/NAME[/SUBSET][@REVISION][:SPLIT]."
     )
-  return Source(**{name: text or "" for name, text in found.groupdict().items()})
+  return Source(**{name: text or "" for name, text in match.groupdict().items()})
 
 
 def commit(path: epath.PathLike) -> str:
@@ -81,15 +80,15 @@ def commit(path: epath.PathLike) -> str:
 
 
 def files(path: epath.PathLike, split: str) -> list[epath.Path]:
-  """Downloads the files of a split, unless they are in the cache.
+  """Downloads the files of a split that are not yet in the cache.
 
   Args:
-    path: of the Hub. Without a subset it means the dataset's only or default one; a subset may be a
-      pattern, such as `*`.
-    split: the one that is meant where the path names none.
+    path: a Hub path. Without a subset, the dataset's only or default subset is used; a subset may
+      be a pattern, such as `*`.
+    split: used if the path names no split.
 
   Returns:
-    Files in the cache of huggingface_hub, at least one.
+    Files in huggingface_hub's cache, at least one.
 
   Raises:
     UserError: no such dataset, revision, subset or split, no access, or no network; names the
@@ -98,50 +97,23 @@ def files(path: epath.PathLike, split: str) -> list[epath.Path]:
   source, endpoint = parse(path), os.environ.get("HF_ENDPOINT")
   snapshot = _snapshot(source.repo, source.revision, endpoint)
   splits = collections.defaultdict(list)
-  for config in _chosen(source, snapshot):
-    for name, found in _splits(config, snapshot.names).items():
-      splits[name] += found
+  for config in _select_configs(source, snapshot):
+    for split_name, names in _splits(config, snapshot.names).items():
+      splits[split_name] += names
   wanted = source.split or split
   if not splits.get(wanted):
-    has = (
-      ", ".join(name for name in splits if splits[name])
-      or f"no files that end in {', '.join(SUFFIXES)}"
-    )
+    available = ", ".join(name for name in splits if splits[name])
+    available = available or f"no files that end in {', '.join(SUFFIXES)}"
     raise UserError(
-      f"The dataset {path} has no split {wanted!r}; it has {has}. A path takes a split at its end: "
-      "`:train`."
+      f"The dataset {path} has no split {wanted!r}; it has {available}. Append a split to the "
+      "path to choose another, such as `:train`."
     )
   if snapshot.is_cached:
     _check_parts(source.repo, splits[wanted])
-  with _sentences(source.repo):
+  with hub_errors.as_user_error("dataset", source.repo):
     return [
       epath.Path(_download(source.repo, name, snapshot.commit, endpoint)) for name in splits[wanted]
     ]
-
-
-@contextlib.contextmanager
-def _sentences(repo: str) -> Iterator[None]:
-  """Turns whatever huggingface_hub raises into a UserError that names the dataset."""
-  from huggingface_hub import errors
-
-  try:
-    yield
-  except UserError:
-    raise
-  except errors.GatedRepoError:
-    reason = "is gated: accept its terms on its page, and give a token of that account in HF_TOKEN"
-  except errors.RepositoryNotFoundError:
-    reason = (
-      "does not exist, or it is private and HF_TOKEN holds no token of somebody who may read it"
-    )
-  except errors.RevisionNotFoundError:
-    reason = "has no such revision"
-  except Exception as error:  # its own, the HTTP library's and the system's have no common class
-    lines = str(error).strip().splitlines() or [""]
-    reason = f"could not be fetched ({type(error).__name__}: {lines[0][:200]})"
-  else:
-    return
-  raise UserError(f"The dataset {repo} on the Hub {reason}.")
 
 
 def _download(repo: str, name: str, revision: str, endpoint: str | None) -> str:
@@ -154,21 +126,20 @@ def _download(repo: str, name: str, revision: str, endpoint: str | None) -> str:
 
 @functools.cache
 def _snapshot(repo: str, revision: str, endpoint: str | None) -> _Snapshot:
-  """Asks the Hub or, where it cannot be reached, the cache."""
+  """Lists a dataset from the Hub or, if the Hub is unreachable, from the cache."""
   import huggingface_hub
   from huggingface_hub import errors
 
   card = None
-  with _sentences(repo):
+  with hub_errors.as_user_error("dataset", repo):
     try:
       info = huggingface_hub.HfApi(endpoint=endpoint).dataset_info(repo, revision=revision or None)
-      found, names, is_cached = info.sha, [file.rfilename for file in info.siblings], False
-      with contextlib.suppress(
-        errors.EntryNotFoundError
-      ):  # asked for by branch, so that the cache knows its commit
+      sha, names, is_cached = info.sha, [file.rfilename for file in info.siblings], False
+      with contextlib.suppress(errors.EntryNotFoundError):
+        # Requested by branch rather than commit, so that the cache learns the branch's commit.
         card = _download(repo, "README.md", revision or "main", endpoint)
     except (errors.HfHubHTTPError, errors.HFValidationError):
-      raise  # the Hub was reached, or need not be
+      raise  # the Hub answered, or the name is invalid
     except Exception:  # no network, or HF_HUB_OFFLINE
       try:
         folder = pathlib.Path(
@@ -179,28 +150,28 @@ def _snapshot(repo: str, revision: str, endpoint: str | None) -> _Snapshot:
       except errors.LocalEntryNotFoundError:
         folder = None
       if folder is None:
-        raise  # what kept the Hub from answering
-      found, is_cached = folder.name, True
+        raise  # the network error, which says more than a cache miss
+      sha, is_cached = folder.name, True
       names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
       card = folder / "README.md" if "README.md" in names else None
     configs = (huggingface_hub.metadata_load(card) or {}).get("configs") or [] if card else []
   logging.info(
-    "The dataset %s on the Hub: commit %s%s.", repo, found, " (from the cache)" if is_cached else ""
+    "The dataset %s on the Hub: commit %s%s.", repo, sha, " (from the cache)" if is_cached else ""
   )
-  return _Snapshot(found, sorted(names), configs, is_cached)
+  return _Snapshot(sha, sorted(names), configs, is_cached)
 
 
-def _chosen(source: Source, snapshot: _Snapshot) -> list[Mapping]:
-  """The configs of the card that a path means; a config without fields where the card has none."""
+def _select_configs(source: Source, snapshot: _Snapshot) -> list[Mapping]:
+  """The card's configs that a path selects; one empty config if the card has none."""
   by_name = {config.get("config_name", "default"): config for config in snapshot.configs}
   if source.subset:
-    if found := [by_name[name] for name in fnmatch.filter(by_name, source.subset)]:
-      return found
+    if matching := [by_name[name] for name in fnmatch.filter(by_name, source.subset)]:
+      return matching
     if any(name.startswith(f"{source.subset}/") for name in snapshot.names):
       return [{"data_dir": source.subset}]
-    there = f"it has {', '.join(by_name)}" if by_name else "its card names none"
+    available = f"it has {', '.join(by_name)}" if by_name else "its card lists none"
     raise UserError(
-      f"The dataset {source.repo} on the Hub has no subset {source.subset!r}; {there}."
+      f"The dataset {source.repo} on the Hub has no subset {source.subset!r}; {available}."
     )
   if len(by_name) <= 1:
     return list(by_name.values()) or [{}]
@@ -208,32 +179,31 @@ def _chosen(source: Source, snapshot: _Snapshot) -> list[Mapping]:
   if default or "default" in by_name:
     return default or [by_name["default"]]
   raise UserError(
-    f"The dataset {source.repo} on the Hub has several subsets: {', '.join(by_name)}; name one as "
-    "in "
-    f"hf:{source.repo}/{next(iter(by_name))}."
+    f"The dataset {source.repo} on the Hub has several subsets: {', '.join(by_name)}; choose one, "
+    f"such as hf:{source.repo}/{next(iter(by_name))}."
   )
 
 
 def _splits(config: Mapping, names: Sequence[str]) -> dict[str, list[str]]:
-  """The data files of each split of a config of the card."""
+  """The data files of each split of one of the card's configs."""
   folder = str(config.get("data_dir") or "").strip("./")
   names = [
     name
     for name in names
     if name.endswith(SUFFIXES) and (not folder or name.startswith(f"{folder}/"))
   ]
-  given = config.get("data_files")
-  if not given:
+  data_files = config.get("data_files")
+  if not data_files:
     return _splits_by_name(names, folder)
-  if isinstance(given, Mapping):
-    given = [{"split": split, "path": path} for split, path in given.items()]
-  elif isinstance(given, str) or isinstance(given[0], str):
-    given = [{"split": "train", "path": given}]
+  if isinstance(data_files, Mapping):
+    data_files = [{"split": split, "path": path} for split, path in data_files.items()]
+  elif isinstance(data_files, str) or isinstance(data_files[0], str):
+    data_files = [{"split": "train", "path": data_files}]
   splits = {}
-  for entry in given:
+  for entry in data_files:
     patterns = [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
-    found = [name for pattern in patterns for name in names if _matches(name, pattern, folder)]
-    splits.setdefault(entry["split"], []).extend(dict.fromkeys(found))
+    matching = [name for pattern in patterns for name in names if _matches(name, pattern, folder)]
+    splits.setdefault(entry["split"], []).extend(dict.fromkeys(matching))
   return splits
 
 
@@ -241,51 +211,52 @@ def _matches(name: str, pattern: str, folder: str) -> bool:
   """Whether a file matches a pattern of the card; `*` stays within a folder, `**` does not."""
   pattern = "/".join(part for part in (folder, pattern.removeprefix("./")) if part)
   parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
-  return bool(
-    re.fullmatch("".join(_GLOB.get(part) or _class_or_text(part) for part in parts), name)
-  )
+  regex = "".join(_GLOB.get(part) or _class_or_text(part) for part in parts)
+  return bool(re.fullmatch(regex, name))
 
 
 def _class_or_text(part: str) -> str:
-  return (
-    part.replace("[!", "[^") if part.startswith("[") and part.endswith("]") else re.escape(part)
-  )
+  is_class = part.startswith("[") and part.endswith("]")
+  return part.replace("[!", "[^") if is_class else re.escape(part)
 
 
 def _splits_by_name(names: Sequence[str], folder: str) -> dict[str, list[str]]:
-  """Splits by words in the names of files, else of their folders; without any, all is "train"."""
+  """Splits by words in file names, else in folder names; all files are "train" if no word fits."""
   splits = {}
   for name in names:
     parts = name[len(folder) :].strip("/").split("/")
-    if parts[-1] not in _NO_DATA and not any(part.startswith((".", "__")) for part in parts):
-      words = (set(re.split(r"[^a-z]+", part.lower())) for part in reversed(parts))
-      found = next(
-        (split for of_part in words for split in _SPLITS if of_part & _SPLITS[split]), ""
-      )
-      splits.setdefault(found, []).append(name)
+    if parts[-1] not in _METADATA_FILES and not any(part.startswith((".", "__")) for part in parts):
+      splits.setdefault(_split_of(parts), []).append(name)
   unnamed = splits.pop("", [])
   splits = splits or {"train": unnamed}
-  return {
-    split: _of_first_suffix(splits[split])
-    for split in ("train", "validation", "test")
-    if split in splits
-  }
+  return {split: _one_suffix(splits[split]) for split in _SPLIT_WORDS if split in splits}
 
 
-def _of_first_suffix(names: Sequence[str]) -> list[str]:
-  """Those of one suffix: a dataset may hold the same rows in two."""
-  return next(
-    (found for s in SUFFIXES if (found := [name for name in names if name.endswith(s)])), []
-  )
+def _split_of(parts: Sequence[str]) -> str:
+  """The split that the last telling part of a file's path names; "" for none."""
+  for part in reversed(parts):
+    words = set(re.split(r"[^a-z]+", part.lower()))
+    for split, split_words in _SPLIT_WORDS.items():
+      if words & split_words:
+        return split
+  return ""
+
+
+def _one_suffix(names: Sequence[str]) -> list[str]:
+  """Files of the first suffix that occurs: a dataset may hold the same rows in two formats."""
+  for suffix in SUFFIXES:
+    if matching := [name for name in names if name.endswith(suffix)]:
+      return matching
+  return []
 
 
 def _check_parts(repo: str, names: Sequence[str]) -> None:
-  """Refuses a split of which the cache holds some parts only."""
+  """Refuses a split that the cache holds only in part."""
   parts = collections.Counter(
-    (_PART.sub("", name), found.group(1)) for name in names if (found := _PART.search(name))
+    (_PART.sub("", name), match.group(1)) for name in names if (match := _PART.search(name))
   )
   if any(count < int(number) for (_, number), count in parts.items()):
     raise UserError(
-      f"The dataset {repo} on the Hub cannot be reached, and the cache holds some of its files "
-      "only."
+      f"The dataset {repo} on the Hub cannot be reached, and the cache holds only some of its "
+      "files."
     )

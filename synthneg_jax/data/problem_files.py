@@ -1,24 +1,24 @@
-"""Problems from files: JSON lines, JSON, Parquet or a tree of JSON files, in the formats that
-people have.
+"""Reads problems from JSON lines, JSON, Parquet or a tree of JSON files, in common formats.
 
-A row's fields say what it is, so that training and test files may differ:
+A row's fields identify its format, so training and test files may differ:
 
-    question, answer                     GSM8K as published: `answer` is the solution and ends in `#### gold answer`
-    problem, solution [level, type]      competition MATH: the gold answer is what the solution states
-    problem or question, answer [solution, id ...]   any other file; MATH-500's `unique_id` counts as an id
-    query, response                      MetaMathQA: the response is the solution
-    prompt, reward_model.ground_truth    DAPO and verl: `prompt` is a chat with one turn of the user
-    messages [answer]                    a chat for finetuning: the assistant's turn is the solution
-    prompt, answer, id [solution]        a Problem record of ours: a written D_syn
+    question, answer                  GSM8K: `answer` is the solution, ending in `#### gold answer`
+    problem, solution [level, type]   competition MATH: the solution states the gold answer
+    problem or question, answer [solution, id ...]
+                                      any other file; MATH-500's `unique_id` counts as an id
+    query, response                   MetaMathQA: the response is the solution
+    prompt, reward_model.ground_truth DAPO and verl: `prompt` is a chat with one user turn
+    messages [answer]                 a chat for finetuning: the assistant's turn is the solution
+    prompt, answer, id [solution]     our own Problem record, from a D_syn
 
-A gold answer that no field gives is what the solution states: its \\boxed{} (all of them where they
-are parts of one answer), else what follows the last `####` or "the answer is". A chat's system turn
-is dropped: task.instruction says what the model is told besides the problem.
+Without a gold answer in a field, the solution states it: in its \\boxed{} (all boxes if they are
+parts of one answer), else after the last `####` or "the answer is". A chat's system turn is
+dropped; use task.instruction instead.
 
-A broken row is an error that names the file, the line (1-based) and the field, or, where the caller
-asks for it, is left out and counted. Ids are stable: the one given (a number behind the dataset's
-name and the split); for a tree the file's place in it; else a hash of the problem's text, so that
-neither order nor file matters.
+A broken row raises an error that names the file, the line (1-based) and the field, unless the
+caller asks to skip and count such rows. Ids are stable: the given id (a number is prefixed with the
+dataset's name and split); for a tree, the file's path in it; else a hash of the problem's text,
+independent of order and file.
 """
 
 import dataclasses
@@ -41,40 +41,39 @@ from synthneg_jax.data.hub import SUFFIXES
 from synthneg_jax.grading import answers
 from synthneg_jax.runtime import errors
 
-# A calculator annotation of GSM8K, for example <<48/2=24>>.
+# GSM8K's calculator annotations, such as <<48/2=24>>.
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE = re.compile(r"(?:[^$\n\\]|\\(?![\])])){0,200}")
 _MATH_ID = re.compile(r"(?:train|test)/.+\.json")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-# What stands between boxes that are parts of one answer: punctuation of LaTeX, "and", "or", `x =`.
+# Text between boxes that are parts of one answer: LaTeX punctuation, "and", "or", `x =`.
 _JOINT = re.compile(
-  r"(?:[\s$,;&]|\\[\[\]()\\,;: "
-  r"]|\\q?quad|\\(?:text|mbox|textrm|mathrm)\s*\{[\s,;]*(?:and|or)?[\s,;]*\}|\b(?:and|or)\b"
+  r"(?:[\s$,;&]|\\[\[\]()\\,;: ]|\\q?quad"
+  r"|\\(?:text|mbox|textrm|mathrm)\s*\{[\s,;]*(?:and|or)?[\s,;]*\}|\b(?:and|or)\b"
   r"|\b[A-Za-z]\s*=)*+"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One problem as a file has it."""
+  """One problem of a file."""
 
   id: str
   problem: str
-  solution: str | None  # with its answer last; None where there is none
+  solution: str | None  # answer last; None if the file has none
   answer: str  # the gold answer alone
-  kind: str  # "algebra/level 5" as far as the file says; else ""
+  kind: str  # such as "algebra/level 5"; "" if the file does not say
 
 
 @dataclasses.dataclass
 class Rows:
-  """What a file or folder holds, in its order.
+  """The problems of a file or folder, in order.
 
   Attributes:
-    rows: the good ones, ids unique.
-    skipped: for each row left out because it is broken, the sentence that would have been the
-      error.
-    duplicates: rows left out because their text and answer stand in an earlier one.
+    rows: valid rows with unique ids.
+    skipped: the error message of each broken row.
+    duplicates: number of rows dropped because an earlier row has the same text and answer.
   """
 
   rows: list[Row] = dataclasses.field(default_factory=list)
@@ -82,45 +81,45 @@ class Rows:
   duplicates: int = 0
 
 
-def _of_kind(folder: epath.Path) -> list[epath.Path]:
-  """A folder's problem files, of one suffix; without any, the JSON files in its folders (MATH's
-  tree).
-  """
-  names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+def _names_in(folder: epath.Path) -> list[str]:
+  return sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+
+
+def _files_in(folder: epath.Path) -> list[epath.Path]:
+  """A folder's problem files of one suffix, else the JSON files in its subfolders (MATH's tree)."""
+  names = _names_in(folder)
   for suffix in SUFFIXES:
-    if found := [folder / name for name in names if name.endswith(suffix)]:
-      return found
+    if files := [folder / name for name in names if name.endswith(suffix)]:
+      return files
   return sorted(folder.glob("*/*.json"))
 
 
-def _of_split(folder: epath.Path, split: str) -> list[epath.Path]:
-  """A split's files: one of its name, or parts (train-0-of-1.parquet), here or in data/; or its
-  folder.
-  """
-  for place in (folder, folder / "data"):
-    names = sorted(file.name for file in place.iterdir()) if place.is_dir() else []
+def _split_files(root: epath.Path, split: str) -> list[epath.Path]:
+  """A split's files: `split` or its parts (train-0-of-1.parquet), here, in data/ or in split/."""
+  for folder in (root, root / "data"):
+    names = _names_in(folder)
     for pattern in (split, f"{split}-*"):
       for suffix in SUFFIXES:
-        if found := [place / name for name in fnmatch.filter(names, pattern + suffix)]:
-          return found
-  return _of_kind(folder / split) if (folder / split).is_dir() else []
+        if files := [folder / name for name in fnmatch.filter(names, pattern + suffix)]:
+          return files
+  return _files_in(root / split) if (root / split).is_dir() else []
 
 
 def find(path: epath.PathLike, split: str) -> list[epath.Path]:
-  """The files of a split, .jsonl, .jsonl.gz, .parquet or .json.
+  """The files of a split: .jsonl, .jsonl.gz, .parquet or .json.
 
   Args:
-    path: a dataset on the Hub (data/hub.py); a file; or a folder with `<split>.jsonl`, with parts
-      of that name, perhaps in a folder `data/` (`train-00000-of-00001.parquet`), with a folder
-      `<split>/` of such files, of single JSON files, or of folders of those (MATH's tree), or,
-      where it has no splits, with such files itself.
+    path: a dataset on the Hub (data/hub.py), a file, or a folder. A folder holds `<split>.jsonl`;
+      or parts (`train-00000-of-00001.parquet`), possibly in `data/`; or a folder `<split>/` of
+      such files, of JSON files with one problem each, or of subfolders of those (MATH's tree). A
+      folder without splits may hold such files directly.
     split: "train" or "test".
 
   Returns:
-    Files in the order of their names, at least one.
+    Files sorted by name, at least one.
 
   Raises:
-    UserError: there is none.
+    UserError: no file was found.
   """
   if hub.is_hub(path):
     return hub.files(path, split)
@@ -128,22 +127,23 @@ def find(path: epath.PathLike, split: str) -> list[epath.Path]:
   try:
     if path.is_file():
       return [path]
-    if found := _of_split(path, split):
-      return found
-    if not _of_split(path, {"train": "test", "test": "train"}[split]) and (found := _of_kind(path)):
-      return found
+    if files := _split_files(path, split):
+      return files
+    other = {"train": "test", "test": "train"}[split]
+    if not _split_files(path, other) and (files := _files_in(path)):
+      return files
   except OSError as error:
     raise errors.UserError(f"The problems in {path} cannot be read: {error.strerror}.") from None
   if not path.exists():
     raise errors.UserError(f"The problem file {path} does not exist.")
   raise errors.UserError(
-    f"The folder {path} holds no {split}.jsonl, no {split}/ with JSON files and none of its own "
+    f"The folder {path} holds no {split}.jsonl, no {split}/ with JSON files and no problem files "
     f"({', '.join(SUFFIXES)})."
   )
 
 
 class _Box(NamedTuple):
-  """A box of a text and what it holds."""
+  """A box in a text, with its content."""
 
   start: int
   stop: int
@@ -151,31 +151,29 @@ class _Box(NamedTuple):
 
 
 def _boxes(text: str) -> list[_Box]:
-  """All \\boxed{} and \\fbox{} that are whole and not empty. One pass, whatever the text."""
+  """All closed, nonempty \\boxed{} and \\fbox{}, nested ones included. Takes linear time."""
   opened, close_of = [], {}
   for brace in _BRACE.finditer(text):
     if brace.group() == "{":
       opened.append(brace.start())
     elif brace.group() == "}" and opened:
       close_of[opened.pop()] = brace.start()
-  found = []
-  for box in _BOX.finditer(text):
-    start = box.end()
+  boxes = []
+  for match in _BOX.finditer(text):
+    start = match.end()
     if text[start : start + 1] != "{":
       bare = _BARE.match(text, start)
-      found.append(_Box(box.start(), bare.end(), bare.group().strip()))
+      boxes.append(_Box(match.start(), bare.end(), bare.group().strip()))
     elif start in close_of:
-      found.append(
-        _Box(box.start(), close_of[start] + 1, text[start + 1 : close_of[start]].strip())
-      )
-  return [box for box in found if box.content]
+      stop = close_of[start]
+      boxes.append(_Box(match.start(), stop + 1, text[start + 1 : stop].strip()))
+  return [box for box in boxes if box.content]
 
 
 def last_box(text: str) -> str | None:
-  """What the last \\boxed{} (or \\fbox{}) of a text holds, braces balanced; None where none is
-  whole.
+  """The content of a text's last closed \\boxed{} or \\fbox{}; None for none.
 
-  `\\boxed 7` holds what follows up to the formula's end, as in MATH.
+  As in MATH, `\\boxed 7` without braces extends to the end of the formula.
   """
   boxes = _boxes(text)
   return boxes[-1].content if boxes else None
@@ -184,8 +182,8 @@ def last_box(text: str) -> str | None:
 def stated_answer(solution: str) -> str | None:
   """The answer in a solution's boxes, else after its last `####` or "the answer is"; None for none.
 
-  Several boxes with nothing but commas, "and", "or" or line breaks between them are one answer,
-  such as "2, 3"; otherwise the last one counts.
+  Boxes separated only by commas, "and", "or" or line breaks form one answer, such as "2, 3";
+  otherwise the last box counts.
   """
   if boxes := _boxes(solution):
     gaps = [
@@ -197,27 +195,25 @@ def stated_answer(solution: str) -> str | None:
 
 
 def _text(row: dict, field: str) -> str:
-  """A field that must be nonblank text; UserError without the place otherwise."""
+  """A field that must hold nonblank text. UserError names the field, not the row."""
   if field not in row:
     raise errors.UserError(f'the field "{field}" is missing')
   value = row[field]
   if not isinstance(value, str):
-    raise errors.UserError(
-      f'the field "{field}" must be text in quotes, not a {type(value).__name__}'
-    )
+    raise errors.UserError(f'the field "{field}" must be a string, not a {type(value).__name__}')
   if not value.strip():
     raise errors.UserError(f'the field "{field}" is blank')
   try:
     value.encode("utf-8")
   except UnicodeEncodeError:
-    raise errors.UserError(f'the field "{field}" holds half of a surrogate pair') from None
+    raise errors.UserError(f'the field "{field}" holds an unpaired surrogate') from None
   if "\0" in value:
     raise errors.UserError(f'the field "{field}" holds a NUL character')
   return value.replace("\r\n", "\n")
 
 
 def _answer(row: dict) -> str | None:
-  """The gold answer that a row gives, text or a number; None where it gives none."""
+  """A row's gold answer, text or a number, as text; None for none."""
   answer, reward = row.get("answer"), row.get("reward_model")
   if answer is None and isinstance(reward, dict):
     answer = reward.get("ground_truth")
@@ -225,7 +221,7 @@ def _answer(row: dict) -> str | None:
     return None
   if isinstance(answer, bool) or not isinstance(answer, str | int | float):
     raise errors.UserError(
-      f'the field "answer" must be text or a number, not a {type(answer).__name__}'
+      f'the field "answer" must be a string or a number, not a {type(answer).__name__}'
     )
   if isinstance(answer, str):
     return _text({"answer": answer}, "answer")
@@ -235,7 +231,7 @@ def _answer(row: dict) -> str | None:
 
 
 def _chat(row: dict, field: str) -> dict:
-  """A row whose problem is a chat as one with "problem" and, if the assistant answers, "solution"."""
+  """Adds "problem" and, if the assistant answers, "solution" to a row that holds a chat."""
   turns = row[field]
   if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
     raise errors.UserError(f'the field "{field}" must hold turns with "role" and "content"')
@@ -246,37 +242,38 @@ def _chat(row: dict, field: str) -> dict:
         f'a "role" in "{field}" must be one of {", ".join(by_role)}, not {turn.get("role")!r}'
       )
     by_role[turn["role"]].append(_text(turn, "content"))
-  asked, said = by_role["user"], by_role["assistant"]
-  if len(asked) != 1:
-    raise errors.UserError(f'the field "{field}" must hold one turn of the user, not {len(asked)}')
-  if said and field == "prompt":
-    raise errors.UserError('the field "prompt" must not hold a turn of an assistant')
-  if said and (len(said) > 1 or turns[-1]["role"] != "assistant"):
-    raise errors.UserError(f'the field "{field}" must end in its one turn of the assistant')
-  return row | {"problem": asked[0]} | ({"solution": said[0]} if said else {})
+  questions, replies = by_role["user"], by_role["assistant"]
+  if len(questions) != 1:
+    raise errors.UserError(f'the field "{field}" must hold one user turn, not {len(questions)}')
+  if replies and field == "prompt":
+    raise errors.UserError('the field "prompt" must not hold an assistant turn')
+  if replies and (len(replies) > 1 or turns[-1]["role"] != "assistant"):
+    raise errors.UserError(f'the field "{field}" must end in its only assistant turn')
+  row = row | {"problem": questions[0]}
+  return row | {"solution": replies[0]} if replies else row
 
 
 def _mapped(row: dict, fields: Mapping[str, str]) -> dict:
-  """The row with what `fields` names under our names; as it is where it has none of them."""
-  found = {}
+  """Renames the fields that `fields` lists; returns a row that has none of them unchanged."""
+  renamed = {}
   for target, source in fields.items():
     value = row
     for name in source.split("."):
       value = value.get(name) if isinstance(value, dict) else None
     if value is not None:
-      found[target] = value
-  return (
-    {name: value for name, value in row.items() if name not in fields} | found if found else row
-  )
+      renamed[target] = value
+  if not renamed:
+    return row
+  return {name: value for name, value in row.items() if name not in fields} | renamed
 
 
 def _optional(row: dict, field: str) -> str | None:
-  """As `_text`, but None for a field that is absent, null or empty."""
+  """As `_text`, but None for an absent, null or empty field."""
   return None if row.get(field) in (None, "") else _text(row, field)
 
 
 def _kind(row: dict) -> str:
-  """MATH's subject and level; its level is "Level 5", MATH-500's the number 5."""
+  """Subject and level; MATH writes the level as "Level 5", MATH-500 as the number 5."""
   subject, level = row.get("type") or row.get("subject"), row.get("level")
   parts = [subject.lower()] if isinstance(subject, str) else []
   digits = re.search(r"\d+", str(level)) if isinstance(level, (str, int)) else None
@@ -291,12 +288,12 @@ def _json(data: bytes) -> object:
 
 
 def _object(content: bytes | object) -> dict:
-  """The fields of an entry; UserError without the place where it is no JSON object."""
+  """The fields of an entry. UserError does not name the row."""
   if isinstance(content, bytes) and not content.strip():
-    raise errors.UserError("blank")
+    raise errors.UserError("a blank line")
   row = _json(content) if isinstance(content, bytes) else content
   if not isinstance(row, dict):
-    raise errors.UserError(f"it must be a JSON object, not a {type(row).__name__}")
+    raise errors.UserError(f"must be a JSON object, not a {type(row).__name__}")
   return row
 
 
@@ -308,23 +305,23 @@ def read_row(
   keep_annotations: bool = False,
   fields: Mapping[str, str] | None = None,
 ) -> Row:
-  """One row in any of the formats.
+  """Reads one row in any of the formats.
 
   Args:
     row: the JSON object.
-    prefix: of an id that is a hash or a number, "gsm8k/train".
-    given_id: of a row whose place is its id.
+    prefix: prepended to an id that is a hash or a number, such as "gsm8k/train".
+    given_id: id of a row that is identified by its file.
     keep_annotations: keeps GSM8K's calculator annotations `<<...>>` in the solution.
-    fields: "problem", "solution", "answer" or "id" -> the row's own name of it, dotted for a field
-      of an object. A row that has none of these names is read by its fields alone.
+    fields: maps "problem", "solution", "answer" or "id" to the row's name for it; a dot descends
+      into an object. A row with none of these names is read as if `fields` were empty.
 
   Raises:
-    UserError: the field that is at fault, without the place.
+    UserError: names the faulty field, but not the row.
   """
   fields = fields or {}
   mapped = _mapped(row, fields)
   try:
-    return _read_mapped(mapped, prefix, given_id, keep_annotations)
+    return _read_mapped(mapped, prefix, given_id, keep_annotations=keep_annotations)
   except errors.UserError as error:
     message = str(error)
   for target, source in fields.items() if mapped is not row else ():
@@ -332,22 +329,22 @@ def read_row(
   raise errors.UserError(message)
 
 
-def _read_mapped(row: dict, prefix: str, given_id: str | None, keep_annotations: bool) -> Row:
-  """As `read_row`, of a row with our names of its fields."""
+def _read_mapped(row: dict, prefix: str, given_id: str | None, *, keep_annotations: bool) -> Row:
+  """As `read_row`, for a row whose fields have our names."""
   names = ("problem", "question", "query", "prompt", "messages")
-  asked = next((name for name in names if row.get(name) is not None), None)
-  if asked is None:
+  field = next((name for name in names if row.get(name) is not None), None)
+  if field is None:
     raise errors.UserError(
-      'the field "problem" is missing (or "question", "query", "prompt" or "messages"; task.fields '
-      "takes other names)"
+      'the field "problem" (or "question", "query", "prompt", "messages") is missing; task.fields '
+      "maps other names"
     )
-  if asked == "messages" or (asked == "prompt" and not isinstance(row["prompt"], str)):
-    row, asked = _chat(row, asked), "problem"
-  problem, answer = _text(row, asked), _answer(row)
-  worked = "response" if asked == "query" and "solution" not in row else "solution"
-  solution = _optional(row, worked)
+  if field == "messages" or (field == "prompt" and not isinstance(row["prompt"], str)):
+    row, field = _chat(row, field), "problem"
+  problem, answer = _text(row, field), _answer(row)
+  solution_field = "response" if field == "query" and "solution" not in row else "solution"
+  solution = _optional(row, solution_field)
   is_solution = answer is not None and (
-    "####" in answer or (asked == "question" and "\n" in answer.strip())
+    "####" in answer or (field == "question" and "\n" in answer.strip())
   )
   if is_solution and solution is None:
     try:
@@ -359,42 +356,39 @@ def _read_mapped(row: dict, prefix: str, given_id: str | None, keep_annotations:
       solution = _ANNOTATION.sub("", solution)
   if answer is None and solution is None:
     raise errors.UserError(
-      f'the field "answer" is missing, and there is no "{worked}"; task.fields takes other names'
+      f'the field "answer" is missing, and so is the field "{solution_field}"; task.fields maps '
+      "other names"
     )
   if answer is None:
     answer = stated_answer(solution)
   if answer is None:
     raise errors.UserError(
-      f'the field "{worked}" has no \\boxed{{}}, #### or "the answer is" with an answer, and there '
-      'is no "answer"'
+      f'the field "{solution_field}" states no answer (\\boxed{{}}, #### or "the answer is"), and '
+      'the field "answer" is missing'
     )
-  numbered = type(row.get("id")) is int
-  name = (
-    given_id
-    or (f"{prefix}/{row['id']}" if numbered else _optional(row, "id"))
-    or _optional(row, "unique_id")
-  )
-  if name is not None and _MATH_ID.fullmatch(name):
-    name = f"math/{name.removesuffix('.json')}"  # MATH-500 names MATH's files
-  if name is None:
-    name = (
-      f"{prefix}/{hashlib.blake2b(' '.join(problem.split()).encode(), digest_size=8).hexdigest()}"
-    )
-  return Row(name, problem, solution, answer, _kind(row))
+  row_id = given_id or _row_id(row, prefix, problem)
+  if _MATH_ID.fullmatch(row_id):
+    row_id = f"math/{row_id.removesuffix('.json')}"  # MATH-500 names MATH's files
+  return Row(row_id, problem, solution, answer, _kind(row))
+
+
+def _row_id(row: dict, prefix: str, problem: str) -> str:
+  if type(row.get("id")) is int:
+    return f"{prefix}/{row['id']}"
+  digest = hashlib.blake2b(" ".join(problem.split()).encode(), digest_size=8).hexdigest()
+  return _optional(row, "id") or _optional(row, "unique_id") or f"{prefix}/{digest}"
 
 
 class _Entry(NamedTuple):
-  """What may be a row: where it is, the id that this gives or None, and its JSON text or its
-  fields.
-  """
+  """A row that is not yet parsed."""
 
-  place: str
-  given_id: str | None
-  content: bytes | object
+  location: str  # file and line, for error messages
+  given_id: str | None  # id given by the file's path
+  content: bytes | object  # JSON text, or the parsed value
 
 
 def _parquet(file: epath.Path, data: bytes) -> Iterator[_Entry]:
-  import pyarrow  # not for tasks without files
+  import pyarrow  # loaded only for Parquet files
   from pyarrow import parquet
 
   try:
@@ -409,7 +403,7 @@ def _parquet(file: epath.Path, data: bytes) -> Iterator[_Entry]:
 
 
 def _is_json_lines(data: bytes) -> bool:
-  """Whether a file called .json has more than one line, and its first line is an object by itself."""
+  """Whether a .json file holds JSON lines: several lines, the first an object by itself."""
   first, _, rest = data.strip().partition(b"\n")
   try:
     return bool(rest) and isinstance(json.loads(first), dict)
@@ -420,7 +414,7 @@ def _is_json_lines(data: bytes) -> bool:
 def _entries(
   files: Sequence[epath.Path], path: epath.Path, name: str, split: str
 ) -> Iterator[_Entry]:
-  """Every line of JSON lines, row of Parquet, item of a JSON list, and JSON file with one row."""
+  """Yields each line of JSON lines, row of Parquet, item of a JSON list or single-row JSON file."""
   folder = path / split if (path / split).is_dir() else path
   for file in files:
     try:
@@ -440,18 +434,14 @@ def _entries(
       try:
         content = _json(data)
       except errors.UserError:
-        content = data  # refused, or left out, as a row is
+        content = data  # the caller reports it as a broken row
       if isinstance(content, list):
-        yield from (
-          _Entry(f"{file}, item {number}", None, row) for number, row in enumerate(content, start=1)
-        )
+        for number, row in enumerate(content, start=1):
+          yield _Entry(f"{file}, item {number}", None, row)
         continue
-      place = (
-        file.relative_to(folder).with_suffix("")
-        if file.is_relative_to(folder) and file != path
-        else file.stem
-      )
-      yield _Entry(str(file), f"{name}/{split}/{place}", content)
+      in_folder = file.is_relative_to(folder) and file != path
+      stem = file.relative_to(folder).with_suffix("") if in_folder else file.stem
+      yield _Entry(str(file), f"{name}/{split}/{stem}", content)
       continue
     if not data.strip():
       raise errors.UserError(f"The problem file {file} is empty.")
@@ -468,22 +458,20 @@ def read(
   keep_annotations: bool = False,
   fields: Mapping[str, str] | None = None,
 ) -> Rows:
-  """All rows of a split of a dataset.
+  """Reads all rows of a split.
 
   Args:
     path: as in `find`.
-    name: of the dataset: "gsm8k", "math" or "jsonl"; ids that are not given begin with it and the
-      split.
+    name: of the dataset: "gsm8k", "math" or "jsonl"; generated ids start with it and the split.
     split: "train" or "test".
-    skip_bad_rows: leaves broken rows out, with a sentence each, instead of stopping at the first.
+    skip_bad_rows: collects the error messages of broken rows instead of raising the first.
     keep_annotations, fields: as in `read_row`.
 
   Raises:
-    UserError: no file, or (unless skip_bad_rows) a broken row, or one whose id stands in an earlier
-      row; no good row.
+    UserError: no file; no valid row; or, unless skip_bad_rows, a broken row or a duplicate id.
   """
-  made, place_of, seen = Rows(), {}, {}
-  for place, given_id, content in _entries(
+  result, location_of, seen = Rows(), {}, {}
+  for location, given_id, content in _entries(
     find(path, split), epath.Path(path).expanduser(), name, split
   ):
     try:
@@ -495,25 +483,25 @@ def read(
         fields=fields,
       )
       if row.id in seen:
-        if (row.problem.split(), row.answer) == seen[row.id] and row.id.startswith(
-          f"{name}/{split}/"
-        ):
-          made.duplicates += 1
+        is_generated = row.id.startswith(f"{name}/{split}/")
+        if is_generated and (row.problem.split(), row.answer) == seen[row.id]:
+          result.duplicates += 1
           continue
         raise errors.UserError(
-          f'the "id" {row.id!r}, or the text it is a hash of, stands in {place_of[row.id]}, too'
+          f'the "id" {row.id!r} (or the text that it hashes) repeats {location_of[row.id]}'
         )
     except errors.UserError as error:
       if not skip_bad_rows:
         raise errors.UserError(
-          f"{place}: {error}; --skip_bad_rows leaves such rows out and counts them."
+          f"{location}: {error}. Use --skip_bad_rows to skip and count such rows."
         ) from None
-      made.skipped.append(f"{place}: {error}.")
+      result.skipped.append(f"{location}: {error}.")
       continue
-    place_of[row.id], seen[row.id] = place, (row.problem.split(), row.answer)
-    made.rows.append(row)
-  if not made.rows:
+    location_of[row.id], seen[row.id] = location, (row.problem.split(), row.answer)
+    result.rows.append(row)
+  if not result.rows:
     raise errors.UserError(
-      f"{path}: none of {len(made.skipped)} rows of {split} is whole; the first: {made.skipped[0]}"
+      f"{path}: none of the {len(result.skipped)} rows of {split} is valid. The first error: "
+      f"{result.skipped[0]}"
     )
-  return made
+  return result

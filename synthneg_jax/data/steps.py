@@ -1,23 +1,22 @@
-"""Where the steps of a response end: at a delimiter, or, in prose with LaTeX, at the ends of lines
-and sentences.
+"""Splits a response into steps: at a delimiter, or, for prose with LaTeX, at lines and sentences.
 
-Prose (ours; the paper's steps are sentences, its splitter is not known). A step ends with its line,
-and within a line with its sentence, but never inside LaTeX: `$...$`, `$$...$$`, `\\(...\\)`,
-`\\[...\\]`, `\\begin{x}...\\end{x}`, `{...}`, `[asy]...[/asy]`. As in TeX, formulas and braces do
-not reach over a blank line. What is never closed before one: a `$` or `{` is plain text, the others
-hold all up to there together. `\\$` is a dollar, and so is a `$` whose partner stands after a space
-or before a digit, unless spaces are inside both (nearly pandoc's rule): "costs $5. He has $3." has
-no formula.
+The prose rule is ours; the paper's steps are sentences, but its splitter is not published. A step
+ends with its line, and within a line with its sentence, but never inside LaTeX: `$...$`, `$$...$$`,
+`\\(...\\)`, `\\[...\\]`, `\\begin{x}...\\end{x}`, `{...}`, `[asy]...[/asy]`. As in TeX, formulas
+and braces do not span a blank line: an unclosed `$` or `{` is plain text, and any other unclosed
+opener holds everything up to the blank line together. `\\$` is a dollar sign. So is a `$` whose
+partner follows a space or precedes a digit, unless both have a space inside (nearly pandoc's rule):
+"costs $5. He has $3." contains no formula.
 
-A sentence ends with `.`, `?` or `!` and the closing brackets, quotes and stars after it, before
-whitespace and a word that does not begin with a small letter; or with a formula whose last sign is
-a period (`$x=2.$ Then`). So no number is cut (3.14, 1,000), and no abbreviation (e.g., Fig. 2), nor
-a line's number (`1.`, `Step 2.`). `5!` is a factorial, and `5!.` ends a sentence. A time (5 p.m.)
-ends one before a capital letter, unless a weekday or a time zone follows. The full-width stops of
-Chinese and Japanese (`。`, `！`, `？`) end a sentence whatever follows, and take closing brackets and
-quotes along.
+A sentence ends with `.`, `?` or `!` and any closing brackets, quotes and stars after it, if
+whitespace and a word that does not start with a lowercase letter follow; or with a formula that
+ends in a period (`$x=2.$ Then`). Numbers (3.14, 1,000), abbreviations (e.g., Fig. 2) and line
+numbers (`1.`, `Step 2.`) do not end a sentence. `5!` is a factorial; `5!.` ends a sentence. A time
+(5 p.m.) ends one before a capital letter, unless a weekday or a time zone follows. The full-width
+stops of Chinese and Japanese (`。`, `！`, `？`) always end a sentence, together with the closing
+brackets and quotes after them.
 
-What follows a step does not depend on what stood before it: the steps of a response's rest are the
+Steps do not depend on the text before them: splitting the rest of a response after a step gives the
 rest of its steps.
 """
 
@@ -28,9 +27,9 @@ from synthneg_jax.data import token_text as token_text_lib
 from synthneg_jax.data.token_text import TokenText
 
 _SIGN = re.compile(
-  rb"\\begin\s*\{(?P<begin>[A-Za-z]+\*?)\}|\\end\s*\{(?P<end>[A-Za-z]+\*?)\}|(?P<asy>\[asy\])|(?P<yas>\[/asy\])"
-  rb"|\\(?P<escape>[^\n])|(?P<dollar>\$\$?)|(?P<brace>[{}])|(?P<blank>\n[ "
-  rb"\t\r]*(?=\n))|(?P<line>\n)|(?P<stop>[.?!]+)"
+  rb"\\begin\s*\{(?P<begin>[A-Za-z]+\*?)\}|\\end\s*\{(?P<end>[A-Za-z]+\*?)\}"
+  rb"|(?P<asy>\[asy\])|(?P<yas>\[/asy\])|\\(?P<escape>[^\n])|(?P<dollar>\$\$?)|(?P<brace>[{}])"
+  rb"|(?P<blank>\n[ \t\r]*(?=\n))|(?P<line>\n)|(?P<stop>[.?!]+)"
   rb"|(?P<wide>(?:\xe3\x80\x82|\xef\xbc[\x81\x9f])+)"  # 。 ！ ？
 )
 # Brackets, quotes, stars; ’ ” 》 」 』 】 ）.
@@ -40,53 +39,48 @@ _CLOSERS = re.compile(
 _SENTENCE_BEGINS = re.compile(rb"[ \t\r]+(?=([^a-z\s,;:.?!=<>+/^|)\]}]))")
 _WORD = re.compile(rb"[A-Za-z]+(?:\.[A-Za-z]+)*\Z")
 _LINE_NUMBER = re.compile(
-  rb"[ \t\r>*#_-]*(?:(?:step|case|part|claim|method|solution) +)?(?:[0-9]{1,3}|[A-Za-z]|[ivx]{2,4})",
+  rb"[ \t\r>*#_-]*(?:(?:step|case|part|claim|method|solution) +)?"
+  rb"(?:[0-9]{1,3}|[A-Za-z]|[ivx]{2,4})",
   re.IGNORECASE,
 )
-_LONGEST = 60  # bytes before a period that are looked at
+_LOOKBEHIND = 60  # bytes before a period that decide whether it ends a sentence
 _ABBREVIATIONS = frozenset(
   b"al approx ca cf co cor def dept dr eg eq eqs ex fig figs ie inc jr lem ltd mr mrs ms prof prop "
-  b"resp sr st thm viz "
-  b"vs".split()
+  b"resp sr st thm viz vs".split()
 )
-_BEFORE_DIGITS = frozenset(
+_BEFORE_DIGITS = frozenset(  # No. 5, 5 ft. 3
   b"art ch ft hr hrs in lb lbs min mins no nos oz p pp sec secs vol yd".split()
-)  # No. 5, 5 ft. 3
+)
 _TIMES = (b"a.m", b"p.m")
-_NEW_SENTENCE = re.compile(
-  rb"(?!(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|[A-Z]{2,4}\b)[A-Z]"
-)  # after a time of day
+_AFTER_TIME = re.compile(rb"(?!(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|[A-Z]{2,4}\b)[A-Z]")
 _CLOSER_OF = {"[": "]", "(": ")"}
 
 
 class _Text:
-  """The signs of a text that matter, and for each that opens something, where that ends.
+  """The tokens ("signs") of a text that matter for splitting, with openers matched to closers.
 
   Attributes:
     signs: (kind, start, stop) in order; kinds are `[ ] ( ) { } $ $$ begin end asy yas blank line
       stop wide`.
-    ends: for a sign that opens something the number of the sign that closes it, or, where it is
-      held together up to a blank line or the end, the number of the sign there, negative and less
-      1; None for all others.
+    ends: for an opener, the index of its closer; for an unclosed opener that holds the text
+      together, -1 - i with i the index of the next blank line (or of the end); else None.
   """
 
   def __init__(self, data: bytes):
     self.data, self.signs, names = data, [], []
-    for found in _SIGN.finditer(data):
-      kind = found.lastgroup
+    for match in _SIGN.finditer(data):
+      kind = match.lastgroup
       if kind == "escape":
-        kind = found.group().decode("latin-1")[1]
+        kind = match.group().decode("latin-1")[1]
         if kind not in "[]()":
           continue
       elif kind in ("dollar", "brace"):
-        kind = found.group().decode("ascii")
-      self.signs.append((kind, *found.span()))
-      names.append(found.group("begin") or found.group("end"))
+        kind = match.group().decode("ascii")
+      self.signs.append((kind, *match.span()))
+      names.append(match.group("begin") or match.group("end"))
     self.ends = [None] * len(self.signs)
     next_of, environments, asy, paragraph = {}, {}, None, -1 - len(self.signs)
-    for i in reversed(
-      range(len(self.signs))
-    ):  # from the end, so that nothing depends on what stands before
+    for i in reversed(range(len(self.signs))):  # backwards, so no result depends on earlier text
       kind = self.signs[i][0]
       if kind == "blank":
         next_of, paragraph = {}, -1 - i
@@ -112,7 +106,7 @@ class _Text:
         next_of[kind] = i
 
   def _partner(self, i: int, j: int | None) -> int | None:
-    """j where the dollars i and j make a formula."""
+    """j if the dollars i and j enclose a formula, else None."""
     if j is None:
       return None
     opens, closes = self.signs[i][2], self.signs[j][1]
@@ -122,18 +116,16 @@ class _Text:
     return j
 
   def ends_sentence(self, last: int, start: int, stop: int) -> bool:
-    """Whether the stop at [start, stop), closers behind it included, ends a sentence that began at
-    `last` or later.
+    """Whether the stop at bytes [start, stop), closers included, ends a sentence.
+
+    The sentence begins at byte `last` or later.
     """
     begins = _SENTENCE_BEGINS.match(self.data, stop)
     if not begins:
       return False
-    before = self.data[max(last, start - _LONGEST) : start]
+    before = self.data[max(last, start - _LOOKBEHIND) : start]
     if self.data[start : start + 1] == b"!":
-      if self.data[start:stop].lstrip(b"!")[:1] in (
-        b".",
-        b"?",
-      ):  # the factorial 5! and then a period
+      if self.data[start:stop].lstrip(b"!")[:1] in (b".", b"?"):  # a factorial, then a period
         return True
       return before[-2:].isalpha() and len(before) > 1
     if self.data[start : start + 1] == b"?":
@@ -141,21 +133,19 @@ class _Text:
     digit_follows = begins.group(1).isdigit()
     if digit_follows and before[-1:].isdigit():
       return False
-    if len(before) < _LONGEST and _LINE_NUMBER.fullmatch(before):
+    if len(before) < _LOOKBEHIND and _LINE_NUMBER.fullmatch(before):
       return False
-    found = _WORD.search(before)
-    word = found.group().lower() if found else b""
+    match = _WORD.search(before)
+    word = match.group().lower() if match else b""
     if word in _TIMES:
-      return _NEW_SENTENCE.match(self.data, begins.end()) is not None
+      return _AFTER_TIME.match(self.data, begins.end()) is not None
     if b"." in word:
       return any(len(part) > 2 for part in word.split(b"."))
     return word not in _ABBREVIATIONS and not (digit_follows and word in _BEFORE_DIGITS)
 
 
 def prose_separators(data: bytes) -> Iterator[tuple[int, int]]:
-  """The byte spans that separate steps of prose: line breaks, and the stops of sentences with the
-  closers behind them.
-  """
+  """Yields the byte spans that separate steps: line breaks, and sentence stops with closers."""
   text, i, last = _Text(data), 0, 0
   while i < len(text.signs):
     kind, start, stop = text.signs[i]
@@ -165,7 +155,7 @@ def prose_separators(data: bytes) -> Iterator[tuple[int, int]]:
       separates = text.ends_sentence(last, start, stop)
     elif kind == "wide":
       stop, separates = _CLOSERS.match(data, stop).end(), True
-    elif end is not None and end < 0:  # held together up to the sign there
+    elif end is not None and end < 0:  # unclosed: skip to the blank line
       i = -1 - end
       continue
     elif end is not None:
@@ -181,8 +171,12 @@ def prose_separators(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def ends(ids: Sequence[int], token_text: TokenText, task) -> list[int]:
-  """The exclusive token ends of a response's steps by the config's section `task`; as
-  `token_text.ends_at`.
+  """The exclusive token ends of a response's steps, as `token_text.ends_at`.
+
+  Args:
+    ids: the response.
+    token_text: of its tokenizer.
+    task: the config's section.
   """
   if task.steps == "prose":
     return token_text_lib.ends_at(ids, token_text, prose_separators)

@@ -1,6 +1,4 @@
-"""The bytes behind token ids: text of ids, ends of steps, and stop strings as a table for device
-loops.
-"""
+"""The bytes of token ids: their text, the ends of steps, and stop strings as a transition table."""
 
 import bisect
 import itertools
@@ -13,20 +11,18 @@ import numpy as np
 from synthneg_jax.runtime import config_schema, errors
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SPACE_MARK = "\u2581"  # the SentencePiece sign for a space
+_SPACE_MARK = "\u2581"  # SentencePiece's symbol for a space
 
 
 def _byte_alphabet() -> dict[str, int]:
-  """Returns the ByteLevel alphabet of GPT-2: printable Latin-1 stands for itself, the rest for
-  U+0100 onwards.
-  """
+  """GPT-2's ByteLevel alphabet: printable Latin-1 maps to itself, the rest to U+0100 onwards."""
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [b for b in range(256) if b not in set(printable)]
   return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
 def _decoder_steps(decoder: dict | None) -> list[dict]:
-  """Flattens the decoder of a tokenizer's JSON into the list of its steps."""
+  """Flattens the decoder of a tokenizer's JSON into a list of steps."""
   if decoder is None:
     return []
   if decoder["type"] == "Sequence":
@@ -35,9 +31,7 @@ def _decoder_steps(decoder: dict | None) -> list[dict]:
 
 
 def _decoder_kind(decoder: dict | None) -> str:
-  """Returns "bytes" (ByteLevel), "spaces" (Metaspace, SentencePiece) or "plain" (Fuse); UserError
-  for any other.
-  """
+  """Returns "bytes" (ByteLevel), "spaces" (SentencePiece) or "plain" (Fuse); else UserError."""
   steps = _decoder_steps(decoder)
   names = {step["type"] for step in steps}
   replaces = [step for step in steps if step["type"] == "Replace"]
@@ -58,37 +52,38 @@ def _decoder_kind(decoder: dict | None) -> str:
   if names == {"Fuse"}:
     return "plain"
   raise errors.UserError(
-    f"The tokenizer's decoder {json.dumps(decoder, ensure_ascii=False)[:200]} is of no known kind: "
-    "ByteLevel, "
-    "Metaspace, Replace of U+2581 by a space (with ByteFallback, Fuse, Strip) and Fuse are."
+    f"The tokenizer's decoder {json.dumps(decoder, ensure_ascii=False)[:200]} is not supported; "
+    "supported are ByteLevel, Metaspace, Replace of U+2581 by a space (with ByteFallback, Fuse, "
+    "Strip) and Fuse."
   )
 
 
 class TokenText:
-  """The bytes of every token of a fast tokenizer, so that text is the concatenation of its tokens'
-  bytes.
+  """The bytes of every token of a fast tokenizer; a text is the concatenation of token bytes.
 
-  Special tokens (those of `all_special_ids`, the added tokens marked special, and all that end a
-  response) have no bytes; neither have ids that no token uses. Other added tokens hold their text
-  as it stands. A SentencePiece tokenizer drops the leading space when it decodes a whole text;
-  `text` keeps it, because a slice of a response must not depend on what stands before it.
+  Special tokens (`all_special_ids`, added tokens marked special, and every token that ends a
+  response) and unused ids have no bytes. Other added tokens keep their literal text. SentencePiece
+  drops the leading space when it decodes a whole text; `text` keeps it, because a slice of a
+  response must not depend on its prefix.
 
   Attributes:
-    vocab_size: number of ids, added tokens included: the greatest id plus one.
+    vocab_size: number of ids including added tokens, i.e. the largest id plus one.
   """
 
   def __init__(self, tokenizer, eos_ids: Iterable[int] = ()):
-    """Precomputes the bytes of a transformers fast tokenizer; UserError if it is none or its
-    decoder is unknown.
+    """Precomputes the bytes of all tokens.
 
     Args:
-      tokenizer: of transformers.
-      eos_ids: further ids that end a response, which the tokenizer may hold for text.
+      tokenizer: a fast tokenizer of transformers.
+      eos_ids: further ids that end a response, which the tokenizer may treat as text.
+
+    Raises:
+      UserError: a slow tokenizer, or an unsupported decoder.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
       raise errors.UserError(
-        f"{type(tokenizer).__name__} is not a fast tokenizer: no tokenizer.json is behind it."
+        f"{type(tokenizer).__name__} is not a fast tokenizer: it has no tokenizer.json."
       )
     spec = json.loads(backend.to_str())
     kind = _decoder_kind(spec["decoder"])
@@ -118,15 +113,13 @@ class TokenText:
         self._bytes[i] = token_bytes(token, i in added)
 
   def bytes_of(self, token_id: int) -> bytes:
-    """Returns the bytes of one id; raises IndexError for an id outside the vocabulary."""
+    """The bytes of one id; raises IndexError for an id outside the vocabulary."""
     if token_id < 0:
       raise IndexError(f"token id {token_id} is negative")
     return self._bytes[token_id]
 
   def text(self, ids: Iterable[int], special: bool = False) -> str:
-    """Returns the text of ids, with special tokens spelled out if asked for; bytes that are not
-    UTF-8 become U+FFFD.
-    """
+    """The text of ids; `special` spells out special tokens; invalid UTF-8 becomes U+FFFD."""
     spelled = self._special if special else {}
     return b"".join(spelled.get(i) or self.bytes_of(i) for i in ids).decode(
       "utf-8", errors="replace"
@@ -138,14 +131,16 @@ def _ends_from_spans(
 ) -> list[int]:
   """Turns separators into the ends of steps.
 
-  `offsets` are the bytes at which the tokens start, then len(data); `spans` are the nonempty byte
-  spans of the separators, increasing and without overlap.
+  Args:
+    data: the text.
+    offsets: the byte at which each token starts, then len(data).
+    spans: nonempty byte spans of the separators, increasing and disjoint.
   """
   ends, has_text, done, count = [], False, 0, len(offsets) - 1
   for start, stop in spans:
     has_text = has_text or bool(data[done:start].strip())
     done = stop
-    end = bisect.bisect_left(offsets, stop)  # exclusive end of the token that holds byte stop - 1
+    end = bisect.bisect_left(offsets, stop)  # exclusive end of the token with byte stop - 1
     if data[stop : offsets[end]].strip():
       continue
     if has_text:
@@ -165,23 +160,22 @@ def ends_at(
   token_text: TokenText,
   separators: Callable[[bytes], Iterable[tuple[int, int]]],
 ) -> list[int]:
-  """Returns the exclusive token ends of the steps of a response.
+  """Returns the exclusive token ends of a response's steps.
 
-  A step ends after the token that completes a separator, wherever in tokens the separator lies. If
-  that token also holds text of the next step, the two steps are one. Steps without text do not
-  exist: blank lines belong to the step before (to the first step at the start), and so do trailing
-  whitespace, EOS and other special tokens. Text is any byte outside separators that is not ASCII
-  whitespace.
+  A step ends after the token that completes a separator. If that token also holds text of the next
+  step, the two steps merge. Every step has text: blank lines, trailing whitespace, EOS and other
+  special tokens belong to the previous step (leading ones to the first step). Text is any byte
+  outside separators that is not ASCII whitespace.
 
   Args:
     ids: the response.
     token_text: of its tokenizer.
-    separators: finds the nonempty byte spans of the separators in a text, increasing and without
-      overlap.
+    separators: returns the nonempty byte spans of the separators in a text, increasing and
+      disjoint.
 
   Returns:
-    Strictly increasing ends, the last len(ids), so that the slices between them concatenate to
-    `ids`; [] for no ids.
+    Strictly increasing ends, the last len(ids), so the slices between them concatenate to `ids`;
+    [] for an empty response.
   """
   if len(ids) == 0:
     return []
@@ -191,40 +185,37 @@ def ends_at(
 
 
 def step_ends(ids: Sequence[int], token_text: TokenText, delimiter: str = "\n") -> list[int]:
-  """Returns the ends of steps, as `ends_at`, where each delimiter separates two.
+  """Returns the ends of steps separated by a delimiter, as `ends_at`.
 
   Args:
     ids: the response.
     token_text: of its tokenizer.
-    delimiter: text; or "re:" and a regular expression, whose matches separate steps.
+    delimiter: literal text, or "re:" and a regular expression whose matches separate steps.
 
   Raises:
-    UserError: the delimiter is empty, or a pattern that is invalid or matches without text.
+    UserError: the delimiter is empty, or its pattern is invalid or matches the empty string.
   """
   try:
     pattern = config_schema.step_pattern(delimiter)
   except errors.UserError as error:
-    raise errors.UserError(f"The delimiter between steps, {delimiter!r}, {error}") from None
+    raise errors.UserError(f"The step delimiter {delimiter!r} {error}") from None
 
   def separators(data: bytes) -> Iterator[tuple[int, int]]:
-    text = data.decode(
-      "utf-8", "surrogateescape"
-    )  # whose offsets are turned back into those of bytes
-    done = at = 0
-    for found in pattern.finditer(text):
-      if not found.group():
-        raise errors.UserError(
-          f"task.step_delimiter={delimiter!r} matches without text, where no step can end."
-        )
-      start = at + len(text[done : found.start()].encode("utf-8", "surrogateescape"))
-      at, done = start + len(found.group().encode("utf-8", "surrogateescape")), found.end()
-      yield start, at
+    text = data.decode("utf-8", "surrogateescape")
+    done = done_bytes = 0  # the same position as an offset in text and in bytes
+    for match in pattern.finditer(text):
+      if not match.group():
+        raise errors.UserError(f"task.step_delimiter={delimiter!r} matches the empty string.")
+      start = done_bytes + len(text[done : match.start()].encode("utf-8", "surrogateescape"))
+      done_bytes = start + len(match.group().encode("utf-8", "surrogateescape"))
+      done = match.end()
+      yield start, done_bytes
 
   return ends_at(ids, token_text, separators)
 
 
 def _checked_stops(stop_strings: Sequence[str]) -> list[str]:
-  """Returns the stop strings as a list; UserError for a bare string or an empty stop."""
+  """The stop strings as a list; UserError for a bare string or an empty stop string."""
   if isinstance(stop_strings, str) or not all(stop_strings):
     raise errors.UserError(
       f"Stop strings must be a list of nonempty strings, not {stop_strings!r}."
@@ -233,10 +224,8 @@ def _checked_stops(stop_strings: Sequence[str]) -> list[str]:
 
 
 def _byte_automaton(stops: set[bytes]) -> np.ndarray:
-  """Returns the Aho-Corasick automaton int32 [num_states, 256] of stops; 0 starts, the last state
-  accepts for good.
-  """
-  # A stop that contains another never completes first. Without such stops only whole stops accept.
+  """Aho-Corasick automaton int32 [num_states, 256]; starts in 0, the last state absorbs."""
+  # A stop that contains another never completes first; drop it, so that only whole stops accept.
   stops = {s for s in stops if not any(o != s and o in s for o in stops)}
   prefixes = sorted(
     {s[:n] for s in stops for n in range(len(s))} | {b""}, key=lambda p: (len(p), p)
@@ -255,24 +244,23 @@ def _byte_automaton(stops: set[bytes]) -> np.ndarray:
 
 
 def stop_table(token_text: TokenText, stop_strings: Sequence[str]) -> tuple[np.ndarray, int]:
-  """Compiles stop strings into a table for device loops: `state = table[state, token]`, from state
-  0.
+  """Compiles stop strings into a transition table for device loops.
+
+  Start with state = 0 and apply `state = table[state, token]`.
 
   Returns:
-    table: int32 [num_states, vocab_size], the state after a token; it never accepts if there are no
-    stop strings. accept: the absorbing state num_states - 1, reached exactly if the bytes since the
-    start contain a stop string,
-      be it in the middle of a token or across tokens.
+    table: int32 [num_states, vocab_size], the state after a token.
+    accept: the absorbing state num_states - 1, reached exactly if the bytes so far contain a stop
+      string, within a token or across tokens; never reached without stop strings.
 
   Raises:
-    UserError: a stop string is empty, or a bare string was given for the list.
+    UserError: a stop string is empty, or `stop_strings` is a bare string.
   """
   byte_steps = _byte_automaton({s.encode("utf-8") for s in _checked_stops(stop_strings)})
   pieces = [token_text.bytes_of(i) for i in range(token_text.vocab_size)]
   lengths = np.array([len(piece) for piece in pieces])
-  order = np.argsort(
-    -lengths, kind="stable"
-  )  # longest first: the tokens that have a byte `at` are a prefix
+  # Longest first, so that the tokens with a byte at position `at` are a prefix.
+  order = np.argsort(-lengths, kind="stable")
   flat = np.frombuffer(b"".join(pieces), np.uint8)
   starts = (np.cumsum(lengths) - lengths)[order]
   num_states = len(byte_steps)
@@ -286,8 +274,6 @@ def stop_table(token_text: TokenText, stop_strings: Sequence[str]) -> tuple[np.n
 
 
 def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:
-  """Returns the text before the stop string that starts first, or the whole text; UserError as in
-  `stop_table`.
-  """
-  found = [text.find(stop) for stop in _checked_stops(stop_strings)]
-  return text[: min((at for at in found if at >= 0), default=len(text))]
+  """The text before the earliest stop string, or the whole text; UserError as in `stop_table`."""
+  starts = [text.find(stop) for stop in _checked_stops(stop_strings)]
+  return text[: min((start for start in starts if start >= 0), default=len(text))]

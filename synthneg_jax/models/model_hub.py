@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from absl import logging
 from etils import epath
 
+from synthneg_jax.runtime import hub_errors
 from synthneg_jax.runtime.errors import UserError
 
 _NAME = re.compile(r"(?:hf:)?(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>[^@:]+))?")
@@ -72,7 +73,7 @@ def push(folder: epath.PathLike, repo: str) -> str:
   import huggingface_hub
 
   api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-  with _sentences(repo), _bars_on_a_terminal():
+  with hub_errors.as_user_error("model", repo), _bars_on_a_terminal():
     api.create_repo(repo, private=True, exist_ok=True)
     message = "Upload of a policy"
     about = api.upload_folder(repo_id=repo, folder_path=os.fspath(folder), commit_message=message)
@@ -84,7 +85,7 @@ def _download(repo: str, revision: str, endpoint: str | None, weights: bool) -> 
   import huggingface_hub
   from huggingface_hub import errors
 
-  with _sentences(repo), _bars_on_a_terminal():
+  with hub_errors.as_user_error("model", repo), _bars_on_a_terminal():
     api = huggingface_hub.HfApi(endpoint=endpoint)
     try:
       info = api.model_info(repo, revision=revision or None, files_metadata=True)
@@ -143,35 +144,3 @@ def _bars_on_a_terminal() -> Iterator[None]:
     yield
   finally:
     utils.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def _sentences(repo: str) -> Iterator[None]:
-  """Turns whatever huggingface_hub raises into a UserError that names the model."""
-  from huggingface_hub import errors
-
-  try:
-    yield
-    return
-  except UserError:
-    raise
-  except errors.GatedRepoError:
-    reason = "is gated: accept its terms on its page, and give a token of that account in HF_TOKEN"
-  except errors.RepositoryNotFoundError:
-    reason = "does not exist, or it is private and HF_TOKEN is of nobody who may read it"
-  except errors.RevisionNotFoundError:
-    reason = "has no such revision"
-  except errors.LocalEntryNotFoundError:
-    reason = "is not in the cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE)"
-  except errors.HfHubHTTPError as error:
-    status = getattr(error.response, "status_code", None)
-    reason = f"refuses this (status {status}: {_first_line(error)})"
-    if status in (401, 403):
-      reason = f"may not be written or read with this HF_TOKEN (status {status})"
-  except Exception as error:  # the HTTP library's and the system's have no common class
-    reason = f"could not be reached ({type(error).__name__}: {_first_line(error)})"
-  raise UserError(f"The model {repo} on the Hub {reason}.")
-
-
-def _first_line(error: BaseException) -> str:
-  return next(iter(str(error).strip().splitlines()), "")[:200]

@@ -1,1 +1,1 @@
-"""Everything drawn, from records alone: the report, the trace viewer and the figures."""
+"""The report, the trace viewer and the figures, drawn from records alone."""

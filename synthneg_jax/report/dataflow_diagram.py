@@ -1,4 +1,4 @@
-"""The way of a run's data with its counts: figure 1 of the paper."""
+"""The data flow of a run with its counts, after figure 1 of the paper."""
 
 import csv
 import dataclasses
@@ -11,7 +11,7 @@ from matplotlib.patches import FancyBboxPatch
 
 from synthneg_jax.report import figures
 
-_PLACES = {  # column and row of each station
+_POSITIONS = {  # node -> (column, row)
   "problems": (0, 0),
   "D_syn": (1, 0),
   "π_sft": (2, 0),
@@ -22,7 +22,7 @@ _PLACES = {  # column and row of each station
   "pairs": (0, 1),
   "π_dpo": (0, 2),
 }
-_WAYS = (  # from, to, what does it, where its name stands beside the arrow's middle
+_EDGES = (  # from, to, label, the label's offset from the arrow's middle
   ("problems", "D_syn", "synthesize", (0, 0.36)),
   ("D_syn", "π_sft", "sft", (0, 0.36)),
   ("π_sft", "traces", "sample", (0, 0.36)),
@@ -37,18 +37,18 @@ _WIDTH, _HEIGHT = 0.8, 0.56
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """What a run made, in its order.
+  """Counts of a run's data, in order of the data flow.
 
   Attributes:
-    problems: of D_syn.
-    solutions: the teacher's that SFT learned from.
-    traces, right, wrong: π_sft's samples; the rest were cut, ambiguous or without an answer.
-    rft: right samples that RFT learned from.
-    credited, steps, rollouts: wrong samples with credit, their steps, and rollouts from before and
-      after them.
-    pits: credited samples that have one.
+    problems: in D_syn.
+    solutions: the teacher's, for SFT.
+    traces, right, wrong: π_sft's samples; the rest are truncated, ambiguous or without an answer.
+    rft: right samples that RFT trains on.
+    credited, steps, rollouts: wrong samples with credit, their steps, and rollouts before and
+      after these steps.
+    pits: credited samples with a pit.
     pairs: for DPO.
-    errors: test error of sft, rft and dpo, shares.
+    errors: test errors of sft, rft and dpo, shares.
   """
 
   problems: int
@@ -64,8 +64,8 @@ class Counts:
   pairs: int
   errors: tuple[float, float, float]
 
-  def stations(self) -> dict[str, Sequence[str]]:
-    """What stands under each station's name, a line each."""
+  def captions(self) -> dict[str, Sequence[str]]:
+    """Lines of text below each node's name."""
     sft, rft, dpo = (f"test error {100 * error:.1f} %" for error in self.errors)
     return {
       "problems": [f"{self.problems:,}"],
@@ -81,15 +81,15 @@ class Counts:
 
 
 def draw(counts: Counts, title: str) -> Figure:
-  """Stations as boxes, policies orange and data blue, stages on the arrows between them."""
+  """Data as blue boxes, policies as orange boxes, stages as arrows."""
   with matplotlib.rc_context(figures.STYLE):
     figure = Figure(figsize=(6.6, 3.7), layout="constrained")
     axes = figure.subplots()
     axes.set_axis_off()
     axes.set_xlim(-0.46, 3.46)
     axes.set_ylim(2.4, -0.5)
-    for name, lines in counts.stations().items():
-      column, row = _PLACES[name]
+    for name, lines in counts.captions().items():
+      column, row = _POSITIONS[name]
       color = figures.ORANGE if name.startswith("π") else figures.BLUE
       corner = (column - _WIDTH / 2, row - _HEIGHT / 2)
       look = {
@@ -108,9 +108,9 @@ def draw(counts: Counts, title: str) -> Figure:
         fontsize=6.8,
         linespacing=1.2,
       )
-    for start, end, verb, (right, up) in _WAYS:
-      (x0, y0), (x1, y1) = _PLACES[start], _PLACES[end]
-      if x0 != x1 and y0 != y1:  # down and to the side, from the lower left corner
+    for start, end, label, (right, up) in _EDGES:
+      (x0, y0), (x1, y1) = _POSITIONS[start], _POSITIONS[end]
+      if x0 != x1 and y0 != y1:  # diagonal, from the lower left corner
         x0, y0, x1, y1 = x0 - _WIDTH / 2, y0 + _HEIGHT / 2, x1 + _WIDTH / 2 - 0.08, y1 - _HEIGHT / 2
       else:
         half = (_WIDTH / 2) * (x1 > x0) - (_WIDTH / 2) * (x1 < x0), (_HEIGHT / 2) * (y1 > y0)
@@ -123,16 +123,15 @@ def draw(counts: Counts, title: str) -> Figure:
         "shrinkB": 1,
       }
       axes.annotate("", (x1, y1), (x0, y0), arrowprops=arrow)
-      place = ((x0 + x1) / 2 + right, (y0 + y1) / 2 - up)
-      axes.text(
-        *place, verb, ha="left" if right > 0 else "center", va="center", fontsize=8, style="italic"
-      )
+      align = {"ha": "left" if right > 0 else "center", "va": "center"}
+      x, y = (x0 + x1) / 2 + right, (y0 + y1) / 2 - up
+      axes.text(x, y, label, **align, fontsize=8, style="italic")
     figure.suptitle(title, fontsize=9, x=0.02, ha="left")
     return figure
 
 
 def as_csv(counts: Counts) -> str:
-  """The counts, a row each; errors as shares."""
+  """One row per count; errors as shares."""
   buffer = io.StringIO()
   writer = csv.writer(buffer, lineterminator="\n")
   writer.writerow(["what", "count"])

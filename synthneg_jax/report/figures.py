@@ -1,8 +1,8 @@
-"""Drawings of the report as matplotlib figures, and each as SVG for the page or as PNG bytes.
+"""The report's figures, drawn by matplotlib and saved as SVG or PNG.
 
-Ink (text, axes, grid) is one colour that the SVG turns into currentColor, so it follows the page's
-light or dark mode; the other colours are of middle lightness and the background is transparent. The
-same data give the same SVG.
+Text, axes and grid use one colour (INK), which becomes currentColor in the SVG and so follows the
+page's light or dark mode. The other colours have medium lightness, and the background is
+transparent. Equal data give equal SVGs.
 """
 
 import io
@@ -26,7 +26,7 @@ STYLE = {
   "axes.labelsize": 9,
   "axes.spines.right": False,
   "axes.spines.top": False,
-  "figure.dpi": 130,  # in notebooks; files say their own
+  "figure.dpi": 130,  # in notebooks; files set their own
   "font.family": "sans-serif",
   "font.size": 9,
   "grid.alpha": 0.15,
@@ -40,19 +40,18 @@ STYLE = {
 
 
 def _figure(height: float, panels: int = 1, **options):
-  figure = Figure(
-    figsize=(4.3, height), layout="constrained"
-  )  # inches; narrow, so that text is large on a phone
+  # In inches; narrow, so that text is large on a phone.
+  figure = Figure(figsize=(4.3, height), layout="constrained")
   return figure, figure.subplots(panels, 1, **options)
 
 
 def errors(
   labels: Sequence[str], values: Sequence[float], intervals: Sequence[tuple[float, float]]
 ) -> Figure:
-  """Test errors as points with their intervals, first label on top.
+  """Test errors as points with intervals, first label on top.
 
   Args:
-    labels: of the methods.
+    labels: names of the methods.
     values: test errors, shares in [0, 1].
     intervals: (low, high) of each, shares.
   """
@@ -79,11 +78,11 @@ def errors(
 
 
 def mean_values(means: Sequence[float], counts: Sequence[int], start: float) -> Figure:
-  """Mean Q by step, with how many traces each mean is over below it.
+  """Mean Q by step and, below it, the number of traces in each mean.
 
   Args:
     means: mean Q after step 1, 2, ...
-    counts: traces in each mean; where 0, no mean is drawn.
+    counts: traces in each mean; a mean of 0 traces is not drawn.
     start: mean V of the bare problem, drawn at step 0.
   """
   with matplotlib.rc_context(STYLE):
@@ -117,10 +116,10 @@ def step_values(
   """Q after each step of one trace.
 
   Args:
-    values: Q after step 1, 2, ... under Best-of-k; None where it is not known.
-    intervals: (low, high) of the success rate of the rollouts from there; None without rollouts.
+    values: Q after step 1, 2, ... under Best-of-k; None if unknown.
+    intervals: (low, high) of the rollouts' success rate; None without rollouts.
     start: V of the bare problem, drawn at step 0.
-    pit: number of the step that is the pit, from 0; -1 for none.
+    pit: index of the pit, from 0; -1 for none.
   """
   with matplotlib.rc_context(STYLE):
     figure, axes = _figure(2.4)
@@ -129,9 +128,9 @@ def step_values(
         axes.plot(
           [step, step], interval, color=GREY, linewidth=2.5, alpha=0.5, solid_capstyle="round"
         )
-    there = [(step, value) for step, value in enumerate(values, start=1) if value is not None]
+    known = [(step, value) for step, value in enumerate(values, start=1) if value is not None]
     axes.plot(
-      *zip((0, start), *there, strict=True),
+      *zip((0, start), *known, strict=True),
       "o-",
       color=BLUE,
       linewidth=1.8,
@@ -150,21 +149,17 @@ def step_values(
 
 
 def mean_advantages(means: Sequence[float], counts: Sequence[int]) -> Figure:
-  """Mean advantage by step: bars, up in blue, down in orange.
+  """Mean advantage by step as bars, positive in blue, negative in orange.
 
   Args:
-    means: of step 1, 2, ...
-    counts: traces in each mean; where 0, no bar is drawn.
+    means: mean advantage of step 1, 2, ...
+    counts: traces in each mean; a mean of 0 traces is not drawn.
   """
   with matplotlib.rc_context(STYLE):
     figure, axes = _figure(2.4)
-    there = [
-      (step, mean)
-      for step, (mean, count) in enumerate(zip(means, counts, strict=True), start=1)
-      if count
-    ]
-    for step, mean in there:
-      axes.bar([step], [mean], color=BLUE if mean >= 0 else ORANGE, width=0.6)
+    for step, (mean, count) in enumerate(zip(means, counts, strict=True), start=1):
+      if count:
+        axes.bar([step], [mean], color=BLUE if mean >= 0 else ORANGE, width=0.6)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xlabel("step")
     axes.set_ylabel("mean advantage")
@@ -178,12 +173,12 @@ def curves(
   panels: Sequence[tuple[str, Mapping[str, Sequence[float]]]],
   smooth: Callable[[Sequence[float]], Sequence[float]],
 ) -> Figure:
-  """Metrics by update, one panel a quantity.
+  """Metrics by update, one panel per quantity: raw values thin, smoothed values thick.
 
   Args:
-    steps: numbers of the updates, from 0.
-    panels: (label of the axis, line's name -> values), top to bottom.
-    smooth: gives the thick line of a thin one.
+    steps: indices of the updates, from 0.
+    panels: (axis label, line's name -> values), top to bottom.
+    smooth: smooths the values of a line.
   """
   styles = ((BLUE, "-"), (ORANGE, "--"), (GREY, ":"))
   with matplotlib.rc_context(STYLE):
@@ -211,21 +206,21 @@ def curves(
 
 
 def times(labels: Sequence[str], seconds: Sequence[float]) -> Figure:
-  """Seconds by stage as bars, first label on top, each with its number."""
+  """Seconds by stage as labelled bars, first label on top."""
   with matplotlib.rc_context(STYLE):
     figure, axes = _figure(0.6 + 0.27 * len(labels))
-    places = range(len(labels))
-    axes.barh(places, seconds, color=BLUE, height=0.6)
-    for place, value in zip(places, seconds, strict=True):
+    rows = range(len(labels))
+    axes.barh(rows, seconds, color=BLUE, height=0.6)
+    for row, value in zip(rows, seconds, strict=True):
       axes.annotate(
         f"{value:g}",
-        (value, place),
+        (value, row),
         xytext=(3, 0),
         textcoords="offset points",
         va="center",
         fontsize=8,
       )
-    axes.set_yticks(places, labels)
+    axes.set_yticks(rows, labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlim(0, 1.12 * max([*seconds, 0.1]))
     axes.set_xlabel("seconds")
@@ -234,30 +229,29 @@ def times(labels: Sequence[str], seconds: Sequence[float]) -> Figure:
 
 
 def verdicts(reasons: Mapping[str, Mapping[str, int]], names: Mapping[str, str]) -> Figure:
-  """Responses by verdict, one bar a row of 100 %: right in blue, wrong in orange, all others in
-  greys.
+  """Shares of verdicts as stacked bars: right in blue, wrong in orange, all others in greys.
 
   Args:
-    reasons: row -> verdict's reason -> responses.
-    names: reason -> what the legend calls it, in the order of the bar.
+    reasons: row -> verdict's reason -> number of responses.
+    names: reason -> its name in the legend, in the order of the bar.
   """
   shades = iter(("#8a919b", "#b3b9c1", "#6b727c", "#ccd1d6", "#565c64", "#dde1e5"))
-  there = [reason for reason in names if any(reason in row for row in reasons.values())]
-  colors = {
-    reason: {"right": BLUE, "wrong": ORANGE}.get(reason) or next(shades) for reason in there
-  }
+  colors = {}
+  for reason in names:
+    if any(reason in row for row in reasons.values()):
+      colors[reason] = {"right": BLUE, "wrong": ORANGE}.get(reason) or next(shades)
   with matplotlib.rc_context(STYLE):
     figure, axes = _figure(1.2 + 0.32 * len(reasons))
-    for place, row in enumerate(reasons.values()):
+    for y, row in enumerate(reasons.values()):
       left = 0.0
-      for reason in there:
+      for reason, color in colors.items():
         share = 100 * row.get(reason, 0) / max(1, sum(row.values()))
-        label = names[reason] if place == 0 else None
-        axes.barh([place], [share], left=left, color=colors[reason], height=0.6, label=label)
+        label = names[reason] if y == 0 else None
+        axes.barh([y], [share], left=left, color=color, height=0.6, label=label)
         if share > 8:
           axes.text(
             left + share / 2,
-            place,
+            y,
             f"{share:.0f}",
             ha="center",
             va="center",
@@ -274,8 +268,7 @@ def verdicts(reasons: Mapping[str, Mapping[str, int]], names: Mapping[str, str])
 
 
 def shifts(chosen: Sequence[float], rejected: Sequence[float]) -> Figure:
-  """Each pair as a dot: how far training has moved its two branches. Below the diagonal the margin
-  has grown.
+  """Shifts of both branches of each pair as dots; below the diagonal the margin has grown.
 
   Args:
     chosen, rejected: log π − log π_ref of each pair's branches, nats.
@@ -295,20 +288,20 @@ def shifts(chosen: Sequence[float], rejected: Sequence[float]) -> Figure:
 
 
 def pits(counts: Sequence[int], without: int) -> Figure:
-  """How many traces have their pit at each step, and how many have none.
+  """Number of traces with their pit at each step, and without a pit.
 
   Args:
     counts: traces whose pit is step 1, 2, ...
-    without: traces in which the rule finds no pit.
+    without: traces without a pit.
   """
   with matplotlib.rc_context(STYLE):
     figure, axes = _figure(2.4)
-    places = list(range(1, len(counts) + 1))
-    axes.bar(places, counts, color=ORANGE, width=0.6)
+    steps = list(range(1, len(counts) + 1))
+    axes.bar(steps, counts, color=ORANGE, width=0.6)
     last = len(counts) + 1.5
     axes.bar([last], [without], color=GREY, width=0.6)
-    every = max(1, -(-len(counts) // 12))  # at most a dozen numbers below the axis
-    axes.set_xticks([*places[::every], last], [*map(str, places[::every]), "none"])
+    ticks = steps[:: max(1, -(-len(counts) // 12))]  # at most a dozen
+    axes.set_xticks([*ticks, last], [*map(str, ticks), "none"])
     axes.set_xlabel("step of the pit")
     axes.set_ylabel("traces")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -317,7 +310,7 @@ def pits(counts: Sequence[int], without: int) -> Figure:
 
 
 def png(figure: Figure, dots_per_inch: int = 200) -> bytes:
-  """The drawing on white."""
+  """The figure as PNG, on white."""
   buffer = io.BytesIO()
   figure.savefig(
     buffer, format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None}
@@ -326,12 +319,12 @@ def png(figure: Figure, dots_per_inch: int = 200) -> bytes:
 
 
 def svg(figure: Figure, name: str, label: str) -> str:
-  """The drawing as an <svg> element to stand in a page.
+  """The figure as an <svg> element for a page.
 
   Args:
-    figure: as the functions above make it.
-    name: put before every id, so that several drawings can stand in one page.
-    label: what a screen reader says, plain text without quotes or markup.
+    figure: returned by a function above.
+    name: prefix of all ids, so that a page can hold several figures.
+    label: text for screen readers, without quotes or markup.
   """
   buffer = io.StringIO()
   with matplotlib.rc_context(STYLE):
@@ -348,7 +341,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
 
 
 def svg_file(figure: Figure) -> str:
-  """The drawing as an SVG file of its own, whose ink follows the reader's light or dark mode."""
+  """The figure as a standalone SVG file that follows the reader's light or dark mode."""
   text = svg(figure, "figure", "")
   dark = "<style>svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}</style>"
   head, _, rest = text.partition(">")
@@ -359,7 +352,7 @@ def svg_file(figure: Figure) -> str:
 def save(figure: Figure, path: epath.PathLike) -> None:
   """Writes path.png and path.svg, both on white."""
   path = epath.Path(path)
-  with matplotlib.rc_context(STYLE):  # without dates, so that the same result gives the same files
+  with matplotlib.rc_context(STYLE):  # no dates, so that equal figures give equal files
     figure.savefig(
       path.with_suffix(".png"), dpi=160, facecolor="white", metadata={"Software": None}
     )

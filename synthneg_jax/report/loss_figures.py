@@ -1,9 +1,8 @@
-"""Preference losses as drawings: against the margin, over the plane of both shifts, and by step of
-one response.
+"""Plots of preference losses: by margin, over both shifts, and by step of one response.
 
-A loss here is a function of `core.losses` with its settings bound: of (chosen, rejected,
-ref_chosen, ref_rejected), [P] nats each. Gradients are jax's, of the very functions that training
-uses.
+A loss is a function of `core.losses` with its settings bound; it takes (chosen, rejected,
+ref_chosen, ref_rejected), [P] nats each. Gradients are computed by jax from the functions that
+training uses.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,70 +22,64 @@ _COLORS = (figures.BLUE, figures.ORANGE, "#4f9a5d", "#a05fb4", figures.GREY)
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 
-def with_nll(loss: Loss, weight: float, num_tokens: int, ref_chosen: float) -> Loss:
-  """loss + weight · `losses.nll_term` of the chosen branch, as training adds it.
+def with_nll(loss: Loss, *, weight: float, num_tokens: int, ref_chosen: float) -> Loss:
+  """loss + weight · `losses.nll_term` of the chosen branch, as in training.
 
   Args:
-    loss: of shifts, the reference at 0.
+    loss: of shifts, with the reference at 0.
     weight: dpo.nll_weight.
     num_tokens: of the chosen branch.
-    ref_chosen: log π_ref(y⁺), nats: what the chosen branch's log-prob is where its shift is 0.
+    ref_chosen: log π_ref(y⁺) in nats, the chosen branch's log-prob at shift 0.
   """
 
-  def sum_(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P):
+  def total(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P):
     term_P = losses.nll_term(chosen_P - ref_chosen_P + ref_chosen, jnp.asarray(num_tokens))
     return loss(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P) + weight * term_P
 
-  return sum_
+  return total
 
 
 def slopes(
   loss: Loss, chosen_P: jax.Array, rejected_P: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(loss, ∂loss/∂ log π(y⁺), ∂loss/∂ log π(y⁻)) [P] each, where the branches have shifted so far
-  from a reference at 0.
-  """
+  """(loss, ∂loss/∂ log π(y⁺), ∂loss/∂ log π(y⁻)), [P] each, with the reference at 0."""
+
+  def values(c_P, r_P):
+    return loss(c_P, r_P, jnp.zeros_like(c_P), jnp.zeros_like(r_P))
 
   def total(c_P, r_P):
-    return jnp.sum(loss(c_P, r_P, jnp.zeros_like(c_P), jnp.zeros_like(r_P)))
+    return jnp.sum(values(c_P, r_P))
 
   by_chosen_P, by_rejected_P = jax.grad(total, argnums=(0, 1))(chosen_P, rejected_P)
-  return (
-    loss(chosen_P, rejected_P, jnp.zeros_like(chosen_P), jnp.zeros_like(rejected_P)),
-    by_chosen_P,
-    by_rejected_P,
-  )
+  return values(chosen_P, rejected_P), by_chosen_P, by_rejected_P
 
 
 def rejecting(loss: Loss, step_S: jax.Array) -> Callable[[jax.Array], jax.Array]:
-  """A loss of one pair as a function of the shifts [S] of the steps of one response, of which some
-  are the rejected branch.
+  """The loss of one pair as a function of the shifts [S] of one response's steps.
 
   Args:
     loss: of pairs.
-    step_S: 1 where the step belongs to the rejected branch, else 0. The chosen branch is another
-      response's.
+    step_S: 1 for a step of the rejected branch, else 0. The chosen branch is another response's.
   """
 
-  def of_steps(shift_S):
+  def step_loss(shift_S):
     zero_1 = jnp.zeros(1)
     return loss(zero_1, jnp.sum(step_S * shift_S)[None], zero_1, zero_1)[0]
 
-  return of_steps
+  return step_loss
 
 
 def by_margin(
   named: Mapping[str, Loss], *, low: float = -20.0, high: float = 40.0, most: float = 3.0
 ) -> Figure:
-  """Each loss against the margin, and below it how hard it pulls, −∂loss/∂h; both as multiples of
-  those at h = 0.
+  """Each loss and, below, its pull −∂loss/∂h by margin h, relative to their values at h = 0.
 
-  The margin is moved by the rejected branch; the chosen one stays at the reference.
+  The margin varies with the rejected branch; the chosen branch stays at the reference.
 
   Args:
-    named: losses by what the legend calls them, five at most; none may be 0, or flat, at h = 0.
-    low, high: margins at the ends, nats.
-    most: how far up the axes go.
+    named: label -> loss, at most five; neither the loss nor its pull may be 0 at h = 0.
+    low, high: range of margins, nats.
+    most: upper limit of the vertical axes.
   """
   margin_P = jnp.linspace(low, high, 301)
   chosen_P, zero_1 = jnp.zeros_like(margin_P), jnp.zeros(1)
@@ -99,9 +92,8 @@ def by_margin(
       above.plot(
         margin_P, value_P / value_1, color=color, linestyle=dash, linewidth=1.8, label=name
       )
-      below.plot(
-        margin_P, by_rejected_P / pull_1, color=color, linestyle=dash, linewidth=1.8
-      )  # h falls with the rejected
+      # h falls as the rejected branch's log-prob grows.
+      below.plot(margin_P, by_rejected_P / pull_1, color=color, linestyle=dash, linewidth=1.8)
     for axes in (above, below):
       axes.axvline(0, color=figures.INK, linewidth=0.8, alpha=0.5)
       axes.grid(axis="y")
@@ -117,12 +109,11 @@ def by_margin(
 
 
 def by_shifts(named: Mapping[str, Loss], *, size: float = 8.0) -> Figure:
-  """The plane of both branches' shifts, one panel a loss: shades are the loss, arrows the way that
-  it pushes.
+  """Each loss over the plane of both shifts: shading for its value, arrows for its push.
 
   Args:
-    named: losses by the titles of their panels, four at most.
-    size: largest shift, nats, each way.
+    named: panel's title -> loss, at most four.
+    size: largest shift in each direction, nats.
   """
   grid_G = jnp.linspace(-size, size, 241)
   coarse_G = jnp.linspace(-0.85 * size, 0.85 * size, 9)
@@ -133,7 +124,7 @@ def by_shifts(named: Mapping[str, Loss], *, size: float = 8.0) -> Figure:
       x_GG, y_GG = jnp.meshgrid(grid_G, grid_G)
       value_P, _, _ = slopes(loss, x_GG.reshape(-1), y_GG.reshape(-1))
       shade_GG = jnp.log1p(value_P - jnp.min(value_P)).reshape(x_GG.shape)
-      shade_GG = jnp.floor(15.99 * shade_GG / jnp.max(shade_GG))  # in steps, as height lines
+      shade_GG = jnp.floor(15.99 * shade_GG / jnp.max(shade_GG))  # discrete, like contour lines
       extent = (-size, size, -size, size)
       axes.imshow(
         shade_GG,
@@ -147,9 +138,8 @@ def by_shifts(named: Mapping[str, Loss], *, size: float = 8.0) -> Figure:
       x_P, y_P = (part.reshape(-1) for part in jnp.meshgrid(coarse_G, coarse_G))
       _, by_chosen_P, by_rejected_P = slopes(loss, x_P, y_P)
       length_P = jnp.sqrt(by_chosen_P**2 + by_rejected_P**2) + 1e-12
-      shown_P = (
-        jnp.sqrt(length_P / jnp.max(length_P)) / length_P
-      )  # roots, so that weak pulls can be seen
+      # Arrow lengths grow with the root of the gradient, which keeps weak pulls visible.
+      shown_P = jnp.sqrt(length_P / jnp.max(length_P)) / length_P
       arrows = {
         "color": figures.BLUE,
         "angles": "xy",
@@ -170,13 +160,11 @@ def by_shifts(named: Mapping[str, Loss], *, size: float = 8.0) -> Figure:
 def by_step(
   advantage_S: Sequence[float], named: Mapping[str, Callable[[jax.Array], jax.Array]]
 ) -> Figure:
-  """How hard each loss pushes each step of one wrong response, at the start of training: −∂loss/∂
-  log π(step).
+  """How hard each loss pushes each step of a wrong response at the start: −∂loss/∂ log π(step).
 
   Args:
     advantage_S: A of each step, drawn first.
-    named: losses by the titles of their panels, each a function of the steps' summed log-probs [S]
-      (their shifts), 0 where training starts.
+    named: panel's title -> loss as a function of the steps' shifts [S], 0 at the start.
   """
   steps = np.arange(1, len(advantage_S) + 1)
   columns = 4

@@ -1,9 +1,7 @@
-"""The report of one run as a folder: index.html, which needs nothing else, and every figure as PNG
-and CSV beside it.
+"""The report of one run: a self-contained index.html, and each figure as PNG and CSV beside it.
 
-What a report is made from stands in the dataclasses below; whoever gathers it (pipeline/report.py)
-reads the files. Steps are numbered from 0 here, as in the records, and from 1 in everything that is
-shown.
+The dataclasses below hold a report's contents; pipeline/report.py fills them from files. Steps are
+numbered from 0 in the data, as in the records, and from 1 in the page.
 """
 
 import dataclasses
@@ -17,7 +15,7 @@ from synthneg_jax.report.trace_cards import ShownTrace
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """The test error of one policy; error None where it has not been tested."""
+  """The test error of one policy; `error` is None before its test."""
 
   label: str
   error: float | None = None  # share of the test problems
@@ -31,16 +29,16 @@ class MeanValues:
   """Mean Q by step over the credited wrong traces."""
 
   means: Sequence[float]  # [S]
-  counts: Sequence[int]  # [S] traces that have the step
+  counts: Sequence[int]  # [S] traces with the step
   start: float  # mean V(x) over the same traces
-  num_problems: int  # that the traces are of
+  num_problems: int  # of these traces
   advantages: Sequence[float]  # [S] mean advantage of each step
-  advantage_counts: Sequence[int]  # [S] traces in which it is known
+  advantage_counts: Sequence[int]  # [S] traces whose advantage is known
 
 
 @dataclasses.dataclass(frozen=True)
 class StageState:
-  """How far a stage is and what it reported."""
+  """The state of a stage and the figures it reported."""
 
   name: str
   state: str  # done, begun, not begun
@@ -49,7 +47,7 @@ class StageState:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Everything that a report shows. None stands for what an unfinished stage has not given yet."""
+  """The contents of a report; None for results of unfinished stages."""
 
   title: str
   methods: Sequence[Method]
@@ -58,15 +56,14 @@ class Report:
   traces: Sequence[ShownTrace] | None
   reasons: Mapping[str, Mapping[str, int]]  # column -> verdict's reason -> responses
   stages: Sequence[StageState]
-  training: Mapping[
-    str, tuple[str, Sequence[Mapping[str, float]]]
-  ]  # stage -> (label, metrics of each update)
+  # stage -> (label, metrics of each update)
+  training: Mapping[str, tuple[str, Sequence[Mapping[str, float]]]]
   config: Mapping[str, object]  # leaves
-  changed: Sequence[str]  # leaves that differ from the default
+  changed: Sequence[str]  # leaves with another value than the default
   versions: Mapping[str, str]  # package -> version
-  commits: Sequence[str]  # of the sources that made the stages
+  commits: Sequence[str]  # git commits that ran the stages
   devices: Sequence[str]
-  command: str  # that makes the run again
+  command: str  # reproduces the run
   num_rollouts: int
   best_of: int
   pit_rule: str
@@ -78,26 +75,23 @@ _STATES = {"done": "done", "begun": "begun, not finished", "not begun": "not beg
 
 def _errors(report: Report, folder: markup.Folder) -> str:
   tested = [method for method in report.methods if method.error is not None]
-  rows = [
-    (
-      markup.escape(m.label),
-      markup.percent(m.error),
-      f"{100 * m.low:.1f} – {markup.percent(m.high)}",
-      str(m.num_problems),
-    )
-    if m.error is not None
-    else (markup.escape(m.label), "not done", "", "")
-    for m in report.methods
-  ]
+  rows = []
+  for m in report.methods:
+    cells = ("not done", "", "")
+    if m.error is not None:
+      interval = f"{100 * m.low:.1f} – {markup.percent(m.high)}"
+      cells = (markup.percent(m.error), interval, str(m.num_problems))
+    rows.append((markup.escape(m.label), *cells))
   out = markup.table(
     ("method", "test error", "95 % interval", "problems"),
     rows,
     (1, 2, 3),
-    "Test error: the share of the test problems whose response is not graded right; one response a "
-    "problem. "
-    "The interval (Wilson) is over the draw of test problems, for one training run. All methods "
-    "answer the "
-    "same problems, so two methods may differ even where their intervals overlap.",
+    caption=(
+      "Test error: the share of test problems whose response is not graded right, with one "
+      "response per problem. The interval (Wilson) covers the draw of test problems for one "
+      "training run. All methods answer the same problems, so two methods may differ even if their "
+      "intervals overlap."
+    ),
   )
   if not tested:
     return out + markup.missing("Stage evaluate is not done: no method has been tested yet.")
@@ -109,19 +103,19 @@ def _errors(report: Report, folder: markup.Folder) -> str:
     figure,
     ("method", "test_error", "ci95_low", "ci95_high", "num_problems"),
     [(m.label, m.error, m.low, m.high, m.num_problems) for m in tested],
-    "Test errors with their intervals",
-    "Test error of each method over the test problems; the line is the 95 % interval.",
+    label="Test errors with their intervals",
+    caption="Test error of each method; the line is the 95 % interval.",
   )
   return f'<div class="side"><div>{out}</div>{drawn}</div>'
 
 
 def _values(report: Report, folder: markup.Folder) -> str:
   if report.values is None:
-    return markup.missing("Stage credit is not done: there are no values of steps yet.")
+    return markup.missing("Stage credit is not done: no step has a value yet.")
   values, pits = report.values, report.pits
   if not values.means:
     return markup.missing(
-      "Stage credit found no wrong trace with an answer: there are no values to show."
+      "Stage credit found no wrong trace with an answer, so no step has a value."
     )
   under = (
     f" under Best-of-{report.best_of} (at least one of {report.best_of} rollouts is right)"
@@ -129,13 +123,11 @@ def _values(report: Report, folder: markup.Folder) -> str:
     else ""
   )
   out = (
-    "<p>Q of a step is the probability that the SFT policy, going on from the end of that step, "
-    "comes out right"
-    f"{under}; it is estimated from {report.num_rollouts} rollouts. The last step needs none: of a "
-    "wrong trace "
-    "its Q is 0. A step's advantage is its Q minus the Q of the step before; before the first step "
-    "stands the "
-    "value of the problem alone, from its samples. The pit is the step that is blamed, by the rule "
+    "<p>The Q of a step is the probability that the SFT policy reaches the right answer from the "
+    f"end of that step{under}, estimated from {report.num_rollouts} rollouts. The last step of a "
+    "wrong trace has Q = 0 without rollouts. A step's advantage is its Q minus the Q of the "
+    "previous step, or, for the first step, minus the value of the problem alone, estimated from "
+    "its samples. The pit is the step to blame by the rule "
     f"<code>{markup.escape(report.pit_rule)}</code>.</p>"
   )
   mean = folder.add(
@@ -149,43 +141,42 @@ def _values(report: Report, folder: markup.Folder) -> str:
         for s, (q, n) in enumerate(zip(values.means, values.counts, strict=True), start=1)
       ),
     ],
-    "Mean Q by step",
-    "Mean Q after each step over the wrong traces that have the step and whose Q there is known, "
-    "last steps (Q = 0) "
-    f"included; {len(pits)} traces of {values.num_problems} problems, each trace weighs the same. "
-    "At 0 stands the "
-    "mean of the value of the problem alone over all these traces. The bars say over how many "
-    "traces each mean is.",
+    label="Mean Q by step",
+    caption=(
+      "Mean Q after each step over the wrong traces with a known Q there, including last steps (Q "
+      f"= 0); {len(pits)} traces of {values.num_problems} problems, weighted equally. The value at "
+      "0 is the mean value of the problem alone over these traces. The bars show the number of "
+      "traces in each mean."
+    ),
   )
-  gained = folder.add(
+  advantage = folder.add(
     "mean_advantage",
     figures.mean_advantages(values.advantages, values.advantage_counts),
     ("step", "mean_advantage", "traces"),
     [
-      (step, advantage if count else "", count)
-      for step, (advantage, count) in enumerate(
+      (step, mean if count else "", count)
+      for step, (mean, count) in enumerate(
         zip(values.advantages, values.advantage_counts, strict=True), start=1
       )
     ],
-    "Mean advantage by step",
-    "Mean advantage of each step over the wrong traces in which its Q and the Q before it are "
-    "known.",
+    label="Mean advantage by step",
+    caption="Mean advantage of each step over the wrong traces with a known Q before and after it.",
   )
   steps = max((pit + 1 for pit in pits), default=0)
   counts = [sum(pit == step for pit in pits) for step in range(max(steps, len(values.means)))]
   without = sum(pit < 0 for pit in pits)
-  nowhere = f"in {without} of them the rule finds no pit, and such a trace gives no per-step pair."
+  note = f"in {without} of them the rule finds no pit, so they give no per-step pair."
   if not without:
-    nowhere = "the rule finds one in every trace."
-  where = folder.add(
+    note = "the rule finds one in every trace."
+  steps_of_pits = folder.add(
     "pits",
     figures.pits(counts, without),
     ("step", "traces"),
     [*enumerate(counts, start=1), ("none", without)],
-    "Where the pits lie",
-    f"Step of the pit in the {len(pits)} credited wrong traces; {nowhere}",
+    label="Steps of the pits",
+    caption=f"Step of the pit in the {len(pits)} credited wrong traces; {note}",
   )
-  return f'{out}<div class="figures three">{mean}{gained}{where}</div>'
+  return f'{out}<div class="figures three">{mean}{advantage}{steps_of_pits}</div>'
 
 
 def _reasons(report: Report) -> str:
@@ -196,22 +187,19 @@ def _reasons(report: Report) -> str:
   ]
   rows = []
   for label, column in report.reasons.items():
-    total = sum(column.values())
-
-    def share(name, of=column, total=total):
-      return markup.percent(of.get(name, 0) / total).removesuffix(" %")
-
-    cells = (
-      f"{column.get(name, 0)} <br>{share(name).replace('under ', '&lt; ')}" for name in names
-    )
+    total, cells = sum(column.values()), []
+    for name in names:
+      share = markup.percent(column.get(name, 0) / total).removesuffix(" %")
+      cells.append(f"{column.get(name, 0)} <br>{share.replace('under ', '&lt; ')}")
     rows.append((markup.escape(label), *cells, str(total)))
   return markup.table(
     ("responses", *(markup.REASONS[name] for name in names), "all"),
     rows,
     range(1, len(names) + 2),
-    "Number of responses by verdict, and below it their share of the row in %. The samples are of "
-    "the training problems, "
-    "the other rows of the test problems, one response each.",
+    caption=(
+      "Number of responses by verdict and, below, their share of the row in %. Samples answer the "
+      "training problems; the other rows answer the test problems once each."
+    ),
   )
 
 
@@ -235,27 +223,28 @@ def _stages(report: Report) -> str:
     ("stage", "state", "seconds", "counts"),
     rows,
     (2,),
-    "Seconds of the process that finished the stage; a stage that was interrupted took longer in "
-    "all. "
-    "Names with a / and grad_norm are of the last training step: means over its batch, of what "
-    "stands "
-    "after the /.",
+    caption=(
+      "Seconds of the process that finished the stage; an interrupted stage took longer in total. "
+      "Names with a / and grad_norm refer to the last training step; the part after the / says "
+      "what the mean is over."
+    ),
     loose=True,
   )
 
 
-def _bill(report: Report, folder: markup.Folder) -> str:
+def _rollouts_and_time(report: Report, folder: markup.Folder) -> str:
   done = {stage.name: stage.figures for stage in report.stages if stage.state == "done"}
-  text, figure = training_sections.bill(done, report.num_rollouts, folder)
+  text, figure = training_sections.rollouts_and_time(done, report.num_rollouts, folder)
   return f'{text}<div class="side left">{figure}<div>{_stages(report)}</div></div>'
 
 
-def _origin(report: Report) -> str:
+def _provenance(report: Report) -> str:
   def kind(name):
     return ' class="changed"' if name in report.changed else ""
 
   leaves = "".join(
-    f"<tr{kind(name)}><td><code>{markup.escape(name)}</code></td><td><code>{markup.escape(value)}</code></td></tr>\n"
+    f"<tr{kind(name)}><td><code>{markup.escape(name)}</code></td>"
+    f"<td><code>{markup.escape(value)}</code></td></tr>\n"
     for name, value in report.config.items()
   )
   versions = ", ".join(
@@ -263,47 +252,45 @@ def _origin(report: Report) -> str:
   )
   commits = (
     ", ".join(f"<code>{markup.escape(commit)}</code>" for commit in report.commits)
-    or "not known (no git checkout)"
+    or "unknown (no git checkout)"
   )
   return (
-    f"<p>To make this run again, in another folder:</p><pre>{markup.escape(report.command)}</pre>"
-    '<p class="dim">REPORT_FOLDER is where this page lies; its <code>config.py</code> sets every '
-    "leaf that differs "
-    "from the default."
-    f"</p><p>Git commit: {commits} (+ means: with changes on top).<br>Versions: {versions}.<br>"
-    f"Seed {markup.escape(report.config.get('seed', 'not known'))}, of everything that is "
-    "drawn.<br>"
-    f"Devices of the last command: {markup.escape(', '.join(report.devices)) or 'not known'}.</p>"
-    f"<details><summary>All {len(report.config)} leaves of the config; bold ones differ from the "
-    "default</summary>"
+    f"<p>To repeat this run in another folder:</p><pre>{markup.escape(report.command)}</pre>"
+    '<p class="dim">REPORT_FOLDER is the folder of this page; its <code>config.py</code> sets all '
+    "leaves that differ from the default."
+    f"</p><p>Git commit: {commits} (+ marks uncommitted changes).<br>Versions: {versions}.<br>"
+    f"Seed {markup.escape(report.config.get('seed', 'unknown'))} for all random draws.<br>"
+    f"Devices of the last command: {markup.escape(', '.join(report.devices)) or 'unknown'}.</p>"
+    f"<details><summary>All {len(report.config)} config leaves; bold ones differ from the default"
+    "</summary>"
     f'<table class="leaves"><tbody>\n{leaves}</tbody></table></details>'
   )
 
 
 def page(report: Report, folder: epath.PathLike) -> str:
-  """The page as HTML; its figures are written into the folder."""
-  keep = markup.Folder(epath.Path(folder))
+  """The page as HTML; writes the figures into the folder."""
+  figure_folder = markup.Folder(epath.Path(folder))
   unfinished = [stage.name for stage in report.stages if stage.state != "done"]
   note = ""
   if unfinished:
     note = markup.missing(
-      f"Not finished yet: {', '.join(unfinished)}. What rests on them is left out below."
+      f"Not finished yet: {', '.join(unfinished)}. Results that depend on them are missing below."
     )
   rft = "the " + ("SFT policy" if report.config.get("rft.start") == "sft" else "base model")
   rft += " on the SFT policy's own right samples"
   if report.config.get("rft.with_teacher"):
     rft += " and the known solutions"
   sections = (
-    ("Test errors", _errors(report, keep)),
-    ("Value of the steps of wrong traces", _values(report, keep)),
+    ("Test errors", _errors(report, figure_folder)),
+    ("Values of the steps of wrong traces", _values(report, figure_folder)),
     (
       "Wrong traces with the credit of each step",
       trace_cards.section(report.traces, report.best_of, report.pair_mode),
     ),
     ("Verdicts", _reasons(report)),
-    ("Training", training_sections.curves(report.training, keep)),
-    ("Rollout bill and time by stage", _bill(report, keep)),
-    ("Where this comes from", _origin(report)),
+    ("Training", training_sections.curves(report.training, figure_folder)),
+    ("Rollouts and time by stage", _rollouts_and_time(report, figure_folder)),
+    ("Provenance", _provenance(report)),
   )
   body = "\n".join(f"<section><h2>{title}</h2>\n{text}</section>" for title, text in sections)
   return (
@@ -311,13 +298,13 @@ def page(report: Report, folder: epath.PathLike) -> str:
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     '<meta http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;; '
     'style-src &#39;unsafe-inline&#39;">\n'
-    f"<title>{markup.escape(report.title)}</title>\n<style>{markup.CSS}</style></head>\n<body>\n<h1>{markup.escape(report.title)}</h1>\n"
-    f"<p>SFT trains the base model on known solutions. RFT trains {rft}. Both DPOs go on from the "
-    "SFT "
-    "policy: with known against wrong whole solutions (arbitrary pairs), or with pairs made at the "
-    "pit, the step that is to blame for a wrong answer (per-step DPO; mode "
+    f"<title>{markup.escape(report.title)}</title>\n<style>{markup.CSS}</style></head>\n<body>\n"
+    f"<h1>{markup.escape(report.title)}</h1>\n"
+    f"<p>SFT trains the base model on known solutions. RFT trains {rft}. Both DPO methods start "
+    "from the SFT policy: DPO prefers known solutions to wrong ones as a whole (arbitrary pairs); "
+    "per-step DPO uses pairs at the pit, the step to blame for a wrong answer (mode "
     f"<code>{markup.escape(report.pair_mode)}</code>).</p>\n"
-    f'<p>Every trace, with rollouts and pairs: <a href="traces.html">the trace viewer</a>.</p>\n'
+    f'<p>All traces with rollouts and pairs: <a href="traces.html">the trace viewer</a>.</p>\n'
     f"{note}\n{body}\n</body></html>\n"
   )
 
@@ -326,11 +313,11 @@ def write(report: Report, folder: epath.PathLike) -> epath.Path:
   """Writes index.html, *.png and *.csv.
 
   Args:
-    report: what to show.
-    folder: made if it is not there; PNG and CSV files in it are replaced.
+    report: the contents.
+    folder: created if missing; its PNG and CSV files are replaced.
 
   Returns:
-    Path of index.html.
+    The path of index.html.
   """
   folder = epath.Path(folder)
   text = page(report, folder)

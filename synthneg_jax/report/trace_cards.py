@@ -1,4 +1,4 @@
-"""The section of the report that shows a few wrong traces in full, each step with its credit."""
+"""The section of the report that shows a few wrong traces in full, with the credit of each step."""
 
 import dataclasses
 import urllib.parse
@@ -12,34 +12,32 @@ class Step:
   """One step of a shown trace."""
 
   text: str
-  rollouts: int  # from the end of the step; 0 where exact
+  rollouts: int  # from the end of the step; 0 if exact
   successes: int
-  # 95 %, of the share of right rollouts; None without rollouts
-  interval: tuple[float, float] | None
-  q: float | None  # under Best-of-k; None where unknown
-  advantage: float | None  # q minus q of the step before; None where either is unknown
+  interval: tuple[float, float] | None  # 95 %, of the success rate; None without rollouts
+  q: float | None  # under Best-of-k; None if unknown
+  advantage: float | None  # q minus q of the step before; None if either is unknown
   exact: bool  # the last step: q is the verdict
 
 
 @dataclasses.dataclass(frozen=True)
 class ShownTrace:
-  """A wrong trace that is shown in full."""
+  """A wrong trace shown in full."""
 
   id: str
   problem: str
   gold: str
-  extracted: str | None  # the answer that was graded
+  extracted: str | None  # the graded answer
   reason: str  # of the verdict
-  right_samples: int  # of the problem's traces
+  right_samples: int  # among the problem's samples
   samples: int
   v0: float  # value of the bare problem under Best-of-k
   steps: Sequence[Step]
-  pit: int  # step from 0, -1 where there is none
-  # what the per-step pair makes likelier than the pit; empty: no pair, None: not yet made
-  preferred: str | None
+  pit: int  # step from 0; -1 for none
+  preferred: str | None  # chosen branch of the per-step pair; "" for no pair, None if not yet made
 
 
-def _step(step: Step, number: int, trace: ShownTrace, best_of: int) -> str:
+def _step(step: Step, *, number: int, trace: ShownTrace, best_of: int) -> str:
   if step.exact:
     credit = f"Q = {step.q:.0f}, the verdict"
   elif step.rollouts:
@@ -57,37 +55,36 @@ def _step(step: Step, number: int, trace: ShownTrace, best_of: int) -> str:
     credit += f", advantage {change if change[1:] != '0.00' else '0.00'}"
     shade = round(0.55 * min(1.0, abs(step.advantage)), 3)
     style = f' style="background: rgba(var(--{"bad" if step.advantage < 0 else "good"}), {shade})"'
-  kind, tag = (
-    (' class="pit"', ' <span class="tag">◀ pit</span>') if number == trace.pit else ("", "")
-  )
+  is_pit = number == trace.pit
+  kind = ' class="pit"' if is_pit else ""
+  tag = ' <span class="tag">◀ pit</span>' if is_pit else ""
   return (
     f'<li{kind}{style}><span class="text">{number + 1}. {markup.escape(step.text.strip())}</span>'
     f'<span class="credit">{credit}{tag}</span></li>'
   )
 
 
-def _trace(trace: ShownTrace, number: int, best_of: int, pair_mode: str) -> str:
+def _trace(trace: ShownTrace, number: int, *, best_of: int, pair_mode: str) -> str:
   graded = "none" if trace.extracted is None else trace.extracted
   start = f"{trace.right_samples} of {trace.samples} samples of the problem are right"
   value = f"{trace.v0:.3f}".removesuffix("0")  # eighths need the third decimal
   start += f" (value {value} under Best-of-{best_of})" if best_of > 1 else f" (value {value})"
-  steps = "\n".join(_step(step, i, trace, best_of) for i, step in enumerate(trace.steps))
-  what = (
-    "this known solution to the trace up to and with its pit"
-    if pair_mode in ("algorithm1", "prefix_protected")
-    else "this to the pit; it is from a continuation of the same steps that came out right"
+  steps = "\n".join(
+    _step(step, number=i, trace=trace, best_of=best_of) for i, step in enumerate(trace.steps)
   )
-  preferred = (
-    '<p class="dim">The per-step pair prefers '
-    f"{what}:</p><pre>{markup.escape(trace.preferred.strip())}</pre>"
-    if trace.preferred
-    else ""
-  )
-  if trace.pit >= 0 and trace.preferred == "":
+  preferred = ""
+  if trace.preferred:
+    comparison = "this correct continuation of the same steps to the pit"
+    if pair_mode in ("algorithm1", "prefix_protected"):
+      comparison = "this known solution to the trace up to and including its pit"
     preferred = (
-      '<p class="dim">This trace gave no per-step pair: nothing stood against the pit, or another '
-      "trace had given the "
-      "same pair, or its problem had given enough.</p>"
+      f'<p class="dim">The per-step pair prefers {comparison}:</p>'
+      f"<pre>{markup.escape(trace.preferred.strip())}</pre>"
+    )
+  elif trace.pit >= 0 and trace.preferred == "":
+    preferred = (
+      '<p class="dim">This trace gave no per-step pair: the pit has no correct alternative, '
+      "another trace gave the same pair, or its problem reached the maximum number of pairs.</p>"
     )
   no_pit = "" if trace.pit >= 0 else ' <span class="dim">The rule finds no pit here.</span>'
   return (
@@ -96,30 +93,29 @@ def _trace(trace: ShownTrace, number: int, best_of: int, pair_mode: str) -> str:
     f"{markup.escape(trace.id)}</a></h3>"
     f"<pre>{markup.escape(trace.problem.strip())}</pre>"
     f"<p>Verdict: <b>{markup.escape(markup.REASONS.get(trace.reason, trace.reason))}</b>; answer "
-    f"{markup.escape(graded)}, "
-    f"gold answer {markup.escape(trace.gold)}. {start}.{no_pit}</p>"
+    f"{markup.escape(graded)}, gold answer {markup.escape(trace.gold)}. {start}.{no_pit}</p>"
     f'<ol class="steps">\n{steps}\n</ol>{preferred}</article>'
   )
 
 
 def section(traces: Sequence[ShownTrace] | None, best_of: int, pair_mode: str) -> str:
-  """The section of the report that shows them; None where there is no credit yet."""
+  """The section's HTML; `traces` is None before stage credit."""
   if traces is None:
-    return markup.missing("Stage credit is not done: no step has been given credit yet.")
+    return markup.missing("Stage credit is not done: no step has credit yet.")
   if not traces:
-    return markup.missing("There is no credited wrong trace to show.")
-  whose = "those with a pit"
+    return markup.missing("No wrong trace has credit.")
+  pool = "the wrong traces with a pit"
   if any(trace.pit < 0 for trace in traces):
-    whose += ", then from those without"
+    pool += ", then of those without"
   return (
-    f"<p>Wrong traces of the SFT policy, taken at even distances from the list of {whose}, one a "
-    "problem; "
-    "they are not picked by hand. Each step shows how many rollouts from its end came out right, "
-    "with the 95 % "
-    "interval (Wilson) of that share, and its advantage. Colour: "
+    f"<p>An evenly spaced sample of {pool}, one per problem, from the SFT policy. Each step shows "
+    "how many rollouts from its end are correct, the success rate with its 95 % interval (Wilson), "
+    "and the advantage. Colour: "
     '<span class="sample" style="background: rgba(var(--bad), 0.5)">the step lowers Q</span> '
-    '<span class="sample" style="background: rgba(var(--good), 0.5)">the step raises Q</span>, the '
-    "stronger the more."
-    "</p>"
-    + "\n".join(_trace(trace, i, best_of, pair_mode) for i, trace in enumerate(traces, start=1))
+    '<span class="sample" style="background: rgba(var(--good), 0.5)">the step raises Q</span>; '
+    "stronger colour means a larger change.</p>"
+    + "\n".join(
+      _trace(trace, i, best_of=best_of, pair_mode=pair_mode)
+      for i, trace in enumerate(traces, start=1)
+    )
   )

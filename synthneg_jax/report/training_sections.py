@@ -1,12 +1,11 @@
-"""Sections of the report on training and on what it cost: curves by update, the rollout bill, and
-time by stage.
-"""
+"""Sections of the report on training curves, the number of rollouts, and time by stage."""
 
+import functools
 from collections.abc import Mapping, Sequence
 
 from synthneg_jax.report import figures, markup
 
-# panel's label -> metrics drawn in it, each with the name of its line; as docs/data.md names them
+# (panel's label, metric of docs/data.md -> name of its line)
 _PANELS = (
   ("loss, nats a token", {"loss/per_token": "loss"}),
   ("loss, nats a pair", {"loss/per_pair": "loss"}),
@@ -23,113 +22,112 @@ _PANELS = (
 
 
 def smoothed(values: Sequence[float], width: int) -> list[float]:
-  """Means over `width` values around each, fewer at the ends."""
+  """Running means over `width` values, fewer at the ends."""
   half = width // 2
-  windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-  return [sum(window) / len(window) for window in windows]
+  means = []
+  for i in range(len(values)):
+    window = values[max(0, i - half) : i + half + 1]
+    means.append(sum(window) / len(window))
+  return means
 
 
 def _width(rows: Sequence[Mapping[str, float]]) -> int:
-  """How many updates the thick line is a mean of."""
+  """The number of updates in a running mean; odd."""
   return max(1, len(rows) // 25) | 1
 
 
 def training_figure(rows: Sequence[Mapping[str, float]]) -> figures.Figure:
-  """What was measured at each update of a training stage: loss, and of a preference loss shifts and
-  accuracy.
+  """Loss by update and, for preference losses, shifts and accuracy.
 
   Args:
-    rows: metrics of each update, at least one, "step" among them.
+    rows: metrics of each update, at least one, with "step".
   """
   panels = []
-  for title, lines in _PANELS:
-    there = {
-      name: [row[metric] for row in rows] for metric, name in lines.items() if metric in rows[0]
+  for title, metrics in _PANELS:
+    lines = {
+      name: [row[metric] for row in rows] for metric, name in metrics.items() if metric in rows[0]
     }
-    if there:
-      panels.append((title, there))
-  return figures.curves(
-    [int(row["step"]) for row in rows], panels, lambda values: smoothed(values, _width(rows))
-  )
+    if lines:
+      panels.append((title, lines))
+  smooth = functools.partial(smoothed, width=_width(rows))
+  return figures.curves([int(row["step"]) for row in rows], panels, smooth)
 
 
 def curves(
   training: Mapping[str, tuple[str, Sequence[Mapping[str, float]]]], folder: markup.Folder
 ) -> str:
-  """Figures of what was measured at each update.
+  """The figures of all training stages.
 
   Args:
-    training: stage -> (its label, a mapping of metrics an update, "step" among them).
-    folder: takes the figures.
+    training: stage -> (its label, the metrics of each update, with "step").
+    folder: receives the figures.
   """
-  made = []
+  drawn = []
   for stage, (label, rows) in training.items():
     if not rows:
       continue
     steps, width = [int(row["step"]) for row in rows], _width(rows)
     names = [name for name in rows[0] if name != "step"]
-    made.append(
+    numbers = [
+      (step, *(row.get(name, "") for name in names)) for step, row in zip(steps, rows, strict=True)
+    ]
+    drawn.append(
       folder.add(
         f"training_{stage.rpartition('/')[2]}",
         training_figure(rows),
         ("step", *names),
-        [
-          (step, *(row.get(name, "") for name in names))
-          for step, row in zip(steps, rows, strict=True)
-        ],
-        f"Training of {label}",
-        f"{markup.escape(label)}, {len(rows)} updates: thin, each update's batch; thick, the mean "
-        f"of {width} updates "
-        "around it.",
+        numbers,
+        label=f"Training of {label}",
+        caption=(
+          f"{markup.escape(label)}, {len(rows)} updates. Thin: each update's batch; thick: running "
+          f"mean over {width} updates."
+        ),
       )
     )
-  if not made:
+  if not drawn:
     return markup.missing("No policy has been trained yet.")
-  note = (
-    "<p>A shift is log p of a branch under the policy minus that under the SFT policy; the margin "
-    "is chosen shift − "
-    "rejected shift.</p>"
-    if any("dpo" in stage and rows for stage, (_, rows) in training.items())
-    else ""
-  )
-  return f'{note}<div class="figures">{"".join(made)}</div>'
+  note = ""
+  if any("dpo" in stage and rows for stage, (_, rows) in training.items()):
+    note = (
+      "<p>The shift of a branch is its log p under the policy minus its log p under the SFT "
+      "policy; the margin is chosen shift − rejected shift.</p>"
+    )
+  return f'{note}<div class="figures">{"".join(drawn)}</div>'
 
 
-def bill(
-  found: Mapping[str, Mapping[str, object]], num_rollouts: int, folder: markup.Folder
+def rollouts_and_time(
+  stages: Mapping[str, Mapping[str, object]], num_rollouts: int, folder: markup.Folder
 ) -> tuple[str, str]:
-  """What was drawn from models as text, and the time of each stage as a figure.
+  """Numbers of samples and rollouts as text, and the time of each stage as a figure.
 
   Args:
-    found: finished stage -> what it reported.
-    num_rollouts: credit.num_rollouts, from each prefix.
-    folder: takes the figure.
+    stages: finished stage -> its figures.
+    num_rollouts: credit.num_rollouts, per prefix.
+    folder: receives the figure.
   """
   rows, lines = [], []
-  if "sample" in found:
-    sample = found["sample"]
+  if "sample" in stages:
+    sample = stages["sample"]
     lines.append(
       f"{_count(sample['traces'])} traces were sampled for training ({_count(sample['tokens'])} "
       "tokens)."
     )
-  if "credit" in found:
-    credit = found["credit"]
+  if "credit" in stages:
+    credit = stages["credit"]
     inner = credit["steps"] - credit["traces"]
     lines.append(
-      f"{_count(credit['traces'])} traces got credit, with {_count(credit['steps'])} steps; the "
-      "last step of each needs no "
-      f"rollout. {num_rollouts} rollouts from each of the other {_count(inner)} would be "
-      f"{_count(inner * num_rollouts)}; "
-      f"{_count(credit['rollouts'])} were drawn ({_count(credit['rollout_tokens'])} tokens): equal "
-      "prefixes of a problem "
-      "share theirs, and a schedule may leave some out."
+      f"{_count(credit['traces'])} traces with {_count(credit['steps'])} steps got credit; last "
+      f"steps need no rollouts. {num_rollouts} rollouts from each of the other {_count(inner)} "
+      f"steps would be {_count(inner * num_rollouts)}; {_count(credit['rollouts'])} were drawn "
+      f"({_count(credit['rollout_tokens'])} tokens), because equal prefixes of a problem share "
+      "rollouts and a schedule may skip some."
     )
-  for stage, figures_ in found.items():
-    drawn = figures_.get("rollouts", figures_.get("traces", figures_.get("num_problems", "")))
-    tokens = figures_.get("rollout_tokens", figures_.get("tokens", ""))
-    if not tokens and "mean_tokens" in figures_:
-      tokens = round(figures_["mean_tokens"] * figures_["num_problems"])
-    rows.append((stage, figures_["seconds"], drawn, tokens))
+  for stage, reported in stages.items():
+    drawn = reported.get("rollouts", reported.get("traces", reported.get("num_problems", "")))
+    tokens = reported.get("rollout_tokens", reported.get("tokens", ""))
+    if not tokens and "mean_tokens" in reported:
+      tokens = round(reported["mean_tokens"] * reported["num_problems"])
+    rows.append((stage, reported["seconds"], drawn, tokens))
   if not rows:
     return markup.missing("No stage is done yet."), ""
   figure = folder.add(
@@ -137,8 +135,8 @@ def bill(
     figures.times([row[0] for row in rows], [row[1] for row in rows]),
     ("stage", "seconds", "responses_drawn", "tokens_drawn"),
     rows,
-    "Time by stage",
-    "Seconds of the process that finished each stage.",
+    label="Time by stage",
+    caption="Seconds of the process that finished each stage.",
   )
   return f"<p>{' '.join(lines)}</p>" if lines else "", figure
 

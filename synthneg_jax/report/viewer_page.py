@@ -1,10 +1,8 @@
-"""The trace viewer: one page, traces.html, that holds many traces with what is known of their
-steps, and needs no network.
+"""The trace viewer: one self-contained page, traces.html, with many traces and their credit.
 
-The page's scripts and style stand in page/. Its data are JSON in script elements that no browser
-runs: a small index by which the list is filtered and sorted, and chunks of whole problems that are
-parsed when first looked at. Whatever a model or a problem's author wrote reaches the page as text
-only: JSON here, textContent there.
+The page's scripts and styles are in page/. Its data are JSON in inert script elements: a small
+index that the list filters and sorts, and chunks of whole problems that are parsed on first use.
+Text by models or problem authors reaches the page only as text: JSON here, textContent there.
 """
 
 import base64
@@ -20,20 +18,15 @@ from etils import epath
 from synthneg_jax.report import markup
 
 _HERE = pathlib.Path(__file__).parent
-_CHUNK = 40_000  # characters of text that a chunk holds, or one problem more
-_CREDITED, _WRONG_SOLVABLE, _RIGHT_DOUBTFUL, _POLICIES_DIFFER, _PAIRED = (
-  1,
-  2,
-  4,
-  8,
-  16,
-)  # bits of the index's flags
+_CHUNK = 40_000  # characters of text after which a chunk is closed
+# Bits of the index's flags.
+_CREDITED, _WRONG_SOLVABLE, _RIGHT_DOUBTFUL, _POLICIES_DIFFER, _PAIRED = (1 << n for n in range(5))
 _LATEX = re.compile(r"\\\(|\\\[|\$[^$\s](?:[^$]*[^$\s])?\$(?!\d)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-  """What came out of a prefix, as often as it did."""
+  """A distinct rollout from a prefix, with its frequency."""
 
   text: str  # after the prefix
   correct: bool
@@ -43,33 +36,29 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class Credit:
-  """What is known of one step."""
+  """The credit of one step."""
 
-  rollouts: int  # from the end of the step; 0 where exact
+  rollouts: int  # from the end of the step; 0 if exact
   successes: int
-  interval: (
-    tuple[float, float] | None
-  )  # 95 %, of the share of right rollouts; None without rollouts
-  q: float | None  # under Best-of-k; None where unknown
-  advantage: float | None  # None where q or the q before is unknown
+  interval: tuple[float, float] | None  # 95 %, of the success rate; None without rollouts
+  q: float | None  # under Best-of-k; None if unknown
+  advantage: float | None  # None if q or the previous q is unknown
   exact: bool  # the last step: q is the verdict
-  drawn: Sequence[Rollout] = ()  # of the rollouts, those that are kept for the page
+  drawn: Sequence[Rollout] = ()  # the rollouts shown on the page
 
 
 @dataclasses.dataclass(frozen=True)
 class PairView:
-  """A pair made from a trace."""
+  """A pair from a trace."""
 
   stage: str  # dpo or step_dpo
   mode: str
-  pit: int  # step of the trace from 0; -1 where none was used
-  trunk: str  # beyond the problem
+  pit: int  # step of the trace from 0; -1 if no pit was used
+  trunk: str  # after the problem
   chosen: str
   rejected: str
-  flip: float  # probability that the label is flipped
-  chosen_logp: (
-    tuple[float, float] | None
-  )  # nats, before training and after; None where not recorded
+  flip: float  # estimated probability that the label is flipped
+  chosen_logp: tuple[float, float] | None  # nats, (before, after) training; None if not recorded
   rejected_logp: tuple[float, float] | None
 
 
@@ -81,11 +70,11 @@ class TraceView:
   source: int  # index into Viewer.sources
   steps: Sequence[str]  # texts
   reason: str  # of the verdict
-  extracted: str | None  # the answer that was graded
+  extracted: str | None  # the graded answer
   finish: str
-  credit: Sequence[Credit] | None = None  # one a step; None for a trace that was given no credit
+  credit: Sequence[Credit] | None = None  # one per step; None for a trace without credit
   pit: int = -1  # step from 0
-  spurious: int = -1  # step of a right trace that made no progress, from 0
+  spurious: int = -1  # spurious step of a right trace, from 0
   pairs: Sequence[PairView] = ()
 
 
@@ -96,57 +85,58 @@ class ProblemView:
   id: str
   text: str
   gold: str
-  solution: str  # the known one; empty where there is none
+  solution: str  # the known one; empty if there is none
   value: float | None  # of the problem alone, under Best-of-k
-  right: int  # of the traces that the value is from
+  right: int  # right samples behind `value`
   samples: int
   traces: Sequence[TraceView]
 
 
 @dataclasses.dataclass(frozen=True)
 class Viewer:
-  """Everything that the page shows."""
+  """The contents of the page."""
 
   title: str
-  sources: Sequence[str]  # whose traces these are, as "SFT, samples"
-  tested: Sequence[int]  # sources that are one policy's answers to test problems
-  compared: Sequence[int]  # of those, the policies whose disagreement counts
+  sources: Sequence[str]  # policy and purpose of traces, such as "SFT, samples"
+  tested: Sequence[int]  # indices of sources that answer the test problems
+  compared: Sequence[int]  # those of `tested` that "policies differ" compares
   problems: Iterable[ProblemView]
-  total: int  # traces in the run, of which the page may hold fewer
+  total: int  # traces in the run; the page may hold fewer
   best_of: int
   num_rollouts: int
-  max_rollouts: int  # different ones kept a step
+  max_rollouts: int  # distinct rollouts shown per step
   pit_rule: str
 
 
 def share_before_verdict(trace: TraceView) -> float | None:
-  """Share of right rollouts from the last step but one, None where there are none: what Q says
-  before the verdict falls.
-  """
+  """The success rate of rollouts from the last step but one; None without rollouts."""
   if trace.credit is None or len(trace.credit) < 2 or not trace.credit[-2].rollouts:
     return None
   return trace.credit[-2].successes / trace.credit[-2].rollouts
 
 
 def flags(trace: TraceView, differ: bool) -> int:
-  """The bits by which the page filters: credit, pairs, and the three kinds of disagreement.
+  """The bits that the page filters by: credit, pairs, and three kinds of disagreement.
 
-  Q and verdict disagree where a trace is wrong though at least half of the rollouts from its last
-  step but one are right, or right though fewer than half are. Policies disagree where one of those
-  compared answers a test problem right and another does not.
+  Q and the verdict disagree if a trace is wrong but at least half of the rollouts from its last
+  step but one are right, or if it is right but fewer than half are. Policies differ if some of the
+  compared ones answer a test problem right and others do not.
+
+  Args:
+    trace: the trace.
+    differ: whether the compared policies differ on its problem.
   """
-  found = (
-    _CREDITED * (trace.credit is not None) + _POLICIES_DIFFER * differ + _PAIRED * bool(trace.pairs)
-  )
+  bits = _CREDITED * (trace.credit is not None)
+  bits += _POLICIES_DIFFER * differ + _PAIRED * bool(trace.pairs)
   share = share_before_verdict(trace)
   if share is not None:
-    found += _WRONG_SOLVABLE * (trace.reason != "right" and share >= 0.5)
-    found += _RIGHT_DOUBTFUL * (trace.reason == "right" and share < 0.5)
-  return found
+    bits += _WRONG_SOLVABLE * (trace.reason != "right" and share >= 0.5)
+    bits += _RIGHT_DOUBTFUL * (trace.reason == "right" and share < 0.5)
+  return bits
 
 
 def has_latex(text: str) -> bool:
-  """Whether KaTeX may be needed; amounts of dollars are no formulas, but may pass here."""
+  """Whether a text may hold formulas; dollar amounts may be mistaken for one."""
   return bool(_LATEX.search(text))
 
 
@@ -166,7 +156,7 @@ def _trace(trace: TraceView) -> list:
 
 
 def _details(trace: TraceView) -> list:
-  """What is parsed on a click only: rollouts by step, pairs."""
+  """Data that the page parses on a click: rollouts by step, and pairs."""
   drawn = [
     [[r.text, int(r.correct), r.reason, r.times] for r in step.drawn] for step in trace.credit or ()
   ]
@@ -179,7 +169,7 @@ def _details(trace: TraceView) -> list:
 
 
 class _Chunks:
-  """Gathers problems into the page's script elements."""
+  """Packs problems into the page's script elements."""
 
   def __init__(self, viewer: Viewer):
     self.compared = set(viewer.compared)
@@ -214,20 +204,15 @@ class _Chunks:
       }
       for name, value in row.items():
         self.columns[name].append(value)
-    about = [problem.id, problem.text, problem.gold, problem.solution, _rounded(problem.value, 4)]
-    traces, details = (
-      [_trace(trace) for trace in problem.traces],
-      [_details(trace) for trace in problem.traces],
-    )
-    self._texts.append([*about, problem.right, problem.samples, traces])
+    head = [problem.id, problem.text, problem.gold, problem.solution, _rounded(problem.value, 4)]
+    traces = [_trace(trace) for trace in problem.traces]
+    details = [_details(trace) for trace in problem.traces]
+    self._texts.append([*head, problem.right, problem.samples, traces])
     self._details.append(details)
-    self._size += (
-      len(problem.text)
-      + len(problem.solution)
-      + sum(len(s) for t in problem.traces for s in t.steps)
-    )
+    self._size += len(problem.text) + len(problem.solution)
+    self._size += sum(len(step) for trace in problem.traces for step in trace.steps)
     if not self.latex:
-      self.latex = any(map(has_latex, _strings([about, traces, details])))
+      self.latex = any(map(has_latex, _strings([head, traces, details])))
     self._problems += 1
 
   def _close(self) -> None:
@@ -250,16 +235,14 @@ def _strings(value) -> Iterable[str]:
 
 
 def _data(name: str, value) -> str:
-  """JSON as an element that no browser runs; without "<" it cannot end early, and without non-ASCII
-  nothing is misread.
-  """
+  """JSON as an inert script element, in ASCII and without "<", so that text cannot close it."""
   text = json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
   text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
   return f'<script type="application/json" id="{name}">{text}</script>\n'
 
 
 def _katex() -> tuple[str, str]:
-  """(script, style) of KaTeX with its fonts inside."""
+  """KaTeX as (script, style) with embedded fonts."""
   folder = _HERE / "katex"
 
   def inline(match: re.Match) -> str:
@@ -282,10 +265,8 @@ def page(viewer: Viewer) -> str:
   def read(name):
     return (_HERE / "page" / name).read_text()
 
-  scripts, styles = (
-    [read("text.js"), read("data.js"), read("trace.js"), read("list.js")],
-    [read("traces.css")],
-  )
+  scripts = [read(name) for name in ("text.js", "data.js", "trace.js", "list.js")]
+  styles = [read("traces.css")]
   if chunks.latex:
     script, style = _katex()
     scripts.insert(0, script)
@@ -311,8 +292,7 @@ def page(viewer: Viewer) -> str:
   allowed = " ".join(f"'sha256-{digest(script)}'" for script in scripts)
   policy = (
     f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; font-src data:; "
-    "base-uri 'none'; "
-    "form-action 'none'"
+    "base-uri 'none'; form-action 'none'"
   )
   parts = {
     "POLICY": markup.escape(policy),
@@ -325,7 +305,7 @@ def page(viewer: Viewer) -> str:
 
 
 def write(viewer: Viewer, folder: epath.PathLike) -> epath.Path:
-  """Writes traces.html; returns its path. The folder is made if it is not there."""
+  """Writes traces.html, creating the folder if needed; returns its path."""
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   path, temporary = folder / "traces.html", folder / "traces.html.tmp"

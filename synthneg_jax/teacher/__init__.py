@@ -1,1 +1,1 @@
-"""Capable models that write problems and solutions: HTTP client, reply cache and prompts."""
+"""Capable models that write problems and solutions: HTTP client, reply cache, prompts."""

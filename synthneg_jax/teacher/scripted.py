@@ -1,8 +1,6 @@
-"""The embedded task's scripted teacher in the place of a capable model: it reads the prompts and
-answers them.
+"""A scripted teacher for the embedded task, which answers prompts in place of a capable model.
 
-It lets the whole way of D_syn be walked without a network, in this process or behind a server that
-speaks the protocol.
+It exercises the whole D_syn pipeline without a network, in process or behind an HTTP server.
 """
 
 import hashlib
@@ -21,31 +19,30 @@ _COUNT = re.compile(r"Write (\d+) new problems")
 
 
 def parse(prompt: str) -> arithmetic.Puzzle | None:
-  """The puzzle that a prompt states; None where it states none, or one that cannot be worked out."""
+  """The puzzle that a prompt states; None if it states none or an unsolvable one."""
   query = _QUERY.search(prompt)
   if not query:
     return None
-  found = {}
-  for match in sorted(
-    [*_LEAF.finditer(prompt), *_OPERATION.finditer(prompt)], key=lambda match: match.start()
-  ):
+  definitions = {}
+  matches = [*_LEAF.finditer(prompt), *_OPERATION.finditer(prompt)]
+  for match in sorted(matches, key=lambda match: match.start()):
     name, *definition = match.groups()
-    if len(definition) == 3 and not {definition[0], definition[2]} <= set(found):
+    if len(definition) == 3 and not {definition[0], definition[2]} <= set(definitions):
       return None
-    found[name] = int(definition[0]) if len(definition) == 1 else tuple(definition)
-  puzzle = arithmetic.Puzzle(found, query.group(1))
-  return puzzle if puzzle.query in found and puzzle.prompt.strip() == prompt.strip() else None
+    definitions[name] = int(definition[0]) if len(definition) == 1 else tuple(definition)
+  puzzle = arithmetic.Puzzle(definitions, query.group(1))
+  is_exact = puzzle.query in definitions and puzzle.prompt.strip() == prompt.strip()
+  return puzzle if is_exact else None
 
 
 def reply(task, messages: Sequence[tuple[str, str]], seed: int) -> str:
-  """What the teacher writes: as many problems as are asked for, or the solution of the last problem
-  between tags.
+  """The teacher's reply: the requested number of problems, or a solution of the last problem.
 
   Args:
     task: the config's section.
-    messages: (role, text); only the last counts.
-    seed: another one, another draw; with task.arithmetic.skip_step_prob = 0 every solution of a
-      problem is the same.
+    messages: (role, text); only the last is read.
+    seed: selects the draw; with task.arithmetic.skip_step_prob = 0 all solutions of a problem are
+      equal.
   """
   text = messages[-1][1]
   digest = hashlib.blake2b(f"{text}|{seed}".encode(), digest_size=8).digest()
@@ -58,8 +55,6 @@ def reply(task, messages: Sequence[tuple[str, str]], seed: int) -> str:
     return "\n".join(f"<problem>\n{puzzle.prompt}</problem>" for puzzle in puzzles)
   blocks = _BLOCK.findall(text)
   puzzle = parse(blocks[-1]) if blocks else None
-  return (
-    arithmetic.teach(rng, puzzle, task.arithmetic.skip_step_prob)
-    if puzzle
-    else "I see no problem here."
-  )
+  if not puzzle:
+    return "I see no problem here."
+  return arithmetic.teach(rng, puzzle, task.arithmetic.skip_step_prob)

@@ -1,7 +1,6 @@
-"""What a capable model is asked for D_syn, how its replies are read, and which problems are kept.
+"""D_syn from a capable model: prompts, parsing of replies, and selection of problems.
 
-The paper's prompts, filters and thresholds are not known from public sources; all of these are
-ours.
+The prompts, filters and thresholds are ours; the paper's are not public.
 """
 
 import collections
@@ -19,17 +18,17 @@ from synthneg_jax.runtime import config_files
 from synthneg_jax.runtime.errors import UserError
 
 _PROBLEM = re.compile(r"<problem>[ \t]*\n?(.*?)</problem>", re.DOTALL)
-_STATED = {"integer": "#### {}", "math": "\\boxed{{{}}}"}  # how an answer is put to the grader
+_STATED = {"integer": "#### {}", "math": "\\boxed{{{}}}"}  # an answer as the grader expects it
 _ANSWER_LINE = re.compile(r"(?m)^[ *]*#{4,}.*$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Templates:
-  """Two prompt files of a folder.
+  """The two prompt templates of a folder.
 
   Attributes:
-    problems: asks for new problems; holds {seeds} and {count}.
-    solution: asks for one worked solution; holds {problem}.
+    problems: asks for new problems; contains {seeds} and {count}.
+    solution: asks for one worked solution; contains {problem}.
   """
 
   problems: str
@@ -37,15 +36,14 @@ class Templates:
 
   @classmethod
   def read(cls, folder: str) -> "Templates":
-    """Reads problems.txt and solution.txt of a folder; configs/prompts/... comes with the project,
-    wherever this runs.
+    """Reads problems.txt and solution.txt of a folder; configs/prompts/... ship with the package.
 
     Raises:
-      UserError: a file is missing, or a placeholder in it.
+      UserError: a missing file or placeholder.
     """
     path = config_files.shipped_path(folder)
     if not path.is_dir():
-      raise UserError(f"synthesis.prompts={folder!r} is no folder; configs/prompts/gsm8k is one.")
+      raise UserError(f"synthesis.prompts={folder!r} is not a folder; try configs/prompts/gsm8k.")
     texts = []
     for name, placeholders in (("problems", ("{seeds}", "{count}")), ("solution", ("{problem}",))):
       file = path / f"{name}.txt"
@@ -54,67 +52,65 @@ class Templates:
       text = file.read_text()
       for placeholder in placeholders:
         if placeholder not in text:
-          raise UserError(f"The prompt file {file} does not hold {placeholder}.")
+          raise UserError(f"The prompt file {file} does not contain {placeholder}.")
       texts.append(text.removesuffix("\n"))
     return cls(*texts)
 
   @property
   def identity(self) -> str:
-    """Tells one set of prompts from another."""
+    """A hash of both templates, 16 hex digits."""
     return hashlib.sha256(f"{self.problems}\0{self.solution}".encode()).hexdigest()[:16]
 
   def ask_problems(self, seeds: Sequence[str], count: int) -> str:
-    """The prompt that asks for `count` new problems like the seeds."""
+    """The prompt for `count` new problems like the seeds."""
     blocks = "\n".join(f"<problem>\n{seed.removesuffix(chr(10))}\n</problem>" for seed in seeds)
     return self.problems.replace("{count}", str(count)).replace("{seeds}", blocks)
 
   def ask_solution(self, problem: str) -> str:
-    """The prompt that asks for a worked solution."""
+    """The prompt for a worked solution."""
     return self.solution.replace("{problem}", problem)
 
 
-def _said(reply: str, raw: bool) -> str:
-  """A reply without its thoughts and the marks of its turn; "" where it never leaves its thought."""
-  said = reply if raw else response_text.answer_text(reply) or ""
-  return said if said == reply else said.strip()
+def _visible_text(reply: str, raw: bool) -> str:
+  """A reply without thoughts and turn markers; "" if the thoughts never end."""
+  text = reply if raw else response_text.answer_text(reply) or ""
+  return text if text == reply else text.strip()
 
 
 def read_problems(reply: str, raw: bool) -> list[str]:
-  """The problems between tags, in order; what stands outside of tags is no problem.
+  """The problems between <problem> tags, in order.
 
   Args:
-    reply: what the model wrote.
-    raw: spaces and the last line's end belong to the problem (the embedded task); else they are
-      trimmed.
+    reply: the model's text.
+    raw: keeps spaces and the final newline (for the embedded task); else they are trimmed.
   """
-  found = [match.group(1) for match in _PROBLEM.finditer(_said(reply, raw))]
-  return [text if raw else text.strip() for text in found if text.strip()]
+  texts = [match.group(1) for match in _PROBLEM.finditer(_visible_text(reply, raw))]
+  return [text if raw else text.strip() for text in texts if text.strip()]
 
 
 def read_solution(reply: str, raw: bool, kind: str = "integer") -> tuple[str, str] | None:
-  """A reply as (solution in step format, its answer), or None where it states no answer.
+  """Parses a reply into (solution in step format, its answer); None if it states no answer.
 
-  What the model thought before it answered is no part of it. In step format every line is a step
-  and none is blank; what follows the line of the answer is cut. The answer stands alone on the last
-  line behind `####` (integer, and readable by the grader), or in the last \\boxed{} (math).
+  Thoughts are removed. In step format every line is a step, no line is blank, and the text ends
+  with the line of the answer. That line is `#### ANSWER`, readable by the grader (integer), or
+  holds the last \\boxed{} (math).
 
   Args:
-    reply: what the model wrote.
-    raw: nothing is trimmed (the embedded task).
+    reply: the model's text.
+    raw: disables trimming (for the embedded task).
     kind: as task.answers.
   """
-  reply = _said(reply, raw)
+  reply = _visible_text(reply, raw)
   if kind == "math":
-    answer, end = problem_files.last_box(reply), reply.rfind("\\boxed")
-    lines = (reply[:end] + reply[end:].partition("\n")[0]).splitlines()
-    # A formula that the answer ends may close on a line of its own.
-    closing = reply[end:].partition("\n")[2].splitlines()[:1]
+    answer, box = problem_files.last_box(reply), reply.rfind("\\boxed")
+    if not answer or box < 0:
+      return None
+    rest_of_line, _, below = reply[box:].partition("\n")
+    lines = (reply[:box] + rest_of_line).splitlines()
+    # The formula around the box may close on the next line.
+    closing = below.splitlines()[:1]
     lines += [line for line in closing if line.strip() in ("$$", "\\]", "\\end{align*}")]
-    return (
-      ("\n".join(line.rstrip() for line in lines if line.strip()), answer)
-      if answer and end >= 0
-      else None
-    )
+    return "\n".join(line.rstrip() for line in lines if line.strip()), answer
   lines = list(_ANSWER_LINE.finditer(reply))
   if not lines:
     return None
@@ -130,7 +126,7 @@ def read_solution(reply: str, raw: bool, kind: str = "integer") -> tuple[str, st
 
 
 def same(answer: str, gold: str, kind: str) -> bool:
-  """Whether the grader takes one answer for the other; False where it cannot read the gold one."""
+  """Whether the grader accepts `answer` for `gold`; False if it cannot read `gold`."""
   try:
     return answer == gold or answers.grade(_STATED[kind].format(answer), gold, kind=kind).correct
   except UserError:
@@ -139,15 +135,14 @@ def same(answer: str, gold: str, kind: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Vote:
-  """What several solutions of one problem say.
+  """The majority vote over several solutions of one problem.
 
   Attributes:
-    answer: the one that most of them state; the first stated of equally frequent ones.
-    agreement: share of all draws that state it; those without a readable answer count against it.
-    chosen: index of the first draw that states it; that is the known solution (ours).
-    difficulty: median number of lines of the draws that state it, the answer's among them. The more
-      there is to do, the harder (ours; the agreement of a capable model is near 1 on nearly all
-      that is kept, and tells little).
+    answer: the most frequent answer; the first stated if tied.
+    agreement: share of all draws that state it, including draws without a readable answer.
+    chosen: index of the first draw that states it, which becomes the known solution (ours).
+    difficulty: median number of lines of the draws that state it, including the answer's line
+      (ours; a capable model's agreement is near 1 on nearly all kept problems, so it says little).
   """
 
   answer: str
@@ -159,17 +154,17 @@ class Vote:
 def vote(
   solutions: Sequence[tuple[str, str] | None], gold: str | None = None, kind: str = "integer"
 ) -> Vote | None:
-  """The majority's answer; with a known answer, that answer if any draw states it.
+  """Votes for the majority's answer or, if `gold` is given, for that answer.
 
   Args:
-    solutions: as `read_solution` gives them, one a draw.
-    gold: the known answer, if there is one.
+    solutions: results of `read_solution`, one per draw.
+    gold: the known answer, if any.
     kind: as task.answers.
 
   Returns:
-    None where no draw states an answer (or the known one).
+    None if no draw states an answer (or the known one).
   """
-  voters = {}  # answer as first stated -> the draws that state it, in whatever form
+  voters = {}  # answer as first stated -> indices of the draws with an equal answer
   if gold is not None:
     voters[gold] = []
   for index, solution in enumerate(solutions):
@@ -184,59 +179,55 @@ def vote(
   return Vote(answer, len(agreeing) / len(solutions), agreeing[0], sizes[(len(sizes) - 1) // 2])
 
 
-_BUCKETS = 256  # of the bigrams that bound a distance from below
+_BUCKETS = 256  # for bigrams
 
 
 def _bigrams(text: str) -> np.ndarray:
-  """How many of a text's pairs of neighbouring characters fall into each bucket; int16 [_BUCKETS]."""
+  """Number of a text's bigrams in each hash bucket; int16 [_BUCKETS]."""
   codes = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.uint64)
   pairs = (codes[:-1] * np.uint64(31) + codes[1:] * np.uint64(7)) % np.uint64(_BUCKETS)
-  return (
-    np.bincount(pairs.astype(np.int64), minlength=_BUCKETS).clip(max=2**15 - 1).astype(np.int16)
-  )
+  counts = np.bincount(pairs.astype(np.int64), minlength=_BUCKETS)
+  return counts.clip(max=2**15 - 1).astype(np.int16)
 
 
 class NearDuplicates:
-  """Texts that are kept only if they are far from every one kept before.
+  """Collects texts that are far from every text kept before.
 
-  The distance is that of `core.selection.deduplicate_by_edit_distance`: Levenshtein's over the
-  longer length. An edit changes at most two bigrams into others, so that a quarter of the
-  difference in their counts bounds it from below (Ukkonen's q-gram lemma); nearly all texts are
-  told apart by that.
+  The distance is that of `core.selection.deduplicate_by_edit_distance`: Levenshtein distance over
+  the longer length. An edit replaces at most two bigrams, so a quarter of the L1 difference of
+  bigram counts is a lower bound (Ukkonen's q-gram lemma), which settles nearly all comparisons.
   """
 
   def __init__(self, threshold: float):
-    """threshold: in [0, 1); 0 drops exact repeats only."""
+    """threshold: in [0, 1); 0 drops only exact repeats."""
     self._threshold, self._kept = threshold, []
     self._counts, self._lengths = np.zeros((64, _BUCKETS), np.int16), np.zeros(64, np.int64)
 
   def add(self, text: str) -> bool:
-    """Keeps a text, unless it is near one that is kept; says which."""
-    count, mine = len(self._kept), _bigrams(text)
+    """Keeps a text unless it is near a kept one; returns whether it was kept."""
+    count, bigrams = len(self._kept), _bigrams(text)
     lengths = self._lengths[:count]
-    most = self._threshold * np.maximum(lengths, len(text))  # edits that are still near
-    close = np.flatnonzero(np.abs(lengths - len(text)) <= most)
-    bound = np.abs(self._counts[close] - mine).sum(axis=1) / 4
-    for other in close[bound <= most[close]]:
-      near = (
-        Levenshtein.normalized_distance(text, self._kept[other], score_cutoff=self._threshold)
-        <= self._threshold
+    max_edits = self._threshold * np.maximum(lengths, len(text))
+    close = np.flatnonzero(np.abs(lengths - len(text)) <= max_edits)
+    bound = np.abs(self._counts[close] - bigrams).sum(axis=1) / 4
+    for other in close[bound <= max_edits[close]]:
+      distance = Levenshtein.normalized_distance(
+        text, self._kept[other], score_cutoff=self._threshold
       )
-      if near:
+      if distance <= self._threshold:
         return False
     if count == len(self._lengths):
       self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
       self._lengths = np.concatenate([self._lengths, np.zeros_like(self._lengths)])
-    self._counts[count], self._lengths[count] = mine, len(text)
+    self._counts[count], self._lengths[count] = bigrams, len(text)
     self._kept.append(text)
     return True
 
 
 def balance(difficulties: Sequence[int], count: int) -> list[int]:
-  """Indices of `count` items whose difficulties are as evenly spread as the items allow, rising.
+  """Indices of `count` items with evenly spread difficulties, in increasing order (ours).
 
-  One item of each difficulty in turn, the first ones first, until there are enough; all where there
-  are not more (ours).
+  Takes one item of each difficulty in turn, in input order; all items if there are fewer.
   """
   queues = {}
   for index, difficulty in enumerate(difficulties):

@@ -1,6 +1,4 @@
-"""Prompts as ids: chat templates of every family's form render as apply_chat_template does, each
-special token once.
-"""
+"""Prompts as ids: every family's chat template renders as by apply_chat_template."""
 
 import pytest
 import tokenizers
@@ -27,7 +25,7 @@ SPECIAL = (
   "<end_of_turn>",
 )
 _TURN = "{% for m in messages %}"
-# Our own writing of the forms that the families' templates have.
+# Our own templates in the formats of the families' templates.
 TEMPLATES = {
   "llama 2 and mistral": "{{ bos_token }}"
   + _TURN
@@ -60,9 +58,7 @@ QUESTION = " Ann has 3 pears.\nShe eats <eos> 1; how many are left?  \n"
 
 
 def make_tokenizer(adds_bos: bool):
-  """Byte level; where `adds_bos`, every text that it encodes of itself begins with BOS, as with
-  Llama and Gemma.
-  """
+  """Byte-level tokenizer; `adds_bos` prepends BOS to every encoded text, as for Llama and Gemma."""
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   backend = tokenizers.Tokenizer(
     token_models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
@@ -93,9 +89,8 @@ class ChatTest(parameterized.TestCase):
     return ids
 
   @parameterized.product(name=list(TEMPLATES), adds_bos=[True, False])
-  def test_every_form(self, name, adds_bos):
-    # Fails if BOS is put before a text that has it, the generation prompt is left out, or the
-    # question is trimmed by us.
+  def test_formats_of_templates(self, name, adds_bos):
+    # Fails if BOS is duplicated, the generation prompt is missing, or our code trims the question.
     tokenizer = make_tokenizer(adds_bos)
     tokenizer.chat_template = TEMPLATES[name]
     ids = self.assert_renders(tokenizer)
@@ -122,9 +117,9 @@ class ChatTest(parameterized.TestCase):
     self.assertEqual(does_not, f"{thinks}<think>\n\n</think>\n\n")
 
   @parameterized.parameters(True, False)
-  def test_a_template_that_opens_no_turn_is_refused(self, has_shots):
-    # Fails if the model is asked without being told that it is its turn, or a template that needs
-    # no prompt is refused.
+  def test_template_without_assistant_turn(self, has_shots):
+    # Fails if the prompt does not open the assistant's turn, or a template without generation
+    # prompt is refused.
     tokenizer = make_tokenizer(False)
     shots = (("1+1?", "2"),) if has_shots else ()
     turn = _TURN + "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -135,22 +130,22 @@ class ChatTest(parameterized.TestCase):
       tokenizer.chat_template = opened
       prompts.encode_prompt(tokenizer, QUESTION, "chat", shots=shots)
 
-  def test_of_several_templates_the_default(self):
-    # Fails if a tokenizer with templates by name is refused, or another than "default" is taken.
+  def test_named_templates(self):
+    # Fails if a tokenizer with named templates is refused, or another than "default" is used.
     tokenizer = make_tokenizer(False)
     tokenizer.chat_template = {"tool_use": "{{ 'x' }}", "default": TEMPLATES["qwen 3"]}
     self.assertIn(tokenizer.convert_tokens_to_ids("<|im_start|>"), self.assert_renders(tokenizer))
 
   @pytest.mark.slow  # SmolLM2's tokenizer is fetched by a process
-  def test_the_real_one(self):
-    # Fails if SmolLM2's own template, system turn and all, comes out otherwise.
+  def test_smollm2_template(self):
+    # Fails if SmolLM2's own template, with its system turn, renders differently.
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2.smollm2_dir())
     ids = self.assert_renders(tokenizer, "What is 12 + 30?")
     self.assertStartsWith(tokenizer.decode(ids), "<|im_start|>system\n")
     self.assertEndsWith(tokenizer.decode(ids), "<|im_start|>assistant\n")
 
-  def test_a_template_that_fails_is_a_sentence(self):
-    # Fails if an error of a template reaches the user as a traceback.
+  def test_failing_template(self):
+    # Fails if a template's error ends in a traceback.
     tokenizer = make_tokenizer(False)
     for template, sentence in (
       ("{{ raise_exception('no user turn') }}", "chat template fails: no user turn"),
@@ -167,8 +162,8 @@ class ChatTest(parameterized.TestCase):
 
 class PlainTest(parameterized.TestCase):
   @parameterized.parameters(True, False)
-  def test_bos_where_the_family_has_it(self, adds_bos):
-    # Fails if a base model that always saw BOS first is asked without it, or another with it.
+  def test_bos(self, adds_bos):
+    # Fails if BOS is missing for a base model trained with it, or added for another.
     tokenizer = make_tokenizer(adds_bos)
     ids = prompts.encode_prompt(tokenizer, "2 + 2?", "plain")
     self.assertEqual(
@@ -178,9 +173,9 @@ class PlainTest(parameterized.TestCase):
     self.assertEqual(prompts.encode_solution(tokenizer, "4")[-1], tokenizer.eos_token_id)
     self.assertLen(prompts.encode_solution(tokenizer, "4"), 2)
 
-  def test_refuses_another_style(self):
-    # Fails if an unknown style is taken for one that is known.
-    with self.assertRaisesRegex(UserError, "task.prompt='poem' is none of raw, plain, chat."):
+  def test_unknown_style(self):
+    # Fails if an unknown style passes.
+    with self.assertRaisesRegex(UserError, "task.prompt='poem' must be one of raw, plain, chat."):
       prompts.encode_prompt(make_tokenizer(False), "x", "poem")
 
 

@@ -37,8 +37,7 @@ class DatasetsTest(absltest.TestCase):
   def _prepared(self):
     return sorted((self.folder / "tfds").rglob("*.array_record*"))
 
-  # Fails if a field, the order or Unicode is lost on the way through array_record, or an absent
-  # solution becomes text.
+  # Fails if array_record loses a field, the order or Unicode, or an absent solution becomes text.
   def test_rows_are_those_of_the_files(self):
     for path, name, split in ((EXCERPT, "gsm8k", "train"), (EXCERPT, "gsm8k", "test")):
       self.assertEqual(
@@ -56,8 +55,7 @@ class DatasetsTest(absltest.TestCase):
     self.assertLen(self._prepared(), 3)
     self.assertNotIn("tensorflow", sys.modules)  # fails, too, if TensorFlow comes to be needed
 
-  # Fails if the files are read again although they are prepared, or what was skipped is forgotten
-  # the second time.
+  # Fails if prepared files are read again, or the second read forgets skipped rows.
   def test_prepared_once(self):
     path = self._file({"problem": "p", "answer": "5"}, "{", {"problem": "p", "answer": "5"}, "}")
     first = datasets.from_files(path, "jsonl", "train", skip_bad_rows=True)
@@ -68,14 +66,14 @@ class DatasetsTest(absltest.TestCase):
     with self.assertRaisesRegex(errors.UserError, "line 2"):
       datasets.from_files(path, "jsonl", "train")
 
-  # Fails if all sentences of a file of broken rows are kept, or the count is.
+  # Fails if all error messages of a file of broken rows are stored, or only some are counted.
   def test_many_skipped(self):
     path = self._file({"problem": "p", "answer": "5"}, *["{"] * 1500)
     for _ in range(2):
       skipped = datasets.from_files(path, "jsonl", "train", skip_bad_rows=True).skipped
       self.assertEqual((len(skipped), skipped[-1]), (1001, "and 500 more."))
 
-  # Fails if what was prepared under other names of the fields is taken.
+  # Fails if a dataset prepared with another task.fields is reused.
   def test_fields(self):
     path = self._file({"problem": "p", "answer": "5", "other": "6"})
     answers = [
@@ -84,7 +82,7 @@ class DatasetsTest(absltest.TestCase):
     ]
     self.assertEqual(answers, ["5", "6"])
 
-  # Fails if an edited file is answered from what was prepared before.
+  # Fails if an edited file is served from the old prepared dataset.
   def test_changed_file(self):
     path = self._file({"problem": "p", "answer": "5"})
     datasets.from_files(path, "jsonl", "train")
@@ -93,15 +91,15 @@ class DatasetsTest(absltest.TestCase):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 2_000_000_000))
     self.assertEqual(datasets.from_files(path, "jsonl", "train").rows[0].answer, "6")
 
-  # Fails if a broken row leaves something prepared behind, or another sentence than the file's own.
+  # Fails if a broken row leaves a prepared dataset behind, or changes the error message.
   def test_broken_row(self):
     path = self._file({"problem": "p", "answer": "5"}, {"problem": "q"})
     with self.assertRaisesRegex(errors.UserError, 'line 2: the field "answer" is missing'):
       datasets.from_files(path, "jsonl", "train")
     self.assertEmpty(self._prepared())
 
-  # Fails if two that prepare the same dataset at once get in each other's way: the second is done
-  # while the first writes.
+  # Fails if concurrent preparations of a dataset conflict: the second finishes while the first
+  # writes.
   def test_prepared_twice_at_once(self):
     path = self._file(*({"problem": f"p{i}", "answer": "5"} for i in range(30)))
     original, inner = datasets.SynthnegProblems._generate_examples, []
@@ -117,7 +115,7 @@ class DatasetsTest(absltest.TestCase):
     self.assertEqual([outer, inner[1]], [problem_files.read(path, "jsonl", "train")] * 2)
     self.assertLen(self._prepared(), 1)
 
-  # Fails if a folder that cannot be written ends in a traceback.
+  # Fails if a read-only folder ends in a traceback.
   def test_unwritable(self):
     (self.folder / "tfds").write_text("a file")
     with self.assertRaisesRegex(errors.UserError, "cannot be prepared in .*TFDS_DATA_DIR"):
@@ -125,7 +123,7 @@ class DatasetsTest(absltest.TestCase):
 
 
 class DownloadTest(absltest.TestCase):
-  """TFDS's own builder of GSM8K, over HTTP from this machine."""
+  """TFDS's own builder of GSM8K, over HTTP from a local server."""
 
   def setUp(self):
     super().setUp()
@@ -146,7 +144,7 @@ class DownloadTest(absltest.TestCase):
     self.addCleanup(server.shutdown)
     return f"http://127.0.0.1:{server.server_address[1]}"
 
-  # Fails if what is downloaded differs from the files, in ids, too; or is downloaded again.
+  # Fails if the download differs from the files, including ids, or is repeated.
   def test_downloaded_rows_are_those_of_the_files(self):
     at = self._serve(EXCERPT)
     names = {"train": "train", "test": "test", "train_socratic": "train", "test_socratic": "test"}
@@ -159,7 +157,7 @@ class DownloadTest(absltest.TestCase):
         self.assertCountEqual(rows, expected)
     self.assertEqual(len(datasets.gsm8k("test").rows), 16)  # the addresses are the real ones again
 
-  # Fails if a machine without network tries for minutes, or is not told what to do.
+  # Fails if a missing network causes minutes of retries, or the message names no remedy.
   def test_no_network(self):
     with mock.patch.dict(
       published._URLS, {split: "http://127.0.0.1:9/none" for split in published._URLS}

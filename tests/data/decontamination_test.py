@@ -11,7 +11,7 @@ from synthneg_jax.data import decontamination
 
 
 def naive(train, test, n):
-  """(training index, first shared run, share) by sets of tuples, and of short texts by equality."""
+  """Oracle with sets of tuples: (training index, first shared n-gram, share)."""
   runs = lambda text: [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
   train, test = [[decontamination.words(text) for text in texts] for texts in (train, test)]
   known = {run for text in test for run in runs(text)}
@@ -26,9 +26,8 @@ def naive(train, test, n):
 
 
 class OverlapsTest(parameterized.TestCase):
-  # Fails if windows run across texts, a word that tests lack counts as any other, a short text is
-  # forgotten or found in a longer one, the share is of other windows, or the test problem named is
-  # not one that has the words.
+  # Fails if n-grams cross texts, an unknown word matches, a short text is missed or found inside a
+  # longer one, the share is wrong, or the named test problem lacks the words.
   @settings(max_examples=300, deadline=None, database=None)
   @given(st.data(), st.integers(1, 4))
   def test_against_sets_of_tuples(self, data, n):
@@ -39,8 +38,7 @@ class OverlapsTest(parameterized.TestCase):
     for overlap in found:
       self.assertIn(f" {overlap.words} ", f" {test[overlap.test_index]} ")
 
-  # Fails if case, punctuation, layout or LaTeX's signs hide an overlap, or numbers are cut out of
-  # it.
+  # Fails if case, punctuation, layout or LaTeX markup hides an overlap, or splits numbers.
   @parameterized.parameters(
     ("Ann has 3 cats, and $\\frac{1}{2}$ of them sleep.",
     "ann HAS 3\ncats and \\(\\frac 1 2\\) of them: SLEEP", True),
@@ -51,13 +49,12 @@ class OverlapsTest(parameterized.TestCase):
   def test_words(self, train, test, expected):
     self.assertEqual(bool(decontamination.overlaps([train], [test], 9)), expected)
 
-  # Fails if empty lists, or texts without words, end in a traceback or overlap each other.
+  # Fails if empty lists or texts without words raise or overlap each other.
   @parameterized.parameters(([], []), (["a b"], []), ([], ["a b"]), (["", "?!"], ["", "..."]))
   def test_nothing_to_compare(self, train, test):
     self.assertEqual(decontamination.overlaps(train, test, 13), [])
 
-  # Fails if an instruction that test problems share makes every problem with it an overlap, or
-  # hides one that is.
+  # Fails if an instruction shared by the test problems counts as an overlap, or hides one.
   def test_shared_instruction(self):
     ask = (
       "solve this problem step by step and put the answer on a line of its own {} remember to "
@@ -71,7 +68,7 @@ class OverlapsTest(parameterized.TestCase):
       decontamination.overlaps(train, test[:4], 5), 2
     )  # four texts are too few to tell
 
-  # Fails if chunks lose their place.
+  # Fails if indices are wrong beyond the first chunk.
   def test_many_texts(self):
     words = [f"w{i}" for i in range(50)]
     rng = np.random.default_rng(0)

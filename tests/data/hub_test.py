@@ -1,6 +1,4 @@
-"""Tests of datasets on the Hub: the real client against a server on this machine that speaks the
-Hub's API.
-"""
+"""Datasets on the Hub: the real client against a local server that implements the Hub's API."""
 
 import hashlib
 import http.server
@@ -46,8 +44,9 @@ def card(configs: str) -> bytes:
 
 
 class Server:
-  """Datasets by name: commit -> file -> bytes; the last commit is main. `asked` holds each
-  request's method and path.
+  """Serves datasets by name: commit -> file -> bytes; the last commit is main.
+
+  `asked` lists (method, path) of all requests.
   """
 
   def __init__(self, repos: dict[str, dict[str, dict[str, bytes]]], gated: tuple[str, ...] = ()):
@@ -125,7 +124,7 @@ class HubTest(parameterized.TestCase):
     self.addCleanup(hub._snapshot.cache_clear)
 
   def serve(self, files, **more) -> Server:
-    """A server with the dataset me/data, at two commits if `files` is a list."""
+    """Serves the dataset me/data; `files` may be a list for two commits."""
     commits = dict(
       zip((FIRST, SECOND), files if isinstance(files, list) else [files], strict=False)
     )
@@ -137,8 +136,7 @@ class HubTest(parameterized.TestCase):
   def answers(self, path, split="train"):
     return [row.answer for row in problem_files.read(path, "jsonl", split).rows]
 
-  # Fails if the files of a split are not those that `datasets` takes, by the card or by their
-  # names.
+  # Fails if a split's files, by card or by name, differ from those of the `datasets` library.
   @parameterized.named_parameters(
     ("parts", "",
     {"data/train-00000-of-00002.parquet": table(1), "data/train-00001-of-00002.parquet": table(2),
@@ -182,14 +180,14 @@ class HubTest(parameterized.TestCase):
     self.serve(files | ({"README.md": card(configs)} if configs else {}))
     self.assertEqual(self.answers(f"hf:me/data{more}"), expected)
 
-  # Fails if a sentence does not name the dataset and what there is.
+  # Fails if an error does not name the dataset and the alternatives.
   @parameterized.parameters(
     ("hf:me/data:test", "hf:me/data:test has no split 'test'; it has train, validation"),
     ("hf:me/none", "The dataset me/none on the Hub does not exist"),
     ("hf:me/data@v9", "me/data on the Hub has no such revision"),
     ("hf:me/data/z", "me/data on the Hub has no subset 'z'"),
-    ("hf:data", "hf:data is no dataset on the Hub; the form is"),
-    ("hf:me/-bad-", "The dataset me/-bad- on the Hub could not be fetched .HFValidationError"),
+    ("hf:data", "hf:data is not a dataset on the Hub; the form is"),
+    ("hf:me/-bad-", "The dataset me/-bad- on the Hub could not be accessed .HFValidationError"),
   )
   def test_refusals(self, path, sentence):
     self.serve({"train.jsonl": lines(1), "val.jsonl": lines(2), "README.md": b"# No front matter"})
@@ -203,21 +201,21 @@ class HubTest(parameterized.TestCase):
     )
     self.serve({"README.md": configs, "a.jsonl": lines(1)})
     with self.assertRaisesRegex(
-      UserError, "me/data on the Hub has several subsets: x, y; name one as in hf:me/data/x"
+      UserError, "me/data on the Hub has several subsets: x, y; choose one, such as hf:me/data/x"
     ):
       problem_files.find("hf:me/data", "train")
 
-  # Fails if a dataset that asks for terms, or a machine without network, ends in a traceback.
+  # Fails if a gated dataset or a missing network ends in a traceback.
   def test_no_access(self):
     self.serve({"train.jsonl": lines(1)}, gated=("me/data",))
     with self.assertRaisesRegex(UserError, "me/data on the Hub is gated: .*HF_TOKEN"):
       problem_files.find("hf:me/data", "train")
     with mock.patch.dict(os.environ, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
-      with self.assertRaisesRegex(UserError, "me/other on the Hub could not be fetched"):
+      with self.assertRaisesRegex(UserError, "me/other on the Hub could not be accessed"):
         problem_files.find("hf:me/other", "train")
 
-  # Fails if the token is not sent, files are downloaded twice, a commit is not that of its branch,
-  # or what was prepared from one commit is taken for another.
+  # Fails if the token is not sent, files are downloaded twice, a branch resolves to the wrong
+  # commit, or a dataset prepared from one commit is reused for another.
   def test_commits(self):
     server = self.serve([{"train.jsonl": lines(1)}, {"train.jsonl": lines(2)}])
     read = lambda path: [row.answer for row in datasets.from_files(path, "jsonl", "train").rows]
@@ -235,8 +233,8 @@ class HubTest(parameterized.TestCase):
     ]
     self.assertLen(fetched, 2)
 
-  # Fails if a dataset in the cache needs the network, by its branch or its commit; or if half of a
-  # split passes for it.
+  # Fails if a cached dataset needs the network, by branch or by commit, or if a partial split
+  # passes.
   def test_offline(self):
     names = [
       f"data/{split}-0000{i}-of-00002.parquet" for split in ("train", "test") for i in range(2)
@@ -253,17 +251,17 @@ class HubTest(parameterized.TestCase):
       self.assertEqual(self.answers(f"hf:me/data@{FIRST}"), ["0", "1"])
       self.assertEqual(hub.commit("hf:me/data"), FIRST)
       with self.assertRaisesRegex(
-        UserError, "me/more on the Hub could not be fetched .OfflineMode"
+        UserError, "me/more on the Hub could not be accessed .OfflineMode"
       ):
         problem_files.find("hf:me/more", "train")
       next((self.folder / "hub").rglob("train-00001-of-00002.parquet")).unlink()
       hub._snapshot.cache_clear()
-      with self.assertRaisesRegex(UserError, "the cache holds some of its files only"):
+      with self.assertRaisesRegex(UserError, "the cache holds only some of its files"):
         problem_files.find("hf:me/data", "train")
     self.assertEmpty(server.asked)
 
-  # Fails if a run cannot take its problems from the Hub, a training split serves as test problems,
-  # or the commit is not kept.
+  # Fails if a task cannot use the Hub, a training split serves as test problems, or the commit is
+  # not recorded.
   def test_task(self):
     self.serve({"train.jsonl": lines(1, 2), "dev.jsonl": lines(3), "test.jsonl": lines(4)})
     task = config_schema.default().task

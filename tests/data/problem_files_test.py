@@ -42,7 +42,7 @@ class ProblemFilesTest(parameterized.TestCase):
     self.folder = pathlib.Path(folder.name)
 
   def _file(self, *lines, name="rows.jsonl"):
-    """Writes lines (bytes as they stand, text as UTF-8, all else as JSON) and returns the path."""
+    """Writes lines (bytes unchanged, text as UTF-8, other values as JSON) and returns the path."""
     encoded = [
       x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode()
       for x in lines
@@ -53,13 +53,13 @@ class ProblemFilesTest(parameterized.TestCase):
     return path
 
   def _assert_error(self, function, *parts):
-    """Asserts that a call raises one UserError whose text holds all parts."""
+    """Asserts that a call raises one UserError whose text contains all parts."""
     with self.assertRaises(errors.UserError) as caught:
       function()
     for part in parts:
       self.assertIn(part, str(caught.exception))
 
-  # Fails if annotations stay, the answer keeps its comma, or the id is the line's number.
+  # Fails if annotations stay, the answer keeps its comma, or the id is the line number.
   def test_gsm8k(self):
     rows = problem_files.read(self._file(*GSM8K), "gsm8k", "train").rows
     self.assertEqual(
@@ -70,7 +70,7 @@ class ProblemFilesTest(parameterized.TestCase):
     again = problem_files.read(self._file(GSM8K[1], name="other.jsonl"), "gsm8k", "train").rows
     self.assertEqual(again, rows[1:])
 
-  # Fails if the hash that ids are changes from one version, machine or run to another.
+  # Fails if generated ids change between versions, machines or runs.
   def test_hashed_id_is_fixed(self):
     self.assertEqual(
       problem_files.read(EXCERPT, "gsm8k", "train").rows[0].id, "gsm8k/train/6d009c0edbb6676b"
@@ -81,7 +81,7 @@ class ProblemFilesTest(parameterized.TestCase):
     rows = problem_files.read(self._file(*GSM8K), "gsm8k", "train", keep_annotations=True).rows
     self.assertEqual([row.solution for row in rows], [row["answer"] for row in GSM8K])
 
-  # Fails if real rows are lost, or an annotation survives.
+  # Fails if real rows are lost, or an annotation remains.
   @parameterized.parameters((None, 48, 16), ("SYNTHNEG_DATA_DIR", 7473, 1319))
   def test_real_rows(self, variable, train, test):
     folder = (
@@ -94,8 +94,8 @@ class ProblemFilesTest(parameterized.TestCase):
       self.assertLen({row.id for row in rows}, count)
       self.assertFalse(any("<<" in row.solution or ">>" in row.solution for row in rows))
 
-  # Fails if the line number is 0-based, the field is not named, or a broken line is skipped without
-  # being asked to; or, if asked to, stops the rest or is not counted.
+  # Fails if the line number is 0-based, the field is not named, or a broken line is skipped by
+  # default; or if skipping it stops the rest or does not count it.
   @parameterized.parameters(
     ("{", "not JSON"),
     ("", "blank"),
@@ -106,21 +106,21 @@ class ProblemFilesTest(parameterized.TestCase):
     ("null", "JSON object, not a NoneType"),
     ({"question": "q"}, '"answer" is missing'),
     ({"answer": "#### 5"}, '"question"'),
-    ({"question": "q", "answer": [5]}, '"answer" must be text or a number, not a list'),
-    ({"question": "q", "answer": True}, '"answer" must be text or a number, not a bool'),
+    ({"question": "q", "answer": [5]}, '"answer" must be a string or a number, not a list'),
+    ({"question": "q", "answer": True}, '"answer" must be a string or a number, not a bool'),
     ({"question": "q", "answer": float("nan")}, '"answer" must be a finite number'),
-    ({"query": "q", "response": "It is 5."}, '"response" has no \\boxed{}'),
+    ({"query": "q", "response": "It is 5."}, '"response" states no answer (\\boxed{}'),
     (
       {"prompt": [{"role": "user", "content": "q"}] * 2, "answer": 5},
-      '"prompt" must hold one turn of the user, not 2',
+      '"prompt" must hold one user turn, not 2',
     ),
     (
       {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-      "turn of an assistant",
+      "an assistant turn",
     ),
-    ({"prompt": [{"role": "user", "content": 5}], "answer": 5}, '"content" must be text in quotes'),
+    ({"prompt": [{"role": "user", "content": 5}], "answer": 5}, '"content" must be a string'),
     ({"prompt": ["q"], "answer": 5}, '"prompt" must hold turns'),
-    ({"prompt": [], "answer": 5}, '"prompt" must hold one turn of the user, not 0'),
+    ({"prompt": [], "answer": 5}, '"prompt" must hold one user turn, not 0'),
     (
       {"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": None}},
       '"answer" is missing',
@@ -129,20 +129,20 @@ class ProblemFilesTest(parameterized.TestCase):
       {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "a"}]},
       "not 'tool'",
     ),
-    ({"question": ["q"], "answer": "#### 5"}, '"question" must be text in quotes, not a list'),
+    ({"question": ["q"], "answer": "#### 5"}, '"question" must be a string, not a list'),
     ({"question": " ", "answer": "#### 5"}, '"question" is blank'),
-    ({"question": "\ud800", "answer": "#### 5"}, '"question" holds half of a surrogate pair'),
+    ({"question": "\ud800", "answer": "#### 5"}, '"question" holds an unpaired surrogate'),
     ({"question": "a\0b", "answer": "#### 5"}, '"question" holds a NUL character'),
     ({"question": "q", "answer": "It is\n5."}, '"answer": The solution states no readable answer'),
-    ({"problem": "q", "solution": "It is 5."}, '"solution" has no \\boxed{}'),
-    ({"problem": "q", "solution": "It is \\boxed{5."}, '"solution" has no \\boxed{}'),
-    ({"problem": "q", "solution": "It is \\boxed{ }."}, '"solution" has no \\boxed{}'),
+    ({"problem": "q", "solution": "It is 5."}, '"solution" states no answer (\\boxed{}'),
+    ({"problem": "q", "solution": "It is \\boxed{5."}, '"solution" states no answer (\\boxed{}'),
+    ({"problem": "q", "solution": "It is \\boxed{ }."}, '"solution" states no answer (\\boxed{}'),
     ({"problem": "q"}, '"answer" is missing'),
     ({"problem": "q", "answer": None}, '"answer" is missing'),
-    ({"problem": "q", "answer": "5", "id": False}, '"id" must be text in quotes, not a bool'),
+    ({"problem": "q", "answer": "5", "id": False}, '"id" must be a string, not a bool'),
     (
       {"problem": "q", "answer": "5", "solution": 5},
-      '"solution" must be text in quotes, not a int',
+      '"solution" must be a string, not a int',
     ),
   )
   def test_broken_line(self, line, message):
@@ -159,8 +159,8 @@ class ProblemFilesTest(parameterized.TestCase):
     self.assertStartsWith(rows.skipped[0], f"{path}, line 2: ")
     self.assertIn(message, rows.skipped[0])
 
-  # Fails if a missing or an empty file gives no rows, or a traceback of ours; or if nothing but
-  # broken rows is taken.
+  # Fails if a missing or empty file gives no rows or a traceback, or if a file without valid rows
+  # passes.
   def test_missing_and_empty(self):
     read = lambda path, **how: problem_files.read(path, "jsonl", "train", **how)
     empty = self.folder / "none" / "empty.jsonl"
@@ -169,13 +169,12 @@ class ProblemFilesTest(parameterized.TestCase):
     self._assert_error(lambda: read(self.folder / "no.jsonl"), "no.jsonl does not exist")
     self._assert_error(lambda: read(empty), str(empty), "empty")
     self._assert_error(
-      lambda: read(self._file("{", "}"), skip_bad_rows=True), "none of 2 rows", "line 1"
+      lambda: read(self._file("{", "}"), skip_bad_rows=True), "none of the 2 rows", "line 1"
     )
     (self.folder / "bare").mkdir()
     self._assert_error(lambda: read(self.folder / "bare"), "bare holds no train.jsonl")
 
-  # Rows as the datasets have them that are named. Fails if one is refused, or its problem, solution
-  # or answer is another.
+  # Rows in the formats of the named datasets. Fails if one is refused or misread.
   @parameterized.parameters(
     ({"id": 60, "problem": "p", "answer": 204, "url": "u"}, "p", None, "204"),  # AIME
     ({"problem": "p", "answer": 204.0, "solution": "\\boxed{204}"}, "p", "\\boxed{204}", "204"),
@@ -239,8 +238,8 @@ class ProblemFilesTest(parameterized.TestCase):
     )
     self.assertEqual(read.id.startswith("jsonl/train/60"), "id" in row)
 
-  # Fails if a gold answer in several boxes loses one, holds one twice, or boxes that are steps of
-  # an argument are joined.
+  # Fails if an answer in several boxes loses or repeats a part, or boxes of intermediate steps are
+  # joined.
   @parameterized.parameters(
     ("$x=\\boxed{2}$ or $x=\\boxed{3}$", "2, 3"),
     ("$\\boxed{2}$ or $\\boxed{3}$.", "2, 3"),
@@ -256,9 +255,8 @@ class ProblemFilesTest(parameterized.TestCase):
     row = {"problem": "p", "solution": solution}
     self.assertEqual(problem_files.read(self._file(row), "math", "train").rows[0].answer, answer)
 
-  # Fails if names of the user's are not followed, into objects, too; if rows without them, of a
-  # test file, are not read by their fields; or if one that is missing beside another goes
-  # unnoticed.
+  # Fails if task.fields is not followed, also into objects; if rows without those names are not
+  # read by their own fields; or if a partial match goes unnoticed.
   def test_fields(self):
     fields = {"problem": "q", "answer": "gold.final", "id": "n"}
     read = lambda *rows: problem_files.read(self._file(*rows), "jsonl", "train", fields=fields)
@@ -273,18 +271,20 @@ class ProblemFilesTest(parameterized.TestCase):
       "task.fields",
     )
     self._assert_error(
-      lambda: read({"q": 5, "gold": {"final": 5}}), 'the field "q" must be text in quotes'
+      lambda: read({"q": 5, "gold": {"final": 5}}), 'the field "q" must be a string'
     )
 
-  # Fails if blank last lines count as rows, or one in the middle does not.
+  # Fails if trailing blank lines count as rows, or a blank line in the middle does not.
   def test_blank_lines(self):
     row = {"problem": "p", "answer": "5"}
     self.assertLen(problem_files.read(self._file(row, "", " ", "\r"), "jsonl", "train").rows, 1)
     path = self._file(row, "", row)
-    self._assert_error(lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 2: blank")
+    self._assert_error(
+      lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 2: a blank line"
+    )
 
-  # Fails if Parquet, gzip or a list in one JSON file gives other rows than JSON lines, nested
-  # columns are lost, or an error names no row.
+  # Fails if Parquet, gzip or a JSON list gives other rows than JSON lines, nested columns are lost,
+  # or an error does not name the row.
   def test_other_files(self):
     rows = [
       {"prompt": [{"role": "user", "content": f"p{i}"}], "reward_model": {"ground_truth": str(i)}}
@@ -310,8 +310,7 @@ class ProblemFilesTest(parameterized.TestCase):
       read = functools.partial(problem_files.read, self.folder / name, "jsonl", "train")
       self._assert_error(read, name, "not ")
 
-  # Fails if a split is not found under the names that datasets have, or another's files are taken
-  # for it.
+  # Fails if a split is not found under a common name, or another split's files are used.
   @parameterized.parameters(
     "train.parquet", "train.jsonl.gz", "train.json", "train/a.parquet", "train/b.jsonl.gz",
     "data/train-0-of-1.parquet",
@@ -325,8 +324,8 @@ class ProblemFilesTest(parameterized.TestCase):
     path.unlink()
     self._assert_error(lambda: problem_files.find(self.folder, "train"), "holds no train")
 
-  # Fails if a given id or solution is dropped, null or "" is taken for text, or white space makes
-  # another problem.
+  # Fails if a given id or solution is dropped, null or "" counts as text, or whitespace changes the
+  # id.
   def test_jsonl(self):
     lines = [
       {"problem": "p", "answer": "5", "solution": "s", "id": "a"},
@@ -340,7 +339,7 @@ class ProblemFilesTest(parameterized.TestCase):
     ).rows
     self.assertEqual(spaced[0].id, second.id)
 
-  # Fails if a byte-order mark or Windows line ends break a file, or stay in the text.
+  # Fails if a byte-order mark or Windows line endings break a file or remain in the text.
   def test_bom_and_crlf(self):
     row = json.dumps({"problem": "a\r\nb", "answer": "5"}).encode()
     path = self._file(b"\xef\xbb\xbf" + row + b"\r", row.replace(b'"a\\', b'"c\\') + b"\r")
@@ -355,8 +354,7 @@ class ProblemFilesTest(parameterized.TestCase):
     self.assertEqual(problem_files.read(self._file(row), "math", "train").rows[0].answer, "7")
     self.assertLess(time.process_time() - start, 20)
 
-  # Fails if a problem that is there twice is taken twice, its loss is not counted, or two answers
-  # to one are taken.
+  # Fails if a repeated problem is kept or not counted, or a problem with two answers passes.
   def test_duplicates(self):
     row = {"problem": "p", "answer": "5"}
     rows = problem_files.read(
@@ -374,7 +372,7 @@ class ProblemFilesTest(parameterized.TestCase):
       ([row.answer for row in rows.rows], rows.duplicates, len(rows.skipped)), (["5"], 0, 1)
     )
 
-  # Fails if an id that is given twice passes, even where the rows are the same.
+  # Fails if a repeated given id passes, even for equal rows.
   def test_given_id_twice(self):
     row = {"problem": "p", "answer": "5"}
     path = self._file(row | {"id": "a"}, row, row | {"id": "a"})
@@ -382,7 +380,7 @@ class ProblemFilesTest(parameterized.TestCase):
       lambda: problem_files.read(path, "jsonl", "train"), f"{path}, line 3", "line 1", "'a'"
     )
 
-  # Fails if optional fields are not checked where they are present.
+  # Fails if optional fields are not validated.
   @parameterized.parameters("problem", "answer", "solution", "id")
   def test_broken_jsonl_field(self, field):
     row = {"problem": "p", "answer": "5", "solution": "s", "id": "a"}
@@ -390,12 +388,11 @@ class ProblemFilesTest(parameterized.TestCase):
     self._assert_error(
       lambda: problem_files.read(path, "jsonl", "train"),
       f"{path}, line 2: ",
-      f'"{field}" must be text',
+      f'"{field}" must be a string',
     )
 
-  # Fails if a tree's files lose their names as ids, if the other split is read, or files that are
-  # no rows of it; if MATH-500 calls the same problem by another id; or if the tree's split, given
-  # by itself, is not found.
+  # Fails if a tree's paths do not become ids, files of the other split or unrelated files are read,
+  # MATH-500 gives the same problem another id, or the folder of a split is not accepted.
   def test_math_tree(self):
     self._file(MATH, name="MATH/train/algebra/2.json")
     self._file(MATH | {"type": "Geometry", "level": "Level ?"}, name="MATH/train/geometry/10.json")
@@ -422,16 +419,16 @@ class ProblemFilesTest(parameterized.TestCase):
       lambda: problem_files.read(self.folder / "MATH", "math", "train"), "algebra/1.json: not JSON"
     )
 
-  # Fails if a folder of splits is taken for the split that it lacks.
-  def test_a_missing_split_is_said(self):
+  # Fails if a folder with splits stands in for its missing split.
+  def test_missing_split(self):
     self._file(MATH, name="MATH/train.jsonl")
     self.assertLen(problem_files.read(self.folder / "MATH", "math", "train").rows, 1)
     self._assert_error(
       lambda: problem_files.read(self.folder / "MATH", "math", "test"), "MATH holds no test.jsonl"
     )
 
-  # Fails if braces inside are not counted, an escaped one is, the first box is taken, or one that
-  # is cut off.
+  # Fails if nested braces are not matched, escaped ones are, or the first or an unclosed box
+  # counts.
   @parameterized.parameters(
     ("\\boxed{2}", "2"),
     ("$\\boxed{1}$, no: $\\boxed{\\frac{1}{2}}.$", "\\frac{1}{2}"),

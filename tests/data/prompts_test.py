@@ -24,7 +24,7 @@ class PromptsTest(parameterized.TestCase):
   def _text(self, style, **how):
     return tokenizer().decode(prompts.encode_prompt(tokenizer(), "What is 3+3?", style, **how))
 
-  # Fails if the worked problems have another form than the question, or run into each other.
+  # Fails if worked problems have another format than the question, or run into each other.
   def test_plain(self):
     self.assertEqual(self._text("plain"), "Question: What is 3+3?\nAnswer:\n")
     self.assertEqual(
@@ -34,8 +34,8 @@ class PromptsTest(parameterized.TestCase):
       "Question: What is 3+3?\nBe brief.\nAnswer:\n",
     )
 
-  # Fails if a worked problem is no turn of its own, a turn has another's role, or the generation
-  # prompt is missing.
+  # Fails if a worked problem is not a separate turn, a role is wrong, or the generation prompt is
+  # missing.
   def test_chat(self):
     turns = [
       ("user", "What is 1+1?\nBe brief."),
@@ -47,26 +47,26 @@ class PromptsTest(parameterized.TestCase):
     self.assertEndsWith(text, f"{written}<|im_start|>assistant\n")
     self.assertEqual(text.count("<|im_start|>user"), 2)
 
-  # Fails if special tokens of the template are read as text, or added twice.
+  # Fails if the template's special tokens are encoded as text, or added twice.
   def test_chat_ids(self):
     ids = prompts.encode_prompt(tokenizer(), "Hi", "chat", shots=SHOTS)
     start, end = tokenizer().convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     self.assertEqual(ids.count(start), ids.count(end) + 1)
     self.assertEqual(ids[0], start)
 
-  # Fails if the embedded task's text gets an instruction or a wrapping.
+  # Fails if the embedded task's text gets an instruction or a prefix.
   def test_raw(self):
     ids = prompts.encode_prompt(tokenizer(), "What is 3+3?", "raw", instruction="x", shots=SHOTS)
     self.assertEqual(tokenizer().decode(ids), "What is 3+3?")
 
-  # Fails if a tokenizer without template is asked for one, or an unknown style is taken.
+  # Fails if a tokenizer without template or an unknown style passes.
   def test_refusals(self):
     with self.assertRaisesRegex(errors.UserError, "no chat template"):
       prompts.encode_prompt(token_text_test.byte_level(), "Hi", "chat")
     with self.assertRaisesRegex(errors.UserError, "none of raw, plain, chat"):
       prompts.encode_prompt(tokenizer(), "Hi", "poem")
 
-  # Fails if EOS is missing where the author stopped, or stands twice.
+  # Fails if the final EOS is missing or doubled.
   def test_solution(self):
     ids = prompts.encode_solution(tokenizer(), "It is 6.")
     self.assertEqual((ids[-1], ids.count(tokenizer().eos_token_id)), (tokenizer().eos_token_id, 1))

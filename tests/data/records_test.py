@@ -1,4 +1,4 @@
-"""Records on disk: whole shards only, every damaged line named."""
+"""Records on disk: only whole shards, and errors that name every damaged line."""
 
 import dataclasses
 import json
@@ -64,23 +64,21 @@ class ShardsTest(parameterized.TestCase):
 
   @parameterized.parameters(problem(0), TRACE, ESTIMATE, PAIR)
   def test_round_trip(self, record):
-    # Fails if a field is lost, renamed, rounded or changes type on its way through JSON, or if the
-    # key is another.
+    # Fails if JSON loses, renames, rounds or retypes a field, or the key changes.
     shards = Shards(self.folder, type(record))
     shards.write([record])
     self.assertEqual(list(shards.read()), [record])
     self.assertEqual(shards.read_dict(), {record.key: record})
 
   def test_keys(self):
-    # Fails if a key is not what other records refer to.
+    # Fails if a key differs from the references in other records.
     self.assertEqual(
       [r.key for r in (problem(0), TRACE, ESTIMATE, PAIR)],
       ["p0", "p0/sample/0/1", "p0/sample/0/1/0", PAIR.id],
     )
 
   def test_shards_keep_their_order(self):
-    # Fails if shards are read by name without leading zeros (10 before 2), or if a second write
-    # overwrites the first.
+    # Fails if shards are sorted as text (10 before 2), or a second write overwrites the first.
     for number in range(12):
       self.shards.write([problem(2 * number), problem(2 * number + 1)])
     self.assertLen(self.shards.files(), 12)
@@ -97,15 +95,14 @@ class ShardsTest(parameterized.TestCase):
     self.assertEqual([record.prompt for record in self.shards.read()], texts)
 
   def test_no_folder_and_no_records(self):
-    # Fails if a stage that wrote nothing yet raises.
+    # Fails if reading an empty stage raises.
     self.assertEqual(self.shards.files(), [])
     self.assertEqual(list(self.shards.read()), [])
     self.shards.write([])
     self.assertEqual(self.shards.read_dict(), {})
 
   def test_a_killed_write_is_ignored(self):
-    # Fails if a temporary file is read as a shard or takes a number, or if a write that raises
-    # leaves a shard.
+    # Fails if a temporary file is read or takes a shard's number, or a failed write leaves a shard.
     self.shards.write([problem(0)])
     (self.folder / "00001.jsonl.123.tmp").write_text('{"id": "p1", "pro')
 
@@ -120,8 +117,8 @@ class ShardsTest(parameterized.TestCase):
     self.assertEqual([path.name for path in self.shards.files()], ["00000.jsonl", "00001.jsonl"])
 
   def test_a_deleted_shard_overwrites_no_other(self):
-    # Fails if a new shard's number is the count of those there: after the deletion that messages
-    # ask for, the next write would take the last shard's name.
+    # Fails if a new shard's number is the number of shards: after a deletion, as error messages
+    # suggest, the next write would overwrite the last shard.
     for number in range(3):
       self.shards.write([problem(number)])
     self.shards.files()[1].unlink()
@@ -129,9 +126,8 @@ class ShardsTest(parameterized.TestCase):
     self.assertCountEqual([record.id for record in self.shards.read()], ["p0", "p2", "p9"])
 
   @parameterized.parameters(1, 5, 40)
-  def test_a_line_that_was_cut_off(self, cut):
-    # Fails if a file that lost its end is read as if it were whole, or if the sentence names
-    # another file or line.
+  def test_truncated_file(self, cut):
+    # Fails if a truncated file passes, or the error names another file or line.
     for number in range(2):
       self.shards.write([problem(2 * number), problem(2 * number + 1)])
     path = self.shards.files()[1]
@@ -140,39 +136,38 @@ class ShardsTest(parameterized.TestCase):
       list(self.shards.read())
     message = str(caught.exception)
     self.assertEqual(message[: len(f"{path}, line 2: ")], f"{path}, line 2: ")
-    self.assertIn("cut off", message)
+    self.assertIn("truncated", message)
     self.assertNotIn("\n", message)
 
   def test_other_damage(self):
-    # Fails if a blank line, a line of another record type, a missing or an additional field passes.
+    # Fails if a blank line, another record type, or a missing or additional field passes.
     self.shards.write([problem(0), problem(1)])
     path = self.shards.files()[0]
     first, second = path.read_text().splitlines()
     fields = json.loads(second)
     short = json.dumps({name: value for name, value in fields.items() if name != "answer"})
     for damaged, sentence in (
-      ("", "line 2: not a whole Problem record"),
-      ("[1, 2]", "line 2: the fields are not those of a Problem record"),
-      ("7", "line 2: the fields are not those"),
-      (short, "line 2: the fields are not those"),
-      (json.dumps({**fields, "x": 1}), "line 2: the fields are not those"),
-      (json.dumps(dataclasses.asdict(PAIR)), "line 2: the fields are not those"),
+      ("", "line 2: not a complete Problem record"),
+      ("[1, 2]", "line 2: the fields do not match a Problem record"),
+      ("7", "line 2: the fields do not match"),
+      (short, "line 2: the fields do not match"),
+      (json.dumps({**fields, "x": 1}), "line 2: the fields do not match"),
+      (json.dumps(dataclasses.asdict(PAIR)), "line 2: the fields do not match"),
     ):
       path.write_text(f"{first}\n{damaged}\n")
       with self.assertRaisesRegex(UserError, f"{path}, {sentence}"):
         list(self.shards.read())
 
-  def test_a_key_that_stands_twice(self):
-    # Fails if the later record replaces the earlier in silence.
+  def test_duplicate_key(self):
+    # Fails if a later record silently replaces an earlier one.
     self.shards.write([problem(0), problem(1)])
     self.shards.write([problem(1, "another prompt")])
-    with self.assertRaisesRegex(UserError, f"{self.folder}: the key 'p1' stands twice"):
+    with self.assertRaisesRegex(UserError, f"{self.folder}: duplicate key 'p1'"):
       self.shards.read_dict()
     self.assertLen(list(self.shards.read()), 3)
 
   def test_every_type_can_be_stored(self):
-    # Fails if a record type is added that Shards.read cannot make again from plain JSON values, or
-    # one without a key.
+    # Fails if a new record type cannot be restored from plain JSON values, or has no key.
     for kind in records.Record.__constraints__:
       self.assertTrue(dataclasses.is_dataclass(kind))
       self.assertTrue(hasattr(kind, "key"))

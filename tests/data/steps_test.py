@@ -22,7 +22,7 @@ EXCERPT = pathlib.Path(__file__).parents[1] / "data" / "gsm8k"
 MATH_ROWS = pathlib.Path(synthneg_jax.tasks.__file__).with_name("math_rows")
 LINES = types.SimpleNamespace(steps="delimiter", step_delimiter="\n")
 PROSE = types.SimpleNamespace(steps="prose", step_delimiter="\n")
-# What prose and LaTeX are made of, whole and broken; hypothesis puts them together in every order.
+# Parts of prose and LaTeX, whole and broken, which hypothesis combines in any order.
 PIECES = [
   *("$", "$$", "\\$", "\\(", "\\)", "\\[", "\\]", "\\\\", "{", "}", "\\{", "\\}", "\\begin{align*}",
   "\\end{align*}"),
@@ -48,7 +48,7 @@ def tokenizers() -> dict:
 
 @functools.cache
 def signs_of(name: str) -> list[int]:
-  """Tokens that hold something that decides over steps."""
+  """Ids of tokens with characters that matter for steps."""
   pieces = map(text_of(name).bytes_of, range(text_of(name).vocab_size))
   return [i for i, piece in enumerate(pieces) if re.search(rb"[.$\n{}\\!?]", piece)]
 
@@ -70,7 +70,7 @@ def solutions() -> list[str]:
 
 
 def cut(text: str) -> list[str]:
-  """Prose cut behind every separator."""
+  """Prose split after every separator."""
   data, spans = text.encode(), list(steps.prose_separators(text.encode()))
   ends = [*(stop for _, stop in spans), len(data)]
   return [
@@ -79,7 +79,7 @@ def cut(text: str) -> list[str]:
 
 
 class ProseTest(parameterized.TestCase):
-  # Each line is a text with|  where it is to be cut. Fails where the rule that its comment names is broken.
+  # Texts with | where they are split; the comments name the rule under test.
   @parameterized.parameters(
     "It is 3.| Then 4 follows.",
     "It is 3.\n|Then 4.\n|\n|So 5.",  # lines
@@ -87,7 +87,7 @@ class ProseTest(parameterized.TestCase):
     'He said "no."| She (too.)| **Bold.**| Then.',  # closers
     "It is \u201cso.\u201d| Then.",
     "about 3.14 and 1,000.5 of $2.50.| Then 0.5 is left.",  # numbers
-    "It is 3. 5 is more.",  # a number with a space in it, perhaps
+    "It is 3. 5 is more.",  # possibly a number with a space in it
     # abbreviations
     "as in Fig. 2, e.g. x, i.e. Y, cf. Eq. (3), by Prof. Smith vs. Dr. Jones et al. The end.",
     "The U.S. Team w.r.t. Time",
@@ -133,7 +133,7 @@ class ProseTest(parameterized.TestCase):
     parts = marked.split("|")
     self.assertEqual(cut("".join(parts)), [part for part in parts if part])
 
-  # Fails if a text of nothing but openers, closers or stops takes more than linear time.
+  # Fails if a text of only openers, closers or stops takes more than linear time.
   @parameterized.parameters(
     "{", "$", "\\[", "\\begin{a}", "[asy]", ". ", "1. ", "}", "\\end{a}", "$ x", "\n", "a."
   )
@@ -143,9 +143,8 @@ class ProseTest(parameterized.TestCase):
     list(steps.prose_separators(data))
     self.assertLess(time.process_time() - start, 6.0)  # seconds; about half of one was measured
 
-  # An oracle of its own for whole LaTeX: no cut may lie in what a plain regex takes for a formula,
-  # environment or brace. Fails if any of them can be cut, wherever they stand and whatever is in
-  # them.
+  # An independent oracle for well-formed LaTeX: no split may lie inside what a plain regex
+  # recognises as a formula, environment or brace.
   @settings(max_examples=400, deadline=None, database=None)
   @given(st.data())
   def test_never_inside_latex(self, data):
@@ -181,7 +180,7 @@ class ProseTest(parameterized.TestCase):
 @pytest.mark.slow  # SmolLM2's tokenizer is fetched by a process
 class EndsTest(parameterized.TestCase):
   def _check(self, ids, name, task):
-    """Steps are the response: checked for any ids."""
+    """Checks that the steps concatenate to the response, for any ids."""
     text = text_of(name)
     ends = steps.ends(ids, text, task)
     parts = [list(ids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
@@ -191,15 +190,13 @@ class EndsTest(parameterized.TestCase):
       self.assertTrue(
         all(b"".join(map(text.bytes_of, part)).strip() for part in parts)
       )  # blank is ASCII's white space
-    # The rest of a response after a step has the rest of its steps: rollouts are cut as their
-    # traces are.
+    # The rest of a response after a step has the rest of its steps, so rollouts split like traces.
     for end in ends[:-1]:
       rest = [end + other for other in steps.ends(ids[end:], text, task)]
       self.assertEqual(rest, [other for other in ends if other > end], text.text(ids))
     return [text.text(part) for part in parts]
 
-  # Fails if an end is lost, doubled, or taken from a text that was put together and tokenised
-  # again.
+  # Fails if an end is lost, doubled, or computed from retokenised text.
   @parameterized.product(name=["small", "smollm2"], task=[LINES, PROSE])
   def test_real_text(self, name, task):
     tokenizer, cuts = tokenizers()[name], 0
@@ -208,8 +205,8 @@ class EndsTest(parameterized.TestCase):
       cuts += len(self._check(ids, name, task)) - 1
     self.assertGreater(cuts, 150)
 
-  # Fails if generated text, whole or broken, has steps that are not the response, or ends that
-  # depend on what stood before.
+  # Fails if steps of generated text, whole or broken, do not concatenate to the response or depend
+  # on earlier text.
   @settings(max_examples=400, deadline=None, database=None)
   @given(
     st.sampled_from(["small", "smollm2"]),
@@ -224,7 +221,7 @@ class EndsTest(parameterized.TestCase):
     for task in (LINES, PROSE):
       self._check(ids, name, task)
 
-  # The same for ids as a model draws them, which no tokenizer would give for their text.
+  # The same for ids that no tokenizer would produce for their text, as a model may draw them.
   @settings(max_examples=200, deadline=None, database=None)
   @given(st.sampled_from(["small", "smollm2"]), st.data())
   def test_drawn_ids(self, name, data):
@@ -235,8 +232,8 @@ class EndsTest(parameterized.TestCase):
     for task in (LINES, PROSE):
       self._check(ids, name, task)
 
-  # Fails if the space before a sentence counts as its stop (then no sentence ends, for such tokens
-  # hold the next word), or GSM8K's steps are cut at sentences.
+  # Fails if the space before a sentence belongs to its stop (tokens hold it with the next word, so
+  # no sentence would end), or GSM8K's steps are split at sentences.
   def test_smollm2_steps(self):
     encode = lambda text: tokenizers()["smollm2"].encode(text, add_special_tokens=False)
     text = "First, $f(2)=-1.$ Then it is 3.5. So $f(f(2))=\\boxed{5}.$"
@@ -247,8 +244,8 @@ class EndsTest(parameterized.TestCase):
       self._check(encode(text), "smollm2", LINES), ["She has 3. Then 4.\n", "It is 7.\n", "#### 7"]
     )
 
-  # Fails if a pattern is taken for text, a class of characters for one of bytes, its spans are
-  # misplaced after other scripts or bytes that are no UTF-8, or a match without text makes a step.
+  # Fails if a pattern is treated as text or as bytes, its spans are misplaced after other scripts
+  # or invalid UTF-8, or an empty match ends a step.
   def test_pattern(self):
     def cut_by(delimiter, *pieces):
       fake = types.SimpleNamespace(
@@ -262,11 +259,11 @@ class EndsTest(parameterized.TestCase):
     self.assertEqual(
       cut_by("re:[\u3002;]", "\u4e2d", "\u3002", b"\xff\xe4", ";", "\u3001", "b"), [2, 4, 6]
     )
-    with self.assertRaisesRegex(errors.UserError, "task.step_delimiter.*without text"):
+    with self.assertRaisesRegex(errors.UserError, "task.step_delimiter.*empty string"):
       cut_by("re:(?=b)", "a", "b")
 
-  # Fails if a token that ends one step and begins the next is cut, or given to one of the two.
-  def test_a_token_of_two_steps_joins_them(self):
+  # Fails if a token that ends one step and begins the next is split between them.
+  def test_token_of_two_steps_merges_them(self):
     pieces = [b"It is", b" so. The", b"n", b".", b" Now", b"."]
     fake = types.SimpleNamespace(bytes_of=pieces.__getitem__)
     self.assertEqual(steps.ends(range(6), fake, PROSE), [4, 6])

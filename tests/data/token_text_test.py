@@ -23,9 +23,7 @@ CORPUS = [
 
 @functools.cache
 def byte_level():
-  """Returns a small ByteLevel BPE tokenizer with a special token, a silent control token and an
-  added word.
-  """
+  """ByteLevel BPE with a special token, a silent control token and an added word."""
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   tokenizer.decoder = decoders.ByteLevel()
@@ -40,7 +38,7 @@ def byte_level():
 
 @functools.cache
 def word_level():
-  """Returns a WordLevel tokenizer whose tokens carry their leading spaces."""
+  """A WordLevel tokenizer whose tokens contain their leading spaces."""
   words = [
     "<pad>",
     "</s>",
@@ -68,7 +66,7 @@ def word_level():
 
 
 def wrapped(decoder, vocab):
-  """Returns what TokenText needs of a fast tokenizer, for a vocabulary under a decoder."""
+  """The parts of a fast tokenizer that TokenText reads, for a vocabulary and a decoder."""
   backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=next(iter(vocab))))
   if decoder is not None:
     backend.decoder = decoder
@@ -87,7 +85,7 @@ def word_ids(*words):
 
 
 class TokenTextTest(parameterized.TestCase):
-  # Fails if the byte alphabet is shifted anywhere, or the text of a token is decoded alone.
+  # Fails if the byte alphabet is shifted, or tokens are decoded one by one.
   def test_byte_level_agrees_with_the_tokenizer(self):
     fast, text = byte_level(), texts()["byte"]
     self.assertEqual({text.bytes_of(fast.convert_tokens_to_ids(c)) for c in pre_tokenizers.ByteLevel.alphabet()},
@@ -97,8 +95,8 @@ class TokenTextTest(parameterized.TestCase):
     euro = fast.encode("\U0001f600")
     self.assertEqual(text.text(euro[:1]), "\ufffd")
 
-  # Fails if special tokens keep text, added words go through the byte alphabet, or added ids are
-  # not counted.
+  # Fails if special tokens have text, added words use the byte alphabet, or added ids are not
+  # counted.
   def test_special_and_added_tokens(self):
     fast, text = byte_level(), texts()["byte"]
     ids = fast.convert_tokens_to_ids(["<eos>", "<control>", "\u00e9t\u00e9"])
@@ -107,13 +105,13 @@ class TokenTextTest(parameterized.TestCase):
     with self.assertRaises(IndexError):
       text.bytes_of(-1)
 
-  # Fails if Fuse is taken for an unknown kind, or spaces are put between words.
+  # Fails if Fuse is refused, or adds spaces between words.
   def test_word_level(self):
     ids = word_level().encode(" K: 3\n K:")
     self.assertEqual(ids, word_ids(" K:", " 3", "\n", " K:"))
     self.assertEqual(texts()["word"].text([*ids, 1]), " K: 3\n K:")
 
-  # Fails if byte tokens keep their names, or the leading space goes.
+  # Fails if byte tokens keep their names, or the leading space is lost.
   @parameterized.parameters(
     decoders.Metaspace(),
     decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]),
@@ -132,14 +130,14 @@ class TokenTextTest(parameterized.TestCase):
     None, decoders.WordPiece(), decoders.Sequence([decoders.Replace("x", " ")])
   )
   def test_unknown_kind(self, decoder):
-    with self.assertRaisesRegex(errors.UserError, "no known kind"):
+    with self.assertRaisesRegex(errors.UserError, "is not supported"):
       token_text.TokenText(wrapped(decoder, {"a": 0}))
     with self.assertRaisesRegex(errors.UserError, "not a fast tokenizer"):
       token_text.TokenText(object())
 
 
 class StepEndsTest(parameterized.TestCase):
-  # Fails if blank lines or EOS become steps, or a token with text of the next step splits.
+  # Fails if blank lines or EOS become steps, or a token with text of the next step ends one.
   @parameterized.parameters(
     ([], []),
     (["K:"], [1]),
@@ -161,7 +159,7 @@ class StepEndsTest(parameterized.TestCase):
   def test_newline(self, words, expected):
     self.assertEqual(token_text.step_ends(word_ids(*words), texts()["word"]), expected)
 
-  # Fails if the delimiter must lie in one token, or the rest of a run makes a step.
+  # Fails if a delimiter must lie in one token, or a longer run of it makes a step.
   @parameterized.parameters(
     ("\n\n", ["K:", "\n", "3", "\n", "\n", "3"], [5, 6]),
     ("\n\n", ["K:", "\n", "\n", "\n", "3"], [3, 5]),
@@ -176,11 +174,11 @@ class StepEndsTest(parameterized.TestCase):
     )
 
   def test_empty_delimiter(self):  # Fails if an empty delimiter ends a step at every byte.
-    with self.assertRaisesRegex(errors.UserError, "between steps, '', must be text, not empty"):
+    with self.assertRaisesRegex(errors.UserError, "delimiter .. must be text, not empty"):
       token_text.step_ends([1], texts()["word"], "")
 
-  # Fails if ends repeat, miss the last token, leave a step without text, or split where no
-  # delimiter was completed.
+  # Fails if ends repeat, miss the last token, leave a step without text, or end without a
+  # delimiter.
   @settings(max_examples=300, deadline=None, database=None)
   @given(st.sampled_from(["byte", "word"]), st.data(), st.sampled_from(["\n", "\n\n", " ", "b\n"]))
   def test_slices_concatenate(self, name, data, delimiter):
@@ -227,7 +225,7 @@ class StopTest(parameterized.TestCase):
     table[2, three]],
                      [1, 1, 2, 0, 2])  # fmt: skip
 
-  # Fails if the table is made token by token in Python. The bound is far above the time measured.
+  # Fails if the table is built token by token in Python. The bound is far above the measured time.
   def test_large_vocabulary_is_quick(self):
     rng = np.random.default_rng(0)
     pieces = [bytes(rng.integers(0, 256, size=n)) for n in rng.integers(1, 16, size=49152)]
@@ -237,7 +235,7 @@ class StopTest(parameterized.TestCase):
     self.assertLess(time.process_time() - start, 3.0)
     self.assertEqual(table.shape[1], 49152)
 
-  # Fails if an empty stop accepts at once, or the letters of a bare string are taken for stops.
+  # Fails if an empty stop accepts at once, or a bare string counts as a list of letters.
   @parameterized.parameters(([""],), ("\n",), (["a", ""],))
   def test_bad_stops(self, stops):
     with self.assertRaisesRegex(errors.UserError, "nonempty strings"):
@@ -245,7 +243,7 @@ class StopTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, "nonempty strings"):
       token_text.cut_at_stop("a", stops)
 
-  # Fails if the first stop of the list wins over the first in the text.
+  # Fails if the list's first stop wins over the text's first.
   @parameterized.parameters(
     ("abXcdY", ["Y", "X"], "ab"), ("ab", ["X"], "ab"), ("Xab", ["X"], ""), ("ab", [], "ab")
   )

@@ -238,7 +238,7 @@ class ModelHubTest(hf_tokenizers_test.FolderTest):
     self.assertTrue(about.get("private") or about.get("visibility") == "private", about)
     server.forbidden = True
     with self.assertRaisesRegex(
-      UserError, "me/new on the Hub may not be written or read with this HF_TOKEN .status 403"
+      UserError, "me/new on the Hub may not be read or written with this HF_TOKEN .status 403"
     ):
       with mock.patch.dict(os.environ, {"HF_TOKEN": "hf_secret"}):
         model_hub.push(self.folder, "me/new")

@@ -1,4 +1,4 @@
-"""The drawings that notebooks show: what they say, and that gradients in them are the losses'."""
+"""The notebooks' figures: their contents, and gradients that equal the losses'."""
 
 import functools
 
@@ -32,9 +32,9 @@ def texts(figure) -> list[str]:
 
 
 class TraceFigureTest(absltest.TestCase):
-  def test_says_what_is_known_of_each_step(self):
-    # Fails if counts, advantages, V or the verdict are not those of the trace, or model text is
-    # taken for a formula.
+  def test_text_of_each_step(self):
+    # Fails if counts, advantages, V or the verdict differ from the trace, or model text is parsed
+    # as a formula.
     figure = trace_figures.credit(shown())
     figures.png(figure)  # a formula that cannot be parsed would raise here
     said = texts(figure)
@@ -47,8 +47,8 @@ class TraceFigureTest(absltest.TestCase):
     ):
       self.assertIn(text, said)
 
-  def test_frames_the_pit_alone(self):
-    # Fails if the pit is not marked, or marked where there is none.
+  def test_only_the_pit_is_framed(self):
+    # Fails if the pit is not marked, or a mark appears without a pit.
     for pit in (-1, 0, 1):
       figure = trace_figures.credit(shown(pit))
       frames = [
@@ -58,8 +58,8 @@ class TraceFigureTest(absltest.TestCase):
       self.assertEqual(texts(figure).count("◀ pit"), int(pit >= 0))
 
   def test_colour_is_the_sign_of_the_advantage(self):
-    # Fails if steps that lower Q are not orange and those that raise it blue, or strength does not
-    # follow the size.
+    # Fails if steps that lower Q are not orange and those that raise it not blue, or strength does
+    # not follow the change.
     boxes = [
       p for p in trace_figures.credit(shown(-1)).axes[0].patches if isinstance(p, FancyBboxPatch)
     ]
@@ -73,11 +73,11 @@ class TraceFigureTest(absltest.TestCase):
     self.assertGreater(boxes[0].get_alpha(), boxes[2].get_alpha())
 
   def test_best_of_k_gives_share_and_value(self):
-    # Fails if Q under Best-of-k is passed off as the share of right rollouts.
+    # Fails if Q under Best-of-k is shown as the share of right rollouts.
     self.assertIn("3/4 right, Q 0.75, A +0.25", texts(trace_figures.credit(shown(), best_of=5)))
 
   def test_fork_shows_trunk_and_both_branches(self):
-    # Fails if chosen and rejected are swapped, or the trunk holds the pit.
+    # Fails if chosen and rejected are swapped, or the trunk contains the pit.
     figure = trace_figures.fork(trace_figures.pair_at_pit(shown(), (-1.0, -0.5), (-2.0, -3.0)))
     figures.png(figure)
     said = texts(figure)
@@ -90,8 +90,8 @@ class TraceFigureTest(absltest.TestCase):
 
 class LossFigureTest(absltest.TestCase):
   def test_slopes_are_those_of_dpo(self):
-    # Fails if the gradient is taken by the wrong argument or of another sign: ∂/∂chosen = −β
-    # σ(−βh), ∂/∂rejected its negative.
+    # Fails if the gradient has the wrong argument or sign: ∂/∂chosen = −β σ(−βh), ∂/∂rejected its
+    # negative.
     chosen, rejected, beta = np.array([-1.0, 2.0]), np.array([1.0, -3.0]), 0.3
     value, by_chosen, by_rejected = loss_figures.slopes(
       functools.partial(losses.dpo_loss, beta=beta), jnp.asarray(chosen), jnp.asarray(rejected)
@@ -102,7 +102,7 @@ class LossFigureTest(absltest.TestCase):
     np.testing.assert_allclose(by_rejected, slope, rtol=1e-5)
 
   def test_nll_adds_one_over_tokens(self):
-    # Fails if the term is summed and not per token, or starts at another place than the reference.
+    # Fails if the term is a sum instead of a mean per token, or its origin is not the reference.
     dpo = functools.partial(losses.dpo_loss, beta=0.3)
     both = loss_figures.with_nll(dpo, weight=2.0, num_tokens=8, ref_chosen=-4.0)
     at = jnp.array([-1.0]), jnp.array([0.5])
@@ -114,8 +114,7 @@ class LossFigureTest(absltest.TestCase):
     np.testing.assert_allclose(slope - plain_slope, -2.0 / 8, rtol=1e-5)
 
   def test_by_step_pushes_the_rejected_steps_alone(self):
-    # Fails if bars are of other steps than those of the rejected branch, or of another size than
-    # β/2.
+    # Fails if bars are not those of the rejected branch's steps, or their size is not β/2.
     dpo = functools.partial(losses.dpo_loss, beta=0.4)
     figure = loss_figures.by_step(
       [0.1, -0.5, 0.0], {"pit": loss_figures.rejecting(dpo, jnp.array([0.0, 1.0, 0.0]))}
@@ -124,7 +123,7 @@ class LossFigureTest(absltest.TestCase):
     np.testing.assert_allclose(heights, [[0.1, -0.5, 0.0], [0.0, -0.2, 0.0]], atol=1e-6)
 
   def test_curves_are_one_at_the_start(self):
-    # Fails if a curve is not drawn as a multiple of itself at h = 0.
+    # Fails if a curve is not relative to its value at h = 0.
     figure = loss_figures.by_margin(
       {
         "a": functools.partial(losses.dpo_loss, beta=0.1),
@@ -140,8 +139,8 @@ class LossFigureTest(absltest.TestCase):
         )
 
   def test_arrows_of_dpop_point_to_the_chosen(self):
-    # Fails if the plane's axes are swapped: left of the start DPOP pushes the chosen 1 + λ times as
-    # hard as the rejected.
+    # Fails if the axes are swapped: to the left of the origin DPOP pushes the chosen branch 1 + λ
+    # times as hard as the rejected.
     dpop = functools.partial(losses.dpop_loss, beta=0.3, penalty=5.0)
     quiver = loss_figures.by_shifts({"DPOP": dpop}).axes[0].collections[-1]
     left = quiver.XY[:, 0] < 0
@@ -149,9 +148,8 @@ class LossFigureTest(absltest.TestCase):
 
 
 class StarGraphFigureTest(absltest.TestCase):
-  def test_graph_tells_each_arm_its_own_values(self):
-    # Fails if values are put to another arm, the goal stands at the wrong one, or a node is left
-    # out.
+  def test_graph_values_of_each_arm(self):
+    # Fails if values belong to another arm, the goal is at the wrong one, or a node is missing.
     figure = plots.draw_graph([[7, 1, 2], [7, 3, 4]], 1, [0.25, 0.75], [0.0, 0.5])
     figures.png(figure)
     at = {text.get_text(): text.xy for text in figure.axes[0].texts if text.get_text()}
@@ -161,7 +159,7 @@ class StarGraphFigureTest(absltest.TestCase):
     self.assertEqual(at["goal"], at["4"])
 
   def test_cell_draws_training_solid_and_test_dashed(self):
-    # Fails if the splits or measures are exchanged, or DPO's loss is taken for SFT's.
+    # Fails if splits or measures are swapped, or DPO's loss is labelled as SFT's.
     split = lambda base: {"loss": base, "critical": base + 0.1, "error": base + 0.2}
     curve = [
       {"step": step, "train": split(0.1 + step / 100), "test": split(0.4 + step / 100)}
@@ -183,7 +181,7 @@ class StarGraphFigureTest(absltest.TestCase):
 
 class ReportFigureTest(absltest.TestCase):
   def test_verdict_bars_fill_the_row(self):
-    # Fails if shares do not add up to 100 %, or right and wrong change colours.
+    # Fails if shares do not add up to 100 %, or right and wrong swap colours.
     figure = figures.verdicts(
       {"a": {"right": 1, "wrong": 2, "no_answer": 1}, "b": {"wrong": 5}},
       {"right": "r", "wrong": "w", "no_answer": "n"},
@@ -191,8 +189,8 @@ class ReportFigureTest(absltest.TestCase):
     widths = [bar.get_width() for bar in figure.axes[0].patches]
     np.testing.assert_allclose(widths, [25, 50, 25, 0, 100, 0])
 
-  def test_shifts_tell_where_the_margin_grew(self):
-    # Fails if a pair with a margin below 0 is drawn as one above.
+  def test_shifts_colour_by_margin(self):
+    # Fails if a pair with a negative margin is drawn as a positive one.
     dots = figures.shifts([1.0, -2.0], [0.5, -1.0]).axes[0].collections[0]
     np.testing.assert_array_equal(dots.get_offsets(), [[1.0, 0.5], [-2.0, -1.0]])
     self.assertGreater(dots.get_facecolors()[0][2], dots.get_facecolors()[1][2])

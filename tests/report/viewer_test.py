@@ -1,6 +1,4 @@
-"""The trace viewer: its data say what is so, it runs nothing that a model wrote, and 20,000 traces
-do not freeze it.
-"""
+"""The trace viewer: correct data, no execution of model text, no freezing with 20,000 traces."""
 
 import ast
 import dataclasses
@@ -16,7 +14,7 @@ import pytest
 from synthneg_jax.report import viewer_page
 from tests import browser as browser_lib
 
-# What a model, a problem's author or a gold answer might hold. window.owned must stay undefined.
+# Hostile text of a model, a problem's author or a gold answer. window.owned must stay undefined.
 HOSTILE = (
   "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 2'>"
   "</script ><script >window.owned = 10</script ><!--<script "
@@ -120,7 +118,7 @@ def _hostile(text=HOSTILE) -> viewer_page.Viewer:
 
 
 class _Scripts(html.parser.HTMLParser):
-  """The page's script elements as (attributes, text), as a parser sees them."""
+  """The page's script elements as (attributes, text), as an HTML parser sees them."""
 
   def __init__(self, text):
     super().__init__()
@@ -144,8 +142,9 @@ class _Scripts(html.parser.HTMLParser):
     return next(json.loads(text) for attributes, text in self.found if attributes.get("id") == name)
 
 
-def test_disagreement_is_counted_by_hand():
-  # Fails if the step before the verdict is another one, or if a half is not at least a half.
+def test_flags():
+  # Fails if the step before the verdict is another one, or exactly half does not count as at least
+  # half.
   problem = _toy().problems[0].traces
   assert [viewer_page.share_before_verdict(trace) for trace in problem] == [0.25, 1.0, 0.25]
   paired, credited, solvable, doubtful, differ = 16, 1, 2, 4, 8
@@ -159,7 +158,7 @@ def test_disagreement_is_counted_by_hand():
 
 
 def test_index_and_chunks():
-  # Fails if a column is out of step with the traces, or if a number of the credit is another.
+  # Fails if a column is misaligned with the traces, or a number of the credit is wrong.
   page = _Scripts(viewer_page.page(_toy()))
   index = page.data("index")
   columns = index["columns"]
@@ -204,7 +203,7 @@ def test_hostile_text_stays_data():
   "text, needed",
   [("a $x^2$ b", True), ("\\(x\\)", True), ("$5 and $10", False), ("5 = 5 #### 3", False)],
 )
-def test_katex_is_inside_only_where_latex_is(text, needed):
+def test_katex_is_embedded_only_for_latex(text, needed):
   # Fails if every page carries KaTeX's 700 kB, or if none does.
   problem = viewer_page.ProblemView("p", "q", "1", "", None, 0, 1, [_trace(0, steps=(text,))])
   page = viewer_page.page(viewer_page.Viewer("T", ("s",), (), (), [problem], 1, 1, 4, 8, "r"))
@@ -241,7 +240,7 @@ STATUS = "document.getElementById('status').textContent"
 
 
 def _choose(browser, name, text):
-  """Picks the option of a filter that begins so, as a user does."""
+  """Selects the first option of a filter with this prefix, as a user does."""
   browser.js(
     f"(() => {{ const s = document.getElementById('{name}');"
     f" s.value = [...s.options].find(o => o.text.startsWith({json.dumps(text)})).value;"
@@ -251,8 +250,7 @@ def _choose(browser, name, text):
 
 @pytest.mark.browser
 def test_steps_rollouts_and_pairs(browser, tmp_path):
-  # Fails if a step's credit, its pit, its rollouts or a pair's margins are not shown, or shown at
-  # another step.
+  # Fails if credit, pit, rollouts or a pair's margins are missing or at another step.
   _open(browser, tmp_path, _toy(), "#trace=p%2F0%2Fsample%2F0")
   browser.wait("document.querySelector('article')")
   steps = browser.js(
@@ -279,7 +277,7 @@ def test_steps_rollouts_and_pairs(browser, tmp_path):
   browser.click(".roll")
   assert browser.js("document.querySelector('.rollouts').hidden")
   browser.js("document.querySelectorAll('.roll')[1].click()")
-  assert "4 more rollouts not kept" in browser.js(
+  assert "4 more rollouts not in this page" in browser.js(
     "document.querySelectorAll('.rollouts')[1].innerText"
   )
   pairs = browser.js(
@@ -295,7 +293,7 @@ def test_steps_rollouts_and_pairs(browser, tmp_path):
 
 @pytest.mark.browser
 def test_filters_search_and_order(browser, tmp_path):
-  # Fails if a filter lets others pass or holds its own back.
+  # Fails if a filter shows other traces or hides matching ones.
   _open(browser, tmp_path, _toy())
   browser.wait(f"{STATUS}.startsWith('6 of')")
   assert "6 in this page (the run has 9) traces" in browser.js(STATUS)
@@ -305,8 +303,8 @@ def test_filters_search_and_order(browser, tmp_path):
     ("verdict", "not right", ["p/0/sample/1", "p/0/sample/0", "t/0/evaluate/0@1"]),
     ("pit", "at step 2", ["p/0/sample/0"]),
     ("credit", "right, with a spurious step", ["p/0/sample/2"]),
-    ("disagreement", "wrong, though Q", ["p/0/sample/1"]),
-    ("disagreement", "right, though Q", ["p/0/sample/2"]),
+    ("disagreement", "wrong, but Q", ["p/0/sample/1"]),
+    ("disagreement", "right, but Q", ["p/0/sample/2"]),
     ("disagreement", "policies differ", ["t/0/evaluate/0@1", "t/0/evaluate/0@2"]),
     (
       "disagreement",
@@ -347,8 +345,7 @@ def test_filters_search_and_order(browser, tmp_path):
 
 @pytest.mark.browser
 def test_keys_links_and_two_side_by_side(browser, tmp_path):
-  # Fails if a key does nothing, a link opens another trace, or the first difference is marked
-  # elsewhere.
+  # Fails if a key has no effect, a link opens another trace, or the first difference is misplaced.
   path = _open(browser, tmp_path, _toy())
   browser.wait("document.querySelector('article')")
   browser.js("document.getElementById('list').focus()")
@@ -386,8 +383,8 @@ def test_keys_links_and_two_side_by_side(browser, tmp_path):
 
 
 @pytest.mark.browser
-def test_on_a_phone_the_list_gives_way_to_the_trace(browser, tmp_path):
-  # Fails if list and trace stand in each other's way, or if something is wider than the phone.
+def test_phone_layout(browser, tmp_path):
+  # Fails if list and trace overlap, or anything is wider than the phone.
   _open(browser, tmp_path, _toy(), width=390, dark=True)
   browser.wait("document.querySelector('.row')")
   seen = lambda selector: browser.js(
@@ -406,8 +403,8 @@ def test_on_a_phone_the_list_gives_way_to_the_trace(browser, tmp_path):
 
 @pytest.mark.browser
 def test_formulas(browser, tmp_path):
-  # Fails if amounts of dollars become formulas, if formulas stay as written, or if KaTeX's fonts
-  # are not inside.
+  # Fails if dollar amounts become formulas, formulas stay unrendered, or KaTeX's fonts are not
+  # embedded.
   _open(browser, tmp_path, _toy(), "#trace=p%2F1%2Fsample%2F0")
   browser.wait("document.querySelectorAll('.step .katex').length === 2")
   assert (
@@ -435,8 +432,7 @@ def test_formulas(browser, tmp_path):
 
 @pytest.mark.browser
 def test_hostile_text_runs_nothing(browser, tmp_path):
-  # Fails if any of the texts reaches innerHTML, if KaTeX trusts them, or if the policy of the page
-  # allows a request.
+  # Fails if any text reaches innerHTML, KaTeX trusts it, or the page's policy allows a request.
   _open(browser, tmp_path, _hostile())
   browser.wait("document.querySelector('article')")
   for selector in (".roll", ".problem summary", ".pair summary"):
@@ -462,7 +458,7 @@ def test_hostile_text_runs_nothing(browser, tmp_path):
     "document.querySelector('.step').innerText"
   )
   _quiet(browser)
-  # The page's own policy stops a script and a request that got in some other way.
+  # The page's policy stops an injected script and request.
   browser.js(
     "document.body.append(Object.assign(document.createElement('script'), {textContent: "
     "'window.owned = 9'}))"
@@ -479,7 +475,7 @@ def test_hostile_text_runs_nothing(browser, tmp_path):
 
 @pytest.mark.browser
 def test_markup_without_formulas_is_text(browser, tmp_path):
-  # Fails if a text that KaTeX never sees, without $ and backslash, reaches innerHTML.
+  # Fails if a text without $ and backslash, which KaTeX never sees, reaches innerHTML.
   text = "<img src=x onerror='window.owned = 2'><b>bold</b>"
   _open(browser, tmp_path, _hostile(text))
   browser.wait("document.querySelector('article')")
@@ -507,8 +503,8 @@ def _over(top, bottom, share):
 @pytest.mark.browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_contrast(browser, tmp_path, dark):
-  # Fails if any text falls below 4.5 to 1 (WCAG AA) in either mode; the deepest shade of a step is
-  # 0.45.
+  # Fails if any text's contrast is below 4.5 to 1 (WCAG AA) in either mode; the deepest shade of a
+  # step is 0.45.
   _open(browser, tmp_path, _toy(), dark=dark)
 
   def colour(name):
@@ -537,9 +533,7 @@ def test_contrast(browser, tmp_path, dark):
 
 
 def _many(count) -> viewer_page.Viewer:
-  """As many traces as asked for, of about GSM8K's length, eight a problem, two in eight with credit
-  and rollouts.
-  """
+  """`count` traces of GSM8K's length, eight per problem, two in eight with credit and rollouts."""
   draw = random.Random(0)
   words = "each week Anna buys apples for her class and sells what is left at the market so that she earns".split()
   text = lambda n: " ".join(draw.choice(words) for _ in range(n))
@@ -578,7 +572,7 @@ def _many(count) -> viewer_page.Viewer:
 
 @pytest.mark.browser
 def test_twenty_thousand_traces_do_not_freeze(browser, tmp_path):
-  # Fails if all rows are made, all chunks parsed at the start, or a search done in one go
+  # Fails if all rows exist, all chunks are parsed at the start, or a search runs in one go
   # (measured: see docs/report.md).
   started = time.time()
   path = _open(browser, tmp_path, _many(20_000))
@@ -610,16 +604,16 @@ def test_twenty_thousand_traces_do_not_freeze(browser, tmp_path):
   _quiet(browser)
 
 
-def test_the_page_names_no_address():
-  # Fails if a resource is loaded from anywhere.
+def test_page_loads_nothing():
+  # Fails if the page loads any resource.
   page = viewer_page.page(_toy())
   outside = re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.DOTALL)
   assert "http" not in outside.replace("http-equiv", "")
   assert re.findall(r"url\((?!data:)", page) == [] and "@import" not in page
 
 
-def test_the_page_is_installed_with_the_package():
-  # Fails if setup.py leaves out a part of the page: then it works from a checkout only.
+def test_page_is_package_data():
+  # Fails if setup.py omits a part of the page, which then works only from a checkout.
   root = pathlib.Path(viewer_page.__file__).parents[1]
   patterns = ast.literal_eval(
     re.search(
@@ -634,4 +628,4 @@ def test_the_page_is_installed_with_the_package():
     for p in (root / "report").rglob("*")
     if p.suffix in (".js", ".css", ".html", ".woff2") or p.name == "LICENSE"
   }
-  assert len(parts) == 29 and parts <= installed
+  assert len(parts) == 30 and parts <= installed

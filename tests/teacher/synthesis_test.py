@@ -1,4 +1,4 @@
-"""Reading a capable model's replies, and choosing among what it wrote."""
+"""Parsing a capable model's replies, and selecting problems."""
 
 import collections
 import pathlib
@@ -18,7 +18,7 @@ from synthneg_jax.teacher import scripted, synthesis
 class TemplatesTest(parameterized.TestCase):
   @parameterized.parameters("gsm8k", "math", "arithmetic")
   def test_shipped_prompts_are_filled_in(self, name):
-    # Fails if a placeholder is left standing, or a seed or problem is lost.
+    # Fails if a placeholder remains, or a seed or problem is lost.
     templates = synthesis.Templates.read(f"configs/prompts/{name}")
     asked = templates.ask_problems(["First {count}.", "Second."], 7)
     self.assertEqual(synthesis.read_problems(asked, raw=False)[:2], ["First {count}.", "Second."])
@@ -27,7 +27,8 @@ class TemplatesTest(parameterized.TestCase):
     self.assertIn("<problem>\nWhat is {problem}?", solution)
 
   def test_broken_folders(self):
-    # Fails if a prompt without its problem would be sent a thousand times.
+    # Fails if a template without its placeholder passes, so that a thousand prompts lack the
+    # problem.
     folder = pathlib.Path(tempfile.mkdtemp())
     with self.assertRaisesRegex(UserError, "not_there"):
       synthesis.Templates.read("not_there")
@@ -35,14 +36,14 @@ class TemplatesTest(parameterized.TestCase):
       synthesis.Templates.read(str(folder))
     (folder / "problems.txt").write_text("{seeds} {count}")
     (folder / "solution.txt").write_text("Solve it.")
-    with self.assertRaisesRegex(UserError, "solution.txt does not hold {problem}"):
+    with self.assertRaisesRegex(UserError, "solution.txt does not contain {problem}"):
       synthesis.Templates.read(str(folder))
 
 
 class ReadTest(parameterized.TestCase):
   def test_problems(self):
-    # Fails if chatter is taken for a problem, an unclosed tag runs on, or spaces are lost where
-    # they count.
+    # Fails if other text counts as a problem, an unclosed tag runs on, or significant spaces are
+    # lost.
     reply = (
       "Sure!\n<problem>\n A= 3 ? A=\n</problem>\n2. <problem>Two\nlines?</problem> "
       "<problem> "
@@ -73,8 +74,8 @@ class ReadTest(parameterized.TestCase):
     ("<think>\nMaybe 6.\n#### 6", None),
   )
   def test_solutions(self, reply, expected):
-    # Fails if steps and lines come apart, chatter after the answer or a thought is trained on, or a
-    # hedge counts as an answer.
+    # Fails if steps and lines differ, text after the answer or a thought is kept, or a hedge counts
+    # as an answer.
     self.assertEqual(synthesis.read_solution(reply, raw=False), expected)
 
   @parameterized.parameters(
@@ -88,26 +89,26 @@ class ReadTest(parameterized.TestCase):
     ("It is 7.", None),
   )
   def test_boxed_solutions(self, reply, expected):
-    # Fails if braces are cut short, chatter is trained on, or a formula is left open.
+    # Fails if braces are cut, text after the answer is kept, or a formula stays open.
     self.assertEqual(synthesis.read_solution(reply, raw=False, kind="math"), expected)
 
   def test_the_embedded_task_keeps_its_spaces(self):
-    # Fails if anything is trimmed: its tokenizer knows " A=" and no "A=".
+    # Fails if anything is trimmed: the tokenizer has " A=" but not "A=".
     text = " K: A*B A= 3 B= 4 K= 2\n #### 2"
     self.assertEqual(synthesis.read_solution(text, raw=True), (text, "2"))
 
 
 class VoteTest(parameterized.TestCase):
   def test_majority(self):
-    # Fails if a draw without answer does not count against, ties are broken by value, or another's
-    # solution is taken.
+    # Fails if draws without an answer do not count against it, ties are broken by value, or another
+    # draw's solution is used.
     a, b = ("x\n#### 1", "1"), ("x\ny\n#### 2", "2")
     self.assertEqual(synthesis.vote([a, b, None, b]), synthesis.Vote("2", 0.5, 1, 3))
     self.assertEqual(synthesis.vote([b, a]), synthesis.Vote("2", 0.5, 0, 3))
     self.assertIsNone(synthesis.vote([None, None]))
 
   def test_forms_of_one_answer_vote_together(self):
-    # Fails if 1/2 and 0.5 are two answers.
+    # Fails if 1/2 and 0.5 are different answers.
     draws = [("#### 3", "3"), ("#### 1/2", "1/2"), ("#### 0.5", "0.5")]
     self.assertEqual(synthesis.vote(draws), synthesis.Vote("1/2", 2 / 3, 1, 1))
     self.assertEqual(synthesis.vote(draws[:2], gold="1.50/3").chosen, 1)
@@ -119,7 +120,7 @@ class VoteTest(parameterized.TestCase):
     self.assertEqual(synthesis.vote(draws, kind="math"), synthesis.Vote("\\frac{1}{2}", 0.75, 1, 1))
 
   def test_known_answer(self):
-    # Fails if the majority outvotes what is known.
+    # Fails if the majority overrules a known answer.
     a, b = ("#### 1", "1"), ("#### 2", "2")
     self.assertEqual(synthesis.vote([b, b, a], gold="1"), synthesis.Vote("1", 1 / 3, 2, 1))
     self.assertIsNone(synthesis.vote([b, b], gold="1"))
@@ -127,7 +128,7 @@ class VoteTest(parameterized.TestCase):
 
 class ChoiceTest(parameterized.TestCase):
   def test_near_duplicates_are_those_of_core(self):
-    # Fails if one by one drops others than all at once.
+    # Fails if the incremental filter keeps other texts than the batch one.
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abc"), size=rng.integers(4, 12))) for _ in range(200)]
     texts += [text[:at] + "x" + text[at + 1 :] for text in texts for at in (0, 2)] + ["", "a"]
@@ -139,8 +140,8 @@ class ChoiceTest(parameterized.TestCase):
       self.assertLess(len(kept), len(texts))
 
   def test_balance(self):
-    # Fails if frequent difficulties crowd out rare ones, or the first of a difficulty are not
-    # taken.
+    # Fails if frequent difficulties displace rare ones, or the first items of a difficulty are not
+    # used.
     difficulties = [2] * 10 + [3] * 2 + [9]
     self.assertEqual(synthesis.balance(difficulties, 6), [0, 1, 2, 10, 11, 12])
     self.assertEqual(synthesis.balance(difficulties, 99), list(range(13)))
@@ -153,8 +154,7 @@ class ScriptedTest(parameterized.TestCase):
     self.templates = synthesis.Templates.read("configs/prompts/arithmetic")
 
   def test_problems_and_their_solutions(self):
-    # Fails if the teacher cannot read its own problems as the prompts put them, or its answers are
-    # wrong.
+    # Fails if the teacher cannot parse its own problems from the prompts, or its answers are wrong.
     asked = self.templates.ask_problems([" A= 3 ? A=\n"], 5)
     prompts = synthesis.read_problems(scripted.reply(self.task, [("user", asked)], 3), raw=True)
     self.assertLen(set(prompts), 5)
@@ -173,13 +173,13 @@ class ScriptedTest(parameterized.TestCase):
     self.assertTrue(set(sizes) <= {3, 4, 5}, sizes)
 
   def test_seeds_are_draws(self):
-    # Fails if every request for problems brings the same ones.
+    # Fails if every request for problems returns the same ones.
     asked = [("user", self.templates.ask_problems([" A= 3 ? A=\n"], 2))]
     self.assertEqual(scripted.reply(self.task, asked, 1), scripted.reply(self.task, asked, 1))
     self.assertNotEqual(scripted.reply(self.task, asked, 1), scripted.reply(self.task, asked, 2))
 
   def test_nonsense(self):
-    # Fails if a problem that cannot be worked out brings the server down.
+    # Fails if an unsolvable problem crashes the server.
     for prompt in ("", " ? A=", " K: A*B ? K=", " A= 3 ? B=", " A= 3 and more ? A="):
       self.assertIsNone(scripted.parse(prompt), prompt)
 

@@ -1,5 +1,5 @@
 "use strict";
-// The page's data: the index, parsed at once, and chunks of whole problems, parsed when first asked for.
+// The page's data: the index, parsed on load, and chunks of whole problems, parsed on first use.
 
 const parsed = new Map();
 
@@ -40,7 +40,7 @@ const reasonName = (reason) => INDEX.reasonNames[reason] || reason;
 const sourceOf = (t) => INDEX.sources[COLUMNS.source[t]];
 const isRight = (t) => reasonOf(t) === "right";
 
-/** Everything of a trace but what is drawn on a click. */
+/** A trace without the data that a click loads. */
 function traceOf(t) {
   const [id, steps, extracted, finish, credit] = problemOf(t).traces[t - firstOf[COLUMNS.problem[t]]];
   const named = credit && credit.map(([rollouts, successes, low, high, q, advantage, exact]) => (
@@ -72,7 +72,7 @@ function siblingsOf(t) {
 
 const idOf = (t) => problemOf(t).traces[t - firstOf[COLUMNS.problem[t]]][0];
 
-/** What a search looks through: the problem, its gold answer, the trace, its answer and its id; in lower case. */
+/** The searched text of a trace, in lower case: problem, gold answer, steps, answer and id. */
 function haystack(t) {
   const problem = problemOf(t);
   const [id, steps, extracted] = problem.traces[t - firstOf[COLUMNS.problem[t]]];
@@ -81,7 +81,7 @@ function haystack(t) {
 
 let searchNumber = 0;
 
-/** Calls found(t) for each of the traces that hold the words, a few milliseconds at a time, then done(); a later call ends it. */
+/** Calls found(t) for each trace that contains the words, then done(); works in short slices, and a later call cancels it. */
 function search(traces, words, found, done) {
   const mine = ++searchNumber;
   const wanted = words.toLowerCase();
@@ -100,7 +100,7 @@ function search(traces, words, found, done) {
   work();
 }
 
-/** The trace of an id, by parsing as few chunks as it takes; calls then(t), with -1 where there is none. */
+/** Finds a trace by id, parsing as few chunks as possible; calls then(t), with -1 if it is missing. */
 function findTrace(id, then) {
   const wanted = JSON.stringify(id).replace(/[<>&]/g, (c) => `\\u00${c.charCodeAt(0).toString(16)}`)
     .replace(/[\u007f-\uffff]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);

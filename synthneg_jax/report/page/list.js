@@ -1,5 +1,5 @@
 "use strict";
-// The list with its filters, and what is open: only the rows in sight exist, so its length does not matter.
+// The list with its filters, and the open traces. Only visible rows exist in the page, so the list may be long.
 
 const $ = (id) => document.getElementById(id);
 const list = $("list");
@@ -9,12 +9,12 @@ const ROW = 64;  // px, as in the style sheet
 const wide = matchMedia("(min-width: 60rem)");
 
 let shown = [];  // numbers of the traces in the list, in order
-let active = -1;  // place in `shown` that the keyboard is at
+let active = -1;  // index in `shown` of the row with keyboard focus
 let open = -1;  // number of the open trace
-let beside = -1;  // number of the trace beside it
-const rows = new Map();  // place -> element
+let beside = -1;  // number of the compared trace
+const rows = new Map();  // index in `shown` -> element
 
-// Filters. Each choice is [text, test of a trace's number]; those that no trace passes are left out.
+// Filters. Each choice is [label, predicate on a trace's number]; choices without traces are hidden.
 const has = (flag) => (t) => (COLUMNS.flags[t] & flag) !== 0;
 const steps = Array.from({ length: COLUMNS.pit.reduce((most, pit) => Math.max(most, pit), -1) + 1 }, (_, step) => step);
 const isTested = (t) => INDEX.tested.includes(COLUMNS.source[t]);
@@ -24,10 +24,10 @@ const FILTERS = {
   pit: [["has a pit", (t) => COLUMNS.pit[t] >= 0],
     ["wrong, no pit found", (t) => has(FLAG.credited)(t) && !isRight(t) && COLUMNS.pit[t] < 0],
     ...steps.map((step) => [`at step ${step + 1}`, (t) => COLUMNS.pit[t] === step])],
-  credit: [["with credit by step", has(FLAG.credited)], ["right, with a spurious step", (t) => COLUMNS.spurious[t] >= 0],
+  credit: [["with credit", has(FLAG.credited)], ["right, with a spurious step", (t) => COLUMNS.spurious[t] >= 0],
     ["with pairs", has(FLAG.paired)], ["without credit", (t) => !has(FLAG.credited)(t)]],
   disagreement: [["any", (t) => (COLUMNS.flags[t] & (FLAG.wrongSolvable | FLAG.rightDoubtful | FLAG.policiesDiffer)) !== 0],
-    ["wrong, though Q \u2265 \u00bd before", has(FLAG.wrongSolvable)], ["right, though Q < \u00bd before", has(FLAG.rightDoubtful)],
+    ["wrong, but Q \u2265 \u00bd before", has(FLAG.wrongSolvable)], ["right, but Q < \u00bd before", has(FLAG.rightDoubtful)],
     ["policies differ on the problem", has(FLAG.policiesDiffer)]],
 };
 const ORDERS = {
@@ -52,7 +52,7 @@ function fillFilters() {
   $("order").addEventListener("change", refresh);
 }
 
-/** Draws the list anew after a change of filters, order or search. */
+/** Redraws the list after a change of filters, order or search. */
 function refresh() {
   const tests = Object.entries(FILTERS).filter(([name]) => $(name).value !== "").map(([name, choices]) => choices[Number($(name).value)][1]);
   const words = $("search").value.trim();
@@ -76,7 +76,7 @@ function refresh() {
 
 function say(whole) {
   const all = INDEX.total > COUNT ? `${grouped(COUNT)} in this page (the run has ${grouped(INDEX.total)})` : grouped(COUNT);
-  $("status").textContent = !COUNT ? "There are no traces yet." : `${grouped(shown.length)} of ${all} traces${whole ? "" : " \u2026"}`;
+  $("status").textContent = !COUNT ? "No traces yet." : `${grouped(shown.length)} of ${all} traces${whole ? "" : " \u2026"}`;
 }
 
 /** One row of the list. */
@@ -107,7 +107,7 @@ function row(place) {
   return element;
 }
 
-/** Makes the rows in sight and drops the others; all of them anew if asked. */
+/** Creates the visible rows and removes the others; recreates all of them on request. */
 function draw(anew = false) {
   spacer.style.height = `${shown.length * ROW}px`;
   const from = Math.max(0, Math.floor(list.scrollTop / ROW) - 6);
@@ -144,7 +144,7 @@ function move(place) {
 
 const address = (t, other) => `#trace=${encodeURIComponent(idOf(t))}${other >= 0 ? `&with=${encodeURIComponent(idOf(other))}` : ""}`;
 
-/** Opens a trace, and one beside it, by the page's address; `quietly` without a new entry in the history. */
+/** Opens a trace and optionally a compared one through the page's address; `quietly` adds no history entry. */
 function go(t, other = -1, quietly = false) {
   if (quietly) {
     history.replaceState(null, "", address(t, other));
@@ -153,7 +153,7 @@ function go(t, other = -1, quietly = false) {
   else location.hash = address(t, other);
 }
 
-/** Shows what the address names. */
+/** Shows the traces in the page's address. */
 function route() {
   const wanted = new URLSearchParams(location.hash.slice(1));
   const id = wanted.get("trace");
@@ -201,7 +201,7 @@ function show(t, other) {
   if (beside >= 0) {
     cards.append(card(beside, parts, make("button", { type: "button", class: "close", "aria-label": "Close this one", onclick: () => go(t) }, "\u00d7")));
   }
-  const same = beside >= 0 && parts < 0 ? make("p", { class: "dim" }, "The two are the same, step by step.") : "";
+  const same = beside >= 0 && parts < 0 ? make("p", { class: "dim" }, "Both traces have the same steps.") : "";
   detail.replaceChildren(tools, asked, same, cards, legend());
   if (anew) {
     detail.scrollTop = 0;
@@ -212,11 +212,11 @@ function show(t, other) {
 
 function copyLink(event) {
   const button = event.target;
-  const said = (text) => { button.textContent = text; setTimeout(() => { button.textContent = "Copy link"; }, 1500); };
+  const report = (text) => { button.textContent = text; setTimeout(() => { button.textContent = "Copy link"; }, 1500); };
   const link = location.href.split("#")[0] + address(open, beside);
-  history.replaceState(null, "", address(open, beside));  // the address is the link, whether or not it can be copied
-  if (navigator.clipboard) navigator.clipboard.writeText(link).then(() => said("Copied"), () => said("See the address bar"));
-  else said("See the address bar");
+  history.replaceState(null, "", address(open, beside));  // works even if the clipboard is not available
+  if (navigator.clipboard) navigator.clipboard.writeText(link).then(() => report("Copied"), () => report("See the address bar"));
+  else report("See the address bar");
 }
 
 const KEYS = {

@@ -1,7 +1,7 @@
 "use strict";
-// From strings to elements. What a model wrote becomes text nodes, or formulas that KaTeX draws without links or markup.
+// Turns strings into elements. Models' text becomes text nodes, or formulas that KaTeX draws without links or markup.
 
-/** An element with attributes and children; strings become text nodes, null is left out. */
+/** An element with attributes and children; strings become text nodes, null is skipped. */
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -14,17 +14,17 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-const FORMULAS = [  // opening mark, closing mark, set apart
+const FORMULAS = [  // opening delimiter, closing delimiter, display style
   ["$$", "$$", true],
   ["\\[", "\\]", true],
   ["\\(", "\\)", false],
   ["$", "$", false],
 ];
 
-// What stands between two $ without any sign of TeX and is a formula all the same: 12, -3y, x+1, (0, 3], 2/3.
+// Formulas between two $ without any TeX command: 12, -3y, x+1, (0, 3], 2/3.
 const PLAIN = /^(-?\d[\d.,]*|[-+]?\d*[A-Za-z]'?([-+*/][\dA-Za-z]+)*|-?\d+([-+*/]\d+)+|[[(]-?[\w.]+(, ?-?[\w.]+)*[\])])$/;
 
-/** End of the formula that opens at `from`, or -1. A lone $ is often an amount: such a pair must hug a formula. */
+/** End of the formula that opens at `from`, or -1. A lone $ is often an amount, so the pair must enclose a formula tightly. */
 function formulaEnd(text, from, open, close) {
   let at = from + open.length;
   for (;;) {
@@ -42,7 +42,7 @@ function formulaEnd(text, from, open, close) {
   return hugs && (/[\\^_{}=<>]/.test(inner) || PLAIN.test(inner)) ? at : -1;
 }
 
-/** Cuts a text into [text, isFormula, isApart] pieces that concatenate to it, but for the marks of formulas. */
+/** Splits a text into pieces [text, isFormula, isDisplay] that concatenate to it, except for formula delimiters. */
 function pieces(text) {
   const out = [];
   let start = 0;
@@ -68,7 +68,7 @@ function pieces(text) {
   return out;
 }
 
-/** Puts a text into an element, its formulas drawn. */
+/** Puts a text into an element and renders its formulas. */
 function put(element, text) {
   if (typeof katex === "undefined" || !/[$\\]/.test(text)) {
     element.textContent = text;
@@ -77,7 +77,7 @@ function put(element, text) {
   element.textContent = "";
   const cut = pieces(text);
   cut.forEach(([piece, isFormula, apart], number) => {
-    if (!isFormula) {  // a formula that is set apart makes its own line breaks
+    if (!isFormula) {  // a display formula breaks lines itself
       const [before, after] = [cut[number - 1], cut[number + 1]].map((other) => Boolean(other && other[2]));
       element.append(after ? (before ? piece.trim() : piece.trimEnd()) : before ? piece.trimStart() : piece);
       return;
@@ -95,7 +95,7 @@ function put(element, text) {
   return element;
 }
 
-/** A text without blank lines around it and without the indent that all its lines share. */
+/** A text without surrounding blank lines and common indentation. */
 function tidy(text) {
   const lines = text.replace(/^\s*\n|\s+$/g, "").split("\n");
   const indent = Math.min(...lines.filter((line) => line.trim()).map((line) => line.length - line.trimStart().length));

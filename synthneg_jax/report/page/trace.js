@@ -1,7 +1,7 @@
 "use strict";
 // One trace, or two side by side, as elements.
 
-/** The bar on which a Q stands with its interval. */
+/** The scale with a Q and its interval. */
 function meter(step) {
   const bar = make("span", { class: "meter", "aria-hidden": "true" });
   if (step.low !== null) {
@@ -19,7 +19,7 @@ function meter(step) {
   return bar;
 }
 
-/** Q, its interval and the advantage of a step, in words. */
+/** Q, its interval and the advantage of a step, as text. */
 function creditOf(step) {
   const box = make("div", { class: "credit" });
   if (!step.exact && !step.rollouts) {
@@ -46,7 +46,7 @@ function creditOf(step) {
   return box;
 }
 
-/** The button that opens a step's rollouts, and the place where they appear. */
+/** The button that opens a step's rollouts, and the list that it fills. */
 function rolloutsOf(t, number, step) {
   const place = make("ul", { class: "rollouts", hidden: true, id: `rollouts-${t}-${number}` });
   const toggle = () => {
@@ -60,7 +60,7 @@ function rolloutsOf(t, number, step) {
           put(make("div", { class: "text" }), tidy(rollout.text))));
       }
       const missing = step.rollouts - drawn.reduce((sum, rollout) => sum + rollout.times, 0);
-      if (missing > 0) place.append(make("li", { class: "dim" }, `${plural(missing, "more rollout")} not kept in this page.`));
+      if (missing > 0) place.append(make("li", { class: "dim" }, `${plural(missing, "more rollout")} not in this page.`));
     }
     place.hidden = !open;
     button.setAttribute("aria-expanded", String(open));
@@ -70,7 +70,7 @@ function rolloutsOf(t, number, step) {
   return [button, place];
 }
 
-/** The steps of a trace; `parts` is the first step in which it differs from the one beside it, -1 for none. */
+/** The steps of a trace; `parts` is the first step that differs from the compared trace, -1 for none. */
 function stepsOf(t, parts) {
   const trace = traceOf(t);
   const list = make("ol", { class: "steps" });
@@ -106,7 +106,7 @@ function verdictOf(t) {
   return make("span", { class: right ? "verdict right" : "verdict wrong" }, right ? "\u2713 right" : `\u2717 ${reasonName(reasonOf(t))}`);
 }
 
-/** A pair: what was made likelier and what less likely, and how far training went. */
+/** A pair: both branches and how training changed them. */
 function pairOf(pair) {
   const name = pair.stage === "step_dpo" ? "Per-step DPO" : "DPO";
   const where = pair.pit >= 0 ? ` at step ${pair.pit + 1}` : "";
@@ -122,7 +122,7 @@ function pairOf(pair) {
     trunk,
     make("div", { class: "branches" }, branch("\u25b2 chosen", "up", pair.chosen), branch("\u25bc rejected", "down", pair.rejected)));
   if (pair.chosenLogp === null) {
-    box.append(make("p", { class: "dim" }, "Its log-probs after training were not recorded."));
+    box.append(make("p", { class: "dim" }, "Its log-probs after training are not recorded."));
     return box;
   }
   const [c0, c1] = pair.chosenLogp;
@@ -132,7 +132,7 @@ function pairOf(pair) {
   box.append(make("table", { class: "logps" },
     make("thead", {}, make("tr", {}, make("td", {}), ...["before", "after", "change"].map((title) => make("th", { scope: "col" }, title)))),
     make("tbody", {}, row("log p chosen", c0, c1), row("log p rejected", r0, r1), row("chosen \u2212 rejected", c0 - r0, c1 - r1))));
-  box.append(make("p", { class: "dim" }, "Nats, under the SFT policy and after training; the change of the last line is the margin."));
+  box.append(make("p", { class: "dim" }, "In nats, under the SFT policy and after training; the change in the last row is the margin."));
   return box;
 }
 
@@ -147,28 +147,28 @@ function card(t, parts, beside) {
       beside));
   if (trace.finish === "length") box.append(make("p", { class: "dim" }, "Cut off at the length limit."));
   if (COLUMNS.flags[t] & FLAG.wrongSolvable) {
-    box.append(make("p", { class: "odds" }, "Q and verdict disagree: wrong, though at least half of the rollouts from its last step but one are right."));
+    box.append(make("p", { class: "odds" }, "Q and verdict disagree: wrong, but at least half of the rollouts from its last step but one are right."));
   }
   if (COLUMNS.flags[t] & FLAG.rightDoubtful) {
-    box.append(make("p", { class: "odds" }, "Q and verdict disagree: right, though fewer than half of the rollouts from its last step but one are."));
+    box.append(make("p", { class: "odds" }, "Q and verdict disagree: right, but fewer than half of the rollouts from its last step but one are."));
   }
   box.append(stepsOf(t, parts));
   if (trace.credit && !isRight(t) && COLUMNS.pit[t] < 0) box.append(make("p", { class: "dim" }, "The rule finds no pit here."));
   box.append(make("p", { class: "id" }, make("code", {}, trace.id)));
   const pairs = COLUMNS.flags[t] & FLAG.paired ? detailsOf(t).pairs : [];
   if (pairs.length) box.append(...pairs.map(pairOf));
-  else if (trace.credit) box.append(make("p", { class: "dim" }, "No pair was made from this trace."));
+  else if (trace.credit) box.append(make("p", { class: "dim" }, "This trace gave no pair."));
   return box;
 }
 
-/** First step in which two traces differ, -1 where none does. */
+/** The first step that differs between two traces, -1 for none. */
 function partsAt(t, other) {
   const [a, b] = [traceOf(t).steps, traceOf(other).steps];
   for (let s = 0; s < Math.max(a.length, b.length); s += 1) if (a[s] !== b[s]) return s;
   return -1;
 }
 
-/** The picker of a second trace of the same problem. */
+/** The menu of other traces of the same problem. */
 function picker(t, other, pick) {
   const select = make("select", { id: "beside", onchange: () => pick(select.value === "" ? -1 : Number(select.value)) },
     make("option", { value: "" }, "nothing"));
@@ -178,20 +178,20 @@ function picker(t, other, pick) {
     select.append(make("option", { value: String(sibling), selected: sibling === other },
       `${mark} ${sourceOf(sibling)}${INDEX.tested.includes(COLUMNS.source[sibling]) ? "" : ` ${idOf(sibling).split("/").pop()}`}`));
   }
-  return select.options.length > 1 ? make("label", {}, "Beside it ", select) : null;
+  return select.options.length > 1 ? make("label", {}, "Compare with ", select) : null;
 }
 
 function legend() {
   const under = INDEX.bestOf > 1 ? ` under Best-of-${INDEX.bestOf}` : "";
   const term = (name, text) => [make("dt", {}, name), make("dd", {}, text)];
   return make("details", { class: "legend" }, make("summary", {}, "How to read this"), make("dl", {},
-    ...term("Q", `of a step: the probability that the SFT policy, going on from the end of that step, comes out right${under}. `
-      + "Estimated from rollouts; of the last step it is the verdict. The dot is the share of right rollouts, the bar its 95 % interval (Wilson)."),
-    ...term("\u25b2 \u25bc", "the step's advantage: its Q minus the Q before it; before the first step stands the value of the problem alone. "
-      + "The stronger the colour, the larger: blue raises Q, orange lowers it."),
-    ...term("\u25c0 pit", `the step that is blamed for a wrong answer, by the rule ${INDEX.pitRule}.`),
+    ...term("Q", `of a step: the probability that the SFT policy reaches the right answer from the end of that step${under}. `
+      + "Estimated from rollouts; for the last step, the verdict. The dot is the share of right rollouts, the bar its 95 % interval (Wilson)."),
+    ...term("\u25b2 \u25bc", "the step's advantage: its Q minus the previous Q; for the first step, minus the value of the problem alone. "
+      + "Blue raises Q, orange lowers it; a stronger colour means a larger change."),
+    ...term("\u25c0 pit", `the step to blame for a wrong answer, by the rule ${INDEX.pitRule}.`),
     ...term("\u26a0 spurious", "the step of a right trace that lowered Q most."),
-    ...term("Disagreement", "Q and verdict disagree where a trace is wrong though at least half of the rollouts from its last step but one are right, "
-      + "or right though fewer than half are. Policies disagree where one that was trained answers a test problem right and another does not."),
+    ...term("Disagreement", "Q and verdict disagree if a trace is wrong but at least half of the rollouts from its last step but one are right, "
+      + "or right but fewer than half are. Policies differ if one trained policy answers a test problem right and another does not."),
     ...term("Keys", "/ searches, j and k move, Enter opens, Escape goes back to the list.")));
 }
