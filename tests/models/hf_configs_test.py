@@ -84,8 +84,8 @@ class FamiliesTest(parameterized.TestCase):
 
       _, (k, v) = hidden(params, tree_lib.pack([[Tree(trunk)]], 28))
       c = model.config
-      stack = (lambda field: field) if scan else tuple
-      suffix = stack(jnp.zeros((c.num_layers, 1, 1, c.num_kv_heads, len(branch), c.head_dim)))
+      suffix = jnp.zeros((c.num_layers, 1, 1, c.num_kv_heads, len(branch), c.head_dim))
+      suffix = suffix if scan else tuple(suffix)
       cache = Cache(jax.tree.map(lambda x: x.swapaxes(-1, -2), k), v, suffix, suffix)
       weights = params if scan else model.unstack(params)
       step = jax.jit(model.hidden_step)
