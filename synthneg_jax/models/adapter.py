@@ -116,14 +116,17 @@ class Adapter:
     layers = dict(base["layers"])
     for name in self.targets:
       add = jax.jit(
-        _add_product, donate_argnums=0, static_argnums=3, out_shardings=layers[name].sharding
+        _add_product,
+        donate_argnums=0,
+        static_argnames="scale",
+        out_shardings=layers[name].sharding,
       )
-      layers[name] = add(layers[name], params[name]["a"], params[name]["b"], self.scale)
+      layers[name] = add(layers[name], params[name]["a"], params[name]["b"], scale=self.scale)
     return {"ends": base["ends"], "layers": layers}
 
 
-def _add_product(kernel_YIO, a_YIR, b_YRO, scale):
-  """kernel + scale · a·b; scans layers to hold only one of them in float32."""
+def _add_product(kernel_YIO, a_YIR, b_YRO, *, scale: float):
+  """kernel + scale · a·b; the scan bounds float32 memory by one layer."""
 
   def add(_, layer):
     kernel, a, b = layer

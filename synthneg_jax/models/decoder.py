@@ -151,7 +151,7 @@ class Layer(nn.Module):
       return add_residual(x_ND, y_ND, "mlp_post_norm"), extra
 
 
-def _contract(a, b, a_axis: int, b_axis: int):
+def _contract(a, b, *, a_axis: int, b_axis: int):
   """a·b over one axis of each, accumulated and returned in at least float32."""
   wide = jnp.promote_types(a.dtype, jnp.float32)
   return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=wide)
@@ -164,7 +164,7 @@ def _product_on_cpu(a_NK, b, b_axis: int):
   XLA on CPU multiplies bfloat16 in hardware (AMX, AVX512_BF16) only if the result is float32, and
   otherwise widens the operands first.
   """
-  return _contract(a_NK, b, 1, b_axis)
+  return _contract(a_NK, b, a_axis=1, b_axis=b_axis)
 
 
 def _forward_on_cpu(a_NK, b, b_axis: int):
@@ -174,8 +174,10 @@ def _forward_on_cpu(a_NK, b, b_axis: int):
 def _backward_on_cpu(b_axis: int, operands, grad_NM):
   a_NK, b = operands
   grad_NM = grad_NM.astype(a_NK.dtype)
-  grad_b = _contract(grad_NM, a_NK, 0, 0) if b_axis else _contract(a_NK, grad_NM, 0, 0)
-  return _contract(grad_NM, b, 1, 1 - b_axis).astype(a_NK.dtype), grad_b.astype(b.dtype)
+  grad_a = _contract(grad_NM, b, a_axis=1, b_axis=1 - b_axis)
+  factors = (grad_NM, a_NK) if b_axis else (a_NK, grad_NM)
+  grad_b = _contract(*factors, a_axis=0, b_axis=0)
+  return grad_a.astype(a_NK.dtype), grad_b.astype(b.dtype)
 
 
 _product_on_cpu.defvjp(_forward_on_cpu, _backward_on_cpu)

@@ -102,9 +102,8 @@ def _equal(a: stored_tensors.Tensor, b: stored_tensors.Tensor) -> bool:
 def load_params(folder: epath.PathLike, model: Model, shardings) -> Params:
   """Reads the parameters of a Hugging Face folder into their shardings, cast to param_dtype.
 
-  Names and shapes are checked before any tensor is read. Each process reads only the parts that its
-  devices hold, and holds on the host one stacked parameter's parts and one tensor's part in the
-  file's dtype at a time.
+  Names and shapes are checked before any tensor is read. Each process reads only the parts for its
+  devices. Host memory is bounded by one stacked parameter plus one tensor in the file's dtype.
 
   Args:
     folder: see `stored_tensors.read`.
@@ -200,8 +199,8 @@ def save(
 ) -> None:
   """Writes a folder that transformers.AutoModelForCausalLM loads.
 
-  Parameters are written bit for bit. The folder is renamed into place when complete. The host holds
-  one file of weights and one parameter at a time.
+  Parameters are written bit for bit, and the folder is renamed into place when complete. Host
+  memory is bounded by one file of weights plus one parameter.
 
   Args:
     folder: created with its parents; must not exist or be empty.

@@ -24,7 +24,7 @@ from tests.models import smollm2
 pytestmark = pytest.mark.slow  # starts processes
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, BLOCKS = 48, 64, 6, 2, 8, 2
-# The last of these has no role, so only its type marks it as special; WHOLE is matched whole but not
+# The last has no role, so only its type marks it as special; WHOLE is matched whole but is not
 # special.
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<file_sep>"]
 WHOLE = "<think>"
@@ -397,7 +397,7 @@ class GetSmollm2Test(absltest.TestCase):
     self.assertFalse(folder.with_name(f"{folder.name}.lock").exists())
 
   def test_errors_are_one_sentence(self):
-    # Fails if an unknown flag is ignored, if a missing PYTHON is replaced by another, or if a folder
+    # Fails if an unknown flag is ignored, if a missing PYTHON is replaced, or if a folder
     # with other contents is overwritten.
     folder = temporary_folder(self) / "used"
     folder.mkdir()

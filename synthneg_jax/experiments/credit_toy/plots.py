@@ -67,11 +67,10 @@ def _draw_curve(axes, method: str, x, *, intervals, marker: str = "") -> None:
   axes.plot(x, mean, f"{marker}-", color=_COLORS[method], linewidth=1.8, markersize=4)
 
 
-def _label(axes, method: str, x: float, y: float, **options) -> None:
-  """Writes the method's name in its colour at (x, y) in axes coordinates."""
+def _label(axes, method: str, xy: tuple[float, float], **options) -> None:
+  """Writes the method's name in its colour at xy in axes coordinates."""
   axes.text(
-    x,
-    y,
+    *xy,
     f"by {method}",
     color=_COLORS[method],
     fontweight="bold",
@@ -129,12 +128,12 @@ def budget(result: dict, beta: float) -> Figure:
     movement.set_xlabel("return during training")
     movement.set_ylabel("KL at irrelevant steps, nats")
     movement.set_ylim(bottom=0)
-    _label(pairs, "response", 0.04, 0.92)
-    _label(pairs, "step", 0.55, 0.42)
-    _label(rollouts, "response", 0.04, 0.92)
-    _label(rollouts, "step", 0.96, 0.42, ha="right")
-    _label(movement, "response", 0.04, 0.92)
-    _label(movement, "step", 0.96, 0.08, ha="right")
+    _label(pairs, "response", (0.04, 0.92))
+    _label(pairs, "step", (0.55, 0.42))
+    _label(rollouts, "response", (0.04, 0.92))
+    _label(rollouts, "step", (0.96, 0.42), ha="right")
+    _label(movement, "response", (0.04, 0.92))
+    _label(movement, "step", (0.96, 0.08), ha="right")
     return figure
 
 
@@ -167,10 +166,10 @@ def spurious(result: dict, beta: float) -> Figure:
     value.set_ylabel("return")
     for axes in (reliance, value):
       axes.set_xlabel("gradient steps")
-    _label(remark, "response", 0.98, 0.92, ha="right")
-    _label(remark, "step", 0.02, 0.06)
-    _label(reliance, "response", 0.45, 0.75)
-    _label(reliance, "step", 0.10, 0.08)
-    _label(value, "response", 0.45, 0.10)
-    _label(value, "step", 0.45, 0.22)
+    _label(remark, "response", (0.98, 0.92), ha="right")
+    _label(remark, "step", (0.02, 0.06))
+    _label(reliance, "response", (0.45, 0.75))
+    _label(reliance, "step", (0.10, 0.08))
+    _label(value, "response", (0.45, 0.10))
+    _label(value, "step", (0.45, 0.22))
     return figure

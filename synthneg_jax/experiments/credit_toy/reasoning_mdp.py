@@ -96,7 +96,7 @@ def draw(
 
 
 def reference_logits(
-  mdp: ReasoningMDP, rng: np.random.Generator, skill: float = 2.0, spread: float = 1.0
+  mdp: ReasoningMDP, rng: np.random.Generator, *, skill: float = 2.0, spread: float = 1.0
 ) -> np.ndarray:
   """Logits of an imperfect policy: normal noise, plus `skill` for required actions; nats [L, X, A].
 
