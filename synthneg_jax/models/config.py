@@ -73,7 +73,7 @@ class ModelConfig:
     post_norms: normalise their outputs before the residual sum.
     norm_offset: added to the scale of norms (1 if scales are stored as differences from 1).
     activation: of the gate, silu or gelu_tanh.
-    embedding_scale: multiplies embeddings, rounded to dtype.
+    embedding_scale: multiplies embeddings; rounded to dtype.
     query_scalar: scores are multiplied by query_scalar^(-1/2); 0 for head_dim.
     score_multiplier: replaces query_scalar^(-1/2) if not 0.
     residual_scale: multiplies the outputs of attention and feed-forward before the residual sum.

@@ -53,7 +53,7 @@ def load(folder: epath.PathLike) -> transformers.PreTrainedTokenizerFast:
     except Exception as error:  # tokenizers raises no narrower class
       raise UserError(
         f"{path} cannot be read by tokenizers {tokenizers.__version__} ({_first_line(error)}); "
-        "if a newer version wrote it, pip install --upgrade tokenizers transformers."
+        "if a newer version wrote it, run pip install --upgrade tokenizers transformers."
       ) from error
   loader = transformers.PreTrainedTokenizerFast if path.exists() else transformers.AutoTokenizer
   try:
