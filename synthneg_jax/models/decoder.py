@@ -333,16 +333,14 @@ class Model:
     def rotation(kind):
       if kind == "none":
         return _unrotated
-      theta, scaling = (
-        (c.windowed_rope_theta, None) if kind == "windowed" else (c.rope_theta, c.rope_scaling)
-      )
+      is_windowed = kind == "windowed"
       rotate = attention.rotary(
         position_N,
         num_positions,
         head_dim=rotary_dim,
-        theta=theta,
+        theta=c.windowed_rope_theta if is_windowed else c.rope_theta,
         dtype=jnp.dtype(c.dtype),
-        scaling=scaling,
+        scaling=None if is_windowed else c.rope_scaling,
       )
       if rotary_dim == c.head_dim:
         return rotate
@@ -360,7 +358,7 @@ class Model:
     return jnp.asarray(windows, jnp.int32), jnp.asarray(indices, jnp.int32)
 
   def _select_rotation(self, index, rotations: dict[str, Callable]) -> Callable:
-    """The rotation with an index that may be a traced scalar."""
+    """The rotation with the given index, which may be a traced scalar."""
     first, *others = rotations.values()
 
     def rotate(x):
@@ -443,7 +441,7 @@ class Model:
     if c.remat == "none":
       return layer
     policy = _SAVE_PRODUCTS if c.remat == "selective" else None
-    # A scan already prevents common subexpressions of the forward and the backward pass.
+    # A scan already prevents XLA from merging recomputed values with those of the forward pass.
     return jax.checkpoint(layer, policy=policy, prevent_cse=not c.scan_layers)
 
   @jax.named_scope("hidden_step")

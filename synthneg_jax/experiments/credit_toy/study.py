@@ -11,20 +11,20 @@ updates of a few microseconds each, and the loop's batches, transfers and compil
 minute into an hour. Figures and costs also need the weights after every update, and the policies
 are tables or logistic functions of step features, not token trees.
 
-Budget: the policy is a table over (problem, step, action). It measures the return by number of
-pairs, rollouts and sampled steps (a rollout is a sampled response or a continuation of a prefix),
-with β and learning rate chosen for each method from one grid on separate seeds; and, for 100 pairs
-and every β, how far irrelevant steps move before a return is reached. Returns are measured on the
-training problems: the question is how well a sample is used.
+Budget: the policy is a table over (problem, step, action). The experiment measures the return by
+number of pairs, rollouts and sampled steps, where a rollout is a sampled response or a continuation
+of a prefix. β and learning rate are chosen for each method from one grid, on separate seeds. For
+100 pairs and every β, it also measures how far irrelevant steps move before a return is reached.
+Returns are measured on the training problems: the question is how well a sample is used.
 
 Spurious: the first step is an optional remark, on which no verdict depends. The teacher writes it
 with probability `_HABIT` if the right decision at the second step is 1, else with 1 − `_HABIT`. The
 student, logistic in features of the problem and in the presence of the remark, is fitted to 32
-right solutions and learns to rely on the remark. It writes its own remarks independently of the
-problem, because its first step sees no features, so the reliance misleads it equally often in both
-directions over the population. Among the 24 training problems, however, one class is more frequent
-by chance, so that the remark correlates with failure or success in the sample, depending on the
-seed. Only the second step needs correction.
+right solutions and learns to rely on the remark. Its own remarks are independent of the problem,
+because its first step has no features of the problem, so the reliance misleads it equally often in
+both directions over the population. Among the 24 training problems, however, one class is more
+frequent by chance, so that the remark correlates with failure or success in the sample, depending
+on the seed. Only the second step needs correction.
 """
 
 import functools
@@ -362,9 +362,8 @@ def _tuned(method: str) -> Setting:
   def score(setting):
     return np.mean([run.train(setting, run.pairs)[0, 0] for run in runs])
 
-  return max(
-    itertools.starmap(Setting, itertools.product(_BUDGET_BETAS, _BUDGET_SCALED_LRS)), key=score
-  )
+  grid = itertools.product(_BUDGET_BETAS, _BUDGET_SCALED_LRS)
+  return max(itertools.starmap(Setting, grid), key=score)
 
 
 def budget(
