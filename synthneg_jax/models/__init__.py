@@ -1,1 +1,1 @@
-"""The Flax decoder and the way of weights between it and Hugging Face folders."""
+"""The Flax decoder, its adapters, and import from and export to Hugging Face folders."""

@@ -1,4 +1,4 @@
-"""What a decoder looks like: its sizes, and how it computes."""
+"""Configuration of the decoder: sizes, options of the model families, and how it is computed."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,21 +8,22 @@ from synthneg_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """How rotary frequencies are stretched for longer texts; models/rope.py has the equations.
+  """Scaling of rotary frequencies for long texts; see models/rope.py for the equations.
 
   Attributes:
-    kind: linear, llama3, yarn, longrope, or dynamic (which changes nothing up to
-      `original_positions`; longer texts are refused).
-    factor: how much longer texts may be than `original_positions`.
-    original_positions: tokens of the longest text before scaling; not used by linear.
-    low, high: llama3: low_freq_factor and high_freq_factor; yarn: beta_slow and beta_fast. Turns
-      over original_positions below `low` are stretched whole, above `high` not at all.
-    attention_factor: yarn, longrope: cosines and sines are multiplied by it.
-    truncate: yarn: the ramp's ends are rounded outwards to whole frequencies.
-    short, long: longrope: what each pair's frequency is divided by, for texts of up to
-      `original_positions` and for longer ones.
-    is_long: longrope: `long` is taken for all texts of a run, however short, so that a token's key
-      never changes.
+    kind: linear, llama3, yarn, longrope or dynamic. Dynamic scaling has no effect up to
+      `original_positions`; longer texts are refused.
+    factor: maximum length of a text, as a multiple of `original_positions`.
+    original_positions: maximum length of a text without scaling, tokens; not used by linear.
+    low: llama3's low_freq_factor, yarn's beta_slow: pairs with fewer turns over
+      `original_positions` are fully scaled.
+    high: llama3's high_freq_factor, yarn's beta_fast: pairs with more turns are not scaled.
+    attention_factor: yarn, longrope: multiplies cosines and sines.
+    truncate: yarn: rounds the ends of the ramp outwards to whole pairs.
+    short: longrope: divisor of each pair's frequency for texts of up to `original_positions`.
+    long: longrope: divisor of each pair's frequency for longer texts.
+    is_long: longrope: use `long` for all texts of a run, however short, so that a token's key does
+      not depend on the length of its text.
   """
 
   kind: str
@@ -39,54 +40,53 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder of the Llama kind: RMSNorm, rotary positions, grouped-query attention, a gated
-  feed-forward part.
+  """A Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, gated feed-forward.
 
-  What families differ in is data here; the decoder is one module.
+  Families differ only in these values; there is one decoder module.
 
   Attributes:
-    family: Hugging Face's model_type, which names the tensors and the config.json of an export.
     vocab_size: V.
     d_model: D, width of the residual stream.
     num_layers: Y.
-    num_heads: N query heads; num_kv_heads: K key and value heads, a divisor of N.
+    num_heads: N, query heads.
+    num_kv_heads: K, key and value heads, a divisor of N.
     head_dim: H.
-    d_ff: F, width of the gated feed-forward part.
+    d_ff: F, width of the feed-forward block.
     rope_theta: base of the rotary frequencies.
     norm_eps: added to the mean square in RMSNorm.
-    tie_embeddings: the output matrix is the transposed embedding.
-    rope_scaling: of layers without a window; None for none.
-    windowed: for each layer, whether its tokens see the last `window` positions only; () for none.
-    window: W, positions that a windowed layer's token sees, its own included; 0 where no layer has
-      one.
-    windowed_rope_theta: rotary base of windowed layers, which are never scaled; 0 for that of the
-      others.
+    tie_embeddings: use the transposed embedding as output matrix.
+    family: Hugging Face's model_type; determines tensor names and config.json of an export.
+    rope_scaling: scaling in layers without a window; None for no scaling.
+    windowed: for each layer, whether a token attends only to the last `window` positions; () for
+      no windowed layer.
+    window: W, positions in a window, including the token's own; 0 if no layer is windowed.
+    windowed_rope_theta: rotary base of windowed layers, which are then not scaled; 0 to use
+      `rope_theta`.
     rotary_dim: leading dimensions of each head that are rotated; 0 for all.
-    unrotated: for each layer, whether its queries and keys have no rotary positions; () for none.
-    qkv_bias: queries, keys and values have a bias.
-    output_bias: attention's output has a bias.
-    mlp_bias: the matrices of the feed-forward part have a bias.
-    qk_norm: an RMSNorm over queries and over keys, before the rotation: "" for none, "head" for
-      each head's, "all" for those of all heads together.
-    pre_norms: attention and feed-forward part have a norm before them.
-    post_norms: they have a norm behind them, before they are added to the stream.
-    norm_offset: added to a norm's scale (1: scales are kept as their difference from 1).
+    unrotated: for each layer, whether queries and keys have no rotary positions; () for none.
+    qkv_bias: add a bias to queries, keys and values.
+    output_bias: add a bias to the output of attention.
+    mlp_bias: add biases in the feed-forward block.
+    qk_norm: RMSNorm of queries and keys before the rotation: "" for none, "head" for one over each
+      head, "all" for one over all heads together.
+    pre_norms: normalise the inputs of attention and feed-forward.
+    post_norms: normalise their outputs before the residual sum.
+    norm_offset: added to the scale of norms (1 if scales are stored as differences from 1).
     activation: of the gate, silu or gelu_tanh.
-    embedding_scale: the embedding is multiplied by it, rounded to dtype.
-    query_scalar: scores are multiplied by its -1/2-th power; 0 for head_dim.
-    score_multiplier: scores are multiplied by it instead; 0 for query_scalar's.
-    residual_scale: attention and feed-forward part are multiplied by it before they are added to
-      the stream.
-    logit_divisor: logits are divided by it.
+    embedding_scale: multiplies embeddings; rounded to dtype.
+    query_scalar: scores are multiplied by query_scalar^(-1/2); 0 for head_dim.
+    score_multiplier: replaces query_scalar^(-1/2) if not 0.
+    residual_scale: multiplies the outputs of attention and feed-forward before the residual sum.
+    logit_divisor: divides logits.
     attention_cap: scores s become cap·tanh(s / cap); 0 for none.
-    logit_cap: the same of logits.
-    dtype: name of the dtype of activations and matrix products.
-    param_dtype: name of the dtype that parameters are kept in.
-    scan_layers: one compiled layer scanned over the stacked parameters (TPU, deep models) or Y
-      copies (CPU).
-    remat: what of a layer the backward pass computes anew: "none", "full" (all of it), or
-      "selective" (all but the matrix products that it needs: norms, rotary positions, attention's
-      scores and the gate's silu).
+    logit_cap: the same for logits.
+    dtype: dtype of activations and matrix products.
+    param_dtype: dtype of stored parameters.
+    scan_layers: scan one compiled layer over stacked parameters (TPU, deep models) instead of
+      unrolling Y layers (CPU).
+    remat: which parts of a layer the backward pass recomputes: "none", "full" (everything), or
+      "selective" (norms, rotary positions, attention scores and the gate's activation, but no
+      other matrix products).
   """
 
   vocab_size: int
@@ -134,15 +134,11 @@ class ModelConfig:
     if self.head_dim % 2:
       raise UserError(f"head_dim {self.head_dim} is odd; rotary positions need pairs.")
     if self.remat not in ("none", "full", "selective"):
-      raise UserError(f"remat {self.remat!r} is none of none, full, selective.")
-    if self.windowed and len(self.windowed) != self.num_layers:
-      raise UserError(
-        f"windowed names {len(self.windowed)} layers, num_layers is {self.num_layers}."
-      )
-    if self.unrotated and len(self.unrotated) != self.num_layers:
-      raise UserError(
-        f"unrotated names {len(self.unrotated)} layers, num_layers is {self.num_layers}."
-      )
+      raise UserError(f"remat {self.remat!r} must be one of none, full, selective.")
+    for name in ("windowed", "unrotated"):
+      count = len(getattr(self, name))
+      if count not in (0, self.num_layers):
+        raise UserError(f"{name} has {count} entries, but num_layers is {self.num_layers}.")
     if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
       raise UserError(
         f"rotary_dim {self.rotary_dim} must be even and at most head_dim {self.head_dim}."
@@ -150,62 +146,54 @@ class ModelConfig:
     if self.qk_norm not in ("", "head", "all"):
       raise UserError(f"qk_norm {self.qk_norm!r} must be '', 'head' or 'all'.")
     if any(self.windowed) and self.window < 1:
-      raise UserError(f"window {self.window} must be at least 1 where layers are windowed.")
+      raise UserError(f"window {self.window} must be at least 1 if a layer is windowed.")
 
   @property
   def score_scale(self) -> float:
-    """What products of queries and keys are multiplied by."""
+    """The factor of query-key products."""
     return self.score_multiplier or (self.query_scalar or self.head_dim) ** -0.5
 
   @property
   def layer_windows(self) -> tuple[int, ...]:
-    """For each layer the positions that a token sees, its own included; 0 for all."""
-    return tuple(
-      self.window if windowed else 0 for windowed in self.windowed or (False,) * self.num_layers
-    )
+    """For each layer, the window in positions; 0 for unlimited."""
+    windowed = self.windowed or (False,) * self.num_layers
+    return tuple(self.window if is_windowed else 0 for is_windowed in windowed)
 
   @property
   def layer_rotations(self) -> tuple[str, ...]:
-    """For each layer how it is rotated: "full", "windowed" (by windowed_rope_theta, never scaled)
-    or "none".
-    """
+    """The rotation of each layer: "full", "windowed" (windowed_rope_theta, unscaled) or "none"."""
     unrotated = self.unrotated or (False,) * self.num_layers
 
     def rotation(window, is_unrotated):
-      return (
-        "none" if is_unrotated else "windowed" if window and self.windowed_rope_theta else "full"
-      )
+      if is_unrotated:
+        return "none"
+      return "windowed" if window and self.windowed_rope_theta else "full"
 
     return tuple(map(rotation, self.layer_windows, unrotated))
 
   def check_ids(self, ids: Sequence[int], where: str) -> None:
-    """Refuses token ids that have no row of the embedding, which a lookup would clamp without a
-    word.
+    """Checks that token ids have rows in the embedding; a lookup would silently clamp them.
 
     Args:
       ids: token ids.
-      where: begins the sentence.
+      where: what contains the ids; the error starts with it.
 
     Raises:
-      UserError: names the greatest id.
+      UserError: an id is out of range; names it.
     """
     if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab_size:
       wrong = max(ids) if max(ids) >= self.vocab_size else min(ids)
       raise UserError(
         f"{where} holds token id {wrong}, but the model's embedding has {self.vocab_size} rows: "
-        "tokenizer and model do not "
-        "belong together."
+        "tokenizer and model do not belong together."
       )
 
   @property
   def num_params(self) -> int:
-    """Parameters of the whole decoder."""
+    """The number of parameters of the whole decoder."""
     attention = self.d_model * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-    layer = (
-      attention
-      + 3 * self.d_model * self.d_ff
-      + 2 * (self.pre_norms + self.post_norms) * self.d_model
-    )
+    norms = 2 * (self.pre_norms + self.post_norms) * self.d_model
+    layer = attention + 3 * self.d_model * self.d_ff + norms
     layer += self.head_dim * (self.num_heads + 2 * self.num_kv_heads) if self.qkv_bias else 0
     layer += self.d_model if self.output_bias else 0
     layer += 2 * self.d_ff + self.d_model if self.mlp_bias else 0

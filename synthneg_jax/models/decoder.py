@@ -1,10 +1,8 @@
-"""The decoder as pure functions: `hidden` for trees and for decoding, `logits` for the rows that
-need them.
+"""The decoder as pure functions: hidden states of packed trees and of decoding steps, and logits.
 
-Linen modules declare each layer's parameters, initialisers and logical axes, and are applied to
-slices of one stacked tree: {"ends": ..., "layers": {name: [Y, ...]}}. Whether the layers are
-scanned or unrolled never changes that tree. The cache is an argument and a return value; there is
-no other state.
+Linen modules declare the parameters of a layer, their initialisers and logical axes, and are
+applied to slices of one stacked tree, {"ends": ..., "layers": {name: [Y, ...]}}, whether layers are
+scanned or unrolled. The cache is an argument and a return value; nothing else is stateful.
 """
 
 import dataclasses
@@ -25,15 +23,14 @@ from synthneg_jax.runtime import device_mesh
 
 Params = Any
 
-_PRODUCT = "product"  # names the matrix products that selective rematerialisation keeps
-_PRODUCTS_KEPT = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
+_PRODUCT = "product"  # checkpoint name of the matrix products that remat="selective" saves
+_SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
 
 
 class _Norm(nn.Module):
-  """RMSNorm, in float32 at least: x / sqrt(mean(x²) + ε) · (scale + offset), over the last
-  dimension.
+  """RMSNorm over the last dimension:  x / sqrt(mean(x²) + ε) · (scale + offset).
 
-  See Zhang & Sennrich, https://arxiv.org/abs/1910.07467.
+  Computed in at least float32. See Zhang & Sennrich, https://arxiv.org/abs/1910.07467.
   """
 
   eps: float
@@ -61,7 +58,7 @@ _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": _gelu_tanh}
 
 
 def _biased(c: ModelConfig) -> tuple[str, ...]:
-  """The matrices of a layer that have a bias."""
+  """The matrices of a layer that have biases."""
   names = ("query", "key", "value") if c.qkv_bias else ()
   names += ("output",) if c.output_bias else ()
   return names + (("gate", "up", "down") if c.mlp_bias else ())
@@ -72,22 +69,19 @@ def _unrotated(x):
 
 
 class Layer(nn.Module):
-  """Attention and gated feed-forward, each with a norm before or behind it (or both), added to the
-  stream.
+  """Attention and gated feed-forward with residual sums, and norms before or after each.
 
-  Tokens are flat: x is [N, D].
-
-  The attention itself is given: `attend(q, k, v) -> (out, extra)` on [tokens, heads, head_dim] with
-  rotary positions already applied; `extra` (new cache entries) is passed back. `adapter` may hold
-  {"a": [in, r], "b": [r, out]} for a matrix by its name; the matrix then acts as if a·b were added
-  to it (models/adapter.py).
+  The caller supplies the attention: `attend(q, k, v) -> (out, extra)` on [tokens, heads, head_dim]
+  with rotary positions already applied; `extra` (new cache entries) is returned to the caller.
+  `adapter` may contain {"a": [in, r], "b": [r, out]} under the name of a matrix, which then acts as
+  if a·b were added to it (models/adapter.py).
   """
 
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x_ND, rotate, attend, *, adapter=None):
-    """The stream after the layer [N, D], and what `attend` gave besides its output."""
+    """Returns (the stream [N, D] after the layer, `extra`); tokens are flat, x is [N, D]."""
     c = self.config
     dtype = jnp.dtype(c.dtype)
     fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -100,7 +94,7 @@ class Layer(nn.Module):
       return device_mesh.split_as(kernel.astype(dtype), axes)
 
     def product(y_ND, name, axes, *, shape, init=fan_in):
-      """y times the matrix of that name [in, out], plus its bias and its adapter where it has them."""
+      """y times the named matrix [in, out], plus its bias and adapter, if any."""
       out_NO = _matmul(y_ND, matrix(name, axes, shape=shape, init=init))
       if name in biased:
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
@@ -111,7 +105,7 @@ class Layer(nn.Module):
       return out_NO
 
     def saved_product(y_ND, name, axes, **kwargs):
-      """A product that selective rematerialisation keeps for the backward pass."""
+      """A product that remat="selective" saves for the backward pass."""
       return checkpoint_name(product(y_ND, name, axes, **kwargs), _PRODUCT)
 
     def in_heads(y_ND, name, *, logical, count):
@@ -126,11 +120,11 @@ class Layer(nn.Module):
     def pre_norm(name, y_ND):
       return norm(name, y_ND) if c.pre_norms else y_ND
 
-    def added(x_ND, y_ND, name):
+    def add_residual(x_ND, y_ND, name):
       y_ND = norm(name, y_ND) if c.post_norms else y_ND
-      return x_ND + (
-        y_ND if c.residual_scale == 1.0 else y_ND * jnp.asarray(c.residual_scale, dtype)
-      )
+      if c.residual_scale != 1.0:
+        y_ND *= jnp.asarray(c.residual_scale, dtype)
+      return x_ND + y_ND
 
     out_init = nn.initializers.variance_scaling(1.0 / (2 * c.num_layers), "fan_in", "normal")
     num, heads = x_ND.shape[0], c.num_heads * c.head_dim
@@ -146,7 +140,7 @@ class Layer(nn.Module):
       y_ND = saved_product(
         out, "output", ("heads", "embed"), shape=(heads, c.d_model), init=out_init
       )
-      x_ND = added(x_ND, y_ND, "attention_post_norm")
+      x_ND = add_residual(x_ND, y_ND, "attention_post_norm")
 
     with jax.named_scope("feed_forward"):
       y_ND = pre_norm("mlp_norm", x_ND)
@@ -154,35 +148,39 @@ class Layer(nn.Module):
       gate = _ACTIVATIONS[c.activation](gate)
       up = saved_product(y_ND, "up", ("embed", "mlp"), shape=(c.d_model, c.d_ff))
       y_ND = product(gate * up, "down", ("mlp", "embed"), shape=(c.d_ff, c.d_model), init=out_init)
-      return added(x_ND, y_ND, "mlp_post_norm"), extra
+      return add_residual(x_ND, y_ND, "mlp_post_norm"), extra
 
 
-def _contract(a, b, a_axis: int, b_axis: int):
-  """a·b over one axis of each, accumulated and returned in float32 at least."""
+def _contract(a, b, *, a_axis: int, b_axis: int):
+  """a·b over one axis of each, accumulated and returned in at least float32."""
   wide = jnp.promote_types(a.dtype, jnp.float32)
   return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=wide)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product_on_cpu(a_NK, b, b_axis: int):
-  """a·b over b's axis, float32 at least, with gradients whose products are such ones, too.
+  """a·b over b's axis in at least float32; the products of its gradient are computed alike.
 
-  XLA's CPU library multiplies bfloat16 in hardware (AMX, AVX512_BF16) only where the result is
-  float32; the rest it widens.
+  XLA on CPU multiplies bfloat16 in hardware (AMX, AVX512_BF16) only if the result is float32, and
+  otherwise widens the operands first.
   """
-  return _contract(a_NK, b, 1, b_axis)
+  return _contract(a_NK, b, a_axis=1, b_axis=b_axis)
+
+
+def _forward_on_cpu(a_NK, b, b_axis: int):
+  return _product_on_cpu(a_NK, b, b_axis), (a_NK, b)
 
 
 def _backward_on_cpu(b_axis: int, operands, grad_NM):
   a_NK, b = operands
   grad_NM = grad_NM.astype(a_NK.dtype)
-  grad_b = _contract(grad_NM, a_NK, 0, 0) if b_axis else _contract(a_NK, grad_NM, 0, 0)
-  return _contract(grad_NM, b, 1, 1 - b_axis).astype(a_NK.dtype), grad_b.astype(b.dtype)
+  grad_a = _contract(grad_NM, b, a_axis=1, b_axis=1 - b_axis)
+  factors = (grad_NM, a_NK) if b_axis else (a_NK, grad_NM)
+  grad_b = _contract(*factors, a_axis=0, b_axis=0)
+  return grad_a.astype(a_NK.dtype), grad_b.astype(b.dtype)
 
 
-_product_on_cpu.defvjp(
-  lambda a, b, b_axis: (_product_on_cpu(a, b, b_axis), (a, b)), _backward_on_cpu
-)
+_product_on_cpu.defvjp(_forward_on_cpu, _backward_on_cpu)
 
 
 def _matmul(x_NI, kernel_IO):
@@ -197,7 +195,7 @@ def _matmul(x_NI, kernel_IO):
 
 
 def _logits(h_ND, matrix_VD):
-  """h·matrixᵀ [N, V], float32 at least."""
+  """h·matrixᵀ [N, V] in at least float32."""
   plain = functools.partial(_contract, a_axis=1, b_axis=1)
   if h_ND.dtype != jnp.bfloat16:
     return plain(h_ND, matrix_VD)
@@ -209,12 +207,12 @@ def _logits(h_ND, matrix_VD):
 
 
 class Ends(nn.Module):
-  """The embedding, the last norm and the output matrix."""
+  """The embedding, the final norm and the output matrix."""
 
   config: ModelConfig
 
   def setup(self):
-    """The parameters: embedding and unembedding [V, D], and the last norm's scale [D]."""
+    """Declares embedding and unembedding [V, D], and the scale of the final norm [D]."""
     c = self.config
     dtype = jnp.dtype(c.param_dtype)
     init = nn.initializers.normal(c.d_model**-0.5)
@@ -229,26 +227,22 @@ class Ends(nn.Module):
     self.norm = _Norm(c.norm_eps, dtype, c.norm_offset)
 
   def embed(self, token_N):
-    """The stream [N, D] of token ids [N], times the family's embedding scale."""
+    """Scaled embeddings [N, D] of token ids [N]."""
     x_ND = self.embedding[token_N].astype(jnp.dtype(self.config.dtype))
-    return (
-      x_ND
-      if self.config.embedding_scale == 1.0
-      else x_ND * jnp.asarray(self.config.embedding_scale, x_ND.dtype)
-    )
+    if self.config.embedding_scale != 1.0:
+      x_ND *= jnp.asarray(self.config.embedding_scale, x_ND.dtype)
+    return x_ND
 
-  def last_norm(self, x_ND):
-    """The stream [N, D] after the last norm."""
+  def final_norm(self, x_ND):
+    """The stream [N, D] after the final norm."""
     return self.norm(x_ND)
 
   def logits(self, h_ND):
-    """Logits [..., V], float32 at least, of normed hidden states [..., D]; capped where the family
-    caps.
-    """
+    """Logits [..., V] in at least float32 of normalised hidden states [..., D]."""
     matrix_VD = self.embedding if self.config.tie_embeddings else self.unembedding
     dtype = jnp.dtype(self.config.dtype)
-    # Of a flat list of tokens: with two dimensions to sum over, the matrix's gradient would take a
-    # turned copy of all logits.
+    # Flattened: with two dimensions to sum over, the gradient of the matrix would need a transposed
+    # copy of all logits.
     logits_NV = _logits(h_ND.reshape(-1, h_ND.shape[-1]).astype(dtype), matrix_VD.astype(dtype))
     logits = logits_NV.reshape(*h_ND.shape[:-1], -1)
     if self.config.logit_divisor != 1.0:
@@ -257,24 +251,22 @@ class Ends(nn.Module):
     return cap * jnp.tanh(logits / cap) if cap else logits
 
   def __call__(self, token_N):
-    return self.logits(self.last_norm(self.embed(token_N)))
+    return self.logits(self.final_norm(self.embed(token_N)))
 
 
-def _joined(params: Params) -> Params:
-  """An adapter's matrices stand beside those that they are added to."""
+def _with_adapter_in_layers(params: Params) -> Params:
+  """Moves the adapter, if any, into "layers", so that it is scanned or unstacked with them."""
   if "adapter" not in params or isinstance(params["layers"], tuple):
     return params
   return {"ends": params["ends"], "layers": {**params["layers"], "adapter": params["adapter"]}}
 
 
-def _apply(c: ModelConfig, layer_params, x_ND, *, rotate, attend):
-  """One layer with its parameters, an adapter's among them: (the stream [N, D] after it, what
-  `attend` gave besides).
-  """
-  own = {name: leaf for name, leaf in layer_params.items() if name != "adapter"}
+def _apply_layer(c: ModelConfig, layer_params, x_ND, *, rotate, attend):
+  """`Layer` with its parameters and adapter: (the stream [N, D] after it, `extra`)."""
+  base = {name: leaf for name, leaf in layer_params.items() if name != "adapter"}
   adapter = layer_params.get("adapter")
   x_ND, extra = Layer(c).apply(
-    {"params": own}, device_mesh.split_rows(x_ND), rotate, attend, adapter=adapter
+    {"params": base}, device_mesh.split_rows(x_ND), rotate, attend, adapter=adapter
   )
   return device_mesh.split_rows(x_ND), extra
 
@@ -284,13 +276,13 @@ def _is_box(leaf) -> bool:
 
 
 def _axis_names(boxed, prefix: tuple[str, ...] = ()):
-  """The logical axes of each parameter, behind those of `prefix`."""
+  """The logical axes of each parameter, preceded by `prefix`."""
   return jax.tree.map(lambda box: prefix + box.names, boxed, is_leaf=_is_box)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """The two functions that other rooms see, over explicit parameters."""
+  """The decoder's functions over explicit parameters."""
 
   config: ModelConfig
 
@@ -299,13 +291,11 @@ class Model:
     return nn.unbox(self._boxed_init(key))
 
   def abstract_params(self) -> Params:
-    """Shapes and dtypes of the parameters, nothing computed."""
+    """Shapes and dtypes of the parameters."""
     return jax.eval_shape(self.init, jax.random.key(0))
 
   def logical_axes(self) -> Params:
-    """For each parameter a tuple of logical axis names; runtime/device_mesh.py maps them to mesh
-    axes.
-    """
+    """Logical axis names of each parameter; runtime/device_mesh.py maps them to mesh axes."""
     boxed = jax.eval_shape(self._boxed_init, jax.random.key(0))
     return {"ends": _axis_names(boxed["ends"]), "layers": _axis_names(boxed["layers"], ("layers",))}
 
@@ -313,54 +303,44 @@ class Model:
     c = self.config
     ends_key, layers_key = jax.random.split(key)
 
-    def rotate(x):  # neither rotation nor attention has parameters
-      return x
-
-    def attend(q, k, v):
+    def attend(q, k, v):  # attention and rotation have no parameters
       return q, None
 
     def init_layer(layer_key):
-      return Layer(c).init(
-        layer_key, jnp.zeros((1, c.d_model), jnp.dtype(c.dtype)), rotate, attend
-      )["params"]
+      x_ND = jnp.zeros((1, c.d_model), jnp.dtype(c.dtype))
+      return Layer(c).init(layer_key, x_ND, _unrotated, attend)["params"]
 
     layers = jax.vmap(init_layer)(jax.random.split(layers_key, c.num_layers))
     return {"ends": Ends(c).init(ends_key, jnp.zeros(1, jnp.int32))["params"], "layers": layers}
 
   def unstack(self, params: Params) -> Params:
-    """The same parameters with a tuple of single layers, for loops on CPU that would slice the
-    stack at each turn.
-    """
-    return layer_stacking.unstack(_joined(params))
+    """The parameters with a tuple of single layers, for unrolled loops; see layer_stacking.py."""
+    return layer_stacking.unstack(_with_adapter_in_layers(params))
 
   @property
   def _scoring(self) -> attention.Scoring:
     return attention.Scoring(scale=self.config.score_scale, cap=self.config.attention_cap)
 
   def _ends(self, params: Params, x, method: str):
-    """A method of `Ends` with its parameters."""
+    """Applies a method of `Ends`."""
     return Ends(self.config).apply({"params": params["ends"]}, x, method=method)
 
   def _rotations(self, position_N, num_positions: int) -> dict[str, Callable]:
-    """By `layer_rotations`: what rotates queries and keys [N, heads, H]. Windowed layers may have a
-    base of their own.
-    """
+    """Functions that rotate queries or keys [N, heads, H], by the kinds of `layer_rotations`."""
     c = self.config
     rotary_dim = c.rotary_dim or c.head_dim
 
     def rotation(kind):
       if kind == "none":
         return _unrotated
-      theta, scaling = (
-        (c.windowed_rope_theta, None) if kind == "windowed" else (c.rope_theta, c.rope_scaling)
-      )
+      is_windowed = kind == "windowed"
       rotate = attention.rotary(
         position_N,
         num_positions,
         head_dim=rotary_dim,
-        theta=theta,
+        theta=c.windowed_rope_theta if is_windowed else c.rope_theta,
         dtype=jnp.dtype(c.dtype),
-        scaling=scaling,
+        scaling=None if is_windowed else c.rope_scaling,
       )
       if rotary_dim == c.head_dim:
         return rotate
@@ -371,21 +351,21 @@ class Model:
   def _layer_kinds(self, rotations: dict[str, Callable], num_positions: int):
     """(windows, indices into `rotations`), both int32 [Y], for a scan over layers that differ.
 
-    A layer without a window has one of `num_positions`.
+    The window of a layer without one is `num_positions`.
     """
     windows = [window or num_positions for window in self.config.layer_windows]
-    numbers = [list(rotations).index(kind) for kind in self.config.layer_rotations]
-    return jnp.asarray(windows, jnp.int32), jnp.asarray(numbers, jnp.int32)
+    indices = [list(rotations).index(kind) for kind in self.config.layer_rotations]
+    return jnp.asarray(windows, jnp.int32), jnp.asarray(indices, jnp.int32)
 
-  def _rotate_by(self, number, rotations: dict[str, Callable]) -> Callable:
-    """The rotation of a layer by its number among `rotations`, a traced scalar where layers differ."""
+  def _select_rotation(self, index, rotations: dict[str, Callable]) -> Callable:
+    """The rotation with the given index, which may be a traced scalar."""
     first, *others = rotations.values()
 
     def rotate(x):
-      turned = first(x)
-      for place, other in enumerate(others, start=1):
-        turned = jnp.where(number == place, other(x), turned)
-      return turned
+      rotated = first(x)
+      for i, other in enumerate(others, start=1):
+        rotated = jnp.where(index == i, other(x), rotated)
+      return rotated
 
     return rotate
 
@@ -394,18 +374,18 @@ class Model:
     """Hidden states of packed trees.
 
     Args:
-      params: as from `init`, or, where layers are unrolled, from `unstack`.
+      params: from `init`, or from `unstack` if layers are unrolled.
       trees: fields [B, T].
-      with_cache: also return every layer's keys and values, for a cache of these rows.
+      with_cache: also return the keys and values of all layers.
 
     Returns:
-      (h [B, T, D] after the last norm, cache), cache None or (k, v), each [Y, B, K, T, H] (a tuple
-      of Y arrays where the layers are unrolled).
+      (h [B, T, D] after the final norm, cache): cache is None or (k, v), each [Y, B, K, T, H], or a
+      tuple of Y arrays if layers are unrolled.
     """
     x_ND = self._ends(params, trees.token.reshape(-1), "embed")
     layers = self._scanned_layers if self.config.scan_layers else self._unrolled_layers
     x_ND, cache = layers(params, x_ND, trees, with_cache=with_cache)
-    h_ND = self._ends(params, x_ND, "last_norm")
+    h_ND = self._ends(params, x_ND, "final_norm")
     return h_ND.reshape(*trees.token.shape, -1), cache
 
   def _unrolled_layers(
@@ -422,32 +402,29 @@ class Model:
     return x_ND, tuple(zip(*pairs, strict=True)) if with_cache else None
 
   def _scanned_layers(self, params: Params, x_ND, trees: tree_lib.PackedTrees, *, with_cache: bool):
-    """The layers of `hidden` as a scan; where their windows differ, each reads its own from an
-    array.
-    """
+    """The layers of `hidden` as a scan, over windows and rotations too if these differ."""
     windows, keys = set(self.config.layer_windows), tree_lib.keys_of(trees)
     rotations = self._rotations(trees.position.reshape(-1), trees.token.shape[1])
-    layers = _joined(params)["layers"]
+    layers = _with_adapter_in_layers(params)["layers"]
     if len(windows) == len(rotations) == 1:
       (window,), (rotate,) = windows, rotations.values()
       return lax.scan(self._tree_layer(keys, window, rotate, with_cache=with_cache), x_ND, layers)
 
     def body(x_ND, xs):
-      layer_params, (window, number) = xs
+      layer_params, (window, kind) = xs
       window = self.config.layer_windows[0] if len(windows) == 1 else window
-      rotate = self._rotate_by(number, rotations)
+      rotate = self._select_rotation(kind, rotations)
       return self._tree_layer(keys, window, rotate, with_cache=with_cache)(x_ND, layer_params)
 
     return lax.scan(body, x_ND, (layers, self._layer_kinds(rotations, trees.token.shape[1])))
 
   def _tree_layer(self, keys: tree_lib.Keys, window, rotate: Callable, *, with_cache: bool):
-    """Returns layer(x [N, D], its parameters) -> (x, (keys, values) or None), rematerialised as the
-    config says.
+    """Returns layer(x [N, D], its parameters) -> (x, (keys, values) or None), rematerialised.
 
     Args:
-      keys: where the rows' tokens stand, fields [B, T].
-      window: as `attention.tree_attention` takes it.
-      rotate: the rotary embedding.
+      keys: positions and extents of the rows' tokens, fields [B, T].
+      window: see `attention.tree_attention`.
+      rotate: applies rotary positions.
       with_cache: also return keys and values [B, K, T, H].
     """
     c = self.config
@@ -459,93 +436,86 @@ class Model:
       return out, ((k_BKTH, v_BKTH) if with_cache else None)
 
     def layer(x_ND, layer_params):
-      return _apply(c, layer_params, x_ND, rotate=rotate, attend=attend)
+      return _apply_layer(c, layer_params, x_ND, rotate=rotate, attend=attend)
 
     if c.remat == "none":
       return layer
-    policy = _PRODUCTS_KEPT if c.remat == "selective" else None
-    return jax.checkpoint(
-      layer, policy=policy, prevent_cse=not c.scan_layers
-    )  # a scan keeps the two passes apart
+    policy = _SAVE_PRODUCTS if c.remat == "selective" else None
+    # A scan already prevents XLA from merging recomputed values with those of the forward pass.
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not c.scan_layers)
 
   @jax.named_scope("hidden_step")
   def hidden_step(self, params: Params, token, cache: attention.Cache, *, fork, index):
-    """One more token for every slot: a branch grows by one.
+    """One decoding step: hidden states of the newest token of every slot's branch.
 
     Args:
-      params: as from `init`, or from `unstack`.
-      token: int32 [lanes, slots], the branches' newest tokens.
-      cache: keys and values before them.
-      fork: int32 [lanes, slots], trunk tokens that each branch sees.
-      index: int32 [lanes, slots], the newest tokens' places in their branches, from 0.
+      params: from `init` or `unstack`.
+      token: int32 [lanes, slots], the newest token of each branch.
+      cache: keys and values of earlier tokens.
+      fork: int32 [lanes, slots], the number of trunk tokens that each branch attends to.
+      index: int32 [lanes, slots], the index of the newest token in its branch, from 0.
 
     Returns:
-      (h [lanes, slots, D] after the last norm, the cache with the new tokens' keys and values).
+      (h [lanes, slots, D] after the final norm, the cache including the new keys and values).
     """
     rotations = self._rotations((fork + index).reshape(-1), cache.num_positions)
     x_ND = self._ends(params, token.reshape(-1), "embed")
     newest = attention.NewestTokens(0, fork, index)
     layers = self._unrolled_step if isinstance(params["layers"], tuple) else self._scanned_step
     x_ND, cache = layers(params, (x_ND, cache), newest=newest, rotations=rotations)
-    h_ND = self._ends(params, x_ND, "last_norm")
+    h_ND = self._ends(params, x_ND, "final_norm")
     return h_ND.reshape(*token.shape, -1), cache
 
   def _unrolled_step(
     self, params: Params, carry, *, newest: attention.NewestTokens, rotations: dict[str, Callable]
   ):
-    """The layers of `hidden_step` as a Python loop over unstacked parameters; carry is (x [N, D],
-    cache).
-    """
+    """The layers of `hidden_step` as a Python loop; carry is (x [N, D], cache)."""
     c = self.config
     layers = zip(params["layers"], c.layer_windows, c.layer_rotations, strict=True)
     for number, (layer_params, window, kind) in enumerate(layers):
-      here = newest._replace(layer=number, window=window)
-      carry = self._step_layer(layer_params, carry, newest=here, rotate=rotations[kind])
+      in_layer = newest._replace(layer=number, window=window)
+      carry = self._step_layer(layer_params, carry, newest=in_layer, rotate=rotations[kind])
     return carry
 
   def _scanned_step(
     self, params: Params, carry, *, newest: attention.NewestTokens, rotations: dict[str, Callable]
   ):
-    """The layers of `hidden_step` as a scan; where their windows differ, each reads its own from an
-    array.
-    """
+    """The layers of `hidden_step` as a scan, over windows and rotations too if these differ."""
     c = self.config
-    layers, numbers = _joined(params)["layers"], jnp.arange(c.num_layers)
+    layers, numbers = _with_adapter_in_layers(params)["layers"], jnp.arange(c.num_layers)
     if len(rotations) == len(set(c.layer_windows)) == 1:
       window = c.layer_windows[0]
       (rotate,) = rotations.values()
 
       def body(carry, xs):
         layer_params, number = xs
-        here = newest._replace(layer=number, window=window)
-        return self._step_layer(layer_params, carry, newest=here, rotate=rotate), None
+        in_layer = newest._replace(layer=number, window=window)
+        return self._step_layer(layer_params, carry, newest=in_layer, rotate=rotate), None
 
       return lax.scan(body, carry, (layers, numbers))[0]
 
-    def windowed_body(carry, xs):
+    def mixed_body(carry, xs):
       layer_params, number, (window, kind) = xs
-      here = newest._replace(layer=number, window=window)
-      rotate = self._rotate_by(kind, rotations)
-      return self._step_layer(layer_params, carry, newest=here, rotate=rotate), None
+      in_layer = newest._replace(layer=number, window=window)
+      rotate = self._select_rotation(kind, rotations)
+      return self._step_layer(layer_params, carry, newest=in_layer, rotate=rotate), None
 
-    return lax.scan(
-      windowed_body, carry, (layers, numbers, self._layer_kinds(rotations, carry[1].num_positions))
-    )[0]
+    kinds = self._layer_kinds(rotations, carry[1].num_positions)
+    return lax.scan(mixed_body, carry, (layers, numbers, kinds))[0]
 
   def _step_layer(self, layer_params, carry, *, newest: attention.NewestTokens, rotate: Callable):
-    """One layer of `hidden_step`: (x [N, D], cache) -> the same with its token's keys and values
-    written.
-    """
+    """One layer of `hidden_step`: (x [N, D], cache) -> (x, cache with the new keys and values)."""
     x_ND, cache = carry
 
     def attend(q, k, v):
       return attention.cached_attention(q, k, v, cache=cache, newest=newest, scoring=self._scoring)
 
-    return _apply(self.config, layer_params, x_ND, rotate=rotate, attend=attend)
+    return _apply_layer(self.config, layer_params, x_ND, rotate=rotate, attend=attend)
 
   @jax.named_scope("logits")
   def logits(self, params: Params, h_ND: jax.Array) -> jax.Array:
-    """Logits [..., V], float32 at least, of hidden states [..., D]: gather the rows that you need
-    first.
+    """Logits [..., V] in at least float32 of hidden states [..., D].
+
+    Gather the rows that need logits first: V is usually much larger than D.
     """
     return self._ends(params, h_ND, "logits")

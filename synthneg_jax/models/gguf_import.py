@@ -1,14 +1,13 @@
-"""Turns a llama-architecture GGUF file into a Hugging Face folder that AutoTokenizer and
-LlamaForCausalLM can load.
+"""Converts a GGUF file of llama architecture to a Hugging Face folder.
 
-GGUF is the file format of llama.cpp: one file with the metadata, the tokenizer and the weights,
-most of them quantised. The folder holds the weights as float32, so the conversion adds no rounding
-of its own; the rounding of the quantised file stays, of course.
+GGUF is llama.cpp's format: one file with metadata, tokenizer and (mostly quantised) weights. The
+folder, which AutoTokenizer and LlamaForCausalLM can load, has float32 weights, so that conversion
+adds no rounding.
 
   python -m synthneg_jax.models.gguf_import MODEL.gguf OUT_DIR
 
-Only what could be checked is converted. A file with another architecture, scaled rotary embeddings,
-biases, experts or another way to cut text before its BPE merges is refused with a sentence.
+Other architectures, scaled rotary embeddings, biases, experts and other pre-tokenizers have not
+been tested and are refused.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from synthneg_jax.runtime.errors import UserError
 
 _MAGIC = b"GGUF"
 
-# GGUF name -> Hugging Face name. The names of a block get the prefixes "blk.<i>." and
+# Hugging Face names by GGUF names. Those of block i have the prefixes "blk.<i>." and
 # "model.layers.<i>.".
 _TOP_NAMES = {
   "token_embd.weight": "model.embed_tokens.weight",
@@ -48,20 +47,20 @@ _BLOCK_NAMES = {
   "ffn_down.weight": "mlp.down_proj.weight",
 }
 
-# The token types of a GGUF vocabulary that are matched in the text before any merge.
+# The token types of a GGUF vocabulary that are matched in the text before merges.
 _CONTROL, _USER_DEFINED = 3, 4
 
 
 def convert(gguf_path, out_dir) -> None:
-  """Writes config, weights and tokenizer of the GGUF file `gguf_path` into the folder `out_dir`.
+  """Writes config, weights and tokenizer of a GGUF file into a Hugging Face folder.
 
-  The folder and its parents are made when they are missing; files of the same names are replaced.
-  The files are config.json, generation_config.json, model.safetensors, tokenizer.json and
-  tokenizer_config.json.
+  Args:
+    gguf_path: the GGUF file.
+    out_dir: created with its parents; receives config.json, generation_config.json,
+      model.safetensors, tokenizer.json and tokenizer_config.json, replacing existing files.
 
   Raises:
-    UserError: the file is not a GGUF file, or it holds something that this conversion does not
-      cover, or the folder cannot be written.
+    UserError: the file is not a GGUF file or is not supported, or the folder cannot be written.
   """
   source = _Source(pathlib.Path(gguf_path))
   out_dir = pathlib.Path(out_dir)
@@ -81,12 +80,12 @@ def convert(gguf_path, out_dir) -> None:
 
 
 class _Source:
-  """An open GGUF file: its metadata by key and its tensors by name, with errors that name the file."""
+  """The metadata and tensors of a GGUF file; errors name the file."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
     try:
-      import gguf  # Only this conversion needs it, so it is no requirement of the package.
+      import gguf  # optional: only this conversion needs it
     except ModuleNotFoundError as error:
       raise UserError(
         "Reading a GGUF file needs the pip package gguf: pip install gguf."
@@ -97,7 +96,7 @@ class _Source:
     except OSError as error:
       raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
     if magic != _MAGIC:
-      raise UserError(f"{path}: is not a GGUF file (it does not begin with the letters GGUF).")
+      raise UserError(f"{path}: is not a GGUF file (it does not start with GGUF).")
     try:
       reader = gguf.GGUFReader(path)
     except (IndexError, KeyError, OverflowError, ValueError) as error:
@@ -107,12 +106,12 @@ class _Source:
     self._dequantize = gguf.dequantize
 
   def get(self, key: str, default: Any = None) -> Any:
-    """The metadata value of `key`, or `default` when the file does not have it."""
+    """The metadata value of `key`, or `default` if it is missing."""
     field = self._fields.get(key)
     return default if field is None else field.contents()
 
   def need(self, key: str) -> Any:
-    """The metadata value of `key`, which must be there."""
+    """The metadata value of `key`, which is required."""
     if key not in self._fields:
       raise UserError(f"{self.path}: the metadata has no {key}.")
     return self.get(key)
@@ -122,30 +121,27 @@ class _Source:
     return set(self._tensors)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """The shape of a tensor, which must be there, slowest axis first as numpy and Hugging Face
-    write it.
-    """
+    """The shape of a required tensor, slowest axis first as in numpy and Hugging Face."""
     if name not in self._tensors:
       raise UserError(f"{self.path}: the tensor {name} is missing.")
     return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
   def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor as float32; it must be there and have this shape."""
+    """A required tensor as float32; it must have this shape."""
     if self.shape(name) != shape:
       raise UserError(f"{self.path}: the tensor {name} has shape {self.shape(name)}, not {shape}.")
     tensor = self._tensors[name]
     try:
-      return np.asarray(
-        self._dequantize(tensor.data, tensor.tensor_type), dtype=np.float32
-      ).reshape(shape)
+      values = self._dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
       raise UserError(
-        f"{self.path}: the tensor {name} has a type that cannot be read ({error})."
+        f"{self.path}: the tensor {name} has an unsupported type ({error})."
       ) from error
+    return np.asarray(values, dtype=np.float32).reshape(shape)
 
 
 def _config(source: _Source) -> dict[str, Any]:
-  """The fields of a LlamaConfig. The vocabulary size is that of the embedding, not of the metadata."""
+  """The fields of a LlamaConfig; the vocabulary size is that of the embedding."""
   architecture = source.need("general.architecture")
   if architecture != "llama":
     raise UserError(
@@ -156,19 +152,17 @@ def _config(source: _Source) -> dict[str, Any]:
   kv_heads = source.get("llama.attention.head_count_kv", heads)
   if not isinstance(heads, int) or not isinstance(kv_heads, int):
     raise UserError(
-      f"{source.path}: the number of attention heads differs between blocks, which is not covered."
+      f"{source.path}: the number of attention heads differs between blocks (not supported)."
     )
   head_dim = source.get("llama.attention.key_length", hidden // heads)
   rotary = source.get("llama.rope.dimension_count", head_dim)
   if rotary != head_dim:
     raise UserError(
-      f"{source.path}: only {rotary} of {head_dim} head dimensions rotate, which is not covered."
+      f"{source.path}: only {rotary} of {head_dim} head dimensions rotate (not supported)."
     )
   scaling = source.get("llama.rope.scaling.type", "none")
   if scaling != "none":
-    raise UserError(
-      f"{source.path}: the rotary embedding is scaled ({scaling}), which is not covered."
-    )
+    raise UserError(f"{source.path}: scaled rotary embeddings ({scaling}) are not supported.")
   theta = _shortest(source.get("llama.rope.freq_base", 10000.0))
   return {
     "architectures": ["LlamaForCausalLM"],
@@ -189,10 +183,10 @@ def _config(source: _Source) -> dict[str, Any]:
     "num_key_value_heads": kv_heads,
     "pad_token_id": source.get("tokenizer.ggml.padding_token_id"),
     "rms_norm_eps": _shortest(source.need("llama.attention.layer_norm_rms_epsilon")),
-    # transformers 5 reads rope_parameters; older versions read rope_theta.
+    # transformers 5 reads rope_parameters, earlier versions read rope_theta.
     "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
     "rope_theta": theta,
-    # A file without an output matrix uses the embedding for both.
+    # Files without an output matrix use the embedding.
     "tie_word_embeddings": "output.weight" not in source.names(),
     "vocab_size": source.shape("token_embd.weight")[0],
   }
@@ -201,15 +195,13 @@ def _config(source: _Source) -> dict[str, Any]:
 def _weights(source: _Source, config: dict[str, Any]) -> dict[str, np.ndarray]:
   """All weights as float32 by their Hugging Face names.
 
-  A tensor that is missing, has another shape than the config says, or has no place in a
-  LlamaForCausalLM is an error.
+  Raises:
+    UserError: a tensor is missing, has another shape than the config implies, or is not part of a
+      LlamaForCausalLM.
   """
   hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-  heads, kv_heads, head_dim = (
-    config["num_attention_heads"],
-    config["num_key_value_heads"],
-    config["head_dim"],
-  )
+  heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+  head_dim = config["head_dim"]
   block_shapes = {
     "attn_norm.weight": (hidden,),
     "attn_q.weight": (heads * head_dim, hidden),
@@ -223,28 +215,28 @@ def _weights(source: _Source, config: dict[str, Any]) -> dict[str, np.ndarray]:
   }
   rotated = {"attn_q.weight": heads, "attn_k.weight": kv_heads}
 
-  plan = {"token_embd.weight": (vocab, hidden), "output_norm.weight": (hidden,)}
+  top_shapes = {"token_embd.weight": (vocab, hidden), "output_norm.weight": (hidden,)}
   if not config["tie_word_embeddings"]:
-    plan["output.weight"] = (vocab, hidden)
-  weights = {_TOP_NAMES[name]: source.read(name, shape) for name, shape in plan.items()}
-  left = source.names() - set(plan)
+    top_shapes["output.weight"] = (vocab, hidden)
+  weights = {_TOP_NAMES[name]: source.read(name, shape) for name, shape in top_shapes.items()}
+  unused = source.names() - set(top_shapes)
   for block in range(config["num_hidden_layers"]):
     for suffix, shape in block_shapes.items():
       name = f"blk.{block}.{suffix}"
       value = source.read(name, shape)
-      left.discard(name)
+      unused.discard(name)
       if suffix in rotated:
         value = _undo_permutation(value, rotated[suffix])
       weights[f"model.layers.{block}.{_BLOCK_NAMES[suffix]}"] = value
-  if left:
-    raise UserError(f"{source.path}: the tensor {min(left)} has no place in a plain llama model.")
+  if unused:
+    raise UserError(f"{source.path}: the tensor {min(unused)} is not part of a llama model.")
   return {name: np.ascontiguousarray(value) for name, value in weights.items()}
 
 
 def _undo_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
-  """Puts the rows of a query or key projection back into the order of Hugging Face.
+  """Restores Hugging Face's row order in a query or key projection.
 
-  Rotary embeddings turn pairs of head dimensions. Hugging Face pairs row j of a head with row j +
+  Rotary embeddings rotate pairs of head dimensions. Hugging Face pairs row j of a head with row j +
   half; llama.cpp pairs neighbours, so its converter moved row j to 2j and row j + half to 2j + 1.
   """
   rows, columns = weight.shape
@@ -255,33 +247,32 @@ def _undo_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
 def _tokenizer(
   source: _Source, config: dict[str, Any]
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-  """The byte-level BPE tokenizer of the file, and the content of tokenizer_config.json."""
-  kind, cut = source.need("tokenizer.ggml.model"), source.get("tokenizer.ggml.pre")
-  if (kind, cut) != ("gpt2", "smollm"):
+  """The file's byte-level BPE tokenizer, and the content of tokenizer_config.json."""
+  kind, pre_tokenizer = source.need("tokenizer.ggml.model"), source.get("tokenizer.ggml.pre")
+  if (kind, pre_tokenizer) != ("gpt2", "smollm"):
     raise UserError(
-      f"{source.path}: the tokenizer is {kind} with pre-tokenizer {cut}; only gpt2/smollm is "
-      "covered."
+      f"{source.path}: the tokenizer is {kind} with pre-tokenizer {pre_tokenizer}; only gpt2 with "
+      "smollm is supported."
     )
   if source.get("tokenizer.ggml.add_bos_token", False):
-    raise UserError(
-      f"{source.path}: the tokenizer puts a first token before every text, which is not covered."
-    )
+    raise UserError(f"{source.path}: add_bos_token is not supported.")
   tokens, types = source.need("tokenizer.ggml.tokens"), source.need("tokenizer.ggml.token_type")
   if not len(tokens) == len(types) == config["vocab_size"]:
     raise UserError(
-      f"{source.path}: {len(tokens)} tokens and {len(types)} token types stand against "
-      f"{config['vocab_size']} rows of the embedding."
+      f"{source.path}: {len(tokens)} tokens, {len(types)} token types and {config['vocab_size']} "
+      "rows of the embedding must be equal."
     )
-  named = {
+  special_ids = {
     "bos_token": config["bos_token_id"],
     "eos_token": config["eos_token_id"],
     "pad_token": config["pad_token_id"],
     "unk_token": source.get("tokenizer.ggml.unknown_token_id"),
   }
-  for role, index in named.items():
-    if index is not None and index >= len(tokens):
+  special_ids = {role: index for role, index in special_ids.items() if index is not None}
+  for role, index in special_ids.items():
+    if index >= len(tokens):
       raise UserError(
-        f"{source.path}: the {role} has id {index}, past the end of the {len(tokens)} tokens."
+        f"{source.path}: {role} has id {index}, but the file has {len(tokens)} tokens."
       )
 
   vocab = {token: index for index, token in enumerate(tokens)}
@@ -289,10 +280,9 @@ def _tokenizer(
   try:
     model = token_models.BPE(vocab=vocab, merges=merges)
   except Exception as error:  # tokenizers raises no narrower class.
-    raise UserError(f"{source.path}: the merges do not fit the tokens ({error}).") from error
+    raise UserError(f"{source.path}: the merges do not match the tokens ({error}).") from error
   tokenizer = tokenizers.Tokenizer(model)
-  # llama.cpp's "smollm": each digit stands alone, then the pattern of GPT-2 cuts the rest into
-  # words.
+  # llama.cpp's "smollm" isolates digits, then splits the rest into words by GPT-2's pattern.
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
     [
       pre_tokenizers.Digits(individual_digits=True),
@@ -311,13 +301,10 @@ def _tokenizer(
   tokenizer_config = {
     "clean_up_tokenization_spaces": False,
     "model_max_length": config["max_position_embeddings"],
-    # The generic class: GPT2Tokenizer of transformers 5 would put its own pre-tokenizer in place of
-    # the one above.
+    # GPT2Tokenizer of transformers 5 would replace the pre-tokenizer.
     "tokenizer_class": "PreTrainedTokenizerFast",
   }
-  tokenizer_config.update(
-    {role: tokens[index] for role, index in named.items() if index is not None}
-  )
+  tokenizer_config |= {role: tokens[index] for role, index in special_ids.items()}
   template = source.get("tokenizer.chat_template")
   if template is not None:
     tokenizer_config["chat_template"] = template
@@ -325,7 +312,7 @@ def _tokenizer(
 
 
 def _shortest(value: float) -> float:
-  """The shortest decimal that is the same float32, so that 9.999999747378752e-06 becomes 1e-05."""
+  """The shortest decimal with the same float32, such as 1e-05 for 9.999999747378752e-06."""
   return float(str(np.float32(value)))
 
 
@@ -339,11 +326,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Converts the file named on the command line; returns the exit status."""
   parser = argparse.ArgumentParser(
     prog="python -m synthneg_jax.models.gguf_import",
-    description="Turns a llama-architecture GGUF file into a Hugging Face folder with float32 "
+    description="Converts a GGUF file of llama architecture to a Hugging Face folder with float32 "
     "weights.",
   )
-  parser.add_argument("gguf", metavar="GGUF", help="the file to read")
-  parser.add_argument("out", metavar="OUT", help="the folder to write; it is made when missing")
+  parser.add_argument("gguf", metavar="GGUF", help="GGUF file to read")
+  parser.add_argument("out", metavar="OUT", help="folder to write; created if missing")
   args = parser.parse_args(argv)
   try:
     convert(args.gguf, args.out)

@@ -1,8 +1,7 @@
-"""What Hugging Face's config.json says of the families that the decoder computes, and what their
-tensors are called.
+"""Maps Hugging Face's config.json and tensor names of the supported families to the decoder's.
 
-A family's defaults are those of transformers' config class: its save_pretrained leaves them out of
-config.json. What a file asks for and the decoder does not compute is refused, never passed over.
+The defaults of a family are those of transformers' config class, whose save_pretrained omits them
+from config.json. Options that the decoder does not implement are refused, never ignored.
 """
 
 import dataclasses
@@ -19,18 +18,18 @@ _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-  """One model_type.
+  """A family of models, identified by its model_type.
 
   Attributes:
-    architecture: transformers' class.
-    defaults: values of keys that config.json may leave out.
-    only: keys with the one value that is computed, or a tuple of values that mean the same.
-    fixed: fields of ModelConfig that do not depend on the file.
-    biases: keys that give matrices a bias, with the fields of ModelConfig that they set.
-    numbers: keys whose numbers are fields of ModelConfig, with these fields.
-    rope_kinds: the rope_types that are computed.
-    even_heads: transformers wants a hidden_size that num_attention_heads divides.
-    is_fused: one tensor holds the matrices of query, key and value, another those of gate and up.
+    architecture: the model class in transformers.
+    defaults: values of keys that config.json may omit.
+    only: the supported value of a key, or a tuple of equivalent values.
+    fixed: fields of ModelConfig that do not depend on config.json.
+    biases: keys that enable biases, and the fields of ModelConfig that they set.
+    numbers: keys with numbers, and the fields of ModelConfig that take them.
+    rope_kinds: the supported rope_types.
+    even_heads: whether transformers requires num_attention_heads to divide hidden_size.
+    is_fused: whether one tensor holds query, key and value, and another gate and up.
   """
 
   architecture: str
@@ -160,8 +159,7 @@ FAMILIES = {
       "tie_word_embeddings": True,
       "max_position_embeddings": 8192,
     },
-    # Published files say gelu; what they mean, and transformers computes, is the approximation by
-    # tanh.
+    # Published files say gelu, but transformers computes the tanh approximation, which they mean.
     only={
       "hidden_act": ("gelu_pytorch_tanh", "gelu"),
       "hidden_activation": "gelu_pytorch_tanh",
@@ -197,16 +195,16 @@ FAMILIES = {
       "rope_theta": 1e6,
       "sliding_window_pattern": 6,
     },
-    # transformers takes Gemma 3's attn_logit_softcapping and does not apply it.
+    # transformers accepts Gemma 3's attn_logit_softcapping but does not apply it.
     only=_GEMMA["only"] | {"attn_logit_softcapping": None},
     fixed=_GEMMA["fixed"] | {"qk_norm": "head"},
     biases=_ATTENTION_BIAS,
     even_heads=True,
   ),
 }
-_MIXTURE = "it is a mixture of experts, which the decoder does not compute"
-_LINEAR = "its layers of linear attention (Gated DeltaNet) are not computed"
-_PER_LAYER = "its per-layer inputs and the keys and values that its layers share are not computed"
+_MIXTURE = "mixtures of experts are not implemented"
+_LINEAR = "linear attention layers (Gated DeltaNet) are not implemented"
+_PER_LAYER = "per-layer inputs and keys and values shared between layers are not implemented"
 _REFUSED = {
   **dict.fromkeys(
     ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _LINEAR
@@ -223,15 +221,13 @@ _REFUSED = {
   ),
 }
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_BY_KIND = (
-  "gemma3_text",
-  "olmo3",
-)  # windowed layers have a rotary base of their own and are never scaled
+# Families whose windowed layers have a separate rotary base and no scaling.
+_WINDOWED_ROPE = ("gemma3_text", "olmo3")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _as_number(value):
-  """A number that some writer put between quotes; anything else as it is."""
+  """Converts numbers in strings, which some programs write; returns other values unchanged."""
   if isinstance(value, str):
     try:
       return float(value)
@@ -241,25 +237,23 @@ def _as_number(value):
 
 
 class _File:
-  """A config.json with its family's defaults, and sentences about what is wrong with it."""
+  """A config.json with its family's defaults; errors name the file and the key."""
 
   def __init__(self, raw: dict[str, Any], path):
     self.path = path
     if raw.get("quantization_config"):
       raise UserError(
-        f"{path}: quantization_config names {json.dumps(_quant_method(raw))}; quantised weights "
-        "are not supported, take the "
-        "folder of the model before it was quantised."
+        f"{path}: quantization_config names {json.dumps(_quant_method(raw))}: quantised weights "
+        "are not supported; use the unquantised model."
       )
     if raw.get("model_type") == "gemma3":  # the wrapper of the models with images
       raw = _text_part(raw, path)
     kind = raw.get("model_type") or "(none)"
-    if kind in _REFUSED or (
-      kind not in FAMILIES and any(_as_number(raw.get(key)) for key in _EXPERTS)
-    ):
-      raise UserError(
-        f"{path}: model_type {json.dumps(kind)} is not supported: {_REFUSED.get(kind, _MIXTURE)}."
-      )
+    reason = _REFUSED.get(kind)
+    if kind not in FAMILIES and any(_as_number(raw.get(key)) for key in _EXPERTS):
+      reason = reason or _MIXTURE
+    if reason is not None:
+      raise UserError(f"{path}: model_type {json.dumps(kind)} is not supported: {reason}.")
     if kind not in FAMILIES:
       raise UserError(
         f"{path}: model_type {json.dumps(kind)} is not supported, only {', '.join(FAMILIES)} are."
@@ -271,53 +265,52 @@ class _File:
     return self.raw.get(key)
 
   def number(self, key: str, default=None, *, whole: bool = False, within=None, name: str = ""):
-    """A positive number of an object of the file; null and a missing key give the default.
+    """A positive number in an object of the file.
 
     Args:
-      key: in the object.
-      default: of it.
-      whole: refuse fractions.
-      within: the object; None for the whole file.
-      name: of the object with a dot, for messages.
+      key: the key in the object.
+      default: the value if the key is missing or null.
+      whole: whether to refuse fractions.
+      within: the object; None for the top level.
+      name: the object's name followed by a dot, for messages.
     """
     within = self.raw if within is None else within
     given = default if within.get(key) is None else within[key]
     value = _as_number(given)
-    wanted = "whole number" if whole else "number"
-    is_number = (
-      isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-    )
-    if not is_number or (whole and value != int(value)):
-      raise UserError(f"{self.path}: {name}{key} is {json.dumps(given)}, not a positive {wanted}.")
+    expected = "whole number" if whole else "number"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_positive = is_number and 0 < value < float("inf")
+    if not is_positive or (whole and value != int(value)):
+      raise UserError(
+        f"{self.path}: {name}{key} is {json.dumps(given)}, not a positive {expected}."
+      )
     return int(value) if whole else value
 
   def size(self, key: str, default=None, **where) -> int:
     return self.number(key, default, whole=True, **where)
 
   def numbers(self, key: str, count: int, *, within, name: str) -> tuple[float, ...]:
-    """A list of `count` positive numbers of an object of the file."""
+    """A list of `count` positive numbers, one per rotated pair, in an object of the file."""
     values = within.get(key)
     if not isinstance(values, list) or len(values) != count:
-      found = f"a list of {len(values)}" if isinstance(values, list) else json.dumps(values)
+      given = f"a list of {len(values)}" if isinstance(values, list) else json.dumps(values)
       raise UserError(
-        f"{self.path}: {name}{key} is {found}, not a list of {count} numbers, one for each rotated "
-        "pair."
+        f"{self.path}: {name}{key} is {given}, not a list of {count} numbers, one per rotated pair."
       )
     return tuple(float(self.number(key, value, within={}, name=name)) for value in values)
 
   def flag(self, key: str) -> bool:
-    """A truth value; null and a missing key are false."""
+    """A boolean, possibly in a string; False if the key is missing or null."""
     value = self.get(key)
-    words = {"true": True, "false": False}
-    return (
-      words[value.lower()] if isinstance(value, str) and value.lower() in words else bool(value)
-    )
+    if isinstance(value, str) and value.lower() == "false":
+      return False
+    return bool(value)
 
-  def only(self, key: str, value, covered) -> None:
-    """Refuses any value but null and those that are computed."""
-    covered = covered if isinstance(covered, tuple) else (covered,)
-    if value is not None and value not in covered and _as_number(value) not in covered:
-      values = " or ".join(json.dumps(one) for one in covered)
+  def only(self, key: str, value, supported) -> None:
+    """Refuses any value except null and the supported ones."""
+    supported = supported if isinstance(supported, tuple) else (supported,)
+    if value is not None and value not in supported and _as_number(value) not in supported:
+      values = " or ".join(map(json.dumps, supported))
       raise UserError(f"{self.path}: {key} {json.dumps(value)} is not supported, only {values} is.")
 
   def object(self, key: str) -> dict[str, Any]:
@@ -328,12 +321,12 @@ class _File:
 
 
 def _quant_method(raw: Mapping[str, Any]):
-  about = raw["quantization_config"]
-  return about.get("quant_method") if isinstance(about, dict) else about
+  config = raw["quantization_config"]
+  return config.get("quant_method") if isinstance(config, dict) else config
 
 
 def _text_part(raw: Mapping[str, Any], path) -> dict[str, Any]:
-  """The text model's config of a Gemma 3 with images; its tie is the wrapper's."""
+  """The text model's config of a Gemma 3 with images, with the wrapper's tie_word_embeddings."""
   text = raw.get("text_config")
   if not isinstance(text, dict):
     raise UserError(f"{path}: text_config is {json.dumps(text)}, not an object.")
@@ -342,32 +335,30 @@ def _text_part(raw: Mapping[str, Any], path) -> dict[str, Any]:
 
 
 def text_config(raw: dict[str, Any]) -> dict[str, Any]:
-  """The part of config.json that describes the text model: all of it, or a wrapper's `text_config`."""
+  """The text model's part of config.json: a wrapper's `text_config`, or everything."""
   text = raw.get("text_config")
   return text if isinstance(text, dict) else raw
 
 
 def read(raw: dict[str, Any], path, *, max_length: int = 0, **settings) -> ModelConfig:
-  """The architecture that config.json describes.
+  """The architecture described by config.json.
 
   Args:
     raw: its content.
-    path: its name, for errors.
-    max_length: tokens of the longest text of the run, by which longrope's factors are chosen.
-    settings: ModelConfig's dtype, param_dtype, scan_layers and remat.
+    path: its path, for errors.
+    max_length: tokens of the longest text of the run; selects longrope's factors.
+    settings: dtype, param_dtype, scan_layers and remat of ModelConfig.
 
   Raises:
-    UserError: a family that is not known, a size that is missing, or an option that the decoder
-      does not compute.
+    UserError: the family is not supported, a size is missing, or the decoder does not implement an
+      option.
   """
   file = _File(raw, path)
-  for key, covered in file.family.only.items():
-    file.only(key, file.get(key), covered)
-  width, heads, layers = (
-    file.size("hidden_size"),
-    file.size("num_attention_heads"),
-    file.size("num_hidden_layers"),
-  )
+  for key, supported in file.family.only.items():
+    file.only(key, file.get(key), supported)
+  width = file.size("hidden_size")
+  heads = file.size("num_attention_heads")
+  layers = file.size("num_hidden_layers")
   head_dim = file.size("head_dim", width // heads)
   fields = dict(file.family.fixed)
   for key, names in file.family.biases.items():
@@ -404,14 +395,14 @@ def read(raw: dict[str, Any], path, *, max_length: int = 0, **settings) -> Model
 
 
 def _unrotated(file: _File, layers: int) -> dict[str, Any]:
-  """ModelConfig's `unrotated` of SmolLM3, whose no_rope_layers holds 1 where a layer is rotated."""
+  """ModelConfig's `unrotated` for SmolLM3, whose no_rope_layers has 1 for rotated layers."""
   rotated = file.get("no_rope_layers")
   if rotated is None:
     interval = file.size("no_rope_layer_interval")
     rotated = [(layer + 1) % interval for layer in range(layers)]
   if not isinstance(rotated, list) or len(rotated) != layers:
     raise UserError(
-      f"{file.path}: no_rope_layers is not a list of {layers} numbers, one for each layer."
+      f"{file.path}: no_rope_layers is not a list of {layers} numbers, one per layer."
     )
   unrotated = tuple(not _as_number(value) for value in rotated)
   return {"unrotated": unrotated} if any(unrotated) else {}
@@ -433,46 +424,45 @@ def _windows(file: _File, layers: int, unrotated: tuple[bool, ...]) -> dict[str,
     windowed = tuple((layer + 1) % pattern > 0 for layer in range(layers))
   kinds = file.get("layer_types")
   if kinds is not None:
-    wrong = [kind for kind in kinds if kind not in (_FULL, _SLIDING)]
-    if wrong:
+    unknown = [kind for kind in kinds if kind not in (_FULL, _SLIDING)]
+    if unknown:
       raise UserError(
-        f"{file.path}: layer_types {json.dumps(wrong[0])} is not supported, only {_FULL}, "
+        f"{file.path}: layer_types {json.dumps(unknown[0])} is not supported, only {_FULL} and "
         f"{_SLIDING} are."
       )
-    named = tuple(kind == _SLIDING for kind in kinds)
-    by_file = file.kind in ("gemma2", "gemma3_text", "olmo3")
-    by_file |= file.kind in ("qwen2", "qwen3", "smollm3") and file.flag("use_sliding_window")
-    if named != windowed and not by_file:
+    by_layer_types = tuple(kind == _SLIDING for kind in kinds)
+    is_free = file.kind in ("gemma2", "gemma3_text", "olmo3")
+    is_free |= file.kind in ("qwen2", "qwen3", "smollm3") and file.flag("use_sliding_window")
+    if by_layer_types != windowed and not is_free:
       raise UserError(
-        f"{file.path}: layer_types of a {file.kind} model differ from what its sliding_window says."
+        f"{file.path}: layer_types of a {file.kind} model contradicts its sliding_window."
       )
-    windowed = named
+    windowed = by_layer_types
   return {"windowed": windowed, "window": file.size("sliding_window")} if any(windowed) else {}
 
 
 def _rope(file: _File, head_dim: int, max_length: int) -> dict[str, Any]:
   """ModelConfig's `rope_theta`, `windowed_rope_theta`, `rotary_dim` and `rope_scaling`.
 
-  transformers 5 has rope_parameters, for some families one a kind of layer; before, there was
-  rope_theta, and rope_scaling where positions are scaled.
+  transformers 5 writes rope_parameters, in some families one per kind of layer; earlier versions
+  wrote rope_theta and, if positions are scaled, rope_scaling.
   """
   new, scaled = file.object("rope_parameters"), file.object("rope_scaling")
+  by_layer_kind = _FULL in new or _SLIDING in new
   local = {}
-  if file.kind in _BY_KIND:
-    of_windowed = (
-      file.get("rope_local_base_freq") if file.kind == "gemma3_text" else file.get("rope_theta")
-    )
-    local = {"rope_theta": of_windowed} | dict(new.get(_SLIDING) or {})
-    new = dict(new.get(_FULL) or {} if _FULL in new or _SLIDING in new else new)
-    _check_kind(file, f"rope_parameters.{_SLIDING}", local, kinds=("default",))
-  elif _FULL in new or _SLIDING in new:
+  if file.kind in _WINDOWED_ROPE:
+    local_key = "rope_local_base_freq" if file.kind == "gemma3_text" else "rope_theta"
+    local = {"rope_theta": file.get(local_key)} | dict(new.get(_SLIDING) or {})
+    new = dict(new.get(_FULL) or {}) if by_layer_kind else dict(new)
+    _check_rope_kind(file, f"rope_parameters.{_SLIDING}", local, kinds=("default",))
+  elif by_layer_kind:
     raise UserError(
-      f"{file.path}: rope_parameters of a {file.kind} model by kind of layer are not supported."
+      f"{file.path}: rope_parameters per kind of layer are not supported in a {file.kind} model."
     )
   kinds = file.family.rope_kinds
-  _check_kind(file, "", file.raw, kinds=kinds)
-  _check_kind(file, "rope_parameters", new, kinds=kinds)
-  _check_kind(file, "rope_scaling", scaled, kinds=kinds)
+  _check_rope_kind(file, "", file.raw, kinds=kinds)
+  _check_rope_kind(file, "rope_parameters", new, kinds=kinds)
+  _check_rope_kind(file, "rope_scaling", scaled, kinds=kinds)
   rope = {key: file.get(key) for key in ("rope_theta", "partial_rotary_factor")}
   rope |= {key: value for key, value in new.items() if value is not None}
   rope |= {key: value for key, value in scaled.items() if value is not None}
@@ -495,32 +485,30 @@ def _rope(file: _File, head_dim: int, max_length: int) -> dict[str, Any]:
   return fields
 
 
-def _check_kind(file: _File, name: str, rope: dict[str, Any], *, kinds: tuple[str, ...]) -> None:
-  """Refuses a rotation of the object `name` of another kind, or a partial one where the family has
-  none.
-  """
+def _check_rope_kind(
+  file: _File, name: str, rope: dict[str, Any], *, kinds: tuple[str, ...]
+) -> None:
+  """Refuses another rope_type, or an unsupported partial rotation, in the object `name`."""
   for key in ("rope_type", "type"):
     if rope.get(key) is not None and rope[key] not in kinds:
-      place = f"{name}.{key}".lstrip(".")
-      covered = f"{', '.join(kinds)} {'are' if len(kinds) > 1 else 'is'}"
+      full_key = f"{name}.{key}".lstrip(".")
+      supported = f"{', '.join(kinds)} {'are' if len(kinds) > 1 else 'is'}"
       raise UserError(
-        f"{file.path}: {place} {json.dumps(rope[key])} is not supported, only {covered}."
+        f"{file.path}: {full_key} {json.dumps(rope[key])} is not supported, only {supported}."
       )
   if file.kind != "phi3":
     file.only(f"{name}.partial_rotary_factor".lstrip("."), rope.get("partial_rotary_factor"), 1.0)
 
 
-def _longrope_stretch(factor: float, positions: int) -> float:
-  """What cosines and sines are multiplied by where the file does not say."""
+def _longrope_attention_factor(factor: float, positions: int) -> float:
+  """The default factor of cosines and sines."""
   return math.sqrt(1 + math.log(factor) / math.log(positions)) if factor > 1 else 1.0
 
 
 def _longrope(
   file: _File, rope: dict[str, Any], name: str, *, rotary_dim: int, max_length: int
 ) -> RopeScaling:
-  """longrope's two sets of factors, and which of them a run with texts of up to max_length tokens
-  takes.
-  """
+  """longrope's two sets of factors, and which of them a run with texts up to max_length uses."""
   where = {"within": rope, "name": name}
   positions = file.size(
     "original_max_position_embeddings", rope.get("original_max_position_embeddings")
@@ -529,12 +517,12 @@ def _longrope(
   short, long = (
     file.numbers(f"{length}_factor", rotary_dim // 2, **where) for length in ("short", "long")
   )
-  stretch = float(file.number("attention_factor", _longrope_stretch(factor, positions), **where))
+  attention_factor = _longrope_attention_factor(factor, positions)
   return RopeScaling(
     "longrope",
     factor,
     positions,
-    attention_factor=stretch,
+    attention_factor=float(file.number("attention_factor", attention_factor, **where)),
     short=short,
     long=long,
     is_long=max_length > positions,
@@ -542,7 +530,7 @@ def _longrope(
 
 
 def _scaling(file: _File, kind: str, rope: dict[str, Any], *, name: str) -> RopeScaling:
-  """The scaling of positions that the file's object `rope` asks for, which messages call `name`."""
+  """The scaling described by the object `rope`, which messages call `name`."""
   where = {"within": rope, "name": name}
   factor = float(file.number("factor", **where))
   if kind == "linear":
@@ -557,37 +545,39 @@ def _scaling(file: _File, kind: str, rope: dict[str, Any], *, name: str) -> Rope
     )
     return RopeScaling(kind, factor, positions, low, high)
 
-  def stretch(scale):
+  def mscale(scale):
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-  attention = stretch(1.0)
+  attention_factor = mscale(1.0)
   if rope.get("mscale") and rope.get("mscale_all_dim"):
-    attention = stretch(_as_number(rope["mscale"])) / stretch(_as_number(rope["mscale_all_dim"]))
+    all_dim = mscale(_as_number(rope["mscale_all_dim"]))
+    attention_factor = mscale(_as_number(rope["mscale"])) / all_dim
   return RopeScaling(
     kind,
     factor,
     positions,
-    float(file.number("beta_slow", 1, **where)),
-    float(file.number("beta_fast", 32, **where)),
-    float(file.number("attention_factor", attention, **where)),
-    bool(rope.get("truncate", True)),
+    low=float(file.number("beta_slow", 1, **where)),
+    high=float(file.number("beta_fast", 32, **where)),
+    attention_factor=float(file.number("attention_factor", attention_factor, **where)),
+    truncate=bool(rope.get("truncate", True)),
   )
 
 
 def write(config: ModelConfig, positions: int | None = None) -> dict[str, Any]:
-  """What config.json says of an architecture; the special tokens are the caller's.
+  """The content of config.json for an architecture, without special tokens.
 
   Args:
-    config: of a family that is known.
+    config: the architecture, of a supported family.
     positions: max_position_embeddings; None for the family's default.
 
   Raises:
-    UserError: no model of this family looks so, or transformers refuses a size.
+    UserError: the family cannot represent the architecture, or transformers refuses a size.
   """
   c, family = config, FAMILIES[config.family]
   if family.even_heads and c.d_model % c.num_heads:
     raise UserError(
-      f"transformers needs a d_model that its num_heads divide, not {c.d_model} and {c.num_heads}."
+      f"transformers requires num_heads to divide d_model, but d_model is {c.d_model} and "
+      f"num_heads is {c.num_heads}."
     )
   s = c.rope_scaling
   if s is not None and s.kind == "dynamic":
@@ -616,7 +606,7 @@ def write(config: ModelConfig, positions: int | None = None) -> dict[str, Any]:
     "rms_norm_eps": c.norm_eps,
     "max_position_embeddings": positions or family.defaults["max_position_embeddings"],
     "tie_word_embeddings": c.tie_embeddings,
-    "rope_theta": c.rope_theta,  # for transformers before 5
+    "rope_theta": c.rope_theta,  # read by transformers before version 5
   }
   raw |= _rope_keys(c, raw["max_position_embeddings"]) | _window_keys(c)
   if c.family in ("gemma2", "gemma3_text"):
@@ -627,26 +617,29 @@ def write(config: ModelConfig, positions: int | None = None) -> dict[str, Any]:
     }
   if c.family == "gemma2":
     raw["attn_logit_softcapping"] = c.attention_cap or None
-  settings = {key: getattr(c, key) for key in ("dtype", "param_dtype", "scan_layers", "remat")}
-  back = read(
-    raw,
-    "config.json",
-    max_length=s.original_positions + 1 if s is not None and s.is_long else 0,
-    **settings,
-  )
-  for field in dataclasses.fields(ModelConfig):
-    ours, theirs = getattr(c, field.name), getattr(back, field.name)
-    by_layer = field.name in ("windowed", "unrotated")
-    if ours != theirs and not (by_layer and not any((*ours, *theirs))):
-      raise UserError(
-        f"No {c.family} model has {field.name} {ours!r}; transformers would compute with "
-        f"{theirs!r}."
-      )
+  _check_round_trip(c, raw)
   return raw
 
 
+def _check_round_trip(config: ModelConfig, raw: dict[str, Any]) -> None:
+  """Checks that config.json describes the same architecture."""
+  settings = {key: getattr(config, key) for key in ("dtype", "param_dtype", "scan_layers", "remat")}
+  s = config.rope_scaling
+  max_length = s.original_positions + 1 if s is not None and s.is_long else 0
+  described = read(raw, "config.json", max_length=max_length, **settings)
+  for field in dataclasses.fields(ModelConfig):
+    ours, theirs = getattr(config, field.name), getattr(described, field.name)
+    if field.name in ("windowed", "unrotated") and not any((*ours, *theirs)):
+      continue  # () and a tuple of False mean the same
+    if ours != theirs:
+      raise UserError(
+        f"A {config.family} model cannot have {field.name} {ours!r}: transformers would use "
+        f"{theirs!r}."
+      )
+
+
 def _window_keys(c: ModelConfig) -> dict[str, Any]:
-  """The keys of config.json that say which layers are windowed, and which are not rotated."""
+  """The keys of config.json for windowed and unrotated layers."""
   kinds = [_SLIDING if windowed else _FULL for windowed in c.windowed or (False,) * c.num_layers]
   window = {"sliding_window": c.window or None}
   if c.family in ("mistral", "phi3"):
@@ -671,15 +664,15 @@ def _window_keys(c: ModelConfig) -> dict[str, Any]:
 
 
 def _rope_keys(c: ModelConfig, positions: int) -> dict[str, Any]:
-  """The keys of config.json that say how positions are rotated, for transformers 5 and before."""
+  """The keys of config.json for rotary positions, for transformers 5 and earlier."""
   s = c.rope_scaling
   partial = {"partial_rotary_factor": c.rotary_dim / c.head_dim} if c.rotary_dim else {}
   if s is not None and s.kind == "longrope":
-    # transformers 4 wants these three keys and no others, where they say all.
+    # transformers 4 accepts only these three keys, so others are written only if they matter.
     rope = {"type": s.kind, "short_factor": list(s.short), "long_factor": list(s.long)}
     if positions / s.original_positions != s.factor:
       rope["factor"] = s.factor
-    if s.attention_factor != _longrope_stretch(s.factor, s.original_positions):
+    if s.attention_factor != _longrope_attention_factor(s.factor, s.original_positions):
       rope["attention_factor"] = s.attention_factor
     return partial | {
       "rope_scaling": rope,
@@ -688,8 +681,8 @@ def _rope_keys(c: ModelConfig, positions: int) -> dict[str, Any]:
   rope = {"rope_theta": c.rope_theta, "rope_type": "default"} | _scaling_keys(s) | partial
   raw = partial | {"rope_parameters": rope}
   if s is not None:
-    raw["rope_scaling"] = rope  # for transformers before 5
-  if c.family in _BY_KIND:
+    raw["rope_scaling"] = rope  # read by transformers before version 5
+  if c.family in _WINDOWED_ROPE:
     local = {"rope_theta": c.windowed_rope_theta, "rope_type": "default"}
     raw["rope_parameters"] = {_FULL: rope, _SLIDING: local}
   if c.family == "gemma3_text":
@@ -715,14 +708,13 @@ def _scaling_keys(s: RopeScaling | None) -> dict[str, Any]:
   return keys
 
 
-class Place(NamedTuple):
-  """Where a parameter stands among a folder's tensors.
+class Location(NamedTuple):
+  """The location of a parameter in the tensors of a Hugging Face folder.
 
   Attributes:
-    name: of the tensor; {} is the layer's number.
-    start: the first of its rows (outputs) that are the parameter's.
-    rows: of the whole tensor, where several parameters share it; 0 where the parameter is all of
-      it.
+    name: the tensor's name; {} stands for the layer's index.
+    start: the parameter's first row (output) in the tensor.
+    rows: rows of the whole tensor if several parameters share it, else 0.
   """
 
   name: str
@@ -731,12 +723,12 @@ class Place(NamedTuple):
 
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:
-  """Path of a parameter -> name of the tensor that holds it; {} is the layer's number."""
-  return {path: place.name for path, place in tensor_places(config).items()}
+  """The tensor's name for each parameter's path; {} stands for the layer's index."""
+  return {path: location.name for path, location in tensor_locations(config).items()}
 
 
-def tensor_places(config: ModelConfig) -> dict[str, Place]:
-  """Path of a parameter -> where it stands."""
+def tensor_locations(config: ModelConfig) -> dict[str, Location]:
+  """The location of each parameter, by its path."""
   c, block = config, "model.layers.{}."
   modules = {
     "query": "self_attn.q_proj",
@@ -747,23 +739,25 @@ def tensor_places(config: ModelConfig) -> dict[str, Place]:
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
   }
-  places = {f"layers/{ours}": Place(f"{block}{theirs}.weight") for ours, theirs in modules.items()}
-  places |= {
-    f"layers/{ours}_bias": Place(f"{block}{theirs}.bias") for ours, theirs in modules.items()
-  }
+  locations = {}
+  for ours, theirs in modules.items():
+    locations[f"layers/{ours}"] = Location(f"{block}{theirs}.weight")
+    locations[f"layers/{ours}_bias"] = Location(f"{block}{theirs}.bias")
   if FAMILIES[c.family].is_fused:
-    for module, parts in (
-      (
-        "self_attn.qkv_proj",
-        (("query", c.num_heads), ("key", c.num_kv_heads), ("value", c.num_kv_heads)),
-      ),
-      ("mlp.gate_up_proj", (("gate", 1), ("up", 1))),
-    ):
-      unit = c.d_ff if module.startswith("mlp") else c.head_dim
-      rows, start = unit * sum(count for _, count in parts), 0
-      for ours, count in parts:
-        places[f"layers/{ours}"] = Place(f"{block}{module}.weight", start, rows)
-        start += unit * count
+    kv_rows = c.num_kv_heads * c.head_dim
+    fused = {
+      "self_attn.qkv_proj": {
+        "query": c.num_heads * c.head_dim,
+        "key": kv_rows,
+        "value": kv_rows,
+      },
+      "mlp.gate_up_proj": {"gate": c.d_ff, "up": c.d_ff},
+    }
+    for module, rows_of in fused.items():
+      start, total = 0, sum(rows_of.values())
+      for ours, rows in rows_of.items():
+        locations[f"layers/{ours}"] = Location(f"{block}{module}.weight", start, total)
+        start += rows
   norms = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
   if c.post_norms:
     norms |= {
@@ -773,8 +767,9 @@ def tensor_places(config: ModelConfig) -> dict[str, Place]:
   if c.pre_norms:
     before_mlp = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
     norms |= {"attention_norm": "input_layernorm", "mlp_norm": before_mlp}
-  places |= {
-    f"layers/{ours}/scale": Place(f"{block}{theirs}.weight") for ours, theirs in norms.items()
-  }
+  for ours, theirs in norms.items():
+    locations[f"layers/{ours}/scale"] = Location(f"{block}{theirs}.weight")
   ends = {"embedding": "model.embed_tokens", "unembedding": "lm_head", "norm/scale": "model.norm"}
-  return places | {f"ends/{ours}": Place(f"{theirs}.weight") for ours, theirs in ends.items()}
+  for ours, theirs in ends.items():
+    locations[f"ends/{ours}"] = Location(f"{theirs}.weight")
+  return locations

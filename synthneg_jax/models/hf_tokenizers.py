@@ -1,8 +1,8 @@
-"""Tokenizers of Hugging Face folders: tokenizer.json as it stands, and the ids that end a turn.
+"""Loads tokenizers of Hugging Face folders and collects the ids that end a turn.
 
-transformers' AutoTokenizer may rebuild a tokenizer from the class that tokenizer_config.json names,
-with another pre-tokenizer than tokenizer.json has, and give other ids without a word. So the class
-is not asked where there is a tokenizer.json.
+transformers' AutoTokenizer may rebuild a tokenizer from the class named in tokenizer_config.json,
+with another pre-tokenizer than tokenizer.json's, and silently return other ids. That class is
+therefore ignored if tokenizer.json exists.
 """
 
 import contextlib
@@ -34,16 +34,16 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def files(folder: epath.Path) -> list[str]:
-  """The names, within the folder, of a tokenizer's files and chat templates."""
+  """The tokenizer files and chat templates in a folder, relative to it."""
   templates = [f"{_TEMPLATES}/{path.name}" for path in (folder / _TEMPLATES).glob("*.jinja")]
   return [name for name in FILES if (folder / name).exists()] + sorted(templates)
 
 
 def load(folder: epath.PathLike) -> transformers.PreTrainedTokenizerFast:
-  """Loads the tokenizer of a local folder; without an EOS of its own it takes the configs'.
+  """Loads the tokenizer of a local folder; if it has no EOS, uses that of the model's configs.
 
   Raises:
-    UserError: there is no tokenizer, it cannot be read, or nothing names a token that ends a text.
+    UserError: the tokenizer is missing or cannot be read, or neither it nor a config has an EOS.
   """
   folder = epath.Path(folder)
   path = folder / "tokenizer.json"
@@ -53,70 +53,69 @@ def load(folder: epath.PathLike) -> transformers.PreTrainedTokenizerFast:
     except Exception as error:  # tokenizers raises no narrower class
       raise UserError(
         f"{path} cannot be read by tokenizers {tokenizers.__version__} ({_first_line(error)}); "
-        "if a newer version wrote it: pip install --upgrade tokenizers transformers."
+        "if a newer version wrote it, run pip install --upgrade tokenizers transformers."
       ) from error
-  kind = transformers.PreTrainedTokenizerFast if path.exists() else transformers.AutoTokenizer
+  loader = transformers.PreTrainedTokenizerFast if path.exists() else transformers.AutoTokenizer
   try:
-    tokenizer = kind.from_pretrained(os.fspath(folder), local_files_only=True)
-  except Exception as error:  # of transformers, tokenizers, sentencepiece: no common class
+    tokenizer = loader.from_pretrained(os.fspath(folder), local_files_only=True)
+  except Exception as error:  # transformers, tokenizers and sentencepiece share no class
     reason = _first_line(error)
     raise UserError(f"{folder} has no tokenizer that transformers can load: {reason}") from error
   if tokenizer.eos_token_id is None:
-    tokenizer.eos_token = _eos_of_configs(folder, tokenizer)
+    tokenizer.eos_token = _default_eos(folder, tokenizer)
   return tokenizer
 
 
 def eos_ids(folder: epath.PathLike, tokenizer_eos: int | None) -> list[int]:
-  """All ids that end a turn, the tokenizer's EOS first.
+  """All ids that end a turn: the tokenizer's EOS, then those of the configs.
 
-  Then come those of generation_config.json and of config.json. Chat models often end their turns
-  with another token than the EOS of their tokenizer.
+  Chat models often end turns with a token other than their tokenizer's EOS.
 
   Raises:
-    UserError: an eos_token_id is neither a whole number nor a list of such numbers.
+    UserError: an eos_token_id is neither an integer nor a list of integers.
   """
-  found = [] if tokenizer_eos is None else [tokenizer_eos]
+  ids = [] if tokenizer_eos is None else [tokenizer_eos]
   for name in reversed(CONFIG_FILES):
     path = epath.Path(folder) / name
     if path.exists():
-      found += _eos_of(path)
-  return list(dict.fromkeys(found))
+      ids += _config_eos(path)
+  return list(dict.fromkeys(ids))
 
 
 def below(ids: Iterable[int], num_rows: int, folder: epath.PathLike) -> tuple[int, ...]:
-  """The ids that have a row of the embedding; the others are logged and left out."""
-  kept, other = [], []
+  """The ids that have a row in the embedding; logs a warning about the others."""
+  valid, invalid = [], []
   for i in ids:
-    (kept if 0 <= i < num_rows else other).append(i)
-  if other:
+    (valid if 0 <= i < num_rows else invalid).append(i)
+  if invalid:
     logging.warning(
-      "%s: eos_token_id names %s, beyond the %d rows of the embedding; left out.",
+      "%s: ignoring eos_token_id %s, which exceeds the %d rows of the embedding.",
       folder,
-      other,
+      invalid,
       num_rows,
     )
-  return tuple(kept)
+  return tuple(valid)
 
 
 def check(folder: epath.PathLike, tokenizer, num_rows: int) -> None:
-  """Refuses a tokenizer whose EOS, BOS, chat template or plain text has ids beyond the embedding.
+  """Checks that the ids of EOS, BOS, chat template and plain text have rows in the embedding.
 
-  What else its vocabulary holds does not matter: some have more tokens than rows, such as those of
-  images.
+  Other ids may exceed the embedding: some vocabularies have more tokens than rows, for example
+  image tokens.
 
   Raises:
-    UserError: names the token.
+    UserError: an id is too large; names its token.
   """
   probe = "Question: 0123456789 + 42 = ?\nAnswer: the sum is (x - 1) / 2.\n"
   used = [("EOS", [tokenizer.eos_token_id])]
-  with contextlib.suppress(Exception):  # tokenizers of one task may have no token for it
-    used.append(("text", tokenizer.encode(probe)))  # a BOS that opens texts is in it
+  with contextlib.suppress(Exception):  # a task's own tokenizer may be unable to encode the probe
+    used.append(("text", tokenizer.encode(probe)))  # includes BOS, if the tokenizer adds one
   if tokenizer.chat_template:
     messages = [{"role": "user", "content": probe}]
     try:
       rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
       used.append(("chat template", tokenizer.encode(rendered, add_special_tokens=False)))
-    except Exception as error:  # whatever a template raises; it matters only to prompts that use it
+    except Exception as error:  # a template may raise anything; only chat prompts need it
       logging.warning("%s: the chat template fails: %s", folder, _first_line(error))
   for what, ids in used:
     if ids and max(ids) >= num_rows:
@@ -127,41 +126,40 @@ def check(folder: epath.PathLike, tokenizer, num_rows: int) -> None:
       )
 
 
-def _eos_of(path: epath.Path) -> list[int]:
+def _config_eos(path: epath.Path) -> list[int]:
+  """The values of eos_token_id in a config, or in the text_config of a wrapper."""
   try:
     raw = json.loads(path.read_text())
-  except ValueError as error:  # of JSON or of UTF-8
+  except ValueError as error:  # invalid JSON or invalid UTF-8
     raise UserError(f"{path} is not valid JSON ({error}).") from error
   value = raw.get("eos_token_id") if isinstance(raw, dict) else None
   if value is None and isinstance(raw, dict) and isinstance(raw.get("text_config"), dict):
     value = raw["text_config"].get("eos_token_id")
-  values = value if isinstance(value, list) else [] if value is None else [value]
-  return [_whole(path, item) for item in values if item is not None]
+  values = value if isinstance(value, list) else [value]
+  return [_as_int(path, item) for item in values if item is not None]
 
 
-def _whole(path: epath.Path, value: Any) -> int:
+def _as_int(path: epath.Path, value: Any) -> int:
   try:
     if not isinstance(value, bool) and float(value) == int(float(value)):
       return int(float(value))
   except (TypeError, ValueError, OverflowError):
     pass
-  raise UserError(f"{path}: eos_token_id holds {json.dumps(value)}, not a whole number.")
+  raise UserError(f"{path}: eos_token_id {json.dumps(value)} is not an integer.")
 
 
-def _eos_of_configs(folder: epath.Path, tokenizer) -> str:
-  """The token that a folder's configs name first as EOS, of a tokenizer that names none."""
+def _default_eos(folder: epath.Path, tokenizer) -> str:
+  """The EOS for a tokenizer that has none: the first in config.json or generation_config.json."""
   path = epath.Path(folder) / CONFIG_FILES[0]
-  ids = (_eos_of(path) if path.exists() else []) + eos_ids(folder, None)
+  ids = (_config_eos(path) if path.exists() else []) + eos_ids(folder, None)
   token = tokenizer.convert_ids_to_tokens(ids[0]) if ids else None
   if token is None:
-    named = "neither does config.json"
-    if ids:
-      named = f"the eos_token_id {ids[0]} of its configs is none of its ids"
+    reason = f"eos_token_id {ids[0]} is not one of its ids" if ids else "the configs have none"
     raise UserError(
-      f"{folder}: the tokenizer names no EOS, and {named}; set eos_token in "
+      f"{folder}: the tokenizer has no EOS, and {reason}; set eos_token in "
       "tokenizer_config.json to the token that ends a text."
     )
-  logging.info("%s: the tokenizer names no EOS; it takes the configs' %r.", folder, token)
+  logging.info("%s: the tokenizer has no EOS; using the configs' %r.", folder, token)
   return token
 
 

@@ -1,10 +1,9 @@
-"""How layers are arranged while programs run: the one place that decides it, for training and for
-decoding.
+"""Converts between stacked and unstacked layers, for training and decoding.
 
-Canonical parameters (checkpoints, export, sharding rules) are stacked, {"ends": ..., "layers":
-{name: [Y, ...]}}. A scan reads them like this (`scan_layers`: TPU, deep models). Unrolled layers
-(CPU) are kept unstacked, a tuple of Y trees: slices of a stack, and in training a stack of the
-slices' gradients, would be copied at every step.
+Checkpoints, exports and sharding rules use stacked parameters, {"ends": ..., "layers": {name: [Y,
+...]}}, and a scan reads them as they are (`scan_layers`: TPU, deep models). Unrolled layers (CPU)
+are kept unstacked, as a tuple of Y trees, because slicing a stack, and stacking the gradients of
+its slices, would copy them at every step.
 """
 
 import jax
@@ -16,7 +15,7 @@ from synthneg_jax.models.config import ModelConfig
 
 
 def unrolls(config: ModelConfig) -> bool:
-  """Whether programs of this model unroll the loop over layers, and so want them unstacked."""
+  """Whether programs of this model unroll the loop over layers and take them unstacked."""
   return not config.scan_layers
 
 
@@ -25,9 +24,7 @@ def _has_layers(node) -> bool:
 
 
 def _map_layers(fn, tree):
-  """Applies fn to "layers" of every dict that has them: of parameters, and of what looks like them,
-  such as moments.
-  """
+  """Applies fn to "layers" in parameters and in trees of the same form, such as Adam's moments."""
 
   def apply(node):
     return {**node, "layers": fn(node["layers"])} if _has_layers(node) else node
@@ -36,25 +33,21 @@ def _map_layers(fn, tree):
 
 
 def unstack(tree):
-  """The same tree with a tuple of single layers in place of each stack; unstacked layers stay as
-  they are.
-  """
+  """Replaces each stack by a tuple of single layers; unstacked layers are unchanged."""
 
   def split(layers):
     leaves, treedef = jax.tree.flatten(layers)
     count = leaves[0].shape[0]
-    columns = [
-      lax.split(leaf, (1,) * count) for leaf in leaves
-    ]  # its gradient is one concatenation
+    slices = [lax.split(leaf, (1,) * count) for leaf in leaves]  # its gradient is one concatenation
     return tuple(
-      treedef.unflatten([lax.squeeze(column[i], (0,)) for column in columns]) for i in range(count)
+      treedef.unflatten([lax.squeeze(parts[i], (0,)) for parts in slices]) for i in range(count)
     )
 
   return tree if is_unstacked(tree) else _map_layers(split, tree)
 
 
 def stack(tree):
-  """The inverse of `unstack`; stacked layers stay as they are."""
+  """The inverse of `unstack`; stacked layers are unchanged."""
 
   def join(layers):
     if not isinstance(layers, tuple):
@@ -65,20 +58,20 @@ def stack(tree):
 
 
 def unstacked_shardings(tree, count: int):
-  """The shardings of `count` unstacked layers, from those of stacked ones."""
+  """The shardings of `count` unstacked layers, given those of stacked layers."""
 
-  def of_layer(sharding):
+  def drop_layer_axis(sharding):
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
-  return _map_layers(lambda layers: (jax.tree.map(of_layer, layers),) * count, tree)
+  return _map_layers(lambda layers: (jax.tree.map(drop_layer_axis, layers),) * count, tree)
 
 
 def is_unstacked(tree) -> bool:
-  """Whether a tree's layers are unstacked, whatever its leaves are."""
+  """Whether a tree's layers are unstacked."""
   nodes = [node for node in jax.tree.leaves(tree, is_leaf=_has_layers) if _has_layers(node)]
   return any(isinstance(node["layers"], tuple) for node in nodes)
 
 
 def like(template, tree):
-  """A tree whose layers are stacked or unstacked as those of the template are."""
+  """Stacks or unstacks the layers of `tree` to match the template."""
   return unstack(tree) if is_unstacked(template) else stack(tree)

@@ -1,8 +1,8 @@
-"""Architectures of published models by name, for work that needs their sizes and not their weights."""
+"""Architectures of published models by name, for uses that need no weights."""
 
 from synthneg_jax.models.config import ModelConfig
 
-# As the config.json of each model's Hugging Face repository has them.
+# From config.json in each model's Hugging Face repository.
 _SIZES = {
   # deepseek-ai/deepseek-math-7b-base (https://arxiv.org/abs/2402.03300)
   "deepseek_math_7b": {

@@ -1,8 +1,7 @@
-"""The tensors of a Hugging Face folder by their usual names, each read when asked for.
+"""Lazily read tensors of a Hugging Face folder, under canonical names.
 
-Names differ by who saved them: with and without `model.`, or within the wrapper of a model with
-images. They are brought to those of the text model's own class; a wrapper's vision tensors are
-passed over.
+Some programs save tensors without the prefix `model.`, or with prefixes of a multimodal wrapper.
+Names are mapped to those of the text model's own class, and vision tensors are ignored.
 """
 
 import json
@@ -29,11 +28,11 @@ class Tensor(NamedTuple):
   """One tensor of a folder.
 
   Attributes:
-    path: of its file.
-    name: in the file.
-    shape: of it.
-    dtype: as safetensors names it.
-    read: a tuple of slices, one for each dimension -> that part, a numpy array.
+    path: its file.
+    name: its name in the file.
+    shape: its shape.
+    dtype: its dtype, as named by safetensors.
+    read: takes one slice per dimension and returns that part as a numpy array.
   """
 
   path: epath.Path
@@ -44,72 +43,72 @@ class Tensor(NamedTuple):
 
 
 def read(folder: epath.PathLike) -> dict[str, Tensor]:
-  """The tensors of a folder by the names that `hf_configs.tensor_places` gives them.
+  """The tensors of a folder by the names of `hf_configs.tensor_locations`.
 
   Args:
-    folder: holds model.safetensors, or model.safetensors.index.json and the files that it names; or
-      the same as pytorch_model.bin.
+    folder: contains model.safetensors, or model.safetensors.index.json and the files that it lists;
+      or else pytorch_model.bin, likewise.
 
   Raises:
-    UserError: a file is missing or corrupt, is of a format that is not read, or two tensors have
-      the same name.
+    UserError: a file is missing, corrupt or of an unsupported format, or two tensors have the same
+      canonical name.
   """
   folder, tensors = epath.Path(folder), {}
   for tensor in _stored(folder):
-    name = usual_name(tensor.name)
+    name = canonical_name(tensor.name)
     if name is None:
       continue
     if name in tensors:
-      same = f"{tensors[name].name} and {tensor.name}"
-      raise UserError(f"{tensor.path}: the tensors {same} are the same.")
+      both = f"{tensors[name].name} and {tensor.name}"
+      raise UserError(f"{tensor.path}: the tensors {both} are both {name}.")
     tensors[name] = tensor
   return tensors
 
 
 def read_adapter(folder: epath.Path) -> list[Tensor]:
-  """The tensors of a PEFT folder: adapter_model.safetensors, or .bin where torch is installed.
+  """The tensors of a PEFT folder: adapter_model.safetensors, or .bin if torch is installed.
 
   Raises:
-    UserError: neither is there, or it cannot be read.
+    UserError: neither file exists, or the file cannot be read.
   """
   if (folder / "adapter_model.safetensors").exists():
     return list(_safetensors(folder, "adapter_model.safetensors"))
   if (folder / "adapter_model.bin").exists():
     return list(_torch(folder, "adapter_model.bin"))
-  raise UserError(f"{folder} holds neither adapter_model.safetensors nor adapter_model.bin.")
+  raise UserError(f"{folder} has neither adapter_model.safetensors nor adapter_model.bin.")
 
 
-def usual_name(name: str) -> str | None:
-  """A tensor's name in the text model's own class; None for a tensor of a vision part."""
+def canonical_name(name: str) -> str | None:
+  """A tensor's name in the text model's own class; None for vision tensors."""
   if _VISION.match(name):
     return None
   if name.startswith("language_model.lm_head."):
     name = name.removeprefix("language_model.")
   if name.startswith(_BARE):
     return f"model.{name}"
-  found = _PREFIX.match(name)
-  return f"model.{name[found.end() :]}" if found else name
+  prefix = _PREFIX.match(name)
+  return f"model.{name[prefix.end() :]}" if prefix else name
 
 
 def has_weights(folder: epath.Path) -> bool:
-  """Whether a folder holds weights in a form that others write; `read` says which it takes."""
+  """Whether a folder contains safetensors or torch weights."""
   return any(any(folder.glob(pattern)) for pattern in ("*.safetensors*", "pytorch_model*.bin*"))
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-  """A JSON object.
+  """Reads a JSON object.
 
   Raises:
-    UserError: the file is missing, no JSON, or holds something else.
+    UserError: the file is missing, is not valid JSON, or is not an object.
   """
   try:
     value = json.loads(path.read_text())
   except OSError as error:
     raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-  except ValueError as error:  # of JSON or of UTF-8
+  except ValueError as error:  # invalid JSON or invalid UTF-8
     raise UserError(f"{path} is not valid JSON ({error}).") from error
   if not isinstance(value, dict):
-    raise UserError(f"{path} does not hold a JSON object.")
+    raise UserError(f"{path} is not a JSON object.")
   return value
 
 
@@ -120,11 +119,11 @@ def _stored(folder: epath.Path) -> Iterator[Tensor]:
     yield from _torch(folder)
   elif (folder / "consolidated.safetensors").exists():
     raise UserError(
-      f"{folder} holds consolidated.safetensors alone, Mistral's own format with other names "
-      f"and layouts; take the folder with {_SINGLE}, which the same repository usually holds too."
+      f"{folder} has only consolidated.safetensors, in Mistral's own names and layouts: use the "
+      f"folder with {_SINGLE}, which is usually in the same repository."
     )
   else:
-    raise UserError(f"{folder} holds neither {_SINGLE} nor {_INDEX}.")
+    raise UserError(f"{folder} has neither {_SINGLE} nor {_INDEX}.")
 
 
 def _files(folder: epath.Path, single: str, index: str) -> list[str]:
@@ -133,7 +132,7 @@ def _files(folder: epath.Path, single: str, index: str) -> list[str]:
   weight_map = read_json(folder / index).get("weight_map")
   files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
   if not all(isinstance(name, str) for name in files):
-    raise UserError(f"{folder / index} has no weight_map from tensors to files.")
+    raise UserError(f"{folder / index} has no weight_map from tensor names to files.")
   return sorted(set(files))
 
 
@@ -146,14 +145,14 @@ def _safetensors(folder: epath.Path, single: str = _SINGLE) -> Iterator[Tensor]:
     try:
       file = safetensors.safe_open(os.fspath(path), framework="np")
     except (OSError, safetensors.SafetensorError) as error:
-      raise UserError(f"{path} is missing or no safetensors file ({error}).") from error
+      raise UserError(f"{path} is missing or not a safetensors file ({error}).") from error
     for key in file.keys():  # noqa: SIM118
       part = file.get_slice(key)
       yield Tensor(path, key, tuple(part.get_shape()), part.get_dtype(), _reader(file, key))
 
 
 def _reader(file, key: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
-  return lambda cuts: file.get_slice(key)[cuts]
+  return lambda slices: file.get_slice(key)[slices]
 
 
 _NUMPY_DTYPES = {
@@ -206,12 +205,12 @@ _TORCH_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16
 
 def _torch(folder: epath.Path, single: str = _TORCH_SINGLE) -> Iterator[Tensor]:
   try:
-    import torch  # never a requirement: safetensors do without
+    import torch  # optional: only these files need it
   except ImportError as error:
     files = single.replace("model.bin", "model*.bin")
     raise UserError(
-      f"{folder} holds {files}, which only torch reads: pip install torch, or convert the folder "
-      'where torch is installed: python -c "import transformers; '
+      f"{folder} has {files}, which only torch can read: pip install torch, or convert the folder "
+      'on a machine with torch: python -c "import transformers; '
       f"transformers.AutoModelForCausalLM.from_pretrained('{folder}', dtype='auto')"
       f".save_pretrained('{folder}')\"."
     ) from error
@@ -219,9 +218,9 @@ def _torch(folder: epath.Path, single: str = _TORCH_SINGLE) -> Iterator[Tensor]:
     path = folder / name
     try:
       state = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # pickle's, zip's and torch's own have no common class
+    except Exception as error:  # errors of pickle, zipfile and torch share no class
       reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-      raise UserError(f"{path} cannot be read by torch, weights only ({reason}).") from error
+      raise UserError(f"{path} cannot be read by torch as weights only ({reason}).") from error
     for key, value in state.items():
       if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
@@ -230,12 +229,12 @@ def _torch(folder: epath.Path, single: str = _TORCH_SINGLE) -> Iterator[Tensor]:
 
 
 def _torch_reader(value) -> Callable[[tuple[slice, ...]], np.ndarray]:
-  def part(cuts):
+  def read(slices):
     import torch
 
-    cut = value[cuts].detach().contiguous()
-    if cut.dtype == torch.bfloat16:
-      return cut.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return cut.numpy()
+    part = value[slices].detach().contiguous()
+    if part.dtype == torch.bfloat16:
+      return part.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return part.numpy()
 
-  return part
+  return read

@@ -1,4 +1,4 @@
-"""Adapters: what they compute, their gradients, merging, layouts, and the files that PEFT reads."""
+"""Adapters: the forward pass, gradients, merging, shardings, and files for PEFT."""
 
 import json
 import pathlib
@@ -28,7 +28,7 @@ TREES = tree_lib.pack([[Tree([5, 6, 7, 8], (Branch(4, [9, 10]), Branch(2, [11, 1
 
 
 def drawn(adapter: Adapter):
-  """Both matrices away from zero."""
+  """Parameters with both matrices different from zero."""
   rng = np.random.RandomState(3)
   return jax.tree.map(
     lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype),
@@ -44,9 +44,9 @@ def logp(model, params):
 
 class AdapterTest(parameterized.TestCase):
   @parameterized.parameters((True, "gemma3, linear rope"), (False, "qwen2"))
-  def test_joined_is_merged(self, scan, name):
-    # Fails if a target is left out, α/r is left out or counted twice, a layer gets another's, or
-    # unstacking loses it.
+  def test_join_equals_merge(self, scan, name):
+    # Fails if a target is ignored, if α/r is missing or applied twice, or if a layer has another
+    # layer's adapter or, unstacked, none.
     model = tiny_families.model(name, scan_layers=scan)
     adapter = Adapter(model, 3, 6.0, adapter_lib.TARGETS)
     base, params = jax.tree.map(jnp.asarray, tiny_families.params(model)), drawn(adapter)
@@ -67,8 +67,8 @@ class AdapterTest(parameterized.TestCase):
       np.testing.assert_allclose(merged["layers"][target], value, rtol=0, atol=1e-5)
     self.assertEqual(jax.tree.structure(merged), jax.tree.structure(base))
 
-  def test_decoding_takes_adapters_too(self):
-    # Fails if the step for one more token forgets the adapter.
+  def test_decoding_uses_the_adapter(self):
+    # Fails if `hidden_step` ignores the adapter.
     model = tiny_families.model("llama", scan_layers=True)
     adapter = Adapter(model, 2, 2.0, ("query", "value", "down"))
     joined = adapter.join(jax.tree.map(jnp.asarray, tiny_families.params(model)), drawn(adapter))
@@ -76,26 +76,22 @@ class AdapterTest(parameterized.TestCase):
     c = model.config
     trunk = jnp.zeros((c.num_layers, 1, c.num_kv_heads, 1, c.head_dim))
     suffix = jnp.zeros((c.num_layers, 1, 1, c.num_kv_heads, 3, c.head_dim))
-    cache, at = (
-      Cache(trunk.swapaxes(-1, -2), trunk, suffix, suffix),
-      lambda value: jnp.asarray([[value]], jnp.int32),
-    )
+    cache = Cache(trunk.swapaxes(-1, -2), trunk, suffix, suffix)
     step = jax.jit(model.hidden_step)
-    for index, token in enumerate([5, 6, 7]):
-      h, cache = step(joined, at(token), cache, fork=at(0), index=at(index))
-      np.testing.assert_allclose(h[0, 0], expected[0, index], rtol=0, atol=1e-5)
+    for i, token in enumerate([5, 6, 7]):
+      newest, fork, index = (jnp.asarray([[value]], jnp.int32) for value in (token, 0, i))
+      h, cache = step(joined, newest, cache, fork=fork, index=index)
+      np.testing.assert_allclose(h[0, 0], expected[0, i], rtol=0, atol=1e-5)
 
   def test_starts_as_the_base(self):
-    # Fails if B is not zero at the start, or layers or targets share their draws of A.
+    # Fails if B is not initially zero, or if layers or targets share A.
     model = tiny_families.model("llama")
     adapter = Adapter(model, 4, 8.0, ("query", "gate"))
-    base, params = (
-      jax.tree.map(jnp.asarray, tiny_families.params(model)),
-      jax.jit(adapter.init)(jax.random.key(0)),
-    )
-    of = jax.jit(lambda params: logp(model, params))
-    with_zeros = jax.jit(lambda params: logp(model, adapter.join(base, params)))(params)
-    np.testing.assert_allclose(with_zeros, of(base), rtol=0, atol=2e-5)
+    base = jax.tree.map(jnp.asarray, tiny_families.params(model))
+    params = jax.jit(adapter.init)(jax.random.key(0))
+    expected = jax.jit(lambda params: logp(model, params))(base)
+    adapted = jax.jit(lambda params: logp(model, adapter.join(base, params)))(params)
+    np.testing.assert_allclose(adapted, expected, rtol=0, atol=2e-5)
     a = params["query"]["a"]
     self.assertEqual(
       jax.tree.map(jnp.shape, params), jax.tree.map(jnp.shape, adapter.abstract_params())
@@ -104,9 +100,9 @@ class AdapterTest(parameterized.TestCase):
     self.assertAlmostEqual(float(jnp.std(a)) / (32**-0.5 / 3**0.5), 1.0, delta=0.1)
     self.assertFalse(np.array_equal(a[0], a[1]) or np.array_equal(a, params["gate"]["a"]))
 
-  def test_gradients_are_those_of_the_sum(self):
-    # Fails if gradients miss α/r or flow past a matrix: by the chain rule, dA = α/r · dW·Bᵀ and dB
-    # = α/r · Aᵀ·dW.
+  def test_gradients(self):
+    # Fails if gradients lack α/r or bypass a matrix: by the chain rule, dA = α/r · dW·Bᵀ and dB =
+    # α/r · Aᵀ·dW.
     model = tiny_families.model("llama", scan_layers=True)
     adapter = Adapter(model, 3, 6.0, adapter_lib.TARGETS)
     base, params = jax.tree.map(jnp.asarray, tiny_families.params(model)), drawn(adapter)
@@ -127,28 +123,31 @@ class AdapterTest(parameterized.TestCase):
           grads[name][part], value, rtol=0, atol=1e-3 * scale, err_msg=f"{name}.{part}"
         )
 
-  def test_lies_as_its_base(self):
-    # Fails if A or B is split otherwise than the matrix they belong to, or merging moves the base.
+  def test_shardings(self):
+    # Fails if A or B is not sharded like the matrix that it adapts, or if merging changes the
+    # base's shardings.
     model, mesh = tiny_model.model(vocab_size=32), device_mesh.make_mesh(2, 2, 2)
     adapter = Adapter(model, 2, 4.0, adapter_lib.TARGETS)
     layout = device_mesh.shardings(mesh, adapter.logical_axes())
-    of_base = device_mesh.shardings(mesh, model.logical_axes())
+    base_layout = device_mesh.shardings(mesh, model.logical_axes())
     for name in adapter_lib.TARGETS:
-      kernel = of_base["layers"][name].spec
+      kernel = base_layout["layers"][name].spec
       self.assertEqual(
         (layout[name]["a"].spec[1], layout[name]["b"].spec[2]), (kernel[1], kernel[2])
       )
-    one = tiny_model.make_params(model)
+    base = tiny_model.make_params(model)
     params = drawn(adapter)
-    expected = adapter.merge(jax.tree.map(jnp.copy, one), params)
-    split = adapter.merge(
-      jax.device_put(jax.tree.map(jnp.copy, one), of_base), jax.device_put(params, layout)
+    expected = adapter.merge(jax.tree.map(jnp.copy, base), params)
+    sharded = adapter.merge(
+      jax.device_put(jax.tree.map(jnp.copy, base), base_layout), jax.device_put(params, layout)
     )
-    self.assertEqual(jax.tree.map(lambda leaf: leaf.sharding, split), of_base)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), split, expected)
+    self.assertEqual(jax.tree.map(lambda leaf: leaf.sharding, sharded), base_layout)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), sharded, expected
+    )
 
   def test_merging_rounds_once(self):
-    # Fails if the product is rounded to bfloat16 before it is added, or the result's dtype changes.
+    # Fails if the product is rounded to bfloat16 before the sum, or if the result's dtype changes.
     model = tiny_model.model(param_dtype="bfloat16")
     adapter = Adapter(model, 2, 2.0, ("up",))
     base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_model.make_params(model))
@@ -161,8 +160,8 @@ class AdapterTest(parameterized.TestCase):
     self.assertEqual(merged.dtype, jnp.bfloat16)
     np.testing.assert_array_equal(merged, exact.astype(np.float32).astype(jnp.bfloat16))
 
-  def test_files_of_peft(self):
-    # Fails if A and B are not transposed, a layer's stand under another's name, or one of two
+  def test_peft_files(self):
+    # Fails if A and B are not transposed, if a layer has another layer's name, or if one of two
     # adapters is lost.
     model = tiny_families.model("qwen2")
     first, second = Adapter(model, 3, 6.0, ("query", "down")), Adapter(model, 2, 1.0, ("query",))
@@ -190,19 +189,18 @@ class AdapterTest(parameterized.TestCase):
         np.testing.assert_allclose(added, ours, rtol=0, atol=1e-5)
 
   @parameterized.parameters(
-    ((4, 8.0, ("query", "embedding")), "targets are query, .*, not embedding."),
-    ((4, 8.0, ()), "not none at all."),
-    ((0, 8.0, ("query",)), "a rank of at least 1 and an alpha above 0, not 0 and 8.0."),
-    ((4, 0.0, ("query",)), "not 4 and 0.0."),
+    ((4, 8.0, ("query", "embedding")), "targets .* query, .*, not embedding."),
+    ((4, 8.0, ()), "targets .* not empty."),
+    ((0, 8.0, ("query",)), "rank .* alpha .* not 0 and 8.0."),
+    ((4, 0.0, ("query",)), "rank .* alpha .* not 4 and 0.0."),
   )
-  def test_refuses(self, how, sentence):
-    # Fails if a check is lost.
-    with self.assertRaisesRegex(UserError, sentence):
-      Adapter(tiny_model.model(), *how)
+  def test_refuses(self, arguments, pattern):
+    # Fails if a check is removed.
+    with self.assertRaisesRegex(UserError, pattern):
+      Adapter(tiny_model.model(), *arguments)
 
-  def test_the_config_names_the_same_matrices(self):
-    # Fails if a matrix is added to the decoder's adapters and the config's check does not know it,
-    # or the other way round.
+  def test_the_config_has_the_same_targets(self):
+    # Fails if adapters and the check of the config know different matrices.
     self.assertEqual(adapter_lib.TARGETS, config_schema.MATRICES)
 
 

@@ -1,6 +1,4 @@
-"""The decoder in float64: packed trees against their unpacked sequences, and against a decoder
-written in numpy.
-"""
+"""The decoder in float64: packed trees compared with unpacked sequences, and with numpy."""
 
 import dataclasses
 import functools
@@ -20,8 +18,8 @@ from synthneg_jax.runtime import device_mesh
 from synthneg_jax.runtime.errors import UserError
 from tests import random_trees, tiny_model
 
-# Within a row no token comes twice and none is 0, so that a token's embedding stands for one place
-# of the row.
+# Tokens within a row are distinct and not 0, so that the gradient of an embedding belongs to one
+# index of the row.
 _A = Tree(
   trunk=[1, 2, 3, 4, 5, 6],
   branches=(
@@ -36,40 +34,35 @@ _A = Tree(
 _B = Tree(trunk=[15, 16, 17, 18, 19], branches=(Branch(3, [20, 21]), Branch(5, [22])))
 _C = Tree(trunk=[30, 9, 2, 25], branches=(Branch(4, [1, 8, 3]),))
 ROWS = [[_A, _B], [_C]]
-LENGTH = 28  # two tokens of padding behind the first row, 21 behind the second
+LENGTH = 28  # pads the first row by 2 tokens, the second by 21
 F64 = {"dtype": "float64", "param_dtype": "float64"}
 
 
 def unpack(rows):
-  """Each trunk and each branch on its trunk as a sequence, and where the packed tokens are in them.
+  """Unpacks each trunk, and each branch with its trunk, into a sequence.
 
   Returns:
-    (sequences, places): lists of ids, and a dict from (row, place in the row) to (sequence, place
+    (sequences, places): lists of ids, and a dict from (row, index in the row) to (sequence, index
     in the sequence).
   """
   sequences, places = [], {}
   for r, trees in enumerate(rows):
-    at = 0
+    start = 0
     for tree in trees:
-      paths = [
-        np.arange(len(tree.trunk)),
-        *(np.concatenate(tree.path(n)) for n in range(tree.num_branches)),
-      ]
-      for path, ids in zip(
-        paths, [list(tree.trunk), *(ids for ids, _ in random_trees.sequences(tree))], strict=True
-      ):
-        for place, index in enumerate(path):
-          places.setdefault((r, at + int(index)), (len(sequences), place))
+      paths = [np.arange(len(tree.trunk))]
+      paths += [np.concatenate(tree.path(n)) for n in range(tree.num_branches)]
+      ids_of_paths = [list(tree.trunk)] + [ids for ids, _ in random_trees.sequences(tree)]
+      for path, ids in zip(paths, ids_of_paths, strict=True):
+        for i, index in enumerate(path):
+          places.setdefault((r, start + int(index)), (len(sequences), i))
         sequences.append(ids)
-      at += tree.num_tokens
+      start += tree.num_tokens
   return sequences, places
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(model, params, trees, weight):
-  """((Σ weight·logp, logp [B, T]), gradients); a token that nothing predicts gets the logp of a
-  wrong guess.
-  """
+  """((Σ weight·logp, logp [B, T]), gradients); logp is arbitrary for tokens without a parent."""
 
   def weighted(params):
     h, _ = model.hidden(params, trees)
@@ -81,41 +74,40 @@ def run(model, params, trees, weight):
 
 
 def numpy_logits(config, params, ids):
-  """The decoder's equations for one sequence, place by place and head by head; float64 [len(ids),
-  V].
-  """
+  """The decoder for one sequence, position by position and head by head; float64 [len(ids), V]."""
   c, params = config, jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   ends, half = params["ends"], config.head_dim // 2
-  norm = lambda x, scale: x / np.sqrt(np.sum(x**2) / len(x) + c.norm_eps) * scale
-  turn = [
-    np.exp(1j * place * np.array([c.rope_theta ** (-2 * i / c.head_dim) for i in range(half)]))
-    for place in range(len(ids))
-  ]
+  frequencies = np.array([c.rope_theta ** (-2 * i / c.head_dim) for i in range(half)])
 
-  def rotated(vector, place):
-    pairs = (vector[:half] + 1j * vector[half:]) * turn[place]
+  def norm(x, scale):
+    return x / np.sqrt(np.sum(x**2) / len(x) + c.norm_eps) * scale
+
+  def rotated(vector, position):
+    pairs = (vector[:half] + 1j * vector[half:]) * np.exp(1j * position * frequencies)
     return np.concatenate([pairs.real, pairs.imag])
+
+  def heads(x, matrix):
+    return (x @ matrix).reshape(-1, c.head_dim)
 
   stream = [ends["embedding"][token] for token in ids]
   for y in range(c.num_layers):
     p = jax.tree.map(lambda x, y=y: x[y], params["layers"])
     normed = [norm(x, p["attention_norm"]["scale"]) for x in stream]
-    heads = lambda x, name, p=p: (x @ p[name]).reshape(-1, c.head_dim)
-    keys = [[rotated(head, place) for head in heads(x, "key")] for place, x in enumerate(normed)]
-    values = [heads(x, "value") for x in normed]
-    for place, x in enumerate(normed):
+    keys = [[rotated(head, t) for head in heads(x, p["key"])] for t, x in enumerate(normed)]
+    values = [heads(x, p["value"]) for x in normed]
+    for t, x in enumerate(normed):
       out = []
-      for n, query in enumerate(heads(x, "query")):
+      for n, query in enumerate(heads(x, p["query"])):
         kv = n // (c.num_heads // c.num_kv_heads)
-        query = rotated(query, place)
-        scores = np.array([query @ keys[k][kv] for k in range(place + 1)]) / np.sqrt(c.head_dim)
+        query = rotated(query, t)
+        scores = np.array([query @ keys[k][kv] for k in range(t + 1)]) / np.sqrt(c.head_dim)
         probs = np.exp(scores) / np.sum(np.exp(scores))
         out.append(sum(prob * values[k][kv] for k, prob in enumerate(probs)))
-      stream[place] = stream[place] + np.concatenate(out) @ p["output"]
-    for place, x in enumerate(stream):
+      stream[t] = stream[t] + np.concatenate(out) @ p["output"]
+    for t, x in enumerate(stream):
       x = norm(x, p["mlp_norm"]["scale"])
       gate = x @ p["gate"]
-      stream[place] = stream[place] + (gate / (1 + np.exp(-gate)) * (x @ p["up"])) @ p["down"]
+      stream[t] = stream[t] + (gate / (1 + np.exp(-gate)) * (x @ p["up"])) @ p["down"]
   matrix = ends["embedding"] if c.tie_embeddings else ends["unembedding"]
   return np.stack([matrix @ norm(x, ends["norm"]["scale"]) for x in stream])
 
@@ -124,13 +116,16 @@ def numpy_logp(config, params, ids):
   """log π of tokens 1, 2, ... of one sequence; NaN for the first."""
   logits = numpy_logits(config, params, ids)
   logp = logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
-  return np.array([np.nan] + [logp[place - 1, ids[place]] for place in range(1, len(ids))])
+  return np.array([np.nan] + [logp[t - 1, ids[t]] for t in range(1, len(ids))])
 
 
-def products(jaxpr) -> int:
-  """Matrix products in a program, those of inner programs once."""
-  inner = lambda eqn: sum(products(part) for part in jax_core.jaxprs_in_params(eqn.params))
-  return sum((eqn.primitive.name == "dot_general") + inner(eqn) for eqn in jaxpr.eqns)
+def count_products(jaxpr) -> int:
+  """The number of matrix products in a program; those in a loop body count once."""
+  count = 0
+  for eqn in jaxpr.eqns:
+    count += eqn.primitive.name == "dot_general"
+    count += sum(count_products(inner) for inner in jax_core.jaxprs_in_params(eqn.params))
+  return count
 
 
 class DecoderTest(parameterized.TestCase):
@@ -148,10 +143,10 @@ class DecoderTest(parameterized.TestCase):
     (_, cls.logp), cls.gradients = run(cls.model, cls.params, cls.trees, cls.weight)
 
   def predicted(self):
-    """(row, place in the row, sequence, place in the sequence) of every token that is predicted."""
-    found = [(*at, *self.places[at]) for at in self.places if self.trees.parent[at] >= 0]
-    self.assertLen(found, sum(tree.num_tokens - 1 for row in ROWS for tree in row))
-    return found
+    """(row, index in the row, sequence, index in the sequence) of every predicted token."""
+    tokens = [(*key, *place) for key, place in self.places.items() if self.trees.parent[key] >= 0]
+    self.assertLen(tokens, sum(tree.num_tokens - 1 for row in ROWS for tree in row))
+    return tokens
 
   def assert_trees_close(self, got, expected, atol):
     self.assertEqual(jax.tree.structure(got), jax.tree.structure(expected))
@@ -161,32 +156,33 @@ class DecoderTest(parameterized.TestCase):
       np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
 
   def test_packed_equals_unpacked(self):
-    # Fails if a branch sees the trunk's token at its fork or a sibling, if trees of a row see each
-    # other, if positions count the row's places, if a branch's first token is predicted by the
-    # row's token before it, or if gradients of shared trunk tokens are those of one branch only.
+    # Fails if a branch attends to the trunk's token at its fork or to a sibling, if trees of a row
+    # attend to each other, if positions are row indices, if a branch's first token is predicted by
+    # the preceding token of the row, or if gradients of shared trunk tokens come from one branch
+    # only.
     longest = max(map(len, self.sequences))
-    alone = tree_lib.pack([[Tree(ids)] for ids in self.sequences], longest)
-    weight = np.zeros(alone.token.shape)
-    for row, at, sequence, place in self.predicted():
-      weight[sequence, place] = self.weight[row, at]
-    (_, logp), gradients = run(self.model, self.params, alone, weight)
-    for row, at, sequence, place in self.predicted():
-      self.assertAlmostEqual(float(self.logp[row, at]), float(logp[sequence, place]), delta=1e-10)
+    unpacked = tree_lib.pack([[Tree(ids)] for ids in self.sequences], longest)
+    weight = np.zeros(unpacked.token.shape)
+    for row, index, sequence, t in self.predicted():
+      weight[sequence, t] = self.weight[row, index]
+    (_, logp), gradients = run(self.model, self.params, unpacked, weight)
+    for row, index, sequence, t in self.predicted():
+      self.assertAlmostEqual(float(self.logp[row, index]), float(logp[sequence, t]), delta=1e-10)
     self.assertGreater(
       min(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradients)), 0.1
     )
     self.assert_trees_close(self.gradients, gradients, 1e-10)
 
   def test_packed_equals_numpy(self):
-    # Fails for any change of the equations: the rotary pairs, angles or base, which kv head a query
-    # head reads, the scale of scores, where the norms stand and their ε, the gate, the residual
-    # sums, the output matrix.
+    # Fails for any change of the equations: rotary pairs, angles or base, the kv head of a query
+    # head, the scale of scores, the norms and their ε, the gate, the residual sums, the output
+    # matrix.
     logp = [numpy_logp(self.model.config, self.params, ids) for ids in self.sequences]
-    for row, at, sequence, place in self.predicted():
-      self.assertAlmostEqual(float(self.logp[row, at]), logp[sequence][place], delta=1e-9)
+    for row, index, sequence, t in self.predicted():
+      self.assertAlmostEqual(float(self.logp[row, index]), logp[sequence][t], delta=1e-9)
 
   def test_tied_embeddings_equal_numpy(self):
-    # Fails if the tied model reads another output matrix than the embedding, or keeps one.
+    # Fails if a tied model has an output matrix other than the embedding.
     model = tiny_model.model(
       **F64, tie_embeddings=True, rope_theta=500.0, norm_eps=0.1, num_kv_heads=1, head_dim=6
     )
@@ -201,7 +197,7 @@ class DecoderTest(parameterized.TestCase):
 
   @parameterized.parameters(*itertools.product((True, False), ("none", "full", "selective")))
   def test_scan_and_remat_change_nothing(self, scan, remat):
-    # Fails if the scan runs the layers in another order or the recomputation sees other values.
+    # Fails if the scan reorders layers, or if recomputation uses other values.
     model = tiny_model.model(**F64, scan_layers=scan, remat=remat)
     (_, logp), gradients = run(model, self.params, self.trees, self.weight)
     np.testing.assert_allclose(logp, self.logp, rtol=0, atol=1e-12)
@@ -209,18 +205,22 @@ class DecoderTest(parameterized.TestCase):
 
   @parameterized.product(scan=(True, False), remat=("none", "full", "selective"))
   def test_what_is_recomputed(self, scan, remat):
-    # Fails if `remat` is not read, if "full" keeps a product, or if "selective" computes one anew.
-    # A layer has 7 products with matrices and 2 of attention's, and each twice as many in the
-    # backward pass; it needs all but the last again.
+    # Fails if `remat` is ignored, if "full" saves a product, or if "selective" recomputes one that
+    # it should save. A layer has 7 matrix products and 2 in attention, and twice as many in the
+    # backward pass, which needs all of them but the last.
     model = tiny_model.model(**F64, scan_layers=scan, remat=remat)
-    loss = lambda params: jnp.sum(model.hidden(params, self.trees)[0])
-    again = {"none": 0, "full": 8, "selective": 2}[remat]
+
+    def loss(params):
+      return jnp.sum(model.hidden(params, self.trees)[0])
+
+    recomputed = {"none": 0, "full": 8, "selective": 2}[remat]
     self.assertEqual(
-      products(jax.make_jaxpr(jax.grad(loss))(self.params)), (1 if scan else 2) * (3 * 9 + again)
+      count_products(jax.make_jaxpr(jax.grad(loss))(self.params)),
+      (1 if scan else 2) * (3 * 9 + recomputed),
     )
 
   def test_unstack_is_exact(self):
-    # Fails if layers change places or bits, or if an unstacked tree is unstacked again.
+    # Fails if layers are reordered or bits change, or if an unstacked tree is unstacked again.
     unstacked = self.model.unstack(self.params)
     self.assertLen(unstacked["layers"], 2)
     for i, layer in enumerate(unstacked["layers"]):
@@ -230,8 +230,8 @@ class DecoderTest(parameterized.TestCase):
     self.assert_trees_close(unstacked["ends"], self.params["ends"], 0)
     self.assertIs(self.model.unstack(unstacked), unstacked)
 
-  def test_tokens_that_are_not_seen_have_gradients_of_exactly_zero(self):
-    # Fails if a masked score is merely small, or if a mask lets a token through or holds one back.
+  def test_gradients_of_masked_tokens_are_exactly_zero(self):
+    # Fails if masked scores are only small, or if a mask has one token too many or too few.
     probe = np.random.default_rng(1).normal(size=self.model.config.d_model)
 
     def projected(embedding):
@@ -240,16 +240,16 @@ class DecoderTest(parameterized.TestCase):
 
     jacobian = jax.jit(jax.jacrev(projected))(self.params["ends"]["embedding"])  # [T, V, D]
     expected = np.zeros((LENGTH, self.model.config.vocab_size), bool)
-    for (row, at), (sequence, place) in self.places.items():
+    for (row, index), (sequence, t) in self.places.items():
       if row == 0:
-        expected[at, self.sequences[sequence][: place + 1]] = True
+        expected[index, self.sequences[sequence][: t + 1]] = True
     size = sum(tree.num_tokens for tree in ROWS[0])
     np.testing.assert_array_equal(np.any(jacobian != 0, axis=-1)[:size], expected[:size])
 
   @parameterized.parameters(True, False)
   def test_cache_equals_hidden(self, scan):
-    # Fails if a slot sees the trunk at its fork or the other slot, if positions restart, or if
-    # layers share a cache.
+    # Fails if a slot attends to the trunk's token at its fork or to the other slot, if positions
+    # restart, or if layers share a cache.
     model = tiny_model.model(**F64, scan_layers=scan)
     hidden = jax.jit(model.hidden, static_argnames="with_cache")
     expected, _ = hidden(self.params, self.trees)
@@ -257,20 +257,19 @@ class DecoderTest(parameterized.TestCase):
       self.params, tree_lib.pack([[Tree(_A.trunk)]], len(_A.trunk)), with_cache=True
     )
     suffix = jnp.zeros((2, 1, 2, model.config.num_kv_heads, 3, model.config.head_dim))
-    stack = (lambda fields: fields) if scan else tuple
-    turned = lambda fields: jax.tree.map(lambda x: x.swapaxes(-1, -2), fields)
-    cache = Cache(turned(k), v, stack(suffix), stack(suffix))
+    suffix = suffix if scan else tuple(suffix)
+    cache = Cache(jax.tree.map(lambda x: x.swapaxes(-1, -2), k), v, suffix, suffix)
     params = self.params if scan else model.unstack(self.params)
     step = jax.jit(model.hidden_step)
     first = np.array([_A.path(0)[1][0], _A.path(5)[1][0]])
-    for at in range(2):  # slots: the branches 7 8 9 and 12 13 of _A
-      token = jnp.asarray([[_A.branches[0].ids[at], _A.branches[2].ids[at]]], jnp.int32)
-      fork, index = jnp.asarray([[2, 6]], jnp.int32), jnp.full((1, 2), at, jnp.int32)
+    for i in range(2):  # slots: the branches 7 8 9 and 12 13 of _A
+      token = jnp.asarray([[_A.branches[0].ids[i], _A.branches[2].ids[i]]], jnp.int32)
+      fork, index = jnp.asarray([[2, 6]], jnp.int32), jnp.full((1, 2), i, jnp.int32)
       h, cache = step(params, token, cache, fork=fork, index=index)
-      np.testing.assert_allclose(h[0], expected[0, first + at], rtol=0, atol=1e-10)
+      np.testing.assert_allclose(h[0], expected[0, first + i], rtol=0, atol=1e-10)
 
-  def test_bfloat16_is_near(self):
-    # Fails if logits or gradients lose their float32, or if a step overflows.
+  def test_bfloat16_is_close(self):
+    # Fails if logits or gradients are not float32, or if a step overflows.
     with jax.enable_x64(False):
       model = tiny_model.model(dtype="bfloat16")
       params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), self.params)
@@ -281,13 +280,13 @@ class DecoderTest(parameterized.TestCase):
       self.assertEqual({leaf.dtype for leaf in jax.tree.leaves(gradients)}, {jnp.dtype("float32")})
       self.assertTrue(all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(gradients)))
     differences = [
-      abs(float(logp[row, at] - self.logp[row, at])) for row, at, _, _ in self.predicted()
+      abs(float(logp[row, index] - self.logp[row, index])) for row, index, _, _ in self.predicted()
     ]
     self.assertLess(max(differences), 0.3)
-    self.assertGreater(max(differences), 1e-4)  # it did compute in bfloat16
+    self.assertGreater(max(differences), 1e-4)  # the model did compute in bfloat16
 
-  def test_padding_alone_is_finite(self):
-    # Fails if a query that sees nothing divides by zero or takes exp of an infinity's difference.
+  def test_empty_rows_are_finite(self):
+    # Fails if a query without keys divides by zero or subtracts infinities.
     (_, logp), gradients = run(
       self.model, self.params, tree_lib.empty_rows(2, LENGTH), np.ones((2, LENGTH))
     )
@@ -299,8 +298,7 @@ class DecoderTest(parameterized.TestCase):
 class ShapesTest(parameterized.TestCase):
   @parameterized.parameters(True, False)
   def test_axes_and_counts_fit_the_parameters(self, tied):
-    # Fails if a parameter has no logical axes or axes of another rank, or if num_params forgets
-    # one.
+    # Fails if a parameter lacks logical axes or has another rank, or if num_params omits one.
     model = tiny_model.model(tie_embeddings=tied)
     shapes = model.abstract_params()
     axes = jax.tree.map(tuple, model.logical_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
@@ -312,7 +310,7 @@ class ShapesTest(parameterized.TestCase):
     self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(shapes)), model.config.num_params)
 
   def test_initial_spread(self):
-    # Fails if layers share their draws, or if a matrix's spread does not follow its fan-in.
+    # Fails if layers share initial values, or if a matrix is not scaled by its fan-in.
     model = tiny_model.model(d_model=64, head_dim=16, d_ff=48)
     layers = jax.jit(model.init)(jax.random.key(0))["layers"]
     for name, expected in {
@@ -331,7 +329,7 @@ class ConfigTest(parameterized.TestCase):
     ({"head_dim": 5}, "head_dim 5 is odd"),
   )
   def test_refuses(self, changes, sentence):
-    # Fails if a check is lost.
+    # Fails if a check is removed.
     with self.assertRaisesRegex(UserError, sentence):
       dataclasses.replace(tiny_model.CONFIG, **changes)
 

@@ -1,6 +1,4 @@
-"""Tests of the GGUF conversion on a tiny file that is written here, and on the real
-SmolLM2-135M-Instruct.
-"""
+"""The GGUF conversion of a tiny file written here, and of SmolLM2-135M-Instruct."""
 
 import contextlib
 import io
@@ -26,8 +24,8 @@ from tests.models import smollm2
 pytestmark = pytest.mark.slow  # starts processes
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, BLOCKS = 48, 64, 6, 2, 8, 2
-# The last of these has no role, so nothing but its type says that it is special; WHOLE is matched
-# but not special.
+# The last has no role, so only its type marks it as special; WHOLE is matched whole but is not
+# special.
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<file_sep>"]
 WHOLE = "<think>"
 MERGES = ["h e", "Ġ t", "Ġt he", "1 2", "Ġ 1"]
@@ -43,9 +41,7 @@ TEMPLATE = (
 
 
 def temporary_folder(test: absltest.TestCase) -> pathlib.Path:
-  """A folder that goes with the test; absl's create_tempdir would need parsed flags, which pytest
-  does not have.
-  """
+  """A folder that is deleted after the test; absl's create_tempdir needs parsed flags."""
   folder = tempfile.TemporaryDirectory()
   test.addCleanup(folder.cleanup)
   return pathlib.Path(folder.name)
@@ -69,8 +65,7 @@ def hf_weights() -> dict[str, np.ndarray]:
       prefix + "mlp.down_proj.weight": (HIDDEN, INNER),
     }
   weights = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
-  # Multiples of 1/32 up to 127/32 in each run of 32 numbers are exact in Q8_0, whose scale is the
-  # largest over 127.
+  # Multiples of 1/32 up to 127/32 are exact in Q8_0, whose scale is a block's maximum over 127.
   whole = rng.integers(-127, 128, size=(HIDDEN, INNER))
   whole[:, ::32] = 127
   weights["model.layers.0.mlp.down_proj.weight"] = (whole / 32).astype(np.float32)
@@ -78,9 +73,7 @@ def hf_weights() -> dict[str, np.ndarray]:
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-  """The row order of llama.cpp, written as a loop: row j and row j + half of a head become
-  neighbours.
-  """
+  """llama.cpp's row order, as a loop: rows j and j + half of a head become neighbours."""
   head_dim = weight.shape[0] // heads
   rows = []
   for head in range(heads):
@@ -90,31 +83,31 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def gguf_tensors(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The same weights by GGUF name in the row order of llama.cpp."""
+  """The same weights by GGUF name, in llama.cpp's row order."""
   tensors = {
     "token_embd.weight": weights["model.embed_tokens.weight"],
     "output_norm.weight": weights["model.norm.weight"],
   }
   for block in range(BLOCKS):
-    of = {
+    by_module = {
       name.split(".")[-2]: value for name, value in weights.items() if f".layers.{block}." in name
     }
     tensors |= {
-      f"blk.{block}.attn_norm.weight": of["input_layernorm"],
-      f"blk.{block}.attn_q.weight": interleave(of["q_proj"], HEADS),
-      f"blk.{block}.attn_k.weight": interleave(of["k_proj"], KV_HEADS),
-      f"blk.{block}.attn_v.weight": of["v_proj"],
-      f"blk.{block}.attn_output.weight": of["o_proj"],
-      f"blk.{block}.ffn_norm.weight": of["post_attention_layernorm"],
-      f"blk.{block}.ffn_gate.weight": of["gate_proj"],
-      f"blk.{block}.ffn_up.weight": of["up_proj"],
-      f"blk.{block}.ffn_down.weight": of["down_proj"],
+      f"blk.{block}.attn_norm.weight": by_module["input_layernorm"],
+      f"blk.{block}.attn_q.weight": interleave(by_module["q_proj"], HEADS),
+      f"blk.{block}.attn_k.weight": interleave(by_module["k_proj"], KV_HEADS),
+      f"blk.{block}.attn_v.weight": by_module["v_proj"],
+      f"blk.{block}.attn_output.weight": by_module["o_proj"],
+      f"blk.{block}.ffn_norm.weight": by_module["post_attention_layernorm"],
+      f"blk.{block}.ffn_gate.weight": by_module["gate_proj"],
+      f"blk.{block}.ffn_up.weight": by_module["up_proj"],
+      f"blk.{block}.ffn_down.weight": by_module["down_proj"],
     }
   return tensors
 
 
 def gguf_metadata() -> dict:
-  """The metadata of the tiny file; a float becomes float32, a bool a bool, another number uint32."""
+  """The metadata of the tiny file; `write_gguf` writes floats as float32 and ints as uint32."""
   return {
     "llama.block_count": BLOCKS,
     "llama.context_length": 128,
@@ -142,7 +135,7 @@ def gguf_metadata() -> dict:
 def write_gguf(
   path, metadata: dict, tensors: dict[str, np.ndarray], architecture: str = "llama"
 ) -> None:
-  """Writes a GGUF file with float32 tensors, but block 0's ffn_down as Q8_0."""
+  """Writes a GGUF file with float32 tensors, except for block 0's ffn_down in Q8_0."""
   writer = gguf.GGUFWriter(path, architecture)
   for key, value in metadata.items():
     if isinstance(value, str):
@@ -168,9 +161,7 @@ def write_gguf(
 
 
 class TinyTest(parameterized.TestCase):
-  """The conversion of a file that is written here, against the weights and tokens it was written
-  from.
-  """
+  """Compares the conversion of a tiny file with the weights and tokens that it was written from."""
 
   def setUp(self):
     super().setUp()
@@ -183,20 +174,20 @@ class TinyTest(parameterized.TestCase):
     write_gguf(self.path, gguf_metadata() | (metadata or {}), tensors, architecture)
     gguf_import.convert(self.path, self.out)
 
-  def test_weights_are_those_the_file_was_written_from(self):
-    # Fails when q or k is left permuted, when k is unpermuted with the number of query heads, when
-    # two names are exchanged, when a quantised tensor is not dequantised, or when the weights are
-    # rounded to 16 bits.
+  def test_weights(self):
+    # Fails if q or k remains permuted, if k is unpermuted with the number of query heads, if two
+    # names are swapped, if a quantised tensor is not dequantised, or if weights are rounded to 16
+    # bits.
     self._convert()
-    wanted = hf_weights()
+    expected = hf_weights()
     got = safetensors.numpy.load_file(self.out / "model.safetensors")
-    self.assertEqual(set(got), set(wanted))
-    for name, value in wanted.items():
+    self.assertEqual(set(got), set(expected))
+    for name, value in expected.items():
       self.assertEqual(got[name].dtype, np.float32, name)
       np.testing.assert_array_equal(got[name], value, err_msg=name)
 
-  def test_an_output_tensor_is_written_and_unties_the_embeddings(self):
-    # Fails when output.weight is dropped or tie_word_embeddings is always true.
+  def test_an_output_tensor_unties_the_embeddings(self):
+    # Fails if output.weight is dropped or tie_word_embeddings is always true.
     output = np.random.default_rng(1).standard_normal((len(TOKENS), HIDDEN), dtype=np.float32)
     self._convert(tensors=gguf_tensors(hf_weights()) | {"output.weight": output})
     got = safetensors.numpy.load_file(self.out / "model.safetensors")
@@ -204,12 +195,11 @@ class TinyTest(parameterized.TestCase):
     self.assertFalse(json.loads((self.out / "config.json").read_text())["tie_word_embeddings"])
 
   def test_config_loads_as_a_llama_config(self):
-    # Fails when a field is left out or takes the value of another, when rms_norm_eps keeps the
-    # digits of float32 (9.99e-06), or when rope_theta is written for one generation of transformers
-    # only.
+    # Fails if a field is missing or has another field's value, if rms_norm_eps keeps the digits of
+    # float32 (9.99e-06), or if rope_theta is written for transformers 4 or 5 only.
     self._convert()
     config = transformers.AutoConfig.from_pretrained(self.out)
-    wanted = {
+    expected = {
       "model_type": "llama",
       "architectures": ["LlamaForCausalLM"],
       "hidden_size": HIDDEN,
@@ -229,7 +219,7 @@ class TinyTest(parameterized.TestCase):
       "eos_token_id": 2,
       "pad_token_id": 2,
     }
-    self.assertEqual({key: getattr(config, key) for key in wanted}, wanted)
+    self.assertEqual({key: getattr(config, key) for key in expected}, expected)
     self.assertEqual(config.rope_parameters["rope_theta"], 100000.0)
     raw = json.loads((self.out / "config.json").read_text())
     self.assertEqual(raw["rope_theta"], 100000.0)
@@ -240,10 +230,9 @@ class TinyTest(parameterized.TestCase):
     )
 
   def test_tokenizer_merges_words_and_never_digits(self):
-    # Fails when Digits is left out of the pre-tokenizer ("12" is a merge), when ByteLevel puts a
-    # space in front, when the merges are lost, when the special and user-defined strings are not
-    # matched whole, or when tokenizer_class is GPT2Tokenizer, which would replace the
-    # pre-tokenizer.
+    # Fails if the pre-tokenizer lacks Digits ("12" is a merge), if ByteLevel adds a space, if
+    # merges are lost, if special and user-defined strings are not matched whole, or if
+    # tokenizer_class is GPT2Tokenizer, which would replace the pre-tokenizer.
     self._convert()
     tokenizer = transformers.AutoTokenizer.from_pretrained(self.out)
     encoded = tokenizer.encode("<|im_start|>the the 12<file_sep><think><|im_end|>")
@@ -257,9 +246,8 @@ class TinyTest(parameterized.TestCase):
     self.assertLen(tokenizer, len(TOKENS))
 
   def test_tokenizer_names_special_tokens_and_template(self):
-    # Fails when a role gets another id, when the control tokens are added as ordinary ones (the
-    # decoder would not skip <file_sep>), when the user-defined ones are added as special ones, or
-    # when the chat template is dropped.
+    # Fails if a role has another id, if control tokens are not special (the decoder would not skip
+    # <file_sep>), if user-defined tokens are special, or if the chat template is dropped.
     self._convert()
     tokenizer = transformers.AutoTokenizer.from_pretrained(self.out)
     self.assertEqual(
@@ -274,7 +262,7 @@ class TinyTest(parameterized.TestCase):
     self.assertEqual(text, "<|im_start|>user\n12<|im_end|>\n")
 
   def test_optional_metadata_may_be_absent(self):
-    # Fails when a key that GGUF does not require is demanded.
+    # Fails if a key that GGUF does not require is required.
     metadata = gguf_metadata()
     for key in (
       "tokenizer.chat_template",
@@ -295,8 +283,8 @@ class TinyTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("other_tokenizer", {"tokenizer.ggml.model": "llama"}, "tokenizer is llama"),
     ("other_pre_tokenizer", {"tokenizer.ggml.pre": "qwen2"}, "pre-tokenizer qwen2"),
-    ("first_token_always", {"tokenizer.ggml.add_bos_token": True}, "first token"),
-    ("scaled_rotation", {"llama.rope.scaling.type": "yarn"}, "scaled .yarn."),
+    ("adds_bos", {"tokenizer.ggml.add_bos_token": True}, "add_bos_token"),
+    ("scaled_rotation", {"llama.rope.scaling.type": "yarn"}, "scaled .* .yarn."),
     ("partial_rotation", {"llama.rope.dimension_count": 4}, "only 4 of 8"),
     ("heads_by_block", {"llama.attention.head_count_kv": [2, 1]}, "differs between blocks"),
     (
@@ -305,24 +293,24 @@ class TinyTest(parameterized.TestCase):
       r"blk.0.ffn_gate.weight has shape \(64, 48\), not \(32, 48\)",
     ),
     ("more_blocks", {"llama.block_count": 3}, "blk.2.attn_norm.weight is missing"),
-    ("fewer_blocks", {"llama.block_count": 1}, "blk.1.attn_k.weight has no place"),
-    ("merge_of_no_token", {"tokenizer.ggml.merges": ["z z"]}, "merges do not fit"),
+    ("fewer_blocks", {"llama.block_count": 1}, "blk.1.attn_k.weight is not part of"),
+    ("merge_of_no_token", {"tokenizer.ggml.merges": ["z z"]}, "merges do not match"),
     ("id_past_the_end", {"tokenizer.ggml.eos_token_id": 9999}, "eos_token has id 9999"),
     ("too_few_types", {"tokenizer.ggml.token_type": [1]}, "1 token types"),
   )
-  def test_refuses_metadata_it_does_not_cover(self, metadata, message):
-    # Fails when the check that the sentence belongs to is taken away.
+  def test_refuses_unsupported_metadata(self, metadata, message):
+    # Fails if a check is removed.
     with self.assertRaisesRegex(UserError, f"^{self.path}: .*{message}.*[.]$"):
       self._convert(metadata=metadata)
     self.assertFalse(self.out.exists())
 
   def test_refuses_another_architecture(self):
-    # Fails when the architecture is not looked at (the missing llama keys would be blamed instead).
+    # Fails if the architecture is not checked first (the error would name missing llama keys).
     with self.assertRaisesRegex(UserError, "tiny.gguf: the architecture is qwen2; only llama"):
       self._convert(architecture="qwen2")
 
   def test_names_a_missing_key(self):
-    # Fails when a required key gets a default.
+    # Fails if a required key has a default.
     metadata = gguf_metadata()
     del metadata["llama.attention.layer_norm_rms_epsilon"]
     write_gguf(self.path, metadata, gguf_tensors(hf_weights()))
@@ -331,32 +319,31 @@ class TinyTest(parameterized.TestCase):
 
   @parameterized.parameters("blk.1.attn_k.weight", "token_embd.weight", "output_norm.weight")
   def test_names_a_missing_tensor(self, name):
-    # Fails when a missing tensor is skipped, or ends in a KeyError.
+    # Fails if a missing tensor is skipped, or raises KeyError.
     tensors = gguf_tensors(hf_weights())
     del tensors[name]
     with self.assertRaisesRegex(UserError, f"the tensor {name} is missing"):
       self._convert(tensors=tensors)
 
-  def test_names_a_tensor_that_has_no_place(self):
-    # Fails when tensors that are left over, such as a bias, are dropped in silence.
+  def test_names_an_unexpected_tensor(self):
+    # Fails if unused tensors, such as a bias, are silently dropped.
     tensors = gguf_tensors(hf_weights()) | {
       "blk.0.attn_q.bias": np.zeros(HEADS * HEAD_DIM, np.float32)
     }
-    with self.assertRaisesRegex(UserError, "the tensor blk.0.attn_q.bias has no place"):
+    with self.assertRaisesRegex(UserError, "the tensor blk.0.attn_q.bias is not part of"):
       self._convert(tensors=tensors)
 
   @parameterized.parameters(2, 30, 2000, -40)
   def test_refuses_a_truncated_file(self, end):
-    # Fails when the exceptions of the reader come through: the cut is in the magic, the header, the
-    # metadata and the last tensor.
+    # Fails if exceptions of the reader are not caught, for a cut in the magic, the header, the
+    # metadata or the last tensor.
     write_gguf(self.path, gguf_metadata(), gguf_tensors(hf_weights()))
     self.path.write_bytes(self.path.read_bytes()[:end])
     with self.assertRaisesRegex(UserError, "not a GGUF file|truncated GGUF file"):
       gguf_import.convert(self.path, self.out)
 
   def test_command_line(self):
-    # Fails when an error of the user prints a traceback or exits with 0, or when a good run exits
-    # with another status.
+    # Fails if a user's error prints a traceback or exits with 0, or if success does not.
     error = io.StringIO()
     self.path.write_text("hello")
     with contextlib.redirect_stderr(error):
@@ -387,15 +374,13 @@ class GetSmollm2Test(absltest.TestCase):
     )
 
   def test_help(self):
-    # Fails when --help starts the work or exits with another status; without a home the work would
-    # stop.
+    # Fails if --help exits non-zero or starts the download, which would fail without a home.
     result = self._run("--help", HOME="", XDG_CACHE_HOME="")
     self.assertEqual((result.returncode, result.stderr), (0, ""))
     self.assertIn("--dir=DIR", result.stdout)
 
   def test_complete_folder_is_left_alone(self):
-    # Fails when the script works on a folder that has all files: it would refuse them, or leave a
-    # lock file.
+    # Fails if the script changes or refuses a folder with all files, or leaves a lock file.
     folder = temporary_folder(self)
     for name in (
       "config.json",
@@ -412,11 +397,11 @@ class GetSmollm2Test(absltest.TestCase):
     self.assertFalse(folder.with_name(f"{folder.name}.lock").exists())
 
   def test_errors_are_one_sentence(self):
-    # Fails when an unknown argument is ignored, a PYTHON that is not there is replaced by another,
-    # or a folder with something else in it is taken over.
-    folder = temporary_folder(self) / "taken"
+    # Fails if an unknown flag is ignored, if a missing PYTHON is replaced, or if a folder
+    # with other contents is overwritten.
+    folder = temporary_folder(self) / "used"
     folder.mkdir()
-    (folder / "config.json").write_text("mine")
+    (folder / "config.json").write_text("{}")
     cases = [
       (("--folder=x",), {}, "Unknown command line flag 'folder'"),
       (
@@ -435,7 +420,7 @@ class GetSmollm2Test(absltest.TestCase):
 
 
 class RealTest(absltest.TestCase):
-  """SmolLM2-135M-Instruct, downloaded and converted when this machine does not have it yet."""
+  """SmolLM2-135M-Instruct, downloaded and converted if this machine does not have it."""
 
   @classmethod
   def setUpClass(cls):
@@ -444,7 +429,7 @@ class RealTest(absltest.TestCase):
     cls.tokenizer = transformers.AutoTokenizer.from_pretrained(cls.folder)
 
   def test_every_digit_is_one_token(self):
-    # Fails when Digits is left out of the pre-tokenizer or stops cutting between digits.
+    # Fails if the pre-tokenizer lacks Digits, or no longer splits digits.
     for text in ("1234567890", "$1,250.75", "In 2024 there were 365 days.", "10% of 48 = 4.8"):
       pieces = self.tokenizer.convert_ids_to_tokens(self.tokenizer.encode(text))
       self.assertEqual(
@@ -453,8 +438,8 @@ class RealTest(absltest.TestCase):
     self.assertEqual(self.tokenizer.encode("0123456789"), list(range(32, 42)))
 
   def test_round_trip(self):
-    # Fails when ByteLevel puts a space in front, the decoder is left out or cleans up spaces, or
-    # merges lose tokens.
+    # Fails if ByteLevel adds a space, if the decoder is missing or cleans up spaces, or if merges
+    # lose tokens.
     for text in (
       "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\nShe makes 9 * 2 = $<<9*2=18>>18 "
       "every day.\n#### 18",
@@ -465,8 +450,8 @@ class RealTest(absltest.TestCase):
       self.assertEqual(self.tokenizer.decode(self.tokenizer.encode(text)), text)
 
   def test_special_tokens_and_chat_template(self):
-    # Fails when a special id or the template is lost, or when the special strings of a rendered
-    # chat are cut to pieces.
+    # Fails if a special id or the template is lost, or if special strings of a rendered chat are
+    # split.
     tokenizer = self.tokenizer
     self.assertEqual(
       (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id), (1, 2, 2)
@@ -485,8 +470,7 @@ class RealTest(absltest.TestCase):
     self.assertEqual((encoded.count(1), encoded.count(2)), (3, 2))
 
   def test_weights_and_config(self):
-    # Fails when a tensor is left out or an lm_head is written, or when the config has another shape
-    # than the weights.
+    # Fails if a tensor is missing or an lm_head is written, or if config and weights disagree.
     config = transformers.AutoConfig.from_pretrained(self.folder)
     self.assertEqual(
       (

@@ -1,6 +1,4 @@
-"""Tokenizers and endings at load: tokenizer.json as it stands, ids within the embedding, every id
-that ends a turn.
-"""
+"""Loading of tokenizers: ids of tokenizer.json, ids within the embedding, ids that end a turn."""
 
 import json
 import pathlib
@@ -31,13 +29,12 @@ TEMPLATE = (
 )
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIAL = ("<eos>", "<|start|>", "<|end|>", "<image>")
-EOS, START, END, IMAGE = range(
-  len(ALPHABET) + 1, len(ALPHABET) + 5
-)  # one id more than bytes: the merge of two digits
+# The ids follow those of the bytes and of the merge "12".
+EOS, START, END, IMAGE = range(len(ALPHABET) + 1, len(ALPHABET) + 5)
 
 
 def make_backend(digits: bool = True) -> tokenizers.Tokenizer:
-  """Byte level with one merge, of two digits, which a Digits pre-tokenizer keeps from being used."""
+  """A byte-level tokenizer with one merge, "12", which the pre-tokenizer Digits disables."""
   vocab = {c: i for i, c in enumerate([*ALPHABET, "12"])}
   backend = tokenizers.Tokenizer(token_models.BPE(vocab=vocab, merges=[("1", "2")]))
   byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -56,14 +53,15 @@ class FolderTest(parameterized.TestCase):
     self.folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory())) / "base"
 
   def write(self, *, rows=IMAGE + 1, config=None, generation=None, tokenizer=None, model=None):
-    """A tiny Hugging Face folder; arguments are keys of its files."""
+    """Writes a tiny Hugging Face folder; the arguments change its configs."""
     shutil.rmtree(self.folder, ignore_errors=True)
     model = model or tiny_model.model(vocab_size=rows)
     huggingface.save(self.folder, model, tiny_model.make_params(model))
     make_backend().save(str(self.folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"} | (tokenizer or {})
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+    settings |= tokenizer or {}
     (self.folder / "tokenizer_config.json").write_text(
-      json.dumps({k: v for k, v in about.items() if v is not None})
+      json.dumps({key: value for key, value in settings.items() if value is not None})
     )
     raw = json.loads((self.folder / "config.json").read_text()) | (config or {})
     (self.folder / "config.json").write_text(json.dumps(raw))
@@ -87,8 +85,8 @@ class TokenizerTest(FolderTest):
     "Qwen2Tokenizer",
     "TokenizersBackend",
   )
-  def test_ids_are_those_of_tokenizer_json(self, label):
-    # Fails if the class in tokenizer_config.json decides: it would merge 12, or lose the spaces.
+  def test_ids_equal_tokenizer_json(self, label):
+    # Fails if the class in tokenizer_config.json is used: it would merge 12, or lose the spaces.
     self.write(tokenizer={"tokenizer_class": label})
     tokenizer = self.load().tokenizer
     text = "Add 12 and 3, then  211.\n"
@@ -98,14 +96,14 @@ class TokenizerTest(FolderTest):
     self.assertNotIn(len(ALPHABET), tokenizer.encode(text))
     self.assertEqual(tokenizer.decode(tokenizer.encode(text)), text)
 
-  def test_a_folder_without_settings_of_its_tokenizer(self):
-    # Fails if tokenizer.json alone is not enough.
+  def test_without_tokenizer_config(self):
+    # Fails if tokenizer.json is not sufficient.
     self.write(config={"eos_token_id": EOS})
     (self.folder / "tokenizer_config.json").unlink()
     self.assertEqual(self.load().eos_ids, (EOS,))
 
   def test_a_tokenizer_of_a_newer_version(self):
-    # Fails if what tokenizers raises, of no class of its own, ends in a traceback.
+    # Fails if the bare Exception of tokenizers becomes a traceback.
     self.write()
     path = self.folder / "tokenizer.json"
     raw = json.loads(path.read_text())
@@ -116,14 +114,14 @@ class TokenizerTest(FolderTest):
     )
 
   def test_no_tokenizer(self):
-    # Fails if its absence is not said.
+    # Fails if a missing tokenizer is not reported.
     self.write()
     for name in ("tokenizer.json", "tokenizer_config.json"):
       (self.folder / name).unlink()
     self.assert_refused("base has no tokenizer that transformers can load")
 
   def test_a_template_that_raises(self):
-    # Fails if a template keeps a model from being used with plain prompts.
+    # Fails if a broken template prevents the use of plain prompts.
     self.write(tokenizer={"chat_template": "{{ 1 / 0 }}"})
     policy = self.load()
     from synthneg_jax.data import prompts
@@ -133,8 +131,8 @@ class TokenizerTest(FolderTest):
 
 
 class EmbeddingTest(FolderTest):
-  def test_what_is_not_used_may_lie_beyond(self):
-    # Fails if the greatest id decides: published models have tokens of images that no text holds.
+  def test_unused_ids_may_exceed_the_embedding(self):
+    # Fails if the largest id is checked: published models have image tokens, which no text uses.
     self.write(rows=IMAGE, tokenizer={"chat_template": TEMPLATE})
     self.assertGreater(self.load().token_text.vocab_size, IMAGE)
 
@@ -148,13 +146,13 @@ class EmbeddingTest(FolderTest):
     (EOS, None, "<eos>", "base: the tokenizer's EOS uses '<eos>', id 257"),
     (40, None, "!", "base: the tokenizer's text uses '"),
   )
-  def test_what_is_used_must_not(self, rows, template, eos, sentence):
-    # Fails if an embedding is asked for rows that it does not have.
+  def test_used_ids_must_not_exceed_the_embedding(self, rows, template, eos, sentence):
+    # Fails if the embedding is read beyond its rows.
     self.write(rows=rows, tokenizer={"chat_template": template, "eos_token": eos})
     self.assert_refused(re.escape(sentence))
 
-  def test_a_tokenizer_of_one_task(self):
-    # Fails if a vocabulary that cannot spell the probe is refused.
+  def test_a_small_vocabulary(self):
+    # Fails if a vocabulary that cannot encode the probe is refused.
     self.write()
     for model in (
       token_models.WordLevel({"a": 0, "<eos>": 1}),
@@ -165,7 +163,7 @@ class EmbeddingTest(FolderTest):
       hf_tokenizers.check(self.folder, hf_tokenizers.load(self.folder), 2)
 
   def test_prompts_and_examples(self):
-    # Fails if ids beyond the embedding reach a lookup, which would clamp them.
+    # Fails if ids beyond the embedding are looked up, which would clamp them.
     model = tiny_model.model()
     engine = Engine(
       model, tiny_model.one_device_mesh(), Stops((3,)), lanes=1, slots=1, max_new_tokens=2
@@ -187,35 +185,35 @@ class EndingsTest(FolderTest):
     ({}, {"eos_token_id": [END, EOS]}, (EOS, END)),
     ({"eos_token_id": [START]}, {"eos_token_id": END}, (EOS, END, START)),
     ({"eos_token_id": f"{END}.0"}, {"eos_token_id": None}, (EOS, END)),
-    ({"eos_token_id": 99999}, {}, (EOS,)),  # what tiny copies of large models still name
+    ({"eos_token_id": 99999}, {}, (EOS,)),  # tiny copies of large models often keep the id
     ({"text_config": {"eos_token_id": END}, "eos_token_id": None}, {}, (EOS, END)),
   )
-  def test_all_that_end_a_turn(self, config, generation, expected):
-    # Fails if a file is not read, a list not taken, or an id that the model cannot draw is kept.
+  def test_eos_ids(self, config, generation, expected):
+    # Fails if a file or a list is not read, or if an id that the model cannot generate is kept.
     self.write(config=config, generation=generation)
     self.assertEqual(self.load().eos_ids, expected)
 
   def test_a_tokenizer_without_eos(self):
-    # Fails if solutions end in None, or in what no config names.
+    # Fails if solutions end in None, or in an id that no config has.
     self.write(tokenizer={"eos_token": None}, config={"eos_token_id": [END, EOS]})
     policy = self.load()
     self.assertEqual((policy.tokenizer.eos_token_id, policy.eos_ids), (END, (END, EOS)))
     self.write_config(eos_token_id=None)
     self.assert_refused(
-      "base: the tokenizer names no EOS, and neither does config.json; set eos_token in"
+      "base: the tokenizer has no EOS, and the configs have none; set eos_token in"
     )
     self.write_config(eos_token_id=99999)
-    self.assert_refused("the eos_token_id 99999 of its configs is none of its ids")
+    self.assert_refused("eos_token_id 99999 is not one of its ids")
     self.write_config(eos_token_id="end")
-    self.assert_refused('config.json: eos_token_id holds "end", not a whole number')
+    self.assert_refused('config.json: eos_token_id "end" is not an integer')
 
   def write_config(self, **changes):
     path = self.folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
-  def test_an_ending_is_no_text(self):
-    # Fails if the token that ends a turn stands in the response that is graded, because its
-    # tokenizer takes it for text.
+  def test_eos_is_not_text(self):
+    # Fails if graded responses contain the token that ends a turn, because the tokenizer does not
+    # mark it as special.
     self.write(generation={"eos_token_id": [END]})
     path = self.folder / "tokenizer.json"
     raw = json.loads(path.read_text())
@@ -225,8 +223,8 @@ class EndingsTest(FolderTest):
     for token_text in (self.load().token_text, policy_lib.load_token_text(self.folder)[1]):
       self.assertEqual(token_text.text([0, END]), make_backend().decode([0]))
 
-  def test_an_export_names_them_all(self):
-    # Fails if the folder that other programs load ends at one token only.
+  def test_exports_have_all_eos_ids(self):
+    # Fails if other programs that load an export end turns at one token only.
     self.write(config={"eos_token_id": START}, generation={"eos_token_id": [END], "top_k": 5})
     model = tiny_model.model(vocab_size=IMAGE + 1)
     out = self.folder.parent / "out"
@@ -238,14 +236,13 @@ class EndingsTest(FolderTest):
 
 class TiedTest(FolderTest):
   @parameterized.parameters(True, False)
-  def test_a_head_of_its_own_is_kept(self, differs):
-    # Fails if a trained head is dropped because config.json still says that there is none.
+  def test_keeps_a_separate_head(self, differs):
+    # Fails if a trained head is dropped because config.json still ties the embeddings.
     self.write(model=tiny_model.model(vocab_size=IMAGE + 1, tie_embeddings=True))
     path = self.folder / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
-    head = tensors["model.embed_tokens.weight"] + differs * np.eye(
-      *tensors["model.embed_tokens.weight"].shape
-    )
+    embedding = tensors["model.embed_tokens.weight"]
+    head = embedding + differs * np.eye(*embedding.shape)
     safetensors.numpy.save_file(tensors | {"lm_head.weight": head.astype(np.float32)}, path)
     policy = self.load()
     self.assertEqual(policy.model.config.tie_embeddings, not differs)

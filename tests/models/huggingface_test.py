@@ -1,6 +1,4 @@
-"""Hugging Face folders: written and read back bit by bit, refused with a sentence; SmolLM2 computes
-as in torch.
-"""
+"""Hugging Face folders: round trips, errors, and SmolLM2's logits compared with torch."""
 
 import dataclasses
 import json
@@ -29,7 +27,7 @@ from synthneg_jax.runtime.errors import UserError
 from tests import tiny_model
 from tests.models import smollm2
 
-HOW = {"dtype": "float32", "param_dtype": "float32", "scan_layers": False, "remat": "none"}
+SETTINGS = {"dtype": "float32", "param_dtype": "float32", "scan_layers": False, "remat": "none"}
 CONFIG = {
   "model_type": "llama",
   "vocab_size": 31,
@@ -43,9 +41,9 @@ CONFIG = {
   "rope_theta": 10000.0,
 }
 
-# A chat prompt ("What is the capital of France, and why is it famous?"), and what transformers 5.23
-# with torch 2.13 computes for it in float32 at the last place: the five greatest logits, and those
-# of eight fixed ids.
+# A chat prompt ("What is the capital of France, and why is it famous?"), and its float32 logits at
+# the last token by transformers 5.23 and torch 2.13: the five largest, and those of eight fixed
+# ids.
 PROMPT = [
   1,
   9690,
@@ -109,7 +107,7 @@ def shardings(model, mesh=None):
 
 
 def make_params(model, seed=0):
-  """Random parameters that no program was compiled for."""
+  """Random parameters, drawn without compiling a program."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(
     lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), model.abstract_params()
@@ -141,8 +139,8 @@ class RoundTripTest(FolderTest):
   @parameterized.parameters(
     (False, "float32", None), (True, "bfloat16", 2000), (False, "float16", 1)
   )
-  def test_load_gives_the_bits_that_were_saved(self, tied, dtype, limit):
-    # Fails if a matrix is not turned both ways, a layer or a shard is lost, or a value passes
+  def test_round_trip(self, tied, dtype, limit):
+    # Fails if a matrix is transposed only once, if a layer or a shard is lost, or if a value passes
     # through another dtype.
     model = tiny_model.model(
       tie_embeddings=tied, param_dtype=dtype, rope_theta=123.5, norm_eps=2e-6
@@ -152,7 +150,7 @@ class RoundTripTest(FolderTest):
       self.root / "a/b", model, params, **({"max_shard_bytes": limit} if limit else {})
     )
     self.assertEqual(
-      huggingface.read_config(self.root / "a/b", **HOW | {"param_dtype": dtype}), model.config
+      huggingface.read_config(self.root / "a/b", **SETTINGS | {"param_dtype": dtype}), model.config
     )
     self.assertEqual(
       bits(huggingface.load_params(self.root / "a/b", model, shardings(model))), bits(params)
@@ -175,15 +173,15 @@ class RoundTripTest(FolderTest):
       shards, [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
     self.assertGreater(len(shards), 2)
-    held = {}
+    weight_map = {}
     for shard in shards:
       tensors = safetensors.numpy.load_file(folder / shard)
       self.assertTrue(len(tensors) == 1 or sum(value.nbytes for value in tensors.values()) <= limit)
-      held |= dict.fromkeys(tensors, shard)
-    self.assertEqual(index["weight_map"], held)
+      weight_map |= dict.fromkeys(tensors, shard)
+    self.assertEqual(index["weight_map"], weight_map)
 
-  def test_parts_lie_where_the_mesh_says(self):
-    # Fails if `shardings` is not what the parameters are laid out by.
+  def test_shardings(self):
+    # Fails if parameters are not sharded by `shardings`, or sharding changes the exported bits.
     model = tiny_model.model(vocab_size=32)
     params, mesh = make_params(model), device_mesh.make_mesh(2, 2, 2)
     huggingface.save(self.root / "x", model, params)
@@ -197,11 +195,12 @@ class RoundTripTest(FolderTest):
     )
 
   @parameterized.product(
-    source=[np.float32, np.float16, ml_dtypes.bfloat16], wanted=["float32", "bfloat16", "float16"]
+    source=[np.float32, np.float16, ml_dtypes.bfloat16],
+    param_dtype=["float32", "bfloat16", "float16"],
   )
-  def test_sources_are_cast(self, source, wanted):
-    # Fails if bits are taken for values, or the file's dtype wins over param_dtype.
-    model = tiny_model.model(param_dtype=wanted)
+  def test_casts(self, source, param_dtype):
+    # Fails if bits are reinterpreted, or if the file's dtype is kept.
+    model = tiny_model.model(param_dtype=param_dtype)
     huggingface.save(self.root / "x", tiny_model.model(), make_params(tiny_model.model()))
     path = self.root / "x/model.safetensors"
     tensors = {
@@ -210,7 +209,7 @@ class RoundTripTest(FolderTest):
     safetensors.numpy.save_file(tensors, path)
     loaded = huggingface.load_params(self.root / "x", model, shardings(model))
     expected = jax.tree.map(
-      lambda leaf: leaf.astype(source).astype(wanted), make_params(tiny_model.model())
+      lambda leaf: leaf.astype(source).astype(param_dtype), make_params(tiny_model.model())
     )
     self.assertEqual(bits(loaded), bits(expected))
 
@@ -218,24 +217,21 @@ class RoundTripTest(FolderTest):
 class MemoryTest(FolderTest):
   @parameterized.parameters((1, 1, 1), (2, 2, 2), (1, 8, 1), (8, 1, 1))
   def test_the_host_holds_one_parameter_at_a_time(self, data, fsdp, tensor):
-    # Fails if all tensors, or those of two parameters, are read before they are handed on, or a
-    # part is read once a device.
+    # Fails if two parameters are on the host at once, or if a part is read once per device.
     model = tiny_model.model(vocab_size=4000, d_model=128, d_ff=512, num_layers=8, head_dim=32)
     huggingface.save(self.root / "x", model, make_params(model))
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.abstract_params())]
     mesh = device_mesh.make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
 
-    def hand_on(shape, sharding, part):
-      """A device that takes what it is given: on CPU jax would keep the host's own buffer as the
-      parameter.
-      """
+    def read_and_discard(shape, sharding, part):
+      """Acts as an accelerator; on CPU, jax would keep the host's buffer as the parameter."""
       for index in sharding.addressable_devices_indices_map(shape).values():
         part(index)
       return jax.ShapeDtypeStruct(shape, np.float32)
 
     layout = shardings(model, mesh)
-    with mock.patch.object(jax, "make_array_from_callback", hand_on):
-      huggingface.load_params(self.root / "x", model, layout)  # imports and caches are made
+    with mock.patch.object(jax, "make_array_from_callback", read_and_discard):
+      huggingface.load_params(self.root / "x", model, layout)  # fills imports and caches
       tracemalloc.start()
       huggingface.load_params(self.root / "x", model, layout)
       peak = tracemalloc.get_traced_memory()[1]
@@ -253,9 +249,8 @@ class ExportTest(FolderTest):
       tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(self.root / "base")
 
-  def test_transformers_reads_it(self):
-    # Fails if a size, the rotary base, ε, the tie or a special token is left out or stands under
-    # another name.
+  def test_transformers_reads_the_export(self):
+    # Fails if a size, the rotary base, ε, the tie or a special token is missing or has another key.
     self.make_tokenizer()
     (self.root / "base/config.json").write_text('{"max_position_embeddings": 77}')
     (self.root / "base/model.safetensors").write_bytes(b"not to be copied")
@@ -300,14 +295,14 @@ class ExportTest(FolderTest):
     )
 
   def test_without_a_tokenizer_special_tokens_are_null(self):
-    # Fails if the keys are left out: transformers would put 1 and 2 in their place.
+    # Fails if the keys are missing: transformers would use 1 and 2.
     huggingface.save(self.root / "x", tiny_model.model(), make_params(tiny_model.model()))
     config = transformers.AutoConfig.from_pretrained(self.root / "x")
     self.assertEqual([config.bos_token_id, config.eos_token_id, config.pad_token_id], [None] * 3)
 
-  def test_a_failed_call_leaves_nothing_under_the_name(self):
-    # Fails if files are written under the final name, or if what a killed call left is in the way
-    # or stays.
+  def test_a_failed_call_leaves_no_folder(self):
+    # Fails if files are written into the final folder, or if the remains of an interrupted call are
+    # an obstacle or remain.
     model = tiny_model.model()
     with mock.patch.object(safetensors.numpy, "save_file", side_effect=OSError("disk full")):
       self.assert_user_error(
@@ -328,24 +323,19 @@ class ExportTest(FolderTest):
     )
 
   def test_refuses(self):
-    # Fails if a folder in use is overwritten, or a tokenizer or a size is found bad only when
-    # transformers loads.
+    # Fails if a folder in use is overwritten, or if a tokenizer or a size that transformers refuses
+    # is exported.
     (self.root / "full").mkdir()
-    (self.root / "full/notes.txt").write_text("mine")
+    (self.root / "full/notes.txt").write_text("notes")
     (self.root / "bare").mkdir()
 
     def save(name, model, base=None):
       huggingface.save(self.root / name, model, make_params(model), tokenizer_folder=base)
 
-    self.assert_user_error(
-      "full exists already and is not an empty folder.", save, "full", tiny_model.model()
-    )
-    self.assert_user_error(
-      "notes.txt exists already and is not an empty folder.",
-      save,
-      "full/notes.txt",
-      tiny_model.model(),
-    )
+    for name in ("full", "full/notes.txt"):
+      self.assert_user_error(
+        f"{name} already exists and is not an empty folder.", save, name, tiny_model.model()
+      )
     self.assert_user_error(
       "bare has no tokenizer that transformers can load",
       save,
@@ -354,7 +344,7 @@ class ExportTest(FolderTest):
       self.root / "bare",
     )
     self.assert_user_error(
-      "a d_model that its num_heads divide, not 18 and 4.", save, "x", tiny_model.model(d_model=18)
+      "d_model is 18 and num_heads is 4.", save, "x", tiny_model.model(d_model=18)
     )
     self.assertSameElements([path.name for path in self.root.iterdir()], ["full", "bare"])
 
@@ -363,7 +353,7 @@ class ConfigTest(FolderTest):
   def read(self, **changes):
     config = {key: value for key, value in (CONFIG | changes).items() if value != "(none)"}
     (self.root / "config.json").write_text(json.dumps(config))
-    return huggingface.read_config(self.root, **HOW)
+    return huggingface.read_config(self.root, **SETTINGS)
 
   @parameterized.parameters(
     ({}, {}),
@@ -384,7 +374,7 @@ class ConfigTest(FolderTest):
       {"attention_bias": True, "mlp_bias": True},
       {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
     ),
-    # Numbers as others write them.
+    # Numbers in strings, and integral floats.
     (
       {"hidden_size": "16", "vocab_size": 31.0, "num_hidden_layers": "2.0", "rms_norm_eps": "1e-5"},
       {},
@@ -405,8 +395,8 @@ class ConfigTest(FolderTest):
     ({"tie_word_embeddings": "True", "partial_rotary_factor": "1.0"}, {"tie_embeddings": True}),
   )
   def test_reads(self, changes, expected):
-    # Fails if a default is not that of LlamaConfig, or if the rotary base of transformers 5 is not
-    # found.
+    # Fails if a default differs from LlamaConfig's, or if rope_parameters of transformers 5 are
+    # ignored.
     self.assertEqual(self.read(**changes), dataclasses.replace(tiny_model.CONFIG, **expected))
 
   @parameterized.parameters(
@@ -414,24 +404,23 @@ class ConfigTest(FolderTest):
     ({"model_type": "gemma3"}, "text_config is null, not an object."),
     (
       {"model_type": "qwen3_5"},
-      'model_type "qwen3_5" is not supported: its layers of linear attention',
+      'model_type "qwen3_5" is not supported: linear attention',
     ),
     (
       {"model_type": "gemma4"},
-      'model_type "gemma4" is not supported: its per-layer inputs and the keys and values',
+      'model_type "gemma4" is not supported: per-layer inputs',
     ),
     (
       {"model_type": "qwen3_moe"},
-      'model_type "qwen3_moe" is not supported: it is a mixture of experts',
+      'model_type "qwen3_moe" is not supported: mixtures of experts',
     ),
     (
       {"model_type": "newest", "num_experts": 8},
-      'model_type "newest" is not supported: it is a mixture of experts',
+      'model_type "newest" is not supported: mixtures of experts',
     ),
     (
       {"quantization_config": {"quant_method": "fp8"}},
-      'quantization_config names "fp8"; quantised weights are not supported, take the folder of '
-      "the model before",
+      'quantization_config names "fp8": quantised weights are not supported',
     ),
     ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers is not a list of 2 numbers"),
     (
@@ -439,8 +428,7 @@ class ConfigTest(FolderTest):
         "model_type": "phi3",
         "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]},
       },
-      "rope_scaling.short_factor is a list of 1, not a list of 2 numbers, one for each rotated "
-      "pair.",
+      "rope_scaling.short_factor is a list of 1, not a list of 2 numbers",
     ),
     (
       {"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 2.0}},
@@ -472,7 +460,7 @@ class ConfigTest(FolderTest):
     ),
     (
       {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
-      "rope_parameters of a llama model by kind of layer are not supported.",
+      "rope_parameters per kind of layer are not supported in a llama model.",
     ),
     (
       {"layer_types": ["chunked_attention"] * 2},
@@ -480,15 +468,15 @@ class ConfigTest(FolderTest):
     ),
     (
       {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
-      "layer_types of a llama model differ from what its sliding_window says.",
+      "layer_types of a llama model contradicts its sliding_window.",
     ),
     (
       {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
-      "layer_types of a qwen2 model differ from what its sliding_window says.",
+      "layer_types of a qwen2 model contradicts its sliding_window.",
     ),
     (
       {"model_type": "gemma2", "layer_types": ["sliding_attention"]},
-      "windowed names 1 layers, num_layers is 2.",
+      "windowed has 1 entries, but num_layers is 2.",
     ),
     (
       {"model_type": "gemma2", "hidden_activation": "gelu"},
@@ -523,31 +511,31 @@ class ConfigTest(FolderTest):
     ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3."),
   )
   def test_refuses(self, changes, sentence):
-    # Fails for each option that is no longer looked at.
+    # Fails if one of these options is ignored.
     self.assert_user_error(sentence, self.read, **changes)
 
   @parameterized.parameters(
     (None, "config.json cannot be read (No such file or directory)."),
     ("{", "config.json is not valid JSON"),
-    ("[1]", "config.json does not hold a JSON object."),
+    ("[1]", "config.json is not a JSON object."),
   )
   def test_unreadable(self, text, sentence):
-    # Fails if an error of the file reaches the user without the file's name.
+    # Fails if the error does not name the file.
     if text is not None:
       (self.root / "config.json").write_text(text)
-    self.assert_user_error(sentence, huggingface.read_config, self.root, **HOW)
+    self.assert_user_error(sentence, huggingface.read_config, self.root, **SETTINGS)
 
 
 class NamesTest(FolderTest):
-  """The same weights under the names that other programs give them."""
+  """The same weights under the tensor names of other programs."""
 
-  def renamed(self, rename, config=None):
-    """A folder with renamed tensors, as parameters."""
+  def load_renamed(self, rename, extra):
+    """The model, and parameters loaded from a folder with renamed and extra tensors."""
     model = tiny_model.model(tie_embeddings=True)
     huggingface.save(self.root / "x", model, make_params(model))
     path = self.root / "x/model.safetensors"
     tensors = {rename(name): value for name, value in safetensors.numpy.load_file(path).items()}
-    safetensors.numpy.save_file(tensors | (config or {}), path)
+    safetensors.numpy.save_file(tensors | extra, path)
     return model, huggingface.load_params(self.root / "x", model, shardings(model))
 
   @parameterized.parameters(
@@ -556,18 +544,21 @@ class NamesTest(FolderTest):
     lambda name: name.replace("model.", "model.language_model."),
     lambda name: name.replace("model.", "language_model."),
   )
-  def test_with_and_without_prefixes(self, rename):
-    # Fails if a base model's folder, or a text model within a wrapper, is refused.
-    model, loaded = self.renamed(rename, {"vision_tower.patch.weight": np.zeros(3, np.float32)})
+  def test_prefixes(self, rename):
+    # Fails if a base model's folder, or a text model in a wrapper, is refused.
+    vision = {"vision_tower.patch.weight": np.zeros(3, np.float32)}
+    model, loaded = self.load_renamed(rename, vision)
     self.assertEqual(bits(loaded), bits(make_params(model)))
 
-  def test_the_same_twice(self):
-    # Fails if one of two is taken by chance.
-    twice = {"norm.weight": np.zeros(16, np.float32)}
-    self.assert_user_error("the tensors", self.renamed, lambda name: name, twice)
+  def test_duplicates(self):
+    # Fails if one of two tensors with the same canonical name is used.
+    duplicate = {"norm.weight": np.zeros(16, np.float32)}
+    self.assert_user_error(
+      "are both model.norm.weight.", self.load_renamed, lambda name: name, duplicate
+    )
 
   def test_a_wrapper(self):
-    # Fails if the text model's config is not found, or defaults of Gemma 3's own are missing.
+    # Fails if the text model's config is not found, or if Gemma 3's defaults are missing.
     text = {
       "hidden_size": 32,
       "intermediate_size": 48,
@@ -580,7 +571,7 @@ class NamesTest(FolderTest):
       "vision_config": {},
     }
     (self.root / "config.json").write_text(json.dumps(raw))
-    config = huggingface.read_config(self.root, **HOW)
+    config = huggingface.read_config(self.root, **SETTINGS)
     self.assertEqual(
       (config.family, config.num_layers, config.tie_embeddings), ("gemma3_text", 3, True)
     )
@@ -592,8 +583,8 @@ class NamesTest(FolderTest):
 
 
 class TorchFilesTest(FolderTest):
-  def folder(self, dtype="float32", shards=1):
-    """A folder with torch's own files in place of safetensors; needs torch."""
+  def save_torch_files(self, dtype="float32", shards=1):
+    """Writes a folder with torch's own files instead of safetensors; needs torch."""
     torch = pytest.importorskip("torch")
     model = tiny_model.model(param_dtype=dtype)
     huggingface.save(self.root / "x", model, make_params(model))
@@ -616,30 +607,38 @@ class TorchFilesTest(FolderTest):
     return model
 
   @parameterized.parameters(("float32", 1), ("bfloat16", 1), ("float16", 3))
-  def test_weights_in_torchs_format(self, dtype, shards):
-    # Fails if bits change on the way through torch, or a file of several is not read.
-    model = self.folder(dtype, shards)
+  def test_torch_weights(self, dtype, shards):
+    # Fails if reading changes bits, or if one of several files is not read.
+    model = self.save_torch_files(dtype, shards)
     self.assertEqual(
       bits(huggingface.load_params(self.root / "x", model, shardings(model))),
       bits(make_params(model)),
     )
 
   def test_code_in_a_file_is_not_run(self):
-    # Fails if the file is unpickled: whatever it holds would be called.
+    # Fails if the file is unpickled without `weights_only`: any callable in it would run.
     torch = pytest.importorskip("torch")
-    model = self.folder()
+    model = self.save_torch_files()
     torch.save({"x": pathlib.PurePosixPath("a")}, self.root / "x/pytorch_model.bin")
-    load = lambda: huggingface.load_params(self.root / "x", model, shardings(model))
-    self.assert_user_error("pytorch_model.bin cannot be read by torch, weights only (", load)
+    self.assert_user_error(
+      "pytorch_model.bin cannot be read by torch",
+      huggingface.load_params,
+      self.root / "x",
+      model,
+      shardings(model),
+    )
 
   def test_without_torch(self):
-    # Fails if the user is not told how to go on.
+    # Fails if the error does not give the remedy.
     (self.root / "pytorch_model.bin").write_bytes(b"")
     model = tiny_model.model()
     with mock.patch.dict(sys.modules, {"torch": None}):
-      load = lambda: huggingface.load_params(self.root, model, shardings(model))
       self.assert_user_error(
-        "pytorch_model*.bin, which only torch reads: pip install torch, or convert", load
+        "pip install torch, or convert",
+        huggingface.load_params,
+        self.root,
+        model,
+        shardings(model),
       )
 
 
@@ -661,12 +660,11 @@ class LoadErrorsTest(FolderTest):
     (lambda t: t.pop("lm_head.weight"), "x: the tensor lm_head.weight is missing."),
     (
       lambda t: t.update({"model.layers.2.mlp.up_proj.weight": np.zeros((24, 16))}),
-      "model.safetensors: the tensor model.layers.2.mlp.up_proj.weight has no place in this model.",
+      "model.safetensors: the tensor model.layers.2.mlp.up_proj.weight is not part of this model.",
     ),
     (
       lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(16)}),
-      "model.safetensors: the tensor model.layers.0.self_attn.q_proj.bias has no place in this "
-      "model.",
+      "the tensor model.layers.0.self_attn.q_proj.bias is not part of this model.",
     ),
     (
       lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.zeros((16, 24), np.float32)}),
@@ -685,20 +683,19 @@ class LoadErrorsTest(FolderTest):
     ),
     (
       lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale_inv": np.zeros(1, np.float32)}),
-      "weight_scale_inv is of quantised weights (FP8 and the like), which are not supported.",
+      "weight_scale_inv belongs to quantised weights",
     ),
     (
       lambda t: t.update({"v_head.summary.weight": np.zeros((1, 16), np.float32)}),
-      "the tensor v_head.summary.weight is of a value head (TRL's "
-      "AutoModelForCausalLMWithValueHead)",
+      "the tensor v_head.summary.weight belongs to a value head",
     ),
   )
-  def test_a_tensor_is_named(self, edit, sentence):
-    # Fails if the check of names, shapes or dtypes is lost, or does not name the tensor.
+  def test_tensors(self, edit, sentence):
+    # Fails if names, shapes or dtypes are not checked, or if the error does not name the tensor.
     self.assert_user_error(sentence, self.change, tiny_model.model(), edit)
 
-  def test_buffers_and_a_tied_head_are_passed_over(self):
-    # Fails if older checkpoints' rotary buffers, or the copy of a tied embedding, are refused or
+  def test_ignores_buffers_and_a_tied_head(self):
+    # Fails if rotary buffers of old checkpoints, or the copy of a tied embedding, are refused or
     # read.
     model = tiny_model.model(tie_embeddings=True)
     extra = {
@@ -709,44 +706,47 @@ class LoadErrorsTest(FolderTest):
       bits(self.change(model, lambda tensors: tensors.update(extra))), bits(make_params(model))
     )
 
-  def test_broken_files_are_named(self):
-    # Fails if an error of safetensors, of an index or of a missing shard reaches the user without
-    # the file's name.
+  def test_files(self):
+    # Fails if the error of safetensors, of an index or of a missing shard does not name the file.
     model, folder = tiny_model.model(), self.root / "x"
-    load = lambda: huggingface.load_params(folder, model, shardings(model))
+
+    def load():
+      huggingface.load_params(folder, model, shardings(model))
+
     folder.mkdir()
     self.assert_user_error(
-      "x holds neither model.safetensors nor model.safetensors.index.json.", load
+      "x has neither model.safetensors nor model.safetensors.index.json.", load
     )
     (folder / "consolidated.safetensors").write_bytes(b"")
-    self.assert_user_error("x holds consolidated.safetensors alone, Mistral's own format", load)
+    self.assert_user_error("x has only consolidated.safetensors", load)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
-    self.assert_user_error(
-      "model.safetensors.index.json has no weight_map from tensors to files.", load
-    )
+    self.assert_user_error("model.safetensors.index.json has no weight_map", load)
     (folder / "model.safetensors.index.json").write_text(
       '{"weight_map": {"a": "gone.safetensors"}}'
     )
-    self.assert_user_error("gone.safetensors is missing or no safetensors file", load)
+    self.assert_user_error("gone.safetensors is missing or not a safetensors file", load)
     huggingface.save(self.root / "y", model, make_params(model))
     whole = (self.root / "y/model.safetensors").read_bytes()
     for part in (b"", whole[:-1], b"\xff" + whole[1:], whole[:40]):
       (folder / "model.safetensors").write_bytes(part)
-      self.assert_user_error("model.safetensors is missing or no safetensors file", load)
+      self.assert_user_error("model.safetensors is missing or not a safetensors file", load)
 
 
 @pytest.mark.slow  # a model of 135 million parameters
 class SmolLM2Test(absltest.TestCase):
-  def test_logits_are_those_of_torch(self):
-    # Fails if two matrices change places, the rotary pairs are neighbours, or the base 100000 or ε
+  def test_logits_equal_torch(self):
+    # Fails if two matrices are swapped, if rotary pairs are neighbours, or if the base 100000 or ε
     # is not read.
     folder = smollm2.smollm2_dir()
-    model = Model(huggingface.read_config(folder, **HOW | {"scan_layers": True}))
+    model = Model(huggingface.read_config(folder, **SETTINGS | {"scan_layers": True}))
     params = huggingface.load_params(folder, model, shardings(model))
     trees = tree_lib.pack([[tree_lib.Tree(PROMPT)]], len(PROMPT))
-    logits = np.asarray(
-      jax.jit(lambda p, t: model.logits(p, model.hidden(p, t)[0][0, -1]))(params, trees)
-    )
+
+    @jax.jit
+    def forward(params, trees):
+      return model.logits(params, model.hidden(params, trees)[0][0, -1])
+
+    logits = np.asarray(forward(params, trees))
     self.assertEqual(np.argsort(-logits)[:5].tolist(), list(TOP))
     recorded = TOP | OTHERS
     np.testing.assert_allclose(logits[list(recorded)], list(recorded.values()), rtol=0, atol=1e-3)

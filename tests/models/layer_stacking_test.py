@@ -1,4 +1,4 @@
-"""Stacked and unstacked layers: one state, two layouts."""
+"""Conversion between stacked and unstacked layers."""
 
 import jax
 import numpy as np
@@ -10,10 +10,10 @@ from synthneg_jax.runtime import device_mesh
 from tests import tiny_model
 
 
-class LayoutTest(absltest.TestCase):
-  def test_there_and_back(self):
-    # Fails if a layer is lost or changes its place, if the moments of an optimizer are passed over,
-    # if the ends or the count are touched, or if a second call unstacks again.
+class LayerStackingTest(absltest.TestCase):
+  def test_round_trip(self):
+    # Fails if a layer is lost or moved, if an optimizer's moments are not converted, if the ends or
+    # the step change, or if unstacked layers are unstacked again.
     params = tiny_model.make_params(tiny_model.model())
     state = {"params": params, "opt_state": optax.adamw(1e-3).init(params), "step": np.int32(3)}
     unstacked = layer_stacking.unstack(state)
@@ -38,7 +38,7 @@ class LayoutTest(absltest.TestCase):
         np.testing.assert_array_equal(got, expected, err_msg=jax.tree_util.keystr(path))
 
   def test_shardings_fit_the_arrays(self):
-    # Fails if the layers' own dimension keeps a name, or if a layer's names shift.
+    # Fails if the axis of layers keeps a mesh axis, or if the other axes shift.
     mesh, model = device_mesh.make_mesh(2, 2, 2), tiny_model.model()
     shardings = layer_stacking.unstacked_shardings(
       device_mesh.shardings(mesh, model.logical_axes()), tiny_model.CONFIG.num_layers

@@ -1,4 +1,4 @@
-"""Products of the decoder and their gradients: against float64, and in float32 against jax's own."""
+"""Matrix products of the decoder and their gradients, compared with float64."""
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ class ProductsTest(parameterized.TestCase):
 
   @parameterized.product(transposed=(False, True), dtype=("float32", "bfloat16"))
   def test_values_and_gradients(self, transposed, dtype):
-    # Fails if a product or a gradient is of other axes, in another type, or less precise than its
-    # operands are.
+    # Fails if a product or a gradient contracts other axes, has another dtype, or is less precise
+    # than its operands.
     x, matrix, weights = self.operands(dtype, transposed)
     product = decoder._logits if transposed else decoder._matmul
 
@@ -30,7 +30,7 @@ class ProductsTest(parameterized.TestCase):
     grad_x, grad_matrix = jax.jit(jax.grad(weighted, argnums=(0, 1)))(x, matrix)
     self.assertEqual((grad_x.dtype, grad_matrix.dtype), (x.dtype, matrix.dtype))
     self.assertEqual(product(x, matrix).dtype, jnp.float32 if transposed else x.dtype)
-    x64, matrix64, weights64 = (np.asarray(each, np.float64) for each in (x, matrix, weights))
+    x64, matrix64, weights64 = (np.asarray(array, np.float64) for array in (x, matrix, weights))
     kernel64 = matrix64.T if transposed else matrix64
     tolerance = dict(rtol=1e-2, atol=1e-2) if dtype == "bfloat16" else dict(rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(

@@ -1,7 +1,6 @@
-"""Tiny models of every family and option, as config.json has them, with weights that numpy draws.
+"""Tiny models of every family and option, described by config.json, with weights from numpy.
 
-tests/parity computes with transformers and torch what these models' logits are; family_logits.json
-keeps some of them.
+tests/parity computes their logits with transformers and torch; family_logits.json records some.
 """
 
 import json
@@ -17,7 +16,7 @@ from tests import tiny_model
 
 RECORDED = pathlib.Path(__file__).parent / "family_logits.json"
 VOCAB, LENGTH = 61, 24
-PLACES = (9, LENGTH - 1)  # places of a text whose logits are recorded
+PLACES = (9, LENGTH - 1)  # positions whose logits are recorded
 _SIZES = {
   "vocab_size": VOCAB,
   "hidden_size": 32,
@@ -198,15 +197,15 @@ def config_json(name: str) -> dict:
 
 
 def model(name: str, **changes) -> Model:
-  """The decoder that config.json asks for, for texts of LENGTH tokens."""
-  how = {
+  """The decoder described by config.json, for texts of LENGTH tokens."""
+  settings = {
     "max_length": LENGTH,
     "dtype": "float32",
     "param_dtype": "float32",
     "scan_layers": False,
     "remat": tiny_model.CONFIG.remat,
   } | changes
-  return Model(hf_configs.read(config_json(name), "config.json", **how))
+  return Model(hf_configs.read(config_json(name), "config.json", **settings))
 
 
 def ids(name: str) -> list[int]:
@@ -215,46 +214,42 @@ def ids(name: str) -> list[int]:
 
 
 def draw(name: str, shape) -> np.ndarray:
-  """A tensor of this Hugging Face name: matrices wide enough for logits to differ, norms away from
-  their neutral value.
-  """
+  """A tensor by its Hugging Face name, spread widely enough for errors to change the logits."""
   values = np.random.RandomState(sum(map(ord, name))).normal(size=shape)
   return (0.3 * values + (1.0 if "norm" in name else 0.0)).astype(np.float32)
 
 
-def params(of: Model):
-  """Parameters of which each layer's are what `draw` gives for its tensors."""
-  places = hf_configs.tensor_places(of.config)
+def params(decoder: Model):
+  """The parameters made of the tensors that `draw` returns."""
+  locations = hf_configs.tensor_locations(decoder.config)
 
   def leaf(path, abstract):
-    place = places[jax.tree_util.keystr(path, simple=True, separator="/")]
-    if "{}" not in place.name:
-      return draw(place.name, abstract.shape).astype(abstract.dtype)
-    own, *others = abstract.shape[:0:-1]
+    location = locations[jax.tree_util.keystr(path, simple=True, separator="/")]
+    if "{}" not in location.name:
+      return draw(location.name, abstract.shape).astype(abstract.dtype)
+    outputs, *inputs = abstract.shape[:0:-1]
 
-    def layer(at):
-      whole = draw(place.name.format(at), (place.rows or own, *others))
-      return whole[place.start : place.start + own].T
+    def layer(index):
+      tensor = draw(location.name.format(index), (location.rows or outputs, *inputs))
+      return tensor[location.start : location.start + outputs].T
 
-    return np.stack([layer(at) for at in range(abstract.shape[0])]).astype(abstract.dtype)
+    return np.stack([layer(index) for index in range(abstract.shape[0])]).astype(abstract.dtype)
 
-  return jax.tree_util.tree_map_with_path(leaf, of.abstract_params())
+  return jax.tree_util.tree_map_with_path(leaf, decoder.abstract_params())
 
 
 def write_folder(name: str, folder: pathlib.Path) -> None:
-  """A Hugging Face folder of the model, written without our exporter: only the tensors' names are
-  ours.
-  """
+  """Writes a Hugging Face folder of the model without our exporter, except for tensor names."""
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps(config_json(name)))
-  of = model(name)
-  places, tensors = hf_configs.tensor_places(of.config), {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(of.abstract_params()):
-    place = places[jax.tree_util.keystr(path, simple=True, separator="/")]
-    if "{}" in place.name:
-      own, *others = leaf.shape[:0:-1]
-      names = [place.name.format(at) for at in range(leaf.shape[0])]
-      tensors |= {name: draw(name, (place.rows or own, *others)) for name in names}
+  decoder = model(name)
+  locations, tensors = hf_configs.tensor_locations(decoder.config), {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(decoder.abstract_params()):
+    location = locations[jax.tree_util.keystr(path, simple=True, separator="/")]
+    if "{}" in location.name:
+      outputs, *inputs = leaf.shape[:0:-1]
+      names = [location.name.format(layer) for layer in range(leaf.shape[0])]
+      tensors |= {name: draw(name, (location.rows or outputs, *inputs)) for name in names}
     else:
-      tensors[place.name] = draw(place.name, leaf.shape)
+      tensors[location.name] = draw(location.name, leaf.shape)
   safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,6 +1,4 @@
-"""--check_parity where torch is not: it says so; and it comes before any stage, with the base
-model.
-"""
+"""--check_parity without torch, and its place before all stages."""
 
 import pathlib
 import sys
@@ -19,16 +17,14 @@ from tests import tiny_model
 
 class CheckParityTest(absltest.TestCase):
   def test_without_torch(self):
-    # Fails if a check that was asked for is passed over in silence.
+    # Fails if a requested check is silently skipped.
     with mock.patch.dict(sys.modules, {"torch": None}):
-      with self.assertRaisesRegex(
-        UserError, "--check_parity compares with torch, which is not installed"
-      ):
+      with self.assertRaisesRegex(UserError, "--check_parity .* pip install torch"):
         torch_parity.check(EMBEDDED, tiny_model.model(), None)
 
-  def test_first_of_all(self):
-    # Fails if the leaf that the flag sets is not read, if it is on by itself, or if another model
-    # than the base is held against its folder.
+  def test_runs_before_the_stages(self):
+    # Fails if the leaf set by the flag is not read, if it is on by default, or if a model other
+    # than the base is compared.
     config = config_schema.default()
     config.mesh.data = 1
     config.mesh.fsdp = -1

@@ -1,1 +1,1 @@
-"""Step-level credit against response-level credit on an MDP where every value is known."""
+"""Credit by step and credit by response compared on an MDP with exact values."""

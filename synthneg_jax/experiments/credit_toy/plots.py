@@ -1,7 +1,7 @@
-"""Figures in number and in line for the study that sets credit by step against credit by response.
+"""Statistics and figures of the comparison of credit by step with credit by response.
 
-A run is one seed; intervals are 95 % ones of a mean over runs, by Student's t. In drawings a colour
-is a method and a band such an interval.
+A run is one seed. Intervals are 95 % intervals of the mean over runs (Student's t). In the figures,
+each method has one colour, and bands are these intervals.
 """
 
 import matplotlib
@@ -13,32 +13,30 @@ from scipy import stats
 from synthneg_jax.core import statistics
 from synthneg_jax.report import figures
 
-_COLOR = {"response": figures.ORANGE, "step": figures.BLUE}
-_NAME = {"response": "by response", "step": "by step"}
+_COLORS = {"response": figures.ORANGE, "step": figures.BLUE}
 
 
 def slope(x_R: np.ndarray, y_R: np.ndarray) -> list[float]:
-  """Slope of y on x by least squares with a constant: [slope, low, high]."""
+  """Least-squares slope of y on x, with intercept: [slope, low, high]."""
   fit = stats.linregress(x_R, y_R)
   half = stats.t.ppf(0.975, len(x_R) - 2) * fit.stderr
   return [round(float(value), 4) for value in (fit.slope, fit.slope - half, fit.slope + half)]
 
 
-def first_at(x_N: np.ndarray, y_N: np.ndarray, target: float) -> float:
-  """The x at which a curve first reaches the target, linear between its points; NaN where it begins
-  above or ends below.
+def first_crossing(x_N: np.ndarray, y_N: np.ndarray, target: float) -> float:
+  """The x at which a piecewise linear curve first reaches the target.
+
+  NaN if the curve starts at or above the target, or never reaches it.
   """
   above = np.flatnonzero(np.asarray(y_N) >= target)
   if above.size == 0 or above[0] == 0:
     return np.nan
-  around = slice(above[0] - 1, above[0] + 1)
-  return float(np.interp(target, y_N[around], x_N[around]))
+  segment = slice(above[0] - 1, above[0] + 1)
+  return float(np.interp(target, y_N[segment], x_N[segment]))
 
 
 def ratio(response_R: np.ndarray, step_R: np.ndarray) -> dict:
-  """Geometric means and that of response / step with its interval, over the runs in which both are
-  known.
-  """
+  """Geometric means and response / step with its interval, over runs with both values."""
   both_R = np.isfinite(response_R) & np.isfinite(step_R)
   if both_R.sum() < 2:
     return {"runs": int(both_R.sum())}
@@ -52,7 +50,7 @@ def ratio(response_R: np.ndarray, step_R: np.ndarray) -> dict:
 
 
 def _panels(titles: list[str]):
-  """Three panels beside each other, 7 inches wide."""
+  """A figure 7 inches wide with one panel for each title, side by side."""
   figure = Figure(figsize=(7.0, 2.7), layout="constrained")
   panels = figure.subplots(1, len(titles))
   for axes, title in zip(panels, titles, strict=True):
@@ -62,19 +60,19 @@ def _panels(titles: list[str]):
   return figure, panels
 
 
-def _band(axes, method: str, x, *, summaries, marker: str = "") -> None:
-  mean, low, high = np.array(summaries).T
-  axes.fill_between(x, low, high, color=_COLOR[method], alpha=0.2, linewidth=0)
-  axes.plot(x, mean, f"{marker}-", color=_COLOR[method], linewidth=1.8, markersize=4)
+def _draw_curve(axes, method: str, x, *, intervals, marker: str = "") -> None:
+  """Draws means as a line and their intervals as a band; each interval is [mean, low, high]."""
+  mean, low, high = np.array(intervals).T
+  axes.fill_between(x, low, high, color=_COLORS[method], alpha=0.2, linewidth=0)
+  axes.plot(x, mean, f"{marker}-", color=_COLORS[method], linewidth=1.8, markersize=4)
 
 
-def _name(axes, method: str, x: float, y: float, **options) -> None:
-  """The method's name in its colour at a place in the panel, 0 to 1 both ways."""
+def _label(axes, method: str, xy: tuple[float, float], **options) -> None:
+  """Writes the method's name in its colour at xy in axes coordinates."""
   axes.text(
-    x,
-    y,
-    _NAME[method],
-    color=_COLOR[method],
+    *xy,
+    f"by {method}",
+    color=_COLORS[method],
     fontweight="bold",
     transform=axes.transAxes,
     **options,
@@ -88,91 +86,90 @@ def _log_ticks(axes, ticks: list[float]) -> None:
   axes.set_xticklabels([f"{tick:g}" if tick < 1000 else f"{tick / 1000:g}k" for tick in ticks])
 
 
+def _means(intervals) -> list[float]:
+  return [mean for mean, _, _ in intervals]
+
+
 def budget(result: dict, beta: float) -> Figure:
-  """Return against pairs and against rollouts, and what irrelevant steps move on the way to a
-  return.
+  """Return against pairs and against rollouts, and KL at irrelevant steps against return.
 
   Args:
-    result: as `credit_toy.study.budget` gives it.
-    beta: which β is drawn in the third panel.
+    result: from `credit_toy.study.budget`.
+    beta: the β of the third panel.
   """
   with matplotlib.rc_context(figures.STYLE):
-    figure, (pairs, rollouts, moved) = _panels(
-      ["what pairs buy", "what rollouts buy", "moved in vain"]
+    figure, (pairs, rollouts, movement) = _panels(
+      ["return by pairs", "return by rollouts", "irrelevant steps"]
     )
-    for method in _COLOR:
+    for method in _COLORS:
       curve, path = result["curves"][method], result["paths"][method][str(beta)]
       for axes, cost in ((pairs, "pairs"), (rollouts, "rollouts")):
-        _band(
-          axes, method, [mean for mean, _, _ in curve[cost]], summaries=curve["return"], marker="o"
-        )
-      _band(
-        moved,
-        method,
-        [mean for mean, _, _ in path["return"]],
-        summaries=path["kl_irrelevant"],
-        marker=".",
+        _draw_curve(axes, method, _means(curve[cost]), intervals=curve["return"], marker="o")
+      _draw_curve(
+        movement, method, _means(path["return"]), intervals=path["kl_irrelevant"], marker="."
       )
     start = result["reference_return"][0]
     for axes, ticks in ((pairs, [10, 100, 1000]), (rollouts, [100, 1000, 10000])):
       axes.axhline(start, color=figures.GREY, linewidth=1, linestyle="--")
       _log_ticks(axes, ticks)
       axes.set_ylim(0, 1)
-    pairs.annotate("SFT", (1, start), xycoords=("axes fraction", "data"), xytext=(-3, 3),
-    textcoords="offset points",
-                   ha="right", fontsize=8)  # fmt: skip
+    pairs.annotate(
+      "SFT",
+      (1, start),
+      xycoords=("axes fraction", "data"),
+      xytext=(-3, 3),
+      textcoords="offset points",
+      ha="right",
+      fontsize=8,
+    )
     pairs.set_ylabel("return")
     pairs.set_xlabel("pairs")
-    rollouts.set_xlabel("rollouts, credit included")
-    moved.set_xlabel("return during training")
-    moved.set_ylabel("KL at irrelevant steps, nats")
-    moved.set_ylim(bottom=0)
-    _name(pairs, "response", 0.04, 0.92)
-    _name(pairs, "step", 0.55, 0.42)
-    _name(rollouts, "response", 0.04, 0.92)
-    _name(rollouts, "step", 0.96, 0.42, ha="right")
-    _name(moved, "response", 0.04, 0.92)
-    _name(moved, "step", 0.96, 0.08, ha="right")
+    rollouts.set_xlabel("rollouts, including credit")
+    movement.set_xlabel("return during training")
+    movement.set_ylabel("KL at irrelevant steps, nats")
+    movement.set_ylim(bottom=0)
+    _label(pairs, "response", (0.04, 0.92))
+    _label(pairs, "step", (0.55, 0.42))
+    _label(rollouts, "response", (0.04, 0.92))
+    _label(rollouts, "step", (0.96, 0.42), ha="right")
+    _label(movement, "response", (0.04, 0.92))
+    _label(movement, "step", (0.96, 0.08), ha="right")
     return figure
 
 
 def spurious(result: dict, beta: float) -> Figure:
-  """Where the remark's log-odds go, what becomes of the lean on it, and the return on fresh
-  problems.
+  """Shift of the remark's log-odds, reliance on the remark, and return on fresh problems.
 
   Args:
-    result: as `credit_toy.study.spurious` gives it.
-    beta: which β is drawn.
+    result: from `credit_toy.study.spurious`.
+    beta: the β that is drawn.
   """
   with matplotlib.rc_context(figures.STYLE):
-    figure, (blame, lean, value) = _panels(
-      ["is the remark blamed?", "is the lean on it undone?", "fresh problems"]
+    figure, (remark, reliance, value) = _panels(
+      ["shift of the remark", "reliance on the remark", "return, fresh problems"]
     )
-    steps, ratio = result["training_steps"], np.array(result["failure_log_odds_ratio"])
-    for method in _COLOR:
-      of_method = result[method][str(beta)]
-      blame.plot(
-        ratio, of_method["shift_at_half"], "o", color=_COLOR[method], markersize=4, alpha=0.8
-      )
-      slope, shift = of_method["slope_at_half"][0], np.array(of_method["shift_at_half"])
-      ends = np.array([ratio.min(), ratio.max()])
-      blame.plot(
-        ends, shift.mean() + slope * (ends - ratio.mean()), color=_COLOR[method], linewidth=1.2
-      )
-      _band(lean, method, steps, summaries=of_method["lean"])
-      _band(value, method, steps, summaries=of_method["return"])
-    for axes in (blame, lean):
+    steps, log_ratio_R = result["training_steps"], np.array(result["failure_log_odds_ratio"])
+    ends = np.array([log_ratio_R.min(), log_ratio_R.max()])
+    for method, color in _COLORS.items():
+      curves = result[method][str(beta)]
+      shift_R, fitted = np.array(curves["shift_at_half"]), curves["slope_at_half"][0]
+      remark.plot(log_ratio_R, shift_R, "o", color=color, markersize=4, alpha=0.8)
+      line = shift_R.mean() + fitted * (ends - log_ratio_R.mean())
+      remark.plot(ends, line, color=color, linewidth=1.2)
+      _draw_curve(reliance, method, steps, intervals=curves["reliance"])
+      _draw_curve(value, method, steps, intervals=curves["return"])
+    for axes in (remark, reliance):
       axes.axhline(0, color=figures.INK, linewidth=0.8)
-    blame.set_xlabel("failure with the remark,\nlog odds ratio in the sample")
-    blame.set_ylabel("shift of the remark, log-odds")
-    lean.set_ylabel("lean of the decision, log-odds")
+    remark.set_xlabel("failure given the remark,\nlog odds ratio in the sample")
+    remark.set_ylabel("shift, log-odds")
+    reliance.set_ylabel("reliance, log-odds")
     value.set_ylabel("return")
-    for axes in (lean, value):
+    for axes in (reliance, value):
       axes.set_xlabel("gradient steps")
-    _name(blame, "response", 0.98, 0.92, ha="right")
-    _name(blame, "step", 0.02, 0.06)
-    _name(lean, "response", 0.45, 0.75)
-    _name(lean, "step", 0.10, 0.08)
-    _name(value, "response", 0.45, 0.10)
-    _name(value, "step", 0.45, 0.22)
+    _label(remark, "response", (0.98, 0.92), ha="right")
+    _label(remark, "step", (0.02, 0.06))
+    _label(reliance, "response", (0.45, 0.75))
+    _label(reliance, "step", (0.10, 0.08))
+    _label(value, "response", (0.45, 0.10))
+    _label(value, "step", (0.45, 0.22))
     return figure

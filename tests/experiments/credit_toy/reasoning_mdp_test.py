@@ -1,6 +1,4 @@
-"""Values, estimates and the equivalence theorem on a task whose every value is known
-(experiments/credit_toy).
-"""
+"""Values, estimates and theorem 6.1 on the task of experiments/credit_toy, solved exactly."""
 
 import functools
 import itertools
@@ -19,7 +17,7 @@ ACTIONS, STEPS, PROBLEMS, BETA = 3, 4, 3, 0.15
 
 
 def random_policy(mdp, rng) -> list[np.ndarray]:
-  """Probabilities of every action at every prefix, all different and above .02."""
+  """A policy whose action probabilities differ at every prefix and exceed .02."""
   shapes = [(mdp.num_problems, mdp.num_actions**step) for step in range(mdp.num_steps)]
   return [
     0.06 / mdp.num_actions + 0.94 * rng.dirichlet(np.ones(mdp.num_actions), shape)
@@ -29,9 +27,7 @@ def random_policy(mdp, rng) -> list[np.ndarray]:
 
 @functools.cache
 def small():
-  """A task of 27 prefixes a problem before the answer, half of the answers off track right, and a
-  policy.
-  """
+  """A task with 27 prefixes per problem before the answer, luck .3, and a policy."""
   rng = np.random.default_rng(0)
   mdp = reasoning_mdp.draw(
     rng, problems=PROBLEMS, steps=STEPS, critical=(0, 2), num_actions=ACTIONS, luck=0.3
@@ -40,9 +36,7 @@ def small():
 
 
 def enumerated_value(mdp, policy, x: int, prefix: tuple[int, ...]) -> float:
-  """Sum over every completion of its probability, right ones only; each completion walked action by
-  action.
-  """
+  """The total probability of the right completions, each walked action by action."""
   total = 0.0
   for tail in itertools.product(range(mdp.num_actions), repeat=mdp.num_steps - len(prefix)):
     probability, node = 1.0, 0
@@ -55,9 +49,7 @@ def enumerated_value(mdp, policy, x: int, prefix: tuple[int, ...]) -> float:
 
 
 def rollout_counts(mdp, policy, rollouts: int, repeats: int, seed: int):
-  """(Q [N], counts of right rollouts [N, repeats]) at every prefix of every problem but whole
-  responses.
-  """
+  """(Q [N], counts of right rollouts [N, repeats]) at all prefixes shorter than a response."""
   rng = np.random.default_rng(seed)
   q, counts = [], []
   for steps, value_XP in enumerate(reasoning_mdp.values(mdp, policy)[:-1]):
@@ -72,8 +64,8 @@ def rollout_counts(mdp, policy, rollouts: int, repeats: int, seed: int):
 
 class ReasoningMDPTest(parameterized.TestCase):
   def test_verdicts_by_hand(self):
-    # Fails if a wrong critical step is forgiven, if an irrelevant one counts, if prefixes are
-    # numbered otherwise, or if luck helps a wrong answer on track.
+    # Fails if a wrong critical step stays on track, if an irrelevant one does not, if prefixes are
+    # numbered differently, or if luck applies to a wrong answer on track.
     keep = np.array([[reasoning_mdp.ANY, 1, 0]])
     on_track = np.array([[0, 0, 1, 0, 0, 0, 1, 0]], bool)  # 010 and 110
     np.testing.assert_array_equal(
@@ -86,8 +78,8 @@ class ReasoningMDPTest(parameterized.TestCase):
     np.testing.assert_array_equal(lucky.prefix(np.array([2, 6]), 2), [1, 3])
 
   def test_values_equal_enumeration(self):
-    # Fails if the recursion takes another policy's step, weighs actions wrongly, or reads prefixes
-    # in another order.
+    # Fails if the recursion uses another step's policy, weights actions wrongly, or orders prefixes
+    # differently.
     mdp, policy = small()
     values = reasoning_mdp.values(mdp, policy)
     for x in range(PROBLEMS):
@@ -97,16 +89,15 @@ class ReasoningMDPTest(parameterized.TestCase):
             values[length][x, node], enumerated_value(mdp, policy, x, prefix), delta=1e-12
           )
 
-  def test_policies_that_see_the_step_alone(self):
-    # Fails if the short form [X, 1, n] means another policy than the same probabilities at every
-    # prefix.
+  def test_policies_that_ignore_the_prefix(self):
+    # Fails if the short form [X, 1, n] differs from the same probabilities at every prefix.
     mdp, policy = small()
     short = [step[:, :1] for step in policy]
     long = [np.repeat(step, ACTIONS**i, axis=1) for i, step in enumerate(short)]
-    for one, other in zip(
+    for short_XP, long_XP in zip(
       reasoning_mdp.values(mdp, short), reasoning_mdp.values(mdp, long), strict=True
     ):
-      np.testing.assert_allclose(one, other, rtol=1e-12)
+      np.testing.assert_allclose(short_XP, long_XP, rtol=1e-12)
     draws = [
       reasoning_mdp.sample(
         mdp, p, np.arange(3), prefix_N=np.zeros(3, int), steps=0, rng=np.random.default_rng(1)
@@ -116,8 +107,8 @@ class ReasoningMDPTest(parameterized.TestCase):
     np.testing.assert_array_equal(*draws)
 
   def test_samples(self):
-    # Fails if sampling takes another prefix's row, skips a step, or draws from the wrong end: every
-    # response's share.
+    # The share of every response. Fails if sampling reads another prefix's row, skips a step, or
+    # maps random numbers to the wrong actions.
     mdp, policy = small()
     num = 30_000
     x = np.arange(PROBLEMS)[:, None]
@@ -136,8 +127,8 @@ class ReasoningMDPTest(parameterized.TestCase):
     )
 
   def test_the_reference_is_imperfect(self):
-    # Fails if the default reference solves nearly all or none, or if right responses without a
-    # wrong step are all there are.
+    # Fails if the default reference solves nearly all or no problems, or if no right response has a
+    # wrong step.
     for seed in range(10):
       rng = np.random.default_rng(seed)
       mdp = reasoning_mdp.draw(rng)
@@ -145,28 +136,30 @@ class ReasoningMDPTest(parameterized.TestCase):
       policy = [special.softmax(step, axis=-1)[:, None] for step in logits]
       self.assertBetween(reasoning_mdp.mean_return(mdp, policy), 0.15, 0.45)
       x, response = np.nonzero(mdp.right_XN)
-      astray = (mdp.keep_XL[x] != reasoning_mdp.ANY) & (mdp.keep_XL[x] != mdp.actions(response))
-      self.assertGreater(astray.any(axis=1).sum(), 0)
+      required = mdp.required_XL[x]
+      off_track = (required != reasoning_mdp.ANY) & (required != mdp.actions(response))
+      self.assertGreater(off_track.any(axis=1).sum(), 0)
 
 
 class EstimatesTest(parameterized.TestCase):
   def test_monte_carlo_values_are_unbiased(self):
-    # Fails for any estimate but c/M, and for rollouts by another policy or from another prefix:
-    # every prefix, 4.5 standard errors (120 prefixes: one of 1000 seeds fails by chance).
+    # Fails for any estimate but c/M, and for rollouts of another policy or from another prefix.
+    # Every prefix must be within 4.5 standard errors (120 prefixes: one of 1000 seeds fails by
+    # chance).
     mdp, policy = small()
     q, counts = rollout_counts(mdp, policy, rollouts=8, repeats=250, seed=1)
     estimate, known = advantages.step_values(jnp.asarray(counts), jnp.full(counts.shape, 8))
     self.assertTrue(np.all(known))
     error = np.sqrt(q * (1 - q) / (8 * 250))
     np.testing.assert_array_less(np.abs(np.mean(estimate, axis=1) - q), 4.5 * error + 1e-6)
-    self.assertGreater(np.mean((q > 0.05) & (q < 0.95)), 0.5)  # the prefixes are no trivial ones
+    self.assertGreater(np.mean((q > 0.05) & (q < 0.95)), 0.5)  # most prefixes are not trivial
 
   @parameterized.product(level=(0.8, 0.95), method=("wilson", "beta"))
   def test_intervals_cover(self, level, method):
-    # Fails if z is of one tail, or if the level is another's. Coverage is promised on average over
-    # Q alone: over this task's prefixes it is within .03 of its level for 20 rollouts, while for
-    # single prefixes it strays much further. What is simulated must be what binomial sums give,
-    # within 4.5 standard errors.
+    # Fails if z is one-sided, or belongs to another level. Only the coverage averaged over Q is
+    # guaranteed: over this task's prefixes it is within .03 of its level for 20 rollouts, and much
+    # further from it at single prefixes. The simulated coverage must agree with the exact binomial
+    # sum within 4.5 standard errors.
     mdp, policy = small()
     q, counts = rollout_counts(mdp, policy, rollouts=20, repeats=200, seed=2)
     inside = (q > 0.02) & (q < 0.98)  # at 0 and 1 every interval covers
@@ -183,9 +176,8 @@ class EstimatesTest(parameterized.TestCase):
     self.assertAlmostEqual(covered.mean(), level, delta=0.03)
 
   def test_best_of_k(self):
-    # Fails if c/M is put into 1 - (1 - q)^k for the unbiased estimate, or if the plug-in is no
-    # longer that. At Q of .1 to .4 the plug-in's bias is .03 to .08 here, many times what is left
-    # of the noise.
+    # Fails if the unbiased estimate becomes 1 - (1 - c/M)^k, or if the plug-in is anything else. At
+    # Q from .1 to .4, the plug-in's bias is .03 to .08 here, many times the remaining noise.
     mdp, policy = small()
     k, rollouts, repeats = 5, 8, 2000
     q, counts = rollout_counts(mdp, policy, rollouts, repeats, seed=3)
@@ -204,20 +196,22 @@ class EstimatesTest(parameterized.TestCase):
       bias[name] = values.mean(axis=1) - expected
       error[name] = values.std(axis=1) / np.sqrt(repeats)
     self.assertLess(np.max(np.abs(bias["unbiased"]) / error["unbiased"]), 4.5)
-    self.assertGreater(
-      np.min(-bias["plugin"] / error["plugin"]), 4.5
-    )  # low at every one of these prefixes
+    # The plug-in is too low at each of these prefixes.
+    self.assertGreater(np.min(-bias["plugin"] / error["plugin"]), 4.5)
     self.assertGreater(between.sum(), 10)
 
 
 def minimise(loss_fn, logits_NA: np.ndarray) -> np.ndarray:
-  """The softmax of the logits with the least loss, float64, by L-BFGS from the given ones."""
+  """The softmax of the logits that minimise the loss: L-BFGS in float64 from the given logits."""
   with jax.enable_x64(True):
     value_and_grad = jax.jit(
       jax.value_and_grad(lambda flat: loss_fn(flat.reshape(logits_NA.shape)))
     )
-    scipy_fn = lambda flat: tuple(np.asarray(part, np.float64) for part in value_and_grad(flat))
-    # factr and pgtol below what rounding allows: it stops when it can do no better
+
+    def scipy_fn(flat):
+      return tuple(np.asarray(part, np.float64) for part in value_and_grad(flat))
+
+    # With tolerances below rounding error, it stops only when it cannot improve.
     flat, _, _ = optimize.fmin_l_bfgs_b(
       scipy_fn, logits_NA.ravel(), factr=0.0, pgtol=1e-12, maxiter=5000
     )
@@ -225,9 +219,7 @@ def minimise(loss_fn, logits_NA: np.ndarray) -> np.ndarray:
 
 
 def pair_loss(ref_NA, weight_NAB):
-  """Σ weight(a, b) · DPO loss of a over b at one step, as a function of logits; a is chosen, b
-  rejected.
-  """
+  """Returns loss(logits) = Σ weight(a, b) · DPO loss of a chosen over b at one step."""
 
   def loss_fn(logits_NA):
     logp_NA, ref_logp_NA = jax.nn.log_softmax(logits_NA, axis=-1), jnp.log(ref_NA)
@@ -238,7 +230,7 @@ def pair_loss(ref_NA, weight_NAB):
 
 
 def both(value_NA):
-  """The chosen's and the rejected's values of every pair."""
+  """The values of the chosen and of the rejected actions of all pairs, ready to broadcast."""
   return value_NA[:, :, None], value_NA[:, None, :]
 
 
@@ -247,16 +239,13 @@ def total_variation(p_NA, q_NA) -> np.ndarray:
 
 
 class TheoremTest(absltest.TestCase):
-  """DPO on pairs from one prefix and advantage-weighted regression (theorem 6.1), at prefixes whose
-  advantages differ.
-  """
+  """Theorem 6.1: DPO on pairs that share a prefix, and advantage-weighted regression."""
 
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
     rng = np.random.default_rng(4)
-    # 7 actions at 64 prefixes of one and two steps; those are kept at which the policy has most to
-    # gain.
+    # 7 actions at 64 prefixes; keeps the 8 prefixes whose values of actions differ most.
     mdp = reasoning_mdp.draw(rng, problems=8, steps=3, critical=(0, 1), num_actions=7, luck=0.3)
     policy = random_policy(mdp, rng)
     values = reasoning_mdp.values(mdp, policy)
@@ -270,7 +259,7 @@ class TheoremTest(absltest.TestCase):
     cls.wins_NAB = special.expit(chosen_NAB - rejected_NAB)
 
   def test_advantages_average_to_zero(self):
-    # Fails if the advantages of the fixture are not Q - V of its policy.
+    # Fails if the fixture's advantages are not Q - V of its policy.
     np.testing.assert_allclose(np.sum(self.ref_NA * self.advantage_NA, axis=1), 0.0, atol=1e-12)
     self.assertGreater(np.min(total_variation(self.optimum_NA, self.ref_NA)), 0.1)
 
@@ -283,8 +272,8 @@ class TheoremTest(absltest.TestCase):
     self.assertLess(np.max(total_variation(found_NA, self.optimum_NA)), 1e-4)
 
   def test_finite_sample(self):
-    # Fails as the one above, and if labels were drawn otherwise; 300 000 pairs a prefix leave a
-    # total variation of .03.
+    # Fails as test_population does, and if labels are drawn differently; with 300 000 pairs per
+    # prefix, the total variation is at most .03.
     rng = np.random.default_rng(5)
     num = 300_000
     count_NAB = np.zeros(self.wins_NAB.shape)
@@ -298,10 +287,10 @@ class TheoremTest(absltest.TestCase):
     self.assertLess(np.max(total_variation(found_NA, self.optimum_NA)), 0.03)
 
   def test_advantage_weighted_regression(self):
-    # Fails if the weights are not exp(A/β), or have a gradient or a cut that bites.
+    # Fails if the weights are not exp(A/β), have a gradient, or are clipped.
     def loss_fn(logits_NA):
-      of_one = functools.partial(losses.advantage_weighted_loss, temperature=BETA, max_weight=1e9)
-      step_NA = jax.vmap(jax.vmap(lambda logp, advantage: of_one(logp[None], advantage[None])))
+      awr_loss = functools.partial(losses.advantage_weighted_loss, temperature=BETA, max_weight=1e9)
+      step_NA = jax.vmap(jax.vmap(lambda logp, advantage: awr_loss(logp[None], advantage[None])))
       return jnp.sum(
         self.ref_NA
         * step_NA(jax.nn.log_softmax(logits_NA, axis=-1), jnp.asarray(self.advantage_NA))
@@ -310,10 +299,10 @@ class TheoremTest(absltest.TestCase):
     found_NA = minimise(loss_fn, np.log(self.ref_NA))
     self.assertLess(np.max(total_variation(found_NA, self.optimum_NA)), 1e-4)
 
-  def test_near_misses(self):
-    # Fails if the construction is the theorem's after all: y⁻ from the reference, and y⁺ from σ(A -
-    # A(y⁻)) normalised for each y⁻, weighted by the reference or not. Their own optima are known:
-    # log Z(y⁻) takes part in the advantage.
+  def test_similar_constructions_have_other_optima(self):
+    # y⁻ from the reference, and y⁺ from σ(A - A(y⁻)) normalised for each y⁻, weighted by the
+    # reference or not. Fails if these share the theorem's optimum; their own optima, to which
+    # log Z(y⁻) contributes, are known.
     for name, weight_NAB in (
       ("weighted", self.ref_NA[:, :, None] * self.wins_NAB),
       ("unweighted", self.wins_NAB),
@@ -333,8 +322,8 @@ class TheoremTest(absltest.TestCase):
         self.assertGreater(np.mean(distance_N), {"weighted": 0.1, "unweighted": 0.5}[name])
 
   def test_hard_labels_have_no_optimum(self):
-    # Fails if the higher advantage wins with a probability below 1: its margin then stops at the
-    # difference of A/β.
+    # Fails if the higher advantage wins with a probability below 1: the margin then converges to
+    # the difference of A/β.
     chosen_NAB, rejected_NAB = both(self.ref_NA)
     always_NAB = (self.wins_NAB > 0.5).astype(np.float32)
     margins = {"hard": [], "soft": []}
@@ -355,7 +344,7 @@ class TheoremTest(absltest.TestCase):
 
 
 def descend(loss_fn, logits_NA: np.ndarray, num_steps: int) -> np.ndarray:
-  """Adam with step size .05 from the given logits."""
+  """Minimises the loss by Adam with step size .05 from the given logits."""
   optimizer = optax.adam(0.05)
 
   @jax.jit

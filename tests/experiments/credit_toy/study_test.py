@@ -1,6 +1,4 @@
-"""Both experiments at toy size: what they count by hand, and the directions that do not hang on the
-seeds.
-"""
+"""Both experiments at small size: counts by hand, and directions that hold for every seed."""
 
 import json
 import math
@@ -20,9 +18,7 @@ ANY = reasoning_mdp.ANY
 
 
 def two_step_task():
-  """One problem, an irrelevant step and the answer 1, of two actions each; responses 0..3, of which
-  1 and 3 are right.
-  """
+  """One problem with an irrelevant step and answer 1; of the responses 0..3, 1 and 3 are right."""
   return reasoning_mdp.make(np.array([[ANY, 1]]), 2, luck=0.0, rng=np.random.default_rng(0))
 
 
@@ -42,9 +38,9 @@ class PairsTest(absltest.TestCase):
       [column.tolist() for column in pairs], [[0, 0], [1, 1], [0, 2], [[True] * 2] * 2]
     )
 
-  def test_step_pairs_blame_the_answer_alone(self):
-    # Fails if the pit is a step after which rollouts come out right, if the chosen response has
-    # another prefix or the same step there, or if another step is scored.
+  def test_step_pairs_with_the_pit_at_the_answer(self):
+    # Fails if the pit is a step after which rollouts are right, if the chosen response has another
+    # prefix or the same action at the pit, or if another step is scored.
     mdp = two_step_task()
     policy = [np.full((1, 1, 2), 0.5)] * 2
     response = np.array([[0, 2, 1, 3]])
@@ -56,22 +52,21 @@ class PairsTest(absltest.TestCase):
     )
 
   def test_luck_misleads_the_lowest_value(self):
-    # Fails if pits are placed by another rule than the one given, or from another number of
-    # rollouts: where luck keeps Q off track above 0, better known values help the largest fall and
-    # hurt the lowest value.
+    # Fails if another rule or another number of rollouts than given determines the pits: where luck
+    # keeps Q above 0 off track, more rollouts help the largest drop and hurt the lowest value.
     run = credit_toy.BudgetRun(0, "response", 2)
     mdp = run.task.mdp
     sample = credit_toy.draw_sample(mdp, run.reference, 16, rng=np.random.default_rng(1))
 
     def hits(rule, rollouts):
-      """The share of pits that are the step at which the response left the track."""
+      """The share of pits at the step at which the response left the track."""
       search = credit_toy.PitSearch(rollouts, rule)
       pairs = credit_toy.step_pairs(
         mdp, run.reference, sample, search=search, rng=np.random.default_rng(2)
       )
-      keep = mdp.keep_XL[pairs.x_P]
-      astray = (keep != ANY) & (keep != mdp.actions(pairs.rejected_P))
-      return np.mean(astray.argmax(axis=1) == pairs.scored_PL.argmax(axis=1))
+      required = mdp.required_XL[pairs.x_P]
+      off_track = (required != ANY) & (required != mdp.actions(pairs.rejected_P))
+      return np.mean(off_track.argmax(axis=1) == pairs.scored_PL.argmax(axis=1))
 
     self.assertGreater(hits("least_advantage", 256), hits("least_advantage", 4) + 0.05)
     self.assertLess(hits("lowest_value", 256), hits("lowest_value", 4) - 0.1)
@@ -79,15 +74,14 @@ class PairsTest(absltest.TestCase):
 
 class AnalysisTest(parameterized.TestCase):
   @parameterized.parameters((0.5, 1.5), (0.75, 3.75), (0.2, math.nan), (0.95, math.nan))
-  def test_first_at(self, target, expected):
-    # Fails if a later crossing is taken, or if a curve that starts above or never arrives gives a
-    # number.
-    got = plots.first_at(np.arange(5.0), np.array([0.2, 0.4, 0.6, 0.3, 0.9]), target)
+  def test_first_crossing(self, target, expected):
+    # Fails if a later crossing is returned, or a number for a curve that starts above the target or
+    # never reaches it.
+    got = plots.first_crossing(np.arange(5.0), np.array([0.2, 0.4, 0.6, 0.3, 0.9]), target)
     np.testing.assert_allclose(got, expected)
 
   def test_ratio(self):
-    # Fails if the ratio is turned, if means are not geometric, or if runs with a missing side
-    # count.
+    # Fails if the ratio is inverted, if means are not geometric, or if runs with one value count.
     got = plots.ratio(np.array([2.0, 8.0, np.nan]), np.array([1.0, 1.0, 1.0]))
     self.assertEqual(
       (got["response"], got["step"], got["response_over_step"][0], got["runs"]), (4.0, 1.0, 4.0, 2)
@@ -95,7 +89,7 @@ class AnalysisTest(parameterized.TestCase):
     self.assertEqual(plots.ratio(np.array([1.0, np.nan]), np.array([1.0, 1.0])), {"runs": 1})
 
   def test_slope(self):
-    # Fails if x and y change places.
+    # Fails if x and y are swapped.
     self.assertEqual(
       plots.slope(np.array([0.0, 1.0, 2.0]), np.array([1.0, 3.0, 5.0])), [2.0, 2.0, 2.0]
     )
@@ -110,8 +104,8 @@ class ExperimentsTest(absltest.TestCase):
     cls.spurious = credit_toy.spurious(range(20))
 
   def test_costs(self):
-    # Fails if continuations are not counted, or if those from later prefixes cost as much as those
-    # from early ones.
+    # Fails if rollouts from prefixes are not counted, or if the length of the prefix is not
+    # subtracted from their steps.
     run = credit_toy.BudgetRun(0, "step", 4)
     self.assertEqual(credit_toy.BudgetRun(0, "response", 4).rollouts, 64)
     wrong = (run.rollouts - 64) / (5 * 8)  # 5 prefixes of a response of 6 steps, 8 rollouts each
@@ -122,8 +116,7 @@ class ExperimentsTest(absltest.TestCase):
     np.testing.assert_array_equal(run.pairs.scored_PL.sum(axis=1), 1)
 
   def test_training_improves_on_the_reference(self):
-    # Fails if chosen and rejected change places, if nothing is learned, or if it does not rise with
-    # the data.
+    # Fails if chosen and rejected are swapped, or if the return does not grow with the data.
     reference = self.budget["reference_return"][0]
     for method in credit_toy.METHODS:
       returns = [mean for mean, _, _ in self.budget["curves"][method]["return"]]
@@ -131,8 +124,8 @@ class ExperimentsTest(absltest.TestCase):
       self.assertGreater(returns[-1], returns[0] + 0.2)
 
   def test_credit_by_step_costs_rollouts_and_spares_irrelevant_steps(self):
-    # Fails if whole responses are scored for both methods, if the movement of critical steps is
-    # taken, or if the cost of credit is left out.
+    # Fails if both methods score whole responses, if the KL of critical steps is reported instead,
+    # or if the rollouts for credit are not counted.
     target = self.budget["at_target"]
     self.assertGreater(target["kl_irrelevant, beta 0.1"]["response_over_step"][0], 1.5)
     rollouts = {
@@ -142,26 +135,26 @@ class ExperimentsTest(absltest.TestCase):
     for method in credit_toy.METHODS:
       self.assertEqual(self.budget["paths"][method]["0.1"]["kl_irrelevant"][0], [0.0, 0.0, 0.0])
 
-  def test_the_student_leans_and_the_remark_is_idle(self):
-    # Fails if the teacher's habit does not reach the student, or if the remark has an effect on the
-    # value in the population.
-    self.assertGreater(self.spurious["lean"][1], 1.0)
+  def test_the_student_relies_on_a_remark_without_effect(self):
+    # Fails if the student does not learn the teacher's habit, or if the remark changes the value in
+    # the population.
+    self.assertGreater(self.spurious["reliance"][1], 1.0)
     self.assertLess(abs(self.spurious["value_of_remark"][0]), 0.06)
 
-  def test_the_remark_is_blamed_by_response_and_spared_by_step(self):
-    # Fails if step pairs score the first step too, or if pits fall on it often: at half the lean,
-    # at every β, the remark has moved less by step, and follows what the sample says of it less.
-    # Few samples are lopsided enough to show it: it held in each of five blocks of 20 seeds, but
-    # not in every block of 10.
+  def test_credit_by_response_moves_the_remark_more(self):
+    # Fails if step pairs also score the first step, or if pits often fall on it: when the reliance
+    # has halved, at every β, credit by step has moved the remark less, and less in proportion to
+    # its correlation with failure in the sample. Few samples are unbalanced enough to show this: it
+    # held in each of five blocks of 20 seeds, but not in every block of 10.
     self.assertLess(self.spurious["pits_at_remark"][0], 0.15)
     for beta in ("0.1", "0.3", "1.0"):
       response, step = (self.spurious[method][beta] for method in credit_toy.METHODS)
-      self.assertLess(step["moved_at_half"][0], 0.8 * response["moved_at_half"][0])
+      self.assertLess(step["abs_shift_at_half"][0], 0.8 * response["abs_shift_at_half"][0])
       self.assertLess(response["slope_at_half"][0], -0.3)
       self.assertLess(abs(step["slope_at_half"][0]), 0.5 * abs(response["slope_at_half"][0]))
 
-  def test_the_lean_is_undone_sooner_by_step(self):
-    # Fails if step pairs do not reach the decision, or if the lean is read with the wrong sign.
+  def test_credit_by_step_removes_the_reliance_sooner(self):
+    # Fails if step pairs do not train the decision, or if the reliance has the wrong sign.
     for beta in ("0.1", "0.3"):
       response, step = (self.spurious[method][beta] for method in credit_toy.METHODS)
       self.assertEqual((response["halved"], step["halved"]), (20, 20))
@@ -169,13 +162,12 @@ class ExperimentsTest(absltest.TestCase):
       self.assertGreater(step["return"][5][0], self.spurious["return"][0] + 0.05)
 
   def test_files(self):
-    # Fails if a file is missing, is not what its name says, or if the figures do not come out of
-    # the result.
+    # Fails if a file is missing or has another format, or if the figures ignore the result.
     out = pathlib.Path(tempfile.mkdtemp()) / "deeper"
     credit_toy.write({"seeds": 4, "budget": self.budget, "spurious": self.spurious}, out)
     self.assertEqual(
-      json.loads((out / "credit_matters.json").read_text())["spurious"]["lean"],
-      self.spurious["lean"],
+      json.loads((out / "credit_matters.json").read_text())["spurious"]["reliance"],
+      self.spurious["reliance"],
     )
     for name in ("budget", "spurious"):
       self.assertEqual((out / f"credit_matters_{name}.png").read_bytes()[1:4], b"PNG")
