@@ -76,7 +76,7 @@ def untie_other_head(folder: epath.PathLike, config: ModelConfig) -> ModelConfig
   """
   if not config.tie_embeddings:
     return config
-  tensors, places = stored_tensors.read(folder), hf_configs.tensor_places(config)
+  tensors, places = stored_tensors.read(folder), hf_configs.tensor_locations(config)
   embedding, head = (
     tensors.get(places[f"ends/{end}"].name) for end in ("embedding", "unembedding")
   )
@@ -119,7 +119,7 @@ def load_params(
     UserError: a file is missing or corrupt; a tensor is missing, has no place in the model, or has
       another shape or a dtype other than float64, float32, float16 or bfloat16.
   """
-  places, abstract = hf_configs.tensor_places(model.config), model.abstract_params()
+  places, abstract = hf_configs.tensor_locations(model.config), model.abstract_params()
   tensors = (
     _checked_tensors(epath.Path(folder), model, places)
     if distributed.first() or not is_sent
@@ -160,7 +160,7 @@ def load_params(
 
 
 def _checked_tensors(
-  folder: epath.Path, model: Model, places: Mapping[str, hf_configs.Place]
+  folder: epath.Path, model: Model, places: Mapping[str, hf_configs.Location]
 ) -> dict[str, stored_tensors.Tensor]:
   """The tensors of a folder, all that the model has and no others; errors as in `load_params`."""
   tensors, wanted = stored_tensors.read(folder), _shapes(places, model.abstract_params())
@@ -277,7 +277,7 @@ def save(
       (source / file).copy(partial / file)
     _write_json(partial / "config.json", config)
     _write_json(partial / "generation_config.json", special | generation)
-    _write_weights(partial, hf_configs.tensor_places(c), params, max_shard_bytes=max_shard_bytes)
+    _write_weights(partial, hf_configs.tensor_locations(c), params, max_shard_bytes=max_shard_bytes)
     os.rename(partial, folder)
   except (OSError, safetensors.SafetensorError) as error:
     raise UserError(f"{folder} cannot be written ({error}).") from error
@@ -293,7 +293,7 @@ def _path(key_path) -> str:
   return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
-def _grouped(places: Mapping[str, hf_configs.Place], params):
+def _grouped(places: Mapping[str, hf_configs.Location], params):
   """The parameters that share a tensor: its name -> leaves in the order of their rows."""
   groups = {}
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -306,7 +306,7 @@ def _grouped(places: Mapping[str, hf_configs.Place], params):
 
 
 def _shapes(
-  places: Mapping[str, hf_configs.Place], params
+  places: Mapping[str, hf_configs.Location], params
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """Shape and dtype of all tensors by their Hugging Face names."""
   shapes = {}
@@ -323,7 +323,7 @@ def _shapes(
   return shapes
 
 
-def _tensors(places: Mapping[str, hf_configs.Place], params) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(places: Mapping[str, hf_configs.Location], params) -> Iterator[tuple[str, np.ndarray]]:
   """(Hugging Face name, array on the host) of all tensors; the parameters that one name stands for
   are there at a time.
   """
