@@ -118,7 +118,7 @@ def get_config(arg: str = ""):
   elif arg == "smoke":
     c.study.seeds = (1,)
     c.study.grid = (
-      ((32,), ("sft", "rft", "advantage_weighted"), {}),
+      ((32,), ("sft", "rft", "step_dpo", "advantage_weighted"), {}),
       ((32,), ("step_dpo_3_rounds",), {}),
       (
         (32,),

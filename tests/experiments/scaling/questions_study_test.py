@@ -26,9 +26,7 @@ class QuestionsStudyTest(absltest.TestCase):
     super().setUpClass()
     cls.config = study_questions.get_config("smoke")
     cls.workdir = pathlib.Path(tempfile.mkdtemp(prefix="questions_")) / "study"
-    cls.enterClassContext(
-      absltest.mock.patch.multiple(figure, HELD_OUT=6, ROLLOUTS=2, EQUATION_4=("sft", "rft", "advantage_weighted"))
-    )
+    cls.enterClassContext(absltest.mock.patch.multiple(figure, HELD_OUT=6, ROLLOUTS=2))
     with contextlib.redirect_stdout(io.StringIO()) as said:
       figure.whole_study(cls.config, str(cls.workdir))
     cls.files = said.getvalue().splitlines()[1:]
