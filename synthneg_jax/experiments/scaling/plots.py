@@ -7,6 +7,7 @@ report/figures.py. Which figure is drawn by what is in figure.py.
 import csv
 import dataclasses
 import io
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib
@@ -187,7 +188,9 @@ def against_setting(
 def bars(series: Sequence[Series], title: str, label: str, percent: bool = True) -> Figure:
   """One value a method, as points with their intervals, the first on top: figure 4."""
   with matplotlib.rc_context(figures.STYLE):
-    figure = Figure(figsize=(4.3, 0.95 + 0.36 * len(series)), layout="constrained")
+    labels = [textwrap.fill(one.label, 36) for one in series]
+    row_height = 0.24 + 0.12 * max(label.count("\n") + 1 for label in labels)
+    figure = Figure(figsize=(4.3, 0.95 + row_height * len(series)), layout="constrained")
     axes, scale = figure.subplots(), 100 if percent else 1
     for row, one in enumerate(series):
       color = COLORS[row % len(COLORS)]
@@ -201,7 +204,7 @@ def bars(series: Sequence[Series], title: str, label: str, percent: bool = True)
       axes.annotate(
         text, (scale * one.mean[0], row), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
       )
-    axes.set_yticks(range(len(series)), [one.label for one in series])
+    axes.set_yticks(range(len(series)), labels)
     axes.set_ylim(len(series) - 0.5, -0.7)
     axes.set_xlabel(label)
     axes.grid(axis="x")
