@@ -180,7 +180,7 @@ def against_setting(
     axes.set_xlabel(label)
     axes.set_ylabel(value or "test error, %")
     axes.grid(axis="y")
-    _legend(axes)
+    _legend(axes, 1 if value else 2)  # other values have longer names
     figure.suptitle(title, fontsize=9, x=0.02, ha="left")
     return figure
 
