@@ -125,7 +125,7 @@ def get_config(arg: str = ""):
         ("prefix_protected",),
         {
           "sample.num_traces": 4,
-          "credit.max_rollouts": 40,
+          "credit.max_rollouts": 12,
           "credit.schedule": "until_first_zero",
           "pairs.order": "largest_drop",
           "pairs.max_pairs": 4,

@@ -17,7 +17,7 @@ from synthneg_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.slow  # trains
 
-BUDGET = "with_credit.max_rollouts=40-credit.schedule=until_first_zero-sample.num_traces=4"
+BUDGET = "with_credit.max_rollouts=12-credit.schedule=until_first_zero-sample.num_traces=4"
 
 
 class QuestionsStudyTest(absltest.TestCase):
@@ -70,8 +70,8 @@ class QuestionsStudyTest(absltest.TestCase):
     spent = {}
     for estimate in estimates:
       spent[estimate.problem_id] = spent.get(estimate.problem_id, 0) + len(estimate.samples)
-    self.assertGreaterEqual(sum(spent.values()), 40)
-    self.assertLess(sum(spent.values()) - list(spent.values())[-1], 40)
+    self.assertGreaterEqual(sum(spent.values()), 12)
+    self.assertLess(sum(spent.values()) - list(spent.values())[-1], 12)
     wrong = {trace.problem_id for trace in self.read(f"{BUDGET}/sample/traces", Trace) if trace.reason == "wrong"}
     of_order = [key for key in self.read_problems() if key in wrong]
     self.assertEqual(list(spent), of_order[: len(spent)])
