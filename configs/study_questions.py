@@ -146,14 +146,14 @@ def get_config(arg: str = ""):
   elif arg == "smoke":
     c.study.seeds = (1,)
     c.study.grid = (
-      ((32,), ("sft", "rft", "advantage_weighted"), {}),
+      ((32,), ("sft", "rft", "step_dpo", "advantage_weighted"), {}),
       ((32,), ("step_dpo_3_rounds",), {}),
       (
         (32,),
         ("prefix_protected",),
         {
           "sample.num_traces": 4,
-          "credit.max_rollouts": 40,
+          "credit.max_rollouts": 12,
           "credit.schedule": "until_first_zero",
           "pairs.order": "largest_drop",
           "pairs.max_pairs": 4,

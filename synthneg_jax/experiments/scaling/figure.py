@@ -443,7 +443,7 @@ def _shifts(data: Data) -> Drawn:
     x, values = (np.array([one[part][:width] for one in each]) for part in ("middles", "mean"))
     mean, half = values.mean(axis=0), _half_width(values)
     slope, correlation = (np.mean([one[part] for one in each]) for part in ("slope", "correlation"))
-    label = f"{data.label(name)}: slope {slope:.2g}, correlation {correlation:.2f}"
+    label = f"{data.label(name)}: slope {slope:.2g}, r {correlation:.2f}"
     series.append(
       plots.Series(
         label, x.mean(axis=0).round(2), mean, mean - half, mean + half, values.T.tolist()
@@ -471,9 +471,9 @@ def _shifts(data: Data) -> Drawn:
   drawn = plots.against_setting(
     series,
     title,
-    "advantage less the mean of its siblings",
+    "A less the mean at its prefix",
     log=False,
-    value="log-ratio to SFT less that of siblings, nats",
+    value="log π/π_sft less its mean, nats",
   )
   return drawn, plots.as_csv(rows, "advantage")
 

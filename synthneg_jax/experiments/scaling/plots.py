@@ -8,6 +8,7 @@ and mode as in report/figures.py. Which figure is drawn by what is in figure.py.
 import csv
 import dataclasses
 import io
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib
@@ -191,7 +192,7 @@ def against_setting(
     axes.set_xlabel(label)
     axes.set_ylabel(value or "test error, %")
     axes.grid(axis="y")
-    _legend(axes)
+    _legend(axes, 1 if value else 2)  # other values have longer names
     figure.suptitle(title, fontsize=9, x=0.02, ha="left")
     return figure
 
@@ -199,7 +200,9 @@ def against_setting(
 def bars(series: Sequence[Series], title: str, label: str, percent: bool = True) -> Figure:
   """One value a method, as points with their intervals, the first on top: figure 4."""
   with matplotlib.rc_context(figures.STYLE):
-    figure = Figure(figsize=(4.3, 0.95 + 0.36 * len(series)), layout="constrained")
+    labels = [textwrap.fill(one.label, 36) for one in series]
+    row_height = 0.24 + 0.12 * max(label.count("\n") + 1 for label in labels)
+    figure = Figure(figsize=(4.3, 0.95 + row_height * len(series)), layout="constrained")
     axes, scale = figure.subplots(), 100 if percent else 1
     for row, one in enumerate(series):
       color = COLORS[row % len(COLORS)]
@@ -229,7 +232,7 @@ def bars(series: Sequence[Series], title: str, label: str, percent: bool = True)
         ha="center",
         fontsize=8,
       )
-    axes.set_yticks(range(len(series)), [one.label for one in series])
+    axes.set_yticks(range(len(series)), labels)
     axes.set_ylim(len(series) - 0.5, -0.7)
     axes.set_xlabel(label)
     axes.grid(axis="x")
