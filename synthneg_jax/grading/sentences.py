@@ -2,7 +2,7 @@
 
 A box or `####` contains only an answer. A sentence may add asides ("7, because ..."), state its
 answer after "is", ":" or "=", or contain it as its only formula or number. Words beside a number
-may leave it open ("at least 7", "a multiple of 7").
+may make it ambiguous ("at least 7", "a multiple of 7").
 """
 
 import re
@@ -76,7 +76,7 @@ _SCALE = (
   r"(?:hundreds?|thousands?|millions?|billions?|trillions?|dozens?|score|lakhs?|crores?|bn|mn"
   r"|tenths?|hundredths?|thousandths?|thirds?|quarters?|fifths?)\b"
 )
-# Words directly before or behind a value that leave it open.
+# Words directly before or after a value that make it ambiguous.
 _OPEN_BEFORE = re.compile(
   r"""
   (?: \b(?: or|nor|not|no|maybe|perhaps|possibly|either|about|approximately|around|nearly|almost
