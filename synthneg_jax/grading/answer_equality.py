@@ -24,10 +24,14 @@ from synthneg_jax.grading.answer_relations import (
 )
 from synthneg_jax.grading.answer_tokens import TooLarge
 from synthneg_jax.grading.answer_tree import Node, is_operation
-from synthneg_jax.grading.answer_units import Unit, digits_for_words
+from synthneg_jax.grading.answer_units import Unit
 
 MAX_ITEMS = 40  # of an unordered set or list
 MAX_ENTRIES = 100  # of a matrix
+_NUMBER_WORDS = (
+  "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+  "sixteen seventeen eighteen nineteen twenty"
+).split()
 
 
 class Ambiguous(Exception):
@@ -265,9 +269,9 @@ def words(text: str) -> str:
 def _same_text(gold: Node, answer: Node) -> bool:
   for node, other in ((gold, answer), (answer, gold)):
     if isinstance(node, tree.Text) and tree.is_scalar(other):
-      digits = digits_for_words(node.text)
-      if digits.isdigit():
-        return _same_or_undecided(tree.number(digits), other, DEFAULT)
+      word = node.text.lower()
+      if word in _NUMBER_WORDS:
+        return _same_or_undecided(tree.number(_NUMBER_WORDS.index(word)), other, DEFAULT)
       if isinstance(other, tree.Symbol):
         return words(node.text) == words(other.name)
   if label(answer):

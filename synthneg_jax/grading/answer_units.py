@@ -74,42 +74,11 @@ _HEDGES = frozenset(
 _ABBREVIATED = frozenset(
   "mm cm dm km ft yd mi kg mg lb oz ml mph kph hr sec min percent pct".split()  # no products
 )
-_SMALL_NUMBERS = (
-  "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-  "sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_WORD_VALUES = {word: value for value, word in enumerate(_SMALL_NUMBERS)}
-_WORD_VALUES |= {word: 20 + 10 * index for index, word in enumerate(_TENS)}
-_WORD_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6}
-_NUMBER_WORDS = re.compile(
-  rf"\b(?:{'|'.join([*_WORD_VALUES, 'a(?= hundred)'])})"
-  rf"(?:(?:[-\s]|\sand\s)(?:{'|'.join([*_WORD_VALUES, *_WORD_SCALES])}))*\b",
-  re.IGNORECASE,
-)
 
 
 def changes_number(words: str) -> bool:
   """Whether words beside a number hedge, deny or change it: "or more", "is wrong", "squared"."""
   return any(word.lower() in _HEDGES for word in re.findall("[A-Za-z]+", words))
-
-
-def digits_for_words(text: str) -> str:
-  """Replaces numbers in words by digits: "twenty-one apples" becomes "21 apples"."""
-
-  def value(match: re.Match) -> str:
-    total = current = 0
-    for word in re.findall("[a-z]+", match.group().lower()):
-      if word in _WORD_SCALES:
-        scale = _WORD_SCALES[word]
-        current = max(current, 1) * scale
-        if scale > 100:
-          total, current = total + current, 0
-      else:
-        current += _WORD_VALUES.get(word, 0)
-    return str(total + current)
-
-  return _NUMBER_WORDS.sub(value, text)
 
 
 @functools.lru_cache(maxsize=4096)

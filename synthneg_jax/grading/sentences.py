@@ -2,14 +2,14 @@
 
 A box or `####` contains only an answer. A sentence may add asides ("7, because ..."), state its
 answer after "is", ":" or "=", or contain it as its only formula or number. Words beside a number
-may leave it open ("at least 7", "a multiple of 7").
+may make it ambiguous ("at least 7", "a multiple of 7").
 """
 
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from synthneg_jax.grading import answer_units, assertions, statements
+from synthneg_jax.grading import assertions, statements
 from synthneg_jax.grading.answer_tokens import MAX_CHARS
 from synthneg_jax.grading.statements import Statement
 
@@ -76,7 +76,7 @@ _SCALE = (
   r"(?:hundreds?|thousands?|millions?|billions?|trillions?|dozens?|score|lakhs?|crores?|bn|mn"
   r"|tenths?|hundredths?|thousandths?|thirds?|quarters?|fifths?)\b"
 )
-# Words directly before or behind a value that leave it open.
+# Words directly before or after a value that make it ambiguous.
 _OPEN_BEFORE = re.compile(
   r"""
   (?: \b(?: or|nor|not|no|maybe|perhaps|possibly|either|about|approximately|around|nearly|almost
@@ -112,6 +112,20 @@ _CUT_OFF = re.compile(  # an unfinished formula or sum
 )
 _BOUND = re.compile(r"\A\s*(?:≥|≤|>|<|\\[gl]eq?\b|at\s+(?:least|most))")
 
+_SMALL_NUMBERS = (
+  "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+  "sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_WORD_VALUES = {word: value for value, word in enumerate(_SMALL_NUMBERS)}
+_WORD_VALUES |= {word: 20 + 10 * index for index, word in enumerate(_TENS)}
+_WORD_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6}
+_NUMBER_WORDS = re.compile(
+  rf"\b(?:{'|'.join([*_WORD_VALUES, 'a(?= hundred)'])})"
+  rf"(?:(?:[-\s]|\sand\s)(?:{'|'.join([*_WORD_VALUES, *_WORD_SCALES])}))*\b",
+  re.IGNORECASE,
+)
+
 
 class Part(NamedTuple):
   """A value within a sentence, or "" and the reason why there is none."""
@@ -136,6 +150,24 @@ def cleaned(statement: Statement) -> Statement:
   return statement._replace(text=text)
 
 
+def digits_for_words(text: str) -> str:
+  """Replaces numbers in words by digits: "twenty-one apples" becomes "21 apples"."""
+
+  def value(match: re.Match) -> str:
+    total = current = 0
+    for word in re.findall("[a-z]+", match.group().lower()):
+      if word in _WORD_SCALES:
+        scale = _WORD_SCALES[word]
+        current = max(current, 1) * scale
+        if scale > 100:
+          total, current = total + current, 0
+      else:
+        current += _WORD_VALUES.get(word, 0)
+    return str(total + current)
+
+  return _NUMBER_WORDS.sub(value, text)
+
+
 def wholes(statement: Statement) -> Iterator[str]:
   """Yields texts that may be the whole answer of a statement, the best first, unless denied."""
   text = statement.text
@@ -153,7 +185,7 @@ def wholes(statement: Statement) -> Iterator[str]:
     if without != text and _HOLDS_VALUE.search(without):
       yield without
   if not re.search("[0-9]", text):
-    spelled = answer_units.digits_for_words(text)
+    spelled = digits_for_words(text)
     if spelled != text:
       yield spelled
   if statement.source == "marker" or (statement.source == "box" and "\\text" not in text):

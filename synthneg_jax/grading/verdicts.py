@@ -9,13 +9,7 @@ import functools
 import re
 from typing import NamedTuple
 
-from synthneg_jax.grading import (
-  answer_equality,
-  answer_grammar,
-  answer_relations,
-  answer_units,
-  sentences,
-)
+from synthneg_jax.grading import answer_equality, answer_grammar, answer_relations, sentences
 from synthneg_jax.grading import answer_tree as tree
 from synthneg_jax.grading import statements as statements_lib
 from synthneg_jax.grading.answer_equality import Ambiguous, Conventions
@@ -288,7 +282,7 @@ def rational(node: Node) -> fractions.Fraction | None:
     inner = rational(node.operands[0])
     return None if inner is None else -inner
   if isinstance(node, tree.Text):
-    digits = answer_units.digits_for_words(node.text)
+    digits = sentences.digits_for_words(node.text)
     return fractions.Fraction(digits) if digits.isdigit() else None
   if isinstance(node, tree.Relation):
     return _stated_rational(node)
