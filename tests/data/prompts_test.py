@@ -63,7 +63,7 @@ class PromptsTest(parameterized.TestCase):
   def test_refusals(self):
     with self.assertRaisesRegex(errors.UserError, "no chat template"):
       prompts.encode_prompt(token_text_test.byte_level(), "Hi", "chat")
-    with self.assertRaisesRegex(errors.UserError, "none of raw, plain, chat"):
+    with self.assertRaisesRegex(errors.UserError, "must be one of raw, plain, chat"):
       prompts.encode_prompt(tokenizer(), "Hi", "poem")
 
   # Fails if the final EOS is missing or doubled.
