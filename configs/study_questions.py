@@ -168,7 +168,7 @@ def get_config(arg: str = ""):
     c.study.figures = ("settings", "equation_4", "critical", "shifts")
   else:
     raise UserError(
-      f"configs/study_questions.py knows no {arg!r}; it knows "
-      f"{', '.join(_QUESTIONS)}, tune and smoke."
+      f"configs/study_questions.py knows no {arg!r}; it knows {', '.join(_QUESTIONS)}, tune and "
+      "smoke."
     )
   return config

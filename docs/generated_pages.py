@@ -42,11 +42,9 @@ def configuration() -> str:
     sections.setdefault(name.split(".")[0], []).append((name, leaf))
   parts = [
     "# Configuration\n\nEvery leaf of the config. A config file (`configs/NAME.py`) changes some, "
-    "the command line "
-    "others: `--config.part.leaf=value`. An unknown leaf is refused with the nearest names, a "
-    "value outside its range with "
-    "the range. Leaves marked * say how something is computed or what is kept, not what comes out: "
-    "they may change when a "
+    "the command line others: `--config.part.leaf=value`. An unknown leaf is refused with the "
+    "nearest names, a value outside its range with the range. Leaves marked * say how something is "
+    "computed or what is kept, not what comes out: they may change when a "
     "stage is resumed.\n"
   ]
   for section, leaves in sections.items():
@@ -82,9 +80,8 @@ def commands() -> str:
     sections = list(pool.map(section, calls))
   about = (
     "`synthneg NAME` runs a command wherever the package is installed. In a checkout, `python "
-    "launch/NAME.py` is the "
-    "same command, with underscores for hyphens. Below is the `--help` of each command and of each "
-    "shell script."
+    "launch/NAME.py` is the same command, with underscores for hyphens. Below is the `--help` of "
+    "each command and of each shell script."
   )
   return f"# Commands\n\n{about}\n\n" + "\n".join(sections)
 

@@ -26,8 +26,8 @@ REPOSITORY = re.search(
   r'^REPOSITORY = "(.+)"', (ROOT / "setup.py").read_text(), re.MULTILINE
 ).group(1)
 _EXTRA = (  # of setup.py, by what hardware there is; no braces, which IPython reads
-  "$(ls /dev/nvidia0 > /dev/null 2>&1 && echo [cuda] || "
-  "(ls /dev/accel* /dev/vfio/[0-9]* 2> /dev/null | grep -q . && echo [tpu]))"
+  "$(ls /dev/nvidia0 > /dev/null 2>&1 && echo [cuda] || (ls /dev/accel* /dev/vfio/[0-9]* 2> "
+  "/dev/null | grep -q . && echo [tpu]))"
 )
 SETUP = f"""import sys
 

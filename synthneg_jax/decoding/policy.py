@@ -226,8 +226,8 @@ def _check_rope_scaling(folder: epath.Path, model: Model, max_length: int) -> No
   if scaling is not None and scaling.kind == "dynamic" and max_length > scaling.original_positions:
     raise UserError(
       f"{folder}: beyond {scaling.original_positions} tokens, dynamic rope scaling would change "
-      "every key with the "
-      f"length of the text, which is not supported; model.max_length={max_length} must not exceed "
+      "every key with the length of the text, which is not supported; "
+      f"model.max_length={max_length} must not exceed "
       "that."
     )
 

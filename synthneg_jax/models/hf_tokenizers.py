@@ -121,8 +121,8 @@ def check(folder: epath.PathLike, tokenizer, num_rows: int) -> None:
     if ids and max(ids) >= num_rows:
       raise UserError(
         f"{folder}: the tokenizer's {what} uses {tokenizer.convert_ids_to_tokens(max(ids))!r}, "
-        f"id {max(ids)}, but the model's embedding has {num_rows} rows: "
-        "tokenizer and model do not belong together."
+        f"id {max(ids)}, but the model's embedding has {num_rows} rows: tokenizer and model do not "
+        "belong together."
       )
 
 

@@ -195,8 +195,7 @@ def _refuse_extra(tensor: stored_tensors.Tensor) -> None:
   if tensor.name.startswith("v_head."):
     raise UserError(
       f"{where} is of a value head (TRL's AutoModelForCausalLMWithValueHead), which is no part of "
-      "a policy; save the model "
-      "without it (its attribute pretrained_model)."
+      "a policy; save the model without it (its attribute pretrained_model)."
     )
   if tensor.name.endswith(("weight_scale_inv", "weight_scale", "input_scale", "qweight", "qzeros")):
     raise UserError(f"{where} is of quantised weights (FP8 and the like), which are not supported.")

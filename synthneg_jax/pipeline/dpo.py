@@ -38,8 +38,8 @@ def _start_check(dtype: str, plan: batches.Batches):
       if abs(metrics[metric]) > tolerance:
         raise UserError(
           f"At step 0 {metric} is {metrics[metric]:.2g} nats, not 0: the reference log-probs are "
-          "not those "
-          "of the policy that training starts from. Delete dpo/reference/ in the workdir."
+          "not those of the policy that training starts from. Delete dpo/reference/ in the "
+          "workdir."
         )
 
   return check

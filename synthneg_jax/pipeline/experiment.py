@@ -74,8 +74,7 @@ class Experiment:
     if policy.fingerprint != written:
       raise UserError(
         f"{policy.folder / 'params'} holds other weights ({policy.fingerprint}) than stage {stage} "
-        f"wrote ({written}); "
-        f"delete {self.workdir / stage} to have it made again."
+        f"wrote ({written}); delete {self.workdir / stage} to have it made again."
       )
     return policy
 

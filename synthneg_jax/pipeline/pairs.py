@@ -182,8 +182,7 @@ class Builder:
     ):
       raise UserError(
         f"pairs.choice='most_likely' needs log-probs of rollouts, and those of {holder.key} came "
-        "from credit.endpoint "
-        "without any; choose another pairs.choice."
+        "from credit.endpoint without any; choose another pairs.choice."
       )
     task = self._experiment.config.task
     return [
@@ -289,8 +288,8 @@ def _in_budget(
       if len(of_kind) < count:
         raise UserError(
           f"pairs.right_fraction={section.right_fraction} of pairs.max_pairs={section.max_pairs} "
-          f"asks for {count} pairs from "
-          f"{'right' if right else 'wrong'} traces, and there are {len(of_kind)}."
+          f"asks for {count} pairs from {'right' if right else 'wrong'} traces, and there are "
+          f"{len(of_kind)}."
         )
       taken += of_kind[:count]
   else:
@@ -345,8 +344,8 @@ def variant(experiment: Experiment, name: str) -> dict:
   if not pairs:
     raise UserError(
       f"Stage pairs/{name} found no pair ({figures}): more traces (sample.num_traces), more "
-      "rollouts (credit.num_rollouts), "
-      "another pairs.pit_rule or a longer dpo.row_length may give some."
+      "rollouts (credit.num_rollouts), another pairs.pit_rule or a longer dpo.row_length may give "
+      "some."
     )
   shards = Shards(stage.folder / "pairs", Pair)
   shards.write_shared(pairs)

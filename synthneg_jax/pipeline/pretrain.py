@@ -29,8 +29,7 @@ def run(experiment: Experiment) -> dict:
   if c.task.name not in generated.TASKS:
     raise UserError(
       f"Stage pretrain makes the base models of generated tasks ({', '.join(generated.TASKS)}); "
-      "others, such as "
-      f"task.name={c.task.name!r}, name theirs by model.path."
+      f"others, such as task.name={c.task.name!r}, name theirs by model.path."
     )
   section = c.pretrain
   tokenizer = generated.TASKS[c.task.name].tokenizer(c.task)

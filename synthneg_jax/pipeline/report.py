@@ -49,8 +49,7 @@ def _check_config(experiment: Experiment, names: Sequence[str]) -> None:
       if now.get(leaf) != value:
         raise UserError(
           f"Stage {name} in {experiment.workdir} was begun with {leaf}={value!r}, now it is "
-          f"{now.get(leaf)!r}; "
-          "give the report the config of the run."
+          f"{now.get(leaf)!r}; give the report the config of the run."
         )
 
 

@@ -159,8 +159,7 @@ class Teacher:
     guess = reply_cache.estimate(missing, self._prices)
     logging.info(
       "synthesize %s: %d requests (%d replies are kept), about %d prompt tokens, at most %d tokens "
-      "of replies, at most "
-      "%.4f US dollars; %.4f spent before, budget %s.",
+      "of replies, at most %.4f US dollars; %.4f spent before, budget %s.",
       *(
         name,
         len(missing),

@@ -71,8 +71,8 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list, Chip]:
   generation, _, sizes = topology.partition(":")
   if generation not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", sizes):
     raise UserError(
-      f"--topology={topology}: it is GENERATION:SIZES with one of "
-      f"{', '.join(CHIPS)}, such as v5e:8x8."
+      f"--topology={topology}: it is GENERATION:SIZES with one of {', '.join(CHIPS)}, such as "
+      "v5e:8x8."
     )
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(
@@ -259,9 +259,8 @@ def main(
   )
   print(
     f"Assumed: prompts of {lengths.prompt:.0f} tokens, responses of {lengths.response:.0f} in "
-    f"{lengths.steps:.0f} steps "
-    f"(the longest twice that), {100 * lengths.pass_rate:.0f} % of traces right, rows "
-    f"{100 * cost_model.PACKED:.0f} % packed."
+    f"{lengths.steps:.0f} steps (the longest twice that), {100 * lengths.pass_rate:.0f} % of "
+    f"traces right, rows {100 * cost_model.PACKED:.0f} % packed."
   )
   full_copy = model.num_params * (2 if model.dtype == "bfloat16" else 4) / mesh.shape["tensor"]
   reports = []
@@ -301,7 +300,6 @@ def main(
     )
     raise UserError(
       f"{r.program.name} does not fit: {r.peak_bytes / 1e9:.2f} of {chip.hbm_bytes / 1e9:.2f} GB a "
-      f"chip of {topology}, most "
-      f"of it {what}; {r.program.advice}{more}."
+      f"chip of {topology}, most of it {what}; {r.program.advice}{more}."
     )
   return reports

@@ -21,8 +21,7 @@ _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "col
 _PERMUTE = "collective-permute"
 _FREE = frozenset(
   "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id domain "
-  "opt-barrier "
-  "add-dependency iota".split()
+  "opt-barrier add-dependency iota".split()
 )
 
 

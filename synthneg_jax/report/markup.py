@@ -103,6 +103,6 @@ class Folder:
     (self.path / f"{name}.png").write_bytes(figures.png(figure))
     (self.path / f"{name}.csv").write_text(csv_text(header, rows))
     return (
-      f"<figure>{figures.svg(figure, name, label)}<figcaption>{caption} "
-      f"Numbers: <code>{name}.csv</code>.</figcaption></figure>"
+      f"<figure>{figures.svg(figure, name, label)}<figcaption>{caption} Numbers: "
+      f"<code>{name}.csv</code>.</figcaption></figure>"
     )

@@ -138,8 +138,8 @@ class TrainCheckpoints:
     ]:
       raise UserError(
         f"{self._folder / str(step)} is a checkpoint of another model: {name} has shape "
-        f"{found.get(name, 'none')} there, "
-        f"{wanted.get(name, 'none')} here; take another --workdir, or delete {self._folder}."
+        f"{found.get(name, 'none')} there, {wanted.get(name, 'none')} here; take another "
+        f"--workdir, or delete {self._folder}."
       )
 
   def due(self, step: int) -> bool:

@@ -214,8 +214,7 @@ def _training(learning_rate: float, batch_size: int, num_epochs: int) -> dict:
     "row_length": Leaf(
       0,
       "Length of a row into which trees are packed, and so of the longest that is trained on; 0 "
-      "for rows that fit the trees, "
-      "which model.max_length bounds.",
+      "for rows that fit the trees, which model.max_length bounds.",
       unit="tokens",
       within="[2, inf)",
       also=(0,),
@@ -304,8 +303,7 @@ SCHEMA = {
     "name": Leaf(
       "arithmetic",
       "Generated tasks (arithmetic, jobs, star_graph, stories), those of reasoning_gym, GSM8K, "
-      "competition MATH, or any file "
-      "of problems (jsonl).",
+      "competition MATH, or any file of problems (jsonl).",
       choices=(
         "arithmetic",
         "jobs",
@@ -505,8 +503,7 @@ SCHEMA = {
     "path": Leaf(
       "embedded",
       "The base model: a policy or Hugging Face folder, a model of the Hub (ORG/NAME[@REVISION]), "
-      "or one that comes with the "
-      "package (embedded, embedded_jobs, embedded_stories).",
+      "or one that comes with the package (embedded, embedded_jobs, embedded_stories).",
     ),
     "dtype": Leaf(
       "float32", "Type of activations and matrix products.", choices=("float32", "bfloat16")
@@ -671,8 +668,8 @@ SCHEMA = {
     "keep": Leaf(
       "right",
       "Which traces are cloned: right ones; right ones with credit that contain a spurious step "
-      "(spurious) or none (clean); "
-      "those whose lowest step advantage is not among the worst (advantage).",
+      "(spurious) or none (clean); those whose lowest step advantage is not among the worst "
+      "(advantage).",
       choices=("right", "spurious", "clean", "advantage"),
     ),
     "drop_fraction": Leaf(
@@ -684,8 +681,7 @@ SCHEMA = {
     "loss_mask": Leaf(
       "whole",
       "rft.keep=advantage: steps of a trace that are trained on: all, those before the first "
-      "negative advantage, or those with "
-      "a positive one.",
+      "negative advantage, or those with a positive one.",
       choices=("whole", "before_negative", "positive"),
     ),
     "max_solutions": Leaf(
@@ -835,8 +831,8 @@ SCHEMA = {
     "order": Leaf(
       "sampled",
       "Per-step pairs: which traces of a problem come first where max_per_problem bounds them: as "
-      "sampled; the likeliest under "
-      "π_sft, per token; or those with the largest drop of Q at the blamed step.",
+      "sampled; the likeliest under π_sft, per token; or those with the largest drop of Q at the "
+      "blamed step.",
       choices=("sampled", "likeliest", "largest_drop"),
     ),
     "max_pairs": Leaf(
@@ -897,8 +893,7 @@ SCHEMA = {
     "push_to_hub": _how(
       "",
       "ORG/NAME on the Hugging Face Hub that takes the exported policy; of several, "
-      "ORG/NAME-METHOD takes each. New ones are "
-      "private.",
+      "ORG/NAME-METHOD takes each. New ones are private.",
     ),
   },
   "report": {
@@ -1066,25 +1061,23 @@ def check_values(config: ConfigDict) -> None:
   if values["evaluate.base_shots"] and not values["engine.stop"]:
     raise UserError(
       f"evaluate.base_shots={values['evaluate.base_shots']} needs engine.stop, such as "
-      "('\\nQuestion:',): a base model that "
-      "has read problems goes on to write some of its own, and the last answer is the one that is "
-      "graded."
+      "('\\nQuestion:',): a base model that has read problems goes on to write some of its own, "
+      "and the last answer is the one that is graded."
     )
   if values["task.fresh_problems"] and (
     values["synthesis.provider"] != "task" or values["rft.with_teacher"]
   ):
     raise UserError(
       f"task.fresh_problems={values['task.fresh_problems']} needs synthesis.provider='task' and "
-      "rft.with_teacher=False: fresh "
-      "problems are the task's own, and their solutions are not the ones that SFT has seen."
+      "rft.with_teacher=False: fresh problems are the task's own, and their solutions are not the "
+      "ones that SFT has seen."
     )
   if values["rft.objective"] == "advantage_weighted" and (
     values["rft.keep"] != "advantage" or values["rft.with_teacher"]
   ):
     raise UserError(
       "rft.objective='advantage_weighted' needs rft.keep='advantage' and rft.with_teacher=False: "
-      "only traces with credit "
-      "have advantages."
+      "only traces with credit have advantages."
     )
   if values["pairs.right_fraction"] >= 0 and not values["pairs.max_pairs"]:
     raise UserError(
@@ -1093,8 +1086,8 @@ def check_values(config: ConfigDict) -> None:
     )
   if values["pairs.pair_mode"] == "positives_too" and values["credit.max_right_per_problem"] < 1:
     raise UserError(
-      "pairs.pair_mode='positives_too' needs credit of right traces: "
-      "credit.max_right_per_problem is 0."
+      "pairs.pair_mode='positives_too' needs credit of right traces: credit.max_right_per_problem "
+      "is 0."
     )
   if values["synthesis.budget_usd"] and not (
     values["synthesis.usd_per_million_prompt"] or values["synthesis.usd_per_million_completion"]
@@ -1106,8 +1099,7 @@ def check_values(config: ConfigDict) -> None:
   if rule not in _PIT_RULES[schedule]:
     raise UserError(
       f"pairs.pit_rule={rule!r} needs values that credit.schedule={schedule!r} leaves out; it goes "
-      "with "
-      f"{', '.join(_PIT_RULES[schedule])}."
+      f"with {', '.join(_PIT_RULES[schedule])}."
     )
   if values["pretrain.lora.rank"]:
     raise UserError("pretrain.lora.rank must be 0: there is nothing yet that could be adapted.")

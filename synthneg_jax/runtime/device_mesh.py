@@ -96,8 +96,7 @@ def check(name: str, shape: Sequence[int], logical_axes: Sequence[str | None], m
         first = taken[axis]
         raise UserError(
           f"{name}: dimensions {first} ({logical_axes[first]}={shape[first]}) and {place} "
-          f"({logical}={size}) both lie "
-          f"on the mesh axis {axis}."
+          f"({logical}={size}) both lie on the mesh axis {axis}."
         )
       taken[axis] = place
     parts = {axis: mesh.shape[axis] for axis in axes if mesh.shape[axis] > 1}

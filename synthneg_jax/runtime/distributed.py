@@ -361,8 +361,7 @@ def _on_abort(number: int) -> None:
       _leave(
         LOST,
         f"the coordination service of process 0 shut process {_state.index} out: another process "
-        "joined under a number that "
-        "was taken. The same command goes on, on another port.",
+        "joined under a number that was taken. The same command goes on, on another port.",
       )
   ctypes.CDLL(None).signal(number, None)
 
@@ -423,8 +422,7 @@ def start(
   at = coordinator_address or "the address that jax found"
   _state.joining = (
     f"--distributed: the processes did not find each other within {timeout_s} s at {at}: one was "
-    "not started, came late or "
-    "came twice, or the address is not that of process 0."
+    "not started, came late or came twice, or the address is not that of process 0."
   )
   try:
     jax.distributed.initialize(

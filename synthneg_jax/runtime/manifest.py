@@ -178,9 +178,8 @@ class Stage:
     if found.get("format") != FORMAT:
       raise UserError(
         f"Stage {stage} in {self._workdir} was made by version 1 of synthneg_jax, whose files and "
-        "config leaves differ; take "
-        f"another --workdir, or delete {self._workdir / stage} and the stages after it to rebuild "
-        "them."
+        f"config leaves differ; take another --workdir, or delete {self._workdir / stage} and the "
+        "stages after it to rebuild them."
       )
 
   def _refuse_change(self, before: dict):
@@ -190,8 +189,7 @@ class Stage:
       if old.get(leaf) != new.get(leaf):
         raise UserError(
           f"Stage {self.name} in {self._workdir} was begun with {leaf}={old.get(leaf)!r}, now it "
-          "is "
-          f"{new.get(leaf)!r}; take another --workdir, or delete {self.folder} and the stages "
+          f"is {new.get(leaf)!r}; take another --workdir, or delete {self.folder} and the stages "
           "after it."
         )
     for need, identity in self._begun["inputs"].items():

@@ -150,8 +150,8 @@ class UseTest(absltest.TestCase):
   def test_a_worker_imports_no_jax(self):
     done = subprocess.run(
       [sys.executable, "-c", "import sys, synthneg_jax.grading.grading_worker; print([m for m in "
-                             "sys.modules if m in "
-       "('jax', 'numpy', 'sympy', 'flax')])"], capture_output=True, text=True,
+                             "sys.modules if m in ('jax', 'numpy', 'sympy', "
+       "'flax')])"], capture_output=True, text=True,
        env=os.environ | {"PYTHONPATH": str(ROOT)},
       timeout=120, check=True)  # fmt: skip
     self.assertEqual(done.stdout.strip(), "[]")

@@ -5,16 +5,12 @@ from collections.abc import Iterator
 
 _ATOMS = (
   "1 9 0 x y e i \\pi \\infty 10^{10^{10}} 9**9**9 9^{9^{9^9}} 1e999999999 1e-999999999 1e1000 "
-  "99999! (10^6)! 3!!!!! "
-  "\\sqrt{-1} 0/0 1/0 0^0 \\frac{1}{0} \\binom{10^9}{5} \\gcd(1,0) \\log 0 \\tan\\frac{\\pi}{2} "
-  "\\sin(10^{100}) x^{x^{x^x}} "
-  "\\begin{pmatrix}1&2\\\\3\\end{pmatrix} \\text{a} \\lfloor x \\rfloor |x| \\{1\\} (1,2] 1:0 0:0 "
-  "5\\% 30^\\circ \\pm1 7_2 "
+  "99999! (10^6)! 3!!!!! \\sqrt{-1} 0/0 1/0 0^0 \\frac{1}{0} \\binom{10^9}{5} \\gcd(1,0) \\log 0 "
+  "\\tan\\frac{\\pi}{2} \\sin(10^{100}) x^{x^{x^x}} \\begin{pmatrix}1&2\\\\3\\end{pmatrix} "
+  "\\text{a} \\lfloor x \\rfloor |x| \\{1\\} (1,2] 1:0 0:0 5\\% 30^\\circ \\pm1 7_2 "
   "2^{-10^9} (1/3)^{10^7} \\sqrt[10^9]{2} \\sqrt[0]{2} \\arcsin 5 \\exp(10^9) \\ln(-1) i^i "
-  "0.\\overline{9} "
-  "__import__('os').system('id') eval(1) lambda:0 x.__class__ {{7*7}} %s%n ${IFS} `id` sympy.S(1) "
-  "\\input{/etc/passwd} "
-  "\\write18{id} \\catcode \\def\\x{\\x}\\x"
+  "0.\\overline{9} __import__('os').system('id') eval(1) lambda:0 x.__class__ {{7*7}} %s%n ${IFS} "
+  "`id` sympy.S(1) \\input{/etc/passwd} \\write18{id} \\catcode \\def\\x{\\x}\\x"
 ).split()
 _JOINTS = [
   "+", "-", "*", "/", "^", "_", "!", ",", ";", "=", "<", ">", "\\le", "\\cup", "\\in", "\\pm", ":",

@@ -50,8 +50,8 @@ class PeftTest(parameterized.TestCase):
     ours, adapted = our_logits(model, base, ids), torch_logits(theirs, ids)
     merged = torch_logits(theirs.merge_and_unload(), ids)
     print(
-      f"| {name}, adapter | {np.abs(ours - adapted).max():.1e} | "
-      f"{np.abs(ours - merged).max():.1e} |"
+      f"| {name}, adapter | {np.abs(ours - adapted).max():.1e} | {np.abs(ours - merged).max():.1e} "
+      "|"
     )
     self.assertGreater(np.abs(adapted - plain).max(), 0.5)
     np.testing.assert_allclose(adapted, ours, rtol=0, atol=TOLERANCE)

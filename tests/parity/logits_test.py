@@ -191,8 +191,7 @@ class SmolLM2Test(absltest.TestCase):
         found[dtype] = np.abs(ours - expected).max(axis=1)
         print(
           f"SmolLM2 in {dtype}: largest difference {found[dtype].max():.1e} over {len(ids)} "
-          "places, "
-          f"{found[dtype][-1]:.1e} at the last; largest logit {np.abs(expected).max():.1f}."
+          f"places, {found[dtype][-1]:.1e} at the last; largest logit {np.abs(expected).max():.1f}."
         )
     self.assertLessEqual(found["float64"].max(), TOLERANCE)
     self.assertLessEqual(found["float32"][-1], TOLERANCE)

@@ -46,10 +46,8 @@ def line(pod: str, report: preflight.Report) -> str:
   seconds = ", ".join(f"{1e3 * value:.3g}" for value in report.seconds.values())
   return (
     f"| {pod} | {program.name} | {program.sizes} | {report.peak_bytes / giga:.2f} | "
-    f"{cost.flops / 1e12:.3g}, "
-    f"{cost.flops / own:.2f} | {cost.memory_bytes / giga:.3g}{reads} | "
-    f"{cost.collective_bytes / giga:.3g} | {seconds} | "
-    f"{report.bound_by} |"
+    f"{cost.flops / 1e12:.3g}, {cost.flops / own:.2f} | {cost.memory_bytes / giga:.3g}{reads} | "
+    f"{cost.collective_bytes / giga:.3g} | {seconds} | {report.bound_by} |"
   )
 
 

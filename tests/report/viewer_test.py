@@ -17,8 +17,8 @@ from tests import browser as browser_lib
 # Hostile text of a model, a problem's author or a gold answer. window.owned must stay undefined.
 HOSTILE = (
   "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 2'>"
-  "</script ><script >window.owned = 10</script ><!--<script "
-  "<svg onload='window.owned = 3'><iframe src='https://evil.example/'></iframe><!-- <script>"
+  "</script ><script >window.owned = 10</script ><!--<script <svg onload='window.owned = "
+  "3'><iframe src='https://evil.example/'></iframe><!-- <script>"
   " javascript:window.owned=4 \u2028\u2029\ud800 &lt;b&gt; {{DATA}} ${window.owned=5} "
   "$\\href{javascript:window.owned=6}{click}$ $\\htmlData{onclick=window.owned=7}{x^2}$ "
   "$\\includegraphics{https://evil.example/x.png}$ \\(\\def\\x{\\x\\x}\\x\\) "

@@ -46,8 +46,7 @@ class ReadTest(parameterized.TestCase):
     # lost.
     reply = (
       "Sure!\n<problem>\n A= 3 ? A=\n</problem>\n2. <problem>Two\nlines?</problem> "
-      "<problem> "
-      "</problem> <problem>cut"
+      "<problem> </problem> <problem>cut"
     )
     self.assertEqual(synthesis.read_problems(reply, raw=True), [" A= 3 ? A=\n", "Two\nlines?"])
     self.assertEqual(synthesis.read_problems(reply, raw=False), ["A= 3 ? A=", "Two\nlines?"])

@@ -196,8 +196,8 @@ class ProfileTest(absltest.TestCase):
     # parts have no names. In a process of its own: where another test has asked XLA for a TPU's
     # topology, jax's profiler crashes.
     code = (
-      "import sys; from tests.training import live_metrics_test as t; "
-      "t.fit(sys.argv[1], t.config(profile_steps='3:5'), t.loop_test.Spy(num_steps=t.STEPS))"
+      "import sys; from tests.training import live_metrics_test as t; t.fit(sys.argv[1], "
+      "t.config(profile_steps='3:5'), t.loop_test.Spy(num_steps=t.STEPS))"
     )
     with tempfile.TemporaryDirectory() as workdir:
       subprocess.run(

@@ -222,8 +222,8 @@ class Study:
     """
     if config.task.name != "star_graph":
       raise UserError(
-        f"task.name={config.task.name!r}: figure 8 needs star_graph, as "
-        "configs/star_graph.py has it."
+        f"task.name={config.task.name!r}: figure 8 needs star_graph, as configs/star_graph.py has "
+        "it."
       )
     star_graph.check(config.task)
     marks = config.star_graph
