@@ -2,7 +2,7 @@
 process and reads its lines.
 
 python -m benchmarks.accelerator_parts [--toy] PART ...     one JSON line a part
-python -m benchmarks.accelerator_parts --record             writes the CPU's numbers that devices are held against
+python -m benchmarks.accelerator_parts --record         writes the CPU's reference figures
 """
 
 import argparse

@@ -23,7 +23,7 @@ _ROUNDS = 5
 
 
 def exact_values(num: int = 400, seed: int = 0) -> list[np.ndarray]:
-  """Q after each step of wrong responses to the solved task, without luck: 0 from the true pit on."""
+  """Q after each step of wrong responses to the solved task; 0 from the true pit on."""
   rng = np.random.default_rng(seed)
   mdp = reasoning_mdp.draw(rng, problems=32, steps=8, critical=(1, 3, 5), num_actions=3, luck=0.0)
   logits_LXA = reasoning_mdp.reference_logits(mdp, rng)

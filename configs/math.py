@@ -2,7 +2,8 @@
 configs/gsm8k.py.
 
     python launch/pipeline.py --config=configs/math.py:model=smollm2_135m,smoke --workdir=DIR
-    python launch/pipeline.py --config=configs/math.py:model=deepseek_math_7b --config.task.path=MATH --workdir=DIR
+    python launch/pipeline.py --config=configs/math.py:model=deepseek_math_7b \
+        --config.task.path=MATH --workdir=DIR
 
 MATH (https://arxiv.org/abs/2103.03874) is not shipped. MATH names its folder: the original tree
 (MATH/train/algebra/1.json and so on), or train.jsonl and test.jsonl with problem, level, type and

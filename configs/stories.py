@@ -12,9 +12,9 @@ from the test problems), before any preference loss was run. Wanted: a greedy er
 new problems, falling with data, and pass@8 well above pass@1 on problems that SFT has not seen.
 Seed 0; pass@k at temperature 0.8 from 8 samples of each of 32 problems:
 
-    people  derivations  up to  problems  step size  epochs  greedy error (problems)   pass@1, pass@8: new   SFT's own
-    4-6     2-4          99     400       1e-4       3       .847, .780-.896 (150)     -                     .30, .72
-    4-5     2-3          50     500       2e-4       2       .733, .648-.804 (120)     .28, .63              .27, .66
+    people  derived  up to  problems  step size  epochs  greedy error (of)      pass@1, @8: new, own
+    4-6     2-4      99     400       1e-4       3       .847, .780-.896 (150)  -         .30, .72
+    4-5     2-3      50     500       2e-4       2       .733, .648-.804 (120)  .28, .63  .27, .66
 
 The first row is of an earlier generator (a line without the base's name: "Mia has 16 * 4 = 64
 marbles."; float32). In the second, two derivations give .65 and three .82. Of 89 responses with a

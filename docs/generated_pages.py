@@ -132,7 +132,8 @@ def api(room: str) -> str:
     parts.append(f"## {title}\n\n{fenced(about)}")
     for name, signature, docstring in public(source):
       parts.append(
-        f"### {title.rpartition('/')[2]}.{name}\n\n```python\n{name.rpartition('.')[2]}{signature}\n```\n"
+        f"### {title.rpartition('/')[2]}.{name}\n\n"
+        f"```python\n{name.rpartition('.')[2]}{signature}\n```\n"
       )
       parts.append(fenced(docstring) if docstring else "")
   return "\n".join(parts)

@@ -1,6 +1,7 @@
 """Imports traces sampled elsewhere, in place of stage sample.
 
-python launch/import_traces.py --config=arithmetic --workdir=DIR --traces=FILE.jsonl [--assume_finish=eos]
+python launch/import_traces.py --config=arithmetic --workdir=DIR --traces=FILE.jsonl \
+    [--assume_finish=eos]
 """
 
 from synthneg_jax import cli

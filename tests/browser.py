@@ -142,7 +142,7 @@ class Browser:
     self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
 
   def js(self, expression: str):
-    """The value of an expression in the page, awaited; an exception there is a RuntimeError here."""
+    """The awaited value of an expression in the page; exceptions there raise RuntimeError here."""
     made = self.call(
       "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
     )

@@ -1,4 +1,4 @@
-"""The command line: every command's help in both forms, refusals, and the wheel outside a checkout."""
+"""The command line: help in both forms, refusals, and the wheel outside a checkout."""
 
 import ast
 import json

@@ -52,7 +52,7 @@ def anchors(text: str) -> set[str]:
 
 
 def broken_links(page: pathlib.Path, text: str) -> list[str]:
-  """Links of a page to files or headings that are not there; addresses elsewhere are not followed."""
+  """Links of a page to missing files or headings; external links are not followed."""
   wrong = []
   for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text)) + re.findall(
     r'(?:src|href)="([^"]+)"', text

@@ -9,7 +9,7 @@ decorator, a loop) at one place of one module. Mutants are drawn without replace
 core/, so that a module has its share of them, and each is run against its own module's tests only,
 with pytest -x, in a copy of the project.
 
-  killed      a test fails, the module cannot be imported, or the tests take ten times as long as without the change
+  killed      a test fails, the import fails, or the tests take ten times as long
               (and ten seconds): the table tells the three apart
   survived    all tests pass; each is listed with its line and its change
 
@@ -266,7 +266,8 @@ def describe(result: dict) -> str:
 
 def table(results: list[dict], modules: list[str]) -> str:
   lines = [
-    f"{'module':12}{'drawn':>7}{'killed':>8}{'by test':>9}{'import':>8}{'time':>6}{'survived':>10}{'killed %':>10}"
+    f"{'module':12}{'drawn':>7}{'killed':>8}{'by test':>9}{'import':>8}{'time':>6}"
+    f"{'survived':>10}{'killed %':>10}"
   ]
   for module in (*modules, "all"):
     verdicts = [result["verdict"] for result in results if module in (result["module"], "all")]

@@ -1,7 +1,7 @@
 """The notebooks of colab/: keeps their derived parts in step, and runs them.
 
-    python -m tests.notebooks          writes each setup cell and badge anew, and syncs notebooks with their scripts
-    python -m tests.notebooks --run    and runs all of them, or those named, keeping what they print and draw
+    python -m tests.notebooks        rewrites setup cells and badges, and syncs scripts
+    python -m tests.notebooks --run  also runs all, or those named, and stores their output
 
 A setup cell clones the project from REPOSITORY of setup.py, the one place that holds the address. A
 run replaces that cell by one that goes to this checkout; the committed notebook keeps the real one.

@@ -378,7 +378,7 @@ class LossesTest(parameterized.TestCase):
     ], h_NLD[0, at]
 
   def nudged(self, token: int, direction_D, amount: float):
-    """The policy with one token's logit raised by `amount` where the hidden state is the given one."""
+    """The policy with one token's logit raised by `amount` at the given hidden state."""
     step = amount * direction_D / np.sum(direction_D**2)
     ends = self.params["ends"]
     return {**self.params, "ends": {**ends, "unembedding": ends["unembedding"].at[token].add(step)}}

@@ -130,8 +130,8 @@ def value_interval(
 
   Methods, z = Φ⁻¹((1 + level)/2):
     wilson  (c + z²/2 ± z √(c(M-c)/M + z²/4)) / (M + z²), the score test inverted;
-    beta    the equal-tailed interval of Jeffreys' posterior Beta(c + ½, M - c + ½), with 0 for the lower end where c = 0
-            and 1 for the upper where c = M.
+    beta    the equal-tailed interval of Jeffreys' posterior Beta(c + ½, M - c + ½), with lower end
+            0 for c = 0 and upper end 1 for c = M.
 
   See "Interval Estimation for a Binomial Proportion" by Brown, Cai and DasGupta (Statistical
   Science 16(2), 2001), which recommends these two for few draws.

@@ -260,11 +260,10 @@ def preference_metrics(
     [P] float each, so that means over pairs are rates:
       margin          h of `preference_margin`, nats;
       accuracy        1 where h > 0, a tie counts as wrong;
-      chosen_shift    log π(y⁺) - log π_ref(y⁺), nats; below 0 the chosen branch has become less likely;
+      chosen_shift    log π(y⁺) - log π_ref(y⁺), nats; negative if the chosen became less likely;
       rejected_shift  log π(y⁻) - log π_ref(y⁻), nats;
-      saturated       1 where σ(-z) < 0.01, z the argument of the loss's sigmoid: its gradient has nearly gone from this
-                      pair. (IPO has no sigmoid and saturates nowhere; there it tells where DPO
-                      would have.)
+      saturated       1 where σ(-z) < 0.01, z the argument of the loss's sigmoid: the pair
+                      has almost no gradient. (IPO has no sigmoid; the value is that of DPO.)
   """
   h_P = preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P)
   argument_P = beta * (h_P - penalty * jax.nn.relu(ref_chosen_P - chosen_P))

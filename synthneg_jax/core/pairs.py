@@ -92,10 +92,11 @@ def flip_probability(rejected: Count, other: Count) -> float:
   """P(Q_rejected > Q_other): how likely the counts make it that a pair's label is flipped. Ours.
 
   Q ~ Beta(c + ½, M - c + ½), Jeffreys' posterior, independent for the two; a value that is exact is
-  a point. Equal counts, and equal exact values, give ½. What a pit is held against:
+  a point. Equal counts, and equal exact values, give ½. The pit is compared with:
     shared prefix      the chosen step, by the rollouts that began with it;
-    algorithm 1        the value before the pit, since the chosen response is whole and right and tells nothing of it;
-    whole responses    nothing: both verdicts are exact, and 0 is the answer.
+    algorithm 1        the value before the pit: the chosen response is complete and carries no
+                       information about the pit;
+    whole responses    nothing: both verdicts are exact, so the result is 0.
   """
   if not (rejected.exact or other.exact):
     return 1.0 - float(
@@ -167,7 +168,8 @@ def furthest(
   known; these are the two ways that the code of Self-Explore has (https://arxiv.org/abs/2404.10346,
   VERIFIED), d Levenshtein's distance:
     largest        each right response, in order, takes the wrong one with the largest d;
-    shortest_far   the shortest wrong one with d / (|a| + |b|) > 0.5, else > 0.4, else > 0.3, else none.
+    shortest_far   the shortest wrong one with d / (|a| + |b|) > 0.5, else > 0.4, else > 0.3, else
+                   none.
 
   Args:
     right, wrong: texts, or ids.

@@ -22,16 +22,17 @@ def first_pit(
   drop_ratio: float = 0.34,
   min_before: float = 0.25,
 ) -> jax.Array:
-  """The step of a wrong response that is to be blamed.
+  """The first pit of a wrong response.
 
   Rules:
-    lowest_value      the first step with the lowest Q (the paper's Algorithm 1, as read second-hand);
+    lowest_value      the first step with the lowest Q (the paper's Algorithm 1, second-hand);
     first_zero        the first step with Q = 0 (Self-Explore, https://arxiv.org/abs/2404.10346);
-    first_dead        the first step with Q = 0 after which all known steps have Q = 0 too: a success later on says that
-                      the zero was bad luck, as what came right from y_1:j came right from y_1:i too
-                      (ours);
-    least_advantage   the first step with the lowest A (https://arxiv.org/abs/2410.08146, appendix A);
-    relative_drop     the first step with Q <= drop_ratio · Q before and Q before >= min_before (ours).
+    first_dead        the first step with Q = 0 after which all known steps have Q = 0: a later
+                      success shows that the zero was chance, since a success from y_1:j is one
+                      from y_1:i (ours);
+    least_advantage   the first step with the lowest A (https://arxiv.org/abs/2410.08146, app. A);
+    relative_drop     the first step with Q <= drop_ratio · Q before and Q before >= min_before
+                      (ours).
 
   In a response whose last step is wrong Q_L = 0, so lowest_value and first_zero agree where all
   steps are known.

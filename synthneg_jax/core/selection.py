@@ -160,7 +160,7 @@ def step_mask(advantages: Sequence[float], step_ends: Sequence[int], *, rule: st
 
   Rules, A_i the advantage of step i:
     positive          the steps with A_i > 0, and no others (VERIFIED: a co-author's lecture);
-    before_negative   all steps before the first with A_i < 0, so that no bad step is ever cloned over (ours).
+    before_negative   all steps before the first with A_i < 0 (ours).
 
   Args:
     advantages: of each step; NaN where it is unknown, which is neither > 0 nor < 0.

@@ -1,20 +1,19 @@
 """The token tree: tokens that share beginnings, of any depth.
 
-Every piece of work of the method is a tree: the traces of a problem branch off its prompt, the
-rollouts of a step branch off the trace's prefix, a pair is two branches. A shared beginning is
-computed once however many branches continue it, several trees pack into one row, and a packed tree
-has the log-probabilities of its unpacked sequences. A tree lies in its row in preorder: a run of
-tokens, then the branches off it in falling order of their forks, each with its own branches. Two
-integers of a token say the rest:
+Every workload of the method is a tree: traces branch from a prompt, rollouts branch from the
+prefixes of a trace, and a pair is two branches. A shared beginning is computed once, several trees
+pack into one row, and a packed tree has the log-probabilities of its unpacked sequences. A tree
+lies in its row in preorder: a run of tokens, then the branches that leave it in decreasing order of
+their forks, each followed by its own branches. Two integers per token define the rest:
 
-  attention   query q sees key k  iff  k <= q < leave[k], where `leave` is the row index just past all that continues k.
-              It covers causality, siblings, other trees of the row, and padding, which sees itself
-              only.
-  prediction  a token is predicted by the hidden state of its `parent`: the token before it on its path. All branches at
-              a fork share theirs with the next token of the run that they leave.
+  attention   query q sees key k  iff  k <= q < leave[k], where `leave` is the row index after the
+              last token that continues k. This covers causality, siblings, other trees in the row,
+              and padding, which sees only itself.
+  prediction  a token is predicted by the hidden state of its `parent`, the token before it on its
+              path. All branches at a fork share their parent with the next token of the run.
 
-`position` is the place in the unpacked sequence, and it, never the place in the row, drives rotary
-embeddings and windows. A branch is named by its last token: it consists of the tokens that this
+`position` is the index in the unpacked sequence; rotary embeddings and windows use it, not the
+index in the row. A branch is identified by its last token and consists of the tokens which that
 token sees.
 """
 
@@ -163,7 +162,7 @@ class Tree:
 
 
 def _below(run: Branch) -> Iterator[tuple[Branch, Branch]]:
-  """(branch, the run that it leaves) of all that leave a run or one another, each before its own."""
+  """(branch, the run it leaves) for every branch below a run, parents before children."""
   waiting = [(branch, run) for branch in reversed(run.branches)]
   while waiting:
     branch, left = waiting.pop()

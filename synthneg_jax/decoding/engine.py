@@ -59,7 +59,7 @@ class Generation:
 
 
 def bucket(size: int) -> int:
-  """The next of 1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 80, 96, ...: few shapes, little of them empty."""
+  """Rounds up to 1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 80, 96, ...: few shapes, little padding."""
   power = 1 << (size - 1).bit_length()
   quarter = power // 8
   return power if quarter < 8 else -(-size // quarter) * quarter

@@ -235,7 +235,7 @@ def _check_rope_scaling(folder: epath.Path, model: Model, max_length: int) -> No
 def _tokenizer_and_eos(
   folder: epath.Path, num_rows: int
 ) -> tuple[transformers.PreTrainedTokenizerFast, tuple[int, ...]]:
-  """A folder's tokenizer, held against an embedding with so many rows, and all ids that end a turn."""
+  """A folder's tokenizer, checked against the number of embedding rows, and all end-of-turn ids."""
   tokenizer = load_tokenizer(folder)
   hf_tokenizers.check(folder, tokenizer, num_rows)
   return tokenizer, hf_tokenizers.below(
@@ -418,7 +418,7 @@ def param_shardings(model: Model | Adapter, mesh: Mesh):
 
 
 def _joint_fingerprint(base: Policy, params, adapter: Adapter) -> str:
-  """Of base and adapter: their sum is rounded as the hardware likes, so its own bits would not do."""
+  """Hashes base and adapter, not their sum, whose rounding depends on the hardware."""
   parts = f"{base.fingerprint}+{checkpoints.fingerprint(params)}*{adapter.scale!r}"
   return hashlib.sha256(parts.encode()).hexdigest()[:16]
 

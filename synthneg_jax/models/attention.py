@@ -201,7 +201,7 @@ def _attend(q, k, v, mask):
 
 
 def _attend_forward(q, k, v, mask, cap: float = 0.0):
-  """(what `_attend` returns, for scores capped where cap is not 0; what the backward pass needs)."""
+  """(the result of `_attend`, scores capped unless cap is 0; residuals for the backward pass)."""
   rows, kv_heads, groups, length, head_dim = q.shape
   keys = k.shape[2]
   wide = jnp.promote_types(q.dtype, jnp.float32)

@@ -247,7 +247,7 @@ def cost(shape, block: int, products: int, *, itemsize: int) -> pl.CostEstimate:
   of_queries = groups * of_keys
   if products == _FORWARD:  # keys and values at each visit; queries and what comes out once a block
     moved = itemsize * (pairs * 2 * of_keys + rows * kv_heads * count * 2 * of_queries)
-  else:  # queries and their gradients at each visit; keys and values once a block, and all sums in float32
+  else:  # queries and their gradients per visit; keys, values and float32 sums once per block
     moved = itemsize * (pairs * 2 * of_queries + rows * kv_heads * count * 2 * of_keys)
     moved += 4 * rows * kv_heads * count * (of_queries + 2 * of_keys)
   return pl.CostEstimate(

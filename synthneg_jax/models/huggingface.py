@@ -133,7 +133,7 @@ def load_params(
       return slice(span.start + place.start, span.stop + place.start)
 
     def part(index):
-      """The part of the parameter at these slices; devices that hold the same part share one copy."""
+      """The part of the parameter at these slices; devices with the same part share one copy."""
       spans = tuple(span.indices(size)[:2] for span, size in zip(index, leaf.shape, strict=True))
       if spans not in read:
         cuts = [slice(*span) for span in spans]

@@ -37,7 +37,7 @@ _OF_OTHERS = Rollout([], False, "", "", 0.0, 0.0)
 
 
 def choose(group: Sequence[Trace], max_wrong: int, max_right: int) -> list[Trace]:
-  """The traces of one problem that get credit: distinct, with an answer, the first of each verdict."""
+  """Selects traces of one problem for credit: distinct, with an answer, first of each verdict."""
   right = selection.keep_right([(trace.ids, trace.correct) for trace in group], max_right)
   wrong = pairs.negatives([(trace.ids, trace.reason) for trace in group], max_wrong)
   return [group[index] for index in sorted(right + wrong)]

@@ -168,7 +168,7 @@ class Builder:
     return after.successes / after.rollouts - before.successes / before.rollouts
 
   def _siblings(self, trace: Trace, num_steps: int) -> list[core.Sibling]:
-    """Every rollout from the first `num_steps` steps of a trace; from none, the problem's traces."""
+    """The rollouts from the first `num_steps` steps of a trace; for 0, the problem's traces."""
     if num_steps == 0:
       return [
         core.Sibling(t.ids, t.step_ends, t.correct, sum(t.logps[: t.step_ends[0]]), sum(t.logps))

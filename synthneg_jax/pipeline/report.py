@@ -67,7 +67,7 @@ def _methods(experiment: Experiment) -> list[report_page.Method]:
 
 
 def _training(experiment: Experiment) -> dict[str, tuple[str, list[dict]]]:
-  """What the training stages have measured so far; a stage that still trains may be within a line."""
+  """Metrics of the training stages so far; the last line of a running stage may be incomplete."""
   labels = {"sft": "sft", "rft": "rft", "dpo/dpo": "dpo", "dpo/step_dpo": "step_dpo"}
   found = {}
   for stage, name in labels.items():

@@ -31,7 +31,7 @@ def _spread(traces: Sequence, count: int) -> list:
 
 
 def _text(trace: Trace, problem: Problem) -> str:
-  """A trace as Markdown; what a model wrote stands indented, as code, so that none of it is markup."""
+  """A trace as Markdown, with model output indented as code so that its markup is not rendered."""
 
   def indented(text):
     return "".join(f"    {line}\n" for line in text.split("\n"))

@@ -46,7 +46,7 @@ _TPU_KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
 
 
 def of_kind(device_kind: str) -> Chip | None:
-  """The chip that JAX calls so ("NVIDIA H200", "TPU v5 lite"); None where it is not in the tables."""
+  """The chip with this JAX device kind ("NVIDIA H200", "TPU v5 lite"); None if unknown."""
   if device_kind in _TPU_KINDS:
     return CHIPS[_TPU_KINDS[device_kind]]
   words = device_kind.replace("-", " ").split()

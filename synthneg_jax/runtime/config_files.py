@@ -12,7 +12,7 @@ _PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 def folder() -> pathlib.Path:
-  """The folder configs/: within the package where a wheel was installed, beside it in a checkout."""
+  """The folder configs/: inside the package in an installed wheel, beside it in a checkout."""
   installed = _PACKAGE / "configs"
   return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 

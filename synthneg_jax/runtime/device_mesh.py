@@ -57,7 +57,7 @@ def make_mesh(
 
 
 def _arrange(sizes: Sequence[int], devices) -> np.ndarray:
-  """Devices as an array of these sizes; on TPU, neighbours on an axis are neighbours in the torus."""
+  """Devices as an array of these sizes; on TPU, mesh neighbours are neighbours in the torus."""
   if devices[0].platform != "tpu":
     return np.asarray(devices).reshape(sizes)
   slices = len({getattr(device, "slice_index", 0) for device in devices})

@@ -64,7 +64,7 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
   flags.DEFINE_string(
     "coordinator_address",
     None,
-    "With --distributed, where jax cannot tell (neither TPU pod nor Slurm): HOST:PORT of process 0.",
+    "With --distributed outside TPU pods and Slurm: HOST:PORT of process 0.",
   )
   flags.DEFINE_integer(
     "num_processes", None, "Likewise: how many processes there are.", lower_bound=1

@@ -6,15 +6,19 @@ and rounded to 20 digits. With e = Decimal.exp, ln = Decimal.ln and the columns 
 
   h         = (chosen - ref_chosen) - (rejected - ref_rejected)
   logsig(x) = -ln(1 + e(-x))
-  dpo       = -logsig(β h)                                          https://arxiv.org/abs/2305.18290, eq. 7
-  cdpo      = -(1 - ε) logsig(β h) - ε logsig(-β h)                 ε = 1/8
-  ipo       = (h - 1/(2 τ))²                                        https://arxiv.org/abs/2310.12036, eq. 17; τ = 1/8
-  dpop      = -logsig(β (h - λ max(0, ref_chosen - chosen)))        https://arxiv.org/abs/2402.13228, eq. 3; λ = 5
+  dpo       = -logsig(β h)                                  https://arxiv.org/abs/2305.18290, eq. 7
+  cdpo      = -(1 - ε) logsig(β h) - ε logsig(-β h)         ε = 1/8
+  ipo       = (h - 1/(2 τ))²                                https://arxiv.org/abs/2310.12036, eq. 17
+                                                            τ = 1/8
+  dpop      = -logsig(β (h - λ max(0, ref_chosen - chosen)))
+                                                            https://arxiv.org/abs/2402.13228, eq. 3
+                                                            λ = 5
 
 with β = 1/4. GRADIENTS has the derivatives by the chosen's log-prob, by the same arithmetic from
 
   s = 1 / (1 + e(β h)):   dpo -β s,   cdpo -β (s - ε),   ipo 2 (h - 1/(2 τ)),
-  s' = 1 / (1 + e(β (h - λ max(0, ref_chosen - chosen)))):   dpop -β s' (1 + λ [chosen < ref_chosen]).
+  s' = 1 / (1 + e(β (h - λ max(0, ref_chosen - chosen)))):
+  dpop -β s' (1 + λ [chosen < ref_chosen]).
 """
 
 import functools

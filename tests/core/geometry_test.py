@@ -194,7 +194,7 @@ def fullness(rows, steps):
 
 @functools.cache
 def gsm8k_trees():
-  """Tokens of prompt and solution: of the data themselves where they and the tokenizer are at hand."""
+  """Prompt and solution lengths in tokens, from the data if data and tokenizer are present."""
   path = pathlib.Path(os.environ.get("SYNTHNEG_DATA_DIR", "-")) / "gsm8k" / "train.jsonl"
   if not path.exists() or not (_CACHE / "smollm2_135m").exists():
     return drawn(_GSM8K_TREES, 1000)

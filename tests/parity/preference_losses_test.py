@@ -4,9 +4,10 @@
 First with log-probs that we hand to it in place of a model's: the same numbers in, the same numbers
 and gradients out. TRL names some losses otherwise, and one of them is another loss:
 
-  DPO    its "sigmoid"; it has no label smoothing (its "robust" with label_smoothing is robust DPO, another loss).
-  cDPO   its "aot" with label_smoothing on one pair alone: that sorts margins over a batch, and one is always sorted.
-  IPO    its "ipo" puts in means per token where we sum. On responses of one token these are the same numbers; on
+  DPO    its "sigmoid", which has no label smoothing (its "robust" with label_smoothing is robust
+         DPO, another loss).
+  cDPO   its "aot" with label_smoothing on one pair: it sorts margins over a batch.
+  IPO    its "ipo" uses means per token where we sum. On responses of one token these agree; on
          responses of n tokens its loss at τ is ours at τ/n, divided by n².
 
 Then with models: a tiny random Llama as policy and another as reference, TRL's padded batch of

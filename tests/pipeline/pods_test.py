@@ -236,7 +236,7 @@ class PodTestCase(absltest.TestCase):
     self.assertEqual(calls, calls[:1] * count)  # each asked equally often whether to stop
 
   def deaths_and_ways_back(self, workdir, count: int, then: int):
-    """One process dies; one is asked to stop; then another number of processes goes on to the end."""
+    """One process dies, one is asked to stop, then another number of processes finishes."""
     started = start(workdir, count, "synthesize,sft")
     self.wait_for_steps(started, workdir, 12)
     started[-1].kill()
@@ -396,7 +396,8 @@ for path, dtype in (("base", "float32"), ("adapter", "float32"), ("base", "bfloa
   config.model.path, config.model.param_dtype = path, dtype
   policy = experiment.base()
   template = policy.tokenizer.chat_template
-  print(json.dumps([policy.fingerprint, policy.model.config.tie_embeddings, list(policy.eos_ids), template]))
+  tied = policy.model.config.tie_embeddings
+  print(json.dumps([policy.fingerprint, tied, list(policy.eos_ids), template]))
 experiment.stage("sft", ["sft"], reads_base=True)
 distributed.barrier()
 print(json.loads((folder / "run/sft/begun.json").read_text())["inputs"]["base model"])

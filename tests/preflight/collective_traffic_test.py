@@ -1,4 +1,4 @@
-"""Which arrays collectives move: against counts by hand of a small program on a mesh of 2 x 4 x 2."""
+"""Arrays moved by collectives, against counts by hand for a small program on a 2 x 4 x 2 mesh."""
 
 from absl.testing import absltest, parameterized
 from jax import ShapeDtypeStruct
@@ -85,7 +85,8 @@ ENTRY %main (x: bf16[4,20]) -> bf16[4,20] {
   %x = bf16[4,20]{1,0} parameter(0)
   %f = bf16[4,20]{1,0} fusion(%x), kind=kLoop, calls=%begin
   %c = bf16[4,20]{1,0} bitcast(%f)
-  ROOT %y = bf16[4,20]{1,0} collective-permute(%c), channel_id=1, source_target_pairs={{0,2},{2,4},{4,6},{6,0}}
+  ROOT %y = bf16[4,20]{1,0} collective-permute(%c), channel_id=1, \
+source_target_pairs={{0,2},{2,4},{4,6},{6,0}}
 }
 """
     for opcode, what in (("add", "sums"), ("convert", "parts")):

@@ -1,4 +1,4 @@
-"""What is read from HLO, against counts by hand of a small program and against XLA's own analysis."""
+"""Figures read from HLO, against counts by hand for a small program and XLA's own analysis."""
 
 import jax
 import jax.numpy as jnp
@@ -63,25 +63,32 @@ CHAIN = """HloModule chain
 
 %begin (a.0: f32[2,8]) -> (f32[2,8], f32[8,8]) {
   %a.0 = f32[2,8]{1,0} parameter(0)
-  %part.1 = f32[8,8]{1,0} all-gather(%a.0), channel_id=7, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="1"}
-  ROOT %started = (f32[2,8]{1,0}, f32[8,8]{1,0}) custom-call(%part.1), custom_call_target="AsyncCollectiveStart"
+  %part.1 = f32[8,8]{1,0} all-gather(%a.0), channel_id=7, replica_groups=[2,4]<=[8], \
+frontend_attributes={chain_id="1"}
+  ROOT %started = (f32[2,8]{1,0}, f32[8,8]{1,0}) custom-call(%part.1), \
+custom_call_target="AsyncCollectiveStart"
 }
 
-%carry (b.0: f32[2,8], b.1: f32[8,8], b.2: f32[4,8], b.3: f32[8,8]) -> (f32[4,8], f32[2,8], f32[8,8], f32[8,8]) {
+%carry (b.0: f32[2,8], b.1: f32[8,8], b.2: f32[4,8], b.3: f32[8,8]) \
+-> (f32[4,8], f32[2,8], f32[8,8], f32[8,8]) {
   %b.0 = f32[2,8]{1,0} parameter(0)
   %b.1 = f32[8,8]{1,0} parameter(1)
   %b.2 = f32[4,8]{1,0} parameter(2)
   %b.3 = f32[8,8]{1,0} parameter(3)
   %y = f32[4,8]{1,0} convolution(%b.2, %b.3), dim_labels=bf_io->bf
-  %part.2 = f32[8,8]{1,0} all-gather(%b.0), channel_id=7, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="1"}
-  ROOT %carried = (f32[4,8]{1,0}, f32[2,8]{1,0}, f32[8,8]{1,0}, f32[8,8]{1,0}) tuple(%y, %b.0, %b.1, %part.2)
+  %part.2 = f32[8,8]{1,0} all-gather(%b.0), channel_id=7, replica_groups=[2,4]<=[8], \
+frontend_attributes={chain_id="1"}
+  ROOT %carried = (f32[4,8]{1,0}, f32[2,8]{1,0}, f32[8,8]{1,0}, f32[8,8]{1,0}) tuple(%y, %b.0, \
+%b.1, %part.2)
 }
 
 %end (c.0: f32[2,8], c.1: f32[8,8]) -> f32[8,8] {
   %c.0 = f32[2,8]{1,0} parameter(0)
   %c.1 = f32[8,8]{1,0} parameter(1)
-  %part.3 = f32[8,8]{1,0} all-gather(%c.0), channel_id=7, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="1"}
-  ROOT %ended = f32[8,8]{1,0} custom-call(%c.0, %c.1, %part.3), custom_call_target="AsyncCollectiveDone"
+  %part.3 = f32[8,8]{1,0} all-gather(%c.0), channel_id=7, replica_groups=[2,4]<=[8], \
+frontend_attributes={chain_id="1"}
+  ROOT %ended = f32[8,8]{1,0} custom-call(%c.0, %c.1, %part.3), \
+custom_call_target="AsyncCollectiveDone"
 }
 
 ENTRY %main (x.1: f32[2,8], y.1: f32[4,8], z.1: f32[8,8]) -> f32[8,8] {
@@ -91,7 +98,8 @@ ENTRY %main (x.1: f32[2,8], y.1: f32[4,8], z.1: f32[8,8]) -> f32[8,8] {
   %start = (f32[2,8]{1,0}, f32[8,8]{1,0}) fusion(%x.1), kind=kCustom, calls=%begin
   %s.0 = f32[2,8]{1,0} get-tuple-element(%start), index=0
   %s.1 = f32[8,8]{1,0} get-tuple-element(%start), index=1
-  %work = (f32[4,8]{1,0}, f32[2,8]{1,0}, f32[8,8]{1,0}, f32[8,8]{1,0}) fusion(%s.0, %s.1, %y.1, %z.1), calls=%carry
+  %work = (f32[4,8]{1,0}, f32[2,8]{1,0}, f32[8,8]{1,0}, f32[8,8]{1,0}) fusion(%s.0, %s.1, %y.1, \
+%z.1), calls=%carry
   %w.0 = f32[2,8]{1,0} get-tuple-element(%work), index=1
   %w.1 = f32[8,8]{1,0} get-tuple-element(%work), index=2
   ROOT %done = f32[8,8]{1,0} fusion(%w.0, %w.1), kind=kCustom, calls=%end

@@ -535,7 +535,10 @@ def test_contrast(browser, tmp_path, dark):
 def _many(count) -> viewer_page.Viewer:
   """`count` traces of GSM8K's length, eight per problem, two in eight with credit and rollouts."""
   draw = random.Random(0)
-  words = "each week Anna buys apples for her class and sells what is left at the market so that she earns".split()
+  words = (
+    "each week Anna buys apples for her class and sells what is left at the market so that "
+    "she earns"
+  ).split()
   text = lambda n: " ".join(draw.choice(words) for _ in range(n))
   texts = [f" {text(14)} {draw.randrange(99)} + {draw.randrange(99)}\n" for _ in range(3000)]
 
@@ -581,7 +584,8 @@ def test_twenty_thousand_traces_do_not_freeze(browser, tmp_path):
   parsed = browser.js("parsed.size")
   assert browser.js("INDEX.starts.length") > 40
   gaps = """(() => { let last = performance.now(); window.gap = 0;
-    setInterval(() => { const now = performance.now(); gap = Math.max(gap, now - last); last = now; }, 5); })()"""
+    setInterval(() => {
+      const now = performance.now(); gap = Math.max(gap, now - last); last = now; }, 5); })()"""
   browser.js(gaps)
   browser.js("""(async () => { for (let i = 0; i < 60; i += 1) { list.scrollTop = i * 21000;
     await new Promise(done => requestAnimationFrame(done)); } })()""")

@@ -26,7 +26,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 MEMBER = """
 import os, pathlib, random, signal, sys, time
 from synthneg_jax.runtime import distributed
-index, count, folder, address = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4]
+index, count = int(sys.argv[1]), int(sys.argv[2])
+folder, address = pathlib.Path(sys.argv[3]), sys.argv[4]
 distributed.watch_signals()
 distributed.start(address, count, index, bind_address=address, heartbeat_s=3, timeout_s=60)
 (folder / f"joined{index}").touch()

@@ -160,7 +160,7 @@ def _values(graphs: Graphs, forced: Forced) -> CriticalValues:
 
 
 def measure(model: Model, params: Params, graphs: Graphs) -> dict[str, float]:
-  """Means over problems, by the names in the module docstring, and `loss`, SFT's in nats per token."""
+  """Means over problems, named as in the module docstring, and SFT's `loss` in nats per token."""
   forced = force(model, params, graphs)
   policy_NA, q_NA = _values(graphs, forced)
   means = {
