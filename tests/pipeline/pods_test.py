@@ -449,7 +449,7 @@ def slow(*args, **kwargs):
     return made(*values)
   return step
 def sorts(x):
-  for n in range(15):
+  for n in range(5):
     x = jnp.sort(jnp.sin(x * (n + time.time() % 1)))  # no cache has it
   return x
 distributed.stopping = noted
