@@ -54,6 +54,18 @@ def _token_advantages(credited: CreditedTrace) -> list[float]:
   return np.repeat(known, np.diff([0, *credited.trace.step_ends])).tolist()
 
 
+def _distinct(clones: Sequence[_Clone], section) -> list[_Clone]:
+  """The clones of one problem that rft.deduplicate keeps, at most rft.max_per_problem."""
+  texts, most = [clone.trace.text for clone in clones], section.max_per_problem
+  rules = {
+    "none": lambda: range(len(texts)),
+    "equations": lambda: selection.deduplicate_by_equation_key(texts),
+    "edit_distance": lambda: selection.deduplicate_by_edit_distance(texts, section.near_duplicate),
+    "most_diverse": lambda: sorted(selection.most_diverse(texts, most)),
+  }
+  return [clones[i] for i in rules[section.deduplicate]()][:most]
+
+
 def _chosen(
   experiment: Experiment, groups: Mapping[str, Sequence[Trace]]
 ) -> dict[str, list[_Clone]]:
@@ -61,10 +73,8 @@ def _chosen(
   section, chosen = experiment.config.rft, {key: [] for key in groups}
   if section.keep == "right":
     for key, group in groups.items():
-      kept = selection.keep_right(
-        [(trace.ids, trace.correct) for trace in group], section.max_per_problem
-      )
-      chosen[key] = [_Clone(group[i]) for i in kept]
+      kept = selection.keep_right([(trace.ids, trace.correct) for trace in group], len(group))
+      chosen[key] = _distinct([_Clone(group[i]) for i in kept], section)
     return chosen
   credit = CreditedTraces.load(experiment.workdir, experiment.config.credit.best_of, groups)
   if section.keep in ("spurious", "clean"):
@@ -72,7 +82,7 @@ def _chosen(
       key = credited.trace.problem_id
       if _is_spurious(credited, credit.start[key]) == (section.keep == "spurious"):
         chosen[key].append(_Clone(credited.trace))
-    return {key: traces[: section.max_per_problem] for key, traces in chosen.items()}
+    return {key: _distinct(traces, section) for key, traces in chosen.items()}
   lowest = [float(each.advantage.min()) if each.known.all() else np.nan for each in credit.traces]
   for i in selection.advantage_filter(lowest, section.drop_fraction):
     trace, mask, advantage = credit.traces[i].trace, None, None
@@ -85,7 +95,7 @@ def _chosen(
       if not any(mask):
         continue
     chosen[trace.problem_id].append(_Clone(trace, mask, advantage))
-  return {key: traces[: section.max_per_problem] for key, traces in chosen.items()}
+  return {key: _distinct(traces, section) for key, traces in chosen.items()}
 
 
 def _at_most(chosen: dict[str, list[_Clone]], most: int, seed: int) -> dict[str, list[_Clone]]:

@@ -684,6 +684,19 @@ SCHEMA = {
       "negative advantage, or those with a positive one.",
       choices=("whole", "before_negative", "positive"),
     ),
+    "deduplicate": Leaf(
+      "none",
+      "How similar solutions of a problem are dropped before max_per_problem: one per list of "
+      "equations (equations, RFT's rule), those near an earlier one (edit_distance), or all but "
+      "the most different ones (most_diverse).",
+      choices=("none", "equations", "edit_distance", "most_diverse"),
+    ),
+    "near_duplicate": Leaf(
+      0.2,
+      "rft.deduplicate=edit_distance: largest edit distance of a near duplicate, as a fraction of "
+      "the longer text.",
+      within="[0, 1)",
+    ),
     "max_solutions": Leaf(
       0, "Solutions in all, at most; 0 for no bound.", unit="solutions", within=AT_LEAST_0
     ),
