@@ -1,9 +1,8 @@
-"""Eight forced CPU devices, strict rank promotion and NaN checks for every test; compiled programs
-are kept on disk.
+"""Settings for every test: eight forced CPU devices, strict rank promotion, NaN checks, and a disk
+cache of compiled programs.
 
-The cache of compiled programs is shared by the workers of a run, by the programs that tests start,
-and by later runs. After each module a worker drops its own programs, so that its memory does not
-grow with the suite.
+Workers, subprocesses and later runs share the cache. After each module, a worker drops its compiled
+programs to bound its memory.
 """
 
 import ctypes
@@ -34,16 +33,14 @@ jax.config.update("jax_debug_nans", True)
 
 
 def pytest_addoption(parser):
-  parser.addoption("--long", action="store_true", help="also run what takes full size or hours")
+  parser.addoption("--long", action="store_true", help="also run full-size tests")
   parser.addoption(
-    "--fast", action="store_true", help="leave out what is marked slow; no test may start a process"
+    "--fast", action="store_true", help="skip tests marked slow; no test may start a process"
   )
 
 
 def pytest_collection_modifyitems(config, items):
-  """Leaves out what was not asked for; modules that take longest come first, so that no worker ends
-  with one alone.
-  """
+  """Deselects slow and long tests; runs the longest modules first, to balance the workers."""
   left_out = set() if config.getoption("--long") else {"long"}
   left_out |= {"slow", "browser"} if config.getoption("--fast") else set()
   deselected = [item for item in items if any(map(item.get_closest_marker, left_out))]
@@ -52,7 +49,7 @@ def pytest_collection_modifyitems(config, items):
   items[:] = sorted(kept, key=_rank)
 
 
-_LONGEST = (  # modules by their seconds, the longest first
+_LONGEST = (  # modules by duration, longest first
   "pipeline/stages_test.py",
   "pipeline/pods_test.py",
   "experiments/scaling/study_test.py",
