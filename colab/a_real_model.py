@@ -9,8 +9,7 @@
 # %% [markdown]
 # # A real model
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/synthneg_jax/blob/main/colab/a_real_model.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/synthneg_jax/blob/main/colab/a_real_model.ipynb)
 #
 # The questions of [the_method_in_ten_minutes](the_method_in_ten_minutes.ipynb), put to a pretrained
 # language model and problems in English: SmolLM2-135M-Instruct (Apache-2.0) on GSM8K (MIT licence).
@@ -190,9 +189,7 @@ display(*(trace_figures.credit(trace) for trace in report.collect(run).traces[:2
 # the pod ([docs/pods.md](../docs/pods.md)). With `--dry_run` it only says what it would do:
 
 # %%
-# !bash launch/tpu_pod.sh run --name=synthneg --zone=us-west4-a --type=v5litepod-64 --dry_run
-# pipeline --config=configs/gsm8k.py:model=deepseek_math_7b --workdir=gs://BUCKET/gsm8k | cut -c
-# 1-150
+# !bash launch/tpu_pod.sh run --name=synthneg --zone=us-west4-a --type=v5litepod-64 --dry_run pipeline --config=configs/gsm8k.py:model=deepseek_math_7b --workdir=gs://BUCKET/gsm8k | cut -c 1-150
 
 # %% [markdown]
 # These models have not been run yet.

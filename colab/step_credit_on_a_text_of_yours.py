@@ -9,8 +9,7 @@
 # %% [markdown]
 # # Step credit on a text of yours
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/synthneg_jax/blob/main/colab/step_credit_on_a_text_of_yours.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/synthneg_jax/blob/main/colab/step_credit_on_a_text_of_yours.ipynb)
 #
 # You write a problem and a solution; a policy says after each step how likely it is to come out
 # right from there. That number is **Q**. It is measured, not guessed: from the end of each step the

@@ -9,8 +9,7 @@
 # %% [markdown]
 # # The losses
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/synthneg_jax/blob/main/colab/the_losses.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/synthneg_jax/blob/main/colab/the_losses.ipynb)
 #
 # A preference loss is given a pair: a *chosen* branch y⁺ and a *rejected* one y⁻ after the same
 # trunk. All it knows is how far the policy π has moved each of them from the reference π_ref:

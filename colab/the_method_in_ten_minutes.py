@@ -9,8 +9,7 @@
 # %% [markdown]
 # # The method in ten minutes
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/synthneg_jax/blob/main/colab/the_method_in_ten_minutes.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/synthneg_jax/blob/main/colab/the_method_in_ten_minutes.ipynb)
 #
 # A language model learns to solve problems by imitating right solutions (SFT). Setlur et al.
 # ([NeurIPS 2024](https://arxiv.org/abs/2406.14532)) let it learn from its own **wrong** solutions,

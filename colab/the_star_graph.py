@@ -9,8 +9,7 @@
 # %% [markdown]
 # # The star graph
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/synthneg_jax/blob/main/colab/the_star_graph.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/synthneg_jax/blob/main/colab/the_star_graph.ipynb)
 #
 # Is credit by step more than a better filter for solutions? The paper asks it of a toy task with
 # **one** decision in it (figure 8): a graph with arms that leave a centre, and a path to be found
