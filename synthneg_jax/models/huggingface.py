@@ -194,12 +194,12 @@ def _refuse_extra(tensor: stored_tensors.Tensor) -> None:
   where = f"{tensor.path}: the tensor {tensor.name}"
   if tensor.name.startswith("v_head."):
     raise UserError(
-      f"{where} is of a value head (TRL's AutoModelForCausalLMWithValueHead), which is no part of "
-      "a policy; save the model without it (its attribute pretrained_model)."
+      f"{where} belongs to a value head (TRL's AutoModelForCausalLMWithValueHead), which is not "
+      "part of a policy; save the model without it (its attribute pretrained_model)."
     )
   if tensor.name.endswith(("weight_scale_inv", "weight_scale", "input_scale", "qweight", "qzeros")):
-    raise UserError(f"{where} is of quantised weights (FP8 and the like), which are not supported.")
-  raise UserError(f"{where} has no place in this model.")
+    raise UserError(f"{where} belongs to quantised weights, which are not supported.")
+  raise UserError(f"{where} is not part of this model.")
 
 
 def set_tie(folder: epath.PathLike, tie_embeddings: bool) -> None:
@@ -242,7 +242,7 @@ def save(
   """
   folder, c = epath.Path(folder), model.config
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise UserError(f"{folder} exists already and is not an empty folder.")
+    raise UserError(f"{folder} already exists and is not an empty folder.")
   special, positions, files = (
     dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     None,
