@@ -122,8 +122,10 @@ class LoraTest(absltest.TestCase):
     examples, names, _ = train_policy.solution_trees(
       {"p": [5, 6, 7]}, {"p": [[8, 9], [9, 8, 7]]}, 4, 64
     )
-    plan = train_policy.plan(experiment, section, examples, names)
     stage = experiment.stage("dpo/dpo", ["dpo"], ["sft"])
+    plan = train_policy.plan(
+      experiment, stage, section, policy.model, examples=examples, names=names
+    )
     objective = objectives.make_sft(policy.model)
     training = loop.Run(
       name="dpo",

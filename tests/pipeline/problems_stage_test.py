@@ -86,7 +86,7 @@ class ShotsTest(parameterized.TestCase):
       base=lambda: policy,
       policy=lambda name: policy,
       problems=lambda split: {problem.id: problem for problem in made},
-      engine=lambda policy, **kwargs: None,
+      engine=lambda *args, **kwargs: None,
     )
 
   # Fails if finetuned policies get worked problems, the base model none, or one without a solution.
