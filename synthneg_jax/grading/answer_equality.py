@@ -397,7 +397,7 @@ def _same_scalars(gold: Node, answer: Node, rules: Conventions) -> bool:
 
 
 def _readings(node: Node, rules: Conventions) -> list[Node]:
-  """The possible values of a percentage or an angle; any other value stands for itself."""
+  """The possible values of a percentage or an angle; any other value has one: itself."""
   if is_operation(node, "neg") and is_operation(node.operands[0], "percent", "degree"):
     return [-reading for reading in _readings(node.operands[0], rules)]
   if not is_operation(node, "percent", "degree"):

@@ -128,7 +128,7 @@ _NUMBER_WORDS = re.compile(
 
 
 class Part(NamedTuple):
-  """A value within a sentence, or "" and the reason why there is none."""
+  """A value within a sentence, or "" and the reason for its absence."""
 
   text: str
   reason: str = ""

@@ -215,7 +215,7 @@ def _origin(
 
 
 def collect(experiment: Experiment) -> report_page.Report:
-  """What there is to say of a run, from whatever stages are done; the others are said to be
+  """A report of a run from its finished stages; the others are marked as
   unfinished.
 
   Raises:
