@@ -34,7 +34,7 @@ def commands() -> list[tuple[str, list[str]]]:
   """(page, words) of every indented command line that runs something of ours."""
   found = []
   for page in PAGES:
-    for line in page.read_text().splitlines():
+    for line in re.sub(r"\\\n[\s#]*", "", page.read_text()).splitlines():
       match = re.match(
         r"\s*(?:#\s+)?!?(?:\.venv/bin/)?((?:(?:python|bash) (?:launch|tests)/|synthneg )\S+.*)",
         line,

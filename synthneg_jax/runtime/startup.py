@@ -129,6 +129,8 @@ def _quiet_logs():
       hook(about)
 
   sys.unraisablehook = unraisable
+  # orbax drops the rest of a save that failed; the failure itself is raised.
+  warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

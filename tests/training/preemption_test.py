@@ -151,6 +151,17 @@ class PreemptionTest(absltest.TestCase):
     self.assertIn(f"going on from step {before[0]}", done.stderr)
     self.assert_as_whole(workdir)
 
+  def test_coroutines_of_orbax_that_were_dropped(self):
+    # Fails if the sentence is not the last line, because what a failed save leaves is warned of.
+    program = (
+      "import asyncio, sys; from synthneg_jax.runtime import startup; startup._quiet_logs();"
+      "coroutine = asyncio.sleep(1); del coroutine; sys.exit('A checkpoint')"
+    )
+    done = subprocess.run(
+      [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    self.assertEqual(done.stderr, "A checkpoint\n")
+
   def test_a_full_disk_under_the_metrics(self):
     # Fails if a line that cannot be written ends in a traceback.
     workdir = scratch() / "full_metrics"
