@@ -16,6 +16,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax import cli
+from tests.xla_flags import xla_flags
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -199,7 +200,7 @@ class WheelTest(absltest.TestCase):
     workdir = path.parent / "run"
     command = [path / "synthneg", "pipeline", "--config=arithmetic:smoke", f"--workdir={workdir}"]
     done = run(
-      command, cwd=self.empty, PYTHONPATH="", XLA_FLAGS=""
+      command, cwd=self.empty, PYTHONPATH="", XLA_FLAGS=xla_flags(1)
     )  # one device, as an ordinary user has
     self.assertEqual(done.returncode, 0, done.stderr)
     summary = json.loads((workdir / "summary.json").read_text())

@@ -14,13 +14,13 @@ import tempfile
 
 import pytest
 
+from tests.xla_flags import xla_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["TFDS_DATA_DIR"] = os.path.join(
   tempfile.gettempdir(), "synthneg_jax_tests_tfds"
 )  # not a user's own
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + xla_flags(8)
 CACHE = pathlib.Path(__file__).parents[1] / "build" / "test_xla_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

@@ -19,6 +19,8 @@ import nbclient
 import nbformat
 from jupytext import combine
 
+from tests.xla_flags import xla_flags
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "colab"
 PAGE = ROOT / "docs" / "notebooks.md"
@@ -41,7 +43,7 @@ _BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)|^BADGE$", re.MULT
 _NOT_FOR_NOTEBOOKS = (
   "XLA_FLAGS",
   "SYNTHNEG_DATA_DIR",
-)  # pytest's eight devices; data that others do not have
+)  # set by pytest; data that others do not have
 
 
 def names() -> list[str]:
@@ -110,6 +112,8 @@ def executed(
   for cell in tagged(notebook, "parameters"):
     cell.source += f"\n{given}" + (f"\nWORKDIR = {str(folder)!r} + '/' + WORKDIR" if folder else "")
   environment = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_NOTEBOOKS}
+  if "XLA_FLAGS" in os.environ:  # pytest's: as fast to compile, on the one device that a user has
+    environment["XLA_FLAGS"] = xla_flags(1)
   client = nbclient.NotebookClient(notebook, timeout=timeout_s, kernel_name="python3", resources={})
   try:
     client.execute(env=environment)

@@ -12,6 +12,7 @@ import pytest
 from absl.testing import absltest
 
 from tests.models import hf_tokenizers_test, model_hub_test
+from tests.xla_flags import xla_flags
 
 pytestmark = pytest.mark.slow  # starts processes, trains
 
@@ -43,7 +44,7 @@ class HubModelTest(hf_tokenizers_test.FolderTest):
       "HF_TOKEN": "hf_secret",
       "SYNTHNEG_DATA_DIR": str(root),
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+      "XLA_FLAGS": xla_flags(1),
       "PYTHONPATH": str(ROOT),
     }
     command = [

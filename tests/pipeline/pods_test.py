@@ -27,6 +27,7 @@ from synthneg_jax.models import adapter as adapter_lib
 from synthneg_jax.runtime import config_schema, distributed
 from tests import tiny_model
 from tests.runtime import distributed_test
+from tests.xla_flags import xla_flags
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -67,7 +68,7 @@ def start(
     last, last_env: flags and variables that the last process has besides.
   """
   env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-  env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // count}"
+  env["XLA_FLAGS"] = xla_flags(DEVICES // count)
   address, made = f"127.0.0.1:{free_port()}", []
   for index in range(count):
     command = [sys.executable, *(("-c", *map(str, script)) if script else ())]
@@ -379,9 +380,9 @@ class BaseModelTest(distributed_test.MembersTestCase):
       )
 
 
-TWO_DEVICES = """
+TWO_DEVICES = f"""
 sys.path.insert(0, os.getcwd())
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = "{xla_flags(2)}"
 """
 SENT = """
 import json

@@ -22,6 +22,7 @@ from synthneg_jax.core.tree import Branch, Tree, pack
 from synthneg_jax.data.records import Pair, Shards
 from synthneg_jax.pipeline import pair_logprobs
 from synthneg_jax.pipeline.experiment import Experiment
+from tests.xla_flags import xla_flags
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -48,10 +49,8 @@ def command(workdir, *flags, config="configs/arithmetic.py:smoke", program="pipe
 
 
 def environment(**changes):
-  env = {
-    key: value for key, value in os.environ.items() if key != "XLA_FLAGS"
-  }  # one device, as a user has
-  return env | {"JAX_PLATFORMS": "cpu"} | changes
+  # one device, as a user has
+  return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(1)} | changes
 
 
 def launch(*args, **kwargs) -> subprocess.CompletedProcess:

@@ -25,6 +25,7 @@ from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.teacher import scripted
 from tests import tiny_model
 from tests.openai_server import ROOT, Server, scripted_chat
+from tests.xla_flags import xla_flags
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -233,8 +234,12 @@ class CommandTest(absltest.TestCase):
       "endpoint.concurrency": 4,
     }
     command += [f"--config.synthesis.{name}={value}" for name, value in leaves.items()]
-    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    env |= {"JAX_PLATFORMS": "cpu", "TEACHER_KEY": KEY, "PYTHONPATH": str(ROOT)}
+    env = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": xla_flags(1),
+      "TEACHER_KEY": KEY,
+      "PYTHONPATH": str(ROOT),
+    }
     return subprocess.Popen(
       [*command, *flags],
       cwd=ROOT,

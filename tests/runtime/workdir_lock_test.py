@@ -24,6 +24,7 @@ from synthneg_jax.pipeline import stages
 from synthneg_jax.runtime import distributed, workdir_lock
 from synthneg_jax.runtime.errors import UserError
 from tests import gcs_server
+from tests.xla_flags import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 CACHE = ROOT / "build" / "test_xla_cache"
@@ -322,9 +323,7 @@ class PipelinesTest(absltest.TestCase):
       "--config.task.train_problems=16",
     ]
     command += ["--config.sft.batch_size=4", "--config.sft.max_steps=4"]
-    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
-      "JAX_PLATFORMS": "cpu"
-    }
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(1)}
     process = subprocess.Popen(
       command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

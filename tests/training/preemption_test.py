@@ -17,6 +17,7 @@ import pytest
 from absl.testing import absltest
 
 from synthneg_jax.runtime import distributed
+from tests.xla_flags import xla_flags
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -29,9 +30,7 @@ def scratch() -> pathlib.Path:
 
 
 def start(workdir, *args) -> subprocess.Popen:
-  env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
-    "JAX_PLATFORMS": "cpu"
-  }
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(1)}
   command = [sys.executable, "-m", "tests.training.small_training", f"--workdir={workdir}", *args]
   command += [f"--compilation_cache={scratch() / 'xla'}"]
   return subprocess.Popen(
