@@ -51,16 +51,18 @@ def get_config(arg: str = ""):
   c.task.stories.max_distractors, c.task.stories.largest_value = 2, 50
   c.model.path = os.path.join(_CACHE, "smollm2_135m")
   c.model.dtype, c.model.max_length = "bfloat16", 320
-  c.engine.lanes, c.engine.slots, c.engine.max_new_tokens = 8, 8, 112
+  c.engine.max_new_tokens = 112
   for part in (c.sft, c.rft, c.dpo):
     part.row_length, part.batch_size = 320, 16
     part.save_every_steps, part.max_to_keep = 16, 1
   for part in (c.sft, c.rft):
     part.optimizer.learning_rate, part.num_epochs = 2e-4, 2
   c.sample.num_traces, c.sample.temperature = 8, 0.8
-  c.credit.num_rollouts, c.credit.temperature, c.credit.best_of = 4, 0.8, 1
+  # Step by step to the first zero: what lies behind it says nothing of the pit, and the rollouts
+  # that it would take make the zero surer.
+  c.credit.schedule, c.credit.num_rollouts = "until_first_zero", 8
+  c.credit.temperature, c.credit.best_of = 0.8, 1
   c.credit.max_wrong_per_problem = 2
-  c.credit.lanes, c.credit.slots = 8, 8
   c.dpo.optimizer.learning_rate, c.dpo.beta, c.dpo.nll_weight = 5e-5, 0.1, 1.0
   c.pairs.pair_mode, c.pairs.pit_rule, c.pairs.continuation = (
     "shared_prefix",
