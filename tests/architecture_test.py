@@ -78,7 +78,10 @@ def arrows(modules: dict[str, str]) -> set[tuple[str, str, str]]:
 
 def upward(modules: dict[str, str]) -> list[str]:
   """The imports that go up; the package's own __init__ stands below all rooms."""
-  height = lambda room: -1 if room is None else ROOMS.index(room)
+
+  def height(room):
+    return -1 if room is None else ROOMS.index(room)
+
   return sorted(
     f"{module} imports {there}"
     for module, here, there in arrows(modules)

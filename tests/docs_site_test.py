@@ -45,9 +45,10 @@ def anchors(text: str) -> set[str]:
   hyphens.
   """
   headings = re.findall(r"(?m)^#+ (.*)$", re.sub(r"(?ms)^```.*?^```", "", text))
-  slug = lambda heading: re.sub(r"[^\w\- ]", "", heading.strip().lower().replace("`", "")).replace(
-    " ", "-"
-  )
+
+  def slug(heading):
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower().replace("`", "")).replace(" ", "-")
+
   return {slug(heading) for heading in headings}
 
 
@@ -85,7 +86,10 @@ class SiteTest(absltest.TestCase):
       self.assertEqual(done.returncode, 0, done.stderr)
       self.assertNotIn("not included in the", done.stderr)
       site = pathlib.Path(folder)
-      read = lambda name: html.unescape(re.sub(r"<[^>]+>", "", (site / name).read_text()))
+
+      def read(name):
+        return html.unescape(re.sub(r"<[^>]+>", "", (site / name).read_text()))
+
       leaves = read("configuration.html")
       for name, _ in config_schema.leaves(config_schema.default()):
         self.assertIn(name, leaves)

@@ -60,7 +60,10 @@ def badge(name: str) -> str:
 
 def with_badges(page: str) -> str:
   """A page of Markdown whose lines that name a notebook have its badge, not another one."""
-  named = lambda line: re.search(r"colab/(\w+)\.ipynb", line)
+
+  def named(line):
+    return re.search(r"colab/(\w+)\.ipynb", line)
+
   return "\n".join(
     _BADGE.sub(badge(named(line).group(1)), line) if named(line) else line
     for line in page.split("\n")

@@ -85,10 +85,13 @@ class NotebookTest(parameterized.TestCase):
     # Fails if one of the two is edited and not synced, or the setup cell or badge is not that of
     # setup.py's address.
     ours, pair, derived = committed(name), notebooks.script(name), notebooks.with_derived(name)
-    kept = lambda notebook: [
-      (cell.cell_type, cell.source, sorted(cell.metadata.get("tags", ())))
-      for cell in notebook.cells
-    ]
+
+    def kept(notebook):
+      return [
+        (cell.cell_type, cell.source, sorted(cell.metadata.get("tags", ())))
+        for cell in notebook.cells
+      ]
+
     self.assertEqual(kept(ours), kept(pair))
     self.assertEqual(kept(pair), kept(derived))
     self.assertLen(notebooks.tagged(ours, "setup"), 1)

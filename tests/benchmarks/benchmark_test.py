@@ -42,7 +42,9 @@ def rows_of(item: Item, bench: Bench, limits=None) -> list[dict]:
 
 class BenchmarkTest(absltest.TestCase):
   def test_losses_are_compared_by_the_greatest(self):
-    differ = lambda *found: benchmark_items._losses_differ([0.414131, 9.0e-6], iter(found).__next__)
+    def differ(*found):
+      return benchmark_items._losses_differ([0.414131, 9.0e-6], iter(found).__next__)
+
     self.assertEqual(differ(0.414131, 9.1e-6), "")  # 1 % of next to nothing
     self.assertIn("losses [0.414131, 9e-06] and [0.41403, 9e-06]", differ(0.41403, 9.0e-6))
     self.assertIn("losses", differ(0.414131, 9.0e-5))
@@ -51,7 +53,10 @@ class BenchmarkTest(absltest.TestCase):
     # Fails if all rounds of one side run before the other's, or if a side is timed before the proof
     # of equality.
     bench = Bench()
-    proof = lambda: bench.calls.append("proof") or ""
+
+    def proof():
+      return bench.calls.append("proof") or ""
+
     baselines = [Baseline(name, bench.run(name, 1.0), proof) for name in "bc"]
     rows_of(Item("x", "T", bench.run("a", 1.0), baselines, rounds=2), bench)
     self.assertEqual("".join(bench.calls), "proofproof" + "a" + "abc" * 2)

@@ -78,7 +78,10 @@ class SamplerTest(absltest.TestCase):
   def test_no_program_is_compiled_while_it_is_timed(self):
     # Fails if the other side meets a temperature for the first time in a timed call.
     side, calls = mock.MagicMock(size="T"), []
-    other = lambda prompts, new: lambda temperature: calls.append(temperature) or []
+
+    def other(prompts, new):
+      return lambda temperature: calls.append(temperature) or []
+
     with mock.patch.object(ours, "make_engine"), mock.patch.object(ours, "grow", return_value=[]):
       for item in benchmark_items._sampling(side, "tunix", 1, 4, other):
         self.assertEqual(item.baselines[0].differs(), "")

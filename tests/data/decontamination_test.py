@@ -12,7 +12,10 @@ from synthneg_jax.data import decontamination
 
 def naive(train, test, n):
   """Oracle with sets of tuples: (training index, first shared n-gram, share)."""
-  runs = lambda text: [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
+
+  def runs(text):
+    return [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
+
   train, test = [[decontamination.words(text) for text in texts] for texts in (train, test)]
   known = {run for text in test for run in runs(text)}
   found = []

@@ -218,7 +218,10 @@ class HubTest(parameterized.TestCase):
   # commit, or a dataset prepared from one commit is reused for another.
   def test_commits(self):
     server = self.serve([{"train.jsonl": lines(1)}, {"train.jsonl": lines(2)}])
-    read = lambda path: [row.answer for row in datasets.from_files(path, "jsonl", "train").rows]
+
+    def read(path):
+      return [row.answer for row in datasets.from_files(path, "jsonl", "train").rows]
+
     with mock.patch.dict(os.environ, {"HF_TOKEN": "hf_secret"}):
       self.assertEqual((read("hf:me/data"), hub.commit("hf:me/data")), (["2"], SECOND))
     self.assertIn("Bearer hf_secret", server.tokens)

@@ -162,7 +162,9 @@ class ProblemFilesTest(parameterized.TestCase):
   # Fails if a missing or empty file gives no rows or a traceback, or if a file without valid rows
   # passes.
   def test_missing_and_empty(self):
-    read = lambda path, **how: problem_files.read(path, "jsonl", "train", **how)
+    def read(path, **how):
+      return problem_files.read(path, "jsonl", "train", **how)
+
     empty = self.folder / "none" / "empty.jsonl"
     empty.parent.mkdir()
     empty.write_bytes(b"")
@@ -259,7 +261,10 @@ class ProblemFilesTest(parameterized.TestCase):
   # read by their own fields; or if a partial match goes unnoticed.
   def test_fields(self):
     fields = {"problem": "q", "answer": "gold.final", "id": "n"}
-    read = lambda *rows: problem_files.read(self._file(*rows), "jsonl", "train", fields=fields)
+
+    def read(*rows):
+      return problem_files.read(self._file(*rows), "jsonl", "train", fields=fields)
+
     mine, plain = read(
       {"q": "p", "gold": {"final": 5}, "n": 3, "answer": "x"}, {"question": "r", "answer": "6"}
     ).rows

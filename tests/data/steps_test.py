@@ -235,7 +235,9 @@ class EndsTest(parameterized.TestCase):
   # Fails if the space before a sentence belongs to its stop (tokens hold it with the next word, so
   # no sentence would end), or GSM8K's steps are split at sentences.
   def test_smollm2_steps(self):
-    encode = lambda text: tokenizers()["smollm2"].encode(text, add_special_tokens=False)
+    def encode(text):
+      return tokenizers()["smollm2"].encode(text, add_special_tokens=False)
+
     text = "First, $f(2)=-1.$ Then it is 3.5. So $f(f(2))=\\boxed{5}.$"
     expected = ["First, $f(2)=-1.$", " Then it is 3.5.", " So $f(f(2))=\\boxed{5}.$"]
     self.assertEqual(self._check(encode(text), "smollm2", PROSE), expected)

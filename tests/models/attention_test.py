@@ -14,7 +14,10 @@ def make_rows(rng, length):
   """Two rows (several trees with forks in mid-trunk, and one whose branch fills the row), their
   keys and their mask.
   """
-  ids = lambda size: rng.integers(1, 30, size).tolist()
+
+  def ids(size):
+    return rng.integers(1, 30, size).tolist()
+
   quarter = length // 4
   trees = [
     Tree(ids(quarter - 5), (Branch(3, ids(2)), Branch(quarter - 5, ids(3)))) for _ in range(3)
@@ -70,14 +73,18 @@ class TreeAttentionTest(parameterized.TestCase):
       )
 
       def plain(q, k, v):
-        rows = lambda x: jnp.repeat(x, heads // x.shape[1], axis=1).reshape(2, length, heads, size)
+        def rows(x):
+          return jnp.repeat(x, heads // x.shape[1], axis=1).reshape(2, length, heads, size)
+
         scores = jnp.einsum("bqnh,bknh->bnqk", rows(q), rows(k)) / np.sqrt(size)
         shares = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1)
         return jnp.einsum("bnqk,bknh->bqnh", shares, rows(v)).reshape(q.shape)
 
-      gradients = lambda fn: jax.jit(
-        jax.grad(lambda *args: jnp.sum(weights * fn(*args)), argnums=(0, 1, 2))
-      )(q, k, v)
+      def gradients(fn):
+        return jax.jit(jax.grad(lambda *args: jnp.sum(weights * fn(*args)), argnums=(0, 1, 2)))(
+          q, k, v
+        )
+
       ours = gradients(lambda *args: attention.tree_attention(*args, keys=keys)[0])
       for name, got, expected in zip("qkv", ours, gradients(plain), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-12, err_msg=name)
@@ -92,7 +99,10 @@ class CachedAttentionTest(parameterized.TestCase):
     # by a bit.
     rng = np.random.default_rng(0)
     (lanes, slots), heads, size, layers, layer = shape, 2, 4, 3, 1
-    draw = lambda *axes: jnp.asarray(rng.normal(size=axes), dtype)
+
+    def draw(*axes):
+      return jnp.asarray(rng.normal(size=axes), dtype)
+
     trunk_k, trunk_v = draw(layers, lanes, heads, size, 6), draw(layers, lanes, heads, 6, size)
     suffix_k, suffix_v = (
       draw(layers, lanes, slots, heads, 5, size),

@@ -31,7 +31,10 @@ def draw_rows(num_rows: int, length: int) -> tree_lib.PackedTrees:
   """
   rng, rows = np.random.default_rng(0), []
   for number in range(num_rows):
-    ids = lambda size: rng.integers(2, 30, size).tolist()
+
+    def ids(size):
+      return rng.integers(2, 30, size).tolist()
+
     row = (
       []
       if number
@@ -253,7 +256,10 @@ class LoweredForGpuTest(parameterized.TestCase):
     mesh = AbstractMesh(
       (1,) * 4, device_mesh.AXES, axis_types=(AxisType.Auto,) * 4, abstract_device=device
     )
-    x = lambda n: jax.ShapeDtypeStruct((length, n, 80), jnp.dtype(dtype))
+
+    def x(n):
+      return jax.ShapeDtypeStruct((length, n, 80), jnp.dtype(dtype))
+
     field = jax.ShapeDtypeStruct((1, length), jnp.int32)
     with jax.sharding.use_abstract_mesh(mesh):
       run = jax.jit(jax.grad(functools.partial(loss, window=100, cap=30.0), (0, 1, 2)))
@@ -273,7 +279,10 @@ class CompiledTest(parameterized.TestCase):
 
   def compile(self, sharding, mesh, *, rows, length, heads, kv_heads, head_dim, dtype, **settings):
     """Forward and backward pass of `tree_attention`."""
-    x = lambda n: jax.ShapeDtypeStruct((rows * length, n, head_dim), dtype, sharding=sharding)
+
+    def x(n):
+      return jax.ShapeDtypeStruct((rows * length, n, head_dim), dtype, sharding=sharding)
+
     field = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding)
     args = (x(heads), x(kv_heads), x(kv_heads), tree_lib.Keys(field, field, field))
     run = jax.grad(functools.partial(loss, **settings), (0, 1, 2))

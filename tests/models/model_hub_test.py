@@ -50,9 +50,12 @@ class Server(hub_test.Server):
     body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
     self.asked.append(("POST", request.path))
     self.tokens.add(request.headers.get("Authorization"))
-    send = lambda value, status=200: self.send(
-      request, status, json.dumps(value).encode(), {"Content-Type": "application/json"}
-    )
+
+    def send(value, status=200):
+      return self.send(
+        request, status, json.dumps(value).encode(), {"Content-Type": "application/json"}
+      )
+
     if self.forbidden:
       send({"error": "You may not"}, 403)
     elif request.path == "/api/repos/create":

@@ -100,7 +100,10 @@ class PeftTest(parameterized.TestCase):
     example = Example(Tree(text[:6], (Branch(6, text[6:]),)))
     batch = batch_lib.build([example], batch_lib.measure([example], len(text)))
     objective = objectives.make_sft(model)
-    of_params = lambda params: objective(adapter.join(base, params), batch)
+
+    def of_params(params):
+      return objective(adapter.join(base, params), batch)
+
     (loss, _), grads = jax.jit(jax.value_and_grad(of_params, has_aux=True))(params)
 
     modules = {
@@ -115,9 +118,10 @@ class PeftTest(parameterized.TestCase):
     )
     theirs = peft.get_peft_model(read_by_torch(self.folder / "base"), config)
     found = dict(theirs.named_parameters())
-    place = lambda module, layer, part: found[
-      f"base_model.model.{module.format(layer)}.lora_{part}.default.weight"
-    ]
+
+    def place(module, layer, part):
+      return found[f"base_model.model.{module.format(layer)}.lora_{part}.default.weight"]
+
     with torch.no_grad():
       for target, module in modules.items():
         for layer in range(model.config.num_layers):

@@ -233,9 +233,12 @@ class WholeStepTest(absltest.TestCase):
       folder / "policy", dtype="float32", param_dtype="float32", scan_layers=False, remat="none"
     )
     model, mesh = Model(config), tiny_model.one_device_mesh()
-    load = lambda name: huggingface.load_params(
-      folder / name, model, device_mesh.shardings(mesh, model.logical_axes())
-    )
+
+    def load(name):
+      return huggingface.load_params(
+        folder / name, model, device_mesh.shardings(mesh, model.logical_axes())
+      )
+
     trees = (
       Tree(PROMPTS[0], tuple(Branch(5, ids) for ids in PAIRS[0][1:])),
       Tree(PROMPTS[1], tuple(Branch(3, ids) for ids in (*PAIRS[1][1:], PAIRS[2][2]))),

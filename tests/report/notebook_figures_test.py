@@ -160,18 +160,27 @@ class StarGraphFigureTest(absltest.TestCase):
 
   def test_cell_draws_training_solid_and_test_dashed(self):
     # Fails if splits or measures are swapped, or DPO's loss is labelled as SFT's.
-    split = lambda base: {"loss": base, "critical": base + 0.1, "error": base + 0.2}
+    def split(base):
+      return {"loss": base, "critical": base + 0.1, "error": base + 0.2}
+
     curve = [
       {"step": step, "train": split(0.1 + step / 100), "test": split(0.4 + step / 100)}
       for step in (0, 15)
     ]
     with_dpo = [{**point, "dpo_loss": 0.69 - point["step"] / 100} for point in curve]
-    drawn = lambda axes: [
-      (line.get_linestyle(), *line.get_ydata()) for line in axes.lines if len(line.get_xdata()) == 2
-    ]
-    near = lambda found, wanted: self.assertEqual(
-      [(style, round(a, 6), round(b, 6)) for style, a, b in found if a != b], wanted
-    )
+
+    def drawn(axes):
+      return [
+        (line.get_linestyle(), *line.get_ydata())
+        for line in axes.lines
+        if len(line.get_xdata()) == 2
+      ]
+
+    def near(found, wanted):
+      return self.assertEqual(
+        [(style, round(a, 6), round(b, 6)) for style, a, b in found if a != b], wanted
+      )
+
     loss, critical, error = plots.draw_cell({"curve": curve}, 0.5).axes
     near(drawn(loss), [("-", 0.1, 0.25), ("--", 0.4, 0.55)])
     near(drawn(critical), [("-", 0.2, 0.35), ("--", 0.5, 0.65)])

@@ -87,9 +87,10 @@ def _toy() -> viewer_page.Viewer:
     reason="right",
     steps=(" $x^2 + 1$ costs $5 and $10 \n", " \\[\\frac{1}{2}\\]"),
   )
-  at = lambda source, reason, steps: viewer_page.TraceView(
-    f"t/0/evaluate/0@{source}", source, steps, reason, "1", "eos"
-  )
+
+  def at(source, reason, steps):
+    return viewer_page.TraceView(f"t/0/evaluate/0@{source}", source, steps, reason, "1", "eos")
+
   tested = [
     at(1, "wrong", (" same\n", " then\n", " #### 1")),
     at(2, "right", (" same\n", " else\n", " #### 1")),
@@ -387,9 +388,10 @@ def test_phone_layout(browser, tmp_path):
   # Fails if list and trace overlap, or anything is wider than the phone.
   _open(browser, tmp_path, _toy(), width=390, dark=True)
   browser.wait("document.querySelector('.row')")
-  seen = lambda selector: browser.js(
-    f"document.querySelector('{selector}').getClientRects().length > 0"
-  )
+
+  def seen(selector):
+    return browser.js(f"document.querySelector('{selector}').getClientRects().length > 0")
+
   assert seen("#list") and not seen("#detail")
   browser.click("#row-1")
   browser.wait("document.querySelector('article')")
@@ -414,7 +416,10 @@ def test_formulas(browser, tmp_path):
   )
   assert browser.js("document.querySelectorAll('.apart .mfrac').length") == 1
   assert browser.js("document.fonts.load('16px KaTeX_Main').then(found => found.length)") == 1
-  cut = lambda text: browser.js(f"pieces({json.dumps(text)}).filter(p => p[1]).map(p => p[0])")
+
+  def cut(text):
+    return browser.js(f"pieces({json.dumps(text)}).filter(p => p[1]).map(p => p[0])")
+
   for text, formulas in {
     "pay $5, $6 or $7": [],
     "$5-$3=$2": [],
@@ -539,7 +544,10 @@ def _many(count) -> viewer_page.Viewer:
     "each week Anna buys apples for her class and sells what is left at the market so that "
     "she earns"
   ).split()
-  text = lambda n: " ".join(draw.choice(words) for _ in range(n))
+
+  def text(n):
+    return " ".join(draw.choice(words) for _ in range(n))
+
   texts = [f" {text(14)} {draw.randrange(99)} + {draw.randrange(99)}\n" for _ in range(3000)]
 
   def trace(p, i):

@@ -54,7 +54,10 @@ class ProblemsTest(parameterized.TestCase):
     texts = [text(i) for i in range(200)]
     self._file(texts)
     self._file([text(1000 + i) for i in range(50)], "test.jsonl")
-    choose = lambda count, seed=0: self._chosen(seed, train_problems=count, test_problems=10)
+
+    def choose(count, seed=0):
+      return self._chosen(seed, train_problems=count, test_problems=10)
+
     small, large, other = choose(40), choose(160), choose(40, seed=1)
     self.assertEqual(small.train, large.train[:40])
     self.assertLen({problem.id for problem in large.train}, 160)
@@ -209,7 +212,10 @@ class ProblemsTest(parameterized.TestCase):
     Shards(self.folder / "synthesize" / "train", Problem).write(made[3:4])
     Shards(self.folder / "synthesize" / "test", Problem).write(made[4:])
     chosen = self._chosen(path=str(self.folder / "synthesize"), train_problems=4, test_problems=1)
-    fields = lambda problem: (problem.id, problem.prompt, problem.solution, problem.answer)
+
+    def fields(problem):
+      return (problem.id, problem.prompt, problem.solution, problem.answer)
+
     self.assertEqual(sorted(map(fields, chosen.train)), sorted(map(fields, made[:4])))
     self.assertEqual(list(map(fields, chosen.test)), list(map(fields, made[4:])))
     self.assertEqual(chosen.train[0].source, "jsonl/train")
