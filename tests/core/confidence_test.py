@@ -79,7 +79,9 @@ class ValueIntervalTest(parameterized.TestCase):
   def test_unknown_method(self):
     # Fails if an unknown method falls through to one of the others.
     for method in ("wald", "agresti", "zero"):
-      with self.assertRaisesRegex(ValueError, f"No interval method '{method}': wilson or beta"):
+      with self.assertRaisesRegex(
+        ValueError, f"Unknown interval method '{method}': must be wilson or beta"
+      ):
         advantages.value_interval(1, 2, method=method)
 
 

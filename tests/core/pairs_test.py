@@ -52,9 +52,7 @@ def shared(
     pit,
     siblings=siblings,
     after=after,
-    continuation=named(continuation),
-    choice=named(choice),
-    rng=np.random.default_rng(seed),
+    rule=pairs.ChosenRule(named(continuation), named(choice), np.random.default_rng(seed)),
   )
 
 
@@ -196,7 +194,9 @@ class FurthestTest(parameterized.TestCase):
 
   def test_refuses(self):
     # Fails if an unknown name falls through.
-    with self.assertRaisesRegex(ValueError, "No variant 'far': largest or shortest_far"):
+    with self.assertRaisesRegex(
+      ValueError, "Unknown variant 'far': must be largest or shortest_far"
+    ):
       pairs.furthest([], [], variant="far")
 
 
@@ -303,10 +303,10 @@ class SharedPrefixTest(parameterized.TestCase):
     # Fails if an unknown name falls through to one of the others.
     for choice in ("longest", "a", "tallest"):
       with self.assertRaisesRegex(
-        ValueError, f"No choice '{choice}': random, shortest, most_likely or majority"
+        ValueError, f"Unknown choice '{choice}': must be random, shortest, most_likely or majority"
       ):
         shared(choice=choice)
-    with self.assertRaisesRegex(ValueError, "No continuation 'all': step or rollout"):
+    with self.assertRaisesRegex(ValueError, "Unknown continuation 'all': must be step"):
       shared(continuation="all")
 
 

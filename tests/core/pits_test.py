@@ -133,7 +133,8 @@ class FirstPitTest(parameterized.TestCase):
     # Fails if an unknown rule falls through to one of the others.
     for rule in ("lowest", "a", "zero"):
       with self.assertRaisesRegex(
-        ValueError, f"No pit rule '{rule}': lowest_value, first_zero, first_dead, least_"
+        ValueError,
+        f"Unknown pit rule '{rule}': must be lowest_value, first_zero, first_dead, least_",
       ):
         pits.first_pit(jnp.zeros(2), jnp.ones(2, bool), jnp.asarray(0.0), rule=rule)
 

@@ -110,7 +110,7 @@ class EfficiencyFactorTest(parameterized.TestCase):
     # Fails if sizes out of order, or one size twice, are interpolated, or an error of 0 gives inf
     # without a word.
     for sizes in ([2.0, 1.0, 3.0], [1.0, 1.0, 3.0]):
-      with self.assertRaisesRegex(ValueError, "Sizes must rise"):
+      with self.assertRaisesRegex(ValueError, "Sizes must be ascending"):
         scaling.efficiency_factor(sizes, [0.3, 0.2, 0.1], size=1.0, method_error=0.1)
     with self.assertRaisesRegex(ValueError, "Not positive"):
       scaling.efficiency_factor([1.0, 2.0], [0.2, 0.1], size=1.0, method_error=0.0)

@@ -201,7 +201,7 @@ class StepMaskTest(parameterized.TestCase):
     # Fails if an unknown rule falls through, or steps and ends of unequal number are cut to the
     # shorter.
     for rule in ("negative", "a", "zero"):
-      with self.assertRaisesRegex(ValueError, f"No rule '{rule}': positive or before_negative"):
+      with self.assertRaisesRegex(ValueError, f"Unknown rule '{rule}': must be positive"):
         selection.step_mask([0.5], [2], rule=rule)
     for rule in ("positive", "before_negative"):
       with self.assertRaises(ValueError):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest
 
+from synthneg_jax.core.geometry import Lanes
 from synthneg_jax.decoding import engine as engine_lib
 from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.decoding.engine import Engine, Trunk
@@ -48,12 +49,7 @@ class CompilationsTest(absltest.TestCase):
     # calls fall into two buckets, of five programs each, and some small transfers; repeated, they
     # compile nothing at all.
     engine = Engine(
-      tiny_model.model(),
-      tiny_model.one_device_mesh(),
-      Stops((3,)),
-      lanes=4,
-      slots=2,
-      max_new_tokens=5,
+      tiny_model.model(), tiny_model.one_device_mesh(), Stops((3,)), Lanes(4, 2), max_new_tokens=5
     )
     params, rng = tiny_model.params(), np.random.default_rng(0)
     calls = [
@@ -71,12 +67,7 @@ class CompilationsTest(absltest.TestCase):
   def test_rounds_share_a_length(self):
     # Fails if `longest` is not used: rounds with ever shorter trunks would each compile anew.
     engine = Engine(
-      tiny_model.model(),
-      tiny_model.one_device_mesh(),
-      Stops((3,)),
-      lanes=2,
-      slots=2,
-      max_new_tokens=5,
+      tiny_model.model(), tiny_model.one_device_mesh(), Stops((3,)), Lanes(2, 2), max_new_tokens=5
     )
     params, rng = tiny_model.params(), np.random.default_rng(1)
     run = lambda length: dict(
@@ -110,9 +101,7 @@ class CompilationsTest(absltest.TestCase):
 
     def run():
       model, stops = tiny_model.model(), Stops((3,), stop_table(), 31)
-      engine = Engine(
-        model, tiny_model.one_device_mesh(), stops, lanes=2, slots=2, max_new_tokens=6
-      )
+      engine = Engine(model, tiny_model.one_device_mesh(), stops, Lanes(2, 2), max_new_tokens=6)
       return [
         [item.finish for item in made] for _, made in sorted(engine.run(params, call, Sampling()))
       ]

@@ -9,6 +9,7 @@ from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import geometry
 from synthneg_jax.core import tree as tree_lib
+from synthneg_jax.core.geometry import Lanes
 from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.decoding.engine import Engine, Trunk
 from synthneg_jax.decoding.sampling import Sampling, draw, inverse_cdf
@@ -106,8 +107,7 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,)),
-      lanes=3,
-      slots=2,
+      Lanes(3, 2),
       max_new_tokens=NEW,
     )
     results = dict(engine.run(params, trunks, sampling))
@@ -135,8 +135,7 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,), table),
-      lanes=3,
-      slots=2,
+      Lanes(3, 2),
       max_new_tokens=NEW,
     )
     finishes = set()
@@ -155,8 +154,7 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,)),
-      lanes=3,
-      slots=2,
+      Lanes(3, 2),
       max_new_tokens=NEW,
     )
     expected, compared = dict(reference.run(params, trunks, sampling)), 0
@@ -182,10 +180,8 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(scan_layers=scan),
       tiny_model.one_device_mesh(),
       Stops((EOS,)),
-      lanes=lanes,
-      slots=slots,
+      Lanes(lanes, slots, refill=refill),
       max_new_tokens=NEW,
-      refill=refill,
     )
     self.assert_same_draws(params, trunks, order, other, Sampling(temperature=1.0))
 
@@ -197,15 +193,13 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,)),
-      lanes=3,
-      slots=2,
+      Lanes(3, 2, refill=2),
       max_new_tokens=NEW,
-      refill=2,
     )
     made = dict(engine.run(params, trunks, Sampling(temperature=1.0)))
     steps = [[len(one.ids) - 1 for one in made[i] if len(one.ids) > 1] for i in range(len(trunks))]
     order = sorted(range(len(trunks)), key=lambda i: -len(trunks[i].forks))
-    expected, _ = geometry.decoding_time([steps[i] for i in order], 3, 2, 2)
+    expected, _ = geometry.decoding_time([steps[i] for i in order], 3, 2, refill=2)
     self.assertEqual(engine.stats["steps"], expected)
     self.assertEqual(engine.stats["busy_slots"], sum(map(sum, steps)))
 
@@ -214,7 +208,7 @@ class EngineTest(parameterized.TestCase):
     # Fails if lanes are not a multiple of the row shards, or a lane's items leave their device.
     params, trunks = tiny_model.params(), make_trunks(np.random.default_rng(3), count=9)
     mesh = device_mesh.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
-    other = Engine(tiny_model.model(), mesh, Stops((EOS,)), lanes=32, slots=2, max_new_tokens=NEW)
+    other = Engine(tiny_model.model(), mesh, Stops((EOS,)), Lanes(32, 2), max_new_tokens=NEW)
     other_params = jax.device_put(
       params, device_mesh.shardings(mesh, tiny_model.model().logical_axes())
     )
@@ -229,8 +223,7 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,), None, 20),
-      lanes=3,
-      slots=2,
+      Lanes(3, 2),
       max_new_tokens=NEW,
     )
     with jax.debug_nans(False):

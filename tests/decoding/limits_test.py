@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from absl.testing import absltest
 
+from synthneg_jax.core.geometry import Lanes
 from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.decoding.engine import Engine, Trunk
 from synthneg_jax.decoding.sampling import Sampling
@@ -21,12 +22,7 @@ class LimitsTest(absltest.TestCase):
     free = Trunk([5, 6, 7], [3, 1, 3, 2, 3], keys)
     bound = dataclasses.replace(free, limits=[2, 1, NEW + 9, 5, 3])
     engine = Engine(
-      tiny_model.model(),
-      tiny_model.one_device_mesh(),
-      Stops(()),
-      lanes=1,
-      slots=2,
-      max_new_tokens=NEW,
+      tiny_model.model(), tiny_model.one_device_mesh(), Stops(()), Lanes(1, 2), max_new_tokens=NEW
     )
     whole, cut = (
       dict(engine.run(tiny_model.params(), [trunk], Sampling()))[0] for trunk in (free, bound)

@@ -255,7 +255,7 @@ class PodTestCase(absltest.TestCase):
 
     finish(start(workdir, then, "synthesize,sft"), workdir, 0)
     log = (scratch() / f"{workdir.name}.0.log").read_text()
-    self.assertIn(f"sft: going on from step {saved}.", log)
+    self.assertIn(f"sft: resuming from step {saved}.", log)
     self.assert_same_losses(workdir)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from synthneg_jax.core.geometry import Rows
+from synthneg_jax.core.geometry import RowOptions, Rows
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import batch as batch_lib
@@ -78,9 +78,9 @@ class PlanTest(parameterized.TestCase):
 
   def test_refuses(self):
     # Fails if a check is lost: an empty batch would train on nothing, a heavy example never fit.
-    with self.assertRaisesRegex(UserError, "nothing to train on"):
+    with self.assertRaisesRegex(UserError, "Nothing to train on"):
       plan([], 4, 1, 0)
-    with self.assertRaisesRegex(UserError, "weighs 5, more than batch_size=4"):
+    with self.assertRaisesRegex(UserError, "has 5 solutions or pairs, more than batch_size=4"):
       plan([1, 5, 2], 4, 1, 0)
     with self.assertRaisesRegex(UserError, "num_epochs=0.1 of 3 example.s. trains on none"):
       plan([1, 1, 1], 4, 0.1, 0)
@@ -103,9 +103,7 @@ class BatchesTest(parameterized.TestCase):
       examples,
       [f"p{i}" for i in range(len(examples))],
       schedule=Schedule(batch_size=batch_size, num_epochs=num_epochs, max_steps=max_steps),
-      row_length=row_length,
-      row_shards=row_shards,
-      microbatches=1,
+      row_options=RowOptions(row_length, row_shards, microbatches=1),
     )
 
   def test_chosen_rows(self):
@@ -117,7 +115,7 @@ class BatchesTest(parameterized.TestCase):
     for step in range(chosen.num_steps):
       self.assertCountEqual(chosen.keys(step), given.keys(step))
       batch = chosen.build(step)
-      self.assertEqual(batch.trees.token.size, chosen.num_places(step))
+      self.assertEqual(batch.trees.token.size, chosen.capacity(step))
       self.assertIn(batch.trees.token.shape[0], chosen.rows.counts)
       self.assertEqual(int((batch.trees.token > 0).sum()), given.num_tokens(step))
       sizes = [chosen._examples[i].tree.num_tokens for i in chosen._steps[step]]
@@ -125,13 +123,13 @@ class BatchesTest(parameterized.TestCase):
     steps = range(chosen.num_steps)
     self.assertAlmostEqual(
       chosen.packing_efficiency,
-      sum(map(chosen.num_tokens, steps)) / sum(map(chosen.num_places, steps)),
+      sum(map(chosen.num_tokens, steps)) / sum(map(chosen.capacity, steps)),
     )
     settled = Batches(
       (A, B, C),
       ["a", "b", "c"],
       schedule=Schedule(batch_size=4, num_epochs=1),
-      row_shards=2,
+      row_options=RowOptions(shards=2),
       settle=lambda choose: Rows(9, (1, 3), 2, by_size=True),
     )
     self.assertEqual((settled.rows.length, settled.rows.counts), (9, (4,)))
@@ -251,8 +249,7 @@ class IdsTest(absltest.TestCase):
       [Example(tree) for tree in trees],
       ["a", "b"],
       schedule=Schedule(batch_size=1, num_epochs=1),
-      row_length=8,
-      row_shards=1,
+      row_options=RowOptions(length=8),
     )
     planned.check_ids(dataclasses.replace(tiny_model.CONFIG, vocab_size=32))
     with self.assertRaisesRegex(UserError, "b: its text holds token id 31.*embedding has 31 rows"):

@@ -177,7 +177,7 @@ class WrittenTest(parameterized.TestCase):
     # compiled at every step or compilations are not seen, or if memory is not in bytes.
     for line in self.lines:
       tokens = self.batches.num_tokens(line["step"])
-      self.assertEqual((tokens, self.batches.num_places(0)), (4, 8))
+      self.assertEqual((tokens, self.batches.capacity(0)), (4, 8))
       self.assertAlmostEqual(line["run/tokens_per_s"] * line["run/step_s"], tokens, delta=0.05)
       self.assertEqual(line["run/padding_share"], 0.5)
       self.assertBetween(line["run/host_memory_peak_bytes"], 5e7, 1e12)

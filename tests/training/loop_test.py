@@ -18,6 +18,7 @@ import pytest
 from absl.testing import absltest, parameterized
 from etils import epath
 
+from synthneg_jax.core.geometry import RowOptions
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
@@ -62,8 +63,7 @@ class Spy(Batches):
       examples,
       [f"problem-{i}" for i in range(num_steps)],
       schedule=Schedule(batch_size=1, num_epochs=1),
-      row_length=8,
-      row_shards=1,
+      row_options=RowOptions(length=8),
     )
     self.built, self._kill_at, self._nan_at = [], kill_at, nan_at
 
@@ -254,7 +254,8 @@ class LoopTest(parameterized.TestCase):
     # checkpoint folder, if the bad step is written, or if its state is kept as a checkpoint.
     batches = Spy(nan_at=3, num_steps=5)
     with self.assertRaisesRegex(
-      UserError, f"bad: step 3 is not finite .*{batches.keys(3)[0]} .*checkpoints"
+      UserError,
+      f"bad: .* step 3 is not finite .*{batches.keys(3)[0]} .*checkpoints",
     ) as caught:
       self.fit("bad", batches)
     self.assertIn(str(self.folder / "bad" / "checkpoints"), str(caught.exception))
@@ -313,7 +314,7 @@ class ScheduleTest(parameterized.TestCase):
   def test_unknown_name(self):
     # Fails if an unknown schedule is taken for one of the three.
     with self.assertRaisesRegex(
-      UserError, "optimizer.schedule='cosin' is none of cosine, linear, constant"
+      UserError, "optimizer.schedule='cosin' must be one of cosine, linear, constant"
     ):
       self.schedule(4, schedule="cosin")
 

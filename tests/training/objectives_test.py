@@ -237,7 +237,8 @@ class ObjectivesTest(parameterized.TestCase):
     objective = jax.jit(objectives.make_advantage_weighted(MODEL, beta=0.25, max_weight=5.0))
     loss, metrics = objective(self.params, batch)
     alone = unpacked(
-      self.params, [Example(Tree(tree.trunk, tuple(reference._unfolded(tree)))) for tree in trees]
+      self.params,
+      [Example(Tree(tree.trunk, tuple(reference._whole_branches(tree)))) for tree in trees],
     )
     logp = np.concatenate([*alone[0], *alone[1]])
     advantage = np.array([*known, 0.5, 0.5, -0.5, 0.5, -1.0, 0.0])

@@ -83,7 +83,7 @@ class PreemptionTest(absltest.TestCase):
       self.assertEqual(run(workdir, f"--kill_at={step}").returncode, -signal.SIGKILL)
     done = run(workdir)
     self.assertEqual(done.returncode, 0, done.stderr)
-    self.assertIn("going on from step", done.stderr)
+    self.assertIn("resuming from step", done.stderr)
     self.assert_as_whole(workdir)
 
   def test_sigterm_saves_and_ends_with_its_own_status(self):
@@ -110,7 +110,7 @@ class PreemptionTest(absltest.TestCase):
     self.assertEqual(kept(workdir)[-1], steps)
     done = run(workdir)
     self.assertEqual(done.returncode, 0, done.stderr)
-    self.assertIn(f"going on from step {steps}.", done.stderr)
+    self.assertIn(f"resuming from step {steps}.", done.stderr)
     self.assert_as_whole(workdir)
 
   def test_sigterm_while_nothing_can_be_saved(self):
@@ -148,7 +148,7 @@ class PreemptionTest(absltest.TestCase):
     self.assertEqual(kept(workdir)[0], before[0])
     done = run(workdir)
     self.assertEqual(done.returncode, 0, done.stderr)
-    self.assertIn(f"going on from step {before[0]}", done.stderr)
+    self.assertIn(f"resuming from step {before[0]}", done.stderr)
     self.assert_as_whole(workdir)
 
   def test_coroutines_of_orbax_that_were_dropped(self):
@@ -202,7 +202,7 @@ class PreemptionTest(absltest.TestCase):
     (workdir / "trained.npz").unlink()
     done = run(workdir)
     self.assertEqual(done.returncode, 0, done.stderr)
-    self.assertIn(f"going on from step {newest.name}", done.stderr)
+    self.assertIn(f"resuming from step {newest.name}", done.stderr)
     self.assert_as_whole(workdir)
 
   def test_no_checkpoint_can_be_read(self):

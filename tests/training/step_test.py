@@ -10,7 +10,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import losses
-from synthneg_jax.core.geometry import Rows
+from synthneg_jax.core.geometry import RowOptions, Rows
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.models import layer_stacking
 from synthneg_jax.runtime import config_schema, device_mesh
@@ -49,6 +49,7 @@ def losses_of(rows) -> list[float]:
     [Example(tree, (PairInTree(0, 1, -2.0, -3.0),)) for tree in trees],
     [str(number) for number in range(18)],
     schedule=batches.Schedule(batch_size=6, num_epochs=1),
+    row_options=RowOptions(),
     settle=lambda choose: rows or choose(),
   )
   section = config_schema.default().dpo.optimizer
