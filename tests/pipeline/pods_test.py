@@ -375,7 +375,9 @@ class BaseModelTest(distributed_test.MembersTestCase):
         ".*process 1",
       )
       self.assertEqual(
-        unseen, "The policy folder kept does not exist in process 1; all processes read its params."
+        unseen,
+        "The policy folder kept does not exist in process 1; every process must be able to read "
+        "its params.",
       )
 
 
