@@ -17,7 +17,7 @@ from synthneg_jax.models import layer_stacking
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import device_mesh, distributed
 
-FINISH_REASONS = {decode_lib.EOS: "eos", decode_lib.STOP: "stop", decode_lib.LENGTH: "length"}
+_FINISH_REASONS = {decode_lib.EOS: "eos", decode_lib.STOP: "stop", decode_lib.LENGTH: "length"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +325,7 @@ def _generations(collected: Collected, row: int, *, num_items: int) -> list[Gene
         ids=collected.token[index].copy(),
         logp=collected.logp[index].copy(),
         drawn_logp=collected.drawn_logp[index].copy(),
-        finish=FINISH_REASONS[int(collected.finish[row, item])],
+        finish=_FINISH_REASONS[int(collected.finish[row, item])],
       )
     )
   return branches

@@ -136,7 +136,7 @@ class Policy:
   @classmethod
   def _load_peft(cls, folder: epath.Path, config, mesh: Mesh) -> "Policy":
     """Loads a PEFT adapter and its base; the adapter's tokenizer, if any, takes precedence."""
-    base = distributed.agree(os.fspath(peft_base(folder)) if distributed.first() else "")
+    base = distributed.agree(os.fspath(_peft_base(folder)) if distributed.first() else "")
     policy = cls.load(base, config, mesh)
     adapter, params = adapter_lib.load_peft(folder, policy.model)
     params = jax.device_put(params, param_shardings(adapter, mesh))
@@ -226,14 +226,14 @@ def _tokenizer_and_eos(
   folder: epath.Path, num_rows: int
 ) -> tuple[transformers.PreTrainedTokenizerFast, tuple[int, ...]]:
   """A folder's tokenizer, checked against the number of embedding rows, and all EOS ids."""
-  tokenizer = load_tokenizer(folder)
+  tokenizer = _load_tokenizer(folder)
   hf_tokenizers.check(folder, tokenizer, num_rows)
   return tokenizer, hf_tokenizers.below(
     hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id), num_rows, folder
   )
 
 
-def peft_base(folder: epath.Path) -> epath.Path:
+def _peft_base(folder: epath.Path) -> epath.Path:
   """The folder of a PEFT adapter's base model.
 
   Raises:
@@ -276,14 +276,14 @@ def _copy_about(source: epath.Path, folder: epath.Path) -> None:
       (source / name).copy(folder / name, overwrite=True)
 
 
-def load_tokenizer(folder: epath.Path) -> transformers.PreTrainedTokenizerFast:
+def _load_tokenizer(folder: epath.Path) -> transformers.PreTrainedTokenizerFast:
   """The tokenizer of a policy folder or Hugging Face folder; errors as in `hf_tokenizers.load`."""
   return hf_tokenizers.load(tokenizer_folder(folder))
 
 
 def load_token_text(folder: epath.Path) -> tuple[transformers.PreTrainedTokenizerFast, TokenText]:
   """A folder's tokenizer and the bytes of its tokens (none for EOS ids), without its weights."""
-  tokenizer = load_tokenizer(folder)
+  tokenizer = _load_tokenizer(folder)
   return tokenizer, TokenText(tokenizer, hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id))
 
 
@@ -366,7 +366,7 @@ def files_identity(folder: epath.Path) -> str:
   """
   digest = hashlib.sha256()
   if _is_peft(folder):
-    digest.update(files_identity(peft_base(folder)).encode())
+    digest.update(files_identity(_peft_base(folder)).encode())
   paths = []
   if folder.exists():
     for kind in ("safetensors", "bin", "json", "jinja"):

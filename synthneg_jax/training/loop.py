@@ -130,10 +130,10 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
   )
   batch_shardings = step_lib.batch_shardings(run.mesh)
   open_metrics = run.open_metrics or functools.partial(Metrics, None, folder, folder)
-  lines = open_metrics(first_step)
-  profiler = Profiler(lines.profile_steps, folder / "profile", first_step, batches.num_steps)
+  writer = open_metrics(first_step)
+  profiler = Profiler(writer.profile_steps, folder / "profile", first_step, batches.num_steps)
   rates = (
-    optimizer_lib.learning_rates(section.optimizer, batches.num_steps) if lines.measured else ()
+    optimizer_lib.learning_rates(section.optimizer, batches.num_steps) if writer.measured else ()
   )
   averages, losses = {}, []  # metrics of the last step; losses since the last checkpoint
 
@@ -151,18 +151,18 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
     if step == 0 and run.check_start is not None:
       run.check_start(averages)
     cost = {}
-    if lines.measured:
+    if writer.measured:
       cost = {"learning_rate": float(rates[step])} | meter.step(
         batches.num_tokens(step), batches.capacity(step)
       )
-    lines.write(step, averages | cost, histograms)
+    writer.write(step, averages | cost, histograms)
     losses.append(next(value for key, value in averages.items() if key.startswith("loss")))
     progress.update(1, loss=losses[-1])
 
   def save(step, state):
     checkpointer.save(step, state, sum(losses) / len(losses))
     losses.clear()
-    lines.keep()
+    writer.keep()
 
   logging.info(
     "%s: %d steps of %s rows of %d tokens in %d microbatch(es), %.0f %% full.",
@@ -176,7 +176,7 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
   previous, meter = None, Meter()
   remaining = Progress(run.name, batches.num_steps - first_step, "steps")
   with contextlib.ExitStack() as closers, remaining as progress:
-    for part in (checkpointer, lines, profiler):
+    for part in (checkpointer, writer, profiler):
       if part is not None:
         closers.enter_context(contextlib.closing(part))  # waits for a save, also after an error
     for step in range(first_step, batches.num_steps):
@@ -199,5 +199,5 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
         raise distributed.Stopped  # closing the checkpointer completes the save
     if previous is not None:
       report(*previous, progress)
-  cost = meter.total() if lines.measured else {}
+  cost = meter.total() if writer.measured else {}
   return stacked(state)["params"], averages | cost

@@ -189,7 +189,7 @@ def steps_of(sizes, batch_size, num_epochs=1, weights=None):
 
 
 def fullness(rows, steps):
-  """The share of places that hold a token."""
+  """The share of the capacity that holds a token."""
   return sum(map(sum, steps)) / sum(rows.needed(sizes) * rows.length for sizes in steps)
 
 
@@ -212,9 +212,9 @@ def gsm8k_trees():
 
 class RowsTest(parameterized.TestCase):
   @parameterized.product(seed=(0, 1, 2, 3, 4, 5), shards=(1, 4), max_tokens=(0, 300))
-  def test_all_trees_fit_and_order_is_nothing(self, seed, shards, max_tokens):
+  def test_all_trees_fit_and_order_is_irrelevant(self, seed, shards, max_tokens):
     # Fails if a step needs more rows than it gets, if counts cannot be split over shards and
-    # microbatches, if a microbatch is larger than its room, or if the order of trees or steps, or a
+    # microbatches, if a microbatch exceeds max_tokens, or if the order of trees or steps, or a
     # second call, changes the answer.
     rng = np.random.default_rng(seed)
     steps = [
@@ -238,19 +238,19 @@ class RowsTest(parameterized.TestCase):
     self.assertEqual(geometry.fit_rows(steps, options), rows)
 
   def test_against_all_partitions(self):
-    # Fails if numbers of rows are not those with the fewest places, among all that a program each
-    # may be made for.
+    # Fails if numbers of rows are not those with the smallest capacity among all sets of as many
+    # counts.
     rng = np.random.default_rng(1)
     for _ in range(20):
       needs = rng.integers(1, 9, 60).tolist()
-      counts, places = geometry._choose_counts(needs, 10)
+      counts, capacity = geometry._choose_counts(needs, 10)
       values = sorted(set(needs))
       best = min(
         sum(min(c for c in (*several, values[-1]) if c >= need) for need in needs)
         for several in itertools.combinations(values[:-1], len(counts) - 1)
       )
-      self.assertEqual(places, 10 * best)
-      self.assertEqual(places, 10 * sum(min(c for c in counts if c >= need) for need in needs))
+      self.assertEqual(capacity, 10 * best)
+      self.assertEqual(capacity, 10 * sum(min(c for c in counts if c >= need) for need in needs))
 
   def test_what_is_given_wins(self):
     # Fails if a given length or number of microbatches is changed, if trees of a given length are
@@ -263,8 +263,8 @@ class RowsTest(parameterized.TestCase):
       geometry.fit_rows([[5, 7]], RowOptions(length=6))
 
   def test_memory_makes_microbatches(self):
-    # Fails if a microbatch is not the most rows that fit, if the room is the mesh's and not a
-    # shard's, or if a row that does not fit is refused.
+    # Fails if a microbatch is not the most rows that fit, if max_tokens counts for the mesh instead
+    # of a shard, or if a row that does not fit is rejected.
     self.assertEqual(
       geometry.fit_rows([[10] * 12], RowOptions(length=10, max_tokens=40)).microbatches, 3
     )
@@ -276,7 +276,7 @@ class RowsTest(parameterized.TestCase):
     )
 
   def test_another_mesh_can_split_them(self):
-    # Fails if a run that goes on with more shards gets a number of rows that they cannot share, or
+    # Fails if a run resumed with more shards gets a number of rows that they cannot share, or
     # fewer than before.
     self.assertEqual(geometry.Rows(8, (6, 9, 10), 2).split(4).counts, (8, 16))
     self.assertEqual(geometry.Rows(8, (6, 9, 10)).split(1).counts, (6, 9, 10))
@@ -360,7 +360,7 @@ class LanesTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(0, 1, 2, 3)
-  def test_fits_and_order_is_nothing(self, seed):
+  def test_fits_and_order_is_irrelevant(self, seed):
     # Fails if memory is exceeded although one lane with one slot fits, if lanes cannot be shared by
     # the shards, or if the order of trunks or items, or a second call, changes the answer.
     rng = np.random.default_rng(seed)
@@ -375,8 +375,8 @@ class LanesTest(parameterized.TestCase):
     self.assertEqual(geometry.fit_lanes(trunks, **limits), lanes)
 
   def test_what_is_given_wins(self):
-    # Fails if given lanes or slots are changed, by memory either, or if a choice with no memory at
-    # all is none.
+    # Fails if given lanes or slots are changed, even by memory, or if nothing is chosen without any
+    # memory.
     trunks = [[5] * 6] * 10
     given = geometry.fit_lanes(trunks, lanes=6, slots=5, memory=LaneMemory(9.0, limit=1.0))
     self.assertEqual((given.lanes, given.slots), (6, 5))
@@ -393,8 +393,8 @@ class LanesTest(parameterized.TestCase):
     ("long", _LONG, _LONG, 4096, 512),
   )
   def test_sampling_and_evaluation(self, foreseen, real, longest, count):
-    # Fails if less than 75 % of slots are busy with lengths that are drawn apart from those that
-    # were foreseen. less the prompt
+    # Fails if less than 75 % of slots are busy on lengths drawn independently of
+    # the expected ones (less the prompt)
     foreseen = np.minimum(np.asarray(foreseen) - (23 if longest == 72 else 0), longest)
     for items in (8, 1):
       guess = np.random.default_rng(1).choice(foreseen, (count, items)).tolist()
@@ -408,8 +408,8 @@ class LanesTest(parameterized.TestCase):
     ("long", _LONG, 4096, 300),
   )
   def test_credit(self, lengths, longest, count):
-    # Fails if less than 75 % of slots are busy with six rollouts a step whose lengths only their
-    # own prefix tells of.
+    # Fails if less than 75 % of slots are busy with six rollouts a step whose lengths depend on
+    # their own prefixes only.
     rng = np.random.default_rng(3)
     guess, made = [], []
     for size in drawn(np.sort(lengths), count):

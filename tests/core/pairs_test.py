@@ -81,7 +81,7 @@ class ResponseTest(absltest.TestCase):
 class FlipProbabilityTest(parameterized.TestCase):
   @parameterized.parameters((0, 6, 3, 6), (2, 6, 2, 6), (5, 5, 0, 3), (1, 1, 4, 10), (0, 0, 2, 3))
   def test_counts_equal_monte_carlo(self, c, m, c_other, m_other):
-    # Fails if the two change places, for another prior than Jeffreys', or if counts are taken for
+    # Fails if the two are swapped, for another prior than Jeffreys', or if counts are taken for
     # values.
     rng = np.random.default_rng(0)
     draw = lambda c, m: rng.beta(c + 0.5, m - c + 0.5, 400_000)
@@ -331,8 +331,8 @@ class FiltersTest(parameterized.TestCase):
     )
 
   def test_filter_pairs(self):
-    # Fails if a reason is lost or its check turned, if a dropped pair counts for the cap or hides a
-    # later one, or if pairs of two problems count as one.
+    # Fails if a reason is lost or its check inverted, if a dropped pair counts for the cap or hides
+    # a later one, or if pairs of two problems count as one.
     made = [
       (TokenPair([1], [2], [2]), "a"),
       (TokenPair([1], [2], [3], flip=0.25), "a"),
@@ -353,7 +353,7 @@ class FiltersTest(parameterized.TestCase):
     )
 
   def test_settings_go_by_name(self):
-    # Fails if a setting can be given by its place, where it may be taken for its neighbour.
+    # Fails if a setting can be passed positionally, where it may be mistaken for its neighbour.
     with self.assertRaises(TypeError):
       pairs.filter_pairs([], [], 2, 1.0)
     with self.assertRaises(TypeError):

@@ -115,7 +115,7 @@ class FirstPitTest(parameterized.TestCase):
     self.assertEqual(np.asarray(pit).tolist(), [0])
 
   def test_thresholds_of_relative_drop(self):
-    # Fails if <= or >= is strict, or if the two thresholds change places.
+    # Fails if <= or >= is strict, or if the two thresholds are swapped.
     q, known, v0 = jnp.asarray([0.5, 0.25, 0.125]), jnp.ones(3, bool), jnp.asarray(0.5)
     pit = lambda **how: int(pits.first_pit(q, known, v0, rule="relative_drop", **how))
     self.assertEqual(pit(drop_ratio=0.5, min_before=0.5), 1)
@@ -123,7 +123,7 @@ class FirstPitTest(parameterized.TestCase):
     self.assertEqual(pit(drop_ratio=0.49, min_before=0.1), -1)
 
   def test_settings_go_by_name(self):
-    # Fails if a setting can be given by its place, where one float is easily taken for another.
+    # Fails if a setting can be passed positionally, where floats are easily confused.
     with self.assertRaises(TypeError):
       pits.first_pit(jnp.zeros(2), jnp.ones(2, bool), jnp.asarray(0.0), "first_zero")
     with self.assertRaises(TypeError):

@@ -42,7 +42,7 @@ def responses(num: int, seed: int = 0):
 
 class EveryTest(absltest.TestCase):
   def test_by_hand(self):
-    # Fails if what is there is not counted, or if more than R give a negative number.
+    # Fails if existing rollouts are not counted, or if more than R give a negative number.
     self.assertEqual(rollout_schedules.every([0, 2, 1], [0, 3, 9], 8), [8, 5, 0])
 
 
@@ -111,7 +111,7 @@ class PitPosteriorTest(absltest.TestCase):
     )
 
   def test_none_of_r_settles(self):
-    # Fails if R zeros leave room for a later pit.
+    # Fails if R zeros leave a later pit possible.
     np.testing.assert_allclose(
       rollout_schedules.pit_posterior([0, 0, 0], [1, 4, 0], 4), [2 / 3, 1 / 3, 0, 0]
     )

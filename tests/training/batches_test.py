@@ -108,7 +108,7 @@ class BatchesTest(parameterized.TestCase):
 
   def test_chosen_rows(self):
     # Fails if examples change steps with the geometry, if a step's batch has other rows than the
-    # geometry says or loses tokens, if trees do not lie by falling size, if fullness is of
+    # geometry says or loses tokens, if trees are not placed by decreasing size, if fullness is of
     # something else, or if a settled geometry is not taken.
     given, chosen = self.make(), self.make(row_length=0, row_shards=1)
     self.assertEqual((chosen.rows.by_size, given.rows.by_size), (True, False))
@@ -195,9 +195,9 @@ class BatchesTest(parameterized.TestCase):
 
 class BuildTest(absltest.TestCase):
   def test_fields_by_hand(self):
-    # Fails if branch numbers do not go on from tree to tree, if a place without a pair is not -1,
+    # Fails if branch numbers do not continue from tree to tree, if padding of pairs is not -1,
     # if an example without branches or pairs shifts the others, if scored_at holds parents,
-    # unscored tokens or other rows' places, or if a token that two branches share counts once in
+    # unscored tokens or other rows' indices, or if a token that two branches share counts once in
     # num_scored.
     batch = batch_lib.build([A, C, B], Shape(rows=3, length=11, scored=6, pairs=2, branches=4))
     # Row 0: A then B (they fit), row 1: C, row 2: padding.

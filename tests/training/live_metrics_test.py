@@ -98,7 +98,7 @@ def wandb_history(path: pathlib.Path) -> list[dict]:
 
 
 class WrittenTest(parameterized.TestCase):
-  """One training that was killed between checkpoints, and went on."""
+  """One training that was killed between checkpoints and resumed."""
 
   @classmethod
   def setUpClass(cls):
@@ -113,7 +113,7 @@ class WrittenTest(parameterized.TestCase):
     cls.lines = lines(cls.workdir)
 
   def test_tensorboard_says_what_the_lines_say(self):
-    # Fails if a metric is missing from the event files or stands at another step, if values differ,
+    # Fails if a metric is missing from the event files or is at another step, if values differ,
     # or if TensorBoard cannot read the files (lengths, checksums).
     board = event_accumulator.EventAccumulator(str(self.workdir / "sft"))
     board.Reload()
@@ -139,7 +139,7 @@ class WrittenTest(parameterized.TestCase):
     self.assertLen(list((self.workdir / "sft").glob("*tfevents*")), 2)
 
   def test_an_open_tensorboard_forgets_them_too(self):
-    # Fails if the second file does not say from which step it goes on.
+    # Fails if the second file does not say the step it resumes from.
     starts = [
       event.step for event in raw_events(self.workdir / "sft") if event.session_log.status == 1
     ]
@@ -157,7 +157,7 @@ class WrittenTest(parameterized.TestCase):
       self.assertBetween(line["loss/per_token"], one.min, one.max)
 
   def test_weights_and_biases(self):
-    # Fails if the run that goes on is another run, if rows are logged at other steps or with other
+    # Fails if the resumed run is another run, if rows are logged at other steps or with other
     # values, or without their histograms; or if the config does not go along.
     files = sorted((self.workdir / "sft").rglob("*.wandb"))
     self.assertLen(files, 2)

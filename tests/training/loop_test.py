@@ -153,8 +153,9 @@ class LoopTest(parameterized.TestCase):
 
   def test_a_killed_run_goes_on_bitwise(self):
     # Fails if the moments, the schedule's count or the data position are not restored, if a
-    # checkpoint holds the state of another step, if a save is not waited for when the loop is left
-    # by an error, or if metrics.jsonl keeps lines beyond the checkpoint or loses lines before it.
+    # checkpoint holds the state of another step, if the loop does not wait for a save when it is
+    # left by an error, or if metrics.jsonl keeps lines beyond the checkpoint or loses lines before
+    # it.
     with self.assertRaises(KeyboardInterrupt):
       self.fit("killed", Spy(kill_at=2))
     self.assertEqual(self.kept("killed"), [2])
@@ -250,8 +251,8 @@ class LoopTest(parameterized.TestCase):
     gc.collect()  # orbax's coroutines, within this test
 
   def test_a_step_that_is_not_finite_stops_the_run(self):
-    # Fails if training goes on over NaN, if the message names the step after, other examples or no
-    # checkpoint folder, if the bad step is written, or if its state is kept as a checkpoint.
+    # Fails if training continues after NaN, if the message names the step after, other examples or
+    # no checkpoint folder, if the bad step is written, or if its state is kept as a checkpoint.
     batches = Spy(nan_at=3, num_steps=5)
     with self.assertRaisesRegex(
       UserError,
@@ -370,7 +371,7 @@ class OptimizerTest(absltest.TestCase):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
   def test_clipping_and_betas(self):
-    # Fails if clipping is missing or comes after AdamW, or if the betas change places.
+    # Fails if clipping is missing or comes after AdamW, or if the betas are swapped.
     section = config_schema.default().sft.optimizer
     section.update(
       learning_rate=0.1,

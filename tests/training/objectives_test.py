@@ -169,9 +169,9 @@ class ObjectivesTest(parameterized.TestCase):
     return np.array([np.exp(logp[n, :, len(ids) - 1]).sum() for n, ids in enumerate(rows)])
 
   def test_sft_equals_unpacked_sequences(self):
-    # Fails if a token's log-prob is read at another place than its parent, if a branch's first
-    # token is left out, if unscored or padded places count, if a token of two branches counts once,
-    # or if the mean is taken per row or per sequence.
+    # Fails if a token's log-prob is read elsewhere than at its parent, if a branch's first token is
+    # left out, if unscored tokens or padding count, if a token of two branches counts once, or if
+    # the mean is taken per row or per sequence.
     scored = [value for branches in self.alone for logp in branches for value in logp.tolist()]
     self.assertLen(scored, 6 + 5 + (2 + 2))
     self.assertAlmostEqual(float(self.sft_loss), -np.mean(scored), delta=1e-6)
@@ -181,7 +181,7 @@ class ObjectivesTest(parameterized.TestCase):
 
   def test_dpo_equals_unpacked_sequences(self):
     # Fails if a pair reads another branch or row, if a sum misses the first response token or holds
-    # trunk tokens, if an empty place counts as a pair, or if the loss is averaged over rows or
+    # trunk tokens, if padding counts as a pair, or if the loss is averaged over rows or
     # weights.
     chosen, rejected, ref_chosen, ref_rejected, tokens = self.pair_sums()
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
@@ -313,11 +313,11 @@ class ObjectivesTest(parameterized.TestCase):
       np.testing.assert_allclose(other, one, rtol=1e-9, atol=1e-12)
 
   def test_rows_may_change_places(self):
-    # Fails if anything but a sum joins the rows, or if a row reads another's places.
+    # Fails if anything but a sum joins the rows, or if a row reads another row.
     order = np.array([2, 0, 1])
-    turned = jax.tree.map(lambda x: x if np.ndim(x) == 0 else x[order], self.batch)
-    self.assertAlmostEqual(float(sft(self.params, turned)[0]), float(self.sft_loss), delta=1e-12)
-    loss, metrics = dpo(self.params, turned)
+    permuted = jax.tree.map(lambda x: x if np.ndim(x) == 0 else x[order], self.batch)
+    self.assertAlmostEqual(float(sft(self.params, permuted)[0]), float(self.sft_loss), delta=1e-12)
+    loss, metrics = dpo(self.params, permuted)
     self.assertAlmostEqual(float(loss), float(self.dpo_loss), delta=1e-12)
     for name, value in averages(self.dpo_metrics).items():
       self.assertAlmostEqual(averages(metrics)[name], value, delta=1e-10, msg=name)

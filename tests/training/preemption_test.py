@@ -77,7 +77,7 @@ class PreemptionTest(absltest.TestCase):
 
   def test_sigkill_at_every_step(self):
     # Fails if a checkpoint that was being written is taken for whole, or if any of state, data
-    # position and metrics goes on from another step than the others.
+    # position and metrics resumes from another step than the others.
     workdir = scratch() / "killed"
     for step in range(6):
       self.assertEqual(run(workdir, f"--kill_at={step}").returncode, -signal.SIGKILL)
@@ -135,7 +135,7 @@ class PreemptionTest(absltest.TestCase):
 
   def test_a_full_disk(self):
     # Fails if a disk that is full ends in a traceback or in status 0, if it costs the checkpoints
-    # that were whole, or if the run does not go on once there is room.
+    # that were whole, or if the run does not resume once there is space.
     workdir = scratch() / "full"
     self.assertEqual(run(workdir, "--kill_at=5").returncode, -signal.SIGKILL)
     before = kept(workdir)

@@ -1,8 +1,8 @@
-"""Loss and gradients of packed trees against the unpacked sequences that they stand for, for every
+"""Loss and gradients of packed trees against their unpacked sequences, for every
 kind of tree we use.
 
 Each kind of work of the method is one case: a trunk with branches on one side, and on the other the
-plain sequences (what stands before, the scored response), each alone in its own padded row under
+plain sequences (context, scored response), each alone in its own padded row under
 causal attention. Trees of several problems share rows with padding. Log-probs of all scored tokens,
 the loss, and its gradient with respect to every parameter must agree: to 1e-10 in float64 and to
 1e-5 in float32, relative to the largest entry (of the gradient: of each parameter's own gradient),
@@ -349,7 +349,7 @@ class TreeRowsTest(parameterized.TestCase):
   )
   def test_equals_unpacked_sequences(self, make, objective, dtype):
     # Fails if a token sees another branch, another tree, padding, or the trunk beyond its fork; if
-    # a position counts places of the row; if a branch's first token is predicted from elsewhere
+    # a position counts row indices; if a branch's first token is predicted from elsewhere
     # than its fork or not scored; if a trunk shared by branches passes back the gradient of only
     # one; or if a pair reads other branches than its own.
     self.assert_equal(joined(map(make, PROBLEMS)), objective, dtype, "plain")
@@ -361,14 +361,14 @@ class TreeRowsTest(parameterized.TestCase):
   )
   def test_trees_of_any_depth(self, depth, objective, kind):
     # Fails if, below the first branches, a token sees a sibling or not all of its path, if a window
-    # counts places of the row, if a shared scored token counts in one of its branches only, if a
+    # counts row indices, if a shared scored token counts in one of its branches only, if a
     # branch's sum is of its own tokens only, or if a gradient of shared tokens is one branch's.
     self.assert_equal(deep_trees(depth), objective, "float64", kind)
 
   def assert_equal(self, work: Work, objective: str, dtype: str, kind: str):
     batch = batch_lib.build(work.examples, SHAPE)
     rows = batch_lib.assign_rows(work.examples, SHAPE.length)
-    self.assertGreaterEqual(len(rows[0]), 2)  # another problem's tree stands beside
+    self.assertGreaterEqual(len(rows[0]), 2)  # with another problem's tree
     self.assertTrue(np.any(batch.trees.token[0] == 0))  # and padding
     self.assertLess(len(rows), SHAPE.rows)  # a row has nothing else
     tolerance = TOLERANCE[dtype]
