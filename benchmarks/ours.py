@@ -162,7 +162,7 @@ def grow(
 
 def make_engine(side: Side, lanes: int, slots: int, new: int) -> Engine:
   """The engine of a side, without EOS or stop strings: `new` tokens of every item."""
-  return Engine(side.model, side.mesh, Stops(()), Lanes(lanes, slots), max_new_tokens=new)
+  return Engine(side.model, side.mesh, Stops(()), lanes=Lanes(lanes, slots), max_new_tokens=new)
 
 
 def draw_keys(number: int, items: int) -> np.ndarray:

@@ -148,7 +148,7 @@ class Work:
 
 
 def fit(
-  model: Model, mesh: Mesh, work: Work, fixed: Lanes, *, max_new_tokens: int, memory: float
+  model: Model, mesh: Mesh, work: Work, *, fixed: Lanes, max_new_tokens: int, memory: float
 ) -> Lanes:
   """Chooses lanes and slots for some work that fit on the devices beside the parameters.
 
@@ -198,7 +198,7 @@ class Engine:
     stats: totals over all runs: decode steps, busy slot steps, slot steps, prefilled tokens.
   """
 
-  def __init__(self, model: Model, mesh: Mesh, stops: Stops, lanes: Lanes, *, max_new_tokens: int):
+  def __init__(self, model: Model, mesh: Mesh, stops: Stops, *, lanes: Lanes, max_new_tokens: int):
     """Compiles nothing yet.
 
     Args:

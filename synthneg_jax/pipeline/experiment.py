@@ -112,7 +112,7 @@ class Experiment:
           policy.model,
           self.mesh,
           work(),
-          Lanes(lanes, slots),
+          fixed=Lanes(lanes, slots),
           max_new_tokens=new,
           memory=memory,
         )
@@ -137,7 +137,7 @@ class Experiment:
       policy.model,
       self.mesh,
       policy.stops(c.stop),
-      Lanes(lanes, slots, refill),
+      lanes=Lanes(lanes, slots, refill),
       max_new_tokens=new,
     )
 

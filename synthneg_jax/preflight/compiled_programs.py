@@ -313,7 +313,7 @@ class Recipe:
         self.model,
         self.mesh,
         work,
-        Lanes(lanes, slots),
+        fixed=Lanes(lanes, slots),
         max_new_tokens=c.max_new_tokens,
         memory=self._memory,
       )

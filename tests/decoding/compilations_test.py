@@ -49,7 +49,11 @@ class CompilationsTest(absltest.TestCase):
     # calls fall into two buckets, of five programs each, and some small transfers; repeated, they
     # compile nothing at all.
     engine = Engine(
-      tiny_model.model(), tiny_model.one_device_mesh(), Stops((3,)), Lanes(4, 2), max_new_tokens=5
+      tiny_model.model(),
+      tiny_model.one_device_mesh(),
+      Stops((3,)),
+      lanes=Lanes(4, 2),
+      max_new_tokens=5,
     )
     params, rng = tiny_model.params(), np.random.default_rng(0)
     calls = [
@@ -67,7 +71,11 @@ class CompilationsTest(absltest.TestCase):
   def test_rounds_share_a_length(self):
     # Fails if `longest` is not used: rounds with ever shorter trunks would each compile anew.
     engine = Engine(
-      tiny_model.model(), tiny_model.one_device_mesh(), Stops((3,)), Lanes(2, 2), max_new_tokens=5
+      tiny_model.model(),
+      tiny_model.one_device_mesh(),
+      Stops((3,)),
+      lanes=Lanes(2, 2),
+      max_new_tokens=5,
     )
     params, rng = tiny_model.params(), np.random.default_rng(1)
     run = lambda length: dict(
@@ -101,7 +109,9 @@ class CompilationsTest(absltest.TestCase):
 
     def run():
       model, stops = tiny_model.model(), Stops((3,), stop_table(), 31)
-      engine = Engine(model, tiny_model.one_device_mesh(), stops, Lanes(2, 2), max_new_tokens=6)
+      engine = Engine(
+        model, tiny_model.one_device_mesh(), stops, lanes=Lanes(2, 2), max_new_tokens=6
+      )
       return [
         [item.finish for item in made] for _, made in sorted(engine.run(params, call, Sampling()))
       ]

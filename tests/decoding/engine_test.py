@@ -107,7 +107,7 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,)),
-      Lanes(3, 2),
+      lanes=Lanes(3, 2),
       max_new_tokens=NEW,
     )
     results = dict(engine.run(params, trunks, sampling))
@@ -135,7 +135,7 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,), table),
-      Lanes(3, 2),
+      lanes=Lanes(3, 2),
       max_new_tokens=NEW,
     )
     finishes = set()
@@ -154,7 +154,7 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,)),
-      Lanes(3, 2),
+      lanes=Lanes(3, 2),
       max_new_tokens=NEW,
     )
     expected, compared = dict(reference.run(params, trunks, sampling)), 0
@@ -180,7 +180,7 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(scan_layers=scan),
       tiny_model.one_device_mesh(),
       Stops((EOS,)),
-      Lanes(lanes, slots, refill=refill),
+      lanes=Lanes(lanes, slots, refill=refill),
       max_new_tokens=NEW,
     )
     self.assert_same_draws(params, trunks, order, other, Sampling(temperature=1.0))
@@ -193,7 +193,7 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,)),
-      Lanes(3, 2, refill=2),
+      lanes=Lanes(3, 2, refill=2),
       max_new_tokens=NEW,
     )
     made = dict(engine.run(params, trunks, Sampling(temperature=1.0)))
@@ -208,7 +208,7 @@ class EngineTest(parameterized.TestCase):
     # Fails if lanes are not a multiple of the row shards, or a lane's items leave their device.
     params, trunks = tiny_model.params(), make_trunks(np.random.default_rng(3), count=9)
     mesh = device_mesh.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
-    other = Engine(tiny_model.model(), mesh, Stops((EOS,)), Lanes(32, 2), max_new_tokens=NEW)
+    other = Engine(tiny_model.model(), mesh, Stops((EOS,)), lanes=Lanes(32, 2), max_new_tokens=NEW)
     other_params = jax.device_put(
       params, device_mesh.shardings(mesh, tiny_model.model().logical_axes())
     )
@@ -223,7 +223,7 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,), None, 20),
-      Lanes(3, 2),
+      lanes=Lanes(3, 2),
       max_new_tokens=NEW,
     )
     with jax.debug_nans(False):

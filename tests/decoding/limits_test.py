@@ -22,7 +22,11 @@ class LimitsTest(absltest.TestCase):
     free = Trunk([5, 6, 7], [3, 1, 3, 2, 3], keys)
     bound = dataclasses.replace(free, limits=[2, 1, NEW + 9, 5, 3])
     engine = Engine(
-      tiny_model.model(), tiny_model.one_device_mesh(), Stops(()), Lanes(1, 2), max_new_tokens=NEW
+      tiny_model.model(),
+      tiny_model.one_device_mesh(),
+      Stops(()),
+      lanes=Lanes(1, 2),
+      max_new_tokens=NEW,
     )
     whole, cut = (
       dict(engine.run(tiny_model.params(), [trunk], Sampling()))[0] for trunk in (free, bound)

@@ -166,7 +166,9 @@ class EmbeddingTest(FolderTest):
   def test_prompts_and_examples(self):
     # Fails if ids beyond the embedding are looked up, which would clamp them.
     model = tiny_model.model()
-    engine = Engine(model, tiny_model.one_device_mesh(), Stops((3,)), Lanes(1, 1), max_new_tokens=2)
+    engine = Engine(
+      model, tiny_model.one_device_mesh(), Stops((3,)), lanes=Lanes(1, 1), max_new_tokens=2
+    )
     trunk = Trunk([1, 31], [2], np.zeros((1, 2), np.uint32))
     with self.assertRaisesRegex(
       UserError, "A prompt holds token id 31, but the model's embedding has 31 rows"

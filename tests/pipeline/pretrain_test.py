@@ -42,7 +42,7 @@ class PretrainTest(absltest.TestCase):
     config = config_schema.default()
     run = Experiment(config, None, tiny_model.one_device_mesh())
     policy = Policy.load(EMBEDDED, config.model, run.mesh)
-    engine = Engine(policy.model, run.mesh, policy.stops(()), Lanes(32, 1), max_new_tokens=64)
+    engine = Engine(policy.model, run.mesh, policy.stops(()), lanes=Lanes(32, 1), max_new_tokens=64)
     rng, puzzles = np.random.default_rng(7), []
     while len(puzzles) < 64:
       puzzles.append(arithmetic.make_puzzle(rng, 4, 6, (3, 5)))

@@ -127,7 +127,7 @@ def scores(mesh) -> dict[str, np.ndarray]:
 @functools.cache
 def draws(mesh):
   """By trunk, (ids, log-probs) of its items."""
-  engine = Engine(MODEL, mesh, Stops((EOS,)), Lanes(8, 2), max_new_tokens=NEW)
+  engine = Engine(MODEL, mesh, Stops((EOS,)), lanes=Lanes(8, 2), max_new_tokens=NEW)
   made = dict(engine.run(on_mesh(mesh)[0], make_trunks(), Sampling(temperature=1.0)))
   return [[(item.ids.tolist(), item.logp) for item in made[index]] for index in range(len(made))]
 
