@@ -191,8 +191,7 @@ PREFERENCE_LOSSES = {
 def advantage_weighted_loss(
   logp_S: jax.Array, advantage_S: jax.Array, *, temperature: float, max_weight: float
 ) -> jax.Array:
-  """Advantage-weighted regression on one response: -Σ_i w_i log π(y_i | x, y_<i), w_i =
-  min(exp(A_i/β), w_max).
+  """Advantage-weighted regression: -Σ_i w_i log π(y_i | x, y_<i), w_i = min(exp(A_i/β), w_max).
 
   The standard form of eq. 4 of https://arxiv.org/abs/2406.14532. Without the cap w_max, the optimum
   is π ∝ π_sft exp(A/β). No gradient flows to the advantages.

@@ -1,6 +1,4 @@
-"""Intervals against the equations that define them and their coverage; the sign's confidence
-against Monte Carlo.
-"""
+"""Intervals against their equations and coverage; sign confidence against Monte Carlo."""
 
 import math
 

@@ -1,6 +1,4 @@
-"""Geometries: all items fit, order is nothing to them, and how full they are on three distributions
-of lengths.
-"""
+"""Rows and lanes: all items fit, order is irrelevant, fullness on three distributions."""
 
 import functools
 import itertools
@@ -176,7 +174,7 @@ _TREES = {
 
 
 def drawn(quantiles, count, seed=0):
-  """So many lengths of a recorded distribution."""
+  """`count` lengths of a recorded distribution."""
   at = np.random.default_rng(seed).random(count)
   return np.interp(at, np.linspace(0, 1, len(quantiles)), quantiles).astype(int)
 

@@ -1,6 +1,4 @@
-"""The losses against float64 numpy, and what their equations promise: symmetry, gradients, extreme
-margins.
-"""
+"""Losses against float64 numpy; their symmetry, gradients and extreme margins."""
 
 import functools
 import math

@@ -1,6 +1,4 @@
-"""Pairs of every mode by hand: which branch is chosen, which rejected, what trunk they share, and
-how sure the label is.
-"""
+"""Pairs of every mode by hand: chosen, rejected, trunk and P(flipped)."""
 
 import dataclasses
 
@@ -32,9 +30,7 @@ def sibling(first, correct=True) -> Sibling:
 
 
 def named(name: str) -> str:
-  """An equal string that is another object, as names from a file or a flag are: fails where `is`
-  compares them.
-  """
+  """An equal string that is another object, so that comparing with `is` fails."""
   return "".join(name)
 
 

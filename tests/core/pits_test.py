@@ -42,9 +42,7 @@ def jitted_pits(q_NS, known_NS, v0_N, rule):
 
 
 def random_cases(num: int, steps: int):
-  """Values on a coarse grid, so that ties and zeros abound; a third of the steps unknown; some rows
-  wholly unknown.
-  """
+  """Coarse values with many ties and zeros; a third of the steps unknown, some rows entirely."""
   rng = np.random.default_rng(0)
   q = (rng.integers(0, 6, (num, steps)) / 5.0).astype(np.float32)
   known = rng.random((num, steps)) < rng.choice(

@@ -1,6 +1,4 @@
-"""Power laws that are exact, curves whose crossings are known, and a bootstrap that covers the
-truth.
-"""
+"""Exact power laws, curves with known crossings, and the coverage of the bootstrap."""
 
 import dataclasses
 
@@ -118,9 +116,7 @@ class EfficiencyFactorTest(parameterized.TestCase):
 
 class BootstrapEfficiencyTest(absltest.TestCase):
   def data(self, seed: int, problems: int = 400):
-    """Baseline error 4 · size^-0.3 and a method that at 1000 problems is as good as the baseline at
-    4000.
-    """
+    """Baseline error 4 · size^-0.3; the method at 1000 problems equals the baseline at 4000."""
     rng = np.random.default_rng(seed)
     hardness = rng.random(problems)  # shared, so that errors are correlated as on one test set
     wrong = lambda error, seeds: rng.normal(hardness, 0.05, (seeds, problems)) < error

@@ -1,4 +1,4 @@
-"""Which responses are kept: the right, the different, those of high advantage."""
+"""Selected responses: right ones, distinct ones, those of high advantage."""
 
 import math
 import time
@@ -37,7 +37,7 @@ class KeepRightTest(parameterized.TestCase):
 
 
 def plain_distance(a: str, b: str) -> float:
-  """Levenshtein's distance over the longer length, by the textbook's table."""
+  """Levenshtein's distance over the longer length, by dynamic programming."""
   row = np.arange(len(b) + 1, dtype=np.float64)
   for i, left in enumerate(a, 1):
     before, row = row, np.full(len(b) + 1, float(i))

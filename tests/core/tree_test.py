@@ -1,6 +1,4 @@
-"""Packing against fields written by hand, and the attention rule against the paths of the unpacked
-sequences.
-"""
+"""Packing against fields written by hand; the attention rule against unpacked paths."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""How many programs a mixed run of the engine compiles."""
+"""The number of programs that a mixed run of the engine compiles."""
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ def trunks(rng, count: int, longest: int, items: int):
 
 
 def stop_table() -> np.ndarray:
-  """A new array each time: an odd token followed by an even one ends a branch."""
+  """A new array on each call: an odd token followed by an even one ends a branch."""
   table = np.zeros((3, 31), np.int32)
   table[:, 1::2] = 1
   table[1, 0::2] = 2

@@ -1,4 +1,4 @@
-"""The engine against a naive loop that runs the whole sequence anew for every token."""
+"""The engine against a naive loop that recomputes the whole sequence for every token."""
 
 import dataclasses
 
@@ -79,9 +79,7 @@ def naive(params, trunk, item, sampling, stop_table=None):
 
 
 def near_edge(params, trunk, item, ids, sampling):
-  """Whether the draw of ids[-1] lies within CDF_EDGE of an edge of its CDF, in the naive loop's
-  program.
-  """
+  """Whether the draw of ids[-1] is within CDF_EDGE of an edge of the naive loop's CDF."""
   padded = np.zeros(24, np.int32)
   sequence = [*trunk.ids[: trunk.forks[item]], *ids[:-1]]
   padded[: len(sequence)] = sequence
@@ -147,9 +145,7 @@ class EngineTest(parameterized.TestCase):
     self.assertIn("stop", finishes)
 
   def assert_same_draws(self, params, trunks, order, engine, sampling, other_params=None):
-    """Equal tokens to the shared geometry's, but for draws at an edge of the CDF; `other_params`
-    are on `engine`'s mesh.
-    """
+    """Compares with the shared geometry's tokens, except for draws at an edge of the CDF."""
     reference = Engine(
       tiny_model.model(),
       tiny_model.one_device_mesh(),

@@ -1,4 +1,4 @@
-"""Items with limits of their own."""
+"""Per-item limits on new tokens."""
 
 import dataclasses
 

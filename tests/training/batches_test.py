@@ -1,4 +1,4 @@
-"""Which examples make which batch, and the fields of a batch by hand."""
+"""The examples of each batch, and the fields of a batch by hand."""
 
 import collections
 import dataclasses

@@ -1,6 +1,4 @@
-"""What a training writes while it runs, read back by other programs' readers: TensorBoard's, W&B's
-format, the profiler's.
-"""
+"""Metrics of a run, read back by other programs' readers: TensorBoard, W&B, the profiler."""
 
 import functools
 import gzip
@@ -73,9 +71,7 @@ def raw_events(folder) -> list:
 
 
 def wandb_history(path: pathlib.Path) -> list[dict]:
-  """The logged rows of a .wandb file: LevelDB's log format, records that may go on over blocks of
-  32 KiB.
-  """
+  """The logged rows of a .wandb file: LevelDB's log format, records may span blocks of 32 KiB."""
   data, at, part, rows = path.read_bytes(), 7, b"", []
   while at + 7 <= len(data):
     if (1 << 15) - at % (1 << 15) < 7:

@@ -1,6 +1,4 @@
-"""The train loop: killed runs go on bitwise, bad steps stop it, bad checkpoints are passed over;
-and the optimizer.
-"""
+"""The train loop: bitwise resume, non-finite steps, unusable checkpoints; and the optimizer."""
 
 import dataclasses
 import gc
@@ -30,7 +28,7 @@ from tests import tiny_model
 
 
 class StandIn:
-  """What the loop asks of a model: two parameters, so that a step compiles at once."""
+  """A minimal model for the loop: two parameters, so that a step compiles fast."""
 
   config = tiny_model.CONFIG
 
@@ -55,7 +53,7 @@ def objective(params, batch):
 
 
 class Spy(Batches):
-  """Batches that note which steps were built, raise at one, and spoil the counts of another."""
+  """Batches that record built steps, raise at one step, and make another non-finite."""
 
   def __init__(self, kill_at=None, nan_at=None, num_steps=4):
     examples = [Example(Tree([1 + i, 2], (Branch(2, [3, 4 + i]),))) for i in range(num_steps)]
@@ -322,9 +320,7 @@ class ScheduleTest(parameterized.TestCase):
 
 class OptimizerTest(absltest.TestCase):
   def updates(self, gradient, **changes):
-    """The first update of every parameter, where each gradient is `gradient` times the parameter's
-    shape of ones.
-    """
+    """The first update of every parameter, for gradients that are constant per parameter."""
     section = config_schema.default().sft.optimizer
     section.update(
       learning_rate=0.1, schedule="constant", warmup_fraction=0.0, clip_norm=1e9, **changes

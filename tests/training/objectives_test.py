@@ -1,6 +1,4 @@
-"""The objectives over packed batches, in float64, against the model on each unpacked sequence and
-numpy.
-"""
+"""Objectives over packed batches in float64, against unpacked sequences and numpy."""
 
 import dataclasses
 import functools
@@ -70,7 +68,7 @@ def _next_logprobs(params, token_NT):
 
 
 def unpacked(params, examples):
-  """For each example the log-probs of each branch's scored tokens, float64 nats."""
+  """For each example, the log-probs of each branch's scored tokens, float64 nats."""
   rows = [random_trees.sequences(example.tree) for example in examples]
   flat = [row for of_example in rows for row in of_example]
   token = np.zeros((len(flat), LONGEST), np.int32)
@@ -89,7 +87,7 @@ def averages(metrics) -> dict[str, float]:
 
 
 class Bandit:
-  """A policy of one state: its logits are its parameters, whatever it has read."""
+  """A policy of one state: its logits are its parameters, whatever the input."""
 
   def hidden(self, params, trees):
     return jnp.zeros((*trees.token.shape, 1), params.dtype), None
@@ -131,9 +129,7 @@ class ObjectivesTest(parameterized.TestCase):
     cls.dpo_loss, cls.dpo_metrics = dpo(cls.params, cls.batch)
 
   def pair_sums(self):
-    """(chosen, rejected, ref_chosen, ref_rejected, chosen's tokens) of each pair, from the unpacked
-    sequences.
-    """
+    """(chosen, rejected, ref_chosen, ref_rejected, chosen tokens) of each unpacked pair."""
     found = []
     for example, branches in zip(EXAMPLES, self.alone, strict=True):
       for pair in example.pairs:

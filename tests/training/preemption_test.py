@@ -1,6 +1,4 @@
-"""A training as a process: killed at every step, asked to stop, on a full disk, with a checkpoint
-that is not its own.
-"""
+"""Training as a process: killed at every step, stopped, on a full disk, foreign checkpoint."""
 
 import functools
 import os
@@ -47,7 +45,7 @@ def run(workdir, *args) -> subprocess.CompletedProcess:
 
 @functools.cache
 def whole() -> pathlib.Path:
-  """A training that ran without a break."""
+  """An uninterrupted run."""
   done = run(scratch() / "whole")
   assert done.returncode == 0, done.stderr
   return scratch() / "whole"
@@ -61,7 +59,7 @@ def kept(workdir) -> list[int]:
 
 class PreemptionTest(absltest.TestCase):
   def assert_as_whole(self, workdir):
-    """The same bits and the same lines as without a break."""
+    """The same bits and the same lines as in an uninterrupted run."""
     with np.load(whole() / "trained.npz") as expected, np.load(workdir / "trained.npz") as found:
       for name in expected:
         np.testing.assert_array_equal(found[name].view(np.uint32), expected[name].view(np.uint32))

@@ -1,4 +1,4 @@
-"""Reference log-probs: what is computed, what is kept, and that packing does not enter."""
+"""Reference log-probs: what is computed and stored, independently of packing."""
 
 import tempfile
 

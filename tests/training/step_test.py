@@ -1,6 +1,4 @@
-"""One train step in float64: accumulated and sharded it is the step of one device on the whole
-batch.
-"""
+"""One train step in float64: accumulated or sharded, it equals one step on one device."""
 
 import functools
 
@@ -27,9 +25,7 @@ SHAPE = Shape(rows=8, length=12, scored=9, pairs=2, branches=3)
 
 
 def make_batch() -> batch_lib.Batch:
-  """Six trees with one or two pairs in eight rows, two of them empty: microbatches and shards hold
-  unequal counts.
-  """
+  """Six trees with one or two pairs in eight rows, two of them empty, with unequal counts."""
   rng = np.random.default_rng(0)
   ids = lambda size: rng.integers(0, 32, size).tolist()
   examples = []

@@ -66,9 +66,7 @@ class Problem:
 
 
 def draw_problem(seed: int, prompt_size: int) -> Problem:
-  """All prompts begin alike, and so do some responses, so that a token that sees another tree's
-  would find its twin.
-  """
+  """All prompts, and some responses, share a prefix, so that tokens have twins in other trees."""
   rng = np.random.default_rng(seed)
   draw = lambda size: tuple(rng.integers(2, VOCAB, size).tolist())
   wrong = (
@@ -90,9 +88,7 @@ def scored_behind(before, ids) -> tuple[tuple[int, ...], tuple[bool, ...]]:
 
 
 def one_tree(trunk, branches, pairs=()) -> Work:
-  """A tree from (fork, ids) of its branches and (chosen, rejected) of its pairs; the references are
-  made up here.
-  """
+  """A tree from (fork, ids) of its branches and (chosen, rejected) of its pairs."""
   references = [(-2.5 - 1.75 * n, -9.125 + 2.5 * n) for n in range(len(pairs))]
   tree = Tree(trunk, tuple(Branch(fork, ids) for fork, ids in branches))
   in_tree = tuple(PairInTree(*pair, *refs) for pair, refs in zip(pairs, references, strict=True))
@@ -109,14 +105,12 @@ def on_prompt(problem: Problem, responses, pairs=()) -> Work:
 
 
 def sampled_traces(problem: Problem) -> Work:
-  """Sampling and evaluation: the traces hang on the prompt."""
+  """Sampling and evaluation: traces branch from the prompt."""
   return on_prompt(problem, [*(response.ids for response in problem.wrong), problem.right[0]])
 
 
 def rollouts_from_steps(problem: Problem) -> Work:
-  """Step-level Q: the trunk is prompt and trace; two rollouts leave it at the end of every step but
-  the last.
-  """
+  """Step-level Q: the trunk is prompt and trace; two rollouts fork after all steps but the last."""
   trace = problem.wrong[0]
   forks = [len(problem.prompt) + end for end in trace.step_ends[:-1] for _ in range(2)]
   work = one_tree((*problem.prompt, *trace.ids), list(zip(forks, problem.rollouts, strict=True)))
@@ -127,7 +121,7 @@ def rollouts_from_steps(problem: Problem) -> Work:
 
 
 def solutions(problem: Problem) -> Work:
-  """SFT and RFT: the kept solutions hang on the prompt."""
+  """SFT and RFT: the kept solutions branch from the prompt."""
   return on_prompt(problem, problem.right)
 
 
@@ -152,9 +146,7 @@ def steps_of_one_trace(problem: Problem) -> Work:
 
 
 def algorithm1(problem: Problem) -> Work:
-  """Per-step DPO after Algorithm 1: the right solution once, and every rejected prefix of the
-  problem.
-  """
+  """Per-step DPO after Algorithm 1: the right solution once, and every rejected prefix."""
   rejected = [
     tuple(response.prefix(pit + 1)) for response, pit in zip(problem.wrong, (1, 0, 0), strict=True)
   ]
@@ -171,9 +163,7 @@ def whole_responses(problem: Problem) -> Work:
 
 @functools.cache
 def deep_trees(depth: int) -> Work:
-  """Random trees with random pairs among their branches, a branch's own beginnings and ends among
-  them.
-  """
+  """Random trees with random pairs, some between a branch and its own prefix."""
   rng, works = np.random.default_rng(depth), []
   while len(works) < 4:
     tree = random_trees.of_depth(rng, depth, high=VOCAB, most=30)
@@ -309,7 +299,7 @@ def alone_program(dtype: str, kind: str):
 
 
 def alone(params, work: Work, loss_fn, dtype: str, kind: str = "plain"):
-  """(loss, gradients, log-probs of each response) of sequences that know nothing of trees."""
+  """(loss, gradients, log-probs of each response) of independent sequences."""
   token_NL = np.zeros((NUM_ALONE, LONGEST), np.int32)
   scored_NL = np.zeros((NUM_ALONE, LONGEST - 1), bool)
   for n, (ids, scored) in enumerate(work.sequences):
