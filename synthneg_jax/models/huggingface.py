@@ -45,10 +45,7 @@ def read_config(
 
   Args:
     folder: contains config.json.
-    dtype: see ModelConfig, as for the next three.
-    param_dtype: see ModelConfig.
-    scan_layers: see ModelConfig.
-    remat: see ModelConfig.
+    dtype, param_dtype, scan_layers, remat: as in ModelConfig.
     max_length: tokens of the longest text of the run; selects longrope's factors.
 
   Raises:
@@ -56,13 +53,15 @@ def read_config(
       does not implement.
   """
   path = epath.Path(folder) / "config.json"
-  settings = {
-    "dtype": dtype,
-    "param_dtype": param_dtype,
-    "scan_layers": scan_layers,
-    "remat": remat,
-  }
-  return hf_configs.read(stored_tensors.read_json(path), path, max_length=max_length, **settings)
+  return hf_configs.read(
+    stored_tensors.read_json(path),
+    path,
+    max_length=max_length,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    scan_layers=scan_layers,
+    remat=remat,
+  )
 
 
 def untie_other_head(folder: epath.PathLike, config: ModelConfig) -> ModelConfig:
@@ -109,8 +108,8 @@ def load_params(
   devices. Host memory is bounded by one stacked parameter plus one tensor in the file's dtype.
 
   Args:
-    folder: see `stored_tensors.read`.
-    model: with the config from `read_config`.
+    folder: as in `stored_tensors.read`.
+    model: its config is from `read_config`.
     shardings: a tree like the parameters.
     is_sent: process 0 alone reads the folder and sends it to the others, one layer of a stacked
       parameter at a time.
