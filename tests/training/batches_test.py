@@ -82,7 +82,7 @@ class PlanTest(parameterized.TestCase):
       plan([], 4, 1, 0)
     with self.assertRaisesRegex(UserError, "has 5 solutions or pairs, more than batch_size=4"):
       plan([1, 5, 2], 4, 1, 0)
-    with self.assertRaisesRegex(UserError, "num_epochs=0.1 of 3 example.s. trains on none"):
+    with self.assertRaisesRegex(UserError, "num_epochs=0.1 selects none of the 3 example"):
       plan([1, 1, 1], 4, 0.1, 0)
     with self.assertRaisesRegex(UserError, "num_epochs=0 "):
       plan([1, 1, 1], 4, 0, 0)
