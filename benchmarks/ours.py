@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from benchmarks.benchmark import Work
+from synthneg_jax.core.geometry import Lanes
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.decoding import decode
 from synthneg_jax.decoding.decode import DecodeSpec, Geometry, Stops
@@ -161,7 +162,7 @@ def grow(
 
 def make_engine(side: Side, lanes: int, slots: int, new: int) -> Engine:
   """The engine of a side, without EOS or stop strings: `new` tokens of every item."""
-  return Engine(side.model, side.mesh, Stops(()), lanes=lanes, slots=slots, max_new_tokens=new)
+  return Engine(side.model, side.mesh, Stops(()), lanes=Lanes(lanes, slots), max_new_tokens=new)
 
 
 def draw_keys(number: int, items: int) -> np.ndarray:

@@ -271,9 +271,7 @@ class TokensTest(parameterized.TestCase):
         1,
         siblings=[rollout],
         after=core_pairs.Count(0, 4),
-        continuation="rollout",
-        choice="random",
-        rng=np.random.default_rng(0),
+        rule=core_pairs.ChosenRule("rollout", "random", np.random.default_rng(0)),
       ),
     ]
     trees = trees_of(pairs).trees
@@ -308,9 +306,7 @@ class TokensTest(parameterized.TestCase):
           pit,
           siblings=[sibling],
           after=core_pairs.Count(0, 4),
-          continuation=continuation,
-          choice="shortest",
-          rng=np.random.default_rng(0),
+          rule=core_pairs.ChosenRule(continuation, "shortest", np.random.default_rng(0)),
         )
         self.assertNotIn(eos, pair.trunk)
         self.assertEqual(pair.rejected.count(eos), int(pit == last))

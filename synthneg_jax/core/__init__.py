@@ -1,1 +1,1 @@
-"""The paper: the token tree, losses, advantages, pits and pairs, one function for each equation."""
+"""The method: the token tree, losses, advantages, pits and pairs, one function per equation."""

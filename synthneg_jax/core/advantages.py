@@ -1,10 +1,10 @@
 """Step-level credit: values from counts, Best-of-k, advantages, and their uncertainty.
 
-A response is steps y_1..y_L; Q(x, y_1:i-1; y_i) is the probability that the rollout policy finishes
-right from the prefix that ends in y_i, and V(x) that it does from the bare problem. Functions of
-arrays are written for one response of S steps and are meant to be `vmap`ed; `known_S` says which
-steps have an estimate. The last two functions run on the host: only scipy has the inverse of the
-incomplete beta function.
+A response consists of steps y_1..y_L. Q(x, y_1:i-1; y_i) is the probability that the rollout policy
+reaches a right answer from the prefix that ends with y_i; V(x) is that probability from the bare
+problem. Functions of arrays take one response of S steps; `vmap` them over a batch. `known_S` is
+True where a step has an estimate. The last two functions run on the host, because only scipy
+provides the inverse of the incomplete beta function. docs/method.md lists the sources.
 """
 
 import functools
@@ -16,11 +16,9 @@ from scipy import special
 
 
 def step_values(successes: jax.Array, rollouts: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Monte-Carlo estimate Q = c/M, and where there is one.
+  """Unbiased Monte-Carlo estimate Q = c/M, the mean verdict of M rollouts from y_1:i.
 
-  Q(x, y_1:i-1; y_i) is the mean of the verdicts of rollouts from y_1:i (eq. 1 of
-  https://arxiv.org/abs/2410.08146, VERIFIED; the same in the paper as read second-hand). It is
-  unbiased.
+  See eq. 1 of https://arxiv.org/abs/2410.08146.
 
   Args:
     successes: [...] counts c.
@@ -38,22 +36,20 @@ def best_of_k(
 ) -> tuple[jax.Array, jax.Array]:
   """Unbiased estimate of Q under Best-of-k from c successes in M rollouts: 1 - C(M-c, k) / C(M, k).
 
-  The policy draws k continuations and a verifier picks a right one if there is any, so Q^BoK = 1 -
-  (1 - Q)^k (VERIFIED in https://arxiv.org/abs/2410.08146, appendix D; that the paper takes k = 5 is
-  read second-hand, its section 6.1). Putting c/M into it is biased; the ratio of binomials is not
-  ("Evaluating Large Language Models Trained on Code" by Chen et al.,
+  The policy draws k continuations and a verifier picks a right one if any exists, so Q^BoK =
+  1 - (1 - Q)^k (https://arxiv.org/abs/2410.08146, appendix D). Substituting c/M is biased; the
+  ratio of binomials is not ("Evaluating Large Language Models Trained on Code" by Chen et al.,
   https://arxiv.org/abs/2107.03374). k = 1 gives c/M.
 
   Args:
     successes: [...] counts c.
     rollouts: [...] counts M.
     k: >= 1, fixed at compile time.
-    exact: bool [...], where c/M is Q itself and no sample of it (the last step, whose Q is its
-      verdict: c of M = 1).
+    exact: bool [...], True where c/M equals Q (the last step, whose Q is its verdict: M = 1).
 
   Returns:
-    (q [...] probabilities, 0 where unknown; known bool [...]: from M < k no unbiased estimate
-    exists, unless `exact`).
+    (q [...] probabilities, 0 where unknown; known bool [...]: `exact` or M >= k, since no unbiased
+    estimate exists for M < k).
   """
   plugin, valid = best_of_k_plugin(successes, rollouts, k)
   misses = jnp.ones(plugin.shape, plugin.dtype)
@@ -68,8 +64,8 @@ def best_of_k_plugin(
 ) -> tuple[jax.Array, jax.Array]:
   """Plug-in estimate of Q under Best-of-k: 1 - (1 - c/M)^k.
 
-  Biased low for k > 1 (by Jensen's inequality), but defined for M < k too; `best_of_k` is the
-  unbiased one. Which of the two the paper takes is not known.
+  Biased low for k > 1 (Jensen's inequality), but defined for M < k too; `best_of_k` is unbiased.
+  Which of the two the paper uses is unknown.
 
   Args:
     successes: [...] counts c.
@@ -84,15 +80,14 @@ def best_of_k_plugin(
 
 
 def step_advantages(q_S: jax.Array, v0: jax.Array) -> jax.Array:
-  """A_i = Q(x, y_1:i-1; y_i) - Q(x, y_1:i-2; y_i-1), with V(x) before the first step (eq. 3 of the
-  paper).
+  """A_i = Q(x, y_1:i-1; y_i) - Q(x, y_1:i-2; y_i-1), eq. 3 of the paper; A_1 = Q_1 - V(x).
 
-  The value of a state is Q of the step before, because the dynamics are deterministic; that V(x) is
-  the first baseline is our choice. The advantages sum to Q_L - V(x).
+  Dynamics are deterministic, so a state's value is Q of the step that leads to it. The advantages
+  sum to Q_L - V(x).
 
   Args:
     q_S: [S] values after each step.
-    v0: scalar, success rate from the bare problem.
+    v0: scalar V(x), the success rate from the bare problem.
 
   Returns:
     [S].
@@ -101,23 +96,21 @@ def step_advantages(q_S: jax.Array, v0: jax.Array) -> jax.Array:
 
 
 def values_before(q_S: jax.Array, v0: jax.Array) -> jax.Array:
-  """The value before each step [S]: V(x), then Q of the step before."""
+  """The value before each step [S]: V(x), then Q of the previous step."""
   return jnp.concatenate([jnp.asarray(v0, q_S.dtype)[None], q_S[:-1]])
 
 
 def mean_value_by_step(q_NS: jax.Array, known_NS: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Mean Q at each step over the responses that have it: figure 7 of
-  https://arxiv.org/abs/2406.14532.
+  """Mean Q at each step over the responses that have the step (figure 7 of the paper).
 
-  Its axes are VERIFIED by the caption; that shorter responses drop out of the mean, and do not
-  count as 0 or 1, is ours.
+  Shorter responses drop out of the mean instead of counting as 0 or 1.
 
   Args:
     q_NS: [N, S] values.
     known_NS: bool [N, S].
 
   Returns:
-    (mean [S], 0 where no response has the step; how many have it [S]).
+    (mean [S], 0 where no response has the step; number of responses that have it [S]).
   """
   count_S = jnp.sum(known_NS, axis=0)
   return jnp.sum(jnp.where(known_NS, q_NS, 0.0), axis=0) / jnp.maximum(count_S, 1), count_S
@@ -126,27 +119,27 @@ def mean_value_by_step(q_NS: jax.Array, known_NS: jax.Array) -> tuple[jax.Array,
 def value_interval(
   successes, rollouts, *, level: float = 0.95, method: str = "wilson"
 ) -> tuple[np.ndarray, np.ndarray]:
-  """An interval for Q from c successes in M rollouts. The paper gives none; this is ours.
+  """An interval for Q from c successes in M rollouts.
 
-  Methods, z = Φ⁻¹((1 + level)/2):
-    wilson  (c + z²/2 ± z √(c(M-c)/M + z²/4)) / (M + z²), the score test inverted;
+  Methods, with z = Φ⁻¹((1 + level)/2):
+    wilson  (c + z²/2 ± z √(c(M-c)/M + z²/4)) / (M + z²), the inverted score test;
     beta    the equal-tailed interval of Jeffreys' posterior Beta(c + ½, M - c + ½), with lower end
             0 for c = 0 and upper end 1 for c = M.
 
   See "Interval Estimation for a Binomial Proportion" by Brown, Cai and DasGupta (Statistical
-  Science 16(2), 2001), which recommends these two for few draws.
+  Science 16(2), 2001), which recommends both for few draws.
 
   Args:
     successes: [...] counts c.
     rollouts: [...] counts M; 0 gives (0, 1).
-    level: in (0, 1), the coverage meant (reached on average over Q, not for every Q).
+    level: nominal coverage in (0, 1), reached on average over Q, not for every Q.
     method: one of the above.
 
   Returns:
     (low [...], high [...]) float64 probabilities.
 
   Raises:
-    ValueError: no such method.
+    ValueError: unknown method.
   """
   c, m = np.broadcast_arrays(np.asarray(successes, np.float64), np.asarray(rollouts, np.float64))
   if method == "wilson":
@@ -154,28 +147,27 @@ def value_interval(
     middle = c + z**2 / 2
     half = z * np.sqrt(c * (m - c) / np.maximum(m, 1) + z**2 / 4)
     low, high = (middle - half) / (m + z**2), (middle + half) / (m + z**2)
-    return np.where(c > 0, low, 0.0), np.where(
-      c < m, high, 1.0
-    )  # exact at the ends, but for rounding
+    # The formula gives 0 and 1 at the ends up to rounding.
+    return np.where(c > 0, low, 0.0), np.where(c < m, high, 1.0)
   if method == "beta":
     tail = (1 - level) / 2
     low = np.where(c > 0, special.betaincinv(c + 0.5, m - c + 0.5, tail), 0.0)
     return low, np.where(c < m, special.betaincinv(c + 0.5, m - c + 0.5, 1 - tail), 1.0)
-  raise ValueError(f"No interval method {method!r}: wilson or beta.")
+  raise ValueError(f"Unknown interval method {method!r}: must be wilson or beta.")
 
 
 def sign_confidence(successes, rollouts, *, successes_before, rollouts_before) -> np.ndarray:
-  """P(Q_after < Q_before): how sure the counts make us that a step's advantage is negative. Ours.
+  """P(Q_after < Q_before): the posterior probability that a step's advantage is negative.
 
   Q_after ~ Beta(c + ½, M - c + ½) and Q_before likewise are independent posteriors under Jeffreys'
-  prior, and P = ∫ p_after(q) P(Q_before > q) dq. With q = sin²θ the density becomes 2 sin^2c(θ)
-  cos^2(M-c)(θ) / B(c + ½, M - c + ½), which has no poles at the ends, so that Gauss-Legendre
-  quadrature in θ gives it to rounding error. Equal counts give ½.
+  prior, and P = ∫ p_after(q) P(Q_before > q) dq. Substituting q = sin²θ turns the density into
+  2 sin^2c(θ) cos^2(M-c)(θ) / B(c + ½, M - c + ½), which has no poles at the ends, so Gauss-Legendre
+  quadrature in θ is accurate to rounding error. Equal counts give ½.
 
   Args:
     successes, rollouts: [...] counts after the step.
-    successes_before, rollouts_before: [...] counts before it; for the first step those of the bare
-      problem.
+    successes_before, rollouts_before: [...] counts before it; for the first step, the counts of the
+      bare problem.
 
   Returns:
     [...] float64 probabilities.
@@ -183,7 +175,7 @@ def sign_confidence(successes, rollouts, *, successes_before, rollouts_before) -
   counts = np.broadcast_arrays(successes, rollouts, successes_before, rollouts_before)
   c, m, c_before, m_before = (np.asarray(column, np.float64)[..., None] for column in counts)
   most = max(float(np.max(m, initial=0.0)), float(np.max(m_before, initial=0.0)))
-  node_N, weight_N = _nodes(64 + 8 * int(np.ceil(np.sqrt(most))))  # peaks are 1/√M wide
+  node_N, weight_N = _legendre_nodes(64 + 8 * int(np.ceil(np.sqrt(most))))  # peaks are 1/√M wide
   theta_N, weight_N = np.pi / 4 * (1 + node_N), np.pi / 4 * weight_N
   sin_N, cos_N = np.sin(theta_N), np.cos(theta_N)
   log_density = (
@@ -196,4 +188,4 @@ def sign_confidence(successes, rollouts, *, successes_before, rollouts_before) -
   return np.clip(np.sum(weight_N * np.exp(log_density) * above, axis=-1), 0.0, 1.0)
 
 
-_nodes = functools.lru_cache(maxsize=8)(np.polynomial.legendre.leggauss)
+_legendre_nodes = functools.lru_cache(maxsize=8)(np.polynomial.legendre.leggauss)

@@ -1,11 +1,9 @@
-"""Sizes that fit the work: rows for trees that are trained on, lanes and slots for branches that
-are decoded.
+"""Sizes of training rows and of decoding lanes, chosen from lengths.
 
-Lengths go in, a geometry comes out; nothing else enters, so that equal lengths in any order give
-the same answer on every machine. What is chosen here changes speed and memory and, but for
-rounding, no result: a step's examples stay the ones that `batch_size` asks for, its sums are
-normalised over the whole step however many rows and microbatches hold them, and a draw depends on
-its own key alone.
+The choice depends on nothing but the lengths, in any order, so every machine makes the same one. It
+changes speed and memory and, except for rounding, no result: a step keeps the examples that
+`batch_size` gives it, its sums are normalised over the whole step, and a draw depends only on its
+own key. The constants below are ours.
 """
 
 import dataclasses
@@ -13,33 +11,36 @@ import functools
 import heapq
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from synthneg_jax.core import tree as tree_lib
 
-_LONGEST = 2048  # tokens of a row, at most, where no tree is longer
-_AS_GOOD = 1.02  # the shortest rows are taken among those that need so many times the fewest places
-_MOST_COUNTS = 8  # numbers of rows, each a program of its own
-# share of all places that a further one must save, and as many as so many steps have:
-_SAVES = 0.02
-_STEPS = 2
-_IDLE = 128  # a decoding step takes as long as so many slots beside its own (reading weights);
-_LANE = 1  # a lane as so many beside its own (reading its trunk);
-_STOP = 2  # a stop to fill lanes as so many steps. All three are ours.
-_BUSY = 0.78  # share of slots that should be busy, as far as lengths can be foreseen
-_RUNS_ON = 32  # one item in so many is taken to go on to the limit, as some always do
+_MAX_ROW_LENGTH = 2048  # tokens, unless a tree is longer
+_NEAR_BEST = 1.02  # the shortest rows win whose capacity is within this factor of the smallest
+_MAX_COUNTS = 8  # row counts of a run; each compiles its own program
+# An additional row count must save this share of the capacity and as much as this many steps have.
+_MIN_SAVED_SHARE = 0.02
+_MIN_SAVED_STEPS = 2
+# Costs of decoding in slot steps: of a loop step itself (reading the weights), of a lane (reading
+# its trunk); and of a stop to fill lanes, in loop steps.
+_STEP_COST = 128
+_LANE_COST = 1
+_STOP_COST = 2
+_TARGET_BUSY = 0.78  # share of slots that should be busy on the expected lengths
+_ITEMS_PER_OVERRUN = 32  # one item in this many is assumed to run to the length limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """How the trees of training steps are laid in rows.
+  """How the trees of training steps are laid out in rows.
 
   Attributes:
     length: T, tokens of a row.
-    counts: rising numbers of rows that a step may have; each step takes the first that holds it.
-    microbatches: parts that a step's rows are cut into; divides every count.
-    by_size: trees go into rows by falling size, else in the step's own order.
+    counts: ascending numbers of rows; each step uses the first that is large enough.
+    microbatches: parts that a step's rows are split into; divides every count.
+    by_size: whether trees are placed by decreasing size instead of in the step's order.
   """
 
   length: int
@@ -48,182 +49,193 @@ class Rows:
   by_size: bool = False
 
   def split(self, shards: int) -> "Rows":
-    """The same with counts that a mesh of so many row shards can split, where another one was
-    chosen for.
-    """
-    counts = sorted({_up(count, self.microbatches * shards) for count in self.counts})
-    return dataclasses.replace(self, counts=tuple(counts))
+    """These rows with counts rounded up so that `shards` row shards can split them."""
+    counts = {_round_up(count, self.microbatches * shards) for count in self.counts}
+    return dataclasses.replace(self, counts=tuple(sorted(counts)))
 
   def order(self, sizes: Sequence[int]) -> list[int]:
-    """The order in which trees of these sizes go into rows."""
-    return (
-      sorted(range(len(sizes)), key=lambda i: -sizes[i])
-      if self.by_size
-      else list(range(len(sizes)))
-    )
+    """The order in which trees of these sizes are placed."""
+    order = list(range(len(sizes)))
+    return sorted(order, key=lambda i: -sizes[i]) if self.by_size else order
 
   def needed(self, sizes: Sequence[int]) -> int:
     """The number of rows of a step whose trees have these sizes.
 
     Raises:
-      ValueError: no count holds them.
+      ValueError: the largest count is too small.
     """
-    need = _first_fit(tuple(sizes[i] for i in self.order(sizes)), self.length)
-    count = next((count for count in self.counts if count >= need), None)
-    if count is None:
-      raise ValueError(
-        f"A step needs {need} rows of {self.length} tokens; at most {self.counts[-1]} are there."
-      )
-    return count
+    need = _num_rows([sizes[i] for i in self.order(sizes)], self.length)
+    for count in self.counts:
+      if count >= need:
+        return count
+    raise ValueError(
+      f"A step needs {need} rows of {self.length} tokens; at most {self.counts[-1]} are available."
+    )
 
 
-def _first_fit(sizes: tuple[int, ...], length: int) -> int:
+def _num_rows(sizes: Sequence[int], length: int) -> int:
   return max(len(tree_lib.first_fit(sizes, length)), 1)
 
 
-def _up(size: float, multiple: int) -> int:
+def _round_up(size: float, multiple: int) -> int:
   return -(-int(size) // multiple) * multiple
 
 
-def row_lengths(longest: int, most: int) -> list[int]:
-  """Lengths of rows worth a try where the longest tree and the largest step have so many tokens;
-  rising.
-  """
+def _candidate_lengths(longest: int, most: int) -> list[int]:
+  """Row lengths to try, ascending, for trees of at most `longest` and steps of `most` tokens."""
   grain = 128 if longest >= 512 else 32 if longest >= 32 else 8
-  stride = max(grain, _up(longest / 8, grain))
-  last = max(longest, min(4 * longest, _LONGEST, most))
-  return list(range(_up(longest, grain), _up(last, grain) + 1, stride))
+  stride = max(grain, _round_up(longest / 8, grain))
+  last = max(longest, min(4 * longest, _MAX_ROW_LENGTH, most))
+  return list(range(_round_up(longest, grain), _round_up(last, grain) + 1, stride))
 
 
-def _counts(needs: Sequence[int], length: int) -> tuple[tuple[int, ...], int]:
-  """(numbers of rows for steps that need so many, places of all steps): a further number only where
-  it saves.
-  """
+def _choose_counts(needs: Sequence[int], length: int) -> tuple[tuple[int, ...], int]:
+  """Row counts for steps that need `needs` rows each, and the capacity of all steps in tokens."""
   values, times = np.unique(needs, return_counts=True)
   before = np.concatenate([[0], np.cumsum(times)])
 
   @functools.cache
-  def best(last: int, count: int) -> tuple[int, tuple[int, ...]]:
-    """Fewest rows of the steps up to the value `last` with `count` numbers, the last of which is
-    that value.
-    """
-    whole = int(values[last]) * int(before[last + 1]), (int(values[last]),)
-    if count == 1 or last == 0:
-      return whole
-    tries = [(best(first, count - 1), first) for first in range(last)]
-    split = [
-      (
-        rows + int(values[last]) * int(before[last + 1] - before[first + 1]),
-        (*counts, int(values[last])),
-      )
-      for (rows, counts), first in tries
-    ]
-    return min([whole, *split])
+  def best(last: int, num_counts: int) -> tuple[int, tuple[int, ...]]:
+    """(fewest rows, counts) of the steps up to `values[last]`, which is the largest count."""
+    largest = int(values[last])
+    options = [(largest * int(before[last + 1]), (largest,))]
+    if num_counts > 1:
+      for first in range(last):
+        rows, counts = best(first, num_counts - 1)
+        rows += largest * int(before[last + 1] - before[first + 1])
+        options.append((rows, (*counts, largest)))
+    return min(options)
 
   last = len(values) - 1
-  chosen = best(last, 1)
-  for count in range(2, _MOST_COUNTS + 1):
-    further = best(last, count)
-    if chosen[0] - further[0] < max(_SAVES * chosen[0], _STEPS * int(values[last])):
+  rows, counts = best(last, 1)
+  for num_counts in range(2, _MAX_COUNTS + 1):
+    fewer, more_counts = best(last, num_counts)
+    if rows - fewer < max(_MIN_SAVED_SHARE * rows, _MIN_SAVED_STEPS * int(values[last])):
       break
-    chosen = further
-  return chosen[1], chosen[0] * length
+    rows, counts = fewer, more_counts
+  return counts, rows * length
 
 
-def fit_rows(
-  steps: Sequence[Sequence[int]],
-  *,
-  length: int = 0,
-  shards: int = 1,
-  microbatches: int = 0,
-  room: int = 0,
-) -> Rows:
-  """Rows for the trees of some steps.
+class RowOptions(NamedTuple):
+  """What `fit_rows` must respect.
 
-  Where the length is given, trees go in their order into rows that all steps have equally many of.
-  Where it is not, the fewest places for tokens are sought over lengths of rows and, for each, over
-  numbers of rows that a step may have.
+  Attributes:
+    length: T, at least the longest tree; 0 to choose it.
+    shards: mesh shards that share the rows of a microbatch.
+    microbatches: parts of a step; 0 for as few as `max_tokens` allows.
+    max_tokens: tokens of a microbatch on one shard; 0 for no bound. A single row always fits.
+  """
+
+  length: int = 0
+  shards: int = 1
+  microbatches: int = 0
+  max_tokens: int = 0
+
+
+_ANY_ROWS = RowOptions()
+
+
+def fit_rows(steps: Sequence[Sequence[int]], options: RowOptions = _ANY_ROWS) -> Rows:
+  """Chooses rows for the trees of some steps.
+
+  With a given length, trees are placed in their order, and all steps have the same number of rows.
+  Otherwise it minimises the capacity in tokens over row lengths and, for each, over row counts.
 
   Args:
     steps: the sizes in tokens of each step's trees.
-    length: T, at least the longest tree; 0 to choose.
-    shards: parts of the mesh that share the rows of a microbatch.
-    microbatches: parts of a step; 0 for as few as memory allows.
-    room: tokens that a shard's part of a microbatch may have; 0 for no bound. A row always may.
+    options: given sizes and the memory bound.
 
   Raises:
     ValueError: a tree is longer than the given length.
   """
 
-  def laid(length: int, by_size: bool) -> tuple[Rows, int]:
-    order = (lambda sizes: sorted(sizes, reverse=True)) if by_size else (lambda sizes: sizes)
-    needs = [_first_fit(tuple(order(sizes)), length) for sizes in steps]
-    parts = microbatches
+  def fit(length: int, *, by_size: bool) -> tuple[Rows, int]:
+    """Rows of this length, and the capacity of all steps in tokens."""
+    if by_size:
+      needs = [_num_rows(sorted(sizes, reverse=True), length) for sizes in steps]
+    else:
+      needs = [_num_rows(sizes, length) for sizes in steps]
+    parts = options.microbatches
     if not parts:
-      rows_in_room = max(room // length, 1) if room else max(needs)
-      parts = -(-max(needs) // (rows_in_room * shards))
-    needs = [_up(need, parts * shards) for need in needs]
-    counts, places = (
-      _counts(needs, length) if by_size else ((max(needs),), len(needs) * max(needs) * length)
-    )
-    return Rows(length, counts, parts, by_size), places
+      rows_per_shard = max(needs)
+      if options.max_tokens:
+        rows_per_shard = max(options.max_tokens // length, 1)
+      parts = -(-max(needs) // (rows_per_shard * options.shards))
+    needs = [_round_up(need, parts * options.shards) for need in needs]
+    if by_size:
+      counts, capacity = _choose_counts(needs, length)
+    else:
+      counts, capacity = (max(needs),), len(needs) * max(needs) * length
+    return Rows(length, counts, parts, by_size), capacity
 
-  if length:
-    return laid(length, by_size=False)[0]
-  longest = max(itertools.chain(*steps))
-  tried = [laid(length, by_size=True) for length in row_lengths(longest, max(map(sum, steps)))]
-  enough = _AS_GOOD * min(places for _, places in tried)
-  return next(rows for rows, places in tried if places <= enough)
+  if options.length:
+    return fit(options.length, by_size=False)[0]
+  longest, most = max(itertools.chain(*steps)), max(map(sum, steps))
+  fitted = [fit(length, by_size=True) for length in _candidate_lengths(longest, most)]
+  limit = _NEAR_BEST * min(capacity for _, capacity in fitted)
+  return next(rows for rows, capacity in fitted if capacity <= limit)
 
 
 @dataclasses.dataclass(frozen=True)
 class Lanes:
-  """How trunks are held while their branches are decoded.
+  """How many trunks and branches are decoded at once.
 
   Attributes:
-    lanes: trunks at once; a multiple of the mesh's row shards.
+    lanes: trunks held at once; a multiple of the mesh's row shards.
     slots: branches of a trunk that grow at once.
-    refill: lanes that are filled together, once so many rest.
-    busy: the share of slots that is expected to be busy.
+    refill: lanes that are filled together, once as many are idle; 0 for a quarter of the lanes.
+    busy: expected share of busy slots.
   """
 
   lanes: int
   slots: int
-  refill: int
+  refill: int = 0
   busy: float = 0.0
 
 
 def decoding_time(
-  trunks: Sequence[Sequence[int]], lanes: int, slots: int, refill: int
+  trunks: Sequence[Sequence[int]], lanes: int, slots: int, *, refill: int
 ) -> tuple[int, int]:
-  """What the engine needs for trunks whose items take so many steps: (steps of its loop, stops to
-  fill lanes).
+  """(steps of the engine's loop, stops to fill lanes) for trunks whose items take these steps.
 
-  A lane's slots take its items in order; the loop stops once `refill` lanes rest, and without
-  trunks that wait once all do (decoding/decode.py).
+  A lane's slots take its items in order. The loop stops once `refill` lanes are idle, or all lanes
+  if no trunk waits (decoding/decode.py).
   """
-  seconds = [_lane_time(tuple(items), slots) for items in trunks]
-  return _turns(seconds, lanes, refill)
+  times = [_lane_time(tuple(items), slots) for items in trunks]
+  return _loop_time(times, lanes, refill)
 
 
 def _lane_time(items: Sequence[int], slots: int) -> int:
+  """Steps until one lane has finished its items."""
   ends = [0] * slots
   for steps in items:
     heapq.heapreplace(ends, ends[0] + steps)
   return max(ends)
 
 
-def _turns(times: Sequence[int], lanes: int, refill: int) -> tuple[int, int]:
-  waiting, held, now, stops = list(times)[::-1], [], 0, 0
-  while waiting or held:
-    while waiting and len(held) < lanes:
-      heapq.heappush(held, now + waiting.pop())
-    to_free = min(refill if waiting else lanes, lanes) - (lanes - len(held))
+def _loop_time(times: Sequence[int], lanes: int, refill: int) -> tuple[int, int]:
+  """`decoding_time` from the time that each trunk takes in its lane."""
+  waiting, ends, now, stops = list(times)[::-1], [], 0, 0
+  while waiting or ends:
+    while waiting and len(ends) < lanes:
+      heapq.heappush(ends, now + waiting.pop())
+    to_free = min(refill if waiting else lanes, lanes) - (lanes - len(ends))
     freed = 0
-    while held and (freed < to_free or held[0] <= now):
-      now, freed = max(now, heapq.heappop(held)), freed + 1
+    while ends and (freed < to_free or ends[0] <= now):
+      now, freed = max(now, heapq.heappop(ends)), freed + 1
     stops += 1
   return now, stops
+
+
+class LaneMemory(NamedTuple):
+  """Bytes on one shard: of a lane without its slots, of a slot, and available to all lanes."""
+
+  lane_bytes: float = 0.0
+  slot_bytes: float = 0.0
+  limit: float = float("inf")
+
+
+_UNLIMITED = LaneMemory()
 
 
 def fit_lanes(
@@ -233,51 +245,49 @@ def fit_lanes(
   lanes: int = 0,
   slots: int = 0,
   shards: int = 1,
-  lane_bytes: float = 0.0,
-  slot_bytes: float = 0.0,
-  room: float = float("inf"),
+  memory: LaneMemory = _UNLIMITED,
 ) -> Lanes:
-  """Lanes and slots that decode some trunks soonest, in memory, with most of their slots busy if
-  that can be had.
+  """The fastest lanes and slots that fit in memory; those with enough busy slots are preferred.
 
-  Lanes and slots are powers of two (lanes times the shards), or as given. The order of the trunks
-  does not matter: those with most work are taken to come first, as the engine has it.
+  Both are powers of two (lanes times the shards) unless given. The engine starts the trunks with
+  most items first, so their order does not matter.
 
   Args:
-    trunks: for each the steps that its items are expected to take.
-    longest: steps of an item that goes on to the limit; 0 where the steps given are no guess.
-    lanes, slots: given ones; 0 to choose.
-    shards: parts of the mesh that share the lanes.
-    lane_bytes, slot_bytes: what a lane takes besides its slots, and each slot, on its shard.
-    room: bytes of a shard. The smallest geometry is always allowed.
+    trunks: for each, the steps that its items are expected to take.
+    longest: steps of an item that runs to the length limit; 0 if the given steps are exact.
+    lanes, slots: fixed numbers; 0 to choose.
+    shards: mesh shards that share the lanes.
+    memory: bytes per shard; the smallest geometry is always allowed.
   """
-  # lengths come in no order; sorted first, so that theirs does not matter
+  # Sorted, then shuffled with a fixed seed, so that the given order does not matter.
   rng = np.random.default_rng(0)
   trunks = [rng.permutation(items) for items in sorted(map(sorted, trunks))]
   if longest:
     trunks = [
-      np.where(rng.integers(_RUNS_ON, size=len(items)) == 0, longest, items) for items in trunks
+      np.where(rng.integers(_ITEMS_PER_OVERRUN, size=len(items)) == 0, longest, items)
+      for items in trunks
     ]
   trunks.sort(key=len, reverse=True)
   work = sum(map(sum, trunks))
-  most = max(map(len, trunks), default=1)
-  found = []
-  for s in [slots] if slots else _powers(most):
+  best_key, best = None, None
+  for s in [slots] if slots else _powers_of_two(max(map(len, trunks), default=1)):
     times = [_lane_time(items.tolist(), s) for items in trunks]
-    for per_shard in [-(-lanes // shards)] if lanes else _powers(-(-len(trunks) // shards)):
-      if found and per_shard * (lane_bytes + s * slot_bytes) > room:
+    for per_shard in [-(-lanes // shards)] if lanes else _powers_of_two(-(-len(trunks) // shards)):
+      lane_bytes = memory.lane_bytes + s * memory.slot_bytes
+      if best is not None and per_shard * lane_bytes > memory.limit:
         continue
       n = per_shard * shards
       for part in (4, 8, 16):
         refill = max(n // part, 1)
-        steps, stops = _turns(times, n, refill)
+        steps, stops = _loop_time(times, n, refill)
         busy = work / max(steps * n * s, 1)
-        cost = (steps + _STOP * stops) * (_IDLE + per_shard * (_LANE + s))
-        found.append((busy < _BUSY, cost, n * s, n, s, refill, busy))
-  *_, n, s, refill, busy = min(found)
-  return Lanes(n, s, refill, round(float(busy), 3))
+        cost = (steps + _STOP_COST * stops) * (_STEP_COST + per_shard * (_LANE_COST + s))
+        key = (busy < _TARGET_BUSY, cost, n * s, n, s, refill)
+        if best_key is None or key < best_key:
+          best_key, best = key, Lanes(n, s, refill, round(float(busy), 3))
+  return best
 
 
-def _powers(most: int) -> list[int]:
-  """1, 2, 4, ... up to the first that is not below `most`."""
-  return [1 << k for k in range(max(most - 1, 0).bit_length() + 1)]
+def _powers_of_two(limit: int) -> list[int]:
+  """1, 2, 4, ... up to the first that is not below `limit`."""
+  return [1 << k for k in range(max(limit - 1, 0).bit_length() + 1)]

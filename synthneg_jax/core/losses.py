@@ -1,9 +1,8 @@
-"""The losses of the paper and of the methods it is compared with. One function, one equation;
-results per example.
+"""The losses of the paper and its baselines: one function per equation, one value per example.
 
-Log-probabilities are natural logarithms (nats), summed over a branch's scored tokens, so that the
-same function serves whole responses and single steps. π is the policy, π_ref the reference; no
-gradient flows to `ref_*`.
+Log-probabilities are in nats, summed over a branch's scored tokens, so the same function serves
+whole responses and single steps. π is the policy, π_ref the reference; no gradient flows to
+`ref_*`. docs/method.md lists the sources.
 """
 
 from collections.abc import Sequence
@@ -18,52 +17,47 @@ def token_logprobs(logits_NV: jax.Array, target_N: jax.Array) -> jax.Array:
 
   Args:
     logits_NV: [..., V].
-    target_N: int32 [...], the tokens that came.
+    target_N: int32 [...], target token ids.
 
   Returns:
     [...] nats.
   """
   logits_NV = logits_NV.astype(jnp.promote_types(logits_NV.dtype, jnp.float32))
-  return _picked_logprobs(logits_NV, target_N)
+  return _target_logprobs(logits_NV, target_N)
 
 
 @jax.custom_vjp
-def _picked_logprobs(logits_NV, target_N):
-  return _picked_forward(logits_NV, target_N)[0]
+def _target_logprobs(logits_NV, target_N):
+  return _target_forward(logits_NV, target_N)[0]
 
 
-def _picked_forward(logits_NV, target_N):
-  chosen_N = jnp.take_along_axis(logits_NV, target_N[..., None], axis=-1)[..., 0]
+def _target_forward(logits_NV, target_N):
+  logit_N = jnp.take_along_axis(logits_NV, target_N[..., None], axis=-1)[..., 0]
   normaliser_N = jax.nn.logsumexp(logits_NV, axis=-1)
-  return chosen_N - normaliser_N, (logits_NV, normaliser_N, target_N)
+  return logit_N - normaliser_N, (logits_NV, normaliser_N, target_N)
 
 
-def _picked_backward(kept, d_N):
-  """∂/∂logit_v = 1[v = target] - π(v), in one pass over the logits; derived, it would be a scatter
-  and a sum of two.
-  """
-  logits_NV, normaliser_N, target_N = kept
+def _target_backward(residuals, d_N):
+  """∂/∂logit_v = 1[v = target] - π(v) in one pass; autodiff would add a scatter to a softmax."""
+  logits_NV, normaliser_N, target_N = residuals
   prob_NV = jnp.exp(logits_NV - normaliser_N[..., None])
-  place_NV = lax.broadcasted_iota(target_N.dtype, logits_NV.shape, logits_NV.ndim - 1)
-  is_target_NV = place_NV == target_N[..., None]
+  token_NV = lax.broadcasted_iota(target_N.dtype, logits_NV.shape, logits_NV.ndim - 1)
+  is_target_NV = token_NV == target_N[..., None]
   return d_N[..., None] * (is_target_NV - prob_NV), None
 
 
-_picked_logprobs.defvjp(_picked_forward, _picked_backward)
+_target_logprobs.defvjp(_target_forward, _target_backward)
 
 
 def branch_logprobs(logp_S: jax.Array, tokens_BS: jax.Array) -> jax.Array:
-  """log π(branch) = Σ_t log π(y_t | what y_t sees) over the branch's scored tokens, for all
-  branches of a row at once.
+  """log π(branch) = Σ_t log π(y_t | y_<t) over the scored tokens of each branch of a row.
 
-  A token that several branches share counts once in each of them.
-
-  Summed, not averaged: the losses below compare sums (as DPO's authors do; that the paper does too
-  is INFERRED).
+  A token shared by several branches counts once in each. Log-probs are summed, not averaged, as in
+  DPO.
 
   Args:
-    logp_S: [..., S] of a row's scored tokens, nats.
-    tokens_BS: bool [..., B, S], which of them each branch has.
+    logp_S: [..., S] log-probs of a row's scored tokens, nats.
+    tokens_BS: bool [..., B, S], True where a scored token belongs to a branch.
 
   Returns:
     [..., B] nats.
@@ -72,24 +66,22 @@ def branch_logprobs(logp_S: jax.Array, tokens_BS: jax.Array) -> jax.Array:
 
 
 def sft_loss(logp_T: jax.Array, count_T: jax.Array) -> jax.Array:
-  """Next-token loss: -Σ_t log π(y_t | x, y_<t) over the scored tokens of a sequence, or of several
-  that share tokens.
+  """Next-token loss: -Σ_t log π(y_t | x, y_<t) over the scored tokens of a row.
 
-  The paper finetunes the base model so on D_syn (VERIFIED, its captions 1 and 2), and RFT on D⁺.
+  SFT minimises it on D_syn, RFT on D⁺.
 
   Args:
     logp_T: [T] nats.
-    count_T: int or bool [T], how many sequences score each token.
+    count_T: int or bool [T], the number of sequences that score each token.
 
   Returns:
-    Scalar, nats summed (divide by the count of scored tokens of the whole batch).
+    Scalar, nats summed over tokens; divide by the number of scored tokens of the whole batch.
   """
   return -jnp.sum(count_T * jnp.where(count_T > 0, logp_T, 0.0))
 
 
 def preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P) -> jax.Array:
-  """h = [log π(y⁺) - log π_ref(y⁺)] - [log π(y⁻) - log π_ref(y⁻)]: what all preference losses here
-  are functions of.
+  """h = [log π(y⁺) - log π_ref(y⁺)] - [log π(y⁻) - log π_ref(y⁻)], the preference margin.
 
   Args:
     chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
@@ -112,17 +104,15 @@ def dpo_loss(
 ) -> jax.Array:
   """Direct Preference Optimization: -(1-ε) log σ(βh) - ε log σ(-βh), h as in `preference_margin`.
 
-  Whole responses give standard DPO, a step and its alternative give the paper's per-step DPO
-  (section 3.5 of https://arxiv.org/abs/2406.14532 as far as public sources carry it; summing, not
-  averaging, log-probs is inferred from DPO). ε > 0 is the "conservative" form of the authors'
-  repository. See "Direct Preference Optimization" by Rafailov et al.
-  (https://arxiv.org/abs/2305.18290).
+  Whole responses give standard DPO; a step and its alternative give the paper's per-step DPO.
+  ε > 0 is the "conservative" form in the repository of DPO's authors. See "Direct Preference
+  Optimization" by Rafailov et al. (https://arxiv.org/abs/2305.18290).
 
   Args:
     chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
-    beta: β > 0, strength of the pull to the reference, per nat.
-    label_smoothing: ε in [0, 0.5), the probability that a pair's label is flipped; of all pairs, or
-      [P] of each.
+    beta: β > 0, strength of the pull towards the reference, per nat.
+    label_smoothing: ε in [0, 0.5), the probability that a label is flipped; a scalar, or [P] per
+      pair.
 
   Returns:
     [P] loss per pair.
@@ -134,10 +124,9 @@ def dpo_loss(
 
 
 def nll_term(chosen_P: jax.Array, num_tokens_P: jax.Array) -> jax.Array:
-  """-log π(y⁺) / |y⁺|: the chosen branch's next-token loss per token, added to a preference loss so
-  that it stays likely.
+  """-log π(y⁺) / |y⁺|, added to a preference loss so that the chosen branch stays likely.
 
-  Ours to add; see "Iterative Reasoning Preference Optimization" by Pang et al.
+  See "Iterative Reasoning Preference Optimization" by Pang et al.
   (https://arxiv.org/abs/2404.19733), eq. 1.
 
   Args:
@@ -154,12 +143,13 @@ def ipo_loss(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, tau: float) 
   """Identity Preference Optimization: (h - 1/(2τ))², h as in `preference_margin`.
 
   See "A General Theoretical Paradigm to Understand Learning from Human Preferences" by Azar et al.
-  (https://arxiv.org/abs/2310.12036), eq. 17. Log-probs are summed here, as in the code of DPO's
-  authors (VERIFIED); TRL puts in means per token, which is another loss: its τ is not this one's.
+  (https://arxiv.org/abs/2310.12036), eq. 17. Log-probs are summed, as in the code of DPO's authors.
+  TRL averages them per token, which is a different loss with a different τ.
 
   Args:
     chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
-    tau: τ > 0, strength of the pull to the reference, per nat; the margin is drawn to 1/(2τ) nats.
+    tau: τ > 0, strength of the pull towards the reference, per nat; the target margin is 1/(2τ)
+      nats.
 
   Returns:
     [P] loss per pair, nats².
@@ -173,15 +163,14 @@ def dpop_loss(
 ) -> jax.Array:
   """DPO-Positive: -log σ(β(h - λ max(0, log π_ref(y⁺) - log π(y⁺)))), h as in `preference_margin`.
 
-  The penalty stands inside the sigmoid and is multiplied by β; outside of it, as some ports have
-  it, is another loss. See "Smaug" by Pal et al. (https://arxiv.org/abs/2402.13228), eq. 3
-  (VERIFIED; β = 0.3, λ = 50 there, second-hand). That the kink at π = π_ref, where training starts,
-  has no gradient of the penalty is our choice.
+  The penalty is inside the sigmoid and is multiplied by β; some ports place it outside, which is a
+  different loss. At the kink π = π_ref, where training starts, its gradient is 0. See "Smaug" by
+  Pal et al. (https://arxiv.org/abs/2402.13228), eq. 3.
 
   Args:
     chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
     beta: β > 0, per nat.
-    penalty: λ >= 0, no unit; 0 gives DPO.
+    penalty: λ >= 0, dimensionless; 0 gives DPO.
 
   Returns:
     [P] loss per pair.
@@ -191,7 +180,7 @@ def dpop_loss(
   return jax.nn.softplus(-beta * (h_P - penalty * fallen_P))
 
 
-# The choices of dpo.loss: each loss with the leaves of section `dpo` that it takes as arguments.
+# Choices of dpo.loss: each loss with the names of its arguments in section `dpo`.
 PREFERENCE_LOSSES = {
   "dpo": (dpo_loss, ("beta", "label_smoothing")),
   "ipo": (ipo_loss, ("tau",)),
@@ -202,16 +191,14 @@ PREFERENCE_LOSSES = {
 def advantage_weighted_loss(
   logp_S: jax.Array, advantage_S: jax.Array, *, temperature: float, max_weight: float
 ) -> jax.Array:
-  """Advantage-weighted regression on one response: -Σ_i w_i log π(y_i | x, y_<i), w_i =
-  min(exp(A_i/β), w_max).
+  """Advantage-weighted regression: -Σ_i w_i log π(y_i | x, y_<i), w_i = min(exp(A_i/β), w_max).
 
-  Eq. 4 of https://arxiv.org/abs/2406.14532 in its standard form (INFERRED: the equation itself was
-  not to be had). The cut at w_max is ours, as is usual for this loss; without it the optimum is π ∝
-  π_sft exp(A/β). Weights are constants: no gradient flows to the advantages.
+  The standard form of eq. 4 of https://arxiv.org/abs/2406.14532. Without the cap w_max, the optimum
+  is π ∝ π_sft exp(A/β). No gradient flows to the advantages.
 
   Args:
     logp_S: [S] summed log-probs of the steps, nats.
-    advantage_S: [S]; -inf where it is unknown, which gives weight 0.
+    advantage_S: [S]; -inf where unknown, which gives weight 0.
     temperature: β > 0, in units of the advantage (a probability).
     max_weight: w_max > 0.
 
@@ -225,31 +212,29 @@ def advantage_weighted_loss(
 def advantage_filtered_loss(logp_S: jax.Array, advantage_S: jax.Array) -> jax.Array:
   """The filtered form of `advantage_weighted_loss`: -Σ_i 1[A_i > 0] log π(y_i | x, y_<i).
 
-  Clones the steps that made progress, of right and wrong responses alike, and no others (VERIFIED
-  as a co-author's lecture has it; the paper's figure 11 instead drops whole responses, see
-  `selection.advantage_filter`).
+  Clones only the steps that made progress, in right and wrong responses alike. The paper's figure
+  11 instead drops whole responses, see `selection.advantage_filter`.
 
   Args:
     logp_S: [S] summed log-probs of the steps, nats.
-    advantage_S: [S]; 0, -inf or NaN where it is unknown.
+    advantage_S: [S]; 0, -inf or NaN where unknown.
 
   Returns:
-    Scalar, nats summed over the steps kept.
+    Scalar, nats summed over the cloned steps.
   """
   return -jnp.sum(jnp.where(advantage_S > 0, logp_S, 0.0))
 
 
-_SATURATED = 0.01  # share of DPO's largest gradient that a saturated pair has left, at most
+_SATURATED = 0.01  # a saturated pair's gradient, at most, as a share of DPO's largest
 
 
 def preference_metrics(
   chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *, beta: float, penalty: float = 0.0
 ) -> dict[str, jax.Array]:
-  """What to watch while a preference loss falls. The names and the threshold of `saturated` are
-  ours.
+  """Diagnostics of a preference loss.
 
-  That the chosen branch falls too is common (Pal et al., https://arxiv.org/abs/2402.13228) and
-  shows in no loss.
+  The chosen branch often becomes less likely while the loss improves (Pal et al.,
+  https://arxiv.org/abs/2402.13228); only `chosen_shift` shows it.
 
   Args:
     chosen_P, rejected_P, ref_chosen_P, ref_rejected_P: [P] summed branch log-probs, nats.
@@ -259,11 +244,11 @@ def preference_metrics(
   Returns:
     [P] float each, so that means over pairs are rates:
       margin          h of `preference_margin`, nats;
-      accuracy        1 where h > 0, a tie counts as wrong;
+      accuracy        1 where h > 0; a tie counts as wrong;
       chosen_shift    log π(y⁺) - log π_ref(y⁺), nats; negative if the chosen became less likely;
       rejected_shift  log π(y⁻) - log π_ref(y⁻), nats;
-      saturated       1 where σ(-z) < 0.01, z the argument of the loss's sigmoid: the pair
-                      has almost no gradient. (IPO has no sigmoid; the value is that of DPO.)
+      saturated       1 where σ(-z) < 0.01, z the argument of the loss's sigmoid, so the pair has
+                      almost no gradient. IPO has no sigmoid; DPO's z is used.
   """
   h_P = preference_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P)
   argument_P = beta * (h_P - penalty * jax.nn.relu(ref_chosen_P - chosen_P))
@@ -277,11 +262,10 @@ def preference_metrics(
 
 
 def early_eos(logits_NV: jax.Array, eos_ids: Sequence[int]) -> jax.Array:
-  """π(EOS | an unfinished branch): the share of samples that would stop where the text was meant to
-  go on.
+  """π(EOS | unfinished branch): the probability of stopping where the response should continue.
 
-  A per-step pair ends in mid-response, and nothing in its loss says what comes next; a policy that
-  learns to stop there loses answers, not margins. Ours.
+  A per-step pair ends in mid-response, and its loss does not constrain what follows. A policy that
+  learns to stop there loses answers, which no margin shows.
 
   Args:
     logits_NV: [..., V] at the last token of branches that do not end in EOS.

@@ -1,33 +1,30 @@
-"""Sums with their counts: what leaves a compiled step, so that averages are taken once and over
-everything.
-"""
+"""Masked sums with their counts, which compiled steps return so that averages are taken once."""
 
 import jax.numpy as jnp
 
 
 def total(values, count):
-  """(Σ of the values, each as often as it counts, Σ of the counts): a pair that can be added over
-  devices and steps.
+  """(Σ count · value, Σ count), a pair that adds up over devices and steps.
 
   Args:
     values: of any shape.
-    count: int or bool that broadcasts to it, how often each value counts.
+    count: int or bool that broadcasts to `values`; values with count 0 are ignored, even NaN.
   """
   count = jnp.broadcast_to(count, values.shape)
   return jnp.sum(count * jnp.where(count > 0, values, 0)), jnp.sum(count)
 
 
 def histogram(values, count, edges):
-  """How many of the values lie in each bucket; can be added over devices and steps, as `total`.
+  """The number of values in each bucket, which adds up over devices and steps.
 
   Args:
     values: of any shape.
     count: as in `total`.
-    edges: E floats, ascending.
+    edges: E ascending floats.
 
   Returns:
-    int32 [E + 1]: below edges[0], in [edges[i - 1], edges[i]) for i = 1 ... E - 1, and from
-    edges[-1] on.
+    int32 [E + 1]: below edges[0], in [edges[i - 1], edges[i]) for i = 1 ... E - 1, and at or above
+    edges[-1].
   """
   count_N1 = jnp.broadcast_to(count, values.shape).reshape(-1, 1)
   reached_E = jnp.sum(

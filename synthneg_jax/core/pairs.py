@@ -1,15 +1,15 @@
-"""From pits to preference pairs: which branch is chosen, which is rejected, what trunk they share,
-and how sure that is.
+"""Builds preference pairs from pits: the chosen and rejected branch, their trunk, and P(flipped).
 
-Tokens only: a branch is a list of ids, a step a slice of a response. EOS is never added and never
-stripped: a rejected prefix has none unless its pit is the last step, in which the model itself
-stopped.
+Everything is token ids: a branch is a list of ids, a step a slice of a response. EOS is never added
+or stripped, so a rejected prefix ends with EOS only if its pit is the last step. docs/method.md
+lists the sources.
 """
 
 import collections
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -22,9 +22,7 @@ Ids = Sequence[int]
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-  """A response of the policy with its steps. `step_ends[i]` is the exclusive end of step i in
-  `ids`.
-  """
+  """A response of the policy; `step_ends[i]` is the exclusive end of step i in `ids`."""
 
   ids: Ids
   step_ends: Sequence[int]
@@ -34,18 +32,18 @@ class Response:
     return list(self.ids[: self.step_ends[steps - 1]]) if steps else []
 
   def step(self, index: int) -> list[int]:
-    """One step."""
+    """The ids of one step."""
     return list(self.ids[len(self.prefix(index)) : self.step_ends[index]])
 
 
 @dataclasses.dataclass(frozen=True)
 class Sibling(Response):
-  """Another way on from the same prefix: a rollout or, from the bare problem, a trace.
+  """Another continuation of the same prefix: a rollout or, from the bare problem, a trace.
 
   Attributes:
     correct: its verdict.
-    step_logp, logp: log-probs of its first step and of all of it, nats; for choice "most_likely"
-      only.
+    step_logp: log-prob of its first step, nats; only for choice "most_likely".
+    logp: log-prob of the whole continuation, nats; only for choice "most_likely".
   """
 
   correct: bool
@@ -55,9 +53,7 @@ class Sibling(Response):
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-  """What is known of a value Q: `successes` of `rollouts` came out right. Where `exact`, their
-  ratio is Q itself.
-  """
+  """The rollouts that estimate a value Q; if `exact`, successes / rollouts equals Q."""
 
   successes: int
   rollouts: int
@@ -66,10 +62,12 @@ class Count:
 
 @dataclasses.dataclass(frozen=True)
 class TokenPair:
-  """trunk + chosen is preferred to trunk + rejected; `flip` is the probability that it should be
-  the other way.
+  """trunk + chosen is preferred to trunk + rejected.
 
-  The first `context` tokens of rejected are context, which no log-prob counts.
+  Attributes:
+    trunk, chosen, rejected: token ids.
+    flip: probability that the order should be reversed.
+    context: number of leading tokens of `rejected` that are not scored.
   """
 
   trunk: list[int]
@@ -84,19 +82,19 @@ def _value(count: Count) -> float:
 
 
 def _below(count: Count, q: float) -> float:
-  """P(Q < q) after these counts, under Jeffreys' prior."""
+  """P(Q < q) given the counts, under Jeffreys' prior."""
   return float(special.betainc(count.successes + 0.5, count.rollouts - count.successes + 0.5, q))
 
 
 def flip_probability(rejected: Count, other: Count) -> float:
-  """P(Q_rejected > Q_other): how likely the counts make it that a pair's label is flipped. Ours.
+  """P(Q_rejected > Q_other): the posterior probability that a pair's label is flipped.
 
-  Q ~ Beta(c + ½, M - c + ½), Jeffreys' posterior, independent for the two; a value that is exact is
-  a point. Equal counts, and equal exact values, give ½. The pit is compared with:
-    shared prefix      the chosen step, by the rollouts that began with it;
-    algorithm 1        the value before the pit: the chosen response is complete and carries no
-                       information about the pit;
-    whole responses    nothing: both verdicts are exact, so the result is 0.
+  Q ~ Beta(c + ½, M - c + ½), Jeffreys' posterior, independently for both; an exact value is a point
+  mass. Equal counts and equal exact values give ½. `other` depends on the pair:
+    shared prefix      the chosen step, estimated by the rollouts that begin with it;
+    algorithm 1        the value before the pit, since the chosen response is complete and carries
+                       no information about the pit;
+    whole responses    none: both verdicts are exact, so the probability is 0.
   """
   if not (rejected.exact or other.exact):
     return 1.0 - float(
@@ -109,9 +107,9 @@ def flip_probability(rejected: Count, other: Count) -> float:
     )
   if rejected.exact and other.exact:
     return float(np.heaviside(_value(rejected) - _value(other), 0.5))
-  return (
-    _below(other, _value(rejected)) if rejected.exact else 1.0 - _below(rejected, _value(other))
-  )
+  if rejected.exact:
+    return _below(other, _value(rejected))
+  return 1.0 - _below(rejected, _value(other))
 
 
 def algorithm1(
@@ -119,15 +117,14 @@ def algorithm1(
 ) -> TokenPair:
   """(x, y, ŷ_1:c): the known solution against the prefix of a response that ends with the pit.
 
-  The paper's practical algorithm (Algorithm 1 of https://arxiv.org/abs/2406.14532, VERIFIED
-  second-hand; that the chosen is whole and the rejected a prefix without EOS is INFERRED from the
-  form of the triplet).
+  Algorithm 1 of https://arxiv.org/abs/2406.14532. The chosen response is whole; the rejected prefix
+  has no EOS.
 
   Args:
     prompt, solution: ids.
     response: a wrong response, or a right one with a step that made no progress.
-    pit: the step to be blamed, from 0.
-    after, before: what is known of Q after the pit and before it.
+    pit: index of the blamed step, from 0.
+    after, before: counts of the rollouts from after and before the pit.
   """
   return TokenPair(
     list(prompt), list(solution), response.prefix(pit + 1), flip_probability(after, before)
@@ -137,39 +134,36 @@ def algorithm1(
 def prefix_protected(
   prompt: Ids, solution: Ids, response: Response, *, pit: int, after: Count, before: Count
 ) -> TokenPair:
-  """Algorithm 1's pair with the steps before the pit as context: only the pit's own log-prob, log
-  π(ŷ_c | x, ŷ_1:c−1), falls.
+  """Algorithm 1's pair, scoring only the pit of the rejected prefix: log π(ŷ_c | x, ŷ_1:c−1).
 
-  Algorithm 1 also pushes down the good steps that lead to the pit. To reward a right prefix and to
-  punish from the first error on is the idea of VPPO (https://arxiv.org/abs/2601.18984, read as an
-  abstract); this form of it is ours. It lies between `algorithm1`, whose chosen response it keeps,
-  and `shared_prefix`, whose rejected step it has. Arguments as `algorithm1`.
+  Algorithm 1 also lowers the probability of the good steps before the pit; here they are unscored
+  context. The chosen response is that of `algorithm1`, the scored rejected step that of
+  `shared_prefix`. Inspired by VPPO (https://arxiv.org/abs/2601.18984), which penalises from the
+  first error on. Arguments as in `algorithm1`.
   """
   pair = algorithm1(prompt, solution, response, pit=pit, after=after, before=before)
   return dataclasses.replace(pair, context=len(response.prefix(pit)))
 
 
 def arbitrary(prompt: Ids, right: Ids, wrong: Ids) -> TokenPair:
-  """A right whole response against a wrong whole one: standard DPO's pair
-  (https://arxiv.org/abs/2305.18290).
-  """
+  """A whole right response against a whole wrong one, as in DPO (arXiv 2305.18290)."""
   return TokenPair(list(prompt), list(right), list(wrong))
 
 
-_FAR = (0.5, 0.4, 0.3)
+_MIN_DISTANCES = (0.5, 0.4, 0.3)
 
 
 def furthest(
   right: Sequence[Sequence], wrong: Sequence[Sequence], *, variant: str
 ) -> list[tuple[int, int]]:
-  """Right and wrong responses of one problem that are far apart in edit distance, each used once.
+  """Pairs right and wrong responses of one problem by edit distance, using each at most once.
 
-  "DPO [Pal et al.]" of figure 5c pairs by highest edit distance (VERIFIED second-hand). How is not
-  known; these are the two ways that the code of Self-Explore has (https://arxiv.org/abs/2404.10346,
-  VERIFIED), d Levenshtein's distance:
-    largest        each right response, in order, takes the wrong one with the largest d;
-    shortest_far   the shortest wrong one with d / (|a| + |b|) > 0.5, else > 0.4, else > 0.3, else
-                   none.
+  The baseline "DPO [Pal et al.]" of the paper's figure 5c pairs by highest edit distance, without
+  details. The variants are those in the code of Self-Explore (https://arxiv.org/abs/2404.10346).
+  Each right response, in order, takes, with d Levenshtein's distance,
+    largest        the wrong response with the largest d;
+    shortest_far   the shortest wrong response with d / (|a| + |b|) > 0.5, else > 0.4, else > 0.3,
+                   else none.
 
   Args:
     right, wrong: texts, or ids.
@@ -179,24 +173,43 @@ def furthest(
     (index into right, index into wrong) of each pair; ties go to the earlier wrong response.
 
   Raises:
-    ValueError: no such variant.
+    ValueError: unknown variant.
   """
   if variant not in ("largest", "shortest_far"):
-    raise ValueError(f"No variant {variant!r}: largest or shortest_far.")
+    raise ValueError(f"Unknown variant {variant!r}: must be largest or shortest_far.")
+
+  def normalised_distance(r: int, w: int) -> float:
+    return Levenshtein.distance(right[r], wrong[w]) / (len(right[r]) + len(wrong[w]))
+
   free, pairs = list(range(len(wrong))), []
   for r, chosen in enumerate(right):
     if variant == "largest":
       best = max(free, key=lambda w: Levenshtein.distance(chosen, wrong[w]), default=None)
     else:
-      share = {
-        w: Levenshtein.distance(chosen, wrong[w]) / (len(chosen) + len(wrong[w])) for w in free
-      }
-      far = next((found for least in _FAR if (found := [w for w in free if share[w] > least])), [])
+      distance = {w: normalised_distance(r, w) for w in free}
+      far = []
+      for threshold in _MIN_DISTANCES:
+        far = far or [w for w in free if distance[w] > threshold]
       best = min(far, key=lambda w: len(wrong[w]), default=None)
     if best is not None:
       free.remove(best)
       pairs.append((r, best))
   return pairs
+
+
+class ChosenRule(NamedTuple):
+  """How `shared_prefix` takes the chosen branch from the right siblings.
+
+  Attributes:
+    continuation: "step" for the sibling's first step, "rollout" for all of it.
+    choice: which sibling: "random"; "shortest"; "most_likely", by the tokens that are taken;
+      "majority", whose first step has the most right minus wrong siblings. Ties go to the earlier.
+    rng: for "random".
+  """
+
+  continuation: str
+  choice: str
+  rng: np.random.Generator
 
 
 def shared_prefix(
@@ -206,42 +219,36 @@ def shared_prefix(
   *,
   siblings: Sequence[Sibling],
   after: Count,
-  continuation: str,
-  choice: str,
-  rng: np.random.Generator,
+  rule: ChosenRule,
 ) -> TokenPair | None:
-  """The pit against what came out right from the very same prefix: the pair of theorem 6.1.
+  """The pit against a right continuation of the same prefix: the pair of theorem 6.1.
 
-  So the lecture of a co-author has it (VERIFIED), and Self-Explore
-  (https://arxiv.org/abs/2404.10346). With the spurious steps of right responses too it is the
-  natural reading of figure 10 (INFERRED).
+  Self-Explore (https://arxiv.org/abs/2404.10346) uses the same form. Applied to the spurious steps
+  of right responses too, it gives the pairs of figure 10.
 
   Args:
     prompt: ids of the problem.
-    response: its steps before the pit become trunk.
-    pit: the step that is rejected, from 0.
-    siblings: all rollouts from the prefix before the pit (for pit 0: all responses to the problem).
-    after: what is known of Q after the pit.
-    continuation: "step" takes the chosen sibling's first step, "rollout" all of it.
-    choice: which right sibling: "random"; "shortest"; "most_likely", by the tokens that are taken;
-      "majority", of the first step with the most right minus wrong siblings (ours). Ties go to the
-      earlier.
-    rng: for "random".
+    response: its steps before the pit become part of the trunk.
+    pit: index of the rejected step, from 0.
+    siblings: all rollouts from the prefix before the pit (for pit 0, all responses to the problem).
+    after: counts of the rollouts from after the pit.
+    rule: how the chosen branch is taken.
 
   Returns:
-    The pair, or None where no right sibling begins otherwise than the pit.
+    The pair, or None if every right sibling begins with the pit itself.
 
   Raises:
-    ValueError: no such continuation or choice.
+    ValueError: unknown continuation or choice.
   """
+  continuation, choice, rng = rule
   if continuation not in ("step", "rollout"):
-    raise ValueError(f"No continuation {continuation!r}: step or rollout.")
+    raise ValueError(f"Unknown continuation {continuation!r}: must be step or rollout.")
   rejected = response.step(pit)
-  score, counts = collections.Counter(), collections.Counter()
+  num_right, num_siblings = collections.Counter(), collections.Counter()
   for sibling in siblings:
     first = tuple(sibling.step(0))
-    score[first] += sibling.correct
-    counts[first] += 1
+    num_right[first] += sibling.correct
+    num_siblings[first] += 1
   right = [sibling for sibling in siblings if sibling.correct and sibling.step(0) != rejected]
   if not right:
     return None
@@ -254,31 +261,32 @@ def shared_prefix(
       right, key=lambda sibling: sibling.step_logp if continuation == "step" else sibling.logp
     )
   elif choice == "majority":
-    lead = {first: 2 * score[first] - counts[first] for first in counts}  # right minus wrong
+    # right minus wrong
+    lead = {first: 2 * num_right[first] - count for first, count in num_siblings.items()}
     chosen = max(right, key=lambda sibling: lead[tuple(sibling.step(0))])
   else:
-    raise ValueError(f"No choice {choice!r}: random, shortest, most_likely or majority.")
+    raise ValueError(
+      f"Unknown choice {choice!r}: must be random, shortest, most_likely or majority."
+    )
   first = tuple(chosen.step(0))
   ids = list(first) if continuation == "step" else list(chosen.ids)
-  flip = flip_probability(after, Count(score[first], counts[first]))
+  flip = flip_probability(after, Count(num_right[first], num_siblings[first]))
   return TokenPair(list(prompt) + response.prefix(pit), ids, rejected, flip)
 
 
 def negatives(responses: Sequence[tuple[Ids, str]], most: int) -> list[int]:
-  """The wrong responses of one problem that credit and pairs are made from: with an answer,
-  distinct, the first `most`.
+  """The wrong responses of one problem to use for credit and pairs: the first `most` distinct ones.
 
-  Responses cut off or looping have no answer, so that their last step is no wrong answer;
-  Self-Explore drops them too (https://arxiv.org/abs/2404.10346, VERIFIED). The paper keeps 8 wrong
-  ones a problem (VERIFIED second-hand).
+  Only responses with an answer count: the last step of a truncated or looping response is not a
+  wrong answer. Self-Explore drops these too (https://arxiv.org/abs/2404.10346).
 
   Args:
-    responses: (token ids, verdict's reason) of each response of the problem; "wrong" is wrong with
-      an answer.
-    most: how many are kept.
+    responses: (token ids, reason of the verdict) of each response of the problem; the reason
+      "wrong" means an answer that is wrong.
+    most: maximum number to keep.
 
   Returns:
-    Indices into `responses`, rising.
+    Ascending indices into `responses`.
   """
   kept = {}
   for index, (ids, reason) in enumerate(responses):
@@ -290,17 +298,18 @@ def negatives(responses: Sequence[tuple[Ids, str]], most: int) -> list[int]:
 def filter_pairs(
   pairs: Sequence[TokenPair], problems: Sequence[str], *, most: int, max_flip: float
 ) -> tuple[list[int], dict[str, int]]:
-  """The pairs that are trained on. Ours; how the paper filters and caps is not known.
+  """Drops uncertain and duplicate pairs and caps the pairs of a problem.
 
   Args:
     pairs: in order of preference.
-    problems: the problem of each.
-    most: how many of one problem are kept.
-    max_flip: pairs whose label is flipped with a higher probability are dropped.
+    problems: the problem of each pair.
+    most: maximum number of pairs per problem.
+    max_flip: pairs with a higher probability of a flipped label are dropped.
 
   Returns:
-    (indices into `pairs`, rising; how many were dropped, by reason: `same` where chosen and
-    rejected are equal, `doubtful`, `repeated` where trunk and rejected stood before, `beyond_cap`).
+    (ascending indices into `pairs`; numbers of dropped pairs by reason: `same`: chosen equals
+    rejected; `doubtful`: flip > max_flip; `repeated`: trunk and rejected of an earlier pair;
+    `beyond_cap`).
   """
   kept, seen = [], set()
   per_problem, dropped = collections.Counter(), collections.Counter()

@@ -1,5 +1,6 @@
-"""Which self-generated responses become training data: D⁺, those that differ, those of high
-advantage; spurious steps.
+"""Selects training data from sampled responses: D⁺, deduplication, advantage filters.
+
+docs/method.md lists the sources.
 """
 
 import math
@@ -12,16 +13,14 @@ from synthneg_jax.core.advantages import sign_confidence
 
 
 def keep_right(responses: Sequence[tuple[Sequence[int], bool]], most: int) -> list[int]:
-  """D⁺ of one problem: the first `most` right responses that differ from one another token by
-  token.
+  """D⁺ of one problem: the first `most` right responses with distinct token sequences.
 
-  Sampling order is random already, so the first are a random choice. That D⁺ holds right responses
-  to D_syn's problems is the paper's (section 5 of https://arxiv.org/abs/2406.14532); how many a
-  problem is not known, and is ours to choose.
+  Responses are in sampling order, so the first ones are a random sample. See section 5 of
+  https://arxiv.org/abs/2406.14532.
 
   Args:
     responses: (token ids, verdict) of each response of the problem.
-    most: how many are kept.
+    most: maximum number to keep.
 
   Returns:
     Indices into `responses`.
@@ -36,8 +35,8 @@ def keep_right(responses: Sequence[tuple[Sequence[int], bool]], most: int) -> li
 
 _ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
 _TIMES = re.compile(r"(?<=[\d)%])[ \t]*[x×][ \t]*(?=[\d($])")
-# Possessive, so that no run of characters is read twice; groups are atomic instead, (?>...), since
-# Python before 3.11.5 has possessive ones wrong (https://github.com/python/cpython/issues/106052).
+# Possessive quantifiers avoid backtracking. Groups are atomic, (?>...), instead of possessive,
+# because of a bug before Python 3.11.5 (https://github.com/python/cpython/issues/106052).
 _NUMBER = r"[-($]*+\d++(?>(?:[.,]\d++)*)%?+\)*+"
 _SIDE = rf"{_NUMBER}(?>(?:[ \t]*+[-+*/][ \t]*+{_NUMBER})*)"
 _CHAIN = re.compile(rf"(?<![-($\d])(?<!\d[.,]){_SIDE}(?>(?:[ \t]*+=[ \t]*+{_SIDE})*)")
@@ -46,33 +45,32 @@ _CHAIN = re.compile(rf"(?<![-($\d])(?<!\d[.,]){_SIDE}(?>(?:[ \t]*+=[ \t]*+{_SIDE
 def equation_key(text: str) -> str:
   """What a solution computes: its equations in order, without spaces, joined by "|".
 
-  Responses of one key are the same solution in other words. Keys are those of RFT
-  (https://arxiv.org/abs/2308.01825, whose code keeps one response a key; VERIFIED), made from
-  GSM8K's calculator annotations <<48/2=24>>. Where a text has none, equations between numbers are
-  read from its prose (ours); there × and x count as *, ÷ as /, and $ and the commas within numbers
-  are dropped.
+  Responses with equal keys are rewordings of one solution. As in RFT
+  (https://arxiv.org/abs/2308.01825), keys are GSM8K's calculator annotations <<48/2=24>>. If a text
+  has none, they are the equations between numbers in its prose, with × and x read as *, ÷ as /, and
+  without $ and digit-group commas.
 
   Returns:
-    The key; "" where there is no equation, which says nothing about two texts being alike.
+    The key; "" for a text without equations, which does not identify a solution.
   """
-  found = _ANNOTATION.findall(text)
-  if not found:
+  equations = _ANNOTATION.findall(text)
+  if not equations:
     chains = _CHAIN.findall(_TIMES.sub("*", text).replace("÷", "/"))
-    found = [re.sub(r"\$|,(?=\d{3})", "", chain) for chain in chains if "=" in chain]
-  return "|".join(re.sub(r"\s", "", equation) for equation in found)
+    equations = [re.sub(r"\$|,(?=\d{3})", "", chain) for chain in chains if "=" in chain]
+  return "|".join(re.sub(r"\s", "", equation) for equation in equations)
 
 
 def deduplicate_by_equation_key(texts: Sequence[str]) -> list[int]:
   """The first text of each `equation_key`, and every text that has none.
 
-  RFT keeps one response a key (https://arxiv.org/abs/2308.01825, VERIFIED), of equals the one
-  furthest from the others; that it is the first here is ours.
+  RFT (https://arxiv.org/abs/2308.01825) also keeps one response per key, but the one furthest from
+  the others.
 
   Args:
     texts: in order of preference.
 
   Returns:
-    Indices into `texts`, rising.
+    Ascending indices into `texts`.
   """
   kept, seen = [], set()
   for index, text in enumerate(texts):
@@ -84,18 +82,17 @@ def deduplicate_by_equation_key(texts: Sequence[str]) -> list[int]:
 
 
 def deduplicate_by_edit_distance(texts: Sequence[str], threshold: float) -> list[int]:
-  """Texts that are far from every one kept before them: d(a, b) / max(|a|, |b|) > threshold, d
-  Levenshtein's distance.
+  """Texts whose distance d(a, b) / max(|a|, |b|) to every text kept before exceeds the threshold.
 
-  That the paper drops near repeats by edit distance is VERIFIED (a co-author's lecture); how it
-  normalises and where it cuts is not known, and both are ours.
+  d is Levenshtein's distance. The paper's authors deduplicate by edit distance too; their
+  normalisation and threshold are unknown.
 
   Args:
     texts: in order of preference.
     threshold: in [0, 1); 0 drops exact repeats only.
 
   Returns:
-    Indices into `texts`, rising.
+    Ascending indices into `texts`.
   """
   kept = []
   for index, text in enumerate(texts):
@@ -105,19 +102,16 @@ def deduplicate_by_edit_distance(texts: Sequence[str], threshold: float) -> list
 
 
 def most_diverse(texts: Sequence[str], n: int) -> list[int]:
-  """Greedy max-min choice: the first text, then again and again the one whose nearest chosen text
-  is furthest away.
+  """Greedy max-min selection: the first text, then repeatedly the one furthest from all selected.
 
-  Distances as in `deduplicate_by_edit_distance`; ties go to the earlier text. To draw 2n and keep
-  the n most diverse is the other way that a co-author's lecture names (VERIFIED); that it is greedy
-  max-min is ours.
+  Distances are those of `deduplicate_by_edit_distance`; ties go to the earlier text.
 
   Args:
     texts: in any order.
-    n: how many at most. Exact repeats are never chosen, so that there may be fewer.
+    n: maximum number of texts; fewer are selected if only exact repeats remain.
 
   Returns:
-    Indices into `texts`, in the order of choice.
+    Indices into `texts`, in order of selection.
   """
   nearest = [math.inf] * len(texts)
   chosen = []
@@ -134,19 +128,18 @@ def most_diverse(texts: Sequence[str], n: int) -> list[int]:
 
 
 def advantage_filter(min_advantages: Sequence[float], bottom_share: float = 0.5) -> list[int]:
-  """Advantage-filtered RFT: drops the responses whose min_i A_i is among the lowest `bottom_share`
-  of all.
+  """Advantage-filtered RFT: drops the ⌊bottom_share · N⌋ responses with the lowest min_i A_i.
 
-  Figure 11 of https://arxiv.org/abs/2406.14532 drops the bottom half of right and wrong responses
-  (VERIFIED, its caption). That all problems are ranked together is INFERRED; that exactly ⌊share ·
-  N⌋ are dropped, of equal ones the later first, is ours: with few rollouts a step many are equal.
+  Figure 11 of https://arxiv.org/abs/2406.14532 drops the bottom half of right and wrong responses.
+  All problems are ranked together. Ties, which are frequent with few rollouts per step, drop the
+  later response first.
 
   Args:
-    min_advantages: the lowest advantage of each response; NaN where none of its steps has one.
+    min_advantages: the lowest advantage of each response; NaN if none of its steps has one.
     bottom_share: in [0, 1].
 
   Returns:
-    Indices of the responses kept, rising. Those with NaN are never kept, and do not count in N.
+    Ascending indices of the kept responses. Responses with NaN are dropped and do not count in N.
   """
   ranked = sorted(
     (i for i, low in enumerate(min_advantages) if not math.isnan(low)),
@@ -156,22 +149,22 @@ def advantage_filter(min_advantages: Sequence[float], bottom_share: float = 0.5)
 
 
 def step_mask(advantages: Sequence[float], step_ends: Sequence[int], *, rule: str) -> list[bool]:
-  """Advantage-filtered RFT step by step: which tokens of a response, right or wrong, are cloned.
+  """Step-wise advantage-filtered RFT: which tokens of a right or wrong response are cloned.
 
-  Rules, A_i the advantage of step i:
-    positive          the steps with A_i > 0, and no others (VERIFIED: a co-author's lecture);
-    before_negative   all steps before the first with A_i < 0 (ours).
+  Rules, with A_i the advantage of step i:
+    positive          the steps with A_i > 0;
+    before_negative   all steps before the first with A_i < 0.
 
   Args:
-    advantages: of each step; NaN where it is unknown, which is neither > 0 nor < 0.
+    advantages: of each step; NaN if unknown, which is neither > 0 nor < 0.
     step_ends: exclusive end of each step in the response's ids.
     rule: one of the above.
 
   Returns:
-    For each token of the response whether it is scored; what `tree.Branch.scored` takes.
+    Whether each token of the response is scored, for `tree.Branch.scored`.
 
   Raises:
-    ValueError: no such rule.
+    ValueError: unknown rule.
   """
   if rule == "positive":
     kept = [advantage > 0 for advantage in advantages]
@@ -179,7 +172,7 @@ def step_mask(advantages: Sequence[float], step_ends: Sequence[int], *, rule: st
     first = next((i for i, advantage in enumerate(advantages) if advantage < 0), len(advantages))
     kept = [i < first for i in range(len(advantages))]
   else:
-    raise ValueError(f"No rule {rule!r}: positive or before_negative.")
+    raise ValueError(f"Unknown rule {rule!r}: must be positive or before_negative.")
   mask, start = [], 0
   for keep, end in zip(kept, step_ends, strict=True):
     mask += [keep] * (end - start)
@@ -194,33 +187,25 @@ def spurious_steps(
   *,
   confidence: float = 0.9,
 ) -> list[int]:
-  """The steps of a right response that its counts call a step back: P(Q_i < Q_i-1) >= confidence.
+  """The steps of a right response that lower the value: P(Q_i < Q_i-1) >= confidence.
 
-  The paper counts spurious steps in right responses by a heuristic that is not known; this one is
-  ours. Going by the sign of A_i alone would count noise: with few rollouts half of the steps that
-  change nothing have A_i < 0.
+  The sign of A_i alone would count noise: with few rollouts, half of the steps that change nothing
+  have A_i < 0.
 
   Args:
-    successes, rollouts: counts after each step; a step without rollouts is unknown, so leave out or
-      give 0 to the last, whose value is its verdict.
+    successes, rollouts: counts after each step; 0 rollouts mean unknown. Omit the last step, whose
+      value is its verdict, or give it 0 rollouts.
     start: (successes, rollouts) from the bare problem, before the first step.
     confidence: in (0.5, 1).
 
   Returns:
-    Indices of those steps, rising.
+    Ascending indices of those steps.
   """
-  after = list(zip(successes, rollouts, strict=True))
-  known = [
-    i
-    for i, (now, before) in enumerate(zip(after, [start, *after], strict=False))
-    if now[1] and before[1]
-  ]
-
-  def steps_back(i: int) -> bool:
-    before = after[i - 1] if i else start
-    return (
-      sign_confidence(*after[i], successes_before=before[0], rollouts_before=before[1])
-      >= confidence
-    )
-
-  return [i for i in known if steps_back(i)]
+  spurious, (c_before, m_before) = [], start
+  for step, (c, m) in enumerate(zip(successes, rollouts, strict=True)):
+    if m and m_before:
+      p = sign_confidence(c, m, successes_before=c_before, rollouts_before=m_before)
+      if p >= confidence:
+        spurious.append(step)
+    c_before, m_before = c, m
+  return spurious

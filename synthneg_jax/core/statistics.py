@@ -5,14 +5,14 @@ from scipy import stats
 
 
 def mean_interval(value_RN: np.ndarray, axis: int = 0) -> list:
-  """Means over the axis of runs with 95 % intervals by Student's t.
+  """Means over runs with 95 % intervals by Student's t.
 
   Args:
     value_RN: one row per run along `axis`; at least two runs.
     axis: the axis of runs.
 
   Returns:
-    [mean, low, high], or a list of these, rounded to four decimals.
+    [mean, low, high], or a nested list of these, rounded to four decimals.
   """
   value_RN = np.moveaxis(np.asarray(value_RN, np.float64), axis, 0)
   runs = value_RN.shape[0]

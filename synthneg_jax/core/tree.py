@@ -1,9 +1,9 @@
-"""The token tree: tokens that share beginnings, of any depth.
+"""The token tree: sequences that share prefixes, of any depth.
 
 Every workload of the method is a tree: traces branch from a prompt, rollouts branch from the
-prefixes of a trace, and a pair is two branches. A shared beginning is computed once, several trees
-pack into one row, and a packed tree has the log-probabilities of its unpacked sequences. A tree
-lies in its row in preorder: a run of tokens, then the branches that leave it in decreasing order of
+prefixes of a trace, and a pair is two branches. A shared prefix is computed once, several trees
+pack into one row, and a packed tree has the log-probabilities of its unpacked sequences. A row
+holds a tree in preorder: a run of tokens, then the branches that leave it in decreasing order of
 their forks, each followed by its own branches. Two integers per token define the rest:
 
   attention   query q sees key k  iff  k <= q < leave[k], where `leave` is the row index after the
@@ -12,9 +12,8 @@ their forks, each followed by its own branches. Two integers per token define th
   prediction  a token is predicted by the hidden state of its `parent`, the token before it on its
               path. All branches at a fork share their parent with the next token of the run.
 
-`position` is the index in the unpacked sequence; rotary embeddings and windows use it, not the
-index in the row. A branch is identified by its last token and consists of the tokens which that
-token sees.
+`position` is the index in the unpacked sequence, which rotary embeddings and windows use. A branch
+is identified by its last token and consists of the tokens which that token sees.
 """
 
 import dataclasses
@@ -29,12 +28,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-  """Tokens that continue the first `fork` tokens of a path; the path up to their end is a sequence
-  of its own.
+  """Tokens that continue the first `fork` tokens of a path.
 
   Attributes:
-    fork: how many tokens of the path that it leaves this branch continues. It leaves a run of
-      tokens (the trunk, or another branch's own) behind one of them.
+    fork: number of tokens of the parent's path that precede this branch. It is after one of the
+      parent's own tokens (of the trunk or a branch).
     ids: int [L], L >= 1.
     scored: bool [L], which tokens count in a loss; None means all.
     branches: those that leave this branch's own tokens.
@@ -49,12 +47,11 @@ class Branch:
 
 
 class Layout(NamedTuple):
-  """A tree's n tokens as they lie in a row that begins with it: numpy arrays [n], fields as in
-  `PackedTrees`.
+  """A tree's n tokens at the start of a row: numpy arrays [n], with the fields of `PackedTrees`.
 
   Attributes:
     advantage: float [n], of the token's step.
-    end: int [branches], the last token of each branch, by its number.
+    end: int [branches], row index of each branch's last token.
   """
 
   token: np.ndarray
@@ -70,15 +67,15 @@ class Layout(NamedTuple):
 class Tree:
   """A trunk with its branches, on the host, before packing.
 
-  Branches are numbered from 0 as they are listed, each before its own.
+  Branches are numbered from 0 in preorder, as listed.
 
   Attributes:
     trunk: int [C], C >= 1; never scored.
     branches: those that leave the trunk.
 
   Raises:
-    ValueError: a fork outside of the run that a branch leaves, an empty branch, or a mask or
-      advantages of another length.
+    ValueError: an empty trunk or branch, a fork outside its parent's own tokens, or a mask or
+      advantages of another length than the ids.
   """
 
   trunk: Sequence[int]
@@ -87,12 +84,10 @@ class Tree:
   def __post_init__(self):
     if len(self.trunk) < 1:
       raise ValueError("A trunk needs at least one token.")
-    for number, (branch, left) in enumerate(_below(self._root)):
-      if not left.fork < branch.fork <= left.fork + len(left.ids):
-        raise ValueError(
-          f"Branch {number} forks at {branch.fork}, outside "
-          f"{left.fork + 1}..{left.fork + len(left.ids)}."
-        )
+    for number, (branch, parent) in enumerate(_descendants(self._root)):
+      first, last = parent.fork + 1, parent.fork + len(parent.ids)
+      if not first <= branch.fork <= last:
+        raise ValueError(f"Branch {number} forks at {branch.fork}, outside {first}..{last}.")
       if len(branch.ids) < 1 or (
         branch.scored is not None and len(branch.scored) != len(branch.ids)
       ):
@@ -104,22 +99,22 @@ class Tree:
 
   @property
   def _root(self) -> Branch:
-    """The trunk as a branch that continues nothing."""
+    """The trunk as a branch."""
     return Branch(0, self.trunk, scored=(False,) * len(self.trunk), branches=self.branches)
 
   @functools.cached_property
   def num_branches(self) -> int:
-    """Branches of any depth."""
-    return sum(1 for _ in _below(self._root))
+    """Number of branches at any depth."""
+    return sum(1 for _ in _descendants(self._root))
 
   @functools.cached_property
   def num_tokens(self) -> int:
-    """Tokens that the tree takes in a row."""
-    return len(self.trunk) + sum(len(branch.ids) for branch, _ in _below(self._root))
+    """Number of tokens that the tree takes in a row."""
+    return len(self.trunk) + sum(len(branch.ids) for branch, _ in _descendants(self._root))
 
   @property
   def num_scored(self) -> int:
-    """Tokens of the row that count in a loss, each once."""
+    """Number of scored tokens; a shared one counts once."""
     return int(np.sum(self.layout.scored))
 
   @functools.cached_property
@@ -131,9 +126,10 @@ class Tree:
       *integers, np.zeros(size, bool), np.zeros(size, np.float32), np.zeros(self.num_branches, int)
     )
 
-    def lay(run: Branch, number: int, at: int, path: np.ndarray) -> int:
-      """Lays a run and all that leaves it from row index `at` on; `path` has the row indices before
-      it. Returns the end.
+    def place(run: Branch, number: int, *, at: int, path: np.ndarray) -> int:
+      """Places a run and its descendants from row index `at` on, and returns their end.
+
+      `path` holds the row indices of the parent's path.
       """
       own = np.arange(at, at + len(run.ids))
       path = np.concatenate([path[: run.fork], own])
@@ -144,77 +140,84 @@ class Tree:
       out.advantage[own] = 0.0 if run.advantage is None else run.advantage
       if number >= 0:
         out.end[number] = own[-1]
-      sizes = [1 + sum(1 for _ in _below(branch)) for branch in run.branches]
-      numbered = zip(run.branches, number + 1 + np.cumsum([0, *sizes]), strict=False)
-      for branch, its_number in sorted(numbered, key=lambda pair: -pair[0].fork):
-        end = lay(branch, its_number, end, path)
+      numbers, next_number = [], number + 1
+      for branch in run.branches:
+        numbers.append(next_number)
+        next_number += 1 + sum(1 for _ in _descendants(branch))
+      numbered = zip(run.branches, numbers, strict=True)
+      for branch, branch_number in sorted(numbered, key=lambda pair: -pair[0].fork):
+        end = place(branch, branch_number, at=end, path=path)
         out.leave[at : at + branch.fork - run.fork] = end
       return end
 
-    lay(self._root, -1, 0, np.zeros(0, int))
+    place(self._root, -1, at=0, path=np.zeros(0, int))
     return out
 
   def path(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where a branch's sequence lies in `layout`: (its tokens in the trunk, those behind it)."""
+    """Indices of a branch's sequence in `layout`: (tokens of the trunk, tokens after it)."""
     index = np.arange(self.num_tokens)
     (path,) = np.nonzero(sees(self.layout.end[number : number + 1], index, self.layout.leave)[0])
     return path[path < len(self.trunk)], path[path >= len(self.trunk)]
 
 
-def _below(run: Branch) -> Iterator[tuple[Branch, Branch]]:
-  """(branch, the run it leaves) for every branch below a run, parents before children."""
-  waiting = [(branch, run) for branch in reversed(run.branches)]
-  while waiting:
-    branch, left = waiting.pop()
-    yield branch, left
-    waiting += [(child, branch) for child in reversed(branch.branches)]
+def _descendants(run: Branch) -> Iterator[tuple[Branch, Branch]]:
+  """(branch, its parent) for every branch below a run, in preorder."""
+  stack = [(branch, run) for branch in reversed(run.branches)]
+  while stack:
+    branch, parent = stack.pop()
+    yield branch, parent
+    stack += [(child, branch) for child in reversed(branch.branches)]
 
 
 def sharing(trunk: Sequence[int], branches: Sequence[Branch]) -> Tree:
-  """The tree of these branches in which beginnings that they have in common stand once.
+  """The tree of these branches in which each common prefix is stored once.
 
-  Every branch keeps its sequence, which of its tokens are scored and their advantages; a beginning
-  is in common where all three agree. At least its last token stays its own. Branches of branches
-  are left as they are, and numbers are not kept.
+  Tokens are common if id, scored flag and advantage agree. Every branch keeps its sequence and at
+  least its last token of its own. Branches of branches are kept unmerged; numbers may change.
   """
-  root = _Shared(0, [(token, False, 0.0) for token in trunk], [])
+  root = _PrefixNode(0, [(token, False, 0.0) for token in trunk], [])
   for branch in branches:
-    left, fork, size = root, branch.fork, len(branch.ids)
-    scored = [True] * size if branch.scored is None else [bool(mark) for mark in branch.scored]
-    advantage = (
-      [0.0] * size if branch.advantage is None else [float(value) for value in branch.advantage]
-    )
+    parent, fork, size = root, branch.fork, len(branch.ids)
+    scored = [True] * size if branch.scored is None else map(bool, branch.scored)
+    advantage = [0.0] * size if branch.advantage is None else map(float, branch.advantage)
     tokens = list(zip(branch.ids, scored, advantage, strict=True))
     while True:
-      sizes = [run.common(fork, tokens[:-1]) for run in left.branches]
+      sizes = [child.common(fork, tokens[:-1]) for child in parent.children]
       size = max(sizes, default=0)
       if not size:
         break
-      left, fork, tokens = left.branches[sizes.index(size)], fork + size, tokens[size:]
-    left.branches.append(_Shared(fork, tokens, [], branch.branches))
-  return Tree(trunk, tuple(run.frozen() for run in root.branches))
+      parent, fork, tokens = parent.children[sizes.index(size)], fork + size, tokens[size:]
+    parent.children.append(_PrefixNode(fork, tokens, [], branch.branches))
+  return Tree(trunk, tuple(node.to_branch() for node in root.children))
 
 
 @dataclasses.dataclass
-class _Shared:
-  """A branch that grows branches; its tokens as (id, scored, advantage)."""
+class _PrefixNode:
+  """A mutable branch with merged children.
+
+  Attributes:
+    fork: as in `Branch`.
+    tokens: (id, scored, advantage) of each token.
+    children: branches that were merged into this one.
+    kept: branches of the original branch, unmerged.
+  """
 
   fork: int
   tokens: list[tuple[int, bool, float]]
-  branches: list["_Shared"]
-  given: tuple[Branch, ...] = ()
+  children: list["_PrefixNode"]
+  kept: tuple[Branch, ...] = ()
 
   def common(self, fork: int, tokens: list[tuple[int, bool, float]]) -> int:
-    """How many tokens it has in common with what leaves at a fork."""
+    """Length of the common prefix with tokens that leave at `fork`."""
     if fork != self.fork:
       return 0
-    pairs = enumerate(zip(tokens, self.tokens, strict=False))
-    return next((n for n, (one, own) in pairs if one != own), min(len(tokens), len(self.tokens)))
+    size = min(len(tokens), len(self.tokens))
+    return next((n for n in range(size) if tokens[n] != self.tokens[n]), size)
 
-  def frozen(self) -> Branch:
-    """The branch with those that it grew and those that it was given."""
+  def to_branch(self) -> Branch:
+    """The branch with its kept and its merged branches."""
     ids, scored, advantage = map(list, zip(*self.tokens, strict=True))
-    branches = (*self.given, *(run.frozen() for run in self.branches))
+    branches = (*self.kept, *(child.to_branch() for child in self.children))
     return Branch(self.fork, ids, scored, branches, advantage if any(advantage) else None)
 
 
@@ -224,10 +227,10 @@ class PackedTrees:
   """Rows of packed trees; every field has shape [..., T].
 
   Attributes:
-    token: int32, the token id (0 where there is none).
-    position: int32, place in the unpacked sequence.
-    leave: int32, the row index just past all tokens that continue this one.
-    parent: int32, row index whose hidden state predicts this token; -1 where nothing does.
+    token: int32, the token id; 0 for padding.
+    position: int32, index in the unpacked sequence.
+    leave: int32, the row index after all tokens that continue this one.
+    parent: int32, row index whose hidden state predicts this token; -1 for none.
     scored: bool, True where the token counts in a loss.
   """
 
@@ -239,7 +242,7 @@ class PackedTrees:
 
 
 def empty_rows(num_rows: int, length: int) -> PackedTrees:
-  """[num_rows, length] of padding, as numpy arrays."""
+  """Rows of padding, numpy arrays [num_rows, length]."""
   shape = num_rows, length
   return PackedTrees(
     token=np.zeros(shape, np.int32),
@@ -251,10 +254,10 @@ def empty_rows(num_rows: int, length: int) -> PackedTrees:
 
 
 def pack(rows: Sequence[Sequence[Tree]], length: int) -> PackedTrees:
-  """Lays each row's trees one after another.
+  """Packs each row's trees one after another.
 
   Args:
-    rows: for each row its trees.
+    rows: the trees of each row.
     length: T, tokens in a row.
 
   Returns:
@@ -270,11 +273,8 @@ def pack(rows: Sequence[Sequence[Tree]], length: int) -> PackedTrees:
       if at + tree.num_tokens > length:
         raise ValueError(f"Row {r} overflows: its trees need more than {length} tokens.")
       layout, part = tree.layout, slice(at, at + tree.num_tokens)
-      out.token[r, part], out.position[r, part], out.scored[r, part] = (
-        layout.token,
-        layout.position,
-        layout.scored,
-      )
+      for name in ("token", "position", "scored"):
+        getattr(out, name)[r, part] = getattr(layout, name)
       out.leave[r, part] = at + layout.leave
       out.parent[r, part] = np.where(layout.parent < 0, -1, at + layout.parent)
       at += tree.num_tokens
@@ -282,51 +282,52 @@ def pack(rows: Sequence[Sequence[Tree]], length: int) -> PackedTrees:
 
 
 def first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
-  """Assigns trees to rows: each goes, in the given order, to the first row with room.
+  """First-fit packing: assigns each tree, in the given order, to the first row with enough space.
 
   Args:
     sizes: tokens of each tree.
     length: tokens in a row.
 
   Returns:
-    For each row the indices of its trees.
+    The indices of each row's trees.
 
   Raises:
     ValueError: a tree is longer than a row.
   """
-  rows, room = [], []
+  rows, free = [], []
   for index, size in enumerate(sizes):
     if size > length:
       raise ValueError(f"Tree {index} has {size} tokens, more than a row of {length}.")
-    row = next((r for r, free in enumerate(room) if free >= size), None)
+    row = next((r for r, tokens in enumerate(free) if tokens >= size), None)
     if row is None:
       row = len(rows)
       rows.append([])
-      room.append(length)
+      free.append(length)
     rows[row].append(index)
-    room[row] -= size
+    free[row] -= size
   return rows
 
 
 def sees(query, key, leave):
-  """The attention rule: bool [..., Q, K], True where row indices query [..., Q] see key [..., K],
-  of that `leave`.
+  """The attention rule k <= q < leave[k], bool [..., Q, K].
+
+  Args:
+    query: int [..., Q], row indices.
+    key, leave: int [..., K], row indices and their `leave`.
   """
   query = query[..., :, None]
   return (key[..., None, :] <= query) & (query < leave[..., None, :])
 
 
 class Queries(NamedTuple):
-  """Where queries stand, int32 [..., Q]: row index and position."""
+  """Row indices and positions of queries, int32 [..., Q]."""
 
   index: jax.Array
   position: jax.Array
 
 
 class Keys(NamedTuple):
-  """Where keys stand, int32 [..., K]: row index, position, and the row index from which on no query
-  sees them.
-  """
+  """Row indices, positions and `leave` of keys, int32 [..., K]."""
 
   index: jax.Array
   position: jax.Array
@@ -334,12 +335,12 @@ class Keys(NamedTuple):
 
 
 def attention_mask(queries: Queries, keys: Keys, window: int | jax.Array = 0) -> jax.Array:
-  """The attention rule with a window.
+  """The attention rule with a sliding window.
 
   Args:
-    queries, keys: where they stand.
-    window: how many of the last positions a query sees, its own included; 0 for all. A traced
-      scalar is never 0.
+    queries, keys: their row indices and positions.
+    window: number of last positions that a query sees, including its own; 0 for all. A traced
+      scalar must not be 0.
 
   Returns:
     bool [..., Q, K]; True where the query sees the key.

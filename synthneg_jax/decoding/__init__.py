@@ -1,3 +1,1 @@
-"""The decoding engine (sampling, rollouts, evaluation), policies, and remote servers behind the
-same interface.
-"""
+"""The decoding engine, policies, and remote servers behind the engine's interface."""

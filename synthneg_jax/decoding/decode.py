@@ -1,9 +1,8 @@
-"""The device side of the engine: lanes that hold trunks, slots that grow branches, all in one while
-loop.
+"""Device side of the engine: lanes hold trunks, slots grow branches, in one while loop.
 
 A lane has one trunk, its cache, and a queue of items (fork, key). Its slots take items in order; a
-slot that finishes takes the lane's next one at the same step. The first token of every item is
-drawn at prefill from the trunk's hidden state at fork - 1, so that taking an item costs nothing.
+slot that finishes takes the lane's next item in the same step. Prefill draws the first token of
+every item from the trunk's hidden state at fork - 1, so taking an item costs nothing.
 """
 
 import dataclasses
@@ -32,11 +31,11 @@ class Geometry:
   """The sizes that programs are compiled for.
 
   Attributes:
-    lanes: trunks that are held at once.
+    lanes: trunks held at once.
     slots: S, branches of a trunk that grow at once.
-    trunk: C, the most tokens of a trunk.
-    items: Q, the most items of a lane.
-    new: L, the most new tokens of a branch.
+    trunk: C, maximum tokens of a trunk.
+    items: Q, maximum items of a lane.
+    new: L, maximum new tokens of a branch.
     refill: R, lanes that are filled together.
   """
 
@@ -50,15 +49,14 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stops:
-  """When a branch ends, and which tokens it may hold. Equal content compares and hashes equal, so
-  programs are shared.
+  """When a branch ends, and which tokens it may contain. Compared and hashed by content.
 
   Attributes:
     eos_ids: tokens that end a branch.
     table: int32 [states, V], the automaton of the stop strings, whose last state accepts; None for
-      no stop strings. The given array is copied, and the copy is read-only.
-    num_tokens: V of the tokenizer. Ids from here on are padding of the output matrix and are never
-      drawn; 0 for no bound.
+      no stop strings. Stored as a read-only copy.
+    num_tokens: V of the tokenizer. Ids from here on pad the output matrix and are never drawn; 0
+      for no bound.
   """
 
   eos_ids: tuple[int, ...]
@@ -73,12 +71,10 @@ class Stops:
 
   @functools.cached_property
   def _content(self) -> tuple:
-    """What is compared and hashed; the table, which may hold megabytes, by its shape and digest."""
-    table = (
-      None
-      if self.table is None
-      else (self.table.shape, hashlib.sha256(self.table.tobytes()).digest())
-    )
+    """The key for comparing and hashing; the table, maybe megabytes, enters as a digest."""
+    table = None
+    if self.table is not None:
+      table = self.table.shape, hashlib.sha256(self.table.tobytes()).digest()
     return self.eos_ids, table, self.num_tokens
 
   def __eq__(self, other) -> bool:
@@ -90,9 +86,7 @@ class Stops:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeSpec:
-  """What is fixed when `prefill` and `decode` are compiled. Hashable: equal specs share their
-  programs.
-  """
+  """Compile-time arguments of `prefill` and `decode`. Hashable: equal specs share programs."""
 
   model: Model
   geometry: Geometry
@@ -101,16 +95,16 @@ class DecodeSpec:
 
 
 class TrunkBatch(NamedTuple):
-  """New trunks with their items, on their way into lanes. R rows, C trunk tokens, Q items.
+  """New trunks with their items, to be put into lanes. R rows, C trunk tokens, Q items.
 
   Attributes:
-    lane: int32 [R], the lane that each row goes to; `Geometry.lanes` for an empty row.
-    token: int32 [R, C], the trunks.
-    length: int32 [R], how many of their tokens count.
-    item_fork: int32 [R, Q], trunk tokens that each item continues.
-    item_key: uint32 [R, Q, 2], each item's own key.
-    item_limit: int32 [R, Q], the most new tokens of each item, at most L.
-    num_items: int32 [R], how many of the row's items count.
+    lane: int32 [R], destination lane; `Geometry.lanes` for an empty row.
+    token: int32 [R, C], the trunks, padded.
+    length: int32 [R], trunk lengths.
+    item_fork: int32 [R, Q], number of trunk tokens that each item continues.
+    item_key: uint32 [R, Q, 2], key of each item.
+    item_limit: int32 [R, Q], maximum new tokens of each item, at most L.
+    num_items: int32 [R], number of items; the rest is padding.
   """
 
   lane: jax.Array
@@ -123,12 +117,12 @@ class TrunkBatch(NamedTuple):
 
 
 class Collected(NamedTuple):
-  """What lanes hold when they rest. R lanes, Q items, L new tokens.
+  """Results of finished lanes. R lanes, Q items, L new tokens.
 
   Attributes:
     token: int32 [R, Q, L].
-    logp, drawn_logp: float32 [R, Q, L], nats: untempered, and under the distribution that was drawn
-      from.
+    logp: float32 [R, Q, L], nats, under the untempered model.
+    drawn_logp: float32 [R, Q, L], nats, under the sampling distribution.
     size: int32 [R, Q], tokens of each item.
     finish: int32 [R, Q], EOS, STOP or LENGTH.
   """
@@ -143,22 +137,25 @@ class Collected(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """Everything on the device. Q items, S slots, L new tokens; the first dimension is lanes but for
-  the cache's layers.
+  """The engine's state on the device. Q items, S slots, L new tokens.
 
   Attributes:
     cache: keys and values.
-    item_fork: int32 [lanes, Q]; item_limit: int32 [lanes, Q], most tokens of it; item_uniform:
-      float32 [lanes, Q, L], what each of its tokens will be drawn with.
-    queue: int32 [lanes, Q], items in the order they are taken; queue_size, queue_next: int32
-      [lanes].
-    slot_item: int32 [lanes, S], -1 idle; slot_fork: trunk tokens that its branch sees; slot_size:
-      the branch's tokens so far; slot_token: the newest of them.
+    item_fork: int32 [lanes, Q], number of trunk tokens that each item continues.
+    item_limit: int32 [lanes, Q], maximum new tokens of each item.
+    item_uniform: float32 [lanes, Q, L], uniform numbers that draw its tokens.
+    queue: int32 [lanes, Q], items in the order they are taken.
+    queue_size, queue_next: int32 [lanes].
+    slot_item: int32 [lanes, S], -1 if idle.
+    slot_fork, slot_size, slot_token: int32 [lanes, S], the item's fork, its tokens so far, and the
+      newest token.
     item_stop: int32 [lanes, Q], state of the stop automaton.
-    token: int32 [lanes, Q, L]; logp, drawn_logp: float32 [lanes, Q, L], nats, untempered and as
-      drawn.
-    size: int32 [lanes, Q], tokens of each item; finish: int32 [lanes, Q], why it ended.
-    steps: int32 [], decode steps so far; busy: int32 [], slots that worked in them.
+    token: int32 [lanes, Q, L].
+    logp, drawn_logp: float32 [lanes, Q, L], as in `Collected`.
+    size: int32 [lanes, Q], tokens of each item.
+    finish: int32 [lanes, Q], why it ended, or UNFINISHED.
+    steps: int32 [], decode steps so far.
+    busy: int32 [], sum of busy slots over these steps.
   """
 
   cache: Cache
@@ -183,7 +180,7 @@ class State:
 
 
 def empty_state(model: Model, g: Geometry) -> State:
-  """The state in which no lane holds a trunk."""
+  """The state without trunks."""
   c = model.config
   dtype = jnp.dtype(c.dtype)
 
@@ -229,11 +226,11 @@ def empty_state(model: Model, g: Geometry) -> State:
 
 
 def state_shardings(model: Model, mesh: Mesh) -> State:
-  """Shardings of the state: lanes over the rows' axes, kv heads over "tensor".
+  """Shardings of the state: lanes over the row axes, kv heads over "tensor".
 
-  On TPU, suffixes get the memory layout in which the decode loop writes them, with a new token's
-  heads side by side. In the default layout, the loop would copy all of them when it begins and when
-  it ends, and need memory for two. (A single head would be padded to two, and is fast either way.)
+  On TPU, suffix caches get the memory layout in which the decode loop writes them, with a new
+  token's heads adjacent. With the default layout, the loop would copy them when it starts and ends,
+  and need twice their memory. (A single head would be padded to two, and is fast either way.)
   """
   lead = () if layer_stacking.unrolls(model.config) else ("layers",)
 
@@ -252,7 +249,7 @@ def state_shardings(model: Model, mesh: Mesh) -> State:
 
 @jax.named_scope("draw")
 def _pick(spec: DecodeSpec, logits, uniform):
-  """`sampling.pick` for logits [lanes, n, V], each draw by its own uniform number [lanes, n]."""
+  """`sampling.pick` for logits [lanes, n, V] and uniform numbers [lanes, n]."""
   num_tokens = spec.stops.num_tokens
   if 0 < num_tokens < logits.shape[-1]:
     logits = jnp.where(jnp.arange(logits.shape[-1])[None, None] < num_tokens, logits, -jnp.inf)
@@ -264,7 +261,7 @@ def _pick(spec: DecodeSpec, logits, uniform):
 
 
 def _ending(stops: Stops, token, stop_state, *, size, limit):
-  """(the automaton's next state, why the branch ends with this token or UNFINISHED)."""
+  """(the automaton's next state, the branch's finish after this token)."""
   if stops.table is not None:
     table = jnp.asarray(stops.table)
     stop_state = table[stop_state, token]
@@ -281,23 +278,23 @@ def _ending(stops: Stops, token, stop_state, *, size, limit):
 
 
 def _at_item(field, item):
-  """Of a field [lanes, Q], the entries of the items [lanes, S] that slots work on."""
+  """Entries of a field [lanes, Q] at items [lanes, S]."""
   return jnp.take_along_axis(field, item, axis=1)
 
 
 def _take_items(state: State) -> State:
-  """Idle slots take their lane's next items."""
+  """Assigns each idle slot its lane's next item."""
   idle = state.slot_item < 0
-  place = state.queue_next[:, None] + jnp.cumsum(idle, axis=1) - 1
-  takes = idle & (place < state.queue_size[:, None])
-  item = _at_item(state.queue, jnp.where(takes, place, 0))
+  position = state.queue_next[:, None] + jnp.cumsum(idle, axis=1) - 1
+  takes = idle & (position < state.queue_size[:, None])
+  item = _at_item(state.queue, jnp.where(takes, position, 0))
   item = jnp.where(takes, item, state.slot_item)
-  held = jnp.maximum(item, 0)
-  first = _at_item(state.token[:, :, 0], held)
+  index = jnp.maximum(item, 0)
+  first = _at_item(state.token[:, :, 0], index)
   return dataclasses.replace(
     state,
     slot_item=item,
-    slot_fork=jnp.where(takes, _at_item(state.item_fork, held), state.slot_fork),
+    slot_fork=jnp.where(takes, _at_item(state.item_fork, index), state.slot_fork),
     slot_size=jnp.where(takes, 1, state.slot_size),
     slot_token=jnp.where(takes, first, state.slot_token),
     queue_next=state.queue_next + jnp.sum(takes, axis=1, dtype=jnp.int32),
@@ -309,12 +306,12 @@ def prefill(spec: DecodeSpec, params, state: State, batch: TrunkBatch) -> State:
 
   Args:
     spec: fixed at compile time.
-    params: the policy's, stacked or unstacked.
-    state: as before; the lanes that the batch names are overwritten.
+    params: the policy's parameters, stacked or unstacked.
+    state: the current state; the batch's lanes are overwritten.
     batch: the trunks.
 
   Returns:
-    The state in which idle slots have taken the new items.
+    The state after idle slots have taken new items.
   """
   model, g = spec.model, spec.geometry
   lane, token, length = batch.lane, batch.token, batch.length
@@ -334,7 +331,7 @@ def prefill(spec: DecodeSpec, params, state: State, batch: TrunkBatch) -> State:
   first, logp, drawn = _pick(spec, model.logits(params, h_RQD), uniform[..., 0])
   stop, finish = _ending(spec.stops, first, jnp.zeros_like(first), size=1, limit=batch.item_limit)
   valid = jnp.arange(g.items)[None] < batch.num_items[:, None]
-  waits = valid & (finish == UNFINISHED)
+  waiting = valid & (finish == UNFINISHED)
 
   def put(field, new):
     return field.at[lane].set(new.astype(field.dtype), mode="drop")
@@ -348,7 +345,7 @@ def prefill(spec: DecodeSpec, params, state: State, batch: TrunkBatch) -> State:
     return field.at[:, lane].set(new.transpose(axes).astype(field.dtype), mode="drop")
 
   def at_start(values):
-    """[R, Q] as the first tokens of [R, Q, L]."""
+    """Pads first tokens [R, Q] to [R, Q, L]."""
     return jnp.pad(values[..., None], ((0, 0), (0, 0), (0, g.new - 1)))
 
   state = dataclasses.replace(
@@ -361,8 +358,8 @@ def prefill(spec: DecodeSpec, params, state: State, batch: TrunkBatch) -> State:
     item_fork=put(state.item_fork, batch.item_fork),
     item_limit=put(state.item_limit, batch.item_limit),
     item_uniform=put(state.item_uniform, uniform),
-    queue=put(state.queue, jnp.argsort(~waits, axis=1, stable=True)),
-    queue_size=put(state.queue_size, jnp.sum(waits, axis=1)),
+    queue=put(state.queue, jnp.argsort(~waiting, axis=1, stable=True)),
+    queue_size=put(state.queue_size, jnp.sum(waiting, axis=1)),
     queue_next=put(state.queue_next, jnp.zeros(rows)),
     slot_item=put(state.slot_item, jnp.full((rows, g.slots), -1)),
     item_stop=put(state.item_stop, stop),
@@ -376,21 +373,20 @@ def prefill(spec: DecodeSpec, params, state: State, batch: TrunkBatch) -> State:
 
 
 def decode(spec: DecodeSpec, params, state: State, enough) -> State:
-  """Grows all branches until at least `enough` lanes rest, or all of them do.
+  """Grows all branches until at least `enough` lanes are idle, or all lanes are.
 
   Args:
     spec: fixed at compile time.
-    params: the policy's, stacked or unstacked.
-    state: as `prefill` left it.
+    params: the policy's parameters, stacked or unstacked.
+    state: from `prefill`.
     enough: int32 scalar, traced.
   """
   model, g = spec.model, spec.geometry
   params = layer_stacking.unstack(params) if layer_stacking.unrolls(model.config) else params
   lanes = jnp.arange(g.lanes)[:, None]
 
-  def works(state: State):
-    resting = jnp.sum(jnp.all(state.slot_item < 0, axis=1))
-    return resting < jnp.minimum(enough, g.lanes)
+  def should_continue(state: State):
+    return jnp.sum(resting(state)) < jnp.minimum(enough, g.lanes)
 
   def step(state: State):
     active = state.slot_item >= 0
@@ -404,25 +400,25 @@ def decode(spec: DecodeSpec, params, state: State, enough) -> State:
     size = state.slot_size + 1
     stop_state, limit = _at_item(state.item_stop, item), _at_item(state.item_limit, item)
     stop, finish = _ending(spec.stops, token, stop_state, size=size, limit=limit)
-    to = jnp.where(active, item, g.items)  # what idle slots computed is dropped
+    target = jnp.where(active, item, g.items)  # out of range for idle slots: dropped
 
-    def write(field, new):
-      """Puts the newest tokens' values into a field [lanes, Q, L]."""
-      return field.at[lanes, to, index + 1].set(new.astype(field.dtype), mode="drop")
+    def set_token(field, new):
+      """Sets the newest tokens' values in a field [lanes, Q, L]."""
+      return field.at[lanes, target, index + 1].set(new.astype(field.dtype), mode="drop")
 
-    def mark(field, new):
-      """Puts the items' values into a field [lanes, Q]."""
-      return field.at[lanes, to].set(new, mode="drop")
+    def set_item(field, new):
+      """Sets the items' values in a field [lanes, Q]."""
+      return field.at[lanes, target].set(new, mode="drop")
 
     state = dataclasses.replace(
       state,
       cache=cache,
-      token=write(state.token, token),
-      logp=write(state.logp, logp),
-      drawn_logp=write(state.drawn_logp, drawn),
-      size=mark(state.size, size),
-      finish=mark(state.finish, finish),
-      item_stop=mark(state.item_stop, stop),
+      token=set_token(state.token, token),
+      logp=set_token(state.logp, logp),
+      drawn_logp=set_token(state.drawn_logp, drawn),
+      size=set_item(state.size, size),
+      finish=set_item(state.finish, finish),
+      item_stop=set_item(state.item_stop, stop),
       slot_item=jnp.where(active & (finish == UNFINISHED), state.slot_item, -1),
       slot_size=jnp.where(active, size, state.slot_size),
       slot_token=token,
@@ -431,16 +427,17 @@ def decode(spec: DecodeSpec, params, state: State, enough) -> State:
     )
     return _take_items(state)
 
-  return jax.lax.while_loop(works, step, state)
+  return jax.lax.while_loop(should_continue, step, state)
 
 
 def collect(state: State, lane) -> Collected:
-  """What the lanes int32 [R] hold."""
+  """The results of lanes int32 [R]."""
+  fields = {name: getattr(state, name) for name in Collected._fields}
   return Collected(
-    *(jnp.take(getattr(state, name), lane, axis=0, mode="clip") for name in Collected._fields)
+    **{name: jnp.take(field, lane, axis=0, mode="clip") for name, field in fields.items()}
   )
 
 
 def resting(state: State):
-  """bool [lanes], True where nothing is left to do."""
+  """bool [lanes], True where all slots are idle."""
   return jnp.all(state.slot_item < 0, axis=1)

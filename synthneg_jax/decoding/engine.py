@@ -1,6 +1,4 @@
-"""The decoding engine: trunks with items go in, branches come out. Sampling, credit and evaluation
-all use it.
-"""
+"""The decoding engine of sampling, credit and evaluation: grows branches from trunks."""
 
 import dataclasses
 import functools
@@ -19,7 +17,7 @@ from synthneg_jax.models import layer_stacking
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import device_mesh, distributed
 
-FINISH_REASONS = {decode_lib.EOS: "eos", decode_lib.STOP: "stop", decode_lib.LENGTH: "length"}
+_FINISH_REASONS = {decode_lib.EOS: "eos", decode_lib.STOP: "stop", decode_lib.LENGTH: "length"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +26,9 @@ class Trunk:
 
   Attributes:
     ids: int [C].
-    forks: for each item how many trunk tokens it continues, 1..C.
-    keys: uint32 [items, 2], a key for each item (runtime/keys.py): its draws depend on it and
-      nothing else.
-    limits: for each item the most new tokens it may have, at least 1; None for the engine's
-      max_new_tokens.
+    forks: number of trunk tokens that each item continues, 1..C.
+    keys: uint32 [items, 2], the only source of randomness of each item (runtime/keys.py).
+    limits: maximum new tokens of each item, at least 1; None for the engine's max_new_tokens.
   """
 
   ids: Sequence[int]
@@ -47,8 +43,8 @@ class Generation:
 
   Attributes:
     ids: int32 [n], ending with EOS iff the model stopped there.
-    logp: float32 [n] nats under the untempered model; drawn_logp: under the distribution that was
-      drawn from.
+    logp: float32 [n], nats, under the untempered model.
+    drawn_logp: float32 [n], nats, under the sampling distribution.
     finish: "eos", "stop" (a stop string was completed) or "length".
   """
 
@@ -66,10 +62,10 @@ def bucket(size: int) -> int:
 
 
 def cast_for_decoding(model: Model, params):
-  """Parameters as decoding reads them, cast once for all its calls.
+  """Casts parameters for decoding: matrices to the compute dtype; unrolled layers are unstacked.
 
-  Matrices in the dtype of the products that they are cast to anyway, so that no token reads more
-  bytes than it needs (norms' scales enter in float32); unrolled layers are unstacked.
+  Matrix products would cast them anyway; casting once saves memory traffic on every token. Norm
+  scales keep their dtype, because they enter in float32.
   """
   dtype = np.dtype(model.config.dtype)
 
@@ -83,9 +79,7 @@ def cast_for_decoding(model: Model, params):
 
 
 def params_shardings(model: Model, mesh: Mesh):
-  """Shardings of what `cast_for_decoding` returns, on a mesh that `runtime.device_mesh.decoding`
-  made.
-  """
+  """Shardings of `cast_for_decoding`'s result on a mesh from `runtime.device_mesh.decoding`."""
   shardings = device_mesh.shardings(mesh, model.logical_axes())
   if layer_stacking.unrolls(model.config):
     return layer_stacking.unstacked_shardings(shardings, model.config.num_layers)
@@ -100,8 +94,8 @@ class Programs:
     empty: () -> State.
     prefill: (params, State, TrunkBatch) -> State; the state is donated.
     decode: (params, State, enough) -> State; the state is donated.
-    collect: (State, lane) -> Collected, whole on every device.
-    resting: (State,) -> bool [lanes], whole on every device.
+    collect: (State, lane) -> Collected, replicated.
+    resting: (State,) -> bool [lanes], replicated.
   """
 
   empty: Callable[[], State]
@@ -113,17 +107,17 @@ class Programs:
 
 @functools.lru_cache(maxsize=64)
 def programs(spec: DecodeSpec, mesh: Mesh) -> Programs:
-  """The programs of a spec, made once; parameters stay where they are.
+  """The cached programs of a spec; parameters keep their shardings.
 
   Args:
     spec: compared by content.
-    mesh: one that `runtime.device_mesh.decoding` made.
+    mesh: from `runtime.device_mesh.decoding`.
   """
   state = decode_lib.state_shardings(spec.model, mesh)
   replicated = device_mesh.replicated(mesh)
 
-  def update(fn):
-    """(params, state, replicated arrays) -> state."""
+  def jit_update(fn):
+    """Jits fn(spec, params, state, replicated arrays) -> state."""
     fn = device_mesh.under(mesh, functools.partial(fn, spec))
     return jax.jit(
       fn, in_shardings=(None, state, replicated), out_shardings=state, donate_argnums=1
@@ -133,8 +127,8 @@ def programs(spec: DecodeSpec, mesh: Mesh) -> Programs:
     empty=jax.jit(
       functools.partial(decode_lib.empty_state, spec.model, spec.geometry), out_shardings=state
     ),
-    prefill=update(decode_lib.prefill),
-    decode=update(decode_lib.decode),
+    prefill=jit_update(decode_lib.prefill),
+    decode=jit_update(decode_lib.decode),
     collect=jax.jit(decode_lib.collect, in_shardings=(state, replicated), out_shardings=replicated),
     resting=jax.jit(decode_lib.resting, in_shardings=(state,), out_shardings=replicated),
   )
@@ -142,10 +136,10 @@ def programs(spec: DecodeSpec, mesh: Mesh) -> Programs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-  """What there is to decode, as far as it can be foreseen.
+  """The expected decoding work.
 
   Attributes:
-    sizes: for each trunk the tokens that its items are expected to take.
+    sizes: expected tokens of each trunk's items.
     longest: tokens of the longest trunk.
   """
 
@@ -154,46 +148,46 @@ class Work:
 
 
 def fit(
-  model: Model,
-  mesh: Mesh,
-  work: Work,
-  *,
-  max_new_tokens: int,
-  memory: float,
-  lanes: int = 0,
-  slots: int = 0,
+  model: Model, mesh: Mesh, work: Work, *, fixed: Lanes, max_new_tokens: int, memory: float
 ) -> Lanes:
-  """Lanes and slots for some work, in the memory of the mesh's devices beside the parameters.
+  """Chooses lanes and slots for some work that fit on the devices beside the parameters.
 
   Args:
-    model, mesh: as the engine takes them.
+    model, mesh: those of the engine.
     work: what is to be decoded.
-    max_new_tokens: L; what an item takes at most.
-    memory: bytes that a device has for it all.
-    lanes, slots: given ones; 0 to choose.
+    fixed: lanes and slots to keep; those that are 0 are chosen.
+    max_new_tokens: L, maximum tokens of an item.
+    memory: bytes of a device for parameters and state.
   """
 
   def state_bytes(slots: int) -> int:
-    items = bucket(max(map(len, work.sizes), default=1))
     g = Geometry(
-      lanes=1, slots=slots, trunk=bucket(work.longest), items=items, new=max_new_tokens, refill=1
+      lanes=1,
+      slots=slots,
+      trunk=bucket(work.longest),
+      items=bucket(max(map(len, work.sizes), default=1)),
+      new=max_new_tokens,
+      refill=1,
     )
     state = jax.eval_shape(functools.partial(decode_lib.empty_state, model, g))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
-  slot_bytes, split = state_bytes(2) - state_bytes(1), mesh.shape["tensor"]
-  size = sum(
+  slot_bytes, tensor_shards = state_bytes(2) - state_bytes(1), mesh.shape["tensor"]
+  # Each parameter is held twice: as loaded, and cast.
+  param_bytes = sum(
     np.dtype(dtype).itemsize for dtype in (model.config.param_dtype, model.config.dtype)
-  )  # as loaded, and cast
+  )
   return geometry.fit_lanes(
     [[max(size - 1, 0) for size in items] for items in work.sizes],
     longest=max_new_tokens - 1,
-    lanes=lanes,
-    slots=slots,
+    lanes=fixed.lanes,
+    slots=fixed.slots,
     shards=device_mesh.row_shards(mesh),
-    lane_bytes=(state_bytes(1) - slot_bytes) / split,
-    slot_bytes=slot_bytes / split,
-    room=memory - model.config.num_params * size / split,
+    memory=geometry.LaneMemory(
+      lane_bytes=(state_bytes(1) - slot_bytes) / tensor_shards,
+      slot_bytes=slot_bytes / tensor_shards,
+      limit=memory - model.config.num_params * param_bytes / tensor_shards,
+    ),
   )
 
 
@@ -201,74 +195,64 @@ class Engine:
   """Decodes any number of trunks with a fixed set of compiled programs.
 
   Attributes:
-    stats: decode steps, slot steps that did work and slot steps in all, prefilled tokens, over all
-      runs.
+    stats: totals over all runs: decode steps, busy slot steps, slot steps, prefilled tokens.
   """
 
-  def __init__(
-    self,
-    model: Model,
-    mesh: Mesh,
-    stops: Stops,
-    *,
-    lanes: int,
-    slots: int,
-    max_new_tokens: int,
-    refill: int = 0,
-  ):
+  def __init__(self, model: Model, mesh: Mesh, stops: Stops, *, lanes: Lanes, max_new_tokens: int):
     """Compiles nothing yet.
 
     Args:
       model: the architecture.
       mesh: lanes are split over its "data" and "fsdp" axes, parameters over "tensor" only.
       stops: EOS ids and stop strings.
-      lanes: trunks held at once; rounded up to a multiple of the mesh's row shards.
-      slots: branches of a trunk that grow at once.
+      lanes: the number of lanes is rounded up to a multiple of the mesh's row shards.
       max_new_tokens: L.
-      refill: lanes that are filled together, once so many rest; 0 for a quarter of them.
     """
     shards = device_mesh.row_shards(mesh)
+    num_lanes = -(-lanes.lanes // shards) * shards
     self._model, self._mesh, self._stops = model, device_mesh.decoding(mesh), stops
-    self._lanes, self._slots, self._new = -(-lanes // shards) * shards, slots, max_new_tokens
-    self._refill = refill
-    self._given = self._params = None
+    self._lanes, self._new = dataclasses.replace(lanes, lanes=num_lanes), max_new_tokens
+    self._source_params = self._params = None
     self.stats = {"steps": 0, "busy_slots": 0, "slots": 0, "prefill_tokens": 0}
 
   def run(
     self, params, trunks: Sequence[Trunk], sampling: Sampling, *, longest: int = 0
   ) -> Iterator[tuple[int, list[Generation]]]:
-    """Yields (index of the trunk, its branches in the order of its items) as trunks finish; those
-    with most items begin.
+    """Yields (index of the trunk, its branches in the order of its items) as trunks finish.
 
-    The tokens of an item depend on its trunk, fork and key, not on what shares the batch. Programs
-    are compiled for bucketed numbers of trunks, of their tokens and of their items; a caller that
-    comes in rounds gives the tokens of the `longest` trunk that it will ever bring, so that all
-    rounds share one length. Of several processes each gives the same trunks, runs the same programs
-    in step, and gets all branches.
+    Trunks with most items start first. The tokens of an item depend only on its trunk, fork and
+    key, not on the rest of the batch. Every process passes the same trunks and gets all branches.
+
+    Args:
+      params: the policy's parameters.
+      trunks: what to decode.
+      sampling: how tokens are drawn.
+      longest: tokens of the longest trunk of all calls. Programs are compiled for bucketed sizes;
+        with it, calls with shorter trunks reuse the same programs.
 
     Raises:
-      UserError: a trunk holds an id that the model has no row for.
-      Stopped: SIGTERM came; after the trunks that had finished by then.
+      UserError: a trunk contains an id without a row in the embedding.
+      Stopped: on SIGTERM, after yielding the finished trunks.
     """
     if not trunks:
       return
     for trunk in trunks:
       self._model.config.check_ids(np.asarray(trunk.ids), "A prompt")
     shards = device_mesh.row_shards(self._mesh)
-    lanes = min(self._lanes, -(-bucket(len(trunks)) // shards) * shards)
+    lanes = min(self._lanes.lanes, -(-bucket(len(trunks)) // shards) * shards)
     g = Geometry(
       lanes=lanes,
-      slots=self._slots,
+      slots=self._lanes.slots,
       trunk=bucket(max(longest, *(len(trunk.ids) for trunk in trunks))),
       items=bucket(max(len(trunk.forks) for trunk in trunks)),
       new=self._new,
-      refill=max(min(self._refill or lanes // 4, lanes), 1),
+      refill=max(min(self._lanes.refill or lanes // 4, lanes), 1),
     )
     spec = DecodeSpec(model=self._model, geometry=g, sampling=sampling, stops=self._stops)
     compiled = programs(spec, self._mesh)
-    params, state = self._laid_out(params), compiled.empty()
+    params, state = self._cast(params), compiled.empty()
     waiting = sorted(range(len(trunks)), key=lambda index: -len(trunks[index].forks))[::-1]
-    held = [-1] * lanes  # which trunk a lane holds
+    held = [-1] * lanes  # index of each lane's trunk, -1 for none
 
     while waiting or any(trunk >= 0 for trunk in held):
       free = [lane for lane in range(lanes) if held[lane] < 0]
@@ -282,8 +266,8 @@ class Engine:
         batch = trunk_arrays(g, [(lane, trunks[index]) for lane, index in group])
         state = compiled.prefill(params, state, batch)
       state = compiled.decode(params, state, np.int32(g.refill if waiting else lanes))
-      rests = np.asarray(compiled.resting(state))
-      done = [lane for lane in range(lanes) if held[lane] >= 0 and rests[lane]]
+      resting = np.asarray(compiled.resting(state))
+      done = [lane for lane in range(lanes) if held[lane] >= 0 and resting[lane]]
       for start in range(0, len(done), g.refill):
         part = done[start : start + g.refill]
         lane = np.full(g.refill, part[-1], np.int32)
@@ -297,23 +281,21 @@ class Engine:
     steps, busy = jax.device_get((state.steps, state.busy))
     self.stats["steps"] += int(steps)
     self.stats["busy_slots"] += int(busy)
-    self.stats["slots"] += int(steps) * lanes * self._slots
+    self.stats["slots"] += int(steps) * lanes * self._lanes.slots
 
-  def _laid_out(self, params):
-    """The parameters as the programs read them, laid out once and not in each call."""
-    if self._given is not params:
-      lay_out = jax.jit(
+  def _cast(self, params):
+    """`cast_for_decoding`, cached for the last parameters."""
+    if self._source_params is not params:
+      cast = jax.jit(
         functools.partial(cast_for_decoding, self._model),
         out_shardings=params_shardings(self._model, self._mesh),
       )
-      self._given, self._params = params, lay_out(params)
+      self._source_params, self._params = params, cast(params)
     return self._params
 
 
 def trunk_arrays(g: Geometry, group: Sequence[tuple[int, Trunk]]) -> TrunkBatch:
-  """Trunks and the lanes that they go to, as numpy arrays for `decode.prefill`; the rows beyond
-  them are empty.
-  """
+  """(lane, trunk) pairs as numpy arrays for `decode.prefill`, padded with empty rows."""
   batch = TrunkBatch(
     lane=np.full(g.refill, g.lanes, np.int32),
     token=np.zeros((g.refill, g.trunk), np.int32),
@@ -334,16 +316,16 @@ def trunk_arrays(g: Geometry, group: Sequence[tuple[int, Trunk]]) -> TrunkBatch:
 
 
 def _generations(collected: Collected, row: int, *, num_items: int) -> list[Generation]:
-  """The branches of one collected lane, numpy arrays of their own."""
+  """The branches of one collected lane, as copies."""
   branches = []
   for item in range(num_items):
-    place = (row, item, slice(collected.size[row, item]))
+    index = (row, item, slice(collected.size[row, item]))
     branches.append(
       Generation(
-        ids=collected.token[place].copy(),
-        logp=collected.logp[place].copy(),
-        drawn_logp=collected.drawn_logp[place].copy(),
-        finish=FINISH_REASONS[int(collected.finish[row, item])],
+        ids=collected.token[index].copy(),
+        logp=collected.logp[index].copy(),
+        drawn_logp=collected.drawn_logp[index].copy(),
+        finish=_FINISH_REASONS[int(collected.finish[row, item])],
       )
     )
   return branches

@@ -1,9 +1,7 @@
-"""A policy as stages hand it on: a folder with config.json, the tokenizer, and weights (orbax
-params/ or safetensors).
+"""Policies on disk: config.json, tokenizer files, and weights (orbax params/ or safetensors).
 
-Where an adapter was trained, params/ holds the adapter alone, and adapter.json says what it looks
-like and where its base is; it is merged when the policy is loaded, so that whoever decodes with it
-sees plain weights.
+If an adapter was trained, params/ contains only the adapter, and adapter.json describes it and
+names its base. Loading merges it into the base.
 """
 
 import base64
@@ -29,13 +27,11 @@ from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import checkpoints, device_mesh, distributed
 from synthneg_jax.runtime.errors import UserError, writing
 
-_ADAPTER, _PEFT = (
-  "adapter.json",
-  ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
-)
-_PIECE = 4_000_000  # bytes of a file that one message between processes holds
+_ADAPTER = "adapter.json"
+_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_MESSAGE_BYTES = 4_000_000  # of a file, in one message between processes
 EMBEDDED = pathlib.Path(synthneg_jax.tasks.__file__).parent / "embedded"
-# Base models that come with the package: of arithmetic, of jobs, and of stories at toy size.
+# Toy base models shipped with the package: for arithmetic, jobs and stories.
 BASES = {"embedded": EMBEDDED} | {
   name: EMBEDDED.parent / name for name in ("embedded_jobs", "embedded_stories")
 }
@@ -43,17 +39,18 @@ BASES = {"embedded": EMBEDDED} | {
 
 @dataclasses.dataclass
 class Policy:
-  """Weights with what reads and writes text for them.
+  """A model's weights with its tokenizer.
 
   Attributes:
-    model, params: the decoder; adapters are merged.
+    model, params: the decoder, with adapters merged.
+    tokenizer, token_text: the tokenizer, and the bytes of its tokens.
     fingerprint: of the weights, or of base and adapter.
-    folder: where it was read.
+    folder: the folder it was loaded from.
     about: folder of its config.json, generation_config.json and tokenizer.
-    base: folder of the weights beneath all adapters.
-    adapters: pairs (Adapter, its parameters) that were merged, the first one first.
-    eos_ids: all tokens that end a response, by the tokenizer, generation_config.json and
-      config.json; the tokenizer's EOS first. Whatever handles endings takes them from here.
+    base: folder of the base weights, without adapters.
+    eos_ids: all tokens that end a response, from the tokenizer, generation_config.json and
+      config.json; the tokenizer's EOS first. The only source of end tokens.
+    adapters: pairs (Adapter, its parameters) in the order they were merged.
   """
 
   model: Model
@@ -69,38 +66,35 @@ class Policy:
 
   @classmethod
   def load(cls, path: epath.PathLike, config, mesh: Mesh) -> "Policy":
-    """Reads a policy folder or a Hugging Face folder: config, tokenizer, endings, weights; then its
-    adapter, if any.
+    """Loads a policy folder, a Hugging Face folder, or a PEFT adapter with its base.
 
-    Of several processes, which all call it, each reads its own devices' parts; where one does not
-    have the folder, process 0 reads it and sends the others what they need.
+    All processes call it; each reads the parts for its own devices. If a process does not have the
+    folder, process 0 reads it and sends it to the others.
 
     Args:
-      path: the folder; one of PEFT, with an adapter, names its base itself.
+      path: the folder.
       config: the config's section `model`.
-      mesh: where the weights go.
+      mesh: of the devices that receive the weights.
 
     Raises:
-      UserError: no such folder, weights that are missing or of another shape, a tokenizer that does
-        not belong to the model, a model that the mesh cannot split, or orbax weights that a process
-        cannot see.
+      UserError: the folder does not exist, weights are missing or of another shape, the tokenizer
+        does not match the model, the mesh cannot split the model, or a process cannot see orbax
+        weights.
     """
     folder = epath.Path(path)
     has_folder = distributed.gather(folder.exists())
     if not has_folder[0]:
-      hint = "; `synthneg get-smollm2` makes it" if "smollm2" in folder.name else ""
+      hint = "; create it with `synthneg get-smollm2`" if "smollm2" in folder.name else ""
       raise UserError(f"The model folder {folder} does not exist{hint}.")
-    kind, is_sent = (
-      distributed.agree(_kind(folder) if distributed.first() else None),
-      not all(has_folder),
-    )
+    kind = distributed.agree(_kind(folder) if distributed.first() else None)
+    is_sent = not all(has_folder)
     if is_sent and kind in ("adapted", "params"):
       raise UserError(
-        f"The policy folder {folder} does not exist in process {has_folder.index(False)}; all "
-        "processes read its params."
+        f"The policy folder {folder} does not exist in process {has_folder.index(False)}; every "
+        "process must be able to read its params."
       )
     if is_sent:
-      folder = _received(folder)
+      folder = _received_folder(folder)
     if kind == "adapted":
       return cls._load_adapted(folder, config, mesh)
     if kind == "peft":
@@ -115,11 +109,9 @@ class Policy:
       max_length=config.max_length,
     )
     if kind == "tensors":
-      is_tied = (
-        huggingface.untie_other_head(folder, described).tie_embeddings
-        if distributed.first()
-        else None
-      )
+      is_tied = None
+      if distributed.first():
+        is_tied = huggingface.untie_other_head(folder, described).tie_embeddings
       described = dataclasses.replace(described, tie_embeddings=distributed.agree(is_tied))
     model = Model(described)
     _check_rope_scaling(folder, model, config.max_length)
@@ -143,10 +135,9 @@ class Policy:
 
   @classmethod
   def _load_peft(cls, folder: epath.Path, config, mesh: Mesh) -> "Policy":
-    """A base model with an adapter of PEFT, whose tokenizer is taken where it brings one."""
-    policy = cls.load(
-      distributed.agree(os.fspath(peft_base(folder)) if distributed.first() else ""), config, mesh
-    )
+    """Loads a PEFT adapter and its base; the adapter's tokenizer, if any, takes precedence."""
+    base = distributed.agree(os.fspath(_peft_base(folder)) if distributed.first() else "")
+    policy = cls.load(base, config, mesh)
     adapter, params = adapter_lib.load_peft(folder, policy.model)
     params = jax.device_put(params, param_shardings(adapter, mesh))
     about, tokenizer, eos_ids = policy.about, policy.tokenizer, policy.eos_ids
@@ -169,7 +160,7 @@ class Policy:
   def _load_adapted(cls, folder: epath.Path, config, mesh: Mesh) -> "Policy":
     spec = json.loads((folder / _ADAPTER).read_text())
     base = folder
-    if spec["base"].startswith(".."):  # in the same workdir, which may have been moved
+    if spec["base"].startswith(".."):  # relative, so that the workdir can be moved
       for part in spec["base"].split("/"):
         base = base.parent if part == ".." else base / part
     else:
@@ -192,9 +183,9 @@ class Policy:
     """Writes trained weights as a policy folder with this policy's architecture and tokenizer.
 
     Args:
-      folder: made with its parents.
-      params: all parameters, or those of `adapter`, whose base this policy is.
-      adapter: None where all were trained.
+      folder: created with its parents.
+      params: all parameters, or those of `adapter`, whose base is this policy.
+      adapter: None if all parameters were trained.
 
     Returns:
       The fingerprint of the weights.
@@ -216,7 +207,7 @@ class Policy:
     return fingerprint
 
   def stops(self, strings) -> Stops:
-    """EOS and these stop strings."""
+    """`Stops` of this policy's EOS ids and these stop strings."""
     table = stop_table(self.token_text, list(strings))[0] if strings else None
     return Stops(self.eos_ids, table, self.token_text.vocab_size)
 
@@ -225,37 +216,35 @@ def _check_rope_scaling(folder: epath.Path, model: Model, max_length: int) -> No
   scaling = model.config.rope_scaling
   if scaling is not None and scaling.kind == "dynamic" and max_length > scaling.original_positions:
     raise UserError(
-      f"{folder}: beyond {scaling.original_positions} tokens, dynamic rope scaling would change "
-      "every key with the length of the text, which is not supported; "
-      f"model.max_length={max_length} must not exceed "
-      "that."
+      f"{folder}: dynamic rope scaling is supported up to {scaling.original_positions} tokens only "
+      "(beyond, every key depends on the length of the text); "
+      f"model.max_length={max_length} must not exceed that."
     )
 
 
 def _tokenizer_and_eos(
   folder: epath.Path, num_rows: int
 ) -> tuple[transformers.PreTrainedTokenizerFast, tuple[int, ...]]:
-  """A folder's tokenizer, checked against the number of embedding rows, and all end-of-turn ids."""
-  tokenizer = load_tokenizer(folder)
+  """A folder's tokenizer, checked against the number of embedding rows, and all EOS ids."""
+  tokenizer = _load_tokenizer(folder)
   hf_tokenizers.check(folder, tokenizer, num_rows)
   return tokenizer, hf_tokenizers.below(
     hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id), num_rows, folder
   )
 
 
-def peft_base(folder: epath.Path) -> epath.Path:
-  """The folder of the base model that an adapter of PEFT names.
+def _peft_base(folder: epath.Path) -> epath.Path:
+  """The folder of a PEFT adapter's base model.
 
   Raises:
-    UserError: it names none, or one that is not there.
+    UserError: the adapter names no base, or one that does not exist.
   """
   path = folder / "adapter_config.json"
   raw = stored_tensors.read_json(path)
   name = raw.get("base_model_name_or_path")
   if not name:
     raise UserError(
-      f"{path}: base_model_name_or_path is empty; name the folder of the adapter's "
-      "base model there."
+      f"{path}: base_model_name_or_path is empty; set it to the folder of the adapter's base model."
     )
   is_hub = model_hub.is_name(name) and "@" not in name and not epath.Path(name).exists()
   try:
@@ -264,14 +253,13 @@ def peft_base(folder: epath.Path) -> epath.Path:
     raise UserError(f"{path}: base_model_name_or_path={name!r}: {error}") from error
   if not base.exists():
     raise UserError(
-      f"{path}: base_model_name_or_path={name!r} does not exist; name the folder of the base model "
-      "there."
+      f"{path}: base_model_name_or_path={name!r} does not exist; set it to the base model's folder."
     )
   return base
 
 
 def _overlaid(base: epath.Path, adapter: epath.Path) -> epath.Path:
-  """A local folder with the configs of a base model and the tokenizer of its adapter."""
+  """A local copy of a base model's configs, overlaid with its adapter's configs and tokenizer."""
   folder = epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
   for name in hf_tokenizers.CONFIG_FILES:
     if (base / name).exists():
@@ -281,37 +269,33 @@ def _overlaid(base: epath.Path, adapter: epath.Path) -> epath.Path:
 
 
 def _copy_about(source: epath.Path, folder: epath.Path) -> None:
-  """Copies a folder's configs and its tokenizer's files."""
+  """Copies a folder's config and tokenizer files."""
   for name in (*hf_tokenizers.CONFIG_FILES, *hf_tokenizers.files(source)):
     if (source / name).exists():
       (folder / name).parent.mkdir(exist_ok=True)
       (source / name).copy(folder / name, overwrite=True)
 
 
-def load_tokenizer(folder: epath.Path) -> transformers.PreTrainedTokenizerFast:
+def _load_tokenizer(folder: epath.Path) -> transformers.PreTrainedTokenizerFast:
   """The tokenizer of a policy folder or Hugging Face folder; errors as in `hf_tokenizers.load`."""
   return hf_tokenizers.load(tokenizer_folder(folder))
 
 
 def load_token_text(folder: epath.Path) -> tuple[transformers.PreTrainedTokenizerFast, TokenText]:
-  """A folder's tokenizer and the bytes of its tokens, of which those that end a response have none;
-  no weights are read.
-  """
-  tokenizer = load_tokenizer(folder)
+  """A folder's tokenizer and the bytes of its tokens (none for EOS ids), without its weights."""
+  tokenizer = _load_tokenizer(folder)
   return tokenizer, TokenText(tokenizer, hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id))
 
 
 def resolve(path: str, *, weights: bool = True) -> epath.Path:
-  """A config's model.path as a folder: one of `BASES`, a folder that exists, or a model of the Hub,
-  which is fetched.
+  """The folder of a config's model.path: one of `BASES`, a folder, or a model from the Hub.
 
   Args:
-    path: as in the config.
-    weights: of a model of the Hub fetch the weights, too, and not the configs and the tokenizer
-      alone.
+    path: the value of model.path.
+    weights: whether to download weights from the Hub, or only configs and tokenizer.
 
   Raises:
-    UserError: a model of the Hub cannot be fetched.
+    UserError: the download fails.
   """
   folder = epath.Path(BASES.get(path, path)).expanduser()
   if folder.exists() or not (path.startswith("hf:") or model_hub.is_name(path)):
@@ -325,49 +309,49 @@ def resolve(path: str, *, weights: bool = True) -> epath.Path:
 
 
 def resolve_for_all(path: str) -> epath.Path:
-  """`resolve` by process 0, for all processes, which call it; the folder need not exist in the
-  others.
-  """
+  """`resolve` in process 0, broadcast to all; the folder need not exist in other processes."""
   return epath.Path(distributed.agree(os.fspath(resolve(path)) if distributed.first() else ""))
 
 
 def _kind(folder: epath.Path) -> str:
-  """What is loaded from a folder: orbax "params", a Hugging Face model's "tensors", or an adapter,
-  "peft" or "adapted".
+  """The kind of a folder.
+
+  "params" (orbax), "tensors" (Hugging Face), "adapted" (our adapter), or "peft" (PEFT's).
   """
   if (folder / _ADAPTER).exists():
     return "adapted"
-  if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+  if _is_peft(folder):
     return "peft"
-  return (
-    "tensors"
-    if stored_tensors.has_weights(folder) and not (folder / "params").exists()
-    else "params"
-  )
+  if stored_tensors.has_weights(folder) and not (folder / "params").exists():
+    return "tensors"
+  return "params"
 
 
-def _received(folder: epath.Path) -> epath.Path:
-  """Process 0's folder; in other processes a local one with its configs, tokenizer and PEFT
-  adapter. All call it.
+def _is_peft(folder: epath.Path) -> bool:
+  return (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+
+
+def _received_folder(folder: epath.Path) -> epath.Path:
+  """Sends configs, tokenizer and PEFT adapter from process 0; all processes call it.
+
+  Returns `folder` in process 0, a local copy in the others.
   """
-  names = [*hf_tokenizers.CONFIG_FILES, *_PEFT, *hf_tokenizers.files(folder)]
+  names = [*hf_tokenizers.CONFIG_FILES, *_PEFT_FILES, *hf_tokenizers.files(folder)]
   names = distributed.agree([name for name in names if (folder / name).exists()])
   copy = folder if distributed.first() else epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
   for name in names:
     (copy / name).parent.mkdir(parents=True, exist_ok=True)
     with (copy / name).open("rb" if distributed.first() else "wb") as file:
-      while piece := distributed.agree(
-        base64.b64encode(file.read(_PIECE)).decode() if distributed.first() else None
+      while message := distributed.agree(
+        base64.b64encode(file.read(_MESSAGE_BYTES)).decode() if distributed.first() else None
       ):
         if not distributed.first():
-          file.write(base64.b64decode(piece))
+          file.write(base64.b64decode(message))
   return copy
 
 
 def tokenizer_folder(folder: epath.Path) -> str:
-  """A folder from which transformers can read a policy's tokenizer: its own, or a local copy of
-  what lies in a bucket.
-  """
+  """A local folder with a policy's tokenizer: its own, or a copy of one in a bucket."""
   if "://" not in os.fspath(folder):
     return os.fspath(folder)
   copy = epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
@@ -376,22 +360,18 @@ def tokenizer_folder(folder: epath.Path) -> str:
 
 
 def files_identity(folder: epath.Path) -> str:
-  """Tells one base model's files from another's: their names and sizes, and 16 samples of 64 KiB of
-  each.
+  """A hash of a base model's files: names, sizes, and 16 samples of 64 KiB of each file.
 
-  Reading all of a large model only to open a stage would take too long; training changes nearly all
-  of them.
+  Hashing a whole large model would take too long, and training changes nearly all samples.
   """
   digest = hashlib.sha256()
-  if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-    digest.update(files_identity(peft_base(folder)).encode())
-  for path in (
-    sorted(
-      path for kind in ("safetensors", "bin", "json", "jinja") for path in folder.glob(f"*.{kind}")
-    )
-    if folder.exists()
-    else []
-  ):
+  if _is_peft(folder):
+    digest.update(files_identity(_peft_base(folder)).encode())
+  paths = []
+  if folder.exists():
+    for kind in ("safetensors", "bin", "json", "jinja"):
+      paths += folder.glob(f"*.{kind}")
+  for path in sorted(paths):
     size = path.stat().length
     digest.update(f"{path.name}={size};".encode())
     with path.open("rb") as file:
@@ -402,10 +382,10 @@ def files_identity(folder: epath.Path) -> str:
 
 
 def param_shardings(model: Model | Adapter, mesh: Mesh):
-  """Where a model's parameters, or an adapter's, lie.
+  """Shardings of the parameters of a model or an adapter.
 
   Raises:
-    UserError: a dimension, or the heads, do not divide by the mesh.
+    UserError: a dimension or the number of heads is not divisible by its mesh axes.
   """
   axes = model.logical_axes()
   device_mesh.check_tree(model.abstract_params(), axes, mesh)
@@ -418,14 +398,14 @@ def param_shardings(model: Model | Adapter, mesh: Mesh):
 
 
 def _joint_fingerprint(base: Policy, params, adapter: Adapter) -> str:
-  """Hashes base and adapter, not their sum, whose rounding depends on the hardware."""
+  """Hashes base and adapter separately: the rounding of merged weights depends on the hardware."""
   parts = f"{base.fingerprint}+{checkpoints.fingerprint(params)}*{adapter.scale!r}"
   return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
 def _adapter_spec(folder: epath.Path, policy: Policy, adapter: Adapter) -> dict:
   base = os.fspath(policy.folder)
-  if (policy.folder / "fingerprint.json").exists():  # of another stage of this workdir
+  if (policy.folder / "fingerprint.json").exists():  # from another stage of this workdir
     base = os.path.relpath(base, os.fspath(folder))
   elif policy.folder in map(epath.Path, BASES.values()):
     base = policy.folder.name

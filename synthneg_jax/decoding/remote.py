@@ -1,9 +1,7 @@
-"""Rollouts from a server that holds the policy (vLLM, SGLang, or what else speaks OpenAI's
-completions), as the engine's.
+"""Rollouts from a server of OpenAI's completions API (vLLM, SGLang, ...), as an `Engine`.
 
-One request a rollout, each with a seed of its own: what is drawn does not hang on what was asked
-beside it, and servers keep the shared prefix's cache. The prompt goes out as token ids and the
-drawn ids come back, where the server can do that.
+Each rollout is one request with its own seed, so results do not depend on concurrent requests, and
+servers cache the shared prefix. Prompts and completions are token ids if the server supports them.
 """
 
 import re
@@ -21,17 +19,17 @@ _TOKEN_ID = re.compile(r"token_id:(\d+)")  # vLLM's --return-tokens-as-token-ids
 
 
 def seed_of(key: np.ndarray) -> int:
-  """A draw's key (uint32 [2]) as a number in [0, 2⁶³)."""
+  """A seed in [0, 2⁶³) from a draw's key, uint32 [2]."""
   return (int(key[0]) << 32 | int(key[1])) >> 1
 
 
 class Codec(NamedTuple):
-  """What the engine needs of the policy's tokenizer.
+  """The policy's tokenizer, as `RemoteEngine` uses it.
 
   Attributes:
-    eos_ids: the tokens that end a response; the first is added where the server leaves it out.
+    eos_ids: the tokens that end a response; the first is appended if the server omits it.
     encode: text -> ids, without special tokens.
-    decode: ids -> text, with them.
+    decode: ids -> text, with special tokens.
   """
 
   eos_ids: tuple[int, ...]
@@ -40,11 +38,11 @@ class Codec(NamedTuple):
 
 
 class RemoteEngine:
-  """Has the engine's `run` and `stats`.
+  """An engine with the same `run` and `stats` as `Engine`.
 
   Attributes:
-    stats: the engine's, 0 here, and: requests; retokenised, rollouts that came as text and were
-      tokenised once; without_logp, rollouts whose log-probs did not come.
+    stats: those of `Engine`, all 0, and: requests; retokenised, rollouts returned as text;
+      without_logp, rollouts without usable log-probs.
   """
 
   def __init__(
@@ -57,27 +55,26 @@ class RemoteEngine:
       codec: the policy's tokenizer.
       stop: strings that end a response besides EOS.
       max_new_tokens: L.
-      send_ids: send the prompt as ids and ask for ids; otherwise, and where the server refuses ids,
-        text goes both ways.
+      send_ids: send prompts as ids and request ids; if False or refused, use text both ways.
 
     Raises:
       UserError: as `Endpoint`.
     """
-    self._endpoint, self._model = Endpoint(section), section.model
-    self._eos_ids, self._encode, self._decode, self._send_ids = *codec, send_ids
-    self._stop, self._new = list(stop), max_new_tokens
-    self._ids_taken = False  # once the server has taken ids, a refusal is about something else
+    self._endpoint, self._model, self._codec = Endpoint(section), section.model, codec
+    self._stop, self._new, self._send_ids = list(stop), max_new_tokens, send_ids
+    self._accepts_ids = False  # once the server has accepted ids, a refusal has another cause
     self.stats = {"steps": 0, "busy_slots": 0, "slots": 0, "prefill_tokens": 0}
     self.stats |= {"requests": 0, "retokenised": 0, "without_logp": 0}
 
   def run(
     self, params, trunks: Sequence[Trunk], sampling: Sampling, *, longest: int = 0
   ) -> Iterator[tuple[int, list[Generation]]]:
-    """Yields (index of the trunk, its branches in the order of its items) as trunks are complete;
-    params are not read.
+    """Yields (index of the trunk, its branches in the order of its items) as trunks finish.
+
+    `params` and `longest` are ignored.
 
     Raises:
-      UserError: the server refuses, or a request brought nothing in all attempts.
+      UserError: the server refuses a request, or all attempts of a request failed.
     """
     del params, longest
     items = [(t, n) for t, trunk in enumerate(trunks) for n in range(len(trunk.forks))]
@@ -98,22 +95,22 @@ class RemoteEngine:
   def _draw(self, trunk: Trunk, number: int, sampling: Sampling) -> tuple[Generation, bool]:
     with_ids = self._send_ids
     try:
-      drawn = self._ask(trunk, number, sampling, with_ids=with_ids)
+      drawn = self._request(trunk, number, sampling, with_ids=with_ids)
     except Refused as error:
-      if not with_ids or self._ids_taken:
+      if not with_ids or self._accepts_ids:
         raise
       logging.log_first_n(
         logging.WARNING,
-        "The server refuses token ids (%s); text goes both ways, and is tokenised here.",
+        "The server refuses token ids (%s); falling back to text, tokenised locally.",
         1,
         error,
       )
       self._send_ids = False
-      return self._ask(trunk, number, sampling, with_ids=False)
-    self._ids_taken |= with_ids
+      return self._request(trunk, number, sampling, with_ids=False)
+    self._accepts_ids |= with_ids
     return drawn
 
-  def _ask(
+  def _request(
     self, trunk: Trunk, number: int, sampling: Sampling, *, with_ids: bool
   ) -> tuple[Generation, bool]:
     ids = [int(i) for i in trunk.ids[: trunk.forks[number]]]
@@ -122,7 +119,7 @@ class RemoteEngine:
       extra["top_k"] = sampling.top_k
     arguments = {
       "model": self._model,
-      "prompt": ids if with_ids else self._decode(ids),
+      "prompt": ids if with_ids else self._codec.decode(ids),
       "max_tokens": int(trunk.limits[number]) if trunk.limits else self._new,
       "temperature": sampling.temperature,
       "top_p": sampling.top_p,
@@ -141,13 +138,14 @@ class RemoteEngine:
         return response.headers, self._generation(choice)
       except Broken:
         raise
-      except Exception as error:  # the parser's; or it is no completion
+      except Exception as error:  # not a completion, or one the parser rejects
         raise Broken(f"no completion ({error})", response.text[:2000]) from error
 
     return self._endpoint.call(send)[1]
 
   def _generation(self, choice) -> tuple[Generation, bool]:
-    """A choice as (branch, whether its text had to be tokenised)."""
+    """(branch, whether its text had to be tokenised) of a choice."""
+    decode, eos_ids = self._codec.decode, self._codec.eos_ids
     ids, logprobs = getattr(choice, "token_ids", None), choice.logprobs
     tokens = (logprobs.tokens if logprobs else None) or []
     logp = (logprobs.token_logprobs if logprobs else None) or None
@@ -155,24 +153,22 @@ class RemoteEngine:
       ids = [int(_TOKEN_ID.fullmatch(token).group(1)) for token in tokens]
     retokenised = ids is None
     if retokenised:
-      ids = self._encode(choice.text)
-      if [token.encode() for token in tokens] != [self._decode([i]).encode() for i in ids]:
-        logp = None  # they are of other tokens
+      ids = self._codec.encode(choice.text)
+      if [token.encode() for token in tokens] != [decode([i]).encode() for i in ids]:
+        logp = None  # of other tokens
     ids = list(ids)
-    at_string = choice.finish_reason == "stop" and any(
-      stop in self._decode(ids) for stop in self._stop
+    stopped = choice.finish_reason == "stop"
+    # vLLM's stop_reason is the stop string; None after EOS.
+    at_string = isinstance(getattr(choice, "stop_reason", None), str) or any(
+      stop in decode(ids) for stop in self._stop
     )
-    named = getattr(choice, "stop_reason", None)  # vLLM: the stop string; none where EOS ended it
-    ended = bool(ids) and ids[-1] in self._eos_ids
-    if (
-      choice.finish_reason == "stop" and not at_string and not isinstance(named, str) and not ended
-    ):
-      ids.append(self._eos_ids[0])  # its author stopped here; the server left EOS out
+    if stopped and not at_string and not (ids and ids[-1] in eos_ids):
+      ids.append(eos_ids[0])  # the model ended the response, and the server omitted EOS
     if logp is not None and (len(logp) != len(ids) or any(value is None for value in logp)):
       logp = None
-    if ids and ids[-1] in self._eos_ids:
+    if ids and ids[-1] in eos_ids:
       finish = "eos"
     else:
-      finish = "stop" if choice.finish_reason == "stop" else "length"
+      finish = "stop" if stopped else "length"
     logp = None if logp is None else np.asarray(logp, np.float32)
     return Generation(np.asarray(ids, np.int32), logp, logp, finish), retokenised

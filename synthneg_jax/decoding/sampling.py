@@ -1,6 +1,4 @@
-"""Drawing a token from logits: temperature, top-k, top-p, inverse CDF without sorting the
-vocabulary.
-"""
+"""Draws tokens from logits: temperature, top-k, top-p, and an inverse CDF without sorting."""
 
 import dataclasses
 
@@ -13,9 +11,9 @@ class Sampling:
   """How tokens are drawn.
 
   Attributes:
-    temperature: divides the logits; 0 takes the most likely token.
-    top_k: only the k most likely tokens; 0 for all.
-    top_p: only the smallest set of most likely tokens with this much probability (after
+    temperature: divides the logits; 0 for greedy decoding.
+    top_k: keeps the k most likely tokens; 0 for all.
+    top_p: keeps the smallest set of most likely tokens with this total probability (after
       temperature); 1 for all.
   """
 
@@ -27,8 +25,7 @@ class Sampling:
 def inverse_cdf(prob_V: jax.Array, uniform: jax.Array) -> jax.Array:
   """The first index whose cumulative probability exceeds uniform · Σ prob.
 
-  Searched in two levels, a block of about √V, then within it. Never returns an index of probability
-  0.
+  It searches blocks of about √V, then within one block. It never returns an index of probability 0.
 
   Args:
     prob_V: [V], not necessarily normalised.
@@ -42,31 +39,29 @@ def inverse_cdf(prob_V: jax.Array, uniform: jax.Array) -> jax.Array:
     cumulative_N = jnp.cumsum(weight_N)
     index = jnp.sum(cumulative_N <= target).astype(jnp.int32)
     last = jnp.int32(weight_N.size - 1) - jnp.argmax(weight_N[::-1] > 0).astype(jnp.int32)
-    index = jnp.minimum(index, last)  # rounding may put the target beyond the last sum
+    index = jnp.minimum(index, last)  # rounding may put the target above the total
     return index, target - (cumulative_N[index] - weight_N[index])
 
   size = 1 << (prob_V.size.bit_length() // 2)
   blocks = jnp.pad(prob_V, (0, -prob_V.size % size)).reshape(-1, size)
   weight_N = jnp.sum(blocks, axis=1)
   block, rest = search(weight_N, uniform * jnp.sum(weight_N))
-  # A block's sum and its own cumulative sum may differ in the last bit: below 0 would be an index
-  # of probability 0.
+  # A block's sum and its cumulative sum may differ in the last bit; a negative target would select
+  # an index of probability 0.
   return block * size + search(blocks[block], jnp.maximum(rest, 0.0))[0]
 
 
 def uniforms(key_data: jax.Array, count: int) -> jax.Array:
-  """The uniform numbers in [0, 1) of an item's first `count` tokens: place t takes its key folded
-  with t.
-  """
+  """Uniform numbers in [0, 1) for an item's first `count` tokens: token t folds t into the key."""
 
-  def uniform(place):
-    return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_data), place))
+  def uniform(t):
+    return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_data), t))
 
   return jax.vmap(uniform)(jnp.arange(count))
 
 
 def draw(logits_V: jax.Array, key: jax.Array, sampling: Sampling):
-  """Draws one token with a key of its own: `pick` with the key's uniform number."""
+  """Draws one token with a key: `pick` with the key's uniform number."""
   return pick(logits_V, jax.random.uniform(key), sampling)
 
 
@@ -93,7 +88,7 @@ def pick(logits_V: jax.Array, uniform: jax.Array, sampling: Sampling):
   if sampling.top_p < 1:
     prob_V = jax.nn.softmax(scaled_V)
     sorted_V = jnp.sort(prob_V)[::-1]
-    # A token stays if what is more likely than it has less than top_p.
+    # Keep a token if the more likely ones have less than top_p together.
     inside = jnp.cumsum(sorted_V) - sorted_V < sampling.top_p
     floor = jnp.min(jnp.where(inside, sorted_V, jnp.inf))
     scaled_V = jnp.where(prob_V >= floor, scaled_V, -jnp.inf)

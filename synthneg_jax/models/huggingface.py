@@ -1,9 +1,8 @@
-"""Reads and writes Hugging Face folders: config.json, *.safetensors and the tokenizer's files;
-models/hf_configs.py names them.
+"""Reads and writes local Hugging Face folders: config.json, weights and tokenizer files.
 
-Our matrices are the transposes of theirs ([in, out] against [out, in]) and stand stacked over
-layers; rotary pairs are the same, so that no row moves. Neither direction needs torch, but for
-weights in torch's own format. Folders are local.
+models/hf_configs.py maps configs and tensor names. Our matrices are stacked over layers and
+transposed ([in, out] instead of [out, in]); rotary pairs are the same, so rows keep their order.
+Torch is needed only to read weights in torch's own format.
 """
 
 import dataclasses
@@ -29,8 +28,7 @@ from synthneg_jax.runtime import device_mesh, distributed
 from synthneg_jax.runtime.errors import UserError
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
-# rows of the embedding that are on the host at a time when a head is compared with it
-_ROWS_COMPARED = 4096
+_ROWS_COMPARED = 4096  # rows per read when a head is compared with the embedding
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -43,167 +41,165 @@ def read_config(
   remat: str,
   max_length: int = 0,
 ) -> ModelConfig:
-  """The architecture that config.json describes; the other arguments are ModelConfig's.
+  """The architecture described by a folder's config.json.
 
   Args:
-    folder: holds config.json.
-    dtype, param_dtype, scan_layers, remat: as ModelConfig has them.
-    max_length: tokens of the longest text of the run, by which longrope's factors are chosen.
+    folder: contains config.json.
+    dtype, param_dtype, scan_layers, remat: as in ModelConfig.
+    max_length: tokens of the longest text of the run; selects longrope's factors.
 
   Raises:
-    UserError: config.json is missing or broken, lacks a size, or asks for what the decoder does not
-      compute.
+    UserError: config.json is missing or invalid, lacks a size, or has an option that the decoder
+      does not implement.
   """
   path = epath.Path(folder) / "config.json"
-  settings = {
-    "dtype": dtype,
-    "param_dtype": param_dtype,
-    "scan_layers": scan_layers,
-    "remat": remat,
-  }
-  return hf_configs.read(stored_tensors.read_json(path), path, max_length=max_length, **settings)
+  return hf_configs.read(
+    stored_tensors.read_json(path),
+    path,
+    max_length=max_length,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    scan_layers=scan_layers,
+    remat=remat,
+  )
 
 
 def untie_other_head(folder: epath.PathLike, config: ModelConfig) -> ModelConfig:
-  """The same architecture, untied where the folder holds an lm_head.weight that differs from the
-  embedding.
+  """Sets tie_embeddings to False if the folder's lm_head.weight differs from the embedding.
 
-  Some trainers leave `tie_word_embeddings: true` in config.json when they have trained a head of
-  its own.
+  Some trainers leave `tie_word_embeddings: true` in config.json after training a separate head.
 
   Raises:
     UserError: a file is missing or corrupt.
   """
   if not config.tie_embeddings:
     return config
-  tensors, places = stored_tensors.read(folder), hf_configs.tensor_locations(config)
-  embedding, head = (
-    tensors.get(places[f"ends/{end}"].name) for end in ("embedding", "unembedding")
-  )
-  if embedding is None or head is None:
+  tensors, locations = stored_tensors.read(folder), hf_configs.tensor_locations(config)
+  embedding = tensors.get(locations["ends/embedding"].name)
+  head = tensors.get(locations["ends/unembedding"].name)
+  if embedding is None or head is None or _equal(embedding, head):
     return config
-  if embedding.shape == head.shape:
-    count, columns = embedding.shape
-    spans = [
-      (slice(at, min(at + _ROWS_COMPARED, count)), slice(0, columns))
-      for at in range(0, count, _ROWS_COMPARED)
-    ]
-    if all(np.array_equal(_wide(embedding.read(span)), _wide(head.read(span))) for span in spans):
-      return config
   logging.info(
-    "%s: tie_word_embeddings is true, but %s differs from the embedding; the head is kept, untied.",
+    "%s: tie_word_embeddings is true, but %s differs from the embedding; keeping an untied head.",
     folder,
     head.name,
   )
   return dataclasses.replace(config, tie_embeddings=False)
 
 
+def _equal(a: stored_tensors.Tensor, b: stored_tensors.Tensor) -> bool:
+  """Whether two matrices are equal, whatever their dtypes; reads them in blocks of rows."""
+  if a.shape != b.shape:
+    return False
+  num_rows, columns = a.shape
+  for start in range(0, num_rows, _ROWS_COMPARED):
+    block = (slice(start, min(start + _ROWS_COMPARED, num_rows)), slice(0, columns))
+    if not np.array_equal(_widen(a.read(block)), _widen(b.read(block))):
+      return False
+  return True
+
+
 def load_params(
   folder: epath.PathLike, model: Model, shardings, *, is_sent: bool = False
 ) -> Params:
-  """The parameters of a Hugging Face folder, cast to the model's param_dtype, each read straight
-  into its layout.
+  """Reads the parameters of a Hugging Face folder into their shardings, cast to param_dtype.
 
-  Names and shapes are checked before any tensor is read. Of every tensor only the parts that this
-  process's devices hold are read; the host holds those of one stacked parameter at a time, and one
-  tensor's part of it as the file has it.
+  Names and shapes are checked before any tensor is read. Each process reads only the parts for its
+  devices. Host memory is bounded by one stacked parameter plus one tensor in the file's dtype.
 
   Args:
-    folder: as `stored_tensors.read` takes it.
-    model: as `read_config` describes it.
+    folder: as in `stored_tensors.read`.
+    model: its config is from `read_config`.
     shardings: a tree like the parameters.
-    is_sent: process 0 alone reads the folder, whole, and sends it to the others: of stacked
-      parameters a layer at a time.
+    is_sent: process 0 alone reads the folder and sends it to the others, one layer of a stacked
+      parameter at a time.
 
   Raises:
-    UserError: a file is missing or corrupt; a tensor is missing, has no place in the model, or has
-      another shape or a dtype other than float64, float32, float16 or bfloat16.
+    UserError: a file is missing or corrupt, or a tensor is missing, unexpected, of another shape,
+      or of a dtype other than float64, float32, float16 and bfloat16.
   """
-  places, abstract = hf_configs.tensor_locations(model.config), model.abstract_params()
-  tensors = (
-    _checked_tensors(epath.Path(folder), model, places)
-    if distributed.first() or not is_sent
-    else {}
-  )
+  locations, abstract = hf_configs.tensor_locations(model.config), model.abstract_params()
+  tensors = {}
+  if distributed.first() or not is_sent:
+    tensors = _checked_tensors(epath.Path(folder), model, locations)
 
   def load(key_path, leaf, sharding):
-    place, read = places[_path(key_path)], {}
+    location, parts = locations[_path(key_path)], {}
 
-    def rows(span):
-      return slice(span.start + place.start, span.stop + place.start)
+    def read_part(spans):
+      slices = [slice(*span) for span in spans]
+      if "{}" not in location.name:
+        return np.asarray(tensors[location.name].read(tuple(slices)), leaf.dtype)
+      outputs, *inputs = slices[:0:-1]  # tensors are transposed, and have no layers
+      rows = slice(outputs.start + location.start, outputs.stop + location.start)
+      value = np.empty([stop - start for start, stop in spans], leaf.dtype)
+      for i, layer in enumerate(range(*spans[0])):
+        value[i].T[...] = tensors[location.name.format(layer)].read((rows, *inputs))
+      return value
 
     def part(index):
-      """The part of the parameter at these slices; devices with the same part share one copy."""
-      spans = tuple(span.indices(size)[:2] for span, size in zip(index, leaf.shape, strict=True))
-      if spans not in read:
-        cuts = [slice(*span) for span in spans]
-        if "{}" in place.name:
-          value = np.empty([stop - start for start, stop in spans], leaf.dtype)
-          for at, layer in enumerate(range(*spans[0])):
-            first, *others = cuts[:0:-1]
-            value[at].T[...] = tensors[place.name.format(layer)].read((rows(first), *others))
-        else:
-          value = np.asarray(tensors[place.name].read(tuple(cuts)), leaf.dtype)
-        read[spans] = value
-      return read[spans]
+      """The part of the parameter at these slices, read once for all devices that hold it."""
+      spans = tuple(i.indices(size)[:2] for i, size in zip(index, leaf.shape, strict=True))
+      if spans not in parts:
+        parts[spans] = read_part(spans)
+      return parts[spans]
+
+    def rows(span):
+      return part((span, *(slice(None),) * (leaf.ndim - 1)))
 
     if is_sent:
-
-      def read_rows(span):
-        return part((span, *(slice(None),) * (leaf.ndim - 1)))
-
-      by = 1 if "{}" in place.name else leaf.shape[0]
-      return device_mesh.from_first(leaf.shape, leaf.dtype, sharding, read_rows, rows=by)
+      rows_per_message = 1 if "{}" in location.name else leaf.shape[0]
+      return device_mesh.from_first(leaf.shape, leaf.dtype, sharding, rows, rows=rows_per_message)
     return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, part))
 
   return jax.tree_util.tree_map_with_path(load, abstract, shardings)
 
 
 def _checked_tensors(
-  folder: epath.Path, model: Model, places: Mapping[str, hf_configs.Location]
+  folder: epath.Path, model: Model, locations: Mapping[str, hf_configs.Location]
 ) -> dict[str, stored_tensors.Tensor]:
-  """The tensors of a folder, all that the model has and no others; errors as in `load_params`."""
-  tensors, wanted = stored_tensors.read(folder), _shapes(places, model.abstract_params())
-  for name, (shape, _) in wanted.items():
+  """The tensors of a folder, which must be those of the model; errors as in `load_params`."""
+  tensors, expected = stored_tensors.read(folder), _shapes(locations, model.abstract_params())
+  for name, (shape, _) in expected.items():
     if name not in tensors:
       raise UserError(f"{folder}: the tensor {name} is missing.")
-    tensor = tensors[name]
-    if tensor.dtype not in _DTYPES:
-      reason = (
-        " (quantised weights are not supported)"
-        if tensor.dtype.startswith(("F8", "F4", "F6"))
-        else ""
-      )
-      raise UserError(
-        f"{tensor.path}: the tensor {tensor.name} has dtype {tensor.dtype}, not one of "
-        f"{', '.join(_DTYPES)}{reason}."
-      )
-    if tensor.shape != shape:
-      raise UserError(
-        f"{tensor.path}: the tensor {tensor.name} has shape {tensor.shape}, not {shape}."
-      )
-  for name in sorted(set(tensors) - set(wanted)):
-    tied = model.config.tie_embeddings and name == places["ends/unembedding"].name
+    _check_tensor(tensors[name], shape)
+  for name in sorted(set(tensors) - set(expected)):
+    tied = model.config.tie_embeddings and name == locations["ends/unembedding"].name
     if not tied and not name.endswith("rotary_emb.inv_freq"):
-      _refuse_extra(tensors[name])
+      _refuse_unexpected(tensors[name])
   return tensors
 
 
-def _refuse_extra(tensor: stored_tensors.Tensor) -> None:
-  """Refuses a tensor that has no place in the model, with the reason where it is known."""
+def _check_tensor(tensor: stored_tensors.Tensor, shape: tuple[int, ...]) -> None:
+  if tensor.dtype not in _DTYPES:
+    is_quantised = tensor.dtype.startswith(("F8", "F4", "F6"))
+    reason = " (quantised weights are not supported)" if is_quantised else ""
+    raise UserError(
+      f"{tensor.path}: the tensor {tensor.name} has dtype {tensor.dtype}, not one of "
+      f"{', '.join(_DTYPES)}{reason}."
+    )
+  if tensor.shape != shape:
+    raise UserError(
+      f"{tensor.path}: the tensor {tensor.name} has shape {tensor.shape}, not {shape}."
+    )
+
+
+def _refuse_unexpected(tensor: stored_tensors.Tensor) -> None:
+  """Refuses a tensor that the model does not have, with the reason if it is known."""
   where = f"{tensor.path}: the tensor {tensor.name}"
   if tensor.name.startswith("v_head."):
     raise UserError(
       f"{where} belongs to a value head (TRL's AutoModelForCausalLMWithValueHead), which is not "
-      "part of a policy; save the model without it (its attribute pretrained_model)."
+      "part of a policy: save its attribute pretrained_model instead."
     )
   if tensor.name.endswith(("weight_scale_inv", "weight_scale", "input_scale", "qweight", "qzeros")):
-    raise UserError(f"{where} belongs to quantised weights, which are not supported.")
+    raise UserError(f"{where} belongs to quantised weights (such as FP8), which are not supported.")
   raise UserError(f"{where} is not part of this model.")
 
 
 def set_tie(folder: epath.PathLike, tie_embeddings: bool) -> None:
-  """Has config.json say whether the head is the embedding, where it says otherwise."""
+  """Corrects tie_word_embeddings in config.json, if the key is present."""
   path = epath.Path(folder) / "config.json"
   raw = stored_tensors.read_json(path)
   if "tie_word_embeddings" in raw and bool(raw["tie_word_embeddings"]) != tie_embeddings:
@@ -219,22 +215,20 @@ def save(
   eos_ids: Sequence[int] = (),
   max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-  """Writes a folder that transformers.AutoModelForCausalLM loads; a killed call leaves nothing
-  under its name.
+  """Writes a folder that transformers.AutoModelForCausalLM loads.
 
-  Parameters keep their dtype and their bits. One file of weights and one parameter are on the host
-  at a time.
+  Parameters are written bit for bit, and the folder is renamed into place when complete. Host
+  memory is bounded by one file of weights plus one parameter.
 
   Args:
-    folder: made with its parents; it must be empty or not there.
+    folder: created with its parents; must not exist or be empty.
     model: the architecture.
-    params: stacked parameters; this process must be able to address every device's part.
-    tokenizer_folder: its tokenizer is copied, its special ids and max_position_embeddings stand in
-      config.json, and its generation_config.json, where it has one, is copied too. Both configs
-      name all ids that end a turn.
-    eos_ids: all ids that end a turn; where there are none, those of tokenizer_folder.
-    max_shard_bytes: a file of weights is larger only where one tensor is; several files get an
-      index.
+    params: stacked parameters, fully addressable by this process.
+    tokenizer_folder: the folder from which the tokenizer, generation_config.json, special ids and
+      max_position_embeddings are copied; None for none of these.
+    eos_ids: all ids that end a turn, written to both configs; by default those of tokenizer_folder.
+    max_shard_bytes: maximum size of a file of weights with more than one tensor; several files get
+      an index.
 
   Raises:
     UserError: the folder is in use or cannot be written, the tokenizer cannot be read, or
@@ -243,15 +237,10 @@ def save(
   folder, c = epath.Path(folder), model.config
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise UserError(f"{folder} already exists and is not an empty folder.")
-  special, positions, files = (
-    dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
-    None,
-    [],
-  )
-  generation = {}
+  special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+  positions, files, generation = None, [], {}
   if tokenizer_folder is not None:
-    # transformers is slow to import; only tokenizers need it
-    from synthneg_jax.models import hf_tokenizers
+    from synthneg_jax.models import hf_tokenizers  # imports transformers, which is slow
 
     source = epath.Path(tokenizer_folder)
     tokenizer = hf_tokenizers.load(source)
@@ -269,7 +258,7 @@ def save(
   config = special | hf_configs.write(c, positions)
   partial = folder.parent / f".{folder.name}.partial"
   try:
-    shutil.rmtree(os.fspath(partial), ignore_errors=True)  # of a killed call
+    shutil.rmtree(os.fspath(partial), ignore_errors=True)  # left by an interrupted call
     partial.mkdir(parents=True)
     for file in files:
       (partial / file).parent.mkdir(exist_ok=True)
@@ -282,51 +271,46 @@ def save(
     raise UserError(f"{folder} cannot be written ({error}).") from error
 
 
-def _wide(values: np.ndarray) -> np.ndarray:
-  return values.astype(
-    np.promote_types(values.dtype, np.float32) if values.dtype.kind == "f" else np.float32
-  )
+def _widen(values: np.ndarray) -> np.ndarray:
+  """Casts to float32 or wider; bfloat16's kind is not "f"."""
+  is_numpy_float = values.dtype.kind == "f"
+  return values.astype(np.promote_types(values.dtype, np.float32) if is_numpy_float else np.float32)
 
 
 def _path(key_path) -> str:
   return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
-def _grouped(places: Mapping[str, hf_configs.Location], params):
-  """The parameters that share a tensor: its name -> leaves in the order of their rows."""
+def _by_tensor(locations: Mapping[str, hf_configs.Location], params) -> dict[str, list]:
+  """The parameters that share each tensor, in the order of their rows."""
   groups = {}
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    place = places[_path(key_path)]
-    groups.setdefault(place.name, []).append((place.start, leaf))
-  return {
-    name: [leaf for _, leaf in sorted(parts, key=lambda part: part[0])]
-    for name, parts in groups.items()
-  }
+    location = locations[_path(key_path)]
+    groups.setdefault(location.name, {})[location.start] = leaf
+  return {name: [leaf for _, leaf in sorted(group.items())] for name, group in groups.items()}
 
 
 def _shapes(
-  places: Mapping[str, hf_configs.Location], params
+  locations: Mapping[str, hf_configs.Location], params
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """Shape and dtype of all tensors by their Hugging Face names."""
   shapes = {}
-  for name, leaves in _grouped(places, params).items():
-    shape = leaves[0].shape
+  for name, leaves in _by_tensor(locations, params).items():
+    shape, dtype = leaves[0].shape, leaves[0].dtype
     if "{}" in name:
-      rows, *others = shape[:0:-1]
       rows = sum(leaf.shape[-1] for leaf in leaves)
-      shapes |= {
-        name.format(layer): ((rows, *others), leaves[0].dtype) for layer in range(shape[0])
-      }
+      transposed = (rows, *shape[1:-1])
+      shapes |= {name.format(layer): (transposed, dtype) for layer in range(shape[0])}
     else:
-      shapes[name] = (shape, leaves[0].dtype)
+      shapes[name] = (shape, dtype)
   return shapes
 
 
-def _tensors(places: Mapping[str, hf_configs.Location], params) -> Iterator[tuple[str, np.ndarray]]:
-  """(Hugging Face name, array on the host) of all tensors; the parameters that one name stands for
-  are there at a time.
-  """
-  for name, leaves in _grouped(places, params).items():
+def _tensors(
+  locations: Mapping[str, hf_configs.Location], params
+) -> Iterator[tuple[str, np.ndarray]]:
+  """(Hugging Face name, array on the host) of all tensors, fetching one name's at a time."""
+  for name, leaves in _by_tensor(locations, params).items():
     values = [np.asarray(jax.device_get(leaf)) for leaf in leaves]
     if "{}" not in name:
       yield name, values[0]
@@ -336,28 +320,27 @@ def _tensors(places: Mapping[str, hf_configs.Location], params) -> Iterator[tupl
       yield name.format(layer), views[0] if len(views) == 1 else np.concatenate(views)
 
 
-def _write_weights(folder: epath.Path, places, params: Params, *, max_shard_bytes: int) -> None:
+def _write_weights(folder: epath.Path, locations, params: Params, *, max_shard_bytes: int) -> None:
   shard_of, sizes = {}, [0]
-  for name, (shape, dtype) in _shapes(places, params).items():
+  for name, (shape, dtype) in _shapes(locations, params).items():
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if sizes[-1] and sizes[-1] + size > max_shard_bytes:
       sizes.append(0)
     sizes[-1] += size
     shard_of[name] = len(sizes) - 1
   count = len(sizes)
-  files = (
-    [_SINGLE]
-    if count == 1
-    else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-  )
+  files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+  if count == 1:
+    files = [_SINGLE]
 
-  for shard, group in itertools.groupby(
-    _tensors(places, params), lambda tensor: shard_of[tensor[0]]
-  ):
+  def shard_of_tensor(tensor):
+    return shard_of[tensor[0]]
+
+  for shard, group in itertools.groupby(_tensors(locations, params), shard_of_tensor):
     path = os.fspath(folder / files[shard])
     contents = {name: np.ascontiguousarray(view) for name, view in group}
     safetensors.numpy.save_file(contents, path, metadata={"format": "pt"})
-    # save_file makes files that only their owner reads
+    # save_file creates files that only their owner can read.
     shutil.copymode(os.fspath(folder / "config.json"), path)
   if count > 1:
     weight_map = {name: files[shard] for name, shard in shard_of.items()}

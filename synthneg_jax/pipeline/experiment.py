@@ -14,6 +14,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
+from synthneg_jax.core.geometry import Lanes
 from synthneg_jax.data.records import Problem, Shards
 from synthneg_jax.decoding.engine import Engine, Work, fit
 from synthneg_jax.decoding.policy import BASES, Policy, files_identity, resolve, resolve_for_all
@@ -111,10 +112,9 @@ class Experiment:
           policy.model,
           self.mesh,
           work(),
+          fixed=Lanes(lanes, slots),
           max_new_tokens=new,
           memory=memory,
-          lanes=lanes,
-          slots=slots,
         )
         logging.info(
           "%s: %d lanes of %d slots, filled by %d, are chosen; %.0f %% of slots are expected to be "
@@ -137,10 +137,8 @@ class Experiment:
       policy.model,
       self.mesh,
       policy.stops(c.stop),
-      lanes=lanes,
-      slots=slots,
+      lanes=Lanes(lanes, slots, refill),
       max_new_tokens=new,
-      refill=refill,
     )
 
 

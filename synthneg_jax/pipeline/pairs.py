@@ -149,9 +149,9 @@ class Builder:
       step,
       siblings=self._siblings(trace, step),
       after=after,
-      continuation=self._section.continuation,
-      choice=self._section.choice,
-      rng=np.random.default_rng(seed),
+      rule=core.ChosenRule(
+        self._section.continuation, self._section.choice, np.random.default_rng(seed)
+      ),
     )
     return Candidate(trace, step, pair)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from jax.sharding import Mesh
 
-from synthneg_jax.core.geometry import Rows
+from synthneg_jax.core.geometry import RowOptions, Rows
 from synthneg_jax.core.tree import Branch, sharing
 from synthneg_jax.data import prompts
 from synthneg_jax.data.records import Problem
@@ -139,15 +139,17 @@ def plan(
       max_steps=section.max_steps,
       seed=experiment.config.seed,
     ),
-    row_length=section.row_length,
-    row_shards=device_mesh.row_shards(experiment.mesh),
-    microbatches=section.grad_accum_steps,
-    room=room(
-      model,
-      section,
-      experiment.mesh,
-      length=longest_tree(experiment.config, section),
-      memory=device_mesh.memory(),
+    row_options=RowOptions(
+      length=section.row_length,
+      shards=device_mesh.row_shards(experiment.mesh),
+      microbatches=section.grad_accum_steps,
+      max_tokens=room(
+        model,
+        section,
+        experiment.mesh,
+        length=longest_tree(experiment.config, section),
+        memory=device_mesh.memory(),
+      ),
     ),
     settle=settle,
   )

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from synthneg_jax.core import losses
+from synthneg_jax.core.geometry import Lanes
 from synthneg_jax.core.tree import PackedTrees
 from synthneg_jax.decoding import engine, policy
 from synthneg_jax.decoding.decode import DecodeSpec, Geometry, Stops, state_shardings
@@ -312,10 +313,9 @@ class Recipe:
         self.model,
         self.mesh,
         work,
+        fixed=Lanes(lanes, slots),
         max_new_tokens=c.max_new_tokens,
         memory=self._memory,
-        lanes=lanes,
-        slots=slots,
       )
       lanes, slots, refill = chosen.lanes, chosen.slots, chosen.refill
     shards = device_mesh.row_shards(self.mesh)

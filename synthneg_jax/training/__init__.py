@@ -1,1 +1,1 @@
-"""Batches of token trees, the train step, and the one train loop."""
+"""Batches of token trees, the train step, and the train loop."""

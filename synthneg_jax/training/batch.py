@@ -1,4 +1,4 @@
-"""A training batch: rows of packed trees, the tokens that are scored, and pairs of branches."""
+"""A training batch: rows of packed trees, their scored tokens, and pairs of branches."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,9 +11,7 @@ from synthneg_jax.core import tree as tree_lib
 
 @dataclasses.dataclass(frozen=True)
 class PairInTree:
-  """Two branches of one tree, by their numbers in it from 0, with the reference's summed log-probs
-  in nats.
-  """
+  """Branch numbers of a pair in its tree, with the reference's summed log-probs in nats."""
 
   chosen: int
   rejected: int
@@ -23,9 +21,7 @@ class PairInTree:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """What one problem brings to a batch: a tree and the pairs among its branches (none for SFT and
-  RFT).
-  """
+  """A tree and the pairs among its branches; SFT and RFT have no pairs."""
 
   tree: tree_lib.Tree
   pairs: tuple[PairInTree, ...] = ()
@@ -38,15 +34,15 @@ class Batch:
 
   Attributes:
     trees: fields [R, T].
-    scored_at: int32 [R, S], row indices of the scored tokens, -1 beyond them; logits exist at their
-      parents only.
-    advantage: float32 [R, S], of the scored tokens' steps; 0 beyond them.
-    branch_end: int32 [R, B], row indices of the branches' last tokens, -1 beyond them.
-    chosen, rejected: int32 [R, P], the pairs' places in `branch_end`; -1 where there is no pair.
+    scored_at: int32 [R, S], row indices of the scored tokens, padded with -1. Logits are computed
+      only at their parents.
+    advantage: float32 [R, S], of the scored tokens' steps, padded with 0.
+    branch_end: int32 [R, B], row indices of the branches' last tokens, padded with -1.
+    chosen, rejected: int32 [R, P], indices into `branch_end`, padded with -1.
     ref_chosen, ref_rejected: float32 [R, P], summed log-probs under the reference, nats.
-    num_scored: float32 [], scored tokens of the whole batch's branches, over all rows, devices and
-      accumulation steps; a token that branches share counts in each of them.
-    num_pairs: float32 [], pairs of the whole batch.
+    num_scored: float32 [], number of scored tokens over all rows, devices and accumulation steps; a
+      shared token counts once per branch.
+    num_pairs: float32 [], number of pairs, likewise.
   """
 
   trees: tree_lib.PackedTrees
@@ -63,9 +59,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """The sizes that one compiled program takes: rows, tokens a row, scored tokens a row, pairs and
-  branches a row.
-  """
+  """Sizes of a compiled program: rows; tokens, scored tokens, pairs and branches per row."""
 
   rows: int
   length: int
@@ -75,7 +69,7 @@ class Shape:
 
 
 def assign_rows(examples: Sequence[Example], length: int) -> list[list[int]]:
-  """First-fit of the examples' trees into rows of `length` tokens."""
+  """Packs the examples' trees into rows of `length` tokens by first fit."""
   return tree_lib.first_fit([example.tree.num_tokens for example in examples], length)
 
 
@@ -83,16 +77,16 @@ def measure(examples: Sequence[Example], length: int) -> Shape:
   """The smallest shape that holds these examples as one batch."""
   rows = assign_rows(examples, length)
 
-  def widest(count):
-    """The most that a row holds of what `count` counts in an example."""
+  def max_per_row(count):
+    """The maximum over rows of `count` summed over the row's examples."""
     return max((sum(count(examples[i]) for i in row) for row in rows), default=0)
 
   return Shape(
     rows=max(len(rows), 1),
     length=length,
-    scored=max(widest(lambda example: example.tree.num_scored), 1),
-    pairs=widest(lambda example: len(example.pairs)),
-    branches=widest(lambda example: example.tree.num_branches),
+    scored=max(max_per_row(lambda example: example.tree.num_scored), 1),
+    pairs=max_per_row(lambda example: len(example.pairs)),
+    branches=max_per_row(lambda example: example.tree.num_branches),
   )
 
 
@@ -100,48 +94,44 @@ def build(examples: Sequence[Example], shape: Shape) -> Batch:
   """Packs examples into a batch of numpy arrays of the given shape.
 
   Raises:
-    ValueError: the shape is too small for them.
+    ValueError: the shape is too small.
   """
   rows = assign_rows(examples, shape.length)
   if len(rows) > shape.rows:
     raise ValueError(f"{len(examples)} examples need {len(rows)} rows; the shape has {shape.rows}.")
   rows = rows + [[]] * (shape.rows - len(rows))
   trees = tree_lib.pack([[examples[i].tree for i in row] for row in rows], shape.length)
-  scored_at = np.full((shape.rows, shape.scored), -1, np.int32)
-  advantage = np.zeros((shape.rows, shape.scored), np.float32)
-  branch_end = np.full((shape.rows, shape.branches), -1, np.int32)
-  chosen = np.full((shape.rows, shape.pairs), -1, np.int32)
-  rejected = np.full((shape.rows, shape.pairs), -1, np.int32)
-  ref_chosen = np.zeros((shape.rows, shape.pairs), np.float32)
-  ref_rejected = np.zeros((shape.rows, shape.pairs), np.float32)
+  batch = Batch(
+    trees,
+    scored_at=np.full((shape.rows, shape.scored), -1, np.int32),
+    advantage=np.zeros((shape.rows, shape.scored), np.float32),
+    branch_end=np.full((shape.rows, shape.branches), -1, np.int32),
+    chosen=np.full((shape.rows, shape.pairs), -1, np.int32),
+    rejected=np.full((shape.rows, shape.pairs), -1, np.int32),
+    ref_chosen=np.zeros((shape.rows, shape.pairs), np.float32),
+    ref_rejected=np.zeros((shape.rows, shape.pairs), np.float32),
+    num_scored=None,
+    num_pairs=None,
+  )
   num_scored = 0
   for r, row in enumerate(rows):
-    at = np.flatnonzero(trees.scored[r])
-    scored_at[r, : len(at)] = at
-    layouts = [examples[i].tree.layout for i in row]
-    if layouts:
-      advantage[r, : len(at)] = np.concatenate(
-        [layout.advantage[layout.scored] for layout in layouts]
-      )
-    start, number, p = 0, 0, 0
+    scored_at = np.flatnonzero(trees.scored[r])
+    batch.scored_at[r, : len(scored_at)] = scored_at
+    start, scored, number, p = 0, 0, 0, 0
     for index in row:
       tree = examples[index].tree
-      branch_end[r, number : number + tree.num_branches] = start + tree.layout.end
+      end = scored + tree.num_scored
+      batch.advantage[r, scored:end] = tree.layout.advantage[tree.layout.scored]
+      batch.branch_end[r, number : number + tree.num_branches] = start + tree.layout.end
       for pair in examples[index].pairs:
-        chosen[r, p], rejected[r, p] = number + pair.chosen, number + pair.rejected
-        ref_chosen[r, p], ref_rejected[r, p] = pair.ref_chosen, pair.ref_rejected
+        batch.chosen[r, p], batch.rejected[r, p] = number + pair.chosen, number + pair.rejected
+        batch.ref_chosen[r, p], batch.ref_rejected[r, p] = pair.ref_chosen, pair.ref_rejected
         p += 1
-      start, number = start + tree.num_tokens, number + tree.num_branches
-    num_scored += int(tree_lib.sees(branch_end[r], at, trees.leave[r, at]).sum())
-  return Batch(
-    trees,
-    scored_at,
-    advantage,
-    branch_end,
-    chosen,
-    rejected,
-    ref_chosen,
-    ref_rejected,
+      start, scored, number = start + tree.num_tokens, end, number + tree.num_branches
+    leave = trees.leave[r, scored_at]
+    num_scored += int(tree_lib.sees(batch.branch_end[r], scored_at, leave).sum())
+  return dataclasses.replace(
+    batch,
     num_scored=np.float32(max(num_scored, 1)),
     num_pairs=np.float32(max(sum(len(example.pairs) for example in examples), 1)),
   )

@@ -1,6 +1,4 @@
-"""Which examples make which batch: a function of (seed, step), so that a resumed run sees what an
-unbroken one sees.
-"""
+"""Assigns examples to batches as a function of (seed, step), so resumed runs see the same data."""
 
 import dataclasses
 import functools
@@ -9,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from synthneg_jax.core import geometry
-from synthneg_jax.core.geometry import Rows
+from synthneg_jax.core.geometry import RowOptions, Rows
 from synthneg_jax.models.config import ModelConfig
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import batch as batch_lib
@@ -18,13 +16,13 @@ from synthneg_jax.training.batch import Example
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-  """How many steps there are, and what they take.
+  """Number and size of the steps of a run.
 
   Attributes:
-    batch_size: solutions (SFT, RFT) or pairs (DPO) a step.
-    num_epochs: passes over the examples; a fraction takes that share of the last pass.
-    max_steps: upper bound on the steps; 0 for none.
-    seed: of the shuffles; None for a curriculum, which takes the examples in their order.
+    batch_size: solutions (SFT, RFT) or pairs (DPO) per step.
+    num_epochs: passes over the examples; a fraction uses that share of the last pass.
+    max_steps: maximum number of steps; 0 for none.
+    seed: of the shuffles; None to keep the examples' order (a curriculum).
   """
 
   batch_size: int
@@ -36,26 +34,26 @@ class Schedule:
 def plan(weights: Sequence[int], schedule: Schedule) -> list[list[int]]:
   """The examples of each step.
 
-  Epoch after epoch, each shuffled by (seed, epoch) if there is a seed, examples are taken in order
-  until the next would make the batch weigh more than `batch_size`; batches cross the ends of
-  epochs, and only the last may be small.
+  Epochs, each shuffled by (seed, epoch) unless the seed is None, are concatenated and cut into
+  batches: a batch ends before its weight would exceed `batch_size`. Batches cross epoch boundaries.
 
   Args:
-    weights: what each example counts: its solutions (SFT, RFT) or its pairs (DPO), never more than
-      batch_size.
-    schedule: how many steps there are, and what they take.
+    weights: number of solutions (SFT, RFT) or pairs (DPO) of each example, at most batch_size.
+    schedule: number and size of the steps.
 
   Returns:
-    For each step the indices of its examples.
+    The indices of each step's examples.
 
   Raises:
-    UserError: there is no example, or none is taken, or one weighs more than a batch.
+    UserError: no examples, none within num_epochs, or one that exceeds batch_size.
   """
   batch_size, num_epochs = schedule.batch_size, schedule.num_epochs
   if not weights:
-    raise UserError("There is nothing to train on: no example is left after selection.")
+    raise UserError("Nothing to train on: selection left no examples.")
   if max(weights) > batch_size:
-    raise UserError(f"An example weighs {max(weights)}, more than batch_size={batch_size}.")
+    raise UserError(
+      f"An example has {max(weights)} solutions or pairs, more than batch_size={batch_size}."
+    )
   stream = []
   for epoch in range(int(np.ceil(num_epochs))):
     order = np.arange(len(weights))
@@ -63,7 +61,7 @@ def plan(weights: Sequence[int], schedule: Schedule) -> list[list[int]]:
       order = np.random.default_rng([schedule.seed, epoch]).permutation(order)
     stream.extend(order[: round(min(num_epochs - epoch, 1.0) * len(order))])
   if not stream:
-    raise UserError(f"num_epochs={num_epochs} of {len(weights)} example(s) trains on none of them.")
+    raise UserError(f"num_epochs={num_epochs} selects none of the {len(weights)} example(s).")
   steps, weight = [[]], 0
   for index in stream:
     if weight + weights[index] > batch_size:
@@ -75,13 +73,13 @@ def plan(weights: Sequence[int], schedule: Schedule) -> list[list[int]]:
 
 
 class Batches:
-  """All batches of a run, built when asked for.
+  """All batches of a run, built on demand.
 
   Attributes:
-    rows: how trees are laid in rows.
-    shape: the one shape that holds each of them; a step has as many rows as `rows` says, so that
-      few compiled programs serve all.
-    packing_efficiency: share of all rows' places that hold a token.
+    rows: how trees are laid out in rows.
+    shape: the shape that fits every batch; a step's number of rows is one of `rows.counts`, so few
+      programs are compiled.
+    packing_efficiency: share of the rows' capacity that is not padding.
   """
 
   def __init__(
@@ -90,33 +88,28 @@ class Batches:
     keys: Sequence[str],
     *,
     schedule: Schedule,
-    row_length: int = 0,
-    row_shards: int = 1,
-    microbatches: int = 0,
-    room: int = 0,
-    settle: Callable[[Callable[[], Rows]], Rows] = lambda choose: choose(),
+    row_options: RowOptions,
+    settle: Callable[[Callable[[], Rows]], Rows] | None = None,
   ):
     """Plans the run.
 
     Args:
       examples: trees with their pairs.
-      keys: a name for each example, for error messages.
-      schedule: how many steps there are, and what they take.
-      row_length, row_shards, microbatches, room: `length`, `shards`, `microbatches`, `room` of
-        `core.geometry.fit_rows`, which chooses what is 0. The examples of a step, and so what an
-        update means, never depend on them.
-      settle: given what chooses the rows, gives those to be used, such as ones that were chosen
-        before.
+      keys: names of the examples, for error messages.
+      schedule: number and size of the steps.
+      row_options: for `core.geometry.fit_rows`. They do not change the examples of a step.
+      settle: called with a function that chooses the rows; returns the rows to use, for instance
+        those chosen before. None to choose anew.
 
     Raises:
-      UserError: an example is longer than a row, or there is none.
+      UserError: an example is longer than a row, or there are no examples.
     """
     self._examples, self._keys = examples, keys
     for example, key in zip(examples, keys, strict=True):
-      if 0 < row_length < example.tree.num_tokens:
+      if 0 < row_options.length < example.tree.num_tokens:
         raise UserError(
           f"{key}: its tree has {example.tree.num_tokens} tokens, more than "
-          f"row_length={row_length}."
+          f"row_length={row_options.length}."
         )
     weights = [
       max(len(example.pairs), 1) if example.pairs else example.tree.num_branches
@@ -124,21 +117,13 @@ class Batches:
     ]
     self._steps = plan(weights, schedule)
     sizes = [[examples[i].tree.num_tokens for i in step] for step in self._steps]
-    self.rows = settle(
-      functools.partial(
-        geometry.fit_rows,
-        sizes,
-        length=row_length,
-        shards=row_shards,
-        microbatches=microbatches,
-        room=room,
-      )
-    ).split(row_shards)
+    choose = functools.partial(geometry.fit_rows, sizes, row_options)
+    self.rows = (settle(choose) if settle else choose()).split(row_options.shards)
     self._steps = [
-      [step[i] for i in self.rows.order(of_step)]
-      for step, of_step in zip(self._steps, sizes, strict=True)
+      [step[i] for i in self.rows.order(step_sizes)]
+      for step, step_sizes in zip(self._steps, sizes, strict=True)
     ]
-    self._num_rows = list(map(self.rows.needed, sizes))
+    self._num_rows = [self.rows.needed(step_sizes) for step_sizes in sizes]
     shapes = [
       batch_lib.measure([examples[i] for i in step], self.rows.length) for step in self._steps
     ]
@@ -157,19 +142,19 @@ class Batches:
 
   @property
   def num_steps(self) -> int:
-    """How many batches there are."""
+    """Number of batches."""
     return len(self._steps)
 
-  def num_places(self, step: int) -> int:
-    """Places for tokens in the batch of a step, filled or not."""
+  def capacity(self, step: int) -> int:
+    """Tokens in the batch of a step, including padding."""
     return self._num_rows[step] * self.rows.length
 
   def num_tokens(self, step: int) -> int:
-    """Tokens in the batch of a step; padding does not count."""
+    """Tokens in the batch of a step, without padding."""
     return sum(self._examples[i].tree.num_tokens for i in self._steps[step])
 
   def check_ids(self, config: ModelConfig) -> None:
-    """Refuses token ids that a model has no row for.
+    """Checks that every token id has a row in the model's embedding.
 
     Raises:
       UserError: names the example and the id.
@@ -178,10 +163,10 @@ class Batches:
       config.check_ids(example.tree.layout.token, f"{key}: its text")
 
   def keys(self, step: int) -> list[str]:
-    """Names of the examples of a step."""
+    """Names of a step's examples."""
     return [self._keys[i] for i in self._steps[step]]
 
   def build(self, step: int) -> batch_lib.Batch:
-    """The batch of a step, numpy arrays of `shape` but for the number of rows."""
+    """The batch of a step as numpy arrays, of `shape` except for the number of rows."""
     shape = dataclasses.replace(self.shape, rows=self._num_rows[step])
     return batch_lib.build([self._examples[i] for i in self._steps[step]], shape)

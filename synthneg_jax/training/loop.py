@@ -1,4 +1,4 @@
-"""The train loop: the only one, for pretraining, SFT, RFT and every preference loss."""
+"""The train loop of pretraining, SFT, RFT and every preference loss."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from synthneg_jax.training.batches import Batches
 
 
 def _fetch(metrics) -> tuple[dict[str, float], dict[str, Histogram]]:
-  """(averages, histograms), each by name, once the step that made them is done."""
+  """Waits for a step's metrics and returns (averages, histograms), each by name."""
   averages, histograms = {}, {}
   for name, (total, count) in jax.device_get(metrics).items():
     if name.startswith(objectives.HISTOGRAM):
@@ -39,27 +39,24 @@ def _fetch(metrics) -> tuple[dict[str, float], dict[str, Histogram]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-  """What one training is: all that `fit` reads and does not change.
+  """The immutable inputs of a training run.
 
   Attributes:
     name: for progress lines and messages.
     section: the config's section with `optimizer`, `save_every_steps`, `max_to_keep` and
       `max_to_keep_best`.
     model: what is trained: the policy's architecture, or an adapter of it.
-    objective: as training/objectives.py makes them.
+    objective: from training/objectives.py.
     batches: the data, a function of the step.
-    mesh: where it runs.
-    folder: takes checkpoints/ and metrics.jsonl (loss and its companions, averages over one step's
-      batch).
-    resumable: whether checkpoints are written and read. Without them a run that was stopped starts
-      over.
-    check_start: called with the metrics of step 0, which are computed before any update; may raise.
-      None for no check.
-    after_step: called after each update with (updates so far, current parameters), to measure them;
-      a resumed run does not repeat calls of earlier steps. The next update consumes the parameters,
-      so copy what you keep. Layers that are unrolled are unstacked, as `Model.hidden` takes them
-      too. None for nothing.
-    open_metrics: the first step -> what takes the metrics; None for metrics.jsonl alone.
+    mesh: of the devices.
+    folder: receives checkpoints/ and metrics.jsonl (averages over each step's batch).
+    resumable: whether checkpoints are written and read; if not, a stopped run starts over.
+    check_start: called with the metrics of step 0, which precede any update; may raise.
+    after_step: called after each update with (number of updates, current parameters). A resumed run
+      does not repeat calls. The next update donates the parameters, so copy what you keep. Unrolled
+      layers are unstacked, which `Model.hidden` accepts too.
+    open_metrics: called with the first step, returns the metrics writer; None for metrics.jsonl
+      only.
   """
 
   name: str
@@ -76,23 +73,21 @@ class Run:
 
 
 def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
-  """Trains to the end of the batches, from the newest checkpoint in the run's folder if there is
-  one.
+  """Trains on all batches, resuming from the newest checkpoint in the run's folder if any.
 
   Args:
-    run: what is trained, on what, and where.
-    params: where training starts, stacked; consumed (donated).
-    frozen: parameters that the objective takes after the trained ones and the batch, and that stay
-      as they are.
+    run: what is trained, on what data and devices.
+    params: initial parameters, stacked; donated.
+    frozen: untrained parameters that the objective takes after the batch.
 
   Returns:
-    (trained parameters, stacked; the last step's metrics, with what all steps cost where
+    (trained parameters, stacked; the last step's metrics, with the cost of all steps if
     `open_metrics` measures it).
 
   Raises:
-    UserError: the loss or the gradient is not finite; names the step, the examples and the last
-      checkpoint. Or the disk is full, or the newest checkpoint is of another model.
-    Stopped: SIGTERM came; where the run is resumable, the state after the last step is saved.
+    UserError: the loss or the gradient is not finite (names the step, the examples and the last
+      checkpoint), the disk is full, or the newest checkpoint is of another model.
+    Stopped: on SIGTERM, after saving the state if the run is resumable.
   """
   section, batches, folder = run.section, run.batches, run.folder
   folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +119,7 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
   del params
   first_step = int(state["step"])
   if first_step:
-    logging.info("%s: going on from step %d.", run.name, first_step)
+    logging.info("%s: resuming from step %d.", run.name, first_step)
   step_fn = step_lib.make_step(
     run.objective,
     optimizer,
@@ -135,41 +130,39 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
   )
   batch_shardings = step_lib.batch_shardings(run.mesh)
   open_metrics = run.open_metrics or functools.partial(Metrics, None, folder, folder)
-  lines = open_metrics(first_step)
-  profiler = Profiler(lines.profile_steps, folder / "profile", first_step, batches.num_steps)
+  writer = open_metrics(first_step)
+  profiler = Profiler(writer.profile_steps, folder / "profile", first_step, batches.num_steps)
   rates = (
-    optimizer_lib.learning_rates(section.optimizer, batches.num_steps) if lines.measured else ()
+    optimizer_lib.learning_rates(section.optimizer, batches.num_steps) if writer.measured else ()
   )
-  averages, losses = {}, []  # of the last step; since the last checkpoint
+  averages, losses = {}, []  # metrics of the last step; losses since the last checkpoint
 
   def report(step, metrics, progress):
     new_averages, histograms = _fetch(metrics)
     averages.update(new_averages)
     if not all(math.isfinite(value) for value in averages.values()):
+      checkpoint = "no checkpoint was kept."
+      if run.resumable:
+        checkpoint = f"the last good checkpoint is in {folder / 'checkpoints'}."
       raise UserError(
-        f"{run.name}: step {step} is not finite ({averages}); its examples were "
-        f"{', '.join(batches.keys(step)[:8])} …; "
-        + (
-          f"the last good checkpoint is in {folder / 'checkpoints'}."
-          if run.resumable
-          else "no checkpoint was kept."
-        )
+        f"{run.name}: the loss or gradient of step {step} is not finite ({averages}); its examples "
+        f"were {', '.join(batches.keys(step)[:8])} …; {checkpoint}"
       )
     if step == 0 and run.check_start is not None:
       run.check_start(averages)
     cost = {}
-    if lines.measured:
+    if writer.measured:
       cost = {"learning_rate": float(rates[step])} | meter.step(
-        batches.num_tokens(step), batches.num_places(step)
+        batches.num_tokens(step), batches.capacity(step)
       )
-    lines.write(step, averages | cost, histograms)
+    writer.write(step, averages | cost, histograms)
     losses.append(next(value for key, value in averages.items() if key.startswith("loss")))
     progress.update(1, loss=losses[-1])
 
   def save(step, state):
     checkpointer.save(step, state, sum(losses) / len(losses))
     losses.clear()
-    lines.keep()
+    writer.keep()
 
   logging.info(
     "%s: %d steps of %s rows of %d tokens in %d microbatch(es), %.0f %% full.",
@@ -183,28 +176,28 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
   previous, meter = None, Meter()
   remaining = Progress(run.name, batches.num_steps - first_step, "steps")
   with contextlib.ExitStack() as closers, remaining as progress:
-    for part in (checkpointer, lines, profiler):
+    for part in (checkpointer, writer, profiler):
       if part is not None:
-        closers.enter_context(contextlib.closing(part))  # a save is waited for on errors, too
+        closers.enter_context(contextlib.closing(part))  # waits for a save, also after an error
     for step in range(first_step, batches.num_steps):
       batch = device_mesh.place(batches.build(step), batch_shardings)
       with profiler.before(step):
         state, metrics = step_fn(state, batch, *frozen)
       profiler.after(step, state)
-      if previous is not None:  # step N is dispatched before the figures of N - 1 are fetched
+      if previous is not None:  # fetch the metrics of step N - 1 after dispatching step N
         report(*previous, progress)
       previous, done = (step, metrics), step + 1
       if run.after_step is not None:
         run.after_step(done, state["params"])
       stopping = distributed.stopping()
       due = checkpointer is not None and (stopping or checkpointer.due(done))
-      if due and done < batches.num_steps:  # the last state is not saved: the policy is
-        report(*previous, progress)  # only a state whose step was finite is saved
+      if due and done < batches.num_steps:  # instead of the last state, the policy is saved
+        report(*previous, progress)  # raises before saving if the step is not finite
         previous = None
         save(done, stacked(state))
       if stopping and done < batches.num_steps:
-        raise distributed.Stopped  # once the checkpointer is closed, everything is written
+        raise distributed.Stopped  # closing the checkpointer completes the save
     if previous is not None:
       report(*previous, progress)
-  cost = meter.total() if lines.measured else {}
+  cost = meter.total() if writer.measured else {}
   return stacked(state)["params"], averages | cost

@@ -1,10 +1,9 @@
-"""From parameters and a batch to a loss: the forward pass over trees, and the three objectives of
-this project.
+"""Objectives: the forward pass over trees and the losses of SFT, advantage-weighted RL and DPO.
 
-An objective is `fn(params, batch) -> (loss, metrics)`: the loss is a part of a global mean (its
-denominators are counts over the whole batch, so parts add up over rows, devices and accumulation
-steps), and each metric is a pair (sum, count). A metric whose name begins with `HISTOGRAM` is a
-pair (counts [E + 1], count), between the edges of `EDGES`.
+An objective is `fn(params, batch) -> (loss, metrics)`. The loss is divided by counts over the whole
+batch, so losses of rows, devices and accumulation steps add up to the global mean. Each metric is a
+pair (sum, count), or (counts [E + 1], count) for a histogram, whose name begins with `HISTOGRAM`
+and whose edges are in `EDGES`.
 """
 
 import dataclasses
@@ -21,32 +20,31 @@ from synthneg_jax.models.decoder import Model
 from synthneg_jax.training.batch import Batch
 
 HISTOGRAM = "histogram/"
-# 0.01 to 100 nats, four to a factor of ten; ours
-_MAGNITUDES = tuple(10.0 ** (i / 4) for i in range(-8, 9))
+_MAGNITUDES = tuple(10.0 ** (i / 4) for i in range(-8, 9))  # 0.01 to 100, four per decade
 EDGES = {  # nats
   f"{HISTOGRAM}nll/per_token": (0.0, *_MAGNITUDES),
   f"{HISTOGRAM}margin/per_pair": (*(-x for x in reversed(_MAGNITUDES)), 0.0, *_MAGNITUDES),
 }
 
 
-def _spread(name: str, values, mask):
-  """A histogram as a metric."""
+def _histogram(name: str, values, count):
+  """A histogram metric by its name."""
   name = f"{HISTOGRAM}{name}"
-  return {name: (masked_stats.histogram(values, mask, EDGES[name]), jnp.sum(mask))}
+  return {name: (masked_stats.histogram(values, count, EDGES[name]), jnp.sum(count))}
 
 
 def scored_logprobs(model: Model, params, batch: Batch, *, chunk: int = 0):
-  """Log-probs of the scored tokens; logits exist at their predictors only.
+  """Log-probs of the scored tokens; logits are computed only at their parents.
 
   Args:
     model, params: the policy.
-    batch: what is scored.
-    chunk: how many scored tokens of a row have their logits at once, and again in the backward
-      pass, so that [S, V] never exists; 0 for all at once. It pays where that array would be the
-      largest.
+    batch: the batch.
+    chunk: number of scored tokens of a row whose logits are computed at once, and recomputed in the
+      backward pass, so [S, V] is never stored; 0 for all at once. Saves memory if [S, V] is the
+      largest array.
 
   Returns:
-    (logp_RS nats, zero where there is no token; bool [R, S], True where there is one).
+    (logp_RS nats, 0 for padding; bool [R, S], False for padding).
   """
   h_RTD, _ = model.hidden(params, batch.trees)
   return _scored(model, params, batch, h_RTD=h_RTD, chunk=chunk)
@@ -67,15 +65,15 @@ def _scored(model: Model, params, batch: Batch, *, h_RTD, chunk: int):
     R, S = target_RS.shape
     parts = -(-S // chunk)
 
-    def cut(x):
-      """[R, S, ...], padded, as [parts, R, chunk, ...]."""
+    def split(x):
+      """Pads [R, S, ...] and reshapes it to [parts, R, chunk, ...]."""
       x = jnp.pad(x, ((0, 0), (0, parts * chunk - S), *((0, 0),) * (x.ndim - 2)))
       return x.reshape(R, parts, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     def score_part(_, xs):
       return None, jax.checkpoint(logp)(*xs)
 
-    _, logp_PRC = lax.scan(score_part, None, (cut(h_RSD), cut(target_RS)))
+    _, logp_PRC = lax.scan(score_part, None, (split(h_RSD), split(target_RS)))
     logp_RS = logp_PRC.swapaxes(0, 1).reshape(R, parts * chunk)[:, :S]
   else:
     logp_RS = logp(h_RSD, target_RS)
@@ -83,7 +81,7 @@ def _scored(model: Model, params, batch: Batch, *, h_RTD, chunk: int):
 
 
 def branch_tokens(batch: Batch) -> jax.Array:
-  """bool [R, B, S]: which scored tokens each branch has, those that its last token sees."""
+  """bool [R, B, S], True where a scored token belongs to a branch: its last token sees it."""
   at_RS = jnp.maximum(batch.scored_at, 0)
   leave_RS = jnp.where(
     batch.scored_at < 0, 0, jnp.take_along_axis(batch.trees.leave, at_RS, axis=1)
@@ -92,7 +90,7 @@ def branch_tokens(batch: Batch) -> jax.Array:
 
 
 def _early_eos(model: Model, params, batch: Batch, *, h_RTD, eos_ids: Sequence[int]):
-  """(Σ of P(EOS) at the ends of branches without EOS, how many those are)."""
+  """(Σ P(EOS) at the ends of branches without EOS, the number of these branches)."""
   last_RB = jnp.maximum(batch.branch_end, 0)
   token_RB = jnp.take_along_axis(batch.trees.token, last_RB, axis=1)
   unfinished_RB = (batch.branch_end >= 0) & ~jnp.isin(token_RB, jnp.asarray(eos_ids))
@@ -102,8 +100,7 @@ def _early_eos(model: Model, params, batch: Batch, *, h_RTD, eos_ids: Sequence[i
 
 
 def make_sft(model: Model, chunk: int = 0):
-  """The next-token objective, for SFT, RFT and pretraining: mean nats per scored token of all
-  branches.
+  """The next-token objective of SFT, RFT and pretraining: mean nats per scored token.
 
   `chunk` as in `scored_logprobs`.
   """
@@ -113,18 +110,18 @@ def make_sft(model: Model, chunk: int = 0):
     count_RS = jnp.sum(branch_tokens(batch), axis=1)
     with jax.named_scope("loss"):
       loss = jnp.sum(jax.vmap(losses.sft_loss)(logp_RS, count_RS)) / batch.num_scored
-    spread = _spread("nll/per_token", -logp_RS, count_RS)
-    return loss, {"loss/per_token": masked_stats.total(-logp_RS, count_RS)} | spread
+    metrics = {"loss/per_token": masked_stats.total(-logp_RS, count_RS)}
+    return loss, metrics | _histogram("nll/per_token", -logp_RS, count_RS)
 
   return objective
 
 
 def make_advantage_weighted(model: Model, *, beta: float, max_weight: float, chunk: int = 0):
-  """Equation 4, `losses.advantage_weighted_loss`, per scored token of all branches: the mean of
-  -min(exp(A/β), w_max) log π.
+  """Equation 4, `losses.advantage_weighted_loss`: the mean of -min(exp(A/β), w_max) log π.
 
-  A token bears the advantage of its step, so that the sum over tokens is the sum over steps. The
-  mean is over tokens, not over weights: where all advantages are 0 this is `make_sft`.
+  Each scored token has the advantage of its step, so the sum over tokens equals the sum over steps.
+  The mean divides by the number of tokens, not by the sum of weights: if all advantages are 0, this
+  is `make_sft`.
 
   Args:
     model: the policy's architecture.
@@ -147,20 +144,20 @@ def make_advantage_weighted(model: Model, *, beta: float, max_weight: float, chu
         jnp.minimum(jnp.exp(batch.advantage / beta), max_weight), count_RS
       ),
     }
-    return loss, metrics | _spread("nll/per_token", -logp_RS, count_RS)
+    return loss, metrics | _histogram("nll/per_token", -logp_RS, count_RS)
 
   return objective
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preference:
-  """What is minimised over pairs.
+  """A preference loss and its weights.
 
   Attributes:
-    loss: of (chosen, rejected, ref_chosen, ref_rejected), [R, P] each, nats: `dpo_loss`, `ipo_loss`
-      or `dpop_loss` with its settings.
-    beta, penalty: as `core.losses.preference_metrics` takes them.
-    nll_weight: weight of the chosen branch's next-token loss per token.
+    loss: `dpo_loss`, `ipo_loss` or `dpop_loss` with its settings bound: a function of (chosen,
+      rejected, ref_chosen, ref_rejected), [R, P] each, nats.
+    beta, penalty: as in `core.losses.preference_metrics`.
+    nll_weight: weight of `nll_term`.
   """
 
   loss: Callable[..., jax.Array]
@@ -172,8 +169,7 @@ class Preference:
 def make_preference(
   model: Model, preference: Preference, *, eos_ids: Sequence[int], chunk: int = 0
 ):
-  """The preference objective over pairs of branches: mean per pair of a loss of `core.losses` +
-  nll_weight · nll_term.
+  """The preference objective: the mean over pairs of loss + nll_weight · nll_term.
 
   Args:
     model: the policy's architecture.
@@ -192,30 +188,23 @@ def make_preference(
     logp_RB = losses.branch_logprobs(logp_RS, tokens_RBS)
     count_RB = jnp.sum(tokens_RBS, axis=-1).astype(logp_RS.dtype)
     chosen_RP, tokens_RP = at_pairs(logp_RB, batch.chosen), at_pairs(count_RB, batch.chosen)
-    pair_RP = batch.chosen >= 0
+    is_pair_RP = batch.chosen >= 0
     args = (chosen_RP, at_pairs(logp_RB, batch.rejected), batch.ref_chosen, batch.ref_rejected)
     with jax.named_scope("loss"):
       loss_RP = preference.loss(*args)
-      nll_RP = losses.nll_term(chosen_RP, tokens_RP)
-      loss = (
-        jnp.sum(jnp.where(pair_RP, loss_RP + preference.nll_weight * nll_RP, 0.0)) / batch.num_pairs
-      )
-    watched = losses.preference_metrics(*args, beta=preference.beta, penalty=preference.penalty)
-    metrics = {
-      "loss/per_pair": masked_stats.total(loss_RP, pair_RP),
-      "margin/per_pair": masked_stats.total(watched["margin"], pair_RP),
-      "accuracy/per_pair": masked_stats.total(watched["accuracy"], pair_RP),
-      "chosen_shift/per_pair": masked_stats.total(watched["chosen_shift"], pair_RP),
-      "rejected_shift/per_pair": masked_stats.total(watched["rejected_shift"], pair_RP),
-      "saturated/per_pair": masked_stats.total(watched["saturated"], pair_RP),
-      "nll_chosen/per_token": (
-        masked_stats.total(-chosen_RP, pair_RP)[0],
-        masked_stats.total(tokens_RP, pair_RP)[0],
-      ),
-      "early_eos/per_unfinished_branch": _early_eos(
-        model, params, batch, h_RTD=h_RTD, eos_ids=eos_ids
-      ),
-    }
-    return loss, metrics | _spread("margin/per_pair", watched["margin"], pair_RP)
+      total_RP = loss_RP + preference.nll_weight * losses.nll_term(chosen_RP, tokens_RP)
+      loss = jnp.sum(jnp.where(is_pair_RP, total_RP, 0.0)) / batch.num_pairs
+    per_pair = losses.preference_metrics(*args, beta=preference.beta, penalty=preference.penalty)
+    metrics = {"loss/per_pair": masked_stats.total(loss_RP, is_pair_RP)}
+    for name, values_RP in per_pair.items():
+      metrics[f"{name}/per_pair"] = masked_stats.total(values_RP, is_pair_RP)
+    metrics["nll_chosen/per_token"] = (
+      masked_stats.total(-chosen_RP, is_pair_RP)[0],
+      masked_stats.total(tokens_RP, is_pair_RP)[0],
+    )
+    metrics["early_eos/per_unfinished_branch"] = _early_eos(
+      model, params, batch, h_RTD=h_RTD, eos_ids=eos_ids
+    )
+    return loss, metrics | _histogram("margin/per_pair", per_pair["margin"], is_pair_RP)
 
   return objective

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, a decaying rate and clipping, from the config's section `*.optimizer`."""
+"""AdamW with warmup, learning-rate decay and clipping, from a config section `*.optimizer`."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from synthneg_jax.runtime.errors import UserError
 
 
 def make_schedule(config, num_steps: int):
-  """Learning rate as a function of the step: linear warm-up, then cosine, linear or constant."""
+  """Learning rate as a function of the step: linear warmup, then cosine, linear or constant."""
   warmup = min(round(config.warmup_fraction * num_steps), max(num_steps - 1, 0))
   rest = max(num_steps - warmup, 1)
   decays = {
@@ -18,25 +18,25 @@ def make_schedule(config, num_steps: int):
     "constant": optax.constant_schedule(config.learning_rate),
   }
   if config.schedule not in decays:
-    raise UserError(f"optimizer.schedule={config.schedule!r} is none of {', '.join(decays)}.")
+    raise UserError(f"optimizer.schedule={config.schedule!r} must be one of {', '.join(decays)}.")
   if not warmup:
     return decays[config.schedule]
-  # The first update, too, has a rate above zero.
+  # Starts above zero, so the first update has an effect.
   rise = optax.linear_schedule(config.learning_rate / (warmup + 1), config.learning_rate, warmup)
   return optax.join_schedules([rise, decays[config.schedule]], [warmup])
 
 
 def learning_rates(config, num_steps: int) -> np.ndarray:
-  """The rate of every update, float32 [num_steps]."""
+  """The learning rate of every update, float32 [num_steps]."""
   rates = jax.vmap(make_schedule(config, num_steps))(jnp.arange(num_steps))
   return np.asarray(jnp.broadcast_to(rates, (num_steps,)), np.float32)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-  """optax's transformation of this name, state and all, as one factor for all gradients.
+  """`optax.clip_by_global_norm` with the same state, but scaling all gradients by one factor.
 
-  Ours because optax divides each gradient by the norm: a division that several moments read is
-  written out first, one more pass over memory than AdamW needs.
+  optax divides each gradient by the norm. XLA stores that quotient, which several moments read, in
+  an extra pass over memory.
   """
 
   def update(updates, state, params=None):
@@ -49,9 +49,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
-  """Clipping by global norm, then AdamW; the weight decay spares norms' scales (arrays whose last
-  name is "scale").
-  """
+  """Clipping by global norm, then AdamW without weight decay on norm scales (named "scale")."""
 
   def decayed(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)

@@ -1,6 +1,4 @@
-"""Preference pairs as token trees: pairs of one trunk share a tree, and a branch that several pairs
-share stands once.
-"""
+"""Preference pairs as token trees: pairs of one trunk share a tree and its common branches."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,9 +15,9 @@ class PairTrees(NamedTuple):
   """Trees with their pairs.
 
   Attributes:
-    trees: one or several per trunk.
-    pairs: for each tree, its pairs as (chosen, rejected) branch numbers from 0.
-    names: for each tree, the id of its first pair.
+    trees: one or more per trunk.
+    pairs: each tree's pairs as (chosen, rejected) branch numbers from 0.
+    names: the id of each tree's first pair.
   """
 
   trees: list[Tree]
@@ -28,18 +26,18 @@ class PairTrees(NamedTuple):
 
 
 def num_tokens(pair: Pair) -> int:
-  """Tokens of the smallest tree that holds the pair."""
+  """Tokens of a tree that contains only this pair."""
   return len(pair.trunk) + len(pair.chosen) + len(pair.rejected)
 
 
 def build(pairs: Sequence[Pair], *, max_branches: int, length: int) -> PairTrees:
-  """Lays pairs out as trees.
+  """Arranges pairs in trees.
 
   Args:
     pairs: each of at most `length` tokens (`num_tokens`).
-    max_branches: branches that a tree holds, at most; further pairs go to another tree that repeats
-      trunk and chosen.
-    length: tokens that a tree holds, at most.
+    max_branches: maximum branches of a tree; further pairs go to another tree, which repeats the
+      trunk and the chosen branch.
+    length: maximum tokens of a tree.
 
   Raises:
     ValueError: a pair is longer than `length`.
@@ -51,22 +49,22 @@ def build(pairs: Sequence[Pair], *, max_branches: int, length: int) -> PairTrees
     groups.setdefault(tuple(pair.trunk), []).append(pair)
   result = PairTrees([], [], [])
   for trunk, group in groups.items():
-    parts = []  # for each tree: number of each branch, pairs of numbers
+    drafts = []  # for each tree: {branch: its number}, pairs of numbers
     for pair in group:
-      # ids, and how many are not scored
-      wanted = [(tuple(pair.chosen), 0), (tuple(pair.rejected), pair.context)]
-      together = {*parts[-1][0], *wanted} if parts else set()
+      # (ids, number of unscored leading tokens)
+      branches = [(tuple(pair.chosen), 0), (tuple(pair.rejected), pair.context)]
+      together = {*drafts[-1][0], *branches} if drafts else set()
       if (
-        not parts
+        not drafts
         or len(together) > max_branches
         or len(trunk) + sum(len(ids) for ids, _ in together) > length
       ):
-        parts.append(({}, []))
-      number_of, numbered = parts[-1]
-      numbered.append(tuple(number_of.setdefault(branch, len(number_of)) for branch in wanted))
-    for number_of, numbered in parts:
-      result.trees.append(Tree(trunk, tuple(_branch(len(trunk), *branch) for branch in number_of)))
-      result.pairs.append(numbered)
+        drafts.append(({}, []))
+      numbers, tree_pairs = drafts[-1]
+      tree_pairs.append(tuple(numbers.setdefault(branch, len(numbers)) for branch in branches))
+    for numbers, tree_pairs in drafts:
+      result.trees.append(Tree(trunk, tuple(_branch(len(trunk), *branch) for branch in numbers)))
+      result.pairs.append(tree_pairs)
       result.names.append(group[0].id)
   return result
 
@@ -77,12 +75,7 @@ def _branch(fork: int, ids: tuple[int, ...], context: int) -> Branch:
 
 
 def examples(pair_trees: PairTrees, store: reference.Store) -> list[Example]:
-  """What the preference objective trains on: the trees with their pairs and the summed reference
-  log-probs of branches.
-
-  Only scored tokens are in the sums.
-  """
-
+  """Examples of the preference objective, with reference log-probs summed over scored tokens."""
   result = []
   for tree, numbered in zip(pair_trees.trees, pair_trees.pairs, strict=True):
     scored = [tree.layout.scored[tree.path(number)[1]] for number in range(tree.num_branches)]

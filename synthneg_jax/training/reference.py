@@ -1,6 +1,4 @@
-"""Log-probs under the reference policy: computed once, kept on disk, reused by every loss and
-sweep.
-"""
+"""Log-probs under the reference policy, computed once and cached on disk for all losses."""
 
 import hashlib
 import io
@@ -24,26 +22,25 @@ from synthneg_jax.training import objectives
 from synthneg_jax.training import step as step_lib
 from synthneg_jax.training.batch import Example
 
-_ROWS = 16  # rows a call, at least
+_MIN_ROWS = 16  # rows per call
 
 
 def rows_per_call(mesh: Mesh) -> int:
-  """Rows that are scored together: a multiple of the mesh's row shards."""
-  return -(-_ROWS // device_mesh.row_shards(mesh)) * device_mesh.row_shards(mesh)
+  """Rows that are scored together: at least 16, a multiple of the mesh's row shards."""
+  shards = device_mesh.row_shards(mesh)
+  return -(-_MIN_ROWS // shards) * shards
 
 
 def branch_key(trunk: Sequence[int], fork: int, ids: Sequence[int]) -> str:
-  """Names a branch by the trunk up to its fork and its own ids, whatever tree or packing it stands
-  in.
-  """
+  """Hashes a branch's sequence and fork, independently of its tree and packing."""
   digest = hashlib.blake2b(digest_size=12)
   for part in (trunk[:fork], ids):
     digest.update(np.asarray(part, "<i4").tobytes() + b"|")
   return digest.hexdigest()
 
 
-def _unfolded(tree: Tree) -> list[Branch]:
-  """The tree's branches, each whole from where its path leaves the trunk."""
+def _whole_branches(tree: Tree) -> list[Branch]:
+  """The tree's branches, each extended to start where its path leaves the trunk."""
   return [
     Branch(len(before), tree.layout.token[own])
     for before, own in map(tree.path, range(tree.num_branches))
@@ -51,12 +48,12 @@ def _unfolded(tree: Tree) -> list[Branch]:
 
 
 def branch_keys(tree: Tree) -> list[str]:
-  """`branch_key` of a tree's branches, each whole from where its path leaves the trunk."""
-  return [branch_key(tree.trunk, branch.fork, branch.ids) for branch in _unfolded(tree)]
+  """The `branch_key` of each branch, extended to start where its path leaves the trunk."""
+  return [branch_key(tree.trunk, branch.fork, branch.ids) for branch in _whole_branches(tree)]
 
 
 class Store:
-  """Per-token log-probs [nats] by branch, in one .npz file for a policy fingerprint and dtype."""
+  """Per-token log-probs in nats by `branch_key`; one .npz file per policy fingerprint and dtype."""
 
   def __init__(self, path: epath.Path):
     self._path, self._values = path, {}
@@ -73,7 +70,7 @@ class Store:
     return self._values[key]
 
   def add(self, values: dict[str, np.ndarray]) -> None:
-    """Keeps more, on disk too; every process has the same values and calls it."""
+    """Adds log-probs and writes the file. All processes call it with the same values."""
     if not values:
       return
     self._values |= values
@@ -94,8 +91,9 @@ class Store:
 
 
 def make_forward(model: Model, mesh: Mesh, chunk: int = 0):
-  """Returns forward(params, batch) -> log-probs [R, S] of the scored tokens in nats, whole on every
-  device; jitted.
+  """Returns a jitted forward(params, batch) -> log-probs [R, S] of scored tokens, nats, replicated.
+
+  `chunk` as in `objectives.scored_logprobs`.
   """
 
   def forward(params, batch):
@@ -112,12 +110,12 @@ def make_forward(model: Model, mesh: Mesh, chunk: int = 0):
 
 
 class Packing(NamedTuple):
-  """How trees are packed to be scored.
+  """How trees are packed for scoring.
 
   Attributes:
-    mesh: where the forward pass runs.
-    row_length: T, tokens a row; 0 for rows that fit the trees.
-    logit_chunk: as `chunk` of `objectives.scored_logprobs`.
+    mesh: of the forward pass.
+    row_length: T, tokens per row; 0 to choose it.
+    logit_chunk: `chunk` of `objectives.scored_logprobs`.
   """
 
   mesh: Mesh
@@ -126,37 +124,37 @@ class Packing(NamedTuple):
 
 
 def score(model: Model, params, trees: Sequence[Tree], *, store: Store, packing: Packing) -> None:
-  """Scores every branch that the store lacks, and adds it.
+  """Scores every branch that is missing from the store, and adds it.
 
   Args:
-    model, params: the reference; params are not read where nothing is missing.
-    trees: their branches are scored.
-    store: takes the log-probs.
+    model, params: the reference; params are not read if no branch is missing.
+    trees: the trees to score.
+    store: receives the log-probs.
     packing: how trees are packed.
 
   Raises:
-    UserError: a tree holds an id that the model has no row for.
-    Stopped: SIGTERM came; what was scored by then is in the store.
+    UserError: a tree contains an id without a row in the embedding.
+    Stopped: on SIGTERM, after adding what was scored.
   """
   mesh, row_length, chunk = packing
-  wanted = []
+  unscored = []
   for tree in trees:
     missing = {
       key: branch
-      for key, branch in zip(branch_keys(tree), _unfolded(tree), strict=True)
+      for key, branch in zip(branch_keys(tree), _whole_branches(tree), strict=True)
       if key not in store
     }
     if missing:
-      wanted.append(Tree(tree.trunk, tuple(missing.values())))
-  if not wanted:
+      unscored.append(Tree(tree.trunk, tuple(missing.values())))
+  if not unscored:
     logging.info("reference: all branches are in the store.")
     return
-  for tree in wanted:
+  for tree in unscored:
     model.config.check_ids(tree.layout.token, "A text to be scored")
   if not row_length:
-    wanted.sort(key=lambda tree: -tree.num_tokens)
-    row_length = geometry.fit_rows([[tree.num_tokens for tree in wanted]]).length
-  examples = [Example(tree) for tree in wanted]
+    unscored.sort(key=lambda tree: -tree.num_tokens)
+    row_length = geometry.fit_rows([[tree.num_tokens for tree in unscored]]).length
+  examples = [Example(tree) for tree in unscored]
   rows = batch_lib.assign_rows(examples, row_length)
   per_call = rows_per_call(mesh)
   calls = [
@@ -165,7 +163,11 @@ def score(model: Model, params, trees: Sequence[Tree], *, store: Store, packing:
   ]
   shapes = [batch_lib.measure(call, row_length) for call in calls]
   shape = batch_lib.Shape(
-    per_call, row_length, max(s.scored for s in shapes), 0, max(s.branches for s in shapes)
+    rows=per_call,
+    length=row_length,
+    scored=max(s.scored for s in shapes),
+    pairs=0,
+    branches=max(s.branches for s in shapes),
   )
   forward = make_forward(model, mesh, chunk)
   values = {}
@@ -176,13 +178,13 @@ def score(model: Model, params, trees: Sequence[Tree], *, store: Store, packing:
         forward(params, device_mesh.place(batch, step_lib.batch_shardings(mesh)))
       )
       for r, row in enumerate(batch_lib.assign_rows(call, row_length)):
-        at = 0
+        start = 0
         for index in row:
           tree = call[index].tree
-          place = at + np.cumsum(tree.layout.scored) - 1
+          scored_index = start + np.cumsum(tree.layout.scored) - 1
           for number, key in enumerate(branch_keys(tree)):
-            values[key] = logp_RS[r, place[tree.path(number)[1]]].astype(np.float32)
-          at += tree.num_scored
+            values[key] = logp_RS[r, scored_index[tree.path(number)[1]]].astype(np.float32)
+          start += tree.num_scored
       progress.update(1)
       if distributed.stopping():
         store.add(values)

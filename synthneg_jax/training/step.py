@@ -1,6 +1,4 @@
-"""The train step: gradients of an objective over a batch, accumulated, clipped and applied, under a
-mesh.
-"""
+"""The train step: accumulates gradients of an objective and applies an update, under a mesh."""
 
 import functools
 
@@ -24,15 +22,14 @@ def state_shardings(
   *,
   stacked: bool = False,
 ):
-  """Shardings of the train state {"params", "opt_state", "step"}; moments are sharded as their
-  parameters are.
+  """Shardings of the train state {"params", "opt_state", "step"}; moments follow their parameters.
 
   Args:
-    model: its parameters are trained.
-    optimizer: of them.
-    mesh: where the state is.
-    stacked: layers as checkpoints hold them; otherwise as the train step wants them
-      (models/layer_stacking.py). An adapter, which is small, is always stacked.
+    model: what is trained.
+    optimizer: of its parameters.
+    mesh: of the devices.
+    stacked: True for the layers of checkpoints, False for those of the train step
+      (models/layer_stacking.py). Adapters are small and always stacked.
   """
   params = device_mesh.shardings(mesh, model.logical_axes())
   replicated = device_mesh.replicated(mesh)
@@ -55,9 +52,7 @@ def initial_state(optimizer: optax.GradientTransformation, params):
 
 
 def make_init(optimizer: optax.GradientTransformation, shardings):
-  """Returns init(stacked params) -> train state with these shardings; donates the parameters where
-  their layout stays.
-  """
+  """Returns init(stacked params) -> train state; donates parameters that stay stacked."""
 
   def init(params):
     return initial_state(optimizer, layer_stacking.like(shardings["params"], params))
@@ -70,21 +65,22 @@ def make_init(optimizer: optax.GradientTransformation, shardings):
 
 
 def make_relayout(shardings):
-  """Returns relayout(state) -> the same state, stacked or unstacked as its new shardings are."""
+  """Returns relayout(state) -> the state with these shardings, stacked or unstacked as they are."""
   return jax.jit(functools.partial(layer_stacking.like, shardings), out_shardings=shardings)
 
 
 def bytes_per_token(
   config: ModelConfig, length: int, *, chunk: int = 0, fused: bool = False
 ) -> float:
-  """What a gradient keeps of a token on its way back, roughly, in bytes (ours;
-  tests/training/step_test.py holds it to XLA's).
+  """Estimates the bytes of activations per token that the backward pass needs.
+
+  tests/training/step_test.py compares it with XLA's memory analysis.
 
   Args:
     config: of the model.
     length: tokens of a row.
-    chunk: scored tokens of a row whose logits exist at once; 0 for all.
-    fused: attention keeps no scores; else one for each token of the row and each head.
+    chunk: `chunk` of `objectives.scored_logprobs`.
+    fused: attention stores no scores; otherwise one per token of the row and head.
   """
   c, size = config, jnp.dtype(config.dtype).itemsize
   layer = size * (8 * c.d_model + 4 * c.d_ff + 3 * (c.num_heads + c.num_kv_heads) * c.head_dim)
@@ -98,29 +94,25 @@ def bytes_per_token(
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
-  """Shardings of a batch, as a prefix of it: rows split, counts replicated."""
+  """Shardings of a batch, a tree prefix: rows are split, counts replicated."""
   rows, replicated = device_mesh.rows(mesh), device_mesh.replicated(mesh)
   return Batch(*[rows] * 8, num_scored=replicated, num_pairs=replicated)
 
 
 def make_update(objective, optimizer: optax.GradientTransformation, *, accumulate: int = 1):
-  """Returns update(state, batch, *frozen) -> (state, metrics): the pure function inside the train
-  step, without a mesh.
+  """Returns the pure update(state, batch, *frozen) -> (state, metrics) of the train step.
 
   Args:
-    objective: as training/objectives.py makes them.
+    objective: from training/objectives.py.
     optimizer: of the parameters.
-    accumulate: microbatches that a batch's rows are cut into, one after another; the sums are the
-      whole batch's.
+    accumulate: number of sequential microbatches that a batch's rows are split into.
 
   Returns:
     The update. Metrics are pairs (sum, count) of scalars.
   """
 
   def split(x):
-    """Rows [R, ...] as microbatches [accumulate, R / accumulate, ...]; each of them takes a scalar
-    whole.
-    """
+    """Reshapes rows [R, ...] to [accumulate, R / accumulate, ...]; scalars are repeated."""
     if not x.ndim:
       return jnp.broadcast_to(x, accumulate)
     return x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
@@ -163,15 +155,13 @@ def make_step(
   accumulate: int = 1,
   frozen=(),
 ):
-  """Returns step(state, batch, *frozen) -> (state, metrics), jitted with its shardings; the state
-  is donated.
+  """Returns a jitted step(state, batch, *frozen) -> (state, metrics), which donates the state.
 
   Args:
-    objective, optimizer, accumulate: as `make_update` takes them.
+    objective, optimizer, accumulate: as in `make_update`.
     shardings: of the state, from `state_shardings`.
-    mesh: where it runs.
-    frozen: shardings of the parameters that the objective takes after the batch, which are not
-      trained.
+    mesh: of the devices.
+    frozen: shardings of the untrained parameters that the objective takes after the batch.
   """
   return jax.jit(
     device_mesh.under(mesh, make_update(objective, optimizer, accumulate=accumulate)),

@@ -71,7 +71,7 @@ class BestOfKTest(parameterized.TestCase):
     np.testing.assert_array_equal(known, [True, True, True, True, False])
 
   def test_exactness_goes_by_name(self):
-    # Fails if `exact` can be given by its place, where it is easily taken for another argument.
+    # Fails if `exact` can be passed positionally, where it is easily mistaken for another argument.
     with self.assertRaises(TypeError):
       advantages.best_of_k(jnp.zeros(2), jnp.ones(2), 1, True)
 
@@ -110,7 +110,7 @@ class BestOfKPluginTest(parameterized.TestCase):
 
 class StepValuesTest(absltest.TestCase):
   def test_by_hand(self):
-    # Fails if c and M change places, if no rollouts count as known or give 0/0, or if a zero of
+    # Fails if c and M are swapped, if no rollouts count as known or give 0/0, or if a zero of
     # many is unknown.
     q, known = jax.jit(advantages.step_values)(
       jnp.asarray([[1, 0], [0, 5]]), jnp.asarray([[4, 8], [0, 5]])

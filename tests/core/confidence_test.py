@@ -1,6 +1,4 @@
-"""Intervals against the equations that define them and their coverage; the sign's confidence
-against Monte Carlo.
-"""
+"""Intervals against their equations and coverage; sign confidence against Monte Carlo."""
 
 import math
 
@@ -45,7 +43,7 @@ class ValueIntervalTest(parameterized.TestCase):
   @parameterized.parameters("wilson", "beta")
   def test_ends_are_exact(self, method):
     # Fails if rounding puts an end that is 0 or 1 a little aside of it (the lower at 0.56, by
-    # itself), or if another end is put there.
+    # itself), or if another end is used.
     for level in (0.5, 0.56, 0.9, 0.95, 0.99):
       c, m = COUNTS.T
       low, high = advantages.value_interval(
@@ -72,14 +70,16 @@ class ValueIntervalTest(parameterized.TestCase):
     np.testing.assert_allclose((low, high), ([[0.0]], [[1.0]]), atol=1e-15)
 
   def test_settings_go_by_name(self):
-    # Fails if the level can be given by its place, as a third count.
+    # Fails if the level can be passed positionally, as a third count.
     with self.assertRaises(TypeError):
       advantages.value_interval(1, 2, 0.5)
 
   def test_unknown_method(self):
     # Fails if an unknown method falls through to one of the others.
     for method in ("wald", "agresti", "zero"):
-      with self.assertRaisesRegex(ValueError, f"No interval method '{method}': wilson or beta"):
+      with self.assertRaisesRegex(
+        ValueError, f"Unknown interval method '{method}': must be wilson or beta"
+      ):
         advantages.value_interval(1, 2, method=method)
 
 
@@ -88,7 +88,7 @@ class SignConfidenceTest(parameterized.TestCase):
     (0, 10, 7, 10), (3, 8, 4, 10), (5, 5, 0, 4), (9, 20, 10, 20), (0, 0, 1, 3), (1, 1000, 9, 1000)
   )
   def test_equals_monte_carlo(self, c, m, c_before, m_before):
-    # Fails if after and before change places, if the prior is not Jeffreys', or if the density's
+    # Fails if after and before are swapped, if the prior is not Jeffreys', or if the density's
     # Jacobian is lost.
     rng, draws = np.random.default_rng(0), 400_000
     after = rng.beta(c + 0.5, m - c + 0.5, draws)
@@ -118,9 +118,10 @@ class SignConfidenceTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     m, m_before = rng.integers(0, 2000, (2, 50))
     c, c_before = rng.integers(0, m + 1), rng.integers(0, m_before + 1)
-    there = advantages.sign_confidence(c, m, successes_before=c_before, rollouts_before=m_before)
+    forward = advantages.sign_confidence(c, m, successes_before=c_before, rollouts_before=m_before)
     np.testing.assert_allclose(
-      there + advantages.sign_confidence(c_before, m_before, successes_before=c, rollouts_before=m),
+      forward
+      + advantages.sign_confidence(c_before, m_before, successes_before=c, rollouts_before=m),
       1.0,
       atol=1e-9,
     )

@@ -1,6 +1,4 @@
-"""Geometries: all items fit, order is nothing to them, and how full they are on three distributions
-of lengths.
-"""
+"""Rows and lanes: all items fit, order is irrelevant, fullness on three distributions."""
 
 import functools
 import itertools
@@ -13,6 +11,7 @@ import transformers
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import geometry
+from synthneg_jax.core.geometry import LaneMemory, RowOptions
 from synthneg_jax.core.tree import first_fit
 from synthneg_jax.data import prompts
 from synthneg_jax.training.batches import Schedule, plan
@@ -175,7 +174,7 @@ _TREES = {
 
 
 def drawn(quantiles, count, seed=0):
-  """So many lengths of a recorded distribution."""
+  """`count` lengths of a recorded distribution."""
   at = np.random.default_rng(seed).random(count)
   return np.interp(at, np.linspace(0, 1, len(quantiles)), quantiles).astype(int)
 
@@ -188,7 +187,7 @@ def steps_of(sizes, batch_size, num_epochs=1, weights=None):
 
 
 def fullness(rows, steps):
-  """The share of places that hold a token."""
+  """The share of the capacity that holds a token."""
   return sum(map(sum, steps)) / sum(rows.needed(sizes) * rows.length for sizes in steps)
 
 
@@ -210,16 +209,17 @@ def gsm8k_trees():
 
 
 class RowsTest(parameterized.TestCase):
-  @parameterized.product(seed=(0, 1, 2, 3, 4, 5), shards=(1, 4), room=(0, 300))
-  def test_all_trees_fit_and_order_is_nothing(self, seed, shards, room):
+  @parameterized.product(seed=(0, 1, 2, 3, 4, 5), shards=(1, 4), max_tokens=(0, 300))
+  def test_all_trees_fit_and_order_is_irrelevant(self, seed, shards, max_tokens):
     # Fails if a step needs more rows than it gets, if counts cannot be split over shards and
-    # microbatches, if a microbatch is larger than its room, or if the order of trees or steps, or a
+    # microbatches, if a microbatch exceeds max_tokens, or if the order of trees or steps, or a
     # second call, changes the answer.
     rng = np.random.default_rng(seed)
     steps = [
       rng.integers(3, 90 + 100 * (seed % 3), rng.integers(1, 30)).tolist() for _ in range(40)
     ]
-    rows = geometry.fit_rows(steps, shards=shards, room=room)
+    options = RowOptions(shards=shards, max_tokens=max_tokens)
+    rows = geometry.fit_rows(steps, options)
     for sizes in steps:
       count = rows.needed(sizes)
       self.assertIn(count, rows.counts)
@@ -227,48 +227,54 @@ class RowsTest(parameterized.TestCase):
         len(first_fit([sizes[i] for i in rows.order(sizes)], rows.length)), count
       )
       self.assertEqual(count % (shards * rows.microbatches), 0)
-      if room and rows.microbatches > 1:
+      if max_tokens and rows.microbatches > 1:
         self.assertLessEqual(
-          count // (shards * rows.microbatches) * rows.length, max(room, rows.length)
+          count // (shards * rows.microbatches) * rows.length, max(max_tokens, rows.length)
         )
     shuffled = [rng.permutation(sizes).tolist() for sizes in steps[::-1]]
-    self.assertEqual(geometry.fit_rows(shuffled, shards=shards, room=room), rows)
-    self.assertEqual(geometry.fit_rows(steps, shards=shards, room=room), rows)
+    self.assertEqual(geometry.fit_rows(shuffled, options), rows)
+    self.assertEqual(geometry.fit_rows(steps, options), rows)
 
   def test_against_all_partitions(self):
-    # Fails if numbers of rows are not those with the fewest places, among all that a program each
-    # may be made for.
+    # Fails if numbers of rows are not those with the smallest capacity among all sets of as many
+    # counts.
     rng = np.random.default_rng(1)
     for _ in range(20):
       needs = rng.integers(1, 9, 60).tolist()
-      counts, places = geometry._counts(needs, 10)
+      counts, capacity = geometry._choose_counts(needs, 10)
       values = sorted(set(needs))
       best = min(
         sum(min(c for c in (*several, values[-1]) if c >= need) for need in needs)
         for several in itertools.combinations(values[:-1], len(counts) - 1)
       )
-      self.assertEqual(places, 10 * best)
-      self.assertEqual(places, 10 * sum(min(c for c in counts if c >= need) for need in needs))
+      self.assertEqual(capacity, 10 * best)
+      self.assertEqual(capacity, 10 * sum(min(c for c in counts if c >= need) for need in needs))
 
   def test_what_is_given_wins(self):
     # Fails if a given length or number of microbatches is changed, if trees of a given length are
     # put in another order, or if a tree that is too long is taken.
-    rows = geometry.fit_rows([[5, 7, 6], [7]], length=13, microbatches=2)
+    rows = geometry.fit_rows([[5, 7, 6], [7]], RowOptions(length=13, microbatches=2))
     self.assertEqual(rows, geometry.Rows(13, (2,), 2))
     self.assertEqual(rows.order([5, 7, 6]), [0, 1, 2])
-    self.assertEqual(geometry.fit_rows([[9] * 12], microbatches=3).microbatches, 3)
+    self.assertEqual(geometry.fit_rows([[9] * 12], RowOptions(microbatches=3)).microbatches, 3)
     with self.assertRaisesRegex(ValueError, "more than a row of 6"):
-      geometry.fit_rows([[5, 7]], length=6)
+      geometry.fit_rows([[5, 7]], RowOptions(length=6))
 
   def test_memory_makes_microbatches(self):
-    # Fails if a microbatch is not the most rows that fit, if the room is the mesh's and not a
-    # shard's, or if a row that does not fit is refused.
-    self.assertEqual(geometry.fit_rows([[10] * 12], length=10, room=40).microbatches, 3)
-    self.assertEqual(geometry.fit_rows([[10] * 12], length=10, room=40, shards=2).microbatches, 2)
-    self.assertEqual(geometry.fit_rows([[10] * 12], length=10, room=1).microbatches, 12)
+    # Fails if a microbatch is not the most rows that fit, if max_tokens counts for the mesh instead
+    # of a shard, or if a row that does not fit is rejected.
+    self.assertEqual(
+      geometry.fit_rows([[10] * 12], RowOptions(length=10, max_tokens=40)).microbatches, 3
+    )
+    self.assertEqual(
+      geometry.fit_rows([[10] * 12], RowOptions(length=10, max_tokens=40, shards=2)).microbatches, 2
+    )
+    self.assertEqual(
+      geometry.fit_rows([[10] * 12], RowOptions(length=10, max_tokens=1)).microbatches, 12
+    )
 
   def test_another_mesh_can_split_them(self):
-    # Fails if a run that goes on with more shards gets a number of rows that they cannot share, or
+    # Fails if a run resumed with more shards gets a number of rows that they cannot share, or
     # fewer than before.
     self.assertEqual(geometry.Rows(8, (6, 9, 10), 2).split(4).counts, (8, 16))
     self.assertEqual(geometry.Rows(8, (6, 9, 10)).split(1).counts, (6, 9, 10))
@@ -288,7 +294,8 @@ class RowsTest(parameterized.TestCase):
     rows = geometry.fit_rows(steps)
     self.assertGreaterEqual(fullness(rows, steps), 0.85)
     self.assertGreaterEqual(
-      fullness(rows, steps), fullness(geometry.fit_rows(steps, length=320), steps) + 0.05
+      fullness(rows, steps),
+      fullness(geometry.fit_rows(steps, RowOptions(length=320)), steps) + 0.05,
     )
 
   @parameterized.product(batch_size=(16, 128), shards=(1, 8))
@@ -296,7 +303,7 @@ class RowsTest(parameterized.TestCase):
     # Fails if rows for GSM8K are less than 85 % full (a batch of 16 on 8 shards has two a shard and
     # cannot be).
     steps = steps_of(gsm8k_trees(), batch_size)
-    rows = geometry.fit_rows(steps, shards=shards)
+    rows = geometry.fit_rows(steps, RowOptions(shards=shards))
     self.assertGreaterEqual(fullness(rows, steps), 0.85 if batch_size > 16 or shards == 1 else 0.6)
 
   @parameterized.parameters(32, 64, 128)
@@ -312,7 +319,7 @@ class RowsTest(parameterized.TestCase):
 def busy(lanes, trunks):
   """The share of slots that is busy on these lengths."""
   steps, _ = geometry.decoding_time(
-    sorted(trunks, key=len, reverse=True), lanes.lanes, lanes.slots, lanes.refill
+    sorted(trunks, key=len, reverse=True), lanes.lanes, lanes.slots, refill=lanes.refill
   )
   return sum(map(sum, trunks)) / (steps * lanes.lanes * lanes.slots)
 
@@ -346,17 +353,17 @@ class LanesTest(parameterized.TestCase):
     rng = np.random.default_rng(lanes)
     trunks = [rng.integers(1, 9, rng.integers(1, 7)).tolist() for _ in range(20)]
     self.assertEqual(
-      geometry.decoding_time(trunks, lanes, slots, refill),
+      geometry.decoding_time(trunks, lanes, slots, refill=refill),
       brute_force(trunks, lanes, slots, refill),
     )
 
   @parameterized.parameters(0, 1, 2, 3)
-  def test_fits_and_order_is_nothing(self, seed):
+  def test_fits_and_order_is_irrelevant(self, seed):
     # Fails if memory is exceeded although one lane with one slot fits, if lanes cannot be shared by
     # the shards, or if the order of trunks or items, or a second call, changes the answer.
     rng = np.random.default_rng(seed)
     trunks = [rng.integers(1, 60, rng.integers(1, 9)).tolist() for _ in range(100)]
-    limits = {"longest": 80, "shards": 2, "lane_bytes": 3.0, "slot_bytes": 2.0, "room": 64.0}
+    limits = {"longest": 80, "shards": 2, "memory": LaneMemory(3.0, 2.0, 64.0)}
     lanes = geometry.fit_lanes(trunks, **limits)
     self.assertLessEqual(lanes.lanes // 2 * (3 + 2 * lanes.slots), 64)
     self.assertEqual(lanes.lanes % 2, 0)
@@ -366,14 +373,14 @@ class LanesTest(parameterized.TestCase):
     self.assertEqual(geometry.fit_lanes(trunks, **limits), lanes)
 
   def test_what_is_given_wins(self):
-    # Fails if given lanes or slots are changed, by memory either, or if a choice with no memory at
-    # all is none.
+    # Fails if given lanes or slots are changed, even by memory, or if nothing is chosen without any
+    # memory.
     trunks = [[5] * 6] * 10
-    given = geometry.fit_lanes(trunks, lanes=6, slots=5, lane_bytes=9.0, room=1.0)
+    given = geometry.fit_lanes(trunks, lanes=6, slots=5, memory=LaneMemory(9.0, limit=1.0))
     self.assertEqual((given.lanes, given.slots), (6, 5))
     self.assertEqual(geometry.fit_lanes(trunks, slots=3).slots, 3)
     self.assertEqual(geometry.fit_lanes(trunks, lanes=5).lanes, 5)
-    none = geometry.fit_lanes(trunks, lane_bytes=9.0, room=1.0)
+    none = geometry.fit_lanes(trunks, memory=LaneMemory(9.0, limit=1.0))
     self.assertEqual((none.lanes, none.slots), (1, 1))
     self.assertEqual(geometry.fit_lanes([]).lanes, 1)
 
@@ -384,8 +391,8 @@ class LanesTest(parameterized.TestCase):
     ("long", _LONG, _LONG, 4096, 512),
   )
   def test_sampling_and_evaluation(self, foreseen, real, longest, count):
-    # Fails if less than 75 % of slots are busy with lengths that are drawn apart from those that
-    # were foreseen. less the prompt
+    # Fails if less than 75 % of slots are busy on lengths drawn independently of
+    # the expected ones (less the prompt)
     foreseen = np.minimum(np.asarray(foreseen) - (23 if longest == 72 else 0), longest)
     for items in (8, 1):
       guess = np.random.default_rng(1).choice(foreseen, (count, items)).tolist()
@@ -399,8 +406,8 @@ class LanesTest(parameterized.TestCase):
     ("long", _LONG, 4096, 300),
   )
   def test_credit(self, lengths, longest, count):
-    # Fails if less than 75 % of slots are busy with six rollouts a step whose lengths only their
-    # own prefix tells of.
+    # Fails if less than 75 % of slots are busy with six rollouts a step whose lengths depend on
+    # their own prefixes only.
     rng = np.random.default_rng(3)
     guess, made = [], []
     for size in drawn(np.sort(lengths), count):

@@ -1,6 +1,4 @@
-"""The losses against float64 numpy, and what their equations promise: symmetry, gradients, extreme
-margins.
-"""
+"""Losses against float64 numpy; their symmetry, gradients and extreme margins."""
 
 import functools
 import math
@@ -119,7 +117,7 @@ class SftLossTest(absltest.TestCase):
 
 class PreferenceMarginTest(absltest.TestCase):
   def test_by_hand(self):
-    # Fails if any of the four signs is turned.
+    # Fails if any of the four signs is flipped.
     columns = [jnp.asarray([value], jnp.float32) for value in (1.0, 20.0, 300.0, 4000.0)]
     np.testing.assert_array_equal(
       losses.preference_margin(*columns), [(1.0 - 300.0) - (20.0 - 4000.0)]
@@ -154,10 +152,10 @@ class DpoLossTest(parameterized.TestCase):
     loss = functools.partial(losses.dpo_loss, beta=beta, label_smoothing=epsilon)
     np.testing.assert_allclose(loss(*pair_args(level)), np.log(2.0), rtol=1e-5)
     chosen, rejected, ref_chosen, ref_rejected = pair_args(pairs)
-    turned = loss(rejected, chosen, ref_rejected, ref_chosen)
+    swapped = loss(rejected, chosen, ref_rejected, ref_chosen)
     h = losses.preference_margin(chosen, rejected, ref_chosen, ref_rejected)
     np.testing.assert_allclose(
-      turned - loss(*pair_args(pairs)), beta * h * (1.0 - 2.0 * epsilon), rtol=1e-4, atol=1e-5
+      swapped - loss(*pair_args(pairs)), beta * h * (1.0 - 2.0 * epsilon), rtol=1e-4, atol=1e-5
     )
 
   @parameterized.parameters(0.0, 0.2)
@@ -217,12 +215,12 @@ class SettingsTest(parameterized.TestCase):
     losses.dpo_loss, losses.ipo_loss, losses.dpop_loss, losses.preference_metrics
   )
   def test_go_by_name(self, loss):
-    # Fails if β, τ or a penalty can be given by its place, where one is easily taken for another.
+    # Fails if β, τ or a penalty can be passed positionally, where they are easily confused.
     with self.assertRaises(TypeError):
       loss(*pair_args(draw()), 0.1, *((5.0,) if loss is losses.dpop_loss else ()))
 
   def test_weights_go_by_name(self):
-    # Fails if temperature and largest weight can be given by their place.
+    # Fails if temperature and largest weight can be passed positionally.
     with self.assertRaises(TypeError):
       losses.advantage_weighted_loss(jnp.zeros(2), jnp.zeros(2), 0.5, 20.0)
 
@@ -242,7 +240,7 @@ def float64_args(seed: int = 0) -> tuple[np.ndarray, ...]:
 class IpoLossTest(parameterized.TestCase):
   @parameterized.parameters(0.02, 0.1, 1.0)
   def test_equals_numpy(self, tau):
-    # Fails for 1/τ or τ/2 in place of 1/(2τ), for a lost square, and for any sign turned in h.
+    # Fails for 1/τ or τ/2 in place of 1/(2τ), for a lost square, and for any flipped sign in h.
     with jax.enable_x64(True):
       got = jax.jit(functools.partial(losses.ipo_loss, tau=tau))(*float64_args())
     chosen, rejected, ref_chosen, ref_rejected = float64_args()
@@ -269,8 +267,8 @@ class IpoLossTest(parameterized.TestCase):
 class DpopLossTest(parameterized.TestCase):
   @parameterized.product(beta=(0.02, 0.3), penalty=(0.0, 0.5, 5.0))
   def test_equals_numpy(self, beta, penalty):
-    # Fails if the penalty stands outside the sigmoid, is not multiplied by β, is added to h, looks
-    # at the rejected branch or has its difference turned, or if gains are penalised too (no max
+    # Fails if the penalty is outside the sigmoid, is not multiplied by β, is added to h, looks
+    # at the rejected branch or has its difference negated, or if gains are penalised too (no max
     # with 0).
     with jax.enable_x64(True):
       got = jax.jit(functools.partial(losses.dpop_loss, beta=beta, penalty=penalty))(
@@ -353,8 +351,8 @@ class AdvantageLossesTest(parameterized.TestCase):
 
 class PreferenceMetricsTest(absltest.TestCase):
   def test_by_hand(self):
-    # Fails if a tie counts as right, if margin is scaled by β, if shifts are turned or change
-    # places, or if `saturated` ignores β or takes |h|. σ(-4.5) = 0.011, σ(-4.7) = 0.009.
+    # Fails if a tie counts as right, if margin is scaled by β, if shifts are negated or
+    # swapped, or if `saturated` ignores β or takes |h|. σ(-4.5) = 0.011, σ(-4.7) = 0.009.
     columns = [
       np.array([-10.0, -9.0, -1.0, -1.0, -60.0]),
       np.array([-12.0, -9.0, -46.0, -48.0, -2.0]),

@@ -19,7 +19,7 @@ class TotalTest(absltest.TestCase):
     self.assertEqual((total.dtype, count.dtype), (jnp.float32, jnp.int32))
 
   def test_mask_of_rows(self):
-    # Fails if a mask that stands for whole rows is counted once for each row instead of once for
+    # Fails if a mask over whole rows is counted once for each row instead of once for
     # each value.
     total, count = masked_stats.total(jnp.ones((2, 3)), jnp.asarray([[True], [False]]))
     self.assertEqual((float(total), int(count)), (3.0, 3))

@@ -1,6 +1,4 @@
-"""Pairs of every mode by hand: which branch is chosen, which rejected, what trunk they share, and
-how sure the label is.
-"""
+"""Pairs of every mode by hand: chosen, rejected, trunk and P(flipped)."""
 
 import dataclasses
 
@@ -32,9 +30,7 @@ def sibling(first, correct=True) -> Sibling:
 
 
 def named(name: str) -> str:
-  """An equal string that is another object, as names from a file or a flag are: fails where `is`
-  compares them.
-  """
+  """An equal string that is another object, so that comparing with `is` fails."""
   return "".join(name)
 
 
@@ -52,9 +48,7 @@ def shared(
     pit,
     siblings=siblings,
     after=after,
-    continuation=named(continuation),
-    choice=named(choice),
-    rng=np.random.default_rng(seed),
+    rule=pairs.ChosenRule(named(continuation), named(choice), np.random.default_rng(seed)),
   )
 
 
@@ -83,7 +77,7 @@ class ResponseTest(absltest.TestCase):
 class FlipProbabilityTest(parameterized.TestCase):
   @parameterized.parameters((0, 6, 3, 6), (2, 6, 2, 6), (5, 5, 0, 3), (1, 1, 4, 10), (0, 0, 2, 3))
   def test_counts_equal_monte_carlo(self, c, m, c_other, m_other):
-    # Fails if the two change places, for another prior than Jeffreys', or if counts are taken for
+    # Fails if the two are swapped, for another prior than Jeffreys', or if counts are taken for
     # values.
     rng = np.random.default_rng(0)
     draw = lambda c, m: rng.beta(c + 0.5, m - c + 0.5, 400_000)
@@ -196,7 +190,9 @@ class FurthestTest(parameterized.TestCase):
 
   def test_refuses(self):
     # Fails if an unknown name falls through.
-    with self.assertRaisesRegex(ValueError, "No variant 'far': largest or shortest_far"):
+    with self.assertRaisesRegex(
+      ValueError, "Unknown variant 'far': must be largest or shortest_far"
+    ):
       pairs.furthest([], [], variant="far")
 
 
@@ -303,10 +299,10 @@ class SharedPrefixTest(parameterized.TestCase):
     # Fails if an unknown name falls through to one of the others.
     for choice in ("longest", "a", "tallest"):
       with self.assertRaisesRegex(
-        ValueError, f"No choice '{choice}': random, shortest, most_likely or majority"
+        ValueError, f"Unknown choice '{choice}': must be random, shortest, most_likely or majority"
       ):
         shared(choice=choice)
-    with self.assertRaisesRegex(ValueError, "No continuation 'all': step or rollout"):
+    with self.assertRaisesRegex(ValueError, "Unknown continuation 'all': must be step"):
       shared(continuation="all")
 
 
@@ -331,8 +327,8 @@ class FiltersTest(parameterized.TestCase):
     )
 
   def test_filter_pairs(self):
-    # Fails if a reason is lost or its check turned, if a dropped pair counts for the cap or hides a
-    # later one, or if pairs of two problems count as one.
+    # Fails if a reason is lost or its check inverted, if a dropped pair counts for the cap or hides
+    # a later one, or if pairs of two problems count as one.
     made = [
       (TokenPair([1], [2], [2]), "a"),
       (TokenPair([1], [2], [3], flip=0.25), "a"),
@@ -353,7 +349,7 @@ class FiltersTest(parameterized.TestCase):
     )
 
   def test_settings_go_by_name(self):
-    # Fails if a setting can be given by its place, where it may be taken for its neighbour.
+    # Fails if a setting can be passed positionally, where it may be mistaken for its neighbour.
     with self.assertRaises(TypeError):
       pairs.filter_pairs([], [], 2, 1.0)
     with self.assertRaises(TypeError):

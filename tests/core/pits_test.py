@@ -42,9 +42,7 @@ def jitted_pits(q_NS, known_NS, v0_N, rule):
 
 
 def random_cases(num: int, steps: int):
-  """Values on a coarse grid, so that ties and zeros abound; a third of the steps unknown; some rows
-  wholly unknown.
-  """
+  """Coarse values with many ties and zeros; a third of the steps unknown, some rows entirely."""
   rng = np.random.default_rng(0)
   q = (rng.integers(0, 6, (num, steps)) / 5.0).astype(np.float32)
   known = rng.random((num, steps)) < rng.choice(
@@ -115,7 +113,7 @@ class FirstPitTest(parameterized.TestCase):
     self.assertEqual(np.asarray(pit).tolist(), [0])
 
   def test_thresholds_of_relative_drop(self):
-    # Fails if <= or >= is strict, or if the two thresholds change places.
+    # Fails if <= or >= is strict, or if the two thresholds are swapped.
     q, known, v0 = jnp.asarray([0.5, 0.25, 0.125]), jnp.ones(3, bool), jnp.asarray(0.5)
     pit = lambda **how: int(pits.first_pit(q, known, v0, rule="relative_drop", **how))
     self.assertEqual(pit(drop_ratio=0.5, min_before=0.5), 1)
@@ -123,7 +121,7 @@ class FirstPitTest(parameterized.TestCase):
     self.assertEqual(pit(drop_ratio=0.49, min_before=0.1), -1)
 
   def test_settings_go_by_name(self):
-    # Fails if a setting can be given by its place, where one float is easily taken for another.
+    # Fails if a setting can be passed positionally, where floats are easily confused.
     with self.assertRaises(TypeError):
       pits.first_pit(jnp.zeros(2), jnp.ones(2, bool), jnp.asarray(0.0), "first_zero")
     with self.assertRaises(TypeError):
@@ -133,7 +131,8 @@ class FirstPitTest(parameterized.TestCase):
     # Fails if an unknown rule falls through to one of the others.
     for rule in ("lowest", "a", "zero"):
       with self.assertRaisesRegex(
-        ValueError, f"No pit rule '{rule}': lowest_value, first_zero, first_dead, least_"
+        ValueError,
+        f"Unknown pit rule '{rule}': must be lowest_value, first_zero, first_dead, least_",
       ):
         pits.first_pit(jnp.zeros(2), jnp.ones(2, bool), jnp.asarray(0.0), rule=rule)
 

@@ -1,6 +1,4 @@
-"""Schedules by hand, against enumeration, and on simulated responses whose first dead step is
-known.
-"""
+"""Schedules by hand, by enumeration, and on simulated responses with a known first dead step."""
 
 import itertools
 
@@ -11,15 +9,13 @@ from synthneg_jax.core import rollout_schedules
 
 
 def first_dead(successes, rollouts) -> int:
-  """The first step with rollouts, none of them right, after the last that had a success; else the
-  last step.
-  """
+  """The first step with only failures after the last success, else the last step."""
   alive = max([i for i, c in enumerate(successes) if c], default=-1)
   return next((i for i in range(alive + 1, len(rollouts)) if rollouts[i]), len(rollouts))
 
 
 def simulate(schedule, q, rng, num_rollouts):
-  """(counts, rounds) of a response with these values, rolled out until the schedule is content."""
+  """(counts, rounds) of a response with these values, rolled out until the schedule stops."""
   successes, rollouts, rounds = [0] * len(q), [0] * len(q), 0
   while any(more := schedule(successes, rollouts, num_rollouts)):
     rounds += 1
@@ -30,9 +26,7 @@ def simulate(schedule, q, rng, num_rollouts):
 
 
 def responses(num: int, seed: int = 0):
-  """(values of all steps but the last, first dead step): alive ones fall from left to right, dead
-  ones are 0.
-  """
+  """(values of all steps but the last, first dead step): alive values decrease, dead ones are 0."""
   rng = np.random.default_rng(seed)
   for _ in range(num):
     steps = int(rng.integers(2, 10))
@@ -42,7 +36,7 @@ def responses(num: int, seed: int = 0):
 
 class EveryTest(absltest.TestCase):
   def test_by_hand(self):
-    # Fails if what is there is not counted, or if more than R give a negative number.
+    # Fails if existing rollouts are not counted, or if more than R give a negative number.
     self.assertEqual(rollout_schedules.every([0, 2, 1], [0, 3, 9], 8), [8, 5, 0])
 
 
@@ -111,7 +105,7 @@ class PitPosteriorTest(absltest.TestCase):
     )
 
   def test_none_of_r_settles(self):
-    # Fails if R zeros leave room for a later pit.
+    # Fails if R zeros leave a later pit possible.
     np.testing.assert_allclose(
       rollout_schedules.pit_posterior([0, 0, 0], [1, 4, 0], 4), [2 / 3, 1 / 3, 0, 0]
     )

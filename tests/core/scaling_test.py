@@ -1,6 +1,4 @@
-"""Power laws that are exact, curves whose crossings are known, and a bootstrap that covers the
-truth.
-"""
+"""Exact power laws, curves with known crossings, and the coverage of the bootstrap."""
 
 import dataclasses
 
@@ -16,7 +14,7 @@ SIZES = np.array([1000.0, 2000.0, 4000.0, 8000.0])
 class PowerLawFitTest(parameterized.TestCase):
   @parameterized.parameters((0.05, 0.9), (0.15, 2.0), (-0.1, 0.2), (0.0, 0.3))
   def test_exact(self, exponent, coefficient):
-    # Fails if the exponent's sign is turned, if the coefficient is its log, or if an axis is not
+    # Fails if the exponent's sign is flipped, if the coefficient is its log, or if an axis is not
     # logarithmic.
     got = scaling.power_law_fit(SIZES, coefficient * SIZES**-exponent)
     np.testing.assert_allclose(got, (exponent, coefficient), rtol=1e-9, atol=1e-12)
@@ -45,7 +43,7 @@ class PowerLawFitTest(parameterized.TestCase):
 class EfficiencyFactorTest(parameterized.TestCase):
   @parameterized.parameters(0.25, 0.5, 1.0, 2.0, 3.7, 8.0, 64.0)
   def test_on_a_power_law(self, factor):
-    # Fails if the ratio is turned, if interpolation is linear in either axis, or if extrapolation
+    # Fails if the ratio is inverted, if interpolation is linear in either axis, or if extrapolation
     # takes a wrong end.
     errors = 2.0 * SIZES**-0.15
     size = 1000.0
@@ -110,7 +108,7 @@ class EfficiencyFactorTest(parameterized.TestCase):
     # Fails if sizes out of order, or one size twice, are interpolated, or an error of 0 gives inf
     # without a word.
     for sizes in ([2.0, 1.0, 3.0], [1.0, 1.0, 3.0]):
-      with self.assertRaisesRegex(ValueError, "Sizes must rise"):
+      with self.assertRaisesRegex(ValueError, "Sizes must be ascending"):
         scaling.efficiency_factor(sizes, [0.3, 0.2, 0.1], size=1.0, method_error=0.1)
     with self.assertRaisesRegex(ValueError, "Not positive"):
       scaling.efficiency_factor([1.0, 2.0], [0.2, 0.1], size=1.0, method_error=0.0)
@@ -118,9 +116,7 @@ class EfficiencyFactorTest(parameterized.TestCase):
 
 class BootstrapEfficiencyTest(absltest.TestCase):
   def data(self, seed: int, problems: int = 400):
-    """Baseline error 4 · size^-0.3 and a method that at 1000 problems is as good as the baseline at
-    4000.
-    """
+    """Baseline error 4 · size^-0.3; the method at 1000 problems equals the baseline at 4000."""
     rng = np.random.default_rng(seed)
     hardness = rng.random(problems)  # shared, so that errors are correlated as on one test set
     wrong = lambda error, seeds: rng.normal(hardness, 0.05, (seeds, problems)) < error
@@ -222,7 +218,7 @@ class BootstrapEfficiencyTest(absltest.TestCase):
       self.assertBetween(got.extrapolated_share, 0.2, 0.3)
 
   def test_settings_go_by_name(self):
-    # Fails if draws, level and seed can be given by their place.
+    # Fails if draws, level and seed can be passed positionally.
     with self.assertRaises(TypeError):
       scaling.bootstrap_efficiency(Baseline(SIZES, np.ones((4, 1, 1))), 1000.0, np.ones((1, 1)), 10)
 

@@ -1,4 +1,4 @@
-"""Which responses are kept: the right, the different, those of high advantage."""
+"""Selected responses: right ones, distinct ones, those of high advantage."""
 
 import math
 import time
@@ -37,7 +37,7 @@ class KeepRightTest(parameterized.TestCase):
 
 
 def plain_distance(a: str, b: str) -> float:
-  """Levenshtein's distance over the longer length, by the textbook's table."""
+  """Levenshtein's distance over the longer length, by dynamic programming."""
   row = np.arange(len(b) + 1, dtype=np.float64)
   for i, left in enumerate(a, 1):
     before, row = row, np.full(len(b) + 1, float(i))
@@ -87,7 +87,7 @@ class EquationKeyTest(parameterized.TestCase):
   )
   def test_prose(self, text, key):
     # Fails if a chain starts within a number, after a sign of its own, or at the second of two
-    # terms; if words may stand within a chain; if any comma is dropped; or if a variable's product
+    # terms; if words may interrupt a chain; if any comma is dropped; or if a variable's product
     # counts.
     self.assertEqual(selection.equation_key(text), key)
 
@@ -95,8 +95,8 @@ class EquationKeyTest(parameterized.TestCase):
     "1+", "(", "1 ", "1", "1,1", "-", "1=", " ", "1 x ", "<<", "<<1", "$(1 "
   )
   def test_time_is_linear(self, piece):
-    # Fails if a run of characters is read again from each of its places: 200,000 of them would take
-    # minutes, not 0.1 s. (A bound of seconds on a slow machine, far from both.)
+    # Fails if a run of characters is read again from each of its positions: 200,000 of them would
+    # take minutes, not 0.1 s. (A bound of seconds on a slow machine, far from both.)
     start = time.process_time()
     selection.equation_key(piece * (200_000 // len(piece)))
     self.assertLess(time.process_time() - start, 10.0)
@@ -105,7 +105,7 @@ class EquationKeyTest(parameterized.TestCase):
 class EquationKeyDeduplicationTest(absltest.TestCase):
   def test_by_hand(self):
     # Fails if the last of a key is kept, if texts without equations are taken for one another, or
-    # if words tell apart.
+    # if words make a difference.
     texts = ["2 + 3 = 5", "so 2+3=5!", "no sums", "3 + 2 = 5", "none here", "again 3+2=5"]
     self.assertEqual(selection.deduplicate_by_equation_key(texts), [0, 2, 3, 4])
     self.assertEqual(selection.deduplicate_by_equation_key([]), [])
@@ -201,7 +201,7 @@ class StepMaskTest(parameterized.TestCase):
     # Fails if an unknown rule falls through, or steps and ends of unequal number are cut to the
     # shorter.
     for rule in ("negative", "a", "zero"):
-      with self.assertRaisesRegex(ValueError, f"No rule '{rule}': positive or before_negative"):
+      with self.assertRaisesRegex(ValueError, f"Unknown rule '{rule}': must be positive"):
         selection.step_mask([0.5], [2], rule=rule)
     for rule in ("positive", "before_negative"):
       with self.assertRaises(ValueError):
@@ -241,7 +241,7 @@ class SpuriousStepsTest(parameterized.TestCase):
       selection.spurious_steps([1, 2], [3], (0, 1))
 
   def test_settings_go_by_name(self):
-    # Fails if a confidence or a rule can be given by its place.
+    # Fails if a confidence or a rule can be passed positionally.
     with self.assertRaises(TypeError):
       selection.spurious_steps([1], [3], (0, 1), 0.9)
     with self.assertRaises(TypeError):

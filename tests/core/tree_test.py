@@ -1,6 +1,4 @@
-"""Packing against fields written by hand, and the attention rule against the paths of the unpacked
-sequences.
-"""
+"""Packing against fields written by hand; the attention rule against unpacked paths."""
 
 import dataclasses
 
@@ -75,14 +73,14 @@ class PackTest(absltest.TestCase):
     self.assertEqual((SECOND.num_tokens, SECOND.num_scored, SECOND.num_branches), (3, 1, 1))
 
   def test_one_branch_may_stand_twice(self):
-    # Fails if branches are told apart by what they are and not by where they stand.
+    # Fails if branches are identified by content instead of position.
     twin = Branch(1, [7, 8])
     tree = Tree([1, 2], (twin, twin))
     self.assertEqual(tree.layout.token.tolist(), [1, 2, 7, 8, 7, 8])
     self.assertEqual(tree.layout.end.tolist(), [3, 5])
 
   def test_a_full_row_fits_and_one_more_token_does_not(self):
-    # Fails if the check for room is off by one in either direction.
+    # Fails if the check of a row's length is off by one in either direction.
     self.assertEqual(tree_lib.pack([[FIRST, SECOND]], 15).token[0, -3:].tolist(), [50, 51, 60])
     with self.assertRaisesRegex(ValueError, "Row 1 overflows: its trees need more than 14 tokens"):
       tree_lib.pack([[], [FIRST, SECOND]], 14)
@@ -126,7 +124,7 @@ class TreeErrorsTest(parameterized.TestCase):
 class SharingTest(absltest.TestCase):
   def test_by_hand(self):
     # Fails if a beginning is shared across another scored mask, if a sequence that is another's
-    # beginning, or another's twin, is lost, if a branch leaves at the wrong place, or if only the
+    # beginning, or another's twin, is lost, if a branch leaves at the wrong fork, or if only the
     # first level is shared.
     ids = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 9, 4], [5, 6], [5, 6, 7, 8], [8, 8]]
     unscored = Branch(2, [5, 6, 3], scored=[False, True, True])
@@ -176,7 +174,7 @@ class AttentionMaskTest(parameterized.TestCase):
   def test_equals_the_paths_on_random_rows(self, window):
     # Fails if trees of one row see each other, siblings see each other, a branch sees its path
     # beyond its fork or not up to it, a token sees what continues it, padding sees anything but
-    # itself, or a window counts places of the row.
+    # itself, or a window counts row indices.
     rng = np.random.default_rng(0)
     rows = [[FIRST, SECOND], [SECOND, FIRST]]
     rows += [[random_trees.draw(rng) for _ in range(rng.integers(1, 4))] for _ in range(30)]

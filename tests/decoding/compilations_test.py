@@ -1,10 +1,11 @@
-"""How many programs a mixed run of the engine compiles."""
+"""The number of programs that a mixed run of the engine compiles."""
 
 import jax
 import numpy as np
 import pytest
 from absl.testing import absltest
 
+from synthneg_jax.core.geometry import Lanes
 from synthneg_jax.decoding import engine as engine_lib
 from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.decoding.engine import Engine, Trunk
@@ -34,7 +35,7 @@ def trunks(rng, count: int, longest: int, items: int):
 
 
 def stop_table() -> np.ndarray:
-  """A new array each time: an odd token followed by an even one ends a branch."""
+  """A new array on each call: an odd token followed by an even one ends a branch."""
   table = np.zeros((3, 31), np.int32)
   table[:, 1::2] = 1
   table[1, 0::2] = 2
@@ -51,8 +52,7 @@ class CompilationsTest(absltest.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((3,)),
-      lanes=4,
-      slots=2,
+      lanes=Lanes(4, 2),
       max_new_tokens=5,
     )
     params, rng = tiny_model.params(), np.random.default_rng(0)
@@ -74,8 +74,7 @@ class CompilationsTest(absltest.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((3,)),
-      lanes=2,
-      slots=2,
+      lanes=Lanes(2, 2),
       max_new_tokens=5,
     )
     params, rng = tiny_model.params(), np.random.default_rng(1)
@@ -111,7 +110,7 @@ class CompilationsTest(absltest.TestCase):
     def run():
       model, stops = tiny_model.model(), Stops((3,), stop_table(), 31)
       engine = Engine(
-        model, tiny_model.one_device_mesh(), stops, lanes=2, slots=2, max_new_tokens=6
+        model, tiny_model.one_device_mesh(), stops, lanes=Lanes(2, 2), max_new_tokens=6
       )
       return [
         [item.finish for item in made] for _, made in sorted(engine.run(params, call, Sampling()))

@@ -1,4 +1,4 @@
-"""The engine against a naive loop that runs the whole sequence anew for every token."""
+"""The engine against a naive loop that recomputes the whole sequence for every token."""
 
 import dataclasses
 
@@ -9,6 +9,7 @@ from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import geometry
 from synthneg_jax.core import tree as tree_lib
+from synthneg_jax.core.geometry import Lanes
 from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.decoding.engine import Engine, Trunk
 from synthneg_jax.decoding.sampling import Sampling, draw, inverse_cdf
@@ -78,9 +79,7 @@ def naive(params, trunk, item, sampling, stop_table=None):
 
 
 def near_edge(params, trunk, item, ids, sampling):
-  """Whether the draw of ids[-1] lies within CDF_EDGE of an edge of its CDF, in the naive loop's
-  program.
-  """
+  """Whether the draw of ids[-1] is within CDF_EDGE of an edge of the naive loop's CDF."""
   padded = np.zeros(24, np.int32)
   sequence = [*trunk.ids[: trunk.forks[item]], *ids[:-1]]
   padded[: len(sequence)] = sequence
@@ -106,8 +105,7 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,)),
-      lanes=3,
-      slots=2,
+      lanes=Lanes(3, 2),
       max_new_tokens=NEW,
     )
     results = dict(engine.run(params, trunks, sampling))
@@ -135,8 +133,7 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,), table),
-      lanes=3,
-      slots=2,
+      lanes=Lanes(3, 2),
       max_new_tokens=NEW,
     )
     finishes = set()
@@ -148,15 +145,12 @@ class EngineTest(parameterized.TestCase):
     self.assertIn("stop", finishes)
 
   def assert_same_draws(self, params, trunks, order, engine, sampling, other_params=None):
-    """Equal tokens to the shared geometry's, but for draws at an edge of the CDF; `other_params`
-    are on `engine`'s mesh.
-    """
+    """Compares with the shared geometry's tokens, except for draws at an edge of the CDF."""
     reference = Engine(
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,)),
-      lanes=3,
-      slots=2,
+      lanes=Lanes(3, 2),
       max_new_tokens=NEW,
     )
     expected, compared = dict(reference.run(params, trunks, sampling)), 0
@@ -182,10 +176,8 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(scan_layers=scan),
       tiny_model.one_device_mesh(),
       Stops((EOS,)),
-      lanes=lanes,
-      slots=slots,
+      lanes=Lanes(lanes, slots, refill=refill),
       max_new_tokens=NEW,
-      refill=refill,
     )
     self.assert_same_draws(params, trunks, order, other, Sampling(temperature=1.0))
 
@@ -197,15 +189,13 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,)),
-      lanes=3,
-      slots=2,
+      lanes=Lanes(3, 2, refill=2),
       max_new_tokens=NEW,
-      refill=2,
     )
     made = dict(engine.run(params, trunks, Sampling(temperature=1.0)))
     steps = [[len(one.ids) - 1 for one in made[i] if len(one.ids) > 1] for i in range(len(trunks))]
     order = sorted(range(len(trunks)), key=lambda i: -len(trunks[i].forks))
-    expected, _ = geometry.decoding_time([steps[i] for i in order], 3, 2, 2)
+    expected, _ = geometry.decoding_time([steps[i] for i in order], 3, 2, refill=2)
     self.assertEqual(engine.stats["steps"], expected)
     self.assertEqual(engine.stats["busy_slots"], sum(map(sum, steps)))
 
@@ -214,7 +204,7 @@ class EngineTest(parameterized.TestCase):
     # Fails if lanes are not a multiple of the row shards, or a lane's items leave their device.
     params, trunks = tiny_model.params(), make_trunks(np.random.default_rng(3), count=9)
     mesh = device_mesh.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
-    other = Engine(tiny_model.model(), mesh, Stops((EOS,)), lanes=32, slots=2, max_new_tokens=NEW)
+    other = Engine(tiny_model.model(), mesh, Stops((EOS,)), lanes=Lanes(32, 2), max_new_tokens=NEW)
     other_params = jax.device_put(
       params, device_mesh.shardings(mesh, tiny_model.model().logical_axes())
     )
@@ -229,8 +219,7 @@ class EngineTest(parameterized.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops((EOS,), None, 20),
-      lanes=3,
-      slots=2,
+      lanes=Lanes(3, 2),
       max_new_tokens=NEW,
     )
     with jax.debug_nans(False):

@@ -1,10 +1,11 @@
-"""Items with limits of their own."""
+"""Per-item limits on new tokens."""
 
 import dataclasses
 
 import numpy as np
 from absl.testing import absltest
 
+from synthneg_jax.core.geometry import Lanes
 from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.decoding.engine import Engine, Trunk
 from synthneg_jax.decoding.sampling import Sampling
@@ -24,8 +25,7 @@ class LimitsTest(absltest.TestCase):
       tiny_model.model(),
       tiny_model.one_device_mesh(),
       Stops(()),
-      lanes=1,
-      slots=2,
+      lanes=Lanes(1, 2),
       max_new_tokens=NEW,
     )
     whole, cut = (

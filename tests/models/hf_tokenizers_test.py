@@ -13,6 +13,7 @@ from absl.testing import absltest, parameterized
 from tokenizers import decoders, pre_tokenizers
 from tokenizers import models as token_models
 
+from synthneg_jax.core.geometry import Lanes
 from synthneg_jax.decoding import policy as policy_lib
 from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.decoding.engine import Engine, Trunk
@@ -166,7 +167,7 @@ class EmbeddingTest(FolderTest):
     # Fails if ids beyond the embedding are looked up, which would clamp them.
     model = tiny_model.model()
     engine = Engine(
-      model, tiny_model.one_device_mesh(), Stops((3,)), lanes=1, slots=1, max_new_tokens=2
+      model, tiny_model.one_device_mesh(), Stops((3,)), lanes=Lanes(1, 1), max_new_tokens=2
     )
     trunk = Trunk([1, 31], [2], np.zeros((1, 2), np.uint32))
     with self.assertRaisesRegex(

@@ -224,7 +224,7 @@ class MemoryTest(FolderTest):
     mesh = device_mesh.make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
 
     def read_and_discard(shape, sharding, part):
-      """Acts as an accelerator; on CPU, jax would keep the host's buffer as the parameter."""
+      """Acts like an accelerator: on CPU, jax would use the host's buffer as the parameter."""
       for index in sharding.addressable_devices_indices_map(shape).values():
         part(index)
       return jax.ShapeDtypeStruct(shape, np.float32)

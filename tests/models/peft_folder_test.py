@@ -79,7 +79,7 @@ class PeftFolderTest(hf_tokenizers_test.FolderTest):
     ({"use_dora": True}, "use_dora true is not supported, only false is."),
     ({"bias": "all"}, 'bias "all" is not supported, only "none" is.'),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported: merge the adapter"),
-    ({"base_model_name_or_path": ""}, "base_model_name_or_path is empty; name the folder"),
+    ({"base_model_name_or_path": ""}, "base_model_name_or_path is empty; set it to the folder"),
     (
       {"base_model_name_or_path": "/nowhere/x"},
       "base_model_name_or_path='/nowhere/x'.*does not exist",

@@ -12,6 +12,7 @@ import transformers
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import tree as tree_lib
+from synthneg_jax.core.geometry import Lanes
 from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.decoding.engine import Engine, Trunk
 from synthneg_jax.decoding.sampling import Sampling
@@ -144,7 +145,7 @@ class ParityTest(parameterized.TestCase):
     prompts = [rng.integers(4, 61, size).tolist() for size in (1, 3, 6, 9, 12, 5, 7, 2)]
     trunks = [Trunk(ids, [len(ids)], np.zeros((1, 2), np.uint32)) for ids in prompts]
     engine = Engine(
-      model, tiny_model.one_device_mesh(), Stops((3,)), lanes=3, slots=1, max_new_tokens=20
+      model, tiny_model.one_device_mesh(), Stops((3,)), lanes=Lanes(3, 1), max_new_tokens=20
     )
     ours = {
       i: generations[0] for i, generations in engine.run(params, trunks, Sampling(temperature=0.0))

@@ -256,7 +256,7 @@ class PodTestCase(absltest.TestCase):
 
     finish(start(workdir, then, "synthesize,sft"), workdir, 0)
     log = (scratch() / f"{workdir.name}.0.log").read_text()
-    self.assertIn(f"sft: going on from step {saved}.", log)
+    self.assertIn(f"sft: resuming from step {saved}.", log)
     self.assert_same_losses(workdir)
 
 
@@ -376,7 +376,9 @@ class BaseModelTest(distributed_test.MembersTestCase):
         ".*process 1",
       )
       self.assertEqual(
-        unseen, "The policy folder kept does not exist in process 1; all processes read its params."
+        unseen,
+        "The policy folder kept does not exist in process 1; every process must be able to read "
+        "its params.",
       )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest
 
+from synthneg_jax.core.geometry import Lanes
 from synthneg_jax.decoding.engine import Engine
 from synthneg_jax.decoding.policy import EMBEDDED, Policy
 from synthneg_jax.decoding.sampling import Sampling
@@ -41,7 +42,7 @@ class PretrainTest(absltest.TestCase):
     config = config_schema.default()
     run = Experiment(config, None, tiny_model.one_device_mesh())
     policy = Policy.load(EMBEDDED, config.model, run.mesh)
-    engine = Engine(policy.model, run.mesh, policy.stops(()), lanes=32, slots=1, max_new_tokens=64)
+    engine = Engine(policy.model, run.mesh, policy.stops(()), lanes=Lanes(32, 1), max_new_tokens=64)
     rng, puzzles = np.random.default_rng(7), []
     while len(puzzles) < 64:
       puzzles.append(arithmetic.make_puzzle(rng, 4, 6, (3, 5)))

@@ -15,6 +15,7 @@ from etils import epath
 
 from synthneg_jax.core import losses
 from synthneg_jax.core import tree as tree_lib
+from synthneg_jax.core.geometry import Lanes
 from synthneg_jax.core.tree import Branch, PackedTrees, Tree
 from synthneg_jax.decoding import engine as engine_lib
 from synthneg_jax.decoding.decode import Stops
@@ -126,7 +127,7 @@ def scores(mesh) -> dict[str, np.ndarray]:
 @functools.cache
 def draws(mesh):
   """By trunk, (ids, log-probs) of its items."""
-  engine = Engine(MODEL, mesh, Stops((EOS,)), lanes=8, slots=2, max_new_tokens=NEW)
+  engine = Engine(MODEL, mesh, Stops((EOS,)), lanes=Lanes(8, 2), max_new_tokens=NEW)
   made = dict(engine.run(on_mesh(mesh)[0], make_trunks(), Sampling(temperature=1.0)))
   return [[(item.ids.tolist(), item.logp) for item in made[index]] for index in range(len(made))]
 

@@ -1,4 +1,4 @@
-"""Which examples make which batch, and the fields of a batch by hand."""
+"""The examples of each batch, and the fields of a batch by hand."""
 
 import collections
 import dataclasses
@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from synthneg_jax.core.geometry import Rows
+from synthneg_jax.core.geometry import RowOptions, Rows
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import batch as batch_lib
@@ -78,11 +78,11 @@ class PlanTest(parameterized.TestCase):
 
   def test_refuses(self):
     # Fails if a check is lost: an empty batch would train on nothing, a heavy example never fit.
-    with self.assertRaisesRegex(UserError, "nothing to train on"):
+    with self.assertRaisesRegex(UserError, "Nothing to train on"):
       plan([], 4, 1, 0)
-    with self.assertRaisesRegex(UserError, "weighs 5, more than batch_size=4"):
+    with self.assertRaisesRegex(UserError, "has 5 solutions or pairs, more than batch_size=4"):
       plan([1, 5, 2], 4, 1, 0)
-    with self.assertRaisesRegex(UserError, "num_epochs=0.1 of 3 example.s. trains on none"):
+    with self.assertRaisesRegex(UserError, "num_epochs=0.1 selects none of the 3 example"):
       plan([1, 1, 1], 4, 0.1, 0)
     with self.assertRaisesRegex(UserError, "num_epochs=0 "):
       plan([1, 1, 1], 4, 0, 0)
@@ -103,21 +103,19 @@ class BatchesTest(parameterized.TestCase):
       examples,
       [f"p{i}" for i in range(len(examples))],
       schedule=Schedule(batch_size=batch_size, num_epochs=num_epochs, max_steps=max_steps),
-      row_length=row_length,
-      row_shards=row_shards,
-      microbatches=1,
+      row_options=RowOptions(row_length, row_shards, microbatches=1),
     )
 
   def test_chosen_rows(self):
     # Fails if examples change steps with the geometry, if a step's batch has other rows than the
-    # geometry says or loses tokens, if trees do not lie by falling size, if fullness is of
+    # geometry says or loses tokens, if trees are not placed by decreasing size, if fullness is of
     # something else, or if a settled geometry is not taken.
     given, chosen = self.make(), self.make(row_length=0, row_shards=1)
     self.assertEqual((chosen.rows.by_size, given.rows.by_size), (True, False))
     for step in range(chosen.num_steps):
       self.assertCountEqual(chosen.keys(step), given.keys(step))
       batch = chosen.build(step)
-      self.assertEqual(batch.trees.token.size, chosen.num_places(step))
+      self.assertEqual(batch.trees.token.size, chosen.capacity(step))
       self.assertIn(batch.trees.token.shape[0], chosen.rows.counts)
       self.assertEqual(int((batch.trees.token > 0).sum()), given.num_tokens(step))
       sizes = [chosen._examples[i].tree.num_tokens for i in chosen._steps[step]]
@@ -125,13 +123,13 @@ class BatchesTest(parameterized.TestCase):
     steps = range(chosen.num_steps)
     self.assertAlmostEqual(
       chosen.packing_efficiency,
-      sum(map(chosen.num_tokens, steps)) / sum(map(chosen.num_places, steps)),
+      sum(map(chosen.num_tokens, steps)) / sum(map(chosen.capacity, steps)),
     )
     settled = Batches(
       (A, B, C),
       ["a", "b", "c"],
       schedule=Schedule(batch_size=4, num_epochs=1),
-      row_shards=2,
+      row_options=RowOptions(shards=2),
       settle=lambda choose: Rows(9, (1, 3), 2, by_size=True),
     )
     self.assertEqual((settled.rows.length, settled.rows.counts), (9, (4,)))
@@ -197,9 +195,9 @@ class BatchesTest(parameterized.TestCase):
 
 class BuildTest(absltest.TestCase):
   def test_fields_by_hand(self):
-    # Fails if branch numbers do not go on from tree to tree, if a place without a pair is not -1,
+    # Fails if branch numbers do not continue from tree to tree, if padding of pairs is not -1,
     # if an example without branches or pairs shifts the others, if scored_at holds parents,
-    # unscored tokens or other rows' places, or if a token that two branches share counts once in
+    # unscored tokens or other rows' indices, or if a token that two branches share counts once in
     # num_scored.
     batch = batch_lib.build([A, C, B], Shape(rows=3, length=11, scored=6, pairs=2, branches=4))
     # Row 0: A then B (they fit), row 1: C, row 2: padding.
@@ -251,8 +249,7 @@ class IdsTest(absltest.TestCase):
       [Example(tree) for tree in trees],
       ["a", "b"],
       schedule=Schedule(batch_size=1, num_epochs=1),
-      row_length=8,
-      row_shards=1,
+      row_options=RowOptions(length=8),
     )
     planned.check_ids(dataclasses.replace(tiny_model.CONFIG, vocab_size=32))
     with self.assertRaisesRegex(UserError, "b: its text holds token id 31.*embedding has 31 rows"):

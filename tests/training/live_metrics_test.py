@@ -1,6 +1,4 @@
-"""What a training writes while it runs, read back by other programs' readers: TensorBoard's, W&B's
-format, the profiler's.
-"""
+"""Metrics of a run, read back by other programs' readers: TensorBoard, W&B, the profiler."""
 
 import functools
 import gzip
@@ -73,9 +71,7 @@ def raw_events(folder) -> list:
 
 
 def wandb_history(path: pathlib.Path) -> list[dict]:
-  """The logged rows of a .wandb file: LevelDB's log format, records that may go on over blocks of
-  32 KiB.
-  """
+  """The logged rows of a .wandb file: LevelDB's log format, records may span blocks of 32 KiB."""
   data, at, part, rows = path.read_bytes(), 7, b"", []
   while at + 7 <= len(data):
     if (1 << 15) - at % (1 << 15) < 7:
@@ -98,7 +94,7 @@ def wandb_history(path: pathlib.Path) -> list[dict]:
 
 
 class WrittenTest(parameterized.TestCase):
-  """One training that was killed between checkpoints, and went on."""
+  """One training that was killed between checkpoints and resumed."""
 
   @classmethod
   def setUpClass(cls):
@@ -113,7 +109,7 @@ class WrittenTest(parameterized.TestCase):
     cls.lines = lines(cls.workdir)
 
   def test_tensorboard_says_what_the_lines_say(self):
-    # Fails if a metric is missing from the event files or stands at another step, if values differ,
+    # Fails if a metric is missing from the event files or is at another step, if values differ,
     # or if TensorBoard cannot read the files (lengths, checksums).
     board = event_accumulator.EventAccumulator(str(self.workdir / "sft"))
     board.Reload()
@@ -139,7 +135,7 @@ class WrittenTest(parameterized.TestCase):
     self.assertLen(list((self.workdir / "sft").glob("*tfevents*")), 2)
 
   def test_an_open_tensorboard_forgets_them_too(self):
-    # Fails if the second file does not say from which step it goes on.
+    # Fails if the second file does not say the step it resumes from.
     starts = [
       event.step for event in raw_events(self.workdir / "sft") if event.session_log.status == 1
     ]
@@ -157,7 +153,7 @@ class WrittenTest(parameterized.TestCase):
       self.assertBetween(line["loss/per_token"], one.min, one.max)
 
   def test_weights_and_biases(self):
-    # Fails if the run that goes on is another run, if rows are logged at other steps or with other
+    # Fails if the resumed run is another run, if rows are logged at other steps or with other
     # values, or without their histograms; or if the config does not go along.
     files = sorted((self.workdir / "sft").rglob("*.wandb"))
     self.assertLen(files, 2)
@@ -177,7 +173,7 @@ class WrittenTest(parameterized.TestCase):
     # compiled at every step or compilations are not seen, or if memory is not in bytes.
     for line in self.lines:
       tokens = self.batches.num_tokens(line["step"])
-      self.assertEqual((tokens, self.batches.num_places(0)), (4, 8))
+      self.assertEqual((tokens, self.batches.capacity(0)), (4, 8))
       self.assertAlmostEqual(line["run/tokens_per_s"] * line["run/step_s"], tokens, delta=0.05)
       self.assertEqual(line["run/padding_share"], 0.5)
       self.assertBetween(line["run/host_memory_peak_bytes"], 5e7, 1e12)

@@ -1,6 +1,4 @@
-"""The train loop: killed runs go on bitwise, bad steps stop it, bad checkpoints are passed over;
-and the optimizer.
-"""
+"""The train loop: bitwise resume, non-finite steps, unusable checkpoints; and the optimizer."""
 
 import dataclasses
 import gc
@@ -18,6 +16,7 @@ import pytest
 from absl.testing import absltest, parameterized
 from etils import epath
 
+from synthneg_jax.core.geometry import RowOptions
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
@@ -29,7 +28,7 @@ from tests import tiny_model
 
 
 class StandIn:
-  """What the loop asks of a model: two parameters, so that a step compiles at once."""
+  """A minimal model for the loop: two parameters, so that a step compiles fast."""
 
   config = tiny_model.CONFIG
 
@@ -54,7 +53,7 @@ def objective(params, batch):
 
 
 class Spy(Batches):
-  """Batches that note which steps were built, raise at one, and spoil the counts of another."""
+  """Batches that record built steps, raise at one step, and make another non-finite."""
 
   def __init__(self, kill_at=None, nan_at=None, num_steps=4):
     examples = [Example(Tree([1 + i, 2], (Branch(2, [3, 4 + i]),))) for i in range(num_steps)]
@@ -62,8 +61,7 @@ class Spy(Batches):
       examples,
       [f"problem-{i}" for i in range(num_steps)],
       schedule=Schedule(batch_size=1, num_epochs=1),
-      row_length=8,
-      row_shards=1,
+      row_options=RowOptions(length=8),
     )
     self.built, self._kill_at, self._nan_at = [], kill_at, nan_at
 
@@ -153,8 +151,9 @@ class LoopTest(parameterized.TestCase):
 
   def test_a_killed_run_goes_on_bitwise(self):
     # Fails if the moments, the schedule's count or the data position are not restored, if a
-    # checkpoint holds the state of another step, if a save is not waited for when the loop is left
-    # by an error, or if metrics.jsonl keeps lines beyond the checkpoint or loses lines before it.
+    # checkpoint holds the state of another step, if the loop does not wait for a save when it is
+    # left by an error, or if metrics.jsonl keeps lines beyond the checkpoint or loses lines before
+    # it.
     with self.assertRaises(KeyboardInterrupt):
       self.fit("killed", Spy(kill_at=2))
     self.assertEqual(self.kept("killed"), [2])
@@ -250,11 +249,12 @@ class LoopTest(parameterized.TestCase):
     gc.collect()  # orbax's coroutines, within this test
 
   def test_a_step_that_is_not_finite_stops_the_run(self):
-    # Fails if training goes on over NaN, if the message names the step after, other examples or no
-    # checkpoint folder, if the bad step is written, or if its state is kept as a checkpoint.
+    # Fails if training continues after NaN, if the message names the step after, other examples or
+    # no checkpoint folder, if the bad step is written, or if its state is kept as a checkpoint.
     batches = Spy(nan_at=3, num_steps=5)
     with self.assertRaisesRegex(
-      UserError, f"bad: step 3 is not finite .*{batches.keys(3)[0]} .*checkpoints"
+      UserError,
+      f"bad: .* step 3 is not finite .*{batches.keys(3)[0]} .*checkpoints",
     ) as caught:
       self.fit("bad", batches)
     self.assertIn(str(self.folder / "bad" / "checkpoints"), str(caught.exception))
@@ -313,16 +313,14 @@ class ScheduleTest(parameterized.TestCase):
   def test_unknown_name(self):
     # Fails if an unknown schedule is taken for one of the three.
     with self.assertRaisesRegex(
-      UserError, "optimizer.schedule='cosin' is none of cosine, linear, constant"
+      UserError, "optimizer.schedule='cosin' must be one of cosine, linear, constant"
     ):
       self.schedule(4, schedule="cosin")
 
 
 class OptimizerTest(absltest.TestCase):
   def updates(self, gradient, **changes):
-    """The first update of every parameter, where each gradient is `gradient` times the parameter's
-    shape of ones.
-    """
+    """The first update of every parameter, for gradients that are constant per parameter."""
     section = config_schema.default().sft.optimizer
     section.update(
       learning_rate=0.1, schedule="constant", warmup_fraction=0.0, clip_norm=1e9, **changes
@@ -369,7 +367,7 @@ class OptimizerTest(absltest.TestCase):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
   def test_clipping_and_betas(self):
-    # Fails if clipping is missing or comes after AdamW, or if the betas change places.
+    # Fails if clipping is missing or comes after AdamW, or if the betas are swapped.
     section = config_schema.default().sft.optimizer
     section.update(
       learning_rate=0.1,

@@ -1,6 +1,4 @@
-"""The objectives over packed batches, in float64, against the model on each unpacked sequence and
-numpy.
-"""
+"""Objectives over packed batches in float64, against unpacked sequences and numpy."""
 
 import dataclasses
 import functools
@@ -70,7 +68,7 @@ def _next_logprobs(params, token_NT):
 
 
 def unpacked(params, examples):
-  """For each example the log-probs of each branch's scored tokens, float64 nats."""
+  """For each example, the log-probs of each branch's scored tokens, float64 nats."""
   rows = [random_trees.sequences(example.tree) for example in examples]
   flat = [row for of_example in rows for row in of_example]
   token = np.zeros((len(flat), LONGEST), np.int32)
@@ -89,7 +87,7 @@ def averages(metrics) -> dict[str, float]:
 
 
 class Bandit:
-  """A policy of one state: its logits are its parameters, whatever it has read."""
+  """A policy of one state: its logits are its parameters, whatever the input."""
 
   def hidden(self, params, trees):
     return jnp.zeros((*trees.token.shape, 1), params.dtype), None
@@ -131,9 +129,7 @@ class ObjectivesTest(parameterized.TestCase):
     cls.dpo_loss, cls.dpo_metrics = dpo(cls.params, cls.batch)
 
   def pair_sums(self):
-    """(chosen, rejected, ref_chosen, ref_rejected, chosen's tokens) of each pair, from the unpacked
-    sequences.
-    """
+    """(chosen, rejected, ref_chosen, ref_rejected, chosen tokens) of each unpacked pair."""
     found = []
     for example, branches in zip(EXAMPLES, self.alone, strict=True):
       for pair in example.pairs:
@@ -169,9 +165,9 @@ class ObjectivesTest(parameterized.TestCase):
     return np.array([np.exp(logp[n, :, len(ids) - 1]).sum() for n, ids in enumerate(rows)])
 
   def test_sft_equals_unpacked_sequences(self):
-    # Fails if a token's log-prob is read at another place than its parent, if a branch's first
-    # token is left out, if unscored or padded places count, if a token of two branches counts once,
-    # or if the mean is taken per row or per sequence.
+    # Fails if a token's log-prob is read elsewhere than at its parent, if a branch's first token is
+    # left out, if unscored tokens or padding count, if a token of two branches counts once, or if
+    # the mean is taken per row or per sequence.
     scored = [value for branches in self.alone for logp in branches for value in logp.tolist()]
     self.assertLen(scored, 6 + 5 + (2 + 2))
     self.assertAlmostEqual(float(self.sft_loss), -np.mean(scored), delta=1e-6)
@@ -181,7 +177,7 @@ class ObjectivesTest(parameterized.TestCase):
 
   def test_dpo_equals_unpacked_sequences(self):
     # Fails if a pair reads another branch or row, if a sum misses the first response token or holds
-    # trunk tokens, if an empty place counts as a pair, or if the loss is averaged over rows or
+    # trunk tokens, if padding counts as a pair, or if the loss is averaged over rows or
     # weights.
     chosen, rejected, ref_chosen, ref_rejected, tokens = self.pair_sums()
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
@@ -237,7 +233,8 @@ class ObjectivesTest(parameterized.TestCase):
     objective = jax.jit(objectives.make_advantage_weighted(MODEL, beta=0.25, max_weight=5.0))
     loss, metrics = objective(self.params, batch)
     alone = unpacked(
-      self.params, [Example(Tree(tree.trunk, tuple(reference._unfolded(tree)))) for tree in trees]
+      self.params,
+      [Example(Tree(tree.trunk, tuple(reference._whole_branches(tree)))) for tree in trees],
     )
     logp = np.concatenate([*alone[0], *alone[1]])
     advantage = np.array([*known, 0.5, 0.5, -0.5, 0.5, -1.0, 0.0])
@@ -312,11 +309,11 @@ class ObjectivesTest(parameterized.TestCase):
       np.testing.assert_allclose(other, one, rtol=1e-9, atol=1e-12)
 
   def test_rows_may_change_places(self):
-    # Fails if anything but a sum joins the rows, or if a row reads another's places.
+    # Fails if anything but a sum joins the rows, or if a row reads another row.
     order = np.array([2, 0, 1])
-    turned = jax.tree.map(lambda x: x if np.ndim(x) == 0 else x[order], self.batch)
-    self.assertAlmostEqual(float(sft(self.params, turned)[0]), float(self.sft_loss), delta=1e-12)
-    loss, metrics = dpo(self.params, turned)
+    permuted = jax.tree.map(lambda x: x if np.ndim(x) == 0 else x[order], self.batch)
+    self.assertAlmostEqual(float(sft(self.params, permuted)[0]), float(self.sft_loss), delta=1e-12)
+    loss, metrics = dpo(self.params, permuted)
     self.assertAlmostEqual(float(loss), float(self.dpo_loss), delta=1e-12)
     for name, value in averages(self.dpo_metrics).items():
       self.assertAlmostEqual(averages(metrics)[name], value, delta=1e-10, msg=name)

@@ -1,6 +1,4 @@
-"""A training as a process: killed at every step, asked to stop, on a full disk, with a checkpoint
-that is not its own.
-"""
+"""Training as a process: killed at every step, stopped, on a full disk, foreign checkpoint."""
 
 import functools
 import os
@@ -46,7 +44,7 @@ def run(workdir, *args) -> subprocess.CompletedProcess:
 
 @functools.cache
 def whole() -> pathlib.Path:
-  """A training that ran without a break."""
+  """An uninterrupted run."""
   done = run(scratch() / "whole")
   assert done.returncode == 0, done.stderr
   return scratch() / "whole"
@@ -60,7 +58,7 @@ def kept(workdir) -> list[int]:
 
 class PreemptionTest(absltest.TestCase):
   def assert_as_whole(self, workdir):
-    """The same bits and the same lines as without a break."""
+    """The same bits and the same lines as in an uninterrupted run."""
     with np.load(whole() / "trained.npz") as expected, np.load(workdir / "trained.npz") as found:
       for name in expected:
         np.testing.assert_array_equal(found[name].view(np.uint32), expected[name].view(np.uint32))
@@ -76,13 +74,13 @@ class PreemptionTest(absltest.TestCase):
 
   def test_sigkill_at_every_step(self):
     # Fails if a checkpoint that was being written is taken for whole, or if any of state, data
-    # position and metrics goes on from another step than the others.
+    # position and metrics resumes from another step than the others.
     workdir = scratch() / "killed"
     for step in range(6):
       self.assertEqual(run(workdir, f"--kill_at={step}").returncode, -signal.SIGKILL)
     done = run(workdir)
     self.assertEqual(done.returncode, 0, done.stderr)
-    self.assertIn("going on from step", done.stderr)
+    self.assertIn("resuming from step", done.stderr)
     self.assert_as_whole(workdir)
 
   def test_sigterm_saves_and_ends_with_its_own_status(self):
@@ -109,7 +107,7 @@ class PreemptionTest(absltest.TestCase):
     self.assertEqual(kept(workdir)[-1], steps)
     done = run(workdir)
     self.assertEqual(done.returncode, 0, done.stderr)
-    self.assertIn(f"going on from step {steps}.", done.stderr)
+    self.assertIn(f"resuming from step {steps}.", done.stderr)
     self.assert_as_whole(workdir)
 
   def test_sigterm_while_nothing_can_be_saved(self):
@@ -134,7 +132,7 @@ class PreemptionTest(absltest.TestCase):
 
   def test_a_full_disk(self):
     # Fails if a disk that is full ends in a traceback or in status 0, if it costs the checkpoints
-    # that were whole, or if the run does not go on once there is room.
+    # that were whole, or if the run does not resume once there is space.
     workdir = scratch() / "full"
     self.assertEqual(run(workdir, "--kill_at=5").returncode, -signal.SIGKILL)
     before = kept(workdir)
@@ -147,7 +145,7 @@ class PreemptionTest(absltest.TestCase):
     self.assertEqual(kept(workdir)[0], before[0])
     done = run(workdir)
     self.assertEqual(done.returncode, 0, done.stderr)
-    self.assertIn(f"going on from step {before[0]}", done.stderr)
+    self.assertIn(f"resuming from step {before[0]}", done.stderr)
     self.assert_as_whole(workdir)
 
   def test_coroutines_of_orbax_that_were_dropped(self):
@@ -201,7 +199,7 @@ class PreemptionTest(absltest.TestCase):
     (workdir / "trained.npz").unlink()
     done = run(workdir)
     self.assertEqual(done.returncode, 0, done.stderr)
-    self.assertIn(f"going on from step {newest.name}", done.stderr)
+    self.assertIn(f"resuming from step {newest.name}", done.stderr)
     self.assert_as_whole(workdir)
 
   def test_no_checkpoint_can_be_read(self):

@@ -1,4 +1,4 @@
-"""Reference log-probs: what is computed, what is kept, and that packing does not enter."""
+"""Reference log-probs: what is computed and stored, independently of packing."""
 
 import tempfile
 
@@ -101,7 +101,7 @@ class ScoreTest(absltest.TestCase):
     return store
 
   def test_values_are_independent_of_packing(self):
-    # Fails if values of a row are dealt out in another order than its branches stand in, if a
+    # Fails if values of a row are assigned in another order than its branches, if a
     # branch's first token is missing, or if a tree sees its neighbour. Rows of 24 hold two trees,
     # rows of 10 one, and rows over eight devices lie elsewhere again; another order of trees
     # changes rows.
@@ -120,7 +120,7 @@ class ScoreTest(absltest.TestCase):
     flat = np.concatenate([packed[key] for key in dict.fromkeys(branch_keys(T1, T2, T3))])
     self.assertLen(
       set(flat.tolist()), sum(lengths)
-    )  # no two tokens share a value, so none can stand for another
+    )  # no two tokens share a value, so none can be mistaken for another
     self.assertLess(flat.max(), 0.0)
 
   def test_only_what_is_missing_is_computed(self):

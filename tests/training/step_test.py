@@ -1,6 +1,4 @@
-"""One train step in float64: accumulated and sharded it is the step of one device on the whole
-batch.
-"""
+"""One train step in float64: accumulated or sharded, it equals one step on one device."""
 
 import functools
 
@@ -10,7 +8,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import losses
-from synthneg_jax.core.geometry import Rows
+from synthneg_jax.core.geometry import RowOptions, Rows
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.models import layer_stacking
 from synthneg_jax.runtime import config_schema, device_mesh
@@ -27,9 +25,7 @@ SHAPE = Shape(rows=8, length=12, scored=9, pairs=2, branches=3)
 
 
 def make_batch() -> batch_lib.Batch:
-  """Six trees with one or two pairs in eight rows, two of them empty: microbatches and shards hold
-  unequal counts.
-  """
+  """Six trees with one or two pairs in eight rows, two of them empty, with unequal counts."""
   rng = np.random.default_rng(0)
   ids = lambda size: rng.integers(0, 32, size).tolist()
   examples = []
@@ -41,7 +37,7 @@ def make_batch() -> batch_lib.Batch:
 
 
 def losses_of(rows) -> list[float]:
-  """The losses of three steps of six trees each, laid in rows of this geometry."""
+  """The losses of three steps of six trees each, packed into these rows."""
   rng = np.random.default_rng(4)
   ids = lambda size: rng.integers(0, 32, size).tolist()
   trees = [Tree(ids(rng.integers(2, 6)), (Branch(2, ids(3)), Branch(1, ids(2)))) for _ in range(18)]
@@ -49,6 +45,7 @@ def losses_of(rows) -> list[float]:
     [Example(tree, (PairInTree(0, 1, -2.0, -3.0),)) for tree in trees],
     [str(number) for number in range(18)],
     schedule=batches.Schedule(batch_size=6, num_epochs=1),
+    row_options=RowOptions(),
     settle=lambda choose: rows or choose(),
   )
   section = config_schema.default().dpo.optimizer
@@ -91,7 +88,7 @@ def take_step(mesh, accumulate: int = 1):
   )
   for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
     if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
-      raise AssertionError(f"{leaf.shape} lies as {leaf.sharding}, not as {sharding}")
+      raise AssertionError(f"{leaf.shape} has sharding {leaf.sharding}, not {sharding}")
   return jax.tree.map(np.asarray, (metrics, state))
 
 
@@ -129,12 +126,12 @@ class StepTest(parameterized.TestCase):
     self.assertGreater(float(self.metrics["grad_norm"][0]), 0.1)
 
   def test_accumulation_changes_nothing(self):
-    # Fails if microbatches are averaged, if the last one's gradients or metrics stand for all, or
+    # Fails if microbatches are averaged, if the last one's gradients or metrics are returned, or
     # if counts are split.
     self.assert_same(*take_step(tiny_model.one_device_mesh(), accumulate=2), atol=1e-9)
 
   def test_rows_change_nothing(self):
-    # Fails if what a step's update is depends on how its trees are laid in rows: on their length,
+    # Fails if a step's update depends on how its trees are packed: on their length,
     # number or order, or on microbatches.
     chosen = losses_of(None)
     self.assertLen(chosen, 3)
@@ -164,8 +161,8 @@ class StepTest(parameterized.TestCase):
   @parameterized.parameters((8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8))
   def test_a_mesh_changes_nothing(self, *sizes):
     # Fails if a device's part of the loss is a mean of its own rows, if gradients are not summed
-    # over devices, or if moments lie otherwise than their parameters (take_step checks where each
-    # leaf of the state lies).
+    # over devices, or if moments are sharded unlike their parameters (take_step checks each
+    # leaf of the state).
     self.assert_same(*take_step(device_mesh.make_mesh(*sizes)), atol=1e-9)
 
 

@@ -1,8 +1,8 @@
-"""Loss and gradients of packed trees against the unpacked sequences that they stand for, for every
+"""Loss and gradients of packed trees against their unpacked sequences, for every
 kind of tree we use.
 
 Each kind of work of the method is one case: a trunk with branches on one side, and on the other the
-plain sequences (what stands before, the scored response), each alone in its own padded row under
+plain sequences (context, scored response), each alone in its own padded row under
 causal attention. Trees of several problems share rows with padding. Log-probs of all scored tokens,
 the loss, and its gradient with respect to every parameter must agree: to 1e-10 in float64 and to
 1e-5 in float32, relative to the largest entry (of the gradient: of each parameter's own gradient),
@@ -66,9 +66,7 @@ class Problem:
 
 
 def draw_problem(seed: int, prompt_size: int) -> Problem:
-  """All prompts begin alike, and so do some responses, so that a token that sees another tree's
-  would find its twin.
-  """
+  """All prompts, and some responses, share a prefix, so that tokens have twins in other trees."""
   rng = np.random.default_rng(seed)
   draw = lambda size: tuple(rng.integers(2, VOCAB, size).tolist())
   wrong = (
@@ -90,9 +88,7 @@ def scored_behind(before, ids) -> tuple[tuple[int, ...], tuple[bool, ...]]:
 
 
 def one_tree(trunk, branches, pairs=()) -> Work:
-  """A tree from (fork, ids) of its branches and (chosen, rejected) of its pairs; the references are
-  made up here.
-  """
+  """A tree from (fork, ids) of its branches and (chosen, rejected) of its pairs."""
   references = [(-2.5 - 1.75 * n, -9.125 + 2.5 * n) for n in range(len(pairs))]
   tree = Tree(trunk, tuple(Branch(fork, ids) for fork, ids in branches))
   in_tree = tuple(PairInTree(*pair, *refs) for pair, refs in zip(pairs, references, strict=True))
@@ -109,14 +105,12 @@ def on_prompt(problem: Problem, responses, pairs=()) -> Work:
 
 
 def sampled_traces(problem: Problem) -> Work:
-  """Sampling and evaluation: the traces hang on the prompt."""
+  """Sampling and evaluation: traces branch from the prompt."""
   return on_prompt(problem, [*(response.ids for response in problem.wrong), problem.right[0]])
 
 
 def rollouts_from_steps(problem: Problem) -> Work:
-  """Step-level Q: the trunk is prompt and trace; two rollouts leave it at the end of every step but
-  the last.
-  """
+  """Step-level Q: the trunk is prompt and trace; two rollouts fork after all steps but the last."""
   trace = problem.wrong[0]
   forks = [len(problem.prompt) + end for end in trace.step_ends[:-1] for _ in range(2)]
   work = one_tree((*problem.prompt, *trace.ids), list(zip(forks, problem.rollouts, strict=True)))
@@ -127,7 +121,7 @@ def rollouts_from_steps(problem: Problem) -> Work:
 
 
 def solutions(problem: Problem) -> Work:
-  """SFT and RFT: the kept solutions hang on the prompt."""
+  """SFT and RFT: the kept solutions branch from the prompt."""
   return on_prompt(problem, problem.right)
 
 
@@ -152,9 +146,7 @@ def steps_of_one_trace(problem: Problem) -> Work:
 
 
 def algorithm1(problem: Problem) -> Work:
-  """Per-step DPO after Algorithm 1: the right solution once, and every rejected prefix of the
-  problem.
-  """
+  """Per-step DPO after Algorithm 1: the right solution once, and every rejected prefix."""
   rejected = [
     tuple(response.prefix(pit + 1)) for response, pit in zip(problem.wrong, (1, 0, 0), strict=True)
   ]
@@ -171,9 +163,7 @@ def whole_responses(problem: Problem) -> Work:
 
 @functools.cache
 def deep_trees(depth: int) -> Work:
-  """Random trees with random pairs among their branches, a branch's own beginnings and ends among
-  them.
-  """
+  """Random trees with random pairs, some between a branch and its own prefix."""
   rng, works = np.random.default_rng(depth), []
   while len(works) < 4:
     tree = random_trees.of_depth(rng, depth, high=VOCAB, most=30)
@@ -309,7 +299,7 @@ def alone_program(dtype: str, kind: str):
 
 
 def alone(params, work: Work, loss_fn, dtype: str, kind: str = "plain"):
-  """(loss, gradients, log-probs of each response) of sequences that know nothing of trees."""
+  """(loss, gradients, log-probs of each response) of independent sequences."""
   token_NL = np.zeros((NUM_ALONE, LONGEST), np.int32)
   scored_NL = np.zeros((NUM_ALONE, LONGEST - 1), bool)
   for n, (ids, scored) in enumerate(work.sequences):
@@ -349,7 +339,7 @@ class TreeRowsTest(parameterized.TestCase):
   )
   def test_equals_unpacked_sequences(self, make, objective, dtype):
     # Fails if a token sees another branch, another tree, padding, or the trunk beyond its fork; if
-    # a position counts places of the row; if a branch's first token is predicted from elsewhere
+    # a position counts row indices; if a branch's first token is predicted from elsewhere
     # than its fork or not scored; if a trunk shared by branches passes back the gradient of only
     # one; or if a pair reads other branches than its own.
     self.assert_equal(joined(map(make, PROBLEMS)), objective, dtype, "plain")
@@ -361,14 +351,14 @@ class TreeRowsTest(parameterized.TestCase):
   )
   def test_trees_of_any_depth(self, depth, objective, kind):
     # Fails if, below the first branches, a token sees a sibling or not all of its path, if a window
-    # counts places of the row, if a shared scored token counts in one of its branches only, if a
+    # counts row indices, if a shared scored token counts in one of its branches only, if a
     # branch's sum is of its own tokens only, or if a gradient of shared tokens is one branch's.
     self.assert_equal(deep_trees(depth), objective, "float64", kind)
 
   def assert_equal(self, work: Work, objective: str, dtype: str, kind: str):
     batch = batch_lib.build(work.examples, SHAPE)
     rows = batch_lib.assign_rows(work.examples, SHAPE.length)
-    self.assertGreaterEqual(len(rows[0]), 2)  # another problem's tree stands beside
+    self.assertGreaterEqual(len(rows[0]), 2)  # with another problem's tree
     self.assertTrue(np.any(batch.trees.token[0] == 0))  # and padding
     self.assertLess(len(rows), SHAPE.rows)  # a row has nothing else
     tolerance = TOLERANCE[dtype]

@@ -42,6 +42,7 @@ from etils import epath
 
 from synthneg_jax.core import losses
 from synthneg_jax.core import tree as tree_lib
+from synthneg_jax.core.geometry import RowOptions
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.experiments.star_graph import plots
 from synthneg_jax.models import layer_stacking
@@ -337,9 +338,11 @@ class Study:
         max_steps=num_steps,
         seed=seed,
       ),
-      row_length=section.row_length,
-      row_shards=device_mesh.row_shards(self.mesh),
-      microbatches=section.grad_accum_steps,
+      row_options=RowOptions(
+        length=section.row_length,
+        shards=device_mesh.row_shards(self.mesh),
+        microbatches=section.grad_accum_steps,
+      ),
     )
 
   def _fit(
