@@ -190,7 +190,7 @@ class BuildTest(absltest.TestCase):
         "positives_too", choice="majority", max_pairs=1, right_fraction=fraction
       )
       self.assertEqual([row[0] for row in rows], [trace])
-    with self.assertRaisesRegex(UserError, "asks for 2 pairs from right traces, and there are 1"):
+    with self.assertRaisesRegex(UserError, "asks for 2 pairs from right traces, but only 1 exist"):
       self.build("positives_too", choice="majority", max_pairs=2, right_fraction=1.0)
 
   def test_shared_prefix(self):
