@@ -18,7 +18,7 @@ from synthneg_jax.report import report_page, trace_cards
 from synthneg_jax.runtime import config_schema, distributed, manifest
 from synthneg_jax.runtime.errors import UserError
 
-_STAGES = (
+STAGE_FOLDERS = (
   "synthesize",
   "sft",
   "sample",
@@ -222,7 +222,7 @@ def collect(experiment: Experiment) -> report_page.Report:
     UserError: the config is not the run's, or a file of a finished stage is missing or broken.
   """
   workdir, config = experiment.workdir, experiment.config
-  names = [*_STAGES, *(f"evaluate/{method}" for method in config.evaluate.methods)]
+  names = [*STAGE_FOLDERS, *(f"evaluate/{method}" for method in config.evaluate.methods)]
   _check_config(experiment, names)
   credit = _Credit(experiment) if _manifest(workdir, "credit") else None
   states = []

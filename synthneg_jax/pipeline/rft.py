@@ -178,10 +178,11 @@ def run(experiment: Experiment, name: str = "rft") -> dict:
       f"Stage {name} has no response to train on: rft.keep={section.keep!r} left "
       "none of the samples."
     )
-  length = train_policy.longest_tree(experiment.config, section)
-  most = min(section.max_branches_per_tree, section.batch_size)
   examples, names, dropped = train_policy.branch_trees(
-    {key: trunk(key) for key in branches}, branches, most, length
+    {key: trunk(key) for key in branches},
+    branches,
+    max_branches=min(section.max_branches_per_tree, section.batch_size),
+    max_tokens=train_policy.longest_tree(experiment.config, section),
   )
   plan = train_policy.plan(experiment, stage, section, policy.model, examples=examples, names=names)
   training = loop.Run(

@@ -26,9 +26,11 @@ def run(experiment: Experiment, name: str = "sft") -> dict:
     key: [prompts.encode_solution(policy.tokenizer, problem.solution)]
     for key, problem in problems.items()
   }
-  length = train_policy.longest_tree(experiment.config, section)
   examples, names, dropped = train_policy.solution_trees(
-    trunks, solutions, min(section.max_branches_per_tree, section.batch_size), length
+    trunks,
+    solutions,
+    max_branches=min(section.max_branches_per_tree, section.batch_size),
+    max_tokens=train_policy.longest_tree(experiment.config, section),
   )
   plan = train_policy.plan(experiment, stage, section, policy.model, examples=examples, names=names)
   training = loop.Run(

@@ -120,7 +120,7 @@ class LoraTest(absltest.TestCase):
     experiment = self.copy_of_run()
     policy, section = experiment.policy("sft"), copy.deepcopy(experiment.config.dpo)
     examples, names, _ = train_policy.solution_trees(
-      {"p": [5, 6, 7]}, {"p": [[8, 9], [9, 8, 7]]}, 4, 64
+      {"p": [5, 6, 7]}, {"p": [[8, 9], [9, 8, 7]]}, max_branches=4, max_tokens=64
     )
     stage = experiment.stage("dpo/dpo", ["dpo"], ["sft"])
     plan = train_policy.plan(
