@@ -386,7 +386,7 @@ def run(experiment: Experiment) -> dict:
     "rollout_tokens": sum(
       len(sample["ids"]) for estimate in estimates for sample in estimate.samples
     ),
-    "slot_use": round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3),
+    "slot_use": traces_lib.slot_use(engine),
   }
   credited = CreditedTraces(
     groups, {estimate.key: estimate for estimate in estimates}, section.best_of

@@ -181,7 +181,7 @@ def plan(
 
 
 def trained(model: Model, section) -> Model | Adapter:
-  """The module that a config section trains: the model or, with `section.lora`, an adapter of it."""
+  """What a config section trains: the model or, with `section.lora`, an adapter of it."""
   lora = section.lora
   return Adapter(model, lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else model
 

@@ -155,10 +155,10 @@ class RefusalTest(parameterized.TestCase):
     }
 
   @parameterized.parameters(
-    ({"problem_id": "other/7"}, "problem_id 'other/7' is no training problem"),
+    ({"problem_id": "other/7"}, "problem_id 'other/7' is not a training problem"),
     ({"problem_id": None}, 'neither "problem_id" nor "problem"'),
     ({"ids": None}, 'neither "ids" nor "text"'),
-    ({"ids": [1, 5], "logps": None}, "EOS stands within"),
+    ({"ids": [1, 5], "logps": None}, "EOS occurs before the end"),
     ({"ids": [99999]}, "whole numbers from 0 to"),
     ({"ids": "5 6"}, 'the field "ids" must be a list'),
     ({"ids": [], "logps": [], "finish": "length"}, "the response has 0 tokens"),
@@ -169,7 +169,7 @@ class RefusalTest(parameterized.TestCase):
     ({"drawn_logps": [float("nan")]}, '"drawn_logps" must hold finite log-probs'),
     ({"ids": [5, True], "logps": None}, '"ids" must hold whole numbers'),
     ({"finish": None}, "--assume_finish"),
-    ({"finish": "tool_calls"}, "'tool_calls', none of eos, stop, length"),
+    ({"finish": "tool_calls"}, "'tool_calls' but must be one of eos, stop, length"),
   )
   def test_rows(self, changes, message):
     # Fails if a row that cannot be meant is taken, or the message does not say which row it is.
@@ -185,7 +185,7 @@ class RefusalTest(parameterized.TestCase):
 
   def test_a_trace_twice(self):
     # Fails if two traces share a name.
-    with self.assertRaisesRegex(UserError, "trace 3 of problem .* stands twice"):
+    with self.assertRaisesRegex(UserError, "trace 3 of problem .* occurs twice"):
       imported([self.row | {"index": 3}] * 2)
 
   def test_too_few_for_best_of_k(self):
@@ -288,7 +288,7 @@ class ExactnessTest(parameterized.TestCase):
       self.assertEqual((made.ids, made.finish, made.logp), ([6, 9], "eos", [-1.0, -2.0]))
     self.assertEqual(self.read(text="1<end>", finish="stop").ids, [6, 9])
     self.assertEqual(self.reader.counts["eos_restored"], 0)
-    with self.assertRaisesRegex(UserError, "EOS stands within the ids"):
+    with self.assertRaisesRegex(UserError, "EOS occurs before the end of the ids"):
       self.read(ids=[6, 9, 6], finish="length")
     with self.assertRaisesRegex(UserError, '"ids" must hold whole numbers from 0 to 9'):
       self.read(ids=[10], finish="length")
