@@ -1,6 +1,4 @@
-"""Stage sft: the base model learns D_syn's solutions; the result is π_sft, which everything after
-it starts from.
-"""
+"""Stage sft: fine-tunes the base model on the solutions of D_syn, which gives π_sft."""
 
 from synthneg_jax.data import prompts
 from synthneg_jax.pipeline import train_policy
