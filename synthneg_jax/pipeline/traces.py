@@ -139,6 +139,12 @@ def figures(traces: Sequence[Trace]) -> dict:
   }
 
 
+def evenly_spaced(items: Sequence, count: int) -> list:
+  """At most `count` of the items, at even distances and in order."""
+  indices = np.linspace(0, len(items) - 1, min(count, len(items)))
+  return [items[int(index)] for index in indices]
+
+
 def slot_use(engine: Engine | RemoteEngine) -> float:
   """The fraction of an engine's slot steps that generated a token."""
   return round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3)
