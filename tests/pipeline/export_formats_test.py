@@ -195,7 +195,7 @@ class RefusalTest(parameterized.TestCase):
       imported([self.row], **{"credit.best_of": 2})
 
   @parameterized.parameters(
-    ("t.csv", "ends in none of"), ("t.jsonl", "cannot be read"), ("t.parquet", "no Parquet file")
+    ("t.csv", "must end in"), ("t.jsonl", "cannot be read"), ("t.parquet", "not a Parquet file")
   )
   def test_files(self, name, message):
     # Fails with a traceback if a file is missing, or is not what its name says.
