@@ -63,7 +63,7 @@ class GradingReportTest(absltest.TestCase):
     says = {"7": False, "x?y": None, "9 or 8": True}
     problems = {p.id: p for p in (problem("a", "7"), problem("b", "8"), problem("c", "9"))}
     text = grading_report.markdown(
-      {"sample": self.traces}, problems, lambda response, gold: says[response], 5
+      {"sample": self.traces}, problems, opinion=lambda response, gold: says[response], most=5
     )
     self.assertIn("## wrong here, right there: sample, 1 of 2", text)
     self.assertIn("## right here, wrong there: sample, 1 of 1", text)
@@ -102,7 +102,7 @@ class GradingReportTest(absltest.TestCase):
         self.assertGreaterEqual(row[right, "ours"], row[right, "theirs"], kind)
 
   def test_few_are_shown(self):
-    text = grading_report.markdown({"s": [self.traces[1]] * 9}, {"b": problem("b", "8")}, None, 2)
+    text = grading_report.markdown({"s": [self.traces[1]] * 9}, {"b": problem("b", "8")}, most=2)
     self.assertIn("- and 7 more", text)
 
   def test_an_empty_workdir_is_said(self):

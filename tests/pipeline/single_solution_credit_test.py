@@ -134,7 +134,7 @@ class OneTextTest(absltest.TestCase):
     # Fails if unknown words are silently read as padding, or a text of no length or too much of it
     # is taken.
     with self.assertRaisesRegex(
-      UserError, "solution holds what this policy's vocabulary cannot spell, at letter 1: 'Hello"
+      UserError, "solution has text .* vocabulary cannot represent, at character 1: 'Hello"
     ):
       self.credit("Hello world")
     with self.assertRaisesRegex(UserError, "has 0 tokens"):
