@@ -1,4 +1,4 @@
-"""Traces of problems that SFT has not seen."""
+"""Traces sampled on problems that SFT has not seen."""
 
 import pathlib
 import tempfile
@@ -19,7 +19,8 @@ LEAVES = {"task.train_problems": 12, "task.fresh_problems": 5, "sft.num_epochs":
 
 class FreshProblemsTest(absltest.TestCase):
   def test_sft_and_sampling_have_their_own(self):
-    # Fails if SFT sees a fresh problem, traces are of SFT's, or fewer problems are not among more.
+    # Fails if SFT sees a fresh problem, if traces are sampled on SFT's problems, or if fewer
+    # problems are not a subset of more.
     experiment = small_run.opened(pathlib.Path(tempfile.mkdtemp()) / "run", **LEAVES)
     counts = synthesize.run(experiment)
     self.assertEqual((counts["sft"], counts["train"]), (12, 5))
@@ -37,7 +38,8 @@ class FreshProblemsTest(absltest.TestCase):
     self.assertEqual(of_sft + sampled, list(plain.problems("train")))
 
   def test_what_does_not_go_together(self):
-    # Fails if a capable model's D_syn, or RFT with the teacher, is mixed with problems of the task.
+    # Fails if a capable model's D_syn, or RFT with teacher solutions, is combined with fresh
+    # problems.
     for leaf, value in (("synthesis.provider", "scripted"), ("rft.with_teacher", True)):
       config = small_run.config()
       config.update_from_flattened_dict(LEAVES | {leaf: value})
