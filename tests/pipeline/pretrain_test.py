@@ -1,4 +1,4 @@
-"""The embedded base model: the command that makes it runs, and what ships loads and executes."""
+"""The embedded base model: its training command runs, and the shipped weights load and generate."""
 
 import collections
 import pathlib
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow  # starts processes
 
 class PretrainTest(absltest.TestCase):
   def test_the_command_makes_a_folder_that_loads(self):
-    # Fails if the stage leaves out the tokenizer or the weights, or names another architecture.
+    # Fails if the stage omits the tokenizer or the weights, or writes another architecture.
     workdir = pathlib.Path(tempfile.mkdtemp())
     done = stages_test.launch(workdir, program="pretrain")
     self.assertEqual(done.returncode, 0, done.stderr[-2000:])

@@ -1,6 +1,4 @@
-"""The report is right by hand, escapes what a model wrote, needs no network, and renders in a
-browser.
-"""
+"""The report has the right numbers, escapes model output, needs no network, and renders."""
 
 import dataclasses
 import html.parser
@@ -134,7 +132,7 @@ def test_no_resource_is_fetched(tmp_path, change):
   assert "@import" not in text
   assert "//" not in text.replace(
     "https://evil.example", ""
-  )  # the one address stands in the text of a trace
+  )  # the only address occurs in the text of a trace
   ids = [value for _, name, value in page.attributes if name == "id"]
   assert len(ids) == len(set(ids))
 
@@ -205,7 +203,8 @@ def test_numbers_are_not_rounded_into_falsehoods(tmp_path):
   assert "the rule finds one in every trace" in text and "in none of them" not in text
 
 
-# The workdir: two problems with four samples each. Steps are lines; the last one states the answer.
+# The workdir: two problems with four samples each. Steps are lines, and the last one states the
+# answer.
 _RIGHT = " A: X= 2 + Y= 3 A= 5\n #### 5"
 _WRONG = (" A: X= 2 + Y= 3 A= 6\n B: A= 6 + Y= 3 B= 9\n #### 9", " A: X= 2 + Y= 3 A= 7\n #### 7")
 _SUCCESSES = {
@@ -233,7 +232,7 @@ def _stage(workdir, name, figures=None, config=None):
 
 @pytest.fixture(name="experiment")
 def _run(tmp_path) -> Experiment:
-  """A workdir in which credit and the evaluation of sft are done and the rest is not."""
+  """A workdir in which only credit, its inputs and the evaluation of sft are done."""
   workdir = epath.Path(tmp_path / "run")
   config = config_schema.default()
   config.credit.num_rollouts, config.credit.best_of, config.report.num_traces = 4, 1, 2
@@ -336,14 +335,14 @@ def test_stage_from_a_workdir(experiment):
   np.testing.assert_allclose(
     [[float(cell) for cell in line.split(",")] for line in lines], expected, atol=1e-6
   )
-  # Advantages of those, by trace: 1/4, -2/4, -1/4; then -1/4, -1/4; then -1/4, -2/4, 0.
+  # Their advantages by trace: 1/4, -2/4, -1/4; then -1/4, -1/4; then -1/4, -2/4, 0.
   lines = (path.parent / "mean_advantage.csv").read_text().splitlines()[1:]
   expected = [(1, -1 / 12, 3), (2, -5 / 12, 3), (3, -1 / 8, 2)]
   np.testing.assert_allclose(
     [[float(cell) for cell in line.split(",")] for line in lines], expected, atol=1e-6
   )
   assert (path.parent / "training_sft.csv").read_text() == "step,loss/per_token\n0,0.5\n"
-  # Lowest Q first reached: the third, the second and the second step.
+  # Steps that first reach the lowest Q: the third, the second and the second.
   assert (path.parent / "pits.csv").read_text() == "step,traces\n1,0\n2,2\n3,1\nnone,0\n"
   page = _Page(path.read_text())
   text = page.text
