@@ -88,7 +88,7 @@ def _prefixes(traces: Sequence[Trace]) -> dict[str, list[_Prefix]]:
 def _requests(
   experiment: Experiment, prefixes: Mapping[str, Sequence[_Prefix]]
 ) -> dict[str, list[_Request]]:
-  """The rollouts that the schedule asks for next, by the id of the trace that holds the prefix.
+  """The rollouts that the schedule wants next, by the id of the trace that holds their prefix.
 
   Args:
     experiment: gives schedule and number of rollouts.
@@ -240,7 +240,7 @@ def _credit(
   progress: Progress,
   budget: float = math.inf,
 ) -> int:
-  """Generates the rollouts of some problems in as many rounds as the schedule needs; writes them.
+  """Generates and writes the rollouts of some problems, in as many rounds as the schedule needs.
 
   Args:
     sampler: generates the rollouts.

@@ -23,7 +23,7 @@ from synthneg_jax.runtime import keys
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.training import pair_trees
 
-WHOLE_MODES = ("arbitrary", "furthest")
+_WHOLE_MODES = ("arbitrary", "furthest")
 VARIANTS = {"dpo": "outcome_mode", "step_dpo": "pair_mode"}  # the leaf that holds the mode
 _PITS = ("pairs.pit_rule", "pairs.drop_ratio", "pairs.min_before", "pairs.order", "credit.best_of")
 _SIBLINGS = ("pairs.continuation", "pairs.choice")
@@ -220,7 +220,7 @@ def build(experiment: Experiment, mode: str) -> tuple[list[Pair], dict]:
   builder = Builder(experiment)
   candidates = builder.candidates(mode)
   paired = [candidate for candidate in candidates if candidate.pair]
-  without_pit = 0 if mode in WHOLE_MODES else sum(candidate.step < 0 for candidate in candidates)
+  without_pit = 0 if mode in _WHOLE_MODES else sum(candidate.step < 0 for candidate in candidates)
   dropped = {
     "without_pit": without_pit,
     "without_alternative": len(candidates) - len(paired) - without_pit,
