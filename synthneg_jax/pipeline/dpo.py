@@ -3,6 +3,7 @@
 Each of its two variants is a stage: dpo/dpo (whole responses) and dpo/step_dpo (per-step pairs).
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from synthneg_jax.pipeline import pair_logprobs, train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.pipeline.pairs import VARIANTS
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.training import batches, loop, objectives, pair_trees, reference
+from synthneg_jax.training import batches, objectives, pair_trees, reference
 
 
 def run(experiment: Experiment) -> dict:
@@ -92,10 +93,6 @@ def variant(experiment: Experiment, name: str) -> dict:
     experiment, policy, section, folder=experiment.workdir / "dpo" / "reference", trees=built.trees
   )
   sampler_gap = round(_sampler_gap(experiment, policy, pairs, store), 7)
-  examples = pair_trees.examples(built, store)
-  plan = train_policy.plan(
-    experiment, stage, section, policy.model, examples=examples, names=built.names
-  )
   objective = objectives.make_preference(
     policy.model,
     objectives.Preference(
@@ -107,16 +104,16 @@ def variant(experiment: Experiment, name: str) -> dict:
     eos_ids=policy.eos_ids,
     chunk=section.logit_chunk,
   )
-  training = loop.Run(
-    name=name,
-    section=section,
+  training = train_policy.make_run(
+    experiment,
+    stage,
+    section,
     model=policy.model,
     objective=objective,
-    batches=plan,
-    mesh=experiment.mesh,
-    folder=stage.folder,
-    check_start=_start_check(experiment.config.model.dtype, plan),
+    trees=train_policy.Trees(pair_trees.examples(built, store), built.names),
   )
+  check = _start_check(experiment.config.model.dtype, training.batches)
+  training = dataclasses.replace(training, check_start=check)
   identity, figures = train_policy.train(experiment, policy, training)
   trained = experiment.policy(f"dpo/{name}")
   pair_logprobs.score(

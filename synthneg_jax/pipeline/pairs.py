@@ -330,20 +330,9 @@ def variant(experiment: Experiment, name: str) -> dict:
   """
   leaf = VARIANTS.get(name, "pair_mode")
   mode = experiment.config.pairs[leaf]
-  stage = experiment.stage(
-    f"pairs/{name}",
-    [
-      "task",
-      "model",
-      "dpo.row_length",
-      f"pairs.{leaf}",
-      "pairs.max_per_problem",
-      "pairs.max_pairs",
-      "pairs.max_flip",
-      *_LEAVES[mode],
-    ],
-    ["synthesize", "sft", "sample", "credit"],
-  )
+  limits = ["pairs.max_per_problem", "pairs.max_pairs", "pairs.max_flip"]
+  leaves = ["task", "model", "dpo.row_length", f"pairs.{leaf}", *limits, *_LEAVES[mode]]
+  stage = experiment.stage(f"pairs/{name}", leaves, ["synthesize", "sft", "sample", "credit"])
   if stage.done:
     return {}
   pairs, figures = build(experiment, mode)

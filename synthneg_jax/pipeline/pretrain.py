@@ -63,24 +63,21 @@ def run(experiment: Experiment) -> dict:
       dtype=c.model.dtype,
     )
   )
-  names = [document.id for document in documents]
-  plan = train_policy.plan(experiment, stage, section, model, examples=examples, names=names)
   shardings = param_shardings(model, experiment.mesh)
   params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(c.seed))
-  run = loop.Run(
-    name="pretrain",
-    section=section,
+  training = train_policy.make_run(
+    experiment,
+    stage,
+    section,
     model=model,
     objective=objectives.make_sft(model, section.logit_chunk),
-    batches=plan,
-    mesh=experiment.mesh,
-    folder=stage.folder,
+    trees=train_policy.Trees(examples, [document.id for document in documents]),
   )
-  params, last = loop.fit(run, params)
+  params, last = loop.fit(training, params)
   params = jax.tree.map(device_mesh.whole, params) if distributed.count() > 1 else params
   if distributed.first():
     _save(stage.folder, tokenizer, model, params)
-  figures = {"parameters": model.config.num_params, "steps": plan.num_steps, **last}
+  figures = {"parameters": model.config.num_params, "steps": training.batches.num_steps, **last}
   return stage.finish(figures, list((stage.folder / "policy").glob("*.safetensors")))
 
 

@@ -23,7 +23,7 @@ from synthneg_jax.pipeline import train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import keys
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.training import loop, objectives
+from synthneg_jax.training import objectives
 
 
 class _Clone(NamedTuple):
@@ -194,26 +194,25 @@ def run(experiment: Experiment, name: str = "rft") -> dict:
     raise UserError(
       f"Stage {name} has no response to train on: rft.keep={section.keep!r} selects no sample."
     )
-  examples, names, dropped = train_policy.branch_trees(
+  trees = train_policy.branch_trees(
     {key: trunk(key) for key in branches},
     branches,
     max_branches=min(section.max_branches_per_tree, section.batch_size),
     max_tokens=train_policy.longest_tree(experiment.config, section),
   )
-  plan = train_policy.plan(experiment, stage, section, policy.model, examples=examples, names=names)
-  training = loop.Run(
-    name=name,
-    section=section,
+  training = train_policy.make_run(
+    experiment,
+    stage,
+    section,
     model=policy.model,
     objective=_objective(policy.model, section),
-    batches=plan,
-    mesh=experiment.mesh,
-    folder=stage.folder,
+    trees=trees,
   )
   identity, figures = train_policy.train(experiment, policy, training)
   counts = {
     "solutions": sum(map(len, branches.values())),
     "problems": sum(map(bool, branches.values())),
     "wrong": sum(not clone.trace.correct for clones in chosen.values() for clone in clones),
+    "too_long": trees.dropped,
   }
-  return stage.finish({**counts, "too_long": dropped, **figures}, identity=identity)
+  return stage.finish({**counts, **figures}, identity=identity)

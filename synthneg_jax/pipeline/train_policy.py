@@ -50,7 +50,7 @@ class Trees(NamedTuple):
 
   examples: list[Example]
   names: list[str]
-  dropped: int
+  dropped: int = 0
 
 
 def solution_trees(
@@ -130,16 +130,10 @@ def room(model: Model, section, mesh: Mesh, *, length: int, memory: float) -> in
   return max(int((memory - state) / (token / mesh.shape["tensor"])), 1)
 
 
-def plan(
-  experiment: Experiment,
-  stage: manifest.Stage,
-  section,
-  model: Model,
-  *,
-  examples: Sequence[Example],
-  names: Sequence[str],
-) -> batches.Batches:
-  """The batches of a training stage.
+def make_run(
+  experiment: Experiment, stage: manifest.Stage, section, *, model: Model, objective, trees: Trees
+) -> loop.Run:
+  """The training run of a stage.
 
   The number and length of rows are chosen once and kept in the stage's folder, so a resumed run
   uses the same.
@@ -149,17 +143,17 @@ def plan(
     stage: the training stage.
     section: its config section.
     model: the model that it trains.
-    examples: the training examples.
-    names: the problem of each.
+    objective: as training/objectives.py makes them.
+    trees: the training examples.
   """
 
   def settle(choose: Callable[[], Rows]) -> Rows:
     rows = stage.settle("rows", lambda: dataclasses.asdict(choose()))
     return Rows(**rows | {"counts": tuple(rows["counts"])})
 
-  return batches.Batches(
-    examples,
-    names,
+  plan = batches.Batches(
+    trees.examples,
+    trees.names,
     schedule=batches.Schedule(
       batch_size=section.batch_size,
       num_epochs=section.num_epochs,
@@ -177,6 +171,15 @@ def plan(
       memory=device_mesh.memory(),
     ),
     settle=settle,
+  )
+  return loop.Run(
+    name=stage.name.removeprefix("dpo/"),
+    section=section,
+    model=model,
+    objective=objective,
+    batches=plan,
+    mesh=experiment.mesh,
+    folder=stage.folder,
   )
 
 

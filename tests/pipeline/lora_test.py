@@ -19,7 +19,7 @@ from synthneg_jax.pipeline import export, sft, synthesize, train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.training import loop, objectives
+from synthneg_jax.training import objectives
 from tests import tiny_model
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "configs"))
@@ -116,22 +116,17 @@ class LoraTest(absltest.TestCase):
     # or if the two exports have different weights.
     experiment = self.copy_of_run()
     policy, section = experiment.policy("sft"), copy.deepcopy(experiment.config.dpo)
-    examples, names, _ = train_policy.solution_trees(
+    trees = train_policy.solution_trees(
       {"p": [5, 6, 7]}, {"p": [[8, 9], [9, 8, 7]]}, max_branches=4, max_tokens=64
     )
     stage = experiment.stage("dpo/dpo", ["dpo"], ["sft"])
-    plan = train_policy.plan(
-      experiment, stage, section, policy.model, examples=examples, names=names
-    )
-    objective = objectives.make_sft(policy.model)
-    training = loop.Run(
-      name="dpo",
-      section=section,
+    training = train_policy.make_run(
+      experiment,
+      stage,
+      section,
       model=policy.model,
-      objective=objective,
-      batches=plan,
-      mesh=experiment.mesh,
-      folder=stage.folder,
+      objective=objectives.make_sft(policy.model),
+      trees=trees,
     )
     identity, _ = train_policy.train(experiment, policy, training)
     stage.finish({}, identity=identity)
