@@ -214,7 +214,7 @@ class _Reader:
     """The row's ids, with EOS added if a server left it out, and their log-probs."""
     ids, token_text = list(row["ids"]), self._policy.token_text
     size = min(token_text.vocab_size, self._policy.model.config.vocab_size)
-    if not all(type(i) is int and 0 <= i < size for i in ids):  # a bool is no id
+    if not all(type(i) is int and 0 <= i < size for i in ids):  # excludes bool, a subtype of int
       raise UserError(
         f'"ids" must hold whole numbers from 0 to {size - 1}, the vocabulary of this policy'
       )
@@ -249,8 +249,9 @@ class _Reader:
       self.counts["with_tokens"] += 1
     if self._lacks_eos(ids, finish, text):
       ids = [*ids, self._eos_ids[0]]
-    # another number: log-probs of other tokens, or none for EOS
-    return ids, logp if same_tokens and logp is not None and len(logp) == len(ids) else None
+    # lengths differ if log-probs belong to other tokens or lack that of EOS
+    usable = same_tokens and logp is not None and len(logp) == len(ids)
+    return ids, logp if usable else None
 
   def _compare(self, drawn: Sequence[bytes], encoded: Sequence[bytes], name: str) -> bool:
     """Counts the drawn token boundaries that encoding moved; True if all boundaries are equal."""
