@@ -35,7 +35,7 @@ _UNSEEN = Rollout([], False, "", "", 0.0, 0.0)  # graded and written by another 
 
 
 def choose(group: Sequence[Trace], max_wrong: int, max_right: int) -> list[Trace]:
-  """Selects the first distinct traces of one problem that have an answer, up to a limit each.
+  """Selects the first distinct traces of one problem that have an answer, with limits.
 
   Args:
     group: the problem's traces.
@@ -48,7 +48,7 @@ def choose(group: Sequence[Trace], max_wrong: int, max_right: int) -> list[Trace
 
 @dataclasses.dataclass
 class _Prefix:
-  """Steps 0..`step` of a trace and the rollouts from there.
+  """The first `step` + 1 steps of a trace, with the rollouts that continue them.
 
   `trace` is the first trace of the problem with this prefix.
   """

@@ -41,7 +41,7 @@ _KNOWN_SOLUTION = {"algorithm1": core.algorithm1, "prefix_protected": core.prefi
 
 
 class Candidate(NamedTuple):
-  """A trace with its rejected step and, unless no alternative exists, their pair.
+  """A trace, its rejected step, and their pair if one can be built.
 
   Attributes:
     trace: the trace that the rejected branch comes from.

@@ -154,7 +154,7 @@ class Synthesis:
     return candidates
 
   def _contaminated(self, texts: Sequence[str]) -> set[int]:
-    """Indices of texts that equal a test problem or share task.decontaminate_ngram words."""
+    """Indices of texts that equal a test problem or share an n-gram of words with one."""
     tested, ngram = set(self._tested), self._config.task.decontaminate_ngram
     contaminated = {i for i, text in enumerate(texts) if text in tested}
     if ngram:

@@ -83,7 +83,8 @@ def credit(
   for start in starts:
     prefix = keys.hash_ids(ids[:start])
     forks += [len(prompt) + start] * num_rollouts
-    for index in range(num_rollouts):  # the purpose keeps its first name: it decides the draws
+    for index in range(num_rollouts):
+      # "one_text" is part of the key: renaming it would change the rollouts
       draw_keys.append(keys.draw_key(config.seed, "one_text", 0, record.id, prefix, index))
   trunk = Trunk([*prompt, *ids[: starts[-1]]], forks, np.stack(draw_keys))
   engine = experiment.engine(policy, lanes=1, slots=num_rollouts)

@@ -27,7 +27,7 @@ from synthneg_jax.training.batch import Example
 def prompt_ids(
   experiment: Experiment, tokenizer, problem: Problem, shots: Sequence[Problem] = ()
 ) -> list[int]:
-  """Token ids of a problem's prompt, after `shots`, the worked examples; the trunk of its trees."""
+  """Token ids of a problem's prompt, with `shots` as worked examples before the problem."""
   task = experiment.config.task
   return prompts.encode_prompt(
     tokenizer,
