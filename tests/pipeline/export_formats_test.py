@@ -236,8 +236,10 @@ class ExactnessTest(parameterized.TestCase):
 
   def test_ids_that_text_would_not_give_back(self):
     # Fails if ids are retokenised, or the report does not count what retokenising would change.
-    made = self.read(ids=[1, 2, 1, 7, 0], finish="eos", logps=[-1.0] * 5)
-    self.assertEqual((made.ids, made.finish, list(made.logp)), ([1, 2, 1, 7, 0], "eos", [-1.0] * 5))
+    response = self.read(ids=[1, 2, 1, 7, 0], finish="eos", logps=[-1.0] * 5)
+    self.assertEqual(
+      (response.ids, response.finish, list(response.logp)), ([1, 2, 1, 7, 0], "eos", [-1.0] * 5)
+    )
     report = import_traces._report(self.reader.counts)
     self.assertEqual((report["reencoded_boundaries"], report["reencoded_boundaries_moved"]), (3, 1))
     self.assertEqual(
@@ -281,8 +283,10 @@ class ExactnessTest(parameterized.TestCase):
     # Fails if only the tokenizer's EOS ends a trace: a trace that ends with another stop token
     # would get a second EOS and lose its log-probs.
     for finish in ("eos", "stop"):
-      made = self.read(ids=[6, 9], finish=finish, logps=[-1.0, -2.0])
-      self.assertEqual((made.ids, made.finish, made.logp), ([6, 9], "eos", [-1.0, -2.0]))
+      response = self.read(ids=[6, 9], finish=finish, logps=[-1.0, -2.0])
+      self.assertEqual(
+        (response.ids, response.finish, response.logp), ([6, 9], "eos", [-1.0, -2.0])
+      )
     self.assertEqual(self.read(text="1<end>", finish="stop").ids, [6, 9])
     self.assertEqual(self.reader.counts["eos_restored"], 0)
     with self.assertRaisesRegex(UserError, "EOS occurs before the end of the ids"):

@@ -27,7 +27,7 @@ class FreshProblemsTest(absltest.TestCase):
     self.assertEqual(sft.run(experiment)["solutions"], 12)
     sample.run(experiment)
     folder = experiment.workdir / "synthesize"
-    of_sft, sampled = (
+    sft_problems, sampled = (
       list(Shards(folder / split, Problem).read_dict()) for split in ("sft", "train")
     )
     traces = Shards(experiment.workdir / "sample" / "traces", Trace).read()
@@ -35,7 +35,7 @@ class FreshProblemsTest(absltest.TestCase):
     every = {"task.train_problems": 17, "task.fresh_problems": 0}
     plain = small_run.opened(pathlib.Path(tempfile.mkdtemp()) / "run", **LEAVES | every)
     synthesize.run(plain)
-    self.assertEqual(of_sft + sampled, list(plain.problems("train")))
+    self.assertEqual(sft_problems + sampled, list(plain.problems("train")))
 
   def test_what_does_not_go_together(self):
     # Fails if a capable model's D_syn, or RFT with teacher solutions, is combined with fresh

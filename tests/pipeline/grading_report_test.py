@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow  # starts processes
 
 
 def problem(name: str, answer: str) -> Problem:
-  made = {field.name: "" for field in dataclasses.fields(Problem)}
-  return Problem(**(made | {"id": name, "prompt": "Find x.", "answer": answer}))
+  empty = {field.name: "" for field in dataclasses.fields(Problem)}
+  return Problem(**(empty | {"id": name, "prompt": "Find x.", "answer": answer}))
 
 
 def trace(name: str, reason: str, text: str) -> Trace:

@@ -118,33 +118,33 @@ class BuildTest(absltest.TestCase):
     config = self.experiment.config.copy_and_resolve_references()
     config.credit.best_of = best_of
     config.pairs.update(**settings)
-    made, figures = pairs.build(
+    records, figures = pairs.build(
       Experiment(config, self.experiment.workdir, self.experiment.mesh), mode
     )
     text = lambda ids: self.policy.token_text.text([i for i in ids if i != self.eos])
     rows = []
-    for pair in made:
+    for pair in records:
       prompt, end, trunk = text(pair.trunk).partition(" D=\n")
       self.assertEqual((prompt + end, pair.pair_mode), (PROMPT, mode))
       rows.append((pair.trace_id[-1], trunk, text(pair.chosen), text(pair.rejected), pair.pit))
-    return rows, made, figures
+    return rows, records, figures
 
   def test_algorithm1(self):
     # Fails if the pit is another step, if a right trace gives a pair, if the chosen branch is not
     # the teacher's solution with EOS, or if the pit is compared with other counts than those before
     # it.
-    rows, made, figures = self.build("algorithm1")
+    rows, records, figures = self.build("algorithm1")
     solution = FIRST + SECOND + RIGHT
     self.assertEqual(
       rows,
       [("0", "", solution, FIRST + WRONG_SECOND, 1), ("1", "", solution, WRONG_FIRST + SECOND, 1)],
     )
-    self.assertEqual([pair.chosen[-1] for pair in made], [self.eos] * 2)
-    self.assertNotIn(self.eos, made[0].rejected)
+    self.assertEqual([pair.chosen[-1] for pair in records], [self.eos] * 2)
+    self.assertNotIn(self.eos, records[0].rejected)
     flips = [
       pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(c, 4)) for c in (3, 1)
     ]
-    self.assertEqual([pair.flip for pair in made], flips)
+    self.assertEqual([pair.flip for pair in records], flips)
     self.assertEqual(
       (figures["pairs"], figures["dropped"]["without_pit"], figures["pits_by_step"]),
       (2, 0, {"1": 2}),
@@ -153,14 +153,18 @@ class BuildTest(absltest.TestCase):
   def test_the_prefix_is_protected(self):
     # Fails if a step before the pit is scored, if the pit is not, or if the pair differs from
     # algorithm 1's.
-    rows, made, _ = self.build("prefix_protected")
+    rows, records, _ = self.build("prefix_protected")
     expected, unprotected, _ = self.build("algorithm1")
     self.assertEqual(rows, expected)
     text = lambda ids: self.policy.token_text.text(ids)
-    self.assertEqual([text(pair.rejected[: pair.context]) for pair in made], [FIRST, WRONG_FIRST])
-    self.assertEqual([text(pair.rejected[pair.context :]) for pair in made], [WRONG_SECOND, SECOND])
+    self.assertEqual(
+      [text(pair.rejected[: pair.context]) for pair in records], [FIRST, WRONG_FIRST]
+    )
+    self.assertEqual(
+      [text(pair.rejected[pair.context :]) for pair in records], [WRONG_SECOND, SECOND]
+    )
     self.assertEqual({pair.context for pair in unprotected}, {0})
-    self.assertEqual([pair.flip for pair in made], [pair.flip for pair in unprotected])
+    self.assertEqual([pair.flip for pair in records], [pair.flip for pair in unprotected])
 
   def test_order(self):
     # Fails if the cap keeps another trace than the first by pairs.order, with ties in favour of the
@@ -197,10 +201,10 @@ class BuildTest(absltest.TestCase):
   def test_shared_prefix(self):
     # Fails if rollouts come from another prefix or from a trace that does not hold them, if the
     # pit's own step is chosen, or if a trace whose prefix has no rollouts raises.
-    rows, made, figures = self.build("shared_prefix", choice="majority")
+    rows, records, figures = self.build("shared_prefix", choice="majority")
     self.assertEqual(rows, [("0", FIRST, SECOND, WRONG_SECOND, 1)])
     self.assertEqual(
-      made[0].flip, pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(2, 2))
+      records[0].flip, pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(2, 2))
     )
     self.assertEqual(figures["dropped"]["without_alternative"], 1)
     rows, _, _ = self.build("shared_prefix", choice="most_likely", continuation="rollout")
@@ -224,16 +228,16 @@ class BuildTest(absltest.TestCase):
   def test_random_step(self):
     # Fails if the step is always the pit or changes between runs, or if pairs do not share their
     # prefix.
-    places = {}
+    rejected_steps = {}
     for seed in range(12):
       self.experiment.config.seed = seed
       rows, _, _ = self.build("random_step", choice="majority")
       self.assertEqual(rows, self.build("random_step", choice="majority")[0])
-      places |= {(row[0], row[4]): row for row in rows}
+      rejected_steps |= {(row[0], row[4]): row for row in rows}
     self.experiment.config.seed = 0
     # steps with rollouts that continue correctly in another way
-    self.assertEqual(set(places), {("0", 1), ("1", 0)})
-    self.assertEqual(places["1", 0], ("1", "", FIRST, WRONG_FIRST, 0))
+    self.assertEqual(set(rejected_steps), {("0", 1), ("1", 0)})
+    self.assertEqual(rejected_steps["1", 0], ("1", "", FIRST, WRONG_FIRST, 0))
 
   def cloned(self, **settings):
     """(trace, text of its scored tokens) of each response that RFT trains on."""
@@ -297,17 +301,17 @@ class BuildTest(absltest.TestCase):
       3
     ]
     chosen = {"p": [rft._Clone(trace)], "q": [], "r": []}
-    made = rft._branches(chosen, {"p": [7, 8], "q": [9]}, {"p": 3, "q": 4, "r": 5}.get)
-    self.assertEqual(made["p"], [Branch(3, tuple(trace.ids)), Branch(3, (7, 8))])
-    self.assertEqual((made["q"], made["r"]), ([Branch(4, (9,))], []))
+    branches = rft._branches(chosen, {"p": [7, 8], "q": [9]}, {"p": 3, "q": 4, "r": 5}.get)
+    self.assertEqual(branches["p"], [Branch(3, tuple(trace.ids)), Branch(3, (7, 8))])
+    self.assertEqual((branches["q"], branches["r"]), ([Branch(4, (9,))], []))
 
   def test_arbitrary(self):
     # Fails if a right trace or one without an answer is rejected, or if a response is cut.
-    rows, made, figures = self.build("arbitrary")
+    rows, records, figures = self.build("arbitrary")
     solution = FIRST + SECOND + RIGHT
     expected = [(str(n), "", solution, "".join(TRACES[n][1]), -1) for n in (0, 1)]
     self.assertEqual(rows, expected)
-    self.assertEqual([pair.rejected[-1] for pair in made], [self.eos] * 2)
+    self.assertEqual([pair.rejected[-1] for pair in records], [self.eos] * 2)
     self.assertEqual(
       figures["dropped"], {"without_pit": 0, "without_alternative": 0, "too_long": 0}
     )
@@ -334,15 +338,15 @@ class BuildTest(absltest.TestCase):
   def test_pairs_beyond_the_row_are_counted_and_left_out(self):
     # Fails if a pair too long for a training row is written, which would break dpo, or is not
     # counted.
-    _, made, figures = self.build("algorithm1")
-    sizes = sorted(len(pair.trunk) + len(pair.chosen) + len(pair.rejected) for pair in made)
+    _, records, figures = self.build("algorithm1")
+    sizes = sorted(len(pair.trunk) + len(pair.chosen) + len(pair.rejected) for pair in records)
     self.assertEqual((len(sizes), figures["dropped"]["too_long"]), (2, 0))
     before = self.experiment.config.dpo.row_length
     self.experiment.config.dpo.row_length = sizes[-1] - 1
-    _, made, figures = self.build("algorithm1")
+    _, records, figures = self.build("algorithm1")
     self.experiment.config.dpo.row_length = before
     kept = [size for size in sizes if size < sizes[-1]]
-    self.assertEqual((len(made), figures["dropped"]["too_long"]), (len(kept), 2 - len(kept)))
+    self.assertEqual((len(records), figures["dropped"]["too_long"]), (len(kept), 2 - len(kept)))
 
   def test_best_of_k_needs_k_rollouts(self):
     # Fails if a step with fewer than k rollouts counts as known: only the answer step is known

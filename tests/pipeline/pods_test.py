@@ -65,7 +65,7 @@ def start(
   """
   env = {**os.environ, "JAX_PLATFORMS": "cpu"}
   env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // count}"
-  address, made = f"127.0.0.1:{free_port()}", []
+  address, processes = f"127.0.0.1:{free_port()}", []
   for index in range(count):
     command = [sys.executable, *(("-c", *map(str, script)) if script else ())]
     command += [str(ROOT / "launch/pipeline.py"), "--config=configs/arithmetic.py:smoke", *SETTINGS]
@@ -85,7 +85,7 @@ def start(
       ]
     own = index == count - 1
     log = (scratch() / f"{workdir.name}.{index}.log").open("w")
-    made.append(
+    processes.append(
       subprocess.Popen(
         [*command, *(last if own else ())],
         cwd=ROOT,
@@ -95,7 +95,7 @@ def start(
       )
     )
     log.close()
-  return made
+  return processes
 
 
 def finish(started, workdir, status: int, timeout_s: float = 400.0, first: int = 0) -> list[str]:
@@ -221,9 +221,9 @@ class PodTestCase(absltest.TestCase):
     self.assertFalse(marker == "compiles" and (marks / f"{count - 1}.compiled").exists())
     started[-1].send_signal(signal.SIGTERM)
     at = time.monotonic()
-    said = finish(started, workdir, distributed.PREEMPTED, timeout_s=30)
+    lines = finish(started, workdir, distributed.PREEMPTED, timeout_s=30)
     self.assertLess(time.monotonic() - at, 30)
-    for line in said:
+    for line in lines:
       self.assertIn("stopped by SIGTERM; what was done is saved.", line)
     calls = [
       {path.name.partition(".")[2] for path in marks.glob(f"{index}.*")} for index in range(count)
@@ -236,9 +236,9 @@ class PodTestCase(absltest.TestCase):
     self.wait_for_steps(started, workdir, 12)
     started[-1].kill()
     at = time.monotonic()
-    said = finish(started[:-1], workdir, distributed.LOST, timeout_s=60)
+    lines = finish(started[:-1], workdir, distributed.LOST, timeout_s=60)
     self.assertLess(time.monotonic() - at, 60)
-    for index, line in enumerate(said):
+    for index, line in enumerate(lines):
       self.assertIn(f"process {count - 1} of {count} died; process {index} stops.", line)
 
     for marker in (12, "compiles"):  # during training, then during a compilation within it
@@ -277,13 +277,13 @@ class DifferencesTest(PodTestCase):
     # Fails if two processes with different learning rates train on, or if one of them leaves a
     # file.
     workdir = scratch() / "rates"
-    said = finish(
+    lines = finish(
       start(workdir, 2, "synthesize,sft", last=["--config.sft.optimizer.learning_rate=0.5"]),
       workdir,
       1,
       timeout_s=90,
     )
-    for line in said:
+    for line in lines:
       self.assertIn("The processes differ in sft.optimizer.learning_rate: ", line)
       self.assertIn("0.5 in process 1.", line)
     self.assertFalse(workdir.exists())
@@ -352,12 +352,12 @@ class BaseModelTest(distributed_test.MembersTestCase):
       (root / process / "other").mkdir(parents=True)
       (root / process / "other/config.json").write_text(process)
     (root / "0/kept/params").mkdir(parents=True)
-    made = self.members(
+    members = self.members(
       SENT.replace("ROOT", repr(str(root))), count=2, before=TWO_DEVICES, heartbeat_s=60
     )
-    for status, said, line in self.ends(made, timeout_s=400):
+    for status, output, line in self.ends(members, timeout_s=400):
       self.assertEqual(status, 0, line)
-      own = [text for text in said.splitlines() if not text.startswith("[Gloo]")]
+      own = [text for text in output.splitlines() if not text.startswith("[Gloo]")]
       *loaded, identity, differ, unseen = own
       for found, policy in zip(loaded, expected, strict=True):
         tied, endings = policy.model.config.tie_embeddings, list(policy.eos_ids)
@@ -477,9 +477,9 @@ class StoppedTest(PodTestCase):
       for key, record in kept.items():
         self.assertEqual(found[key], record)
       self.assertLen(list((workdir / name).glob("*.jsonl")), 2)
-      drawn = lambda made: {
+      drawn = lambda by_key: {
         key: record.get("ids", [sample["ids"] for sample in record.get("samples", [])])
-        for key, record in made.items()
+        for key, record in by_key.items()
       }
       self.assertEqual(drawn(found), drawn(expected))
 

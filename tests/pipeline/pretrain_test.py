@@ -50,11 +50,11 @@ class PretrainTest(absltest.TestCase):
       problem = traces.Problem(f"p{number}", puzzle.prompt, "", "0", "test")
       trunks.append(traces.trunk(run, policy.tokenizer.encode(puzzle.prompt), problem, "test", 1))
     with jax.debug_nans(False):
-      made = dict(engine.run(policy.params, trunks, Sampling(temperature=0.0)))
+      generations = dict(engine.run(policy.params, trunks, Sampling(temperature=0.0)))
     verdicts = collections.Counter()
     for number, puzzle in enumerate(puzzles):
       known = set()
-      for line in policy.token_text.text(made[number][0].ids.tolist()).split("\n"):
+      for line in policy.token_text.text(generations[number][0].ids.tolist()).split("\n"):
         if line and not line.startswith(" ####"):
           verdicts[arithmetic.judge_step(puzzle, known, line)] += 1
           known.add(line.split()[0][:-1])

@@ -73,7 +73,7 @@ class ShotsTest(parameterized.TestCase):
     config = config_schema.default()
     config.task.name, config.task.prompt, config.task.instruction = "gsm8k", "plain", "Be brief."
     config.evaluate.update(leaves)
-    made = [Problem(str(i), f"q{i}", f"s{i}" if i != 1 else "", "5", "") for i in range(4)]
+    all_problems = [Problem(str(i), f"q{i}", f"s{i}" if i != 1 else "", "5", "") for i in range(4)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2.smollm2_dir())
     policy = types.SimpleNamespace(tokenizer=tokenizer)
     return types.SimpleNamespace(
@@ -83,7 +83,7 @@ class ShotsTest(parameterized.TestCase):
       ),
       base=lambda: policy,
       policy=lambda name: policy,
-      problems=lambda split: {problem.id: problem for problem in made},
+      problems=lambda split: {problem.id: problem for problem in all_problems},
       engine=lambda *args, **kwargs: None,
     )
 

@@ -142,8 +142,8 @@ class RemoteCreditTest(parameterized.TestCase):
       self.assertEqual([s["ids"] for s in estimate.samples], [s["ids"] for s in known.samples])
       self.assertTrue(all(sample["logp"] is None for sample in estimate.samples))
     self.assertEqual(figures["retokenised"], figures["rollouts"])
-    made, _ = pairs.build(experiment, "shared_prefix")
-    self.assertNotEmpty(made)
+    built, _ = pairs.build(experiment, "shared_prefix")
+    self.assertNotEmpty(built)
     experiment.config.pairs.choice = "most_likely"
     with self.assertRaisesRegex(UserError, "most_likely.*without any"):
       pairs.build(experiment, "shared_prefix")
@@ -199,11 +199,11 @@ class GenerationTest(parameterized.TestCase):
   def test_ids_in_the_names_of_tokens(self):
     # Fails if ids in vLLM's older format are retokenised.
     logprobs = {"tokens": ["token_id:1", "token_id:0"], "token_logprobs": [-1.0, -0.5]}
-    made, retokenised = self.generation(
+    generation, retokenised = self.generation(
       {"text": "zzz", "finish_reason": "stop", "logprobs": logprobs}
     )
     self.assertEqual(
-      (made.ids.tolist(), made.logp.tolist(), made.finish, retokenised),
+      (generation.ids.tolist(), generation.logp.tolist(), generation.finish, retokenised),
       ([1, 0], [-1.0, -0.5], "eos", False),
     )
 
@@ -218,18 +218,20 @@ class GenerationTest(parameterized.TestCase):
   )
   def test_how_it_ended(self, choice, stop, ids, finish):
     # Fails if a stop string, or the length limit, is taken for EOS.
-    made, _ = self.generation(choice, stop)
-    self.assertEqual((made.ids.tolist(), made.finish), (ids, finish))
+    generation, _ = self.generation(choice, stop)
+    self.assertEqual((generation.ids.tolist(), generation.finish), (ids, finish))
 
   def test_log_probs_of_other_tokens(self):
     # Fails if log-probs of other ids are kept.
     for tokens in (["ab"], ["a", "x"]):
       logprobs = {"tokens": tokens, "token_logprobs": [-1.0] * len(tokens)}
-      made, _ = self.generation({"text": "ab", "finish_reason": "length", "logprobs": logprobs})
-      self.assertIsNone(made.logp)
+      generation, _ = self.generation(
+        {"text": "ab", "finish_reason": "length", "logprobs": logprobs}
+      )
+      self.assertIsNone(generation.logp)
     logprobs = {"tokens": ["a", "b"], "token_logprobs": [-1.0, -2.0]}
-    made, _ = self.generation({"text": "ab", "finish_reason": "length", "logprobs": logprobs})
-    self.assertEqual(made.logp.tolist(), [-1.0, -2.0])
+    generation, _ = self.generation({"text": "ab", "finish_reason": "length", "logprobs": logprobs})
+    self.assertEqual(generation.logp.tolist(), [-1.0, -2.0])
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def _hand_made() -> report_page.Report:
   )
 
 
-def _unfinished(made: report_page.Report) -> report_page.Report:
-  states = [report_page.StageState(stage.name, "begun", {}) for stage in made.stages[1:]]
+def _unfinished(contents: report_page.Report) -> report_page.Report:
+  states = [report_page.StageState(stage.name, "begun", {}) for stage in contents.stages[1:]]
   rest = {
     "values": None,
     "pits": None,
@@ -105,7 +105,7 @@ def _unfinished(made: report_page.Report) -> report_page.Report:
     "training": {},
     "stages": states,
   }
-  return dataclasses.replace(made, methods=[report_page.Method("SFT")], **rest)
+  return dataclasses.replace(contents, methods=[report_page.Method("SFT")], **rest)
 
 
 def test_what_a_model_wrote_is_escaped(tmp_path):
@@ -114,7 +114,7 @@ def test_what_a_model_wrote_is_escaped(tmp_path):
   assert page.text.count(HOSTILE) == 6  # problem, answer, two steps, preferred, config
 
 
-@pytest.mark.parametrize("change", [lambda made: made, _unfinished])
+@pytest.mark.parametrize("change", [lambda contents: contents, _unfinished])
 def test_no_resource_is_fetched(tmp_path, change):
   text = report_page.write(change(_hand_made()), tmp_path).read_text()
   page = _Page(text)
@@ -187,16 +187,16 @@ def test_step_shows_its_credit(tmp_path):
 
 
 def test_numbers_are_not_rounded_into_falsehoods(tmp_path):
-  made = _hand_made()
-  (trace,) = made.traces
+  contents = _hand_made()
+  (trace,) = contents.traces
   still = dataclasses.replace(trace.steps[0], advantage=-0.001)
   trace = dataclasses.replace(
     trace, v0=0.125, right_samples=1, samples=8, steps=[still, *trace.steps[1:]]
   )
-  made = dataclasses.replace(
-    made, traces=[trace], pits=[1, 0, 2], reasons={"x": {"right": 3999, "unparsable": 1}}
+  contents = dataclasses.replace(
+    contents, traces=[trace], pits=[1, 0, 2], reasons={"x": {"right": 3999, "unparsable": 1}}
   )
-  text = _Page(report_page.write(made, tmp_path).read_text()).text
+  text = _Page(report_page.write(contents, tmp_path).read_text()).text
   assert "1 of 8 samples of the problem are right (value 0.125)" in text
   assert "(0.10 – 0.90), advantage 0.00" in text and "−0.00" not in text
   assert "1 < 0.1" in text and "1 0.0" not in text
@@ -277,16 +277,16 @@ def _run(tmp_path) -> Experiment:
     trace("p1", 3, _WRONG[0]),
   ]
   estimates = []
-  for made in traces:
-    if made.correct:
+  for trace in traces:
+    if trace.correct:
       continue
-    for step, end in enumerate(made.step_ends):
-      exact = step == len(made.step_ends) - 1
-      right = 0 if exact else _SUCCESSES[made.id][step]
+    for step, end in enumerate(trace.step_ends):
+      exact = step == len(trace.step_ends) - 1
+      right = 0 if exact else _SUCCESSES[trace.id][step]
       estimates.append(
         StepEstimate(
-          made.id,
-          made.problem_id,
+          trace.id,
+          trace.problem_id,
           step,
           end,
           0 if exact else 4,
@@ -294,7 +294,7 @@ def _run(tmp_path) -> Experiment:
           exact,
           False,
           [],
-          f"{made.id}/{step}",
+          f"{trace.id}/{step}",
         )
       )
   Shards(workdir / "synthesize" / "train", Problem).write(

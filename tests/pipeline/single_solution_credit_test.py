@@ -99,12 +99,12 @@ class OneTextTest(absltest.TestCase):
       )
       trunk = Trunk([*prompt, *prefix], [len(prompt) + len(prefix)] * ROLLOUTS, draws)
       engine = self.experiment.engine(self.policy, lanes=1, slots=ROLLOUTS)
-      ((_, made),) = engine.run(
+      ((_, generations),) = engine.run(
         self.policy.params, [trunk], sampling(self.experiment.config.credit)
       )
       same += [
         self.policy.token_text.text(a.ids) == b
-        for a, (b, _) in zip(made, rollouts[number], strict=True)
+        for a, (b, _) in zip(generations, rollouts[number], strict=True)
       ]
     self.assertGreater(
       np.mean(same), 0.9

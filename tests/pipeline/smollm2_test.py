@@ -88,8 +88,8 @@ def greedy(experiment: Experiment, policy: Policy, questions) -> list[list[int]]
   trunks = [Trunk(ids, [len(ids)], np.zeros((1, 2), np.uint32)) for ids in asked]
   experiment.config.engine.max_new_tokens = NEW
   engine = experiment.engine(policy, lanes=len(trunks), slots=1)
-  made = dict(engine.run(policy.params, trunks, Sampling(temperature=0.0)))
-  return [made[index][0].ids.tolist() for index in range(len(trunks))]
+  generations = dict(engine.run(policy.params, trunks, Sampling(temperature=0.0)))
+  return [generations[index][0].ids.tolist() for index in range(len(trunks))]
 
 
 class SmolLM2Test(absltest.TestCase):

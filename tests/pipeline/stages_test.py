@@ -82,15 +82,15 @@ def methods(workdir):
 
 def outputs(workdir):
   """All records, regardless of shard order, and the fingerprints of all weights."""
-  made = {}
+  contents = {}
   for path in sorted(workdir.rglob("*.jsonl")):
     if path.parent.name in ("traces", "estimates", "pairs"):
-      made.setdefault(str(path.parent.relative_to(workdir)), []).extend(
+      contents.setdefault(str(path.parent.relative_to(workdir)), []).extend(
         sorted(path.read_text().splitlines())
       )
   for path in workdir.rglob("fingerprint.json"):
-    made[str(path.relative_to(workdir))] = path.read_text()
-  return made
+    contents[str(path.relative_to(workdir))] = path.read_text()
+  return contents
 
 
 def run_with_kills(workdir, kills: int, longest_s: float, config: str, rng: random.Random) -> int:

@@ -71,36 +71,36 @@ class SynthesizeTest(parameterized.TestCase):
     # Fails if the protocol changes a problem or solution, or samples depend on the order of
     # replies; injected faults must leave no trace. A second workdir with the same replies must send
     # no request.
-    here = open_run(make_config())
+    local = open_run(make_config())
     self.server.faults = ["503", "die", "broken_json", "429:0.05", "cut"]
-    there = open_run(served(self.server))
-    figures = {"here": synthesize.run(here), "there": synthesize.run(there)}
-    self.assertEqual(without_source(records(here)), without_source(records(there)))
-    self.assertLen(records(there), 48)
-    self.assertEqual(records(there)[0].source, "teacher (endpoint)")
+    remote = open_run(served(self.server))
+    figures = {"here": synthesize.run(local), "there": synthesize.run(remote)}
+    self.assertEqual(without_source(records(local)), without_source(records(remote)))
+    self.assertLen(records(remote), 48)
+    self.assertEqual(records(remote)[0].source, "teacher (endpoint)")
     self.assertEqual(figures["there"]["difficulty"], figures["here"]["difficulty"])
     self.assertEqual(figures["there"]["asked"], len(self.server.requests) - 5)
     self.server.requests.clear()
-    again = open_run(served(self.server, replies=str(there.workdir / "replies")))
+    again = open_run(served(self.server, replies=str(remote.workdir / "replies")))
     synthesize.run(again)
-    self.assertEqual(records(again), records(there))
+    self.assertEqual(records(again), records(remote))
     self.assertEmpty(self.server.requests)
 
   def test_solutions_over_http_train_the_same(self):
     # Fails if D_syn with solutions of a teacher over HTTP differs in any character from the one
     # made in process.
-    own, there = (
+    own, remote = (
       open_run(make_config(provider="task")),
       open_run(served(self.server, generate="solutions")),
     )
     prints = []
-    for experiment in (own, there):
+    for experiment in (own, remote):
       synthesize.run(experiment)
       sft.run(experiment)
       prints.append(
         json.loads((experiment.workdir / "sft/policy/fingerprint.json").read_text())["fingerprint"]
       )
-    self.assertEqual(without_source(records(own)), without_source(records(there)))
+    self.assertEqual(without_source(records(own)), without_source(records(remote)))
     self.assertEqual(prints[0], prints[1])
     self.assertLen(self.server.requests, 96)
 

@@ -59,11 +59,11 @@ class BoardsTest(absltest.TestCase):
 
   def test_a_histogram_counts_between_its_edges(self):
     # Fails if a count moves to another bucket: 2 below 0, none from 0 to 1, 3 from 1 to 3, 1 above.
-    made = event_files._bucketed([0.0, 1.0, 3.0], [2, 0, 3, 1])
-    self.assertEqual(list(made.bucket_limit), [0.0, 1.0, 3.0, 5.0])
-    self.assertEqual(list(made.bucket), [2, 0, 3, 1])
-    self.assertEqual((made.min, made.max, made.num), (-1.0, 5.0, 6.0))
-    self.assertEqual((made.sum, made.sum_squares), (9.0, 28.5))  # midpoints -.5, .5, 2, 4
+    histogram = event_files._bucketed([0.0, 1.0, 3.0], [2, 0, 3, 1])
+    self.assertEqual(list(histogram.bucket_limit), [0.0, 1.0, 3.0, 5.0])
+    self.assertEqual(list(histogram.bucket), [2, 0, 3, 1])
+    self.assertEqual((histogram.min, histogram.max, histogram.num), (-1.0, 5.0, 6.0))
+    self.assertEqual((histogram.sum, histogram.sum_squares), (9.0, 28.5))  # midpoints -.5, .5, 2, 4
     inner = event_files._bucketed([0.0, 1.0, 3.0], [0, 4, 0, 0])
     self.assertEqual(
       (inner.min, inner.max, list(inner.bucket_limit), list(inner.bucket)), (0.0, 1.0, [1.0], [4.0])

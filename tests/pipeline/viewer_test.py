@@ -29,17 +29,17 @@ def _data(experiment, name):
 
 def _traces(experiment):
   """Trace id -> (row of the index, steps, credit, rollouts, pairs)."""
-  index, made, n = _data(experiment, "index"), {}, 0
+  index, shown, n = _data(experiment, "index"), {}, 0
   for number in range(len(index["starts"])):
     for texts, details in zip(
       _data(experiment, f"texts-{number}"), _data(experiment, f"details-{number}"), strict=True
     ):
       for (key, steps, _, _, credit), detail in zip(texts[7], details, strict=True):
         row = {name: column[n] for name, column in index["columns"].items()}
-        made[key] = row, steps, credit, *(detail or ([], []))
+        shown[key] = row, steps, credit, *(detail or ([], []))
         n += 1
   assert n == len(index["columns"]["pit"])
-  return made
+  return shown
 
 
 def test_credit_of_a_workdir(experiment):
@@ -204,9 +204,9 @@ def test_policies_on_one_problem(experiment):
 def test_spurious_step_of_a_right_trace(experiment):
   # Fails if right traces get pits, or their spurious step is missing.
   folder = experiment.workdir / "credit" / "estimates"
-  made = [StepEstimate("p0/sample/0", "p0", 0, 20, 4, 1, False, False, [], "p0/sample/0/0")]
-  made.append(StepEstimate("p0/sample/0", "p0", 1, 27, 0, 0, True, True, [], "p0/sample/0/1"))
-  Shards(folder, StepEstimate).write(made)
+  estimates = [StepEstimate("p0/sample/0", "p0", 0, 20, 4, 1, False, False, [], "p0/sample/0/0")]
+  estimates.append(StepEstimate("p0/sample/0", "p0", 1, 27, 0, 0, True, True, [], "p0/sample/0/1"))
+  Shards(folder, StepEstimate).write(estimates)
   viewer.run(experiment)
   row, _, credit, *_ = _traces(experiment)["p0/sample/0"]
   assert row["spurious"] == 0 and row["pit"] == -1  # 1/4 after it, 2/4 before
