@@ -277,8 +277,7 @@ class CommandTest(absltest.TestCase):
     self.assertLen(self.server.requests, before + len(replies()) - kept + 2)  # two were broken
     self.assertRegex(
       log,
-      r"synthesize solutions: \d+ requests .* at most \d+ tokens of replies, at most 0\.\d+ US "
-      r"dollars",
+      r"synthesize solutions: \d+ requests .* at most \d+ reply tokens and 0\.\d+ US dollars",
     )
     self.assertRegex(log, r"synthesize solutions: (\d+)/\1 replies, .* tokens \S+, usd 0\.\d+")
     self.assertNotIn(KEY, log)
