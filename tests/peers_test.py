@@ -146,7 +146,9 @@ class TokensTest(parameterized.TestCase):
     text = token_text.TokenText(fast)
     problem, solution, wrong = texts(family)
     trunk, solution_ids, response = work(family, style)
-    examples, _, _ = train_policy.solution_trees({"p": trunk}, {"p": [solution_ids]}, 4, 400)
+    examples, _, _ = train_policy.solution_trees(
+      {"p": trunk}, {"p": [solution_ids]}, max_branches=4, max_tokens=400
+    )
     rejected = algorithm1(trunk, solution_ids, response, 0)
     trees = trees_of([rejected]).trees
     batch = batch_of([examples[0].tree, *trees])
@@ -207,7 +209,7 @@ class TokensTest(parameterized.TestCase):
     trunk, other = list(range(2, 12)), list(range(12, 17))
     solutions = {"long": [[1, 2, 3], list(range(20, 31))], "short": [[4, 5], list(range(15, 30))]}
     examples, names, dropped = train_policy.solution_trees(
-      {"long": trunk, "short": other}, solutions, 4, 20
+      {"long": trunk, "short": other}, solutions, max_branches=4, max_tokens=20
     )
     self.assertEqual(dropped, 1)  # 10 + 11 tokens
     self.assertEqual(names, ["long", "short", "short"])  # 5 + 15 fits, in a tree of its own
@@ -244,7 +246,9 @@ class TokensTest(parameterized.TestCase):
     solution_ids = prompts.encode_solution(fast, solution)
     joined = encode(problem + solution)
     self.assertNotEqual(joined[: len(trunk)], trunk)  # the space and "clips" would become one token
-    examples, _, _ = train_policy.solution_trees({"p": trunk}, {"p": [solution_ids]}, 4, 400)
+    examples, _, _ = train_policy.solution_trees(
+      {"p": trunk}, {"p": [solution_ids]}, max_branches=4, max_tokens=400
+    )
     self.assertEqual(list(examples[0].tree.trunk), encode(problem))
     self.assertEqual(list(examples[0].tree.branches[0].ids), encode(solution) + [fast.eos_token_id])
 

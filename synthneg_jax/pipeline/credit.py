@@ -1,12 +1,11 @@
-"""Stage credit: step-level Q. From every step's prefix of a trace, rollouts of π_sft, counted right
-or not.
+"""Stage credit: counts of correct π_sft rollouts from the end of every step of a trace.
 
-Counts become values in core/advantages.py.
+core/advantages.py turns these counts into step-level Q values.
 
-One prefill of prompt and trace serves all its prefixes: a rollout is a branch that forks at a
-step's end. The last step has no rollouts: its value is the trace's verdict. Equal prefixes of a
-problem are estimated once. Which prefixes get rollouts is credit.schedule's to say
-(core/rollout_schedules.py), round by round where it depends on what came out.
+All prefixes of a trace share one prefill of its prompt and tokens: a rollout is a branch that forks
+at the end of a step. The last step needs no rollouts because its value is the trace's verdict.
+Equal prefixes of a problem share their rollouts. `credit.schedule` (core/rollout_schedules.py)
+selects the prefixes, in several rounds if the choice depends on earlier outcomes.
 """
 
 import dataclasses
@@ -30,14 +29,18 @@ from synthneg_jax.pipeline.experiment import Experiment, sampling
 from synthneg_jax.runtime import distributed, keys
 from synthneg_jax.runtime.progress import Progress
 
-_SHARD = 256  # problems a shard
-_SHARD_IN_BUDGET = 16  # where the last shard's rollouts beyond the budget are thrown away
-# a rollout that another process grades and writes
-_OF_OTHERS = Rollout([], False, "", "", 0.0, 0.0)
+_SHARD = 256  # problems per shard
+_SHARD_IN_BUDGET = 16  # the last shard's rollouts beyond the budget are discarded
+_UNSEEN = Rollout([], False, "", "", 0.0, 0.0)  # graded and written by another process
 
 
 def choose(group: Sequence[Trace], max_wrong: int, max_right: int) -> list[Trace]:
-  """Selects traces of one problem for credit: distinct, with an answer, first of each verdict."""
+  """Selects the first distinct traces of one problem that have an answer, with limits.
+
+  Args:
+    group: the problem's traces.
+    max_wrong, max_right: most traces with a wrong and with a right answer.
+  """
   right = selection.keep_right([(trace.ids, trace.correct) for trace in group], max_right)
   wrong = pairs.negatives([(trace.ids, trace.reason) for trace in group], max_wrong)
   return [group[index] for index in sorted(right + wrong)]
@@ -45,8 +48,9 @@ def choose(group: Sequence[Trace], max_wrong: int, max_right: int) -> list[Trace
 
 @dataclasses.dataclass
 class _Prefix:
-  """The first `steps` + 1 steps of a trace, the first of its problem that begins so, with the
-  rollouts made from there.
+  """The first `step` + 1 steps of a trace, with the rollouts that continue them.
+
+  `trace` is the first trace of the problem with this prefix.
   """
 
   trace: Trace
@@ -63,128 +67,154 @@ class _Prefix:
     return sum(sample.correct for sample in self.samples)
 
 
+class _Request(NamedTuple):
+  """`count` more rollouts from a prefix."""
+
+  prefix: _Prefix
+  count: int
+
+
 def _prefixes(traces: Sequence[Trace]) -> dict[str, list[_Prefix]]:
-  """For each trace of one problem its prefixes but the whole; equal ones are the same object."""
-  known, of_trace = {}, {}
+  """Proper prefixes of one problem's traces, by trace id; equal prefixes are the same object."""
+  unique, prefixes = {}, {}
   for trace in traces:
     hashes = [keys.hash_ids(trace.ids[:end]) for end in trace.step_ends[:-1]]
-    of_trace[trace.id] = [
-      known.setdefault(h, _Prefix(trace, step, h)) for step, h in enumerate(hashes)
+    prefixes[trace.id] = [
+      unique.setdefault(h, _Prefix(trace, step, h)) for step, h in enumerate(hashes)
     ]
-  return of_trace
+  return prefixes
 
 
-def _wanted(
-  experiment: Experiment, of_trace: dict[str, list[_Prefix]]
-) -> dict[str, list[tuple[_Prefix, int]]]:
-  """By the trace that holds them: prefixes and how many more rollouts the schedule wants from each,
-  now.
+def _requests(
+  experiment: Experiment, prefixes: Mapping[str, Sequence[_Prefix]]
+) -> dict[str, list[_Request]]:
+  """The rollouts that the schedule wants next, by the id of the trace that holds their prefix.
+
+  Args:
+    experiment: gives schedule and number of rollouts.
+    prefixes: by trace id, from `_prefixes`.
   """
   section = experiment.config.credit
   schedule = rollout_schedules.SCHEDULES[section.schedule]
-  more = {}
-  for prefixes in of_trace.values():
-    successes, rollouts = [p.successes for p in prefixes], [len(p.samples) for p in prefixes]
-    for prefix, count in zip(
-      prefixes, schedule(successes, rollouts, section.num_rollouts), strict=True
-    ):
+  requests = {}
+  for trace_prefixes in prefixes.values():
+    successes = [prefix.successes for prefix in trace_prefixes]
+    rollouts = [len(prefix.samples) for prefix in trace_prefixes]
+    counts = schedule(successes, rollouts, section.num_rollouts)
+    for prefix, count in zip(trace_prefixes, counts, strict=True):
+      if prefix.key in requests:  # traces that share a prefix may ask for different counts
+        count = max(count, requests[prefix.key].count)
       if count:
-        more[prefix.key] = prefix, max(count, more.get(prefix.key, (None, 0))[1])
-  holders = {}
-  for prefix, count in more.values():
-    holders.setdefault(prefix.trace.id, []).append((prefix, count))
-  return holders
+        requests[prefix.key] = _Request(prefix, count)
+  by_trace = {}
+  for request in requests.values():
+    by_trace.setdefault(request.prefix.trace.id, []).append(request)
+  return by_trace
 
 
-class _Resources(NamedTuple):
-  """What rolling out takes besides traces."""
+class _Sampler(NamedTuple):
+  """What generates and grades rollouts."""
 
   experiment: Experiment
   policy: Policy
   engine: Engine | RemoteEngine
-  problems: Mapping[str, Problem]  # those at hand, by id
+  problems: Mapping[str, Problem]  # by id
 
-
-def _rollouts(
-  given: _Resources, prefixes: Sequence[_Prefix], made: Sequence[Generation], problem: Problem
-) -> Iterator[Rollout]:
-  """The rollouts grown from these prefixes of one problem's traces, graded all at once."""
-  experiment, policy = given.experiment, given.policy
-  ids = [one.ids.tolist() for one in made]
-  wholes = [
-    p.trace.ids[: p.trace.step_ends[p.step]] + grown for p, grown in zip(prefixes, ids, strict=True)
-  ]
-  texts = [policy.token_text.text(whole) for whole in wholes]
-  graded = traces_lib.verdicts(
-    experiment, policy, texts, [problem] * len(texts), [one.finish for one in made]
-  )
-  for one, grown, verdict in zip(made, ids, graded, strict=True):
-    first = (steps.ends(grown, policy.token_text, experiment.config.task) or [0])[0]
-    logps = [
-      None if one.logp is None else round(float(np.sum(one.logp[:end])), 5)
-      for end in (first, len(grown))
+  def graded(
+    self, prefixes: Sequence[_Prefix], generations: Sequence[Generation], problem: Problem
+  ) -> list[Rollout]:
+    """Grades generations, each a continuation of its prefix, in one batch."""
+    token_text, task = self.policy.token_text, self.experiment.config.task
+    completions = [generation.ids.tolist() for generation in generations]
+    texts = [
+      token_text.text(prefix.trace.ids[: prefix.trace.step_ends[prefix.step]] + ids)
+      for prefix, ids in zip(prefixes, completions, strict=True)
     ]
-    yield Rollout(grown, verdict.correct, verdict.reason, one.finish, *logps)
-
-
-def _roll_out(
-  given: _Resources,
-  wanted: Mapping[str, list[tuple[_Prefix, int]]],
-  prompts: Mapping[str, list[int]],
-  *,
-  longest: int,
-) -> Iterator[str]:
-  """One round of the engine: adds the rollouts to their prefixes, and yields the id of each trace
-  whose own are there.
-
-  Of several processes each grades the rollouts of its problems; in the end all know which came out
-  right, which the schedule asks for, and nothing more of the others' rollouts.
-  """
-  section, seed = given.experiment.config.credit, given.experiment.config.seed
-  trunks, items = [], []
-  number_of = {key: number for number, key in enumerate(given.problems)}
-  for group in wanted.values():
-    trace = group[0][0].trace
-    prompt = prompts[trace.problem_id]
-    places = [(prefix, len(prefix.samples) + n) for prefix, count in group for n in range(count)]
-    ends = [trace.step_ends[prefix.step] for prefix, _ in places]
-    draw_keys = [
-      keys.draw_key(seed, "credit", 0, trace.problem_id, prefix.hash, index)
-      for prefix, index in places
-    ]
-    trunks.append(
-      Trunk(
-        prompt + trace.ids[: max(ends)], [len(prompt) + end for end in ends], np.stack(draw_keys)
-      )
+    verdicts = traces_lib.verdicts(
+      self.experiment,
+      self.policy,
+      texts,
+      [problem] * len(texts),
+      [generation.finish for generation in generations],
     )
-    items.append(places)
-  graded, stopped = [], None
-  try:
-    for index, generations in given.engine.run(
-      given.policy.params, trunks, sampling(section), longest=longest
-    ):
-      problem = given.problems[items[index][0][0].trace.problem_id]
-      made = [_OF_OTHERS] * len(generations)
-      if distributed.mine(number_of[problem.id]):
-        made = list(_rollouts(given, [prefix for prefix, _ in items[index]], generations, problem))
-        graded.append([index, [rollout.correct for rollout in made]])
-      for (prefix, _), rollout in zip(items[index], made, strict=True):
-        prefix.samples.append(rollout)
-      yield items[index][0][0].trace.id
-  except distributed.Stopped as stop:
-    stopped = stop
-  for index, verdicts in itertools.chain(*distributed.gather(graded)):
-    for (prefix, place), correct in zip(items[index], verdicts, strict=True):
-      prefix.samples[place] = dataclasses.replace(prefix.samples[place], correct=correct)
-  if stopped is not None:
-    raise stopped
+    rollouts = []
+    for generation, ids, verdict in zip(generations, completions, verdicts, strict=True):
+      first_end = (steps.ends(ids, token_text, task) or [0])[0]
+      step_logp, logp = (
+        None if generation.logp is None else round(float(np.sum(generation.logp[:end])), 5)
+        for end in (first_end, len(ids))
+      )
+      rollouts.append(
+        Rollout(ids, verdict.correct, verdict.reason, generation.finish, step_logp, logp)
+      )
+    return rollouts
+
+  def run(
+    self,
+    requests: Mapping[str, Sequence[_Request]],
+    prompts: Mapping[str, list[int]],
+    *,
+    longest: int,
+  ) -> Iterator[str]:
+    """Generates the requested rollouts, appends them to their prefixes, and yields finished traces.
+
+    Each process grades the rollouts of the problems it owns. The processes exchange verdicts, which
+    the schedule needs, and nothing else.
+
+    Args:
+      requests: by trace id.
+      prompts: token ids by problem id.
+      longest: tokens of the longest trunk in any round.
+
+    Yields:
+      The id of a trace once all its requested rollouts are generated.
+    """
+    config = self.experiment.config
+    trunks, branches = [], []  # branches: per trunk, the (prefix, index of the rollout) of each
+    number = {problem_id: number for number, problem_id in enumerate(self.problems)}
+    for group in requests.values():
+      trace = group[0].prefix.trace
+      prompt = prompts[trace.problem_id]
+      branches.append(
+        [(prefix, len(prefix.samples) + n) for prefix, count in group for n in range(count)]
+      )
+      ends = [trace.step_ends[prefix.step] for prefix, _ in branches[-1]]
+      draw_keys = [
+        keys.draw_key(config.seed, "credit", 0, trace.problem_id, prefix.hash, index)
+        for prefix, index in branches[-1]
+      ]
+      forks = [len(prompt) + end for end in ends]
+      trunks.append(Trunk(prompt + trace.ids[: max(ends)], forks, np.stack(draw_keys)))
+    verdicts, stopped = [], None
+    try:
+      for index, generations in self.engine.run(
+        self.policy.params, trunks, sampling(config.credit), longest=longest
+      ):
+        prefixes = [prefix for prefix, _ in branches[index]]
+        trace = prefixes[0].trace
+        rollouts = [_UNSEEN] * len(generations)
+        if distributed.mine(number[trace.problem_id]):
+          rollouts = self.graded(prefixes, generations, self.problems[trace.problem_id])
+          verdicts.append([index, [rollout.correct for rollout in rollouts]])
+        for prefix, rollout in zip(prefixes, rollouts, strict=True):
+          prefix.samples.append(rollout)
+        yield trace.id
+    except distributed.Stopped as stop:
+      stopped = stop
+    for index, all_correct in itertools.chain(*distributed.gather(verdicts)):
+      for (prefix, n), correct in zip(branches[index], all_correct, strict=True):
+        prefix.samples[n] = dataclasses.replace(prefix.samples[n], correct=correct)
+    if stopped is not None:
+      raise stopped
 
 
 def _estimates(trace: Trace, prefixes: Sequence[_Prefix]) -> list[StepEstimate]:
+  """The records of a trace, one per step."""
   records = []
   for step, end in enumerate(trace.step_ends):
-    key, last = f"{trace.id}/{step}", step == len(trace.step_ends) - 1
+    last = step == len(trace.step_ends) - 1
     prefix = _Prefix(trace, step, "") if last else prefixes[step]
+    holds_samples = prefix.key == f"{trace.id}/{step}"
     records.append(
       StepEstimate(
         trace_id=trace.id,
@@ -195,9 +225,7 @@ def _estimates(trace: Trace, prefixes: Sequence[_Prefix]) -> list[StepEstimate]:
         successes=prefix.successes,
         exact=last,
         correct=last and trace.correct,
-        samples=[dataclasses.asdict(sample) for sample in prefix.samples]
-        if prefix.key == key
-        else [],
+        samples=[dataclasses.asdict(s) for s in prefix.samples] if holds_samples else [],
         samples_at=prefix.key,
       )
     )
@@ -205,76 +233,66 @@ def _estimates(trace: Trace, prefixes: Sequence[_Prefix]) -> list[StepEstimate]:
 
 
 def _credit(
-  given: _Resources,
-  chosen: dict[str, list[Trace]],
+  sampler: _Sampler,
+  chosen: Mapping[str, list[Trace]],
   shards: Shards,
+  *,
   progress: Progress,
-  left: float = math.inf,
+  budget: float = math.inf,
 ) -> int:
-  """Writes the estimates of the chosen traces of some problems, made in as many rounds as the
-  schedule takes.
+  """Generates and writes the rollouts of some problems, in as many rounds as the schedule needs.
 
   Args:
-    given: what rolling out takes.
-    chosen: traces by problem, in their order.
-    shards: where estimates go.
-    progress: told of every trace.
-    left: rollouts of the budget; a problem is written if those before it took fewer.
+    sampler: generates the rollouts.
+    chosen: traces by problem, in order.
+    shards: receives the estimates.
+    progress: advances by one per trace.
+    budget: most rollouts; the problem that exceeds it is still written, later ones are not.
 
   Returns:
-    The rollouts of the problems written, by all processes.
+    The number of rollouts of the problems written, over all processes.
 
   Raises:
-    Stopped: SIGTERM came; without a budget the problems that were finished by then are written.
+    Stopped: after SIGTERM; without a budget, finished problems are written first.
   """
-  experiment, tokenizer = given.experiment, given.policy.tokenizer
-  given = given._replace(problems={key: given.problems[key] for key in chosen})
+  experiment, tokenizer = sampler.experiment, sampler.policy.tokenizer
+  sampler = sampler._replace(problems={key: sampler.problems[key] for key in chosen})
   prompts = {
     key: train_policy.prompt_ids(experiment, tokenizer, problem)
-    for key, problem in given.problems.items()
+    for key, problem in sampler.problems.items()
   }
-  of_trace = {
-    key: prefixes for traces in chosen.values() for key, prefixes in _prefixes(traces).items()
-  }
-  longest = max(
-    (
-      len(prompts[t.problem_id]) + t.step_ends[-2]
-      for t in itertools.chain(*chosen.values())
-      if t.step_ends[1:]
-    ),
-    default=0,
-  )
-  open_traces, said, stopped = of_trace, set(), None
+  prefixes, longest = {}, 0
+  for problem_id, traces in chosen.items():
+    prefixes |= _prefixes(traces)
+    for trace in traces:
+      if len(trace.step_ends) > 1:
+        longest = max(longest, len(prompts[problem_id]) + trace.step_ends[-2])
+  open_traces, finished, stopped = prefixes, set(), None
   try:
-    while wanted := _wanted(experiment, open_traces):
-      for key in _roll_out(given, wanted, prompts, longest=longest):
-        if key not in said and not _wanted(experiment, {key: of_trace[key]}):
-          said.add(key)
+    while requests := _requests(experiment, open_traces):
+      for key in sampler.run(requests, prompts, longest=longest):
+        if key not in finished and not _requests(experiment, {key: prefixes[key]}):
+          finished.add(key)
           progress.update(1)
-      busy = {prefix.key for group in wanted.values() for prefix, _ in group}
+      requested = {request.prefix.key for group in requests.values() for request in group}
       open_traces = {
-        key: prefixes
-        for key, prefixes in open_traces.items()
-        if any(p.key in busy for p in prefixes)
+        key: trace_prefixes
+        for key, trace_prefixes in open_traces.items()
+        if any(prefix.key in requested for prefix in trace_prefixes)
       }
-    progress.update(len(of_trace) - len(said))
+    progress.update(len(prefixes) - len(finished))
   except distributed.Stopped as stop:
     stopped = stop
-  within, spent = set(), 0
-  for key, traces in chosen.items():
-    if spent < left and (stopped is None or left == math.inf):
-      within.add(key)
-      own = {prefix.key: len(prefix.samples) for trace in traces for prefix in of_trace[trace.id]}
-      spent += sum(own.values())
-  shards.write(
-    record
-    for number, (problem_id, traces) in enumerate(chosen.items())
-    if problem_id in within
-    and distributed.mine(number)
-    and not _wanted(experiment, {trace.id: of_trace[trace.id] for trace in traces})
-    for trace in traces
-    for record in _estimates(trace, of_trace[trace.id])
-  )
+  written, spent = [], 0
+  for number, traces in enumerate(chosen.values()):
+    if spent >= budget or (stopped is not None and budget < math.inf):
+      break
+    unique = {prefix.key: prefix for trace in traces for prefix in prefixes[trace.id]}
+    spent += sum(len(prefix.samples) for prefix in unique.values())
+    complete = not _requests(experiment, {trace.id: prefixes[trace.id] for trace in traces})
+    if distributed.mine(number) and complete:
+      written += traces
+  shards.write(record for trace in written for record in _estimates(trace, prefixes[trace.id]))
   if stopped is not None:
     raise stopped
   return spent
@@ -286,21 +304,22 @@ def _work(
   problems: Mapping[str, Problem],
   chosen: Mapping[str, Sequence[Trace]],
 ) -> Work:
-  """The first round of some problems: a rollout is expected to end as far on as the trace that it
-  leaves.
-  """
+  """The first round of some problems; assumes that a rollout ends where its trace ends."""
   sizes, longest = [], 1
   for key, traces in chosen.items():
-    prompt = len(train_policy.prompt_ids(experiment, policy.tokenizer, problems[key]))
-    for group in _wanted(experiment, _prefixes(traces)).values():
-      places = [(len(p.trace.ids), p.trace.step_ends[p.step], count) for p, count in group]
-      sizes.append([size - end for size, end, count in places for _ in range(count)])
-      longest = max(longest, *(prompt + end for _, end, _ in places))
+    prompt_size = len(train_policy.prompt_ids(experiment, policy.tokenizer, problems[key]))
+    for group in _requests(experiment, _prefixes(traces)).values():
+      group_sizes = []
+      for prefix, count in group:
+        end = prefix.trace.step_ends[prefix.step]
+        group_sizes += [len(prefix.trace.ids) - end] * count
+        longest = max(longest, prompt_size + end)
+      sizes.append(group_sizes)
   return Work(sizes=sizes, longest=longest)
 
 
 def _remote(experiment: Experiment, policy: Policy) -> RemoteEngine:
-  """The server of credit.endpoint, which is to hold the SFT policy, as the engine."""
+  """An engine whose rollouts come from credit.endpoint, a server that must hold the SFT policy."""
   distributed.alone("Credit by rollouts of a server")
   c, tokenizer = experiment.config, policy.tokenizer
   return RemoteEngine(
@@ -317,7 +336,7 @@ def _remote(experiment: Experiment, policy: Policy) -> RemoteEngine:
 
 
 def run(experiment: Experiment) -> dict:
-  """Writes credit/estimates/: one StepEstimate a step of every chosen trace, with its rollouts."""
+  """Writes credit/estimates/: a StepEstimate, with rollouts, per step of every chosen trace."""
   stage = experiment.stage(
     "credit", ["task", "model", "engine", "sample", "credit"], ["synthesize", "sft", "sample"]
   )
@@ -327,15 +346,15 @@ def run(experiment: Experiment) -> dict:
   problems = experiment.problems("train")
   groups = by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
   shards = Shards(stage.folder / "estimates", StepEstimate)
-  there, spent = set(), 0
+  finished, spent = set(), 0
   for estimate in shards.read():
-    there.add(estimate.problem_id)
+    finished.add(estimate.problem_id)
     spent += len(estimate.samples)
   chosen = {
     key: choose(group, section.max_wrong_per_problem, section.max_right_per_problem)
     for key, group in groups.items()
   }
-  missing = [key for key in chosen if chosen[key] and key not in there]
+  missing = [key for key in chosen if chosen[key] and key not in finished]
   first = {key: chosen[key] for key in missing[:_SHARD]}
   engine = (
     _remote(experiment, policy)
@@ -348,7 +367,7 @@ def run(experiment: Experiment) -> dict:
       stage=stage,
     )
   )
-  given = _Resources(experiment, policy, engine, problems)
+  sampler = _Sampler(experiment, policy, engine, problems)
   with Progress("credit", sum(len(chosen[key]) for key in missing), "traces") as progress:
     budget = section.max_rollouts or math.inf
     size = _SHARD if budget == math.inf else _SHARD_IN_BUDGET
@@ -356,7 +375,7 @@ def run(experiment: Experiment) -> dict:
       if spent >= budget:
         break
       part = {key: chosen[key] for key in missing[start : start + size]}
-      spent += _credit(given, part, shards, progress, budget - spent)
+      spent += _credit(sampler, part, shards, progress=progress, budget=budget - spent)
   distributed.barrier()
   estimates = list(shards.read())
   figures = {
@@ -367,7 +386,7 @@ def run(experiment: Experiment) -> dict:
     "rollout_tokens": sum(
       len(sample["ids"]) for estimate in estimates for sample in estimate.samples
     ),
-    "slot_use": round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3),
+    "slot_use": traces_lib.slot_use(engine),
   }
   credited = CreditedTraces(
     groups, {estimate.key: estimate for estimate in estimates}, section.best_of

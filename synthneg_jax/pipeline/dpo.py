@@ -1,8 +1,9 @@
-"""Stage dpo: from π_sft, against π_sft, on the pairs of stage pairs.
+"""Stage dpo: trains π_sft on preference pairs, with π_sft as the reference.
 
-Two variants, each a stage of its own: dpo/dpo (whole responses) and dpo/step_dpo (per-step pairs).
+Each of its two variants is a stage: dpo/dpo (whole responses) and dpo/step_dpo (per-step pairs).
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -15,21 +16,23 @@ from synthneg_jax.pipeline import pair_logprobs, train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.pipeline.pairs import VARIANTS
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.training import batches, loop, objectives, pair_trees, reference
+from synthneg_jax.training import batches, objectives, pair_trees, reference
 
 
 def run(experiment: Experiment) -> dict:
-  """Writes dpo/dpo/ and dpo/step_dpo/: policy/, scores/ and metrics.jsonl; dpo/reference/ holds
-  what both share.
+  """Writes dpo/dpo/ and dpo/step_dpo/: policy/, scores/ and metrics.jsonl.
+
+  dpo/reference/ caches the reference log-probs that both share.
   """
   results = {name: variant(experiment, name) for name in VARIANTS}
   return {name: figures for name, figures in results.items() if figures}
 
 
 def _start_check(dtype: str, plan: batches.Batches):
-  """Before the first update policy and reference are one, so no log-prob may have shifted.
+  """Returns a check that the metrics of step 0 show no shift from the reference.
 
-  Tolerance: 1e-4 nats a branch in float32, 2e-2 nats a scored token in bfloat16.
+  Before the first update policy and reference are equal. The tolerance is 1e-4 nats per branch in
+  float32 and 2e-2 nats per scored token in bfloat16.
   """
   tolerance = 1e-4 if dtype == "float32" else 2e-2 * plan.shape.scored / max(plan.shape.branches, 1)
 
@@ -37,8 +40,8 @@ def _start_check(dtype: str, plan: batches.Batches):
     for metric in ("chosen_shift/per_pair", "rejected_shift/per_pair"):
       if abs(metrics[metric]) > tolerance:
         raise UserError(
-          f"At step 0 {metric} is {metrics[metric]:.2g} nats, not 0: the reference log-probs are "
-          "not those of the policy that training starts from. Delete dpo/reference/ in the "
+          f"At step 0 {metric} is {metrics[metric]:.2g} nats, not 0: the reference log-probs do "
+          "not belong to the policy that training starts from. Delete dpo/reference/ in the "
           "workdir."
         )
 
@@ -46,7 +49,7 @@ def _start_check(dtype: str, plan: batches.Batches):
 
 
 def _loss(section):
-  """The preference loss of the config, with its settings."""
+  """The config's preference loss with its settings bound."""
   loss, leaves = losses.PREFERENCE_LOSSES[section.loss]
   return functools.partial(loss, **{leaf: section[leaf] for leaf in leaves})
 
@@ -54,14 +57,11 @@ def _loss(section):
 def _sampler_gap(
   experiment: Experiment, policy: Policy, pairs: Sequence[Pair], store: reference.Store
 ) -> float:
-  """The largest difference between sampler and trainer over the rejected tokens' log-probs under
-  π_sft, nats.
+  """The largest difference in nats between sampler and trainer log-probs of rejected tokens.
 
-  Both passes are of one model; what lies between them is rounding, or a defect.
+  Both score the same tokens under π_sft, so a difference beyond rounding is a defect.
   """
-  traces = {
-    trace.id: trace for trace in Shards(experiment.workdir / "sample" / "traces", Trace).read()
-  }
+  traces = Shards(experiment.workdir / "sample" / "traces", Trace).read_dict()
   problems, largest = experiment.problems("train"), 0.0
 
   @functools.cache
@@ -84,24 +84,15 @@ def variant(experiment: Experiment, name: str) -> dict:
     return {}
   section, policy = experiment.config.dpo, experiment.policy("sft")
   pairs = list(Shards(experiment.workdir / "pairs" / name / "pairs", Pair).read())
-  made = pair_trees.build(
+  built = pair_trees.build(
     pairs,
     max_branches=min(section.max_branches_per_tree, section.batch_size + 1),
     length=train_policy.longest_tree(experiment.config, section),
   )
-  store = reference.Store(
-    experiment.workdir
-    / "dpo"
-    / "reference"
-    / f"{policy.fingerprint}-{experiment.config.model.dtype}.npz"
+  store = pair_logprobs.score(
+    experiment, policy, section, folder=experiment.workdir / "dpo" / "reference", trees=built.trees
   )
-  packing = reference.Packing(experiment.mesh, section.row_length, section.logit_chunk)
-  reference.score(policy.model, policy.params, made.trees, store=store, packing=packing)
   sampler_gap = round(_sampler_gap(experiment, policy, pairs, store), 7)
-  examples = pair_trees.examples(made, store)
-  plan = train_policy.plan(
-    experiment, stage, section, policy.model, examples=examples, names=made.names
-  )
   objective = objectives.make_preference(
     policy.model,
     objectives.Preference(
@@ -113,16 +104,19 @@ def variant(experiment: Experiment, name: str) -> dict:
     eos_ids=policy.eos_ids,
     chunk=section.logit_chunk,
   )
-  training = loop.Run(
-    name=name,
-    section=section,
+  training = train_policy.make_run(
+    experiment,
+    stage,
+    section,
     model=policy.model,
     objective=objective,
-    batches=plan,
-    mesh=experiment.mesh,
-    folder=stage.folder,
-    check_start=_start_check(experiment.config.model.dtype, plan),
+    trees=train_policy.Trees(pair_trees.examples(built, store), built.names),
   )
-  identity, last = train_policy.train(experiment, policy, training)
-  pair_logprobs.keep(experiment, name, section, identity, made.trees)
-  return stage.finish({"sampler_gap_nats": sampler_gap, **last}, identity=identity)
+  check = _start_check(experiment.config.model.dtype, training.batches)
+  training = dataclasses.replace(training, check_start=check)
+  identity, figures = train_policy.train(experiment, policy, training)
+  trained = experiment.policy(f"dpo/{name}")
+  pair_logprobs.score(
+    experiment, trained, section, folder=stage.folder / "scores", trees=built.trees
+  )
+  return stage.finish({"sampler_gap_nats": sampler_gap, **figures}, identity=identity)

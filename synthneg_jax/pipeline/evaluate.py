@@ -1,6 +1,4 @@
-"""Stage evaluate: each policy answers the test problems; errors with 95 % intervals."""
-
-import collections
+"""Stage evaluate: test error of each policy, with 95 % intervals."""
 
 from synthneg_jax.core import advantages
 from synthneg_jax.data.records import Trace
@@ -12,26 +10,33 @@ POLICY_OF = {"sft": "sft", "rft": "rft", "dpo": "dpo/dpo", "step_dpo": "dpo/step
 
 
 def wilson(count: int, total: int) -> list[float]:
-  """The 95 % Wilson interval of a share."""
-  interval = advantages.value_interval(count, total)
-  return [round(float(end), 4) for end in interval]
+  """The 95 % Wilson interval of `count` successes in `total` trials, rounded to 4 digits."""
+  return [round(float(end), 4) for end in advantages.value_interval(count, total)]
 
 
 def run(experiment: Experiment) -> dict:
-  """Writes evaluate/<method>/traces/ for every method of evaluate.methods; each method is a stage
-  of its own.
+  """Writes evaluate/<method>/traces/ for every method of evaluate.methods; each is a stage.
+
+  Raises:
+    UserError: an unknown method.
   """
   results = {}
   for method in experiment.config.evaluate.methods:
     if method != "base" and method not in POLICY_OF:
-      raise UserError(f"evaluate.methods names {method!r}; known are base, {', '.join(POLICY_OF)}.")
+      raise UserError(
+        f"evaluate.methods contains {method!r}; methods are base, {', '.join(POLICY_OF)}."
+      )
     results[method] = test(experiment, method, POLICY_OF.get(method))
   return {method: figures for method, figures in results.items() if figures}
 
 
 def test(experiment: Experiment, name: str, folder: str | None) -> dict:
-  """Writes evaluate/<name>/traces/: the answers of the policy that stage `folder` made, or of the
-  base model if None.
+  """Writes evaluate/<name>/traces/: responses of a policy to the test problems.
+
+  Args:
+    experiment: the run.
+    name: the method.
+    folder: the stage that trained the policy; None for the base model.
   """
   needs = ["synthesize"] + ([folder] if folder else [])
   stage = experiment.stage(
@@ -43,9 +48,8 @@ def test(experiment: Experiment, name: str, folder: str | None) -> dict:
   section = experiment.config.evaluate
   shots = []
   if not folder and section.base_shots:
-    shots = [problem for problem in experiment.problems("train").values() if problem.solution][
-      : section.base_shots
-    ]
+    solved = [problem for problem in experiment.problems("train").values() if problem.solution]
+    shots = solved[: section.base_shots]
   problems = list(experiment.problems("test").values())
   request = traces.Request(
     label=f"evaluate {name}", purpose="evaluate", count=1, sampling=sampling(section), shots=shots
@@ -61,13 +65,14 @@ def test(experiment: Experiment, name: str, folder: str | None) -> dict:
   shards = traces.respond(
     experiment, policy, engine, problems=problems, request=request, folder=stage.folder / "traces"
   )
-  made: list[Trace] = list(shards.read())
-  wrong = sum(not trace.correct for trace in made)
+  responses: list[Trace] = list(shards.read())
+  wrong = sum(not trace.correct for trace in responses)
+  summary = traces.figures(responses)
   figures = {
-    "test_error": round(wrong / len(made), 4),
-    "ci95": wilson(wrong, len(made)),
-    "num_problems": len(made),
-    "reasons": dict(collections.Counter(trace.reason for trace in made).most_common()),
-    "mean_tokens": round(sum(len(trace.ids) for trace in made) / len(made), 1),
+    "test_error": round(wrong / len(responses), 4),
+    "ci95": wilson(wrong, len(responses)),
+    "num_problems": len(responses),
+    "reasons": summary["reasons"],
+    "mean_tokens": round(summary["tokens"] / len(responses), 1),
   }
   return stage.finish(figures, shards.files())

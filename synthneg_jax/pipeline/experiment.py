@@ -1,6 +1,4 @@
-"""What every stage is given: the config, the workdir, and how to open its own folder and the
-policies of others.
-"""
+"""What every stage receives: config, workdir, mesh, and access to policies and problems."""
 
 import dataclasses
 import hashlib
@@ -25,7 +23,7 @@ from synthneg_jax.runtime.errors import UserError
 
 @dataclasses.dataclass
 class Experiment:
-  """One workdir with its config."""
+  """A workdir with its config and the devices that it runs on."""
 
   config: object
   workdir: epath.Path
@@ -33,12 +31,16 @@ class Experiment:
 
   @classmethod
   def open(cls, config, workdir) -> "Experiment":
-    """A run on all devices there are."""
-    if config.model.dtype == "float32":  # accelerators would multiply float32 in bfloat16 parts
+    """Opens a workdir on all devices.
+
+    Raises:
+      UserError: the mesh does not fit the devices, or processes were started differently.
+    """
+    if config.model.dtype == "float32":  # accelerators multiply float32 in bfloat16 by default
       jax.config.update("jax_default_matmul_precision", "float32")
     mesh = device_mesh.make_mesh(**config.mesh)
     if distributed.count() > 1:
-      distributed.require_same(_started_with(config))
+      distributed.require_same(_launch_state(config))
       _compare_base_models(config.model.path)
       device_mesh.connect(mesh)
     return cls(config, epath.Path(workdir), mesh)
@@ -52,10 +54,17 @@ class Experiment:
     reads_base: bool = False,
     given: dict[str, str] | None = None,
   ) -> manifest.Stage:
-    """Opens a stage that depends on the seed, these config sections or leaves, these stages and
-    perhaps the base model.
+    """Opens a stage.
 
-    What else it reads from outside the workdir is `given`: identities by name.
+    Args:
+      name: the stage's folder in the workdir.
+      sections: config sections or leaves that it reads, besides the seed.
+      needs: stages whose results it reads.
+      reads_base: whether it reads the base model.
+      given: identities of other inputs from outside the workdir, by name.
+
+    Raises:
+      UserError: as `manifest.Stage`.
     """
     leaves = config_schema.plain(self.config, ("seed", *sections))
     fixed = {leaf: value for leaf, value in leaves.items() if config_schema.changes_results(leaf)}
@@ -69,18 +78,22 @@ class Experiment:
     return Policy.load(resolve_for_all(self.config.model.path), self.config.model, self.mesh)
 
   def policy(self, stage: str) -> Policy:
-    """What a training stage made."""
+    """The policy that a training stage wrote.
+
+    Raises:
+      UserError: its weights have changed since.
+    """
     policy = Policy.load(self.workdir / stage / "policy", self.config.model, self.mesh)
     written = json.loads((policy.folder / "fingerprint.json").read_text())["fingerprint"]
     if policy.fingerprint != written:
       raise UserError(
         f"{policy.folder / 'params'} holds other weights ({policy.fingerprint}) than stage {stage} "
-        f"wrote ({written}); delete {self.workdir / stage} to have it made again."
+        f"wrote ({written}); delete {self.workdir / stage} and re-run the stage."
       )
     return policy
 
   def problems(self, split: str) -> dict[str, Problem]:
-    """Problems by id, as the stage synthesize wrote them."""
+    """The problems of a split by id, as stage synthesize wrote them."""
     return Shards(self.workdir / "synthesize" / split, Problem).read_dict()
 
   def engine(
@@ -93,13 +106,13 @@ class Experiment:
     stage: manifest.Stage | None = None,
     max_new_tokens: int = 0,
   ) -> Engine:
-    """The decoding engine for a policy.
+    """The decoding engine of a policy.
 
     Args:
-      policy: what decodes.
-      work: gives what there is to decode; asked by the first process where lanes or slots are 0.
-      lanes, slots: as the config has them; 0 for what fits the work.
-      stage: keeps what was chosen; None to choose anew.
+      policy: the policy to sample from.
+      work: returns the expected work; called in the first process if lanes or slots are 0.
+      lanes, slots: the config's values; 0 chooses what fits the work and the memory.
+      stage: records the choice for resumed runs; None chooses anew each time.
       max_new_tokens: 0 for the config's.
     """
     c = self.config.engine
@@ -107,17 +120,16 @@ class Experiment:
     if not lanes or not slots:
 
       def choose():
-        memory = device_mesh.memory()
         chosen = fit(
           policy.model,
           self.mesh,
           work(),
           fixed=Lanes(lanes, slots),
           max_new_tokens=new,
-          memory=memory,
+          memory=device_mesh.memory(),
         )
         logging.info(
-          "%s: %d lanes of %d slots, filled by %d, are chosen; %.0f %% of slots are expected to be "
+          "%s: chose %d lanes of %d slots, refilled %d at a time; about %.0f %% of slots will be "
           "busy.",
           stage.name if stage else "decoding",
           chosen.lanes,
@@ -127,12 +139,11 @@ class Experiment:
         )
         return dataclasses.asdict(chosen)
 
-      kept = (
-        stage.settle("lanes", choose)
-        if stage
-        else distributed.agree(choose() if distributed.first() else None)
-      )
-      lanes, slots, refill = lanes or kept["lanes"], slots or kept["slots"], kept["refill"]
+      if stage:
+        chosen = stage.settle("lanes", choose)
+      else:
+        chosen = distributed.agree(choose() if distributed.first() else None)
+      lanes, slots, refill = lanes or chosen["lanes"], slots or chosen["slots"], chosen["refill"]
     return Engine(
       policy.model,
       self.mesh,
@@ -142,49 +153,42 @@ class Experiment:
     )
 
 
-def _started_with(config) -> dict:
-  """What all processes must agree on: the config, versions and source, and the files that each
-  reads for itself.
-  """
+def _launch_state(config) -> dict:
+  """What must be equal in all processes: config, versions, source, and local data files."""
   package = pathlib.Path(__file__).parents[1]
   source = hashlib.sha256()
   for path in sorted(package.rglob("*.py")):
     source.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
-  about = {
+  state = {
     **config_schema.plain(config),
     **{f"the version of {name}": version for name, version in manifest.versions().items()},
     "the source of synthneg_jax": source.hexdigest()[:16],
   }
-  home = os.environ.get("SYNTHNEG_DATA_DIR", "")
-  for path in filter(
-    None, (config.task.path, config.task.test_path, home and os.path.join(home, config.task.name))
-  ):
-    about.update(_file_hashes(epath.Path(path).expanduser()))
-  return about
+  home, task = os.environ.get("SYNTHNEG_DATA_DIR", ""), config.task
+  for path in (task.path, task.test_path, home and os.path.join(home, task.name)):
+    if path:
+      state.update(_file_hashes(epath.Path(path).expanduser()))
+  return state
 
 
 def _compare_base_models(path: str) -> None:
-  """Refuses base models that differ; a process without one is sent process 0's."""
+  """Raises UserError if base models differ; a process without one will receive process 0's."""
   base = epath.Path(BASES.get(path, path)).expanduser()
   identity = files_identity(base) if path and base.exists() else ""
-  known = next(filter(None, distributed.gather(identity)), "")
-  distributed.require_same({f"the files of the base model {base}": identity or known})
+  first_identity = next(filter(None, distributed.gather(identity)), "")
+  distributed.require_same({f"the files of the base model {base}": identity or first_identity})
 
 
 def _file_hashes(path: epath.Path) -> dict[str, str]:
-  """The hash of a data file, or of each in a folder; nothing for what is no file here, such as a
-  dataset of the Hub.
-  """
+  """Hashes of a data file or of a folder's files; empty for other paths, such as Hub datasets."""
   if not path.exists():
     return {}
-  files = sorted(path.glob("*")) if path.is_dir() else [path]
-  return {
-    f"the data file {file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[
-      :16
-    ]
-    for file in files
-    if not file.is_dir()
-  }
+  hashes = {}
+  for file in sorted(path.glob("*")) if path.is_dir() else [path]:
+    if not file.is_dir():
+      digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+      hashes[f"the data file {file.parent.name}/{file.name}"] = digest
+  return hashes
 
 
 def sampling(section) -> Sampling:

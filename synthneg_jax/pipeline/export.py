@@ -1,6 +1,4 @@
-"""Stage export: a trained policy as a Hugging Face folder that transformers loads, and its adapter,
-if one, for PEFT.
-"""
+"""Stage export: writes trained policies as Hugging Face folders, and adapters in PEFT's format."""
 
 import json
 import os
@@ -21,25 +19,22 @@ from synthneg_jax.runtime.manifest import write_json
 
 
 def run(experiment: Experiment) -> dict:
-  """Writes export/<method>/policy for every trained policy of evaluate.methods that exists;
-  adapters are merged in it.
+  """Writes export/<method>/policy/ for every trained policy of evaluate.methods, adapters merged.
 
-  Where an adapter was trained, export/<method>/adapter holds it in the format of PEFT, for the base
-  model that the run started from. With export.push_to_hub the policies are then uploaded, each
-  once.
+  A trained adapter is also written to export/<method>/adapter/ in PEFT's format, for the base model
+  of the run. With export.push_to_hub, each policy is then uploaded once.
 
   Raises:
     UserError: a policy cannot be read, written or uploaded.
   """
   repo = experiment.config.export.push_to_hub
   if repo and (repo.startswith("hf:") or "@" in repo or not model_hub.is_name(repo)):
-    raise UserError(f"export.push_to_hub={repo!r} is no repository of the form ORG/NAME.")
-  found = {method: evaluate.POLICY_OF.get(method) for method in experiment.config.evaluate.methods}
-  trained = {
-    method: stage
-    for method, stage in found.items()
-    if stage is not None and (experiment.workdir / stage / "manifest.json").exists()
-  }
+    raise UserError(f"export.push_to_hub={repo!r} is not a repository name like ORG/NAME.")
+  trained = {}
+  for method in experiment.config.evaluate.methods:
+    stage_name = evaluate.POLICY_OF.get(method)
+    if stage_name and (experiment.workdir / stage_name / "manifest.json").exists():
+      trained[method] = stage_name
   exported = {}
   for method, stage_name in trained.items():
     stage = experiment.stage(f"export/{method}", ["model", "export"], [stage_name])
@@ -54,20 +49,20 @@ def run(experiment: Experiment) -> dict:
 
 
 def _write(experiment: Experiment, stage_name: str, folder: epath.Path) -> None:
-  """Writes a stage's policy, and its adapter, if one, below the folder."""
+  """Writes a stage's policy to folder/policy and its adapter, if any, to folder/adapter."""
   policy = experiment.policy(stage_name)
   params = (
     jax.tree.map(device_mesh.whole, policy.params) if distributed.count() > 1 else policy.params
   )
   if not distributed.first():
     return
-  if (folder / "policy").exists():  # of a run that was killed before its manifest was written
+  if (folder / "policy").exists():  # left by a run that was killed before writing its manifest
     (folder / "policy").rmtree()
-  with tempfile.TemporaryDirectory() as local:  # a Hugging Face folder is written on a local disk
+  with tempfile.TemporaryDirectory() as local:  # Hugging Face folders are written to a local disk
     in_bucket = "://" in os.fspath(folder)
-    made = epath.Path(local) if in_bucket else folder
+    target = epath.Path(local) if in_bucket else folder
     huggingface.save(
-      made / "policy",
+      target / "policy",
       policy.model,
       params,
       tokenizer_folder=tokenizer_folder(policy.about),
@@ -75,13 +70,13 @@ def _write(experiment: Experiment, stage_name: str, folder: epath.Path) -> None:
       max_shard_bytes=experiment.config.export.max_shard_bytes,
     )
     if policy.adapters:
-      adapter_lib.save_peft(made / "adapter", policy.adapters, _base_name(policy.base))
+      adapter_lib.save_peft(target / "adapter", policy.adapters, _base_name(policy.base))
     if in_bucket:
-      _copy(made, folder)
+      _copy(target, folder)
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
-  """Copies a folder's files and folders into another."""
+  """Copies the contents of a folder into another."""
   target.mkdir(parents=True, exist_ok=True)
   for path in source.iterdir():
     if path.is_dir():
@@ -91,17 +86,15 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
 
 
 def _base_name(folder: epath.Path) -> str:
-  """What adapter_config.json calls the base model: its name on the Hub, as PEFT takes it, or its
-  folder.
-  """
+  """The base model's name in adapter_config.json: its name on the Hub, else its folder."""
   name = model_hub.name_of(folder)
   return name.removeprefix("hf:").partition("@")[0] if name else os.fspath(folder)
 
 
 def _push(folder: epath.Path, repo: str) -> None:
-  """Uploads an exported policy, unless it is there; pushed.json keeps where it went."""
-  note = folder / "pushed.json"
-  if note.exists() and json.loads(note.read_text())["repo"] == repo:
+  """Uploads an exported policy unless pushed.json records an earlier upload to this repository."""
+  record = folder / "pushed.json"
+  if record.exists() and json.loads(record.read_text())["repo"] == repo:
     return
   with tempfile.TemporaryDirectory() as local:
     source = folder / "policy"
@@ -109,5 +102,5 @@ def _push(folder: epath.Path, repo: str) -> None:
       _copy(source, epath.Path(local))
       source = epath.Path(local)
     commit = model_hub.push(source, repo)
-  write_json(note, {"repo": repo, "commit": commit})
-  logging.info("export: %s is on the Hub as %s, commit %s.", folder / "policy", repo, commit)
+  write_json(record, {"repo": repo, "commit": commit})
+  logging.info("export: uploaded %s to %s, commit %s.", folder / "policy", repo, commit)

@@ -1,9 +1,7 @@
-"""What a run holds, in the forms that other trainers read: traces, preference pairs, and labels of
-steps.
+"""Exports traces, preference pairs and step labels in the formats of other trainers.
 
-Text is that of the tokens, special tokens included; where a form has room, the tokens stand beside
-it, because text that is tokenised again may come out otherwise. docs/interchange.md shows each
-form.
+Text is decoded from the tokens, including special tokens. Retokenising it may give other tokens, so
+formats that allow it also hold the ids. docs/interchange.md describes each format.
 """
 
 import dataclasses
@@ -17,26 +15,26 @@ from synthneg_jax.pipeline import record_io, train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime.errors import UserError
 
-STEP_TAG = "ки"  # Math-Shepherd's mark of the place after a step where its value is asked for
+STEP_TAG = "ки"  # Math-Shepherd's token after each step, at which the step's value is predicted
 
 
 class _Workdir:
-  """Records of a workdir, with the tokenizer that its policies share; no weights are read."""
+  """Records of a workdir and the tokenizer that its policies share; reads no weights."""
 
   def __init__(self, experiment: Experiment):
-    self._run = experiment
+    self._experiment = experiment
     folder = experiment.workdir / "sft" / "policy"
     if not folder.exists():
       raise UserError(
-        f"{experiment.workdir} has no sft/policy, and so no tokenizer to read its records with."
+        f"{experiment.workdir} has no sft/policy, whose tokenizer is needed to read its records."
       )
     self.tokenizer, self.token_text = load_token_text(folder)
 
   def read(self, folder: str, kind) -> Iterator:
-    shards = Shards(self._run.workdir / folder, kind)
+    shards = Shards(self._experiment.workdir / folder, kind)
     if not shards.files():
       raise UserError(
-        f"{self._run.workdir / folder} has no records; run the stage that writes them first."
+        f"{self._experiment.workdir / folder} has no records; run the stage that writes them first."
       )
     return shards.read()
 
@@ -44,19 +42,20 @@ class _Workdir:
     return {problem.id: problem for problem in self.read(f"synthesize/{split}", Problem)}
 
   def prompt_ids(self, problem: Problem) -> list[int]:
-    return train_policy.prompt_ids(self._run, self.tokenizer, problem)
+    return train_policy.prompt_ids(self._experiment, self.tokenizer, problem)
 
   def text(self, ids: Sequence[int]) -> str:
-    """Text of ids with the special ones spelled out."""
+    """The text of ids, including special tokens."""
     return self.token_text.text(ids, special=True)
 
 
 def traces(workdir: _Workdir, folder: str) -> Iterator[dict]:
-  """Trace records as they are, with the problem and its gold answer; launch/import_traces.py takes
-  those of "sample" back.
+  """Unchanged trace records with the problem's text and gold answer.
+
+  launch/import_traces.py imports those of "sample" again.
 
   Args:
-    workdir: read from.
+    workdir: the source.
     folder: "sample" or "evaluate/METHOD".
   """
   problems = workdir.problems("train" if folder == "sample" else "test")
@@ -66,15 +65,14 @@ def traces(workdir: _Workdir, folder: str) -> Iterator[dict]:
 
 
 def pairs(workdir: _Workdir, variant: str) -> Iterator[dict]:
-  """Preference pairs as TRL's `prompt`, `chosen`, `rejected`, with the tokens as `*_ids` and the
-  pair's provenance.
+  """TRL's `prompt`, `chosen`, `rejected`, with the tokens as `*_ids` and the pair's origin.
 
-  A branch ends in EOS exactly where its author stopped. TRL's DPOTrainer puts EOS behind every text
-  that has none, and tokenises prompt and branch as one text: to train on what stands here it must
-  be given the ids (docs/interchange.md).
+  A branch ends in EOS only if its author stopped there. TRL's DPOTrainer appends EOS to every text
+  that lacks it and tokenises prompt and branch as one text; give it the ids to train on exactly
+  these tokens (docs/interchange.md).
 
   Args:
-    workdir: read from.
+    workdir: the source.
     variant: "step_dpo" or "dpo".
   """
   for pair in workdir.read(f"pairs/{variant}/pairs", Pair):
@@ -94,14 +92,15 @@ def pairs(workdir: _Workdir, variant: str) -> Iterator[dict]:
 
 @dataclasses.dataclass(frozen=True)
 class _Labelled:
-  """A credited trace up to its first step that nothing is known of.
+  """A credited trace up to its first step without an estimate.
 
   Attributes:
-    steps: their texts, the delimiter left out.
-    labels: whether anything came out right from there on: a rollout, or the trace itself
-      (Math-Shepherd's hard estimate, https://arxiv.org/abs/2312.08935; that a right trace counts
-      for its own steps is ours).
-    successes, rollouts: the counts; of the last step of a whole trace its verdict, of 1.
+    problem: the problem.
+    trace: the trace.
+    steps: texts of the steps, without delimiters.
+    labels: True if any rollout after the step, or the trace itself, is right (Math-Shepherd's hard
+      estimate, https://arxiv.org/abs/2312.08935; counting the trace itself is ours).
+    successes, rollouts: counts per step; for a trace's last step its verdict, of 1.
   """
 
   problem: Problem
@@ -134,9 +133,7 @@ def _labelled(workdir: _Workdir) -> Iterator[_Labelled]:
 
 
 def stepwise(workdir: _Workdir) -> Iterator[dict]:
-  """TRL's stepwise supervision: `prompt`, `completions`, `labels`; and the counts behind the
-  labels.
-  """
+  """TRL's stepwise supervision (`prompt`, `completions`, `labels`), with the labels' counts."""
   for row in _labelled(workdir):
     yield {
       "prompt": workdir.text(workdir.prompt_ids(row.problem)),
@@ -149,45 +146,41 @@ def stepwise(workdir: _Workdir) -> Iterator[dict]:
 
 
 def math_shepherd(workdir: _Workdir) -> Iterator[dict]:
-  """Math-Shepherd's `input`, `label`, `task`: steps with the tag after each, and with + or - in its
-  place.
-  """
+  """Math-Shepherd's `input` (a tag after each step), `label` (+ or - in its place) and `task`."""
   for row in _labelled(workdir):
-    numbered = [f"Step {n}: {step.strip()}" for n, step in enumerate(row.steps, start=1)]
-    signs = ["+" if label else "-" for label in row.labels]
-
-    def join(marks, numbered=numbered):
-      return "\n".join(f"{s} {m}" for s, m in zip(numbered, marks, strict=True))
-
+    tagged, signed = [], []
+    for number, (step, label) in enumerate(zip(row.steps, row.labels, strict=True), start=1):
+      tagged.append(f"Step {number}: {step.strip()} {STEP_TAG}")
+      signed.append(f"Step {number}: {step.strip()} {'+' if label else '-'}")
+    prompt = row.problem.prompt.strip()
     yield {
-      "input": f"{row.problem.prompt.strip()} {join([STEP_TAG] * len(numbered))}",
-      "label": f"{row.problem.prompt.strip()} {join(signs)}",
+      "input": prompt + " " + "\n".join(tagged),
+      "label": prompt + " " + "\n".join(signed),
       "task": row.problem.source,
     }
 
 
 def prm800k(workdir: _Workdir) -> Iterator[dict]:
-  """PRM800K's `question` and `label`: a rating of 1 or -1 for each step up to the first -1, as its
-  labellers stopped there.
+  """PRM800K's `question` and `label`: ratings of 1 or -1 up to the first -1, as in the original.
 
-  It knows 0, "neutral", too; counts give no ground for it.
+  PRM800K's rating 0, "neutral", is not used because counts cannot justify it.
   """
   for row in _labelled(workdir):
     end = next((i + 1 for i, label in enumerate(row.labels) if not label), len(row.labels))
 
-    def completion(text, label):
-      return {"text": text, "rating": 1 if label else -1, "flagged": None}
-
     steps = [
       {
-        "completions": [completion(step, label)],
+        "completions": [{"text": step, "rating": 1 if label else -1, "flagged": None}],
         "human_completion": None,
         "chosen_completion": 0 if label else None,
       }
       for step, label in zip(row.steps[:end], row.labels[:end], strict=True)
     ]
-    whole = len(row.steps) == len(row.trace.step_ends)
-    reason = "found_error" if not row.labels[end - 1] else "solution" if whole else "give_up"
+    if not row.labels[end - 1]:
+      reason = "found_error"
+    else:
+      complete = len(row.steps) == len(row.trace.step_ends)
+      reason = "solution" if complete else "give_up"
     yield {
       "labeler": f"rollouts of {row.trace.policy}",
       "timestamp": None,
@@ -206,7 +199,7 @@ def prm800k(workdir: _Workdir) -> Iterator[dict]:
     }
 
 
-FORMS: dict[str, Callable[..., Iterator[dict]]] = {
+FORMATS: dict[str, Callable[..., Iterator[dict]]] = {
   "traces": traces,
   "pairs": pairs,
   "stepwise": stepwise,
@@ -216,21 +209,21 @@ FORMS: dict[str, Callable[..., Iterator[dict]]] = {
 
 
 def write(experiment: Experiment, what: str, out: str, source: str = "") -> int:
-  """Writes one form to a .jsonl or .parquet file; returns its number of rows.
+  """Writes records in one format to a .jsonl or .parquet file; returns the number of rows.
 
   Args:
     experiment: the run.
-    what: a name of FORMS.
+    what: a key of FORMATS.
     out: the file.
-    source: traces: "sample" (the default) or "evaluate/METHOD"; pairs: "step_dpo" (the default) or
+    source: for traces "sample" (default) or "evaluate/METHOD", for pairs "step_dpo" (default) or
       "dpo".
 
   Raises:
-    UserError: records that are not there, or a file that cannot be written.
+    UserError: the records do not exist, or the file cannot be written.
   """
   workdir = _Workdir(experiment)
   default = {"traces": "sample", "pairs": "step_dpo"}.get(what)
   if source and default is None:
-    raise UserError(f"--source={source} goes with --what=traces or pairs.")
+    raise UserError(f"--source={source} requires --what=traces or --what=pairs.")
   arguments = () if default is None else (source or default,)
-  return record_io.write(epath.Path(out).expanduser(), FORMS[what](workdir, *arguments))
+  return record_io.write(epath.Path(out).expanduser(), FORMATS[what](workdir, *arguments))

@@ -1,6 +1,4 @@
-"""The grading report: which verdicts a workdir's responses got, and on which answers, those worth a
-look first.
-"""
+"""The grading report: a workdir's verdicts by reason, with examples, doubtful reasons first."""
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +18,16 @@ ORDER = (
   "wrong",
   "right",
 )
-_TAIL = 300  # characters of a response that are shown, from its end
+_TAIL = 300  # characters shown from the end of a response
 
 Opinion = Callable[[str, str], bool | None]  # (response, gold) -> right, or None for no opinion
 
 
 def math_verify() -> Opinion:
-  """math-verify as a second opinion; it is asked, and never judges.
+  """math-verify as a second opinion; it never decides a verdict.
 
   Raises:
-    UserError: it is not installed.
+    UserError: math-verify is not installed.
   """
   try:
     from math_verify import parse, verify
@@ -42,7 +40,7 @@ def math_verify() -> Opinion:
     try:
       wanted, stated = parse(f"${gold}$"), parse(response)
       return bool(verify(wanted, stated)) if wanted else None
-    except Exception:  # it raises what its parser raises
+    except Exception:  # its parser raises many types
       return None
 
   return opinion
@@ -52,29 +50,30 @@ def _line(text: str) -> str:
   return "`" + " ".join(text.split()).replace("`", "'") + "`"
 
 
-def _rows(found: Sequence[tuple[Trace, Problem]], most: int) -> list[str]:
+def _rows(examples: Sequence[tuple[Trace, Problem]], most: int) -> list[str]:
   lines = []
-  for trace, problem in found[:most]:
+  for trace, problem in examples[:most]:
     lines.append(f"- {trace.id}: gold {_line(problem.answer)}, read {_line(trace.extracted or '')}")
     lines.append(f"  … {_line(trace.text[-_TAIL:])}")
-  if len(found) > most:
-    lines.append(f"- and {len(found) - most} more")
+  if len(examples) > most:
+    lines.append(f"- and {len(examples) - most} more")
   return lines
 
 
 def markdown(
   traces: Mapping[str, Sequence[Trace]],
   problems: Mapping[str, Problem],
-  opinion: Opinion | None,
+  *,
+  opinion: Opinion | None = None,
   most: int,
 ) -> str:
   """The report as Markdown.
 
   Args:
-    traces: by the set that they belong to, such as "sample".
-    problems: by id.
-    opinion: a second grader, whose disagreements are listed; None for none.
-    most: answers shown for each reason of each set.
+    traces: traces by set, such as "sample".
+    problems: problems by id.
+    opinion: a second grader; its disagreements are listed.
+    most: maximum number of examples per reason and set.
   """
   names = list(traces)
   counts = {
@@ -92,46 +91,43 @@ def markdown(
   lines.append(f"| all | {' | '.join(str(len(traces[name])) for name in names)} |")
   for reason in ORDER:
     for name in names:
-      found = [
-        (trace, problems[trace.problem_id]) for trace in traces[name] if trace.reason == reason
-      ]
-      if found:
-        lines += ["", f"## {reason}: {name}, {len(found)}", "", *_rows(found, most)]
+      examples = [(t, problems[t.problem_id]) for t in traces[name] if t.reason == reason]
+      if examples:
+        lines += ["", f"## {reason}: {name}, {len(examples)}", "", *_rows(examples, most)]
   if opinion is not None:
-    lines += ["", "# Where the second opinion differs"]
+    lines += ["", "# Disagreements with the second opinion"]
     for name in names:
-      asked = [(trace, problems[trace.problem_id]) for trace in traces[name]]
-      said = [opinion(trace.text, problem.answer) for trace, problem in asked]
-      for claim, correct in (("wrong here, right there", False), ("right here, wrong there", True)):
-        found = [
-          pair
-          for pair, right in zip(asked, said, strict=True)
-          if pair[0].correct == correct and right is (not correct)
+      opinions = [opinion(t.text, problems[t.problem_id].answer) for t in traces[name]]
+      for title, correct in (("wrong here, right there", False), ("right here, wrong there", True)):
+        differing = [
+          (t, problems[t.problem_id])
+          for t, right in zip(traces[name], opinions, strict=True)
+          if t.correct == correct and right is (not correct)
         ]
-        of = sum(trace.correct == correct for trace, _ in asked)
-        lines += ["", f"## {claim}: {name}, {len(found)} of {of}", "", *_rows(found, most)]
-      if None in said:
-        lines += ["", f"It has no opinion on {said.count(None)} of {len(said)}: {name}."]
+        total = sum(t.correct == correct for t in traces[name])
+        lines += ["", f"## {title}: {name}, {len(differing)} of {total}", ""]
+        lines += _rows(differing, most)
+      if None in opinions:
+        count = opinions.count(None)
+        lines += ["", f"It has no opinion on {count} of {len(opinions)}: {name}."]
   return "\n".join(lines) + "\n"
 
 
 def report(workdir: str, second_opinion: bool, most: int) -> epath.Path:
-  """Writes WORKDIR/report/grading.md from the traces of sample and evaluate that are there.
+  """Writes WORKDIR/report/grading.md from the traces of sample and evaluate.
 
   Raises:
-    UserError: there are none, or the second grader is not installed.
+    UserError: no traces exist, or math-verify is requested but not installed.
   """
   opinion = math_verify() if second_opinion else None
   folder = epath.Path(workdir)
-  places = {"sample": folder / "sample" / "traces"}
+  names = ["sample"]
   if (folder / "evaluate").exists():
-    places |= {
-      f"evaluate/{path.name}": path / "traces" for path in sorted((folder / "evaluate").iterdir())
-    }
-  traces = {
-    name: list(Shards(path, Trace).read()) for name, path in places.items() if path.exists()
-  }
-  traces = {name: group for name, group in traces.items() if group}
+    names += [f"evaluate/{path.name}" for path in sorted((folder / "evaluate").iterdir())]
+  traces = {}
+  for name in names:
+    if group := list(Shards(folder / name / "traces", Trace).read()):
+      traces[name] = group
   if not traces:
     raise UserError(f"{folder} holds no traces of sample or evaluate to report on.")
   problems = {}
@@ -139,5 +135,5 @@ def report(workdir: str, second_opinion: bool, most: int) -> epath.Path:
     problems |= Shards(folder / "synthesize" / split, Problem).read_dict()
   path = folder / "report" / "grading.md"
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(markdown(traces, problems, opinion, most))
+  path.write_text(markdown(traces, problems, opinion=opinion, most=most))
   return path

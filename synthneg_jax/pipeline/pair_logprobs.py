@@ -1,6 +1,4 @@
-"""How far training moved each pair: log-probs of its branches under the SFT policy and under the
-trained one.
-"""
+"""Log-probs of each pair's branches under π_sft and under the trained policy."""
 
 import dataclasses
 import json
@@ -11,22 +9,21 @@ from etils import epath
 
 from synthneg_jax.core.tree import Tree
 from synthneg_jax.data.records import Pair, Shards
+from synthneg_jax.decoding.policy import Policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.training import reference
 
 
 @dataclasses.dataclass(frozen=True)
 class Margin:
-  """Summed log-probs of the scored tokens of a pair's branches, nats: chosen and rejected, before
-  training and after.
-  """
+  """Summed log-probs of a pair's scored tokens in nats, each (before, after) training."""
 
   chosen: tuple[float, float]
   rejected: tuple[float, float]
 
   @property
   def before(self) -> float:
-    """log p(chosen) − log p(rejected) under the SFT policy."""
+    """log π(chosen) − log π(rejected) under π_sft."""
     return self.chosen[0] - self.rejected[0]
 
   @property
@@ -39,33 +36,38 @@ def _store(experiment: Experiment, folder: epath.Path, fingerprint: str) -> refe
   return reference.Store(folder / f"{fingerprint}-{experiment.config.model.dtype}.npz")
 
 
-def keep(
-  experiment: Experiment, name: str, section, fingerprint: str, trees: Sequence[Tree]
-) -> None:
-  """Scores the trees' branches under what stage dpo/`name` has just trained, into
-  dpo/<name>/scores/.
+def score(
+  experiment: Experiment, policy: Policy, section, *, folder: epath.Path, trees: Sequence[Tree]
+) -> reference.Store:
+  """Computes the log-probs of the trees' branches under a policy and caches them in a folder.
+
+  Args:
+    experiment: gives mesh and dtype.
+    policy: the policy that scores.
+    section: the config section dpo.
+    folder: receives one file per policy and dtype.
+    trees: the trees; branches that the folder has are not scored again.
   """
-  trained = experiment.policy(f"dpo/{name}")
-  store = _store(experiment, experiment.workdir / "dpo" / name / "scores", fingerprint)
+  store = _store(experiment, folder, policy.fingerprint)
   packing = reference.Packing(experiment.mesh, section.row_length, section.logit_chunk)
-  reference.score(trained.model, trained.params, trees, store=store, packing=packing)
+  reference.score(policy.model, policy.params, trees, store=store, packing=packing)
+  return store
 
 
 def read(experiment: Experiment, name: str) -> dict[str, Margin]:
-  """Margins of the pairs of dpo/`name` by pair id, but for pairs that were too long; none where no
-  scores were kept.
+  """Margins of the pairs of dpo/`name` by pair id; empty without scores.
+
+  Pairs that were too long to train on have no margin.
   """
 
-  def policy(stage):
-    return json.loads((experiment.workdir / stage / "policy" / "fingerprint.json").read_text())
+  def open_store(folder: str, stage: str) -> reference.Store:
+    path = experiment.workdir / stage / "policy" / "fingerprint.json"
+    fingerprint = json.loads(path.read_text())["fingerprint"]
+    return _store(experiment, experiment.workdir / folder, fingerprint)
 
   try:
-    before = _store(
-      experiment, experiment.workdir / "dpo" / "reference", policy("sft")["fingerprint"]
-    )
-    after = _store(
-      experiment, experiment.workdir / "dpo" / name / "scores", policy(f"dpo/{name}")["fingerprint"]
-    )
+    before = open_store("dpo/reference", "sft")
+    after = open_store(f"dpo/{name}/scores", f"dpo/{name}")
   except FileNotFoundError:
     return {}
   margins = {}
@@ -74,10 +76,9 @@ def read(experiment: Experiment, name: str) -> dict[str, Margin]:
       reference.branch_key(pair.trunk, len(pair.trunk), ids) for ids in (pair.chosen, pair.rejected)
     ]
     if all(key in store for key in keys for store in (before, after)):
-      starts = zip(keys, (0, pair.context), strict=True)
-      sums = [
+      chosen, rejected = (
         tuple(float(np.sum(store[key][start:], dtype=np.float64)) for store in (before, after))
-        for key, start in starts
-      ]
-      margins[pair.id] = Margin(*sums)
+        for key, start in zip(keys, (0, pair.context), strict=True)
+      )
+      margins[pair.id] = Margin(chosen, rejected)
   return margins

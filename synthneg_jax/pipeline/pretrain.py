@@ -1,9 +1,9 @@
-"""Stage pretrain: a generated task's base model, from random weights, as a small Hugging Face
-folder.
-"""
+"""Stage pretrain: trains a generated task's base model from random weights."""
 
 import jax
+import tokenizers
 import transformers
+from etils import epath
 
 from synthneg_jax.core.tree import Branch, Tree
 from synthneg_jax.data import prompts
@@ -21,15 +21,19 @@ from synthneg_jax.training.batch import Example
 
 
 def run(experiment: Experiment) -> dict:
-  """Writes pretrain/policy/: config.json, model.safetensors and the tokenizer."""
+  """Writes pretrain/policy/, a Hugging Face folder with weights and tokenizer.
+
+  Raises:
+    UserError: the task is not a generated one.
+  """
   stage = experiment.stage("pretrain", ["task", "model", "pretrain"])
   if stage.done:
     return {}
   c = experiment.config
   if c.task.name not in generated.TASKS:
     raise UserError(
-      f"Stage pretrain makes the base models of generated tasks ({', '.join(generated.TASKS)}); "
-      f"others, such as task.name={c.task.name!r}, name theirs by model.path."
+      f"Stage pretrain trains base models for generated tasks ({', '.join(generated.TASKS)}); "
+      f"with task.name={c.task.name!r}, set model.path instead."
     )
   section = c.pretrain
   tokenizer = generated.TASKS[c.task.name].tokenizer(c.task)
@@ -39,8 +43,8 @@ def run(experiment: Experiment) -> dict:
     return tokenizer.encode(text).ids
 
   eos = tokenizer.token_to_id(generated.EOS)
-  form = str if problems.prompt_style(c.task) == "raw" else prompts.plain_text
-  trunks = [ids(form(document.prompt)) for document in documents]
+  as_text = str if problems.prompt_style(c.task) == "raw" else prompts.plain_text
+  trunks = [ids(as_text(document.prompt)) for document in documents]
   examples = [
     Example(Tree(trunk, (Branch(len(trunk), ids(document.solution) + [eos]),)))
     for trunk, document in zip(trunks, documents, strict=True)
@@ -59,35 +63,32 @@ def run(experiment: Experiment) -> dict:
       dtype=c.model.dtype,
     )
   )
-  names = [document.id for document in documents]
-  plan = train_policy.plan(experiment, stage, section, model, examples=examples, names=names)
   shardings = param_shardings(model, experiment.mesh)
   params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(c.seed))
-  run = loop.Run(
-    name="pretrain",
-    section=section,
+  training = train_policy.make_run(
+    experiment,
+    stage,
+    section,
     model=model,
     objective=objectives.make_sft(model, section.logit_chunk),
-    batches=plan,
-    mesh=experiment.mesh,
-    folder=stage.folder,
+    trees=train_policy.Trees(examples, [document.id for document in documents]),
   )
-  params, last = loop.fit(run, params)
-  tokenizer_folder = stage.folder / "tokenizer"
+  params, last = loop.fit(training, params)
   params = jax.tree.map(device_mesh.whole, params) if distributed.count() > 1 else params
   if distributed.first():
-    _save(stage.folder, tokenizer, tokenizer_folder, model, params)
-  figures = {"parameters": model.config.num_params, "steps": plan.num_steps, **last}
+    _save(stage.folder, tokenizer, model, params)
+  figures = {"parameters": model.config.num_params, "steps": training.batches.num_steps, **last}
   return stage.finish(figures, list((stage.folder / "policy").glob("*.safetensors")))
 
 
-def _save(folder, tokenizer, tokenizer_folder, model: Model, params) -> None:
+def _save(folder: epath.Path, tokenizer: tokenizers.Tokenizer, model: Model, params) -> None:
+  tokenizer_folder = folder / "tokenizer"
   transformers.PreTrainedTokenizerFast(
     tokenizer_object=tokenizer,
     eos_token=generated.EOS,
     pad_token=generated.PAD,
     clean_up_tokenization_spaces=False,
   ).save_pretrained(str(tokenizer_folder))
-  if (folder / "policy").exists():  # of a run that was killed before its manifest was written
+  if (folder / "policy").exists():  # left by a run that was killed before writing its manifest
     (folder / "policy").rmtree()
   huggingface.save(folder / "policy", model, params, tokenizer_folder=tokenizer_folder)

@@ -1,4 +1,4 @@
-"""Rows in files that others read and write: JSON lines and Parquet."""
+"""Reads and writes rows in files shared with other programs: JSON lines and Parquet."""
 
 import io
 import json
@@ -13,14 +13,18 @@ from synthneg_jax.runtime.errors import UserError
 SUFFIXES = (".jsonl", ".parquet")
 
 
+def _check_suffix(path: epath.Path) -> None:
+  if path.suffix not in SUFFIXES:
+    raise UserError(f"{path} must end in {' or '.join(SUFFIXES)}.")
+
+
 def content(path: epath.Path) -> bytes:
-  """A file's bytes.
+  """The bytes of a .jsonl or .parquet file.
 
   Raises:
-    UserError: it cannot be read.
+    UserError: another suffix, or the file cannot be read.
   """
-  if path.suffix not in SUFFIXES:
-    raise UserError(f"{path} ends in none of {', '.join(SUFFIXES)}.")
+  _check_suffix(path)
   try:
     return path.read_bytes()
   except OSError as error:
@@ -28,40 +32,38 @@ def content(path: epath.Path) -> bytes:
 
 
 def read(path: epath.Path) -> Iterator[tuple[str, dict]]:
-  """("PATH, line N" or "PATH, row N", the row) of a .jsonl or .parquet file; N counts from 1.
+  """Yields ("PATH, line N" or "PATH, row N", row) of a .jsonl or .parquet file; N counts from 1.
 
   Raises:
-    UserError: a file that cannot be read, or a line that is no JSON object.
+    UserError: the file cannot be read, or a line is not a JSON object.
   """
   data = content(path)
   if path.suffix == ".parquet":
     try:
       table = parquet.read_table(io.BytesIO(data))
     except pyarrow.ArrowException as error:
-      raise UserError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from None
+      raise UserError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
     for number, row in enumerate(table.to_pylist(), start=1):
       yield f"{path}, row {number}", row
     return
   for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
-    place = f"{path}, line {number}"
+    location = f"{path}, line {number}"
     try:
       row = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-      raise UserError(f"{place}: the line is not JSON in UTF-8 ({error}).") from None
+      raise UserError(f"{location}: the line is not JSON in UTF-8 ({error}).") from None
     if not isinstance(row, dict):
-      raise UserError(f"{place}: the line must be a JSON object, not a {type(row).__name__}.")
-    yield place, row
+      raise UserError(f"{location}: the line must be a JSON object, not a {type(row).__name__}.")
+    yield location, row
 
 
 def write(path: epath.Path, rows: Iterable[dict]) -> int:
-  """Writes a .jsonl or .parquet file under a temporary name and renames it; returns how many rows
-  it has.
+  """Writes a .jsonl or .parquet file under a temporary name, renames it, and counts the rows.
 
   Raises:
-    UserError: another ending, or a folder that cannot be written.
+    UserError: another suffix, or the file cannot be written.
   """
-  if path.suffix not in SUFFIXES:
-    raise UserError(f"{path} ends in none of {', '.join(SUFFIXES)}.")
+  _check_suffix(path)
   temporary = path.parent / f"{path.name}.tmp"
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Stage report: gathers what the workdir holds and has it drawn as workdir/report/index.html."""
+"""Stage report: collects the results in a workdir and writes them to report/index.html."""
 
 import json
 from collections.abc import Sequence
@@ -12,13 +12,14 @@ from synthneg_jax.data.credited_traces import CreditedTraces, first_pits, pad
 from synthneg_jax.data.records import Pair, Shards, Trace
 from synthneg_jax.data.token_text import TokenText
 from synthneg_jax.pipeline import evaluate, viewer
+from synthneg_jax.pipeline import traces as traces_lib
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.pipeline.viewer import LABELS
 from synthneg_jax.report import report_page, trace_cards
 from synthneg_jax.runtime import config_schema, distributed, manifest
 from synthneg_jax.runtime.errors import UserError
 
-_STAGES = (
+STAGE_FOLDERS = (
   "synthesize",
   "sft",
   "sample",
@@ -37,9 +38,7 @@ def _manifest(workdir: epath.Path, name: str) -> dict | None:
 
 
 def _check_config(experiment: Experiment, names: Sequence[str]) -> None:
-  """Refuses a config that is not the one the stages were made with: the report would say what is
-  not so.
-  """
+  """Raises UserError unless the config is the one that the stages were run with."""
   now = json.loads(json.dumps(config_schema.plain(experiment.config)))
   for name in names:
     path = experiment.workdir / name / "begun.json"
@@ -49,7 +48,7 @@ def _check_config(experiment: Experiment, names: Sequence[str]) -> None:
       if now.get(leaf) != value:
         raise UserError(
           f"Stage {name} in {experiment.workdir} was begun with {leaf}={value!r}, now it is "
-          f"{now.get(leaf)!r}; give the report the config of the run."
+          f"{now.get(leaf)!r}; pass the config of the run to the report."
         )
 
 
@@ -67,32 +66,34 @@ def _methods(experiment: Experiment) -> list[report_page.Method]:
 
 
 def _training(experiment: Experiment) -> dict[str, tuple[str, list[dict]]]:
-  """Metrics of the training stages so far; the last line of a running stage may be incomplete."""
+  """The metrics of each training stage so far, without the last line, which may be incomplete."""
   labels = {"sft": "sft", "rft": "rft", "dpo/dpo": "dpo", "dpo/step_dpo": "step_dpo"}
-  found = {}
+  training = {}
   for stage, name in labels.items():
     path = experiment.workdir / stage / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    found[stage] = LABELS[name], [json.loads(line) for line in lines]
-  return found
+    training[stage] = LABELS[name], [json.loads(line) for line in lines]
+  return training
 
 
 def _reasons(experiment: Experiment) -> dict[str, dict[str, int]]:
-  columns = [("SFT, samples", "sample")]
-  columns += [
-    (f"{LABELS.get(name, name)}, test", f"evaluate/{name}")
-    for name in experiment.config.evaluate.methods
-  ]
-  found = {label: manifest.figures(experiment.workdir, stage) for label, stage in columns}
-  return {label: figures["reasons"] for label, figures in found.items() if figures}
+  """Numbers of verdicts by reason, for the samples and each method's test."""
+  columns = {"SFT, samples": "sample"}
+  for name in experiment.config.evaluate.methods:
+    columns[f"{LABELS.get(name, name)}, test"] = f"evaluate/{name}"
+  reasons = {}
+  for label, stage in columns.items():
+    if figures := manifest.figures(experiment.workdir, stage):
+      reasons[label] = figures["reasons"]
+  return reasons
 
 
 def _spread(candidates: Sequence[int], traces: Sequence[Trace], count: int) -> list[int]:
-  """At most `count` of the candidates at even distances, no two of one problem."""
-  firsts = list({traces[i].problem_id: i for i in reversed(candidates)}.values())[::-1]
-  if len(firsts) <= count:
-    return firsts
-  return [firsts[int(place)] for place in np.linspace(0, len(firsts) - 1, count)] if count else []
+  """At most `count` of the candidates at even distances, one per problem."""
+  first_of = {}
+  for i in candidates:
+    first_of.setdefault(traces[i].problem_id, i)
+  return traces_lib.evenly_spaced(list(first_of.values()), count)
 
 
 class _Credit:
@@ -113,19 +114,19 @@ class _Credit:
     q, known, v0 = pad(self.wrong)
     means, counts = advantages.mean_value_by_step(q, known)
     num_problems = len({credited.trace.problem_id for credited in self.wrong})
-    gained = jax.vmap(advantages.step_advantages)(q, v0)
-    both = known & np.concatenate([np.ones_like(known[:, :1]), known[:, :-1]], axis=1)
-    by_step = [np.asarray(part).tolist() for part in advantages.mean_value_by_step(gained, both)]
+    step_advantages = jax.vmap(advantages.step_advantages)(q, v0)
+    both_known = known & np.concatenate([np.ones_like(known[:, :1]), known[:, :-1]], axis=1)
+    by_step = [
+      np.asarray(x).tolist() for x in advantages.mean_value_by_step(step_advantages, both_known)
+    ]
     return report_page.MeanValues(
       means.tolist(), counts.tolist(), float(v0.mean()), num_problems, *by_step
     )
 
   def shown(self) -> list[trace_cards.ShownTrace]:
-    """Those that the report shows in full: with a pit if there are enough of them."""
-    count, traces = (
-      self._experiment.config.report.num_traces,
-      [credited.trace for credited in self.wrong],
-    )
+    """The traces that the report shows in full, preferably with a pit."""
+    count = self._experiment.config.report.num_traces
+    traces = [credited.trace for credited in self.wrong]
     chosen = _spread([i for i, pit in enumerate(self.pits) if pit >= 0], traces, count)
     seen = {traces[i].problem_id for i in chosen}
     others = [i for i, trace in enumerate(traces) if trace.problem_id not in seen]
@@ -176,14 +177,12 @@ class _Credit:
 
 
 def _config_file(config) -> tuple[str, list[str]]:
-  """(text of a config file that gives this config, names of the leaves that differ from the
-  default).
-  """
+  """(text of a config file for this config, names of leaves that differ from the default)."""
   default = dict(config_schema.leaves(config_schema.default()))
   changed = {name: value for name, value in config_schema.leaves(config) if value != default[name]}
   lines = "".join(f"  config.{name} = {value!r}\n" for name, value in changed.items())
   return (
-    '"""The config of the run whose report stands beside this file."""\n\n'
+    '"""The config of the run whose report is in this folder."""\n\n'
     "from synthneg_jax.runtime import config_schema\n\n\n"
     f"def get_config():\n  config = config_schema.default()\n{lines}  return config\n"
   ), list(changed)
@@ -192,48 +191,38 @@ def _config_file(config) -> tuple[str, list[str]]:
 def _origin(
   workdir: epath.Path, names: Sequence[str]
 ) -> tuple[dict[str, str], list[str], list[str]]:
-  """(versions, git commits, devices) that the finished stages were made with; the installed ones
-  where none is.
-  """
-  manifests = [made for made in (_manifest(workdir, name) for name in names) if made]
-  versions = {}
-  for made in manifests or [{"versions": manifest.versions()}]:
-    for package, version in made["versions"].items():
+  """(versions, git commits, devices) of the finished stages; the current ones if none is done."""
+  manifests = [m for m in (_manifest(workdir, name) for name in names) if m]
+  if not manifests:
+    manifests = [{"versions": manifest.versions(), "git_commit": manifest.git_commit()}]
+  versions, commits = {}, []  # versions: dicts as ordered sets
+  for stage_manifest in manifests:
+    for package, version in stage_manifest["versions"].items():
       versions.setdefault(package, {})[version] = None
-  commits = list(
-    dict.fromkeys(
-      made["git_commit"] for made in manifests or [{"git_commit": manifest.git_commit()}]
-    )
-  )
+    commit = stage_manifest["git_commit"]
+    if commit and commit not in commits:
+      commits.append(commit)
   about = workdir / "config.json"
   devices = json.loads(about.read_text())["devices"] if about.exists() else []
-  return (
-    {package: " and ".join(found) for package, found in versions.items()},
-    list(filter(None, commits)),
-    devices,
-  )
+  return {package: " and ".join(numbers) for package, numbers in versions.items()}, commits, devices
 
 
 def collect(experiment: Experiment) -> report_page.Report:
-  """A report of a run from its finished stages; the others are marked as
-  unfinished.
+  """Collects a report from the finished stages and marks the others as unfinished.
 
   Raises:
     UserError: the config is not the run's, or a file of a finished stage is missing or broken.
   """
   workdir, config = experiment.workdir, experiment.config
-  names = [*_STAGES, *(f"evaluate/{method}" for method in config.evaluate.methods)]
+  names = [*STAGE_FOLDERS, *(f"evaluate/{method}" for method in config.evaluate.methods)]
   _check_config(experiment, names)
   credit = _Credit(experiment) if _manifest(workdir, "credit") else None
   states = []
   for name in names:
-    made = _manifest(workdir, name)
+    figures = manifest.figures(workdir, name)
     begun = (workdir / name / "begun.json").exists()
-    states.append(
-      report_page.StageState(
-        name, "done" if made else "begun" if begun else "not begun", made["figures"] if made else {}
-      )
-    )
+    state = "done" if figures is not None else "begun" if begun else "not begun"
+    states.append(report_page.StageState(name, state, figures or {}))
   versions, commits, devices = _origin(workdir, names)
   return report_page.Report(
     title=f"Learning from wrong solutions: {config.task.name}",
@@ -258,11 +247,9 @@ def collect(experiment: Experiment) -> report_page.Report:
 
 
 def run(experiment: Experiment) -> dict:
-  """Writes report/: index.html, traces.html, config.py, and each figure as PNG and CSV, from
-  whatever stages are done.
+  """Writes report/: index.html, traces.html, config.py, and each figure as PNG and CSV.
 
-  It is always made again. Unfinished stages are shown as such. Of several processes the first makes
-  it alone.
+  It is rewritten each time, from the stages that are done, by the first process.
 
   Raises:
     UserError: the config is not the run's, or a file of a finished stage is missing or broken.

@@ -1,10 +1,10 @@
-"""Stage rft: finetuning on π_sft's own responses: right ones (RFT,
-https://arxiv.org/abs/2308.01825), or by advantage.
+"""Stage rft: fine-tunes on π_sft's own responses.
 
-With rft.objective=advantage_weighted it is equation 4 of the paper: right and wrong traces alike,
-each step weighted by exp(A/β). The theorem's objective is an expectation over π_sft's own
-responses; the traces here are those with credit, distinct, drawn at sample.temperature, and as many
-right ones as credit.max_right_per_problem asks for.
+rft.keep selects the responses: right ones (RFT, https://arxiv.org/abs/2308.01825) or by advantage.
+rft.objective=advantage_weighted is equation 4 of the paper: each step of right and wrong traces is
+weighted by exp(A/β). The theorem's expectation is over π_sft's own responses; ours are the traces
+with credit: distinct, sampled at sample.temperature, with at most credit.max_right_per_problem
+right ones per problem.
 """
 
 import functools
@@ -23,16 +23,16 @@ from synthneg_jax.pipeline import train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import keys
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.training import loop, objectives
+from synthneg_jax.training import objectives
 
 
 class _Clone(NamedTuple):
-  """A trace to be trained on.
+  """A trace to train on.
 
   Attributes:
     trace: the record.
-    scored: which of its tokens are scored; None for all.
-    advantage: of each token's step, for rft.objective=advantage_weighted.
+    scored: True for tokens that are scored; None for all.
+    advantage: each token's step advantage, for rft.objective=advantage_weighted.
   """
 
   trace: Trace
@@ -41,35 +41,43 @@ class _Clone(NamedTuple):
 
 
 def _is_spurious(credited: CreditedTrace, start: tuple[int, int]) -> bool:
-  """Whether the counts call a step of a right trace a step back."""
-  counted = [
-    (0, 0) if each.exact else (each.successes, each.rollouts) for each in credited.estimates
+  """Whether rollout counts show that a step of a right trace lowers Q.
+
+  Args:
+    credited: a right trace.
+    start: (right, all) samples of its problem.
+  """
+  counts = [
+    (0, 0) if estimate.exact else (estimate.successes, estimate.rollouts)
+    for estimate in credited.estimates
   ]
-  return bool(selection.spurious_steps(*zip(*counted, strict=True), start))
+  return bool(selection.spurious_steps(*zip(*counts, strict=True), start))
 
 
 def _token_advantages(credited: CreditedTrace) -> list[float]:
-  """The advantage of each token's step; -inf where it is unknown."""
-  known = np.where(credited.advantage_known, credited.advantage, -np.inf)
-  return np.repeat(known, np.diff([0, *credited.trace.step_ends])).tolist()
+  """The advantage of each token's step; -inf if unknown."""
+  advantage = np.where(credited.advantage_known, credited.advantage, -np.inf)
+  return np.repeat(advantage, np.diff([0, *credited.trace.step_ends])).tolist()
 
 
 def _distinct(clones: Sequence[_Clone], section) -> list[_Clone]:
-  """The clones of one problem that rft.deduplicate keeps, at most rft.max_per_problem."""
+  """Applies rft.deduplicate and rft.max_per_problem to one problem's traces."""
   texts, most = [clone.trace.text for clone in clones], section.max_per_problem
-  rules = {
-    "none": lambda: range(len(texts)),
-    "equations": lambda: selection.deduplicate_by_equation_key(texts),
-    "edit_distance": lambda: selection.deduplicate_by_edit_distance(texts, section.near_duplicate),
-    "most_diverse": lambda: sorted(selection.most_diverse(texts, most)),
-  }
-  return [clones[i] for i in rules[section.deduplicate]()][:most]
+  if section.deduplicate == "equations":
+    kept = selection.deduplicate_by_equation_key(texts)
+  elif section.deduplicate == "edit_distance":
+    kept = selection.deduplicate_by_edit_distance(texts, section.near_duplicate)
+  elif section.deduplicate == "most_diverse":
+    kept = sorted(selection.most_diverse(texts, most))
+  else:
+    kept = range(len(texts))
+  return [clones[i] for i in kept[:most]]
 
 
 def _chosen(
   experiment: Experiment, groups: Mapping[str, Sequence[Trace]]
 ) -> dict[str, list[_Clone]]:
-  """The traces to be cloned, by problem."""
+  """The traces to train on, by problem."""
   section, chosen = experiment.config.rft, {key: [] for key in groups}
   if section.keep == "right":
     for key, group in groups.items():
@@ -82,37 +90,40 @@ def _chosen(
       key = credited.trace.problem_id
       if _is_spurious(credited, credit.start[key]) == (section.keep == "spurious"):
         chosen[key].append(_Clone(credited.trace))
-    return {key: _distinct(traces, section) for key, traces in chosen.items()}
-  lowest = [float(each.advantage.min()) if each.known.all() else np.nan for each in credit.traces]
+    return {key: _distinct(clones, section) for key, clones in chosen.items()}
+  lowest = [
+    float(credited.advantage.min()) if credited.known.all() else np.nan
+    for credited in credit.traces
+  ]
   for i in selection.advantage_filter(lowest, section.drop_fraction):
-    trace, mask, advantage = credit.traces[i].trace, None, None
+    credited, scored, advantage = credit.traces[i], None, None
+    trace = credited.trace
     if section.objective == "advantage_weighted":
-      advantage = _token_advantages(credit.traces[i])
+      advantage = _token_advantages(credited)
     if section.loss_mask != "whole":
-      mask = selection.step_mask(
-        credit.traces[i].advantage.tolist(), trace.step_ends, rule=section.loss_mask
+      scored = selection.step_mask(
+        credited.advantage.tolist(), trace.step_ends, rule=section.loss_mask
       )
-      if not any(mask):
+      if not any(scored):
         continue
-    chosen[trace.problem_id].append(_Clone(trace, mask, advantage))
-  return {key: _distinct(traces, section) for key, traces in chosen.items()}
+    chosen[trace.problem_id].append(_Clone(trace, scored, advantage))
+  return {key: _distinct(clones, section) for key, clones in chosen.items()}
 
 
-def _at_most(chosen: dict[str, list[_Clone]], most: int, seed: int) -> dict[str, list[_Clone]]:
-  """At most this many of all, drawn by a hash of their ids, so that fewer are among more; 0 for
-  all.
+def _subsample(chosen: dict[str, list[_Clone]], most: int, seed: int) -> dict[str, list[_Clone]]:
+  """Keeps at most `most` traces in all; 0 keeps all.
+
+  A hash of the trace id decides, so a smaller limit yields a subset of a larger one.
   """
   if not most:
     return chosen
-  every = [
-    (keys.draw_key(seed, "rft", 0, clone.trace.id, "", 0).tobytes(), clone.trace.id)
-    for of in chosen.values()
-    for clone in of
-  ]
-  kept = {name for _, name in sorted(every)[:most]}
+  draws = []
+  for clones in chosen.values():
+    for clone in clones:
+      draws.append((keys.draw_key(seed, "rft", 0, clone.trace.id, "", 0).tobytes(), clone.trace.id))
+  kept = {trace_id for _, trace_id in sorted(draws)[:most]}
   return {
-    key: [clone for clone in of_problem if clone.trace.id in kept]
-    for key, of_problem in chosen.items()
+    key: [clone for clone in clones if clone.trace.id in kept] for key, clones in chosen.items()
   }
 
 
@@ -121,8 +132,12 @@ def _branches(
   solutions: Mapping[str, Sequence[int]],
   fork: Callable[[str], int],
 ) -> dict[str, list[Branch]]:
-  """By problem the branches to be cloned: the chosen traces, then the teacher's solution where
-  there is one.
+  """Branches to train on by problem: the chosen traces, then the teacher's solution, if any.
+
+  Args:
+    chosen: traces by problem.
+    solutions: token ids of the teacher's solutions by problem.
+    fork: returns the length of a problem's trunk.
   """
   branches = {
     key: [
@@ -137,7 +152,7 @@ def _branches(
 
 
 def _objective(model: Model, section):
-  """What rft.objective names."""
+  """The training objective of rft.objective."""
   if section.objective == "advantage_weighted":
     return objectives.make_advantage_weighted(
       model, beta=section.advantage_beta, max_weight=section.max_weight, chunk=section.logit_chunk
@@ -146,11 +161,12 @@ def _objective(model: Model, section):
 
 
 def run(experiment: Experiment, name: str = "rft") -> dict:
-  """Writes <name>/policy/ and <name>/metrics.jsonl. Training starts from the base model by default,
-  as in RFT's own recipe.
+  """Writes <name>/policy/ and <name>/metrics.jsonl.
+
+  By default training starts from the base model, as in RFT.
 
   Raises:
-    UserError: rft.keep leaves nothing to train on, and no solution of a teacher is added.
+    UserError: nothing to train on.
   """
   section = experiment.config.rft
   reads_base, by_credit = section.start == "base", section.keep != "right"
@@ -162,41 +178,41 @@ def run(experiment: Experiment, name: str = "rft") -> dict:
   policy = experiment.base() if reads_base else experiment.policy("sft")
   problems = experiment.problems("train")
   groups = by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
-  chosen = _at_most(_chosen(experiment, groups), section.max_solutions, experiment.config.seed)
-  trunk = functools.cache(
-    lambda key: train_policy.prompt_ids(experiment, policy.tokenizer, problems[key])
-  )
+  chosen = _subsample(_chosen(experiment, groups), section.max_solutions, experiment.config.seed)
+
+  @functools.cache
+  def trunk(key: str) -> list[int]:
+    return train_policy.prompt_ids(experiment, policy.tokenizer, problems[key])
+
   solutions = {}
   if section.with_teacher:
-    texts = {key: problems[key].solution for key in chosen if problems[key].solution}
-    solutions = {
-      key: prompts.encode_solution(policy.tokenizer, text) for key, text in texts.items()
-    }
+    for key in chosen:
+      if text := problems[key].solution:
+        solutions[key] = prompts.encode_solution(policy.tokenizer, text)
   branches = _branches(chosen, solutions, lambda key: len(trunk(key)))
   if not any(branches.values()):
     raise UserError(
-      f"Stage {name} has no response to train on: rft.keep={section.keep!r} left "
-      "none of the samples."
+      f"Stage {name} has no response to train on: rft.keep={section.keep!r} selects no sample."
     )
-  length = train_policy.longest_tree(experiment.config, section)
-  most = min(section.max_branches_per_tree, section.batch_size)
-  examples, names, dropped = train_policy.branch_trees(
-    {key: trunk(key) for key in branches}, branches, most, length
+  trees = train_policy.branch_trees(
+    {key: trunk(key) for key in branches},
+    branches,
+    max_branches=min(section.max_branches_per_tree, section.batch_size),
+    max_tokens=train_policy.longest_tree(experiment.config, section),
   )
-  plan = train_policy.plan(experiment, stage, section, policy.model, examples=examples, names=names)
-  training = loop.Run(
-    name=name,
-    section=section,
+  training = train_policy.make_run(
+    experiment,
+    stage,
+    section,
     model=policy.model,
     objective=_objective(policy.model, section),
-    batches=plan,
-    mesh=experiment.mesh,
-    folder=stage.folder,
+    trees=trees,
   )
   identity, figures = train_policy.train(experiment, policy, training)
   counts = {
     "solutions": sum(map(len, branches.values())),
     "problems": sum(map(bool, branches.values())),
-    "wrong": sum(not clone.trace.correct for of_problem in chosen.values() for clone in of_problem),
+    "wrong": sum(not clone.trace.correct for clones in chosen.values() for clone in clones),
+    "too_long": trees.dropped,
   }
-  return stage.finish({**counts, "too_long": dropped, **figures}, identity=identity)
+  return stage.finish({**counts, **figures}, identity=identity)

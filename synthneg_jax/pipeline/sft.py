@@ -1,11 +1,9 @@
-"""Stage sft: the base model learns D_syn's solutions; the result is π_sft, which everything after
-it starts from.
-"""
+"""Stage sft: fine-tunes the base model on the solutions of D_syn, which gives π_sft."""
 
 from synthneg_jax.data import prompts
 from synthneg_jax.pipeline import train_policy
 from synthneg_jax.pipeline.experiment import Experiment
-from synthneg_jax.training import loop, objectives
+from synthneg_jax.training import objectives
 
 
 def run(experiment: Experiment, name: str = "sft") -> dict:
@@ -26,19 +24,20 @@ def run(experiment: Experiment, name: str = "sft") -> dict:
     key: [prompts.encode_solution(policy.tokenizer, problem.solution)]
     for key, problem in problems.items()
   }
-  length = train_policy.longest_tree(experiment.config, section)
-  examples, names, dropped = train_policy.solution_trees(
-    trunks, solutions, min(section.max_branches_per_tree, section.batch_size), length
+  trees = train_policy.solution_trees(
+    trunks,
+    solutions,
+    max_branches=min(section.max_branches_per_tree, section.batch_size),
+    max_tokens=train_policy.longest_tree(experiment.config, section),
   )
-  plan = train_policy.plan(experiment, stage, section, policy.model, examples=examples, names=names)
-  training = loop.Run(
-    name=name,
-    section=section,
+  training = train_policy.make_run(
+    experiment,
+    stage,
+    section,
     model=policy.model,
     objective=objectives.make_sft(policy.model, section.logit_chunk),
-    batches=plan,
-    mesh=experiment.mesh,
-    folder=stage.folder,
+    trees=trees,
   )
   identity, figures = train_policy.train(experiment, policy, training)
-  return stage.finish({"solutions": len(names), "too_long": dropped, **figures}, identity=identity)
+  counts = {"solutions": len(trees.names), "too_long": trees.dropped}
+  return stage.finish({**counts, **figures}, identity=identity)

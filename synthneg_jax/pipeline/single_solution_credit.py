@@ -1,11 +1,10 @@
-"""Step-level credit of one solution that somebody wrote: Q after each of its steps, by rollouts of
-a policy.
+"""Step-level credit of a single given solution, by rollouts of a policy and without files.
 
-The same question that stage credit asks of thousands of traces, asked of one text, with no files:
-one trunk, the problem and the text; branches fork off at the end of the problem (they give V) and
-at the end of every step but the last.
+All rollouts share one trunk, the problem and the solution. Branches fork at the end of the problem,
+which gives V, and at the end of every step but the last.
 """
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -24,17 +23,14 @@ from synthneg_jax.runtime import keys
 from synthneg_jax.runtime.errors import UserError
 
 
-def _encoded(policy: Policy, what: str, text: str) -> list[int]:
+def _encode(policy: Policy, what: str, text: str) -> list[int]:
   ids = policy.tokenizer.encode(text, add_special_tokens=False)
-  if policy.token_text.text(ids) != text:
-    same = next(
-      i
-      for i, (a, b) in enumerate(zip(policy.token_text.text(ids) + "\0", text + "\0", strict=False))
-      if a != b
-    )
+  decoded = policy.token_text.text(ids)
+  if decoded != text:
+    start = len(os.path.commonprefix([decoded, text]))
     raise UserError(
-      f"The {what} holds what this policy's vocabulary cannot spell, at letter {same + 1}: "
-      f"{text[same : same + 20]!r}."
+      f"The {what} has text that this policy's vocabulary cannot represent, at character "
+      f"{start + 1}: {text[start : start + 20]!r}."
     )
   return ids
 
@@ -48,33 +44,33 @@ def credit(
   *,
   num_rollouts: int = 32,
 ) -> tuple[ShownTrace, list[list[tuple[str, bool]]]]:
-  """Credit of each step of a text, by rollouts at credit.temperature of the run's config.
+  """Computes the credit of each step of a solution, by rollouts at credit.temperature.
 
-  The text counts as finished: EOS stands at its end. Q is the policy's own, whatever credit.best_of
-  says; the pit is by pairs.pit_rule, and -1 for a text that is right.
+  The solution is treated as finished, with EOS at its end. Q is that of a single response, whatever
+  credit.best_of is. The pit follows pairs.pit_rule and is -1 for a right solution.
 
   Args:
     experiment: gives config and devices; its workdir is neither read nor written.
-    policy: rolls out, and its tokenizer splits the text.
-    problem: as the task words it.
-    text: the solution, its answer last.
+    policy: generates the rollouts; its tokenizer encodes the solution.
+    problem: the problem, in the task's wording.
+    text: the solution, answer last.
     answer: the gold answer.
-    num_rollouts: from the problem alone, and from the end of each step but the last.
+    num_rollouts: rollouts from the problem and from the end of each step but the last.
 
   Returns:
-    (the trace with its credit; the rollouts, first those from the problem alone, then those from
-    each step but the last: (text, right) each).
+    (the trace with its credit; (text, right) of the rollouts, first those from the problem, then
+    those from each step but the last).
 
   Raises:
-    UserError: what the policy's vocabulary cannot spell, or a text that is empty or too long for
+    UserError: the policy's vocabulary cannot represent the text, or it is empty or too long for
       model.max_length.
   """
   config = experiment.config
-  given = Problem(id="yours", prompt=problem, solution="", answer=answer, source="yours")
-  prompt = train_policy.prompt_ids(experiment, policy.tokenizer, given)
-  if config.task.name == "arithmetic":
-    _encoded(policy, "problem", problem)  # other prompts have a template around them
-  ids = [*_encoded(policy, "solution", text), policy.tokenizer.eos_token_id]
+  record = Problem(id="yours", prompt=problem, solution="", answer=answer, source="yours")
+  prompt = train_policy.prompt_ids(experiment, policy.tokenizer, record)
+  if config.task.name == "arithmetic":  # other tasks wrap the problem in a template
+    _encode(policy, "problem", problem)
+  ids = [*_encode(policy, "solution", text), policy.tokenizer.eos_token_id]
   room = config.model.max_length - len(prompt) - config.engine.max_new_tokens
   if not 1 < len(ids) <= room:
     raise UserError(
@@ -82,35 +78,35 @@ def credit(
       f"engine.max_new_tokens={config.engine.max_new_tokens} leave room for 1 to {room - 1}."
     )
   ends = steps_lib.ends(ids, policy.token_text, config.task)
-  forks = [0, *ends[:-1]]
-  places = [(fork, index) for fork in forks for index in range(num_rollouts)]
-  draw_keys = [
-    keys.draw_key(config.seed, "one_text", 0, given.id, keys.hash_ids(ids[:fork]), index)
-    for fork, index in places
-  ]
-  trunk = Trunk(
-    [*prompt, *ids[: forks[-1]]], [len(prompt) + fork for fork, _ in places], np.stack(draw_keys)
-  )
+  starts = [0, *ends[:-1]]  # where rollouts begin
+  forks, draw_keys = [], []
+  for start in starts:
+    prefix = keys.hash_ids(ids[:start])
+    forks += [len(prompt) + start] * num_rollouts
+    for index in range(num_rollouts):
+      # "one_text" is part of the key: renaming it would change the rollouts
+      draw_keys.append(keys.draw_key(config.seed, "one_text", 0, record.id, prefix, index))
+  trunk = Trunk([*prompt, *ids[: starts[-1]]], forks, np.stack(draw_keys))
   engine = experiment.engine(policy, lanes=1, slots=num_rollouts)
-  ((_, made),) = engine.run(policy.params, [trunk], sampling(config.credit))
-  grown = [policy.token_text.text(one.ids) for one in made]
-  wholes = [
-    policy.token_text.text(ids[:fork]) + rest for (fork, _), rest in zip(places, grown, strict=True)
-  ]
-  verdict, *of_rollouts = traces.verdicts(
+  ((_, generations),) = engine.run(policy.params, [trunk], sampling(config.credit))
+  completions = [policy.token_text.text(generation.ids) for generation in generations]
+  texts = [text]
+  for index, completion in enumerate(completions):
+    texts.append(policy.token_text.text(ids[: starts[index // num_rollouts]]) + completion)
+  verdict, *rollout_verdicts = traces.verdicts(
     experiment,
     policy,
-    [text, *wholes],
-    [given] * (1 + len(wholes)),
-    ["eos", *(one.finish for one in made)],
+    texts,
+    [record] * len(texts),
+    ["eos", *(generation.finish for generation in generations)],
   )
-  right = np.array([one.correct for one in of_rollouts]).reshape(len(forks), num_rollouts)
-  drawn = [
-    list(zip(grown[first : first + num_rollouts], right[row].tolist(), strict=True))
-    for row, first in enumerate(range(0, len(grown), num_rollouts))
-  ]
-  solution = _Solution(given, ids, ends, verdict)
-  return _shown(config, policy.token_text, solution, right.sum(axis=1), num_rollouts), drawn
+  right = np.array([v.correct for v in rollout_verdicts]).reshape(len(starts), num_rollouts)
+  rollouts = []
+  for row in range(len(starts)):
+    group = completions[row * num_rollouts : (row + 1) * num_rollouts]
+    rollouts.append(list(zip(group, right[row].tolist(), strict=True)))
+  solution = _Solution(record, ids, ends, verdict)
+  return _shown(config, policy.token_text, solution, right.sum(axis=1), num_rollouts), rollouts
 
 
 class _Solution(NamedTuple):
@@ -125,11 +121,11 @@ class _Solution(NamedTuple):
 def _shown(
   config, token_text: TokenText, solution: _Solution, successes: np.ndarray, num_rollouts: int
 ) -> ShownTrace:
-  """The solution with its credit, from the right rollouts before each step."""
+  """The solution with its credit, from the number of right rollouts before each step."""
   problem, ids, ends, verdict = solution
   q = np.append(successes[1:] / num_rollouts, float(verdict.correct)).astype(np.float32)
   v0 = float(successes[0] / num_rollouts)
-  gained = np.asarray(advantages.step_advantages(q, v0))
+  step_advantages = np.asarray(advantages.step_advantages(q, v0))
   low, high = advantages.value_interval(successes[1:], num_rollouts)
   pit = -1
   if not verdict.correct:
@@ -147,7 +143,7 @@ def _shown(
         successes=0 if last else int(successes[s + 1]),
         interval=None if last else (float(low[s]), float(high[s])),
         q=float(q[s]),
-        advantage=float(gained[s]),
+        advantage=float(step_advantages[s]),
         exact=last,
       )
     )

@@ -1,6 +1,4 @@
-"""All stages in order, or some; after each, config.json and summary.json of the workdir are brought
-up to date.
-"""
+"""Runs stages in order and updates the workdir's config.json and summary.json after each."""
 
 import contextlib
 import functools
@@ -40,27 +38,19 @@ STAGES = {
   "dpo": dpo.run,
   "evaluate": evaluate.run,
   "report": report.run,
-  "traces": viewer.run,  # the part of report that is the trace viewer
+  "traces": viewer.run,  # the trace viewer alone, which report also writes
   "export": export.run,
 }
-VARIANTS = {
-  "pairs": pairs.variant,
-  "dpo": dpo.variant,
-}  # stages with variants that can be made alone: pairs/step_dpo
+VARIANTS = {"pairs": pairs.variant, "dpo": dpo.variant}  # run one variant, such as pairs/step_dpo
 RECIPE = ("synthesize", "sft", "sample", "rft", "credit", "pairs", "dpo", "evaluate", "report")
-_READING = {"report", "traces"}  # draw from other stages' files, also while a run adds to them
-_FOLDERS = (
-  "pretrain",
-  *RECIPE[:5],
-  *(f"{stage}/{name}" for stage in VARIANTS for name in pairs.VARIANTS),
-)
+_READ_ONLY = {"report", "traces"}  # may read other stages' files while a run is writing them
 
 
 def _function(name: str) -> Callable[[Experiment], dict]:
-  """What runs a stage, or a variant of one such as dpo/step_dpo.
+  """The function of a stage, or of a variant such as dpo/step_dpo.
 
   Raises:
-    UserError: there is no such stage or variant.
+    UserError: unknown stage or variant.
   """
   if name in STAGES:
     return STAGES[name]
@@ -72,11 +62,9 @@ def _function(name: str) -> Callable[[Experiment], dict]:
 
 
 def summarize(experiment: Experiment) -> dict:
-  """What all finished stages of the workdir reported, as summary.json, whatever the config of this
-  command.
-  """
+  """The contents of summary.json: figures of all finished stages, whatever the current config."""
   methods, stages, step_dpo = {}, {}, {}
-  for name in _FOLDERS:
+  for name in ("pretrain", *report.STAGE_FOLDERS):
     figures = manifest.figures(experiment.workdir, name)
     if figures:
       stages[name] = figures
@@ -87,16 +75,16 @@ def summarize(experiment: Experiment) -> dict:
       stages[f"evaluate/{method}"] = figures
   begun = experiment.workdir / "pairs" / "step_dpo" / "begun.json"
   if begun.exists():
-    made_with = json.loads(begun.read_text())["config"]
+    config = json.loads(begun.read_text())["config"]
     step_dpo = {
-      "pair_mode": made_with["pairs.pair_mode"],
-      "pit_rule": made_with.get("pairs.pit_rule", ""),
+      "pair_mode": config["pairs.pair_mode"],
+      "pit_rule": config.get("pairs.pit_rule", ""),
     }
   return {"methods": methods, "step_dpo": step_dpo, "stages": stages}
 
 
 def table(methods: dict) -> str:
-  """The test errors as lines of text."""
+  """The test errors as a plain-text table."""
   lines = [f"{'method':<24}{'test error':>10}   {'95 % interval':<15}{'problems':>8}"]
   for name, figures in methods.items():
     low, high = figures["ci95"]
@@ -109,20 +97,25 @@ def run(
   config,
   workdir: str,
   stages: Sequence[str] = RECIPE,
-  instead: Mapping[str, Callable[[Experiment], dict]] | None = None,
+  overrides: Mapping[str, Callable[[Experiment], dict]] | None = None,
 ) -> None:
-  """Runs stages in the given order; finished ones are skipped. `instead` does a stage's work in
-  another way.
+  """Runs stages in the given order and skips finished ones.
+
+  Args:
+    config: the config of the run.
+    workdir: the folder of the run.
+    stages: names of stages or variants.
+    overrides: functions that replace those of some stages, by name.
 
   Raises:
-    UserError: an unknown stage, another run in the workdir, or whatever a stage refuses.
-    Stopped: SIGTERM came; what was done is saved.
+    UserError: an unknown stage, another run in the workdir, or as the stages.
+    Stopped: after SIGTERM; progress is saved.
   """
-  functions = {name: _function(name) for name in stages} | dict(instead or {})
+  functions = {name: _function(name) for name in stages} | dict(overrides or {})
   config_schema.check_values(config)
   metrics.check(config.metrics)
-  experiment = Experiment.open(config, workdir)  # compares the processes before a file is made
-  with contextlib.nullcontext() if _READING.issuperset(stages) else workdir_lock.hold(workdir):
+  experiment = Experiment.open(config, workdir)  # compares processes before any file is written
+  with contextlib.nullcontext() if _READ_ONLY.issuperset(stages) else workdir_lock.hold(workdir):
     _run(experiment, stages, functions)
 
 
@@ -147,8 +140,8 @@ def _run(
       raise distributed.Stopped
     logging.info("Stage %s.", name)
     figures = functions[name](experiment)
-    logging.info("Stage %s: %s", name, json.dumps(figures) if figures else "done before.")
-    if figures:  # the stage has accepted the config and worked by it
+    logging.info("Stage %s: %s", name, json.dumps(figures) if figures else "already done.")
+    if figures:  # the stage accepted this config
       manifest.write_json(experiment.workdir / "config.json", about)
     summary = summarize(experiment)
     manifest.write_json(experiment.workdir / "summary.json", summary)

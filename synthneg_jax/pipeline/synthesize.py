@@ -1,7 +1,6 @@
-"""Stage synthesize: the problems, with known solutions to train on (D_syn) and answers to test on.
+"""Stage synthesize: training problems with known solutions (D_syn), and test problems with answers.
 
-Either the task's own problems and solutions, or those of a capable model
-(pipeline/problem_synthesis.py).
+They come from the task itself or from a capable model (pipeline/problem_synthesis.py).
 """
 
 import json
@@ -15,44 +14,38 @@ from synthneg_jax.teacher import synthesis
 
 
 def run(experiment: Experiment) -> dict:
-  """Writes synthesize/{train,test}/: problems. Test problems never stand among the training ones.
+  """Writes the problems synthesize/train/ and synthesize/test/, which are disjoint.
 
-  With task.fresh_problems, synthesize/sft/ holds SFT's problems, and synthesize/train/ those that
-  traces are sampled on.
-
-  Training problems that overlap test problems, and broken rows, are left out and listed in
-  synthesize/left_out.jsonl. Where a capable model wrote them, synthesize/candidates/ holds every
-  problem with all its solutions and what became of it.
+  With task.fresh_problems, synthesize/sft/ holds the problems for SFT and synthesize/train/ those
+  to sample traces on. Training problems that overlap test problems, and broken rows, are listed in
+  synthesize/left_out.jsonl. With a capable model, synthesize/candidates/ holds every problem with
+  all its solutions and its outcome.
 
   Raises:
-    UserError: what the problems cannot be read from; a provider that cannot be asked, a budget that
-      is spent, or fewer problems than wanted.
+    UserError: unreadable problems, a provider that cannot be used, a spent budget, or fewer
+      problems than the config asks for.
   """
   c = experiment.config
-  own = c.synthesis.provider == "task"
-  templates = None if own else synthesis.Templates.read(c.synthesis.prompts)
-  given = (
-    {}
-    if own
-    else {
-      "capable model": teacher_backends.identity(experiment),
-      "set of prompts": templates.identity,
-    }
-  )
-  stage = experiment.stage("synthesize", ["task"] if own else ["task", "synthesis"], given=given)
+  sections, given = ["task"], {}
+  if c.synthesis.provider != "task":
+    templates = synthesis.Templates.read(c.synthesis.prompts)
+    sections.append("synthesis")
+    given["capable model"] = teacher_backends.identity(experiment)
+    given["set of prompts"] = templates.identity
+  stage = experiment.stage("synthesize", sections, given=given)
   if stage.done:
     return {}
-  if own:
-    chosen, written = problems.choose(c.task, c.seed), []
+  if c.synthesis.provider == "task":
+    chosen, candidates = problems.choose(c.task, c.seed), []
   else:
     distributed.alone("Asking a capable model")
-    chosen, written = problem_synthesis.Synthesis(experiment, templates).run()
+    chosen, candidates = problem_synthesis.Synthesis(experiment, templates).run()
   files = []
   for name, kind, records in (
     ("train", Problem, chosen.train),
     ("test", Problem, chosen.test),
     ("sft", Problem, chosen.sft),
-    ("candidates", Candidate, written),
+    ("candidates", Candidate, candidates),
   ):
     shards = Shards(stage.folder / name, kind)
     if records or name in ("train", "test"):
@@ -62,9 +55,6 @@ def run(experiment: Experiment) -> dict:
     temporary = stage.folder / "left_out.jsonl.tmp"
     temporary.write_text("".join(json.dumps(line) + "\n" for line in chosen.report))
     temporary.replace(stage.folder / "left_out.jsonl")
-  counts = {
-    name: len(records)
-    for name, records in (("sft", chosen.sft), ("train", chosen.train))
-    if records
-  }
+  counts = {"sft": len(chosen.sft), "train": len(chosen.train)}
+  counts = {name: count for name, count in counts.items() if count}
   return stage.finish({**counts, "test": len(chosen.test), **chosen.figures}, files)

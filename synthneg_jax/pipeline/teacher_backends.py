@@ -1,6 +1,4 @@
-"""The capable model that stage synthesize asks: an endpoint, a local checkpoint in our own engine,
-or the scripted teacher.
-"""
+"""Capable models for stage synthesize: an endpoint, a local checkpoint, or the scripted teacher."""
 
 from collections.abc import Iterator, Sequence
 
@@ -19,38 +17,40 @@ from synthneg_jax.teacher import reply_cache, scripted
 from synthneg_jax.teacher.endpoint import Chat, Endpoint
 from synthneg_jax.teacher.reply_cache import Reply, Request
 
-_BATCH = 512  # prompts that the engine answers before their replies are kept
+_BATCH = 512  # prompts per engine run; replies are cached after each run
 
 
 class _Local:
-  """A checkpoint of a chat model, or of any model with prompts that it can go on from."""
+  """A local checkpoint: a chat model, or a base model with prompts that it can complete."""
 
   def __init__(self, experiment: Experiment, store: reply_cache.Store):
     c = experiment.config
     if not c.synthesis.endpoint.model:
       raise UserError(
-        "synthesis.provider='local' needs synthesis.endpoint.model: the checkpoint's folder."
+        "synthesis.provider='local' needs synthesis.endpoint.model, the checkpoint's folder."
       )
     self._policy = Policy.load(resolve(c.synthesis.endpoint.model), c.model, experiment.mesh)
-    self._run, self._store, self.model = experiment, store, self._policy.fingerprint
+    self._seed, self._store, self.model = c.seed, store, self._policy.fingerprint
     self._template_args = config_schema.template_args(c.task.template_args)
     self._style = "chat" if self._policy.tokenizer.chat_template else "raw"
-    most = c.synthesis.max_tokens
+    max_new_tokens = c.synthesis.max_tokens
+
+    def work() -> Work:  # reply lengths are unknown; assumes uniform ones
+      shape = (_BATCH, c.synthesis.num_solutions)
+      sizes = np.random.default_rng(0).integers(1, max_new_tokens + 1, shape)
+      return Work(sizes=sizes.tolist(), longest=c.model.max_length)
+
     self._engine = experiment.engine(
       self._policy,
-      lambda: Work(  # nobody knows yet how long replies are
-        sizes=np.random.default_rng(0)
-        .integers(1, most + 1, (_BATCH, c.synthesis.num_solutions))
-        .tolist(),
-        longest=c.model.max_length,
-      ),
+      work,
       lanes=c.engine.lanes,
       slots=min(c.engine.slots, c.synthesis.num_solutions),
-      max_new_tokens=most,
+      max_new_tokens=max_new_tokens,
     )
 
   def ask(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Reply]]:
-    groups = {}  # draws for one prompt share its trunk
+    """Yields each request with its reply."""
+    groups = {}  # requests with the same prompt share a trunk
     for request in requests:
       groups.setdefault((request.messages, request.temperature), []).append(request)
     for temperature in sorted({temperature for _, temperature in groups}):
@@ -67,28 +67,34 @@ class _Local:
       ids = prompts.encode_prompt(
         self._policy.tokenizer, text, self._style, template_args=self._template_args
       )
-      seed = self._run.config.seed
-      draws = [
-        keys.draw_key(seed, "synthesize", 0, request.key, "", request.index) for request in group
+      draw_keys = [
+        keys.draw_key(self._seed, "synthesize", 0, request.key, "", request.index)
+        for request in group
       ]
-      trunks.append(Trunk(ids, [len(ids)] * len(group), np.stack(draws)))
+      trunks.append(Trunk(ids, [len(ids)] * len(group), np.stack(draw_keys)))
     for index, generations in self._engine.run(self._policy.params, trunks, Sampling(temperature)):
-      for request, made in zip(batch[index], generations, strict=True):
-        finish = "length" if made.finish == "length" else "stop"
-        text = self._policy.token_text.text(made.ids.tolist())
-        reply = Reply(text, finish, len(trunks[index].ids), len(made.ids), counted=True)
+      for request, generation in zip(batch[index], generations, strict=True):
+        finish = "length" if generation.finish == "length" else "stop"
+        text = self._policy.token_text.text(generation.ids.tolist())
+        reply = Reply(text, finish, len(trunks[index].ids), len(generation.ids), counted=True)
         self._store.put(request, reply)
         yield request, reply
 
 
 class Teacher:
-  """Asks, keeps what is answered, and says what it costs."""
+  """Asks the capable model, caches its replies and counts their cost.
+
+  Attributes:
+    model: name or fingerprint of the model.
+    asked: number of requests sent.
+    tokens: tokens of their prompts and replies.
+  """
 
   def __init__(self, experiment: Experiment):
     """Opens the provider of synthesis.provider.
 
     Raises:
-      UserError: no such model, no endpoint, or no key.
+      UserError: unknown model, no endpoint, or no key.
     """
     section = experiment.config.synthesis
     self._section, self._task = section, experiment.config.task
@@ -112,70 +118,65 @@ class Teacher:
 
   @property
   def spent_usd(self) -> float:
-    """All that the kept replies and lost attempts have cost, those of earlier runs too."""
+    """The cost of cached replies and lost attempts in US dollars, including earlier runs."""
     return self._purse.spent
 
   def request(self, purpose: str, text: str, index: int, temperature: float) -> Request:
-    """One request to this model."""
+    """A request to this model."""
     return Request(
       purpose, self.model, (("user", text),), index, temperature, self._section.max_tokens
     )
 
   def ask(self, name: str, requests: Sequence[Request]) -> dict[str, Reply]:
-    """Replies by the request's key; only what is not kept yet is asked.
+    """Returns replies by request key and sends only requests without a cached reply.
 
-    Returns:
-      A reply for every request but those that synthesis.max_failed lets go without.
+    At most synthesis.max_failed requests remain without a reply.
 
     Raises:
       UserError: as `Chat.ask`.
     """
+    replies, missing = {}, []
     if self._provider is None:
-
-      def answer(r):
-        return Reply(scripted.reply(self._task, r.messages, r.seed), "stop", 0, 0, counted=False)
-
-      return {request.key: answer(request) for request in requests}
-    found, missing = {}, []
+      for request in requests:
+        text = scripted.reply(self._task, request.messages, request.seed)
+        replies[request.key] = Reply(text, "stop", 0, 0, counted=False)
+      return replies
     for request in requests:
       reply = self._store.get(request)
       if reply is None:
         missing.append(request)
       else:
-        found[request.key] = reply
-    self._announce(name, missing, len(found))
+        replies[request.key] = reply
+    self._announce(name, missing, len(replies))
     with Progress(f"synthesize {name}", len(missing), "replies") as progress:
       for request, reply in self._provider.ask(missing):
-        found[request.key] = reply
+        replies[request.key] = reply
         self.asked += 1
         self.tokens += reply.prompt_tokens + reply.completion_tokens
         progress.update(1, tokens=self.tokens, usd=self._purse.spent)
-    return found
+    return replies
 
-  def _announce(self, name: str, missing: Sequence[Request], kept: int) -> None:
-    """Says before anything is sent what it may come to."""
+  def _announce(self, name: str, missing: Sequence[Request], num_cached: int) -> None:
+    """Logs the expected and the maximum cost before anything is sent."""
     if self._section.provider != "endpoint":
       return
-    guess = reply_cache.estimate(missing, self._prices)
+    estimate = reply_cache.estimate(missing, self._prices)
     logging.info(
-      "synthesize %s: %d requests (%d replies are kept), about %d prompt tokens, at most %d tokens "
-      "of replies, at most %.4f US dollars; %.4f spent before, budget %s.",
-      *(
-        name,
-        len(missing),
-        kept,
-        guess["prompt_tokens"],
-        guess["most_completion_tokens"],
-        guess["most_usd"],
-      ),
-      *(self._purse.spent, self._section.budget_usd or "none"),
+      "synthesize %s: %d requests (%d replies are cached), about %d prompt tokens, at most %d "
+      "reply tokens and %.4f US dollars; %.4f spent before, budget %s.",
+      name,
+      len(missing),
+      num_cached,
+      estimate["prompt_tokens"],
+      estimate["most_completion_tokens"],
+      estimate["most_usd"],
+      self._purse.spent,
+      self._section.budget_usd or "none",
     )
 
 
 def identity(experiment: Experiment) -> str:
-  """Tells one capable model from another without opening it: of a checkpoint its files, else its
-  name.
-  """
+  """Identifies the capable model without loading it: a checkpoint by its files, else by name."""
   section = experiment.config.synthesis
   if section.provider == "local":
     return files_identity(resolve(section.endpoint.model))

@@ -1,6 +1,4 @@
-"""What the stages sample and credit put on TensorBoard: traces as text, Q by step as images, and
-histograms.
-"""
+"""TensorBoard summaries of the stages sample and credit: traces, Q by step, and histograms."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,11 +9,12 @@ from synthneg_jax.data.credited_traces import CreditedTraces, first_pits
 from synthneg_jax.data.records import Problem, Trace
 from synthneg_jax.pipeline import evaluate
 from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.pipeline.traces import evenly_spaced
 from synthneg_jax.report import figures
 from synthneg_jax.runtime import distributed
 from synthneg_jax.runtime.event_files import EventFile, Histogram
 
-_SHARES = np.linspace(0.0, 1.0, 21)
+_Q_EDGES = np.linspace(0.0, 1.0, 21)
 
 
 def _histogram(values, edges) -> Histogram:
@@ -25,20 +24,17 @@ def _histogram(values, edges) -> Histogram:
   return edges, counts
 
 
-def _spread(traces: Sequence, count: int) -> list:
-  """At most `count` of them at even distances."""
-  return [traces[int(place)] for place in np.linspace(0, len(traces) - 1, min(count, len(traces)))]
-
-
 def _text(trace: Trace, problem: Problem) -> str:
-  """A trace as Markdown, with model output indented as code so that its markup is not rendered."""
+  """A trace as Markdown; prompt and response are code blocks, so their markup is not rendered."""
 
   def indented(text):
     return "".join(f"    {line}\n" for line in text.split("\n"))
 
-  said = "no answer" if trace.extracted is None else f"answer `{trace.extracted.replace('`', '')}`"
+  answer = "no answer"
+  if trace.extracted is not None:
+    answer = f"answer `{trace.extracted.replace('`', '')}`"
   return (
-    f"{trace.id}: **{trace.reason}**, {said}, {len(trace.step_ends)} steps\n\n"
+    f"{trace.id}: **{trace.reason}**, {answer}, {len(trace.step_ends)} steps\n\n"
     f"{indented(problem.prompt)}\n---\n\n{indented(trace.text)}"
   )
 
@@ -49,8 +45,15 @@ def sampled(
   problems: Mapping[str, Problem],
   traces: Sequence[Trace],
 ) -> None:
-  """Writes report.num_traces traces as text, and how long all are; the first process alone, if the
-  config asks for it.
+  """Writes report.num_traces traces as text, and histograms of their lengths.
+
+  Only the first process writes, and only with metrics.tensorboard.
+
+  Args:
+    experiment: gives the config.
+    folder: receives the event file.
+    problems: problems by id.
+    traces: all traces.
 
   Raises:
     UserError: the event file cannot be written.
@@ -58,7 +61,7 @@ def sampled(
   if not (experiment.config.metrics.tensorboard and distributed.first()):
     return
   file = EventFile(folder)
-  shown = _spread(traces, experiment.config.report.num_traces)
+  shown = evenly_spaced(traces, experiment.config.report.num_traces)
   edges = np.linspace(0, experiment.config.engine.max_new_tokens + 1, 33)
   file.write(
     0,
@@ -79,14 +82,15 @@ def credited(
   problems: Mapping[str, Problem],
   credited_traces: CreditedTraces,
 ) -> None:
-  """Writes Q by step of report.num_traces wrong traces as images beside their text, and histograms
-  of Q and advantage.
+  """Writes report.num_traces wrong traces with images of Q by step, and histograms of credit.
+
+  Only the first process writes, and only with metrics.tensorboard.
 
   Args:
-    experiment: with the config.
-    folder: takes the event file.
-    problems: by id.
-    credited_traces: of stage credit.
+    experiment: gives the config.
+    folder: receives the event file.
+    problems: problems by id.
+    credited_traces: the traces of stage credit.
 
   Raises:
     UserError: the event file cannot be written.
@@ -94,33 +98,30 @@ def credited(
   wrong = credited_traces.wrong
   if not (experiment.config.metrics.tensorboard and distributed.first() and wrong):
     return
-  pits = dict(
-    zip((each.trace.id for each in wrong), first_pits(wrong, experiment.config.pairs), strict=True)
-  )
+  with_pits = list(zip(wrong, first_pits(wrong, experiment.config.pairs), strict=True))
   images, texts = {}, {}
-  for n, each in enumerate(_spread(wrong, experiment.config.report.num_traces)):
+  for n, (shown, pit) in enumerate(evenly_spaced(with_pits, experiment.config.report.num_traces)):
     figure = figures.step_values(
-      [float(q) if known else None for q, known in zip(each.q, each.known, strict=True)],
+      [float(q) if known else None for q, known in zip(shown.q, shown.known, strict=True)],
       [
         evaluate.wilson(step.successes, step.rollouts) if step.rollouts else None
-        for step in each.estimates
+        for step in shown.estimates
       ],
-      each.v0,
-      pits[each.trace.id],
+      shown.v0,
+      pit,
     )
     images[f"step_q/{n}"] = figures.png(figure, 100)
-    texts[f"step_q/{n}"] = _text(each.trace, problems[each.trace.problem_id])
+    texts[f"step_q/{n}"] = _text(shown.trace, problems[shown.trace.problem_id])
+  q = np.concatenate([t.q[t.known] for t in wrong])
+  advantage = np.concatenate([t.advantage[t.advantage_known] for t in wrong])
   file = EventFile(folder)
   file.write(
     0,
     images=images,
     texts=texts,
     histograms={
-      "q/per_step": _histogram(np.concatenate([each.q[each.known] for each in wrong]), _SHARES),
-      "advantage/per_step": _histogram(
-        np.concatenate([each.advantage[each.advantage_known] for each in wrong]),
-        np.linspace(-1.0, 1.0, 41),
-      ),
+      "q/per_step": _histogram(q, _Q_EDGES),
+      "advantage/per_step": _histogram(advantage, np.linspace(-1.0, 1.0, 41)),
     },
   )
   file.close()

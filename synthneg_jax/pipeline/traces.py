@@ -1,5 +1,6 @@
-"""Responses of a policy to problems, with verdicts: what sample and evaluate share."""
+"""Sampling and grading of responses, shared by the stages sample, credit and evaluate."""
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 
@@ -10,6 +11,7 @@ from synthneg_jax.data import prompts, steps, token_text
 from synthneg_jax.data.records import Problem, Shards, Trace
 from synthneg_jax.decoding.engine import Engine, Generation, Trunk, Work
 from synthneg_jax.decoding.policy import Policy
+from synthneg_jax.decoding.remote import RemoteEngine
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.grading import answers
 from synthneg_jax.pipeline import train_policy
@@ -20,11 +22,11 @@ from synthneg_jax.runtime.progress import Progress
 from synthneg_jax.tasks import generated, verification
 from synthneg_jax.tasks import problems as problems_lib
 
-_SHARD = 512  # problems a shard: what a killed run loses at most
+_SHARD = 512  # problems per shard; a killed run loses at most one shard
 
 
 def _thought_open(experiment: Experiment, policy: Policy) -> bool:
-  """Whether the chat template ends its prompts within a thought, as those that write <think> do."""
+  """Whether the chat template's prompts end inside a thought, that is, after <think>."""
   if problems_lib.prompt_style(experiment.config.task) != "chat":
     return False
   ids = train_policy.prompt_ids(experiment, policy.tokenizer, Problem("", "?", "", "", ""))
@@ -38,42 +40,47 @@ def verdicts(
   problems: Sequence[Problem],
   finishes: Sequence[str],
 ) -> list[answers.Verdict]:
-  """Grades responses, each to its problem; one that was cut before its answer was whole is
-  "truncated".
+  """Grades responses.
+
+  A response that was cut off counts only if it states a marked answer before its last line; else
+  its verdict is "truncated".
+
+  Args:
+    experiment: gives the task's grading rules.
+    policy: the policy that responded.
+    texts: the responses.
+    problems: the problem of each.
+    finishes: the finish reason of each.
   """
   stop, task = list(experiment.config.engine.stop), experiment.config.task
   rules = answers.Conventions(
     **{name: value for name, value in task.grading.items() if name != "timeout_s"}
   )
+  marked = dataclasses.replace(rules, extraction="marked")
   if task.name in generated.TASKS or task.name == "reasoning_gym":
-    # Their solutions end in ####: without it nothing is answered.
-    rules = dataclasses.replace(rules, extraction="marked")
+    rules = marked  # their solutions always mark the answer with ####
   texts = [token_text.cut_at_stop(text, stop) if stop else text for text in texts]
   graded: list[answers.Verdict] = [answers.Verdict(False, "truncated", None)] * len(texts)
-  cut = [finish == "length" for finish in finishes]
-  judged = {}  # by something else than the grader
+  cut, ungraded = [finish == "length" for finish in finishes], []
   for index, (text, problem) in enumerate(zip(texts, problems, strict=True)):
-    if (verdict := verification.verdict(task, text, problem)) is not None:
-      judged[index] = verdict
-      if not cut[index]:
-        graded[index] = verdict
+    verdict = verification.verdict(task, text, problem)
+    if verdict is None:  # the task has no verifier of its own
+      ungraded.append(index)
+    elif not cut[index]:
+      graded[index] = verdict
   for was_cut in (False, True):
-    chosen = [index for index in range(len(texts)) if cut[index] == was_cut and index not in judged]
     if was_cut and task.answers == "exact":
       continue
-    if was_cut:
-      # The last line was cut, so what it says is not what the model would have said, and only a
-      # marked answer counts.
-      rules = dataclasses.replace(rules, extraction="marked")
-    found = answers.grade_many(
+    chosen = [index for index in ungraded if cut[index] == was_cut]
+    verdicts_chosen = answers.grade_many(
       [texts[i].rpartition("\n")[0] if was_cut else texts[i] for i in chosen],
       [problems[i].answer for i in chosen],
       kind=task.answers,
       timeout_s=task.grading.timeout_s,
-      rules=rules,
+      rules=marked if was_cut else rules,
       thought_open=_thought_open(experiment, policy),
     )
-    for index, verdict in zip(chosen, found, strict=True):
+    for index, verdict in zip(chosen, verdicts_chosen, strict=True):
       if not (was_cut and verdict.reason == "no_answer"):
         graded[index] = verdict
   return graded
@@ -83,41 +90,78 @@ def traces_of(
   experiment: Experiment,
   policy: Policy,
   purpose: str,
-  made: Sequence[tuple[Problem, int, Generation]],
+  responses: Sequence[tuple[Problem, int, Generation]],
 ) -> Iterator[Trace]:
-  """Responses, each with its problem and its number there, as records with steps and verdicts;
-  graded all at once.
+  """Yields responses as records with steps and verdicts; grades them in one batch.
+
+  Args:
+    experiment: gives the config.
+    policy: the policy that responded.
+    purpose: part of the traces' ids.
+    responses: (problem, index among its responses, response) each.
   """
-  ids = [one.ids.tolist() for _, _, one in made]
-  texts = [policy.token_text.text(of_one) for of_one in ids]
-  problems, finishes = [problem for problem, _, _ in made], [one.finish for _, _, one in made]
+  ids = [generation.ids.tolist() for _, _, generation in responses]
+  texts = [policy.token_text.text(response_ids) for response_ids in ids]
+  problems = [problem for problem, _, _ in responses]
+  finishes = [generation.finish for _, _, generation in responses]
   graded = verdicts(experiment, policy, texts, problems, finishes)
 
   def rounded(values):
     return [round(float(value), 5) for value in values]
 
-  for (problem, index, one), of_one, text, verdict in zip(made, ids, texts, graded, strict=True):
+  for (problem, index, generation), response_ids, text, verdict in zip(
+    responses, ids, texts, graded, strict=True
+  ):
     yield Trace(
       id=f"{problem.id}/{purpose}/{index}",
       problem_id=problem.id,
       index=index,
-      ids=of_one,
-      step_ends=steps.ends(of_one, policy.token_text, experiment.config.task),
+      ids=response_ids,
+      step_ends=steps.ends(response_ids, policy.token_text, experiment.config.task),
       text=text,
       correct=verdict.correct,
       reason=verdict.reason,
       extracted=verdict.extracted,
-      finish=one.finish,
-      logps=rounded(one.logp),
-      drawn_logps=rounded(one.drawn_logp),
+      finish=generation.finish,
+      logps=rounded(generation.logp),
+      drawn_logps=rounded(generation.drawn_logp),
       policy=policy.fingerprint,
     )
+
+
+def figures(traces: Sequence[Trace]) -> dict:
+  """What stages report of traces: number, tokens, pass@1 and verdicts by reason."""
+  return {
+    "traces": len(traces),
+    "tokens": sum(len(trace.ids) for trace in traces),
+    "pass_at_1": round(sum(trace.correct for trace in traces) / len(traces), 4),
+    "reasons": dict(collections.Counter(trace.reason for trace in traces).most_common()),
+  }
+
+
+def evenly_spaced(items: Sequence, count: int) -> list:
+  """At most `count` of the items, at even distances and in order."""
+  indices = np.linspace(0, len(items) - 1, min(count, len(items)))
+  return [items[int(index)] for index in indices]
+
+
+def slot_use(engine: Engine | RemoteEngine) -> float:
+  """The fraction of an engine's slot steps that generated a token."""
+  return round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3)
 
 
 def trunk(
   experiment: Experiment, prompt: Sequence[int], problem: Problem, purpose: str, count: int
 ) -> Trunk:
-  """The prompt of a problem with `count` items, each with its own key."""
+  """A trunk that asks for `count` responses to a problem, each with its own PRNG key.
+
+  Args:
+    experiment: gives the seed.
+    prompt: the prompt's token ids.
+    problem: the problem.
+    purpose: separates the random draws of stages.
+    count: number of responses.
+  """
   prefix = keys.hash_ids(prompt)
   item_keys = [
     keys.draw_key(experiment.config.seed, purpose, 0, problem.id, prefix, index)
@@ -133,18 +177,35 @@ def _prompt(
   room, new = experiment.config.model.max_length - len(ids), experiment.config.engine.max_new_tokens
   if room < new:
     raise UserError(
-      f"{problem.id}: its prompt has {len(ids)} tokens and leaves {room} of model.max_length="
+      f"{problem.id}: the prompt has {len(ids)} tokens and leaves {room} of model.max_length="
       f"{experiment.config.model.max_length}, less than engine.max_new_tokens={new}."
     )
   return ids
 
 
-def work(
-  experiment: Experiment, policy: Policy, problems: Sequence[Problem], request: "Request"
-) -> Work:
-  """What `respond` decodes at once: responses are expected to be as long as the solutions that SFT
-  has seen.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """How to respond to each of some problems.
+
+  Attributes:
+    label: shown in progress lines.
+    purpose: separates the random draws of stages; part of the traces' ids.
+    count: responses per problem.
+    sampling: how to sample them.
+    shots: worked examples before each problem in its prompt.
   """
+
+  label: str
+  purpose: str
+  count: int
+  sampling: Sampling
+  shots: Sequence[Problem] = ()
+
+
+def work(
+  experiment: Experiment, policy: Policy, problems: Sequence[Problem], request: Request
+) -> Work:
+  """The work of one `respond` shard; assumes that responses are as long as the known solutions."""
   first, new = problems[:_SHARD], experiment.config.engine.max_new_tokens
   solved = [
     problem.solution for problem in experiment.problems("train").values() if problem.solution
@@ -157,25 +218,6 @@ def work(
   return Work(sizes=draws.tolist(), longest=longest)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-  """What is asked of a policy for each of some problems.
-
-  Attributes:
-    label: for progress lines.
-    purpose: separates the random draws of stages, and stands in the traces' ids.
-    count: responses per problem.
-    sampling: how they are drawn.
-    shots: worked problems that stand before each problem in its prompt.
-  """
-
-  label: str
-  purpose: str
-  count: int
-  sampling: Sampling
-  shots: Sequence[Problem] = ()
-
-
 def respond(
   experiment: Experiment,
   policy: Policy,
@@ -185,15 +227,13 @@ def respond(
   request: Request,
   folder: epath.Path,
 ) -> Shards:
-  """Writes traces of each problem into folder, a shard at a time; problems that are there are not
-  repeated.
+  """Writes traces of each problem to folder, shard by shard; skips problems that have traces.
 
-  Of several processes each grades and writes its share of every shard; all shards are there when it
-  returns.
+  Each process grades and writes its share of every shard. All shards exist when this returns.
 
   Raises:
-    UserError: a prompt leaves no room for engine.max_new_tokens within model.max_length.
-    Stopped: SIGTERM came; the problems that were finished by then are written.
+    UserError: a prompt leaves less than engine.max_new_tokens of model.max_length.
+    Stopped: after SIGTERM; finished problems are written first.
   """
   shards = Shards(folder, Trace)
   done = {trace.problem_id for trace in shards.read()}
@@ -205,20 +245,18 @@ def respond(
       for problem in part:
         prompt = _prompt(experiment, policy, problem, request.shots)
         trunks.append(trunk(experiment, prompt, problem, request.purpose, request.count))
-      made, stopped = {}, None
+      completed, stopped = {}, None
       try:
-        for index, generations in engine.run(policy.params, trunks, request.sampling):
-          made[index] = generations
+        for number, generations in engine.run(policy.params, trunks, request.sampling):
+          completed[number] = generations
           progress.update(1)
       except distributed.Stopped as stop:
         stopped = stop
-      mine = [
-        (part[i], index, one)
-        for i in sorted(made)
-        if distributed.mine(i)
-        for index, one in enumerate(made[i])
-      ]
-      shards.write(traces_of(experiment, policy, request.purpose, mine))
+      responses = []
+      for number in filter(distributed.mine, sorted(completed)):
+        for index, generation in enumerate(completed[number]):
+          responses.append((part[number], index, generation))
+      shards.write(traces_of(experiment, policy, request.purpose, responses))
       if stopped is not None:
         raise stopped
   distributed.barrier()

@@ -1,8 +1,9 @@
-"""What the training stages share: trees of solutions, and one call of the train loop."""
+"""Code shared by the training stages: trees, batches, and the call of the train loop."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -26,7 +27,7 @@ from synthneg_jax.training.batch import Example
 def prompt_ids(
   experiment: Experiment, tokenizer, problem: Problem, shots: Sequence[Problem] = ()
 ) -> list[int]:
-  """The trunk of everything about a problem; `shots` are worked problems that come before it."""
+  """Token ids of a problem's prompt, with `shots` as worked examples before the problem."""
   task = experiment.config.task
   return prompts.encode_prompt(
     tokenizer,
@@ -38,101 +39,121 @@ def prompt_ids(
   )
 
 
+class Trees(NamedTuple):
+  """Training examples of some problems.
+
+  Attributes:
+    examples: one tree each.
+    names: the problem of each example.
+    dropped: number of branches left out because they do not fit a tree.
+  """
+
+  examples: list[Example]
+  names: list[str]
+  dropped: int = 0
+
+
 def solution_trees(
   trunks: Mapping[str, Sequence[int]],
   solutions: Mapping[str, Sequence[Sequence[int]]],
-  most: int,
-  length: int,
-) -> tuple[list[Example], list[str], int]:
-  """`branch_trees` of whole solutions: the prompt is the trunk, the solutions its branches, all
-  their tokens scored.
-  """
+  *,
+  max_branches: int,
+  max_tokens: int,
+) -> Trees:
+  """`branch_trees` of whole solutions, whose tokens are all scored; arguments as there."""
   branches = {
-    key: [Branch(len(trunks[key]), ids) for ids in all_ids] for key, all_ids in solutions.items()
+    key: [Branch(len(trunks[key]), ids) for ids in group] for key, group in solutions.items()
   }
-  return branch_trees(trunks, branches, most, length)
+  return branch_trees(trunks, branches, max_branches=max_branches, max_tokens=max_tokens)
 
 
 def branch_trees(
   trunks: Mapping[str, Sequence[int]],
   branches: Mapping[str, Sequence[Branch]],
-  most: int,
-  length: int,
-) -> tuple[list[Example], list[str], int]:
-  """Trees of what is trained on, a problem's prompt with its branches; beginnings that branches of
-  a tree share stand once.
+  *,
+  max_branches: int,
+  max_tokens: int,
+) -> Trees:
+  """Packs branches into trees, in order; the branches of a tree share common beginnings.
 
-  A tree holds at most `most` branches and `length` tokens; further ones go to another tree with the
-  same trunk. A branch that does not fit a tree alone is left out.
+  A branch that exceeds the limits of its problem's current tree starts another tree with the same
+  trunk. A branch that exceeds `max_tokens` on its own is dropped.
 
-  Returns:
-    (examples, their names, how many branches were left out).
+  Args:
+    trunks: prompt ids by problem.
+    branches: by problem.
+    max_branches: most branches of a tree.
+    max_tokens: most tokens of a tree, counted before beginnings are shared.
   """
   examples, names, dropped = [], [], 0
-  for key, of_problem in branches.items():
+  for key, problem_branches in branches.items():
     trunk = trunks[key]
     parts, room = [], 0
-    for branch in of_problem:
-      if len(trunk) + len(branch.ids) > length:
+    for branch in problem_branches:
+      if len(trunk) + len(branch.ids) > max_tokens:
         dropped += 1
         continue
-      if not parts or len(parts[-1]) == most or len(branch.ids) > room:
+      if not parts or len(parts[-1]) == max_branches or len(branch.ids) > room:
         parts.append([])
-        room = length - len(trunk)
+        room = max_tokens - len(trunk)
       parts[-1].append(branch)
       room -= len(branch.ids)
     examples += [Example(sharing(trunk, part)) for part in parts]
     names += [key] * len(parts)
-  return examples, names, dropped
+  return Trees(examples, names, dropped)
 
 
 def longest_tree(config, section) -> int:
-  """Tokens that a tree of a training stage may have."""
-  longest = config.model.max_length
-  return min(section.row_length or longest, longest)
+  """The most tokens that a tree of a training stage may have."""
+  return min(section.row_length or config.model.max_length, config.model.max_length)
 
 
 def room(model: Model, section, mesh: Mesh, *, length: int, memory: float) -> int:
-  """Tokens of a microbatch that each row shard has memory for, at least 1, by an estimate that is
-  ours.
+  """Estimates how many tokens of a microbatch fit a row shard's memory, at least 1.
 
   Args:
-    model: whose weights a stage trains, or by `section.lora` an adapter of them.
-    section: the stage's.
-    mesh: where it runs.
-    length: tokens of a row, at most.
-    memory: bytes that a device has for it all.
+    model: the stage trains its weights or, with `section.lora`, an adapter.
+    section: the stage's config section.
+    mesh: the mesh it runs on.
+    length: most tokens of a row.
+    memory: bytes available per device.
   """
   c = model.config
-  weights = mesh.shape["fsdp"] * mesh.shape["tensor"]
-  adapter = trained(model, section)
-  num_trained = sum(leaf.size for leaf in jax.tree.leaves(adapter.abstract_params()))
-  # parameters; their gradients and two moments
-  state = (4 * c.num_params + 12 * num_trained) / weights
+  weight_shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+  abstract_params = trained(model, section).abstract_params()
+  num_trained = sum(leaf.size for leaf in jax.tree.leaves(abstract_params))
+  # float32: all parameters; gradients and two moments of the trained ones
+  state = (4 * c.num_params + 12 * num_trained) / weight_shards
   token = step_lib.bytes_per_token(
     c, length, chunk=section.logit_chunk, fused=mesh.devices.flat[0].platform == "tpu"
   )
   return max(int((memory - state) / (token / mesh.shape["tensor"])), 1)
 
 
-def plan(
-  experiment: Experiment,
-  stage: manifest.Stage,
-  section,
-  model: Model,
-  *,
-  examples: Sequence[Example],
-  names: Sequence[str],
-) -> batches.Batches:
-  """The batches of a training stage, in rows that were chosen for it once."""
+def make_run(
+  experiment: Experiment, stage: manifest.Stage, section, *, model: Model, objective, trees: Trees
+) -> loop.Run:
+  """The training run of a stage.
+
+  The number and length of rows are chosen once and kept in the stage's folder, so a resumed run
+  uses the same.
+
+  Args:
+    experiment: gives seed, mesh and config.
+    stage: the training stage.
+    section: its config section.
+    model: the model that it trains.
+    objective: as training/objectives.py makes them.
+    trees: the training examples.
+  """
 
   def settle(choose: Callable[[], Rows]) -> Rows:
     rows = stage.settle("rows", lambda: dataclasses.asdict(choose()))
     return Rows(**rows | {"counts": tuple(rows["counts"])})
 
-  return batches.Batches(
-    examples,
-    names,
+  plan = batches.Batches(
+    trees.examples,
+    trees.names,
     schedule=batches.Schedule(
       batch_size=section.batch_size,
       num_epochs=section.num_epochs,
@@ -153,6 +174,15 @@ def plan(
     ),
     settle=settle,
   )
+  return loop.Run(
+    name=stage.name.removeprefix("dpo/"),
+    section=section,
+    model=model,
+    objective=objective,
+    batches=plan,
+    mesh=experiment.mesh,
+    folder=stage.folder,
+  )
 
 
 def trained(model: Model, section) -> Model | Adapter:
@@ -162,9 +192,7 @@ def trained(model: Model, section) -> Model | Adapter:
 
 
 def of_adapter(adapter: Adapter, objective):
-  """Returns joint(adapter's parameters, batch, base's) -> what the objective gives for both
-  together.
-  """
+  """Returns joint(adapter params, batch, base params): the objective of the merged parameters."""
 
   def joint(params, batch, base):
     return objective(adapter.join(base, params), batch)
@@ -173,20 +201,19 @@ def of_adapter(adapter: Adapter, objective):
 
 
 def train(experiment: Experiment, policy: Policy, run: loop.Run) -> tuple[str, dict]:
-  """Trains a policy's weights, or by `lora` of the run's section an adapter of them, and writes the
-  result to policy/.
+  """Trains a policy's weights, or an adapter if the section sets `lora`, and writes policy/.
 
   Args:
     experiment: gives seed and config.
-    policy: where training starts; its parameters are consumed.
-    run: of `policy.model`, without `open_metrics`.
+    policy: the initial policy; its parameters are consumed.
+    run: a run of `policy.model`, without `open_metrics`.
 
   Returns:
-    (fingerprint of the new weights; figures: steps, how full the packed rows are, and the last
-    step's metrics).
+    (fingerprint of the new weights; figures: number of steps, packing efficiency of the rows, and
+    the last step's metrics).
 
   Raises:
-    UserError: an example holds a token id that the model has no row for.
+    UserError: an example contains a token id outside the model's vocabulary.
   """
   run.batches.check_ids(policy.model.config)
   figures = {"steps": run.batches.num_steps, "fill": round(run.batches.packing_efficiency, 3)}

@@ -1,6 +1,4 @@
-"""Traces out and in again, pairs and labels in others' forms; each is read back and held against
-the records.
-"""
+"""Exports and imports of traces, pairs and step labels, read back and compared with the records."""
 
 import collections
 import json
@@ -48,7 +46,7 @@ def write_rows(rows, suffix: str = ".jsonl") -> str:
 
 
 def imported(rows, assume_finish: str = "", suffix: str = ".jsonl", skip: bool = False, **changes):
-  """(the run that took the rows, its figures)."""
+  """Returns (the run that imported the rows, its figures)."""
   experiment = small_run.opened(small_run.copied("synthesize", "sft"), **changes)
   return experiment, import_traces.run(experiment, [write_rows(rows, suffix)], assume_finish, skip)
 
@@ -56,7 +54,7 @@ def imported(rows, assume_finish: str = "", suffix: str = ".jsonl", skip: bool =
 class RoundTripTest(parameterized.TestCase):
   @parameterized.parameters(".jsonl", ".parquet")
   def test_traces_come_back_as_they_were(self, suffix):
-    # Fails if a field is lost, rounded, reordered or tokenised anew on the way out or in.
+    # Fails if export or import loses, rounds, reorders or retokenises a field.
     rows = exported("traces", suffix)
     self.assertTrue(all(row["problem"].startswith(" ") and row["answer"].isdigit() for row in rows))
     np.random.default_rng(0).shuffle(rows)
@@ -68,8 +66,8 @@ class RoundTripTest(parameterized.TestCase):
     self.assertEqual((figures["imported"]["rows"], figures["imported"]["without_logps"]), (120, 0))
 
   def test_text_is_tokenised_once_and_scored(self):
-    # Fails if a trace that came as text differs from the same as ids in anything but the last bits
-    # of its log-probs; or if credit treats it in another way than our own.
+    # Fails if a trace imported as text differs from the same trace imported as ids, beyond the last
+    # digits of log-probs, or if credit treats it differently.
     ours = read(small_run.finished(), "sample/traces", Trace)
     rows = [
       {"problem": t.text and self.prompt_of(t), "response": t.text, "finish_reason": t.finish}
@@ -95,8 +93,8 @@ class RoundTripTest(parameterized.TestCase):
     return self.prompts[trace.problem_id]
 
   def test_a_policy_trained_elsewhere(self):
-    # Fails if another policy's traces cannot come without our SFT, or stage sft keeps other weights
-    # than those given.
+    # Fails if traces of another policy require our SFT, or if stage sft keeps weights other than
+    # the given ones.
     experiment = small_run.opened(small_run.copied("synthesize"))
     figures = import_traces.adopt_sft(experiment, "embedded")
     self.assertEqual(figures["adopted"], "embedded")
@@ -106,7 +104,7 @@ class RoundTripTest(parameterized.TestCase):
       import_traces.adopt_sft(experiment, str(small_run.finished() / "sft/policy"))
 
   def test_by_the_command_line(self):
-    # Fails if the mains do not fit what they call, or the stage is not done afterwards.
+    # Fails if a command does not match the function it calls, or the stage is not done afterwards.
     out, workdir = pathlib.Path(tempfile.mkdtemp()), small_run.copied("synthesize", "sft")
     (out / "config.py").write_text(
       "from tests.pipeline import small_run\n\n\ndef get_config():\n  return small_run.config()\n"
@@ -155,10 +153,10 @@ class RefusalTest(parameterized.TestCase):
     }
 
   @parameterized.parameters(
-    ({"problem_id": "other/7"}, "problem_id 'other/7' is no training problem"),
+    ({"problem_id": "other/7"}, "problem_id 'other/7' is not a training problem"),
     ({"problem_id": None}, 'neither "problem_id" nor "problem"'),
     ({"ids": None}, 'neither "ids" nor "text"'),
-    ({"ids": [1, 5], "logps": None}, "EOS stands within"),
+    ({"ids": [1, 5], "logps": None}, "EOS occurs before the end"),
     ({"ids": [99999]}, "whole numbers from 0 to"),
     ({"ids": "5 6"}, 'the field "ids" must be a list'),
     ({"ids": [], "logps": [], "finish": "length"}, "the response has 0 tokens"),
@@ -169,36 +167,36 @@ class RefusalTest(parameterized.TestCase):
     ({"drawn_logps": [float("nan")]}, '"drawn_logps" must hold finite log-probs'),
     ({"ids": [5, True], "logps": None}, '"ids" must hold whole numbers'),
     ({"finish": None}, "--assume_finish"),
-    ({"finish": "tool_calls"}, "'tool_calls', none of eos, stop, length"),
+    ({"finish": "tool_calls"}, "'tool_calls' but must be one of eos, stop, length"),
   )
   def test_rows(self, changes, message):
-    # Fails if a row that cannot be meant is taken, or the message does not say which row it is.
+    # Fails if an invalid row is accepted, or the message does not name the row.
     row = {name: value for name, value in (self.row | changes).items() if value is not None}
     with self.assertRaisesRegex(UserError, r"rows.jsonl, line 2: .*" + re.escape(message)):
       imported([self.row | {"index": 5}, row])
 
   def test_skipped_rows_are_counted(self):
-    # Fails if --skip_bad_rows drops more than the bad rows, or does not say so.
+    # Fails if --skip_bad_rows drops valid rows or does not count the invalid ones.
     changes = {"credit.best_of": 1}
     _, figures = imported([self.row, self.row | {"finish": "x"}, self.row], skip=True, **changes)
     self.assertEqual((figures["traces"], figures["imported"]["skipped_rows"]), (2, 1))
 
   def test_a_trace_twice(self):
-    # Fails if two traces share a name.
-    with self.assertRaisesRegex(UserError, "trace 3 of problem .* stands twice"):
+    # Fails if two traces may share an id.
+    with self.assertRaisesRegex(UserError, "trace 3 of problem .* occurs twice"):
       imported([self.row | {"index": 3}] * 2)
 
   def test_too_few_for_best_of_k(self):
-    # Fails if values under Best-of-k would be taken from fewer than k traces, which later ends in a
+    # Fails if Best-of-k would be estimated from fewer than k traces, which later raises a
     # traceback.
     with self.assertRaisesRegex(UserError, "has 1 traces, less than credit.best_of=2"):
       imported([self.row], **{"credit.best_of": 2})
 
   @parameterized.parameters(
-    ("t.csv", "ends in none of"), ("t.jsonl", "cannot be read"), ("t.parquet", "no Parquet file")
+    ("t.csv", "must end in"), ("t.jsonl", "cannot be read"), ("t.parquet", "not a Parquet file")
   )
   def test_files(self, name, message):
-    # Fails with a traceback if a file is missing, or is not what its name says.
+    # Fails if a missing file, or a file of another format, raises a traceback.
     path = pathlib.Path(tempfile.mkdtemp()) / name
     if name == "t.parquet":
       path.write_text("no parquet")
@@ -207,7 +205,7 @@ class RefusalTest(parameterized.TestCase):
 
 
 class ExactnessTest(parameterized.TestCase):
-  """With a tokenizer that merges: "ab" is one token, and so is "\\nb"."""
+  """A tokenizer with merges: "ab" is one token, and so is "\\nb"."""
 
   def setUp(self):
     super().setUp()
@@ -237,9 +235,11 @@ class ExactnessTest(parameterized.TestCase):
     return self.reader.read({"problem_id": "p"} | row)
 
   def test_ids_that_text_would_not_give_back(self):
-    # Fails if ids are tokenised anew, or the report does not say what that would have moved.
-    made = self.read(ids=[1, 2, 1, 7, 0], finish="eos", logps=[-1.0] * 5)
-    self.assertEqual((made.ids, made.finish, list(made.logp)), ([1, 2, 1, 7, 0], "eos", [-1.0] * 5))
+    # Fails if ids are retokenised, or the report does not count what retokenising would change.
+    response = self.read(ids=[1, 2, 1, 7, 0], finish="eos", logps=[-1.0] * 5)
+    self.assertEqual(
+      (response.ids, response.finish, list(response.logp)), ([1, 2, 1, 7, 0], "eos", [-1.0] * 5)
+    )
     report = import_traces._report(self.reader.counts)
     self.assertEqual((report["reencoded_boundaries"], report["reencoded_boundaries_moved"]), (3, 1))
     self.assertEqual(
@@ -247,7 +247,7 @@ class ExactnessTest(parameterized.TestCase):
     )
 
   def test_logprobs_of_other_tokens_are_not_taken(self):
-    # Fails if log-probs are put to tokens that they are not of.
+    # Fails if log-probs are assigned to tokens that they do not belong to.
     moved = self.read(text="abb", tokens=["a", "b", "b"], logps=[-1.0, -2.0, -3.0], finish="length")
     self.assertEqual((moved.ids, moved.logp), ([7, 2], None))
     kept = self.read(text="abb", tokens=["ab", "b"], logps=[-1.0, -2.0], finish="length")
@@ -261,15 +261,14 @@ class ExactnessTest(parameterized.TestCase):
     )
 
   def test_the_seam(self):
-    # Fails if it goes unseen that prompt and response would merge if they were tokenised as one
-    # text.
+    # Fails if the report misses that prompt and response merge when encoded as one text.
     self.read(text="b1", finish="length")
     self.assertEqual(self.reader.counts["seam_moved"], 1)
     self.read(text="1b", finish="length")
     self.assertEqual(self.reader.counts["seam_moved"], 1)
 
   def test_eos_is_its_authors(self):
-    # Fails if EOS is added where the response was cut, or is missing where it ended.
+    # Fails if EOS is added to a response that was cut off, or missing from one that ended.
     self.assertEqual(self.read(text="1", finish="length").ids, [6])
     self.assertEqual(self.read(text="1", finish="stop").ids, [6, 0])
     cut, whole = (
@@ -281,14 +280,16 @@ class ExactnessTest(parameterized.TestCase):
     self.assertEqual(self.reader.counts["eos_restored"], 1)
 
   def test_every_ending_of_the_policy(self):
-    # Fails if only the tokenizer's EOS ends a trace: one that ends its turn otherwise would get
-    # another, and lose its log-probs.
+    # Fails if only the tokenizer's EOS ends a trace: a trace that ends with another stop token
+    # would get a second EOS and lose its log-probs.
     for finish in ("eos", "stop"):
-      made = self.read(ids=[6, 9], finish=finish, logps=[-1.0, -2.0])
-      self.assertEqual((made.ids, made.finish, made.logp), ([6, 9], "eos", [-1.0, -2.0]))
+      response = self.read(ids=[6, 9], finish=finish, logps=[-1.0, -2.0])
+      self.assertEqual(
+        (response.ids, response.finish, response.logp), ([6, 9], "eos", [-1.0, -2.0])
+      )
     self.assertEqual(self.read(text="1<end>", finish="stop").ids, [6, 9])
     self.assertEqual(self.reader.counts["eos_restored"], 0)
-    with self.assertRaisesRegex(UserError, "EOS stands within the ids"):
+    with self.assertRaisesRegex(UserError, "EOS occurs before the end of the ids"):
       self.read(ids=[6, 9, 6], finish="length")
     with self.assertRaisesRegex(UserError, '"ids" must hold whole numbers from 0 to 9'):
       self.read(ids=[10], finish="length")
@@ -306,11 +307,11 @@ class ExportTest(parameterized.TestCase):
 
   @parameterized.parameters("pairs", "stepwise", "math_shepherd", "prm800k")
   def test_parquet_holds_the_same(self, what):
-    # Fails if a nested or empty field does not survive the columns.
+    # Fails if Parquet loses a nested or empty field.
     self.assertEqual(exported(what, ".parquet"), exported(what))
 
   def test_pairs(self):
-    # Fails if ids and text are not of one pair, EOS is added to a step, or a pair is lost.
+    # Fails if ids and text belong to different pairs, EOS is added to a step, or a pair is missing.
     records = {pair.id: pair for pair in read(small_run.finished(), "pairs/step_dpo/pairs", Pair)}
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(small_run.finished() / "sft/policy"))
     rows = exported("pairs")
@@ -329,12 +330,12 @@ class ExportTest(parameterized.TestCase):
     self.assertGreater(unfinished, 0)
 
   def labels(self, trace_id) -> list[bool]:
-    """Straight from the records: alive is a step from which anything came out right."""
+    """Expected labels from the records: True for steps with any correct continuation."""
     right = self.traces[trace_id].correct
     return [right or e.successes > 0 or (e.exact and e.correct) for e in self.estimates[trace_id]]
 
   def test_stepwise(self):
-    # Fails if steps and labels are shifted, or counts are not those of credit.
+    # Fails if steps and labels are misaligned, or counts differ from those of credit.
     rows = exported("stepwise")
     self.assertCountEqual([row["trace_id"] for row in rows], self.estimates)
     both = set()
@@ -352,8 +353,7 @@ class ExportTest(parameterized.TestCase):
     self.assertEqual(both, {True, False})
 
   def test_math_shepherd(self):
-    # Fails if a tag or sign is missing: its readers find labels by replacing the tags of `input` in
-    # turn.
+    # Fails if a tag or sign is missing: consumers find labels by replacing the tags of `input`.
     for row, trace_id in zip(exported("math_shepherd"), self.estimates, strict=True):
       signs = []
       for part, line in zip(row["input"].split("\n"), row["label"].split("\n"), strict=True):
@@ -364,7 +364,7 @@ class ExportTest(parameterized.TestCase):
       self.assertIn(" Step 1: ", row["input"])
 
   def test_prm800k(self):
-    # Fails if ratings go on behind the first error, or an unlabelled rest counts as a solution.
+    # Fails if ratings continue after the first error, or an unlabelled rest counts as a solution.
     for row, trace_id in zip(exported("prm800k"), self.estimates, strict=True):
       labels = self.labels(trace_id)
       end = labels.index(False) + 1 if False in labels else len(labels)
@@ -376,7 +376,7 @@ class ExportTest(parameterized.TestCase):
       self.assertLen(row["question"]["pre_generated_steps"], len(labels))
 
   def test_what_is_not_known_has_no_label(self):
-    # Fails if a step that a schedule left out is labelled: rows end before it.
+    # Fails if a step that the schedule skipped is labelled: rows must end before it.
     workdir = small_run.copied("synthesize", "sft", "sample", "credit")
     shards = Shards(workdir / "credit/estimates", StepEstimate)
     records = [

@@ -1,6 +1,4 @@
-"""The export stage: folders that hold a policy's bits, its tokenizer and its endings, in files as
-large as asked.
-"""
+"""Stage export: folders hold the policy's exact weights, tokenizer and stop tokens, in shards."""
 
 import json
 import pathlib
@@ -35,9 +33,7 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor 
 
 
 def finished_sft(workdir: pathlib.Path, **export_section) -> Experiment:
-  """A run whose stage sft left other weights than the base's, beside a tokenizer with everything a
-  tokenizer may have.
-  """
+  """A run whose stage sft wrote new weights and a tokenizer with all optional files."""
   config = arithmetic.get_config("smoke")
   config.model.path = str(workdir.parent / "base")
   config.evaluate.methods = ("base", "sft", "rft")  # rft was not trained here
@@ -64,8 +60,8 @@ class ExportTest(absltest.TestCase):
     self.addCleanup(shutil.rmtree, self.root)
 
   def test_a_folder_for_every_trained_policy(self):
-    # Fails if weights change, a file of the tokenizer, a template or an ending is lost, or the base
-    # is exported.
+    # Fails if weights change, if a tokenizer file, template or stop token is lost, or if the base
+    # model is exported.
     experiment = finished_sft(self.root / "run")
     policy = experiment.policy("sft")
     self.assertEqual(policy.eos_ids, (policy.tokenizer.eos_token_id, 3))
@@ -91,7 +87,7 @@ class ExportTest(absltest.TestCase):
     self.assertEqual(export.run(experiment), {})
 
   def test_large_weights_are_several_files(self):
-    # Fails if export.max_shard_bytes is not read, or the index misses a tensor.
+    # Fails if export.max_shard_bytes is ignored, or the index misses a tensor.
     experiment = finished_sft(self.root / "run", max_shard_bytes=100_000)
     export.run(experiment)
     folder = self.root / "run/export/sft/policy"
@@ -112,7 +108,7 @@ class ExportTest(absltest.TestCase):
     )
 
   def test_what_a_killed_call_left_is_written_anew(self):
-    # Fails if half a folder stands in the way of the next call, or passes for done.
+    # Fails if a partial folder blocks the next call or counts as finished.
     experiment = finished_sft(self.root / "run")
     left = self.root / "run/export/sft/policy"
     left.mkdir(parents=True)
@@ -125,9 +121,8 @@ class ExportTest(absltest.TestCase):
     )
 
   def test_from_and_to_a_bucket(self):
-    # Fails if a base model's weights, or what is exported, must lie on a local disk; if rows of a
-    # tensor are read from another place in its file; or if a file of a bucket that is cut off is a
-    # traceback.
+    # Fails if a base model or an export must be on a local disk, if rows of a tensor are read from
+    # a wrong offset, or if a truncated file in a bucket raises a traceback.
     fsspec.register_implementation("gcs", bucket_test.Bucket, clobber=True)
     bucket_test.Bucket.store.clear()
     config = arithmetic.get_config("smoke")
@@ -147,7 +142,7 @@ class ExportTest(absltest.TestCase):
     local = Policy.load(EMBEDDED, config.model, experiment.mesh)
     self.assertEqual((base.fingerprint, base.eos_ids), (local.fingerprint, local.eos_ids))
     stage = experiment.stage("sft", ["sft"], reads_base=True)
-    # Its weights are in the other format, since orbax needs a real bucket.
+    # Its weights are in the other format because orbax needs a real bucket.
     (stage_folder / "fingerprint.json").write_text(json.dumps({"fingerprint": base.fingerprint}))
     stage.finish({}, identity=base.fingerprint)
     exported = export.run(experiment)["sft"]

@@ -1,6 +1,4 @@
-"""Stages that choose their own geometry: it stands in the manifest, a resumed stage keeps it, and
-it changes no result.
-"""
+"""Stages that choose their geometry record it, keep it when resumed, and give the same results."""
 
 import json
 from unittest import mock
@@ -22,7 +20,7 @@ _CHOSEN = {
 
 
 def geometry(workdir, stage, file="manifest.json"):
-  """What a stage chose."""
+  """The geometry that a stage recorded."""
   return json.loads((workdir / stage / file).read_text())["geometry"]
 
 
@@ -32,8 +30,8 @@ class GeometryTest(absltest.TestCase):
     return [json.loads(line)["loss/per_token"] for line in lines]
 
   def test_training_goes_on_with_what_it_chose(self):
-    # Fails if rows are chosen anew from the memory of the machine that goes on, if they are not in
-    # the manifest, or if rows of a given length give other losses than chosen ones.
+    # Fails if a resumed stage chooses its rows again from the memory of its machine, if rows are
+    # not in the manifest, or if chosen rows give other losses than rows of a given length.
     workdir, stops = small_run.copied("synthesize"), iter([False, True])
     with mock.patch.object(distributed, "stopping", lambda: next(stops, True)):
       with self.assertRaises(distributed.Stopped):
@@ -52,8 +50,7 @@ class GeometryTest(absltest.TestCase):
       self.assertAlmostEqual(one, other, delta=1e-5)
 
   def test_sampling_draws_the_same(self):
-    # Fails if what is drawn depends on the chosen lanes and slots, or if the stage does not keep
-    # them.
+    # Fails if samples depend on the chosen lanes and slots, or if the stage does not record them.
     workdir = small_run.copied("synthesize", "sft")
     sample.run(small_run.opened(workdir, **{"engine.lanes": 0, "engine.slots": 0}))
     chosen = geometry(workdir, "sample")["lanes"]

@@ -1,4 +1,4 @@
-"""Tests of the grading report."""
+"""The grading report: counts, examples and disagreements."""
 
 import collections
 import dataclasses
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow  # starts processes
 
 
 def problem(name: str, answer: str) -> Problem:
-  made = {field.name: "" for field in dataclasses.fields(Problem)}
-  return Problem(**(made | {"id": name, "prompt": "Find x.", "answer": answer}))
+  empty = {field.name: "" for field in dataclasses.fields(Problem)}
+  return Problem(**(empty | {"id": name, "prompt": "Find x.", "answer": answer}))
 
 
 def trace(name: str, reason: str, text: str) -> Trace:
@@ -45,7 +45,7 @@ class GradingReportTest(absltest.TestCase):
     ]
 
   def test_reasons_and_examples(self):
-    # Fails if counts are wrong, right ones come first, or an example is missing.
+    # Fails if counts are wrong, right responses come first, or an example is missing.
     Shards(self.folder / "sample" / "traces", Trace).write(self.traces)
     Shards(self.folder / "evaluate" / "sft" / "traces", Trace).write([trace("d", "wrong", "2")])
     text = grading_report.report(str(self.folder), False, 5).read_text()
@@ -59,19 +59,19 @@ class GradingReportTest(absltest.TestCase):
     self.assertNotIn("second opinion", text)
 
   def test_disagreements(self):
-    # Fails if agreements are listed, or an opinion that is none counts.
+    # Fails if agreements are listed, or None counts as an opinion.
     says = {"7": False, "x?y": None, "9 or 8": True}
     problems = {p.id: p for p in (problem("a", "7"), problem("b", "8"), problem("c", "9"))}
     text = grading_report.markdown(
-      {"sample": self.traces}, problems, lambda response, gold: says[response], 5
+      {"sample": self.traces}, problems, opinion=lambda response, gold: says[response], most=5
     )
     self.assertIn("## wrong here, right there: sample, 1 of 2", text)
     self.assertIn("## right here, wrong there: sample, 1 of 1", text)
     self.assertIn("no opinion on 1 of 3: sample", text)
 
   def test_math_verify_is_asked(self):
-    # Fails if what it is given, or what it says, is read wrongly. Not "right" of both: 1/2^99 for
-    # 1/2^98, its known mistake.
+    # Fails if gold answers or opinions are passed on wrongly. The last case is a known mistake of
+    # math-verify: it equates 2^-98 and 2^-99.
     opinion = grading_report.math_verify()
     self.assertIs(opinion(r"So \boxed{0.5}.", r"\frac12"), True)
     self.assertIs(opinion(r"So \boxed{0.6}.", r"\frac12"), False)
@@ -80,8 +80,8 @@ class GradingReportTest(absltest.TestCase):
 
   @pytest.mark.long
   def test_math_verify_judges_no_kind_of_answer_better(self):
-    # Fails once math-verify is better than our grader on a kind of the own pairs: then it should
-    # judge there.
+    # Fails once math-verify beats our grader on any kind of answer in our own pairs; it should then
+    # grade that kind.
     opinion, table = grading_report.math_verify(), collections.defaultdict(collections.Counter)
     for kind, gold, equal, unequal in math_answers_test.PAIRS:
       for answer, right in [(a, True) for a in equal] + [(a, False) for a in unequal]:
@@ -102,7 +102,7 @@ class GradingReportTest(absltest.TestCase):
         self.assertGreaterEqual(row[right, "ours"], row[right, "theirs"], kind)
 
   def test_few_are_shown(self):
-    text = grading_report.markdown({"s": [self.traces[1]] * 9}, {"b": problem("b", "8")}, None, 2)
+    text = grading_report.markdown({"s": [self.traces[1]] * 9}, {"b": problem("b", "8")}, most=2)
     self.assertIn("- and 7 more", text)
 
   def test_an_empty_workdir_is_said(self):

@@ -1,6 +1,4 @@
-"""The recipe on a model of the Hub, by the command line, against a server on this machine; and the
-upload of its policy.
-"""
+"""The recipe on a Hub model, by the command line and a local server, with upload of its policy."""
 
 import os
 import pathlib
@@ -22,8 +20,8 @@ NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 class HubModelTest(hf_tokenizers_test.FolderTest):
   def test_the_recipe(self):
-    # Fails if a stage takes the model's name for a folder, asks for it once more, or the policy
-    # does not reach the Hub.
+    # Fails if a stage takes the model's name for a folder or downloads the model again, or if the
+    # policy is not uploaded.
     root = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
     self.write(
       generation={"eos_token_id": hf_tokenizers_test.END},

@@ -1,6 +1,4 @@
-"""SFT of an adapter on the embedded model: what is trained, kept, resumed, stacked, merged and
-exported.
-"""
+"""SFT of an adapter on the embedded model: training, checkpoints, resume, stacking and export."""
 
 import copy
 import json
@@ -21,7 +19,7 @@ from synthneg_jax.pipeline import export, sft, synthesize, train_policy
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
-from synthneg_jax.training import loop, objectives
+from synthneg_jax.training import objectives
 from tests import tiny_model
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "configs"))
@@ -65,7 +63,7 @@ class LoraTest(absltest.TestCase):
     return open_run(workdir)
 
   def test_learns(self):
-    # Fails if the adapter is not what the optimizer moves: the base alone would keep its loss.
+    # Fails if the optimizer does not train the adapter: the loss would not fall.
     lines = [
       json.loads(line) for line in (self.root / "run/sft/metrics.jsonl").read_text().splitlines()
     ]
@@ -73,7 +71,7 @@ class LoraTest(absltest.TestCase):
     self.assertLess(lines[-1]["loss/per_token"], 0.8 * lines[0]["loss/per_token"])
 
   def test_only_the_adapter_is_kept(self):
-    # Fails if checkpoints or the policy hold the base, too.
+    # Fails if checkpoints or the policy also contain the base model.
     params = self.experiment.policy("sft").adapters[0][1]
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     self.assertEqual(self.figures["trained"], count)
@@ -85,7 +83,7 @@ class LoraTest(absltest.TestCase):
       self.assertLess(num_bytes(folder), self.base_bytes / 4)
 
   def test_policy_is_base_and_adapter(self):
-    # Fails if loading merges with another scale, or into another base.
+    # Fails if loading merges with another scale or into another base model.
     policy, base = self.experiment.policy("sft"), self.experiment.base()
     ((adapter, params),) = policy.adapters
     self.assertEqual((adapter.rank, adapter.scale, policy.base), (1, 2.0, base.folder))
@@ -100,8 +98,7 @@ class LoraTest(absltest.TestCase):
     self.assertNotEqual(policy.fingerprint, base.fingerprint)
 
   def test_a_killed_run_goes_on(self):
-    # Fails if a checkpoint lacks the adapter's moments, or the base's fresh copy is trained from
-    # zero again.
+    # Fails if a checkpoint lacks the adapter's moments, or resuming trains the adapter from step 0.
     experiment = self.copy_of_run()
     for name in ("manifest.json", "metrics.jsonl"):
       (experiment.workdir / "sft" / name).unlink()
@@ -116,25 +113,20 @@ class LoraTest(absltest.TestCase):
 
   def test_adapters_stack_move_and_are_exported(self):
     # Fails if the second adapter's base is not the first one's policy, if a moved workdir loses it,
-    # or if the two exports are not the same weights.
+    # or if the two exports have different weights.
     experiment = self.copy_of_run()
     policy, section = experiment.policy("sft"), copy.deepcopy(experiment.config.dpo)
-    examples, names, _ = train_policy.solution_trees(
-      {"p": [5, 6, 7]}, {"p": [[8, 9], [9, 8, 7]]}, 4, 64
+    trees = train_policy.solution_trees(
+      {"p": [5, 6, 7]}, {"p": [[8, 9], [9, 8, 7]]}, max_branches=4, max_tokens=64
     )
     stage = experiment.stage("dpo/dpo", ["dpo"], ["sft"])
-    plan = train_policy.plan(
-      experiment, stage, section, policy.model, examples=examples, names=names
-    )
-    objective = objectives.make_sft(policy.model)
-    training = loop.Run(
-      name="dpo",
-      section=section,
+    training = train_policy.make_run(
+      experiment,
+      stage,
+      section,
       model=policy.model,
-      objective=objective,
-      batches=plan,
-      mesh=experiment.mesh,
-      folder=stage.folder,
+      objective=objectives.make_sft(policy.model),
+      trees=trees,
     )
     identity, _ = train_policy.train(experiment, policy, training)
     stage.finish({}, identity=identity)
@@ -159,8 +151,8 @@ class LoraTest(absltest.TestCase):
     np.testing.assert_array_equal(exported["model.layers.1.self_attn.q_proj.weight"], query[1].T)
 
   def test_refuses(self):
-    # Fails if an adapter of nothing is trained, or a misnamed matrix is found after the data was
-    # made.
+    # Fails if pretrain accepts an adapter, or a misspelt matrix name is found only after data is
+    # generated.
     config = make_config()
     with config.unlocked():
       config.pretrain.lora.rank = 4

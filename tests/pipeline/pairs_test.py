@@ -1,6 +1,4 @@
-"""Pairs of every mode out of hand-made traces and counts: what a run's records become before
-training.
-"""
+"""Pairs of every mode, built from hand-made traces and counts."""
 
 import shutil
 import tempfile
@@ -27,7 +25,7 @@ FIRST, SECOND, DETOUR = (
 )
 WRONG_FIRST, WRONG_SECOND = " L: A+J A= 4 J= 4 L= 8\n", " D: A-L A= 4 L= 0 D= 5\n"
 RIGHT, WRONG, OTHER = " #### 4", " #### 5", " #### 8"
-# Traces of one problem, with (successes of 4 rollouts) after each step but the last.
+# Traces of one problem, with the number of successes in 4 rollouts after each step but the last.
 TRACES = (
   ("wrong", (FIRST, WRONG_SECOND, WRONG), (3, 0)),
   ("wrong", (WRONG_FIRST, SECOND, OTHER), (1, 0)),
@@ -35,7 +33,7 @@ TRACES = (
   ("right", (FIRST, SECOND, RIGHT), (3, 4)),
   ("no_answer", (FIRST,), ()),
 )
-# What follows FIRST in the rollouts, three of four right.
+# The rollouts after FIRST, of which three in four are right.
 AFTER_FIRST = (
   (True, (SECOND, RIGHT), -0.5, -3.0),
   (False, (WRONG_SECOND, WRONG), -1.0, -2.0),
@@ -112,58 +110,65 @@ class BuildTest(absltest.TestCase):
       Shards(cls.experiment.workdir / name, kind).write(records)
 
   def build(self, mode, best_of=1, **settings):
-    """(for each pair its trace, the trunk beyond the prompt, chosen, rejected as text, and its pit;
-    pairs; figures).
+    """Returns (rows, pairs, figures).
+
+    A row is (last character of the trace id, trunk after the prompt, chosen, rejected, pit), texts
+    without EOS.
     """
     config = self.experiment.config.copy_and_resolve_references()
     config.credit.best_of = best_of
     config.pairs.update(**settings)
-    made, figures = pairs.build(
+    records, figures = pairs.build(
       Experiment(config, self.experiment.workdir, self.experiment.mesh), mode
     )
     text = lambda ids: self.policy.token_text.text([i for i in ids if i != self.eos])
     rows = []
-    for pair in made:
+    for pair in records:
       prompt, end, trunk = text(pair.trunk).partition(" D=\n")
       self.assertEqual((prompt + end, pair.pair_mode), (PROMPT, mode))
       rows.append((pair.trace_id[-1], trunk, text(pair.chosen), text(pair.rejected), pair.pit))
-    return rows, made, figures
+    return rows, records, figures
 
   def test_algorithm1(self):
-    # Fails if the pit is another step, if a right trace gives a pair, if the chosen is not the
-    # teacher's with EOS, or if the pit is held against other counts than those before it.
-    rows, made, figures = self.build("algorithm1")
+    # Fails if the pit is another step, if a right trace gives a pair, if the chosen branch is not
+    # the teacher's solution with EOS, or if the pit is compared with other counts than those before
+    # it.
+    rows, records, figures = self.build("algorithm1")
     solution = FIRST + SECOND + RIGHT
     self.assertEqual(
       rows,
       [("0", "", solution, FIRST + WRONG_SECOND, 1), ("1", "", solution, WRONG_FIRST + SECOND, 1)],
     )
-    self.assertEqual([pair.chosen[-1] for pair in made], [self.eos] * 2)
-    self.assertNotIn(self.eos, made[0].rejected)
+    self.assertEqual([pair.chosen[-1] for pair in records], [self.eos] * 2)
+    self.assertNotIn(self.eos, records[0].rejected)
     flips = [
       pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(c, 4)) for c in (3, 1)
     ]
-    self.assertEqual([pair.flip for pair in made], flips)
+    self.assertEqual([pair.flip for pair in records], flips)
     self.assertEqual(
       (figures["pairs"], figures["dropped"]["without_pit"], figures["pits_by_step"]),
       (2, 0, {"1": 2}),
     )
 
   def test_the_prefix_is_protected(self):
-    # Fails if a good step of the rejected prefix is scored, if the pit is not, or if the pair is
-    # another than algorithm 1's.
-    rows, made, _ = self.build("prefix_protected")
+    # Fails if a step before the pit is scored, if the pit is not, or if the pair differs from
+    # algorithm 1's.
+    rows, records, _ = self.build("prefix_protected")
     expected, unprotected, _ = self.build("algorithm1")
     self.assertEqual(rows, expected)
     text = lambda ids: self.policy.token_text.text(ids)
-    self.assertEqual([text(pair.rejected[: pair.context]) for pair in made], [FIRST, WRONG_FIRST])
-    self.assertEqual([text(pair.rejected[pair.context :]) for pair in made], [WRONG_SECOND, SECOND])
+    self.assertEqual(
+      [text(pair.rejected[: pair.context]) for pair in records], [FIRST, WRONG_FIRST]
+    )
+    self.assertEqual(
+      [text(pair.rejected[pair.context :]) for pair in records], [WRONG_SECOND, SECOND]
+    )
     self.assertEqual({pair.context for pair in unprotected}, {0})
-    self.assertEqual([pair.flip for pair in made], [pair.flip for pair in unprotected])
+    self.assertEqual([pair.flip for pair in records], [pair.flip for pair in unprotected])
 
   def test_order(self):
-    # Fails if the cap takes another trace than the one that the order has first: of equals the
-    # earlier. Drops of Q at the pits are 3/4 and 1/4.
+    # Fails if the cap keeps another trace than the first by pairs.order, with ties in favour of the
+    # earlier one. The drops of Q at the pits are 3/4 and 1/4.
     first = lambda **settings: self.build("algorithm1", max_per_problem=1, **settings)[0][0][0]
     self.assertEqual(first(), "0")
     self.assertEqual(first(order="largest_drop"), "0")
@@ -178,8 +183,8 @@ class BuildTest(absltest.TestCase):
     self.assertEqual(ranks, {"likeliest": [0.25, 0.25], "largest_drop": [-0.75, -0.25]})
 
   def test_a_budget_of_pairs(self):
-    # Fails if more are kept, fewer are not among more, the share of right traces is not the one
-    # asked for, or a budget that cannot be filled is filled with others.
+    # Fails if the budget is exceeded, if a smaller budget is not a subset, if the fraction of right
+    # traces is wrong, or if a quota that cannot be met is filled with others.
     _, every, _ = self.build("positives_too", choice="majority")
     _, one, figures = self.build("positives_too", choice="majority", max_pairs=1)
     self.assertLen(one, 1)
@@ -190,52 +195,52 @@ class BuildTest(absltest.TestCase):
         "positives_too", choice="majority", max_pairs=1, right_fraction=fraction
       )
       self.assertEqual([row[0] for row in rows], [trace])
-    with self.assertRaisesRegex(UserError, "asks for 2 pairs from right traces, and there are 1"):
+    with self.assertRaisesRegex(UserError, "asks for 2 pairs from right traces, but only 1 exist"):
       self.build("positives_too", choice="majority", max_pairs=2, right_fraction=1.0)
 
   def test_shared_prefix(self):
-    # Fails if rollouts are taken from another prefix or from a trace that does not hold them, if
-    # the pit's own step is chosen, or if a trace whose prefix has no rollouts at hand raises.
-    rows, made, figures = self.build("shared_prefix", choice="majority")
+    # Fails if rollouts come from another prefix or from a trace that does not hold them, if the
+    # pit's own step is chosen, or if a trace whose prefix has no rollouts raises.
+    rows, records, figures = self.build("shared_prefix", choice="majority")
     self.assertEqual(rows, [("0", FIRST, SECOND, WRONG_SECOND, 1)])
     self.assertEqual(
-      made[0].flip, pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(2, 2))
+      records[0].flip, pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(2, 2))
     )
     self.assertEqual(figures["dropped"]["without_alternative"], 1)
     rows, _, _ = self.build("shared_prefix", choice="most_likely", continuation="rollout")
     self.assertEqual(rows, [("0", FIRST, DETOUR + RIGHT, WRONG_SECOND, 1)])
 
   def test_a_pit_at_the_start_is_held_against_the_traces(self):
-    # Fails if step 0 has no siblings, or they are not the problem's traces: the first pit of trace
-    # 1 by advantage.
+    # Fails if step 0 has no siblings, or they are not the problem's traces. By advantage, step 0 is
+    # the first pit of trace 1.
     rows, _, _ = self.build("shared_prefix", pit_rule="relative_drop", drop_ratio=1.0)
     self.assertIn(("1", "", FIRST, WRONG_FIRST, 0), rows)
 
   def test_positives_too(self):
-    # Fails if right traces give nothing, if their pit is the lowest value (step 0 of r3) and not
-    # the step back, if a right trace without one gives a pair, or if the detour is chosen for
-    # itself.
+    # Fails if right traces give no pair, if their rejected step is the one with the lowest value
+    # (step 0 of r3) instead of the spurious one, if a right trace without a spurious step gives a
+    # pair, or if the detour is chosen against itself.
     rows, _, figures = self.build("positives_too", choice="majority")
     self.assertEqual(rows, [("0", FIRST, SECOND, WRONG_SECOND, 1), ("2", FIRST, SECOND, DETOUR, 1)])
     self.assertEqual(figures["from_right_traces"], 1)
     self.assertLen(self.build("positives_too", choice="majority", spurious_below=-0.6)[0], 1)
 
   def test_random_step(self):
-    # Fails if the step is the pit after all, changes from run to run, or pairs are not those of a
-    # shared prefix.
-    places = {}
+    # Fails if the step is always the pit or changes between runs, or if pairs do not share their
+    # prefix.
+    rejected_steps = {}
     for seed in range(12):
       self.experiment.config.seed = seed
       rows, _, _ = self.build("random_step", choice="majority")
       self.assertEqual(rows, self.build("random_step", choice="majority")[0])
-      places |= {(row[0], row[4]): row for row in rows}
+      rejected_steps |= {(row[0], row[4]): row for row in rows}
     self.experiment.config.seed = 0
-    # where rollouts are at hand, with another right way on
-    self.assertEqual(set(places), {("0", 1), ("1", 0)})
-    self.assertEqual(places["1", 0], ("1", "", FIRST, WRONG_FIRST, 0))
+    # steps with rollouts that continue correctly in another way
+    self.assertEqual(set(rejected_steps), {("0", 1), ("1", 0)})
+    self.assertEqual(rejected_steps["1", 0], ("1", "", FIRST, WRONG_FIRST, 0))
 
   def cloned(self, **settings):
-    """For each response that RFT would learn: its trace, and the text of its scored tokens."""
+    """(trace, text of its scored tokens) of each response that RFT trains on."""
     config = self.experiment.config.copy_and_resolve_references()
     config.credit.best_of = 1
     config.rft.update(**settings)
@@ -250,13 +255,13 @@ class BuildTest(absltest.TestCase):
     return {clone.trace.id[-1]: text(scored(clone.trace, clone.scored)) for clone in chosen}
 
   def test_responses_that_rft_learns(self):
-    # Fails if wrong responses of high advantage are left out (figure 11 keeps them), right ones
-    # with a step back are kept, the filter ranks by another figure than the lowest advantage, or a
-    # mask leaves a bad step in.
+    # Fails if wrong responses of high advantage are dropped (figure 11 keeps them), if right ones
+    # with a step back are kept, if the filter does not rank by the lowest advantage, or if a mask
+    # keeps a bad step.
     whole = {str(n): "".join(lines) for n, (_, lines, _) in enumerate(TRACES)}
     self.assertEqual(self.cloned(), {n: whole[n] for n in "23"})
     self.assertEqual(self.cloned(max_per_problem=1), {"2": whole["2"]})
-    # Lowest advantages, V = 2/5: -.75, -.25, -.5 and 0.
+    # Lowest advantages with V = 2/5: -.75, -.25, -.5 and 0.
     self.assertEqual(self.cloned(keep="advantage"), {n: whole[n] for n in "13"})
     self.assertEqual(set(self.cloned(keep="advantage", drop_fraction=0.25)), set("123"))
     self.assertEqual(self.cloned(keep="advantage", loss_mask="positive"), {"3": FIRST + SECOND})
@@ -266,8 +271,8 @@ class BuildTest(absltest.TestCase):
     self.assertEqual(self.cloned(keep="clean"), {"3": whole["3"]})
 
   def test_every_token_bears_its_steps_advantage(self):
-    # Fails if a token has the advantage of the step before or after, if wrong traces or steps back
-    # are left out, or if the next-token objective, too, has advantages, which would part trees at
+    # Fails if a token gets the advantage of a neighbouring step, if wrong traces or steps back are
+    # dropped, or if the next-token objective also carries advantages, which would split trees at
     # them.
     config = self.experiment.config.copy_and_resolve_references()
     config.credit.best_of = 1
@@ -291,30 +296,31 @@ class BuildTest(absltest.TestCase):
     self.assertEqual({clone.advantage for clone in rft._chosen(experiment, groups)["p"]}, {None})
 
   def test_rft_learns_the_teachers_solution_too(self):
-    # Fails if it is left out where no sample was right: then there was nothing to train on.
+    # Fails if the teacher's solution is dropped for a problem without right samples.
     trace = by_problem(Shards(self.experiment.workdir / "sample/traces", Trace).read(), ["p"])["p"][
       3
     ]
     chosen = {"p": [rft._Clone(trace)], "q": [], "r": []}
-    made = rft._branches(chosen, {"p": [7, 8], "q": [9]}, {"p": 3, "q": 4, "r": 5}.get)
-    self.assertEqual(made["p"], [Branch(3, tuple(trace.ids)), Branch(3, (7, 8))])
-    self.assertEqual((made["q"], made["r"]), ([Branch(4, (9,))], []))
+    branches = rft._branches(chosen, {"p": [7, 8], "q": [9]}, {"p": 3, "q": 4, "r": 5}.get)
+    self.assertEqual(branches["p"], [Branch(3, tuple(trace.ids)), Branch(3, (7, 8))])
+    self.assertEqual((branches["q"], branches["r"]), ([Branch(4, (9,))], []))
 
   def test_arbitrary(self):
-    # Fails if a right trace or one without an answer is rejected, or if anything is cut.
-    rows, made, figures = self.build("arbitrary")
+    # Fails if a right trace or one without an answer is rejected, or if a response is cut.
+    rows, records, figures = self.build("arbitrary")
     solution = FIRST + SECOND + RIGHT
     expected = [(str(n), "", solution, "".join(TRACES[n][1]), -1) for n in (0, 1)]
     self.assertEqual(rows, expected)
-    self.assertEqual([pair.rejected[-1] for pair in made], [self.eos] * 2)
+    self.assertEqual([pair.rejected[-1] for pair in records], [self.eos] * 2)
     self.assertEqual(
       figures["dropped"], {"without_pit": 0, "without_alternative": 0, "too_long": 0}
     )
     self.assertNotIn("mean_flip", figures)
 
   def test_furthest(self):
-    # Fails if right traces do not join the teacher's solution, if a wrong one is used twice, or if
-    # the variant is not the config's: these are never far by half of their lengths together.
+    # Fails if right traces are not paired along with the teacher's solution, if a wrong one is used
+    # twice, or if the variant is not the config's: no two of these differ by half of their total
+    # length.
     rows, _, _ = self.build("furthest")
     self.assertEqual(
       [row[2] for row in rows], [FIRST + SECOND + RIGHT, FIRST + DETOUR + SECOND + RIGHT]
@@ -323,27 +329,27 @@ class BuildTest(absltest.TestCase):
     self.assertEqual(self.build("furthest", furthest="shortest_far")[0], [])
 
   def test_filters(self):
-    # Fails if the cap or the doubt is not the config's.
+    # Fails if the cap or the maximum flip probability is not the config's.
     self.assertLen(self.build("algorithm1", max_per_problem=1)[0], 1)
     rows, _, figures = self.build("algorithm1", max_flip=0.1)
     self.assertEqual([row[0] for row in rows], ["0"])
     self.assertEqual(figures["dropped"]["doubtful"], 1)
 
   def test_pairs_beyond_the_row_are_counted_and_left_out(self):
-    # Fails if a pair that no training row holds is written, so that dpo would stumble over it, or
-    # goes uncounted.
-    _, made, figures = self.build("algorithm1")
-    sizes = sorted(len(pair.trunk) + len(pair.chosen) + len(pair.rejected) for pair in made)
+    # Fails if a pair too long for a training row is written, which would break dpo, or is not
+    # counted.
+    _, records, figures = self.build("algorithm1")
+    sizes = sorted(len(pair.trunk) + len(pair.chosen) + len(pair.rejected) for pair in records)
     self.assertEqual((len(sizes), figures["dropped"]["too_long"]), (2, 0))
     before = self.experiment.config.dpo.row_length
     self.experiment.config.dpo.row_length = sizes[-1] - 1
-    _, made, figures = self.build("algorithm1")
+    _, records, figures = self.build("algorithm1")
     self.experiment.config.dpo.row_length = before
     kept = [size for size in sizes if size < sizes[-1]]
-    self.assertEqual((len(made), figures["dropped"]["too_long"]), (len(kept), 2 - len(kept)))
+    self.assertEqual((len(records), figures["dropped"]["too_long"]), (len(kept), 2 - len(kept)))
 
   def test_best_of_k_needs_k_rollouts(self):
-    # Fails if a step with fewer rollouts than k counts as known: the answer step alone is known
+    # Fails if a step with fewer than k rollouts counts as known: only the answer step is known
     # then.
     rows, _, _ = self.build("algorithm1", best_of=5)
     self.assertEqual([row[4] for row in rows], [2, 2])

@@ -1,6 +1,4 @@
-"""The embedded pipeline as several processes on this machine: the same records and losses, deaths,
-and ways back.
-"""
+"""The embedded pipeline in several processes: equal records and losses, crashes and resumption."""
 
 import functools
 import json
@@ -32,16 +30,16 @@ from tests.xla_flags import xla_flags
 pytestmark = pytest.mark.slow  # starts processes
 
 ROOT = pathlib.Path(__file__).parents[2]
-DEVICES = 4  # of all processes together
+DEVICES = 4  # over all processes
 STAGES = "synthesize,sft,sample,credit,pairs,dpo"
-SETTINGS = (  # 50 steps of SFT; verdicts of both kinds, so that there are pairs
+SETTINGS = (  # 50 steps of SFT: verdicts of both kinds, so that pairs exist
   "--config.task.train_problems=32",
   "--config.sft.batch_size=3",
   "--config.sft.num_epochs=5",
   "--config.sft.max_steps=50",
   "--config.sft.save_every_steps=10",
   "--config.dpo.max_steps=1",
-  # so that processes must hear of each other's verdicts
+  # so that processes need each other's verdicts
   "--config.credit.schedule=until_first_zero",
 )
 
@@ -59,17 +57,16 @@ def free_port() -> int:
 def start(
   workdir, count: int, stages: str, *flags, script=(), last=(), last_env=()
 ) -> list[subprocess.Popen]:
-  """The pipeline as `count` processes with DEVICES devices between them.
+  """Starts the pipeline in `count` processes that share DEVICES devices.
 
   Args:
-    workdir, stages, flags: of all.
-    script: a Python program, and its arguments, that runs the one named by the rest of its command
-      line.
-    last, last_env: flags and variables that the last process has besides.
+    workdir, stages, flags: for all processes.
+    script: a Python program and its arguments; it runs the program in the rest of its command line.
+    last, last_env: extra flags and variables of the last process.
   """
   env = {**os.environ, "JAX_PLATFORMS": "cpu"}
   env["XLA_FLAGS"] = xla_flags(DEVICES // count)
-  address, made = f"127.0.0.1:{free_port()}", []
+  address, processes = f"127.0.0.1:{free_port()}", []
   for index in range(count):
     command = [sys.executable, *(("-c", *map(str, script)) if script else ())]
     command += [str(ROOT / "launch/pipeline.py"), "--config=configs/arithmetic.py:smoke", *SETTINGS]
@@ -89,7 +86,7 @@ def start(
       ]
     own = index == count - 1
     log = (scratch() / f"{workdir.name}.{index}.log").open("w")
-    made.append(
+    processes.append(
       subprocess.Popen(
         [*command, *(last if own else ())],
         cwd=ROOT,
@@ -99,11 +96,11 @@ def start(
       )
     )
     log.close()
-  return made
+  return processes
 
 
 def finish(started, workdir, status: int, timeout_s: float = 400.0, first: int = 0) -> list[str]:
-  """The last lines of all, the first of them process `first`; each must end with this status."""
+  """Returns the last line of each process, from `first` on; each must exit with this status."""
   until = time.monotonic() + timeout_s
   logs = []
   for index, process in enumerate(started, start=first):
@@ -122,14 +119,14 @@ def finish(started, workdir, status: int, timeout_s: float = 400.0, first: int =
 
 @functools.cache
 def alone() -> pathlib.Path:
-  """A workdir that one process made."""
+  """A workdir that a single process wrote."""
   workdir = scratch() / "alone"
   finish(start(workdir, 1, STAGES), workdir, 0)
   return workdir
 
 
 def after_sft(name: str) -> pathlib.Path:
-  """A workdir with what one process made up to SFT: the given checkpoint."""
+  """A workdir up to SFT from a single process: the given checkpoint."""
   workdir = scratch() / name
   for stage in ("synthesize", "sft"):
     shutil.copytree(alone() / stage, workdir / stage)
@@ -156,10 +153,10 @@ def losses(workdir) -> list[float]:
 
 class PodTestCase(absltest.TestCase):
   def assert_same_records(self, workdir, count: int, stopped: str = ""):
-    """Traces, rollouts and pairs are one process's; log-probs to rounding; each process wrote its
-    part of all.
+    """Checks that records equal a single process's and that each process wrote its part.
 
-    `stopped` was written in two parts, the first of them before a stop.
+    Traces, rollouts and pairs are equal, log-probs up to rounding. `stopped` was written in two
+    parts, the first before a stop.
     """
     for name in ("sample/traces", "credit/estimates", "pairs/dpo/pairs", "pairs/step_dpo/pairs"):
       found, expected = records(workdir, name), records(alone(), name)
@@ -208,9 +205,7 @@ class PodTestCase(absltest.TestCase):
       time.sleep(0.05)
 
   def stop(self, workdir, count: int, stages: str, marker: int | str, *flags):
-    """Sends SIGTERM to the last process at a marker of NOTED; all must stop at one place, within 30
-    s.
-    """
+    """Sends SIGTERM to the last process at a marker of NOTED; all must stop within 30 s."""
     marks = pathlib.Path(tempfile.mkdtemp(dir=scratch()))
     started = start(
       workdir,
@@ -227,27 +222,27 @@ class PodTestCase(absltest.TestCase):
     self.assertFalse(marker == "compiles" and (marks / f"{count - 1}.compiled").exists())
     started[-1].send_signal(signal.SIGTERM)
     at = time.monotonic()
-    said = finish(started, workdir, distributed.PREEMPTED, timeout_s=30)
+    lines = finish(started, workdir, distributed.PREEMPTED, timeout_s=30)
     self.assertLess(time.monotonic() - at, 30)
-    for line in said:
+    for line in lines:
       self.assertIn("stopped by SIGTERM; what was done is saved.", line)
     calls = [
       {path.name.partition(".")[2] for path in marks.glob(f"{index}.*")} for index in range(count)
     ]
-    self.assertEqual(calls, calls[:1] * count)  # each asked equally often whether to stop
+    self.assertEqual(calls, calls[:1] * count)  # all processes called `stopping` equally often
 
   def deaths_and_ways_back(self, workdir, count: int, then: int):
-    """One process dies, one is asked to stop, then another number of processes finishes."""
+    """One process dies, one is told to stop, and then another number of processes finishes."""
     started = start(workdir, count, "synthesize,sft")
     self.wait_for_steps(started, workdir, 12)
     started[-1].kill()
     at = time.monotonic()
-    said = finish(started[:-1], workdir, distributed.LOST, timeout_s=60)
+    lines = finish(started[:-1], workdir, distributed.LOST, timeout_s=60)
     self.assertLess(time.monotonic() - at, 60)
-    for index, line in enumerate(said):
+    for index, line in enumerate(lines):
       self.assertIn(f"process {count - 1} of {count} died; process {index} stops.", line)
 
-    for marker in (12, "compiles"):  # during training, then during a compile in the middle of it
+    for marker in (12, "compiles"):  # during training, then during a compilation within it
       self.stop(workdir, count, "synthesize,sft", marker)
       saved = max(
         int(path.name) for path in (workdir / "sft/checkpoints").iterdir() if path.name.isdigit()
@@ -262,40 +257,41 @@ class PodTestCase(absltest.TestCase):
 
 class TwoProcessesTest(PodTestCase):
   def test_records_from_a_given_checkpoint(self):
-    # Fails if a draw depends on the number of processes, a process grades or writes another's
-    # share, the records' order reaches the pairs, or any process enters a program that another does
-    # not (then it hangs). Or if SIGTERM to one while both decode stops that one only, or the two
-    # after different calls of the loop.
+    # Fails if samples depend on the number of processes, if a process grades or writes another's
+    # share, if the order of records affects pairs, or if a process enters a program that another
+    # does not, which hangs. Also fails if SIGTERM to one process during decoding stops only that
+    # one, or stops the two after different calls of the loop.
     workdir = after_sft("records")
     self.stop(workdir, 2, "sample", 4, "--config.engine.lanes=8")
     finish(start(workdir, 2, "sample,credit,pairs,dpo"), workdir, 0)
     self.assert_same_records(workdir, 2, stopped="sample/traces")
 
   def test_deaths_and_ways_back(self):
-    # Fails if the others hang when one dies, or say nothing; if SIGTERM to one, in training or
-    # while the main threads compile, stops that one only, or all at different steps; or if one
-    # process does not go on where two were, or loses step or shuffle.
+    # Fails if the others hang or stay silent when one process dies, if SIGTERM to one during
+    # training or compilation stops only that one or all at different steps, or if one process
+    # cannot resume the work of two, or loses step or shuffle.
     self.deaths_and_ways_back(scratch() / "deaths", 2, then=1)
 
 
 class DifferencesTest(PodTestCase):
   def test_processes_that_were_started_with_other_settings(self):
-    # Fails if two processes with different rates train on together, or one of them leaves a file.
+    # Fails if two processes with different learning rates train on, or if one of them leaves a
+    # file.
     workdir = scratch() / "rates"
-    said = finish(
+    lines = finish(
       start(workdir, 2, "synthesize,sft", last=["--config.sft.optimizer.learning_rate=0.5"]),
       workdir,
       1,
       timeout_s=90,
     )
-    for line in said:
+    for line in lines:
       self.assertIn("The processes differ in sft.optimizer.learning_rate: ", line)
       self.assertIn("0.5 in process 1.", line)
     self.assertFalse(workdir.exists())
 
   def test_processes_that_read_other_data(self):
-    # Fails if a process whose own data file has another row, here a bad one, works on, or is called
-    # dead by the others.
+    # Fails if a process whose data file differs in a row, here an invalid one, continues or is
+    # reported dead by the others.
     rows = [
       {"problem": f"{n} + 1", "solution": f"Answer: {n + 1}", "answer": str(n + 1)}
       for n in range(40)
@@ -323,12 +319,12 @@ class DifferencesTest(PodTestCase):
 
 
 class BaseModelTest(distributed_test.MembersTestCase):
-  """Process 1 has no base model; every matrix is split over the two devices of both."""
+  """Process 1 has no base model; every matrix is split over the devices of both processes."""
 
   def test_process_0_reads_and_sends(self):
-    # Fails if a process without the folder is refused, or has other weights (in any bit: -0.0 is
-    # one), another tokenizer, template, ending or identity of the base; if copies that differ, or
-    # orbax weights that one cannot see, are accepted.
+    # Fails if a process without the folder is refused, or gets other weights (in any bit, -0.0
+    # included), another tokenizer, template, stop token or identity of the base model; or if
+    # differing copies, or orbax weights that one process cannot see, are accepted.
     root = pathlib.Path(tempfile.mkdtemp(dir=scratch()))
     base, adapter = root / "0/base", root / "0/adapter"
     shutil.copytree(EMBEDDED, base)
@@ -357,12 +353,12 @@ class BaseModelTest(distributed_test.MembersTestCase):
       (root / process / "other").mkdir(parents=True)
       (root / process / "other/config.json").write_text(process)
     (root / "0/kept/params").mkdir(parents=True)
-    made = self.members(
+    members = self.members(
       SENT.replace("ROOT", repr(str(root))), count=2, before=TWO_DEVICES, heartbeat_s=60
     )
-    for status, said, line in self.ends(made, timeout_s=400):
+    for status, output, line in self.ends(members, timeout_s=400):
       self.assertEqual(status, 0, line)
-      own = [text for text in said.splitlines() if not text.startswith("[Gloo]")]
+      own = [text for text in output.splitlines() if not text.startswith("[Gloo]")]
       *loaded, identity, differ, unseen = own
       for found, policy in zip(loaded, expected, strict=True):
         tied, endings = policy.model.config.tie_embeddings, list(policy.eos_ids)
@@ -415,8 +411,8 @@ distributed.finish()
 """
 
 
-# Asks to stop at the given call of the decoding loop, as SIGTERM would, and runs the program named
-# by the rest.
+# Requests a stop at the given call of the decoding loop, as SIGTERM would, and runs the program
+# named in the remaining arguments.
 STOP_AT = """
 import itertools, runpy, sys
 from synthneg_jax.runtime import distributed
@@ -426,9 +422,9 @@ sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
-# Runs the program named by the rest, and makes a file in a folder for each call of `stopping`,
-# which then takes longer. If asked, XLA compiles another program for a second or more, in one call,
-# before the second train step.
+# Runs the program named in the remaining arguments and creates a file in a folder for each call of
+# `stopping`, which then takes longer. On request, one of these calls before the second train step
+# makes XLA compile another program for a second or more.
 NOTED = """
 import pathlib, runpy, sys, time
 import jax
@@ -466,8 +462,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.long
 class StoppedTest(PodTestCase):
   def test_what_was_drawn_before_a_stop_is_kept(self):
-    # Fails if a stop costs finished problems, keeps one that was not finished, or changes what is
-    # drawn after it.
+    # Fails if a stop loses finished problems, keeps an unfinished one, or changes later samples.
     workdir = after_sft("stopped")
     small = ("--config.engine.lanes=8", "--config.credit.lanes=4")
     for stage, name, at in (("sample", "sample/traces", 4), ("credit", "credit/estimates", 30)):
@@ -485,9 +480,9 @@ class StoppedTest(PodTestCase):
       for key, record in kept.items():
         self.assertEqual(found[key], record)
       self.assertLen(list((workdir / name).glob("*.jsonl")), 2)
-      drawn = lambda made: {
+      drawn = lambda by_key: {
         key: record.get("ids", [sample["ids"] for sample in record.get("samples", [])])
-        for key, record in made.items()
+        for key, record in by_key.items()
       }
       self.assertEqual(drawn(found), drawn(expected))
 
@@ -495,7 +490,7 @@ class StoppedTest(PodTestCase):
 @pytest.mark.long
 class FourProcessesTest(PodTestCase):
   def test_the_whole_pipeline(self):
-    # As above, from the start to the report.
+    # As above, for the whole pipeline.
     workdir = scratch() / "four"
     finish(start(workdir, 4, f"{STAGES},rft,evaluate,report"), workdir, 0)
     self.assert_same_losses(workdir)
@@ -508,7 +503,7 @@ class FourProcessesTest(PodTestCase):
     self.deaths_and_ways_back(scratch() / "four_deaths", 4, then=2)
 
   def test_the_first_process_dies(self):
-    # Fails if the others wait for the one that they ask, or are ended by jax without a word.
+    # Fails if the others wait for the process that they ask, or if jax ends them without a message.
     workdir = scratch() / "first"
     started = start(workdir, 4, "synthesize,sft")
     self.wait_for_steps(started, workdir, 3)

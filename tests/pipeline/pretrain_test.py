@@ -1,4 +1,4 @@
-"""The embedded base model: the command that makes it runs, and what ships loads and executes."""
+"""The embedded base model: its training command runs, and the shipped weights load and generate."""
 
 import collections
 import pathlib
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow  # starts processes
 
 class PretrainTest(absltest.TestCase):
   def test_the_command_makes_a_folder_that_loads(self):
-    # Fails if the stage leaves out the tokenizer or the weights, or names another architecture.
+    # Fails if the stage omits the tokenizer or the weights, or writes another architecture.
     workdir = pathlib.Path(tempfile.mkdtemp())
     done = stages_test.launch(workdir, program="pretrain")
     self.assertEqual(done.returncode, 0, done.stderr[-2000:])
@@ -51,11 +51,11 @@ class PretrainTest(absltest.TestCase):
       problem = traces.Problem(f"p{number}", puzzle.prompt, "", "0", "test")
       trunks.append(traces.trunk(run, policy.tokenizer.encode(puzzle.prompt), problem, "test", 1))
     with jax.debug_nans(False):
-      made = dict(engine.run(policy.params, trunks, Sampling(temperature=0.0)))
+      generations = dict(engine.run(policy.params, trunks, Sampling(temperature=0.0)))
     verdicts = collections.Counter()
     for number, puzzle in enumerate(puzzles):
       known = set()
-      for line in policy.token_text.text(made[number][0].ids.tolist()).split("\n"):
+      for line in policy.token_text.text(generations[number][0].ids.tolist()).split("\n"):
         if line and not line.startswith(" ####"):
           verdicts[arithmetic.judge_step(puzzle, known, line)] += 1
           known.add(line.split()[0][:-1])

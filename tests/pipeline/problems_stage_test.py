@@ -1,6 +1,4 @@
-"""Problems from files in the stages: broken rows, what was left out, and worked problems for the
-base model.
-"""
+"""Problems from files: invalid rows, the list of omitted rows, and worked examples in prompts."""
 
 import json
 import os
@@ -26,8 +24,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class SynthesizeTest(absltest.TestCase):
-  # Fails if --skip_bad_rows is no flag, if the stage that a broken row stopped refuses to go on
-  # with it, or if what was left out is not said.
+  # Fails if --skip_bad_rows is not a flag, if the stage that an invalid row stopped cannot be
+  # resumed with it, or if omitted rows are not listed.
   def test_skip_bad_rows(self):
     folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
     row = lambda question, answer: json.dumps({"problem": question, "answer": answer}) + "\n"
@@ -75,7 +73,7 @@ class ShotsTest(parameterized.TestCase):
     config = config_schema.default()
     config.task.name, config.task.prompt, config.task.instruction = "gsm8k", "plain", "Be brief."
     config.evaluate.update(leaves)
-    made = [Problem(str(i), f"q{i}", f"s{i}" if i != 1 else "", "5", "") for i in range(4)]
+    all_problems = [Problem(str(i), f"q{i}", f"s{i}" if i != 1 else "", "5", "") for i in range(4)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2.smollm2_dir())
     policy = types.SimpleNamespace(tokenizer=tokenizer)
     return types.SimpleNamespace(
@@ -85,11 +83,12 @@ class ShotsTest(parameterized.TestCase):
       ),
       base=lambda: policy,
       policy=lambda name: policy,
-      problems=lambda split: {problem.id: problem for problem in made},
+      problems=lambda split: {problem.id: problem for problem in all_problems},
       engine=lambda *args, **kwargs: None,
     )
 
-  # Fails if finetuned policies get worked problems, the base model none, or one without a solution.
+  # Fails if fine-tuned policies get worked examples, the base model gets none, or an example lacks
+  # a solution.
   @parameterized.parameters(("base", 2, ["0", "2"]), ("base", 0, []), ("sft", 2, []))
   def test_only_the_base_model_gets_them(self, method, shots, expected):
     experiment = self._run(base_shots=shots, methods=(method,))
@@ -103,7 +102,7 @@ class ShotsTest(parameterized.TestCase):
       evaluate.run(experiment)
     self.assertEqual([problem.id for problem in given[0]], expected)
 
-  # Fails if prompts are put together without the worked problems or the config's instruction.
+  # Fails if prompts lack the worked examples or the config's instruction.
   def test_prompt(self):
     experiment = self._run()
     ids = train_policy.prompt_ids(
@@ -117,8 +116,8 @@ class ShotsTest(parameterized.TestCase):
       "Question: q0\nBe brief.\nAnswer:\ns0\n\nQuestion: q9\nBe brief.\nAnswer:\n",
     )
 
-  # Fails if a base model may be asked so without a stop string: it goes on with problems of its
-  # own.
+  # Fails if a base model may be prompted with worked examples but without a stop string: it would
+  # continue with problems of its own.
   @parameterized.parameters(
     ({"evaluate.base_shots": 2}, "engine.stop"),
     ({"evaluate.base_shots": -1}, r"base_shots=-1 must be in \[0, inf\)"),

@@ -1,6 +1,4 @@
-"""Datasets of reasoning-gym through the stages at toy size, with worked, scripted and bare
-solutions.
-"""
+"""reasoning-gym datasets through the stages, with worked, scripted and bare solutions."""
 
 import collections
 import pathlib
@@ -48,8 +46,9 @@ def config(dataset: str, params: str = "", **leaves):
 
 
 def save_base(folder: pathlib.Path, c) -> None:
-  """A model with random weights whose vocabulary is the words of the config's problems, digits one
-  by one.
+  """A model with random weights whose vocabulary is the words of the config's problems.
+
+  Digits are separate tokens.
   """
   split = Regex(r"\d| ?[^\W\d]+|\s|[^\w\s]")
   texts = [text for each in ("train", "test") for problem in problems.load(c.task, 0, each,
@@ -87,8 +86,7 @@ class ReasoningRunTest(parameterized.TestCase):
     ("spell_backward", "", {"sample.temperature": 1.5}),
   )
   def test_from_problems_to_test_errors(self, name, params, leaves):
-    # Fails if a stage does not take the dataset's problems, or traces are judged by something else
-    # than the task says.
+    # Fails if a stage does not use the dataset's problems, or grading does not follow the task.
     root = pathlib.Path(tempfile.mkdtemp())
     c = config(name, params, **leaves)
     save_base(root, c)

@@ -1,6 +1,4 @@
-"""Rollouts from a server over HTTP give the very estimates that our own engine gives, if it draws
-the same.
-"""
+"""Rollouts from an HTTP server give the estimates of our own engine for the same samples."""
 
 import dataclasses
 
@@ -23,7 +21,7 @@ def estimates(workdir) -> list[StepEstimate]:
 
 
 class _Policy:
-  """What our own engine drew, by prompt and seed: the server's model."""
+  """The rollouts of our own engine by prompt and seed: the model behind the server."""
 
   def __init__(self):
     experiment = small_run.opened(small_run.finished())
@@ -51,12 +49,12 @@ class _Policy:
     return self.known[tuple(prompt), body["seed"]]
 
   def like_vllm(self, body: dict) -> list[dict]:
-    """Ids, EOS among them, and log-probs; the text without EOS."""
+    """Ids and log-probs, including EOS; the text without EOS."""
     assert body["return_token_ids"]
     sample = self.sample(body)
     ids, first = sample["ids"], self.first(sample["ids"])
-    # Log-probs that sum to the record's: all of the first step's in its first token, of the rest in
-    # its last.
+    # Log-probs that sum to those of the record: the first token has all of the first step, the last
+    # token has the rest.
     logprobs = [0.0] * len(ids)
     logprobs[0] += sample["step_logp"]
     logprobs[-1] += sample["logp"] - sample["step_logp"]
@@ -87,7 +85,7 @@ class _Policy:
     return step_ends(ids, self.policy.token_text)[0]
 
   def text_alone(self, body: dict) -> list[dict]:
-    """The least that the protocol asks for."""
+    """The minimal response that the protocol requires."""
     assert isinstance(body["prompt"], str) and "return_token_ids" not in body
     sample = self.sample(body)
     finish = "length" if sample["finish"] == "length" else "stop"
@@ -116,8 +114,8 @@ class RemoteCreditTest(parameterized.TestCase):
       return experiment, credit.run(experiment), server
 
   def test_ids_there_and_back(self):
-    # Fails if a fork, a seed or a count is not ours, if ids or log-probs are altered on the way, or
-    # if a request that failed once leaves a hole.
+    # Fails if a fork, seed or count differs from our engine, if ids or log-probs change on the way,
+    # or if a retried request leaves a gap.
     faults = ["503", "", "429:0.05", "", "stall", "401"[:0]]
     experiment, figures, server = self.run_credit(self.model.like_vllm, faults)
     ours = estimates(small_run.finished())
@@ -134,7 +132,7 @@ class RemoteCreditTest(parameterized.TestCase):
     self.assertLen(server.requests, figures["rollouts"] + 3)
 
   def test_text_alone(self):
-    # Fails if EOS is not put back where a rollout ended by itself, or log-probs are made up.
+    # Fails if EOS is not restored for a rollout that ended by itself, or log-probs are invented.
     experiment, figures, _ = self.run_credit(
       self.model.text_alone, **{"credit.send_token_ids": False}
     )
@@ -144,15 +142,15 @@ class RemoteCreditTest(parameterized.TestCase):
       self.assertEqual([s["ids"] for s in estimate.samples], [s["ids"] for s in known.samples])
       self.assertTrue(all(sample["logp"] is None for sample in estimate.samples))
     self.assertEqual(figures["retokenised"], figures["rollouts"])
-    made, _ = pairs.build(experiment, "shared_prefix")
-    self.assertNotEmpty(made)
+    built, _ = pairs.build(experiment, "shared_prefix")
+    self.assertNotEmpty(built)
     experiment.config.pairs.choice = "most_likely"
-    with self.assertRaisesRegex(UserError, "most_likely.*without any"):
+    with self.assertRaisesRegex(UserError, "most_likely.*returned none"):
       pairs.build(experiment, "shared_prefix")
 
   def test_a_server_that_refuses_ids(self):
-    # Fails if the run ends there, although the same works as text; or a rollout that the server
-    # gave up counts.
+    # Fails if the run ends although text would work, or if a rollout that the server aborted
+    # counts.
     def complete(body):
       assert isinstance(body["prompt"], str) and "return_token_ids" not in body
       return self.model.text_alone(body)
@@ -165,8 +163,8 @@ class RemoteCreditTest(parameterized.TestCase):
     self.assertLen([body for body in server.bodies() if isinstance(body["prompt"], list)], 1)
 
   def test_a_schedule(self):
-    # Fails if rounds ask for other rollouts than one round does: the first of each prefix must be
-    # the same.
+    # Fails if several rounds request other rollouts than one round: the first ones of each prefix
+    # must be equal.
     changes = {"credit.schedule": "until_first_zero"}
     experiment, figures, _ = self.run_credit(self.model.like_vllm, **changes)
     drawn = 0
@@ -180,7 +178,7 @@ class RemoteCreditTest(parameterized.TestCase):
     self.assertLess(drawn, sum(len(known.samples) for known in estimates(small_run.finished())))
 
   def test_a_server_without_the_model(self):
-    # Fails if the server's word does not reach the user.
+    # Fails if the server's error message does not reach the user.
     with self.assertRaisesRegex(UserError, "answered 404"):
       self.run_credit(self.model.like_vllm, ["404"] * 64)
 
@@ -199,13 +197,13 @@ class GenerationTest(parameterized.TestCase):
     )
 
   def test_ids_in_the_names_of_tokens(self):
-    # Fails if vLLM's older way of giving ids is tokenised anew.
+    # Fails if ids in vLLM's older format are retokenised.
     logprobs = {"tokens": ["token_id:1", "token_id:0"], "token_logprobs": [-1.0, -0.5]}
-    made, retokenised = self.generation(
+    generation, retokenised = self.generation(
       {"text": "zzz", "finish_reason": "stop", "logprobs": logprobs}
     )
     self.assertEqual(
-      (made.ids.tolist(), made.logp.tolist(), made.finish, retokenised),
+      (generation.ids.tolist(), generation.logp.tolist(), generation.finish, retokenised),
       ([1, 0], [-1.0, -0.5], "eos", False),
     )
 
@@ -219,19 +217,21 @@ class GenerationTest(parameterized.TestCase):
     ({"text": "a", "finish_reason": "stop", "token_ids": [1, 9]}, [], [1, 9], "eos"),
   )
   def test_how_it_ended(self, choice, stop, ids, finish):
-    # Fails if a stop string is taken for EOS, or the length limit.
-    made, _ = self.generation(choice, stop)
-    self.assertEqual((made.ids.tolist(), made.finish), (ids, finish))
+    # Fails if a stop string, or the length limit, is taken for EOS.
+    generation, _ = self.generation(choice, stop)
+    self.assertEqual((generation.ids.tolist(), generation.finish), (ids, finish))
 
   def test_log_probs_of_other_tokens(self):
-    # Fails if log-probs are kept that are not of these ids.
+    # Fails if log-probs of other ids are kept.
     for tokens in (["ab"], ["a", "x"]):
       logprobs = {"tokens": tokens, "token_logprobs": [-1.0] * len(tokens)}
-      made, _ = self.generation({"text": "ab", "finish_reason": "length", "logprobs": logprobs})
-      self.assertIsNone(made.logp)
+      generation, _ = self.generation(
+        {"text": "ab", "finish_reason": "length", "logprobs": logprobs}
+      )
+      self.assertIsNone(generation.logp)
     logprobs = {"tokens": ["a", "b"], "token_logprobs": [-1.0, -2.0]}
-    made, _ = self.generation({"text": "ab", "finish_reason": "length", "logprobs": logprobs})
-    self.assertEqual(made.logp.tolist(), [-1.0, -2.0])
+    generation, _ = self.generation({"text": "ab", "finish_reason": "length", "logprobs": logprobs})
+    self.assertEqual(generation.logp.tolist(), [-1.0, -2.0])
 
 
 if __name__ == "__main__":

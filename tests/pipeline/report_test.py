@@ -1,6 +1,4 @@
-"""The report is right by hand, escapes what a model wrote, needs no network, and renders in a
-browser.
-"""
+"""The report has the right numbers, escapes model output, needs no network, and renders."""
 
 import dataclasses
 import html.parser
@@ -97,8 +95,8 @@ def _hand_made() -> report_page.Report:
   )
 
 
-def _unfinished(made: report_page.Report) -> report_page.Report:
-  states = [report_page.StageState(stage.name, "begun", {}) for stage in made.stages[1:]]
+def _unfinished(contents: report_page.Report) -> report_page.Report:
+  states = [report_page.StageState(stage.name, "begun", {}) for stage in contents.stages[1:]]
   rest = {
     "values": None,
     "pits": None,
@@ -107,7 +105,7 @@ def _unfinished(made: report_page.Report) -> report_page.Report:
     "training": {},
     "stages": states,
   }
-  return dataclasses.replace(made, methods=[report_page.Method("SFT")], **rest)
+  return dataclasses.replace(contents, methods=[report_page.Method("SFT")], **rest)
 
 
 def test_what_a_model_wrote_is_escaped(tmp_path):
@@ -116,7 +114,7 @@ def test_what_a_model_wrote_is_escaped(tmp_path):
   assert page.text.count(HOSTILE) == 6  # problem, answer, two steps, preferred, config
 
 
-@pytest.mark.parametrize("change", [lambda made: made, _unfinished])
+@pytest.mark.parametrize("change", [lambda contents: contents, _unfinished])
 def test_no_resource_is_fetched(tmp_path, change):
   text = report_page.write(change(_hand_made()), tmp_path).read_text()
   page = _Page(text)
@@ -134,7 +132,7 @@ def test_no_resource_is_fetched(tmp_path, change):
   assert "@import" not in text
   assert "//" not in text.replace(
     "https://evil.example", ""
-  )  # the one address stands in the text of a trace
+  )  # the only address occurs in the text of a trace
   ids = [value for _, name, value in page.attributes if name == "id"]
   assert len(ids) == len(set(ids))
 
@@ -189,23 +187,24 @@ def test_step_shows_its_credit(tmp_path):
 
 
 def test_numbers_are_not_rounded_into_falsehoods(tmp_path):
-  made = _hand_made()
-  (trace,) = made.traces
+  contents = _hand_made()
+  (trace,) = contents.traces
   still = dataclasses.replace(trace.steps[0], advantage=-0.001)
   trace = dataclasses.replace(
     trace, v0=0.125, right_samples=1, samples=8, steps=[still, *trace.steps[1:]]
   )
-  made = dataclasses.replace(
-    made, traces=[trace], pits=[1, 0, 2], reasons={"x": {"right": 3999, "unparsable": 1}}
+  contents = dataclasses.replace(
+    contents, traces=[trace], pits=[1, 0, 2], reasons={"x": {"right": 3999, "unparsable": 1}}
   )
-  text = _Page(report_page.write(made, tmp_path).read_text()).text
+  text = _Page(report_page.write(contents, tmp_path).read_text()).text
   assert "1 of 8 samples of the problem are right (value 0.125)" in text
   assert "(0.10 – 0.90), advantage 0.00" in text and "−0.00" not in text
   assert "1 < 0.1" in text and "1 0.0" not in text
   assert "the rule finds one in every trace" in text and "in none of them" not in text
 
 
-# The workdir: two problems with four samples each. Steps are lines; the last one states the answer.
+# The workdir: two problems with four samples each. Steps are lines, and the last one states the
+# answer.
 _RIGHT = " A: X= 2 + Y= 3 A= 5\n #### 5"
 _WRONG = (" A: X= 2 + Y= 3 A= 6\n B: A= 6 + Y= 3 B= 9\n #### 9", " A: X= 2 + Y= 3 A= 7\n #### 7")
 _SUCCESSES = {
@@ -233,7 +232,7 @@ def _stage(workdir, name, figures=None, config=None):
 
 @pytest.fixture(name="experiment")
 def _run(tmp_path) -> Experiment:
-  """A workdir in which credit and the evaluation of sft are done and the rest is not."""
+  """A workdir in which only credit, its inputs and the evaluation of sft are done."""
   workdir = epath.Path(tmp_path / "run")
   config = config_schema.default()
   config.credit.num_rollouts, config.credit.best_of, config.report.num_traces = 4, 1, 2
@@ -278,16 +277,16 @@ def _run(tmp_path) -> Experiment:
     trace("p1", 3, _WRONG[0]),
   ]
   estimates = []
-  for made in traces:
-    if made.correct:
+  for trace in traces:
+    if trace.correct:
       continue
-    for step, end in enumerate(made.step_ends):
-      exact = step == len(made.step_ends) - 1
-      right = 0 if exact else _SUCCESSES[made.id][step]
+    for step, end in enumerate(trace.step_ends):
+      exact = step == len(trace.step_ends) - 1
+      right = 0 if exact else _SUCCESSES[trace.id][step]
       estimates.append(
         StepEstimate(
-          made.id,
-          made.problem_id,
+          trace.id,
+          trace.problem_id,
           step,
           end,
           0 if exact else 4,
@@ -295,7 +294,7 @@ def _run(tmp_path) -> Experiment:
           exact,
           False,
           [],
-          f"{made.id}/{step}",
+          f"{trace.id}/{step}",
         )
       )
   Shards(workdir / "synthesize" / "train", Problem).write(
@@ -336,14 +335,14 @@ def test_stage_from_a_workdir(experiment):
   np.testing.assert_allclose(
     [[float(cell) for cell in line.split(",")] for line in lines], expected, atol=1e-6
   )
-  # Advantages of those, by trace: 1/4, -2/4, -1/4; then -1/4, -1/4; then -1/4, -2/4, 0.
+  # Their advantages by trace: 1/4, -2/4, -1/4; then -1/4, -1/4; then -1/4, -2/4, 0.
   lines = (path.parent / "mean_advantage.csv").read_text().splitlines()[1:]
   expected = [(1, -1 / 12, 3), (2, -5 / 12, 3), (3, -1 / 8, 2)]
   np.testing.assert_allclose(
     [[float(cell) for cell in line.split(",")] for line in lines], expected, atol=1e-6
   )
   assert (path.parent / "training_sft.csv").read_text() == "step,loss/per_token\n0,0.5\n"
-  # Lowest Q first reached: the third, the second and the second step.
+  # Steps that first reach the lowest Q: the third, the second and the second.
   assert (path.parent / "pits.csv").read_text() == "step,traces\n1,0\n2,2\n3,1\nnone,0\n"
   page = _Page(path.read_text())
   text = page.text

@@ -1,4 +1,4 @@
-"""Which of a problem's solutions RFT trains on."""
+"""Selection of a problem's solutions for RFT."""
 
 import types
 
@@ -16,7 +16,7 @@ TEXTS = (
 
 
 class DeduplicateTest(parameterized.TestCase):
-  # Fails if a rule is not applied, or only after the cut at max_per_problem.
+  # Fails if a rule is not applied, or is applied only after the cut at max_per_problem.
   @parameterized.parameters(
     ("none", [0, 1]), ("equations", [0, 3]), ("edit_distance", [0, 1]), ("most_diverse", [0, 3])
   )
@@ -28,7 +28,7 @@ class DeduplicateTest(parameterized.TestCase):
     self.assertEqual([TEXTS.index(clone.trace.text) for clone in distinct], kept)
 
   def test_near_duplicates_go(self):
-    # Fails if the threshold is not used, or 0 drops more than exact repeats.
+    # Fails if the threshold is ignored, or a threshold of 0 drops more than exact repeats.
     section = config_schema.default().rft
     section.deduplicate = "edit_distance"
     clones = [rft._Clone(types.SimpleNamespace(text=text)) for text in TEXTS + TEXTS[:1]]

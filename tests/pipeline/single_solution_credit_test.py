@@ -1,4 +1,4 @@
-"""Credit of a text that somebody wrote."""
+"""Credit of a single given solution."""
 
 import numpy as np
 import pytest
@@ -36,8 +36,8 @@ class OneTextTest(absltest.TestCase):
     )
 
   def test_cut_responses(self):
-    # Fails if a response that was cut is read by its last line, or one that answered before that is
-    # not.
+    # Fails if a truncated response is graded by its last line, or one that answered before that
+    # line is not graded.
     gold = self.problem.answer
     cases = (
       (f"#### {gold}\n x", "length", "right"),
@@ -56,7 +56,7 @@ class OneTextTest(absltest.TestCase):
     self.assertEqual([verdict.reason for verdict in graded], [reason for _, _, reason in cases])
 
   def test_counts_are_those_of_the_rollouts(self):
-    # Fails if a rollout is counted for another step than the one it continues, or none is ever
+    # Fails if a rollout counts for another step than the one it continues, or no rollout is ever
     # right.
     lines = self.problem.solution.splitlines(keepends=True)
     trace, rollouts = self.credit(self.problem.solution)
@@ -86,7 +86,7 @@ class OneTextTest(absltest.TestCase):
     self.assertTrue(once_right)  # before the last step only the answer is left to write
 
   def test_rollouts_go_on_from_the_end_of_their_step(self):
-    # Fails if a branch forks off a token early or late: then it is not what is drawn with the
+    # Fails if a branch forks one token early or late: its samples then differ from those with the
     # prefix as the whole trunk.
     _, rollouts = self.credit(self.problem.solution)
     prompt = train_policy.prompt_ids(self.experiment, self.policy.tokenizer, self.problem)
@@ -99,19 +99,19 @@ class OneTextTest(absltest.TestCase):
       )
       trunk = Trunk([*prompt, *prefix], [len(prompt) + len(prefix)] * ROLLOUTS, draws)
       engine = self.experiment.engine(self.policy, lanes=1, slots=ROLLOUTS)
-      ((_, made),) = engine.run(
+      ((_, generations),) = engine.run(
         self.policy.params, [trunk], sampling(self.experiment.config.credit)
       )
       same += [
         self.policy.token_text.text(a.ids) == b
-        for a, (b, _) in zip(made, rollouts[number], strict=True)
+        for a, (b, _) in zip(generations, rollouts[number], strict=True)
       ]
     self.assertGreater(
       np.mean(same), 0.9
     )  # a draw at the edge of its interval may fall to the other side
 
   def test_a_right_text_has_no_pit_and_ends_at_one(self):
-    # Fails if the last step's Q is not the verdict, or a right text is blamed.
+    # Fails if the last step's Q is not the verdict, or a right solution gets a pit.
     trace, _ = self.credit(self.problem.solution)
     self.assertEqual(
       (trace.reason, trace.pit, trace.steps[-1].q, trace.steps[-1].exact), ("right", -1, 1.0, True)
@@ -119,7 +119,7 @@ class OneTextTest(absltest.TestCase):
     self.assertAlmostEqual(sum(step.advantage for step in trace.steps), 1.0 - trace.v0, places=5)
 
   def test_a_wrong_text_has_its_pit_at_the_first_lowest(self):
-    # Fails if the pit is taken of other values than those that are shown.
+    # Fails if the pit follows other values than the ones shown.
     lines = self.problem.solution.splitlines(keepends=True)
     lines[-1] = f" #### {(int(self.problem.answer) + 1) % 10}"
     trace, _ = self.credit("".join(lines))
@@ -127,14 +127,14 @@ class OneTextTest(absltest.TestCase):
     self.assertEqual((trace.reason, trace.steps[-1].q, trace.pit), ("wrong", 0.0, q.index(min(q))))
 
   def test_the_same_text_gives_the_same_rollouts(self):
-    # Fails if draws depend on anything but seed, problem, prefix and number.
+    # Fails if samples depend on anything but seed, problem, prefix and index.
     self.assertEqual(self.credit(self.problem.solution)[1], self.credit(self.problem.solution)[1])
 
   def test_refuses_what_the_policy_cannot_read(self):
-    # Fails if unknown words are silently read as padding, or a text of no length or too much of it
-    # is taken.
+    # Fails if unknown words are silently read as padding, or an empty or too long solution is
+    # accepted.
     with self.assertRaisesRegex(
-      UserError, "solution holds what this policy's vocabulary cannot spell, at letter 1: 'Hello"
+      UserError, "solution has text .* vocabulary cannot represent, at character 1: 'Hello"
     ):
       self.credit("Hello world")
     with self.assertRaisesRegex(UserError, "has 0 tokens"):

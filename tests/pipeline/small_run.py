@@ -1,4 +1,4 @@
-"""A run of the embedded task at toy size, made once a process and copied by whoever changes it."""
+"""A small run of the embedded task, made once per process and copied by tests that change it."""
 
 import functools
 import pathlib
@@ -23,7 +23,7 @@ def config():
 
 @functools.cache
 def finished() -> pathlib.Path:
-  """Stages synthesize, sft, sample, credit and pairs/step_dpo are done. Not to be changed."""
+  """The finished run, up to pairs/step_dpo. Do not change it."""
   workdir = pathlib.Path(tempfile.mkdtemp(prefix="small_run_")) / "run"
   experiment = opened(workdir)
   for stage in (synthesize, sft, sample, credit):
@@ -41,7 +41,7 @@ def copied(*stages: str) -> pathlib.Path:
 
 
 def opened(workdir, **changes) -> Experiment:
-  """The run of a workdir; changes are leaves by their dotted names."""
+  """Opens a workdir; changes are config leaves by dotted name."""
   c = config()
   c.update_from_flattened_dict(changes)
   return Experiment(c, epath.Path(workdir), tiny_model.one_device_mesh())

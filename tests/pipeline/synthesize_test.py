@@ -1,6 +1,4 @@
-"""D_syn over HTTP: equal to the one made in process, whatever happens on the way, and paid for
-once.
-"""
+"""D_syn over HTTP equals the one made in process, despite faults, and is paid for once."""
 
 import collections
 import dataclasses
@@ -71,45 +69,45 @@ class SynthesizeTest(parameterized.TestCase):
     self.addCleanup(self.server.close)
 
   def test_new_problems_over_http_are_those_made_in_process(self):
-    # Fails if anything of the protocol changes a problem or a solution, or what is drawn depends on
-    # who came first; the faults on the way must leave no trace. Also: a second workdir with the
-    # same replies asks for nothing.
-    here = open_run(make_config())
+    # Fails if the protocol changes a problem or solution, or samples depend on the order of
+    # replies; injected faults must leave no trace. A second workdir with the same replies must send
+    # no request.
+    local = open_run(make_config())
     self.server.faults = ["503", "die", "broken_json", "429:0.05", "cut"]
-    there = open_run(served(self.server))
-    figures = {"here": synthesize.run(here), "there": synthesize.run(there)}
-    self.assertEqual(without_source(records(here)), without_source(records(there)))
-    self.assertLen(records(there), 48)
-    self.assertEqual(records(there)[0].source, "teacher (endpoint)")
+    remote = open_run(served(self.server))
+    figures = {"here": synthesize.run(local), "there": synthesize.run(remote)}
+    self.assertEqual(without_source(records(local)), without_source(records(remote)))
+    self.assertLen(records(remote), 48)
+    self.assertEqual(records(remote)[0].source, "teacher (endpoint)")
     self.assertEqual(figures["there"]["difficulty"], figures["here"]["difficulty"])
     self.assertEqual(figures["there"]["asked"], len(self.server.requests) - 5)
     self.server.requests.clear()
-    again = open_run(served(self.server, replies=str(there.workdir / "replies")))
+    again = open_run(served(self.server, replies=str(remote.workdir / "replies")))
     synthesize.run(again)
-    self.assertEqual(records(again), records(there))
+    self.assertEqual(records(again), records(remote))
     self.assertEmpty(self.server.requests)
 
   def test_solutions_over_http_train_the_same(self):
-    # Fails if D_syn with the solutions of a teacher behind HTTP differs, by a space, from that made
-    # in process.
-    own, there = (
+    # Fails if D_syn with solutions of a teacher over HTTP differs in any character from the one
+    # made in process.
+    own, remote = (
       open_run(make_config(provider="task")),
       open_run(served(self.server, generate="solutions")),
     )
     prints = []
-    for experiment in (own, there):
+    for experiment in (own, remote):
       synthesize.run(experiment)
       sft.run(experiment)
       prints.append(
         json.loads((experiment.workdir / "sft/policy/fingerprint.json").read_text())["fingerprint"]
       )
-    self.assertEqual(without_source(records(own)), without_source(records(there)))
+    self.assertEqual(without_source(records(own)), without_source(records(remote)))
     self.assertEqual(prints[0], prints[1])
     self.assertLen(self.server.requests, 96)
 
   def test_what_is_dropped_and_why(self):
-    # Fails if a problem without agreement, a repeat, or one of the test set is trained on, or a
-    # vote goes to a minority.
+    # Fails if a problem without agreement, a repeat or a test problem is trained on, or a minority
+    # wins a vote.
     teacher = scripted_chat(make_config().task)
     own = open_run(make_config(provider="task"))
     synthesize.run(own)
@@ -159,7 +157,7 @@ class SynthesizeTest(parameterized.TestCase):
       )
 
   def test_too_few(self):
-    # Fails if a run goes on with fewer problems than its figures will say.
+    # Fails if a run continues with fewer problems than asked for.
     self.server.chat = lambda body: "I would rather not."
     with self.assertRaisesRegex(
       UserError, "max_rounds=2 rounds 0 problems of task.train_problems=48"
@@ -167,7 +165,7 @@ class SynthesizeTest(parameterized.TestCase):
       synthesize.run(open_run(served(self.server, max_rounds=2)))
 
   def test_budget(self):
-    # Fails if money is spent beyond it, or what was bought is bought again when there is more.
+    # Fails if the budget is exceeded, or replies are bought again after it is raised.
     changes = {"usd_per_million_prompt": 1.0, "usd_per_million_completion": 1.0, "max_tokens": 300}
     config = served(self.server, budget_usd=0.004, **changes)
     experiment = open_run(config)
@@ -183,8 +181,9 @@ class SynthesizeTest(parameterized.TestCase):
     self.assertBetween(figures["spent_usd"], 0.004, 1.0)
 
   def test_a_local_checkpoint(self):
-    # Fails if our own engine cannot be asked, or its replies are drawn again or all with one key.
-    # The embedded base solves next to nothing, so what it writes is looked at, not what is kept.
+    # Fails if our own engine cannot be the teacher, or its replies are sampled again or all with
+    # one key. The embedded base model solves almost nothing, so the test checks its replies, not
+    # the problems kept.
     config = make_config(
       provider="local", generate="solutions", max_tokens=40, temperature_solutions=3.0
     )
@@ -207,7 +206,7 @@ class SynthesizeTest(parameterized.TestCase):
 
 
 class CommandTest(absltest.TestCase):
-  """By the command line, as a user has it."""
+  """By the command line, as a user runs it."""
 
   def setUp(self):
     super().setUp()
@@ -250,9 +249,9 @@ class CommandTest(absltest.TestCase):
     )
 
   def test_killed_and_gone_on_with(self):
-    # Fails if a reply that is on disk is asked for again after SIGKILL, if what is made differs
-    # from an unbroken run's, if cost and tokens are not shown before and at the end, or if the key
-    # comes into any file or the log: the server echoes it in replies and errors.
+    # Fails if a stored reply is requested again after SIGKILL, if the results differ from those of
+    # an uninterrupted run, if cost and tokens are not logged before and at the end, or if the key,
+    # which the server echoes in replies and errors, appears in any file or the log.
     self.server.delay_s = 0.2
     first = self.start()
     deadline = time.monotonic() + 300
@@ -279,12 +278,11 @@ class CommandTest(absltest.TestCase):
     synthesize.run(whole)
     train = list(Shards(epath.Path(self.workdir) / "synthesize/train", Problem).read())
     self.assertEqual(without_source(train), without_source(records(whole)))
-    self.assertLessEqual(before, kept + 4)  # at most what was under way was lost
+    self.assertLessEqual(before, kept + 4)  # at most the requests in flight were lost
     self.assertLen(self.server.requests, before + len(replies()) - kept + 2)  # two were broken
     self.assertRegex(
       log,
-      r"synthesize solutions: \d+ requests .* at most \d+ tokens of replies, at most 0\.\d+ US "
-      r"dollars",
+      r"synthesize solutions: \d+ requests .* at most \d+ reply tokens and 0\.\d+ US dollars",
     )
     self.assertRegex(log, r"synthesize solutions: (\d+)/\1 replies, .* tokens \S+, usd 0\.\d+")
     self.assertNotIn(KEY, log)

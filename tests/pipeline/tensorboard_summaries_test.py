@@ -1,4 +1,4 @@
-"""What sample and credit put on TensorBoard, read back and held against the records."""
+"""TensorBoard summaries of sample and credit, read back and compared with the records."""
 
 import struct
 
@@ -24,8 +24,8 @@ def board(stage: str):
 
 class BoardsTest(absltest.TestCase):
   def test_traces(self):
-    # Fails if no trace is shown, if its text can be markup, or if lengths are of other traces than
-    # those of the run.
+    # Fails if no trace is shown, if its text can contain markup, or if lengths belong to other
+    # traces.
     shown, experiment = board("sample"), small_run.opened(small_run.finished())
     texts = [name for name in shown.Tags()["tensors"] if name.startswith("traces/")]
     self.assertLen(texts, experiment.config.report.num_traces)
@@ -40,8 +40,8 @@ class BoardsTest(absltest.TestCase):
     self.assertBetween(max(len(trace.ids) for trace in traces.values()), lengths.min, lengths.max)
 
   def test_step_values(self):
-    # Fails if there is no drawing beside the texts, if a drawing is no image, or if Q is counted of
-    # steps that have none.
+    # Fails if a text has no image, if an image is invalid, or if the histogram counts steps without
+    # Q.
     shown, experiment = board("credit"), small_run.opened(small_run.finished())
     drawings = shown.Tags()["images"]
     self.assertNotEmpty(drawings)
@@ -58,20 +58,19 @@ class BoardsTest(absltest.TestCase):
     self.assertBetween(counted.max, 0.0, 1.06)
 
   def test_a_histogram_counts_between_its_edges(self):
-    # Fails if a count moves to another bucket: 2 below 0, none from 0 to 1, 3 from 1 to 3, 1
-    # beyond.
-    made = event_files._bucketed([0.0, 1.0, 3.0], [2, 0, 3, 1])
-    self.assertEqual(list(made.bucket_limit), [0.0, 1.0, 3.0, 5.0])
-    self.assertEqual(list(made.bucket), [2, 0, 3, 1])
-    self.assertEqual((made.min, made.max, made.num), (-1.0, 5.0, 6.0))
-    self.assertEqual((made.sum, made.sum_squares), (9.0, 28.5))  # middles -.5, .5, 2, 4
+    # Fails if a count moves to another bucket: 2 below 0, none from 0 to 1, 3 from 1 to 3, 1 above.
+    histogram = event_files._bucketed([0.0, 1.0, 3.0], [2, 0, 3, 1])
+    self.assertEqual(list(histogram.bucket_limit), [0.0, 1.0, 3.0, 5.0])
+    self.assertEqual(list(histogram.bucket), [2, 0, 3, 1])
+    self.assertEqual((histogram.min, histogram.max, histogram.num), (-1.0, 5.0, 6.0))
+    self.assertEqual((histogram.sum, histogram.sum_squares), (9.0, 28.5))  # midpoints -.5, .5, 2, 4
     inner = event_files._bucketed([0.0, 1.0, 3.0], [0, 4, 0, 0])
     self.assertEqual(
       (inner.min, inner.max, list(inner.bucket_limit), list(inner.bucket)), (0.0, 1.0, [1.0], [4.0])
     )
 
   def test_not_asked_for(self):
-    # Fails if metrics.tensorboard=False writes one all the same.
+    # Fails if metrics.tensorboard=False still writes an event file.
     folder = small_run.copied("synthesize")
     experiment = small_run.opened(folder, **{"metrics.tensorboard": False})
     tensorboard_summaries.sampled(experiment, experiment.workdir / "sample", {}, [])

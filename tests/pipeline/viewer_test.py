@@ -1,6 +1,4 @@
-"""What the stage gathers for the trace viewer from a workdir: credit, rollouts, pairs with their
-margins, bounds.
-"""
+"""Contents of the trace viewer for a workdir: credit, rollouts, pairs with margins, and limits."""
 
 import dataclasses
 import json
@@ -30,23 +28,23 @@ def _data(experiment, name):
 
 
 def _traces(experiment):
-  """Trace id -> (its row of the index, steps, credit, rollouts, pairs)."""
-  index, made, n = _data(experiment, "index"), {}, 0
+  """Trace id -> (row of the index, steps, credit, rollouts, pairs)."""
+  index, shown, n = _data(experiment, "index"), {}, 0
   for number in range(len(index["starts"])):
     for texts, details in zip(
       _data(experiment, f"texts-{number}"), _data(experiment, f"details-{number}"), strict=True
     ):
       for (key, steps, _, _, credit), detail in zip(texts[7], details, strict=True):
         row = {name: column[n] for name, column in index["columns"].items()}
-        made[key] = row, steps, credit, *(detail or ([], []))
+        shown[key] = row, steps, credit, *(detail or ([], []))
         n += 1
   assert n == len(index["columns"]["pit"])
-  return made
+  return shown
 
 
 def test_credit_of_a_workdir(experiment):
-  # Fails if counts, Q, advantages or pits are another step's or another trace's. The same numbers
-  # as report_test's.
+  # Fails if counts, Q, advantages or pits belong to another step or trace. The numbers equal those
+  # of report_test.
   assert viewer.run(experiment) == {"path": str(experiment.workdir / "report" / "traces.html")}
   traces = _traces(experiment)
   assert len(traces) == 8 and _data(experiment, "index")["total"] == 8
@@ -64,8 +62,7 @@ def test_credit_of_a_workdir(experiment):
 
 
 def test_steps_that_a_schedule_left_out(experiment):
-  # Fails if a step whose own Q, or the Q before it, is not known is given an advantage all the
-  # same.
+  # Fails if a step gets an advantage although its Q, or the Q before it, is unknown.
   folder = experiment.workdir / "credit" / "estimates"
   left_out = {"rollouts": 0, "successes": 0, "samples": []}
   estimates = [
@@ -80,7 +77,7 @@ def test_steps_that_a_schedule_left_out(experiment):
 
 
 def test_report_makes_the_viewer_too_and_pipeline_makes_it_alone(experiment):
-  # Fails if index.html links to a page that is not there.
+  # Fails if index.html links to a page that does not exist.
   report.run(experiment)
   page = (experiment.workdir / "report" / "index.html").read_text()
   assert 'href="traces.html"' in page and 'href="traces.html#trace=p0%2Fsample%2F2"' in page
@@ -88,8 +85,8 @@ def test_report_makes_the_viewer_too_and_pipeline_makes_it_alone(experiment):
 
 
 def test_rollouts_are_counted_once_and_bounded(experiment):
-  # Fails if equal rollouts stand twice, if a shared prefix has none, or if the bound of the config
-  # is not kept.
+  # Fails if equal rollouts are listed twice, if a shared prefix has none, or if the limit of the
+  # config is ignored.
   tokenizer = transformers.AutoTokenizer.from_pretrained(str(experiment.workdir / "sft" / "policy"))
   sample = lambda text, right: {
     "ids": tokenizer.encode(text),
@@ -124,8 +121,8 @@ def test_rollouts_are_counted_once_and_bounded(experiment):
 
 
 def test_pairs_have_their_margins(experiment):
-  # Fails if before and after are swapped, if chosen and rejected are, or if a pair without scores
-  # stops the page.
+  # Fails if before and after, or chosen and rejected, are swapped, or if a pair without scores
+  # breaks the page.
   tokenizer = transformers.AutoTokenizer.from_pretrained(str(experiment.workdir / "sft" / "policy"))
   encode = tokenizer.encode
   trunk = encode("P A: X= 2 + Y= 3 A= 6\n")
@@ -163,14 +160,14 @@ def test_pairs_have_their_margins(experiment):
     0.0,
     None,
     None,
-  ]  # trained without scores being kept
+  ]  # trained without stored scores
   assert pairs[0] == ["step_dpo", "shared_prefix", 1, *branches, 0.125, [-3.0, -2.0], [-0.75, -5.0]]
   assert pairs[1][4] == " too long\n" and pairs[1][7:] == [None, None]
   assert row["flags"] & 16 and not _traces(experiment)["p0/sample/3"][0]["flags"] & 16
 
 
 def test_policies_on_one_problem(experiment):
-  # Fails if two policies' answers, whose records share an id, become one, or if the base model
+  # Fails if two policies' responses, whose records share an id, are merged, or the base model
   # counts as a policy.
   sample = next(Shards(experiment.workdir / "sample" / "traces", Trace).read())
   (experiment.workdir / "synthesize" / "test").mkdir()
@@ -205,11 +202,11 @@ def test_policies_on_one_problem(experiment):
 
 
 def test_spurious_step_of_a_right_trace(experiment):
-  # Fails if right traces get pits, or if their spurious step is not looked for.
+  # Fails if right traces get pits, or their spurious step is missing.
   folder = experiment.workdir / "credit" / "estimates"
-  made = [StepEstimate("p0/sample/0", "p0", 0, 20, 4, 1, False, False, [], "p0/sample/0/0")]
-  made.append(StepEstimate("p0/sample/0", "p0", 1, 27, 0, 0, True, True, [], "p0/sample/0/1"))
-  Shards(folder, StepEstimate).write(made)
+  estimates = [StepEstimate("p0/sample/0", "p0", 0, 20, 4, 1, False, False, [], "p0/sample/0/0")]
+  estimates.append(StepEstimate("p0/sample/0", "p0", 1, 27, 0, 0, True, True, [], "p0/sample/0/1"))
+  Shards(folder, StepEstimate).write(estimates)
   viewer.run(experiment)
   row, _, credit, *_ = _traces(experiment)["p0/sample/0"]
   assert row["spurious"] == 0 and row["pit"] == -1  # 1/4 after it, 2/4 before
@@ -217,14 +214,14 @@ def test_spurious_step_of_a_right_trace(experiment):
 
 
 def test_more_traces_than_asked_for(experiment):
-  # Fails if the bound is exceeded, or a problem is cut.
+  # Fails if the limit is exceeded, or a problem is split.
   experiment.config.report.max_traces = 5
   viewer.run(experiment)
   assert len(_traces(experiment)) == 4 and _data(experiment, "index")["total"] == 8
 
 
 def test_no_traces_and_no_tokenizer(experiment, tmp_path):
-  # Fails if an empty workdir is an error, or if a missing tokenizer is not said in a sentence.
+  # Fails if an empty workdir is an error, or a missing tokenizer raises a traceback.
   empty = dataclasses.replace(experiment, workdir=epath.Path(tmp_path / "empty"))
   viewer.run(empty)
   assert _data(empty, "index")["columns"]["pit"] == []
