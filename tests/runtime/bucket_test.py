@@ -56,7 +56,7 @@ class BucketTest(absltest.TestCase):
     stage.finish({"train": 3}, shards.files())
     self.assertTrue(manifest.Stage(self.workdir, "synthesize", {"seed": 0}).done)
     manifest.Stage(self.workdir, "sft", {"seed": 0}, ["synthesize"])
-    with self.assertRaisesRegex(UserError, "seed=0, now it is 1"):
+    with self.assertRaisesRegex(UserError, "seed=0, but now it is 1"):
       manifest.Stage(self.workdir, "synthesize", {"seed": 1})
     self.assertContainsSubset(["/bucket/run/synthesize/manifest.json"], Bucket.store)
     self.assertEmpty([name for name in Bucket.store if name.endswith(".tmp")])

@@ -74,7 +74,7 @@ class ParamsTest(FolderTestCase):
       checkpoints.load_params(self.folder / "nowhere", abstract(PARAMS), shardings(1, 1, 1))
     self.assertEqual(
       str(caught.exception),
-      f"{self.folder / 'nowhere' / 'params'} is not there: the policy's weights are missing.",
+      f"{self.folder / 'nowhere' / 'params'} does not exist: the policy's weights are missing.",
     )
 
   @parameterized.parameters("wider", "narrower", "another leaf", "a leaf less")

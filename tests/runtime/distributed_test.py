@@ -142,7 +142,7 @@ class ProcessesTest(MembersTestCase):
 
   def wait_for_one_that_is_busy(self, seconds: int):
     made = self.members(f"""
-      distributed._SAY_S = 2.0
+      distributed._WAIT_LOG_S = 2.0
       if index == 0:
         end = time.monotonic() + {seconds}
         while time.monotonic() < end:
@@ -191,7 +191,7 @@ class ProcessesTest(MembersTestCase):
     # Fails if one that joins under a number that is taken, or a second process 0, hangs or ends
     # without a sentence; or if the processes that it drives out do.
     made = self.members("distributed.gather() if index else time.sleep(60)", count=2)
-    for index, sentence in ((0, "another job may run there"), (1, "came late or came twice")):
+    for index, sentence in ((0, "another job may use it"), (1, "came late or came twice")):
       source = MEMBER.replace("timeout_s=60", "timeout_s=3") + "\nprint('joined')"
       source = (
         "from synthneg_jax.runtime.errors import "
@@ -204,7 +204,7 @@ class ProcessesTest(MembersTestCase):
       self.assertIn(sentence, line)
     for status, _, line in self.ends(made):
       self.assertEqual(status, distributed.LOST, line)
-      self.assertRegex(line, "joined under a number that was taken|process 0 of 2 died")
+      self.assertRegex(line, "joined with a process_id already in use|process 0 of 2 died")
 
   def test_the_others_never_come(self):
     # Fails if a process that waits in vain is aborted without a sentence, or waits longer than it

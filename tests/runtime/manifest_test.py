@@ -96,7 +96,7 @@ class StageTest(parameterized.TestCase):
       (folder / name).write_text("of the first start")
     self.assertFalse(Stage(self.workdir, "sft", CONFIG | {"seed": 1}).done)
     self.assertEqual([path.name for path in folder.iterdir()], ["begun.json"])
-    self.assertIn("seed=1, now it is 0", self.made_something_then_refused(folder))
+    self.assertIn("seed=1, but now it is 0", self.made_something_then_refused(folder))
 
   def made_something_then_refused(self, folder):
     (folder / "checkpoints").mkdir()
@@ -111,10 +111,10 @@ class StageTest(parameterized.TestCase):
       written = json.loads(path.read_text())
       del written["format"]
       path.write_text(json.dumps(written))
-    sentence = f"Stage sample in {self.workdir} was made by version 1 of synthneg_jax"
+    sentence = f"Stage sample in {self.workdir} is from version 1 of synthneg_jax"
     for said in (self.refused("sample", CONFIG), self.refused("credit", CONFIG, ["sample"])):
       self.assertStartsWith(said, sentence)
-      self.assertIn(f"delete {self.workdir / 'sample'} and the stages after it", said)
+      self.assertIn(f"delete {self.workdir / 'sample'} and the later stages", said)
 
   @parameterized.parameters(True, False)
   def test_changed_config(self, finished):
@@ -126,13 +126,14 @@ class StageTest(parameterized.TestCase):
       (Stage(self.workdir, "sample", CONFIG).folder / "traces").mkdir()
     message = self.refused("sample", {**CONFIG, "sample.num_traces": 16})
     self.assertStartsWith(
-      message, f"Stage sample in {self.workdir} was begun with sample.num_traces=8, now it is 16;"
+      message,
+      f"Stage sample in {self.workdir} was started with sample.num_traces=8, but now it is 16;",
     )
     self.assertIn("--workdir", message)
     self.assertIn(str(self.workdir / "sample"), message)
-    self.assertIn("extra=None, now it is 1", self.refused("sample", {**CONFIG, "extra": 1}))
+    self.assertIn("extra=None, but now it is 1", self.refused("sample", {**CONFIG, "extra": 1}))
     self.assertIn(
-      "seed=0, now it is None",
+      "seed=0, but now it is None",
       self.refused("sample", {k: v for k, v in CONFIG.items() if k != "seed"}),
     )
 
@@ -159,7 +160,7 @@ class StageTest(parameterized.TestCase):
       message = self.refused("credit", CONFIG, ["sample"])
       self.assertStartsWith(
         message,
-        f"Stage credit in {self.workdir} was made from another run of stage sample; delete ",
+        f"Stage credit in {self.workdir} was started from another run of stage sample; delete ",
       )
       self.assertIn(str(self.workdir / "credit"), message)
     path.parent.parent.joinpath("begun.json").unlink()
@@ -177,7 +178,7 @@ class StageTest(parameterized.TestCase):
       path.unlink()
     Stage(self.workdir, "credit", CONFIG, ["sample"]).finish({})
     self.assertIn(
-      "made from another run of stage credit", self.refused("dpo/step_dpo", CONFIG, ["credit"])
+      "started from another run of stage credit", self.refused("dpo/step_dpo", CONFIG, ["credit"])
     )
 
   @parameterized.parameters("one\ntw", "one\nTwo\n", "one\ntwo\n\n", "")
@@ -187,8 +188,8 @@ class StageTest(parameterized.TestCase):
     path.write_text(text)
     self.assertEqual(
       self.refused("credit", CONFIG, ["sample"]),
-      f"{path} was changed or cut off since stage sample wrote it; delete it and "
-      f"{self.workdir / 'sample' / 'manifest.json'} to have it made again.",
+      f"{path} was changed or truncated after stage sample wrote it; delete it and "
+      f"{self.workdir / 'sample' / 'manifest.json'} to run the stage again.",
     )
 
   def test_missing_file(self):
@@ -197,8 +198,8 @@ class StageTest(parameterized.TestCase):
     path.unlink()
     self.assertEqual(
       self.refused("credit", CONFIG, ["sample"]),
-      f"{path} is missing; delete {self.workdir / 'sample' / 'manifest.json'} to have stage sample "
-      "made again.",
+      f"{path} is missing; delete {self.workdir / 'sample' / 'manifest.json'} to run stage sample "
+      "again.",
     )
 
   def test_a_folder_that_cannot_be_written(self):

@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 CACHE = ROOT / "build" / "test_xla_cache"
 HELD = (
   r"held by another run, process {} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC; wait "
-  r"until it ends, or take"
+  r"until it ends, or use"
 )
 
 
@@ -155,7 +155,7 @@ class LeaseTest(absltest.TestCase):
     self.assertRegex(
       sentence,
       rf"another run took over the workdir, process {os.getpid()} on .* "
-      r"not renewed its lease",
+      r"did not renew its lease",
     )
     other.renew()
     self.assertLen(self.ends, 1)
