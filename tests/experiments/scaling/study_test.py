@@ -244,7 +244,7 @@ class ToyTest(absltest.TestCase):
         figure, FIGURE_7=("sft", "step_dpo"), HELD_OUT=6, ROLLOUTS=2, LEAST_RESPONSES=1
       )
     )
-    of = figure.data(self.config, self.workdir)
+    of = figure.load(self.config, self.workdir)
     self.enter_context(absltest.mock.patch.object(figure, "SAMPLES", 4))
     for name in ("1", "2a", "5a", "3", "7", "7_critical", "samples", "compute"):
       svg, png, table = figure.write(of, name)
@@ -266,7 +266,7 @@ class ToyTest(absltest.TestCase):
         self.assertEqual(any_, sorted(any_, reverse=True))
       if name == "5a":
         told = {(row["series"], row["problems"]): float(row["mean"]) for row in rows}
-        self.assertAlmostEqual(told["per-step DPO", "32"], of.found["step_dpo"][0].mean, places=4)
+        self.assertAlmostEqual(told["per-step DPO", "32"], of.results["step_dpo"][0].mean, places=4)
     kept = sorted(path.name for path in (self.workdir / "measures").iterdir())
     compute = [
       "compute-rft_32_1.json",
