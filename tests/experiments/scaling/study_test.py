@@ -230,7 +230,7 @@ class ToyTest(absltest.TestCase):
     with workdir_lock.claim(other / "runs/32_1"), self.assertLogs(level="INFO") as logs:
       self.assertFalse(study.make(self.config, other, self.cells))
     self.assertRegex(
-      "\n".join(logs.output), f"32_1 is passed over; it is held by process {os.getpid()} on"
+      "\n".join(logs.output), f"skipping 32_1, which is held by process {os.getpid()} on"
     )
     self.assertFalse((other / "cells/sft_32_1.json").exists())
     self.assertTrue((other / "cells/sft_48_1.json").exists())
