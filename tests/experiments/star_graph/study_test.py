@@ -224,7 +224,7 @@ class StudyTest(absltest.TestCase):
     with workdir_lock.claim(folder / "claims/seed_0"), self.assertLogs(level="INFO") as logs:
       self.assertEqual(star_graph_study.run(self.config, folder), {})
     self.assertRegex(
-      "\n".join(logs.output), f"Seed 0 is passed over; it is held by process {os.getpid()} on"
+      "\n".join(logs.output), f"Skipping seed 0, which is held by process {os.getpid()} on"
     )
     self.assertFalse((folder / "report").exists())
     self.assertEqual(
