@@ -102,8 +102,9 @@ class TablesTest(parameterized.TestCase):
         self.assertLessEqual(report.cost.flops / own, 1.35, name)
         # Gathered forward and backward, their gradients scattered: no kind of collective moves a
         # parameter a third time.
-        times, array, kind = collective_traffic.worst(report.moves)
-        self.assertLessEqual(times, 2.02, f"{name}: {kind} of {array}")
+        for array, kinds in report.moves.items():
+          if array != collective_traffic.ACTIVATIONS:
+            self.assertLessEqual(max(kinds.values(), default=0), 2.02, f"{name}: {array}: {kinds}")
         self.assertLessEqual(sum(report.moves["others"].values()), 0.05, name)
       if name in ("sft", "dpo/step_dpo"):
         self.assertEqual(report.bound_by, "compute", name)
