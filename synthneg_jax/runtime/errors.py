@@ -27,7 +27,7 @@ _EXTERNAL_ERRNOS = (
 )
 
 
-def of_files(error: BaseException) -> UserError | None:
+def from_os_error(error: BaseException) -> UserError | None:
   """Converts a full disk, missing permissions and the like to a UserError; None for the rest."""
   if not isinstance(error, OSError) or error.errno not in _EXTERNAL_ERRNOS:
     return None

@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from synthneg_jax.runtime import config_files, config_schema, distributed
-from synthneg_jax.runtime.errors import UserError, of_files
+from synthneg_jax.runtime.errors import UserError, from_os_error
 
 
 def define_flags(config: bool = True, workdir: bool = True) -> None:
@@ -258,7 +258,7 @@ def run_without_jax(main: Callable[[], None]) -> None:
     try:
       main()
     except Exception as error:
-      user_error = error if isinstance(error, UserError) else of_files(error)
+      user_error = error if isinstance(error, UserError) else from_os_error(error)
       if user_error is None:
         raise
       print(f"{_program(argv)}: {user_error}", file=sys.stderr)
@@ -298,7 +298,7 @@ def run(main: Callable[[], None]) -> None:
       print(f"{_program(argv)}: {message}", file=sys.stderr)
       sys.exit(distributed.PREEMPTED)
     except Exception as error:
-      user_error = error if isinstance(error, UserError) else of_files(error)
+      user_error = error if isinstance(error, UserError) else from_os_error(error)
       if user_error is None:
         distributed.await_verdict()
         if distributed.count() > 1:

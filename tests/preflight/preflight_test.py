@@ -459,12 +459,12 @@ class RefusalTest(parameterized.TestCase):
     # preset is not named.
     config = make_config(self.folder)
     self.assertStartsWith(
-      self.refusal(config, stages=["sampel"]), "--stages: 'sampel' is none of sft, rft, dpo, "
+      self.refusal(config, stages=["sampel"]), "--stages: 'sampel' must be one of sft, rft, dpo, "
     )
     config.model.path = "nowhere/mistral"
     self.assertStartsWith(
       self.refusal(config, stages=["sft"]),
-      "model.path=nowhere/mistral is no folder and no preset (",
+      "model.path=nowhere/mistral is neither a folder nor a preset (",
     )
     config = make_config(self.folder, vocab_size=511)
     self.assertEqual(
