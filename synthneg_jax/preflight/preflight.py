@@ -151,20 +151,16 @@ def compile_program(program: Program, chip: Chip, num_devices: int) -> Report:
 def _lines(report: Report, chip: Chip, num_devices: int, full_copy: float) -> list[str]:
   """A program's printed lines."""
   r, p, giga = report, report.program, 1e9
-  lines = [
-    f"{p.name}: {p.sizes}",
-    f"  memory  {'fits' if r.fits else 'DOES NOT FIT'}: {r.peak_bytes / giga:.2f} of "
-    f"{chip.hbm_bytes / giga:.2f} GB a chip",
-  ]
+  head, fits = f"{p.name}: {p.sizes}", "fits" if r.fits else "DOES NOT FIT"
+  peak = f"  memory  {fits}: {r.peak_bytes / giga:.2f} of {chip.hbm_bytes / giga:.2f} GB a chip"
   if r.cost is None:
-    return lines
-  lines[-1] += f" (arguments {r.argument_bytes / giga:.2f}, "
-  lines[-1] += f"temporaries {r.temporary_bytes / giga:.2f})"
+    return [head, peak]
   own = p.model_flops / num_devices
   kinds = [f"{kind} {size / giga:.3g}" for kind, size in sorted(r.cost.collectives.items())]
   bounds = [f"{name} {1e3 * value:.3g} ms" for name, value in r.seconds.items()]
   return [
-    *lines,
+    head,
+    f"{peak} (arguments {r.argument_bytes / giga:.2f}, temporaries {r.temporary_bytes / giga:.2f})",
     f"  compute {r.cost.flops / 1e12:.4g} TFLOP a chip, {r.cost.flops / own:.2f} x the model's own "
     f"{own / 1e12:.4g}",
     f"  traffic {r.cost.memory_bytes / giga:.3g} GB to and from memory"
@@ -277,10 +273,11 @@ def main(
   failed = [report for report in reports if not report.fits]
   if failed:
     r, others = failed[0], ", ".join(report.program.name for report in failed[1:])
+    more = f"; neither do {others}" if others else ""
     largest = "arguments" if r.argument_bytes >= r.temporary_bytes else "temporaries"
     raise UserError(
       f"{r.program.name} does not fit: {r.peak_bytes / 1e9:.2f} of {chip.hbm_bytes / 1e9:.2f} GB a "
       f"chip of {topology}, most of it {r.too_large or largest}; {r.program.advice}"
-      f"{f'; neither do {others}' if others else ''}."
+      f"{more}."
     )
   return reports

@@ -63,7 +63,7 @@ def _time_left(seconds: dict[str, list[tuple[int, float]]], rest: Sequence[grid.
 
 
 def make(config, workdir: epath.PathLike, cells: Sequence[grid.Cell]) -> bool:
-  """Makes the missing cells; returns whether all exist, or others are still being made elsewhere.
+  """Makes the missing cells; returns False if other processes still work on some of them.
 
   Raises:
     UserError: a cell's file belongs to another config, or a stage fails.
