@@ -1,4 +1,4 @@
-"""Arrays moved by collectives, against counts by hand for a small program on a 2 x 4 x 2 mesh."""
+"""Arrays moved by collectives, against hand counts for a small program on a 2 x 4 x 2 mesh."""
 
 from absl.testing import absltest, parameterized
 from jax import ShapeDtypeStruct
@@ -29,7 +29,7 @@ TENSOR = "replica_groups=[8,2]<=[16]"
 
 
 def moves(*collectives: str) -> dict[str, dict[str, float]]:
-  """Of a program with these collectives, each "operand -> result opcode, groups"."""
+  """The moves of a program with these collectives, each "operand result opcode groups"."""
   lines = []
   for place, (operand, result, opcode, groups) in enumerate(
     text.split(" ", 3) for text in collectives

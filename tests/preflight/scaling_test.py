@@ -1,6 +1,4 @@
-"""The tables of docs/scaling.md: the paper's models on the pods that configs/gsm8k.py knows, and
-the goals that they hold.
-"""
+"""The tables and goals of docs/scaling.md: the paper's models on the pods of configs/gsm8k.py."""
 
 import importlib.util
 import os

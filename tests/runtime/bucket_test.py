@@ -1,6 +1,4 @@
-"""Workdirs that are no local folder: gs:// paths through etils.epath, over a bucket that lives in
-memory.
-"""
+"""Workdirs in a bucket: gs:// paths through etils.epath, with an in-memory bucket."""
 
 import fsspec
 from absl.testing import absltest
@@ -16,7 +14,7 @@ from synthneg_jax.runtime.errors import UserError
 
 
 class Bucket(MemoryFileSystem):
-  """What gcsfs is to epath."""
+  """Stands in for gcsfs under epath."""
 
   protocol = ("gcs", "gs")
   store, pseudo_dirs = {}, [""]

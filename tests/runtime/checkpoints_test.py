@@ -1,4 +1,4 @@
-"""Policies at rest, their fingerprint, and the checkpoints of a training, over meshes."""
+"""Saved policies, fingerprints and training checkpoints, on several meshes."""
 
 import gc
 import pathlib

@@ -1,4 +1,4 @@
-"""Where --config and synthesis.prompts are looked for."""
+"""Locating the files of --config and synthesis.prompts."""
 
 import os
 import pathlib

@@ -1,6 +1,4 @@
-"""The config schema: every leaf is documented and bounded, bad values and old or unknown names are
-refused.
-"""
+"""The config schema: leaves are documented and bounded; bad values and names are refused."""
 
 import importlib
 import pathlib

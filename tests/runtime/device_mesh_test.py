@@ -1,4 +1,4 @@
-"""The mesh: sizes that fit, sentences where they do not, and where arrays lie."""
+"""The mesh: its sizes, error messages, and shardings of arrays."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from tests import tiny_model
 
 @dataclasses.dataclass(frozen=True)
 class _Chip:
-  """As much of a TPU device as laying out a mesh asks for."""
+  """The attributes of a TPU device that are needed to lay out a mesh."""
 
   id: int
   slice_index: int

@@ -1,6 +1,4 @@
-"""What processes tell each other: values, deaths, failures, and one place at which all stop; and
-who may wait for whom.
-"""
+"""Coordination of processes: values, deaths, failures, joint stops, and collectives in branches."""
 
 import ast
 import os
@@ -57,9 +55,7 @@ class MembersTestCase(parameterized.TestCase):
   def members(
     self, program: str, count: int = 3, before: str = "", heartbeat_s: int = 3
   ) -> list[subprocess.Popen]:
-    """Processes that have found each other and run `program`; `before` runs before any of them has
-    joined.
-    """
+    """Starts processes that join and run `program`; `before` runs before they join."""
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     self.address = f"127.0.0.1:{free_port()}"
     member = MEMBER.replace("distributed.watch", f"{before}\ndistributed.watch").replace(
@@ -74,7 +70,7 @@ class MembersTestCase(parameterized.TestCase):
     return made
 
   def ends(self, made, timeout_s: float = 20.0) -> list[tuple[int, str, str]]:
-    """(status, what was printed, last line on stderr) of each."""
+    """Returns (status, stdout, last line of stderr) of each process."""
     found = []
     for process in made:
       out, err = process.communicate(timeout=timeout_s)
@@ -302,9 +298,7 @@ WAITS |= {
 
 
 def waiting_behind(source: str) -> list[str]:
-  """Calls that wait for all processes, or run on all devices, where only some processes come:
-  `name` at its line.
-  """
+  """Calls that need all processes, in branches that only some processes take, with their lines."""
   found = []
 
   def some(test: ast.expr) -> bool:

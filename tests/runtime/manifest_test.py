@@ -1,4 +1,4 @@
-"""A stage is skipped, continued or refused, and says in one sentence why."""
+"""A stage is skipped, resumed or refused, with a reason in one sentence."""
 
 import json
 import os
@@ -24,7 +24,7 @@ class StageTest(parameterized.TestCase):
     self.enterContext(mock.patch.object(manifest, "git_commit", lambda: "abc"))  # git takes a while
 
   def make(self, name="sample", text="one\ntwo\n", identity="", config=None):
-    """A finished stage with one file."""
+    """Makes a finished stage with one file."""
     stage = Stage(self.workdir, name, CONFIG if config is None else config)
     path = stage.folder / "traces" / "00000.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

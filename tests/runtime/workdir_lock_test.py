@@ -1,6 +1,4 @@
-"""One run at a time in a workdir: by flock, by a lease with a fake clock, in a bucket over HTTP,
-and two real pipelines.
-"""
+"""Locking a workdir: flock, a lease with a fake clock, a bucket over HTTP, and two pipelines."""
 
 import errno
 import fcntl
@@ -103,7 +101,7 @@ class HoldTest(parameterized.TestCase):
 
 
 class Clock:
-  """Time that passes when somebody sleeps; `then` is called after each sleep."""
+  """A clock that advances on sleep; `then` is called after each sleep."""
 
   def __init__(self):
     self.now, self.then = 1000.0, lambda: None
@@ -223,7 +221,7 @@ with workdir_lock.hold(sys.argv[1]):
 
 @pytest.mark.slow
 class ProcessesTest(absltest.TestCase):
-  """Processes that do nothing but hold a folder."""
+  """Processes that only hold a folder."""
 
   def holder(self, folder, seconds: float, **env) -> subprocess.Popen:
     process = subprocess.Popen(
@@ -243,9 +241,7 @@ class ProcessesTest(absltest.TestCase):
     self.assertRegex(stderr.strip().splitlines()[-1], HELD.format(holder.pid))
 
   def folders(self):
-    """A folder on this machine's disk and one in a bucket, each with the environment of its
-    processes.
-    """
+    """A local folder and one in a bucket, each with the environment of its processes."""
     server = gcs_server.Server()
     self.addCleanup(server.close)
     return (workdir(), {}), ("gs://bucket/run", server.environment())
@@ -332,7 +328,7 @@ class PipelinesTest(absltest.TestCase):
     return process
 
   def assert_undamaged(self, folder, **counts: int):
-    """Every record of these stages stands once, and every update of SFT."""
+    """Every record of these stages, and every update of SFT, exists once."""
     for name, count in {"synthesize/train": 16, **counts}.items():
       rows = [
         json.loads(line)

@@ -1,4 +1,4 @@
-"""Cells of a study: what a grid's rows mean, when a cell's file counts, and who may work where."""
+"""Cells of a study: rows of a grid, validity of a cell's file, and locking."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""A study: what is told from cells (against closed forms), and the whole of it at toy size."""
+"""A study: results from cells against closed forms, and a complete study at toy size."""
 
 import contextlib
 import csv
@@ -33,7 +33,7 @@ FOLDER = TWICE.replace(",", "-")
 
 
 def point(size: int, error: float, seeds=(1, 2), problems: int = 1000) -> study.Point:
-  """A method that gets the first problems wrong, with every seed."""
+  """A method that answers the first problems wrong, with every seed."""
   wrong_SN = np.tile(np.arange(problems) < round(error * problems), (len(seeds), 1))
   return study.Point(size, tuple(seeds), wrong_SN, error, error, error)
 
@@ -100,7 +100,7 @@ class MajorityTest(absltest.TestCase):
 
 
 class ToyTest(absltest.TestCase):
-  """The whole of a study, with one seed."""
+  """A complete study with one seed."""
 
   @classmethod
   def setUpClass(cls):
