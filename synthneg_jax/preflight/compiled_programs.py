@@ -252,7 +252,7 @@ class Recipe:
       lower,
       self.work[name]["steps"],
       cost_model.training_flops(
-        model.config, tokens, trees * tree.keys, trees * tree.scored, num_adapter
+        model.config, tokens, trees * tree.keys, trees * tree.scored, adapter=num_adapter
       ),
       f"{shape.rows} rows x {shape.length} tokens in {section.grad_accum_steps} microbatch(es), "
       f"{100 * fill:.0f} % full{adapter_text}",

@@ -143,7 +143,7 @@ def forward_flops(model: ModelConfig, tokens: float, keys: float, logits: float)
 
 
 def training_flops(
-  model: ModelConfig, tokens: float, keys: float, logits: float, adapter: int = 0
+  model: ModelConfig, tokens: float, keys: float, logits: float, *, adapter: int = 0
 ) -> float:
   """FLOPs of a training step: three times the forward pass.
 

@@ -175,7 +175,7 @@ def _lines(report: Report, chip: Chip, num_devices: int, full_copy: float) -> li
 
 
 def make_bill(
-  config, recipe: Recipe, reports: Sequence[Report], num_devices: int, efficiency: float
+  config, recipe: Recipe, reports: Sequence[Report], *, num_devices: int, efficiency: float
 ) -> dict:
   """Tokens, rollouts and bytes of the recipe, and chip-hours of the compiled programs."""
   hours = {
@@ -265,7 +265,7 @@ def main(
   result = {
     "topology": topology,
     "programs": [_entry(report, chip, len(devices)) for report in reports],
-    "bill": make_bill(config, recipe, reports, len(devices), efficiency),
+    "bill": make_bill(config, recipe, reports, num_devices=len(devices), efficiency=efficiency),
   }
   print(json.dumps(result))
   if out:

@@ -324,7 +324,7 @@ def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]
 
 
 def _valued(
-  experiment: Experiment, policy: Policy, folder: str, problems: Sequence[Problem], count: int
+  experiment: Experiment, policy: Policy, folder: str, *, problems: Sequence[Problem], count: int
 ) -> tuple[list[Trace], np.ndarray]:
   """One sample of each problem by a policy, with its own Q; samples without a step are excluded.
 
@@ -371,7 +371,9 @@ def critical(
 ) -> dict[str, list]:
   """Q of policies before the pits of π_sft's wrong samples, by folder, as in `held_out`."""
   policy = experiment.policy("sft")
-  prefixes = _before_pits(*_valued(experiment, policy, "sft", problems, count), problems)
+  prefixes = _before_pits(
+    *_valued(experiment, policy, "sft", problems=problems, count=count), problems
+  )
   return {
     folder: _critical(experiment, experiment.policy(folder), prefixes, count) for folder in folders
   }
@@ -400,7 +402,7 @@ def held_out(
   results, prefixes = {}, []
   for folder in dict.fromkeys(["sft", *folders]):
     policy = experiment.policy(folder)
-    traces, q = _valued(experiment, policy, folder, problems, count)
+    traces, q = _valued(experiment, policy, folder, problems=problems, count=count)
     if folder == "sft":
       prefixes = _before_pits(traces, q, problems)
     results[folder] = {
