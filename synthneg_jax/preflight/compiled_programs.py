@@ -178,7 +178,8 @@ class Recipe:
     for name in stages:
       if name not in STAGES and name not in PROGRAMS:
         raise UserError(
-          f"--stages: {name!r} must be one of {', '.join(STAGES)} or one of {', '.join(PROGRAMS)}."
+          f"--stages: {name!r} is neither a stage ({', '.join(STAGES)}) nor a program "
+          f"({', '.join(PROGRAMS)})."
         )
     for name in PROGRAMS:
       if name in stages or name.split("/")[0] in stages:

@@ -457,7 +457,8 @@ class RefusalTest(parameterized.TestCase):
     # preset is not named.
     config = make_config(self.folder)
     self.assertStartsWith(
-      self.refusal(config, stages=["sampel"]), "--stages: 'sampel' must be one of sft, rft, dpo, "
+      self.refusal(config, stages=["sampel"]),
+      "--stages: 'sampel' is neither a stage (sft, rft, dpo, ",
     )
     config.model.path = "nowhere/mistral"
     self.assertStartsWith(
