@@ -39,7 +39,7 @@ class StageTest(parameterized.TestCase):
     return str(caught.exception)
 
   def test_begun_then_done(self):
-    # Fails if a stage that was only begun counts as done, or a finished one is done again.
+    # Fails if an unfinished stage counts as done, or a finished one is repeated.
     self.assertFalse(Stage(self.workdir, "sample", CONFIG).done)
     self.assertFalse(Stage(self.workdir, "sample", CONFIG).done)
     self.assertIsNone(manifest.figures(self.workdir, "sample"))
@@ -141,7 +141,7 @@ class StageTest(parameterized.TestCase):
     self.assertEqual(text[: len(start)], start)
 
   def test_needs_what_is_not_done(self):
-    # Fails if a stage runs on files of one that was killed.
+    # Fails if a stage uses files of a killed stage.
     Stage(self.workdir, "sample", CONFIG)
     self.assertEqual(
       self.refused("credit", CONFIG, ["sample"]),
@@ -149,8 +149,7 @@ class StageTest(parameterized.TestCase):
     )
 
   def test_changed_upstream(self):
-    # Fails if a stage goes on from another run of what it needs; it may where that was made again
-    # and came out equal.
+    # Fails if a stage resumes with a different rerun of its input; an identical rerun is allowed.
     path = self.make()
     Stage(self.workdir, "credit", CONFIG, ["sample"]).finish({})
     self.make()
@@ -193,7 +192,7 @@ class StageTest(parameterized.TestCase):
     )
 
   def test_missing_file(self):
-    # Fails if a file that was deleted gives a traceback.
+    # Fails if a deleted file gives a traceback.
     path = self.make()
     path.unlink()
     self.assertEqual(
@@ -210,7 +209,7 @@ class StageTest(parameterized.TestCase):
     )
 
   def test_write_json_leaves_nothing_half(self):
-    # Fails if a reader can see half a file: a write that is cut off leaves the old one.
+    # Fails if a reader can see a partial file: an interrupted write leaves the old one.
     path = self.workdir / "a" / "b.json"
     manifest.write_json(path, {"x": 1})
 
@@ -235,8 +234,7 @@ class GitCommitTest(absltest.TestCase):
       self.assertEqual(manifest.git_commit(), "")
 
   def test_of_this_project_alone(self):
-    # Fails if a package that is installed within another project's repository takes that project's
-    # commit for its own.
+    # Fails if a package inside another project's repository reports that project's commit.
     root = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e"]
     subprocess.run([*git, "init", "--quiet"], check=True)
