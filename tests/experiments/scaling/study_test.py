@@ -81,7 +81,7 @@ class ToldTest(absltest.TestCase):
     cells = grid.read(study_arithmetic.get_config("toy"))
     rest = [cell for cell in cells if cell.method.kind == "sft"]
     self.assertEqual(sum(cell.size for cell in rest), 160)
-    self.assertEqual(study._time_left(cells, {"sft": [(32, 64.0)]}, rest), ", about 6 min left")
+    self.assertEqual(study._time_left({"sft": [(32, 64.0)]}, rest), ", about 6 min left")
 
 
 class MajorityTest(absltest.TestCase):
