@@ -115,13 +115,16 @@ class RefusalTest(parameterized.TestCase):
     ),
     (
       ("sft", "--config=configs/none.py", "--workdir=x"),
-      "synthneg sft: --config: there is no file configs/none.py.",
+      "synthneg sft: --config: configs/none.py does not exist.",
     ),
     (
       ("sft", "--config=arithmetic", "--workdirs=x"),
       "synthneg sft: Unknown command line flag 'workdirs'",
     ),
-    (("sft", "--config=arithmetic", "--workdir=x", "extra"), "synthneg sft: 'extra' is no flag."),
+    (
+      ("sft", "--config=arithmetic", "--workdir=x", "extra"),
+      "synthneg sft: unexpected argument 'extra'; flags begin with --.",
+    ),
     (
       ("import_traces", "--config=arithmetic", "--workdir=x"),
       "synthneg import-traces: flag --traces=None",

@@ -1,1 +1,1 @@
-"""Compiles a config's programs for TPUs that are not there: memory, FLOPs, traffic and cost."""
+"""Compiles a config's programs for absent TPUs: memory, FLOPs, traffic and cost."""

@@ -1,17 +1,17 @@
-"""What accelerators can do at best, by their makers' published figures."""
+"""Peak performance of accelerators, from their makers' published figures."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What a chip has.
+  """Capacities of a chip.
 
   Attributes:
-    hbm_bytes: main memory.
-    flops: bfloat16, per second, of dense matrices.
-    memory_rate: bytes to and from main memory, per second.
-    link_rate: bytes to other chips over all its links, per second.
+    hbm_bytes: size of main memory.
+    flops: bfloat16 FLOPs per second of dense matrix products.
+    memory_rate: bytes per second to and from main memory.
+    link_rate: bytes per second to other chips over all links.
   """
 
   hbm_bytes: int
@@ -27,8 +27,7 @@ CHIPS = {
   "v5p": Chip(95 << 30, 459e12, 2.77e12, 600e9),
   "v6e": Chip(32 << 30, 918e12, 1.64e12, 448e9),
 }
-# By a part of what JAX calls a device; NVIDIA's data sheets (those of SXM modules, without
-# sparsity).
+# By a word of JAX's device kind; from NVIDIA's data sheets (SXM modules, without sparsity).
 GPUS = {
   "H200": Chip(141 * 10**9, 989e12, 4.8e12, 900e9),
   "H100": Chip(80 * 10**9, 989e12, 3.35e12, 900e9),
@@ -41,8 +40,9 @@ _TPU_KINDS = {
   "TPU v5e": "v5e",
   "TPU v5": "v5p",
   "TPU v5p": "v5p",
+  "TPU v6 lite": "v6e",
+  "TPU v6e": "v6e",
 }
-_TPU_KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
 
 
 def of_kind(device_kind: str) -> Chip | None:

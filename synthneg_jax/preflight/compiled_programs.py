@@ -1,6 +1,4 @@
-"""The programs that a config's stages run, with the sizes that they would run at, ready to be
-compiled for abstract arrays.
-"""
+"""The programs of a config's stages at their full sizes, ready to compile for abstract arrays."""
 
 import copy
 import dataclasses
@@ -44,7 +42,7 @@ PROGRAMS = (
     for part in ("prefill", "decode")
   ),
 )
-_EOS = (2,)  # which id ends a response changes no figure
+_EOS = (2,)  # any id gives the same costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +51,14 @@ class Program:
 
   Attributes:
     name: stage, or stage/part.
-    lower: gives what jax.jit(...).lower(...) gives.
-    runs: how often the recipe runs it; of decoding, turns of its loop.
-    model_flops: what the model itself needs for a run, on all chips; padding is left out.
-    sizes: for the reader.
-    advice: what to change if it does not fit.
-    least_read: decoding: bytes of weights and cache that a chip holds, which a turn cannot but
-      read.
-    beside: bytes of other arrays that a chip holds while it runs: of decoding, the parameters as
-      they were loaded.
+    lower: returns jax.jit(...).lower(...).
+    runs: number of runs in the recipe; for decoding, iterations of its loop.
+    model_flops: FLOPs that the model itself needs per run, over all chips, without padding.
+    sizes: as text.
+    advice: what to change if the program does not fit.
+    least_read: for decoding, bytes of weights and cache per chip, which each iteration must read.
+    beside: bytes per chip of other arrays that exist during the run: for decoding, the parameters
+      as loaded.
   """
 
   name: str
@@ -75,10 +72,10 @@ class Program:
 
 
 def architecture(config) -> Model:
-  """The model of a config: from its folder's config.json, or a preset where there is no folder.
+  """The model of a config: from its folder's config.json, or else a preset.
 
   Raises:
-    UserError: neither.
+    UserError: model.path is neither.
   """
   c = config.model
   settings = {
@@ -90,20 +87,21 @@ def architecture(config) -> Model:
   try:
     folder = policy.resolve(c.path, weights=False)
   except UserError as error:
-    names = ", ".join(presets.NAMES)
-    raise UserError(f"model.path={c.path} is no folder and no preset ({names}). {error}") from error
+    raise UserError(
+      f"model.path={c.path} is neither a folder nor a preset ({', '.join(presets.NAMES)}). {error}"
+    ) from error
   if (folder / "config.json").exists():
     return Model(huggingface.read_config(folder, **settings, max_length=c.max_length))
   if folder.name in presets.NAMES:
     return Model(presets.preset(folder.name, **settings))
   raise UserError(
-    f"model.path={c.path} is no folder with a config.json, and no preset "
+    f"model.path={c.path} is neither a folder with a config.json nor a preset "
     f"({', '.join(presets.NAMES)})."
   )
 
 
 def _abstract(tree, shardings):
-  """Shapes and dtypes of a tree with shardings, which may be a prefix of it."""
+  """Abstract arrays of a tree; `shardings` may be a prefix of the tree."""
 
   def with_sharding(sharding, part):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
@@ -112,17 +110,17 @@ def _abstract(tree, shardings):
 
 
 def _batch(shape: Shape, mesh: Mesh) -> Batch:
-  """Abstract arrays of a batch."""
-  rows, one = device_mesh.rows(mesh), device_mesh.replicated(mesh)
+  """A batch of abstract arrays."""
+  rows, replicated = device_mesh.rows(mesh), device_mesh.replicated(mesh)
 
-  def make(dtype, *sizes):
+  def abstract(dtype, *sizes):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=rows)
 
-  i32, f32 = functools.partial(make, jnp.int32), functools.partial(make, jnp.float32)
+  i32, f32 = functools.partial(abstract, jnp.int32), functools.partial(abstract, jnp.float32)
   fields = {field.name: i32(shape.rows, shape.length) for field in dataclasses.fields(PackedTrees)}
-  fields["scored"] = make(bool, shape.rows, shape.length)
+  fields["scored"] = abstract(bool, shape.rows, shape.length)
   pairs = (shape.rows, shape.pairs)
-  count = jax.ShapeDtypeStruct((), jnp.float32, sharding=one)
+  count = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
   trees = PackedTrees(**fields)
   scored, ends = i32(shape.rows, shape.scored), i32(shape.rows, shape.branches)
   advantage = f32(shape.rows, shape.scored)
@@ -132,7 +130,7 @@ def _batch(shape: Shape, mesh: Mesh) -> Batch:
 
 
 def _held(abstract) -> float:
-  """Bytes that one chip holds of abstract arrays with shardings."""
+  """Bytes per chip of abstract arrays with shardings."""
   leaves = jax.tree.leaves(abstract)
   return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
 
@@ -142,30 +140,27 @@ class Recipe:
 
   Attributes:
     model: its architecture.
-    mesh: of training; decoding counts fsdp to data.
-    work: as `bill.work` has it.
+    mesh: of training; decoding merges fsdp into data.
+    work: from `cost_model.work`.
   """
 
   def __init__(self, config, mesh: Mesh, lengths: cost_model.Lengths, memory: float):
-    """Checks that the mesh can hold the model; `memory` is what a device has, in bytes."""
+    """Checks that the mesh can split the model; `memory` is a device's memory in bytes."""
     self.mesh, self._lengths, self._memory = mesh, lengths, device_mesh.SPENT * memory
     self.model = architecture(config)
-    self._config = self._settled(config)
+    self._config = self._with_geometry(config)
     self._params = policy.param_shardings(self.model, mesh)
     self.work = cost_model.work(config, lengths, len(config.evaluate.methods))
 
-  def _settled(self, config):
-    """The config with a geometry where the stages would choose one: rows as long as
-    model.max_length allows.
-    """
+  def _with_geometry(self, config):
+    """The config with the geometry that stages would choose, for rows of model.max_length."""
     config = copy.deepcopy(config)
     for stage in ("sft", "rft", "dpo"):
       section = config[stage]
       section.row_length = section.row_length or config.model.max_length
       if not section.grad_accum_steps:
-        tree = cost_model.mean_tree(
-          config, stage if stage != "dpo" else "dpo/step_dpo", self._lengths
-        )
+        name = "dpo/step_dpo" if stage == "dpo" else stage
+        tree = cost_model.mean_tree(config, name, self._lengths)
         shards = device_mesh.row_shards(self.mesh)
         section.grad_accum_steps = 1
         rows = cost_model.batch_shape(section, tree, shards)[0].rows // shards
@@ -176,22 +171,23 @@ class Recipe:
     return config
 
   def programs(self, stages: Sequence[str]) -> Iterator[Program]:
-    """Those of the given stages (sft, dpo, ...) or single ones (dpo/step_dpo, sample/decode, ...).
+    """Yields the programs of stages (sft, dpo, ...), or single programs (sample/decode, ...).
 
     Raises:
-      UserError: a name is neither.
+      UserError: a name is neither a stage nor a program.
     """
     for name in stages:
       if name not in STAGES and name not in PROGRAMS:
         raise UserError(
-          f"--stages: {name!r} is none of {', '.join(STAGES)}, nor one of {', '.join(PROGRAMS)}."
+          f"--stages: {name!r} is neither a stage ({', '.join(STAGES)}) nor a program "
+          f"({', '.join(PROGRAMS)})."
         )
     for name in PROGRAMS:
       if name in stages or name.split("/")[0] in stages:
         yield self._program(name)
 
   def moves(self, cost: roofline.Cost) -> dict[str, dict[str, float]]:
-    """Which arrays a program's collectives move, and how many times (movement.py)."""
+    """How many times a program's collectives move each parameter (collective_traffic.py)."""
     return collective_traffic.moves(cost, self.model.abstract_params(), self._params, self.mesh)
 
   def _program(self, name: str) -> Program:
@@ -210,24 +206,26 @@ class Recipe:
     device_mesh.check(
       f"{name}: a microbatch", (shape.rows // section.grad_accum_steps,), ("rows",), mesh
     )
-    chunk = {"chunk": section.logit_chunk} if section.get("logit_chunk") else {}
     if stage == "dpo":
-      # the others of its kind cost the same
+      # Other preference losses cost the same.
       loss = functools.partial(losses.dpo_loss, beta=section.beta)
       preference = objectives.Preference(
         loss=loss, beta=section.beta, nll_weight=section.nll_weight
       )
-      objective = objectives.make_preference(model, preference, eos_ids=_EOS, **chunk)
+      objective = objectives.make_preference(
+        model, preference, eos_ids=_EOS, chunk=section.logit_chunk
+      )
     else:
-      objective = objectives.make_sft(model, **chunk)
+      objective = objectives.make_sft(model, section.logit_chunk)
     optimizer = optimizer_lib.make_optimizer(section.optimizer, max(self.work[name]["steps"], 1))
-    trained, frozen, num_adapter, what = train_policy.trained(model, section), (), 0, ""
+    trained = train_policy.trained(model, section)
+    frozen, num_adapter, adapter_text = (), 0, ""
     if isinstance(trained, Adapter):
-      policy.param_shardings(trained, mesh)  # checks them
+      policy.param_shardings(trained, mesh)  # checks that they exist
       objective = train_policy.of_adapter(trained, objective)
       frozen = (_abstract(model.abstract_params(), self._params),)
       num_adapter = sum(leaf.size for leaf in jax.tree.leaves(trained.abstract_params()))
-      what = f", adapter of {num_adapter / 1e6:.3g} M parameters"
+      adapter_text = f", adapter of {num_adapter / 1e6:.3g} M parameters"
     layout = step_lib.state_shardings(trained, optimizer, mesh)
 
     def lower():
@@ -243,33 +241,35 @@ class Recipe:
       )
       return run.lower(_abstract(state, layout), _batch(shape, mesh), *frozen)
 
-    fill, tokens = trees * tree.tokens / (shape.rows * shape.length), trees * tree.tokens
-    less = f", lower {stage}.row_length, or set model.remat to full"
+    tokens = trees * tree.tokens
+    fill = tokens / (shape.rows * shape.length)
+    advice = (
+      f"raise {stage}.grad_accum_steps or mesh.fsdp, lower {stage}.row_length, or set model.remat "
+      "to full"
+    )
+    if num_adapter:
+      advice += ", or model.param_dtype to bfloat16"
     return Program(
       name,
       lower,
       self.work[name]["steps"],
       cost_model.training_flops(
-        model.config, tokens, trees * tree.keys, trees * tree.scored, num_adapter
+        model.config, tokens, trees * tree.keys, trees * tree.scored, adapter=num_adapter
       ),
       f"{shape.rows} rows x {shape.length} tokens in {section.grad_accum_steps} microbatch(es), "
-      f"{100 * fill:.0f} % full{what}",
-      f"raise {stage}.grad_accum_steps or mesh.fsdp{less}"
-      + (", or model.param_dtype to bfloat16" if what else ""),
+      f"{100 * fill:.0f} % full{adapter_text}",
+      advice,
     )
 
   def _reference(self) -> Program:
     config, model, mesh = self._config, self.model, self.mesh
-    tree, shards = (
-      cost_model.mean_tree(config, "dpo/step_dpo", self._lengths),
-      device_mesh.row_shards(mesh),
-    )
+    tree = cost_model.mean_tree(config, "dpo/step_dpo", self._lengths)
+    shards = device_mesh.row_shards(mesh)
     rows = reference.rows_per_call(mesh)
     shape = dataclasses.replace(
       cost_model.batch_shape(config.dpo, tree, shards)[0], rows=rows, pairs=0
     )
-    chunk = {"chunk": config.dpo.logit_chunk} if config.dpo.get("logit_chunk") else {}
-    score = reference.make_forward(model, mesh, **chunk)
+    score = reference.make_forward(model, mesh, config.dpo.logit_chunk)
     trees = rows * cost_model.PACKED * shape.length / tree.tokens
     scored = (
       sum(self.work[name]["tokens_trained"] for name in ("dpo/dpo", "dpo/step_dpo"))
@@ -286,22 +286,21 @@ class Recipe:
       "lower dpo.row_length, or raise mesh.fsdp",
     )
 
-  def _geometry(self, stage: str) -> tuple[Geometry, int]:
-    """(sizes at the stage's longest trunks, items of such a trunk)."""
+  def _geometry(self, stage: str) -> Geometry:
+    """The engine's geometry for the stage's longest trunks."""
     config, lengths = self._config, self._lengths
     c, section = config.engine, config[stage]
     refill = 0
-    slots, lanes, items = {
-      "sample": lambda: (min(c.slots, section.num_traces), c.lanes, section.num_traces),
-      "credit": lambda: (
-        section.slots,
-        section.lanes,
-        math.ceil((2 * lengths.steps - 1) * section.num_rollouts),
-      ),
-      "evaluate": lambda: (1, c.lanes * min(c.slots or 1, 4), 1),
-    }[stage]()
+    if stage == "sample":
+      slots, lanes = min(c.slots, section.num_traces), c.lanes
+      items = section.num_traces
+    elif stage == "credit":
+      slots, lanes = section.slots, section.lanes
+      items = math.ceil((2 * lengths.steps - 1) * section.num_rollouts)
+    else:
+      slots, lanes, items = 1, c.lanes * min(c.slots or 1, 4), 1
     trunk = math.ceil(2 * (lengths.prompt + (lengths.response if stage == "credit" else 0)))
-    if not lanes or not slots:  # the stage would choose them
+    if not lanes or not slots:  # as the stage would choose them
       mean = lengths.response / (2 if stage == "credit" else 1)
       trunks = min(math.ceil(self.work[stage]["trunks"]), 512)
       sizes = np.random.default_rng(0).integers(1, math.ceil(2 * mean) + 1, (trunks, items))
@@ -319,27 +318,20 @@ class Recipe:
       )
       lanes, slots, refill = chosen.lanes, chosen.slots, chosen.refill
     shards = device_mesh.row_shards(self.mesh)
-    lanes, bucket = -(-lanes // shards) * shards, engine.bucket
-    trunk = min(bucket(trunk), max(config.model.max_length, 1))
-    g = Geometry(
+    lanes = -(-lanes // shards) * shards
+    return Geometry(
       lanes=lanes,
       slots=slots,
-      trunk=trunk,
-      items=bucket(items),
+      trunk=min(engine.bucket(trunk), max(config.model.max_length, 1)),
+      items=engine.bucket(items),
       new=c.max_new_tokens,
       refill=refill or max(lanes // 4, 1),
     )
-    return g, items
 
   def _engine(self, stage: str, part: str) -> Program:
-    config, model, mesh, lengths = (
-      self._config,
-      self.model,
-      device_mesh.decoding(self.mesh),
-      self._lengths,
-    )
-    g, _ = self._geometry(stage)
-    made, m = self.work[stage], model.config
+    config, model, lengths = self._config, self.model, self._lengths
+    mesh, g = device_mesh.decoding(self.mesh), self._geometry(stage)
+    work, m = self.work[stage], model.config
     spec = DecodeSpec(model=model, geometry=g, sampling=sampling(config[stage]), stops=Stops(_EOS))
     programs, replicated = engine.programs(spec, mesh), device_mesh.replicated(mesh)
     cast = jax.eval_shape(
@@ -354,26 +346,26 @@ class Recipe:
       f"lower {section}.lanes, {section}.slots or engine.max_new_tokens, or raise mesh.tensor"
     )
 
-    # of a trunk: the trace whose prefixes are continued
-    known = lengths.response if stage == "credit" else 0.0
-    grown = lengths.response / (2 if stage == "credit" else 1)  # by a branch
-    trunk = lengths.prompt + known
+    # Credit continues prefixes of a trace in the trunk, on average from its middle.
+    trace = lengths.response if stage == "credit" else 0.0
+    new = lengths.response - trace / 2  # tokens decoded per branch
+    trunk = lengths.prompt + trace
     if part == "decode":
-      tokens, seen = g.lanes * g.slots, lengths.prompt + known / 2 + grown / 2
-      flops = cost_model.forward_flops(m, tokens, tokens * seen, tokens)
+      tokens, keys = g.lanes * g.slots, lengths.prompt + trace / 2 + new / 2
+      flops = cost_model.forward_flops(m, tokens, tokens * keys, tokens)
       enough = _abstract(np.int32(0), replicated)
 
       def lower():
         return programs.decode.lower(params, state, enough)
 
-      runs, least = made["tokens_decoded"] / tokens, _held(params) + _held(state.cache)
+      runs, least = work["tokens_decoded"] / tokens, _held(params) + _held(state.cache)
       return Program(f"{stage}/decode", lower, math.ceil(runs), flops, sizes, advice, least, beside)
     batch = _abstract(engine.trunk_arrays(g, []), replicated)
-    branches = made["tokens_decoded"] / grown / max(made["trunks"], 1)
+    branches = work["tokens_decoded"] / new / max(work["trunks"], 1)
     flops = cost_model.forward_flops(
       m, g.refill * trunk, g.refill * trunk * (trunk + 1) / 2, g.refill * branches
     )
-    runs = math.ceil(made["trunks"] / g.refill)
+    runs = math.ceil(work["trunks"] / g.refill)
 
     def lower():
       return programs.prefill.lower(params, state, batch)

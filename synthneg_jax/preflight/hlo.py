@@ -1,4 +1,4 @@
-"""The instructions of a compiled program, read from the text of its optimised HLO."""
+"""Parses the instructions of a compiled program from its optimised HLO text."""
 
 import dataclasses
 import math
@@ -16,14 +16,21 @@ _BYTES = {
   "u16": 2,
   "bf16": 2,
   "f16": 2,
+  "s32": 4,
+  "u32": 4,
+  "f32": 4,
+  "s64": 8,
+  "u64": 8,
+  "f64": 8,
+  "f8e4m3fn": 1,
+  "f8e5m2": 1,
 }
-_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
 _ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\](\{[^}]*\})?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """One array of a shape: its dtype, its sizes, and whether it lies in the chip's main memory."""
+  """An array of a shape: dtype, sizes, and whether it is in the chip's main memory."""
 
   dtype: str
   sizes: tuple[int, ...]
@@ -31,7 +38,7 @@ class Array:
 
   @property
   def num_bytes(self) -> float:
-    """Its size; 0 for dtypes that hold no numbers."""
+    """Size in bytes; 0 for non-numeric dtypes."""
     return math.prod(self.sizes) * _BYTES.get(self.dtype, 0)
 
 
@@ -47,23 +54,35 @@ class Instruction:
   is_root: bool
 
   def attribute(self, pattern: str) -> str | None:
-    """The first group of a pattern in its attributes; None where it is not found."""
+    """The first group of a pattern in its attributes, or None."""
     match = re.search(pattern, self.attributes)
     return match.group(1) if match else None
 
   @property
+  def called(self) -> str | None:
+    """Name of the computation of a fusion, or None."""
+    return self.attribute(r"calls=%?([\w.\-]+)")
+
+  @property
+  def index(self) -> int | None:
+    """Index of a get-tuple-element, or None for other instructions."""
+    if self.opcode != "get-tuple-element":
+      return None
+    return int(self.attribute(r"index=(\d+)"))
+
+  @property
   def memory_bytes(self) -> float:
-    """Bytes of the result that lie in main memory."""
+    """Bytes of the result in main memory."""
     return sum(array.num_bytes for array in self.arrays if array.in_memory)
 
 
 def _closing(text: str, start: int) -> int:
-  """Where the parenthesis at `start` closes."""
+  """Index of the parenthesis that closes the one at `start`."""
   depth = 0
-  for place in range(start, len(text)):
-    depth += {"(": 1, ")": -1}.get(text[place], 0)
+  for i in range(start, len(text)):
+    depth += {"(": 1, ")": -1}.get(text[i], 0)
     if depth == 0:
-      return place
+      return i
   return len(text)
 
 
@@ -75,7 +94,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def instruction(line: str) -> Instruction | None:
-  """The instruction of a line of HLO; None if it holds none."""
+  """Parses a line of HLO; returns None if it has no instruction."""
   match = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
   if not match:
     return None
@@ -93,27 +112,28 @@ def instruction(line: str) -> Instruction | None:
 
 
 def group(collective: Instruction, num_devices: int) -> tuple[int, ...]:
-  """The devices of a collective's first group, by their places in the mesh; of a permute, the ring
-  of its first pair.
-  """
-  text, ints = collective.attributes, lambda listed: [int(number) for number in listed.split(",")]
+  """Mesh indices of the devices in a collective's first group; for a permute, its first ring."""
+  text = collective.attributes
+
+  def ints(csv: str) -> list[int]:
+    return [int(number) for number in csv.split(",")]
+
   if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-    places = np.arange(math.prod(ints(match.group(2)))).reshape(ints(match.group(2)))
-    places = places.transpose(ints(match.group(3))) if match.group(3) else places
-    return tuple(places.reshape(-1)[: int(match.group(1))].tolist())
+    devices = np.arange(math.prod(ints(match.group(2)))).reshape(ints(match.group(2)))
+    devices = devices.transpose(ints(match.group(3))) if match.group(3) else devices
+    return tuple(devices.reshape(-1)[: int(match.group(1))].tolist())
   if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
     return tuple(ints(match.group(1)))
   if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match.group(1))}
     across = re.findall(r"'(\w+)'", match.group(2))
-    places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    return tuple(
-      places[tuple(slice(None) if name in across else 0 for name in sizes)].reshape(-1).tolist()
-    )
+    devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    selected = devices[tuple(slice(None) if name in across else 0 for name in sizes)]
+    return tuple(selected.reshape(-1).tolist())
   if match := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", text):
-    follows = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", match.group(1))}
-    ring = [next((a for a, b in follows.items() if a != b), 0)]
-    while (then := follows.get(ring[-1], ring[0])) not in ring:
-      ring.append(then)
+    targets = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", match.group(1))}
+    ring = [next((a for a, b in targets.items() if a != b), 0)]
+    while (target := targets.get(ring[-1], ring[0])) not in ring:
+      ring.append(target)
     return tuple(ring)
   return tuple(range(num_devices))

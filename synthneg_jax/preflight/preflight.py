@@ -1,9 +1,8 @@
-"""Compiles a config's programs for a TPU that is not there: what fits, what binds, and what the
-recipe will cost.
+"""Compiles a config's programs for an absent TPU: memory fit, bottlenecks and total cost.
 
-The programs (recipe.py) are those that the stages run, compiled by XLA:TPU for abstract arrays;
-nothing is computed and no chip is needed. What a program does is read from its optimised HLO
-(roofline.py); what the recipe asks for is counted from the config and assumed lengths (bill.py).
+XLA:TPU compiles the stages' programs (compiled_programs.py) for abstract arrays; nothing is
+computed, and no chip is needed. A program's cost is read from its optimised HLO (roofline.py). The
+workload is computed from the config and assumed lengths (cost_model.py).
 """
 
 import contextlib
@@ -29,20 +28,19 @@ from synthneg_jax.runtime.errors import UserError
 
 @dataclasses.dataclass
 class Report:
-  """What came of compiling a program. Bytes, FLOPs and seconds are a chip's, for a run (decoding: a
-  turn of its loop).
+  """A compiled program. Bytes, FLOPs and seconds are per chip and run (decoding: per iteration).
 
   Attributes:
-    program: which.
-    fits: whether its peak is within the chip's memory.
-    peak_bytes: arguments + results that are not written over them + temporaries + code + what lies
-      beside; what XLA asked for where it does not fit.
-    argument_bytes, temporary_bytes: parts of it; what lies beside is counted with the arguments.
-    cost: what it does; None where it was not compiled to the end.
-    seconds: what each of a chip's parts would need for that alone.
+    program: that was compiled.
+    fits: whether the peak is within the chip's memory.
+    peak_bytes: arguments + results that do not alias them + temporaries + code + program.beside;
+      if compilation failed, what XLA requested.
+    argument_bytes, temporary_bytes: parts of the peak; arguments include program.beside.
+    cost: None if compilation failed.
+    seconds: lower bounds for compute, memory and interconnect, each on its own.
     compile_seconds: wall clock.
-    too_large: which part of the peak XLA found too large, where it compiled no program.
-    moves: which arrays its collectives move, and how many times (movement.py).
+    too_large: the part of the peak that XLA reports if compilation failed.
+    moves: how many times collectives move each parameter (collective_traffic.py).
   """
 
   program: Program
@@ -58,55 +56,57 @@ class Report:
 
   @property
   def bound_by(self) -> str:
-    """What takes longest: compute, memory or links; memory capacity where nothing was counted."""
+    """The bottleneck: compute, memory or interconnect; memory capacity if compilation failed."""
     return max(self.seconds, key=self.seconds.get) if self.seconds else "memory capacity"
 
 
 def devices_of(topology: str, slices: int = 1) -> tuple[list, Chip]:
-  """The devices of a TPU that is not there, and what each has (a v4 chip counts as two devices).
+  """The devices of an absent TPU, and the capacities of each (a v4 chip is two devices).
 
   Raises:
-    UserError: libtpu is not installed, or knows no such topology.
+    UserError: libtpu is not installed, or the topology is unknown.
   """
   generation, _, sizes = topology.partition(":")
   if generation not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", sizes):
     raise UserError(
-      f"--topology={topology}: it is GENERATION:SIZES with one of {', '.join(CHIPS)}, such as "
-      "v5e:8x8."
+      f"--topology={topology}: must be GENERATION:SIZES, such as v5e:8x8; generations are "
+      f"{', '.join(CHIPS)}."
     )
   if importlib.util.find_spec("libtpu") is None:
-    raise UserError(
-      "XLA's compiler for TPUs is missing: pip install -e '.[preflight]' installs it (libtpu)."
-    )
+    raise UserError("XLA's TPU compiler (libtpu) is not installed: pip install -e '.[preflight]'.")
   try:
-    more = {"num_slices": slices} if slices > 1 else {}
-    devices = list(topologies.get_topology_desc(topology, "tpu", **more).devices)
+    options = {"num_slices": slices} if slices > 1 else {}
+    devices = list(topologies.get_topology_desc(topology, "tpu", **options).devices)
   except jax.errors.JaxRuntimeError as error:
     raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
-  chip, cores = CHIPS[generation], len(devices) // (slices * math.prod(map(int, sizes.split("x"))))
-  part = {field.name: getattr(chip, field.name) / cores for field in dataclasses.fields(Chip)}
-  return devices, Chip(**part) if cores > 1 else chip
+  chip, num_chips = CHIPS[generation], slices * math.prod(map(int, sizes.split("x")))
+  cores = len(devices) // num_chips
+  if cores == 1:
+    return devices, chip
+  return devices, Chip(**{name: value / cores for name, value in vars(chip).items()})
 
 
 def _exhausted(program: Program, text: str) -> Report:
-  """From what XLA says of a program that does not fit: "... required for HLO temporaries (32.25G)
-  exceeds ...".
+  """The report from XLA's error for a program that does not fit.
+
+  The error is like "... required for HLO temporaries (32.25G) exceeds ...".
   """
   unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
   used = re.search(r"required for ([\w ]+) \(([\d.]+)([KMGT]?)\)", text) or re.search(
     r"(Used) ([\d.]+)([KMGT]?)", text
   )
   if used is None:
-    return Report(program, False, math.inf)
+    return Report(program, fits=False, peak_bytes=math.inf)
   kind = "" if used.group(1) == "Used" else used.group(1).removeprefix("HLO ")
-  return Report(program, False, float(used.group(2)) * unit[used.group(3)], too_large=kind)
+  peak = float(used.group(2)) * unit[used.group(3)]
+  return Report(program, fits=False, peak_bytes=peak, too_large=kind)
 
 
 def _compiled(lowered) -> tuple[jax.stages.Compiled, str]:
-  """(the compiled program, its optimised HLO).
+  """Returns (the compiled program, its optimised HLO).
 
-  The compiler writes the HLO to a folder, too: jax cannot read back what a v6e's sparse cores do on
-  the side.
+  The compiler also dumps the HLO to a folder, because jax cannot read back programs that use a
+  v6e's sparse cores.
   """
   with tempfile.TemporaryDirectory() as folder:
     compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
@@ -118,7 +118,7 @@ def _compiled(lowered) -> tuple[jax.stages.Compiled, str]:
 
 
 def compile_program(program: Program, chip: Chip, num_devices: int) -> Report:
-  """Compiles one program and reads what it does."""
+  """Compiles one program and computes its cost."""
   lowered, start = program.lower(), time.monotonic()
   try:
     compiled, text = _compiled(lowered)
@@ -129,66 +129,55 @@ def compile_program(program: Program, chip: Chip, num_devices: int) -> Report:
   seconds = time.monotonic() - start
   memory, hlo = compiled.memory_analysis(), roofline.Program(text, num_devices)
   cost = (hlo.open_loop if program.name.endswith("/decode") else None) or hlo.cost
-  peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + int(program.beside)
-  needs = {
-    "compute": cost.flops / chip.flops,
-    "memory": cost.memory_bytes / chip.memory_rate,
-    "interconnect": cost.collective_bytes / chip.link_rate,
-  }
+  arguments = memory.argument_size_in_bytes + int(program.beside)
+  peak = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
   return Report(
     program,
-    peak <= chip.hbm_bytes,
-    peak,
-    memory.argument_size_in_bytes + int(program.beside),
-    memory.temp_size_in_bytes,
-    cost,
-    needs,
-    seconds,
+    fits=peak <= chip.hbm_bytes,
+    peak_bytes=peak,
+    argument_bytes=arguments,
+    temporary_bytes=memory.temp_size_in_bytes,
+    cost=cost,
+    seconds={
+      "compute": cost.flops / chip.flops,
+      "memory": cost.memory_bytes / chip.memory_rate,
+      "interconnect": cost.collective_bytes / chip.link_rate,
+    },
+    compile_seconds=seconds,
   )
 
 
 def _lines(report: Report, chip: Chip, num_devices: int, full_copy: float) -> list[str]:
-  """A program's figures for a reader."""
+  """A program's printed lines."""
   r, p, giga = report, report.program, 1e9
-  head = f"{p.name}: {p.sizes}"
+  head, fits = f"{p.name}: {p.sizes}", "fits" if r.fits else "DOES NOT FIT"
+  peak = f"  memory  {fits}: {r.peak_bytes / giga:.2f} of {chip.hbm_bytes / giga:.2f} GB a chip"
   if r.cost is None:
-    return [
-      head,
-      f"  memory  DOES NOT FIT: {r.peak_bytes / giga:.2f} of {chip.hbm_bytes / giga:.2f} GB a chip",
-    ]
+    return [head, peak]
   own = p.model_flops / num_devices
-  kinds = (
-    ", ".join(f"{kind} {size / giga:.3g}" for kind, size in sorted(r.cost.collectives.items()))
-    or "none"
-  )
-  lines = [
+  kinds = [f"{kind} {size / giga:.3g}" for kind, size in sorted(r.cost.collectives.items())]
+  bounds = [f"{name} {1e3 * value:.3g} ms" for name, value in r.seconds.items()]
+  return [
     head,
-    f"  memory  {'fits' if r.fits else 'DOES NOT FIT'}: {r.peak_bytes / giga:.2f} of "
-    f"{chip.hbm_bytes / giga:.2f} GB a chip"
-    f" (arguments {r.argument_bytes / giga:.2f}, temporaries {r.temporary_bytes / giga:.2f})",
+    f"{peak} (arguments {r.argument_bytes / giga:.2f}, temporaries {r.temporary_bytes / giga:.2f})",
     f"  compute {r.cost.flops / 1e12:.4g} TFLOP a chip, {r.cost.flops / own:.2f} x the model's own "
     f"{own / 1e12:.4g}",
     f"  traffic {r.cost.memory_bytes / giga:.3g} GB to and from memory"
     + (f", {r.cost.memory_bytes / p.least_read:.2f} x weights and cache" if p.least_read else ""),
     f"  links   {r.cost.collective_bytes / giga:.3g} GB sent, "
     f"{r.cost.collective_bytes / full_copy:.2f} x what a row's "
-    f"device needs of all parameters (GB by kind: {kinds})",
+    f"device needs of all parameters (GB by kind: {', '.join(kinds) or 'none'})",
     *(f"    times {line}" for line in collective_traffic.lines(r.moves)),
-    "  bound   "
-    + ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in r.seconds.items())
-    + f": {r.bound_by}",
+    f"  bound   {', '.join(bounds)}: {r.bound_by}",
     f"  compiled in {r.compile_seconds:.0f} s; {p.runs:.0f} runs in the recipe",
   ]
-  return lines
 
 
 def make_bill(
-  config, recipe: Recipe, reports: Sequence[Report], num_devices: int, efficiency: float
+  config, recipe: Recipe, reports: Sequence[Report], *, num_devices: int, efficiency: float
 ) -> dict:
-  """Tokens, rollouts, chip-hours and bytes of the recipe; chip-hours of the programs that were
-  compiled.
-  """
+  """Tokens, rollouts and bytes of the recipe, and chip-hours of the compiled programs."""
   hours = {
     r.program.name: r.program.runs * max(r.seconds.values()) / efficiency * num_devices / 3600
     for r in reports
@@ -210,8 +199,8 @@ def make_bill(
     "storage_bytes": {name: round(value) for name, value in stored.items()},
     "storage_bytes_total": round(sum(stored.values())),
     "by_stage": {
-      stage: {key: round(value) for key, value in made.items()}
-      for stage, made in recipe.work.items()
+      stage: {key: round(value) for key, value in work.items()}
+      for stage, work in recipe.work.items()
     },
   }
 
@@ -238,16 +227,16 @@ def main(
   lengths: cost_model.Lengths,
   efficiency: float,
 ) -> list[Report]:
-  """Prints each program's figures and the bill, and writes them as JSON.
+  """Prints each program's figures and the bill, and writes them as JSON to `out`.
 
   Returns:
-    What was printed of each program.
+    The report of each program.
 
   Raises:
-    UserError: a program does not fit; names what to change.
+    UserError: a program does not fit; names the settings to change.
   """
   if not 0 < efficiency <= 1:
-    raise UserError(f"--efficiency={efficiency} is no share: it lies above 0 and at most at 1.")
+    raise UserError(f"--efficiency={efficiency} must be in (0, 1].")
   devices, chip = devices_of(topology, config.mesh.slices)
   mesh = device_mesh.make_mesh(**config.mesh, devices=devices)
   recipe = Recipe(config, mesh, lengths, chip.hbm_bytes)
@@ -264,42 +253,31 @@ def main(
   )
   full_copy = model.num_params * (2 if model.dtype == "bfloat16" else 4) / mesh.shape["tensor"]
   reports = []
-  precision = (
-    jax.default_matmul_precision("float32")
-    if model.dtype == "float32"
-    else contextlib.nullcontext()
-  )
+  precision = contextlib.nullcontext()
+  if model.dtype == "float32":
+    precision = jax.default_matmul_precision("float32")
   with precision:
     for program in recipe.programs(stages or STAGES):
       report = compile_program(program, chip, len(devices))
       report.moves = recipe.moves(report.cost) if report.cost else {}
       reports.append(report)
       print("\n".join(_lines(report, chip, len(devices), full_copy)), flush=True)
-  made = make_bill(config, recipe, reports, len(devices), efficiency)
   result = {
     "topology": topology,
     "programs": [_entry(report, chip, len(devices)) for report in reports],
-    "bill": made,
+    "bill": make_bill(config, recipe, reports, num_devices=len(devices), efficiency=efficiency),
   }
   print(json.dumps(result))
   if out:
     epath.Path(out).write_text(json.dumps(result, indent=2) + "\n")
   failed = [report for report in reports if not report.fits]
   if failed:
-    r = failed[0]
-    what = (
-      r.too_large
-      or max(
-        ("arguments", r.argument_bytes), ("temporaries", r.temporary_bytes), key=lambda x: x[1]
-      )[0]
-    )
-    more = (
-      f"; neither do {', '.join(report.program.name for report in failed[1:])}"
-      if failed[1:]
-      else ""
-    )
+    r, others = failed[0], ", ".join(report.program.name for report in failed[1:])
+    more = f"; neither do {others}" if others else ""
+    largest = "arguments" if r.argument_bytes >= r.temporary_bytes else "temporaries"
     raise UserError(
       f"{r.program.name} does not fit: {r.peak_bytes / 1e9:.2f} of {chip.hbm_bytes / 1e9:.2f} GB a "
-      f"chip of {topology}, most of it {what}; {r.program.advice}{more}."
+      f"chip of {topology}, most of it {r.too_large or largest}; {r.program.advice}"
+      f"{more}."
     )
   return reports

@@ -1,3 +1,1 @@
-"""What every program needs whatever it computes: config schema, start-up, mesh, checkpoints,
-progress.
-"""
+"""Shared by all programs: config schema, start-up, device mesh, checkpoints, progress."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a running training, and policies at rest, both through orbax."""
+"""Training checkpoints and saved policies, both through orbax."""
 
 import contextlib
 import hashlib
@@ -16,10 +16,10 @@ from synthneg_jax.runtime.errors import UserError, writing
 
 
 class TrainCheckpoints:
-  """The checkpoints of one training: train state, and the step, which is the data position.
+  """The checkpoints of one training run: train state, and the step, which is the data position.
 
-  The newest `keep` stay, and besides them the `max_to_keep_best` with the lowest loss. All
-  processes call every method.
+  The newest `keep` are retained, plus the `max_to_keep_best` with the lowest loss. Every process
+  must call every method.
   """
 
   def __init__(
@@ -29,23 +29,19 @@ class TrainCheckpoints:
     self._unreadable = set()
     kept = [preservation_policy.LatestN(keep)]
     if max_to_keep_best:
-
-      def loss(metrics):
-        return metrics["loss"]
-
-      kept.append(preservation_policy.BestN(get_metric_fn=loss, reverse=True, n=max_to_keep_best))
+      kept.append(preservation_policy.BestN(get_metric_fn=_loss, reverse=True, n=max_to_keep_best))
     self._options = ocp.CheckpointManagerOptions(
       create=True,
-      best_fn=(lambda metrics: metrics["loss"]) if max_to_keep_best else None,
+      best_fn=_loss if max_to_keep_best else None,
       best_mode="min",
       preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
     )
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
-    """The manager of what the folder holds now."""
+    """Opens a manager for the folder's current contents."""
     if self._options.best_fn is not None:
-      self._mend_metrics()
+      self._repair_metrics()
     with writing(self._folder):
       return ocp.CheckpointManager(
         self._folder.absolute(),
@@ -53,48 +49,48 @@ class TrainCheckpoints:
         item_handlers=ocp.StandardCheckpointHandler(),
       )
 
-  def _mend_metrics(self) -> None:
-    """Has a checkpoint whose loss cannot be read count as the worst; it would keep all others from
-    being opened.
-    """
+  def _repair_metrics(self) -> None:
+    """Replaces unreadable losses by infinity; orbax would refuse to open any checkpoint."""
     if distributed.first() and self._folder.exists():
       for path in self._folder.glob("*/metrics/metrics"):
         try:
           json.loads(path.read_text())
         except ValueError:
           logging.warning(
-            "The loss in %s cannot be read; the checkpoint counts as the worst.", path
+            "The loss in %s cannot be read; this checkpoint counts as the worst.", path
           )
           with writing(path):
             path.write_text(json.dumps({"loss": float("inf")}))
     distributed.barrier()
 
   def restore(self, abstract_state, shardings):
-    """The newest state that can be read, laid out by `shardings`; None where there is none.
+    """Returns the newest readable state, laid out by `shardings`, or None if there is none.
 
-    A checkpoint that cannot be read is passed over for the one before, and said. It stays where it
-    is, for what keeps it from being read may pass; only a state that is saved anew at its step
-    takes its place. Where none can be read, all are moved to the folder's neighbour
-    NAME.unreadable, out of the way of a training that starts anew.
+    An unreadable checkpoint is skipped with a warning in favour of the previous one. It stays in
+    place, since the cause may be temporary, until a new state is saved at its step. If no
+    checkpoint is readable, all are moved to the sibling folder NAME.unreadable, so that they do not
+    interfere with a training that restarts from step 0.
 
     Raises:
-      UserError: a checkpoint is whole, but of another model or optimizer.
+      UserError: a checkpoint is intact but belongs to another model or optimizer.
     """
     target = _abstract(abstract_state, shardings)
     for step in sorted(self._manager.all_steps(), reverse=True):
       state, problem = None, ""
       try:
-        self._refuse_other(step, target)
+        self._check_shapes(step, target)
         state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
       except _UNREADABLE as error:
         problem = _first_line(error) or type(error).__name__
-      problem = next(
-        filter(None, distributed.gather(problem)), ""
-      )  # what one cannot read, none takes
+      # If one process cannot read a checkpoint, no process uses it.
+      problem = next(filter(None, distributed.gather(problem)), "")
       if not problem:
         return state
       logging.warning(
-        "Checkpoint %s/%d cannot be read (%s); trying the one before.", self._folder, step, problem
+        "Checkpoint %s/%d cannot be read (%s); trying the previous one.",
+        self._folder,
+        step,
+        problem,
       )
       self._unreadable.add(step)
     if self._unreadable:
@@ -102,9 +98,7 @@ class TrainCheckpoints:
     return None
 
   def _set_aside(self) -> None:
-    """Moves all checkpoints out of the folder: beside new ones they would count as the newest, or
-    stand in their way.
-    """
+    """Moves all checkpoints out of the folder, where they would be taken for the newest ones."""
     self._manager.close()
     aside = self._folder.parent / f"{self._folder.name}.unreadable"
     if distributed.first():
@@ -116,48 +110,49 @@ class TrainCheckpoints:
           (self._folder / str(step)).rename(aside / str(step))
     distributed.barrier()
     logging.warning(
-      "No checkpoint of %s can be read; they are kept in %s, and the training starts from step 0.",
+      "No checkpoint of %s can be read; they were moved to %s, and training starts from step 0.",
       self._folder,
       aside,
     )
     self._unreadable.clear()
     self._manager = self._open()
 
-  def _refuse_other(self, step: int, target) -> None:
+  def _check_shapes(self, step: int, target) -> None:
+    """Raises UserError if the checkpoint's arrays differ from the target's in name or shape."""
+
     def shapes(tree):
       return {
         jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
       }
 
-    found, wanted = shapes(self._manager.item_metadata(step)), shapes(target)
-    if not found:
+    saved, expected = shapes(self._manager.item_metadata(step)), shapes(target)
+    if not saved:
       raise ValueError("its list of arrays is missing")
-    for name in sorted(set(found) ^ set(wanted)) + [
-      name for name in wanted if found.get(name) != wanted[name]
-    ]:
-      raise UserError(
-        f"{self._folder / str(step)} is a checkpoint of another model: {name} has shape "
-        f"{found.get(name, 'none')} there, {wanted.get(name, 'none')} here; take another "
-        f"--workdir, or delete {self._folder}."
-      )
+    for name in sorted(saved.keys() ^ expected.keys()) + list(expected):
+      if saved.get(name) != expected.get(name):
+        raise UserError(
+          f"{self._folder / str(step)} is a checkpoint of another model: {name} has shape "
+          f"{saved.get(name, 'none')} in the checkpoint and {expected.get(name, 'none')} in this "
+          f"model; use another --workdir, or delete {self._folder}."
+        )
 
   def due(self, step: int) -> bool:
     """True after every `every_steps`-th step."""
     return bool(self._every_steps) and step % self._every_steps == 0
 
   def save(self, step: int, state, loss: float) -> None:
-    """Saves in the background what training goes on from after `step` steps.
+    """Saves in the background the state from which training resumes after `step` steps.
 
     Args:
-      step: done so far.
-      state: of the training.
-      loss: mean over the steps since the checkpoint before, by which the best are known.
+      step: number of completed steps.
+      state: train state.
+      loss: mean over the steps since the previous checkpoint; ranks checkpoints.
 
     Raises:
-      UserError: this state, or the one before, cannot be written; older checkpoints stay.
+      UserError: this state, or the previous one, cannot be written; older checkpoints remain.
     """
-    with self._said():
+    with self._write_errors():
       if step in self._unreadable:
         if step in self._manager.all_steps():
           self._manager.delete(step)
@@ -170,28 +165,28 @@ class TrainCheckpoints:
     """Waits for the last save.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the last state cannot be written.
     """
-    with self._said():
+    with self._write_errors():
       self._manager.close()
 
   @contextlib.contextmanager
-  def _said(self):
+  def _write_errors(self):
     try:
       yield
     except _UNREADABLE as error:
       raise UserError(
-        f"A checkpoint in {self._folder} cannot be written ({_first_line(error)}); those written "
-        "before are kept."
+        f"A checkpoint in {self._folder} cannot be written ({_first_line(error)}); earlier "
+        "checkpoints are kept."
       ) from error
 
 
-_UNREADABLE = (
-  ValueError,
-  OSError,
-  KeyError,
-  json.JSONDecodeError,
-)  # what orbax makes of broken files and full disks
+# Raised by orbax for broken files and full disks; ValueError includes json.JSONDecodeError.
+_UNREADABLE = (ValueError, OSError, KeyError)
+
+
+def _loss(metrics: dict[str, float]) -> float:
+  return metrics["loss"]
 
 
 def _first_line(error: BaseException) -> str:
@@ -207,10 +202,10 @@ def _abstract(tree, shardings):
 
 
 def save_params(folder: epath.PathLike, params) -> None:
-  """Writes parameters under folder/params; a killed call leaves nothing under that name.
+  """Writes parameters to folder/params; a killed call leaves nothing under that name.
 
   Raises:
-    UserError: they cannot be written.
+    UserError: the parameters cannot be written.
   """
   path = epath.Path(folder).absolute() / "params"
   try:
@@ -221,14 +216,14 @@ def save_params(folder: epath.PathLike, params) -> None:
 
 
 def load_params(folder: epath.PathLike, abstract_params, shardings):
-  """Reads what `save_params` wrote into the given layout.
+  """Loads parameters written by `save_params` into the given shardings.
 
   Raises:
-    UserError: the folder is not there, or holds other parameters.
+    UserError: the folder is missing, or holds other parameters.
   """
   path = epath.Path(folder).absolute() / "params"
   if not path.exists():
-    raise UserError(f"{path} is not there: the policy's weights are missing.")
+    raise UserError(f"{path} does not exist: the policy's weights are missing.")
   target = _abstract(abstract_params, shardings)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
@@ -240,10 +235,10 @@ def load_params(folder: epath.PathLike, abstract_params, shardings):
 
 
 def fingerprint(params) -> str:
-  """A hash of the parameters' bits: the same on every mesh and host, another after any change.
+  """A hash of the parameters' bits: equal on every mesh and host, different after any change.
 
-  Each leaf gives the sum of a hash of each element's bits and place in 32-bit wrap-around
-  arithmetic, computed where the leaf lies; the sums of all leaves, with their names, are hashed.
+  For each leaf, hashes of every element's bits and index are summed in wrap-around 32-bit
+  arithmetic on the leaf's own devices; then the leaf names and sums are hashed.
   """
 
   def checksum(leaf):
@@ -252,10 +247,8 @@ def fingerprint(params) -> str:
     )
     bits = bits.astype(np.uint32).reshape(-1)
     mixed = bits ^ (jax.lax.iota(np.uint32, bits.size) * np.uint32(0x9E3779B1))
-    for factor in (
-      0x85EBCA6B,
-      0xC2B2AE35,
-    ):  # MurmurHash3's last steps: one to one, and every bit reaches every other
+    # MurmurHash3's finaliser: bijective, and every input bit affects every output bit.
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
       mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(factor)
     return jax.numpy.sum(mixed ^ (mixed >> np.uint32(16)), dtype=np.uint32)
 

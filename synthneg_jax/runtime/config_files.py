@@ -1,6 +1,4 @@
-"""The config files and prompts that come with the project: in the installed package, or in configs/
-of a checkout.
-"""
+"""The shipped config files and prompts, in the installed package or in a checkout's configs/."""
 
 import difflib
 import pathlib
@@ -12,15 +10,13 @@ _PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 def folder() -> pathlib.Path:
-  """The folder configs/: inside the package in an installed wheel, beside it in a checkout."""
+  """The folder configs/: inside an installed package, or beside the package in a checkout."""
   installed = _PACKAGE / "configs"
   return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 
 
 def shipped_path(path: str) -> pathlib.Path:
-  """A path as given where it exists; else configs/... from any working directory is the one that
-  comes with the project.
-  """
+  """Returns the path if it exists; otherwise configs/... refers to the shipped folder."""
   given = pathlib.Path(path).expanduser()
   shipped = folder().parent / path
   return (
@@ -31,9 +27,9 @@ def shipped_path(path: str) -> pathlib.Path:
 
 
 def resolve(value: str) -> str:
-  """The value of --config with its file located: NAME[:arg] or PATH[:arg] becomes PATH[:arg].
+  """Locates the file of a --config value: NAME[:arg] or PATH[:arg] becomes PATH[:arg].
 
-  A bare name, without slash and .py, is a config that comes with the project.
+  A bare name, without slash or .py, names a shipped config.
 
   Raises:
     UserError: no config has this name.
@@ -47,8 +43,8 @@ def resolve(value: str) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(
-      f"--config: unknown config {name!r}; {hint}The names are {', '.join(names)}; a file needs "
-      "its .py."
+      f"--config: unknown config {name!r}; {hint}The shipped configs are {', '.join(names)}; a "
+      "file needs its .py."
     )
   return f"{path}{colon}{arg}"
 

@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that says which array dimension lies on which of its axes."""
+"""The device mesh, and the table that maps array dimensions to mesh axes."""
 
 import functools
 import math
@@ -13,11 +13,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from synthneg_jax.runtime import distributed
 from synthneg_jax.runtime.errors import UserError
 
-# A slice is a set of chips with fast links; slices are joined by the data-centre network, over
-# which only gradients go.
+# A slice is a set of chips with fast links. Slices are connected by the data-centre network, which
+# only carries gradients.
 AXES = ("slice", "data", "fsdp", "tensor")
 
-# Logical axis of a parameter, a row of a batch or a lane of the engine -> mesh axis or axes.
+# Logical axis of a parameter, batch row or engine lane -> mesh axis or axes.
 RULES = {
   "layers": None,
   "vocab": "tensor",
@@ -30,17 +30,17 @@ RULES = {
 }
 
 
-SPENT = 0.8  # share of a device's memory that work is fitted to
+SPENT = 0.8  # fraction of a device's memory that work is fitted to
 
 
 def make_mesh(
   data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1, devices=None
 ) -> Mesh:
-  """A mesh over all devices; one of the sizes but `slices` may be -1 and takes what is left.
+  """A mesh over all devices; one size other than `slices` may be -1, and takes the rest.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices, or the devices are not in that
-      many slices.
+    UserError: the product of the sizes is not the number of devices, or the devices are not in
+      `slices` slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = [slices, data, fsdp, tensor]
@@ -57,13 +57,13 @@ def make_mesh(
 
 
 def _arrange(sizes: Sequence[int], devices) -> np.ndarray:
-  """Devices as an array of these sizes; on TPU, mesh neighbours are neighbours in the torus."""
+  """Devices as an array of these sizes; on TPU, mesh neighbours are torus neighbours."""
   if devices[0].platform != "tpu":
     return np.asarray(devices).reshape(sizes)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices != sizes[0]:
     raise UserError(
-      f"mesh.slices={sizes[0]}, but the {len(devices)} devices lie in {slices} slice(s)."
+      f"mesh.slices={sizes[0]}, but the {len(devices)} devices are in {slices} slice(s)."
     )
   if slices > 1:
     return mesh_utils.create_hybrid_device_mesh(
@@ -83,22 +83,22 @@ def _mesh_axes(logical: str | None) -> tuple[str, ...]:
 
 
 def check(name: str, shape: Sequence[int], logical_axes: Sequence[str | None], mesh: Mesh) -> None:
-  """Refuses an array that the mesh cannot hold by the rules.
+  """Checks that `RULES` can split an array over the mesh.
 
   Raises:
-    UserError: two dimensions lie on one mesh axis, or a dimension does not divide by its mesh axes.
+    UserError: two dimensions map to one mesh axis, or a size is not a multiple of its mesh axes.
   """
   taken = {}
-  for place, (size, logical) in enumerate(zip(shape, logical_axes, strict=True)):
+  for dimension, (size, logical) in enumerate(zip(shape, logical_axes, strict=True)):
     axes = _mesh_axes(logical)
     for axis in axes:
       if axis in taken:
         first = taken[axis]
         raise UserError(
-          f"{name}: dimensions {first} ({logical_axes[first]}={shape[first]}) and {place} "
-          f"({logical}={size}) both lie on the mesh axis {axis}."
+          f"{name}: dimensions {first} ({logical_axes[first]}={shape[first]}) and {dimension} "
+          f"({logical}={size}) are both split over the mesh axis {axis}."
         )
-      taken[axis] = place
+      taken[axis] = dimension
     parts = {axis: mesh.shape[axis] for axis in axes if mesh.shape[axis] > 1}
     total = math.prod(parts.values())
     if size % total:
@@ -109,13 +109,13 @@ def check(name: str, shape: Sequence[int], logical_axes: Sequence[str | None], m
 
 
 def check_tree(arrays, logical_axes, mesh: Mesh, prefix: str = "") -> None:
-  """`check` of every array in a tree; its path is its name.
+  """Applies `check` to every array in a tree; its path is its name.
 
   Args:
-    arrays: anything with shapes; abstract arrays will do.
+    arrays: a tree of arrays, possibly abstract.
     logical_axes: the same tree with a tuple of logical names for each array.
-    mesh: where they are to go.
-    prefix: stands before the names.
+    mesh: over which the arrays are split.
+    prefix: of the names in messages.
   """
   names = jax.tree.leaves(logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
   for (path, leaf), axes in zip(jax.tree_util.tree_leaves_with_path(arrays), names, strict=True):
@@ -123,7 +123,7 @@ def check_tree(arrays, logical_axes, mesh: Mesh, prefix: str = "") -> None:
 
 
 def shardings(mesh: Mesh, logical_axes):
-  """A tree of tuples of logical names becomes a tree of NamedShardings."""
+  """Converts a tree of tuples of logical names to a tree of NamedShardings."""
   return jax.tree.map(
     lambda names: NamedSharding(mesh, spec(*names)),
     logical_axes,
@@ -132,20 +132,20 @@ def shardings(mesh: Mesh, logical_axes):
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-  """The sharding of anything whose first dimension is rows of a batch or lanes of the engine."""
+  """The sharding of arrays whose first dimension is batch rows or engine lanes."""
   return NamedSharding(mesh, spec("rows"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of anything that every device holds whole."""
+  """The sharding of arrays that every device holds in full."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def decoding(mesh: Mesh) -> Mesh:
-  """The same devices, with fsdp counted to data: parameters are split over tensor only.
+  """The same devices with fsdp merged into data, so that parameters are split over tensor only.
 
-  Every token reads all parameters, so that to split them over fsdp would be to gather them for
-  every token. Rows are split as before, each on the same device.
+  Every token reads all parameters; if they were split over fsdp, they would be gathered for every
+  token. Rows stay on the same devices.
   """
   sizes = dict(mesh.shape)
   sizes["data"], sizes["fsdp"] = sizes["data"] * sizes["fsdp"], 1
@@ -155,11 +155,11 @@ def decoding(mesh: Mesh) -> Mesh:
 
 
 def place(tree, shardings):
-  """Arrays that every process has whole, laid out; each process sends its devices their own part.
+  """Places arrays that every process holds in full; each process sends its devices their parts.
 
   Args:
     tree: of arrays.
-    shardings: a tree of shardings, or a prefix of one.
+    shardings: a tree of shardings, or a prefix of `tree`.
   """
 
   def put(sharding, value):
@@ -181,19 +181,21 @@ def from_first(
   *,
   rows: int,
 ) -> jax.Array:
-  """An array that process 0 alone can read, laid out like any other; every process calls it.
+  """Places an array that only process 0 can read; every process must call this function.
 
-  Each part passes through every device whole: as bits, which all but one device have as zeros, and
-  which are summed.
+  The array is sent part by part: each part is summed, as integers, over all devices, of which one
+  has the data and the others zeros. So each device holds one whole part at a time.
 
   Args:
     shape, dtype, sharding: of the array.
-    read: a slice of the first dimension -> that part; called in process 0, in order.
-    rows: of the first dimension, which it divides, in a part.
+    read: maps a slice of the first dimension to that part; called in process 0, in order.
+    rows: size of a part along the first dimension, which must be a multiple of it.
   """
   mesh, size = sharding.mesh, np.dtype(dtype).itemsize
   bits, part_shape = np.dtype(f"uint{8 * size}"), (rows, *shape[1:])
-  sender = next(at for at, device in enumerate(mesh.devices.flat) if device.process_index == 0)
+  sender = next(
+    number for number, device in enumerate(mesh.devices.flat) if device.process_index == 0
+  )
   on_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
   @functools.partial(jax.jit, out_shardings=sharding, donate_argnums=0)
@@ -204,7 +206,7 @@ def from_first(
   array = jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)()
   for start in range(0, shape[0], rows):
     value = read(slice(start, start + rows)).view(bits) if distributed.first() else None
-    distributed.barrier()  # however long process 0 reads: devices' own waits have limits
+    distributed.barrier()  # waits for process 0's read; collectives have time limits
 
     def part(index, value=value):
       return (
@@ -219,12 +221,11 @@ def from_first(
 
 
 def connect(mesh: Mesh) -> None:
-  """Has all devices, and those along each axis, meet once; every process calls it, when all are
-  there.
+  """Runs one collective over all devices and along each axis; every process must call it.
 
-  Connections are made at the first meeting, and gloo, which CPU processes meet by, gives it 30 s:
-  less than one process may take longer than another over its first program. A machine that cannot
-  be reached shows at once.
+  The first collective opens connections. For CPU processes gloo allows 30 s for this, which is less
+  than the difference that processes may have in compiling their first programs. An unreachable
+  machine fails here, at once.
   """
   for axes in (mesh.axis_names, *((axis,) for axis in mesh.axis_names if mesh.shape[axis] > 1)):
     ones = np.ones(math.prod(mesh.shape[axis] for axis in axes), np.float32)
@@ -233,25 +234,25 @@ def connect(mesh: Mesh) -> None:
 
 
 def whole(x: jax.Array) -> np.ndarray:
-  """An array on the host, whole, wherever its parts lie; every process calls it."""
+  """Gathers an array to the host, wherever its parts are; every process must call it."""
   if x.is_fully_addressable or x.is_fully_replicated:
     return np.asarray(x)
   return np.asarray(jax.jit(lambda x: x, out_shardings=replicated(x.sharding.mesh))(x))
 
 
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
-  """Into how many parts rows are split."""
+  """The number of parts into which rows are split."""
   return math.prod(mesh.shape[axis] for axis in _mesh_axes("rows"))
 
 
 def parts(logical: str) -> int:
-  """Into how many parts the mesh of `under` splits a dimension of this name; 1 without one."""
+  """The number of parts into which the mesh of `under` splits this dimension; 1 without a mesh."""
   shape = jax.sharding.get_abstract_mesh().shape
   return math.prod(shape.get(axis, 1) for axis in _mesh_axes(logical))
 
 
 def under(mesh: Mesh, fn: Callable) -> Callable:
-  """fn, traced so that `split_rows` in it knows the mesh."""
+  """Returns fn, traced with the mesh known to functions such as `split_rows`."""
 
   @functools.wraps(fn)
   def traced(*args):
@@ -262,9 +263,7 @@ def under(mesh: Mesh, fn: Callable) -> Callable:
 
 
 def memory() -> float:
-  """Bytes that work may take on each device of this process: of its own memory, or of a share of
-  half the host's.
-  """
+  """Bytes available on each local device; on CPU, devices share half the host's memory."""
   device = jax.local_devices()[0]
   if limit := (device.memory_stats() or {}).get("bytes_limit"):
     return SPENT * limit
@@ -272,10 +271,9 @@ def memory() -> float:
 
 
 def runs_on(maker: str) -> bool:
-  """Whether the program that is being traced is for devices whose kind begins so, "TPU" or
-  "NVIDIA".
+  """Whether the program being traced targets devices of this maker, "TPU" or "NVIDIA".
 
-  They are those of the mesh of `under`; without one, the default device.
+  The devices are those of the mesh of `under`; without a mesh, the default device.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
   return device.device_kind.startswith(maker)
@@ -284,10 +282,10 @@ def runs_on(maker: str) -> bool:
 def on_each_device(
   fn: Callable, logical_axes: Sequence[tuple[str | None, ...]], out_axes: tuple[str | None, ...]
 ) -> Callable:
-  """fn of arrays, run by every device on its own parts of them; outside of `under` it is fn itself.
+  """Makes every device run fn on its own parts of the arguments; outside `under`, returns fn.
 
   Args:
-    fn: must need nothing of other devices' parts.
+    fn: a function of arrays that needs no data from other devices.
     logical_axes: of each argument.
     out_axes: of the result.
   """
@@ -302,11 +300,10 @@ def on_each_device(
 
 
 def split_as(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
-  """Tells the compiler that an array, and its gradient, is split as these names say, rather than to
-  let it guess.
+  """Constrains the sharding of an array and its gradient to these logical axes.
 
-  Of a parameter: it is gathered where it is used, and what its gradient's parts on the rows'
-  devices sum to is scattered to where the parameter lies. Outside of `under` it does nothing.
+  A parameter is then gathered where it is used, and its gradient is reduce-scattered to the
+  parameter's sharding. Outside `under` this does nothing.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x
@@ -314,11 +311,10 @@ def split_as(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-  """Tells the compiler that the first dimension is rows, lanes, or their tokens one after another:
-  split as rows are.
+  """Constrains the first dimension (rows, lanes, or their tokens) to be split as rows are.
 
-  Without it the compiler may leave the parameters split as they lie and gather the activations of
-  all rows on every device instead. Outside of `under` it does nothing.
+  Otherwise the compiler may keep the parameters split and gather the activations of all rows on
+  every device. Outside `under` this does nothing.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:

@@ -1,4 +1,4 @@
-"""The one exception that a person is meant to read, and what the file system says, made into it."""
+"""`UserError`, the exception meant to be read by users, and file system errors converted to it."""
 
 import contextlib
 import errno
@@ -7,16 +7,15 @@ from typing import Any
 
 
 class UserError(Exception):
-  """Something that the person at the keyboard can put right: one sentence that names the file,
-  line, row or flag.
+  """An error that the user can fix: one sentence that names the file, line, row or flag.
 
-  Every entry point prints it without a traceback and exits with status 1; anything else is a defect
-  of ours and keeps its traceback.
+  Every entry point prints it without a traceback and exits with status 1. Any other exception is a
+  bug and keeps its traceback.
   """
 
 
-# The disk's or the folder's doing, not a defect of ours.
-_OUTSIDE = (
+# Caused by the disk or folder, not by a bug.
+_EXTERNAL_ERRNOS = (
   errno.ENOSPC,
   errno.EDQUOT,
   errno.EFBIG,
@@ -28,20 +27,18 @@ _OUTSIDE = (
 )
 
 
-def of_files(error: BaseException) -> UserError | None:
-  """A full disk, a folder that may not be written and the like, as a sentence; None for any other
-  error.
-  """
-  if not isinstance(error, OSError) or error.errno not in _OUTSIDE:
+def from_os_error(error: BaseException) -> UserError | None:
+  """Converts a full disk, missing permissions and the like to a UserError; None for the rest."""
+  if not isinstance(error, OSError) or error.errno not in _EXTERNAL_ERRNOS:
     return None
   return UserError(
-    f"{error.filename or 'a file'}: {error.strerror}. What was written before is kept."
+    f"{error.filename or 'a file'}: {error.strerror}. Everything written so far is kept."
   )
 
 
 @contextlib.contextmanager
 def writing(path: Any) -> Iterator[None]:
-  """Whatever keeps the body from writing is said of this path.
+  """Converts an OSError in the body to a UserError about this path.
 
   Raises:
     UserError: the body raised an OSError.
@@ -50,5 +47,5 @@ def writing(path: Any) -> Iterator[None]:
     yield
   except OSError as error:
     raise UserError(
-      f"{path} cannot be written: {error.strerror or error}. What was written before is kept."
+      f"{path} cannot be written: {error.strerror or error}. Everything written so far is kept."
     ) from error

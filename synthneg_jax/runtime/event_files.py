@@ -1,9 +1,9 @@
-"""TensorBoard event files: scalars, histograms, images and text by update, written without
-TensorFlow.
+"""TensorBoard event files with scalars, histograms, images and text, without TensorFlow.
 
-The protocol buffers are tensorboardX's; the records are TFRecords (length, masked CRC-32C, data,
-masked CRC-32C). Writing is synchronous, some tenths of a millisecond an update, so that a full disk
-is said where it happens.
+The protocol buffers are tensorboardX's. The records are TFRecords (length, masked CRC-32C, data,
+masked CRC-32C), encoded here because tensorboardX's RecordWriter opens files itself and needs boto3
+or google-cloud-storage for buckets. Writing is synchronous and takes tenths of a millisecond per
+update, so a full disk raises at the update that fills it.
 """
 
 import io
@@ -23,8 +23,8 @@ from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 from synthneg_jax.runtime.errors import writing
 
 _PATTERN = "events.out.tfevents.*"
-# Of fixed edges (ours): a value in the first or last bucket is known to lie beyond an edge only.
-Histogram = tuple[Sequence[float], Sequence[float]]  # (E edges, E + 1 counts)
+# (E edges, E + 1 counts); the first and last buckets are unbounded. Fixed edges are our choice.
+Histogram = tuple[Sequence[float], Sequence[float]]
 
 
 def _record(event: Event) -> bytes:
@@ -38,7 +38,7 @@ def _record(event: Event) -> bytes:
 
 
 def read(path: epath.Path) -> Iterator[Event]:
-  """The events of a file; what a killed process left unfinished at its end is passed over."""
+  """Reads the events of a file; an incomplete record at the end, left by a kill, is skipped."""
   with path.open("rb") as file:
     while len(head := file.read(12)) == 12:
       data = file.read(struct.unpack("<Q", head[:8])[0])
@@ -49,8 +49,8 @@ def read(path: epath.Path) -> Iterator[Event]:
       yield event
 
 
-def _cut(folder: epath.Path, first_step: int) -> None:
-  """Takes what is of `first_step` or later out of the folder's event files: it is done again."""
+def _truncate(folder: epath.Path, first_step: int) -> None:
+  """Removes summaries of `first_step` and later from the folder's event files."""
   for path in folder.glob(_PATTERN):
     kept = [
       event for event in read(path) if event.step < first_step or not event.HasField("summary")
@@ -65,49 +65,50 @@ def _cut(folder: epath.Path, first_step: int) -> None:
 
 
 def _bucketed(edges: Sequence[float], counts: Sequence[float]) -> HistogramProto:
-  """A histogram of fixed edges, without its empty ends; its sums are of the buckets' middles."""
+  """A histogram without its empty outer buckets; sums are computed from bucket midpoints."""
   edges, counts = np.asarray(edges, float), np.asarray(counts, float)
-  limits = np.concatenate([edges, [2 * edges[-1] - edges[-2]]])  # the last bucket, too, gets an end
+  limits = np.concatenate(
+    [edges, [2 * edges[-1] - edges[-2]]]
+  )  # the last bucket needs a limit, too
   lowest = np.concatenate([[2 * edges[0] - edges[1]], edges])
-  there = np.flatnonzero(counts)
-  if not len(there):
+  nonempty = np.flatnonzero(counts)
+  if not len(nonempty):
     return HistogramProto(bucket_limit=[edges[0]], bucket=[0.0])
-  span = slice(there[0], there[-1] + 1)
-  middles = (lowest + limits)[span] / 2
+  span = slice(nonempty[0], nonempty[-1] + 1)
+  midpoints = (lowest + limits)[span] / 2
   return HistogramProto(
-    min=lowest[there[0]],
-    max=limits[there[-1]],
+    min=lowest[nonempty[0]],
+    max=limits[nonempty[-1]],
     num=counts.sum(),
-    sum=float(counts[span] @ middles),
-    sum_squares=float(counts[span] @ middles**2),
+    sum=float(counts[span] @ midpoints),
+    sum_squares=float(counts[span] @ midpoints**2),
     bucket_limit=limits[span],
     bucket=counts[span],
   )
 
 
 class EventFile:
-  """One event file in a folder, beside those of earlier starts, none of which holds a step that
-  this one will hold.
+  """A new event file in a folder; steps of earlier starts' files never overlap its own.
 
-  On a local disk an event is there when `write` returns; elsewhere, where files cannot be added to,
-  after `keep`.
+  On a local disk an event is saved when `write` returns; in a bucket, where files cannot be
+  appended to, when `keep` returns.
   """
 
   def __init__(self, folder: epath.Path, first_step: int = 0):
-    """Cuts what earlier starts wrote of `first_step` and later, and begins a file.
+    """Removes steps from `first_step` on from earlier files, and starts a new file.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _cut(folder, first_step)
+    _truncate(folder, first_step)
     name = f"events.out.tfevents.{time.time_ns() // 1000:016d}.{socket.gethostname()}.{os.getpid()}"
     self._path, self._file, self._pending = folder / name, None, io.BytesIO()
     with writing(self._path):
       if "://" not in os.fspath(folder):
         self._file = self._path.open("wb")
     self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-    if first_step:  # a TensorBoard that is open drops what it had read beyond
+    if first_step:  # makes a running TensorBoard discard later steps that it has read
       self._add(
         Event(
           wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)
@@ -126,23 +127,24 @@ class EventFile:
     images: Mapping[str, bytes] | None = None,
     texts: Mapping[str, str] | None = None,
   ) -> None:
-    """One event.
+    """Writes one event.
 
     Args:
-      step: the update, from 0.
+      step: index of the update, from 0.
       scalars: by tag.
-      histograms: by tag; (edges [E], counts [E + 1]), the first count of what is below all edges.
+      histograms: by tag; (edges [E], counts [E + 1]), the first count for values below all edges.
       images: by tag; the bytes of a PNG file.
       texts: by tag; Markdown.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the event cannot be written.
     """
     values = [
       Summary.Value(tag=tag, simple_value=float(value)) for tag, value in (scalars or {}).items()
     ]
     values += [
-      Summary.Value(tag=tag, histo=_bucketed(*one)) for tag, one in (histograms or {}).items()
+      Summary.Value(tag=tag, histo=_bucketed(edges, counts))
+      for tag, (edges, counts) in (histograms or {}).items()
     ]
     for tag, png in (images or {}).items():
       width, height = struct.unpack(">II", png[16:24])
@@ -156,17 +158,17 @@ class EventFile:
         self._file.flush()
 
   def keep(self) -> None:
-    """Everything up to here is on disk when it returns.
+    """Saves all events written so far.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
     if self._file is None:
       with writing(self._path):
         self._path.write_bytes(self._pending.getvalue())
 
   def close(self) -> None:
-    """Keeps, and ends the file."""
+    """Saves all events and closes the file."""
     if self._file is not None:
       self._file.close()
       self._file = None

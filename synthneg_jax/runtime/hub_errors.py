@@ -1,4 +1,4 @@
-"""Errors of huggingface_hub as one sentence that names the model or dataset."""
+"""Converts errors of huggingface_hub to one sentence that names the model or dataset."""
 
 import contextlib
 from collections.abc import Iterator

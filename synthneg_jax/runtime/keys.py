@@ -1,4 +1,4 @@
-"""Random keys that say what a draw is for, never what it shared a batch with."""
+"""Random keys that depend on what is drawn, never on how draws are batched."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,19 +14,18 @@ def hash_ids(ids: Sequence[int]) -> str:
 def draw_key(
   seed: int, purpose: str, round_: int, problem_id: str, prefix_hash: str, index: int
 ) -> np.ndarray:
-  """The key of one item: a hash of all that it is, as uint32 [2] (threefry key data).
+  """The key of one item: a hash of the arguments, as uint32 [2] (threefry key data).
 
-  The engine folds in each token's place, so a run that was preempted, re-sharded or re-batched
-  draws the same tokens.
+  The engine folds in the position of each token, so a preempted, re-sharded or re-batched run draws
+  the same tokens.
 
   Args:
-    seed: the run's.
-    purpose: "sample", "credit", "evaluate", ...: traces and the rollouts out of them never share
-      draws.
+    seed: of the run.
+    purpose: "sample", "credit", "evaluate", ...; traces and rollouts from them never share draws.
     round_: on-policy round.
     problem_id: stable id of the problem.
-    prefix_hash: `hash_ids` of what the item continues.
-    index: number of the trace or rollout.
+    prefix_hash: `hash_ids` of the prefix that the item continues.
+    index: of the trace or rollout.
   """
   text = f"{seed}|{purpose}|{round_}|{problem_id}|{prefix_hash}|{index}"
   return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32)

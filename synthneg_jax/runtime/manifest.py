@@ -1,6 +1,4 @@
-"""A stage's manifest: what it was made from and what it made, so that it is skipped, continued or
-refused rightly.
-"""
+"""A stage's manifest: its inputs and outputs, which decide whether to skip, resume or refuse it."""
 
 import hashlib
 import importlib.metadata
@@ -16,9 +14,9 @@ from etils import epath
 from synthneg_jax.runtime import config_schema, distributed
 from synthneg_jax.runtime.errors import UserError, writing
 
-# of the stages' files; version 1 wrote none, had other leaf names, and made pairs within stage dpo
+# Version of the stages' files. Version 1 wrote none, had other leaf names, and built pairs in dpo.
 FORMAT = 2
-# besides TensorBoard's; a stage with nothing else has made nothing yet
+# A stage with only these and TensorBoard's files has produced nothing yet.
 _LOGS = ("begun.json", "metrics.jsonl")
 _PACKAGES = (
   "jax",
@@ -33,20 +31,18 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-  """Installed versions of what a run depends on."""
-  found = {}
+  """Installed versions of the packages that a run depends on."""
+  installed = {}
   for package in _PACKAGES:
     try:
-      found[package] = importlib.metadata.version(package)
+      installed[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-      found[package] = "not installed"
-  return found
+      installed[package] = "not installed"
+  return installed
 
 
 def git_commit() -> str:
-  """The commit of the source tree, "+" appended where it was changed; empty outside a checkout of
-  this project.
-  """
+  """The commit of this checkout, with "+" if it has changes; empty outside a checkout."""
   root = pathlib.Path(__file__).resolve().parents[2]
 
   def git(*args: str) -> str:
@@ -57,9 +53,8 @@ def git_commit() -> str:
 
   try:
     top = git("rev-parse", "--show-toplevel")
-    if (
-      not top or pathlib.Path(top).resolve() != root
-    ):  # a package within another project's repository has no commit there
+    # A package installed inside another project's repository has no commit there.
+    if not top or pathlib.Path(top).resolve() != root:
       return ""
     commit = git("rev-parse", "HEAD")
     return commit + ("+" if commit and git("status", "--porcelain") else "")
@@ -68,14 +63,13 @@ def git_commit() -> str:
 
 
 def write_json(path: epath.Path, value) -> None:
-  """Writes under a temporary name and renames, so that no reader sees half a file; the first
-  process alone writes.
+  """Writes a JSON file atomically, in process 0 only.
 
-  The temporary name is unique: machines that share a study, or a report beside a run, may write one
-  file at the same time.
+  The temporary file has a unique name, because machines that share a study, or a report beside a
+  run, may write the same file at the same time.
 
   Raises:
-    UserError: it cannot be written; what stood there before does still.
+    UserError: the file cannot be written; an earlier version remains.
   """
   if not distributed.first():
     return
@@ -95,11 +89,11 @@ def _file_hash(path: epath.Path) -> str:
 
 
 class Stage:
-  """One stage of one workdir: is it done, may it go on, what did it make.
+  """One stage of a workdir: whether it is done, may resume, and what it produced.
 
   Attributes:
-    folder: workdir/<name>, where all its files go.
-    done: it was finished before with this config and these inputs.
+    folder: workdir/<name>, which holds all its files.
+    done: whether it was finished earlier with this config and these inputs.
   """
 
   def __init__(
@@ -114,14 +108,14 @@ class Stage:
 
     Args:
       workdir: of the run.
-      name: of the stage; may have parts, as "dpo/step_dpo".
+      name: of the stage; may have parts, as in "dpo/step_dpo".
       config: the flat leaves that this stage depends on.
       needs: stages whose files it reads.
-      given: identities of what it reads from outside the workdir, by name.
+      given: identities of inputs from outside the workdir, by name.
 
     Raises:
-      UserError: a needed stage is not done, or its files changed since; or this stage has made
-        something with another config or other inputs, or in an earlier version's format.
+      UserError: a needed stage is not done, or its files were changed; or this stage has output
+        from another config, other inputs, or an earlier version's format.
     """
     self.name, self.folder = name, epath.Path(workdir) / name
     self._workdir, self._started = epath.Path(workdir), time.time()
@@ -131,25 +125,25 @@ class Stage:
     before = json.loads(begun_path.read_text()) if begun_path.exists() else None
     self._geometry = before.pop("geometry", {}) if before else {}
     if before and set(before) == set(self._begun):
-      # a leaf that decided results in an earlier version and no longer does is no difference
+      # Ignore leaves that changed results in an earlier version but no longer do.
       before["config"] = {
         leaf: value
         for leaf, value in before["config"].items()
         if config_schema.may_change_results(leaf)
       }
-    if before not in (None, self._begun) and not self._made_nothing():
+    if before not in (None, self._begun) and not self._is_empty():
       self._refuse_change(before)
-    # and all have read what is there before anything is written
+    # This also waits until every process has read the folder, before anything is written.
     self.done = distributed.agree(manifest_path.exists())
     if before != self._begun:
       if before is not None and distributed.first():
-        self.folder.rmtree()  # logs of a start that made nothing
+        self.folder.rmtree()  # logs of a start that produced nothing
       self._geometry = {}
       write_json(begun_path, self._begun)
-    distributed.barrier()  # the folder is there
+    distributed.barrier()  # the folder exists from here on
 
-  def _made_nothing(self) -> bool:
-    """Whether the stage's folder holds nothing but its beginning and logs."""
+  def _is_empty(self) -> bool:
+    """Whether the stage's folder holds only begun.json and logs."""
     names = [path.name for path in self.folder.iterdir()]
     return all(
       name in _LOGS or name.startswith("events.out.") or name.endswith(".tmp") for name in names
@@ -164,22 +158,22 @@ class Stage:
     manifest = json.loads(path.read_text())
     self._check_format(manifest, need)
     for file, expected in manifest["files"].items():
-      found = self._workdir / need / file
-      if not found.exists():
-        raise UserError(f"{found} is missing; delete {path} to have stage {need} made again.")
-      if _file_hash(found) != expected:
+      output = self._workdir / need / file
+      if not output.exists():
+        raise UserError(f"{output} is missing; delete {path} to run stage {need} again.")
+      if _file_hash(output) != expected:
         raise UserError(
-          f"{found} was changed or cut off since stage {need} wrote it; delete it and {path} to "
-          "have it made again."
+          f"{output} was changed or truncated after stage {need} wrote it; delete it and {path} to "
+          "run the stage again."
         )
     return manifest["identity"]
 
-  def _check_format(self, found: dict, stage: str) -> None:
-    if found.get("format") != FORMAT:
+  def _check_format(self, manifest: dict, stage: str) -> None:
+    if manifest.get("format") != FORMAT:
       raise UserError(
-        f"Stage {stage} in {self._workdir} was made by version 1 of synthneg_jax, whose files and "
-        f"config leaves differ; take another --workdir, or delete {self._workdir / stage} and the "
-        "stages after it to rebuild them."
+        f"Stage {stage} in {self._workdir} is from version 1 of synthneg_jax, whose files and "
+        f"config leaves differ; use another --workdir, or delete {self._workdir / stage} and the "
+        "later stages to run them again."
       )
 
   def _refuse_change(self, before: dict):
@@ -188,28 +182,27 @@ class Stage:
     for leaf in sorted(set(old) | set(new)):
       if old.get(leaf) != new.get(leaf):
         raise UserError(
-          f"Stage {self.name} in {self._workdir} was begun with {leaf}={old.get(leaf)!r}, now it "
-          f"is {new.get(leaf)!r}; take another --workdir, or delete {self.folder} and the stages "
-          "after it."
+          f"Stage {self.name} in {self._workdir} was started with {leaf}={old.get(leaf)!r}, but "
+          f"now it is {new.get(leaf)!r}; use another --workdir, or delete {self.folder} and the "
+          "later stages."
         )
     for need, identity in self._begun["inputs"].items():
       if before["inputs"].get(need) != identity:
         source = f"run of stage {need}" if (self._workdir / need).exists() else need
         raise UserError(
-          f"Stage {self.name} in {self._workdir} was made from another {source}; delete "
-          f"{self.folder} to have it made again."
+          f"Stage {self.name} in {self._workdir} was started from another {source}; delete "
+          f"{self.folder} to run it again."
         )
 
   def settle(self, name: str, choose: Callable[[], dict]) -> dict:
-    """A geometry (core/geometry.py) that was chosen once for this stage, by the first process,
-    whoever goes on with it.
+    """Returns a geometry (core/geometry.py), chosen once per stage by process 0.
 
-    It changes speed and not results, so that it stands beside the fingerprint and not in it.
+    A resumed stage keeps it. It changes speed, not results, so it is not part of the fingerprint.
+    Every process must call this method.
 
     Args:
-      name: of what it is for.
-      choose: gives it as JSON values; called where nothing was chosen before. All processes call
-        this method.
+      name: of the geometry.
+      choose: returns the geometry as JSON values; called unless one was chosen before.
     """
     if name not in self._geometry:
       self._geometry[name] = distributed.agree(choose() if distributed.first() else None)
@@ -217,32 +210,28 @@ class Stage:
     return self._geometry[name]
 
   def finish(self, figures: dict, files: Sequence[epath.Path] = (), identity: str = "") -> dict:
-    """Writes the manifest, once all processes are here; it is there when this returns.
+    """Writes the manifest, which exists when this returns; every process must call it.
 
     Args:
-      figures: what the stage reports, for summary.json.
-      files: what later stages read; their hashes are kept.
+      figures: reported by the stage, for summary.json.
+      files: read by later stages; their hashes are recorded.
       identity: of outputs that are not among the files (weights: their fingerprint).
 
     Returns:
       The figures, with the stage's seconds.
     """
     distributed.barrier()
-    hashes = (
-      {str(path.relative_to(self.folder)): _file_hash(path) for path in files}
-      if distributed.first()
-      else {}
-    )
+    hashes = {}
+    if distributed.first():
+      hashes = {str(path.relative_to(self.folder)): _file_hash(path) for path in files}
     seconds = round(time.time() - self._started, 1)
-    everything = hashlib.sha256(json.dumps([self._begun, hashes, identity]).encode()).hexdigest()[
-      :16
-    ]
+    content = json.dumps([self._begun, hashes, identity])
     figures = {"seconds": seconds, **figures}
     write_json(
       self.folder / "manifest.json",
       {
         "stage": self.name,
-        "identity": everything,
+        "identity": hashlib.sha256(content.encode()).hexdigest()[:16],
         "figures": figures,
         "files": hashes,
         **self._begun,
@@ -256,6 +245,6 @@ class Stage:
 
 
 def figures(workdir: epath.PathLike, name: str) -> dict | None:
-  """What a finished stage reported; None where it is not done."""
+  """The figures of a finished stage, or None if it is not done."""
   path = epath.Path(workdir) / name / "manifest.json"
   return json.loads(path.read_text())["figures"] if path.exists() else None

@@ -1,8 +1,6 @@
-"""Where the figures of a training go, update by update: JSON lines, TensorBoard event files,
-Weights & Biases.
+"""Writers of training metrics: JSON lines, TensorBoard event files, Weights & Biases.
 
-The first process writes alone. An update that is done again, after a kill, takes its first doing's
-place.
+Only process 0 writes. An update that is repeated after a kill replaces its earlier record.
 """
 
 import contextlib
@@ -20,16 +18,17 @@ from synthneg_jax.runtime.event_files import EventFile, Histogram
 
 
 class JsonLines:
-  """One JSON line an update.
+  """Writes one JSON line per update.
 
-  On a local disk each line is there at once; elsewhere, where files cannot be added to, with each
-  checkpoint.
+  On a local disk each line is saved at once; in a bucket, where files cannot be appended to, at
+  each checkpoint.
   """
 
   def __init__(self, path: epath.Path, first_step: int):
-    """Keeps the whole lines of a file that is there, unless training begins anew. A line beyond
-    `first_step` stays until its update is done again: the checkpoint behind it may be one that only
-    cannot be read now.
+    """Keeps the complete lines of an existing file, unless training starts from step 0.
+
+    A line beyond `first_step` stays until its update is repeated, because the checkpoint after it
+    may be only temporarily unreadable.
     """
     text = path.read_text() if path.exists() and first_step else ""
     whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -42,10 +41,10 @@ class JsonLines:
   def write(
     self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram]
   ) -> None:
-    """Adds a line; histograms are left out.
+    """Writes a line, without the histograms.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the line cannot be written.
     """
     del histograms
     self._lines[step] = json.dumps({"step": step, **scalars}) + "\n"
@@ -55,10 +54,10 @@ class JsonLines:
         self._file.flush()
 
   def keep(self) -> None:
-    """Everything up to here is on disk when it returns.
+    """Saves all lines written so far.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
     if self._file is None:
       with writing(self._path):
@@ -67,7 +66,7 @@ class JsonLines:
         temporary.replace(self._path)
 
   def close(self) -> None:
-    """Ends the file; of a full disk nothing is said, it was said before."""
+    """Closes the file; ignores a full disk, which `write` has reported."""
     if self._file is not None:
       with contextlib.suppress(OSError):
         self._file.close()
@@ -77,7 +76,7 @@ class JsonLines:
 
 
 class _TensorBoard:
-  """The event file of a training."""
+  """Writes the event file of a training run."""
 
   def __init__(self, folder: epath.Path, first_step: int):
     self._file = EventFile(folder, first_step)
@@ -94,14 +93,13 @@ class _TensorBoard:
 
 
 def check(section) -> None:
-  """Refuses what would fail only when the first training begins.
+  """Checks settings that would otherwise fail only when training starts.
 
   Args:
     section: the config's section `metrics`.
 
   Raises:
-    UserError: Weights & Biases is asked for and its package is missing, or profile_steps is no
-      range.
+    UserError: the package for Weights & Biases is missing, or profile_steps is not a range.
   """
   if section.wandb and importlib.util.find_spec("wandb") is None:
     raise UserError(
@@ -113,8 +111,9 @@ def check(section) -> None:
 
 
 class _Wandb:
-  """A run of Weights & Biases: one a training, in a group by workdir. wandb itself drops updates
-  that it has had.
+  """Logs each training run to Weights & Biases, grouped by workdir.
+
+  wandb itself drops updates that it has already received.
   """
 
   def __init__(self, config, workdir: epath.Path, folder: epath.Path):
@@ -122,15 +121,15 @@ class _Wandb:
     check(section)
     import wandb
 
-    self._wandb, mark = wandb, folder / "wandb_run"
-    if not mark.exists():  # goes with the folder: a training that begins anew is a new run
-      mark.write_text(secrets.token_hex(8))
+    self._wandb, id_file = wandb, folder / "wandb_run"
+    if not id_file.exists():  # deleted with the folder, so training from step 0 is a new run
+      id_file.write_text(secrets.token_hex(8))
     local = os.fspath(folder) if "://" not in os.fspath(folder) else None
     group, name = workdir.name, os.fspath(folder.relative_to(workdir))
     try:
       self._run = wandb.init(
         project=section.wandb,
-        id=mark.read_text().strip(),
+        id=id_file.read_text().strip(),
         name=f"{group}/{name}",
         group=group,
         job_type=name,
@@ -149,77 +148,75 @@ class _Wandb:
   def write(
     self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram]
   ) -> None:
-    made = {
+    converted = {
       name: self._wandb.Histogram(np_histogram=(list(counts[1:-1]), list(edges)))
       for name, (edges, counts) in histograms.items()
     }
-    self._run.log({**scalars, **made}, step=step)
+    self._run.log({**scalars, **converted}, step=step)
 
   def keep(self) -> None:
-    """wandb sends by itself."""
+    """Does nothing: wandb saves by itself."""
 
   def close(self) -> None:
     self._run.finish()
 
 
 class Metrics:
-  """All that the config asks for, at once; nothing in processes but the first.
+  """Writes metrics to everything that the config names; does nothing except in process 0.
 
   Attributes:
-    profile_steps: "a:b", updates to be traced, or empty; as runtime/throughput.py takes it.
-    measured: whether time, tokens, memory and compilations are to be among the figures.
+    profile_steps: "a:b", updates to trace (runtime/throughput.py), or empty.
+    measured: whether metrics include time, tokens, memory and compilations.
   """
 
   def __init__(self, config, workdir: epath.Path, folder: epath.Path, first_step: int):
-    """Opens what takes the metrics of one training.
+    """Opens the writers of one training run.
 
     Args:
-      config: the whole config, of which the section `metrics` says what is written; None for
-        metrics.jsonl alone, with nothing in it that a second run would find otherwise.
+      config: the whole config, whose section `metrics` selects the writers; None for metrics.jsonl
+        alone, with only metrics that a second run would reproduce.
       workdir: of the run.
-      folder: of the stage, below it.
-      first_step: the update that training goes on from.
+      folder: of the stage, in the workdir.
+      first_step: the first update of this start.
 
     Raises:
-      UserError: something cannot be written, or Weights & Biases refuses.
+      UserError: a file cannot be written, or Weights & Biases fails.
     """
     section = None if config is None else config.metrics
-    self.measured, self.profile_steps = (
-      section is not None,
-      "" if section is None else section.profile_steps,
-    )
-    self._sinks = []
+    self.measured = section is not None
+    self.profile_steps = "" if section is None else section.profile_steps
+    self._writers = []
     if not distributed.first():
       return
     if section is None or section.jsonl:
-      self._sinks.append(JsonLines(folder / "metrics.jsonl", first_step))
+      self._writers.append(JsonLines(folder / "metrics.jsonl", first_step))
     if section is not None and section.tensorboard:
-      self._sinks.append(_TensorBoard(folder, first_step))
+      self._writers.append(_TensorBoard(folder, first_step))
     if section is not None and section.wandb:
-      self._sinks.append(_Wandb(config, workdir, folder))
+      self._writers.append(_Wandb(config, workdir, folder))
 
   def write(
     self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram]
   ) -> None:
-    """The figures of an update.
+    """Writes the metrics of an update.
 
     Args:
-      step: the update, from 0.
+      step: index of the update, from 0.
       scalars: by name.
       histograms: by name; (edges [E], counts [E + 1]).
 
     Raises:
-      UserError: they cannot be written.
+      UserError: the metrics cannot be written.
     """
-    for sink in self._sinks:
-      sink.write(step, scalars, histograms)
+    for writer in self._writers:
+      writer.write(step, scalars, histograms)
 
   def keep(self) -> None:
-    """Everything up to here is on disk when it returns, as when a checkpoint is saved."""
-    for sink in self._sinks:
-      sink.keep()
+    """Saves all metrics written so far, as when a checkpoint is saved."""
+    for writer in self._writers:
+      writer.keep()
 
   def close(self) -> None:
-    """Ends all of them."""
-    for sink in self._sinks:
-      sink.close()
+    """Closes all writers."""
+    for writer in self._writers:
+      writer.close()

@@ -11,9 +11,7 @@ from synthneg_jax.runtime import distributed
 
 
 def _bar(name: str, total: int, unit: str):
-  """A bar where a person watches one, else None. A notebook has one of text unless ipywidgets can
-  draw it.
-  """
+  """A bar on a terminal or in a notebook (as text without ipywidgets), otherwise None."""
   if not distributed.first():
     return None
   if sys.stderr.isatty():
@@ -23,23 +21,23 @@ def _bar(name: str, total: int, unit: str):
     return None
   if importlib.util.find_spec("ipywidgets") is None:
     return tqdm(total=total, desc=name, unit=unit, mininterval=1.0, file=sys.stdout)
-  from tqdm.notebook import tqdm as drawn
+  from tqdm.notebook import tqdm as notebook_tqdm
 
-  return drawn(total=total, desc=name, unit=unit)
+  return notebook_tqdm(total=total, desc=name, unit=unit)
 
 
 class Progress:
-  """Counts work done out of a total and says how long the rest will take.
+  """Counts completed work and estimates the remaining time.
 
-  On a terminal and in a notebook it draws one bar; elsewhere it writes a line at most every
-  `every_s` seconds, and one at the end. Of several processes the first alone does either. The first
-  update, which compiles, counts for no rate: a log tells what is left from the second on.
+  On a terminal and in a notebook it draws a bar; elsewhere it logs a line at most every `every_s`
+  seconds, and one at the end. Only the first process reports. The first update includes compilation
+  and is excluded from the rate, so logs show the remaining time from the second update on.
   """
 
   def __init__(self, name: str, total: int, unit: str, every_s: float = 15.0):
     self._name, self._total, self._unit, self._every_s = name, total, unit, every_s
     self._done, self._start, self._notes = 0, time.monotonic(), {}
-    self._said, self._first = self._start, None
+    self._logged, self._first = self._start, None
     self._bar = _bar(name, total, unit)
 
   def __enter__(self):
@@ -49,10 +47,10 @@ class Progress:
     if self._bar:
       self._bar.close()
     if error[0] is None:
-      self._say(time.monotonic())
+      self._log(time.monotonic())
 
   def update(self, count: int = 1, **notes):
-    """`count` more are done; notes are figures to show beside, such as a loss."""
+    """Adds `count` completed items; notes are figures to display, such as a loss."""
     now = time.monotonic()
     self._done += count
     self._notes = notes
@@ -60,11 +58,11 @@ class Progress:
     if self._bar:
       self._bar.set_postfix({name: f"{value:.4g}" for name, value in notes.items()}, refresh=False)
       self._bar.update(count)
-    elif now - self._said > self._every_s:
-      self._say(now)
+    elif now - self._logged > self._every_s:
+      self._log(now)
 
-  def _say(self, now: float):
-    self._said, left = now, ""
+  def _log(self, now: float):
+    self._logged, left = now, ""
     since, before = self._first or (now, self._done)
     if before < self._done < self._total:
       left = f", {(now - since) / (self._done - before) * (self._total - self._done):.0f} s left"

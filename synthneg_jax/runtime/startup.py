@@ -1,6 +1,4 @@
-"""How every program starts: flags, config, logs, devices, compilation cache; and how it ends: with
-a status that is true.
-"""
+"""Start-up of programs (flags, config, logs, devices, compilation cache) and their exit status."""
 
 import ctypes
 import os
@@ -15,16 +13,16 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from synthneg_jax.runtime import config_files, config_schema, distributed
-from synthneg_jax.runtime.errors import UserError, of_files
+from synthneg_jax.runtime.errors import UserError, from_os_error
 
 
 def define_flags(config: bool = True, workdir: bool = True) -> None:
-  """--config, --workdir and what every program takes."""
+  """Defines --config, --workdir and the flags of every program."""
   if config:
     config_flags.DEFINE_config_file(
       "config",
       None,
-      "Config that comes with the project, NAME[:arg], or a file, PATH.py[:arg]; "
+      "Shipped config, NAME[:arg], or file, PATH.py[:arg]; "
       "--config.part.leaf=value changes a leaf.",
       lock_config=True,
     )
@@ -32,20 +30,20 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
     flags.DEFINE_bool(
       "skip_bad_rows",
       False,
-      "Leave broken rows of problem files out, counted; config.task.skip_bad_rows.",
+      "Skip and count broken rows of problem files; sets config.task.skip_bad_rows.",
     )
   if workdir:
     flags.DEFINE_string(
       "workdir",
       None,
-      "Folder that takes every file of the run; the same command goes on where it was.",
+      "Folder of all files of the run; re-run the same command to resume.",
     )
     flags.mark_flag_as_required("workdir")
   if config and workdir:
     flags.DEFINE_bool(
       "check_parity",
       False,
-      "First hold some logits of the base model against torch's; needs torch installed.",
+      "First compare some logits of the base model with torch's; needs torch installed.",
     )
     flags.DEFINE_string(
       "profile_steps",
@@ -55,8 +53,8 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
   flags.DEFINE_string(
     "compilation_cache",
     os.path.join("~", ".cache", "synthneg_jax", "xla"),
-    "Folder of compiled programs, kept between runs, local or gs://; empty for none, workdir for "
-    "one in the workdir.",
+    "Folder that caches compiled programs between runs, local or gs://; empty for none, workdir "
+    "for one in the workdir.",
   )
   flags.DEFINE_bool(
     "distributed", False, "This process is one of several that run this command together."
@@ -66,39 +64,38 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
     None,
     "With --distributed outside TPU pods and Slurm: HOST:PORT of process 0.",
   )
+  flags.DEFINE_integer("num_processes", None, "Likewise: number of processes.", lower_bound=1)
   flags.DEFINE_integer(
-    "num_processes", None, "Likewise: how many processes there are.", lower_bound=1
-  )
-  flags.DEFINE_integer(
-    "process_id", None, "Likewise: the number of this one, from 0.", lower_bound=0
+    "process_id", None, "Likewise: index of this process, from 0.", lower_bound=0
   )
   flags.DEFINE_string(
     "coordinator_bind_address",
     None,
-    "With --distributed: HOST:PORT at which process 0 listens; on all interfaces unless given.",
+    "With --distributed: HOST:PORT at which process 0 listens; by default all interfaces.",
   )
   flags.DEFINE_integer(
     "heartbeat_seconds",
     distributed.HEARTBEAT_S,
-    "With --distributed: a process that is silent for so long counts as dead.",
+    "With --distributed: a process without a heartbeat for this long counts as dead.",
     lower_bound=1,
   )
   flags.DEFINE_integer(
     "initialization_seconds",
     300,
-    "With --distributed: how long the other processes may take to come.",
+    "With --distributed: how long to wait for the other processes.",
     lower_bound=1,
   )
   flags.DEFINE_bool(
     "keep_freed_memory",
     True,
-    "CPU: let malloc keep freed memory, which spares page faults at every step.",
+    "CPU: let malloc keep freed memory, which avoids page faults at every step.",
   )
 
 
 def _keep_freed_memory():
-  """glibc: one arena, and no return of large blocks to the system (mallopt M_ARENA_MAX, M_MMAP_,
-  M_TRIM_THRESHOLD).
+  """Makes glibc use one arena and return no large blocks to the system.
+
+  Sets M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD by mallopt.
   """
   try:
     libc = ctypes.CDLL("libc.so.6")
@@ -111,30 +108,28 @@ def _keep_freed_memory():
 def _quiet_logs():
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
-  # orbax reports every step of a save at INFO, and what its threads raise where it raises it once
-  # more; its warnings stay.
+  # orbax logs every step of a save at INFO, and errors that it also raises; keep its warnings.
   logging.get_absl_handler().addFilter(
     lambda record: record.levelno == 30 or "orbax" not in record.pathname
   )
-  # A line for every request to a server.
+  # httpx logs every request at INFO.
   logging.get_absl_handler().addFilter(
     lambda record: record.levelno > 20 or "httpx" not in record.pathname
   )
   hook = sys.unraisablehook
 
-  def unraisable(
-    about,
-  ):  # tensorstore tells asyncio of a write that failed when nobody listens any more
-    if str(about.exc_value) != "Event loop is closed":
-      hook(about)
+  def unraisable(info):
+    # tensorstore reports a failed write to asyncio after the event loop was closed.
+    if str(info.exc_value) != "Event loop is closed":
+      hook(info)
 
   sys.unraisablehook = unraisable
-  # orbax drops the rest of a save that failed; the failure itself is raised.
+  # After a failed save, orbax drops its other coroutines; the failure itself is raised.
   warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  """absl's parsing, with every complaint as one sentence."""
+  """Parses flags with absl; every error is one sentence."""
   for arg in argv[1:]:
     match = re.match(r"--(?:no)?config\.([\w.]+)", arg)
     if match:
@@ -144,7 +139,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS:
-      _ = flags.FLAGS.config.seed  # a file that is not there is reported only when asked for
+      _ = flags.FLAGS.config.seed  # a missing file is reported only on access
       for name, _ in config_schema.leaves(flags.FLAGS.config):
         config_schema.check_name(name, "The config file")
       flags.FLAGS.config.task.skip_bad_rows |= flags.FLAGS.skip_bad_rows
@@ -165,7 +160,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     ValueError,
     OSError,
   ) as error:
-    # The config file itself failed: the file and line are the last ones of the traceback inside it.
+    # The config file itself failed: report the last traceback entry inside it.
     frames = [
       f
       for f in traceback.extract_tb(error.__traceback__)
@@ -176,22 +171,22 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _one_sentence(error: Exception) -> str:
-  """What ml_collections says of a config file, without its listing of the whole tree."""
+  """The message of an error in a config file, without ml_collections' listing of the whole tree."""
   text = " ".join(str(error.args[0] if len(error.args) == 1 else error).split())
   missing = re.search(r'Key "(\w+)" does not exist', text)
   near = re.search(r'Did you mean "(\w+)"', text)
   if missing:
-    return f"the config has no leaf {missing.group(1)!r}" + (
+    return f"unknown config leaf {missing.group(1)!r}" + (
       f"; did you mean {near.group(1)!r}?" if near else "."
     )
   missing = re.search(
     r"Failed loading config file .*?(\[Errno 2\] No such file or directory: '([^']*)')", text
   )
-  return f"--config: there is no file {missing.group(2)}." if missing else text
+  return f"--config: {missing.group(2)} does not exist." if missing else text
 
 
 def _join() -> None:
-  """Under --distributed: finds the other processes."""
+  """With --distributed, joins the other processes."""
   f = flags.FLAGS
   if f.distributed:
     distributed.start(
@@ -205,14 +200,11 @@ def _join() -> None:
     if not distributed.first():
       logging.set_verbosity(logging.WARNING)
   elif (f.coordinator_address, f.num_processes, f.process_id) != (None, None, None):
-    raise UserError(
-      "--coordinator_address, --num_processes and --process_id say something only with "
-      "--distributed."
-    )
+    raise UserError("--coordinator_address, --num_processes and --process_id need --distributed.")
 
 
-def _keep_compiled(folder: str) -> None:
-  """Programs that XLA compiles are kept in this folder, and found there by later runs."""
+def _set_cache(folder: str) -> None:
+  """Makes XLA cache all compiled programs in this folder."""
   import jax
 
   jax.config.update("jax_compilation_cache_dir", folder)
@@ -221,24 +213,20 @@ def _keep_compiled(folder: str) -> None:
 
 
 def in_notebook() -> None:
-  """What a program does before its work, for a notebook: quiet libraries, compiled programs kept in
-  ~/.cache.
-  """
+  """Start-up for notebooks: silences libraries and caches compiled programs in ~/.cache."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-  warnings.filterwarnings(
-    "ignore", message=r"os\.fork\(\) was called"
-  )  # by cells that run a shell, which share nothing
-  warnings.filterwarnings(
-    "ignore", message="IProgress not found"
-  )  # a bar of text does without ipywidgets
+  # Cells that run a shell fork, but share nothing with it.
+  warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
+  # Without ipywidgets the bar is text.
+  warnings.filterwarnings("ignore", message="IProgress not found")
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
-  _keep_compiled(os.path.expanduser(os.path.join("~", ".cache", "synthneg_jax", "xla")))
+  _set_cache(os.path.expanduser(os.path.join("~", ".cache", "synthneg_jax", "xla")))
 
 
 def _cache_folder() -> str:
-  """Where compiled programs are kept; empty for nowhere."""
+  """The cache folder of compiled programs; empty for none."""
   f = flags.FLAGS
   if f.compilation_cache != "workdir":
     return os.path.expanduser(f.compilation_cache)
@@ -248,7 +236,7 @@ def _cache_folder() -> str:
 
 
 def _program(argv: list[str]) -> str:
-  """The name that stands before every message."""
+  """The program name, with which every message begins."""
   return pathlib.Path(argv[0]).name
 
 
@@ -256,7 +244,7 @@ def _parse_or_exit(argv: list[str]) -> list[str]:
   try:
     rest = _parse_flags(argv)
     if len(rest) > 1:
-      raise UserError(f"{rest[1]!r} is no flag.")
+      raise UserError(f"unexpected argument {rest[1]!r}; flags begin with --.")
     return rest
   except UserError as error:
     print(f"{_program(argv)}: {error}", file=sys.stderr)
@@ -264,29 +252,27 @@ def _parse_or_exit(argv: list[str]) -> list[str]:
 
 
 def run_without_jax(main: Callable[[], None]) -> None:
-  """Runs a program that computes nothing, in a moment: parses flags, calls main() and exits, 0 only
-  if the work is done.
-  """
+  """Runs a program without jax: parses flags, calls main() and exits, with 0 only on success."""
 
   def start(argv):
     try:
       main()
     except Exception as error:
-      meant = error if isinstance(error, UserError) else of_files(error)
-      if meant is None:
+      user_error = error if isinstance(error, UserError) else from_os_error(error)
+      if user_error is None:
         raise
-      print(f"{_program(argv)}: {meant}", file=sys.stderr)
+      print(f"{_program(argv)}: {user_error}", file=sys.stderr)
       sys.exit(1)
 
   app.run(start, flags_parser=_parse_or_exit)
 
 
 def run(main: Callable[[], None]) -> None:
-  """Runs a program: parses flags, prepares jax, calls main() and exits, 0 only if the work is done.
+  """Runs a program: parses flags, sets up jax, calls main() and exits, with 0 only on success.
 
-  A UserError, or a file that cannot be read or written, is printed as one sentence on stderr, exit
-  status 1. Exit status 75: SIGTERM came, and what was done is saved; 76: another process of
-  --distributed died or hangs. After both the same command goes on where it was.
+  A UserError, or a file that cannot be read or written, is printed as one sentence on stderr, with
+  exit status 1. Exit status 75: SIGTERM was received, and all completed work is saved. 76: another
+  process of --distributed died or hangs. After 75 or 76, re-run the same command to resume.
   """
 
   def start(argv):
@@ -294,33 +280,33 @@ def run(main: Callable[[], None]) -> None:
     if flags.FLAGS.keep_freed_memory and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
       _keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    os.environ.setdefault(
-      "TRANSFORMERS_VERBOSITY", "error"
-    )  # that torch is not installed is no news here
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torch is missing
     distributed.watch_signals()
-    import jax  # noqa: F401  after the allocator is set, before any array exists
+    import jax  # noqa: F401  after the allocator is configured, before any array exists
 
     try:
       if folder := _cache_folder():
-        _keep_compiled(folder)
+        _set_cache(folder)
       _join()
       main()
       distributed.finish()
     except distributed.Stopped:
       distributed.finish()
-      said = "stopped by SIGTERM; what was done is saved. The same command goes on."
-      print(f"{_program(argv)}: {said}", file=sys.stderr)
+      message = (
+        "stopped by SIGTERM; all completed work is saved. Re-run the same command to resume."
+      )
+      print(f"{_program(argv)}: {message}", file=sys.stderr)
       sys.exit(distributed.PREEMPTED)
     except Exception as error:
-      meant = error if isinstance(error, UserError) else of_files(error)
-      if meant is None:
+      user_error = error if isinstance(error, UserError) else from_os_error(error)
+      if user_error is None:
         distributed.await_verdict()
         if distributed.count() > 1:
           traceback.print_exc()
-      distributed.fail(str(meant or f"{type(error).__name__}: {error}"))
-      if meant is None:
+      distributed.fail(str(user_error or f"{type(error).__name__}: {error}"))
+      if user_error is None:
         raise
-      print(f"{_program(argv)}: {meant}", file=sys.stderr)
+      print(f"{_program(argv)}: {user_error}", file=sys.stderr)
       sys.exit(1)
 
   app.run(start, flags_parser=_parse_or_exit)

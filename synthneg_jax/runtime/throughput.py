@@ -1,6 +1,4 @@
-"""What a program costs while it runs: time, tokens, memory, compilations; and the profiler over
-some of its steps.
-"""
+"""Throughput of a running program (time, tokens, memory, compilations), and its profiler."""
 
 import resource
 import sys
@@ -13,7 +11,7 @@ from etils import epath
 from synthneg_jax.runtime import distributed
 from synthneg_jax.runtime.errors import UserError
 
-# what jax tells of each program that it compiles or loads
+# jax's event for each program that it compiles or loads
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _compiled = {"count": 0, "seconds": 0.0, "listening": False}
 
@@ -25,22 +23,21 @@ def _listen(event: str, seconds: float, **_) -> None:
 
 
 def count_compilations() -> None:
-  """From here on `compilations` counts; to be called before the first program is compiled."""
+  """Starts counting compilations; call before the first program is compiled."""
   if not _compiled["listening"]:
     jax.monitoring.register_event_duration_secs_listener(_listen)
     _compiled["listening"] = True
 
 
 def compilations() -> tuple[int, float]:
-  """(programs compiled, or read from the compilation cache, since counting began; seconds that this
-  took).
-  """
+  """Returns (programs compiled or loaded from the cache since counting began, seconds spent)."""
   return _compiled["count"], _compiled["seconds"]
 
 
 def memory_peak() -> tuple[str, int]:
-  """("device" or "host", bytes): the most that a device of this process has held, where devices
-  tell, else the process.
+  """Returns ("device", the largest peak of the local devices in bytes).
+
+  Where devices do not report memory, returns ("host", peak of this process in bytes).
   """
   peaks = [
     (device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()
@@ -52,20 +49,19 @@ def memory_peak() -> tuple[str, int]:
 
 
 class Meter:
-  """Measures updates by the times at which their figures have come."""
+  """Measures updates by the times at which their metrics arrive."""
 
   def __init__(self):
     count_compilations()
     self._start = self._last = time.perf_counter()
     self._before, self._tokens, self._steps = compilations(), 0, 0
 
-  def step(self, tokens: int, places: int) -> dict[str, float]:
-    """Figures of an update that is done: run/step_s, run/tokens_per_s and the rest, as docs/data.md
-    names them.
+  def step(self, tokens: int, capacity: int) -> dict[str, float]:
+    """Metrics of a finished update: run/step_s, run/tokens_per_s and others (docs/data.md).
 
     Args:
-      tokens: in the update's batch, over all processes; padding does not count.
-      places: for tokens in the batch.
+      tokens: non-padding tokens in the update's batch, over all processes.
+      capacity: tokens that the batch holds with padding.
     """
     now = time.perf_counter()
     seconds, self._last = now - self._last, now
@@ -75,14 +71,14 @@ class Meter:
     return {
       "run/step_s": round(seconds, 6),
       "run/tokens_per_s": round(tokens / seconds, 2),
-      "run/padding_share": round(1 - tokens / places, 5),
+      "run/padding_share": round(1 - tokens / capacity, 5),
       f"run/{where}_memory_peak_bytes": peak,
       "run/compilations": count - self._before[0],
       "run/compile_s": round(compile_s - self._before[1], 3),
     }
 
   def total(self) -> dict[str, float]:
-    """Figures of all updates since the meter was made; none without an update."""
+    """Metrics over all updates since the meter was created; empty without an update."""
     if not self._steps:
       return {}
     count, compile_s = compilations()
@@ -96,25 +92,25 @@ class Meter:
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-  """ "a:b" as (a, b), updates a to b - 1.
+  """Parses "a:b", updates a to b - 1, as (a, b).
 
   Raises:
-    UserError: it is no such range.
+    UserError: the text is not a range.
   """
   first, colon, last = text.partition(":")
   if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
     raise UserError(
-      f"--profile_steps={text!r} is no range of updates: a:b, two numbers, traces updates a to b - "
-      "1."
+      f"--profile_steps={text!r} must be a range a:b of two numbers, which traces updates a to "
+      "b - 1."
     )
   return int(first), int(last)
 
 
 class Profiler:
-  """jax's profiler over a range of updates of one training, in the first process.
+  """Traces a range of updates of one training run with jax's profiler, in process 0.
 
-  What it writes lies below folder/plugins/profile/, where TensorBoard's profile plugin, XProf and
-  Perfetto find it.
+  The trace is in folder/plugins/profile/, where TensorBoard's profile plugin, XProf and Perfetto
+  look for it.
   """
 
   def __init__(self, steps: str, folder: epath.Path, first_step: int, num_steps: int):
@@ -122,39 +118,37 @@ class Profiler:
 
     Args:
       steps: "a:b", or empty for none.
-      folder: takes the trace.
-      first_step, num_steps: the updates that will be made; of the range, those among them are
-        traced.
+      folder: of the trace.
+      first_step, num_steps: the run makes updates first_step to num_steps - 1; those within the
+        range are traced.
     """
     a, b = parse_steps(steps) if steps and distributed.first() else (0, 0)
     self._folder, self._on = folder, False
     self._first, self._after = max(a, first_step), min(b, num_steps)
     if steps and distributed.first() and self._first >= self._after:
       logging.info(
-        "--profile_steps=%s: updates %d to %d are made here; none is traced.",
+        "--profile_steps=%s: this run makes updates %d to %d; none is traced.",
         steps,
         first_step,
         num_steps - 1,
       )
 
   def before(self, step: int):
-    """To be called before an update is dispatched; returns a context in which to dispatch it, which
-    names it.
-    """
+    """Call before dispatching an update; returns a context manager that names it in the trace."""
     if step == self._first < self._after:
       jax.profiler.start_trace(str(self._folder))
       self._on = True
     return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
   def after(self, step: int, state) -> None:
-    """To be called after it; waits for the state only where the trace ends."""
+    """Call after dispatching an update; waits for the state only at the end of the trace."""
     if self._on and step + 1 == self._after:
       jax.block_until_ready(state)
       self.close()
 
   def close(self) -> None:
-    """Ends a trace that is under way."""
+    """Ends an active trace."""
     if self._on:
       self._on = False
       jax.profiler.stop_trace()
-      logging.info("Updates %d to %d are traced in %s.", self._first, self._after - 1, self._folder)
+      logging.info("Traced updates %d to %d in %s.", self._first, self._after - 1, self._folder)

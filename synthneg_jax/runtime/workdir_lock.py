@@ -1,11 +1,11 @@
-"""One run at a time in a workdir: process 0 of the run holds the folder until the run ends.
+"""Locks a workdir: process 0 of a run holds the folder until the run ends.
 
-On a file system it takes flock on run.lock, which the kernel releases when the process ends,
-however it ends. In a bucket, and where flock is not supported, it keeps a lease: run.lease names
-the holder, who renews it every BEAT_S seconds. Each write is conditional on the generation read
-before (tensorstore's `if_equal`; in GCS ifGenerationMatch), so that of two runs that write at once
-one fails. A lease that was not renewed for LEASE_S seconds may be taken over, and a holder that
-finds its lease taken, or could not renew it for nearly as long, ends its process.
+On a file system it takes flock on run.lock, which the kernel releases when the process ends for any
+reason. In a bucket, and where flock is not supported, it holds a lease: run.lease names the holder,
+who renews it every BEAT_S seconds. Each write is conditional on the generation read before
+(tensorstore's `if_equal`; in GCS ifGenerationMatch), so of two concurrent writes one fails. A lease
+that was not renewed for LEASE_S seconds may be taken over. A holder whose lease was taken, or could
+not be renewed for nearly LEASE_S seconds, ends its process.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -40,16 +39,17 @@ def _identity() -> dict:
 
 
 class Flock:
-  """Holds a folder by flock on run.lock; the file stays, since removing it would let two runs lock
-  two files.
+  """Holds a folder by flock on run.lock.
+
+  The file is never removed: otherwise two runs could lock two different files.
   """
 
   def __init__(self, folder: epath.Path):
     self._path = folder / "run.lock"
-    self._file = open(self._path, "a")  # noqa: SIM115  open as long as it is held
+    self._file = open(self._path, "a")  # noqa: SIM115  open while the lock is held
 
   def acquire(self) -> dict | None:
-    """Returns None, or who holds it: host, pid and since.
+    """Returns None if acquired, or the current holder: host, pid and since.
 
     Raises:
       OSError: the file system does not support flock.
@@ -59,7 +59,7 @@ class Flock:
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         break
       except BlockingIOError:
-        time.sleep(0.1)  # a new holder may be writing who it is, an old one leaving
+        time.sleep(0.1)  # a new holder may be writing its identity, or an old one leaving
       if text := self._path.read_text():
         return json.loads(text)
     else:
@@ -67,11 +67,11 @@ class Flock:
     self._file.truncate(0)
     self._file.write(json.dumps(_identity()))
     self._file.flush()
-    os.fsync(self._file.fileno())  # NFS: for readers on other hosts
+    os.fsync(self._file.fileno())  # for readers on other hosts (NFS)
     return None
 
   def release(self) -> None:
-    """Lets others hold the folder."""
+    """Releases the folder."""
     self._file.truncate(0)
     self._file.close()
 
@@ -79,8 +79,7 @@ class Flock:
 class Lease:
   """Holds a folder by a record in a key-value store, renewed by a thread.
 
-  `end(status, sentence)` ends the process when the lease is lost; `clock` and `sleep` are time's,
-  in seconds.
+  `end(status, sentence)` is called when the lease is lost; `clock` and `sleep` are in seconds.
   """
 
   KEY = "run.lease"
@@ -95,16 +94,17 @@ class Lease:
     self._store, self._end, self._clock, self._sleep = store, end, clock, sleep
     self._record = {**_identity(), "token": uuid.uuid4().hex}
     self._generation, self._renewed = b"", 0.0
-    self._over = threading.Event()
-    self._thread = threading.Thread(target=self._keep, daemon=True, name="lease")
+    self._released = threading.Event()
+    self._thread = threading.Thread(target=self._renew_until_released, daemon=True, name="lease")
 
   def _read(self) -> tuple[bytes, dict | None]:
-    found = self._store.read(self.KEY).result(timeout=LEASE_S)
-    return found.stamp.generation, json.loads(found.value) if found.state == "value" else None
+    stored = self._store.read(self.KEY).result(timeout=LEASE_S)
+    return stored.stamp.generation, json.loads(stored.value) if stored.state == "value" else None
 
   def _write(self, generation: bytes) -> bool:
-    """Writes the record where the stored one is of this generation, or ours by a write whose reply
-    was lost.
+    """Writes the record if the stored one has this generation; returns whether we hold the lease.
+
+    The stored record may already be ours, if the reply to an earlier write was lost.
     """
     now = self._clock()
     text = json.dumps({**self._record, "renewed": now})
@@ -119,11 +119,11 @@ class Lease:
     return True
 
   def acquire(self, patient: bool = False) -> dict | None:
-    """Returns None, or who holds it.
+    """Returns None if acquired, or the current holder.
 
     Args:
-      patient: whether a lease counts as held only once it was seen being renewed, which takes up to
-        BEAT_S seconds; so a holder that died a moment ago is outlived and not reported.
+      patient: report a holder only after seeing it renew its lease, which takes up to BEAT_S
+        seconds; if it has died, wait until its lease expires instead.
     """
     begin = self._clock()
     generation, holder = self._read()
@@ -134,40 +134,43 @@ class Lease:
       self._sleep(1.0)
       generation, holder = self._read()
     if not self._write(generation):
-      return self._read()[1] or self.acquire(patient)  # another was faster, and may be done by now
+      return self._read()[1] or self.acquire(
+        patient
+      )  # another run was faster, and may be done by now
     self._thread.start()
     return None
 
   def renew(self) -> None:
-    """Renews the lease, or ends the process where it is lost."""
+    """Renews the lease, or ends the process if it is lost."""
     try:
       if not self._write(self._generation):
         other = _name(self._read()[1] or _UNKNOWN)
         self._end(
           1,
-          f"another run took over the workdir, {other}: this one had not renewed its lease for "
+          f"another run took over the workdir, {other}: this run did not renew its lease for "
           f"{LEASE_S:.0f} s.",
         )
     except Exception as error:  # tensorstore's errors have no common base
       if self._clock() - self._renewed > LEASE_S - 2 * BEAT_S:
         self._end(
           distributed.LOST,
-          f"the lease on the workdir cannot be renewed ({error}). The same command goes on.",
+          f"the lease on the workdir cannot be renewed ({error}). Re-run the same command "
+          "to resume.",
         )
       logging.warning("The lease on the workdir was not renewed: %s", error)
 
-  def _keep(self) -> None:
-    while not self._over.wait(BEAT_S):
+  def _renew_until_released(self) -> None:
+    while not self._released.wait(BEAT_S):
       self.renew()
 
   def release(self) -> None:
-    """Lets others hold the folder; where the store does not answer, the lease runs out."""
-    self._over.set()
+    """Releases the folder; if the store does not answer, the lease expires."""
+    self._released.set()
     self._thread.join()
     try:
       self._store.write(self.KEY, None, if_equal=self._generation).result(timeout=BEAT_S)
     except Exception as error:
-      logging.warning("The lease on the workdir was not given back: %s", error)
+      logging.warning("The lease on the workdir was not released: %s", error)
 
 
 def _name(holder: dict) -> str:
@@ -178,13 +181,11 @@ def _end(status: int, sentence: str) -> None:
   """Ends this process from any thread."""
   if status == 1:
     distributed.fail(sentence)
-  sys.stdout.flush()
-  os.write(2, f"{os.path.basename(sys.argv[0])}: {sentence}\n".encode())
-  os._exit(status)
+  distributed.end_process(status, sentence)
 
 
 def _acquire(folder: epath.Path, patient: bool) -> tuple[Flock | Lease | None, dict | None]:
-  """The lock, and who holds it if that is another run."""
+  """Returns the lock (None where none is possible), and the holder if it is another run."""
   url = os.fspath(folder)
   if "://" not in url:
     with writing(folder):
@@ -204,20 +205,22 @@ def _acquire(folder: epath.Path, patient: bool) -> tuple[Flock | Lease | None, d
     spec = f"{url.rstrip('/')}/"
   else:
     logging.warning(
-      "%s: no lease can be kept here; see to it that one run alone writes it.", folder
+      "%s: no lock is possible here; make sure that only one run writes to it.", folder
     )
     return None, None
   try:
     lease = Lease(ts.KvStore.open(spec).result(timeout=LEASE_S), _end)
     return lease, lease.acquire(patient)
   except Exception as error:  # tensorstore's errors have no common base
-    raise UserError(f"{folder}: no lease could be written ({error}).") from error
+    raise UserError(f"{folder}: the lease cannot be written ({error}).") from error
 
 
 @contextlib.contextmanager
 def claim(folder: epath.PathLike, *, patient: bool = False) -> Iterator[str]:
-  """Holds a folder for the body; yields "", or the process that holds it instead, and since when.
-  All processes call it.
+  """Tries to hold a folder during the body; every process must call it.
+
+  Yields:
+    "" if the folder is held, otherwise a description of the holder.
 
   Raises:
     UserError: the folder or its lease cannot be written.
@@ -226,7 +229,7 @@ def claim(folder: epath.PathLike, *, patient: bool = False) -> Iterator[str]:
   other = distributed.agree(_name(holder) if holder else "")
   try:
     yield other
-    distributed.barrier()  # until all have written what is theirs
+    distributed.barrier()  # until every process has written its files
   except distributed.Stopped:
     distributed.barrier()
     raise
@@ -237,14 +240,14 @@ def claim(folder: epath.PathLike, *, patient: bool = False) -> Iterator[str]:
 
 @contextlib.contextmanager
 def hold(workdir: epath.PathLike) -> Iterator[None]:
-  """Holds a run's workdir for the body.
+  """Holds a run's workdir during the body.
 
   Raises:
-    UserError: another run holds it, or it cannot be written.
+    UserError: another run holds the workdir, or it cannot be written.
   """
   with claim(workdir, patient=True) as other:
     if other:
       raise UserError(
-        f"{workdir} is held by another run, {other}; wait until it ends, or take another --workdir."
+        f"{workdir} is held by another run, {other}; wait until it ends, or use another --workdir."
       )
     yield

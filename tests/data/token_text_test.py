@@ -174,7 +174,7 @@ class StepEndsTest(parameterized.TestCase):
     )
 
   def test_empty_delimiter(self):  # Fails if an empty delimiter ends a step at every byte.
-    with self.assertRaisesRegex(errors.UserError, "delimiter .. must be text, not empty"):
+    with self.assertRaisesRegex(errors.UserError, "delimiter .. must not be empty"):
       token_text.step_ends([1], texts()["word"], "")
 
   # Fails if ends repeat, miss the last token, leave a step without text, or end without a

@@ -225,7 +225,7 @@ class PodTestCase(absltest.TestCase):
     lines = finish(started, workdir, distributed.PREEMPTED, timeout_s=30)
     self.assertLess(time.monotonic() - at, 30)
     for line in lines:
-      self.assertIn("stopped by SIGTERM; what was done is saved.", line)
+      self.assertIn("stopped by SIGTERM; all completed work is saved.", line)
     calls = [
       {path.name.partition(".")[2] for path in marks.glob(f"{index}.*")} for index in range(count)
     ]
@@ -468,7 +468,7 @@ class StoppedTest(PodTestCase):
     for stage, name, at in (("sample", "sample/traces", 4), ("credit", "credit/estimates", 30)):
       [process] = start(workdir, 1, stage, *small, script=(STOP_AT, at))
       [line] = finish([process], workdir, distributed.PREEMPTED)
-      self.assertIn("stopped by SIGTERM; what was done is saved.", line)
+      self.assertIn("stopped by SIGTERM; all completed work is saved.", line)
       kept, expected = records(workdir, name), records(alone(), name)
       self.assertBetween(len(kept), 1, len(expected) - 1, name)
       complete = {record["problem_id"] for record in kept.values()}

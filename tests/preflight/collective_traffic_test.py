@@ -1,4 +1,4 @@
-"""Arrays moved by collectives, against counts by hand for a small program on a 2 x 4 x 2 mesh."""
+"""Arrays moved by collectives, against hand counts for a small program on a 2 x 4 x 2 mesh."""
 
 from absl.testing import absltest, parameterized
 from jax import ShapeDtypeStruct
@@ -29,7 +29,7 @@ TENSOR = "replica_groups=[8,2]<=[16]"
 
 
 def moves(*collectives: str) -> dict[str, dict[str, float]]:
-  """Of a program with these collectives, each "operand -> result opcode, groups"."""
+  """The moves of a program with these collectives, each "operand result opcode groups"."""
   lines = []
   for place, (operand, result, opcode, groups) in enumerate(
     text.split(" ", 3) for text in collectives
@@ -106,7 +106,6 @@ source_target_pairs={{0,2},{2,4},{4,6},{6,0}}
     self.assertAlmostEqual(found["activations"]["all-reduce"], 2 * 320 / copy)
     self.assertAlmostEqual(found["others"]["all-gather"], 56 * 20 / copy)
     self.assertEqual(found["down, up"], {})
-    self.assertEqual(collective_traffic.worst(found)[1:], ("others", "all-gather"))
     self.assertEqual(
       collective_traffic.lines(found), ["activations: all-reduce 0.24", "others: all-gather 0.42"]
     )

@@ -1,6 +1,4 @@
-"""Preflight: every program of a config compiles for v5e:4x4 at depth 2, and its figures are those
-counted by hand.
-"""
+"""Preflight at depth 2 on v5e:4x4: every program compiles, and figures match hand counts."""
 
 import contextlib
 import functools
@@ -39,7 +37,7 @@ LENGTHS = cost_model.Lengths(prompt=12, response=24, steps=4, pass_rate=0.5)
 
 
 def make_config(folder: pathlib.Path, **model):
-  """A config of a narrow model on 16 chips, all leaves of the default tree."""
+  """A default config with a narrow model on 16 chips."""
   sizes = {"model_type": "llama", "num_attention_heads": 4, **SIZES, **model}
   (folder / "config.json").write_text(json.dumps(sizes))
   c = config_schema.default()
@@ -57,7 +55,7 @@ def make_config(folder: pathlib.Path, **model):
 
 
 def run(config, topology="v5e:4x4", stages=None, out=None):
-  """What preflight prints."""
+  """The text that preflight prints."""
   text = io.StringIO()
   with contextlib.redirect_stdout(text):
     preflight.main(config, topology, stages, out, LENGTHS, 0.5)
@@ -65,13 +63,13 @@ def run(config, topology="v5e:4x4", stages=None, out=None):
 
 
 def preflight_reports(config, stages):
-  """What preflight finds."""
+  """The reports of preflight."""
   with contextlib.redirect_stdout(io.StringIO()):
     return preflight.main(config, "v5e:4x4", stages, None, LENGTHS, 0.5)
 
 
 def kinds(text: str, name: str) -> dict[str, float]:
-  """Bytes that a program sends by kind, as preflight prints them."""
+  """Bytes sent by a program, by kind, parsed from the printed text."""
   lines = text[text.index(f"\n{name}: ") + 1 :].splitlines()
   found = re.search(
     r"GB by kind: (.*)\)", next(line for line in lines if line.startswith("  links"))
@@ -459,12 +457,13 @@ class RefusalTest(parameterized.TestCase):
     # preset is not named.
     config = make_config(self.folder)
     self.assertStartsWith(
-      self.refusal(config, stages=["sampel"]), "--stages: 'sampel' is none of sft, rft, dpo, "
+      self.refusal(config, stages=["sampel"]),
+      "--stages: 'sampel' is neither a stage (sft, rft, dpo, ",
     )
     config.model.path = "nowhere/mistral"
     self.assertStartsWith(
       self.refusal(config, stages=["sft"]),
-      "model.path=nowhere/mistral is no folder and no preset (",
+      "model.path=nowhere/mistral is neither a folder nor a preset (",
     )
     config = make_config(self.folder, vocab_size=511)
     self.assertEqual(

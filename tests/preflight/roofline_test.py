@@ -1,4 +1,4 @@
-"""Figures read from HLO, against counts by hand for a small program and XLA's own analysis."""
+"""Costs from HLO, against hand counts for a small program and XLA's own analysis."""
 
 import jax
 import jax.numpy as jnp

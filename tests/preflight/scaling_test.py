@@ -1,6 +1,4 @@
-"""The tables of docs/scaling.md: the paper's models on the pods that configs/gsm8k.py knows, and
-the goals that they hold.
-"""
+"""The tables and goals of docs/scaling.md: the paper's models on the pods of configs/gsm8k.py."""
 
 import importlib.util
 import os
@@ -102,8 +100,9 @@ class TablesTest(parameterized.TestCase):
         self.assertLessEqual(report.cost.flops / own, 1.35, name)
         # Gathered forward and backward, their gradients scattered: no kind of collective moves a
         # parameter a third time.
-        times, array, kind = collective_traffic.worst(report.moves)
-        self.assertLessEqual(times, 2.02, f"{name}: {kind} of {array}")
+        for array, kinds in report.moves.items():
+          if array != collective_traffic.ACTIVATIONS:
+            self.assertLessEqual(max(kinds.values(), default=0), 2.02, f"{name}: {array}: {kinds}")
         self.assertLessEqual(sum(report.moves["others"].values()), 0.05, name)
       if name in ("sft", "dpo/step_dpo"):
         self.assertEqual(report.bound_by, "compute", name)

@@ -1,6 +1,4 @@
-"""Workdirs that are no local folder: gs:// paths through etils.epath, over a bucket that lives in
-memory.
-"""
+"""Workdirs in a bucket: gs:// paths through etils.epath, with an in-memory bucket."""
 
 import fsspec
 from absl.testing import absltest
@@ -16,7 +14,7 @@ from synthneg_jax.runtime.errors import UserError
 
 
 class Bucket(MemoryFileSystem):
-  """What gcsfs is to epath."""
+  """Stands in for gcsfs under epath."""
 
   protocol = ("gcs", "gs")
   store, pseudo_dirs = {}, [""]
@@ -56,7 +54,7 @@ class BucketTest(absltest.TestCase):
     stage.finish({"train": 3}, shards.files())
     self.assertTrue(manifest.Stage(self.workdir, "synthesize", {"seed": 0}).done)
     manifest.Stage(self.workdir, "sft", {"seed": 0}, ["synthesize"])
-    with self.assertRaisesRegex(UserError, "seed=0, now it is 1"):
+    with self.assertRaisesRegex(UserError, "seed=0, but now it is 1"):
       manifest.Stage(self.workdir, "synthesize", {"seed": 1})
     self.assertContainsSubset(["/bucket/run/synthesize/manifest.json"], Bucket.store)
     self.assertEmpty([name for name in Bucket.store if name.endswith(".tmp")])

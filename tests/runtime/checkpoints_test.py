@@ -1,4 +1,4 @@
-"""Policies at rest, their fingerprint, and the checkpoints of a training, over meshes."""
+"""Saved policies, fingerprints and training checkpoints, on several meshes."""
 
 import gc
 import pathlib
@@ -69,12 +69,12 @@ class ParamsTest(FolderTestCase):
       self.assertTrue(leaf.sharding.is_equivalent_to(sharding, leaf.ndim))
 
   def test_missing_folder(self):
-    # Fails if orbax's own error comes out.
+    # Fails if orbax's own error is raised.
     with self.assertRaises(UserError) as caught:
       checkpoints.load_params(self.folder / "nowhere", abstract(PARAMS), shardings(1, 1, 1))
     self.assertEqual(
       str(caught.exception),
-      f"{self.folder / 'nowhere' / 'params'} is not there: the policy's weights are missing.",
+      f"{self.folder / 'nowhere' / 'params'} does not exist: the policy's weights are missing.",
     )
 
   @parameterized.parameters("wider", "narrower", "another leaf", "a leaf less")
@@ -82,8 +82,7 @@ class ParamsTest(FolderTestCase):
     "ignore::pytest.PytestUnraisableExceptionWarning"
   )  # orbax leaves coroutines behind
   def test_other_weights(self, change):
-    # Fails if an array is cut or padded in silence, or if the error is not one sentence that names
-    # the folder.
+    # Fails if an array is silently truncated or padded, or if the error does not name the folder.
     checkpoints.save_params(self.folder, jax.device_put(PARAMS, shardings(1, 1, 1)))
     target, placed = abstract(PARAMS), shardings(1, 1, 1)
     if change == "another leaf":
@@ -211,8 +210,7 @@ class TrainCheckpointsTest(FolderTestCase):
     self.assertCountEqual([path.name for path in self.folder.iterdir()], ["2", "6"])
 
   def test_another_model_is_refused(self):
-    # Fails if a whole checkpoint that does not fit is passed over, and so lost when newer ones
-    # come.
+    # Fails if an intact checkpoint of another model is skipped, and so lost to newer ones.
     keeper = checkpoints.TrainCheckpoints(self.folder, keep=2, every_steps=1)
     keeper.save(1, jax.device_put(PARAMS, shardings(1, 1, 1)), 1.0)
     keeper.close()
@@ -239,8 +237,7 @@ class TrainCheckpointsTest(FolderTestCase):
     best=[0, 1],
   )
   def test_all_damaged(self, steps, damage, best):
-    # Fails if a training whose checkpoints cannot be read any more cannot start anew, write where
-    # they stand, or go on.
+    # Fails if training with unreadable checkpoints cannot restart, write in their place, or resume.
     state = jax.device_put(PARAMS, shardings(1, 1, 1))
     keeper = checkpoints.TrainCheckpoints(self.folder, keep=2, every_steps=2, max_to_keep_best=best)
     for step in steps:

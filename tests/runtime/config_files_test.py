@@ -1,4 +1,4 @@
-"""Where --config and synthesis.prompts are looked for."""
+"""Locating the files of --config and synthesis.prompts."""
 
 import os
 import pathlib
@@ -44,7 +44,8 @@ class ConfigFilesTest(parameterized.TestCase):
   def test_unknown_names(self):
     # Fails if an unknown name passes, or if the names are not listed.
     with self.assertRaisesRegex(
-      UserError, r"unknown config 'gsm8'; did you mean 'gsm8k'\? The names are arithmetic, "
+      UserError,
+      r"unknown config 'gsm8'; did you mean 'gsm8k'\? The shipped configs are arithmetic, ",
     ):
       config_files.resolve("gsm8:smoke")
 

@@ -1,6 +1,4 @@
-"""The config schema: every leaf is documented and bounded, bad values and old or unknown names are
-refused.
-"""
+"""The config schema: leaves are documented and bounded; bad values and names are refused."""
 
 import importlib
 import pathlib
@@ -100,7 +98,7 @@ class SchemaTest(parameterized.TestCase):
     # Fails if the value is accepted, or if the sentence does not say what the leaf may be.
     config = config_schema.default()
     config.update_from_flattened_dict({name: value})
-    with self.assertRaisesRegex(UserError, re.escape(f"{name}={value!r} must be ")):
+    with self.assertRaisesRegex(UserError, re.escape(f"{name}={value!r} must ")):
       config_schema.check_values(config)
 
   def test_the_default_tree_and_every_shipped_config_pass(self):
@@ -146,7 +144,8 @@ class SchemaTest(parameterized.TestCase):
     # section is shown.
     text = config_schema.help_text(["dpo"])
     self.assertIn(
-      "--config.dpo.beta=0.1  ((0, inf), per nat)\n      Strength of the pull to the reference.",
+      "--config.dpo.beta=0.1  ((0, inf), per nat)\n      Strength of the KL "
+      "regularisation towards the reference.",
       text,
     )
     self.assertIn("--config.dpo.loss='dpo'  (dpo, ipo, dpop)", text)
@@ -160,14 +159,14 @@ class NamesTest(parameterized.TestCase):
       config_schema.check_name(name, "here")
 
   @parameterized.parameters(
-    ("dpo.betta", "--config.dpo.betta: the config has no leaf 'dpo.betta'; did you mean dpo.beta"),
+    ("dpo.betta", "--config.dpo.betta: unknown config leaf 'dpo.betta'; did you mean dpo.beta"),
     ("sft.optimizer.learningrate", "did you mean sft.optimizer.learning_rate"),
-    ("beta", "no leaf 'beta'"),  # a leaf's last name alone is none
-    ("dpo", "no leaf 'dpo'"),  # nor is a section
+    ("beta", "unknown config leaf 'beta'"),  # a leaf's last name alone is none
+    ("dpo", "unknown config leaf 'dpo'"),  # nor is a section
     ("task.leap", "--config.task.leap: task.leap is now called task.arithmetic.skip_step_prob"),
     ("dpo.accumulate", "dpo.accumulate is now called dpo.grad_accum_steps"),
     ("rft.optimizer.warmup_share", "is now called rft.optimizer.warmup_fraction"),
-    ("zzzzzzzzzzzzzzzz", "the config has no leaf 'zzzzzzzzzzzzzzzz'\\.$"),
+    ("zzzzzzzzzzzzzzzz", "unknown config leaf 'zzzzzzzzzzzzzzzz'\\.$"),
   )
   def test_unknown_names(self, name, sentence):
     # Fails if an unknown name passes, or if the nearest names are missing, far off, or offered

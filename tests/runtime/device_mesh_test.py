@@ -1,4 +1,4 @@
-"""The mesh: sizes that fit, sentences where they do not, and where arrays lie."""
+"""The mesh: its sizes, error messages, and shardings of arrays."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from tests import tiny_model
 
 @dataclasses.dataclass(frozen=True)
 class _Chip:
-  """As much of a TPU device as laying out a mesh asks for."""
+  """The attributes of a TPU device that are needed to lay out a mesh."""
 
   id: int
   slice_index: int
@@ -95,7 +95,7 @@ class MakeMeshTest(parameterized.TestCase):
     for index in range(2):
       self.assertLen({chip.slice_index for chip in mesh.devices[index].reshape(-1)}, 1)
     with self.assertRaisesRegex(
-      UserError, r"^mesh\.slices=1, but the 8 devices lie in 2 slice\(s\)\.$"
+      UserError, r"^mesh\.slices=1, but the 8 devices are in 2 slice\(s\)\.$"
     ):
       device_mesh.make_mesh(-1, 2, 1, devices=devices)
 
@@ -138,7 +138,8 @@ class CheckTest(absltest.TestCase):
     # Fails if an axis may be used twice: jax would refuse it with a traceback.
     self.assertEqual(
       self.refusal("layers.query", (2, 8, 16), ("layers", "heads", "mlp"), device_mesh.make_mesh()),
-      "layers.query: dimensions 1 (heads=8) and 2 (mlp=16) both lie on the mesh axis tensor.",
+      "layers.query: dimensions 1 (heads=8) and 2 (mlp=16) are both split over the mesh axis "
+      "tensor.",
     )
 
   def test_models(self):

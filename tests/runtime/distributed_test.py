@@ -1,6 +1,4 @@
-"""What processes tell each other: values, deaths, failures, and one place at which all stop; and
-who may wait for whom.
-"""
+"""Coordination of processes: values, deaths, failures, joint stops, and collectives in branches."""
 
 import ast
 import os
@@ -57,9 +55,7 @@ class MembersTestCase(parameterized.TestCase):
   def members(
     self, program: str, count: int = 3, before: str = "", heartbeat_s: int = 3
   ) -> list[subprocess.Popen]:
-    """Processes that have found each other and run `program`; `before` runs before any of them has
-    joined.
-    """
+    """Starts processes that join and run `program`; `before` runs before they join."""
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     self.address = f"127.0.0.1:{free_port()}"
     member = MEMBER.replace("distributed.watch", f"{before}\ndistributed.watch").replace(
@@ -74,7 +70,7 @@ class MembersTestCase(parameterized.TestCase):
     return made
 
   def ends(self, made, timeout_s: float = 20.0) -> list[tuple[int, str, str]]:
-    """(status, what was printed, last line on stderr) of each."""
+    """Returns (status, stdout, last line of stderr) of each process."""
     found = []
     for process in made:
       out, err = process.communicate(timeout=timeout_s)
@@ -84,8 +80,7 @@ class MembersTestCase(parameterized.TestCase):
 
 class ProcessesTest(MembersTestCase):
   def test_gather_and_agree(self):
-    # Fails if values come in another order than the processes', or those of one round reach
-    # another.
+    # Fails if values are not in the order of processes, or mix between rounds.
     made = self.members("""
       for n in range(50):
         time.sleep(random.random() / 100)
@@ -100,7 +95,7 @@ class ProcessesTest(MembersTestCase):
 
   @parameterized.parameters(0, 2)
   def test_a_death_is_heard_of(self, victim):
-    # Fails if the others live on, or end without naming the dead.
+    # Fails if the other processes keep running, or do not name the dead one.
     made = self.members("distributed.gather() if index else time.sleep(60)")
     made[victim].kill()
     ends = self.ends(made, timeout_s=10)
@@ -110,7 +105,7 @@ class ProcessesTest(MembersTestCase):
 
   @parameterized.parameters(0, 1)
   def test_silence_is_death(self, victim):
-    # Fails if a host that is gone without closing its sockets is waited for.
+    # Fails if processes wait for a host that vanished without closing its sockets.
     made = self.members("time.sleep(60)")
     made[victim].send_signal(19)  # SIGSTOP
     others = [process for index, process in enumerate(made) if index != victim]
@@ -119,7 +114,7 @@ class ProcessesTest(MembersTestCase):
       self.assertIn(f"process {victim} of 3 {'died' if victim else 'does not answer'}", line)
 
   def test_a_failure_stops_all_with_its_sentence(self):
-    # Fails if the others hang on one that failed, or do not say why they stop.
+    # Fails if other processes hang after a failure, or do not report its reason.
     made = self.members("""
       if index == 1:
         distributed.fail("the disk is full")
@@ -132,7 +127,7 @@ class ProcessesTest(MembersTestCase):
       self.assertTrue(ends[index][2].endswith(": process 1 stopped: the disk is full"), ends[index])
 
   def test_waits_for_one_that_is_busy(self):
-    # Fails if a wait for a process that is alive has an end, or does not say whom it waits for.
+    # Fails if waiting for a live process times out, or does not name the process.
     self.wait_for_one_that_is_busy(8)
 
   @pytest.mark.long
@@ -142,7 +137,7 @@ class ProcessesTest(MembersTestCase):
 
   def wait_for_one_that_is_busy(self, seconds: int):
     made = self.members(f"""
-      distributed._SAY_S = 2.0
+      distributed._WAIT_LOG_S = 2.0
       if index == 0:
         end = time.monotonic() + {seconds}
         while time.monotonic() < end:
@@ -156,8 +151,8 @@ class ProcessesTest(MembersTestCase):
         self.assertIn("Waiting for process 0 of 3 since", line)
 
   def test_a_difference_ends_all_before_any_work(self):
-    # Fails if processes that were started with other settings work together, or the sentence names
-    # neither leaf nor process.
+    # Fails if processes with different settings work together, or if the message does not name the
+    # leaf and the process.
     made = self.members("""
       from synthneg_jax.runtime.errors import UserError
       try:
@@ -171,8 +166,8 @@ class ProcessesTest(MembersTestCase):
       self.assertIn("The processes differ in sft.rate: 0.1 in process 0, 0.2 in process 2.", line)
 
   def test_the_grace_after_sigterm(self):
-    # Fails if what cannot stop runs on after SIGTERM to another process, or if the end of the first
-    # one, which serves the others, counts as a death.
+    # Fails if a process that cannot stop survives SIGTERM to another one, or if the end of process
+    # 0, which hosts the service, counts as a death.
     made = self.members("time.sleep(60)", before="distributed.GRACE_S = 2.0")
     made[1].terminate()
     for status, _, line in self.ends(made):
@@ -180,7 +175,7 @@ class ProcessesTest(MembersTestCase):
       self.assertIn("stopped 2 s after SIGTERM", line)
 
   def test_an_abort_of_its_own_is_none_of_process_0(self):
-    # Fails if a crash in a library is called the death of process 0 and run again for ever.
+    # Fails if a crash in a library is reported as the death of process 0, and so retried forever.
     made = self.members("os.abort() if index == 1 else distributed.gather()")
     self.assertEqual(
       [status for status, _, _ in self.ends(made)],
@@ -188,10 +183,10 @@ class ProcessesTest(MembersTestCase):
     )
 
   def test_a_process_that_comes_twice(self):
-    # Fails if one that joins under a number that is taken, or a second process 0, hangs or ends
-    # without a sentence; or if the processes that it drives out do.
+    # Fails if a process with a process_id already in use, or a second process 0, hangs or ends
+    # without a message; or if the processes that it shuts out do.
     made = self.members("distributed.gather() if index else time.sleep(60)", count=2)
-    for index, sentence in ((0, "another job may run there"), (1, "came late or came twice")):
+    for index, sentence in ((0, "another job may use it"), (1, "came late or came twice")):
       source = MEMBER.replace("timeout_s=60", "timeout_s=3") + "\nprint('joined')"
       source = (
         "from synthneg_jax.runtime.errors import "
@@ -204,11 +199,10 @@ class ProcessesTest(MembersTestCase):
       self.assertIn(sentence, line)
     for status, _, line in self.ends(made):
       self.assertEqual(status, distributed.LOST, line)
-      self.assertRegex(line, "joined under a number that was taken|process 0 of 2 died")
+      self.assertRegex(line, "joined with a process_id already in use|process 0 of 2 died")
 
   def test_the_others_never_come(self):
-    # Fails if a process that waits in vain is aborted without a sentence, or waits longer than it
-    # was told.
+    # Fails if a process that waits in vain is aborted without a message, or exceeds its time limit.
     source = MEMBER.replace("timeout_s=60", "timeout_s=3")
     self.folder, self.address = (
       pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())),
@@ -221,8 +215,7 @@ class ProcessesTest(MembersTestCase):
       self.assertIn("did not find each other within 3 s", line)
 
   def test_nothing_of_ours_listens(self):
-    # Fails if a port is open besides the coordinator's, or the coordinator's on other interfaces
-    # than was asked for.
+    # Fails if another port is open, or the coordinator's on other interfaces than requested.
     self.members("time.sleep(60)")
     rows = [
       line.split()
@@ -242,8 +235,8 @@ class ProcessesTest(MembersTestCase):
       self.assertTrue(address.endswith(f"0100007F:{port}"), found)
 
   def test_all_stop_at_the_same_place(self):
-    # Fails if a process that is behind stops earlier than one ahead, so that one waits for the
-    # other for ever; or if the end of one that has taken leave is called a death.
+    # Fails if processes stop at different calls, so that one waits forever; or if the end of a
+    # disconnected process counts as a death.
     made = self.members("""
       for place in range(100_000):
         time.sleep(random.random() / 200 * (1 + index))
@@ -264,7 +257,7 @@ class ProcessesTest(MembersTestCase):
     self.assertBetween(places[0], 1, 99_998)
 
   def test_alone(self):
-    # Fails if one process waits for others.
+    # Fails if a single process waits.
     self.assertEqual((distributed.index(), distributed.count(), distributed.first()), (0, 1, True))
     self.assertEqual(distributed.gather({"a": 1}), [{"a": 1}])
     self.assertEqual(distributed.agree(3), 3)
@@ -302,9 +295,7 @@ WAITS |= {
 
 
 def waiting_behind(source: str) -> list[str]:
-  """Calls that wait for all processes, or run on all devices, where only some processes come:
-  `name` at its line.
-  """
+  """Calls that need all processes, in branches that only some processes take, with their lines."""
   found = []
 
   def some(test: ast.expr) -> bool:
@@ -346,8 +337,7 @@ def waiting_behind(source: str) -> list[str]:
 
 class WaitingTest(parameterized.TestCase):
   def test_nobody_waits_where_not_all_come(self):
-    # Fails if a collective comes to stand behind a branch that only some processes take: then all
-    # hang.
+    # Fails if a collective is in a branch that only some processes take: then all hang.
     for path in sorted((ROOT / "synthneg_jax").rglob("*.py")):
       if path.name not in ("distributed.py",):
         self.assertEqual(waiting_behind(path.read_text()), [], path)
@@ -365,7 +355,7 @@ class WaitingTest(parameterized.TestCase):
     ("def f():\n  if stage.done:\n    return {}\n  distributed.barrier()", []),
   )
   def test_the_check_sees(self, source, found):
-    # Fails if the check above passes on anything.
+    # Fails if the check above accepts anything.
     self.assertEqual(waiting_behind(source), found)
 
 

@@ -1,6 +1,4 @@
-"""Keys are recorded values: another one would draw other tokens in every run that is taken up
-again.
-"""
+"""Keys equal recorded values: others would change the tokens of every resumed run."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""A stage is skipped, continued or refused, and says in one sentence why."""
+"""A stage is skipped, resumed or refused, with a reason in one sentence."""
 
 import json
 import os
@@ -24,7 +24,7 @@ class StageTest(parameterized.TestCase):
     self.enterContext(mock.patch.object(manifest, "git_commit", lambda: "abc"))  # git takes a while
 
   def make(self, name="sample", text="one\ntwo\n", identity="", config=None):
-    """A finished stage with one file."""
+    """Makes a finished stage with one file."""
     stage = Stage(self.workdir, name, CONFIG if config is None else config)
     path = stage.folder / "traces" / "00000.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ class StageTest(parameterized.TestCase):
     return str(caught.exception)
 
   def test_begun_then_done(self):
-    # Fails if a stage that was only begun counts as done, or a finished one is done again.
+    # Fails if an unfinished stage counts as done, or a finished one is repeated.
     self.assertFalse(Stage(self.workdir, "sample", CONFIG).done)
     self.assertFalse(Stage(self.workdir, "sample", CONFIG).done)
     self.assertIsNone(manifest.figures(self.workdir, "sample"))
@@ -96,7 +96,7 @@ class StageTest(parameterized.TestCase):
       (folder / name).write_text("of the first start")
     self.assertFalse(Stage(self.workdir, "sft", CONFIG | {"seed": 1}).done)
     self.assertEqual([path.name for path in folder.iterdir()], ["begun.json"])
-    self.assertIn("seed=1, now it is 0", self.made_something_then_refused(folder))
+    self.assertIn("seed=1, but now it is 0", self.made_something_then_refused(folder))
 
   def made_something_then_refused(self, folder):
     (folder / "checkpoints").mkdir()
@@ -111,10 +111,10 @@ class StageTest(parameterized.TestCase):
       written = json.loads(path.read_text())
       del written["format"]
       path.write_text(json.dumps(written))
-    sentence = f"Stage sample in {self.workdir} was made by version 1 of synthneg_jax"
+    sentence = f"Stage sample in {self.workdir} is from version 1 of synthneg_jax"
     for said in (self.refused("sample", CONFIG), self.refused("credit", CONFIG, ["sample"])):
       self.assertStartsWith(said, sentence)
-      self.assertIn(f"delete {self.workdir / 'sample'} and the stages after it", said)
+      self.assertIn(f"delete {self.workdir / 'sample'} and the later stages", said)
 
   @parameterized.parameters(True, False)
   def test_changed_config(self, finished):
@@ -126,13 +126,14 @@ class StageTest(parameterized.TestCase):
       (Stage(self.workdir, "sample", CONFIG).folder / "traces").mkdir()
     message = self.refused("sample", {**CONFIG, "sample.num_traces": 16})
     self.assertStartsWith(
-      message, f"Stage sample in {self.workdir} was begun with sample.num_traces=8, now it is 16;"
+      message,
+      f"Stage sample in {self.workdir} was started with sample.num_traces=8, but now it is 16;",
     )
     self.assertIn("--workdir", message)
     self.assertIn(str(self.workdir / "sample"), message)
-    self.assertIn("extra=None, now it is 1", self.refused("sample", {**CONFIG, "extra": 1}))
+    self.assertIn("extra=None, but now it is 1", self.refused("sample", {**CONFIG, "extra": 1}))
     self.assertIn(
-      "seed=0, now it is None",
+      "seed=0, but now it is None",
       self.refused("sample", {k: v for k, v in CONFIG.items() if k != "seed"}),
     )
 
@@ -140,7 +141,7 @@ class StageTest(parameterized.TestCase):
     self.assertEqual(text[: len(start)], start)
 
   def test_needs_what_is_not_done(self):
-    # Fails if a stage runs on files of one that was killed.
+    # Fails if a stage uses files of a killed stage.
     Stage(self.workdir, "sample", CONFIG)
     self.assertEqual(
       self.refused("credit", CONFIG, ["sample"]),
@@ -148,8 +149,7 @@ class StageTest(parameterized.TestCase):
     )
 
   def test_changed_upstream(self):
-    # Fails if a stage goes on from another run of what it needs; it may where that was made again
-    # and came out equal.
+    # Fails if a stage resumes with a different rerun of its input; an identical rerun is allowed.
     path = self.make()
     Stage(self.workdir, "credit", CONFIG, ["sample"]).finish({})
     self.make()
@@ -159,7 +159,7 @@ class StageTest(parameterized.TestCase):
       message = self.refused("credit", CONFIG, ["sample"])
       self.assertStartsWith(
         message,
-        f"Stage credit in {self.workdir} was made from another run of stage sample; delete ",
+        f"Stage credit in {self.workdir} was started from another run of stage sample; delete ",
       )
       self.assertIn(str(self.workdir / "credit"), message)
     path.parent.parent.joinpath("begun.json").unlink()
@@ -177,7 +177,7 @@ class StageTest(parameterized.TestCase):
       path.unlink()
     Stage(self.workdir, "credit", CONFIG, ["sample"]).finish({})
     self.assertIn(
-      "made from another run of stage credit", self.refused("dpo/step_dpo", CONFIG, ["credit"])
+      "started from another run of stage credit", self.refused("dpo/step_dpo", CONFIG, ["credit"])
     )
 
   @parameterized.parameters("one\ntw", "one\nTwo\n", "one\ntwo\n\n", "")
@@ -187,18 +187,18 @@ class StageTest(parameterized.TestCase):
     path.write_text(text)
     self.assertEqual(
       self.refused("credit", CONFIG, ["sample"]),
-      f"{path} was changed or cut off since stage sample wrote it; delete it and "
-      f"{self.workdir / 'sample' / 'manifest.json'} to have it made again.",
+      f"{path} was changed or truncated after stage sample wrote it; delete it and "
+      f"{self.workdir / 'sample' / 'manifest.json'} to run the stage again.",
     )
 
   def test_missing_file(self):
-    # Fails if a file that was deleted gives a traceback.
+    # Fails if a deleted file gives a traceback.
     path = self.make()
     path.unlink()
     self.assertEqual(
       self.refused("credit", CONFIG, ["sample"]),
-      f"{path} is missing; delete {self.workdir / 'sample' / 'manifest.json'} to have stage sample "
-      "made again.",
+      f"{path} is missing; delete {self.workdir / 'sample' / 'manifest.json'} to run stage sample "
+      "again.",
     )
 
   def test_a_folder_that_cannot_be_written(self):
@@ -209,7 +209,7 @@ class StageTest(parameterized.TestCase):
     )
 
   def test_write_json_leaves_nothing_half(self):
-    # Fails if a reader can see half a file: a write that is cut off leaves the old one.
+    # Fails if a reader can see a partial file: an interrupted write leaves the old one.
     path = self.workdir / "a" / "b.json"
     manifest.write_json(path, {"x": 1})
 
@@ -234,8 +234,7 @@ class GitCommitTest(absltest.TestCase):
       self.assertEqual(manifest.git_commit(), "")
 
   def test_of_this_project_alone(self):
-    # Fails if a package that is installed within another project's repository takes that project's
-    # commit for its own.
+    # Fails if a package inside another project's repository reports that project's commit.
     root = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e"]
     subprocess.run([*git, "init", "--quiet"], check=True)

@@ -1,4 +1,4 @@
-"""Progress says what remains: on a terminal, in a notebook's kernel, in a log."""
+"""Remaining time on a terminal, in a notebook's kernel, and in a log."""
 
 import contextlib
 import os

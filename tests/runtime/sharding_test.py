@@ -1,6 +1,4 @@
-"""Every program on meshes of eight devices gives what one device gives: losses, gradients,
-log-probs, drawn tokens.
-"""
+"""Programs on meshes of eight devices equal those on one: losses, gradients, log-probs, tokens."""
 
 import functools
 import itertools
@@ -81,7 +79,7 @@ def on_mesh(mesh):
 
 @functools.cache
 def gradients(mesh):
-  """{objective: (loss, metrics, gradients)} of one batch."""
+  """Returns {objective: (loss, metrics, gradients)} of one batch."""
   params, layout = on_mesh(mesh)
   preference = objectives.make_preference(
     MODEL,
@@ -134,7 +132,7 @@ def draws(mesh):
 
 @jax.jit
 def _edge_distance(params, token_T, size, uniform):
-  """How far a uniform number lies from the nearest edge of the CDF after `size` tokens."""
+  """Distance of a uniform number to the nearest edge of the CDF after `size` tokens."""
   position_T = jnp.arange(token_T.shape[0])
   trees = PackedTrees(
     token=token_T[None],
@@ -149,7 +147,7 @@ def _edge_distance(params, token_T, size, uniform):
 
 
 def edge_distance(trunk: Trunk, item: int, ids: list[int]) -> float:
-  """Of the draw of ids[-1], in a program without cache or lanes."""
+  """The margin of the draw of ids[-1], in a program without cache or lanes."""
   sequence = [*trunk.ids[: trunk.forks[item]], *ids[:-1]]
   key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(trunk.keys[item])), len(ids) - 1)
   token_T = np.zeros(8 + NEW, np.int32)

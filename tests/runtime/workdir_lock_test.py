@@ -1,6 +1,4 @@
-"""One run at a time in a workdir: by flock, by a lease with a fake clock, in a bucket over HTTP,
-and two real pipelines.
-"""
+"""Locking a workdir: flock, a lease with a fake clock, a bucket over HTTP, and two pipelines."""
 
 import errno
 import fcntl
@@ -30,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 CACHE = ROOT / "build" / "test_xla_cache"
 HELD = (
   r"held by another run, process {} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC; wait "
-  r"until it ends, or take"
+  r"until it ends, or use"
 )
 
 
@@ -40,8 +38,8 @@ def workdir() -> pathlib.Path:
 
 class HoldTest(parameterized.TestCase):
   def test_one_holder_at_a_time(self):
-    # Fails if two may hold a folder, if the sentence does not name the holder, or if a hold
-    # outlives its body.
+    # Fails if two processes can hold a folder, if the message does not name the holder, or if the
+    # lock outlives its body.
     folder = workdir()
     with self.assertRaisesRegex(RuntimeError, "stop"), workdir_lock.hold(folder):
       with self.assertRaisesRegex(UserError, HELD.format(os.getpid())), workdir_lock.hold(folder):
@@ -76,7 +74,7 @@ class HoldTest(parameterized.TestCase):
       pass
 
   def test_a_workdir_that_cannot_be_written(self):
-    # Fails if that is a traceback.
+    # Fails if the error is a traceback.
     path = workdir().parent / "file"
     path.write_text("")
     with self.assertRaisesRegex(UserError, "cannot be written"), workdir_lock.hold(path / "run"):
@@ -86,7 +84,7 @@ class HoldTest(parameterized.TestCase):
     "pretrain", "synthesize", "sample", "dpo/step_dpo", "export", "report", "traces"
   )
   def test_commands(self, name):
-    # Fails if a command that writes records works where another run does, or one that only draws is
+    # Fails if a command that writes records runs beside another run, or one that only draws is
     # refused.
     folder, calls = workdir(), []
     do = lambda: stages.run(
@@ -104,7 +102,7 @@ class HoldTest(parameterized.TestCase):
 
 
 class Clock:
-  """Time that passes when somebody sleeps; `then` is called after each sleep."""
+  """A clock that advances on sleep; `then` is called after each sleep."""
 
   def __init__(self):
     self.now, self.then = 1000.0, lambda: None
@@ -126,8 +124,7 @@ class LeaseTest(absltest.TestCase):
     return workdir_lock.Lease(store or self.store, end, lambda: self.clock.now, self.clock.sleep)
 
   def test_a_lease_that_is_renewed_is_held(self):
-    # Fails if a living holder is taken for dead, or is seen to live only when its time is nearly
-    # up.
+    # Fails if a live holder counts as dead, or is recognised only when its lease nearly expires.
     holder, other = self.lease(), self.lease()
     self.assertIsNone(holder.acquire())
     beats = iter(range(1000))
@@ -142,8 +139,7 @@ class LeaseTest(absltest.TestCase):
     self.assertEmpty(self.ends)
 
   def test_the_lease_of_a_dead_holder_runs_out(self):
-    # Fails if a dead holder keeps the workdir, is outlived too early, or goes on after it was taken
-    # for dead.
+    # Fails if a dead holder keeps the workdir, loses it too early, or continues after losing it.
     holder, other = self.lease(), self.lease()
     self.assertIsNone(holder.acquire())
     self.clock.now += workdir_lock.LEASE_S
@@ -156,14 +152,14 @@ class LeaseTest(absltest.TestCase):
     self.assertRegex(
       sentence,
       rf"another run took over the workdir, process {os.getpid()} on .* "
-      r"not renewed its lease",
+      r"did not renew its lease",
     )
     other.renew()
     self.assertLen(self.ends, 1)
 
   def test_a_run_waits_for_the_lease_of_one_that_died_just_now(self):
-    # Fails if a job that is queued again is refused because its predecessor died moments ago,
-    # whatever its clock said.
+    # Fails if a requeued job is refused because its predecessor died moments ago, for any clock
+    # offset.
     for skew in (0.0, 3600.0):
       holder, other = self.lease(), self.lease()
       self.clock.now += skew
@@ -187,7 +183,7 @@ class LeaseTest(absltest.TestCase):
     self.assertEqual([lease.acquire() for lease in leases].count(None), 1)
 
   def test_a_reply_that_was_lost(self):
-    # Fails if a holder takes its own write, which arrived twice, for another's.
+    # Fails if a holder mistakes its own repeated write for another's.
     lease = self.lease()
     self.assertIsNone(lease.acquire())
     # another generation
@@ -197,7 +193,7 @@ class LeaseTest(absltest.TestCase):
     self.assertEmpty(self.ends)
 
   def test_a_store_that_does_not_answer(self):
-    # Fails if one failure ends a run, or a run goes on when others may take it for dead.
+    # Fails if a single failure ends a run, or if a run continues when others may take it over.
     store = absltest.mock.Mock(wraps=self.store)
     lease = self.lease(store)
     self.assertIsNone(lease.acquire())
@@ -224,7 +220,7 @@ with workdir_lock.hold(sys.argv[1]):
 
 @pytest.mark.slow
 class ProcessesTest(absltest.TestCase):
-  """Processes that do nothing but hold a folder."""
+  """Processes that only hold a folder."""
 
   def holder(self, folder, seconds: float, **env) -> subprocess.Popen:
     process = subprocess.Popen(
@@ -244,9 +240,7 @@ class ProcessesTest(absltest.TestCase):
     self.assertRegex(stderr.strip().splitlines()[-1], HELD.format(holder.pid))
 
   def folders(self):
-    """A folder on this machine's disk and one in a bucket, each with the environment of its
-    processes.
-    """
+    """A local folder and one in a bucket, each with the environment of its processes."""
     server = gcs_server.Server()
     self.addCleanup(server.close)
     return (workdir(), {}), ("gs://bucket/run", server.environment())
@@ -271,8 +265,7 @@ class ProcessesTest(absltest.TestCase):
       winner.kill()
 
   def test_a_holder_that_was_killed(self):
-    # Fails if a hold is not seen by another process, or outlives a holder that got SIGKILL by more
-    # than its lease.
+    # Fails if another process ignores the lock, or if after SIGKILL it lasts longer than the lease.
     for folder, env in self.folders():
       first = self.holder(folder, 60, **env)
       self.assertEqual(first.stdout.readline(), "held\n")
@@ -283,9 +276,8 @@ class ProcessesTest(absltest.TestCase):
       self.assertEqual(said, "held\n")
 
   def test_a_bucket(self):
-    # Fails if the lease is written without its precondition, is not renewed, or does not run out;
-    # if a holder that was stopped goes on beside the one that took over; or if the lease is not
-    # given back.
+    # Fails if the lease is written without its precondition, is not renewed, does not expire or is
+    # not released; or if a suspended holder continues beside its successor.
     server = gcs_server.Server()
     self.addCleanup(server.close)
     env, folder = server.environment(), "gs://bucket/run"
@@ -331,7 +323,7 @@ class PipelinesTest(absltest.TestCase):
     return process
 
   def assert_undamaged(self, folder, **counts: int):
-    """Every record of these stages stands once, and every update of SFT."""
+    """Every record of these stages, and every update of SFT, exists once."""
     for name, count in {"synthesize/train": 16, **counts}.items():
       rows = [
         json.loads(line)
@@ -346,8 +338,7 @@ class PipelinesTest(absltest.TestCase):
     self.assertEqual(steps, [0, 1, 2, 3])
 
   def test_a_command_given_twice(self):
-    # Fails if both work, if neither does, or if the second leaves a trace in the first one's
-    # records.
+    # Fails if both run, if neither does, or if the second changes the first one's records.
     folder, offset = workdir(), random.uniform(0.0, 2.0)
     first = self.start(folder)
     time.sleep(offset)
@@ -362,7 +353,7 @@ class PipelinesTest(absltest.TestCase):
     self.assert_undamaged(folder, **{"sample/traces": 48})
 
   def test_a_holder_that_was_killed(self):
-    # Fails if the workdir of a killed run is refused to the next, or is damaged by it.
+    # Fails if the workdir of a killed run is refused to the next run, or damaged by it.
     folder, delay = workdir(), random.uniform(0.0, 2.0)
     first = self.start(folder, "synthesize,sft")
     while not (folder / "synthesize").exists():

@@ -274,7 +274,7 @@ class RefusalTest(parameterized.TestCase):
   @parameterized.parameters("5", "5:5", "a:b", ":3", "-1:3", "3:")
   def test_no_range(self, text):
     # Fails if something that is no range is taken for one, or ends in a traceback.
-    with self.assertRaisesRegex(UserError, f"--profile_steps='{text}' is no range of updates"):
+    with self.assertRaisesRegex(UserError, f"--profile_steps='{text}' must be a range a:b"):
       metrics_lib.check(config(profile_steps=text).metrics)
 
   def test_the_flag_reaches_the_config(self):

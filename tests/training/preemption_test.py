@@ -101,7 +101,7 @@ class PreemptionTest(absltest.TestCase):
     _, stderr = process.communicate(timeout=60)
     self.assertLess(time.monotonic() - asked, 30)
     self.assertEqual(process.returncode, distributed.PREEMPTED, stderr)
-    self.assertIn("stopped by SIGTERM; what was done is saved.", stderr.splitlines()[-1])
+    self.assertIn("stopped by SIGTERM; all completed work is saved.", stderr.splitlines()[-1])
     steps = lines()
     self.assertBetween(steps, 1, 5)
     self.assertEqual(kept(workdir)[-1], steps)
@@ -128,7 +128,7 @@ class PreemptionTest(absltest.TestCase):
       timeout=25,
     )
     self.assertEqual(done.returncode, distributed.PREEMPTED, done.stderr)
-    self.assertIn("after SIGTERM; what was saved before is kept.", done.stderr.splitlines()[-1])
+    self.assertIn("after SIGTERM; everything saved before is kept.", done.stderr.splitlines()[-1])
 
   def test_a_full_disk(self):
     # Fails if a disk that is full ends in a traceback or in status 0, if it costs the checkpoints
@@ -193,7 +193,7 @@ class PreemptionTest(absltest.TestCase):
     stopped = run(workdir, "--kill_at=3")
     self.assertEqual(stopped.returncode, -signal.SIGKILL)
     self.assertIn("cannot be read", stopped.stderr)
-    self.assertIn("trying the one before", stopped.stderr)
+    self.assertIn("trying the previous one", stopped.stderr)
     for path, away in names.items():
       away.rename(path)
     (workdir / "trained.npz").unlink()
@@ -214,7 +214,7 @@ class PreemptionTest(absltest.TestCase):
     (workdir / "trained.npz").unlink()
     done = run(workdir)
     self.assertEqual(done.returncode, 0, done.stderr)
-    self.assertIn("the training starts from step 0", done.stderr)
+    self.assertIn("and training starts from step 0", done.stderr)
     self.assert_as_whole(workdir)
     self.assertEqual(kept(workdir), before)
     aside = workdir / "checkpoints.unreadable"

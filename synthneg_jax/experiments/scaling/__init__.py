@@ -1,3 +1,1 @@
-"""The scaling study: cells over data size, method and seed, and the paper's figures drawn from
-them.
-"""
+"""The scaling study: cells by data size, method and seed, and the paper's figures."""

@@ -1,8 +1,7 @@
-"""The paper's figures, each from the cells of a study: its data, its drawing, and what it needs to
-be made.
+"""The paper's figures from a study's cells: data, drawing, and what each figure needs.
 
-Numbers are those of the NeurIPS version; names without a number are beyond the paper. A figure's a
-and b are two tasks there and one drawing here: the config says which task it is of.
+Numbers follow the NeurIPS version; names without a number are beyond the paper. Parts a and b of a
+figure show two tasks in the paper and are one drawing here, for the config's task.
 """
 
 import dataclasses
@@ -13,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
+from synthneg_jax.data.records import Problem
 from synthneg_jax.experiments.scaling import grid, measures, methods, plots, study
 from synthneg_jax.experiments.scaling.paired import paired_difference
 from synthneg_jax.pipeline.experiment import Experiment
@@ -21,60 +21,100 @@ from synthneg_jax.runtime import config_schema, manifest
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.tasks import generated
 
-Drawn = tuple[object, str]  # a matplotlib figure, and the same as CSV
+Drawn = tuple[object, str]  # a matplotlib figure, and its data as CSV
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """What a figure is drawn from."""
+  """Inputs of a figure.
+
+  Attributes:
+    config: of the study.
+    workdir: of the study.
+    cells: of study.grid, finished or not.
+    results: of the finished cells.
+    factors: efficiency factors by method.
+  """
 
   config: object
   workdir: epath.Path
   cells: Sequence[grid.Cell]
-  found: study.Results
+  results: study.Results
   factors: dict[str, dict]
+
+  @property
+  def size(self) -> int:
+    """study.reference_size, in problems."""
+    return self.config.study.reference_size
+
+  @property
+  def title(self) -> str:
+    """Title of figures at the reference size."""
+    return f"{self.config.study.family}, {self.size} problems"
 
   def method(self, name: str) -> methods.Method:
     """A method of the study's cells by its name.
 
     Raises:
-      UserError: the study has none of that name.
+      UserError: the study has no such method.
     """
     for cell in self.cells:
       if cell.method.name == name:
         return cell.method
     raise UserError(
-      f"This figure needs cells of {name!r}, which study.grid of this config does not make."
+      f"This figure needs cells of {name!r}, which are not in study.grid of this config."
     )
 
   def label(self, name: str) -> str:
-    """A method as figures call it."""
+    """A method's label in figures."""
     return self.method(name).label
 
   def points(self, name: str) -> list[study.Point]:
     """A method's points.
 
     Raises:
-      UserError: the study has none.
+      UserError: no cell of the method is finished.
     """
     self.method(name)
-    if name not in self.found:
+    if name not in self.results:
       raise UserError(f"This figure needs cells of {name!r}, and none of them is finished.")
-    return self.found[name]
+    return self.results[name]
 
   def series(self, name: str, dashed: bool = False) -> plots.Series:
     """A method's test error against problems."""
-    points = self.points(name)
-    dots = [point.wrong_SN.mean(axis=1).tolist() for point in points]
-    columns = zip(
-      *((point.size, point.mean, point.low, point.high) for point in points), strict=True
-    )
-    return plots.Series(self.label(name), *map(list, columns), dots, dashed)
+    return _point_series(self.label(name), self.points(name), dashed=dashed)
 
   def stage(self, cell: grid.Cell, name: str) -> dict:
-    """What a stage of a cell reported."""
-    found = grid.load(self.workdir / "cells", self.config, cell) or {}
-    return (found.get("stages") or {}).get(name) or {}
+    """Figures of a stage of a cell; empty if there are none."""
+    cell_json = grid.load(self.workdir / "cells", self.config, cell) or {}
+    return (cell_json.get("stages") or {}).get(name) or {}
+
+
+def _point_series(
+  label: str,
+  points: Sequence[study.Point],
+  x: Sequence[float] | None = None,
+  *,
+  dashed: bool = False,
+) -> plots.Series:
+  """A series of test errors; x defaults to the points' sizes."""
+  return plots.Series(
+    label,
+    [point.size for point in points] if x is None else x,
+    mean=[point.mean for point in points],
+    low=[point.low for point in points],
+    high=[point.high for point in points],
+    dots=[point.wrong_SN.mean(axis=1).tolist() for point in points],
+    dashed=dashed,
+  )
+
+
+def _seed_series(label: str, x: Sequence[float], values, *, dashed: bool = False) -> plots.Series:
+  """A series of means over seeds with 95 % intervals, from values [seeds, len(x)]."""
+  values = np.asarray(values)
+  mean = values.mean(axis=0)
+  half = 1.96 * values.std(axis=0, ddof=len(values) > 1) / np.sqrt(len(values))
+  return plots.Series(label, x, mean, mean - half, mean + half, values.T.tolist(), dashed)
 
 
 def _factor_text(factor: dict) -> str:
@@ -85,7 +125,7 @@ def _factor_text(factor: dict) -> str:
 
 
 def _against_problems(names: Sequence[str], factors: bool = True) -> Callable[[Data], Drawn]:
-  def make(data: Data) -> Drawn:
+  def draw(data: Data) -> Drawn:
     series = [data.series(name, dashed=i > 0) for i, name in enumerate(names)]
     reaches = []
     for name in names if factors else ():
@@ -95,77 +135,60 @@ def _against_problems(names: Sequence[str], factors: bool = True) -> Callable[[D
         reaches.append(
           plots.Reach(factor["at"], factor["at"] * factor["factor"], error, _factor_text(factor))
         )
-    return plots.against_problems(series, data.config.study.family, reaches), plots.as_csv(
-      series, "problems"
-    )
+    drawing = plots.against_problems(series, data.config.study.family, reaches)
+    return drawing, plots.as_csv(series, "problems")
 
-  return make
-
-
-def _settings(data: Data, kind: str, leaf: str) -> list[tuple[float, study.Point]]:
-  """(value, point) of every method of a kind that sets this leaf alone, or nothing, at
-  study.reference_size.
-  """
-  found = []
-  for name, points in data.found.items():
-    method = data.method(name)
-    if method.kind == kind and set(method.settings) <= {leaf}:
-      value = dict(config_schema.leaves(methods.configure(data.config, method)))[leaf]
-      found += [
-        (value, point) for point in points if point.size == data.config.study.reference_size
-      ]
-  return sorted(found, key=lambda pair: pair[0])
+  return draw
 
 
 def _swept(data: Data, kinds: Sequence[str], leaf: str, label: str) -> Drawn:
+  """Test error against a leaf, for methods that override this leaf alone, or nothing."""
   series = []
   for kind in kinds:
-    of_kind = _settings(data, kind, leaf)
-    if of_kind:
-      values, points = zip(*of_kind, strict=True)
-      parts = [[getattr(point, part) for point in points] for part in ("mean", "low", "high")]
-      dots = [point.wrong_SN.mean(axis=1).tolist() for point in points]
-      series.append(plots.Series(methods.KINDS[kind].label, values, *parts, dots))
-  if max((len(one.x) for one in series), default=0) < 2:  # one value is no sweep
+    pairs = []
+    for name, points in data.results.items():
+      method = data.method(name)
+      if method.kind == kind and set(method.settings) <= {leaf}:
+        value = dict(config_schema.leaves(methods.configure(data.config, method)))[leaf]
+        pairs += [(value, point) for point in points if point.size == data.size]
+    if pairs:
+      values, points = zip(*sorted(pairs, key=lambda pair: pair[0]), strict=True)
+      series.append(_point_series(methods.KINDS[kind].label, points, values))
+  if max((len(line.x) for line in series), default=0) < 2:
     raise UserError(
-      f"This figure needs cells that set {leaf} at {data.config.study.reference_size} problems; "
-      "study.grid has none."
+      f"This figure needs cells that set {leaf} at {data.size} problems; study.grid has none."
     )
-  baseline = [
-    p for p in data.points(data.config.study.baseline) if p.size == data.config.study.reference_size
-  ]
-  level = (baseline[0].mean, data.label(data.config.study.baseline)) if baseline else None
-  title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
-  return plots.against_setting(series, title, label, level=level), plots.as_csv(series, leaf)
+  baseline = data.config.study.baseline
+  means = [point.mean for point in data.points(baseline) if point.size == data.size]
+  level = (means[0], data.label(baseline)) if means else None
+  drawing = plots.against_setting(series, data.title, label, level=level)
+  return drawing, plots.as_csv(series, leaf)
+
+
+def _reference_series(data: Data, name: str) -> list[plots.Series]:
+  """A method's test error at the reference size; empty if it has none."""
+  points = [point for point in data.points(name) if point.size == data.size]
+  return [_point_series(data.label(name), points)] if points else []
 
 
 def _bars(names: Sequence[str]) -> Callable[[Data], Drawn]:
-  def make(data: Data) -> Drawn:
-    series, size = [], data.config.study.reference_size
-    for name in names:
-      for point in data.points(name):
-        if point.size == size:
-          dots = [point.wrong_SN.mean(axis=1).tolist()]
-          series.append(
-            plots.Series(data.label(name), [size], [point.mean], [point.low], [point.high], dots)
-          )
-    return plots.bars(
-      series, f"{data.config.study.family}, {size} problems", "test error, %"
-    ), plots.as_csv(series, "problems")
+  def draw(data: Data) -> Drawn:
+    series = [line for name in names for line in _reference_series(data, name)]
+    return plots.bars(series, data.title, "test error, %"), plots.as_csv(series, "problems")
 
-  return make
+  return draw
 
 
-def _way(data: Data) -> Drawn:
-  size, seed = data.config.study.reference_size, data.config.study.seeds[0]
+def _dataflow(data: Data) -> Drawn:
+  seed = data.config.study.seeds[0]
   cells = {
-    name: grid.Cell(size, seed, data.method(name))
+    name: grid.Cell(data.size, seed, data.method(name))
     for name in (data.config.study.baseline, "rft", "step_dpo")
   }
   for name in cells:
-    if size not in [point.size for point in data.points(name)]:
+    if data.size not in [point.size for point in data.points(name)]:
       raise UserError(
-        f"This figure needs the cell of {name} from {size} problems (study.reference_size)."
+        f"This figure needs the cell of {name} from {data.size} problems (study.reference_size)."
       )
   last = cells["step_dpo"]
   sft, sample, credit, pairs = (
@@ -188,9 +211,8 @@ def _way(data: Data) -> Drawn:
     pairs=pairs["pairs"],
     errors=tuple(errors),
   )
-  return dataflow_diagram.draw(
-    counts, f"{data.config.study.family}, {size} problems, seed {seed}"
-  ), dataflow_diagram.as_csv(counts)
+  drawing = dataflow_diagram.draw(counts, f"{data.title}, seed {seed}")
+  return drawing, dataflow_diagram.as_csv(counts)
 
 
 def _measured(
@@ -201,144 +223,124 @@ def _measured(
   size: int | None = None,
   needs: str = "sample",
 ) -> list[dict]:
-  """A measure in the run folder of every seed at a size (study.reference_size), kept in measures/;
-  `needs` is a stage.
+  """Measures the run folder of each seed at one size; results are cached in measures/.
+
+  Args:
+    data: of the figure.
+    name: of the measure.
+    measure: computes it from a run folder.
+    size: in problems; None for the reference size.
+    needs: a stage that the run folder must have finished.
   """
-  made, size = [], size or data.config.study.reference_size
+  results, size = [], size or data.size
   for seed in data.config.study.seeds:
     path = data.workdir / "measures" / f"{name}_{size}_{seed}.json"
     if not path.exists():
-      unit = grid.Cell(size, seed, data.method(data.config.study.baseline))
-      folder = data.workdir / "runs" / unit.unit
+      cell = grid.Cell(size, seed, data.method(data.config.study.baseline))
+      folder = data.workdir / "runs" / cell.unit
       if not (folder / needs / "manifest.json").exists():
         raise UserError(
-          f"This figure measures in {folder}, which is not there; `synthneg study` makes it."
+          f"This figure needs the run folder {folder}, which is missing; `synthneg study` makes it."
         )
       path.parent.mkdir(parents=True, exist_ok=True)
-      manifest.write_json(path, measure(Experiment.open(grid.configure(data.config, unit), folder)))
-    made.append(json.loads(path.read_text()))
-  return made
+      manifest.write_json(path, measure(Experiment.open(grid.configure(data.config, cell), folder)))
+    results.append(json.loads(path.read_text()))
+  return results
 
 
 def _likelihoods(data: Data) -> Drawn:
-  made = _measured(data, "likelihoods", measures.likelihoods)
-  joined = {name: sum((each[name] for each in made), []) for name in ("D_plus", "D_syn")}
-  labels = {"D_plus": "self-generated, right", "D_syn": "teacher's"}
-  samples = [(labels[name], values) for name, values in joined.items()]
-  rows = [
-    plots.Series(
-      labels[name],
-      list(data.config.study.seeds),
-      *[[float(np.mean(each[name])) for each in made]] * 3,
-    )
-    for name in joined
-  ]
-  title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
-  return plots.distributions(
-    samples, title, "negative log-likelihood under the base, nats a token"
-  ), plots.as_csv(rows, "seed")
+  by_seed = _measured(data, "likelihoods", measures.likelihoods)
+  samples, rows = [], []
+  for name, label in (("D_plus", "self-generated, right"), ("D_syn", "teacher's")):
+    samples.append((label, [value for one_seed in by_seed for value in one_seed[name]]))
+    means = [float(np.mean(one_seed[name])) for one_seed in by_seed]
+    rows.append(plots.Series(label, list(data.config.study.seeds), means, means, means))
+  label = "negative log-likelihood under the base model, nats per token"
+  return plots.distributions(samples, data.title, label), plots.as_csv(rows, "seed")
 
 
 FIGURE_7 = ("sft", "arbitrary", "furthest", "step_dpo")
-HELD_OUT, ROLLOUTS = 300, 8  # problems and rollouts a prefix
-LEAST_RESPONSES = 20  # of a seed that have a step, for the step to be drawn
+HELD_OUT, ROLLOUTS = 300, 8  # problems, and rollouts per prefix
+LEAST_RESPONSES = 20  # a step is drawn if every seed has this many responses with the step
+
+
+def _held_out_problems(experiment: Experiment) -> list[Problem]:
+  problems = experiment.problems("test").values()
+  return sorted(problems, key=lambda problem: problem.id)[:HELD_OUT]
+
+
+def _folders(data: Data, names: Sequence[str]) -> list[str]:
+  """The stage folders of methods, each of which must have finished cells."""
+  for name in names:
+    data.points(name)
+  return [data.method(name).folder for name in names]
 
 
 def _held_out(data: Data) -> list[dict]:
-  for name in FIGURE_7:
-    data.points(name)
-  folders = [data.method(name).folder for name in FIGURE_7]
+  folders = _folders(data, FIGURE_7)
 
   def measure(experiment: Experiment) -> dict:
-    problems = sorted(experiment.problems("test").values(), key=lambda problem: problem.id)[
-      :HELD_OUT
-    ]
-    return measures.held_out(experiment, folders, problems, ROLLOUTS)
+    return measures.held_out(experiment, folders, _held_out_problems(experiment), ROLLOUTS)
 
   return _measured(data, "values", measure)
 
 
 def _by_step(data: Data) -> Drawn:
-  made, series = _held_out(data), []
+  by_seed, series = _held_out(data), []
   for name in FIGURE_7:
-    each = [one[data.method(name).folder] for one in made]
-    width = min(sum(count >= LEAST_RESPONSES for count in one["responses"]) for one in each)
-    values = np.array([[one["start"], *one["mean"][:width]] for one in each])
-    mean, half = values.mean(axis=0), _half_width(values)
-    series.append(
-      plots.Series(
-        data.label(name), list(range(width + 1)), mean, mean - half, mean + half, values.T.tolist()
-      )
-    )
-  title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
-  return plots.by_step(series, title, "mean Q on held-out problems"), plots.as_csv(series, "step")
-
-
-def _half_width(values) -> np.ndarray:
-  """Of a 95 % interval of the mean over seeds, which are the first axis."""
-  return 1.96 * values.std(axis=0, ddof=len(values) > 1) / np.sqrt(len(values))
+    runs = [one_seed[data.method(name).folder] for one_seed in by_seed]
+    width = min(sum(count >= LEAST_RESPONSES for count in run["responses"]) for run in runs)
+    values = [[run["start"], *run["mean"][:width]] for run in runs]
+    series.append(_seed_series(data.label(name), list(range(width + 1)), values))
+  drawing = plots.by_step(series, data.title, "mean Q on held-out problems")
+  return drawing, plots.as_csv(series, "step")
 
 
 def _critical(data: Data) -> Drawn:
-  made = [{folder: of["critical"] for folder, of in one.items()} for one in _held_out(data)]
-  return _q_before_pits(data, FIGURE_7, made)
+  by_seed = [
+    {folder: run["critical"] for folder, run in one_seed.items()} for one_seed in _held_out(data)
+  ]
+  return _q_before_pits(data, FIGURE_7, by_seed)
 
 
 def _q_before_pits(
-  data: Data, names: Sequence[str], made: Sequence[dict[str, list[float]]]
+  data: Data, names: Sequence[str], by_seed: Sequence[dict[str, list[float]]]
 ) -> Drawn:
-  """Bars of the mean Q before SFT's pits; `made` has a seed's values by folder."""
+  """Bars of the mean Q before SFT's pits, from the values of each seed by folder."""
   series = []
   for name in names:
-    each = [one[data.method(name).folder] for one in made]
-    values, rng = [float(np.mean(one)) for one in each], np.random.default_rng(0)
-    draws = [
-      np.mean(
-        [np.mean(rng.choice(each[i], len(each[i]))) for i in rng.integers(0, len(each), len(each))]
-      )
-      for _ in range(2000)
-    ]
+    runs = [one_seed[data.method(name).folder] for one_seed in by_seed]
+    means, rng = [float(np.mean(run)) for run in runs], np.random.default_rng(0)
+    draws = []
+    for _ in range(2000):
+      drawn_runs = [runs[i] for i in rng.integers(0, len(runs), len(runs))]
+      draws.append(np.mean([np.mean(rng.choice(run, len(run))) for run in drawn_runs]))
     low, high = np.quantile(draws, [0.025, 0.975])
     series.append(
-      plots.Series(data.label(name), [0], [float(np.mean(values))], [low], [high], [values])
+      plots.Series(data.label(name), [0], [float(np.mean(means))], [low], [high], [means])
     )
-  title, label = (
-    f"{data.config.study.family}, {data.config.study.reference_size} problems",
-    "mean Q before SFT's pits, held-out problems",
-  )
-  return plots.bars(series, title, label, percent=False), plots.as_csv(series, "-")
+  label = "mean Q before SFT's pits, held-out problems"
+  return plots.bars(series, data.title, label, percent=False), plots.as_csv(series, "-")
 
 
-SAMPLED, SAMPLES = ("sft", "rft", "step_dpo"), 16  # methods, and samples a problem
+SAMPLED, SAMPLES = ("sft", "rft", "step_dpo"), 16  # methods, and samples per problem
 
 
 def _many_samples(data: Data) -> Drawn:
-  for name in SAMPLED:
-    data.points(name)
-  folders = {name: data.method(name).folder for name in SAMPLED}
+  folders = dict(zip(SAMPLED, _folders(data, SAMPLED), strict=True))
 
   def measure(experiment: Experiment) -> dict:
-    problems = sorted(experiment.problems("test").values(), key=lambda problem: problem.id)[
-      :HELD_OUT
-    ]
+    problems = _held_out_problems(experiment)
     return measures.many_samples(experiment, list(folders.values()), problems, SAMPLES)
 
-  made, series = _measured(data, "samples", measure), []
+  by_seed, series = _measured(data, "samples", measure), []
   for kind, words in (("pass", "any of k"), ("majority", "majority of k")):
-    for name in SAMPLED:
-      values = np.array([one[folders[name]][kind] for one in made])
-      mean, half = values.mean(axis=0), _half_width(values)
-      label = f"{data.label(name)}, {words}"
-      ks = made[0][folders[name]]["k"]
-      series.append(
-        plots.Series(
-          label, ks, mean, mean - half, mean + half, values.T.tolist(), kind == "majority"
-        )
-      )
-  title = (
-    f"{data.config.study.family}, {data.config.study.reference_size} problems; {HELD_OUT} held out"
-  )
-  return plots.against_setting(series, title, "k, samples a problem"), plots.as_csv(series, "k")
+    for name, folder in folders.items():
+      values = [one_seed[folder][kind] for one_seed in by_seed]
+      label, ks = f"{data.label(name)}, {words}", by_seed[0][folder]["k"]
+      series.append(_seed_series(label, ks, values, dashed=kind == "majority"))
+  title = f"{data.title}; {HELD_OUT} held out"
+  return plots.against_setting(series, title, "k, samples per problem"), plots.as_csv(series, "k")
 
 
 def _true_pits(data: Data) -> Drawn:
@@ -350,132 +352,93 @@ def _true_pits(data: Data) -> Drawn:
     )
   data.points("step_dpo")
   folder = data.method("step_dpo").pairs_folder
-  made, series = (
-    _measured(data, "true_pits", lambda experiment: measures.true_pits(experiment, folder)),
-    [],
-  )
+
+  def measure(experiment: Experiment) -> dict:
+    return measures.true_pits(experiment, folder)
+
+  by_seed, series = _measured(data, "true_pits", measure), []
   for part, words in (("pits", "pit by {}"), ("labels", "label {}")):
-    for name in made[0][part]:
-      values = np.array([one[part][name] for one in made])
-      half = _half_width(values)
+    for name in by_seed[0][part]:
       label = words.format(name.replace("_", " "))
-      series.append(
-        plots.Series(
-          label,
-          [0],
-          [values.mean()],
-          [values.mean() - half],
-          [values.mean() + half],
-          [values.tolist()],
-        )
-      )
-  title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
+      series.append(_seed_series(label, [0], [[one_seed[part][name]] for one_seed in by_seed]))
   label = "right, % of wrong traces and of pairs"
-  return plots.bars(series, title, label), plots.as_csv(series, "-")
+  return plots.bars(series, data.title, label), plots.as_csv(series, "-")
 
 
 EQUATION_4 = ("sft", "rft", "step_dpo", "advantage_weighted")
 
 
 def _settings_bars(data: Data) -> Drawn:
-  """Every method at study.reference_size; the table also has all paired differences over the seeds
-  that both have.
-  """
-  size, series, points = data.config.study.reference_size, [], {}
+  """Every method at the reference size; the table adds all paired differences over common seeds."""
+  series, points = [], {}
   for name in dict.fromkeys(cell.method.name for cell in data.cells):
-    for point in data.found.get(name, []):
-      if point.size == size:
+    for point in data.results.get(name, []):
+      if point.size == data.size:
         points[name] = point
-        dots = [point.wrong_SN.mean(axis=1).tolist()]
-        series.append(
-          plots.Series(data.label(name), [size], [point.mean], [point.low], [point.high], dots)
-        )
+        series.append(_point_series(data.label(name), [point]))
   if not series:
     raise UserError(
-      f"This figure needs cells from {size} problems (study.reference_size), and none is finished."
+      f"This figure needs cells from {data.size} problems (study.reference_size), and none is "
+      "finished."
     )
-  table = list(series)
-  for (first, one), (second, other) in itertools.combinations(points.items(), 2):
-    seeds = sorted(set(one.seeds) & set(other.seeds))
+  rows = list(series)
+  for first, second in itertools.combinations(points, 2):
+    seeds = sorted(set(points[first].seeds) & set(points[second].seeds))
     if seeds:
-      pair = [each.wrong_SN[np.isin(each.seeds, seeds)] for each in (one, other)]
-      dots = [(pair[0].mean(axis=1) - pair[1].mean(axis=1)).tolist()]
-      mean, low, high = paired_difference(*pair)
-      table.append(
-        plots.Series(
-          f"{data.label(first)} minus {data.label(second)}", [size], [mean], [low], [high], dots
-        )
-      )
-  title = f"{data.config.study.family}, {size} problems"
-  return plots.bars(series, title, "test error, %"), plots.as_csv(table, "problems")
+      wrong = [
+        points[name].wrong_SN[np.isin(points[name].seeds, seeds)] for name in (first, second)
+      ]
+      dots = [(wrong[0].mean(axis=1) - wrong[1].mean(axis=1)).tolist()]
+      mean, low, high = paired_difference(*wrong)
+      label = f"{data.label(first)} minus {data.label(second)}"
+      rows.append(plots.Series(label, [data.size], [mean], [low], [high], dots))
+  return plots.bars(series, data.title, "test error, %"), plots.as_csv(rows, "problems")
 
 
 def _critical_of(names: Sequence[str]) -> Callable[[Data], Drawn]:
-  def make(data: Data) -> Drawn:
-    for name in names:
-      data.points(name)
-    folders = [data.method(name).folder for name in names]
+  def draw(data: Data) -> Drawn:
+    folders = _folders(data, names)
 
     def measure(experiment: Experiment) -> dict:
-      problems = sorted(experiment.problems("test").values(), key=lambda problem: problem.id)[
-        :HELD_OUT
-      ]
-      return measures.critical(experiment, folders, problems, ROLLOUTS)
+      return measures.critical(experiment, folders, _held_out_problems(experiment), ROLLOUTS)
 
     return _q_before_pits(data, names, _measured(data, "critical", measure))
 
-  return make
+  return draw
 
 
 def _shifts(data: Data) -> Drawn:
   names = [name for name in EQUATION_4 if name != data.config.study.baseline]
-  for name in names:
-    data.points(name)
+  folders = _folders(data, names)
   credited = data.method("advantage_weighted")
-  folders = [data.method(name).folder for name in names]
-  made = _measured(
-    data, "shifts", lambda experiment: measures.shifts(experiment, folders, credited.second)
-  )
-  series = []
+
+  def measure(experiment: Experiment) -> dict:
+    return measures.shifts(experiment, folders, credited.second)
+
+  by_seed, series = _measured(data, "shifts", measure), []
   for name, folder in zip(names, folders, strict=True):
-    each = [one[folder] for one in made]
-    width = min(len(one["mean"]) for one in each)
-    x, values = (np.array([one[part][:width] for one in each]) for part in ("middles", "mean"))
-    mean, half = values.mean(axis=0), _half_width(values)
-    slope, correlation = (np.mean([one[part] for one in each]) for part in ("slope", "correlation"))
+    runs = [one_seed[folder] for one_seed in by_seed]
+    width = min(len(run["mean"]) for run in runs)
+    x = np.array([run["middles"][:width] for run in runs]).mean(axis=0).round(2)
+    slope, correlation = (np.mean([run[part] for run in runs]) for part in ("slope", "correlation"))
     label = f"{data.label(name)}: slope {slope:.2g}, r {correlation:.2f}"
-    series.append(
-      plots.Series(
-        label, x.mean(axis=0).round(2), mean, mean - half, mean + half, values.T.tolist()
-      )
-    )
+    series.append(_seed_series(label, x, [run["mean"][:width] for run in runs]))
   beta = methods.configure(data.config, credited).rft.advantage_beta
   ends = np.array([-0.5, 0.5])
   series.append(plots.Series(f"theorem, β = {beta:g}", ends, *[ends / beta] * 3, dashed=True))
   rows = list(series)
   for part in ("slope", "correlation", "good", "bad"):
     for name, folder in zip(names, folders, strict=True):
-      values = np.array([one[folder][part] for one in made])
-      mean, half = values.mean(), _half_width(values)
-      rows.append(
-        plots.Series(
-          f"{part}, {data.label(name)}",
-          [0],
-          [mean],
-          [mean - half],
-          [mean + half],
-          [values.tolist()],
-        )
-      )
-  title = f"{data.config.study.family}, {data.config.study.reference_size} problems"
-  drawn = plots.against_setting(
+      values = [[one_seed[folder][part]] for one_seed in by_seed]
+      rows.append(_seed_series(f"{part}, {data.label(name)}", [0], values))
+  drawing = plots.against_setting(
     series,
-    title,
-    "A less the mean at its prefix",
+    data.title,
+    "A minus its mean at the prefix",
     log=False,
-    value="log π/π_sft less its mean, nats",
+    value="log π/π_sft minus its mean, nats",
   )
-  return drawn, plots.as_csv(rows, "advantage")
+  return drawing, plots.as_csv(rows, "advantage")
 
 
 COMPUTED = ("sft", "rft", "step_dpo")
@@ -484,36 +447,27 @@ COMPUTED = ("sft", "rft", "step_dpo")
 def _against_compute(data: Data) -> Drawn:
   longer = [
     name
-    for name in data.found
+    for name in data.results
     if name != "sft" and set(data.method(name).settings) == {"sft.num_epochs"}
   ]
-  names = [*COMPUTED, *longer]
   series = []
-  for name in names:
-    path, columns = data.method(name).path, []
-    points = [
-      p for p in data.points(name) if name == names[0] or p.size == data.config.study.reference_size
-    ]
+  for name in (*COMPUTED, *longer):
+    path, operations = data.method(name).path, []
+
+    def measure(experiment: Experiment, path=path) -> dict:
+      return measures.compute(experiment, path)
+
+    is_curve = name == COMPUTED[0]
+    points = [point for point in data.points(name) if is_curve or point.size == data.size]
     for point in points:
-      costs = _measured(
-        data,
-        f"compute-{name}",
-        lambda experiment, path=path: measures.compute(experiment, path),
-        size=point.size,
-        needs=path[-1],
-      )
-      columns.append(
-        (float(np.mean([sum(cost.values()) for cost in costs])), point.mean, point.low, point.high)
-      )
-    dots = [point.wrong_SN.mean(axis=1).tolist() for point in points]
-    series.append(
-      plots.Series(data.label(name), *map(list, zip(*columns, strict=True)), dots, name != names[0])
-    )
+      costs = _measured(data, f"compute-{name}", measure, size=point.size, needs=path[-1])
+      operations.append(float(np.mean([sum(cost.values()) for cost in costs])))
+    series.append(_point_series(data.label(name), points, operations, dashed=not is_curve))
   return plots.against_compute(series, data.config.study.family), plots.as_csv(series, "operations")
 
 
 def _samples_kept(data: Data) -> Drawn:
-  return _swept(data, ("rft",), "rft.max_per_problem", "right samples a problem, at most")
+  return _swept(data, ("rft",), "rft.max_per_problem", "maximum right samples per problem")
 
 
 def _betas(data: Data) -> Drawn:
@@ -522,7 +476,7 @@ def _betas(data: Data) -> Drawn:
 
 ONE_SAMPLE = methods.name_of("rft", {"rft.max_per_problem": 1})
 FIGURES: dict[str, Callable[[Data], Drawn]] = {
-  "1": _way,
+  "1": _dataflow,
   "2a": _against_problems(("sft", "rft")),
   "2b": _against_problems(("sft", "rft")),
   "2c": _samples_kept,
@@ -548,30 +502,35 @@ FIGURES: dict[str, Callable[[Data], Drawn]] = {
 }
 
 
-def data(config, workdir: epath.PathLike) -> Data:
-  """What figures are drawn from: the finished cells of a study's workdir."""
+def load(config, workdir: epath.PathLike) -> Data:
+  """The inputs of figures, from the finished cells of a study's workdir."""
   cells = grid.read(config)
-  found = study.results(config, workdir, cells)
-  return Data(config, epath.Path(workdir), cells, found, study.efficiency(config, found))
+  results = study.results(config, workdir, cells)
+  factors = study.efficiency(config, results)
+  return Data(config, epath.Path(workdir), cells, results, factors)
 
 
-def write(of: Data, name: str) -> list[epath.Path]:
-  """Draws one figure as report/figure_<name>.svg, .png and .csv; returns the files."""
-  figure, table = FIGURES[name](of)
-  folder = of.workdir / "report"
+def write(data: Data, name: str) -> list[epath.Path]:
+  """Writes one figure as report/figure_<name>.svg, .png and .csv; returns the files."""
+  drawing, table = FIGURES[name](data)
+  folder = data.workdir / "report"
   folder.mkdir(parents=True, exist_ok=True)
   paths = [folder / f"figure_{name}.{ending}" for ending in ("svg", "png", "csv")]
-  paths[0].write_text(figures.svg_file(figure))
-  paths[1].write_bytes(figures.png(figure))
+  paths[0].write_text(figures.svg_file(drawing))
+  paths[1].write_bytes(figures.png(drawing))
   paths[2].write_text(table)
   return paths
 
 
 def check(names: Sequence[str], where: str) -> None:
-  """Refuses a figure that there is not.
+  """Checks the names of figures.
+
+  Args:
+    names: of figures.
+    where: the flag or leaf that lists them.
 
   Raises:
-    UserError: says `where` it was asked for.
+    UserError: there is no figure of this name.
   """
   for name in names:
     if name not in FIGURES:
@@ -579,19 +538,19 @@ def check(names: Sequence[str], where: str) -> None:
 
 
 def main(config, workdir: str, names: Sequence[str]) -> None:
-  """Makes the study's missing cells, then the figures; prints their files."""
+  """Makes the study's missing cells, then the figures; prints their paths."""
   check(names, "--figure")
   if not study.make(config, workdir, grid.read(config)):
     raise UserError(
       f"Other processes still work on cells of {workdir}; draw again when they are done."
     )
-  of = data(config, workdir)
+  data = load(config, workdir)
   for name in names:
-    print("\n".join(map(str, write(of, name))))
+    print("\n".join(map(str, write(data, name))))
 
 
 def whole_study(config, workdir: str) -> None:
-  """A study with the figures that it ends in."""
+  """Makes a study and draws the figures in study.figures."""
   check(config.study.figures, "study.figures")
   if study.main(config, workdir):
     main(config, workdir, config.study.figures)

@@ -1,13 +1,13 @@
-"""Cells of a study: a size of D_syn, a seed and a method, each leaving one small JSON file.
+"""Cells of a study: a size of D_syn, a seed and a method; each cell writes one small JSON file.
 
-`study.grid` asks for them as rows (sizes, methods, overrides); the overrides are leaves that each
-method of the row has as its own (methods.py):
+`study.grid` lists them as rows (sizes, methods, overrides). The overrides are leaves of each
+method's own stages (methods.py):
 
     ((250, 500, 1000), ("sft", "rft", "step_dpo"), {})
     ((500,), ("arbitrary", "furthest"), {"dpo.beta": 0.1})
 
-Cells of one size and seed share a run folder, and with it π_sft, traces and credit. Whoever works
-on such a folder holds it (runtime/workdir_lock.py), so that several machines may share a workdir.
+Cells with the same size and seed share a run folder with π_sft, traces and credit. A process locks
+the run folder that it works on (runtime/workdir_lock.py), so several machines may share a workdir.
 """
 
 import base64
@@ -29,7 +29,7 @@ from synthneg_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One point: a method trained from `size` problems, with a seed."""
+  """A method trained on `size` problems with a seed."""
 
   size: int
   seed: int
@@ -37,12 +37,12 @@ class Cell:
 
   @property
   def name(self) -> str:
-    """Of its file."""
+    """Name of its JSON file."""
     return f"{self.method.name.replace(',', '-')}_{self.size}_{self.seed}"
 
   @property
   def unit(self) -> str:
-    """Of the run folder that it shares."""
+    """Name of its run folder, which other cells share."""
     return f"{self.size}_{self.seed}"
 
 
@@ -58,7 +58,7 @@ def _rows(config) -> list[Row]:
   """The rows of study.grid.
 
   Raises:
-    UserError: a row of another form; names it.
+    UserError: a row is malformed.
   """
   for number, row in enumerate(config.study.grid, start=1):
     well_formed = (
@@ -67,17 +67,16 @@ def _rows(config) -> list[Row]:
     if not well_formed or not row[0] or not row[1] or not all(map(methods.is_size, row[0])):
       raise UserError(
         f"study.grid: row {number}, {row!r}, must be (sizes in problems, methods, overrides), such "
-        "as "
-        '((250, 500), ("sft", "rft"), {}).'
+        'as ((250, 500), ("sft", "rft"), {}).'
       )
   return [Row(*row) for row in config.study.grid]
 
 
 def read(config) -> list[Cell]:
-  """The cells that study.grid asks for, small ones first, each once.
+  """The distinct cells of study.grid, sorted by size.
 
   Raises:
-    UserError: a row of study.grid or study.settings that cannot be made; names it.
+    UserError: a row of study.grid or study.settings is invalid.
   """
   cells = {}
   for number, row in enumerate(_rows(config), start=1):
@@ -85,17 +84,16 @@ def read(config) -> list[Cell]:
       method = methods.resolve(config, kind, row.overrides, where=f"study.grid: row {number}")
       for seed in config.study.seeds:
         cells.setdefault((size, seed, method.name), cell := Cell(size, seed, method))
-      methods.configure(
-        configure(config, cell), method
-      )  # refuses now what a stage would refuse hours later
+      # Check now what a stage would refuse hours later.
+      methods.configure(configure(config, cell), method)
   return sorted(cells.values(), key=lambda cell: (cell.size, cell.seed))
 
 
 def configure(config, cell: Cell):
-  """The config of a cell's run folder, which all methods there share.
+  """The config of a cell's run folder, which all its methods share.
 
   Raises:
-    UserError: a row of study.settings that is not (sizes or kinds, overrides); names it.
+    UserError: a row of study.settings is malformed.
   """
   leaves = {"seed": cell.seed, "task.train_problems": cell.size}
   for row in methods.settings_rows(config):
@@ -105,10 +103,10 @@ def configure(config, cell: Cell):
 
 
 def config_hash(config, cell: Cell) -> str:
-  """Of the leaves that decide what the cell holds and differ from the default tree.
+  """A hash of the leaves that affect the cell and differ from the default tree.
 
-  Leaves of stages that it does not rest on are left out, and so are defaults: a leaf that a later
-  version adds leaves published cells valid.
+  Leaves of stages that the cell does not depend on are excluded. So are defaults, so that published
+  cells stay valid when a later version adds a leaf.
   """
   leaves = config_schema.plain(methods.configure(configure(config, cell), cell.method))
   defaults = config_schema.plain(config_schema.default())
@@ -129,55 +127,55 @@ def config_hash(config, cell: Cell) -> str:
 
 
 def load(folder: epath.Path, config, cell: Cell) -> dict | None:
-  """What a finished cell left, or None.
+  """The JSON of a finished cell, or None.
 
   Raises:
-    UserError: the file is of another config, or is none of a cell.
+    UserError: the file belongs to another config, or is not a cell's file.
   """
   path = folder / f"{cell.name}.json"
   if not path.exists():
     return None
   try:
-    found = json.loads(path.read_text())
-    if found["config_hash"] == config_hash(config, cell):
-      return found
+    result = json.loads(path.read_text())
+    if result["config_hash"] == config_hash(config, cell):
+      return result
   except (ValueError, KeyError, TypeError):
-    raise UserError(f"{path} is no cell of a study; delete it to have it made again.") from None
+    raise UserError(f"{path} is not a cell of a study; delete it to run the cell again.") from None
   raise UserError(
-    f"{path} was made with another config; take another --workdir, or delete it to have it made "
+    f"{path} was made with another config; use another --workdir, or delete it to run the cell "
     "again."
   )
 
 
-def wrong(found: dict) -> np.ndarray:
-  """Which test problems the cell's policy gets wrong: bool [N], in the order of their ids."""
-  bits = np.frombuffer(base64.b64decode(found["wrong"]), np.uint8)
-  return np.unpackbits(bits, count=found["num_problems"]).astype(bool)
+def wrong(result: dict) -> np.ndarray:
+  """Whether the cell's policy answers each test problem wrong: bool [N], in the order of ids."""
+  bits = np.frombuffer(base64.b64decode(result["wrong"]), np.uint8)
+  return np.unpackbits(bits, count=result["num_problems"]).astype(bool)
 
 
 def write(folder: epath.Path, workdir: epath.Path, config, *, cell: Cell, seconds: float) -> dict:
-  """Gathers a finished cell from its run folder into its JSON file."""
+  """Writes a cell's JSON file from its finished run folder, and returns it."""
   test = f"evaluate/{cell.method.name.replace(',', '-')}"
   traces = sorted(
     Shards(workdir / test / "traces", Trace).read(), key=lambda trace: trace.problem_id
   )
-  verdicts = np.array([not trace.correct for trace in traces])
+  wrong_N = np.array([not trace.correct for trace in traces])
   figures = {name: manifest.figures(workdir, name) for name in (*cell.method.path, test)}
-  found = {
+  result = {
     "method": cell.method.name,
     "size": cell.size,
     "seed": cell.seed,
     "config_hash": config_hash(config, cell),
-    "test_error": round(float(verdicts.mean()), 5),
-    "num_problems": len(verdicts),
+    "test_error": round(float(wrong_N.mean()), 5),
+    "num_problems": len(wrong_N),
     "problems": hashlib.sha256(
       "\n".join(trace.problem_id for trace in traces).encode()
     ).hexdigest()[:16],
-    "wrong": base64.b64encode(np.packbits(verdicts).tobytes()).decode(),
+    "wrong": base64.b64encode(np.packbits(wrong_N).tobytes()).decode(),
     "seconds": round(seconds, 1),
     "stages": figures,
     "versions": manifest.versions(),
     "git_commit": manifest.git_commit(),
   }
-  manifest.write_json(folder / f"{cell.name}.json", found)
-  return found
+  manifest.write_json(folder / f"{cell.name}.json", result)
+  return result

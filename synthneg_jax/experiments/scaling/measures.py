@@ -1,6 +1,4 @@
-"""What figures need beyond test errors, from a run folder: likelihoods under the base, Q by step,
-many samples, compute.
-"""
+"""Measures of a run folder beyond test errors: likelihoods, Q by step, many samples, compute."""
 
 import collections
 import dataclasses
@@ -27,25 +25,23 @@ from synthneg_jax.runtime.progress import Progress
 from synthneg_jax.tasks import generated
 from synthneg_jax.training import reference
 
-_MOST_RESPONSES = 4000  # responses scored of each kind
+_MAX_RESPONSES = 4000  # scored responses of each kind
 
 
 def likelihoods(experiment: Experiment) -> dict[str, list[float]]:
-  """Negative log-likelihood a token, under the base model, of D_syn's solutions and of π_sft's
-  right samples: figure 3.
+  """Negative log-likelihood per token under the base model: figure 3.
 
-  The figure's axis may be a sum (UNKNOWN); a mean is ours, since lengths differ. One right sample
-  of each problem that has one, and the teacher's solution of the same problems, so that both are of
-  the same problems.
+  Compares the teacher's solutions with one right sample of π_sft, for every problem that has one.
+  The figure's axis may be a sum (UNKNOWN); the mean over tokens is ours, since lengths differ.
 
   Returns:
-    {"D_syn": nats a token of each solution, "D_plus": the same of each right sample}, in one order
-    of problems.
+    {"D_syn": nats per token of each solution, "D_plus": of each right sample}, in the same order of
+    problems.
   """
   policy, problems = experiment.base(), experiment.problems("train")
   groups = by_problem(Shards(experiment.workdir / "sample" / "traces", Trace).read(), problems)
   right = {key: next((t.ids for t in group if t.correct), None) for key, group in groups.items()}
-  kept = [key for key, ids in right.items() if ids and problems[key].solution][:_MOST_RESPONSES]
+  kept = [key for key, ids in right.items() if ids and problems[key].solution][:_MAX_RESPONSES]
   trees = []
   for key in kept:
     trunk = train_policy.prompt_ids(experiment, policy.tokenizer, problems[key])
@@ -56,23 +52,23 @@ def likelihoods(experiment: Experiment) -> dict[str, list[float]]:
   packing = reference.Packing(experiment.mesh, section.row_length, section.logit_chunk)
   reference.score(policy.model, policy.params, trees, store=store, packing=packing)
 
-  def cost(tree: Tree, branch: Branch) -> float:
+  def nll(tree: Tree, branch: Branch) -> float:
     logp_S = store[reference.branch_key(tree.trunk, branch.fork, branch.ids)]
     return round(-float(np.mean(logp_S, dtype=np.float64)), 5)
 
   return {
-    name: [cost(tree, tree.branches[n]) for tree in trees]
+    name: [nll(tree, tree.branches[n]) for tree in trees]
     for n, name in enumerate(("D_syn", "D_plus"))
   }
 
 
 @dataclasses.dataclass(frozen=True)
-class Beginnings:
-  """Prefixes of one solution, of which Q is asked.
+class Prefixes:
+  """Prefixes of one solution at which to estimate Q.
 
   Attributes:
-    problem: that it solves.
-    ids: the solution, or as much of it as is needed.
+    problem: of the solution.
+    ids: the solution, at least up to the longest prefix.
     ends: tokens of each prefix; 0 for the bare problem.
   """
 
@@ -82,64 +78,72 @@ class Beginnings:
 
 
 def values(
-  experiment: Experiment, policy: Policy, asked: Sequence[Beginnings], *, count: int, purpose: str
+  experiment: Experiment,
+  policy: Policy,
+  solutions: Sequence[Prefixes],
+  *,
+  count: int,
+  purpose: str,
 ) -> list[np.ndarray]:
-  """Q under a policy: of each prefix of each solution, the share of `count` rollouts at
-  credit.temperature that come out right.
+  """Q of a policy at prefixes of solutions, by rollouts at credit.temperature.
 
   Args:
-    experiment: for the config.
-    policy: that finishes the solutions.
-    asked: solutions with their prefixes.
-    count: rollouts a prefix.
-    purpose: of the draws' keys; another one gives other draws.
+    experiment: provides the config.
+    policy: samples the rollouts.
+    solutions: with their prefixes.
+    count: rollouts per prefix.
+    purpose: of the random keys; different purposes give different draws.
+
+  Returns:
+    For each solution, the fraction of right rollouts from each prefix.
   """
   section, trunks = experiment.config.credit, []
-  for one in asked:
-    prompt = train_policy.prompt_ids(experiment, policy.tokenizer, one.problem)
-    draws = [
-      keys.draw_key(
-        experiment.config.seed, purpose, 0, one.problem.id, keys.hash_ids(one.ids[:end]), k
-      )
-      for end in one.ends
-      for k in range(count)
-    ]
-    forks = [len(prompt) + end for end in one.ends for _ in range(count)]
-    trunks.append(Trunk(prompt + list(one.ids[: max(one.ends)]), forks, np.stack(draws)))
+  for solution in solutions:
+    problem = solution.problem
+    prompt = train_policy.prompt_ids(experiment, policy.tokenizer, problem)
+    draws, forks = [], []
+    for end in solution.ends:
+      prefix_hash = keys.hash_ids(solution.ids[:end])
+      for k in range(count):
+        draws.append(keys.draw_key(experiment.config.seed, purpose, 0, problem.id, prefix_hash, k))
+        forks.append(len(prompt) + end)
+    trunks.append(Trunk(prompt + list(solution.ids[: max(solution.ends)]), forks, np.stack(draws)))
   longest = max(len(trunk.ids) for trunk in trunks)
 
   def work() -> Work:
-    return Work(
-      sizes=[[len(one.ids) - end for end in one.ends for _ in range(count)] for one in asked],
-      longest=longest,
-    )
+    sizes = [
+      [len(solution.ids) - end for end in solution.ends for _ in range(count)]
+      for solution in solutions
+    ]
+    return Work(sizes=sizes, longest=longest)
 
   engine = experiment.engine(policy, work, lanes=section.lanes, slots=section.slots)
-  found = [np.zeros(0)] * len(asked)
-  with Progress(f"values {purpose}", len(asked), "solutions") as progress:
-    for index, made in engine.run(policy.params, trunks, sampling(section), longest=longest):
-      one = asked[index]
-      begun = [list(one.ids[:end]) for end in one.ends for _ in range(count)]
+  q = [np.zeros(0)] * len(solutions)
+  with Progress(f"values {purpose}", len(solutions), "solutions") as progress:
+    for index, rollouts in engine.run(policy.params, trunks, sampling(section), longest=longest):
+      solution = solutions[index]
+      prefixes = [list(solution.ids[:end]) for end in solution.ends for _ in range(count)]
       texts = [
-        policy.token_text.text(ids + each.ids.tolist())
-        for ids, each in zip(begun, made, strict=True)
+        policy.token_text.text(prefix + rollout.ids.tolist())
+        for prefix, rollout in zip(prefixes, rollouts, strict=True)
       ]
       verdicts = traces_lib.verdicts(
-        experiment, policy, texts, [one.problem] * len(texts), [each.finish for each in made]
+        experiment,
+        policy,
+        texts,
+        [solution.problem] * len(texts),
+        [rollout.finish for rollout in rollouts],
       )
-      found[index] = np.reshape(
-        [verdict.correct for verdict in verdicts], (len(one.ends), count)
-      ).mean(axis=1)
+      right = np.reshape([verdict.correct for verdict in verdicts], (len(solution.ends), count))
+      q[index] = right.mean(axis=1)
       progress.update()
-  return found
+  return q
 
 
 def _sampled(
   experiment: Experiment, policy: Policy, problems: Sequence[Problem], *, count: int, purpose: str
 ) -> list[Trace]:
-  """Samples of each problem at credit.temperature, in the order of their problems' ids, then as
-  they were drawn.
-  """
+  """Samples of each problem at credit.temperature, sorted by problem id, then by index."""
   trunk_ids = [
     train_policy.prompt_ids(experiment, policy.tokenizer, problem) for problem in problems
   ]
@@ -157,92 +161,85 @@ def _sampled(
     lanes=c.lanes,
     slots=min(count, c.slots),
   )
-  made = [
-    (problems[i], number, one)
-    for i, several in engine.run(policy.params, trunks, request.sampling)
-    for number, one in enumerate(several)
+  samples = [
+    (problems[i], number, sample)
+    for i, completions in engine.run(policy.params, trunks, request.sampling)
+    for number, sample in enumerate(completions)
   ]
   return sorted(
-    traces_lib.traces_of(experiment, policy, "values", made),
+    traces_lib.traces_of(experiment, policy, "values", samples),
     key=lambda trace: (trace.problem_id, trace.index),
   )
 
 
-def _most_frequent(traces: Sequence[Trace]) -> bool:
-  """Whether the answer that most of the traces state is right; of equals the one that was stated
-  first; none is wrong.
-  """
+def _majority_right(traces: Sequence[Trace]) -> bool:
+  """Whether the most frequent answer is right; ties go to the first, no answer is wrong."""
   answers = collections.Counter(trace.extracted for trace in traces if trace.extracted)
   best = answers.most_common(1)[0][0] if answers else None
   return best is not None and next(trace.correct for trace in traces if trace.extracted == best)
 
 
 def _majority_at(groups: Sequence[Sequence[Trace]], k: int) -> float:
-  """Share of right majorities among all runs of k consecutive traces of each group, none counted
-  twice.
-  """
-  return float(
-    np.mean([_most_frequent(group[i : i + k]) for group in groups for i in range(0, len(group), k)])
-  )
+  """Fraction of right majorities over disjoint runs of k consecutive traces of each group."""
+  right = [_majority_right(group[i : i + k]) for group in groups for i in range(0, len(group), k)]
+  return float(np.mean(right))
 
 
 def many_samples(
   experiment: Experiment, folders: Sequence[str], problems: Sequence[Problem], count: int
 ) -> dict[str, dict]:
-  """What k samples of a policy are worth on problems that it was not trained on, for k = 1, 2, 4,
-  ... up to `count`.
+  """Errors with k samples per held-out problem, for k = 1, 2, 4, ... up to `count`.
 
-  pass@k is the unbiased estimate from all samples (https://arxiv.org/abs/2107.03374); majority@k is
-  the most frequent answer of k samples, the mean over consecutive groups of k. Both as errors,
-  shares of problems, at credit.temperature.
+  pass@k is the unbiased estimate from all samples (https://arxiv.org/abs/2107.03374). majority@k is
+  the most frequent answer of k samples, averaged over consecutive groups of k. Both are errors, as
+  fractions of problems, at credit.temperature.
 
   Args:
     experiment: of the run folder.
     folders: stages of the policies.
     problems: held out.
-    count: samples a problem, a power of two.
+    count: samples per problem, a power of two.
 
   Returns:
-    by folder: {"k": [1, 2, ...], "pass": error for each k, "majority": the same}.
+    By folder: {"k": [1, 2, ...], "pass": error for each k, "majority": error for each k}.
   """
-  ks, found = [1 << i for i in range(count.bit_length())], {}
+  ks, errors = [1 << i for i in range(count.bit_length())], {}
   for folder in folders:
     policy = experiment.policy(folder)
     groups = by_problem(
       _sampled(experiment, policy, problems, count=count, purpose=f"samples of {folder}")
     )
     right_N = np.array([sum(trace.correct for trace in group) for group in groups.values()])
-    found[folder] = {
+    errors[folder] = {
       "k": ks,
       "pass": [round(float(1 - advantages.best_of_k(right_N, count, k)[0].mean()), 5) for k in ks],
       "majority": [round(1 - _majority_at(list(groups.values()), k), 5) for k in ks],
     }
-  return found
+  return errors
 
 
 def _tokens_trained(folder) -> int:
-  """Non-padding tokens that a training stage went through, from its metrics."""
+  """Non-padding tokens of a training stage, from its metrics."""
   rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
   return round(sum(row["run/step_s"] * row["run/tokens_per_s"] for row in rows))
 
 
 def compute(experiment: Experiment, path: Sequence[str]) -> dict[str, float]:
-  """Floating-point operations of the stages that a policy rests on: 6 N a token trained, 2 N a
-  token read or drawn.
+  """FLOPs of the stages that a policy depends on: 6 N per trained token, 2 N per read or drawn one.
 
-  N are the parameters of all matrices (attention's scores and the norms are left out). Trained
-  tokens are the packed rows' without padding; drawn ones those that were kept or rolled out; each
-  prompt is read once for all its samples, each trace once for the rollouts of all its prefixes, and
-  each DPO pair once by the reference. The base model and the teacher are free.
+  N counts the parameters of all matrices; attention scores and norms are excluded. Trained tokens
+  exclude padding. Drawn tokens are those of traces and rollouts. Each prompt is read once for all
+  its samples, each trace once for the rollouts of all its prefixes, and each DPO pair once by the
+  reference. The base model and the teacher are free.
 
   Args:
-    experiment: of the run folder, where the stages are done.
+    experiment: of the run folder, with the stages done.
     path: names of the stages, such as Method.path.
 
   Returns:
     {stage: operations}.
   """
-  policy, found = experiment.base(), {}
+  policy, operations = experiment.base(), {}
   model, section = policy.model.config, experiment.config.dpo
   matrices = cost_model.matrix_params(model) + model.d_model * model.vocab_size
   problems = experiment.problems("train").values()
@@ -263,23 +260,23 @@ def compute(experiment: Experiment, path: Sequence[str]) -> dict[str, float]:
     else:
       trained = _tokens_trained(experiment.workdir / name)
       tokens = 3 * trained + (trained / section.num_epochs if name.startswith("dpo/") else 0)
-    found[name] = round(2.0 * matrices * tokens)
-  return found
+    operations[name] = round(2.0 * matrices * tokens)
+  return operations
 
 
 def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]]:
-  """Estimated pits and the labels of pairs against the truth, which some generated tasks know
-  exactly.
+  """Accuracy of estimated pits and pair labels, for tasks whose truth is known exactly.
 
   Args:
     experiment: of a run folder with credit, whose task has a `truth` (tasks/generated.py).
-    folder: of the stage that made the per-step pairs.
+    folder: of the stage with the per-step pairs.
 
   Returns:
-    "pits": for each pit rule the share of wrong traces with credit whose pit is the first step
-    after which they cannot come out right; "distance": for the config's rule, shares by estimated
-    minus true step; "labels": of pairs, shares "right" (the chosen step keeps a right end possible,
-    the rejected one does not), "flipped" (the other way round) and "neither".
+    "pits": for each pit rule, the fraction of wrong traces with credit whose pit is the first step
+    after which a right answer is impossible. "distance": for the config's rule, fractions by
+    estimated minus true step. "labels": fractions of pairs that are "right" (a right answer is
+    possible after the chosen step but not after the rejected one), "flipped" (the reverse) and
+    "neither".
   """
   policy, truth = experiment.policy("sft"), generated.TASKS[experiment.config.task.name].truth
   problems = experiment.problems("train")
@@ -290,88 +287,93 @@ def true_pits(experiment: Experiment, folder: str) -> dict[str, dict[str, float]
 
   puzzles = {key: truth.read(problem.prompt) for key, problem in problems.items()}
   truth_N = np.array(
-    [truth.true_pit(puzzles[each.trace.problem_id], lines(each.trace.ids)) for each in wrong]
+    [
+      truth.true_pit(puzzles[credited.trace.problem_id], lines(credited.trace.ids))
+      for credited in wrong
+    ]
   )
-  found = {"pits": {}, "distance": {}, "labels": collections.Counter(right=0, flipped=0, neither=0)}
+  pits, distance = {}, {}
   for rule in config_schema.LEAVES["pairs.pit_rule"].choices:
     section = methods.with_leaves(experiment.config, {"pairs.pit_rule": rule}).pairs
     pit_N = np.array(first_pits(wrong, section))
-    found["pits"][rule] = round(float(np.mean(pit_N == truth_N)), 5)
+    pits[rule] = round(float(np.mean(pit_N == truth_N)), 5)
     if rule == experiment.config.pairs.pit_rule:
-      away, counts = np.unique((pit_N - truth_N)[pit_N >= 0], return_counts=True)
-      found["distance"] = {
-        str(n): round(float(count / len(pit_N)), 5) for n, count in zip(away, counts, strict=True)
-      }
+      differences, counts = np.unique((pit_N - truth_N)[pit_N >= 0], return_counts=True)
+      for difference, count in zip(differences, counts, strict=True):
+        distance[str(difference)] = round(float(count / len(pit_N)), 5)
   prompt_size = functools.cache(
     lambda key: len(train_policy.prompt_ids(experiment, policy.tokenizer, problems[key]))
   )
-  pairs = list(Shards(experiment.workdir / folder / "pairs", Pair).read())
-  for pair in pairs:
+
+  def label(pair: Pair) -> str:
     puzzle, before = puzzles[pair.problem_id], lines(pair.trunk[prompt_size(pair.problem_id) :])
     if truth.true_pit(puzzle, before) >= 0:
-      found["labels"]["neither"] += 1
-      continue
+      return "neither"
     chosen, rejected = (
       truth.is_open(puzzle, [*before, lines(ids)[0]]) for ids in (pair.chosen, pair.rejected)
     )
-    found["labels"]["neither" if chosen == rejected else "right" if chosen else "flipped"] += 1
-  found["labels"] = {name: round(count / len(pairs), 5) for name, count in found["labels"].items()}
-  return found
+    if chosen == rejected:
+      return "neither"
+    return "right" if chosen else "flipped"
+
+  labels = [label(pair) for pair in Shards(experiment.workdir / folder / "pairs", Pair).read()]
+  fractions = {
+    name: round(labels.count(name) / len(labels), 5) for name in ("right", "flipped", "neither")
+  }
+  return {"pits": pits, "distance": distance, "labels": fractions}
 
 
 def _valued(
-  experiment: Experiment, policy: Policy, folder: str, problems: Sequence[Problem], count: int
+  experiment: Experiment, policy: Policy, folder: str, *, problems: Sequence[Problem], count: int
 ) -> tuple[list[Trace], np.ndarray]:
-  """One sample of each problem by the policy of a stage, those without a step left out, with the
-  policy's own Q.
+  """One sample of each problem by a policy, with its own Q; samples without a step are excluded.
 
   Returns:
-    (N traces; Q [N, 1 + S] of the bare problem and after each step, NaN beyond a trace's end; the
-    last is its verdict).
+    (N traces; Q [N, 1 + S] of the bare problem and after each step, where the last step's Q is the
+    verdict and Q beyond a trace's end is NaN).
   """
   by_id = {problem.id: problem for problem in problems}
   sampled = _sampled(experiment, policy, problems, count=1, purpose=f"values of {folder}")
   traces = [trace for trace in sampled if trace.step_ends]
-  asked = [Beginnings(by_id[t.problem_id], t.ids, [0, *t.step_ends[:-1]]) for t in traces]
-  found = values(experiment, policy, asked, count=count, purpose=f"values by {folder}")
+  solutions = [
+    Prefixes(by_id[trace.problem_id], trace.ids, [0, *trace.step_ends[:-1]]) for trace in traces
+  ]
+  estimates = values(experiment, policy, solutions, count=count, purpose=f"values by {folder}")
   q = np.full((len(traces), 1 + max(len(trace.step_ends) for trace in traces)), np.nan)
-  for row, trace, of_trace in zip(q, traces, found, strict=True):
-    row[: len(of_trace) + 1] = [*of_trace, trace.correct]
+  for row, trace, estimate in zip(q, traces, estimates, strict=True):
+    row[: len(estimate) + 1] = [*estimate, trace.correct]
   return traces, q
 
 
 def _before_pits(
   traces: Sequence[Trace], q: np.ndarray, problems: Sequence[Problem]
-) -> list[Beginnings]:
+) -> list[Prefixes]:
   """The prefixes before the pits (first lowest Q) of wrong traces."""
-  by_id, found = {problem.id: problem for problem in problems}, []
+  by_id, prefixes = {problem.id: problem for problem in problems}, []
   for row, trace in zip(q, traces, strict=True):
     if trace.reason == "wrong":
       pit = int(np.nanargmin(row[1:]))
-      found.append(
-        Beginnings(
-          by_id[trace.problem_id], trace.ids, [0 if pit == 0 else trace.step_ends[pit - 1]]
-        )
-      )
-  return found
+      end = 0 if pit == 0 else trace.step_ends[pit - 1]
+      prefixes.append(Prefixes(by_id[trace.problem_id], trace.ids, [end]))
+  return prefixes
 
 
 def _critical(
-  experiment: Experiment, policy: Policy, prefixes: Sequence[Beginnings], count: int
+  experiment: Experiment, policy: Policy, prefixes: Sequence[Prefixes], count: int
 ) -> list[float]:
-  """Q of a policy from each prefix, by rollouts that drew no pit."""
-  found = values(experiment, policy, prefixes, count=count, purpose="values at critical steps")
-  return [round(float(one[0]), 4) for one in found]
+  """Q of a policy from each prefix, by rollouts independent of those that determined the pits."""
+  estimates = values(experiment, policy, prefixes, count=count, purpose="values at critical steps")
+  return [round(float(q[0]), 4) for q in estimates]
 
 
 def critical(
   experiment: Experiment, folders: Sequence[str], problems: Sequence[Problem], count: int
 ) -> dict[str, list]:
-  """Q of policies before the pits of π_sft's wrong samples, as `held_out` has it: by folder, in one
-  order of prefixes.
-  """
+  """Q of policies before the pits of π_sft's wrong samples, by folder, as in `held_out`."""
   policy = experiment.policy("sft")
-  prefixes = _before_pits(*_valued(experiment, policy, "sft", problems, count), problems)
+  prefixes = _before_pits(
+    *_valued(experiment, policy, "sft", problems=problems, count=count), problems
+  )
   return {
     folder: _critical(experiment, experiment.policy(folder), prefixes, count) for folder in folders
   }
@@ -380,66 +382,63 @@ def critical(
 def held_out(
   experiment: Experiment, folders: Sequence[str], problems: Sequence[Problem], count: int
 ) -> dict[str, dict]:
-  """Q of policies on problems that none was trained on: by step of their own samples, and at
-  π_sft's critical steps.
+  """Q of policies on held-out problems, by step and at π_sft's critical steps.
 
-  Figure 7's Q is of unknown policy and problems. By step: a policy's own samples, its own rollouts.
-  Critical: the prefixes before the pits (first lowest Q) of π_sft's wrong samples, from which each
-  policy finishes; drawn afresh for π_sft, too, since the pits were found by draws of its own. The
-  last step's Q is its verdict. All ours.
+  The paper does not say whose Q figure 7 shows, nor on which problems; the following is ours. By
+  step: Q of a policy along its own samples, from its own rollouts; the last step's Q is the
+  verdict. Critical: Q of each policy from the prefixes before the pits (first lowest Q) of π_sft's
+  wrong samples. For π_sft, too, these use new rollouts, because its first ones determined the pits.
 
   Args:
     experiment: of the run folder.
-    folders: stages of the policies; "sft" is done in any case.
+    folders: stages of the policies; "sft" is always included.
     problems: held out.
-    count: rollouts a prefix.
+    count: rollouts per prefix.
 
   Returns:
-    by folder: {"start": mean V; "mean": Q after step 1, 2, ...; "responses": that have the step;
-    "critical": Q at each of π_sft's critical prefixes, in one order}.
+    By folder: {"start": mean V; "mean": Q after step 1, 2, ...; "responses": number that have the
+    step; "critical": Q at each of π_sft's critical prefixes, in the same order}.
   """
-  made, prefixes = {}, []
+  results, prefixes = {}, []
   for folder in dict.fromkeys(["sft", *folders]):
     policy = experiment.policy(folder)
-    traces, q = _valued(experiment, policy, folder, problems, count)
+    traces, q = _valued(experiment, policy, folder, problems=problems, count=count)
     if folder == "sft":
       prefixes = _before_pits(traces, q, problems)
-    made[folder] = {
+    results[folder] = {
       "start": round(float(np.nanmean(q[:, 0])), 5),
       "mean": np.nanmean(q[:, 1:], axis=0).round(5).tolist(),
       "responses": np.isfinite(q[:, 1:]).sum(axis=0).tolist(),
       "critical": _critical(experiment, policy, prefixes, count),
     }
-  return made
+  return results
 
 
 def shifts(experiment: Experiment, folders: Sequence[str], credit: str) -> dict[str, dict]:
-  """How far policies moved the steps of credited traces from π_sft, against the advantages of the
-  steps.
+  """Log-ratios of policies to π_sft on steps of credited traces, against the steps' advantages.
 
-  Theorem 6.1's optimum has log π/π_sft = A/β + c(prefix). So steps that leave one prefix are
-  compared: each with its log-ratio and its advantage less the mean of the distinct steps seen there
-  (at least two). Ours.
+  Theorem 6.1's optimum has log π/π_sft = A/β + c(prefix). So log-ratios and advantages are taken
+  relative to their means over the distinct steps from the same prefix (at least two). Ours.
 
   Args:
     experiment: of the run folder.
     folders: stages of the policies.
-    credit: folder, in the run folder, of the stages with the credit that is asked for; "" for the
-      run folder itself.
+    credit: subfolder of the run folder with the credit; "" for the run folder itself.
 
   Returns:
-    by folder: "slope" (nats per unit of advantage, least squares through the origin; the theorem's
+    By folder: "slope" (nats per unit of advantage, least squares through the origin; the theorem's
     1/β), "correlation", "middles" and "mean" (mean advantage and log-ratio of buckets by advantage,
-    both less the mean at their prefix), "good" and "bad" (mean log-ratio, nats, of steps with A > 0
-    and A < 0), "steps".
+    both relative to the mean at their prefix), "good" and "bad" (mean log-ratio, nats, of steps
+    with A > 0 and with A < 0), "steps".
   """
   problems, start = experiment.problems("train"), experiment.policy("sft")
   workdir = experiment.workdir / credit if credit else experiment.workdir
   traces = CreditedTraces.load(workdir, experiment.config.credit.best_of, problems).traces
   trees = []
-  for each in traces:
-    trunk = train_policy.prompt_ids(experiment, start.tokenizer, problems[each.trace.problem_id])
-    trees.append(Tree(trunk, (Branch(len(trunk), each.trace.ids),)))
+  for credited in traces:
+    problem = problems[credited.trace.problem_id]
+    trunk = train_policy.prompt_ids(experiment, start.tokenizer, problem)
+    trees.append(Tree(trunk, (Branch(len(trunk), credited.trace.ids),)))
   section = experiment.config.sft
   packing = reference.Packing(experiment.mesh, section.row_length, section.logit_chunk)
 
@@ -451,20 +450,16 @@ def shifts(experiment: Experiment, folders: Sequence[str], credit: str) -> dict[
       for tree in trees
     ]
 
-  before = scored(start)
-  found = {}
+  before, results = scored(start), {}
   for folder in folders:
     after, at_prefix = scored(experiment.policy(folder)), {}
-    for each, old_T, new_T in zip(traces, before, after, strict=True):
-      begin = 0
-      for step, end in enumerate(each.trace.step_ends):
-        if each.advantage_known[step]:
-          prefix = (each.trace.problem_id, tuple(each.trace.ids[:begin]))
+    for credited, old_T, new_T in zip(traces, before, after, strict=True):
+      trace, begin = credited.trace, 0
+      for step, end in enumerate(trace.step_ends):
+        if credited.advantage_known[step]:
+          steps = at_prefix.setdefault((trace.problem_id, tuple(trace.ids[:begin])), {})
           ratio = float(np.sum(new_T[begin:end] - old_T[begin:end], dtype=np.float64))
-          at_prefix.setdefault(prefix, {})[tuple(each.trace.ids[begin:end])] = (
-            float(each.advantage[step]),
-            ratio,
-          )
+          steps[tuple(trace.ids[begin:end])] = (float(credited.advantage[step]), ratio)
         begin = end
     groups = [np.array(list(steps.values())) for steps in at_prefix.values()]
     raw = np.concatenate(groups)
@@ -473,7 +468,7 @@ def shifts(experiment: Experiment, folders: Sequence[str], credit: str) -> dict[
     ).T
     edges = np.linspace(-0.75, 0.75, 7)
     bucket = np.digitize(advantage, edges)
-    found[folder] = {
+    results[folder] = {
       "slope": round(float(advantage @ ratio / (advantage @ advantage)), 4),
       "correlation": round(float(np.corrcoef(advantage, ratio)[0, 1]), 4),
       "middles": [round(float(advantage[bucket == b].mean()), 4) for b in np.unique(bucket)],
@@ -482,4 +477,4 @@ def shifts(experiment: Experiment, folders: Sequence[str], credit: str) -> dict[
       "bad": round(float(raw[raw[:, 0] < 0, 1].mean()), 4),
       "steps": len(advantage),
     }
-  return found
+  return results

@@ -1,11 +1,10 @@
-"""What a cell of a study trains: a kind of method, and overrides of config leaves that tell it from
-others of its kind.
+"""Methods of a study: a kind of method, and overrides of config leaves.
 
-A method may override leaves of the stage that makes it, so that what comes before (π_sft, its
-traces, their credit) is made once and shared by all methods of a size and seed. Its name joins
-both: `rft,rft.max_per_problem=1`. A method that rests on credit may also override leaves of the
-stages sample and credit: these it makes anew, in a folder of its own (`with_...`) in the run
-folder, which methods of the same overrides share; what comes before them is copied there.
+A method may override leaves of its own stages, so that earlier results (π_sft, its traces, their
+credit) are made once and shared by all methods of a size and seed. Its name contains both, as in
+`rft,rft.max_per_problem=1`. A method that needs credit may also override leaves of the stages
+sample and credit. It then runs these stages in its own folder (`with_...`) in the run folder, which
+methods with the same overrides share; earlier stages are copied there.
 
 `study.settings` overrides leaves for all cells of some sizes or kinds, as rows (sizes or kinds,
 overrides):
@@ -16,6 +15,7 @@ overrides):
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -47,12 +47,12 @@ class Kind:
   """A method without overrides.
 
   Attributes:
-    label: for figures.
-    before: stages that it shares with others.
-    sections: the config sections whose leaves it may override.
-    settings: leaves that make it what it is.
-    first: a method whose policy takes the place of π_sft before its stages, which have a folder of
-      their own: another round on that policy's own traces.
+    label: in figures.
+    before: stages before its own, which other methods may share.
+    sections: config sections whose leaves it may override.
+    settings: leaves that define it.
+    first: a method whose policy replaces π_sft for a further round on that policy's traces; the
+      round's stages have their own folder.
   """
 
   label: str
@@ -62,21 +62,21 @@ class Kind:
   first: str = ""
 
 
-_MADE_ANEW = ("sample", "credit")
+_RESAMPLED = ("sample", "credit")  # stages that a method with overrides repeats
 
 
 def _dpo(label: str, mode: str, **dpo) -> Kind:
   return Kind(
     label,
     _CREDIT,
-    ("dpo", "pairs", *_MADE_ANEW),
+    ("dpo", "pairs", *_RESAMPLED),
     {"pairs.pair_mode": mode, **{f"dpo.{k}": v for k, v in dpo.items()}},
   )
 
 
 def _rft(label: str, **settings) -> Kind:
   needs_credit = "keep" in settings
-  sections = ("rft", *_MADE_ANEW) if needs_credit else ("rft",)
+  sections = ("rft", *_RESAMPLED) if needs_credit else ("rft",)
   return Kind(
     label,
     _CREDIT if needs_credit else _SAMPLE,
@@ -86,7 +86,7 @@ def _rft(label: str, **settings) -> Kind:
 
 
 def _round(label: str, first: str) -> Kind:
-  """Per-step DPO once more, on the traces of the policy that `first` made."""
+  """A further round of per-step DPO, on traces of the policy of the method `first`."""
   return dataclasses.replace(_dpo(label, "shared_prefix"), first=first, sections=("dpo", "pairs"))
 
 
@@ -129,9 +129,7 @@ KINDS = {
 
 
 class SettingsRow(NamedTuple):
-  """A checked row of study.settings: overrides for all cells of some sizes (in problems) or kinds
-  of methods.
-  """
+  """A valid row of study.settings: overrides for some sizes (in problems) or kinds of methods."""
 
   sizes_or_kinds: tuple[int | str, ...]
   overrides: dict[str, object]
@@ -139,13 +137,13 @@ class SettingsRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A kind with overrides of its own.
+  """A kind with overrides.
 
   Attributes:
     name: from `name_of`.
-    kind: its kind's name.
+    kind: name of its kind.
     settings: its own overrides.
-    given: overrides that study.settings has for all methods of its kind.
+    given: overrides from study.settings for its kind.
   """
 
   name: str
@@ -155,20 +153,20 @@ class Method:
 
   @property
   def label(self) -> str:
-    """For figures and tables."""
+    """Label in figures and tables."""
     own = ", ".join(f"{leaf.rpartition('.')[2]} {value}" for leaf, value in self.settings.items())
     return KINDS[self.kind].label + (f", {own}" if own else "")
 
   @property
   def folder(self) -> str:
-    """Stage folder of its policy; empty for the base model."""
+    """Stage folder of its policy; "" for the base model."""
     if self.kind == "base":
       return ""
     return self._folder("dpo" if "dpo" in KINDS[self.kind].sections else "")
 
   @property
   def pairs_folder(self) -> str:
-    """Stage folder of the pairs that it trains on; empty for methods without any."""
+    """Stage folder of its training pairs; "" for methods without pairs."""
     return self._folder("pairs") if "dpo" in KINDS[self.kind].sections else ""
 
   def _folder(self, stage: str) -> str:
@@ -176,71 +174,69 @@ class Method:
 
   @property
   def second(self) -> str:
-    """Folder, in the run folder, of the stages that it does not share with methods of the plain
-    run; empty for none.
+    """Subfolder of the run folder for stages of a further round, or with its own sampling.
 
-    Those of a further round, or those with sampling or credit of its own.
+    "" if it shares all stages before its own with other methods.
     """
-    first = KINDS[self.kind].first
-    if first:
+    if first := KINDS[self.kind].first:
       return f"after_{first}"
-    own = self.made_anew
-    return (
-      "with_" + "-".join(f"{leaf}={value}" for leaf, value in sorted(own.items())) if own else ""
-    )
+    if not self.resampling:
+      return ""
+    return "with_" + "-".join(f"{leaf}={value}" for leaf, value in sorted(self.resampling.items()))
 
   @property
-  def made_anew(self) -> dict[str, object]:
+  def resampling(self) -> dict[str, object]:
     """Its overrides of leaves of sample and credit."""
-    every = {**self.given, **self.settings}
-    return {leaf: value for leaf, value in every.items() if leaf.split(".")[0] in _MADE_ANEW}
+    overrides = {**self.given, **self.settings}
+    return {leaf: value for leaf, value in overrides.items() if leaf.split(".")[0] in _RESAMPLED}
 
   @property
   def shared(self) -> tuple[str, ...]:
-    """The stages before its own that it shares with methods of the plain run, or with those of the
-    round before.
-    """
+    """The stages before its own that it shares with other methods."""
+    if KINDS[self.kind].first:
+      return _SFT
     before = KINDS[self.kind].before
-    sections = {leaf.split(".")[0] for leaf in self.made_anew}
-    first_anew = next((i for i, stage in enumerate(before) if stage in sections), len(before))
-    return _SFT if KINDS[self.kind].first else before[:first_anew]
+    sections = {leaf.split(".")[0] for leaf in self.resampling}
+    return tuple(itertools.takewhile(lambda stage: stage not in sections, before))
 
   @property
   def path(self) -> tuple[str, ...]:
-    """All stages that it rests on, its own last."""
+    """All stages that it depends on, its own last."""
     kind = KINDS[self.kind]
     shared = Method(kind.first, kind.first, {}).path if kind.first else self.shared
-    anew = [
+    repeated = [
       f"{self.second}/{stage}" if self.second else stage
       for stage in kind.before
       if stage not in self.shared
     ]
     own = [self.pairs_folder, self.folder] if "dpo" in kind.sections else [self.folder]
-    return (*shared, *anew, *filter(None, own))
+    return (*shared, *repeated, *filter(None, own))
 
 
 def name_of(kind: str, overrides: Mapping[str, object]) -> str:
-  """A method's name: its kind and its own overrides, as in `rft,rft.max_per_problem=1`."""
+  """A method's name: its kind and overrides, as in `rft,rft.max_per_problem=1`."""
   return ",".join([kind, *(f"{leaf}={value}" for leaf, value in overrides.items())])
 
 
 def resolve(
   config, kind: str, overrides: Mapping[str, object] | None = None, *, where: str = ""
 ) -> Method:
-  """The method of a kind and its overrides, with what study.settings gives to all of that kind.
+  """The method of a kind with these overrides and those of study.settings.
 
   Args:
-    config: the study's.
+    config: of the study.
     kind: one of `KINDS`.
-    overrides: leaves of its own stage with their values.
-    where: what error messages begin with, such as the row that asks for it.
+    overrides: values of leaves of its own stages.
+    where: beginning of error messages, such as the row of the grid.
 
   Raises:
-    UserError: an unknown kind or leaf, a leaf of another stage, or a value of another type.
+    UserError: an unknown kind or leaf, a leaf of another stage, or a value of the wrong type.
   """
   if kind not in KINDS:
     near = difflib.get_close_matches(str(kind), KINDS, n=2)
-    raise UserError(f"{where} names the method {kind!r}; known are {', '.join(near or KINDS)}.")
+    raise UserError(
+      f"{where} names the method {kind!r}; must be one of {', '.join(near or KINDS)}."
+    )
   given = {}
   for number, row in enumerate(settings_rows(config), start=1):
     if kind in row.sizes_or_kinds:
@@ -260,10 +256,10 @@ def _check_own(kind: str, overrides: Mapping[str, object], where: str) -> None:
 
 
 def settings_rows(config) -> list[SettingsRow]:
-  """The rows of study.settings, values as the leaves' types.
+  """The rows of study.settings, with values of the leaves' types.
 
   Raises:
-    UserError: a row that is not (sizes or kinds, overrides); names it.
+    UserError: a row is not (sizes or kinds, overrides).
   """
   rows = []
   for number, row in enumerate(config.study.settings, start=1):
@@ -288,15 +284,15 @@ def is_sequence(value: object) -> bool:
 
 
 def is_size(value: object) -> bool:
-  """Whether a value is a number of problems."""
+  """Whether a value is a positive number of problems."""
   return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def typed_overrides(config, overrides: object, where: str) -> dict[str, object]:
-  """Overrides with each value as its leaf's type, so that 1 and 1.0 of a float leaf are the same.
+  """Converts values to their leaves' types, so that 1 and 1.0 are equal for a float leaf.
 
   Raises:
-    UserError: begins with `where`: not a dict, an unknown leaf, or a value of another type.
+    UserError: not a dict, an unknown leaf, or a value of the wrong type; begins with `where`.
   """
   if not isinstance(overrides, Mapping):
     raise UserError(
@@ -305,19 +301,17 @@ def typed_overrides(config, overrides: object, where: str) -> dict[str, object]:
   defaults, typed = dict(config_schema.leaves(config)), {}
   for leaf, value in overrides.items():
     config_schema.check_name(leaf, where)
-    wanted = type(defaults[leaf])
-    if wanted is float and type(value) is int or wanted is tuple and type(value) is list:
-      value = wanted(value)
-    if type(value) is not wanted:
-      raise UserError(
-        f"{where}: {leaf} takes values of type {wanted.__name__}, and {value!r} is not one."
-      )
+    leaf_type = type(defaults[leaf])
+    if (leaf_type, type(value)) in ((float, int), (tuple, list)):
+      value = leaf_type(value)
+    if type(value) is not leaf_type:
+      raise UserError(f"{where}: {leaf} must be of type {leaf_type.__name__}, not {value!r}.")
     typed[leaf] = value
   return typed
 
 
 def with_leaves(config, leaves: dict[str, object]):
-  """The config with these leaves, locked."""
+  """A locked copy of the config with these leaves."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
     for leaf, value in leaves.items():
@@ -334,7 +328,7 @@ def configure(config, method: Method):
   """The config with the method's leaves.
 
   Raises:
-    UserError: they do not go together.
+    UserError: the leaves are incompatible.
   """
   config = with_leaves(config, {**KINDS[method.kind].settings, **method.given, **method.settings})
   config_schema.check_values(config)
@@ -342,18 +336,18 @@ def configure(config, method: Method):
 
 
 def make(experiment: Experiment, method: Method) -> None:
-  """Runs whatever of the method's stages is not done, and its test on the test problems.
+  """Runs the method's unfinished stages, and its evaluation on the test problems.
 
   Args:
-    experiment: of the workdir that the methods of a size and seed share, with the config of all.
-    method: what to make.
+    experiment: of the run folder and config that methods of a size and seed share.
+    method: to train and evaluate.
   """
   _train(experiment, method)
   evaluate.test(experiment, method.name.replace(",", "-"), method.folder or None)
 
 
 def _train(experiment: Experiment, method: Method) -> None:
-  """The method's stages, each where it is not done."""
+  """Runs the method's unfinished stages."""
   kind, where = KINDS[method.kind], experiment
   if method.second:
     where = dataclasses.replace(experiment, workdir=experiment.workdir / method.second)
@@ -370,7 +364,7 @@ def _train(experiment: Experiment, method: Method) -> None:
   own = dataclasses.replace(where, config=configure(experiment.config, method))
   for stage in kind.before:
     if stage not in method.shared:
-      _RUN[stage](own if method.made_anew else where)
+      _RUN[stage](own if method.resampling else where)
   name = method.name.replace(",", "-")
   if "dpo" in kind.sections:
     pairs.variant(own, name)
@@ -382,7 +376,7 @@ def _train(experiment: Experiment, method: Method) -> None:
 
 
 def _copy_stage(source: epath.Path, target: epath.Path) -> None:
-  """Copies a finished stage into another workdir, its manifest last; nothing where it is there."""
+  """Copies a finished stage into another workdir, its manifest last, unless it exists there."""
   if distributed.agree((target / "manifest.json").exists()):
     return
   if distributed.first():

@@ -1,4 +1,4 @@
-"""The difference between two methods over several runs that were tested on the same problems."""
+"""Paired difference of two methods over runs that were tested on the same problems."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def errors(workdir: epath.PathLike, method: str) -> dict[str, bool]:
   """Whether each test problem was answered wrong, by problem id.
 
   Raises:
-    UserError: the method was not evaluated there.
+    UserError: the method was not evaluated in this workdir.
   """
   folder = epath.Path(workdir) / "evaluate" / method
   if not (folder / "manifest.json").exists():
@@ -27,12 +27,13 @@ def errors(workdir: epath.PathLike, method: str) -> dict[str, bool]:
 def paired_difference(
   first_RP: np.ndarray, second_RP: np.ndarray, seed: int = 0
 ) -> tuple[float, float, float]:
-  """Mean of first - second with a 95 % percentile bootstrap interval over runs and problems, both
-  resampled.
+  """Mean of first - second with a 95 % percentile bootstrap interval.
+
+  Both runs and problems are resampled.
 
   Args:
-    first_RP, second_RP: bool [runs, problems], errors of the two methods; one run's problems stand
-      in one order.
+    first_RP, second_RP: bool [runs, problems], errors of the two methods, in the same order of
+      problems.
     seed: of the resampling.
 
   Returns:
@@ -54,13 +55,13 @@ def compare(workdirs: Sequence[str], first: str, second: str) -> dict:
   """The paired difference of two methods' test errors over finished workdirs.
 
   Raises:
-    UserError: a workdir without the evaluation, or with other test problems than the first.
+    UserError: a workdir lacks an evaluation, or has other test problems than the first.
   """
   tables = [(errors(workdir, first), errors(workdir, second)) for workdir in workdirs]
   ids = sorted(tables[0][0])
   for workdir, pair in zip(workdirs, tables, strict=True):
     if any(sorted(table) != ids for table in pair):
-      raise UserError(f"{workdir} was tested on other problems than {workdirs[0]}.")
+      raise UserError(f"{workdir} was not tested on the same problems as {workdirs[0]}.")
   first_RP, second_RP = (
     np.array([[table[i][key] for key in ids] for table in tables]) for i in (0, 1)
   )

@@ -1,8 +1,7 @@
-"""Drawings of studies: error against problems, against a setting, bars, distributions, Q by step;
-each also a table.
+"""Plots of studies: error against problems or a setting, bars, distributions, Q by step; and CSV.
 
-Points are means over seeds, thin dots single seeds, and error bars 95 % bootstrap intervals. Ink
-and mode as in report/figures.py. Which figure is drawn by what is in figure.py.
+Points are means over seeds, small dots single seeds, and error bars 95 % bootstrap intervals.
+Colours and style are those of report/figures.py. figure.py maps figures to these functions.
 """
 
 import csv
@@ -29,10 +28,10 @@ class Series:
 
   Attributes:
     label: of the method.
-    x: places.
+    x: positions.
     mean, low, high: values with their intervals.
-    dots: for each place the values of single seeds; may be empty.
-    dashed: drawn dashed.
+    dots: values of single seeds at each position; may be empty.
+    dashed: whether the line is dashed.
   """
 
   label: str
@@ -46,7 +45,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Reach:
-  """A factor to be shown: a method's point, and where the baseline's line has the same error."""
+  """An efficiency factor: a method's point, and the size at which the baseline has its error."""
 
   size: float
   baseline_size: float
@@ -54,21 +53,21 @@ class Reach:
   label: str
 
 
-def _draw(axes, series: Sequence[Series], line: bool = True) -> None:
-  for number, one in enumerate(series):
+def _draw(axes, series: Sequence[Series]) -> None:
+  for number, line in enumerate(series):
     color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-    for x, values in zip(one.x, one.dots, strict=False):
+    for x, values in zip(line.x, line.dots, strict=False):
       axes.plot([x] * len(values), values, ".", color=color, alpha=0.45, markersize=3.5)
-    errors = np.maximum(0, [np.subtract(one.mean, one.low), np.subtract(one.high, one.mean)])
-    style = ("--" if one.dashed else "-") if line else "none"
+    below = np.subtract(line.mean, line.low)
+    above = np.subtract(line.high, line.mean)
     axes.errorbar(
-      one.x,
-      one.mean,
-      errors,
-      linestyle=style,
+      line.x,
+      line.mean,
+      np.maximum(0, [below, above]),
+      linestyle="--" if line.dashed else "-",
       marker=marker,
       color=color,
-      label=one.label,
+      label=line.label,
       linewidth=1.6,
       markersize=5,
       capsize=2,
@@ -81,8 +80,8 @@ def _legend(axes, columns: int = 2) -> None:
   )
 
 
-def _whole_numbers(axis, places: Sequence[float]) -> None:
-  axis.set_major_locator(FixedLocator(sorted(set(places))))
+def _whole_numbers(axis, positions: Sequence[float]) -> None:
+  axis.set_major_locator(FixedLocator(sorted(set(positions))))
   axis.set_minor_locator(NullLocator())
   axis.set_major_formatter(
     FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
@@ -90,8 +89,8 @@ def _whole_numbers(axis, places: Sequence[float]) -> None:
 
 
 def _log_percent(axis, series: Sequence[Series]) -> None:
-  low = min(value for one in series for value in one.low)
-  high = max(value for one in series for value in one.high)
+  low = min(value for line in series for value in line.low)
+  high = max(value for line in series for value in line.high)
   ticks = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
   axis.set_major_locator(FixedLocator([tick for tick in ticks if 0.9 * low <= tick <= 1.1 * high]))
   axis.set_minor_locator(NullLocator())
@@ -99,7 +98,7 @@ def _log_percent(axis, series: Sequence[Series]) -> None:
 
 
 def _log_log(series: Sequence[Series], title: str, label: str):
-  """(figure, axes) of test errors against something, both axes logarithmic."""
+  """Returns (figure, axes) of test errors against x, both on logarithmic axes."""
   figure = Figure(figsize=(4.3, 3.3), layout="constrained")
   axes = figure.subplots()
   axes.set_xscale("log")
@@ -130,8 +129,8 @@ def against_problems(series: Sequence[Series], title: str, reaches: Sequence[Rea
   """Test error against |D_syn|: figures 2a, 2b, 5a, 5b, 9, 10 and 11 of the paper.
 
   Args:
-    series: x in problems, values in shares.
-    title: what task this is.
+    series: x in problems, values as fractions.
+    title: of the figure.
     reaches: factors, drawn as arrows from the baseline's line to the method's point.
   """
   with matplotlib.rc_context(figures.STYLE):
@@ -145,7 +144,7 @@ def against_problems(series: Sequence[Series], title: str, reaches: Sequence[Rea
       axes.annotate(
         reach.label, end, xytext=(-3, -10), textcoords="offset points", ha="right", fontsize=8
       )
-    _whole_numbers(axes.xaxis, [x for one in series for x in one.x])
+    _whole_numbers(axes.xaxis, [x for line in series for x in line.x])
     return figure
 
 
@@ -158,16 +157,15 @@ def against_setting(
   log: bool = True,
   value: str = "",
 ) -> Figure:
-  """Test error, or another value, against a setting such as beta or positives a problem: figures 2c
-  and 5c.
+  """Test error, or another value, against a setting such as beta: figures 2c and 5c.
 
   Args:
     series: x in the setting's unit.
-    title: what task this is.
+    title: of the figure.
     label: of the x axis.
-    level: a value drawn as a horizontal line, with its name.
-    log: a logarithmic x axis.
-    value: what the y axis is, in its own unit; empty for test errors in percent.
+    level: a value drawn as a horizontal line, and its label.
+    log: whether the x axis is logarithmic.
+    value: label of the y axis; empty for test errors in percent.
   """
   with matplotlib.rc_context(figures.STYLE):
     figure = Figure(figsize=(4.3, 3.1), layout="constrained")
@@ -186,9 +184,9 @@ def against_setting(
         fontsize=8,
       )
     _draw(axes, series)
-    _whole_numbers(axes.xaxis, [x for one in series for x in one.x])
+    _whole_numbers(axes.xaxis, [x for line in series for x in line.x])
     if not value:
-      axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
+      axes.yaxis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100 * fraction:g}"))
     axes.set_xlabel(label)
     axes.set_ylabel(value or "test error, %")
     axes.grid(axis="y")
@@ -198,35 +196,35 @@ def against_setting(
 
 
 def bars(series: Sequence[Series], title: str, label: str, percent: bool = True) -> Figure:
-  """One value a method, as points with their intervals, the first on top: figure 4."""
+  """One value per method, as points with intervals, the first on top: figure 4."""
   with matplotlib.rc_context(figures.STYLE):
-    labels = [textwrap.fill(one.label, 36) for one in series]
+    labels = [textwrap.fill(line.label, 36) for line in series]
     row_height = 0.24 + 0.12 * max(label.count("\n") + 1 for label in labels)
     figure = Figure(figsize=(4.3, 0.95 + row_height * len(series)), layout="constrained")
     axes, scale = figure.subplots(), 100 if percent else 1
-    for row, one in enumerate(series):
+    for row, line in enumerate(series):
       color = COLORS[row % len(COLORS)]
       axes.plot(
-        [scale * one.low[0], scale * one.high[0]],
+        [scale * line.low[0], scale * line.high[0]],
         [row, row],
         color=color,
         linewidth=2.5,
         solid_capstyle="round",
       )
-      axes.plot([scale * one.mean[0]], [row], "o", color=color, markersize=6)
-      if one.dots:
+      axes.plot([scale * line.mean[0]], [row], "o", color=color, markersize=6)
+      if line.dots:
         axes.plot(
-          np.multiply(one.dots[0], scale),
-          [row] * len(one.dots[0]),
+          np.multiply(line.dots[0], scale),
+          [row] * len(line.dots[0]),
           "|",
           color=color,
           markersize=8,
           alpha=0.6,
         )
-      text = f"{scale * one.mean[0]:.3g}"
+      text = f"{scale * line.mean[0]:.3g}"
       axes.annotate(
         text,
-        (scale * one.mean[0], row),
+        (scale * line.mean[0], row),
         xytext=(0, 6),
         textcoords="offset points",
         ha="center",
@@ -241,7 +239,7 @@ def bars(series: Sequence[Series], title: str, label: str, percent: bool = True)
 
 
 def by_step(series: Sequence[Series], title: str, label: str = "mean Q") -> Figure:
-  """A mean at each step of a solution, 0 being the bare problem: figure 7."""
+  """A mean at each step of a solution; step 0 is the bare problem: figure 7."""
   with matplotlib.rc_context(figures.STYLE):
     figure = Figure(figsize=(4.3, 3.1), layout="constrained")
     axes = figure.subplots()
@@ -256,12 +254,12 @@ def by_step(series: Sequence[Series], title: str, label: str = "mean Q") -> Figu
 
 
 def distributions(samples: Sequence[tuple[str, Sequence[float]]], title: str, label: str) -> Figure:
-  """Histograms over one another, each with its mean: figure 3."""
+  """Overlaid histograms, each with its mean: figure 3."""
   with matplotlib.rc_context(figures.STYLE):
     figure = Figure(figsize=(4.3, 2.9), layout="constrained")
     axes = figure.subplots()
-    every = np.concatenate([values for _, values in samples])
-    edges = np.histogram_bin_edges(every, bins=40)
+    pooled = np.concatenate([values for _, values in samples])
+    edges = np.histogram_bin_edges(pooled, bins=40)
     for (name, values), color in zip(
       samples, (figures.BLUE, figures.ORANGE, figures.GREY), strict=False
     ):
@@ -282,18 +280,18 @@ def distributions(samples: Sequence[tuple[str, Sequence[float]]], title: str, la
 
 
 def as_csv(series: Sequence[Series], x: str) -> str:
-  """What a drawing shows, a row a point; `seeds` are the single seeds' values, blanks between."""
+  """The data of a plot, one row per point; `seeds` has the seeds' values, separated by spaces."""
   buffer = io.StringIO()
   writer = csv.writer(buffer, lineterminator="\n")
   writer.writerow(["series", x, "mean", "low", "high", "seeds"])
-  for one in series:
-    for i, place in enumerate(one.x):
-      dots = " ".join(f"{value:.5f}" for value in one.dots[i]) if one.dots else ""
+  for line in series:
+    for i, position in enumerate(line.x):
+      dots = " ".join(f"{value:.5f}" for value in line.dots[i]) if line.dots else ""
       writer.writerow(
         [
-          one.label,
-          f"{place:g}",
-          *(f"{part[i]:.5f}" for part in (one.mean, one.low, one.high)),
+          line.label,
+          f"{position:g}",
+          *(f"{part[i]:.5f}" for part in (line.mean, line.low, line.high)),
           dots,
         ]
       )

@@ -1,1 +1,1 @@
-"""Figure 8: what SFT memorises on star graphs, and what per-step DPO makes of it."""
+"""Figure 8: per-step DPO on star graphs, where SFT memorises."""

@@ -1,7 +1,6 @@
-"""Figure 8 from its cells: curves over seeds with their intervals, as JSON, CSV, SVG and PNG; and
-single graphs and cells.
+"""Figure 8 from its cells, as JSON, CSV, SVG and PNG; and plots of single graphs and cells.
 
-Intervals are 95 % ones of a mean over seeds, by Student's t.
+Curves are means over seeds with 95 % intervals by Student's t.
 """
 
 import csv
@@ -18,47 +17,38 @@ from matplotlib.ticker import MaxNLocator
 from synthneg_jax.core.statistics import mean_interval
 from synthneg_jax.report import figures
 
-_SHADES = (
-  "#9ecae9",
-  "#3b86c8",
-  "#1b4f87",
-  "#d9772b",
-  "#8f4513",
-  "#4b2a10",
-)  # checkpoints, the earliest first
+# Of checkpoints, in the order of their steps.
+_SHADES = ("#9ecae9", "#3b86c8", "#1b4f87", "#d9772b", "#8f4513", "#4b2a10")
 
 
 def _curve(cells: Sequence[dict]) -> dict:
-  """Every measure of these cells, one a seed: {"step": [...], "test/error": [[mean, low, high],
-  ...], ...}.
-  """
+  """Measures over seeds: {"step": [...], "test/error": [[mean, low, high], ...], ...}."""
   points_RP = [cell["curve"] for cell in cells]
-  found = {"step": [point["step"] for point in points_RP[0]]}
+  curve = {"step": [point["step"] for point in points_RP[0]]}
   for split in ("train", "test"):
     for name in points_RP[0][0][split]:
-      found[f"{split}/{name}"] = mean_interval(
+      curve[f"{split}/{name}"] = mean_interval(
         [[point[split][name] for point in points] for points in points_RP]
       )
   if "dpo_loss" in points_RP[0][0]:
-    found["dpo_loss"] = mean_interval(
+    curve["dpo_loss"] = mean_interval(
       [[point["dpo_loss"] for point in points] for points in points_RP]
     )
-  return found
+  return curve
 
 
 def collect(cells: Sequence[dict], degree: int) -> dict:
-  """What the figure shows.
+  """The data of the figure.
 
   Args:
-    cells: the base's, SFT's of every seed, DPO's of every seed and checkpoint. DPO of a checkpoint
-      that leaves a seed without pairs, since nothing was sampled wrong, ends where it began: its
-      curve goes on flat.
+    cells: the base, SFT of every seed, DPO of every seed and checkpoint. DPO without pairs, because
+      no wrong response was sampled, does not train: its curve is extended as constant.
     degree: arms of a graph; chance is 1 / degree.
 
   Returns:
     {"chance", "seeds", "base", "sft": curve, "dpo": {checkpoint: {"pairs", **curve}}, "gain":
-    {checkpoint: fall of the test error from the checkpoint to the end of DPO, paired by seed},
-    "seconds"}; [mean, low, high] wherever seeds are averaged.
+    {checkpoint: decrease of the test error by DPO, paired by seed}, "seconds"}; averages over seeds
+    are [mean, low, high].
   """
   base = next(cell for cell in cells if cell["cell"] == "base")
   sft = [cell for cell in cells if cell["cell"].startswith("sft_")]
@@ -68,10 +58,10 @@ def collect(cells: Sequence[dict], degree: int) -> dict:
     cell["curve"] += [
       {**cell["curve"][-1], "step": point["step"]} for point in longest[len(cell["curve"]) :]
     ]
-  of, gain = {}, {}
+  by_checkpoint, gain = {}, {}
   for checkpoint in sorted({cell["checkpoint"] for cell in dpo}):
     group = [cell for cell in dpo if cell["checkpoint"] == checkpoint]
-    of[str(checkpoint)] = {
+    by_checkpoint[str(checkpoint)] = {
       "pairs": mean_interval([cell["pairs"] for cell in group]),
       **_curve(group),
     }
@@ -82,7 +72,7 @@ def collect(cells: Sequence[dict], degree: int) -> dict:
     "seeds": len(sft),
     "base": base["test"],
     "sft": _curve(sft),
-    "dpo": of,
+    "dpo": by_checkpoint,
     "gain": gain,
     "seconds": round(sum(cell["seconds"] for cell in cells), 1),
   }
@@ -113,12 +103,11 @@ def _line(axes, x, values, *, color: str, label: str, dash: str = "-") -> None:
 
 
 def draw(result: dict, under: Sequence[int], over: Sequence[int]) -> Figure:
-  """Four panels: (a) SFT's and DPO's loss, and the critical token's Q; (b), (c) test error of DPO
-  from its checkpoints.
+  """Draws loss and critical token's Q of SFT and DPO (a), and DPO's test error (b, c).
 
   Args:
-    result: as `collect` gives it.
-    under, over: the checkpoints of (b) and of (c). (a) shows DPO from the last of `under`.
+    result: from `collect`.
+    under, over: checkpoints of (b) and (c); (a) shows DPO from the last of `under`.
   """
   with matplotlib.rc_context(figures.STYLE):
     figure = Figure(figsize=(7.0, 4.8), layout="constrained")
@@ -195,13 +184,13 @@ def draw_graph(
   policy_A: Sequence[float],
   q_A: Sequence[float] | None = None,
 ) -> Figure:
-  """One star graph, the right arm blue, with what a policy gives to the first node of each arm.
+  """Draws a star graph, with the right arm in blue, and a policy at the first node of each arm.
 
   Args:
     arm_AL: nodes of every arm from the centre to its leaf.
-    goal: the arm whose leaf is asked for.
+    goal: index of the right arm.
     policy_A: π(first node | prompt, centre) of each arm.
-    q_A: Q after it; None to leave it out.
+    q_A: Q after the first node; None to omit it.
   """
   with matplotlib.rc_context(figures.STYLE):
     figure = Figure(figsize=(5.4, 0.4 + 0.75 * len(arm_AL)), layout="constrained")
@@ -209,24 +198,26 @@ def draw_graph(
     middle, last = (len(arm_AL) - 1) / 2, len(arm_AL[0]) - 1
     for arm, nodes in enumerate(arm_AL):
       color, y = (figures.BLUE if arm == goal else figures.GREY), len(arm_AL) - 1 - arm
-      places = [(0, middle), *((x, y) for x in range(1, last + 1))]
-      for start, end in zip(places, places[1:], strict=False):
+      positions = [(0, middle), *((x, y) for x in range(1, last + 1))]
+      for start, end in zip(positions, positions[1:], strict=False):
         axes.annotate(
           "",
           end,
           start,
           arrowprops={"arrowstyle": "-|>", "color": color, "shrinkA": 11, "shrinkB": 11},
         )
-      for place, node in zip(places[1:], nodes[1:], strict=True):
+      for position, node in zip(positions[1:], nodes[1:], strict=True):
         axes.plot(
-          *place, "o", markersize=20, color="white", markeredgecolor=color, markeredgewidth=1.6
+          *position, "o", markersize=20, color="white", markeredgecolor=color, markeredgewidth=1.6
         )
-        axes.annotate(str(node), place, ha="center", va="center")
-      said = f"π = {policy_A[arm]:.2f}" + (f", Q = {q_A[arm]:.2f}" if q_A is not None else "")
-      axes.annotate(said, places[1], (0, 14), textcoords="offset points", ha="center", fontsize=8)
+        axes.annotate(str(node), position, ha="center", va="center")
+      text = f"π = {policy_A[arm]:.2f}" + (f", Q = {q_A[arm]:.2f}" if q_A is not None else "")
+      axes.annotate(
+        text, positions[1], (0, 14), textcoords="offset points", ha="center", fontsize=8
+      )
       if arm == goal:
         axes.annotate(
-          "goal", places[-1], (16, 0), textcoords="offset points", va="center", fontsize=8
+          "goal", positions[-1], (16, 0), textcoords="offset points", va="center", fontsize=8
         )
     axes.plot(0, middle, "o", markersize=20, color=figures.GREY)
     axes.annotate(str(arm_AL[0][0]), (0, middle), ha="center", va="center", color="white")
@@ -237,12 +228,11 @@ def draw_graph(
 
 
 def draw_cell(cell: dict, chance: float) -> Figure:
-  """One training of one seed: its loss, the probability of the right critical node, and the greedy
-  error on test problems.
+  """Draws one training run: loss, probability of the right critical node, and greedy test error.
 
   Args:
-    cell: of SFT or DPO, as the study leaves it.
-    chance: probability of the right critical node where some arm is walked.
+    cell: of SFT or DPO.
+    chance: probability of the right critical node for a random arm.
   """
   points = cell["curve"]
   steps = [point["step"] for point in points]
@@ -282,7 +272,7 @@ def draw_cell(cell: dict, chance: float) -> Figure:
 
 
 def write(result: dict, folder: epath.PathLike, under: Sequence[int], over: Sequence[int]) -> None:
-  """star_graph.json, star_graph.csv, star_graph.png and star_graph.svg."""
+  """Writes star_graph.json, .csv, .png and .svg."""
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "star_graph.json").write_text(json.dumps(result, indent=1) + "\n")

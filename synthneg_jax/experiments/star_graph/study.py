@@ -1,28 +1,27 @@
-"""Figure 8: does per-step DPO teach what SFT only memorises? The star graph (tasks/star_graph.py),
-every value exact.
+"""Figure 8: star graphs (tasks/star_graph.py), where per-step DPO learns what SFT memorises.
 
-One base model, which looks edges up and does not plan; the config's seed draws its first weights.
-For each of `star_graph.seeds` a training set; SFT on it, from the base, far beyond the point where
-it has memorised the set; and per-step DPO from SFT's checkpoints, on the same problems and no
-others. All three train with the project's train loop on packed token trees (training/).
+Training. The base model has learned to look up edges but not to plan; the config's seed initialises
+its weights. Each of `star_graph.seeds` training sets gets one SFT run from the base, far beyond
+memorisation, and per-step DPO from SFT's checkpoints on the same problems only. All use the
+project's train loop on packed token trees (training/).
 
-Pairs. A checkpoint is reference and start. From each training problem `sample.num_traces` responses
-are sampled; where the node after the centre, the critical token, is wrong, Q is 0 from there on,
-and it is the first pit. The pair has the shared-prefix form: the right rest of the path against the
-wrong node, after prompt and centre. Equal pairs count once. The critical node is drawn from its
-exact distribution, which is what a sampler does.
+Pairs. A checkpoint is both reference and initial policy. For each training problem
+`sample.num_traces` responses are sampled. If the node after the centre, the critical token, is
+wrong, Q is 0 from there on, and this node is the first pit. The pair has the shared-prefix form:
+after prompt and centre, the rest of the right path is chosen and the wrong node rejected. Duplicate
+pairs count once. Only the critical node is sampled, from its exact distribution.
 
-Values. A response is right if it is the path, so Q is 0 after a wrong critical node, and after the
-right one it is the probability of the rest of the path, by one forced pass: no rollouts, no
-sampling error. Reported means over problems: `critical`, the probability of the right critical
-node; `rest`, Q after it; `value`, their product, the mean Q of the critical token; `error`, of the
-greedy response; `legal`, the probability that the critical node is any neighbour of the centre. A
-model that walks some arm has critical = value = 1 / degree.
+Values. A response is right if it equals the path. So Q is 0 after a wrong critical node, and after
+the right one it is the probability of the rest of the path, computed exactly by one forced pass.
+Reported means over problems: `critical`, the probability of the right critical node; `rest`, Q
+after it; `value`, their product, the mean Q of the critical token; `error`, of the greedy response;
+`legal`, the probability that the critical node is a neighbour of the centre. A model that follows a
+random arm has critical = value = 1 / degree.
 
 Files. Each cell (the base; SFT of a seed; DPO of a seed and checkpoint) writes cells/NAME.json with
-the hash of the settings that it depends on, and is skipped when that file exists; weights are in
-weights/ and are made again when they are needed and missing; training/NAME/metrics.jsonl has every
-update. Batches and draws are functions of seed, checkpoint and step.
+a hash of the settings that it depends on, and is skipped if the file exists. Weights are in
+weights/ and are recomputed if needed and missing. training/NAME/metrics.jsonl has every update.
+Batches and draws are functions of seed, checkpoint and step.
 """
 
 import dataclasses
@@ -57,14 +56,14 @@ from synthneg_jax.training import loop, objectives
 from synthneg_jax.training.batch import Example, PairInTree
 from synthneg_jax.training.batches import Batches, Schedule
 
-_TRAIN, _TEST, _BASE, _DRAWS = 0, 1, 2, 4  # purposes of random generators
-_MEASURED = 1000  # training problems that are measured, at most; of test problems all
-_CALL = 1000  # problems in a forward pass
-_DRAWN_STEPS = 100  # steps of the base whose documents are drawn at once
+_TRAIN, _TEST, _BASE, _DRAWS = 0, 1, 2, 4  # seeds of random generators by purpose
+_MEASURED = 1000  # maximum training problems to measure; all test problems are measured
+_CALL = 1000  # problems per forward pass
+_DRAWN_STEPS = 100  # steps of pretraining whose documents are drawn at once
 
 
 def make_model(config) -> Model:
-  """The model of the config's section pretrain, over the nodes of its task."""
+  """The model of the config's section pretrain, with the task's nodes as vocabulary."""
   section = config.pretrain
   return Model(
     ModelConfig(
@@ -82,12 +81,12 @@ def make_model(config) -> Model:
 
 
 class Forced(NamedTuple):
-  """What a policy gives to the right paths of N graphs, by one forced pass.
+  """A policy's log-probs along the right paths of N graphs, from one forced pass.
 
   Attributes:
     logp_NS: log-probs of the path's nodes and EOS, nats.
-    greedy_NS: bool, whether greedy decoding takes each of them.
-    critical_NV: log-probs of all tokens at the critical place, nats.
+    greedy_NS: bool, whether each of them has the highest probability.
+    critical_NV: log-probs of all tokens at the critical position, nats.
   """
 
   logp_NS: np.ndarray
@@ -96,17 +95,14 @@ class Forced(NamedTuple):
 
 
 class CriticalValues(NamedTuple):
-  """π(a | prompt, centre) for the first node a of each arm, and Q after it: 0 except for the goal's
-  arm.
-  """
+  """π(a | prompt, centre) for the first node a of each arm, and Q after it (0 on wrong arms)."""
 
   policy_NA: np.ndarray
   q_NA: np.ndarray
 
 
 class CriticalPairs(NamedTuple):
-  """P pairs at the critical token: the right rest of the path is chosen, a wrong node rejected,
-  after prompt and centre.
+  """P pairs after prompt and centre: the rest of the path is chosen, a wrong node rejected.
 
   Attributes:
     problem_P: index of the graph.
@@ -122,7 +118,7 @@ class CriticalPairs(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "num_prompt"))
 def _forced(model: Model, params: Params, token_NT, *, num_prompt: int) -> Forced:
-  """`force` of one call's rows; each row is one trunk."""
+  """Computes `force` for the rows of one call; each row is a trunk."""
   row = tree_lib.pack([[Tree(np.zeros(token_NT.shape[1], int))]], token_NT.shape[1])
   trunks = jax.tree.map(lambda field: jnp.broadcast_to(field, token_NT.shape), row)
   h_NTD, _ = model.hidden(params, dataclasses.replace(trunks, token=token_NT))
@@ -133,11 +129,11 @@ def _forced(model: Model, params: Params, token_NT, *, num_prompt: int) -> Force
 
 
 def force(model: Model, params: Params, graphs: Graphs) -> Forced:
-  """One forced pass along the right paths."""
+  """Runs one forced pass along the right paths."""
   prompt_NC = star_graph.prompt_ids(graphs)
   token_NT = np.concatenate([prompt_NC, star_graph.solution_ids(graphs)], axis=1).astype(np.int32)
   count = len(token_NT)
-  if count > _CALL:  # whole calls, so that one compiled program serves
+  if count > _CALL:  # pad to whole calls, which share one compiled program
     token_NT = np.resize(token_NT, (-(-count // _CALL) * _CALL, token_NT.shape[1]))
   calls = [
     _forced(model, params, token_NT[at : at + _CALL], num_prompt=prompt_NC.shape[1])
@@ -147,7 +143,7 @@ def force(model: Model, params: Params, graphs: Graphs) -> Forced:
 
 
 def critical_values(model: Model, params: Params, graphs: Graphs) -> CriticalValues:
-  """What the policy gives to every neighbour of the centre, and what that is worth: exact."""
+  """The exact policy over the centre's neighbours, and Q after each."""
   return _values(graphs, force(model, params, graphs))
 
 
@@ -161,7 +157,7 @@ def _values(graphs: Graphs, forced: Forced) -> CriticalValues:
 
 
 def measure(model: Model, params: Params, graphs: Graphs) -> dict[str, float]:
-  """Means over problems, named as in the module docstring, and SFT's `loss` in nats per token."""
+  """Means over problems (module docstring), and SFT's `loss` in nats per token."""
   forced = force(model, params, graphs)
   policy_NA, q_NA = _values(graphs, forced)
   means = {
@@ -176,9 +172,7 @@ def measure(model: Model, params: Params, graphs: Graphs) -> dict[str, float]:
 
 
 def response_examples(prompt_NC: np.ndarray, response_NS: np.ndarray) -> list[Example]:
-  """Token trees for the next-token loss: a prompt with its response, all tokens of which are
-  scored.
-  """
+  """Token trees for the next-token loss: prompt and response; all response tokens are scored."""
   return [
     Example(Tree(prompt_C, (Branch(len(prompt_C), response_S),)))
     for prompt_C, response_S in zip(prompt_NC, response_NS, strict=True)
@@ -186,9 +180,7 @@ def response_examples(prompt_NC: np.ndarray, response_NS: np.ndarray) -> list[Ex
 
 
 def pair_examples(graphs: Graphs, pairs: CriticalPairs) -> list[Example]:
-  """Token trees for the preference loss: prompt and centre, off which the right rest and the wrong
-  node branch.
-  """
+  """Token trees for the preference loss: a trunk of prompt and centre, and two branches."""
   prompt_NC, path_NS = star_graph.prompt_ids(graphs), star_graph.solution_ids(graphs)
   examples = []
   for problem, wrong, ref_chosen, ref_rejected in zip(*pairs, strict=True):
@@ -215,16 +207,15 @@ class Study:
   """The cells of one config in one workdir."""
 
   def __init__(self, config, workdir: epath.PathLike):
-    """Computes nothing.
+    """Checks the config; computes nothing.
 
     Raises:
-      UserError: the task is not star_graph, its sizes make no star, or checkpoints lie beyond SFT's
+      UserError: the task is not star_graph, its sizes are invalid, or a checkpoint is after SFT's
         last step.
     """
     if config.task.name != "star_graph":
       raise UserError(
-        f"task.name={config.task.name!r}: figure 8 needs star_graph, as configs/star_graph.py has "
-        "it."
+        f"task.name={config.task.name!r}: figure 8 needs star_graph, as in configs/star_graph.py."
       )
     star_graph.check(config.task)
     marks = config.star_graph
@@ -236,11 +227,11 @@ class Study:
     ):
       raise UserError(
         f"star_graph.under_trained={marks.under_trained} and "
-        f"star_graph.over_trained={marks.over_trained} must name steps of "
-        f"SFT, none above sft.max_steps={config.sft.max_steps}."
+        f"star_graph.over_trained={marks.over_trained} must be "
+        f"non-empty SFT steps up to sft.max_steps={config.sft.max_steps}."
       )
     if config.star_graph.seeds < 2:
-      raise UserError("star_graph.seeds must be 2 at least: intervals are over seeds.")
+      raise UserError("star_graph.seeds must be at least 2: intervals are over seeds.")
     self.config, self.folder, self.model = config, epath.Path(workdir), make_model(config)
     self.mesh = Experiment.open(config, workdir).mesh
     self.test = self._draw(config.task.test_problems, _TEST, 0)
@@ -260,41 +251,39 @@ class Study:
     return self._draw(self.config.task.train_problems, _TRAIN, seed)
 
   def has(self, *cell) -> bool:
-    """Whether a cell's file is there: of "base", of "sft" and a seed, of "dpo", a seed and a
-    checkpoint.
-    """
+    """Whether a cell's file exists: ("base",), ("sft", seed) or ("dpo", seed, checkpoint)."""
     return (self.folder / "cells" / f"{'_'.join(map(str, cell))}.json").exists()
 
   def _cell(self, name: str, sections: Sequence[str], make: Callable[[], dict]) -> dict:
-    """The cell's JSON: from the disk if it is of these settings, else made."""
+    """The cell's JSON, read from disk or computed."""
     leaves = config_schema.plain(self.config, ("seed", "task", *sections))
     defaults = config_schema.plain(config_schema.default(), ("seed", "task", *sections))
-    # Defaults are left out: a leaf that a later version adds leaves published cells valid.
-    plain = {
+    # Defaults are excluded: published cells stay valid when a later version adds a leaf.
+    changed = {
       leaf: value
       for leaf, value in leaves.items()
       if config_schema.changes_results(leaf) and value != defaults[leaf]
     }
-    key = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
     path = self.folder / "cells" / f"{name}.json"
     if path.exists():
-      found = json.loads(path.read_text())
-      if found["config_hash"] != key:
-        raise UserError(f"{path} is of other settings; take another --workdir, or remove it.")
-      return found
-    begin = time.monotonic()
-    made = {"cell": name, "config_hash": key, **make()}
-    made["seconds"] = round(time.monotonic() - begin, 1)
+      cell = json.loads(path.read_text())
+      if cell["config_hash"] != key:
+        raise UserError(f"{path} has other settings; use another --workdir, or delete it.")
+      return cell
+    start = time.monotonic()
+    cell = {"cell": name, "config_hash": key, **make()}
+    cell["seconds"] = round(time.monotonic() - start, 1)
     with writing(path):
       path.parent.mkdir(parents=True, exist_ok=True)
       temporary = path.parent / f"{path.name}.tmp"
-      temporary.write_text(json.dumps(made, indent=1) + "\n")
+      temporary.write_text(json.dumps(cell, indent=1) + "\n")
       temporary.replace(path)
-    logging.info("%s: %.0f s.", name, made["seconds"])
-    return made
+    logging.info("%s: %.0f s.", name, cell["seconds"])
+    return cell
 
-  def _keep(self, name: str, params: Params) -> None:
-    """Writes weights, layers stacked."""
+  def _save(self, name: str, params: Params) -> None:
+    """Writes weights with stacked layers."""
     path = self.folder / "weights" / f"{name}.npz"
     with writing(path):
       path.parent.mkdir(parents=True, exist_ok=True)
@@ -304,31 +293,31 @@ class Study:
       temporary.replace(path)
 
   def weights(self, cell: str):
-    """Parameters that a finished cell has left: of "base", or of SFT, "sft_SEED_CHECKPOINT".
+    """The parameters of a finished cell: "base", or "sft_SEED_CHECKPOINT" for SFT.
 
     Raises:
-      UserError: the cell has not been made, or its weights were removed.
+      UserError: the cell is not finished, or its weights were removed.
     """
-    found = self._kept(cell)
-    if found is None:
+    params = self._saved(cell)
+    if params is None:
       raise UserError(
-        f"{self.folder / 'weights' / f'{cell}.npz'} is not there: make the cell first."
+        f"{self.folder / 'weights' / f'{cell}.npz'} does not exist: run the cell first."
       )
-    return found
+    return params
 
-  def _kept(self, name: str):
-    """Weights that a cell left, on the device; None where they are not there."""
+  def _saved(self, name: str):
+    """The saved weights of a cell, on the device, or None."""
     path = self.folder / "weights" / f"{name}.npz"
     if not path.exists():
       return None
-    with path.open("rb") as file, np.load(file) as found:
-      leaves = [jnp.asarray(found[key]) for key in found.files]
+    with path.open("rb") as file, np.load(file) as arrays:
+      leaves = [jnp.asarray(arrays[key]) for key in arrays.files]
     return jax.tree.unflatten(jax.tree.structure(self.model.abstract_params()), leaves)
 
   def _batches(
     self, section, examples: Sequence[Example], *, num_steps: int, seed: int | None
   ) -> Batches:
-    """The first `num_steps` batches of passes over the examples; without a seed in their order."""
+    """The first `num_steps` batches over the examples; without a seed, in the given order."""
     return Batches(
       examples,
       [str(number) for number in range(len(examples))],
@@ -348,9 +337,7 @@ class Study:
   def _fit(
     self, name: str, params: Params, *, section, objective, batches: Batches, after_step=None
   ) -> Params:
-    """Trains with the project's loop; a cell that is stopped starts over, so no checkpoints are
-    written.
-    """
+    """Trains with the project's loop, without checkpoints: an interrupted cell starts over."""
     run = loop.Run(
       name=name,
       section=section,
@@ -368,7 +355,7 @@ class Study:
     return self.folder / "training" / name
 
   def base(self) -> dict:
-    """Pretrains the base: tours first, then walks."""
+    """Pretrains the base model on tours, then walks."""
     return self._cell("base", ("pretrain",), self._make_base)
 
   def _make_base(self) -> dict:
@@ -378,16 +365,14 @@ class Study:
     objective = objectives.make_sft(self.model, section.logit_chunk)
     start = jax.jit(self.model.init)(jax.random.key(self.config.seed))
     params = self._fit("base", start, section=section, objective=objective, batches=batches)
-    self._keep("base", params)
+    self._save("base", params)
     return {
       "parameters": self.model.config.num_params,
       "test": measure(self.model, params, self.test),
     }
 
   def _documents(self, num_steps: int) -> list[Example]:
-    """What the base reads, in order: tours for the first `random_step_fraction` of the steps, then
-    walks.
-    """
+    """The pretraining documents: tours for `random_step_fraction` of the steps, then walks."""
     section, rng = self.config.pretrain, np.random.default_rng([_BASE, 0])
     num_tour_steps = round(num_steps * section.random_step_fraction)
     examples = []
@@ -401,7 +386,7 @@ class Study:
     return examples
 
   def sft(self, seed: int) -> dict:
-    """SFT of one seed, far beyond memorisation, measured every `star_graph.every_steps` steps."""
+    """SFT of one seed, measured every `star_graph.every_steps` steps."""
     self.base()
     return self._cell(
       f"sft_{seed}", ("pretrain", "sft", "star_graph"), functools.partial(self._make_sft, seed)
@@ -411,28 +396,33 @@ class Study:
     section, graphs = self.config.sft, self.train_set(seed)
     examples = response_examples(star_graph.prompt_ids(graphs), star_graph.solution_ids(graphs))
     batches = self._batches(section, examples, num_steps=section.max_steps, seed=seed)
-    params = self._kept("base")
+    params = self._saved("base")
     if params is None:
       self._make_base()
-      params = self._kept("base")
+      params = self._saved("base")
     curve = []
     measured = {*self._measured_steps(section.max_steps), *self.checkpoints}
 
-    def look(step: int, params: Params) -> None:
+    def record(step: int, params: Params) -> None:
       if step in measured:
         curve.append(self._point(step, params, graphs))
       if step in self.checkpoints:
-        self._keep(f"sft_{seed}_{step}", params)
+        self._save(f"sft_{seed}_{step}", params)
 
-    look(0, params)
+    record(0, params)
     objective = objectives.make_sft(self.model, section.logit_chunk)
     self._fit(
-      f"sft_{seed}", params, section=section, objective=objective, batches=batches, after_step=look
+      f"sft_{seed}",
+      params,
+      section=section,
+      objective=objective,
+      batches=batches,
+      after_step=record,
     )
     return {"seed": seed, "curve": curve}
 
   def _measured_steps(self, num_steps: int) -> list[int]:
-    """Every `star_graph.every_steps`-th step from 0 on, and the last."""
+    """Every `star_graph.every_steps`-th step from 0, and the last step."""
     return sorted({*range(0, num_steps, self.config.star_graph.every_steps), num_steps})
 
   def _point(self, step: int, params: Params, graphs: Graphs) -> dict:
@@ -447,9 +437,7 @@ class Study:
     return self._cell(f"dpo_{seed}_{checkpoint}", sections, make)
 
   def pairs(self, params: Params, graphs: Graphs, rng: np.random.Generator) -> CriticalPairs:
-    """The pairs that `sample.num_traces` responses of the policy to each graph give; equal ones
-    count once.
-    """
+    """The distinct pairs from `sample.num_traces` responses of the policy to each graph."""
     section = self.config.sample
     forced = force(self.model, params, graphs)
     scaled_NV = forced.critical_NV - forced.critical_NV.max(axis=1, keepdims=True)
@@ -468,10 +456,10 @@ class Study:
 
   def _make_dpo(self, seed: int, checkpoint: int) -> dict:
     name, section, graphs = f"dpo_{seed}_{checkpoint}", self.config.dpo, self.train_set(seed)
-    params = self._kept(f"sft_{seed}_{checkpoint}")
+    params = self._saved(f"sft_{seed}_{checkpoint}")
     if params is None:
       self._make_sft(seed)
-      params = self._kept(f"sft_{seed}_{checkpoint}")
+      params = self._saved(f"sft_{seed}_{checkpoint}")
     pairs = self.pairs(params, graphs, np.random.default_rng([_DRAWS, seed, checkpoint]))
     curve = [{**self._point(0, params, graphs), "dpo_loss": round(math.log(2), 5)}]
     cell = {"seed": seed, "checkpoint": checkpoint, "pairs": len(pairs.problem_P), "curve": curve}
@@ -482,12 +470,14 @@ class Study:
     )
     measured = self._measured_steps(section.max_steps)
 
-    def look(step: int, params: Params) -> None:
+    def record(step: int, params: Params) -> None:
       if step in measured:
         curve.append(self._point(step, params, graphs))
 
     objective = dpo_objective(self.model, section)
-    self._fit(name, params, section=section, objective=objective, batches=batches, after_step=look)
+    self._fit(
+      name, params, section=section, objective=objective, batches=batches, after_step=record
+    )
     metrics = (self._training_folder(name) / "metrics.jsonl").read_text().splitlines()
     loss_T = [json.loads(line)["loss/per_pair"] for line in metrics]
     for before, point in zip(curve, curve[1:], strict=False):
@@ -496,17 +486,17 @@ class Study:
 
 
 def run(config, workdir: epath.PathLike) -> dict:
-  """All cells that are missing, then report/: star_graph.json, .csv, .png and .svg.
+  """Makes the missing cells, then report/star_graph.json, .csv, .png and .svg.
 
-  Machines may share a workdir: the base is made by one, and each seed by whoever holds its folder
-  in claims/.
+  Machines may share a workdir: one makes the base, and each seed is made by the process that locks
+  its folder in claims/.
 
   Returns:
-    What star_graph.json holds (experiments/star_graph/plots.py); empty where others still work on
-    cells.
+    The content of star_graph.json (experiments/star_graph/plots.py); empty if other processes still
+    work on cells.
 
   Raises:
-    UserError: another process makes the base, or whatever a cell refuses.
+    UserError: another process is making the base, or a cell fails.
   """
   study = Study(config, workdir)
   marks, claims = config.star_graph, study.folder / "claims"
@@ -516,23 +506,23 @@ def run(config, workdir: epath.PathLike) -> dict:
   if not study.has("base"):
     with workdir_lock.hold(claims / "base"):
       study.base()
-  begin, made = time.monotonic(), 0
+  start, finished = time.monotonic(), 0
   for seed in seeds:
     missing = [cell for cell in todo[1:] if cell[1] == seed and not study.has(*cell)]
     if not missing:
       continue
     with workdir_lock.claim(claims / f"seed_{seed}") as holder:
       if holder:
-        logging.info("Seed %d is passed over; it is held by %s.", seed, holder)
+        logging.info("Skipping seed %d, which is held by %s.", seed, holder)
         continue
       for kind, *args in missing:
         getattr(study, kind)(*args)
-        made += 1
+        finished += 1
         rest = sum(not study.has(*cell) for cell in todo)
-        left = (time.monotonic() - begin) / made * rest
+        left = (time.monotonic() - start) / finished * rest
         logging.info("%d of %d cells; about %.0f min left.", len(todo) - rest, len(todo), left / 60)
   if not all(study.has(*cell) for cell in todo):
-    logging.warning("Not all cells are there; other processes still work on them.")
+    logging.warning("Some cells are missing; other processes still work on them.")
     return {}
   cells = [getattr(study, kind)(*args) for kind, *args in todo]
   result = plots.collect(cells, config.task.star_graph.degree)

@@ -1,4 +1,4 @@
-"""Cells of a study: what a grid's rows mean, when a cell's file counts, and who may work where."""
+"""Cells of a study: rows of a grid, validity of a cell's file, and locking."""
 
 import json
 import pathlib
@@ -89,7 +89,7 @@ class GridTest(parameterized.TestCase):
       (),
       "study.grid: row 1: overrides must be a dict",
     ),
-    ((((20,), ("stf",), {}),), (), "study.grid: row 1 names the method 'stf'; known are sft"),
+    ((((20,), ("stf",), {}),), (), "study.grid: row 1 names the method 'stf'; must be one of sft"),
     (
       (((20,), ("rft",), {"dpo.beta": 1}),),
       (),
@@ -100,22 +100,22 @@ class GridTest(parameterized.TestCase):
     (
       (((20,), ("sft",), {"sft.num_epoch": 1}),),
       (),
-      "row 1: .*no leaf 'sft.num_epoch'; did you mean sft.num_epochs",
+      "row 1: .*unknown config leaf 'sft.num_epoch'; did you mean sft.num_epochs",
     ),
     (
       (((20,), ("sft",), {"sft.num_epochs": "1"}),),
       (),
-      "sft.num_epochs takes values of type int, and '1' is not one",
+      "sft.num_epochs must be of type int, not '1'",
     ),
     (
       (((20,), ("sft",), {"sft.num_epochs": True}),),
       (),
-      "sft.num_epochs takes values of type int, and True is not one",
+      "sft.num_epochs must be of type int, not True",
     ),
     (
       (((20,), ("rft",), {"rft.with_teacher": 1}),),
       (),
-      "rft.with_teacher takes values of type bool, and 1 is not one",
+      "rft.with_teacher must be of type bool, not 1",
     ),
     ((((20,), ("rft",), {"rft.start": "top"}),), (), "rft.start='top' must be one of base, sft"),
     (
@@ -261,7 +261,7 @@ class GridTest(parameterized.TestCase):
       grid.load(root, c, cell)
     for text in ("{", "[]", "{}"):
       (root / "sft_20_1.json").write_text(text)
-      with self.assertRaisesRegex(UserError, "sft_20_1.json is no cell of a study"):
+      with self.assertRaisesRegex(UserError, "sft_20_1.json is not a cell of a study"):
         grid.load(root, c, cell)
 
 

@@ -1,6 +1,4 @@
-"""The study of the open questions at toy size: cells, figures, what methods with credit of their
-own share.
-"""
+"""The study of open questions at toy size: cells, figures, stages shared by methods."""
 
 import contextlib
 import csv

@@ -1,6 +1,4 @@
-"""The study of stories at toy size: its cells, its figures, and estimated pits against the true
-ones.
-"""
+"""The study of stories at toy size: cells, figures, and estimated against true pits."""
 
 import contextlib
 import csv

@@ -1,4 +1,4 @@
-"""A study: what is told from cells (against closed forms), and the whole of it at toy size."""
+"""A study: results from cells against closed forms, and a complete study at toy size."""
 
 import contextlib
 import csv
@@ -33,7 +33,7 @@ FOLDER = TWICE.replace(",", "-")
 
 
 def point(size: int, error: float, seeds=(1, 2), problems: int = 1000) -> study.Point:
-  """A method that gets the first problems wrong, with every seed."""
+  """A method that answers the first problems wrong, with every seed."""
   wrong_SN = np.tile(np.arange(problems) < round(error * problems), (len(seeds), 1))
   return study.Point(size, tuple(seeds), wrong_SN, error, error, error)
 
@@ -81,7 +81,7 @@ class ToldTest(absltest.TestCase):
     cells = grid.read(study_arithmetic.get_config("toy"))
     rest = [cell for cell in cells if cell.method.kind == "sft"]
     self.assertEqual(sum(cell.size for cell in rest), 160)
-    self.assertEqual(study._time_left(cells, {"sft": [(32, 64.0)]}, rest), ", about 6 min left")
+    self.assertEqual(study._time_left({"sft": [(32, 64.0)]}, rest), ", about 6 min left")
 
 
 class MajorityTest(absltest.TestCase):
@@ -100,7 +100,7 @@ class MajorityTest(absltest.TestCase):
 
 
 class ToyTest(absltest.TestCase):
-  """The whole of a study, with one seed."""
+  """A complete study with one seed."""
 
   @classmethod
   def setUpClass(cls):
@@ -230,7 +230,7 @@ class ToyTest(absltest.TestCase):
     with workdir_lock.claim(other / "runs/32_1"), self.assertLogs(level="INFO") as logs:
       self.assertFalse(study.make(self.config, other, self.cells))
     self.assertRegex(
-      "\n".join(logs.output), f"32_1 is passed over; it is held by process {os.getpid()} on"
+      "\n".join(logs.output), f"skipping 32_1, which is held by process {os.getpid()} on"
     )
     self.assertFalse((other / "cells/sft_32_1.json").exists())
     self.assertTrue((other / "cells/sft_48_1.json").exists())
@@ -244,7 +244,7 @@ class ToyTest(absltest.TestCase):
         figure, FIGURE_7=("sft", "step_dpo"), HELD_OUT=6, ROLLOUTS=2, LEAST_RESPONSES=1
       )
     )
-    of = figure.data(self.config, self.workdir)
+    of = figure.load(self.config, self.workdir)
     self.enter_context(absltest.mock.patch.object(figure, "SAMPLES", 4))
     for name in ("1", "2a", "5a", "3", "7", "7_critical", "samples", "compute"):
       svg, png, table = figure.write(of, name)
@@ -266,7 +266,7 @@ class ToyTest(absltest.TestCase):
         self.assertEqual(any_, sorted(any_, reverse=True))
       if name == "5a":
         told = {(row["series"], row["problems"]): float(row["mean"]) for row in rows}
-        self.assertAlmostEqual(told["per-step DPO", "32"], of.found["step_dpo"][0].mean, places=4)
+        self.assertAlmostEqual(told["per-step DPO", "32"], of.results["step_dpo"][0].mean, places=4)
     kept = sorted(path.name for path in (self.workdir / "measures").iterdir())
     compute = [
       "compute-rft_32_1.json",

@@ -1,6 +1,4 @@
-"""Figure 8's study: exact values against enumeration, pairs and losses against the token tree, and
-all cells end to end.
-"""
+"""Figure 8's study: values against enumeration, pairs and losses against the token tree, cells."""
 
 import functools
 import itertools
@@ -39,9 +37,7 @@ def config(**changes):
 
 @functools.cache
 def study():
-  """A study of graphs so small that every completion can be enumerated, with a model of random
-  weights.
-  """
+  """A study of graphs small enough to enumerate all completions, with random weights."""
   small = config(
     **{
       "task.star_graph.degree": 2,
@@ -55,9 +51,7 @@ def study():
 
 
 def by_tree(model, params, trees: list[Tree]) -> np.ndarray:
-  """Summed log-probs of the branches of trees that have as many each, by the token tree: [trees,
-  branches].
-  """
+  """Summed log-probs [trees, branches] by the token tree, for equal numbers of branches."""
   examples = [Example(tree) for tree in trees]
   batch = batch_lib.build(
     examples, batch_lib.measure(examples, max(tree.num_tokens for tree in trees))
@@ -156,7 +150,7 @@ class ValuesTest(absltest.TestCase):
 
 
 def loss_of(made, params, examples, nll_weight: float) -> float:
-  """The study's DPO objective with beta 0.5 of pairs packed into one batch."""
+  """The study's DPO objective with beta 0.5 for pairs packed into one batch."""
   section = config(**{"dpo.beta": 0.5, "dpo.nll_weight": nll_weight}).dpo
   batch = batch_lib.build(examples, batch_lib.measure(examples, section.row_length))
   objective = star_graph_study.dpo_objective(made.model, section)
@@ -164,7 +158,7 @@ def loss_of(made, params, examples, nll_weight: float) -> float:
 
 
 class StudyTest(absltest.TestCase):
-  """All cells at toy size, made once; what each training read is kept."""
+  """All cells at toy size, made once; records the examples of each training run."""
 
   @classmethod
   def setUpClass(cls):
@@ -224,7 +218,7 @@ class StudyTest(absltest.TestCase):
     with workdir_lock.claim(folder / "claims/seed_0"), self.assertLogs(level="INFO") as logs:
       self.assertEqual(star_graph_study.run(self.config, folder), {})
     self.assertRegex(
-      "\n".join(logs.output), f"Seed 0 is passed over; it is held by process {os.getpid()} on"
+      "\n".join(logs.output), f"Skipping seed 0, which is held by process {os.getpid()} on"
     )
     self.assertFalse((folder / "report").exists())
     self.assertEqual(
