@@ -84,12 +84,15 @@ class BucketTest(absltest.TestCase):
     for step in range(3):
       file.write(step, scalars={"loss": step / 2})
     file.keep()
-    events = lambda: [
-      (event.step, event.summary.value[0].simple_value)
-      for path in sorted(folder.glob("events.out.tfevents.*"))
-      for event in event_files.read(path)
-      if event.HasField("summary")
-    ]
+
+    def events():
+      return [
+        (event.step, event.summary.value[0].simple_value)
+        for path in sorted(folder.glob("events.out.tfevents.*"))
+        for event in event_files.read(path)
+        if event.HasField("summary")
+      ]
+
     self.assertEqual(events(), [(0, 0.0), (1, 0.5), (2, 1.0)])
     again = event_files.EventFile(folder, 2)
     again.write(2, scalars={"loss": 9.0})

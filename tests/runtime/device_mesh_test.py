@@ -145,9 +145,9 @@ class CheckTest(absltest.TestCase):
   def test_models(self):
     # Fails if a tree's arrays are not all looked at, if heads that do not divide while their widths
     # do pass (the cache could not be split), or if a model that fits is refused.
-    toy_mesh = lambda fsdp, tensor: device_mesh.make_mesh(
-      1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor]
-    )
+    def toy_mesh(fsdp, tensor):
+      return device_mesh.make_mesh(1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor])
+
     param_shardings(tiny_model.model(vocab_size=32), toy_mesh(8, 1))
     param_shardings(tiny_model.model(vocab_size=32), toy_mesh(4, 2))
     for model, mesh, sentence in (

@@ -148,7 +148,7 @@ class ProcessesTest(MembersTestCase):
     for index, (status, _, line) in enumerate(self.ends(made, timeout_s=seconds + 32)):
       self.assertEqual(status, 0, line)
       if index:
-        self.assertIn("Waiting for process 0 of 3 since", line)
+        self.assertIn("Waiting for process 0 of 3 for", line)
 
   def test_a_difference_ends_all_before_any_work(self):
     # Fails if processes with different settings work together, or if the message does not name the

@@ -47,7 +47,10 @@ MESHES = (  # data, fsdp, tensor, slices
 
 def make_examples() -> list[Example]:
   rng = np.random.default_rng(0)
-  ids = lambda size: rng.integers(4, 32, size).tolist()
+
+  def ids(size):
+    return rng.integers(4, 32, size).tolist()
+
   examples = []
   for number in range(7):  # one of the eight rows stays empty
     branches = tuple(

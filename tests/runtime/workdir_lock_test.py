@@ -87,9 +87,10 @@ class HoldTest(parameterized.TestCase):
     # Fails if a command that writes records runs beside another run, or one that only draws is
     # refused.
     folder, calls = workdir(), []
-    do = lambda: stages.run(
-      arithmetic.get_config("smoke"), str(folder), [name], {name: calls.append}
-    )
+
+    def do():
+      return stages.run(arithmetic.get_config("smoke"), str(folder), [name], {name: calls.append})
+
     with workdir_lock.hold(folder):
       if name in ("report", "traces"):
         do()
@@ -120,7 +121,9 @@ class LeaseTest(absltest.TestCase):
     self.enter_context(absltest.mock.patch.object(threading.Thread, "start"))  # renewed by hand
 
   def lease(self, store=None) -> workdir_lock.Lease:
-    end = lambda *what: self.ends.append(what)
+    def end(*what):
+      return self.ends.append(what)
+
     return workdir_lock.Lease(store or self.store, end, lambda: self.clock.now, self.clock.sleep)
 
   def test_a_lease_that_is_renewed_is_held(self):

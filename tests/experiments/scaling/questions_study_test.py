@@ -94,9 +94,11 @@ class QuestionsStudyTest(absltest.TestCase):
 
   def test_rounds_go_on_from_one_another(self):
     # Fails if the third round starts from another policy than the second's.
-    identity = lambda stage: json.loads(
-      (self.run_folder / stage / "policy/fingerprint.json").read_text()
-    )["fingerprint"]
+    def identity(stage):
+      return json.loads((self.run_folder / stage / "policy/fingerprint.json").read_text())[
+        "fingerprint"
+      ]
+
     self.assertEqual(
       identity("after_step_dpo_twice/sft"), identity("after_step_dpo/dpo/step_dpo_twice")
     )

@@ -88,9 +88,9 @@ class MajorityTest(absltest.TestCase):
   def test_most_frequent_answers_by_hand(self):
     # Fails if ties go to the later answer, answers that are missing are counted, or groups of k
     # overlap.
-    trace = lambda answer, gold: Trace(
-      "", "", 0, [], [], "", answer == gold, "", answer, "eos", [], [], ""
-    )
+    def trace(answer, gold):
+      return Trace("", "", 0, [], [], "", answer == gold, "", answer, "eos", [], [], "")
+
     group = [trace(answer, "7") for answer in ("7", "8", None, None, "8", "7", "8", "7")]
     # k = 1: three right of eight; k = 2: (7 8) right, nothing, (8 7) wrong, (8 7) wrong; k = 4: (7
     # 8) right, (8 7 8 7) wrong.
@@ -139,9 +139,12 @@ class ToyTest(absltest.TestCase):
     # Fails if round two samples from π_sft again, starts from it, or is made where round one's
     # folder is.
     experiment = self.workdir / "runs" / "32_1"
-    weights = lambda name: json.loads(
-      (experiment / name / "policy" / "fingerprint.json").read_text()
-    )["fingerprint"]
+
+    def weights(name):
+      return json.loads((experiment / name / "policy" / "fingerprint.json").read_text())[
+        "fingerprint"
+      ]
+
     samples = list(Shards(experiment / "after_step_dpo" / "sample" / "traces", Trace).read())
     self.assertEqual({trace.policy for trace in samples}, {weights("dpo/step_dpo")})
     self.assertEqual(weights("after_step_dpo/sft"), weights("dpo/step_dpo"))
