@@ -169,7 +169,7 @@ class Shards:
   def clear(self) -> None:
     """Deletes all shards. Every process must call it; all shards are gone when it returns."""
     distributed.barrier()  # a process may still be reading
-    if distributed.first():
+    if distributed.is_primary():
       for path in self.files():
         path.unlink()
     distributed.barrier()

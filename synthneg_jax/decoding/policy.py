@@ -86,7 +86,7 @@ class Policy:
     if not has_folder[0]:
       hint = "; create it with `synthneg get-smollm2`" if "smollm2" in folder.name else ""
       raise UserError(f"The model folder {folder} does not exist{hint}.")
-    kind = distributed.agree(_kind(folder) if distributed.first() else None)
+    kind = distributed.broadcast(_kind(folder) if distributed.is_primary() else None)
     is_sent = not all(has_folder)
     if is_sent and kind in ("adapted", "params"):
       raise UserError(
@@ -110,9 +110,9 @@ class Policy:
     )
     if kind == "tensors":
       is_tied = None
-      if distributed.first():
+      if distributed.is_primary():
         is_tied = huggingface.untie_other_head(folder, described).tie_embeddings
-      described = dataclasses.replace(described, tie_embeddings=distributed.agree(is_tied))
+      described = dataclasses.replace(described, tie_embeddings=distributed.broadcast(is_tied))
     model = Model(described)
     _check_rope_scaling(folder, model, config.max_length)
     tokenizer, eos_ids = _tokenizer_and_eos(folder, model.config.vocab_size)
@@ -136,7 +136,7 @@ class Policy:
   @classmethod
   def _load_peft(cls, folder: epath.Path, config, mesh: Mesh) -> "Policy":
     """Loads a PEFT adapter and its base; the adapter's tokenizer, if any, takes precedence."""
-    base = distributed.agree(os.fspath(_peft_base(folder)) if distributed.first() else "")
+    base = distributed.broadcast(os.fspath(_peft_base(folder)) if distributed.is_primary() else "")
     policy = cls.load(base, config, mesh)
     adapter, params = adapter_lib.load_peft(folder, policy.model)
     params = jax.device_put(params, param_shardings(adapter, mesh))
@@ -197,7 +197,7 @@ class Policy:
     with writing(folder):
       folder.mkdir(parents=True, exist_ok=True)
       checkpoints.save_params(folder, params)
-      if distributed.first():
+      if distributed.is_primary():
         _copy_about(self.about, folder)
         huggingface.set_tie(folder, self.model.config.tie_embeddings)
         if adapter is not None:
@@ -310,7 +310,7 @@ def resolve(path: str, *, weights: bool = True) -> epath.Path:
 
 def resolve_for_all(path: str) -> epath.Path:
   """`resolve` in process 0, broadcast to all; the folder need not exist in other processes."""
-  return epath.Path(distributed.agree(os.fspath(resolve(path)) if distributed.first() else ""))
+  return epath.Path(distributed.broadcast(os.fspath(resolve(path)) if distributed.is_primary() else ""))
 
 
 def _kind(folder: epath.Path) -> str:
@@ -337,15 +337,15 @@ def _received_folder(folder: epath.Path) -> epath.Path:
   Returns `folder` in process 0, a local copy in the others.
   """
   names = [*hf_tokenizers.CONFIG_FILES, *_PEFT_FILES, *hf_tokenizers.files(folder)]
-  names = distributed.agree([name for name in names if (folder / name).exists()])
-  copy = folder if distributed.first() else epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
+  names = distributed.broadcast([name for name in names if (folder / name).exists()])
+  copy = folder if distributed.is_primary() else epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
   for name in names:
     (copy / name).parent.mkdir(parents=True, exist_ok=True)
-    with (copy / name).open("rb" if distributed.first() else "wb") as file:
-      while message := distributed.agree(
-        base64.b64encode(file.read(_MESSAGE_BYTES)).decode() if distributed.first() else None
+    with (copy / name).open("rb" if distributed.is_primary() else "wb") as file:
+      while message := distributed.broadcast(
+        base64.b64encode(file.read(_MESSAGE_BYTES)).decode() if distributed.is_primary() else None
       ):
-        if not distributed.first():
+        if not distributed.is_primary():
           file.write(base64.b64decode(message))
   return copy
 

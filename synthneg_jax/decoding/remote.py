@@ -13,7 +13,7 @@ from absl import logging
 
 from synthneg_jax.decoding.engine import Generation, Trunk
 from synthneg_jax.decoding.sampling import Sampling
-from synthneg_jax.teacher.endpoint import Broken, Endpoint, Refused, check_finish
+from synthneg_jax.teacher.endpoint import IncompleteResponse, Endpoint, Refused, check_finish
 
 _TOKEN_ID = re.compile(r"token_id:(\d+)")  # vLLM's --return-tokens-as-token-ids
 
@@ -136,10 +136,10 @@ class RemoteEngine:
         choice = response.parse().choices[0]
         check_finish(choice.finish_reason, choice.text)
         return response.headers, self._generation(choice)
-      except Broken:
+      except IncompleteResponse:
         raise
       except Exception as error:  # not a completion, or one the parser rejects
-        raise Broken(f"no completion ({error})", response.text[:2000]) from error
+        raise IncompleteResponse(f"no completion ({error})", response.text[:2000]) from error
 
     return self._endpoint.call(send)[1]
 

@@ -120,7 +120,7 @@ def load_params(
   """
   locations, abstract = hf_configs.tensor_locations(model.config), model.abstract_params()
   tensors = {}
-  if distributed.first() or not is_sent:
+  if distributed.is_primary() or not is_sent:
     tensors = _checked_tensors(epath.Path(folder), model, locations)
 
   def load(key_path, leaf, sharding):

@@ -193,7 +193,7 @@ class _Sampler(NamedTuple):
         prefixes = [prefix for prefix, _ in branches[index]]
         trace = prefixes[0].trace
         rollouts = [_UNSEEN] * len(generations)
-        if distributed.mine(number[trace.problem_id]):
+        if distributed.owns(number[trace.problem_id]):
           rollouts = self.graded(prefixes, generations, self.problems[trace.problem_id])
           verdicts.append([index, [rollout.correct for rollout in rollouts]])
         for prefix, rollout in zip(prefixes, rollouts, strict=True):
@@ -290,7 +290,7 @@ def _credit(
     unique = {prefix.key: prefix for trace in traces for prefix in prefixes[trace.id]}
     spent += sum(len(prefix.samples) for prefix in unique.values())
     complete = not _requests(experiment, {trace.id: prefixes[trace.id] for trace in traces})
-    if distributed.mine(number) and complete:
+    if distributed.owns(number) and complete:
       written += traces
   shards.write(record for trace in written for record in _estimates(trace, prefixes[trace.id]))
   if stopped is not None:
@@ -320,7 +320,7 @@ def _work(
 
 def _remote(experiment: Experiment, policy: Policy) -> RemoteEngine:
   """An engine whose rollouts come from credit.endpoint, a server that must hold the SFT policy."""
-  distributed.alone("Credit by rollouts of a server")
+  distributed.require_single_process("Credit by rollouts of a server")
   c, tokenizer = experiment.config, policy.tokenizer
   return RemoteEngine(
     c.credit.endpoint,

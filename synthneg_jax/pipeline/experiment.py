@@ -69,8 +69,8 @@ class Experiment:
     leaves = config_schema.plain(self.config, ("seed", *sections))
     fixed = {leaf: value for leaf, value in leaves.items() if config_schema.changes_results(leaf)}
     if reads_base:
-      base = files_identity(resolve(self.config.model.path)) if distributed.first() else ""
-      given = (given or {}) | {"base model": distributed.agree(base)}
+      base = files_identity(resolve(self.config.model.path)) if distributed.is_primary() else ""
+      given = (given or {}) | {"base model": distributed.broadcast(base)}
     return manifest.Stage(self.workdir, name, fixed, needs, given)
 
   def base(self) -> Policy:
@@ -142,7 +142,7 @@ class Experiment:
       if stage:
         chosen = stage.settle("lanes", choose)
       else:
-        chosen = distributed.agree(choose() if distributed.first() else None)
+        chosen = distributed.broadcast(choose() if distributed.is_primary() else None)
       lanes, slots, refill = lanes or chosen["lanes"], slots or chosen["slots"], chosen["refill"]
     return Engine(
       policy.model,

@@ -42,7 +42,7 @@ def run(experiment: Experiment) -> dict:
       _write(experiment, stage_name, stage.folder)
       folder = stage.folder / "policy"
       exported[method] = stage.finish({"folder": str(folder)}, list(folder.glob("*.safetensors")))
-    if repo and distributed.first():
+    if repo and distributed.is_primary():
       _push(stage.folder, repo if len(trained) == 1 else f"{repo}-{method}")
     distributed.barrier()
   return exported
@@ -54,7 +54,7 @@ def _write(experiment: Experiment, stage_name: str, folder: epath.Path) -> None:
   params = (
     jax.tree.map(device_mesh.whole, policy.params) if distributed.count() > 1 else policy.params
   )
-  if not distributed.first():
+  if not distributed.is_primary():
     return
   if (folder / "policy").exists():  # left by a run that was killed before writing its manifest
     (folder / "policy").rmtree()

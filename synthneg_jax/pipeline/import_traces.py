@@ -324,7 +324,7 @@ def run(
   Raises:
     UserError: an invalid file, row or field, or a problem with fewer traces than credit.best_of.
   """
-  distributed.alone("Taking traces from elsewhere")
+  distributed.require_single_process("Taking traces from elsewhere")
   paths = [epath.Path(file).expanduser() for file in files]
   digest = hashlib.sha256()
   for path in paths:

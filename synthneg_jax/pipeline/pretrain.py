@@ -75,7 +75,7 @@ def run(experiment: Experiment) -> dict:
   )
   params, last = loop.fit(training, params)
   params = jax.tree.map(device_mesh.whole, params) if distributed.count() > 1 else params
-  if distributed.first():
+  if distributed.is_primary():
     _save(stage.folder, tokenizer, model, params)
   figures = {"parameters": model.config.num_params, "steps": training.batches.num_steps, **last}
   return stage.finish(figures, list((stage.folder / "policy").glob("*.safetensors")))

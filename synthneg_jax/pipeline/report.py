@@ -254,7 +254,7 @@ def run(experiment: Experiment) -> dict:
   Raises:
     UserError: the config is not the run's, or a file of a finished stage is missing or broken.
   """
-  if not distributed.first():
+  if not distributed.is_primary():
     return {}
   folder = experiment.workdir / "report"
   path = report_page.write(collect(experiment), folder)

@@ -145,9 +145,9 @@ def _run(
       manifest.write_json(experiment.workdir / "config.json", about)
     summary = summarize(experiment)
     manifest.write_json(experiment.workdir / "summary.json", summary)
-  if stages == ["traces"] and distributed.first():
+  if stages == ["traces"] and distributed.is_primary():
     print(f"Traces: {experiment.workdir / 'report' / 'traces.html'}")
-  if "report" in stages and summary["methods"] and distributed.first():
+  if "report" in stages and summary["methods"] and distributed.is_primary():
     print(
       f"\n{table(summary['methods'])}\n\nReport: {experiment.workdir / 'report' / 'index.html'}"
     )

@@ -38,7 +38,7 @@ def run(experiment: Experiment) -> dict:
   if c.synthesis.provider == "task":
     chosen, candidates = problems.choose(c.task, c.seed), []
   else:
-    distributed.alone("Asking a capable model")
+    distributed.require_single_process("Asking a capable model")
     chosen, candidates = problem_synthesis.Synthesis(experiment, templates).run()
   files = []
   for name, kind, records in (
@@ -51,7 +51,7 @@ def run(experiment: Experiment) -> dict:
     if records or name in ("train", "test"):
       shards.write_shared(records)
     files += shards.files()
-  if distributed.first():
+  if distributed.is_primary():
     temporary = stage.folder / "left_out.jsonl.tmp"
     temporary.write_text("".join(json.dumps(line) + "\n" for line in chosen.report))
     temporary.replace(stage.folder / "left_out.jsonl")

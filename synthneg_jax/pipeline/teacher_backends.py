@@ -102,12 +102,12 @@ class Teacher:
       section.usd_per_million_prompt, section.usd_per_million_completion
     )
     self._store = reply_cache.Store(section.replies or experiment.workdir / "replies")
-    self._purse = reply_cache.Purse(
+    self._budget = reply_cache.Budget(
       section.budget_usd, self._store.spent() if section.provider == "endpoint" else 0.0
     )
     if section.provider == "endpoint":
       endpoint = Endpoint(section.endpoint)
-      self._provider = Chat(endpoint, self._store, self._purse, self._prices, section)
+      self._provider = Chat(endpoint, self._store, self._budget, self._prices, section)
       self.model = section.endpoint.model
     elif section.provider == "local":
       self._provider = _Local(experiment, self._store)
@@ -119,7 +119,7 @@ class Teacher:
   @property
   def spent_usd(self) -> float:
     """The cost of cached replies and lost attempts in US dollars, including earlier runs."""
-    return self._purse.spent
+    return self._budget.spent
 
   def request(self, purpose: str, text: str, index: int, temperature: float) -> Request:
     """A request to this model."""
@@ -153,7 +153,7 @@ class Teacher:
         replies[request.key] = reply
         self.asked += 1
         self.tokens += reply.prompt_tokens + reply.completion_tokens
-        progress.update(1, tokens=self.tokens, usd=self._purse.spent)
+        progress.update(1, tokens=self.tokens, usd=self._budget.spent)
     return replies
 
   def _announce(self, name: str, missing: Sequence[Request], num_cached: int) -> None:
@@ -170,7 +170,7 @@ class Teacher:
       estimate["prompt_tokens"],
       estimate["most_completion_tokens"],
       estimate["most_usd"],
-      self._purse.spent,
+      self._budget.spent,
       self._section.budget_usd or "none",
     )
 

@@ -58,7 +58,7 @@ def sampled(
   Raises:
     UserError: the event file cannot be written.
   """
-  if not (experiment.config.metrics.tensorboard and distributed.first()):
+  if not (experiment.config.metrics.tensorboard and distributed.is_primary()):
     return
   file = EventFile(folder)
   shown = evenly_spaced(traces, experiment.config.report.num_traces)
@@ -96,7 +96,7 @@ def credited(
     UserError: the event file cannot be written.
   """
   wrong = credited_traces.wrong
-  if not (experiment.config.metrics.tensorboard and distributed.first() and wrong):
+  if not (experiment.config.metrics.tensorboard and distributed.is_primary() and wrong):
     return
   with_pits = list(zip(wrong, first_pits(wrong, experiment.config.pairs), strict=True))
   images, texts = {}, {}

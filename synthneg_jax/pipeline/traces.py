@@ -253,7 +253,7 @@ def respond(
       except distributed.Stopped as stop:
         stopped = stop
       responses = []
-      for number in filter(distributed.mine, sorted(completed)):
+      for number in filter(distributed.owns, sorted(completed)):
         for index, generation in enumerate(completed[number]):
           responses.append((part[number], index, generation))
       shards.write(traces_of(experiment, policy, request.purpose, responses))

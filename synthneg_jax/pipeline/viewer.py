@@ -209,7 +209,7 @@ def run(experiment: Experiment) -> dict:
   Raises:
     UserError: the traces' tokenizer is missing, or a file of a finished stage is missing or broken.
   """
-  if not distributed.first():
+  if not distributed.is_primary():
     return {}
   records, config = _Records(experiment), experiment.config
   path = viewer_page.write(

@@ -51,7 +51,7 @@ class TrainCheckpoints:
 
   def _repair_metrics(self) -> None:
     """Replaces unreadable losses by infinity; orbax would refuse to open any checkpoint."""
-    if distributed.first() and self._folder.exists():
+    if distributed.is_primary() and self._folder.exists():
       for path in self._folder.glob("*/metrics/metrics"):
         try:
           json.loads(path.read_text())
@@ -101,7 +101,7 @@ class TrainCheckpoints:
     """Moves all checkpoints out of the folder, where they would be taken for the newest ones."""
     self._manager.close()
     aside = self._folder.parent / f"{self._folder.name}.unreadable"
-    if distributed.first():
+    if distributed.is_primary():
       with writing(aside):
         aside.mkdir(parents=True, exist_ok=True)
         for step in sorted(self._unreadable):

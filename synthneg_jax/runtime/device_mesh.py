@@ -205,7 +205,7 @@ def from_first(
 
   array = jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)()
   for start in range(0, shape[0], rows):
-    value = read(slice(start, start + rows)).view(bits) if distributed.first() else None
+    value = read(slice(start, start + rows)).view(bits) if distributed.is_primary() else None
     distributed.barrier()  # waits for process 0's read; collectives have time limits
 
     def part(index, value=value):

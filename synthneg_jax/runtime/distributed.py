@@ -4,7 +4,7 @@ All processes run the same host code on the same values, so each launches the sa
 in the same order. Where they could observe different things (a directory listing, a verdict's time
 limit, a signal), they agree through `agree` and `gather`. These use the key-value store of jax's
 coordination service, not the devices, and every process must call them. Work that only one process
-does, such as writing a shared file, is guarded by `first()`; code under that guard must not wait
+does, such as writing a shared file, is guarded by `is_primary()`; code under that guard must not wait
 for other processes. jax's client of the store is private, and no other module uses it.
 
 A thread of each process writes a heartbeat to the store and reads the other processes' events: a
@@ -82,17 +82,17 @@ def count() -> int:
   return _state.count
 
 
-def first() -> bool:
+def is_primary() -> bool:
   """True in process 0, which writes shared files."""
   return _state.index == 0
 
 
-def mine(number: int) -> bool:
+def owns(number: int) -> bool:
   """Whether this process grades and writes item `number` of a list that all processes have."""
   return number % _state.count == _state.index
 
 
-def alone(work: str) -> None:
+def require_single_process(work: str) -> None:
   """Refuses work that must not be repeated by every process.
 
   Args:
@@ -142,9 +142,9 @@ def _wait_for(key: str, other: int) -> Any:
     )
 
 
-def agree(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
   """Broadcasts process 0's value (JSON); every process must call it."""
-  return gather(value if first() else None)[0]
+  return gather(value if is_primary() else None)[0]
 
 
 def barrier() -> None:
@@ -218,7 +218,7 @@ def _request_stop() -> None:
 
   def late():
     _state.late = True
-    if _state.client is not None and first():
+    if _state.client is not None and is_primary():
       time.sleep(3 * _POLL_S)  # process 0 hosts the service, so it must end last
     _leave_late()
 
@@ -268,7 +268,7 @@ def _watch() -> None:
       events = {
         key.removeprefix(_EVENTS): value for key, value in client.key_value_dir_get(_EVENTS)
       }
-      if first():
+      if is_primary():
         _check_heartbeats(client, seen)
       _handle(client, events)
       _state.heard = time.monotonic()
@@ -323,13 +323,13 @@ def _acknowledge(*gone: int) -> None:
   try:
     _state.client.key_value_set(f"{_ACKS}{_state.index}", "", allow_overwrite=True)
     until = time.monotonic() + 5
-    while first() and len(_state.client.key_value_dir_get(_ACKS)) < _state.count - len(gone):
+    while is_primary() and len(_state.client.key_value_dir_get(_ACKS)) < _state.count - len(gone):
       if time.monotonic() > until:
         break
       time.sleep(_POLL_S / 5)
   except Exception as error:
     logging.debug("%s", error)
-  if first():
+  if is_primary():
     time.sleep(_POLL_S)  # until the last process has ended
 
 

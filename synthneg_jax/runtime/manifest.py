@@ -71,7 +71,7 @@ def write_json(path: epath.Path, value) -> None:
   Raises:
     UserError: the file cannot be written; an earlier version remains.
   """
-  if not distributed.first():
+  if not distributed.is_primary():
     return
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,9 +134,9 @@ class Stage:
     if before not in (None, self._begun) and not self._is_empty():
       self._refuse_change(before)
     # This also waits until every process has read the folder, before anything is written.
-    self.done = distributed.agree(manifest_path.exists())
+    self.done = distributed.broadcast(manifest_path.exists())
     if before != self._begun:
-      if before is not None and distributed.first():
+      if before is not None and distributed.is_primary():
         self.folder.rmtree()  # logs of a start that produced nothing
       self._geometry = {}
       write_json(begun_path, self._begun)
@@ -205,7 +205,7 @@ class Stage:
       choose: returns the geometry as JSON values; called unless one was chosen before.
     """
     if name not in self._geometry:
-      self._geometry[name] = distributed.agree(choose() if distributed.first() else None)
+      self._geometry[name] = distributed.broadcast(choose() if distributed.is_primary() else None)
       write_json(self.folder / "begun.json", self._begun | {"geometry": self._geometry})
     return self._geometry[name]
 
@@ -222,7 +222,7 @@ class Stage:
     """
     distributed.barrier()
     hashes = {}
-    if distributed.first():
+    if distributed.is_primary():
       hashes = {str(path.relative_to(self.folder)): _file_hash(path) for path in files}
     seconds = round(time.time() - self._started, 1)
     content = json.dumps([self._begun, hashes, identity])

@@ -186,7 +186,7 @@ class Metrics:
     self.measured = section is not None
     self.profile_steps = "" if section is None else section.profile_steps
     self._writers = []
-    if not distributed.first():
+    if not distributed.is_primary():
       return
     if section is None or section.jsonl:
       self._writers.append(JsonLines(folder / "metrics.jsonl", first_step))

@@ -12,7 +12,7 @@ from synthneg_jax.runtime import distributed
 
 def _bar(name: str, total: int, unit: str):
   """A bar on a terminal or in a notebook (as text without ipywidgets), otherwise None."""
-  if not distributed.first():
+  if not distributed.is_primary():
     return None
   if sys.stderr.isatty():
     return tqdm(total=total, desc=name, unit=unit, leave=False)

@@ -197,7 +197,7 @@ def _join() -> None:
       heartbeat_s=f.heartbeat_seconds,
       timeout_s=f.initialization_seconds,
     )
-    if not distributed.first():
+    if not distributed.is_primary():
       logging.set_verbosity(logging.WARNING)
   elif (f.coordinator_address, f.num_processes, f.process_id) != (None, None, None):
     raise UserError("--coordinator_address, --num_processes and --process_id need --distributed.")

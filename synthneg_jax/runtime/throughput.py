@@ -122,10 +122,10 @@ class Profiler:
       first_step, num_steps: the run makes updates first_step to num_steps - 1; those within the
         range are traced.
     """
-    a, b = parse_steps(steps) if steps and distributed.first() else (0, 0)
+    a, b = parse_steps(steps) if steps and distributed.is_primary() else (0, 0)
     self._folder, self._on = folder, False
     self._first, self._after = max(a, first_step), min(b, num_steps)
-    if steps and distributed.first() and self._first >= self._after:
+    if steps and distributed.is_primary() and self._first >= self._after:
       logging.info(
         "--profile_steps=%s: this run makes updates %d to %d; none is traced.",
         steps,

@@ -225,8 +225,8 @@ def claim(folder: epath.PathLike, *, patient: bool = False) -> Iterator[str]:
   Raises:
     UserError: the folder or its lease cannot be written.
   """
-  lock, holder = _acquire(epath.Path(folder), patient) if distributed.first() else (None, None)
-  other = distributed.agree(_name(holder) if holder else "")
+  lock, holder = _acquire(epath.Path(folder), patient) if distributed.is_primary() else (None, None)
+  other = distributed.broadcast(_name(holder) if holder else "")
   try:
     yield other
     distributed.barrier()  # until every process has written its files

@@ -24,7 +24,7 @@ from synthneg_jax.teacher.reply_cache import (
   Attempts,
   BudgetExceeded,
   Prices,
-  Purse,
+  Budget,
   Reply,
   Request,
   Store,
@@ -39,7 +39,7 @@ _NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError")
 _MAX_BACKOFF_S = 60.0
 
 
-class Broken(Exception):
+class IncompleteResponse(Exception):
   """An incomplete reply, which may have been billed; `text` is the part that arrived."""
 
   def __init__(self, why: str, text: str = ""):
@@ -95,9 +95,9 @@ def _content_text(content) -> str:
 
 
 def check_finish(reason, text: str) -> None:
-  """Raises Broken for a reply that the server aborted."""
+  """Raises IncompleteResponse for a reply that the server aborted."""
   if reason in _UNFINISHED:
-    raise Broken(f"the server ended the reply with finish_reason {reason!r}", text)
+    raise IncompleteResponse(f"the server ended the reply with finish_reason {reason!r}", text)
 
 
 def _api_key(variable: str) -> str:
@@ -207,7 +207,7 @@ class Endpoint:
     """Calls `send` until it returns a complete reply; returns that.
 
     Args:
-      send: makes a request with `client`; raises Broken for an incomplete reply.
+      send: makes a request with `client`; raises IncompleteResponse for an incomplete reply.
       attempts: accounts for every HTTP request.
 
     Raises:
@@ -228,7 +228,7 @@ class Endpoint:
         cause = error.__cause__ or error
         reason = f"{type(cause).__name__}: {str(cause)[:200]}"
         raise Exhausted(self.scrub(f"{self._host}: {reason}")) from None
-      except Broken as error:
+      except IncompleteResponse as error:
         reason = self.scrub(f"{type(error.__cause__ or error).__name__}: {str(error)[:200]}")
         if attempts:
           attempts.mark_lost(reason, self.scrub(error.text))
@@ -291,10 +291,10 @@ class Endpoint:
 class Chat:
   """A capable model behind an endpoint; its replies are cached, so each is paid for once."""
 
-  def __init__(self, endpoint: Endpoint, store: Store, purse: Purse, prices: Prices, section):
+  def __init__(self, endpoint: Endpoint, store: Store, budget: Budget, prices: Prices, section):
     """section: config section with stream, send_seed, max_tokens_field, max_failed, budget_usd."""
     self._endpoint, self._store, self._section = endpoint, store, section
-    self._budget, self._prices = purse, prices
+    self._budget, self._prices = budget, prices
 
   def _send(self, request: Request) -> Reply:
     arguments = {
@@ -341,7 +341,7 @@ class Chat:
 
 
 def _read_stream(response) -> tuple[str, str, object]:
-  """(text, finish reason, usage or None) of a streamed reply; Broken if the stream breaks off."""
+  """(text, finish reason, usage or None) of a streamed reply; IncompleteResponse if the stream breaks off."""
   pieces, finish, usage = [], None, None
   try:
     for chunk in response.parse():
@@ -350,9 +350,9 @@ def _read_stream(response) -> tuple[str, str, object]:
         pieces.append(_content_text(choice.delta.content) if choice.delta else "")
         finish = choice.finish_reason or finish
   except Exception as error:  # any error of transport or parser; keeps the text so far
-    raise Broken(str(error), "".join(pieces)) from error
+    raise IncompleteResponse(str(error), "".join(pieces)) from error
   if finish is None:
-    raise Broken("the stream ended before the reply did", "".join(pieces))
+    raise IncompleteResponse("the stream ended before the reply did", "".join(pieces))
   return "".join(pieces), finish, usage
 
 
@@ -363,5 +363,5 @@ def _read_whole(response) -> tuple[str, str, object]:
     choice = completion.choices[0]
     text = _content_text(choice.message.content)
   except Exception as error:  # not JSON, or not a completion
-    raise Broken(f"no completion ({error})", response.text[:2000]) from error
+    raise IncompleteResponse(f"no completion ({error})", response.text[:2000]) from error
   return text, choice.finish_reason or "stop", getattr(completion, "usage", None)

@@ -161,7 +161,7 @@ class Store:
     return total + sum(note["usd"] for note in attempts if note["attempt"] not in settled)
 
 
-class Purse:
+class Budget:
   """A budget: a request is sent only if the rest covers the most that it can cost.
 
   Attributes:
@@ -206,7 +206,7 @@ class BudgetExceeded(BaseException):
 class Attempts:
   """Accounts for the attempts at one request, in the budget and in the store."""
 
-  def __init__(self, store: Store, budget: Purse, request: Request, most_usd: float):
+  def __init__(self, store: Store, budget: Budget, request: Request, most_usd: float):
     """most_usd: the most that one attempt can cost."""
     self._store, self._budget, self._request, self._most = store, budget, request, most_usd
     self._name = ""  # of the attempt under way

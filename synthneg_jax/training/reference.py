@@ -81,7 +81,7 @@ class Store:
       logp=np.concatenate(list(self._values.values())),
       ends=np.cumsum([len(part) for part in self._values.values()]),
     )
-    if distributed.first():
+    if distributed.is_primary():
       with writing(self._path):
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.parent / f"{self._path.name}.tmp"

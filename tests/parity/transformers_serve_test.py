@@ -20,7 +20,7 @@ from synthneg_jax.decoding.remote import Codec, RemoteEngine
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.teacher.endpoint import Chat, Endpoint
-from synthneg_jax.teacher.reply_cache import Prices, Purse, Request, Store
+from synthneg_jax.teacher.reply_cache import Prices, Budget, Request, Store
 from tests import tiny_model
 from tests.models import hf_tokenizers_test
 
@@ -86,7 +86,7 @@ class ServeTest(hf_tokenizers_test.FolderTest):
       section = self.section()
       section.stream = stream
       store = Store(pathlib.Path(tempfile.mkdtemp()))
-      chat = Chat(Endpoint(section.endpoint), store, Purse(0.0, 0.0), Prices(0.0, 0.0), section)
+      chat = Chat(Endpoint(section.endpoint), store, Budget(0.0, 0.0), Prices(0.0, 0.0), section)
       model = section.endpoint.model
       requests = [Request("solution", model, (("user", f"Add {i}"),), 0, 0.7, 6) for i in range(3)]
       replies = dict(chat.ask(requests))

@@ -85,7 +85,7 @@ class ProcessesTest(MembersTestCase):
       for n in range(50):
         time.sleep(random.random() / 100)
         assert distributed.gather([index, n]) == [[0, n], [1, n], [2, n]]
-        assert distributed.agree("x" * n if index == 0 else index) == "x" * n
+        assert distributed.broadcast("x" * n if index == 0 else index) == "x" * n
       big = "y" * 9_000_000
       assert distributed.gather(big) == [big] * 3
       distributed.finish()
@@ -258,17 +258,17 @@ class ProcessesTest(MembersTestCase):
 
   def test_alone(self):
     # Fails if a single process waits.
-    self.assertEqual((distributed.index(), distributed.count(), distributed.first()), (0, 1, True))
+    self.assertEqual((distributed.index(), distributed.count(), distributed.is_primary()), (0, 1, True))
     self.assertEqual(distributed.gather({"a": 1}), [{"a": 1}])
-    self.assertEqual(distributed.agree(3), 3)
-    self.assertTrue(all(map(distributed.mine, range(5))))
+    self.assertEqual(distributed.broadcast(3), 3)
+    self.assertTrue(all(map(distributed.owns, range(5))))
     distributed.barrier()
     self.assertFalse(distributed.stopping())
 
 
 WAITS = {
   "gather",
-  "agree",
+  "broadcast",
   "barrier",
   "stopping",
   "finish",
@@ -301,7 +301,7 @@ def waiting_behind(source: str) -> list[str]:
   def some(test: ast.expr) -> bool:
     names = {node.attr for node in ast.walk(test) if isinstance(node, ast.Attribute)}
     return bool(
-      names & {"first", "mine", "process_index"}
+      names & {"is_primary", "owns", "process_index"}
       or ("index" in names and "distributed" in ast.dump(test))
     )
 
@@ -343,15 +343,15 @@ class WaitingTest(parameterized.TestCase):
         self.assertEqual(waiting_behind(path.read_text()), [], path)
 
   @parameterized.parameters(
-    ("if distributed.first():\n  distributed.barrier()", ["barrier at 2"]),
-    ("if distributed.first():\n  pass\nelse:\n  x = distributed.agree(1)", ["agree at 4"]),
+    ("if distributed.is_primary():\n  distributed.barrier()", ["barrier at 2"]),
+    ("if distributed.is_primary():\n  pass\nelse:\n  x = distributed.broadcast(1)", ["agree at 4"]),
     (
-      "def f():\n  if not distributed.first():\n    return {}\n  experiment.policy('sft')",
+      "def f():\n  if not distributed.is_primary():\n    return {}\n  experiment.policy('sft')",
       ["policy at 4"],
     ),
-    ("def f():\n  if distributed.mine(3):\n    with a:\n      loop.fit()", ["fit at 4"]),
+    ("def f():\n  if distributed.owns(3):\n    with a:\n      loop.fit()", ["fit at 4"]),
     ("x = mesh_lib.whole(y) if jax.process_index() == 0 else None", ["whole at 1"]),
-    ("if distributed.first():\n  write()\ndistributed.barrier()", []),
+    ("if distributed.is_primary():\n  write()\ndistributed.barrier()", []),
     ("def f():\n  if stage.done:\n    return {}\n  distributed.barrier()", []),
   )
   def test_the_check_sees(self, source, found):

@@ -95,7 +95,7 @@ class ProgressTest(absltest.TestCase):
   def test_other_processes_are_silent(self):
     # Fails if each process of a pod draws a bar.
     with (
-      mock.patch.object(distributed, "first", lambda: False),
+      mock.patch.object(distributed, "is_primary", lambda: False),
       mock.patch.object(sys.stderr, "isatty", lambda: True),
     ):
       self.assertIsNone(progress._bar("sft", 4, "steps"))

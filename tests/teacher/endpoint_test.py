@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.teacher.endpoint import Chat, Endpoint
-from synthneg_jax.teacher.reply_cache import Prices, Purse, Request, Store
+from synthneg_jax.teacher.reply_cache import Prices, Budget, Request, Store
 from tests.openai_server import Server
 
 pytestmark = pytest.mark.slow  # waits for a server
@@ -52,9 +52,9 @@ class EndpointTest(parameterized.TestCase):
     )
     for name, value in changes.items():
       (section if name in section else section.endpoint)[name] = value
-    self.purse = Purse(budget, self.store.spent())
+    self.budget = Budget(budget, self.store.spent())
     section.budget_usd = budget
-    return Chat(Endpoint(section.endpoint), self.store, self.purse, Prices(*prices), section)
+    return Chat(Endpoint(section.endpoint), self.store, self.budget, Prices(*prices), section)
 
   @parameterized.product(stream=[True, False])
   def test_complete_reply(self, stream):
@@ -193,7 +193,7 @@ class EndpointTest(parameterized.TestCase):
     spent = self.store.spent()
     self.assertAlmostEqual(spent, len(kept) * 9 * 4e-6, places=9)
     self.assertBetween(spent, 0.001 - 100 * 4e-6 - 1e-9, 0.001)
-    self.assertAlmostEqual(self.purse.spent, spent, places=9)
+    self.assertAlmostEqual(self.budget.spent, spent, places=9)
     asked = len(self.server.requests)
     self.assertEqual(asked, len(kept))
 
@@ -203,7 +203,7 @@ class EndpointTest(parameterized.TestCase):
     list(self.chat(prices=(1.0, 10.0)).ask(requests(1)))
     lost, paid = (25 * 1 + 100 * 10) * 1e-6, (2 * 1 + 9 * 10) * 1e-6
     self.assertAlmostEqual(self.store.spent(), lost + paid, places=9)
-    self.assertAlmostEqual(self.purse.spent, lost + paid, places=9)
+    self.assertAlmostEqual(self.budget.spent, lost + paid, places=9)
     (note,) = [json.loads(path.read_text()) for path in self.folder.glob("*/*.attempt.json")]
     self.assertTrue(note["text"] and TEXT.startswith(note["text"]), note)
 
@@ -214,7 +214,7 @@ class EndpointTest(parameterized.TestCase):
     list(self.chat(prices=(1.0, 10.0), timeout_s=0.6).ask(requests(1)))
     lost, paid = (25 * 1 + 100 * 10) * 1e-6, (2 * 1 + 9 * 10) * 1e-6
     self.assertAlmostEqual(self.store.spent(), lost + paid, places=9)
-    self.assertAlmostEqual(self.purse.spent, lost + paid, places=9)
+    self.assertAlmostEqual(self.budget.spent, lost + paid, places=9)
     self.server.faults = ["stall"]
     other = [dataclasses.replace(request, index=1) for request in requests(1)]
     with self.assertRaisesRegex(UserError, "budget_usd=.*the next request may cost 0.0010"):
@@ -264,21 +264,21 @@ class PurseTest(absltest.TestCase):
   def test_reservations(self):
     # Fails if two requests can reserve the same money, or released money does not reach a waiting
     # one.
-    purse, held = Purse(1.0, 0.0), []
-    self.assertEqual([purse.reserve(0.3) for _ in range(3)], [True] * 3)
-    waiting = threading.Thread(target=lambda: held.append(purse.reserve(0.3)))
+    budget, held = Budget(1.0, 0.0), []
+    self.assertEqual([budget.reserve(0.3) for _ in range(3)], [True] * 3)
+    waiting = threading.Thread(target=lambda: held.append(budget.reserve(0.3)))
     waiting.start()
     waiting.join(0.2)
     self.assertTrue(waiting.is_alive())
-    purse.charge(0.3, 0.3)
+    budget.charge(0.3, 0.3)
     waiting.join(0.2)
     self.assertTrue(waiting.is_alive())
-    purse.charge(0.3, 0.05)
+    budget.charge(0.3, 0.05)
     waiting.join(10)
     self.assertEqual(held, [True])
-    purse.charge(0.6, 0.4)
-    self.assertFalse(purse.reserve(0.3))
-    self.assertAlmostEqual(purse.spent, 0.75)
+    budget.charge(0.6, 0.4)
+    self.assertFalse(budget.reserve(0.3))
+    self.assertAlmostEqual(budget.spent, 0.75)
 
 
 if __name__ == "__main__":

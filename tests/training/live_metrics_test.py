@@ -240,7 +240,7 @@ class OrderTest(absltest.TestCase):
     # Fails if another process opens any file for metrics.
     with (
       tempfile.TemporaryDirectory() as folder,
-      mock.patch.object(distributed, "first", lambda: False),
+      mock.patch.object(distributed, "is_primary", lambda: False),
     ):
       made = metrics_lib.Metrics(
         config(wandb="x"), epath.Path(folder), epath.Path(folder) / "sft", 0

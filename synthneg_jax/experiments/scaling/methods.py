@@ -377,9 +377,9 @@ def _train(experiment: Experiment, method: Method) -> None:
 
 def _copy_stage(source: epath.Path, target: epath.Path) -> None:
   """Copies a finished stage into another workdir, its manifest last, unless it exists there."""
-  if distributed.agree((target / "manifest.json").exists()):
+  if distributed.broadcast((target / "manifest.json").exists()):
     return
-  if distributed.first():
+  if distributed.is_primary():
     _copy(source, target, without="manifest.json")
     (source / "manifest.json").copy(target / "manifest.json")
   distributed.barrier()
