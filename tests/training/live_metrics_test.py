@@ -295,7 +295,7 @@ class RefusalTest(parameterized.TestCase):
       self.assertFalse((pathlib.Path(folder) / "run").exists())
     self.assertEqual(done.returncode, 1)
     self.assertEqual(
-      done.stderr.splitlines()[-1].partition(" is no range")[0], "sft.py: --profile_steps='9:9'"
+      done.stderr.splitlines()[-1].partition(" must be a range")[0], "sft.py: --profile_steps='9:9'"
     )
 
   def test_a_range_beyond_the_end_traces_nothing(self):

@@ -178,7 +178,7 @@ class PreemptionTest(absltest.TestCase):
       run(workdir, "--width=5"),
       "is a checkpoint of another model",
       "matrix",
-      "(6, 4) there, (6, 5) here",
+      "(6, 4) in the checkpoint and (6, 5) in this model",
     )
     self.assertEqual(kept(workdir), before)
 
