@@ -118,7 +118,7 @@ def trees_of(pairs, length: int = 400) -> pair_trees.PairTrees:
       rejected=pair.rejected,
       pair_mode="algorithm1",
       pit=0,
-      flip=0.0,
+      p_flipped=0.0,
     )
     for n, pair in enumerate(pairs)
   ]

@@ -66,14 +66,14 @@ class TokenPair:
 
   Attributes:
     trunk, chosen, rejected: token ids.
-    flip: probability that the order should be reversed.
+    p_flipped: probability that the order should be reversed.
     context: number of leading tokens of `rejected` that are not scored.
   """
 
   trunk: list[int]
   chosen: list[int]
   rejected: list[int]
-  flip: float = 0.0
+  p_flipped: float = 0.0
   context: int = 0
 
 
@@ -317,7 +317,7 @@ def filter_pairs(
     key = (tuple(pair.trunk), tuple(pair.rejected))
     if pair.chosen == pair.rejected:
       dropped["same"] += 1
-    elif pair.flip > max_flip:
+    elif pair.p_flipped > max_flip:
       dropped["doubtful"] += 1
     elif key in seen:
       dropped["repeated"] += 1

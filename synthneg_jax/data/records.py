@@ -61,7 +61,7 @@ class Trace:
   correct: bool
   reason: str  # right, wrong, no_answer, ambiguous, unparsable, timeout, too_large, truncated
   extracted: str | None  # the graded answer
-  finish: str  # eos, stop, length
+  finish_reason: str  # eos, stop, length
   logps: list[float]  # nats, of each token under the untempered model
   drawn_logps: list[float]  # nats, of each token under the sampling distribution
   policy: str  # fingerprint of the weights
@@ -79,7 +79,7 @@ class Rollout:
   ids: list[int]  # tokens after the prefix
   correct: bool
   reason: str
-  finish: str
+  finish_reason: str
   step_logp: float | None  # nats, of its first step, untempered; None if a server omits it
   logp: float | None  # nats, of all its tokens, untempered
 
@@ -117,7 +117,7 @@ class Pair:
   rejected: list[int]
   pair_mode: str
   pit: int  # step of the trace, from 0; -1 if no pit was used
-  flip: float  # estimated probability that the label is flipped
+  p_flipped: float  # estimated probability that the label is flipped
   context: int = 0  # tokens at the beginning of rejected that are not scored
 
   @property

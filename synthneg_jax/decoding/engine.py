@@ -45,13 +45,13 @@ class Generation:
     ids: int32 [n], ending with EOS iff the model stopped there.
     logp: float32 [n], nats, under the untempered model.
     drawn_logp: float32 [n], nats, under the sampling distribution.
-    finish: "eos", "stop" (a stop string was completed) or "length".
+    finish_reason: "eos", "stop" (a stop string was completed) or "length".
   """
 
   ids: np.ndarray
   logp: np.ndarray
   drawn_logp: np.ndarray
-  finish: str
+  finish_reason: str
 
 
 def bucket(size: int) -> int:
@@ -325,7 +325,7 @@ def _generations(collected: Collected, row: int, *, num_items: int) -> list[Gene
         ids=collected.token[index].copy(),
         logp=collected.logp[index].copy(),
         drawn_logp=collected.drawn_logp[index].copy(),
-        finish=_FINISH_REASONS[int(collected.finish[row, item])],
+        finish_reason=_FINISH_REASONS[int(collected.finish[row, item])],
       )
     )
   return branches

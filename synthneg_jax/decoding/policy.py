@@ -310,7 +310,9 @@ def resolve(path: str, *, weights: bool = True) -> epath.Path:
 
 def resolve_for_all(path: str) -> epath.Path:
   """`resolve` in process 0, broadcast to all; the folder need not exist in other processes."""
-  return epath.Path(distributed.broadcast(os.fspath(resolve(path)) if distributed.is_primary() else ""))
+  return epath.Path(
+    distributed.broadcast(os.fspath(resolve(path)) if distributed.is_primary() else "")
+  )
 
 
 def _kind(folder: epath.Path) -> str:
@@ -338,7 +340,9 @@ def _received_folder(folder: epath.Path) -> epath.Path:
   """
   names = [*hf_tokenizers.CONFIG_FILES, *_PEFT_FILES, *hf_tokenizers.files(folder)]
   names = distributed.broadcast([name for name in names if (folder / name).exists()])
-  copy = folder if distributed.is_primary() else epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
+  copy = (
+    folder if distributed.is_primary() else epath.Path(tempfile.mkdtemp(prefix="synthneg_jax_"))
+  )
   for name in names:
     (copy / name).parent.mkdir(parents=True, exist_ok=True)
     with (copy / name).open("rb" if distributed.is_primary() else "wb") as file:

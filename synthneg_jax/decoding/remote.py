@@ -13,7 +13,7 @@ from absl import logging
 
 from synthneg_jax.decoding.engine import Generation, Trunk
 from synthneg_jax.decoding.sampling import Sampling
-from synthneg_jax.teacher.endpoint import IncompleteResponse, Endpoint, Refused, check_finish
+from synthneg_jax.teacher.endpoint import Endpoint, IncompleteResponse, Refused, check_finish
 
 _TOKEN_ID = re.compile(r"token_id:(\d+)")  # vLLM's --return-tokens-as-token-ids
 

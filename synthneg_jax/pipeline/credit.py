@@ -135,7 +135,7 @@ class _Sampler(NamedTuple):
       self.policy,
       texts,
       [problem] * len(texts),
-      [generation.finish for generation in generations],
+      [generation.finish_reason for generation in generations],
     )
     rollouts = []
     for generation, ids, verdict in zip(generations, completions, verdicts, strict=True):
@@ -145,7 +145,7 @@ class _Sampler(NamedTuple):
         for end in (first_end, len(ids))
       )
       rollouts.append(
-        Rollout(ids, verdict.correct, verdict.reason, generation.finish, step_logp, logp)
+        Rollout(ids, verdict.correct, verdict.reason, generation.finish_reason, step_logp, logp)
       )
     return rollouts
 

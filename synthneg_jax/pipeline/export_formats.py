@@ -85,7 +85,7 @@ def pairs(workdir: _Workdir, variant: str) -> Iterator[dict]:
       "trace_id": pair.trace_id,
       "pair_mode": pair.pair_mode,
       "pit": pair.pit,
-      "flip": pair.flip,
+      "p_flipped": pair.p_flipped,
       "context": pair.context,
     }
 

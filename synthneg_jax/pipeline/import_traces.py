@@ -32,7 +32,7 @@ _SHARD = 4096  # traces per shard
 _NAMES = {
   "ids": ("ids", "token_ids"),
   "text": ("text", "response", "completion"),
-  "finish": ("finish", "finish_reason"),
+  "finish_reason": ("finish_reason", "finish"),
   "logps": ("logps", "logprobs", "token_logprobs"),
   "drawn_logps": ("drawn_logps",),
   "tokens": ("tokens",),
@@ -44,7 +44,7 @@ _NAMES = {
 _ROW_TYPES = {
   "ids": list,
   "text": str,
-  "finish": str,
+  "finish_reason": str,
   "logps": list,
   "drawn_logps": list,
   "tokens": list,
@@ -81,7 +81,7 @@ class _Response:
   problem: Problem
   index: int
   ids: list[int]
-  finish: str
+  finish_reason: str
   logp: Sequence[float] | None
   drawn_logp: Sequence[float]
   policy: str
@@ -134,14 +134,14 @@ class _Reader:
           f'the field "{name}" must be a {kind.__name__}, not a {type(fields[name]).__name__}'
         )
     problem = self._problem(fields)
-    finish = fields.get("finish", self._assume_finish)
+    finish = fields.get("finish_reason", self._assume_finish)
     if not finish:
       raise UserError(
-        'the field "finish" is missing; it determines whether the response ends in EOS. For rows '
-        "without it, set --assume_finish=eos or --assume_finish=length"
+        'the field "finish_reason" is missing; it determines whether the response ends in EOS. For '
+        "rows without it, set --assume_finish=eos or --assume_finish=length"
       )
     if finish not in _FINISHES:
-      raise UserError(f'"finish" is {finish!r} but must be one of {", ".join(_FINISHES)}')
+      raise UserError(f'"finish_reason" is {finish!r} but must be one of {", ".join(_FINISHES)}')
     logp = self._numbers(fields, "logps")
     if "ids" in fields:
       ids, logp = self._from_ids(fields, finish, logp)
@@ -371,7 +371,7 @@ def _records(
   generated = []
   for r in responses:
     arrays = np.asarray(r.ids), np.asarray(r.logp), np.asarray(r.drawn_logp)
-    generated.append((r.problem, r.index, Generation(*arrays, r.finish)))
+    generated.append((r.problem, r.index, Generation(*arrays, r.finish_reason)))
   records = traces.traces_of(experiment, policy, "sample", generated)
   for response, trace in zip(responses, records, strict=True):
     yield dataclasses.replace(trace, policy=response.policy)

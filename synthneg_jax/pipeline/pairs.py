@@ -261,7 +261,7 @@ def _record(candidate: Candidate, mode: str) -> Pair:
     rejected=pair.rejected,
     pair_mode=mode,
     pit=step,
-    flip=pair.flip,
+    p_flipped=pair.p_flipped,
     context=pair.context,
   )
 
@@ -311,7 +311,7 @@ def _step_figures(pairs: Sequence[Pair], right_traces: set[str]) -> dict:
     return {}
   return {
     "pits_by_step": {str(step): pits[step] for step in sorted(pits)},
-    "mean_flip": round(float(np.mean([pair.flip for pair in pairs])), 4),
+    "mean_flip": round(float(np.mean([pair.p_flipped for pair in pairs])), 4),
     "from_right_traces": len({pair.trace_id for pair in pairs} & right_traces),
   }
 

@@ -98,7 +98,7 @@ def credit(
     policy,
     texts,
     [record] * len(texts),
-    ["eos", *(generation.finish for generation in generations)],
+    ["eos", *(generation.finish_reason for generation in generations)],
   )
   right = np.array([v.correct for v in rollout_verdicts]).reshape(len(starts), num_rollouts)
   rollouts = []

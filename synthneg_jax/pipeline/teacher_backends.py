@@ -74,7 +74,7 @@ class _Local:
       trunks.append(Trunk(ids, [len(ids)] * len(group), np.stack(draw_keys)))
     for index, generations in self._engine.run(self._policy.params, trunks, Sampling(temperature)):
       for request, generation in zip(batch[index], generations, strict=True):
-        finish = "length" if generation.finish == "length" else "stop"
+        finish = "length" if generation.finish_reason == "length" else "stop"
         text = self._policy.token_text.text(generation.ids.tolist())
         reply = Reply(text, finish, len(trunks[index].ids), len(generation.ids), counted=True)
         self._store.put(request, reply)

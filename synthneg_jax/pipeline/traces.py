@@ -103,7 +103,7 @@ def traces_of(
   ids = [generation.ids.tolist() for _, _, generation in responses]
   texts = [policy.token_text.text(response_ids) for response_ids in ids]
   problems = [problem for problem, _, _ in responses]
-  finishes = [generation.finish for _, _, generation in responses]
+  finishes = [generation.finish_reason for _, _, generation in responses]
   graded = verdicts(experiment, policy, texts, problems, finishes)
 
   def rounded(values):
@@ -122,7 +122,7 @@ def traces_of(
       correct=verdict.correct,
       reason=verdict.reason,
       extracted=verdict.extracted,
-      finish=generation.finish,
+      finish_reason=generation.finish_reason,
       logps=rounded(generation.logp),
       drawn_logps=rounded(generation.drawn_logp),
       policy=policy.fingerprint,

@@ -146,7 +146,7 @@ class _Records:
       steps=[self.text.text(trace.ids[start:end]) for start, end in steps],
       reason=trace.reason,
       extracted=trace.extracted,
-      finish=trace.finish,
+      finish_reason=trace.finish_reason,
       credit=self._credit(labelled.credited) if labelled else None,
       pit=labelled.pit if labelled else -1,
       spurious=labelled.spurious if labelled else -1,
@@ -195,7 +195,7 @@ class _Records:
       trunk=self.text.text(trace.ids[:before]) if shared else "",
       chosen=self.text.text(pair.chosen),
       rejected=self.text.text(pair.rejected),
-      flip=pair.flip,
+      p_flipped=pair.p_flipped,
       chosen_logp=margin.chosen if margin else None,
       rejected_logp=margin.rejected if margin else None,
     )

@@ -57,7 +57,7 @@ class PairView:
   trunk: str  # after the problem
   chosen: str
   rejected: str
-  flip: float  # estimated probability that the label is flipped
+  p_flipped: float  # estimated probability that the label is flipped
   chosen_logp: tuple[float, float] | None  # nats, (before, after) training; None if not recorded
   rejected_logp: tuple[float, float] | None
 
@@ -71,7 +71,7 @@ class TraceView:
   steps: Sequence[str]  # texts
   reason: str  # of the verdict
   extracted: str | None  # the graded answer
-  finish: str
+  finish_reason: str
   credit: Sequence[Credit] | None = None  # one per step; None for a trace without credit
   pit: int = -1  # step from 0
   spurious: int = -1  # spurious step of a right trace, from 0
@@ -152,7 +152,7 @@ def _step(credit: Credit) -> list:
 
 def _trace(trace: TraceView) -> list:
   credit = None if trace.credit is None else [_step(step) for step in trace.credit]
-  return [trace.id, list(trace.steps), trace.extracted, trace.finish, credit]
+  return [trace.id, list(trace.steps), trace.extracted, trace.finish_reason, credit]
 
 
 def _details(trace: TraceView) -> list:
@@ -161,7 +161,7 @@ def _details(trace: TraceView) -> list:
     [[r.text, int(r.correct), r.reason, r.times] for r in step.drawn] for step in trace.credit or ()
   ]
   pairs = [
-    [p.stage, p.mode, p.pit, p.trunk, p.chosen, p.rejected, _rounded(p.flip)]
+    [p.stage, p.mode, p.pit, p.trunk, p.chosen, p.rejected, _rounded(p.p_flipped)]
     + [logp and [_rounded(value) for value in logp] for logp in (p.chosen_logp, p.rejected_logp)]
     for p in trace.pairs
   ]

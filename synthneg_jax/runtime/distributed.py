@@ -2,10 +2,11 @@
 
 All processes run the same host code on the same values, so each launches the same device programs
 in the same order. Where they could observe different things (a directory listing, a verdict's time
-limit, a signal), they agree through `agree` and `gather`. These use the key-value store of jax's
-coordination service, not the devices, and every process must call them. Work that only one process
-does, such as writing a shared file, is guarded by `is_primary()`; code under that guard must not wait
-for other processes. jax's client of the store is private, and no other module uses it.
+limit, a signal), they agree through `broadcast` and `gather`. These use the key-value store of
+jax's coordination service, not the devices, and every process must call them. Work that only one
+process does, such as writing a shared file, is guarded by `is_primary()`; code under that guard
+must not wait for other processes. jax's client of the store is private, and no other module uses
+it.
 
 A thread of each process writes a heartbeat to the store and reads the other processes' events: a
 request to stop, a failure, a death. With a single process every function here returns immediately.

@@ -22,9 +22,9 @@ from concurrent import futures
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.teacher.reply_cache import (
   Attempts,
+  Budget,
   BudgetExceeded,
   Prices,
-  Budget,
   Reply,
   Request,
   Store,
@@ -341,7 +341,7 @@ class Chat:
 
 
 def _read_stream(response) -> tuple[str, str, object]:
-  """(text, finish reason, usage or None) of a streamed reply; IncompleteResponse if the stream breaks off."""
+  """(text, finish reason, usage or None) of a streamed reply; raises IncompleteResponse."""
   pieces, finish, usage = [], None, None
   try:
     for chunk in response.parse():

@@ -123,7 +123,7 @@ class WholeResponseTest(parameterized.TestCase):
     self.assertEqual(
       got, TokenPair([90, 91], SOLUTION, rejected, pairs.flip_probability(after, before))
     )
-    self.assertBetween(got.flip, 0.001, 0.1)
+    self.assertBetween(got.p_flipped, 0.001, 0.1)
     if pit < 2:
       self.assertNotIn(EOS, rejected)
 
@@ -275,9 +275,9 @@ class SharedPrefixTest(parameterized.TestCase):
     # if `after` is not used.
     firsts = [([20, 21], True)] * 2 + [([20, 21], False)] + [([12], True), ([22], False)]
     siblings = [sibling(*first) for first in firsts]
-    got = shared(siblings=siblings, after=Count(1, 9), continuation=continuation).flip
+    got = shared(siblings=siblings, after=Count(1, 9), continuation=continuation).p_flipped
     self.assertEqual(got, pairs.flip_probability(Count(1, 9), Count(2, 3)))
-    self.assertEqual(shared(siblings=siblings).flip, 0.0)
+    self.assertEqual(shared(siblings=siblings).p_flipped, 0.0)
 
   @parameterized.product(
     continuation=("step", "rollout"),
@@ -331,8 +331,8 @@ class FiltersTest(parameterized.TestCase):
     # a later one, or if pairs of two problems count as one.
     made = [
       (TokenPair([1], [2], [2]), "a"),
-      (TokenPair([1], [2], [3], flip=0.25), "a"),
-      (TokenPair([1], [2], [3], flip=0.2), "a"),
+      (TokenPair([1], [2], [3], p_flipped=0.25), "a"),
+      (TokenPair([1], [2], [3], p_flipped=0.2), "a"),
       (TokenPair([1], [9], [3]), "a"),
       (TokenPair([4], [9], [3]), "a"),
       (TokenPair([4], [9], [5]), "a"),

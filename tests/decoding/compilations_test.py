@@ -113,7 +113,8 @@ class CompilationsTest(absltest.TestCase):
         model, tiny_model.one_device_mesh(), stops, lanes=Lanes(2, 2), max_new_tokens=6
       )
       return [
-        [item.finish for item in made] for _, made in sorted(engine.run(params, call, Sampling()))
+        [item.finish_reason for item in made]
+        for _, made in sorted(engine.run(params, call, Sampling()))
       ]
 
     first = run()

@@ -117,7 +117,7 @@ class EngineTest(parameterized.TestCase):
         ids, logps, finish = naive(params, trunk, item, sampling)
         self.assertEqual(generation.ids.tolist(), ids)
         np.testing.assert_allclose(generation.logp, logps, atol=1e-4)
-        self.assertEqual(generation.finish, finish)
+        self.assertEqual(generation.finish_reason, finish)
         finishes.add(finish)
     self.assertEqual(finishes, {"eos", "length"})
 
@@ -140,7 +140,7 @@ class EngineTest(parameterized.TestCase):
     for i, generations in engine.run(params, trunks, Sampling(temperature=1.0)):
       for item, generation in enumerate(generations):
         ids, _, finish = naive(params, trunks[i], item, Sampling(temperature=1.0), table)
-        self.assertEqual((generation.ids.tolist(), generation.finish), (ids, finish))
+        self.assertEqual((generation.ids.tolist(), generation.finish_reason), (ids, finish))
         finishes.add(finish)
     self.assertIn("stop", finishes)
 

@@ -35,7 +35,7 @@ class LimitsTest(absltest.TestCase):
     self.assertEqual([len(generation.ids) for generation in cut], [2, 1, NEW, 5, 3])
     for long, short in zip(whole, cut, strict=True):
       np.testing.assert_array_equal(long.ids[: len(short.ids)], short.ids)
-      self.assertEqual(short.finish, "length")
+      self.assertEqual(short.finish_reason, "length")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from synthneg_jax.decoding.remote import Codec, RemoteEngine
 from synthneg_jax.decoding.sampling import Sampling
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.teacher.endpoint import Chat, Endpoint
-from synthneg_jax.teacher.reply_cache import Prices, Budget, Request, Store
+from synthneg_jax.teacher.reply_cache import Budget, Prices, Request, Store
 from tests import tiny_model
 from tests.models import hf_tokenizers_test
 
@@ -112,7 +112,7 @@ class ServeTest(hf_tokenizers_test.FolderTest):
     self.assertIn("The server refuses token ids", "".join(logs.output))
     self.assertEqual((engine.stats["requests"], engine.stats["retokenised"]), (4, 4))
     self.assertTrue(
-      all(branch.finish in ("eos", "length") and branch.logp is None for branch in branches)
+      all(branch.finish_reason in ("eos", "length") and branch.logp is None for branch in branches)
     )
 
 

@@ -70,12 +70,25 @@ class RoundTripTest(parameterized.TestCase):
     # digits of log-probs, or if credit treats it differently.
     ours = read(small_run.finished(), "sample/traces", Trace)
     rows = [
-      {"problem": t.text and self.prompt_of(t), "response": t.text, "finish_reason": t.finish}
+      {
+        "problem": t.text and self.prompt_of(t),
+        "response": t.text,
+        "finish_reason": t.finish_reason,
+      }
       for t in ours
     ]
     experiment, figures = imported(rows)
     for trace, known in zip(read(experiment.workdir, "sample/traces", Trace), ours, strict=True):
-      for field in ("id", "ids", "step_ends", "text", "correct", "reason", "extracted", "finish"):
+      for field in (
+        "id",
+        "ids",
+        "step_ends",
+        "text",
+        "correct",
+        "reason",
+        "extracted",
+        "finish_reason",
+      ):
         self.assertEqual(getattr(trace, field), getattr(known, field))
       np.testing.assert_allclose(trace.logps, known.logps, atol=5e-5)
       self.assertEqual((trace.policy, trace.drawn_logps), ("elsewhere", []))
@@ -148,7 +161,7 @@ class RefusalTest(parameterized.TestCase):
     self.row = {
       "problem_id": trace.problem_id,
       "ids": trace.ids,
-      "finish": trace.finish,
+      "finish_reason": trace.finish_reason,
       "logps": trace.logps,
     }
 
@@ -238,7 +251,8 @@ class ExactnessTest(parameterized.TestCase):
     # Fails if ids are retokenised, or the report does not count what retokenising would change.
     response = self.read(ids=[1, 2, 1, 7, 0], finish="eos", logps=[-1.0] * 5)
     self.assertEqual(
-      (response.ids, response.finish, list(response.logp)), ([1, 2, 1, 7, 0], "eos", [-1.0] * 5)
+      (response.ids, response.finish_reason, list(response.logp)),
+      ([1, 2, 1, 7, 0], "eos", [-1.0] * 5),
     )
     report = import_traces._report(self.reader.counts)
     self.assertEqual((report["reencoded_boundaries"], report["reencoded_boundaries_moved"]), (3, 1))
@@ -275,8 +289,8 @@ class ExactnessTest(parameterized.TestCase):
       self.read(ids=[6], finish="length", logps=[-1.0]),
       self.read(ids=[6], finish="stop", logps=[-1.0]),
     )
-    self.assertEqual((cut.ids, cut.finish, cut.logp), ([6], "length", [-1.0]))
-    self.assertEqual((whole.ids, whole.finish, whole.logp), ([6, 0], "eos", None))
+    self.assertEqual((cut.ids, cut.finish_reason, cut.logp), ([6], "length", [-1.0]))
+    self.assertEqual((whole.ids, whole.finish_reason, whole.logp), ([6, 0], "eos", None))
     self.assertEqual(self.reader.counts["eos_restored"], 1)
 
   def test_every_ending_of_the_policy(self):
@@ -285,7 +299,7 @@ class ExactnessTest(parameterized.TestCase):
     for finish in ("eos", "stop"):
       response = self.read(ids=[6, 9], finish=finish, logps=[-1.0, -2.0])
       self.assertEqual(
-        (response.ids, response.finish, response.logp), ([6, 9], "eos", [-1.0, -2.0])
+        (response.ids, response.finish_reason, response.logp), ([6, 9], "eos", [-1.0, -2.0])
       )
     self.assertEqual(self.read(text="1<end>", finish="stop").ids, [6, 9])
     self.assertEqual(self.reader.counts["eos_restored"], 0)

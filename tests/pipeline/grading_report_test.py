@@ -25,7 +25,7 @@ def trace(name: str, reason: str, text: str) -> Trace:
   return Trace(
     id=f"{name}/sample/0", problem_id=name, index=0, ids=[1], step_ends=[1], text=text,
     correct=reason == "right",
-    reason=reason, extracted=text[:5], finish="eos", logps=[0.0], drawn_logps=[0.0],
+    reason=reason, extracted=text[:5], finish_reason="eos", logps=[0.0], drawn_logps=[0.0],
     policy="0" * 16,
   )  # fmt: skip
 

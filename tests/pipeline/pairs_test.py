@@ -144,7 +144,7 @@ class BuildTest(absltest.TestCase):
     flips = [
       pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(c, 4)) for c in (3, 1)
     ]
-    self.assertEqual([pair.flip for pair in records], flips)
+    self.assertEqual([pair.p_flipped for pair in records], flips)
     self.assertEqual(
       (figures["pairs"], figures["dropped"]["without_pit"], figures["pits_by_step"]),
       (2, 0, {"1": 2}),
@@ -164,7 +164,7 @@ class BuildTest(absltest.TestCase):
       [text(pair.rejected[pair.context :]) for pair in records], [WRONG_SECOND, SECOND]
     )
     self.assertEqual({pair.context for pair in unprotected}, {0})
-    self.assertEqual([pair.flip for pair in records], [pair.flip for pair in unprotected])
+    self.assertEqual([pair.p_flipped for pair in records], [pair.p_flipped for pair in unprotected])
 
   def test_order(self):
     # Fails if the cap keeps another trace than the first by pairs.order, with ties in favour of the
@@ -204,7 +204,8 @@ class BuildTest(absltest.TestCase):
     rows, records, figures = self.build("shared_prefix", choice="majority")
     self.assertEqual(rows, [("0", FIRST, SECOND, WRONG_SECOND, 1)])
     self.assertEqual(
-      records[0].flip, pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(2, 2))
+      records[0].p_flipped,
+      pairs.core.flip_probability(pairs.core.Count(0, 4), pairs.core.Count(2, 2)),
     )
     self.assertEqual(figures["dropped"]["without_alternative"], 1)
     rows, _, _ = self.build("shared_prefix", choice="most_likely", continuation="rollout")

@@ -174,7 +174,8 @@ class PodTestCase(absltest.TestCase):
             for a, b in zip(value, found[key][field], strict=True):
               if a["ids"] == b["ids"]:
                 self.assertEqual(
-                  (a["correct"], a["reason"], a["finish"]), (b["correct"], b["reason"], b["finish"])
+                  (a["correct"], a["reason"], a["finish_reason"]),
+                  (b["correct"], b["reason"], b["finish_reason"]),
                 )
           elif field == "ids":
             near += value != found[key][field]

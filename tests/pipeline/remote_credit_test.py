@@ -61,7 +61,7 @@ class _Policy:
     if first == len(ids):
       logprobs = [sample["logp"], *[0.0] * (len(ids) - 1)]
     tokens = [self.policy.token_text.text([i], special=True) for i in ids]
-    finish = "length" if sample["finish"] == "length" else "stop"
+    finish = "length" if sample["finish_reason"] == "length" else "stop"
     return [
       {
         "index": 0,
@@ -88,7 +88,7 @@ class _Policy:
     """The minimal response that the protocol requires."""
     assert isinstance(body["prompt"], str) and "return_token_ids" not in body
     sample = self.sample(body)
-    finish = "length" if sample["finish"] == "length" else "stop"
+    finish = "length" if sample["finish_reason"] == "length" else "stop"
     text = self.policy.token_text.text(sample["ids"])
     return [{"index": 0, "text": text, "finish_reason": finish, "logprobs": None}]
 
@@ -203,7 +203,7 @@ class GenerationTest(parameterized.TestCase):
       {"text": "zzz", "finish_reason": "stop", "logprobs": logprobs}
     )
     self.assertEqual(
-      (generation.ids.tolist(), generation.logp.tolist(), generation.finish, retokenised),
+      (generation.ids.tolist(), generation.logp.tolist(), generation.finish_reason, retokenised),
       ([1, 0], [-1.0, -0.5], "eos", False),
     )
 
@@ -219,7 +219,7 @@ class GenerationTest(parameterized.TestCase):
   def test_how_it_ended(self, choice, stop, ids, finish):
     # Fails if a stop string, or the length limit, is taken for EOS.
     generation, _ = self.generation(choice, stop)
-    self.assertEqual((generation.ids.tolist(), generation.finish), (ids, finish))
+    self.assertEqual((generation.ids.tolist(), generation.finish_reason), (ids, finish))
 
   def test_log_probs_of_other_tokens(self):
     # Fails if log-probs of other ids are kept.

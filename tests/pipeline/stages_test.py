@@ -368,7 +368,7 @@ class RefusalTest(parameterized.TestCase):
     shutil.rmtree(workdir / "rft")
     path = workdir / "sample/traces/00000.jsonl"
     path.write_text(path.read_text()[:-100])
-    self.assert_refuses(launch(workdir, "--stages=rft"), "00000.jsonl", "cut off")
+    self.assert_refuses(launch(workdir, "--stages=rft"), "00000.jsonl", "truncated")
 
   def test_missing_weights(self):
     # Fails if missing weights raise a traceback or are replaced by random weights.

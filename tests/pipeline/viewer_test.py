@@ -132,7 +132,7 @@ def test_pairs_have_their_margins(experiment):
   alone = dataclasses.replace(scored, id="b", chosen=encode(" too long\n"))
   Shards(experiment.workdir / "pairs" / "step_dpo" / "pairs", Pair).write([scored, alone])
   report_test._stage(experiment.workdir, "pairs/step_dpo", {"pairs": 2})
-  whole = dataclasses.replace(scored, id="c", pair_mode="arbitrary", pit=-1, flip=0.0)
+  whole = dataclasses.replace(scored, id="c", pair_mode="arbitrary", pit=-1, p_flipped=0.0)
   Shards(experiment.workdir / "pairs" / "dpo" / "pairs", Pair).write([whole])
   report_test._stage(experiment.workdir, "pairs/dpo", {"pairs": 1})
   for stage, fingerprint in (("sft", "f" * 16), ("dpo/step_dpo", "e" * 16), ("dpo/dpo", "d" * 16)):

@@ -258,7 +258,9 @@ class ProcessesTest(MembersTestCase):
 
   def test_alone(self):
     # Fails if a single process waits.
-    self.assertEqual((distributed.index(), distributed.count(), distributed.is_primary()), (0, 1, True))
+    self.assertEqual(
+      (distributed.index(), distributed.count(), distributed.is_primary()), (0, 1, True)
+    )
     self.assertEqual(distributed.gather({"a": 1}), [{"a": 1}])
     self.assertEqual(distributed.broadcast(3), 3)
     self.assertTrue(all(map(distributed.owns, range(5))))

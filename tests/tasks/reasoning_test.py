@@ -114,7 +114,7 @@ class ReasoningTest(parameterized.TestCase):
       config_schema.literals("a=1, b=('+', '-'), c=True"), {"a": 1, "b": ("+", "-"), "c": True}
     )
     for text in ("a=f()", "1, 2", "a", "**{'a': 1}", "a=1) + g("):
-      with self.assertRaisesRegex(UserError, "names with literals"):
+      with self.assertRaisesRegex(UserError, "names with literal values"):
         config_schema.literals(text)
 
   def test_reviewed_scorers_evaluate_no_text(self):

@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 from synthneg_jax.runtime import config_schema
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.teacher.endpoint import Chat, Endpoint
-from synthneg_jax.teacher.reply_cache import Prices, Budget, Request, Store
+from synthneg_jax.teacher.reply_cache import Budget, Prices, Request, Store
 from tests.openai_server import Server
 
 pytestmark = pytest.mark.slow  # waits for a server

@@ -132,7 +132,7 @@ def values(
         policy,
         texts,
         [solution.problem] * len(texts),
-        [rollout.finish for rollout in rollouts],
+        [rollout.finish_reason for rollout in rollouts],
       )
       right = np.reshape([verdict.correct for verdict in verdicts], (len(solution.ends), count))
       q[index] = right.mean(axis=1)
