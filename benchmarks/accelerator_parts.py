@@ -118,7 +118,7 @@ def _seconds(run: Callable[[], object], seconds: float, of=statistics.median) ->
 def _memory() -> float:
   """Bytes that the device may hold."""
   limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-  chip = chips.of_kind(jax.devices()[0].device_kind)
+  chip = chips.from_device_kind(jax.devices()[0].device_kind)
   return limit or (chip.hbm_bytes if chip else 8 * _BILLION)
 
 
@@ -156,7 +156,7 @@ def _start_rows(name: str, scale: Scale) -> int:
 def device(scale: Scale) -> dict:
   """Which device this is, its published peaks, and what one product and one copy reach."""
   found, n = jax.devices()[0], scale.matrix
-  chip = chips.of_kind(found.device_kind)
+  chip = chips.from_device_kind(found.device_kind)
   a = jnp.asarray(np.random.default_rng(0).normal(size=(n, n)), jnp.bfloat16)
   large = jnp.ones((16 * n, n), jnp.float32)
   product = _seconds(functools.partial(jax.jit(jnp.dot), a, a), scale.seconds / 4)
@@ -285,7 +285,7 @@ def attend(scale: Scale) -> dict:
     raise RuntimeError(f"attention is not fused on {jax.devices()[0].device_kind}")
 
   def run(fused: bool, trees) -> tuple[float, jax.Array]:
-    keys = tree_lib.keys_of(jax.tree.map(jnp.asarray, tree_lib.pack([trees], length)))
+    keys = tree_lib.row_keys(jax.tree.map(jnp.asarray, tree_lib.pack([trees], length)))
 
     def loss(q, k, v):
       out = attention.tree_attention(q, k, v, keys=keys)[0].astype(jnp.float32)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from absl import flags
 
-from synthneg_jax.core.tree import Branch, Tree, sharing
+from synthneg_jax.core.tree import Branch, Tree, merge_prefixes
 from synthneg_jax.data.credited_traces import by_problem
 from synthneg_jax.data.records import Pair, Shards, StepEstimate, Trace
 from synthneg_jax.pipeline import train_policy
@@ -21,7 +21,11 @@ from synthneg_jax.runtime import startup
 def tokens(trunk: Sequence[int], branches: Sequence[Branch]) -> tuple[int, int, int]:
   """(tokens of separate sequences, of one trunk with a branch each, of the deepest tree)."""
   separate = sum(branch.fork + len(branch.ids) for branch in branches)
-  return separate, Tree(trunk, tuple(branches)).num_tokens, sharing(trunk, branches).num_tokens
+  return (
+    separate,
+    Tree(trunk, tuple(branches)).num_tokens,
+    merge_prefixes(trunk, branches).num_tokens,
+  )
 
 
 def pair_tokens(prompt: Sequence[int], pairs: Sequence[Pair]) -> tuple[int, int, int]:
@@ -37,7 +41,7 @@ def pair_tokens(prompt: Sequence[int], pairs: Sequence[Pair]) -> tuple[int, int,
   by_fork = sum(
     len(trunk) + sum(len(ids) for ids, _ in branches) for trunk, branches in by_trunk.items()
   )
-  return separate, by_fork, sharing(prompt, list(all_branches.values())).num_tokens
+  return separate, by_fork, merge_prefixes(prompt, list(all_branches.values())).num_tokens
 
 
 def table(rows: Iterable[tuple[str, Sequence[tuple[int, int, int]]]]) -> str:

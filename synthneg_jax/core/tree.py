@@ -169,7 +169,7 @@ def _descendants(run: Branch) -> Iterator[tuple[Branch, Branch]]:
     stack += [(child, branch) for child in reversed(branch.branches)]
 
 
-def sharing(trunk: Sequence[int], branches: Sequence[Branch]) -> Tree:
+def merge_prefixes(trunk: Sequence[int], branches: Sequence[Branch]) -> Tree:
   """The tree of these branches in which each common prefix is stored once.
 
   Tokens are common if id, scored flag and advantage agree. Every branch keeps its sequence and at
@@ -351,7 +351,7 @@ def attention_mask(queries: Queries, keys: Keys, window: int | jax.Array = 0) ->
   return seen & (queries.position[..., :, None] - keys.position[..., None, :] < window)
 
 
-def keys_of(trees: PackedTrees) -> Keys:
+def row_keys(trees: PackedTrees) -> Keys:
   """The rows' tokens as keys [..., T]."""
   index = jnp.broadcast_to(jnp.arange(trees.leave.shape[-1], dtype=jnp.int32), trees.leave.shape)
   return Keys(index, trees.position, trees.leave)

@@ -174,7 +174,7 @@ class Shards:
         path.unlink()
     distributed.barrier()
 
-  def write_shared(self, records: Sequence[Record]) -> None:
+  def write_replicated(self, records: Sequence[Record]) -> None:
     """Replaces all shards by a list that every process holds; each process writes its part.
 
     Reading returns the records in the list's order. All are written when it returns.

@@ -111,7 +111,7 @@ class Policy:
     if kind == "tensors":
       is_tied = None
       if distributed.is_primary():
-        is_tied = huggingface.untie_other_head(folder, described).tie_embeddings
+        is_tied = huggingface.untie_differing_head(folder, described).tie_embeddings
       described = dataclasses.replace(described, tie_embeddings=distributed.broadcast(is_tied))
     model = Model(described)
     _check_rope_scaling(folder, model, config.max_length)
@@ -199,7 +199,7 @@ class Policy:
       checkpoints.save_params(folder, params)
       if distributed.is_primary():
         _copy_about(self.about, folder)
-        huggingface.set_tie(folder, self.model.config.tie_embeddings)
+        huggingface.write_tie_embeddings(folder, self.model.config.tie_embeddings)
         if adapter is not None:
           (folder / _ADAPTER).write_text(json.dumps(_adapter_spec(folder, self, adapter)) + "\n")
         (folder / "fingerprint.json").write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
@@ -228,7 +228,7 @@ def _tokenizer_and_eos(
   """A folder's tokenizer, checked against the number of embedding rows, and all EOS ids."""
   tokenizer = _load_tokenizer(folder)
   hf_tokenizers.check(folder, tokenizer, num_rows)
-  return tokenizer, hf_tokenizers.below(
+  return tokenizer, hf_tokenizers.ids_below(
     hf_tokenizers.eos_ids(folder, tokenizer.eos_token_id), num_rows, folder
   )
 

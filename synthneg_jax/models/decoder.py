@@ -392,7 +392,7 @@ class Model:
     self, params: Params, x_ND, trees: tree_lib.PackedTrees, *, with_cache: bool
   ):
     """The layers of `hidden` as a Python loop."""
-    c, keys, pairs = self.config, tree_lib.keys_of(trees), []
+    c, keys, pairs = self.config, tree_lib.row_keys(trees), []
     rotations = self._rotations(trees.position.reshape(-1), trees.token.shape[1])
     layers = zip(self.unstack(params)["layers"], c.layer_windows, c.layer_rotations, strict=True)
     for layer_params, window, kind in layers:
@@ -403,7 +403,7 @@ class Model:
 
   def _scanned_layers(self, params: Params, x_ND, trees: tree_lib.PackedTrees, *, with_cache: bool):
     """The layers of `hidden` as a scan, over windows and rotations too if these differ."""
-    windows, keys = set(self.config.layer_windows), tree_lib.keys_of(trees)
+    windows, keys = set(self.config.layer_windows), tree_lib.row_keys(trees)
     rotations = self._rotations(trees.position.reshape(-1), trees.token.shape[1])
     layers = _with_adapter_in_layers(params)["layers"]
     if len(windows) == len(rotations) == 1:

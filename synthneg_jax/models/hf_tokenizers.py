@@ -82,7 +82,7 @@ def eos_ids(folder: epath.PathLike, tokenizer_eos: int | None) -> list[int]:
   return list(dict.fromkeys(ids))
 
 
-def below(ids: Iterable[int], num_rows: int, folder: epath.PathLike) -> tuple[int, ...]:
+def ids_below(ids: Iterable[int], num_rows: int, folder: epath.PathLike) -> tuple[int, ...]:
   """The ids that have a row in the embedding; logs a warning about the others."""
   valid, invalid = [], []
   for i in ids:

@@ -64,7 +64,7 @@ def read_config(
   )
 
 
-def untie_other_head(folder: epath.PathLike, config: ModelConfig) -> ModelConfig:
+def untie_differing_head(folder: epath.PathLike, config: ModelConfig) -> ModelConfig:
   """Sets tie_embeddings to False if the folder's lm_head.weight differs from the embedding.
 
   Some trainers leave `tie_word_embeddings: true` in config.json after training a separate head.
@@ -198,7 +198,7 @@ def _refuse_unexpected(tensor: stored_tensors.Tensor) -> None:
   raise UserError(f"{where} is not part of this model.")
 
 
-def set_tie(folder: epath.PathLike, tie_embeddings: bool) -> None:
+def write_tie_embeddings(folder: epath.PathLike, tie_embeddings: bool) -> None:
   """Corrects tie_word_embeddings in config.json, if the key is present."""
   path = epath.Path(folder) / "config.json"
   raw = stored_tensors.read_json(path)

@@ -57,7 +57,7 @@ def test(experiment: Experiment, name: str, folder: str | None) -> dict:
   c = experiment.config.engine
   engine = experiment.engine(
     policy,
-    lambda: traces.work(experiment, policy, problems, request),
+    lambda: traces.expected_work(experiment, policy, problems, request),
     lanes=c.lanes * min(c.slots or 1, 4),
     slots=1,
     stage=stage,

@@ -140,7 +140,7 @@ class Experiment:
         return dataclasses.asdict(chosen)
 
       if stage:
-        chosen = stage.settle("lanes", choose)
+        chosen = stage.choose_once("lanes", choose)
       else:
         chosen = distributed.broadcast(choose() if distributed.is_primary() else None)
       lanes, slots, refill = lanes or chosen["lanes"], slots or chosen["slots"], chosen["refill"]

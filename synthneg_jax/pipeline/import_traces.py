@@ -223,7 +223,7 @@ class _Reader:
     self.counts["with_ids"] += 1
     text = token_text.text(ids)
     if "text" in row and row["text"] != text:
-      self.counts["text_is_not_that_of_the_ids"] += 1
+      self.counts["text_differs_from_ids"] += 1
     # what tokenising their text would have changed
     drawn_bytes = [token_text.bytes_of(i) for i in ids]
     encoded_bytes = [token_text.bytes_of(i) for i in self._encode(text)]
@@ -239,7 +239,7 @@ class _Reader:
     ids = self._encode(text)
     self.counts["with_text_alone"] += 1
     if token_text.text(ids) != text:
-      self.counts["text_does_not_survive_tokenising"] += 1
+      self.counts["text_not_reproduced"] += 1
     same_tokens = True
     if "tokens" in row:
       if not all(isinstance(token, str) for token in row["tokens"]):
@@ -372,7 +372,7 @@ def _records(
   for r in responses:
     arrays = np.asarray(r.ids), np.asarray(r.logp), np.asarray(r.drawn_logp)
     generated.append((r.problem, r.index, Generation(*arrays, r.finish_reason)))
-  records = traces.traces_of(experiment, policy, "sample", generated)
+  records = traces.to_records(experiment, policy, "sample", generated)
   for response, trace in zip(responses, records, strict=True):
     yield dataclasses.replace(trace, policy=response.policy)
 

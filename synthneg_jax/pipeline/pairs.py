@@ -342,5 +342,5 @@ def variant(experiment: Experiment, name: str) -> dict:
       "rollouts (credit.num_rollouts), another pairs.pit_rule or a longer dpo.row_length."
     )
   shards = Shards(stage.folder / "pairs", Pair)
-  shards.write_shared(pairs)
+  shards.write_replicated(pairs)
   return stage.finish(figures, shards.files())

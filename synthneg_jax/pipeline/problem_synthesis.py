@@ -127,7 +127,7 @@ class Synthesis:
       if not requests:
         break
       num_requests += len(requests)
-      replies = self._teacher.ask("problems", requests)
+      replies = self._teacher.generate("problems", requests)
       texts = [
         prompt
         for request in requests
@@ -177,7 +177,7 @@ class Synthesis:
       ]
       for problem in unsolved
     }
-    replies = self._teacher.ask(
+    replies = self._teacher.generate(
       "solutions", [request for group in requests.values() for request in group]
     )
     candidates = []

@@ -19,7 +19,7 @@ def run(experiment: Experiment) -> dict:
   c = experiment.config.engine
   engine = experiment.engine(
     policy,
-    lambda: traces.work(experiment, policy, in_order, request),
+    lambda: traces.expected_work(experiment, policy, in_order, request),
     lanes=c.lanes,
     slots=min(c.slots, section.num_traces),
     stage=stage,

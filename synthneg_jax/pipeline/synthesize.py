@@ -49,7 +49,7 @@ def run(experiment: Experiment) -> dict:
   ):
     shards = Shards(stage.folder / name, kind)
     if records or name in ("train", "test"):
-      shards.write_shared(records)
+      shards.write_replicated(records)
     files += shards.files()
   if distributed.is_primary():
     temporary = stage.folder / "left_out.jsonl.tmp"

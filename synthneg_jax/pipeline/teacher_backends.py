@@ -48,7 +48,7 @@ class _Local:
       max_new_tokens=max_new_tokens,
     )
 
-  def ask(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Reply]]:
+  def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Reply]]:
     """Yields each request with its reply."""
     groups = {}  # requests with the same prompt share a trunk
     for request in requests:
@@ -127,7 +127,7 @@ class Teacher:
       purpose, self.model, (("user", text),), index, temperature, self._section.max_tokens
     )
 
-  def ask(self, name: str, requests: Sequence[Request]) -> dict[str, Reply]:
+  def generate(self, name: str, requests: Sequence[Request]) -> dict[str, Reply]:
     """Returns replies by request key and sends only requests without a cached reply.
 
     At most synthesis.max_failed requests remain without a reply.
@@ -149,7 +149,7 @@ class Teacher:
         replies[request.key] = reply
     self._announce(name, missing, len(replies))
     with Progress(f"synthesize {name}", len(missing), "replies") as progress:
-      for request, reply in self._provider.ask(missing):
+      for request, reply in self._provider.generate(missing):
         replies[request.key] = reply
         self.asked += 1
         self.tokens += reply.prompt_tokens + reply.completion_tokens

@@ -86,7 +86,7 @@ def verdicts(
   return graded
 
 
-def traces_of(
+def to_records(
   experiment: Experiment,
   policy: Policy,
   purpose: str,
@@ -150,7 +150,7 @@ def slot_use(engine: Engine | RemoteEngine) -> float:
   return round(engine.stats["busy_slots"] / max(engine.stats["slots"], 1), 3)
 
 
-def trunk(
+def response_trunk(
   experiment: Experiment, prompt: Sequence[int], problem: Problem, purpose: str, count: int
 ) -> Trunk:
   """A trunk that asks for `count` responses to a problem, each with its own PRNG key.
@@ -202,7 +202,7 @@ class Request:
   shots: Sequence[Problem] = ()
 
 
-def work(
+def expected_work(
   experiment: Experiment, policy: Policy, problems: Sequence[Problem], request: Request
 ) -> Work:
   """The work of one `respond` shard; assumes that responses are as long as the known solutions."""
@@ -244,7 +244,7 @@ def respond(
       trunks = []
       for problem in part:
         prompt = _prompt(experiment, policy, problem, request.shots)
-        trunks.append(trunk(experiment, prompt, problem, request.purpose, request.count))
+        trunks.append(response_trunk(experiment, prompt, problem, request.purpose, request.count))
       completed, stopped = {}, None
       try:
         for number, generations in engine.run(policy.params, trunks, request.sampling):
@@ -256,7 +256,7 @@ def respond(
       for number in filter(distributed.owns, sorted(completed)):
         for index, generation in enumerate(completed[number]):
           responses.append((part[number], index, generation))
-      shards.write(traces_of(experiment, policy, request.purpose, responses))
+      shards.write(to_records(experiment, policy, request.purpose, responses))
       if stopped is not None:
         raise stopped
   distributed.barrier()

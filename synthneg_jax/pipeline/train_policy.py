@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from synthneg_jax.core.geometry import RowOptions, Rows
-from synthneg_jax.core.tree import Branch, sharing
+from synthneg_jax.core.tree import Branch, merge_prefixes
 from synthneg_jax.data import prompts
 from synthneg_jax.data.records import Problem
 from synthneg_jax.decoding.policy import Policy, param_shardings
@@ -98,7 +98,7 @@ def branch_trees(
         room = max_tokens - len(trunk)
       parts[-1].append(branch)
       room -= len(branch.ids)
-    examples += [Example(sharing(trunk, part)) for part in parts]
+    examples += [Example(merge_prefixes(trunk, part)) for part in parts]
     names += [key] * len(parts)
   return Trees(examples, names, dropped)
 
@@ -108,7 +108,7 @@ def longest_tree(config, section) -> int:
   return min(section.row_length or config.model.max_length, config.model.max_length)
 
 
-def room(model: Model, section, mesh: Mesh, *, length: int, memory: float) -> int:
+def microbatch_tokens(model: Model, section, mesh: Mesh, *, length: int, memory: float) -> int:
   """Estimates how many tokens of a microbatch fit a row shard's memory, at least 1.
 
   Args:
@@ -120,7 +120,7 @@ def room(model: Model, section, mesh: Mesh, *, length: int, memory: float) -> in
   """
   c = model.config
   weight_shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
-  abstract_params = trained(model, section).abstract_params()
+  abstract_params = trainable(model, section).abstract_params()
   num_trained = sum(leaf.size for leaf in jax.tree.leaves(abstract_params))
   # float32: all parameters; gradients and two moments of the trained ones
   state = (4 * c.num_params + 12 * num_trained) / weight_shards
@@ -147,8 +147,8 @@ def make_run(
     trees: the training examples.
   """
 
-  def settle(choose: Callable[[], Rows]) -> Rows:
-    rows = stage.settle("rows", lambda: dataclasses.asdict(choose()))
+  def choose_once(choose: Callable[[], Rows]) -> Rows:
+    rows = stage.choose_once("rows", lambda: dataclasses.asdict(choose()))
     return Rows(**rows | {"counts": tuple(rows["counts"])})
 
   plan = batches.Batches(
@@ -164,7 +164,7 @@ def make_run(
       length=section.row_length,
       shards=device_mesh.row_shards(experiment.mesh),
       microbatches=section.grad_accum_steps,
-      max_tokens=room(
+      max_tokens=microbatch_tokens(
         model,
         section,
         experiment.mesh,
@@ -172,7 +172,7 @@ def make_run(
         memory=device_mesh.memory(),
       ),
     ),
-    settle=settle,
+    choose_once=choose_once,
   )
   return loop.Run(
     name=stage.name.removeprefix("dpo/"),
@@ -185,13 +185,13 @@ def make_run(
   )
 
 
-def trained(model: Model, section) -> Model | Adapter:
+def trainable(model: Model, section) -> Model | Adapter:
   """What a config section trains: the model or, with `section.lora`, an adapter of it."""
   lora = section.lora
   return Adapter(model, lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else model
 
 
-def of_adapter(adapter: Adapter, objective):
+def merged_objective(adapter: Adapter, objective):
   """Returns joint(adapter params, batch, base params): the objective of the merged parameters."""
 
   def joint(params, batch, base):
@@ -220,7 +220,7 @@ def train(experiment: Experiment, policy: Policy, run: loop.Run) -> tuple[str, d
   open_metrics = functools.partial(Metrics, experiment.config, experiment.workdir, run.folder)
   run = dataclasses.replace(run, open_metrics=open_metrics)
   start, policy.params = policy.params, None  # trained in place, or frozen under an adapter
-  adapter = trained(policy.model, run.section)
+  adapter = trainable(policy.model, run.section)
   if isinstance(adapter, Adapter):
     shardings = param_shardings(adapter, experiment.mesh)
     key = jax.random.wrap_key_data(
@@ -228,7 +228,9 @@ def train(experiment: Experiment, policy: Policy, run: loop.Run) -> tuple[str, d
     )
     params = jax.jit(adapter.init, out_shardings=shardings)(key)
     figures["trained"] = sum(leaf.size for leaf in jax.tree.leaves(params))
-    run = dataclasses.replace(run, model=adapter, objective=of_adapter(adapter, run.objective))
+    run = dataclasses.replace(
+      run, model=adapter, objective=merged_objective(adapter, run.objective)
+    )
     params, last = loop.fit(run, params, frozen=(start,))
     fingerprint = policy.save(run.folder / "policy", params, adapter)
   else:

@@ -45,7 +45,7 @@ _TPU_KINDS = {
 }
 
 
-def of_kind(device_kind: str) -> Chip | None:
+def from_device_kind(device_kind: str) -> Chip | None:
   """The chip with this JAX device kind ("NVIDIA H200", "TPU v5 lite"); None if unknown."""
   if device_kind in _TPU_KINDS:
     return CHIPS[_TPU_KINDS[device_kind]]

@@ -146,7 +146,7 @@ class Recipe:
 
   def __init__(self, config, mesh: Mesh, lengths: cost_model.Lengths, memory: float):
     """Checks that the mesh can split the model; `memory` is a device's memory in bytes."""
-    self.mesh, self._lengths, self._memory = mesh, lengths, device_mesh.SPENT * memory
+    self.mesh, self._lengths, self._memory = mesh, lengths, device_mesh.MEMORY_FRACTION * memory
     self.model = architecture(config)
     self._config = self._with_geometry(config)
     self._params = policy.param_shardings(self.model, mesh)
@@ -164,7 +164,7 @@ class Recipe:
         shards = device_mesh.row_shards(self.mesh)
         section.grad_accum_steps = 1
         rows = cost_model.batch_shape(section, tree, shards)[0].rows // shards
-        room = train_policy.room(
+        room = train_policy.microbatch_tokens(
           self.model, section, self.mesh, length=section.row_length, memory=self._memory
         )
         section.grad_accum_steps = -(-rows // max(room // section.row_length, 1))
@@ -218,11 +218,11 @@ class Recipe:
     else:
       objective = objectives.make_sft(model, section.logit_chunk)
     optimizer = optimizer_lib.make_optimizer(section.optimizer, max(self.work[name]["steps"], 1))
-    trained = train_policy.trained(model, section)
+    trained = train_policy.trainable(model, section)
     frozen, num_adapter, adapter_text = (), 0, ""
     if isinstance(trained, Adapter):
       policy.param_shardings(trained, mesh)  # checks that they exist
-      objective = train_policy.of_adapter(trained, objective)
+      objective = train_policy.merged_objective(trained, objective)
       frozen = (_abstract(model.abstract_params(), self._params),)
       num_adapter = sum(leaf.size for leaf in jax.tree.leaves(trained.abstract_params()))
       adapter_text = f", adapter of {num_adapter / 1e6:.3g} M parameters"
@@ -236,7 +236,7 @@ class Recipe:
         optimizer,
         layout,
         mesh=mesh,
-        accumulate=section.grad_accum_steps,
+        num_microbatches=section.grad_accum_steps,
         frozen=frozen_shardings,
       )
       return run.lower(_abstract(state, layout), _batch(shape, mesh), *frozen)

@@ -228,7 +228,7 @@ def storage(config, model: Model, stages: dict) -> dict[str, float]:
   """
   policies, checkpoints = 0, 0
   for section in (config.sft, config.rft, config.dpo, config.dpo):
-    size = num_bytes(train_policy.trained(model, section).abstract_params())
+    size = num_bytes(train_policy.trainable(model, section).abstract_params())
     policies += size
     # parameters and their two moments
     checkpoints += 3 * size * section.max_to_keep * bool(section.save_every_steps)

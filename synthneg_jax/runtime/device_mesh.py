@@ -30,7 +30,7 @@ RULES = {
 }
 
 
-SPENT = 0.8  # fraction of a device's memory that work is fitted to
+MEMORY_FRACTION = 0.8  # fraction of a device's memory that work is fitted to
 
 
 def make_mesh(
@@ -266,7 +266,7 @@ def memory() -> float:
   """Bytes available on each local device; on CPU, devices share half the host's memory."""
   device = jax.local_devices()[0]
   if limit := (device.memory_stats() or {}).get("bytes_limit"):
-    return SPENT * limit
+    return MEMORY_FRACTION * limit
   return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
 
 

@@ -157,7 +157,7 @@ class EventFile:
       if self._file is not None:
         self._file.flush()
 
-  def keep(self) -> None:
+  def save(self) -> None:
     """Saves all events written so far.
 
     Raises:
@@ -173,4 +173,4 @@ class EventFile:
       self._file.close()
       self._file = None
       return
-    self.keep()
+    self.save()

@@ -194,7 +194,7 @@ class Stage:
           f"{self.folder} to run it again."
         )
 
-  def settle(self, name: str, choose: Callable[[], dict]) -> dict:
+  def choose_once(self, name: str, choose: Callable[[], dict]) -> dict:
     """Returns a geometry (core/geometry.py), chosen once per stage by process 0.
 
     A resumed stage keeps it. It changes speed, not results, so it is not part of the fingerprint.

@@ -34,7 +34,7 @@ class JsonLines:
     whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     self._lines = {json.loads(line)["step"]: line for line in whole}
     self._path, self._file = path, None
-    self.keep()
+    self.save()
     if "://" not in os.fspath(path):
       self._file = path.open("a")
 
@@ -53,7 +53,7 @@ class JsonLines:
         self._file.write(self._lines[step])
         self._file.flush()
 
-  def keep(self) -> None:
+  def save(self) -> None:
     """Saves all lines written so far.
 
     Raises:
@@ -72,7 +72,7 @@ class JsonLines:
         self._file.close()
       self._file = None
     with contextlib.suppress(UserError):
-      self.keep()
+      self.save()
 
 
 class _TensorBoard:
@@ -80,7 +80,7 @@ class _TensorBoard:
 
   def __init__(self, folder: epath.Path, first_step: int):
     self._file = EventFile(folder, first_step)
-    self.keep = self._file.keep
+    self.save = self._file.save
 
   def write(
     self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram]
@@ -154,7 +154,7 @@ class _Wandb:
     }
     self._run.log({**scalars, **converted}, step=step)
 
-  def keep(self) -> None:
+  def save(self) -> None:
     """Does nothing: wandb saves by itself."""
 
   def close(self) -> None:
@@ -211,10 +211,10 @@ class Metrics:
     for writer in self._writers:
       writer.write(step, scalars, histograms)
 
-  def keep(self) -> None:
+  def save(self) -> None:
     """Saves all metrics written so far, as when a checkpoint is saved."""
     for writer in self._writers:
-      writer.keep()
+      writer.save()
 
   def close(self) -> None:
     """Closes all writers."""

@@ -324,7 +324,7 @@ class Chat:
       reply = Reply("", "content_filter", 0, 0, counted=True)
     return attempts.keep(reply, self._prices.usd(reply.prompt_tokens, reply.completion_tokens))
 
-  def ask(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Reply]]:
+  def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Reply]]:
     """Sends requests; stores every reply before yielding it.
 
     Raises:

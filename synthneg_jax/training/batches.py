@@ -89,7 +89,7 @@ class Batches:
     *,
     schedule: Schedule,
     row_options: RowOptions,
-    settle: Callable[[Callable[[], Rows]], Rows] | None = None,
+    choose_once: Callable[[Callable[[], Rows]], Rows] | None = None,
   ):
     """Plans the run.
 
@@ -98,7 +98,7 @@ class Batches:
       keys: names of the examples, for error messages.
       schedule: number and size of the steps.
       row_options: for `core.geometry.fit_rows`. They do not change the examples of a step.
-      settle: called with a function that chooses the rows; returns the rows to use, for instance
+      choose_once: called with a function that chooses the rows; returns the rows to use, for instance
         those chosen before. None to choose anew.
 
     Raises:
@@ -118,7 +118,7 @@ class Batches:
     self._steps = plan(weights, schedule)
     sizes = [[examples[i].tree.num_tokens for i in step] for step in self._steps]
     choose = functools.partial(geometry.fit_rows, sizes, row_options)
-    self.rows = (settle(choose) if settle else choose()).split(row_options.shards)
+    self.rows = (choose_once(choose) if choose_once else choose()).split(row_options.shards)
     self._steps = [
       [step[i] for i in self.rows.order(step_sizes)]
       for step, step_sizes in zip(self._steps, sizes, strict=True)

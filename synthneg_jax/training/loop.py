@@ -125,7 +125,7 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
     optimizer,
     shardings,
     mesh=run.mesh,
-    accumulate=batches.rows.microbatches,
+    num_microbatches=batches.rows.microbatches,
     frozen=jax.tree.map(lambda leaf: leaf.sharding, frozen),
   )
   batch_shardings = step_lib.batch_shardings(run.mesh)
@@ -162,7 +162,7 @@ def fit(run: Run, params: Params, frozen=()) -> tuple[Params, dict[str, float]]:
   def save(step, state):
     checkpointer.save(step, state, sum(losses) / len(losses))
     losses.clear()
-    writer.keep()
+    writer.save()
 
   logging.info(
     "%s: %d steps of %s rows of %d tokens in %d microbatch(es), %.0f %% full.",

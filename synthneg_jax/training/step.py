@@ -99,27 +99,27 @@ def batch_shardings(mesh: Mesh) -> Batch:
   return Batch(*[rows] * 8, num_scored=replicated, num_pairs=replicated)
 
 
-def make_update(objective, optimizer: optax.GradientTransformation, *, accumulate: int = 1):
+def make_update(objective, optimizer: optax.GradientTransformation, *, num_microbatches: int = 1):
   """Returns the pure update(state, batch, *frozen) -> (state, metrics) of the train step.
 
   Args:
     objective: from training/objectives.py.
     optimizer: of the parameters.
-    accumulate: number of sequential microbatches that a batch's rows are split into.
+    num_microbatches: number of sequential microbatches that a batch's rows are split into.
 
   Returns:
     The update. Metrics are pairs (sum, count) of scalars.
   """
 
   def split(x):
-    """Reshapes rows [R, ...] to [accumulate, R / accumulate, ...]; scalars are repeated."""
+    """Splits rows [R, ...] into [num_microbatches, ...]; repeats scalars."""
     if not x.ndim:
-      return jnp.broadcast_to(x, accumulate)
-    return x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
+      return jnp.broadcast_to(x, num_microbatches)
+    return x.reshape(num_microbatches, x.shape[0] // num_microbatches, *x.shape[1:])
 
   def gradients(params, batch: Batch, *frozen):
     grad = jax.value_and_grad(lambda params, batch: objective(params, batch, *frozen), has_aux=True)
-    if accumulate == 1:
+    if num_microbatches == 1:
       (_, metrics), grads = grad(params, batch)
       return grads, metrics
 
@@ -152,19 +152,19 @@ def make_step(
   shardings,
   *,
   mesh: Mesh,
-  accumulate: int = 1,
+  num_microbatches: int = 1,
   frozen=(),
 ):
   """Returns a jitted step(state, batch, *frozen) -> (state, metrics), which donates the state.
 
   Args:
-    objective, optimizer, accumulate: as in `make_update`.
+    objective, optimizer, num_microbatches: as in `make_update`.
     shardings: of the state, from `state_shardings`.
     mesh: of the devices.
     frozen: shardings of the untrained parameters that the objective takes after the batch.
   """
   return jax.jit(
-    device_mesh.under(mesh, make_update(objective, optimizer, accumulate=accumulate)),
+    device_mesh.under(mesh, make_update(objective, optimizer, num_microbatches=num_microbatches)),
     in_shardings=(shardings, batch_shardings(mesh), *frozen),
     out_shardings=(shardings, device_mesh.replicated(mesh)),
     donate_argnums=0,

@@ -149,7 +149,7 @@ class ChipsTest(parameterized.TestCase):
   )
   def test_kinds(self, kind, rate):
     # Fails if a device is taken for another.
-    chip = chips.of_kind(kind)
+    chip = chips.from_device_kind(kind)
     self.assertEqual(chip and chip.memory_rate, rate)
 
 

@@ -128,7 +128,7 @@ class SharingTest(absltest.TestCase):
     # first level is shared.
     ids = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 9, 4], [5, 6], [5, 6, 7, 8], [8, 8]]
     unscored = Branch(2, [5, 6, 3], scored=[False, True, True])
-    tree = tree_lib.sharing([1, 2], [*(Branch(2, part) for part in ids), unscored])
+    tree = tree_lib.merge_prefixes([1, 2], [*(Branch(2, part) for part in ids), unscored])
     found = random_trees.sequences(tree)
     expected = [([1, 2, *part], [False] * 2 + [True] * len(part)) for part in ids]
     self.assertCountEqual(found, [*expected, ([1, 2, 5, 6, 3], [False] * 3 + [True] * 2)])
@@ -140,7 +140,7 @@ class SharingTest(absltest.TestCase):
     rng = np.random.default_rng(0)
     for _ in range(50):
       tree = random_trees.draw(rng, depth=1, high=4)
-      shared = tree_lib.sharing(tree.trunk, tree.branches)
+      shared = tree_lib.merge_prefixes(tree.trunk, tree.branches)
       self.assertCountEqual(random_trees.sequences(shared), random_trees.sequences(tree))
       self.assertLessEqual(shared.num_tokens, tree.num_tokens)
 
@@ -165,7 +165,7 @@ class FirstFitTest(parameterized.TestCase):
 
 
 def row_mask(packed, window=0):
-  keys = tree_lib.keys_of(packed)
+  keys = tree_lib.row_keys(packed)
   return tree_lib.attention_mask(tree_lib.Queries(keys.index, keys.position), keys, window)
 
 

@@ -23,7 +23,7 @@ def make_rows(rng, length):
     Tree(ids(quarter - 5), (Branch(3, ids(2)), Branch(quarter - 5, ids(3)))) for _ in range(3)
   ]
   packed = tree_lib.pack([trees, [Tree(ids(2), (Branch(2, ids(length - 2)),))]], length)
-  keys = tree_lib.keys_of(packed)
+  keys = tree_lib.row_keys(packed)
   return (
     packed,
     keys,

@@ -49,7 +49,7 @@ def draw_rows(num_rows: int, length: int) -> tree_lib.PackedTrees:
 
 
 def mask_of(packed, window: int) -> np.ndarray:
-  keys = tree_lib.keys_of(packed)
+  keys = tree_lib.row_keys(packed)
   return np.asarray(
     tree_lib.attention_mask(tree_lib.Queries(keys.index, keys.position), keys, window)
   )
@@ -229,7 +229,7 @@ class ShardedTest(parameterized.TestCase):
     q, k, v = (
       jnp.asarray(rng.normal(size=(4 * 256, n, 8)), jnp.float32) for n in (8, kv_heads, kv_heads)
     )
-    keys = tree_lib.keys_of(jax.tree.map(jnp.asarray, packed))
+    keys = tree_lib.row_keys(jax.tree.map(jnp.asarray, packed))
     gradients = jax.value_and_grad(loss, (0, 1, 2))
     expected = jax.jit(gradients)(q, k, v, keys)
     mesh = device_mesh.make_mesh(2, 8 // 2 // tensor, tensor)

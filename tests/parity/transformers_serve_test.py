@@ -89,7 +89,7 @@ class ServeTest(hf_tokenizers_test.FolderTest):
       chat = Chat(Endpoint(section.endpoint), store, Budget(0.0, 0.0), Prices(0.0, 0.0), section)
       model = section.endpoint.model
       requests = [Request("solution", model, (("user", f"Add {i}"),), 0, 0.7, 6) for i in range(3)]
-      replies = dict(chat.ask(requests))
+      replies = dict(chat.generate(requests))
       self.assertLen(replies, 3)
       self.assertTrue(
         all(reply.finish in ("length", "stop") for reply in replies.values()), replies

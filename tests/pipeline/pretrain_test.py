@@ -49,7 +49,9 @@ class PretrainTest(absltest.TestCase):
     trunks = []
     for number, puzzle in enumerate(puzzles):
       problem = traces.Problem(f"p{number}", puzzle.prompt, "", "0", "test")
-      trunks.append(traces.trunk(run, policy.tokenizer.encode(puzzle.prompt), problem, "test", 1))
+      trunks.append(
+        traces.response_trunk(run, policy.tokenizer.encode(puzzle.prompt), problem, "test", 1)
+      )
     with jax.debug_nans(False):
       generations = dict(engine.run(policy.params, trunks, Sampling(temperature=0.0)))
     verdicts = collections.Counter()

@@ -49,7 +49,7 @@ class BucketTest(absltest.TestCase):
     shards.write(problems[2:])
     self.assertEqual([path.name for path in shards.files()], ["00000.jsonl", "00001.jsonl"])
     self.assertEqual(list(shards.read()), problems)
-    shards.write_shared(problems)
+    shards.write_replicated(problems)
     self.assertEqual([path.name for path in shards.files()], ["00000.jsonl"])
     stage.finish({"train": 3}, shards.files())
     self.assertTrue(manifest.Stage(self.workdir, "synthesize", {"seed": 0}).done)
@@ -67,7 +67,7 @@ class BucketTest(absltest.TestCase):
     lines = metrics.JsonLines(path, 0)
     for step in range(3):
       lines.write(step, {"loss": step / 2}, {})
-    lines.keep()
+    lines.save()
     self.assertLen(path.read_text().splitlines(), 3)
     again = metrics.JsonLines(path, 2)
     again.write(2, {"loss": 9.0}, {})
@@ -83,7 +83,7 @@ class BucketTest(absltest.TestCase):
     file = event_files.EventFile(folder)
     for step in range(3):
       file.write(step, scalars={"loss": step / 2})
-    file.keep()
+    file.save()
 
     def events():
       return [

@@ -284,7 +284,7 @@ WAITS |= {
   "score",
   "train",
   "respond",
-  "write_shared",
+  "write_replicated",
   "clear",
   "restore",
   "place",

@@ -64,23 +64,23 @@ class StageTest(parameterized.TestCase):
     # those behind it, if the manifest lacks it, or if a start with another config that had made
     # nothing leaves its own.
     stage = Stage(self.workdir, "sample", CONFIG)
-    self.assertEqual(stage.settle("lanes", lambda: {"lanes": 3}), {"lanes": 3})
-    self.assertEqual(stage.settle("lanes", lambda: {"lanes": 4}), {"lanes": 3})
+    self.assertEqual(stage.choose_once("lanes", lambda: {"lanes": 3}), {"lanes": 3})
+    self.assertEqual(stage.choose_once("lanes", lambda: {"lanes": 4}), {"lanes": 3})
     stage = Stage(self.workdir, "sample", CONFIG)
-    self.assertEqual(stage.settle("lanes", lambda: {"lanes": 5}), {"lanes": 3})
-    self.assertEqual(stage.settle("rows", lambda: {"length": 7}), {"length": 7})
+    self.assertEqual(stage.choose_once("lanes", lambda: {"lanes": 5}), {"lanes": 3})
+    self.assertEqual(stage.choose_once("rows", lambda: {"length": 7}), {"length": 7})
     stage.finish({})
     written = json.loads((stage.folder / "manifest.json").read_text())
     self.assertEqual(written["geometry"], {"lanes": {"lanes": 3}, "rows": {"length": 7}})
     other = Stage(self.workdir / "other", "sample", CONFIG)
-    other.settle("lanes", lambda: {"lanes": 9})
+    other.choose_once("lanes", lambda: {"lanes": 9})
     other.finish({})
     self.assertEqual(
       json.loads((other.folder / "manifest.json").read_text())["identity"], written["identity"]
     )
-    Stage(self.workdir, "rft", CONFIG).settle("rows", lambda: {"length": 7})
+    Stage(self.workdir, "rft", CONFIG).choose_once("rows", lambda: {"length": 7})
     changed = Stage(self.workdir, "rft", CONFIG | {"seed": 1})
-    self.assertEqual(changed.settle("rows", lambda: {"length": 8}), {"length": 8})
+    self.assertEqual(changed.choose_once("rows", lambda: {"length": 8}), {"length": 8})
 
   def test_leaves_that_decided_results_once(self):
     # Fails if a stage of an earlier version is refused over a leaf that today says only how a stage

@@ -60,7 +60,7 @@ class EndpointTest(parameterized.TestCase):
   def test_complete_reply(self, stream):
     # Fails if pieces of a stream are lost or doubled, usage is not requested, or the request is
     # wrong.
-    ((request, reply),) = self.chat(stream=stream).ask(requests(1))
+    ((request, reply),) = self.chat(stream=stream).generate(requests(1))
     self.assertEqual((reply.text, reply.finish, reply.counted), (TEXT, "stop", True))
     self.assertEqual((reply.prompt_tokens, reply.completion_tokens), (2, 9))
     body = self.server.bodies()[0]
@@ -78,7 +78,7 @@ class EndpointTest(parameterized.TestCase):
     # Fails if a fault ends the run, or an incomplete reply passes.
     self.server.faults = [fault, fault]
     timeout_s = 0.6 if fault == "stall" else 5.0
-    replies = dict(self.chat(stream=stream, timeout_s=timeout_s).ask(requests(1)))
+    replies = dict(self.chat(stream=stream, timeout_s=timeout_s).generate(requests(1)))
     self.assertEqual([reply.text for reply in replies.values()], [TEXT])
     self.assertLen(self.server.requests, 3)
 
@@ -90,21 +90,21 @@ class EndpointTest(parameterized.TestCase):
     # Fails if a truncated stream, a reply without choices, or one that the server aborted is kept.
     self.server.faults = [fault]
     timeout_s = 0.6 if fault == "stall_midway" else 5.0
-    ((_, reply),) = self.chat(stream=stream, timeout_s=timeout_s).ask(requests(1))
+    ((_, reply),) = self.chat(stream=stream, timeout_s=timeout_s).generate(requests(1))
     self.assertEqual((reply.text, len(self.server.requests)), (TEXT, 2))
 
   @parameterized.parameters("429:1.0", "503:1.0")
   def test_retry_after(self, fault):
     # Fails if Retry-After is not honoured.
     self.server.faults = [fault]
-    self.assertLen(dict(self.chat(concurrency=1).ask(requests(1))), 1)
+    self.assertLen(dict(self.chat(concurrency=1).generate(requests(1))), 1)
     first, second = self.server.times
     self.assertGreaterEqual(second - first, 0.95)
 
   def test_concurrency(self):
     # Fails if concurrency is unbounded, or requests are sequential.
     self.server.delay_s = 0.05
-    self.assertLen(list(self.chat(concurrency=3).ask(requests(12))), 12)
+    self.assertLen(list(self.chat(concurrency=3).generate(requests(12))), 12)
     self.assertEqual(self.server.most_at_once, 3)
 
   @parameterized.parameters("401", "404", "400")
@@ -112,7 +112,7 @@ class EndpointTest(parameterized.TestCase):
     # Fails if a refusal is retried, or its message contains the key.
     self.server.faults = [fault] * 9
     with self.assertRaises(UserError) as caught:
-      list(self.chat(concurrency=1).ask(requests(5)))
+      list(self.chat(concurrency=1).generate(requests(5)))
     self.assertLen(self.server.requests, 1)
     self.assertNotIn(KEY, str(caught.exception))
     self.assertIn(fault, str(caught.exception))
@@ -121,26 +121,26 @@ class EndpointTest(parameterized.TestCase):
     # Fails if a permanent 429 counts as one failed request.
     self.server.faults = ["quota"] * 9
     with self.assertRaisesRegex(UserError, "answered 429: You exceeded your quota"):
-      list(self.chat(concurrency=1, attempts=1, max_failed=4).ask(requests(5)))
+      list(self.chat(concurrency=1, attempts=1, max_failed=4).generate(requests(5)))
     self.assertLen(self.server.requests, 1)
 
   @parameterized.product(stream=[True, False])
   def test_content_in_parts(self, stream):
     # Fails if the text of parts is lost, or a part of another type counts as text.
     self.server.in_parts = True
-    ((_, reply),) = self.chat(stream=stream).ask(requests(1))
+    ((_, reply),) = self.chat(stream=stream).generate(requests(1))
     self.assertEqual((reply.text, reply.finish), (TEXT, "stop"))
 
   def test_one_refused_request(self):
     # Fails if a single refused request, such as a prompt that is too long, ends the run or is
     # retried.
     self.server.faults = ["400"]
-    self.assertLen(list(self.chat(concurrency=1, max_failed=1).ask(requests(4))), 3)
+    self.assertLen(list(self.chat(concurrency=1, max_failed=1).generate(requests(4))), 3)
     self.assertLen(self.server.requests, 4)
     self.server.faults, kept = ["", "400"], []
     with self.assertRaisesRegex(UserError, "1 of 4 requests.*answered 400: refused"):
       kept.extend(
-        self.chat(concurrency=2).ask(
+        self.chat(concurrency=2).generate(
           [dataclasses.replace(request, index=1) for request in requests(4)]
         )
       )
@@ -152,12 +152,12 @@ class EndpointTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       UserError, "answered 422: body.prompt: Input should be a valid string"
     ):
-      list(self.chat(concurrency=1).ask(requests(1)))
+      list(self.chat(concurrency=1).generate(requests(1)))
 
   def test_filtered_request(self):
     # Fails if a filtered request stops the others, or is retried.
     self.server.faults = ["filtered"]
-    replies = dict(self.chat(concurrency=1).ask(requests(2)))
+    replies = dict(self.chat(concurrency=1).generate(requests(2)))
     self.assertCountEqual([reply.finish for reply in replies.values()], ["content_filter", "stop"])
     self.assertTrue(all(self.store.get(request) for request in requests(2)))
 
@@ -171,16 +171,16 @@ class EndpointTest(parameterized.TestCase):
     self.server.chat = chat
     kept = []
     with self.assertRaisesRegex(UserError, "1 of 4 requests got no complete reply in 2 attempts"):
-      kept.extend(self.chat(concurrency=2, attempts=2).ask(requests(4)))
+      kept.extend(self.chat(concurrency=2, attempts=2).generate(requests(4)))
     self.assertLen(kept, 3)
-    self.assertLen(list(self.chat(max_failed=1, attempts=2).ask(requests(4))), 3)
+    self.assertLen(list(self.chat(max_failed=1, attempts=2).generate(requests(4))), 3)
 
   def test_server_down(self):
     # Fails if all requests are retried against a server that is down.
     self.server.close()
     start = time.monotonic()
     with self.assertRaisesRegex(UserError, "ConnectError"):
-      list(self.chat(concurrency=2, attempts=2).ask(requests(500)))
+      list(self.chat(concurrency=2, attempts=2).generate(requests(500)))
     self.assertLess(time.monotonic() - start, 5.0)
 
   def test_budget(self):
@@ -189,7 +189,7 @@ class EndpointTest(parameterized.TestCase):
     self.server.delay_s = 0.02
     kept = []
     with self.assertRaisesRegex(UserError, "budget_usd=0.001"):
-      kept.extend(self.chat(prices=(0.0, 4.0), budget=0.001, concurrency=8).ask(requests(100)))
+      kept.extend(self.chat(prices=(0.0, 4.0), budget=0.001, concurrency=8).generate(requests(100)))
     spent = self.store.spent()
     self.assertAlmostEqual(spent, len(kept) * 9 * 4e-6, places=9)
     self.assertBetween(spent, 0.001 - 100 * 4e-6 - 1e-9, 0.001)
@@ -200,7 +200,7 @@ class EndpointTest(parameterized.TestCase):
   def test_lost_attempts_are_charged(self):
     # Fails if a truncated reply is free, a refused attempt is not, or the partial text is lost.
     self.server.faults = ["die", "503:0.01"]
-    list(self.chat(prices=(1.0, 10.0)).ask(requests(1)))
+    list(self.chat(prices=(1.0, 10.0)).generate(requests(1)))
     lost, paid = (25 * 1 + 100 * 10) * 1e-6, (2 * 1 + 9 * 10) * 1e-6
     self.assertAlmostEqual(self.store.spent(), lost + paid, places=9)
     self.assertAlmostEqual(self.budget.spent, lost + paid, places=9)
@@ -211,7 +211,7 @@ class EndpointTest(parameterized.TestCase):
     # Fails if a timed-out attempt that openai retries is free, a status is not, or a retry exceeds
     # the budget.
     self.server.faults = ["stall", "503:0.01"]
-    list(self.chat(prices=(1.0, 10.0), timeout_s=0.6).ask(requests(1)))
+    list(self.chat(prices=(1.0, 10.0), timeout_s=0.6).generate(requests(1)))
     lost, paid = (25 * 1 + 100 * 10) * 1e-6, (2 * 1 + 9 * 10) * 1e-6
     self.assertAlmostEqual(self.store.spent(), lost + paid, places=9)
     self.assertAlmostEqual(self.budget.spent, lost + paid, places=9)
@@ -219,7 +219,7 @@ class EndpointTest(parameterized.TestCase):
     other = [dataclasses.replace(request, index=1) for request in requests(1)]
     with self.assertRaisesRegex(UserError, "budget_usd=.*the next request may cost 0.0010"):
       budget = lost + paid + 1.5 * lost
-      list(self.chat(prices=(1.0, 10.0), budget=budget, timeout_s=0.6).ask(other))
+      list(self.chat(prices=(1.0, 10.0), budget=budget, timeout_s=0.6).generate(other))
     self.assertAlmostEqual(self.store.spent(), lost + paid + lost, places=9)
     self.assertLen(self.server.requests, 4)
 
@@ -231,7 +231,7 @@ class EndpointTest(parameterized.TestCase):
   def test_missing_usage_is_bounded(self):
     # Fails if such a reply costs nothing.
     self.server.usage = False
-    ((_, reply),) = self.chat().ask(requests(1))
+    ((_, reply),) = self.chat().generate(requests(1))
     self.assertEqual(
       (reply.prompt_tokens, reply.completion_tokens, reply.counted), (25, 100, False)
     )
@@ -241,7 +241,7 @@ class EndpointTest(parameterized.TestCase):
     self.server.faults = ["echo", "503:0.01", "echo"]
     with self.assertLogs("absl", "DEBUG") as logs:
       logging.info("a line")
-      list(self.chat(concurrency=1).ask(requests(3)))
+      list(self.chat(concurrency=1).generate(requests(3)))
     files = [path.read_text() for path in self.folder.rglob("*") if path.is_file()]
     self.assertTrue(any("[key]" in text for text in files))
     self.assertFalse([text for text in [*files, *logs.output] if KEY in text])

@@ -130,7 +130,7 @@ class BatchesTest(parameterized.TestCase):
       ["a", "b", "c"],
       schedule=Schedule(batch_size=4, num_epochs=1),
       row_options=RowOptions(shards=2),
-      settle=lambda choose: Rows(9, (1, 3), 2, by_size=True),
+      choose_once=lambda choose: Rows(9, (1, 3), 2, by_size=True),
     )
     self.assertEqual((settled.rows.length, settled.rows.counts), (9, (4,)))
 

@@ -224,7 +224,7 @@ class OrderTest(absltest.TestCase):
       def write(self, step, scalars, histograms):
         seen.append((step, batches.built[-1]))
 
-      def keep(self):
+      def save(self):
         pass
 
       def close(self):
@@ -246,7 +246,7 @@ class OrderTest(absltest.TestCase):
         config(wandb="x"), epath.Path(folder), epath.Path(folder) / "sft", 0
       )
       made.write(0, {"loss/per_token": 1.0}, {})
-      made.keep()
+      made.save()
       made.close()
       self.assertEqual(list(pathlib.Path(folder).rglob("*")), [])
       self.assertEqual(throughput.Profiler("0:2", epath.Path(folder), 0, 2)._after, 0)

@@ -218,7 +218,7 @@ class ObjectivesTest(parameterized.TestCase):
         [1, 2, 3],
         (Branch(3, [6, 7, 8], advantage=known[:3]), Branch(3, [9, 10], advantage=known[3:])),
       ),
-      tree_lib.sharing(
+      tree_lib.merge_prefixes(
         [12, 13],
         [
           Branch(2, [15, 16, 17], advantage=(0.5, 0.5, -0.5)),

@@ -46,7 +46,7 @@ def losses_of(rows) -> list[float]:
     [str(number) for number in range(18)],
     schedule=batches.Schedule(batch_size=6, num_epochs=1),
     row_options=RowOptions(),
-    settle=lambda choose: rows or choose(),
+    choose_once=lambda choose: rows or choose(),
   )
   section = config_schema.default().dpo.optimizer
   section.update(learning_rate=0.05, schedule="constant", warmup_fraction=0.0)
@@ -57,7 +57,7 @@ def losses_of(rows) -> list[float]:
   objective = objectives.make_preference(MODEL, preference, eos_ids=(2,))
   shardings = step_lib.state_shardings(MODEL, made, mesh)
   step = step_lib.make_step(
-    objective, made, shardings, mesh=mesh, accumulate=planned.rows.microbatches
+    objective, made, shardings, mesh=mesh, num_microbatches=planned.rows.microbatches
   )
   state, found = step_lib.make_init(made, shardings)(tiny_model.make_params(MODEL)), []
   for number in range(planned.num_steps):
@@ -69,7 +69,7 @@ def losses_of(rows) -> list[float]:
   return found
 
 
-def take_step(mesh, accumulate: int = 1):
+def take_step(mesh, num_microbatches: int = 1):
   """(metrics, state) after one step from the same parameters, both as numpy."""
   section = config_schema.default().dpo.optimizer
   section.update(learning_rate=0.05, weight_decay=0.1, schedule="constant", warmup_fraction=0.0)
@@ -83,9 +83,9 @@ def take_step(mesh, accumulate: int = 1):
   )
   state = step_lib.make_init(made, shardings)(params)
   batch = jax.device_put(make_batch(), step_lib.batch_shardings(mesh))
-  state, metrics = step_lib.make_step(objective, made, shardings, mesh=mesh, accumulate=accumulate)(
-    state, batch
-  )
+  state, metrics = step_lib.make_step(
+    objective, made, shardings, mesh=mesh, num_microbatches=num_microbatches
+  )(state, batch)
   for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
     if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
       raise AssertionError(f"{leaf.shape} has sharding {leaf.sharding}, not {sharding}")
@@ -128,7 +128,7 @@ class StepTest(parameterized.TestCase):
   def test_accumulation_changes_nothing(self):
     # Fails if microbatches are averaged, if the last one's gradients or metrics are returned, or
     # if counts are split.
-    self.assert_same(*take_step(tiny_model.one_device_mesh(), accumulate=2), atol=1e-9)
+    self.assert_same(*take_step(tiny_model.one_device_mesh(), num_microbatches=2), atol=1e-9)
 
   def test_rows_change_nothing(self):
     # Fails if a step's update depends on how its trees are packed: on their length,
@@ -148,10 +148,10 @@ class StepTest(parameterized.TestCase):
     )
     shardings = step_lib.state_shardings(MODEL, made, mesh)
 
-    def loss(accumulate):
+    def loss(num_microbatches):
       state = step_lib.make_init(made, shardings)(tiny_model.make_params(MODEL))
       step = step_lib.make_step(
-        objectives.make_sft(MODEL), made, shardings, mesh=mesh, accumulate=accumulate
+        objectives.make_sft(MODEL), made, shardings, mesh=mesh, num_microbatches=num_microbatches
       )
       return np.divide(*jax.device_get(step(state, batch)[1]["loss/per_token"]))
 

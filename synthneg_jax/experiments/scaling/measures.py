@@ -148,7 +148,7 @@ def _sampled(
     train_policy.prompt_ids(experiment, policy.tokenizer, problem) for problem in problems
   ]
   trunks = [
-    traces_lib.trunk(experiment, prompt, problem, purpose, count)
+    traces_lib.response_trunk(experiment, prompt, problem, purpose, count)
     for prompt, problem in zip(trunk_ids, problems, strict=True)
   ]
   c = experiment.config.engine
@@ -157,7 +157,7 @@ def _sampled(
   )
   engine = experiment.engine(
     policy,
-    lambda: traces_lib.work(experiment, policy, problems, request),
+    lambda: traces_lib.expected_work(experiment, policy, problems, request),
     lanes=c.lanes,
     slots=min(count, c.slots),
   )
@@ -167,7 +167,7 @@ def _sampled(
     for number, sample in enumerate(completions)
   ]
   return sorted(
-    traces_lib.traces_of(experiment, policy, "values", samples),
+    traces_lib.to_records(experiment, policy, "values", samples),
     key=lambda trace: (trace.problem_id, trace.index),
   )
 
