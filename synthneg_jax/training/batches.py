@@ -98,8 +98,8 @@ class Batches:
       keys: names of the examples, for error messages.
       schedule: number and size of the steps.
       row_options: for `core.geometry.fit_rows`. They do not change the examples of a step.
-      choose_once: called with a function that chooses the rows; returns the rows to use, for instance
-        those chosen before. None to choose anew.
+      choose_once: called with a function that chooses the rows; returns the rows to use, for
+        instance those chosen before. None to choose anew.
 
     Raises:
       UserError: an example is longer than a row, or there are no examples.
