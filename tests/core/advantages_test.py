@@ -17,9 +17,12 @@ class BestOfKTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    estimate = lambda k: np.asarray(
-      advantages.best_of_k(jnp.asarray(COUNTS[:, 0]), jnp.asarray(COUNTS[:, 1]), k)[0]
-    )
+
+    def estimate(k):
+      return np.asarray(
+        advantages.best_of_k(jnp.asarray(COUNTS[:, 0]), jnp.asarray(COUNTS[:, 1]), k)[0]
+      )
+
     cls.of_k = {
       k: dict(zip(map(tuple, COUNTS.tolist()), estimate(k), strict=True)) for k in range(1, 13)
     }

@@ -24,7 +24,10 @@ def draw(seed: int = 0, num: int = 9) -> dict[str, np.ndarray]:
 def numpy_dpo(chosen, rejected, ref_chosen, ref_rejected, beta, epsilon=0.0):
   """-(1-ε) log σ(βh) - ε log σ(-βh), written with σ itself; good for moderate βh only."""
   h = (chosen - ref_chosen) - (rejected - ref_rejected)
-  log_sigmoid = lambda x: np.log(1.0 / (1.0 + np.exp(-x)))
+
+  def log_sigmoid(x):
+    return np.log(1.0 / (1.0 + np.exp(-x)))
+
   return -(1.0 - epsilon) * log_sigmoid(beta * h) - epsilon * log_sigmoid(-beta * h)
 
 
@@ -44,7 +47,10 @@ class TokenLogprobsTest(parameterized.TestCase):
         jnp.asarray(rng.integers(0, shape[-1], shape[:-1])),
       )
       weights = jnp.asarray(rng.normal(size=shape[:-1]))
-      loss = lambda logits: jnp.sum(weights * losses.token_logprobs(logits, targets))
+
+      def loss(logits):
+        return jnp.sum(weights * losses.token_logprobs(logits, targets))
+
       test_util.check_grads(loss, (logits,), order=1, modes=["rev"], rtol=1e-6)
 
   @parameterized.parameters(((5,),), ((2, 3),), ((),))
@@ -292,7 +298,10 @@ class DpopLossTest(parameterized.TestCase):
     # Fails if the penalty has no gradient (stop_gradient too many), the reference has one, or the
     # kink at π = π_ref gives half the penalty's gradient (jnp.maximum does).
     args = float64_args(1)
-    loss = lambda *args: jnp.sum(losses.dpop_loss(*args, beta=0.1, penalty=3.0))
+
+    def loss(*args):
+      return jnp.sum(losses.dpop_loss(*args, beta=0.1, penalty=3.0))
+
     grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
     with jax.enable_x64(True):
       grads = grad(*args)
@@ -377,9 +386,10 @@ class PreferenceMetricsTest(absltest.TestCase):
     # = 60, fallen by 2.
     columns = [jnp.asarray([value, value]) for value in (-12.0, -71.0, -10.0, -9.0)]
     columns[2] = jnp.asarray([-10.0, -12.0])
-    saturated = lambda **how: np.asarray(
-      losses.preference_metrics(*columns, **how)["saturated"]
-    ).tolist()
+
+    def saturated(**how):
+      return np.asarray(losses.preference_metrics(*columns, **how)["saturated"]).tolist()
+
     self.assertEqual(saturated(beta=0.1), [1.0, 1.0])
     self.assertEqual(saturated(beta=0.1, penalty=8.0), [0.0, 1.0])
     got = losses.preference_metrics(*columns, beta=0.1, penalty=100.0)

@@ -80,7 +80,10 @@ class FlipProbabilityTest(parameterized.TestCase):
     # Fails if the two are swapped, for another prior than Jeffreys', or if counts are taken for
     # values.
     rng = np.random.default_rng(0)
-    draw = lambda c, m: rng.beta(c + 0.5, m - c + 0.5, 400_000)
+
+    def draw(c, m):
+      return rng.beta(c + 0.5, m - c + 0.5, 400_000)
+
     expected = np.mean(draw(c, m) > draw(c_other, m_other))
     self.assertAlmostEqual(
       pairs.flip_probability(Count(c, m), Count(c_other, m_other)), expected, delta=4e-3
@@ -264,7 +267,10 @@ class SharedPrefixTest(parameterized.TestCase):
     # Fails if the generator is not used (one choice only), if a seed does not fix the choice, or if
     # the pit's own step or a wrong rollout can be drawn.
     siblings = (SAME, LONG, FAILED, SHORT, AGAIN)
-    draw = lambda seed: tuple(shared(siblings=siblings, seed=seed, continuation="rollout").chosen)
+
+    def draw(seed):
+      return tuple(shared(siblings=siblings, seed=seed, continuation="rollout").chosen)
+
     drawn = [draw(seed) for seed in range(40)]
     self.assertEqual(set(drawn), {tuple(r.ids) for r in (LONG, SHORT, AGAIN)})
     self.assertEqual(drawn, [draw(seed) for seed in range(40)])

@@ -101,7 +101,10 @@ class FirstPitTest(parameterized.TestCase):
     # Fails if first_dead looks at the steps before, or first_zero at those after; step 3 is unknown
     # and says nothing.
     q, known = jnp.asarray([0.5, 0.0, 0.25, 1.0, 0.0]), jnp.asarray([True, True, True, False, True])
-    pit = lambda rule: int(pits.first_pit(q, known, jnp.asarray(0.5), rule=rule))
+
+    def pit(rule):
+      return int(pits.first_pit(q, known, jnp.asarray(0.5), rule=rule))
+
     self.assertEqual((pit("first_zero"), pit("first_dead")), (1, 4))
 
   @parameterized.parameters("lowest_value", "first_zero", "first_dead")
@@ -115,7 +118,10 @@ class FirstPitTest(parameterized.TestCase):
   def test_thresholds_of_relative_drop(self):
     # Fails if <= or >= is strict, or if the two thresholds are swapped.
     q, known, v0 = jnp.asarray([0.5, 0.25, 0.125]), jnp.ones(3, bool), jnp.asarray(0.5)
-    pit = lambda **how: int(pits.first_pit(q, known, v0, rule="relative_drop", **how))
+
+    def pit(**how):
+      return int(pits.first_pit(q, known, v0, rule="relative_drop", **how))
+
     self.assertEqual(pit(drop_ratio=0.5, min_before=0.5), 1)
     self.assertEqual(pit(drop_ratio=0.5, min_before=0.51), -1)
     self.assertEqual(pit(drop_ratio=0.49, min_before=0.1), -1)

@@ -124,15 +124,19 @@ class AdaptiveTest(parameterized.TestCase):
     # outcome weighed by its probability: here both outcomes are put through Bayes anew. R = 8,
     # batches of 2.
     posterior = rollout_schedules.pit_posterior(successes, rollouts, 8)
-    entropy = lambda p: -np.sum(p[p > 0] * np.log(p[p > 0]))
+
+    def entropy(p):
+      return -np.sum(p[p > 0] * np.log(p[p > 0]))
+
     left = {}
     for step, (c, m) in enumerate(zip(successes, rollouts, strict=True)):
       if c or posterior[: step + 1].sum() == 0:
         continue
       n = min(2, 8 - m)
-      change = lambda counts, by, step=step: [
-        count + by * (i == step) for i, count in enumerate(counts)
-      ]
+
+      def change(counts, by, step=step):
+        return [count + by * (i == step) for i, count in enumerate(counts)]
+
       alive = posterior[step + 1 :].sum()
       lucky = alive * (1 - (0 if m + n == 8 else (m + 1) / (m + n + 1)))
       after = [

@@ -119,7 +119,10 @@ class BootstrapEfficiencyTest(absltest.TestCase):
     """Baseline error 4 · size^-0.3; the method at 1000 problems equals the baseline at 4000."""
     rng = np.random.default_rng(seed)
     hardness = rng.random(problems)  # shared, so that errors are correlated as on one test set
-    wrong = lambda error, seeds: rng.normal(hardness, 0.05, (seeds, problems)) < error
+
+    def wrong(error, seeds):
+      return rng.normal(hardness, 0.05, (seeds, problems)) < error
+
     errors = 4.0 * SIZES**-0.3
     return np.stack([wrong(error, 3) for error in errors]), wrong(errors[2], 4)
 
@@ -185,12 +188,15 @@ class BootstrapEfficiencyTest(absltest.TestCase):
     # 0, counted as 1/6.
     baseline = np.repeat(np.array([1, 1, 1, 0], bool), 3).reshape(4, 1, 3)
     method = np.repeat([[True], [False]], 3, axis=1)
-    factor = lambda error: scaling.efficiency_factor(
-      SIZES, [1.0, 1.0, 1.0, 1 / 6], size=1000.0, method_error=error
-    )[0]
-    interval = lambda level: scaling.bootstrap_efficiency(
-      Baseline(SIZES, baseline), 1000.0, method, level=level
-    )
+
+    def factor(error):
+      return scaling.efficiency_factor(
+        SIZES, [1.0, 1.0, 1.0, 1 / 6], size=1000.0, method_error=error
+      )[0]
+
+    def interval(level):
+      return scaling.bootstrap_efficiency(Baseline(SIZES, baseline), 1000.0, method, level=level)
+
     for level, ends in ((0.4, (factor(0.5), factor(0.5))), (0.6, (factor(1.0), factor(1 / 12)))):
       got = interval(level)
       np.testing.assert_allclose((got.low, got.high), ends, rtol=1e-9)

@@ -60,7 +60,10 @@ class CompilationsTest(absltest.TestCase):
       list(trunks(rng, 3 + n % 5, 9 + n % 7, 3 + n % 2)) for n in range(5)
     ]  # up to 16 tokens
     calls += [list(trunks(rng, 4 + n % 5, 17 + 3 * n, 3)) for n in range(5)]  # up to 32
-    run = lambda: [len(dict(engine.run(params, call, Sampling()))) for call in calls]
+
+    def run():
+      return [len(dict(engine.run(params, call, Sampling()))) for call in calls]
+
     del _compiled[:]
     self.assertEqual(run(), [len(call) for call in calls])
     self.assertBetween(len(_compiled), 10, 16)
@@ -78,9 +81,10 @@ class CompilationsTest(absltest.TestCase):
       max_new_tokens=5,
     )
     params, rng = tiny_model.params(), np.random.default_rng(1)
-    run = lambda length: dict(
-      engine.run(params, list(trunks(rng, 4, length, 2)), Sampling(), longest=48)
-    )
+
+    def run(length):
+      return dict(engine.run(params, list(trunks(rng, 4, length, 2)), Sampling(), longest=48))
+
     run(48)
     del _compiled[:]
     for length in (40, 30, 20, 5):

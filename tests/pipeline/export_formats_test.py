@@ -95,7 +95,10 @@ class RoundTripTest(parameterized.TestCase):
     self.assertEqual(figures["imported"]["without_logps"], 120)
     self.assertEqual(list((experiment.workdir / "sample").glob("*.npz")), [])
     credit.run(experiment)
-    estimates = lambda workdir: read(workdir, "credit/estimates", StepEstimate)
+
+    def estimates(workdir):
+      return read(workdir, "credit/estimates", StepEstimate)
+
     self.assertEqual(estimates(experiment.workdir), estimates(small_run.finished()))
 
   def prompt_of(self, trace):

@@ -50,8 +50,13 @@ class BuildTest(absltest.TestCase):
     cls.policy = Policy.load(EMBEDDED, config.model, tiny_model.one_device_mesh())
     cls.experiment = Experiment.open(config, cls.enterClassContext(tempfile.TemporaryDirectory()))
     eos = cls.policy.tokenizer.eos_token_id
-    encode = lambda lines: cls.policy.tokenizer.encode("".join(lines), add_special_tokens=False)
-    ends = lambda ids: step_ends(ids, cls.policy.token_text)
+
+    def encode(lines):
+      return cls.policy.tokenizer.encode("".join(lines), add_special_tokens=False)
+
+    def ends(ids):
+      return step_ends(ids, cls.policy.token_text)
+
     cls.eos = eos
     problem = Problem("p", PROMPT, "".join((FIRST, SECOND, RIGHT)), "4", "test")
     traces, estimates = [], []
@@ -121,7 +126,10 @@ class BuildTest(absltest.TestCase):
     records, figures = pairs.build(
       Experiment(config, self.experiment.workdir, self.experiment.mesh), mode
     )
-    text = lambda ids: self.policy.token_text.text([i for i in ids if i != self.eos])
+
+    def text(ids):
+      return self.policy.token_text.text([i for i in ids if i != self.eos])
+
     rows = []
     for pair in records:
       prompt, end, trunk = text(pair.trunk).partition(" D=\n")
@@ -156,7 +164,10 @@ class BuildTest(absltest.TestCase):
     rows, records, _ = self.build("prefix_protected")
     expected, unprotected, _ = self.build("algorithm1")
     self.assertEqual(rows, expected)
-    text = lambda ids: self.policy.token_text.text(ids)
+
+    def text(ids):
+      return self.policy.token_text.text(ids)
+
     self.assertEqual(
       [text(pair.rejected[: pair.context]) for pair in records], [FIRST, WRONG_FIRST]
     )
@@ -169,7 +180,9 @@ class BuildTest(absltest.TestCase):
   def test_order(self):
     # Fails if the cap keeps another trace than the first by pairs.order, with ties in favour of the
     # earlier one. The drops of Q at the pits are 3/4 and 1/4.
-    first = lambda **settings: self.build("algorithm1", max_per_problem=1, **settings)[0][0][0]
+    def first(**settings):
+      return self.build("algorithm1", max_per_problem=1, **settings)[0][0][0]
+
     self.assertEqual(first(), "0")
     self.assertEqual(first(order="largest_drop"), "0")
     self.assertEqual(first(order="largest_drop", pit_rule="least_advantage", min_before=0.0), "0")
@@ -249,10 +262,13 @@ class BuildTest(absltest.TestCase):
     chosen = rft._chosen(Experiment(config, self.experiment.workdir, self.experiment.mesh), groups)[
       "p"
     ]
-    scored = lambda trace, mask: [
-      i for i, on in zip(trace.ids, mask or [True] * len(trace.ids), strict=True) if on
-    ]
-    text = lambda ids: self.policy.token_text.text([i for i in ids if i != self.eos])
+
+    def scored(trace, mask):
+      return [i for i, on in zip(trace.ids, mask or [True] * len(trace.ids), strict=True) if on]
+
+    def text(ids):
+      return self.policy.token_text.text([i for i in ids if i != self.eos])
+
     return {clone.trace.id[-1]: text(scored(clone.trace, clone.scored)) for clone in chosen}
 
   def test_responses_that_rft_learns(self):

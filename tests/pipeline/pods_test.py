@@ -134,7 +134,9 @@ def after_sft(name: str) -> pathlib.Path:
 
 
 def records(workdir, name) -> dict[str, dict]:
-  key = lambda record: record["id"] if "id" in record else f"{record['trace_id']}/{record['step']}"
+  def key(record):
+    return record["id"] if "id" in record else f"{record['trace_id']}/{record['step']}"
+
   found = [
     json.loads(line)
     for path in (workdir / name).glob("*.jsonl")
@@ -481,10 +483,13 @@ class StoppedTest(PodTestCase):
       for key, record in kept.items():
         self.assertEqual(found[key], record)
       self.assertLen(list((workdir / name).glob("*.jsonl")), 2)
-      drawn = lambda by_key: {
-        key: record.get("ids", [sample["ids"] for sample in record.get("samples", [])])
-        for key, record in by_key.items()
-      }
+
+      def drawn(by_key):
+        return {
+          key: record.get("ids", [sample["ids"] for sample in record.get("samples", [])])
+          for key, record in by_key.items()
+        }
+
       self.assertEqual(drawn(found), drawn(expected))
 
 

@@ -28,7 +28,10 @@ class SynthesizeTest(absltest.TestCase):
   # resumed with it, or if omitted rows are not listed.
   def test_skip_bad_rows(self):
     folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
-    row = lambda question, answer: json.dumps({"problem": question, "answer": answer}) + "\n"
+
+    def row(question, answer):
+      return json.dumps({"problem": question, "answer": answer}) + "\n"
+
     leak = "one two three four five six seven eight nine ten eleven twelve thirteen"
     (folder / "train.jsonl").write_text(
       row("first", "1") + row(leak + " fourteen", "2") + "{\n" + row("last", "3")
@@ -46,13 +49,16 @@ class SynthesizeTest(absltest.TestCase):
       f"--config={folder}/mine.py",
       f"--workdir={folder}/run",
     ]
-    start = lambda *flags: subprocess.run(
-      [*command, *flags],
-      capture_output=True,
-      text=True,
-      env=os.environ | {"JAX_PLATFORMS": "cpu"},
-      check=False,
-    )
+
+    def start(*flags):
+      return subprocess.run(
+        [*command, *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        check=False,
+      )
+
     stopped = start()
     self.assertEqual(stopped.returncode, 1, stopped.stderr)
     self.assertIn(f"{folder}/train.jsonl, line 3: not JSON", stopped.stderr)

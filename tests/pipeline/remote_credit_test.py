@@ -126,7 +126,10 @@ class RemoteCreditTest(parameterized.TestCase):
         self.assertEqual(
           sample, {name: value for name, value in drawn.items() if not name.endswith("logp")}
         )
-      same = lambda e: dataclasses.replace(e, samples=[])
+
+      def same(e):
+        return dataclasses.replace(e, samples=[])
+
       self.assertEqual(same(estimate), same(known))
     self.assertEqual((figures["requests"], figures["retokenised"]), (figures["rollouts"], 0))
     self.assertLen(server.requests, figures["rollouts"] + 3)

@@ -46,7 +46,9 @@ class _Page(html.parser.HTMLParser):
 
 
 def _hand_made() -> report_page.Report:
-  step = lambda text, right, q, a: trace_cards.Step(text, 4, right, (0.1, 0.9), q, a, False)
+  def step(text, right, q, a):
+    return trace_cards.Step(text, 4, right, (0.1, 0.9), q, a, False)
+
   last = trace_cards.Step(f" #### 5{HOSTILE}", 0, 0, None, 0.0, -0.25, True)
   trace = trace_cards.ShownTrace(
     "t/0/sample/1",

@@ -209,7 +209,9 @@ class RecipeTest(absltest.TestCase):
     # Fails if rollouts use the trace's keys, or all use one key. A rollout equals the rest of its
     # own trace with the probability that the trace was sampled with; 5 standard deviations leave
     # enough room.
-    records = lambda name: [json.loads(line) for line in (finished() / name / "00000.jsonl").open()]
+    def records(name):
+      return [json.loads(line) for line in (finished() / name / "00000.jsonl").open()]
+
     traces = {trace["id"]: trace for trace in records("sample/traces")}
     chance, spread, seen, distinct = 0.0, 0.0, 0, []
     for estimate in records("credit/estimates"):
@@ -259,9 +261,10 @@ class RecipeTest(absltest.TestCase):
     # Fails if the schedule is ignored, if several rounds draw other rollouts than one round (their
     # keys count on), if rollouts of a round are lost or counted twice, or if rounds never end.
     workdir = copy_of_finished()
-    estimates = lambda folder: [
-      json.loads(line) for line in (folder / "credit/estimates/00000.jsonl").open()
-    ]
+
+    def estimates(folder):
+      return [json.loads(line) for line in (folder / "credit/estimates/00000.jsonl").open()]
+
     before = {(e["trace_id"], e["step"]): e for e in estimates(workdir)}
     shutil.rmtree(workdir / "credit")
     flags = [

@@ -255,9 +255,14 @@ class CommandTest(absltest.TestCase):
     self.server.delay_s = 0.2
     first = self.start()
     deadline = time.monotonic() + 300
-    replies = lambda: [
-      p for p in (self.workdir / "replies").glob("*/*.json") if not p.name.endswith(".attempt.json")
-    ]
+
+    def replies():
+      return [
+        p
+        for p in (self.workdir / "replies").glob("*/*.json")
+        if not p.name.endswith(".attempt.json")
+      ]
+
     while len(replies()) < 20 and time.monotonic() < deadline and first.poll() is None:
       time.sleep(0.02)
     first.send_signal(signal.SIGKILL)

@@ -88,11 +88,14 @@ def test_rollouts_are_counted_once_and_bounded(experiment):
   # Fails if equal rollouts are listed twice, if a shared prefix has none, or if the limit of the
   # config is ignored.
   tokenizer = transformers.AutoTokenizer.from_pretrained(str(experiment.workdir / "sft" / "policy"))
-  sample = lambda text, right: {
-    "ids": tokenizer.encode(text),
-    "correct": right,
-    "reason": "right" if right else "wrong",
-  }
+
+  def sample(text, right):
+    return {
+      "ids": tokenizer.encode(text),
+      "correct": right,
+      "reason": "right" if right else "wrong",
+    }
+
   drawn = [
     sample(" #### 5", True),
     sample(" #### 6", False),
@@ -139,8 +142,13 @@ def test_pairs_have_their_margins(experiment):
     folder = experiment.workdir / stage / "policy"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fingerprint.json").write_text(json.dumps({"fingerprint": fingerprint}))
-  key = lambda ids: reference.branch_key(trunk, len(trunk), ids)
-  values = lambda *each: np.array(each, np.float32)
+
+  def key(ids):
+    return reference.branch_key(trunk, len(trunk), ids)
+
+  def values(*each):
+    return np.array(each, np.float32)
+
   reference.Store(experiment.workdir / "dpo" / "reference" / f"{'f' * 16}-float32.npz").add(
     {key(scored.chosen): values(-1, -2), key(scored.rejected): values(-0.5, -0.25)}
   )
@@ -184,9 +192,12 @@ def test_policies_on_one_problem(experiment):
     "reasons": {},
     "mean_tokens": 1.0,
   }
-  answer = lambda reason: dataclasses.replace(
-    sample, id="t0/evaluate/0", problem_id="t0", correct=reason == "right", reason=reason
-  )
+
+  def answer(reason):
+    return dataclasses.replace(
+      sample, id="t0/evaluate/0", problem_id="t0", correct=reason == "right", reason=reason
+    )
+
   for method, reason in (("base", "wrong"), ("sft", "right"), ("rft", "right")):
     report_test._stage(experiment.workdir, f"evaluate/{method}", done)
     Shards(experiment.workdir / "evaluate" / method / "traces", Trace).write([answer(reason)])

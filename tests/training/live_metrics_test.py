@@ -129,7 +129,9 @@ class WrittenTest(parameterized.TestCase):
     # Fails if what was done after the last checkpoint stays in the files of the start that was
     # killed; the second half of the assertion, if that start had not got that far, and so nothing
     # was tested.
-    steps = lambda events: [event.step for event in events if event.HasField("summary")]
+    def steps(events):
+      return [event.step for event in events if event.HasField("summary")]
+
     self.assertEqual(sorted(steps(self.before)), [0, 1, 2, 3])
     self.assertEqual(sorted(steps(raw_events(self.workdir / "sft"))), list(range(STEPS)))
     self.assertLen(list((self.workdir / "sft").glob("*tfevents*")), 2)

@@ -329,9 +329,12 @@ class OptimizerTest(absltest.TestCase):
       optimizer_lib.make_optimizer(section, 4),
       tiny_model.make_params(tiny_model.model(num_layers=1)),
     )
-    first = lambda params: made.update(
-      jax.tree.map(lambda x: gradient * jnp.ones_like(x), params), made.init(params), params
-    )[0]
+
+    def first(params):
+      return made.update(
+        jax.tree.map(lambda x: gradient * jnp.ones_like(x), params), made.init(params), params
+      )[0]
+
     return params, jax.jit(first)(params)
 
   def test_weight_decay_spares_scales(self):

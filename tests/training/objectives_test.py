@@ -181,7 +181,10 @@ class ObjectivesTest(parameterized.TestCase):
     # weights.
     chosen, rejected, ref_chosen, ref_rejected, tokens = self.pair_sums()
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
-    log_sigmoid = lambda x: -np.log1p(np.exp(-x))
+
+    def log_sigmoid(x):
+      return -np.log1p(np.exp(-x))
+
     dpo_P = -(1 - SMOOTHING) * log_sigmoid(BETA * h) - SMOOTHING * log_sigmoid(-BETA * h)
     self.assertAlmostEqual(
       float(self.dpo_loss), np.mean(dpo_P + NLL * -chosen / tokens), delta=1e-6
@@ -302,7 +305,9 @@ class ObjectivesTest(parameterized.TestCase):
   def test_chunks_change_nothing(self, chunk):
     # Fails if a chunk's tokens are held against another's logits, if the last, part empty one
     # counts its padding, or if the backward pass loses a chunk. 10 scored tokens a row.
-    loss = lambda params, chunk: objectives.make_sft(MODEL, chunk)(params, self.batch)[0]
+    def loss(params, chunk):
+      return objectives.make_sft(MODEL, chunk)(params, self.batch)[0]
+
     grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     expected, got = grad(self.params, 0), grad(self.params, chunk)
     for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
@@ -354,12 +359,15 @@ class ObjectivesTest(parameterized.TestCase):
 
     def referenced(example):
       tree = example.tree
-      value = lambda number: float(
-        np.sum(
-          store[reference.branch_keys(tree)[number]],
-          dtype=np.float64,
+
+      def value(number):
+        return float(
+          np.sum(
+            store[reference.branch_keys(tree)[number]],
+            dtype=np.float64,
+          )
         )
-      )
+
       pairs = [
         PairInTree(p.chosen, p.rejected, value(p.chosen), value(p.rejected)) for p in example.pairs
       ]

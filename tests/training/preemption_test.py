@@ -88,11 +88,14 @@ class PreemptionTest(absltest.TestCase):
     # takes its time.
     workdir = scratch() / "terminated"
     process = start(workdir, "--step_s=0.5", "--save_every_steps=100")
-    lines = lambda: (
-      len((workdir / "metrics.jsonl").read_text().splitlines())
-      if (workdir / "metrics.jsonl").exists()
-      else 0
-    )
+
+    def lines():
+      return (
+        len((workdir / "metrics.jsonl").read_text().splitlines())
+        if (workdir / "metrics.jsonl").exists()
+        else 0
+      )
+
     while lines() < 1:
       self.assertIsNone(process.poll())
       time.sleep(0.05)

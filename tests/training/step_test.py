@@ -27,7 +27,10 @@ SHAPE = Shape(rows=8, length=12, scored=9, pairs=2, branches=3)
 def make_batch() -> batch_lib.Batch:
   """Six trees with one or two pairs in eight rows, two of them empty, with unequal counts."""
   rng = np.random.default_rng(0)
-  ids = lambda size: rng.integers(0, 32, size).tolist()
+
+  def ids(size):
+    return rng.integers(0, 32, size).tolist()
+
   examples = []
   for number in range(6):
     branches = tuple(Branch(3, ids(1 + (number + b) % 3)) for b in range(2 + number % 2))
@@ -39,7 +42,10 @@ def make_batch() -> batch_lib.Batch:
 def losses_of(rows) -> list[float]:
   """The losses of three steps of six trees each, packed into these rows."""
   rng = np.random.default_rng(4)
-  ids = lambda size: rng.integers(0, 32, size).tolist()
+
+  def ids(size):
+    return rng.integers(0, 32, size).tolist()
+
   trees = [Tree(ids(rng.integers(2, 6)), (Branch(2, ids(3)), Branch(1, ids(2)))) for _ in range(18)]
   planned = batches.Batches(
     [Example(tree, (PairInTree(0, 1, -2.0, -3.0),)) for tree in trees],

@@ -68,7 +68,10 @@ class Problem:
 def draw_problem(seed: int, prompt_size: int) -> Problem:
   """All prompts, and some responses, share a prefix, so that tokens have twins in other trees."""
   rng = np.random.default_rng(seed)
-  draw = lambda size: tuple(rng.integers(2, VOCAB, size).tolist())
+
+  def draw(size):
+    return tuple(rng.integers(2, VOCAB, size).tolist())
+
   wrong = (
     pairs_lib.Response((7, *draw(6), EOS), (2, 5, 8)),
     pairs_lib.Response((*draw(5), EOS), (3, 6)),
@@ -307,7 +310,10 @@ def alone(params, work: Work, loss_fn, dtype: str, kind: str = "plain"):
     scored_NL[n, : len(ids) - 1] = scored[1:]
   program = alone_program(dtype, kind)
   logp_NL, _ = program(params, token_NL, np.zeros(scored_NL.shape, dtype))
-  masked = lambda logp_NL: jnp.where(scored_NL, logp_NL, 0.0)
+
+  def masked(logp_NL):
+    return jnp.where(scored_NL, logp_NL, 0.0)
+
   loss, weight_NL = jax.value_and_grad(lambda logp_NL: loss_fn(masked(logp_NL), scored_NL, work))(
     logp_NL
   )
