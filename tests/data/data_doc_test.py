@@ -5,8 +5,10 @@ import inspect
 import pathlib
 import re
 
+import jax.numpy as jnp
 import pytest
 
+from synthneg_jax.core import losses
 from synthneg_jax.data import records
 from synthneg_jax.training import objectives
 
@@ -43,5 +45,8 @@ def test_fields_stand_in_their_section(kind):
 
 def test_metrics_stand_in_the_page():
   names = set(re.findall(r'"(\w+/per_\w+)"', inspect.getsource(objectives)))
+  zero = jnp.zeros(1)
+  per_pair = losses.preference_metrics(zero, zero, zero, zero, beta=1.0)
+  names |= {f"{name}/per_pair" for name in per_pair}
   assert len(names) >= 8
   assert names <= set(re.findall(r"^\| `(\w+/per_\w+)` \|", _DOC, flags=re.MULTILINE))
