@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs a program on all GPUs of this machine: installs the project with CUDA's jax, then starts it as one process.
+# Installs the project with jax for CUDA and runs a program as one process on all GPUs of this machine.
 #
 #   bash launch/gpu.sh [--dry_run] PROGRAM FLAGS      bash launch/gpu.sh pipeline --config=configs/arithmetic.py --workdir=DIR
 #
-# PROGRAM is a command as `synthneg --help` lists them, FLAGS are its own (--config, --workdir, ...). SIGTERM makes it save and
-# end with status 75; the same command goes on. --dry_run prints the commands and runs none.
+# PROGRAM is a command listed by `synthneg --help`, FLAGS are its flags (--config, --workdir, ...). On SIGTERM it saves and exits
+# with status 75; re-run the same command to resume. --dry_run only prints the commands.
 set -euo pipefail
 fail() { echo "gpu.sh: $1" >&2; exit 1; }
 dry=""
@@ -15,7 +15,7 @@ esac
 cd "$(dirname "$0")/.."
 program="${1:-}"
 program="${program//-/_}"  # import-traces is import_traces.py
-[ -f "launch/$program.py" ] || fail "'$program' is no command; synthneg --help lists them."
+[ -f "launch/$program.py" ] || fail "unknown command '$program'; synthneg --help lists them."
 shift
 run() {
   printf '%q ' "$@"; echo

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository and installs the project into it, editable.
+# Creates .venv in the repository and installs the project into it in editable mode.
 #
 #   bash launch/make_venv.sh [EXTRA]      EXTRA: an extra of setup.py (test, parity, tpu, cuda, ...)
 #
-# Done only when its marker file is there; made again when setup.py changes. PYTHON names the interpreter (default python3), VENV
-# the folder (default .venv). Versions are those of launch/constraints/pyVERSION.txt, which the tests have run with.
+# Does nothing if the environment is complete and setup.py has not changed. PYTHON is the interpreter (default python3), VENV the
+# folder (default .venv). Versions come from launch/constraints/pyVERSION.txt, with which the tests have run.
 set -euo pipefail
 case "${1:-}" in -h|--help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0;; esac
 cd "$(dirname "$0")/.."
@@ -15,8 +15,8 @@ marker="$venv/.synthneg_jax-${extra:-core}-$(cksum < setup.py | cut -d' ' -f1)"
 [ -e "$marker" ] && exit 0
 
 fail() { echo "make_venv.sh: $1" >&2; exit 1; }
-command -v "$python" > /dev/null || fail "$python is not there; install Python 3.11 or newer, or name it by PYTHON."
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$("$python" --version) is too old; Python 3.11 or newer is needed (PYTHON names another)."
+command -v "$python" > /dev/null || fail "$python is missing; install Python 3.11 or newer, or set PYTHON."
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$("$python" --version) is too old; install Python 3.11 or newer, or set PYTHON."
 if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv" || fail "$python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv."
 fi

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Submits a program to a GPU cluster that Slurm manages, one process a GPU; a job that is preempted is queued again.
+# Submits a program to a Slurm cluster, one process per GPU; a preempted job is requeued.
 #
 #   bash launch/slurm.sh [--nodes=1] [--gpus_per_node=8] [--time=1-00:00:00] [--partition=P] [--account=A] [--name=N]
 #                        [--grace_s=120] [--dry_run] PROGRAM FLAGS
 #
-# PROGRAM is a command as `synthneg --help` lists them, FLAGS are its own (--config, --workdir, ...); --distributed is added.
-# The workdir and this folder must be seen by all nodes; bash launch/worker_setup.sh cuda installs, once, before. --grace_s seconds before
-# the time is up all processes get SIGTERM, save and end with status 75, and the job goes back to the queue, as it does where
-# a process dies (76). --dry_run prints the commands and submits nothing. Flags: https://slurm.schedmd.com/sbatch.html, srun.html.
+# PROGRAM is a command listed by `synthneg --help`, FLAGS are its flags (--config, --workdir, ...); --distributed is added. All
+# nodes must see the workdir and this folder; install once with bash launch/worker_setup.sh cuda. --grace_s seconds before the time
+# limit all processes get SIGTERM, save, and exit with status 75; the job is then requeued, as it is after a process died (76).
+# --dry_run only prints the commands. Flags: https://slurm.schedmd.com/sbatch.html, srun.html.
 set -euo pipefail
 fail() { echo "slurm.sh: $1" >&2; exit 1; }
 
@@ -16,7 +16,7 @@ if [ "${1:-}" = --job ]; then  # in the job, on its first node
   status=0
   srun --kill-on-bad-exit=1 .venv/bin/python "$@" || status=$?
   case "$status" in
-    75|76) echo "slurm.sh: status $status; the job is queued again." >&2; scontrol requeue "$SLURM_JOB_ID";;
+    75|76) echo "slurm.sh: status $status; the job is requeued." >&2; scontrol requeue "$SLURM_JOB_ID";;
   esac
   exit "$status"
 fi
@@ -33,7 +33,7 @@ while [ $# -gt 0 ]; do
     --name=?*) name="${1#*=}";;
     --grace_s=?*) grace="${1#*=}";;
     --dry_run) dry=1;;
-    -*) fail "$1 is no flag; see --help.";;
+    -*) fail "unknown flag $1; see --help.";;
     *) break;;
   esac
   shift
@@ -41,11 +41,11 @@ done
 cd "$(dirname "$0")/.."
 program="${1:-}"
 program="${program//-/_}"  # import-traces is import_traces.py
-[ -n "$program" ] || fail "names no program; see --help."
-[ -f "launch/$program.py" ] || fail "'$program' is no command; synthneg --help lists them."
+[ -n "$program" ] || fail "no program is given; see --help."
+[ -f "launch/$program.py" ] || fail "unknown command '$program'; synthneg --help lists them."
 shift
-case "$nodes$gpus$grace" in *[!0-9]*) fail "--nodes, --gpus_per_node and --grace_s are numbers.";; esac
-[ -n "$dry" ] || [ -x .venv/bin/python ] || fail ".venv is not there; first: bash launch/worker_setup.sh cuda"
+case "$nodes$gpus$grace" in *[!0-9]*) fail "--nodes, --gpus_per_node and --grace_s must be numbers.";; esac
+[ -n "$dry" ] || [ -x .venv/bin/python ] || fail ".venv is missing; run bash launch/worker_setup.sh cuda first."
 
 command=(
   sbatch "--job-name=$name" "--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus" "--time=$time"

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Runs a program on every worker of a Cloud TPU, from creating it to deleting it.
+# Creates a Cloud TPU, runs a program on all its workers, and deletes it.
 #
 #   bash launch/tpu_pod.sh VERB --name=NAME --zone=ZONE [--type=v5litepod-64] [--runtime=IMAGE] [--project=P] [--spot] [--vm]
 #                          [--attempts=20] [--poll_s=30] [--keep] [--dry_run] [PROGRAM FLAGS]
 #
 # Verbs:
-#   run      up, install, start PROGRAM on every worker, tail worker 0, and once more from the start where the TPU was
-#            preempted or a process died, at most --attempts times; then delete, unless --keep
-#   up       create a queued resource (--vm: a TPU VM at once), or take the one of that name, and wait until it is ready
-#   install  copy this folder to every worker and install the project there (Python 3.11 through uv where the image is older)
-#   start    start PROGRAM on every worker, detached     tail     show worker 0's log as it grows
-#   delete   delete it, whatever runs on it
+#   run      up, install, start, and follow worker 0's log; repeat after a preemption or the death of a process, at most
+#            --attempts times; then delete, unless --keep
+#   up       create a queued resource (--vm: a TPU VM) unless one of this name exists, and wait until it is ready
+#   install  copy this folder to every worker and install the project (uv fetches Python 3.11 if the image is older)
+#   start    start PROGRAM on every worker, detached     tail     follow worker 0's log
+#   delete   delete it, even if a program is running
 #
-# PROGRAM is a command as `synthneg --help` lists them, FLAGS are its own (--config, --workdir, --compilation_cache=workdir,
-# ...); --distributed is added. The workdir must be seen by all workers: gs://BUCKET/PATH. SYNTHNEG_DATA_DIR and HF_HOME are handed on
-# where they are set. --dry_run prints every command and runs none.
+# PROGRAM is a command listed by `synthneg --help`, FLAGS are its flags (--config, --workdir, --compilation_cache=workdir, ...);
+# --distributed is added. All workers must see the workdir: gs://BUCKET/PATH. SYNTHNEG_DATA_DIR and HF_HOME are passed on if set.
+# --dry_run only prints the commands.
 # gcloud's flags: https://cloud.google.com/sdk/gcloud/reference/compute/tpus
 set -euo pipefail
 fail() { echo "tpu_pod.sh: $1" >&2; exit 1; }
@@ -23,7 +23,7 @@ verb="${1:-}"
 case "$verb" in
   -h|--help|"") sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 0;;
   run|up|install|start|tail|delete) shift;;
-  *) fail "'$verb' is no verb; see --help.";;
+  *) fail "unknown verb '$verb'; see --help.";;
 esac
 name="" zone="" type=v5litepod-64 runtime="" project="" spot="" vm="" attempts=20 poll=30 keep="" dry=""
 while [ $# -gt 0 ]; do
@@ -39,7 +39,7 @@ while [ $# -gt 0 ]; do
     --poll_s=?*) poll="${1#*=}";;
     --keep) keep=1;;
     --dry_run) dry=1;;
-    -*) fail "$1 is no flag; see --help.";;
+    -*) fail "unknown flag $1; see --help.";;
     *) break;;
   esac
   shift
@@ -51,10 +51,10 @@ program="${1:-}"
 program="${program//-/_}"  # import-traces is import_traces.py
 case "$verb" in
   run|start)
-    [ -n "$program" ] || fail "$verb names no program; see --help."
-    [ -f "launch/$program.py" ] || fail "'$program' is no command; synthneg --help lists them."
+    [ -n "$program" ] || fail "$verb needs a program; see --help."
+    [ -f "launch/$program.py" ] || fail "unknown command '$program'; synthneg --help lists them."
     shift;;
-  *) [ -z "$program" ] || fail "$verb takes no program, but there is '$program'.";;
+  *) [ -z "$program" ] || fail "$verb takes no program, but '$program' is given.";;
 esac
 if [ -z "$runtime" ]; then  # https://cloud.google.com/tpu/docs/runtimes
   case "$type" in
@@ -74,7 +74,7 @@ on() {  # on WORKER COMMAND
   run "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"
 }
 
-state() {  # of the TPU; empty where there is none
+state() {  # of the TPU; empty if it does not exist
   if [ -n "$vm" ]; then
     "${tpus[@]}" tpu-vm describe "$name" "${where[@]}" "--format=value(state)" 2> /dev/null || true
   else
@@ -112,10 +112,10 @@ up() {
       "")
         if ! create; then
           refused=$((refused + 1))
-          [ "$refused" -lt 3 ] || fail "gcloud does not create $name; its message is above."
+          [ "$refused" -lt 3 ] || fail "gcloud could not create $name; its message is above."
         fi;;
       SUSPENDED|SUSPENDING|FAILED|PREEMPTED|TERMINATED|STOPPED)
-        echo "tpu_pod.sh: $name is $now; it is deleted and asked for again." >&2
+        echo "tpu_pod.sh: $name is $now; deleting it and requesting it again." >&2
         delete;;
       *) [ "$now" = "$last" ] || echo "tpu_pod.sh: $name is $now; waiting." >&2;;
     esac
@@ -133,7 +133,7 @@ install() {
   [ -n "$dry" ] || rm -rf "$(dirname "$archive")"
 }
 
-start() {  # detached, so that it lives on when ssh does not
+start() {  # detached, so that it survives the end of ssh
   local line env="" variable
   for variable in SYNTHNEG_DATA_DIR HF_HOME; do
     [ -z "${!variable:-}" ] || env+="$variable=$(printf %q "${!variable}") "
@@ -141,7 +141,7 @@ start() {  # detached, so that it lives on when ssh does not
   line="$(printf '%q ' "$@")"
   line="cd synthneg_jax && ${env}.venv/bin/python launch/$program.py --distributed $line"
   # shellcheck disable=SC2016  # the worker's shell expands it
-  local old='[ ! -f pid ] || kill -KILL -- "-$(cat pid)" 2> /dev/null; rm -f pid status'  # what an attempt before left
+  local old='[ ! -f pid ] || kill -KILL -- "-$(cat pid)" 2> /dev/null; rm -f pid status'  # left by an earlier attempt
   on all "$old; setsid nohup bash -c $(printf %q "($line) > log 2>&1; echo \$? > status") > /dev/null 2>&1 < /dev/null & echo \$! > pid"
 }
 
@@ -149,7 +149,7 @@ finished() {  # the exit status of worker 0's process; empty while it runs
   "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" --worker=0 "--command=cat status 2> /dev/null || true" 2> /dev/null | tr -dc 0-9
 }
 
-follow() {  # prints what is new in worker 0's log, until its process has ended or the TPU is gone; its status, or 75
+follow() {  # prints worker 0's log until its process ends or the TPU is gone; returns its status, or 75
   local seen=0 new ended=""
   while true; do
     ended="$(finished)" || true
@@ -161,7 +161,7 @@ follow() {  # prints what is new in worker 0's log, until its process has ended 
     [ -z "$ended" ] || return "$ended"
     case "$(state)" in
       ACTIVE|READY) ;;
-      *) echo "tpu_pod.sh: $name is gone; it was preempted." >&2; return 75;;
+      *) echo "tpu_pod.sh: $name was preempted." >&2; return 75;;
     esac
     sleep "$poll"
   done
@@ -184,7 +184,7 @@ case "$verb" in
         follow || status=$?
       fi
       case "$status" in
-        75|76) echo "tpu_pod.sh: attempt $attempt ended with status $status; once more." >&2;;
+        75|76) echo "tpu_pod.sh: attempt $attempt ended with status $status; retrying." >&2;;
         *) break;;
       esac
     done

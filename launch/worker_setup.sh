@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv on a machine whatever Python its image has, and installs the project into it.
+# Creates .venv and installs the project into it, whatever Python the machine has.
 #
 #   bash launch/worker_setup.sh EXTRA      EXTRA: tpu or cuda
 #
-# Where python3 is older than 3.11, or has no venv, uv fetches a Python 3.11 of its own. PYTHON names another interpreter.
+# If python3 is older than 3.11 or lacks venv, uv fetches Python 3.11. PYTHON names another interpreter.
 set -euo pipefail
 case "${1:-}" in
   -h|--help|"") sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0;;

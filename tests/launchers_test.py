@@ -322,12 +322,12 @@ class TpuPodTest(LauncherTestCase):
     self.assertLen([words for words in self.calls() if any("setsid" in word for word in words)], 3)
 
   @parameterized.parameters(
-    (("fly",), "'fly' is no verb"),
+    (("fly",), "unknown verb 'fly'"),
     (("up", "--zone=z"), "--name is missing"),
     (("up", "--name=n"), "--zone is missing"),
-    (("run", "--name=n", "--zone=z"), "names no program"),
-    (("run", "--name=n", "--zone=z", "pipelin"), "'pipelin' is no command"),
-    (("up", "--name=n", "--zone=z", "--spott"), "--spott is no flag"),
+    (("run", "--name=n", "--zone=z"), "needs a program"),
+    (("run", "--name=n", "--zone=z", "pipelin"), "unknown command 'pipelin'"),
+    (("up", "--name=n", "--zone=z", "--spott"), "unknown flag --spott"),
   )
   def test_refusals(self, args, sentence):
     # Fails if a slip reaches gcloud.

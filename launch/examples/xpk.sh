@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Example: a program on TPU slices of a GKE cluster, by xpk (https://github.com/AI-Hypercomputer/xpk).
+# Example: runs a program on TPU slices of a GKE cluster through xpk (https://github.com/AI-Hypercomputer/xpk).
 #
 #   CLUSTER=C PROJECT=P ZONE=Z bash launch/examples/xpk.sh [--dry_run] NAME PROGRAM FLAGS
 #
-# TPU_TYPE (v5litepod-64) and SLICES (1) may be set. The cluster is there already: xpk cluster create makes one. xpk packs this
-# folder into an image on python:3.11, which installs the project when a pod starts. JobSet starts all pods anew when one ends
-# with a status other than 0; they go on where they were.
+# Optional: TPU_TYPE (v5litepod-64) and SLICES (1). The cluster must exist (xpk cluster create). xpk packs this folder into an
+# image based on python:3.11, which installs the project when a pod starts. JobSet restarts all pods when one exits with a status
+# other than 0; they resume.
 set -euo pipefail
 dry=""
 case "${1:-}" in
@@ -18,7 +18,7 @@ done
 cd "$(dirname "$0")/../.."
 name="$1" program="${2:-}"
 program="${program//-/_}"  # import-traces is import_traces.py
-[ -f "launch/$program.py" ] || { echo "xpk.sh: '$program' is no command; synthneg --help lists them." >&2; exit 1; }
+[ -f "launch/$program.py" ] || { echo "xpk.sh: unknown command '$program'; synthneg --help lists them." >&2; exit 1; }
 shift 2
 command=(
   xpk workload create "--cluster=$CLUSTER" "--project=$PROJECT" "--zone=$ZONE" "--workload=$name"
