@@ -407,7 +407,7 @@ class GetSmollm2Test(absltest.TestCase):
       (
         (f"--dir={folder}",),
         {"PYTHON": "/nonexistent/python"},
-        "no Python at '/nonexistent/python'",
+        "'/nonexistent/python' is missing",
       ),
       ((f"--dir={folder}",), {}, "is not a complete model; remove it"),
       ((), {"HOME": "", "XDG_CACHE_HOME": ""}, "neither HOME nor XDG_CACHE_HOME is set"),
