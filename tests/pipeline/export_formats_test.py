@@ -175,15 +175,15 @@ class RefusalTest(parameterized.TestCase):
     ({"ids": [1, 5], "logps": None}, "EOS occurs before the end"),
     ({"ids": [99999]}, "whole numbers from 0 to"),
     ({"ids": "5 6"}, 'the field "ids" must be a list'),
-    ({"ids": [], "logps": [], "finish": "length"}, "the response has 0 tokens"),
+    ({"ids": [], "logps": [], "finish_reason": "length"}, "the response has 0 tokens"),
     ({"ids": [5] * 200, "logps": None}, "leaves room for 1 to"),
     ({"logps": [-0.5]}, '"logps" has 1 numbers'),
     ({"logps": [0.7, "x"]}, "must hold log-probs"),
     ({"logps": [-0.5, float("-inf")]}, '"logps" must hold finite log-probs'),
     ({"drawn_logps": [float("nan")]}, '"drawn_logps" must hold finite log-probs'),
     ({"ids": [5, True], "logps": None}, '"ids" must hold whole numbers'),
-    ({"finish": None}, "--assume_finish"),
-    ({"finish": "tool_calls"}, "'tool_calls' but must be one of eos, stop, length"),
+    ({"finish_reason": None}, "--assume_finish"),
+    ({"finish_reason": "tool_calls"}, "'tool_calls' but must be one of eos, stop, length"),
   )
   def test_rows(self, changes, message):
     # Fails if an invalid row is accepted, or the message does not name the row.
@@ -194,7 +194,9 @@ class RefusalTest(parameterized.TestCase):
   def test_skipped_rows_are_counted(self):
     # Fails if --skip_bad_rows drops valid rows or does not count the invalid ones.
     changes = {"credit.best_of": 1}
-    _, figures = imported([self.row, self.row | {"finish": "x"}, self.row], skip=True, **changes)
+    _, figures = imported(
+      [self.row, self.row | {"finish_reason": "x"}, self.row], skip=True, **changes
+    )
     self.assertEqual((figures["traces"], figures["imported"]["skipped_rows"]), (2, 1))
 
   def test_a_trace_twice(self):
