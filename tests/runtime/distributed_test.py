@@ -346,7 +346,10 @@ class WaitingTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ("if distributed.is_primary():\n  distributed.barrier()", ["barrier at 2"]),
-    ("if distributed.is_primary():\n  pass\nelse:\n  x = distributed.broadcast(1)", ["agree at 4"]),
+    (
+      "if distributed.is_primary():\n  pass\nelse:\n  x = distributed.broadcast(1)",
+      ["broadcast at 4"],
+    ),
     (
       "def f():\n  if not distributed.is_primary():\n    return {}\n  experiment.policy('sft')",
       ["policy at 4"],
