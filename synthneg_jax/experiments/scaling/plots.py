@@ -221,7 +221,7 @@ def bars(series: Sequence[Series], title: str, label: str, percent: bool = True)
           markersize=8,
           alpha=0.6,
         )
-      text = f"{scale * line.mean[0]:.3g}"
+      text = f"{scale * line.mean[0]:.1f}" if scale == 100 else f"{line.mean[0]:.3g}"
       axes.annotate(
         text,
         (scale * line.mean[0], row),
