@@ -192,9 +192,13 @@ class GenerationTest(parameterized.TestCase):
 
     engine = remote.RemoteEngine.__new__(remote.RemoteEngine)
     pieces = {1: "a", 2: "b", 3: "."}
-    engine._eos_ids, engine._stop = (0, 9), list(stop)
-    engine._encode = lambda text: [{v: k for k, v in pieces.items()}[c] for c in text]
-    engine._decode = lambda ids: "".join(pieces.get(i, "") for i in ids)
+    ids_of = {piece: i for i, piece in pieces.items()}
+    engine._stop = list(stop)
+    engine._codec = remote.Codec(
+      encode=lambda text: [ids_of[c] for c in text],
+      decode=lambda ids: "".join(pieces.get(i, "") for i in ids),
+      eos_ids=(0, 9),
+    )
     return engine._generation(
       CompletionChoice.model_validate({"index": 0, "logprobs": None} | choice)
     )
