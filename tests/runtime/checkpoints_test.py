@@ -218,9 +218,12 @@ class TrainCheckpointsTest(FolderTestCase):
     for change, said in (
       (
         lambda tree: tree["ends"].update(embedding=np.zeros((16, 9), np.float32)),
-        r"ends.embedding has shape \(16, 8\) there",
+        r"ends.embedding has shape \(16, 8\) in the checkpoint",
       ),
-      (lambda tree: tree.update(extra=np.zeros(3, np.float32)), "extra has shape none there"),
+      (
+        lambda tree: tree.update(extra=np.zeros(3, np.float32)),
+        "extra has shape none in the checkpoint",
+      ),
     ):
       other = jax.tree.map(np.asarray, PARAMS)
       change(other)
