@@ -88,5 +88,6 @@ def _toy(c) -> None:
   c.pretrain.save_every_steps = 500
   c.engine.max_new_tokens = 96
   c.sample.num_traces, c.credit.num_rollouts = 4, 2
+  c.credit.schedule = "all"  # rounds of few rollouts would compile more than they save
   for part in (c.sft, c.rft, c.dpo):
     part.num_epochs, part.save_every_steps = 1, 0
