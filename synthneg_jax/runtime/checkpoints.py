@@ -64,7 +64,7 @@ class TrainCheckpoints:
     distributed.barrier()
 
   def restore(self, abstract_state, shardings):
-    """Returns the newest readable state, laid out by `shardings`, or None if there is none.
+    """Returns the newest readable state, laid out by `shardings`; None if no state is readable.
 
     An unreadable checkpoint is skipped with a warning in favour of the previous one. It stays in
     place, since the cause may be temporary, until a new state is saved at its step. If no
