@@ -54,6 +54,13 @@ class Generation:
   finish_reason: str
 
 
+def items_bucket(items: int) -> int:
+  """Rounds up to 1, 4, 16, 64, ...: an item takes little memory beside its trunk's keys and
+  values.
+  """
+  return 4 ** -(-(items - 1).bit_length() // 2)
+
+
 def bucket(size: int) -> int:
   """Rounds up to 1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 80, 96, ...: few shapes, little padding."""
   power = 1 << (size - 1).bit_length()
@@ -165,7 +172,7 @@ def fit(
       lanes=1,
       slots=slots,
       trunk=bucket(work.longest),
-      items=bucket(max(map(len, work.sizes), default=1)),
+      items=items_bucket(max(map(len, work.sizes), default=1)),
       new=max_new_tokens,
       refill=1,
     )
@@ -188,6 +195,14 @@ def fit(
       slot_bytes=slot_bytes / tensor_shards,
       limit=memory - model.config.num_params * param_bytes / tensor_shards,
     ),
+  )
+
+
+@functools.lru_cache(maxsize=8)
+def _cast(model: Model, mesh: Mesh) -> Callable:
+  """The jitted `cast_for_decoding`."""
+  return jax.jit(
+    functools.partial(cast_for_decoding, model), out_shardings=params_shardings(model, mesh)
   )
 
 
@@ -238,13 +253,12 @@ class Engine:
       return
     for trunk in trunks:
       self._model.config.check_ids(np.asarray(trunk.ids), "A prompt")
-    shards = device_mesh.row_shards(self._mesh)
-    lanes = min(self._lanes.lanes, -(-bucket(len(trunks)) // shards) * shards)
+    lanes = self._num_lanes(len(trunks))
     g = Geometry(
       lanes=lanes,
       slots=self._lanes.slots,
       trunk=bucket(max(longest, *(len(trunk.ids) for trunk in trunks))),
-      items=bucket(max(len(trunk.forks) for trunk in trunks)),
+      items=items_bucket(max(len(trunk.forks) for trunk in trunks)),
       new=self._new,
       refill=max(min(self._lanes.refill or lanes // 4, lanes), 1),
     )
@@ -283,14 +297,17 @@ class Engine:
     self.stats["busy_slots"] += int(busy)
     self.stats["slots"] += int(steps) * lanes * self._lanes.slots
 
+  def _num_lanes(self, num_trunks: int) -> int:
+    """All lanes, or a quarter, a sixteenth ... for few trunks: each number is compiled for anew."""
+    lanes, shards = self._lanes.lanes, device_mesh.row_shards(self._mesh)
+    while (fewer := -(-lanes // (4 * shards)) * shards) >= num_trunks and fewer < lanes:
+      lanes = fewer
+    return lanes
+
   def _cast(self, params):
     """`cast_for_decoding`, cached for the last parameters."""
     if self._source_params is not params:
-      cast = jax.jit(
-        functools.partial(cast_for_decoding, self._model),
-        out_shardings=params_shardings(self._model, self._mesh),
-      )
-      self._source_params, self._params = params, cast(params)
+      self._source_params, self._params = params, _cast(self._model, self._mesh)(params)
     return self._params
 
 

@@ -323,7 +323,7 @@ class Recipe:
       lanes=lanes,
       slots=slots,
       trunk=min(engine.bucket(trunk), max(config.model.max_length, 1)),
-      items=engine.bucket(items),
+      items=engine.items_bucket(items),
       new=c.max_new_tokens,
       refill=refill or max(lanes // 4, 1),
     )

@@ -240,6 +240,15 @@ def fingerprint(params) -> str:
   For each leaf, hashes of every element's bits and index are summed in wrap-around 32-bit
   arithmetic on the leaf's own devices; then the leaf names and sums are hashed.
   """
+  digest = hashlib.sha256()
+  for path, value in jax.tree_util.tree_leaves_with_path(jax.device_get(_checksums(params))):
+    digest.update(f"{jax.tree_util.keystr(path)}={int(value)};".encode())
+  return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _checksums(params):
+  """For each leaf, the sum of hashes of its elements' bits and indices, uint32 []."""
 
   def checksum(leaf):
     bits = jax.lax.bitcast_convert_type(
@@ -252,8 +261,4 @@ def fingerprint(params) -> str:
       mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(factor)
     return jax.numpy.sum(mixed ^ (mixed >> np.uint32(16)), dtype=np.uint32)
 
-  sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(checksum, tree))(params))
-  digest = hashlib.sha256()
-  for path, value in jax.tree_util.tree_leaves_with_path(sums):
-    digest.update(f"{jax.tree_util.keystr(path)}={int(value)};".encode())
-  return digest.hexdigest()[:16]
+  return jax.tree.map(checksum, params)

@@ -52,9 +52,9 @@ def define_flags(config: bool = True, workdir: bool = True) -> None:
     )
   flags.DEFINE_string(
     "compilation_cache",
-    os.path.join("~", ".cache", "synthneg_jax", "xla"),
+    None,
     "Folder that caches compiled programs between runs, local or gs://; empty for none, workdir "
-    "for one in the workdir.",
+    "for one in the workdir. By default JAX_COMPILATION_CACHE_DIR, else ~/.cache/synthneg_jax/xla.",
   )
   flags.DEFINE_bool(
     "distributed", False, "This process is one of several that run this command together."
@@ -222,12 +222,20 @@ def in_notebook() -> None:
   warnings.filterwarnings("ignore", message="IProgress not found")
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
-  _set_cache(os.path.expanduser(os.path.join("~", ".cache", "synthneg_jax", "xla")))
+  _set_cache(_default_cache())
+
+
+def _default_cache() -> str:
+  """JAX's own variable, else a folder in the user's home."""
+  folder = os.path.join("~", ".cache", "synthneg_jax", "xla")
+  return os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.expanduser(folder)
 
 
 def _cache_folder() -> str:
   """The cache folder of compiled programs; empty for none."""
   f = flags.FLAGS
+  if f.compilation_cache is None:
+    return _default_cache()
   if f.compilation_cache != "workdir":
     return os.path.expanduser(f.compilation_cache)
   if "workdir" not in f:

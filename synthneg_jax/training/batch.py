@@ -67,6 +67,19 @@ class Shape:
   pairs: int
   branches: int
 
+  def rounded(self) -> "Shape":
+    """The counts per row, rounded up: data of the same kind then rarely need another program."""
+
+    def up(count: int, unit: int) -> int:
+      return -(-count // unit) * unit
+
+    return dataclasses.replace(
+      self,
+      scored=min(up(self.scored, max(self.length // 16, 1)), self.length),
+      pairs=up(self.pairs, 4),
+      branches=up(self.branches, 8),
+    )
+
 
 def assign_rows(examples: Sequence[Example], length: int) -> list[list[int]]:
   """Packs the examples' trees into rows of `length` tokens by first fit."""

@@ -137,7 +137,7 @@ class Batches:
       scored=widest("scored"),
       pairs=widest("pairs"),
       branches=widest("branches"),
-    )
+    ).rounded()
     self.packing_efficiency = sum(map(sum, sizes)) / (sum(self._num_rows) * self.rows.length)
 
   @property

@@ -168,7 +168,7 @@ def score(model: Model, params, trees: Sequence[Tree], *, store: Store, packing:
     scored=max(s.scored for s in shapes),
     pairs=0,
     branches=max(s.branches for s in shapes),
-  )
+  ).rounded()
   forward = make_forward(model, mesh, chunk)
   values = {}
   with Progress("reference", len(calls), "batches") as progress:

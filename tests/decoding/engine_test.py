@@ -1,6 +1,7 @@
 """The engine against a naive loop that recomputes the whole sequence for every token."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from absl.testing import absltest, parameterized
 from synthneg_jax.core import geometry
 from synthneg_jax.core import tree as tree_lib
 from synthneg_jax.core.geometry import Lanes
+from synthneg_jax.decoding import engine as engine_lib
 from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.decoding.engine import Engine, Trunk
 from synthneg_jax.decoding.sampling import Sampling, draw, inverse_cdf
@@ -211,6 +213,25 @@ class EngineTest(parameterized.TestCase):
     self.assert_same_draws(
       params, trunks, range(len(trunks)), other, Sampling(temperature=1.0), other_params
     )
+
+  @parameterized.parameters((1, 32), (8, 80))
+  def test_few_trunks_compile_few_programs(self, devices, lanes):
+    # Fails if each number of trunks is compiled for anew, as credit's rounds would have it, or if
+    # few trunks take all lanes.
+    mesh = device_mesh.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
+    engine = Engine(
+      tiny_model.model(), mesh, Stops((EOS,)), lanes=Lanes(lanes, 2), max_new_tokens=NEW
+    )
+    params, [trunk], specs = tiny_model.params(), make_trunks(np.random.default_rng(4), count=1), []
+    note = mock.patch.object(engine_lib, "programs", lambda spec, mesh: specs.append(spec))
+    with note, mock.patch.object(engine, "_cast", lambda params: params):
+      for count in range(1, lanes + 1):
+        with self.assertRaises(AttributeError):  # of the programs that were not made
+          next(engine.run(params, [trunk] * count, Sampling(temperature=1.0)))
+        self.assertGreaterEqual(specs[-1].geometry.lanes, count)
+    self.assertLessEqual(len(set(specs)), 4)
+    self.assertEqual({spec.geometry.lanes % devices for spec in specs}, {0})
+    self.assertLessEqual(specs[0].geometry.lanes, max(lanes // 16, devices))
 
   def test_padding_of_the_vocabulary_is_never_drawn(self):
     # Fails if ids that the tokenizer does not know can be drawn.

@@ -72,7 +72,6 @@ def start(
     command += [str(ROOT / "launch/pipeline.py"), "--config=configs/arithmetic.py:smoke", *SETTINGS]
     command += [
       f"--workdir={workdir}",
-      f"--compilation_cache={scratch() / 'xla'}",
       f"--stages={stages}",
       *flags,
     ]

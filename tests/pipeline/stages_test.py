@@ -32,18 +32,16 @@ METHODS = ["base", "sft", "rft", "dpo", "step_dpo"]
 
 @functools.cache
 def scratch() -> pathlib.Path:
-  """One folder, and one compilation cache, for all runs of this process."""
+  """One folder for all runs of this process."""
   return pathlib.Path(tempfile.mkdtemp(prefix="pipeline_test_"))
 
 
 def command(workdir, *flags, config="configs/arithmetic.py:smoke", program="pipeline"):
-  cache = f"--compilation_cache={scratch() / 'xla'}"
   return [
     sys.executable,
     str(ROOT / f"launch/{program}.py"),
     f"--config={config}",
     f"--workdir={workdir}",
-    cache,
     *flags,
   ]
 

@@ -25,7 +25,6 @@ from tests import gcs_server
 from tests.xla_flags import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
-CACHE = ROOT / "build" / "test_xla_cache"
 HELD = (
   r"held by another run, process {} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC; wait "
   r"until it ends, or use"
@@ -314,7 +313,6 @@ class PipelinesTest(absltest.TestCase):
     ]
     command += [
       f"--stages={stages}",
-      f"--compilation_cache={CACHE}",
       "--config.task.train_problems=16",
     ]
     command += ["--config.sft.batch_size=4", "--config.sft.max_steps=4"]

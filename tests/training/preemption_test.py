@@ -30,7 +30,6 @@ def scratch() -> pathlib.Path:
 def start(workdir, *args) -> subprocess.Popen:
   env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(1)}
   command = [sys.executable, "-m", "tests.training.small_training", f"--workdir={workdir}", *args]
-  command += [f"--compilation_cache={scratch() / 'xla'}"]
   return subprocess.Popen(
     command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )
