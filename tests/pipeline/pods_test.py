@@ -35,6 +35,7 @@ STAGES = "synthesize,sft,sample,credit,pairs,dpo"
 SETTINGS = (  # 50 steps of SFT: verdicts of both kinds, so that pairs exist
   "--config.task.train_problems=32",
   "--config.sft.batch_size=3",
+  "--config.sft.row_length=128",
   "--config.sft.num_epochs=5",
   "--config.sft.max_steps=50",
   "--config.sft.save_every_steps=10",
