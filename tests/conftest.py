@@ -50,18 +50,21 @@ def pytest_collection_modifyitems(config, items):
 
 
 _LONGEST = (  # modules by duration, longest first
-  "pipeline/stages_test.py",
   "pipeline/pods_test.py",
+  "pipeline/stages_test.py",
   "experiments/scaling/study_test.py",
+  "experiments/scaling/questions_study_test.py",
   "preflight/preflight_test.py",
   "notebooks_test.py",
-  "training/preemption_test.py",
+  "experiments/scaling/stories_study_test.py",
+  "pipeline/reasoning_run_test.py",
+  "experiments/star_graph/study_test.py",
   "pipeline/export_formats_test.py",
   "cli_test.py",
-  "training/live_metrics_test.py",
-  "experiments/star_graph/study_test.py",
-  "pipeline/synthesize_test.py",
   "pipeline/smollm2_test.py",
+  "pipeline/synthesize_test.py",
+  "training/preemption_test.py",
+  "training/live_metrics_test.py",
   "runtime/distributed_test.py",
 )
 
