@@ -155,7 +155,9 @@ class BatchesTest(parameterized.TestCase):
       widest = collections.Counter({name: max(widest[name], count) for name, count in used.items()})
     self.assertEqual(
       batches.shape,
-      Shape(-(-widest["rows"] // 4) * 4, 8, widest["scored"], widest["pairs"], widest["branches"]),
+      Shape(
+        -(-widest["rows"] // 4) * 4, 8, widest["scored"], widest["pairs"], widest["branches"]
+      ).rounded(),
     )
 
   def test_fill(self):
@@ -229,6 +231,13 @@ class BuildTest(absltest.TestCase):
     self.assertEqual(batch_lib.measure([A, C, B], 11), Shape(2, 11, 4, 2, 4))
     self.assertEqual(batch_lib.measure([A, C, B], 7), Shape(3, 7, 4, 2, 3))
     self.assertEqual(batch_lib.measure([], 7), Shape(1, 7, 1, 0, 0))
+
+  def test_rounded(self):
+    # Fails if a count is rounded down or beyond the row, or if data of one kind need many programs.
+    self.assertEqual(Shape(3, 320, 141, 5, 9).rounded(), Shape(3, 320, 160, 8, 16))
+    self.assertEqual(Shape(3, 320, 319, 4, 8).rounded(), Shape(3, 320, 320, 4, 8))
+    self.assertEqual(Shape(1, 7, 4, 0, 0).rounded(), Shape(1, 7, 4, 0, 0))
+    self.assertLen({Shape(1, 320, scored, 0, 1).rounded() for scored in range(1, 321)}, 16)
 
   def test_too_small_a_shape(self):
     # Fails if rows beyond the shape are dropped in silence.
