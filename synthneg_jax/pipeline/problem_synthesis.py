@@ -32,7 +32,7 @@ class Synthesis:
     self._teacher = teacher_backends.Teacher(experiment)
     self._source = f"{self._teacher.model} ({self._section.provider})"
 
-  def run(self) -> tuple[problems.Chosen, list[Candidate]]:
+  def run(self) -> tuple[problems.Splits, list[Candidate]]:
     """Asks for problems, solutions or both.
 
     Returns:
@@ -43,7 +43,7 @@ class Synthesis:
     """
     section, c = self._section, self._config
     if section.generate == "solutions":
-      chosen = problems.choose(c.task, c.seed)
+      chosen = problems.choose_splits(c.task, c.seed)
       candidates = self._solve(chosen.train)
     else:
       chosen = self._seeds()
@@ -73,7 +73,7 @@ class Synthesis:
       train.append(
         Problem(candidate.id, candidate.prompt, solution, candidate.answer, self._source)
       )
-    return problems.Chosen(train, chosen.test, figures, chosen.report), candidates
+    return problems.Splits(train, chosen.test, figures, chosen.report), candidates
 
   def _balanced(self, candidates: Sequence[Candidate]) -> list[Candidate]:
     """Marks kept candidates beyond task.train_problems as surplus, balanced over difficulties."""
@@ -92,12 +92,12 @@ class Synthesis:
       for candidate in candidates
     ]
 
-  def _seeds(self) -> problems.Chosen:
+  def _seeds(self) -> problems.Splits:
     """The task's problems, with synthesis.seed_problems training problems."""
     task = ConfigDict(self._config.task)
     task.train_problems = self._section.seed_problems
     try:
-      return problems.choose(task, self._config.seed)
+      return problems.choose_splits(task, self._config.seed)
     except UserError as error:
       raise UserError(
         str(error).replace("task.train_problems", "synthesis.seed_problems")

@@ -36,7 +36,7 @@ def run(experiment: Experiment) -> dict:
   if stage.done:
     return {}
   if c.synthesis.provider == "task":
-    chosen, candidates = problems.choose(c.task, c.seed), []
+    chosen, candidates = problems.choose_splits(c.task, c.seed), []
   else:
     distributed.require_single_process("Asking a capable model")
     chosen, candidates = problem_synthesis.Synthesis(experiment, templates).run()

@@ -28,7 +28,7 @@ _MANY_SOLUTIONS = 2000  # grading more takes seconds and is logged
 
 
 @dataclasses.dataclass
-class Chosen:
+class Splits:
   """The problems of a run.
 
   Attributes:
@@ -45,7 +45,7 @@ class Chosen:
   report: list[dict]
   sft: list[Problem] = dataclasses.field(default_factory=list)
 
-  def sample_on_fresh(self, task) -> "Chosen":
+  def sample_on_fresh(self, task) -> "Splits":
     """With task.fresh_problems, moves the first task.train_problems from `train` to `sft`."""
     if not task.fresh_problems:
       return self
@@ -63,7 +63,7 @@ def is_drawn(task) -> bool:
   return task.name in generated.TASKS or task.name == "reasoning_gym"
 
 
-def choose(task, seed: int) -> Chosen:
+def choose_splits(task, seed: int) -> Splits:
   """Chooses the training and test problems of a task; larger numbers only append problems.
 
   Training problems that overlap any problem of the test split or of task.decontaminate_against
@@ -83,7 +83,7 @@ def choose(task, seed: int) -> Chosen:
     test, train = (load(task, seed, split, count) for split, count in counts.items())
     unseen = {problem.prompt for problem in test}
     kept = [problem for problem in train if problem.prompt not in unseen]
-    return Chosen(kept, test, {"dropped_as_test": len(train) - len(kept)}, []).sample_on_fresh(task)
+    return Splits(kept, test, {"dropped_as_test": len(train) - len(kept)}, []).sample_on_fresh(task)
   test, train = _rows(task, "test"), _rows(task, "train")
   for rows in (test, train):
     _check_answers(task, rows)
@@ -124,7 +124,7 @@ def choose(task, seed: int) -> Chosen:
   doubts += test_doubts
   figures["unreadable_solutions"] = sum(doubt["reason"] != "wrong" for doubt in doubts)
   _log_disagreements([doubt for doubt in doubts if doubt["reason"] == "wrong"])
-  return Chosen(taken, tested, figures, report + doubts).sample_on_fresh(task)
+  return Splits(taken, tested, figures, report + doubts).sample_on_fresh(task)
 
 
 def _check_answers(task, rows: Rows) -> None:

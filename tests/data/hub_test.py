@@ -269,16 +269,16 @@ class HubTest(parameterized.TestCase):
     self.serve({"train.jsonl": lines(1, 2), "dev.jsonl": lines(3), "test.jsonl": lines(4)})
     task = config_schema.default().task
     task.update(name="jsonl", path="hf:me/data", train_problems=2, test_problems=1)
-    chosen = problems.choose(task, 0)
+    chosen = problems.choose_splits(task, 0)
     self.assertEqual([problem.prompt for problem in chosen.test], ["p4"])
     self.assertEqual(chosen.figures["hub_commits"], {"hf:me/data": FIRST})
     task.path, task.test_path = "hf:me/data:train", "hf:me/data:validation"
-    self.assertEqual([problem.prompt for problem in problems.choose(task, 0).test], ["p3"])
+    self.assertEqual([problem.prompt for problem in problems.choose_splits(task, 0).test], ["p3"])
     task.test_path = ""
     with self.assertRaisesRegex(
       UserError, "task.path=hf:me/data:train is a split .*task.test_path"
     ):
-      problems.choose(task, 0)
+      problems.choose_splits(task, 0)
 
 
 if __name__ == "__main__":

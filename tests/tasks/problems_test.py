@@ -45,7 +45,9 @@ class ProblemsTest(parameterized.TestCase):
     return path
 
   def _chosen(self, seed=0, **leaves):
-    return problems.choose(task(**{"name": "jsonl", "path": str(self.folder), **leaves}), seed)
+    return problems.choose_splits(
+      task(**{"name": "jsonl", "path": str(self.folder), **leaves}), seed
+    )
 
   # Fails if a smaller subset is not a prefix of a larger one; if two seeds have the same order; if
   # the order depends on the file's order or on later rows; or if the test problems depend on the
@@ -198,7 +200,7 @@ class ProblemsTest(parameterized.TestCase):
     if not os.environ.get("SYNTHNEG_DATA_DIR"):
       self.skipTest("SYNTHNEG_DATA_DIR is not set")
     section = task(name="gsm8k", train_problems=7469, test_problems=1319)
-    figures = problems.choose(section, 0).figures
+    figures = problems.choose_splits(section, 0).figures
     names = ("gold_disagreements", "test_gold_disagreements", "dropped_as_test")
     self.assertEqual([figures[name] for name in names], [0, 0, 4])
     self.assertLessEqual(figures["unreadable_solutions"], 1)
@@ -252,12 +254,12 @@ class ProblemsTest(parameterized.TestCase):
   # Fails if GSM8K in SYNTHNEG_DATA_DIR is not found, or a path is overruled by it.
   def test_where_gsm8k_is_looked_for(self):
     with mock.patch.dict(os.environ, {"SYNTHNEG_DATA_DIR": str(EXCERPT)}):
-      chosen = problems.choose(task(name="gsm8k", train_problems=48, test_problems=16), 0)
+      chosen = problems.choose_splits(task(name="gsm8k", train_problems=48, test_problems=16), 0)
       self.assertEqual((len(chosen.train), len(chosen.test)), (48, 16))
       self.assertEqual({p.source for p in chosen.train}, {"gsm8k/train"})
       self._file([text(0)])
       self._file([text(1)], "test.jsonl")
-      other = problems.choose(
+      other = problems.choose_splits(
         task(name="gsm8k", path=str(self.folder), train_problems=1, test_problems=1), 0
       )
       self.assertEqual(other.train[0].prompt, text(0))
@@ -282,8 +284,10 @@ class ProblemsTest(parameterized.TestCase):
     self._file([text(i) for i in range(9)])
     self._file([text(10)], "test.jsonl")
     section = task(name="jsonl", path=str(self.folder), train_problems=5, test_problems=1)
-    self.assertEqual(problems.load(section, 3, "train", 5), problems.choose(section, 3).train)
-    self.assertEqual(problems.load(section, 3, "test", 1), problems.choose(section, 3).test)
+    self.assertEqual(
+      problems.load(section, 3, "train", 5), problems.choose_splits(section, 3).train
+    )
+    self.assertEqual(problems.load(section, 3, "test", 1), problems.choose_splits(section, 3).test)
 
 
 if __name__ == "__main__":

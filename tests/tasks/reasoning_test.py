@@ -42,10 +42,12 @@ class ReasoningTest(parameterized.TestCase):
     # Fails if splits or seeds share indices, fewer problems are not a prefix of more, or a seed
     # changes the test split.
     chosen = {
-      seed: problems.choose(task(name, train_problems=40, test_problems=40), seed)
+      seed: problems.choose_splits(task(name, train_problems=40, test_problems=40), seed)
       for seed in (0, 1)
     }
-    few = problems.choose(task(name, train_problems=30, test_problems=10, fresh_problems=10), 0)
+    few = problems.choose_splits(
+      task(name, train_problems=30, test_problems=10, fresh_problems=10), 0
+    )
     self.assertEqual(few.sft + few.train, chosen[0].train)
     self.assertEqual(few.test, chosen[0].test[:10])
     self.assertEqual(chosen[0].test, chosen[1].test)

@@ -134,7 +134,7 @@ class StarGraphTest(parameterized.TestCase):
   def test_problems(self):
     # Fails if fewer problems are not a prefix of more, if splits share problems, or if a solution
     # is graded wrong.
-    chosen = problems.choose(task(train_problems=60, test_problems=40), seed=3)
+    chosen = problems.choose_splits(task(train_problems=60, test_problems=40), seed=3)
     self.assertEqual(problems.load(task(), 3, "train", 20), chosen.train[:20])
     self.assertNotEqual(problems.load(task(), 4, "train", 20), chosen.train[:20])
     self.assertEqual(problems.load(task(), 4, "test", 40), chosen.test)

@@ -255,9 +255,9 @@ class StoriesTest(parameterized.TestCase):
     self.assertEqual(problems.prompt_style(task), "plain")
     task.prompt = "chat"
     self.assertEqual(problems.prompt_style(task), "chat")
-    every = problems.choose(task, 1).train
+    every = problems.choose_splits(task, 1).train
     task.train_problems, task.fresh_problems = 3, 2
-    chosen = problems.choose(task, 1)
+    chosen = problems.choose_splits(task, 1)
     self.assertEqual((chosen.sft, chosen.train), (every[:3], every[3:]))
 
 
