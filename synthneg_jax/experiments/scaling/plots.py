@@ -184,7 +184,8 @@ def against_setting(
         fontsize=8,
       )
     _draw(axes, series)
-    _whole_numbers(axes.xaxis, [x for line in series for x in line.x])
+    if log:
+      _whole_numbers(axes.xaxis, [x for line in series for x in line.x])
     if not value:
       axes.yaxis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100 * fraction:g}"))
     axes.set_xlabel(label)
@@ -232,7 +233,7 @@ def bars(series: Sequence[Series], title: str, label: str, percent: bool = True)
       )
     axes.set_yticks(range(len(series)), labels)
     axes.set_ylim(len(series) - 0.5, -0.7)
-    axes.set_xlabel(label)
+    axes.set_xlabel(label, loc="right")  # a long one ends below the names
     axes.grid(axis="x")
     figure.suptitle(title, fontsize=9, x=0.02, ha="left")
     return figure
