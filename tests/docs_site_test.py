@@ -88,7 +88,8 @@ class SiteTest(absltest.TestCase):
       site = pathlib.Path(folder)
 
       def read(name):
-        return html.unescape(re.sub(r"<[^>]+>", "", (site / name).read_text()))
+        text = html.unescape(re.sub(r"<[^>]+>", "", (site / name).read_text()))
+        return " ".join(text.split())
 
       leaves = read("configuration.html")
       for name, _ in config_schema.leaves(config_schema.default()):
