@@ -115,7 +115,7 @@ def get_config(arg: str = ""):
     c.study.settings = (((48,), {"sft.num_epochs": 2}),)
     c.study.figures = ("2a", "5a")
     c.task.test_problems = 32
-    # Of one size all methods' rows and rollouts are, so that few programs are compiled.
+    # Small equal batches: methods share more compiled programs.
     c.sft.batch_size = c.rft.batch_size = c.dpo.batch_size = c.credit.lanes = 8
   elif arg not in ("", "reduced", "right", "leap"):
     raise UserError(

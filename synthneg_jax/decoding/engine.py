@@ -199,7 +199,7 @@ def fit(
 
 
 @functools.lru_cache(maxsize=8)
-def _cast(model: Model, mesh: Mesh) -> Callable:
+def _cast_program(model: Model, mesh: Mesh) -> Callable:
   """The jitted `cast_for_decoding`."""
   return jax.jit(
     functools.partial(cast_for_decoding, model), out_shardings=params_shardings(model, mesh)
@@ -307,7 +307,7 @@ class Engine:
   def _cast(self, params):
     """`cast_for_decoding`, cached for the last parameters."""
     if self._source_params is not params:
-      self._source_params, self._params = params, _cast(self._model, self._mesh)(params)
+      self._source_params, self._params = params, _cast_program(self._model, self._mesh)(params)
     return self._params
 
 
