@@ -1,5 +1,5 @@
-"""Settings for every test: eight forced CPU devices, strict rank promotion, NaN checks, and a disk
-cache of compiled programs.
+"""Settings for every test: eight forced CPU devices, strict rank promotion, NaN checks, a disk cache
+of compiled programs, and a folder for temporary files that is removed at the end.
 
 Workers, subprocesses and later runs share the cache. After each module, a worker drops its compiled
 programs to bound its memory.
@@ -9,6 +9,7 @@ import ctypes
 import gc
 import os
 import pathlib
+import shutil
 import subprocess
 import tempfile
 
@@ -16,10 +17,12 @@ import pytest
 
 from tests.xla_flags import xla_flags
 
+_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not _WORKER:  # workers and processes inherit the folder of temporary files
+  os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="synthneg_jax_tests_")
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["TFDS_DATA_DIR"] = os.path.join(
-  tempfile.gettempdir(), "synthneg_jax_tests_tfds"
-)  # not a user's own
+os.environ["TFDS_DATA_DIR"] = os.path.join(tempfile.gettempdir(), "tfds")  # not a user's own
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + xla_flags(8)
 CACHE = pathlib.Path(__file__).parents[1] / "build" / "test_xla_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
@@ -30,6 +33,12 @@ import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_nans", True)
+
+
+def pytest_unconfigure():
+  """Removes what tests leave in the folder of temporary files."""
+  if not _WORKER:
+    shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
 
 
 def pytest_addoption(parser):
