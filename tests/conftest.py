@@ -1,5 +1,5 @@
-"""Settings for every test: eight forced CPU devices, strict rank promotion, NaN checks, a disk cache
-of compiled programs, and a folder for temporary files that is removed at the end.
+"""Settings for every test: eight forced CPU devices, strict rank promotion, NaN checks, a disk
+cache of compiled programs, and a folder for temporary files that is removed at the end.
 
 Workers, subprocesses and later runs share the cache. After each module, a worker drops its compiled
 programs to bound its memory.
