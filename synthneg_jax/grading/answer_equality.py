@@ -21,6 +21,7 @@ from synthneg_jax.grading.answer_relations import (
   same_set,
   stated,
   unlabelled,
+  values_by_name,
 )
 from synthneg_jax.grading.answer_tokens import TooLarge
 from synthneg_jax.grading.answer_tree import Node, is_operation
@@ -194,7 +195,7 @@ def _same_collections(gold: Node, answer: Node, rules: Conventions) -> bool:
     return same(gold, unlabelled(answer), rules)
   if wanted is None:
     if isinstance(gold, tree.Bracket) and isinstance(answer, tree.ListValue):
-      return _same_in_order(gold.items, list(map(unlabelled, given)), rules)
+      return _same_in_order(gold.items, values_by_name(given), rules)
     if isinstance(answer, tree.SetValue) and len(given) == 1:
       return same(gold, given[0], rules)
     if isinstance(gold, (tree.Bracket, tree.Matrix, tree.Text, tree.Opaque)) or not given:
@@ -202,7 +203,7 @@ def _same_collections(gold: Node, answer: Node, rules: Conventions) -> bool:
     raise Ambiguous("several values")
   if given is None:
     if isinstance(answer, tree.Bracket) and isinstance(gold, tree.ListValue):
-      return _same_in_order(list(map(unlabelled, wanted)), answer.items, rules)
+      return _same_in_order(values_by_name(wanted), answer.items, rules)
     if isinstance(gold, tree.SetValue) and len(wanted) == 1:
       return same(wanted[0], answer, rules)
     if isinstance(answer, (tree.Bracket, tree.Matrix)) or len(wanted) == 1:
@@ -234,9 +235,9 @@ def _same_members(wanted: list[Node], given: list[Node], rules: Conventions) -> 
   if all(labels) != all(given_labels):
     # Names on one side only: order matters for distinct names, but not for values of one name.
     if all(labels):
-      wanted = list(map(unlabelled, wanted))
+      wanted = values_by_name(wanted)
     else:
-      labels, given = given_labels, list(map(unlabelled, given))
+      labels, given = given_labels, values_by_name(given)
     names = {named.name for named in labels}
     if len(names) == len(labels) > 1:
       return _same_in_order(wanted, given, rules)

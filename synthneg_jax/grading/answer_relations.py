@@ -1,8 +1,10 @@
 """Equations, inequalities and sets of reals: the values they state, and equality of two of them."""
 
+import dataclasses
 import fractions
 import functools
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from synthneg_jax.grading import answer_tree as tree
@@ -49,6 +51,11 @@ def label(node: Node) -> Label | None:
   if any(own & tree.symbols(side) for side in sides):
     return None
   value = sides[-1]
+  if isinstance(head, tree.Bracket) and isinstance(value, tree.Bracket):  # (y,x) = (2,1)
+    pairs = list(zip(map(_spelling, head.items), value.items, strict=False))
+    if len(head.items) == len(value.items) and len(dict(pairs)) == len(pairs):
+      ordered = tuple(item for _, item in sorted(pairs, key=lambda pair: pair[0]))
+      value = dataclasses.replace(value, items=ordered)
   if is_operation(head, "mul") and not tree.symbols(value) and not _is_segment(head):
     head = head.operands[0]  # f(x) = 5 and f(n) = 5 define the same constant
   return Label(_spelling(head), value)
@@ -58,6 +65,15 @@ def unlabelled(node: Node) -> Node:
   """The value of an equation that defines a name; any other tree unchanged."""
   named = label(node)
   return named.value if named else node
+
+
+def values_by_name(nodes: Sequence[Node]) -> list[Node]:
+  """The values of equations that define names; different letters are sorted: y = 2, x = 1."""
+  labels = list(map(label, nodes))
+  if all(labels) and all(len(named.name) == 1 for named in labels):
+    if len({named.name for named in labels}) == len(labels):
+      return [named.value for named in sorted(labels, key=lambda named: named.name)]
+  return list(map(unlabelled, nodes))
 
 
 def _spelling(name: Node) -> str:

@@ -8,6 +8,8 @@ import functools
 import re
 from typing import NamedTuple
 
+from synthneg_jax.grading import answer_units
+
 MAX_CHARS = 2000  # per answer
 MAX_TOKENS = 1000  # per answer
 MAX_DIGITS = 1000  # per numeral
@@ -86,6 +88,9 @@ _FONT_COMMANDS = (
   "mathnormal boldsymbol bm pmb rm bf it underline"
 ).split()
 _TEXT = re.compile(rf"\\({'|'.join(_WORD_COMMANDS + _FONT_COMMANDS)})\*?\s*(?=\{{)")
+_ROMAN_UNIT = re.compile(  # cm^2, m/s
+  r"([A-Za-z]{1,4})(?:\^\{?-?[1-9]\}?)?(?:/([A-Za-z]{1,4})(?:\^\{?[1-9]\}?)?)?"
+)
 _BARE_FONT = re.compile(
   r"\\(?:mathbf|mathrm|mathit|mathsf|boldsymbol|bm)\s+"
   r"([A-Za-z0-9])(?![A-Za-z])"
@@ -224,6 +229,9 @@ def _is_formula(words: str, command: str) -> bool:
   """Whether the argument of a text command is a number, or a formula in bold."""
   if re.match(r"[-+]?[0-9]", words):
     return True
+  if command == "mathrm" and (unit := _ROMAN_UNIT.fullmatch(words)):
+    if all(map(answer_units.unit_of, filter(None, unit.groups()))):
+      return False
   return command in _FONT_COMMANDS and re.search(r"[0-9\\^_+*/=]", words) is not None
 
 

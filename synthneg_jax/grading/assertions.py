@@ -144,13 +144,15 @@ _TURNS = re.compile(
     r"no\b(?! (?:other|more|further|need|matter|one|doubt))|nope|wait|hmm+|actually|hold on"
     r"|hang on|sorry|apologies|upon re|strike that|等等|不对"
     r"|let me (?:re|correct|double|check|fix|try)|on second thoughts?|edit\b|rather\b"
-    r"|my (?:bad|mistake)"
+    r"|my (?:bad|mistake)|update:|(?:on reflection|looking back)(?! at)"
+    r"|i apologi[sz]e(?! for the l)"
+    r"|i (?:realize|realise|see) (?:now )?(?:that )?(?:i|the above|my|this) (?:was|is|made|had)"
   ),
   re.IGNORECASE,
 )
 _THAT = r"(?:that|this|it|which)(?:['’]s|\s+is|\s+was|\s+seems)\s+(?:\w+ly\s+)?"
 _TURNS_FIRMLY = re.compile(
-  _OPENERS.format("no|wait|hmm+|actually|sorry")
+  _OPENERS.format("no|wait|hmm+|actually|sorry|looking back|on reflection")
   + "(?:"
   + _any_of(
     r"correction|scratch that|oops|never\s*mind|disregard|i (?:made|have made) an? "
@@ -158,8 +160,10 @@ _TURNS_FIRMLY = re.compile(
     r"|i was wrong|i (?:misread|miscounted|miscalculated|forgot)"
     r"|(?:that|this) (?:does(?:n't|\snot) (?:work|seem|make)|contradicts)|something went wrong"
     r"|there must be an? (?:error|mistake)"
-    r"|(?:this|the|that|my) (?:answer|result|value|solution) is"
-    r" (?:wrong|incorrect|not (?:right|correct))|(?:wrong|incorrect|no)[.!]*\s*\Z"
+    r"|(?:i (?:realize|realise|see) (?:now )?(?:that )?)?(?:this|the|that|my)"
+    r" (?:(?:above|previous|earlier|first) )?(?:(?:answer|result|value|solution) )?(?:above )?"
+    r"(?:is|was) (?:wrong|incorrect|not (?:right|correct))|(?:wrong|incorrect|no)[.!]*\s*\Z"
+    r"|i take (?:that|it) back"
     r"|(?:wrong|incorrect)!"
     r"|i'm not sure|this leads to a contradiction|contradiction"
     r"|(?:that|this|it|which) (?:can't be|cannot be|isn't) (?:\w+ly )?(?:right|correct)"

@@ -5,8 +5,9 @@ answer after "is", ":" or "=", or contain it as its only formula or number. Word
 may make it ambiguous ("at least 7", "a multiple of 7").
 """
 
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from synthneg_jax.grading import assertions, statements
@@ -25,7 +26,7 @@ _OPTION = re.compile(
   r"\A\s*(?:the\s+)?(?:option|choice|letter)\s+(?=\(?[A-J]\b)|\A\s*选[:：]?\s*(?=[A-J]\b)",
   re.IGNORECASE,
 )
-_CHINESE_UNITS = "[个元人天只本米岁块件条次年月日]+"
+_CHINESE_UNITS = "(?:千[米克瓦]|[个元人天只本米岁块件条次年月日])+"
 _TRAILING_CHINESE = re.compile(
   rf"(?:{_TEXT}\{{\s*{_CHINESE_UNITS}\s*\}}|{_CHINESE_UNITS})[\s。.]*\Z"
 )
@@ -46,6 +47,20 @@ _IS = re.compile(
   r"\b(?:is|are|equals|be|was)\b:?+|\b(?:it|that|this|answer)['’]s\b|[:：]\s|→|=>"
   r"|(?<![!<>=/])=(?![=/>])|\btotal\s+of\b|\bin\s+total,?(?=\s)|是|有|为"
 )
+# Between two verbs of "Tom: 5, Ann: 6": a value and another label.
+_CONNECTS = (
+  r"so|thus|hence|therefore|then|which|that|giving|total|sum|answer|altogether|together|overall|all"
+  r"|result|product|difference|combined|finally|left|remaining|where|since|because|if|when|final"
+)
+_OTHER_LABEL = re.compile(
+  rf"""
+  [\s\\$({{:]* (?P<value> -?[0-9][0-9.,/]*? ) (?: [\s$)}}]*[A-Za-z%°]+ ){{0,3}}? [\s$)}}.]*
+  (?: [,;] | \band\b ) (?: (?! \b(?:{_CONNECTS})\b | [而但所因总共合] ) [^0-9=:+*/] )*
+  """,
+  re.IGNORECASE | re.VERBOSE,
+)
+_NAMED_NUMBER = re.compile(r"\s*(?:[A-Za-z]\s*=\s*)?(-?[0-9][0-9.,]*)\s*")
+_PARALLEL = re.compile(rf"(?=.*(?:[,;]|\band\b))(?!.*\b(?:{_CONNECTS})\b)", re.IGNORECASE)
 # Text after the answer in its sentence that is not part of it.
 _ASIDE = re.compile(
   r"""
@@ -72,9 +87,16 @@ _ONE_NUMBER = re.compile(
   r"(?<![A-Za-z0-9.,])-?\$?(?:[1-9][0-9]{0,2}(?>(?:,[0-9]{3})+)|[0-9]++)(?:[.,][0-9]++)?"
   r"(?:/[0-9]++)?(?![A-Za-z]?[0-9]|[A-Z]|[-+/^])%?"
 )
+_SYMBOL_BEFORE = re.compile(
+  r"(?:(?<![A-Za-z'’])[A-Za-z]\s*[-+*/×·÷^−]|[√^]|\b(?:sqrt|log|ln|sin|cos|tan)\s*\(?)\s*\Z"
+)
+_SYMBOL_BEHIND = re.compile(
+  r"[abcdefijknopqrtuvwxyz](?![A-Za-z])|\s*(?:π|√|pi\b)|\s*[-+*/×·÷^−]\s*[A-Za-z](?![A-Za-z])"
+)
 _SCALE = (
-  r"(?:hundreds?|thousands?|millions?|billions?|trillions?|dozens?|score|lakhs?|crores?|bn|mn"
-  r"|tenths?|hundredths?|thousandths?|thirds?|quarters?|fifths?)\b"
+  r"(?:hundreds?|thousands?|millions?|billions?|trillions?|dozens?|score|gross|tens|lakhs?|crores?|bn"
+  r"|mn|mil|halves|thirds?|fourths?|quarters?|(?:fif|six|seven|eigh|nin|ten|eleven|twelf|hundred"
+  r"|thousand|million)ths?|ths\b)\b"
 )
 # Words directly before or after a value that make it ambiguous.
 _OPEN_BEFORE = re.compile(
@@ -83,21 +105,27 @@ _OPEN_BEFORE = re.compile(
       |over|under|below|above|least|most|than|between|negative|minus|plus|times|half|up\s+to|guess
       |(?:different|differs?)\s+from|twice|double|triple|thrice|choose|one\s+of
       |(?:step|equation|problem|part|case|figure|page|chapter|question|level|grade|number|room)
+      |(?:multiples|powers|factors|divisors)\s+of|minimum|maximum|exceeds?|exceeding
       |(?:divided|divisible|dividing|divide|multiplied|multiple|multiplying|multiply)\s+(?:by|of)
       |(?:correct|rounded|close|nearest|accurate)\s+to|with
       |(?:thirds?|hal(?:f|ves)|quarters?|fifths?|tenths?|percent|multiple|square|cube|root|power
         |opposite|reciprocal|inverse|double|one|each|out|any|factor|divisor|remainder|[0-9%]+)
         \s+of )\s+
-    | 至少[是有为]?\s* | 至多[是有为]?\s* | 大于\s* | 小于\s* | 大约\s* | 约\s* | 不到\s* ) \$?\s*\Z
+    | 至少[是有为]?\s* | 至多[是有为]?\s* | 大于\s* | 小于\s* | [大约約]*[约約][是为]?\s* | 不到\s*
+    | 不[少多]于\s* | 超过\s* | 根号\s* | 百分之\s* | 零下\s* | マイナス\s* | [~≈∼]\s*
+    | \b(?: nicht|kein\w*|mindestens|höchstens|etwa|ungefähr|rund|no\s+(?:es|son)|al\s+menos
+        | pas|environ|au\s+moins|menos|unos|не|около|примерно|минус )\s+ ) \$?\s*\Z
   """,
   re.IGNORECASE | re.VERBOSE,
 )
 _OPEN_BEHIND = re.compile(
   rf"""
   \s* (?: (?:or|nor|unless|maybe|perhaps|squared|cubed|factorial|half|and\s+a\s+half|more)\b
+    | (?:and|or)\s+(?:above|below|over|under|up) | degrees?\s+below | less\s+than
     | times\s+(?:as|more|the|[0-9]) | -?{_SCALE} | (?:st|nd|rd|th)\b
     | [-\s](?:digits?|decimal|significant)\b
-    | (?:k|(?-i:[KMB]))\b | [万亿百千] )
+    | (?:k|(?-i:[KMB]))\b | [万亿百] | 千(?![克米瓦]) | 以上 | 以下 | 左右 | 的?倍数 | [個个]?では
+    | Million\w*|Milliarden?|tausend|mil(?:lones)?\b|mille\b|миллион\w*|тысяч\w* )
   """,
   re.IGNORECASE | re.VERBOSE,
 )
@@ -110,7 +138,10 @@ _CUT_OFF = re.compile(  # an unfinished formula or sum
   r"(?<!\\)\$(?=[A-Za-z\\])|\\\([^)]*\Z|\\\[[^\]]*\Z|[-+=/×÷:]\s*\Z|\A\s*step\s+[0-9]+[.:)]?\s*\Z",
   re.IGNORECASE,
 )
-_BOUND = re.compile(r"\A\s*(?:≥|≤|>|<|\\[gl]eq?\b|at\s+(?:least|most))")
+_BOUND = re.compile(
+  r"\A\s*(?:≥|≤|>|<|\\[gl]eq?\b|at\s+(?:least|most)|≈|\\approx\b|(?:min|max)imum\b(?!\s+is)"
+  r"|(?:multiples|powers|factors|divisors)\s+of\b)"
+)
 
 _SMALL_NUMBERS = (
   "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
@@ -171,7 +202,7 @@ def digits_for_words(text: str) -> str:
 def wholes(statement: Statement) -> Iterator[str]:
   """Yields texts that may be the whole answer of a statement, the best first, unless denied."""
   text = statement.text
-  if _BOUND.match(text):
+  if _BOUND.match(text) or (statement.source != "box" and text.lstrip().startswith("~")):
     return
   yield text
   aside = _ASIDE.search(text)
@@ -199,12 +230,25 @@ def wholes(statement: Statement) -> Iterator[str]:
       verbs.append(verb)
   totals = [verb for verb in verbs if "total" in verb.group()]
   inside = [verb for verb in verbs if verb.end() <= len(trimmed)]
+  labels = {
+    verb
+    for verb, before in itertools.pairwise(verbs)
+    if "total" not in before.group()
+    and _is_another_label(text[before.end() : verb.start()], text[verb.end() :])
+  }
   for verb in (totals + inside + verbs)[:6]:
     after = (trimmed if verb in inside else text)[verb.end() :]
-    if _OPEN_BEFORE.search(text[: verb.end()] + " "):
+    if verb in labels or _OPEN_BEFORE.search(text[: verb.end()] + " "):
       continue
     if _HOLDS_VALUE.search(after) and not assertions.is_denied(text, verb.end(), len(text)):
       yield after.lstrip(" }")
+
+
+def _is_another_label(between: str, after: str) -> bool:
+  """Whether the text between two verbs is a value and a second label: "Tom: 5, Ann: 6"."""
+  match = _OTHER_LABEL.fullmatch(between)
+  same = match and re.match(rf"[\s$({{]*{re.escape(match['value'].rstrip('.,'))}(?![0-9.])", after)
+  return match is not None and not same
 
 
 def leaves_open(text: str) -> bool:
@@ -216,6 +260,15 @@ def is_cut_off(statement: Statement) -> bool:
   """Whether a statement breaks off in a formula or sum, or asks a question."""
   text = statement.text
   return text.endswith(("?", "？")) or bool(_CUT_OFF.search(statements.FORMULA.sub("x", text)))
+
+
+def _are_parallel(text: str, formulas: Sequence[tuple[int, int, str]]) -> bool:
+  """Whether formulas are different numbers side by side: "$5$ for Tom and $6$ for Ann"."""
+  numbers = [_NAMED_NUMBER.fullmatch(formula) for _, _, formula in formulas]
+  if None in numbers or len({number.group(1) for number in numbers}) < 2:
+    return False
+  gaps = [text[end:start] for (_, end, _), (start, _, _) in itertools.pairwise(formulas)]
+  return all(_PARALLEL.match(gap) for gap in gaps)
 
 
 def part(statement: Statement) -> Part:
@@ -231,6 +284,8 @@ def part(statement: Statement) -> Part:
   outside = statements.FORMULA.sub(lambda match: " " * len(match.group()), text)
   outside = outside.replace(r"\$", " $").replace(r"\%", "% ")
   if formulas:
+    if _are_parallel(text, formulas):
+      return Part("", "ambiguous")
     start, end, chosen = formulas[0 if statement.source == "line" else -1]
   elif re.search(r"[\\^_{}<>≥≤≠|\[\]*`\x00-\x08]", outside):  # not prose
     return Part("", "unparsable")
@@ -243,6 +298,8 @@ def part(statement: Statement) -> Part:
       return Part("", "ambiguous")
   if assertions.is_denied(text, start, end):
     return Part("", "no_answer")
+  if _SYMBOL_BEFORE.search(outside[:start]) or _SYMBOL_BEHIND.match(outside, end):
+    return Part("", "unparsable")
   if multiple := _MULTIPLE_BEHIND.match(outside, end):
     chosen, end = f"{chosen} {multiple.group(1)}", multiple.end()
   clause = text[assertions.clause_start(text, start) : start]

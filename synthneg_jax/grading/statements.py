@@ -85,6 +85,10 @@ _BLANKS = re.compile(r"(?:[\s:：*]|\.(?=\s))*+")
 _REST_OF_LINE = re.compile(rf"[^\n]{{0,{MAX_SENTENCE}}}")
 _ITEM_MARK = re.compile(rf"{_LIST_MARK}[ \t]+")
 _ITEMS = re.compile(rf"(?:{_LIST_MARK}[ \t]+[^\n]{{1,200}}(?:\n+|\Z)){{2,}}")
+_LABELLED = re.compile(  # lines such as "Tom: 5" and "$x = 5$"
+  r"(?:[ \t]*\$?[A-Za-z][A-Za-z ]{0,30}[:=][ \t]*\$?-?[0-9][0-9.,/]*\$?(?:[ \t]+[A-Za-z]+){0,2}"
+  r"[ \t]*(?:\n+|\Z)){2,}"
+)
 
 # Boxes. JSON decoding may have turned the \b of \boxed into a backspace.
 _BOX = re.compile(r"(?:\\{1,2}|\x08|(?<![A-Za-z\\]))(?:boxed|oxed|fbox|framebox)(?![A-Za-z])[ \t]*")
@@ -107,15 +111,30 @@ _GAP = re.compile(  # text between boxes of one answer
   """,
   re.MULTILINE | re.VERBOSE,
 )
-_MINUS_BEFORE = re.compile(r"(?:[=$(]|\\\(|\\\[|\bis)\s*-\Z")
-_OPERATOR_BEFORE = re.compile(
-  r"(?:\\(?:cdot|times|div)\s*|\\(?:sqrt|frac)\s*\{|[0-9a-z)}]\s*[*/^+])\s*\Z"
+_MINUS_BEFORE = re.compile(
+  r"(?:[=$(]|\\\(|\\\[|\bis)\s*-\$?\s*\Z|\b(?:minus|negative)\s+\$?\Z", re.IGNORECASE
 )
-_OPERATOR_BEHIND = re.compile(
-  r"\s*(?:\^|/\s*[0-9]|\\(?:pi|cdot|times|sqrt|frac|div)(?![a-z])|[*+]\s*[0-9a-z\\])"
+_CHANGED_BEFORE = re.compile(
+  r"""
+  (?: \\(?:cdot|times|div)\s* | \\sqrt\s*\{ | \\[dt]?frac\s*(?:\{[^{}]*\}\s*)?\{
+    | [0-9a-z)}]\s*[*/^+] | \\(?:log|ln|lg|exp|sin|cos|tan)\s*[({]?
+    | \bat\s+(?:least|most)\s*\$? )\s*\Z
+  """,
+  re.VERBOSE,
+)
+_CHANGED_BEHIND = re.compile(
+  r"""
+  \s* (?: [\^_×÷] | /\s*[0-9] | \\(?:pi|cdot|times|sqrt|[dt]?frac|div)(?![a-z])
+    | [*+]\s*[0-9a-z\\] | \s-\s*[0-9] )
+  | ,[0-9]{3}(?![0-9]) | :[0-9] | \$?[a-zA-Z](?<![mgshlL])(?![A-Za-z]) | \s*,\s*[0-9]+\s*\)
+  | [\s$]*(?:and\s+a\s+half|(?:hundred|thousand|million)ths?)\b
+  """,
+  re.VERBOSE,
 )
 _SCALE_BEHIND = re.compile(
-  r"[\s$]*((?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?)\b", re.IGNORECASE
+  r"(?:[\s$]|\\[,;: ])*(?:\\text\s*\{\s*)?"
+  r"((?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?)\b",
+  re.IGNORECASE,
 )
 _JOINS = re.compile(r"[,;]|\b(?:and|or)\b")
 _SEPARATES = re.compile(
@@ -194,7 +213,9 @@ _SECOND_CHOICE = re.compile(r"^B:", re.MULTILINE)
 _TAG = re.compile(
   r"<(?:final_?)?answer>(.*?)(?:</(?:final_?)?answer>|\Z)", re.DOTALL | re.IGNORECASE
 )
-_JSON = re.compile(r'"(?:final_?)?answer"\s*:\s*"?([^",}\n]{1,200})', re.IGNORECASE)
+_JSON = re.compile(
+  r'"(?:final_?)?answer"\s*:\s*(?:"([^"\n]{1,200})"|([^",}\n]{1,200}))', re.IGNORECASE
+)
 _TAG_MARK = re.compile(r"</?(?:final_?)?answer>", re.IGNORECASE)
 _CONCLUDES = re.compile(  # text that derives a result after a display
   r"""
@@ -212,6 +233,8 @@ _AFTERTHOUGHT = re.compile(
   """,
   re.IGNORECASE | re.VERBOSE,
 )
+_REASON = re.compile(r"\A(?:since|because|as)\b[^.\n]*", re.IGNORECASE)  # of a retraction
+_CHINESE_MINUS = re.compile(r"负(?=[\s$]*[0-9\\])")
 _ENDS_EMPTY = re.compile(r"(?:#{4,}|\\(?:boxed|fbox)\s*(?:\{\s*\})?)[\s$*.]*\Z")
 
 
@@ -266,13 +289,13 @@ def _box_statements(text: str, contents: list[tuple[int, int, str]]) -> list[_Sp
 
 
 def _in_context(text: str, start: int, end: int, content: str) -> str:
-  """A box's content with the sign or scale word around it; "?" if operators surround it."""
-  before, after = text[max(0, start - 20) : start], text[end : end + 20]
+  """A box's content with the sign or scale word around it; "?" if what surrounds it changes it."""
+  before, after = text[max(0, start - 40) : start], text[end : end + 40]
   if _MINUS_BEFORE.search(before):
     return f"-({content})"
   if scale := _SCALE_BEHIND.match(after):
     return f"{content} {scale.group(1)}"
-  return "?" if _OPERATOR_BEFORE.search(before) or _OPERATOR_BEHIND.match(after) else content
+  return "?" if _CHANGED_BEFORE.search(before) or _CHANGED_BEHIND.match(after) else content
 
 
 def gold_text(gold: str) -> str:
@@ -295,6 +318,8 @@ def _statement_at(text: str, start: int) -> tuple[str, int]:
     if items := _ITEMS.match(text, begin):
       lines = [_ITEM_MARK.sub("", item, 1).strip() for item in items.group().splitlines()]
       return ", ".join(filter(None, lines)), items.end()
+    if labelled := _LABELLED.match(text, begin):
+      return ", ".join(labelled.group().split("\n")).strip(", "), labelled.end()
     if mark := _ITEM_MARK.match(text, begin):
       begin = mark.end()
   line = _REST_OF_LINE.match(text, begin).group()
@@ -372,7 +397,7 @@ def _short_answer(text: str) -> list[_Span]:
 def _tags(text: str) -> Iterator[_Span]:
   """<answer> tags, with short lines joined by commas, and the "answer" field of JSON."""
   for tag in [*_TAG.finditer(text), *_JSON.finditer(text)]:
-    content = tag.group(1).strip()
+    content = next(filter(None, tag.groups()), "").strip()
     if content and not _PLACEHOLDER.fullmatch(content[:200]):
       lines = [line.strip() for line in content.splitlines() if line.strip()]
       if all(len(line) < 20 for line in lines):
@@ -467,7 +492,7 @@ def _with_retractions(text: str, spans: list[_Span]) -> Reading:
   end, firm = turn
   if not firm and assertions.confirms(rest[end:]):
     return Reading(tuple(statements))
-  value = _implicit(rest[end:].lstrip(" \n.,:;*!-"))
+  value = _implicit(_REASON.sub("", rest[end:].lstrip(" \n.,:;*!-")))
   if value is not None and _HOLDS_ANSWER.search(value.text):
     return Reading((*statements, Statement(value.text, "retraction", retracts=True)))
   return Reading((), "no_answer") if firm else Reading(tuple(statements))
@@ -484,6 +509,7 @@ def read_response(response: str, *, marked_only: bool = False) -> Reading:
   if text is None:
     return Reading((), "no_answer")
   text = text.replace("\r\n", "\n").replace("\x0c", r"\f")
+  text = _CHINESE_MINUS.sub("-", text)
   bold = response_text.bold_parts(text)
   text = response_text.without_markdown(text)
   spans, is_open = _explicit(text)

@@ -28,6 +28,11 @@ _LETTER_WITHIN = re.compile(
   r"\A\s*(?:[Ss]o\s+|[Tt]hus\s+|therefore,?\s+|hence\s+)?\(?([A-J])\)?\s+is\s+(?:the\s+)?"
   r"(?:correct|right|answer)|\(([A-J])\)[\s.]*\Z|\A\s*\(?([A-J])\)?\s*[,.:)]",
 )
+_ANOTHER_LETTER = re.compile(  # "A, B" and "A. 5, B. 6", but not "(A), since (B) is wrong"
+  r"(?:\A|[,;&]|\band\b)\s*\(?([A-J])(?=\s*(?:[,;&.:)]|and\b|\Z))"
+  r"(?!.*\b(?:wrong|false|not|less|eliminated)\b)"
+)
+_LETTERS = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|;|&|,?\s*\band\b)\s*\(?[A-J]\)?)+[\s.]*")
 _PLAIN_NUMBER = re.compile(
   r"\s*(-?)\$?(?:([1-9][0-9]{0,2}(?:,[0-9]{3})+)|([0-9]{1,300}))(?:\.([0-9]{1,300}))?\s*\.?\s*"
 )
@@ -94,6 +99,7 @@ class MathGold:
     self.text, self.rules = gold, rules
     self.tree, self.plain = _math_gold(gold)
     self.letter = _letter(self.tree, self.plain)
+    self.letters = _letters(gold)
     self.is_words = _is_words(self.tree)
 
   def shown(self, outcome: Outcome, text: str) -> str | None:
@@ -109,21 +115,29 @@ class MathGold:
 
   def at_once(self, text: str) -> Outcome | None:
     """The outcome of text that needs no parsing: the gold answer, or the letter of a choice."""
-    if len(text) <= 2 * MAX_CHARS and canonical(text) == self.plain:
+    approximate = text.lstrip().startswith("~")
+    if len(text) <= 2 * MAX_CHARS and canonical(text) == self.plain and not approximate:
       return Outcome("right", self.tree, True)
+    if (self.letters or self.letter) and (given := _letters(text)):
+      return Outcome("right" if given == self.letters else "wrong", read(text), True)
     if self.letter is None:
       return None
-    chosen = _LETTER.fullmatch(canonical(text))
-    if not chosen:
-      plain = re.sub(r"\\[a-z]+\{([^{}]*)\}", r"\1", tidy(text[:MAX_CHARS])).strip()
-      chosen = _CHOICE.fullmatch(plain)
-      explanation = chosen.group(2).partition("because")[0] if chosen else ""
-      if re.search(r"\b(?:or|maybe|perhaps|not)\b", explanation):
-        return None
-      chosen = chosen or _LETTER_WITHIN.search(plain)
+    if chosen := _LETTER.fullmatch(canonical(text)):
+      return self._choice(chosen.group(1))
+    plain = _plain_words(text)
+    chosen = _CHOICE.fullmatch(plain)
+    explanation = chosen.group(2).partition("because")[0] if chosen else ""
+    if re.search(r"\b(?:or|maybe|perhaps|not)\b", explanation):
+      return None
+    chosen = chosen or _LETTER_WITHIN.search(plain)
     if not chosen:
       return None
-    letter = next(filter(None, chosen.groups()))
+    start, letter = next((chosen.end(i), x) for i, x in enumerate(chosen.groups(), 1) if x)
+    if any(other.group(1) != letter for other in _ANOTHER_LETTER.finditer(plain, start)):
+      return None
+    return self._choice(letter)
+
+  def _choice(self, letter: str) -> Outcome:
     return Outcome("right" if letter == self.letter else "wrong", tree.Symbol(letter), True)
 
   def compare(self, text: str) -> Outcome | None:
@@ -184,6 +198,17 @@ def _math_gold(gold: str) -> tuple[Node, str]:
   raise errors.UserError(f"The gold answer {gold[:MAX_EXTRACTED]!r} is {problem}.")
 
 
+def _plain_words(text: str) -> str:
+  """A text without LaTeX's text commands."""
+  return re.sub(r"\\[a-z]+\{([^{}]*)\}", r"\1", tidy(text[:MAX_CHARS])).strip()
+
+
+def _letters(text: str) -> frozenset[str]:
+  """The letters of "A and C"; empty for any other text."""
+  plain = _plain_words(text)
+  return frozenset(re.findall("[A-J]", plain)) if _LETTERS.fullmatch(plain) else frozenset()
+
+
 def _letter(gold: Node, plain: str) -> str | None:
   """The letter of a multiple-choice gold answer; None for any other answer."""
   if isinstance(gold, tree.Symbol | tree.Text):
@@ -242,6 +267,8 @@ class IntegerGold:
       return Outcome("unparsable")
     except (TooLarge, RecursionError):
       return Outcome("too_large")
+    if value is None and _is_formula(node, text):
+      return Outcome("unparsable", None, True)  # its number is not the answer
     return None if value is None else self._outcome(value)
 
   def unread(self, text: str) -> Outcome:
@@ -252,6 +279,15 @@ class IntegerGold:
   def is_part(self, outcome: Outcome) -> bool:
     """A single number has no parts."""
     return False
+
+
+def _is_formula(node: Node, text: str) -> bool:
+  """Whether an answer is a formula without a rational value, rather than words with a number."""
+  if re.fullmatch(r"[^A-Za-z]*[0-9]\s*[A-Za-z][\s.]*", text) and text.rstrip(" .")[-1] in "msghlL":
+    return False  # a unit
+  words = re.sub(r"\\[A-Za-z]+|\b(?:sqrt|pi|ln|log|sin|cos|tan|exp)\b", "", text)
+  is_value = tree.is_scalar(node) or isinstance(node, tree.Relation)
+  return is_value and not re.search("[A-Za-z]{2}|:", words)
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -334,6 +370,8 @@ def _outcome(statement: Statement, gold: MathGold | IntegerGold) -> Outcome:
       outcome = gold.compare(candidate)
       if outcome is None:
         continue
+      if outcome.whole:
+        return outcome
       words = outcome.reason == "wrong" and _is_words(outcome.value)
       if outcome.reason not in ("unparsable", "ambiguous") and not words:
         return outcome._replace(whole=True)
@@ -412,7 +450,7 @@ def _is_firm(statement: Statement, outcome: Outcome, gold: MathGold | IntegerGol
       return _ANSWERS_IN_WORDS.fullmatch(statement.text) is not None
     return outcome.whole
   if statement.source == "retraction":
-    return outcome.value is not None
+    return outcome.value is not None or outcome.reason == "ambiguous"
   return outcome.reason != "no_answer"
 
 
