@@ -69,7 +69,8 @@ def _fingerprint(files: list[epath.Path], *arguments) -> str:
     digest.update(inspect.getsource(module).encode())
   for file in files:
     stat = file.stat()
-    digest.update(f"{file}|{stat.length}|{stat.mtime}\n".encode())
+    modified = os.stat(file).st_mtime_ns if os.path.exists(file) else stat.mtime
+    digest.update(f"{file}|{stat.length}|{modified}\n".encode())
   return digest.hexdigest()[:16]
 
 

@@ -170,28 +170,32 @@ def _boxes(text: str) -> list[_Box]:
   return [box for box in boxes if box.content]
 
 
-def last_box(text: str) -> str | None:
-  """The content of a text's last closed \\boxed{} or \\fbox{}; None for none.
-
-  As in MATH, `\\boxed 7` without braces extends to the end of the formula.
-  """
-  boxes = _boxes(text)
-  return boxes[-1].content if boxes else None
-
-
 def stated_answer(solution: str) -> str | None:
   """The answer in a solution's boxes, else after its last `####` or "the answer is"; None for none.
 
-  Boxes separated only by commas, "and", "or" or line breaks form one answer, such as "2, 3";
-  otherwise the last box counts.
+  The last boxes that only commas, "and", "or" or line breaks separate form one answer, such as
+  "2, 3".
   """
-  if boxes := _boxes(solution):
-    gaps = [
-      solution[before.stop : after.start] for before, after in zip(boxes, boxes[1:], strict=False)
-    ]
-    parts = boxes if all(map(_JOINT.fullmatch, gaps)) else boxes[-1:]
-    return ", ".join(dict.fromkeys(box.content for box in parts))
-  return answers.stated_answer(solution)
+  boxed = boxed_answer(solution)
+  return boxed[0] if boxed else answers.stated_answer(solution)
+
+
+def boxed_answer(text: str) -> tuple[str, int] | None:
+  """Returns (the answer in a text's last boxes, the position behind them); None without a box.
+
+  Boxes are closed \\boxed{} and \\fbox{}. As in MATH, `\\boxed 7` without braces extends to the end
+  of the formula.
+  """
+  boxes = _boxes(text)
+  within = itertools.pairwise(boxes)
+  boxes = [box for box, inner in within if inner.start >= box.stop] + boxes[-1:]
+  if not boxes:
+    return None
+  first = len(boxes) - 1
+  while first and _JOINT.fullmatch(text[boxes[first - 1].stop : boxes[first].start]):
+    first -= 1
+  answer = ", ".join(dict.fromkeys(box.content for box in boxes[first:]))
+  return answer, boxes[-1].stop
 
 
 def _text(row: dict, field: str) -> str:
@@ -225,7 +229,7 @@ def _answer(row: dict) -> str | None:
     )
   if isinstance(answer, str):
     return _text({"answer": answer}, "answer")
-  if not math.isfinite(answer):
+  if isinstance(answer, float) and not math.isfinite(answer):
     raise errors.UserError('the field "answer" must be a finite number')
   return str(int(answer) if answer == int(answer) else answer)
 
@@ -275,7 +279,8 @@ def _optional(row: dict, field: str) -> str | None:
 def _kind(row: dict) -> str:
   """Subject and level; MATH writes the level as "Level 5", MATH-500 as the number 5."""
   subject, level = row.get("type") or row.get("subject"), row.get("level")
-  parts = [subject.lower()] if isinstance(subject, str) else []
+  is_text = isinstance(subject, str) and subject.strip()
+  parts = [_text({"type": subject}, "type").lower()] if is_text else []
   digits = re.search(r"\d+", str(level)) if isinstance(level, (str, int)) else None
   return "/".join(parts + ([f"level {digits.group()}"] if digits else []))
 
@@ -348,8 +353,8 @@ def _read_mapped(row: dict, prefix: str, given_id: str | None, *, keep_annotatio
   )
   if is_solution and solution is None:
     try:
-      boxed = None if "####" in answer else last_box(answer)
-      solution, answer = answer, stated_answer(answer) if boxed else answers.extract_gold(answer)
+      boxed = None if "####" in answer else boxed_answer(answer)
+      solution, answer = answer, boxed[0] if boxed else answers.extract_gold(answer)
     except errors.UserError as error:
       raise errors.UserError(f'the field "answer": {str(error).removesuffix(".")}') from None
     if not keep_annotations:
@@ -373,8 +378,9 @@ def _read_mapped(row: dict, prefix: str, given_id: str | None, *, keep_annotatio
 
 
 def _row_id(row: dict, prefix: str, problem: str) -> str:
-  if type(row.get("id")) is int:
-    return f"{prefix}/{row['id']}"
+  for name in ("id", "unique_id"):
+    if type(row.get(name)) is int:
+      return f"{prefix}/{row[name]}"
   digest = hashlib.blake2b(" ".join(problem.split()).encode(), digest_size=8).hexdigest()
   return _optional(row, "id") or _optional(row, "unique_id") or f"{prefix}/{digest}"
 
@@ -392,14 +398,25 @@ def _parquet(file: epath.Path, data: bytes) -> Iterator[_Entry]:
   from pyarrow import parquet
 
   try:
-    batches = parquet.ParquetFile(io.BytesIO(data)).iter_batches()
+    batches = map(_as_written, parquet.ParquetFile(io.BytesIO(data)).iter_batches())
     rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
     for number, row in enumerate(rows, start=1):
       yield _Entry(f"{file}, row {number}", None, row)
-  except pyarrow.ArrowException as error:
+  except (pyarrow.ArrowException, UnicodeDecodeError) as error:
     raise errors.UserError(
       f"The problem file {file} is not Parquet: {str(error).splitlines()[0]}"
     ) from None
+
+
+def _as_written(batch):
+  """A batch of Parquet rows whose float32 0.1 is 0.1, not 0.10000000149."""
+  import pyarrow
+
+  for index, field in enumerate(batch.schema):
+    if field.type == pyarrow.float32():
+      column = batch.column(index).cast(pyarrow.string()).cast(pyarrow.float64())
+      batch = batch.set_column(index, field.name, column)
+  return batch
 
 
 def _is_json_lines(data: bytes) -> bool:
@@ -499,6 +516,8 @@ def read(
       continue
     location_of[row.id], seen[row.id] = location, (row.problem.split(), row.answer)
     result.rows.append(row)
+  if not result.rows and not result.skipped:
+    raise errors.UserError(f"{path}: the split {split} has no rows.")
   if not result.rows:
     raise errors.UserError(
       f"{path}: none of the {len(result.skipped)} rows of {split} is valid. The first error: "

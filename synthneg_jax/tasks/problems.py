@@ -247,7 +247,8 @@ def _first(
   queue, taken, doubts = iter(ordered(rows, seed)), [], []
   drops = split == "train" and task.gold_disagreements == "drop"
   while batch := list(itertools.islice(queue, count - len(taken))):
-    solved = [row for row in batch if row.solution]
+    # "exact" compares whole responses, which worked solutions are not.
+    solved = [row for row in batch if row.solution and task.answers != "exact"]
     if task.answers == "math" and len(solved) > _MANY_SOLUTIONS:
       logging.info("Grading %d solutions against their gold answers.", len(solved))
     graded = _grade(task, [row.solution for row in solved], [row.answer for row in solved])

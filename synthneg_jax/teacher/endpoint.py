@@ -138,8 +138,12 @@ class Endpoint:
         'Endpoints need the package openai: pip install "synthneg_jax[synthesize]" (in a '
         "checkout: .[synthesize])."
       ) from error
-    parts = urllib.parse.urlsplit(section.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+      parts = urllib.parse.urlsplit(section.url)
+      is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # "http://localhost:abc", "http://[::1"
+      is_url = False
+    if not is_url:
       raise UserError(
         f"endpoint.url={section.url!r} is not a URL such as http://localhost:8000/v1."
       )

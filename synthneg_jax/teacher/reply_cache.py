@@ -123,7 +123,14 @@ class Store:
   def get(self, request: Request) -> Reply | None:
     """The stored reply to a request, or None."""
     path = self._path(request.key)
-    return Reply(**self._read(path)["reply"]) if path.exists() else None
+    if not path.exists():
+      return None
+    try:
+      return Reply(**self._read(path)["reply"])
+    except (KeyError, TypeError) as error:
+      raise UserError(
+        f"{path} holds no reply ({error!r}). Delete it to repeat the request."
+      ) from error
 
   def begin(self, request: Request, most_usd: float) -> str:
     """Records that a request is about to be sent; returns the attempt's name."""

@@ -93,7 +93,7 @@ def read_solution(reply: str, raw: bool, kind: str = "integer") -> tuple[str, st
 
   Thoughts are removed. In step format every line is a step, no line is blank, and the text ends
   with the line of the answer. That line is `#### ANSWER`, readable by the grader (integer), or
-  holds the last \\boxed{} (math).
+  holds the end of the last \\boxed{} (math).
 
   Args:
     reply: the model's text.
@@ -102,11 +102,12 @@ def read_solution(reply: str, raw: bool, kind: str = "integer") -> tuple[str, st
   """
   reply = _visible_text(reply, raw)
   if kind == "math":
-    answer, box = problem_files.last_box(reply), reply.rfind("\\boxed")
-    if not answer or box < 0:
+    boxed = problem_files.boxed_answer(reply)
+    if boxed is None:
       return None
-    rest_of_line, _, below = reply[box:].partition("\n")
-    lines = (reply[:box] + rest_of_line).splitlines()
+    answer, stop = boxed
+    rest_of_line, _, below = reply[stop:].partition("\n")
+    lines = (reply[:stop] + rest_of_line).splitlines()
     # The formula around the box may close on the next line.
     closing = below.splitlines()[:1]
     lines += [line for line in closing if line.strip() in ("$$", "\\]", "\\end{align*}")]

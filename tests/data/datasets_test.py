@@ -88,7 +88,7 @@ class DatasetsTest(absltest.TestCase):
     datasets.from_files(path, "jsonl", "train")
     before = path.stat()
     self._file({"problem": "p", "answer": "6"})
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 2_000_000_000))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 2_000_000))
     self.assertEqual(datasets.from_files(path, "jsonl", "train").rows[0].answer, "6")
 
   # Fails if a broken row leaves a prepared dataset behind, or changes the error message.

@@ -252,6 +252,7 @@ class ProblemFilesTest(parameterized.TestCase):
     ("First \\boxed{2}. Then \\boxed{3}", "3"),
     ("\\boxed{2} and so \\boxed{3}", "3"),
     ("\\boxed{2} or", "2"),
+    ("First \\boxed{4}. Then $x=\\boxed{2}$ or $x=\\boxed{3}$.", "2, 3"),
   )
   def test_gold_of_several_boxes(self, solution, answer):
     row = {"problem": "p", "solution": solution}
@@ -314,6 +315,31 @@ class ProblemFilesTest(parameterized.TestCase):
       self._file("[1", name=name)
       read = functools.partial(problem_files.read, self.folder / name, "jsonl", "train")
       self._assert_error(read, name, "not ")
+
+  # Fails if a file without rows, a number beyond floats, text that is not UTF-8 or a numeric
+  # unique_id ends in a traceback, or float32 becomes another number.
+  def test_rows_at_the_edge(self):
+    def read(name="rows.jsonl"):
+      return problem_files.read(self.folder / name, "jsonl", "train")
+
+    row = {"problem": "p", "answer": "5"}
+    self._file("[]", name="empty.json")
+    table = pyarrow.table({"problem": ["p"], "answer": pyarrow.array([0.1], pyarrow.float32())})
+    parquet.write_table(table, self.folder / "floats.parquet")
+    parquet.write_table(table.slice(0, 0), self.folder / "empty.parquet")
+    invalid = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"\xff"]).buffers())
+    parquet.write_table(
+      pyarrow.table({"problem": invalid, "answer": ["5"]}), self.folder / "invalid.parquet"
+    )
+    for name in ("empty.json", "empty.parquet"):
+      self._assert_error(functools.partial(read, name), name, "has no rows")
+    self._assert_error(functools.partial(read, "invalid.parquet"), "invalid.parquet is not Parquet")
+    self.assertEqual(read("floats.parquet").rows[0].answer, "0.1")
+    self._file(row | {"answer": 10**400, "unique_id": 7})
+    (found,) = read().rows
+    self.assertEqual((found.id, found.answer), ("jsonl/train/7", str(10**400)))
+    self._file(row | {"type": "\ud800"})
+    self._assert_error(read, 'line 1: the field "type" holds an unpaired surrogate')
 
   # Fails if a split is not found under a common name, or another split's files are used.
   @parameterized.parameters(
@@ -440,6 +466,11 @@ class ProblemFilesTest(parameterized.TestCase):
     ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
     ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
     ("\\boxed{7} and \\boxed{8", "7"),
+    ("\\boxed{\\boxed{4}}", "4"),
+    (
+      "\\boxed{\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}}",
+      "\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}",
+    ),
     ("\\fbox{4}", "4"),
     ("\\boxed {5}", "5"),
     ("\\boxed 6$ and", "6"),
@@ -450,8 +481,11 @@ class ProblemFilesTest(parameterized.TestCase):
     ("\\boxed{}", None),
     ("none", None),
   )
-  def test_last_box(self, text, expected):
-    self.assertEqual(problem_files.last_box(text), expected)
+  def test_boxed_answer(self, text, expected):
+    answer, stop = problem_files.boxed_answer(text) or (None, None)
+    self.assertEqual(answer, expected)
+    if stop is not None:
+      self.assertIsNone(problem_files.boxed_answer(text[stop:]))
 
 
 if __name__ == "__main__":

@@ -194,6 +194,14 @@ class ProblemsTest(parameterized.TestCase):
       ):
         self._chosen(train_problems=20, test_problems=2)
 
+  # Fails if a worked solution is compared as if it were the whole response.
+  def test_solutions_of_exact_answers(self):
+    self._file([text(i) for i in range(3)], solution="Go 1, then 2.\n#### 5")
+    self._file([text(100)], "test.jsonl")
+    chosen = self._chosen(train_problems=3, test_problems=1, answers="exact")
+    self.assertLen(chosen.train, 3)
+    self.assertEqual(chosen.figures["gold_disagreements"], 0)
+
   # Fails if the real GSM8K loses a row, has one whose solution states another answer, or is slow to
   # check.
   def test_golds_of_gsm8k(self):

@@ -248,6 +248,9 @@ class EndpointTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({"url": "localhost:8000"}, "is not a URL"),
+    ({"url": "http://localhost:abc/v1"}, "is not a URL"),
+    ({"url": "http://localhost:80000/v1"}, "is not a URL"),
+    ({"url": "http://[::1/v1"}, "is not a URL"),
     ({"url": "http://me:secret@localhost/v1"}, "contains a user"),
     ({"url": "http://localhost/v1?key=secret"}, "contains a user"),
     ({"model": ""}, "endpoint.model is empty"),
@@ -258,6 +261,16 @@ class EndpointTest(parameterized.TestCase):
     with self.assertRaisesRegex(UserError, message) as caught:
       self.chat(**changes)
     self.assertNotIn("secret", str(caught.exception))
+
+  @parameterized.parameters("[]", "{}", '{"reply": {"other": 1}}', "{")
+  def test_a_stored_reply_that_is_none(self, content):
+    # Fails if a damaged file of the cache ends in a traceback.
+    (request,) = requests(1)
+    path = self.folder / request.key[:2] / f"{request.key}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with self.assertRaisesRegex(UserError, f"{request.key}.json .* Delete it to repeat"):
+      self.store.get(request)
 
 
 class PurseTest(absltest.TestCase):

@@ -84,6 +84,8 @@ class ReadTest(parameterized.TestCase):
     ),
     ("So\n\\[\n\\boxed{7}\n\\]\nDone.", ("So\n\\[\n\\boxed{7}\n\\]", "7")),
     ("So \\boxed{7", None),
+    ("So $$\\boxed{a\n\nb}$$\nDone.", ("So $$\\boxed{a\nb}$$", "a\n\nb")),
+    ("$\\boxed{2}$ and $\\boxed{3}$.\n", ("$\\boxed{2}$ and $\\boxed{3}$.", "2, 3")),
     ("<think>Is it \\boxed{8}?\n</think>So \\boxed{7}", ("So \\boxed{7}", "7")),
     ("It is 7.", None),
   )
