@@ -122,7 +122,7 @@ def trees_of(pairs, length: int = 400) -> pair_trees.PairTrees:
     )
     for n, pair in enumerate(pairs)
   ]
-  return pair_trees.build(records, max_branches=5, length=length)
+  return pair_trees.build(records, max_branches=5, max_pairs=99, length=length)
 
 
 def batch_of(trees):

@@ -40,6 +40,18 @@ _TIMES = re.compile(r"(?<=[\d)%])[ \t]*[x×][ \t]*(?=[\d($])")
 _NUMBER = r"[-($]*+\d++(?>(?:[.,]\d++)*)%?+\)*+"
 _SIDE = rf"{_NUMBER}(?>(?:[ \t]*+[-+*/][ \t]*+{_NUMBER})*)"
 _CHAIN = re.compile(rf"(?<![-($\d])(?<!\d[.,]){_SIDE}(?>(?:[ \t]*+=[ \t]*+{_SIDE})*)")
+_SIGNS = {"\\times": "*", "\\cdot": "*", "\\div": "/", "÷": "/", "−": "-", "–": "-"}
+_SIGN = re.compile("|".join(map(re.escape, _SIGNS)))
+_GOES_ON = re.compile(  # the rest of a side that a chain begins within: "2x + ", "x^"
+  r"(?:[\w)}$%][ \t]*[-+*/]|[\^=]|\\[A-Za-z]+)[ \t{(]*\Z"
+)
+
+
+def _is_whole(text: str, chain: re.Match) -> bool:
+  """Whether an equation does not begin within a side: 3 = 7 within 2x + 3 = 7."""
+  before = text[max(0, chain.start() - 20) : chain.start()]
+  minus = chain.group().startswith("-") and re.search(r"[\w)}][ \t]*\Z", before)
+  return not minus and _GOES_ON.search(before) is None
 
 
 def equation_key(text: str) -> str:
@@ -55,7 +67,8 @@ def equation_key(text: str) -> str:
   """
   equations = _ANNOTATION.findall(text)
   if not equations:
-    chains = _CHAIN.findall(_TIMES.sub("*", text).replace("÷", "/"))
+    text = _TIMES.sub("*", _SIGN.sub(lambda sign: _SIGNS[sign.group()], text))
+    chains = [chain.group() for chain in _CHAIN.finditer(text) if _is_whole(text, chain)]
     equations = [re.sub(r"\$|,(?=\d{3})", "", chain) for chain in chains if "=" in chain]
   return "|".join(re.sub(r"\s", "", equation) for equation in equations)
 
@@ -145,7 +158,7 @@ def advantage_filter(min_advantages: Sequence[float], bottom_share: float = 0.5)
     (i for i, low in enumerate(min_advantages) if not math.isnan(low)),
     key=lambda i: (min_advantages[i], -i),
   )
-  return sorted(ranked[math.floor(bottom_share * len(ranked)) :])
+  return sorted(ranked[math.floor(bottom_share * len(ranked) + 1e-9) :])
 
 
 def step_mask(advantages: Sequence[float], step_ends: Sequence[int], *, rule: str) -> list[bool]:

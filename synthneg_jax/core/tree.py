@@ -181,8 +181,10 @@ def merge_prefixes(trunk: Sequence[int], branches: Sequence[Branch]) -> Tree:
     scored = [True] * size if branch.scored is None else map(bool, branch.scored)
     advantage = [0.0] * size if branch.advantage is None else map(float, branch.advantage)
     tokens = list(zip(branch.ids, scored, advantage, strict=True))
+    own = min((child.fork for child in branch.branches), default=fork + size) - 1  # stays its own
     while True:
-      sizes = [child.common(fork, tokens[:-1]) for child in parent.children]
+      shared = tokens[: own - fork]
+      sizes = [child.common(fork, shared) for child in parent.children]
       size = max(sizes, default=0)
       if not size:
         break

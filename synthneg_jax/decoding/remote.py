@@ -158,10 +158,13 @@ class RemoteEngine:
         logp = None  # of other tokens
     ids = list(ids)
     stopped = choice.finish_reason == "stop"
-    # vLLM's stop_reason is the stop string; None after EOS.
-    at_string = isinstance(getattr(choice, "stop_reason", None), str) or any(
+    # The stop string, or None after EOS; a server that names neither may have cut a stop string.
+    names = [name for name in ("stop_reason", "matched_stop") if hasattr(choice, name)]
+    reasons = [getattr(choice, name) for name in names]
+    at_string = any(isinstance(reason, str) for reason in reasons) or any(
       stop in decode(ids) for stop in self._stop
     )
+    at_string = at_string or bool(self._stop and not names)
     if stopped and not at_string and not (ids and ids[-1] in eos_ids):
       ids.append(eos_ids[0])  # the model ended the response, and the server omitted EOS
     if logp is not None and (len(logp) != len(ids) or any(value is None for value in logp)):

@@ -83,7 +83,7 @@ def pick(logits_V: jax.Array, uniform: jax.Array, sampling: Sampling):
     return token, logp_V[token], jnp.zeros((), logp_V.dtype)
   scaled_V = logits_V / sampling.temperature
   if sampling.top_k:
-    floor = jax.lax.top_k(scaled_V, sampling.top_k)[0][-1]
+    floor = jax.lax.top_k(scaled_V, min(sampling.top_k, scaled_V.size))[0][-1]
     scaled_V = jnp.where(scaled_V >= floor, scaled_V, -jnp.inf)
   if sampling.top_p < 1:
     prob_V = jax.nn.softmax(scaled_V)

@@ -104,7 +104,12 @@ class Adapter:
     }
 
   def join(self, base: Params, params: Params) -> Params:
-    """Combines base and adapter into parameters of the decoder, differentiable in `params`."""
+    """Combines base and adapter into parameters of the decoder, differentiable in `params`.
+
+    The layers of both are stacked.
+    """
+    if isinstance(base["layers"], tuple):
+      raise ValueError("Adapter.join needs a base whose layers are stacked.")
     scaled = {name: {"a": pair["a"], "b": pair["b"] * self.scale} for name, pair in params.items()}
     return {**base, "adapter": scaled}
 
@@ -197,7 +202,14 @@ def _check_peft_config(path: epath.Path, config) -> None:
     raise UserError(
       f"{path}: peft_type {json.dumps(config.get('peft_type'))} is not supported, only LORA is."
     )
+  initialised = str(config.get("init_lora_weights"))
+  if initialised.startswith(("pissa", "corda", "olora", "loftq")):
+    raise UserError(
+      f"{path}: init_lora_weights {json.dumps(initialised)} changes the base's weights when PEFT "
+      "loads it: merge the adapter into its base with PEFT and use the merged folder."
+    )
   supported = {"bias": "none", "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
+  supported["use_qalora"] = False
   for key, value in supported.items():
     if config.get(key, value) not in (value, None):
       raise UserError(
@@ -208,6 +220,7 @@ def _check_peft_config(path: epath.Path, config) -> None:
     "trainable_token_indices",
     "layer_replication",
     "target_parameters",
+    "alora_invocation_tokens",
   ):
     if config.get(key):
       raise UserError(

@@ -184,7 +184,9 @@ class _Sampler(NamedTuple):
         for prefix, index in branches[-1]
       ]
       forks = [len(prompt) + end for end in ends]
-      trunks.append(Trunk(prompt + trace.ids[: max(ends)], forks, np.stack(draw_keys)))
+      room = [max(config.model.max_length - fork, 1) for fork in forks]
+      limits = [min(config.engine.max_new_tokens, most) for most in room]
+      trunks.append(Trunk(prompt + trace.ids[: max(ends)], forks, np.stack(draw_keys), limits))
     verdicts, stopped = [], None
     try:
       for index, generations in self.engine.run(

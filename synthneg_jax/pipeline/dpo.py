@@ -87,6 +87,7 @@ def variant(experiment: Experiment, name: str) -> dict:
   built = pair_trees.build(
     pairs,
     max_branches=min(section.max_branches_per_tree, section.batch_size + 1),
+    max_pairs=section.batch_size,
     length=train_policy.longest_tree(experiment.config, section),
   )
   store = pair_logprobs.score(

@@ -550,7 +550,12 @@ SCHEMA = {
       "Branches of a trunk decoded at once; 0 chooses by workload and memory.",
       within=AT_LEAST_0,
     ),
-    "max_new_tokens": Leaf(256, "Maximum response length.", unit="tokens", within=COUNT),
+    "max_new_tokens": Leaf(
+      256,
+      "Maximum response length; of a rollout, without its prefix.",
+      unit="tokens",
+      within=COUNT,
+    ),
     "stop": Leaf((), "Strings that end a response, in addition to EOS."),
   },
   "synthesis": {
@@ -1111,6 +1116,11 @@ def check_values(config: ConfigDict) -> None:
       raise UserError(
         f"{name}={values[name]} is less than credit.best_of={k}: Best-of-k needs k samples or more."
       )
+  if schedule == "adaptive" and values["credit.num_rollouts"] == k:
+    raise UserError(
+      f"credit.schedule='adaptive' may decide one rollout before credit.num_rollouts={k}, fewer "
+      f"than credit.best_of={k} needs: raise num_rollouts or lower best_of."
+    )
 
 
 def check_name(name: str, where: str) -> None:

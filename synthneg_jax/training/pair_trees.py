@@ -30,13 +30,14 @@ def num_tokens(pair: Pair) -> int:
   return len(pair.trunk) + len(pair.chosen) + len(pair.rejected)
 
 
-def build(pairs: Sequence[Pair], *, max_branches: int, length: int) -> PairTrees:
+def build(pairs: Sequence[Pair], *, max_branches: int, max_pairs: int, length: int) -> PairTrees:
   """Arranges pairs in trees.
 
   Args:
     pairs: each of at most `length` tokens (`num_tokens`).
     max_branches: maximum branches of a tree; further pairs go to another tree, which repeats the
       trunk and the chosen branch.
+    max_pairs: maximum pairs of a tree, likewise.
     length: maximum tokens of a tree.
 
   Raises:
@@ -57,6 +58,7 @@ def build(pairs: Sequence[Pair], *, max_branches: int, length: int) -> PairTrees
       if (
         not drafts
         or len(together) > max_branches
+        or len(drafts[-1][1]) >= max_pairs
         or len(trunk) + sum(len(ids) for ids, _ in together) > length
       ):
         drafts.append(({}, []))

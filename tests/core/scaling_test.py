@@ -30,6 +30,7 @@ class PowerLawFitTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ([5.0, 5.0], [0.1, 0.2]),
+    ([6.0, 6.0, 6.0], [0.5, 0.4, 0.3]),
     ([1.0, 2.0], [0.1, 0.0]),
     ([0.0, 2.0], [0.1, 0.2]),
     ([-1.0, 2.0], [0.1, 0.2]),

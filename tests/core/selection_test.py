@@ -84,6 +84,11 @@ class EquationKeyTest(parameterized.TestCase):
     ("3.5.6 + 1 = 2", "3.5.6+1=2"),
     ("2 x 3 = 6 and y x 3 apples", "2*3=6"),
     ("1,5 + 1,000,000 = 3", "1,5+1000000=3"),
+    ("$2x + 3 = 7$, so $2x = 4$", ""),
+    (r"$2 \times 3 \cdot 4 = 24$", "2*3*4=24"),
+    ("5 − 3 = 2 and 6 – 4 = 2", "5-3=2|6-4=2"),
+    (r"2^3 = 8, \frac{1}{2} 4 = 2, y -3 = 4", "4=2"),
+    ("- 5 * 3 = 15", "5*3=15"),
   )
   def test_prose(self, text, key):
     # Fails if a chain starts within a number, after a sign of its own, or at the second of two
@@ -166,6 +171,7 @@ class AdvantageFilterTest(parameterized.TestCase):
     # Fails if of equals the earlier are dropped, the first apart or not.
     self.assertEqual(selection.advantage_filter([0.1, -0.5, -0.5, -0.5, -0.5], 0.6), [0, 1])
     self.assertEqual(selection.advantage_filter([-0.5] * 4, 0.5), [0, 1])
+    self.assertLen(selection.advantage_filter([0.5] * 100, 0.29), 71)  # 0.29 * 100 < 29
 
   def test_half_by_default(self):
     # Fails for another default: every response above the median stays.

@@ -134,6 +134,13 @@ class SharingTest(absltest.TestCase):
     self.assertCountEqual(found, [*expected, ([1, 2, 5, 6, 3], [False] * 3 + [True] * 2)])
     self.assertEqual(tree.num_tokens, 2 + 4 + 1 + 1 + 1 + 1 + 2 + 3)
 
+  def test_branches_of_branches_are_kept(self):
+    # Fails if a beginning is shared beyond a branch of its own.
+    branches = [Branch(1, [2, 3, 5]), Branch(1, [2, 3, 4], branches=(Branch(2, [9]),))]
+    tree = tree_lib.merge_prefixes([1], branches)
+    before = random_trees.sequences(Tree([1], tuple(branches)))
+    self.assertCountEqual(random_trees.sequences(tree), before)
+
   def test_random_branches(self):
     # Fails if a sequence changes, or nothing is shared. Ids of 2 to 3 only, so that most beginnings
     # are in common.

@@ -279,6 +279,14 @@ class EngineTest(parameterized.TestCase):
     np.testing.assert_allclose(drawn, expected[int(token)], rtol=1e-5)
     np.testing.assert_allclose(logp, jax.nn.log_softmax(logits)[int(token)], rtol=1e-6)
 
+  def test_more_tokens_than_there_are(self):
+    # Fails if top_k beyond the vocabulary is an error, or drops a token.
+    logits, key = jnp.asarray([0.0, 1.0, 3.0, -1.0]), jax.random.key(0)
+    for found, expected in zip(
+      draw(logits, key, Sampling(top_k=50)), draw(logits, key, Sampling()), strict=True
+    ):
+      np.testing.assert_array_equal(found, expected)
+
 
 if __name__ == "__main__":
   absltest.main()

@@ -77,6 +77,9 @@ class PeftFolderTest(hf_tokenizers_test.FolderTest):
   @parameterized.parameters(
     ({"peft_type": "IA3"}, 'peft_type "IA3" is not supported, only LORA is.'),
     ({"use_dora": True}, "use_dora true is not supported, only false is."),
+    ({"init_lora_weights": "pissa_niter_4"}, 'init_lora_weights "pissa_niter_4" changes the base'),
+    ({"use_qalora": True}, "use_qalora true is not supported, only false is."),
+    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is not supported: merge"),
     ({"bias": "all"}, 'bias "all" is not supported, only "none" is.'),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported: merge the adapter"),
     ({"base_model_name_or_path": ""}, "base_model_name_or_path is empty; set it to the folder"),

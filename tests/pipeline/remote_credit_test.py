@@ -217,7 +217,10 @@ class GenerationTest(parameterized.TestCase):
   @parameterized.parameters(
     ({"text": "a.", "finish_reason": "stop"}, ["."], [1, 3], "stop"),
     ({"text": "a", "finish_reason": "stop", "stop_reason": "."}, ["."], [1], "stop"),
-    ({"text": "a", "finish_reason": "stop"}, ["."], [1, 0], "eos"),
+    ({"text": "a", "finish_reason": "stop", "matched_stop": "."}, ["."], [1], "stop"),
+    ({"text": "a", "finish_reason": "stop", "stop_reason": None}, ["."], [1, 0], "eos"),
+    ({"text": "a", "finish_reason": "stop"}, ["."], [1], "stop"),
+    ({"text": "a", "finish_reason": "stop"}, [], [1, 0], "eos"),
     ({"text": "a", "finish_reason": "length"}, [], [1], "length"),
     ({"text": "", "finish_reason": "stop", "token_ids": [0]}, [], [0], "eos"),
     ({"text": "ab", "finish_reason": "length", "token_ids": [2, 1]}, [], [2, 1], "length"),

@@ -101,6 +101,17 @@ class SchemaTest(parameterized.TestCase):
     with self.assertRaisesRegex(UserError, re.escape(f"{name}={value!r} must ")):
       config_schema.check_values(config)
 
+  def test_adaptive_rollouts_suffice_for_best_of(self):
+    # Fails if the search may end with fewer rollouts at the pit than Best-of-k needs, so that the
+    # pit rule does not see it.
+    config = config_schema.default()
+    config.credit.schedule, config.pairs.pit_rule = "adaptive", "first_dead"
+    config.credit.num_rollouts = config.credit.best_of + 1
+    config_schema.check_values(config)
+    config.credit.num_rollouts = config.credit.best_of
+    with self.assertRaisesRegex(UserError, "raise num_rollouts or lower best_of"):
+      config_schema.check_values(config)
+
   def test_the_default_tree_and_every_shipped_config_pass(self):
     # Fails if a range is narrower than what the project itself uses.
     config_schema.check_values(config_schema.default())

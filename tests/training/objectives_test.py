@@ -255,6 +255,14 @@ class ObjectivesTest(parameterized.TestCase):
       float(objective(self.params, self.batch)[0]), float(self.sft_loss), delta=1e-10
     )
 
+  def test_no_tree_holds_more_pairs_than_a_step(self):
+    # Fails if two pairs of the same two branches are one example, which a batch of one cannot take.
+    pair = Pair("p", "p", "t", [1, 2], [6], [7], "shared_prefix", 0, 0.0)
+    reversed_pair = dataclasses.replace(pair, id="q", chosen=[7], rejected=[6])
+    for max_pairs, expected in ((1, [[(0, 1)], [(0, 1)]]), (2, [[(0, 1), (1, 0)]])):
+      made = pair_trees.build([pair, reversed_pair], max_branches=2, max_pairs=max_pairs, length=9)
+      self.assertEqual(made.pairs, expected)
+
   def test_context_of_a_rejected_branch_is_not_scored(self):
     # Fails if a pair's loss, its reference or a gradient holds a step before the pit, or leaves out
     # a token from the pit on.
@@ -262,7 +270,7 @@ class ObjectivesTest(parameterized.TestCase):
       "p", "p", "t", [1, 2, 3], [6, 7, 8], [9, 10, 11, 12], "prefix_protected", 1, 0.0, context=2
     )
     made = pair_trees.build(
-      [pair, dataclasses.replace(pair, id="q", context=0)], max_branches=3, length=18
+      [pair, dataclasses.replace(pair, id="q", context=0)], max_branches=3, max_pairs=9, length=18
     )
     self.assertLen(made.trees, 1)
     store = reference.Store(epath.Path(tempfile.mkdtemp()) / "s.npz")
