@@ -127,9 +127,10 @@ up() {
 install() {
   local archive=TEMPORARY_FOLDER/synthneg_jax.tar.gz
   if [ -z "$dry" ]; then archive="$(mktemp -d)/synthneg_jax.tar.gz"; fi
-  run tar --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=./build -czf "$archive" .
-  run "${tpus[@]}" tpu-vm scp "$archive" "$name:synthneg_jax.tar.gz" "${where[@]}" --worker=all
-  on all "mkdir -p synthneg_jax && tar xzf synthneg_jax.tar.gz -C synthneg_jax && bash synthneg_jax/launch/worker_setup.sh tpu"
+  # `|| return`: set -e is off within the condition of `run`
+  run tar --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=./build -czf "$archive" . || return 1
+  run "${tpus[@]}" tpu-vm scp "$archive" "$name:synthneg_jax.tar.gz" "${where[@]}" --worker=all || return 1
+  on all "mkdir -p synthneg_jax && tar xzf synthneg_jax.tar.gz -C synthneg_jax && bash synthneg_jax/launch/worker_setup.sh tpu" || return 1
   [ -n "$dry" ] || rm -rf "$(dirname "$archive")"
 }
 

@@ -307,6 +307,18 @@ class TpuPodTest(LauncherTestCase):
     self.assertEqual(done.returncode, 1, done.stderr)
     self.assertLen([words for words in self.calls() if any("setsid" in word for word in words)], 2)
 
+  @parameterized.parameters("tpu-vm scp", "worker_setup")
+  def test_an_installation_that_fails(self, step):
+    # Fails if the program starts from an older copy, or the installation is not tried again.
+    self.answers(
+      ["(?#stays)resources describe", 0, "ACTIVE"], [f"(?#stays){step}", 1, "connection lost"]
+    )
+    done = self.pod("run", "--attempts=2", "--keep", program=self.PROGRAM)
+    self.assertEqual(done.returncode, 75, done.stderr)
+    calls = self.calls()
+    self.assertLen([words for words in calls if "scp" in words], 2)
+    self.assertFalse([words for words in calls if any("setsid" in word for word in words)])
+
   def test_reuse_and_attempts(self):
     # Fails if a TPU that is there is created again, if attempts do not end, or if --keep deletes.
     self.answers(

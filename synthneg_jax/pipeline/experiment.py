@@ -194,3 +194,18 @@ def _file_hashes(path: epath.Path) -> dict[str, str]:
 def sampling(section) -> Sampling:
   """Temperature, top-k and top-p of a config section."""
   return Sampling(section.temperature, section.get("top_k", 0), section.get("top_p", 1.0))
+
+
+def check_config(experiment: Experiment, names: Sequence[str]) -> None:
+  """Raises UserError unless the config is the one that the stages were run with."""
+  now = json.loads(json.dumps(config_schema.plain(experiment.config)))
+  for name in names:
+    path = experiment.workdir / name / "begun.json"
+    if not path.exists():
+      continue
+    for leaf, value in json.loads(path.read_text())["config"].items():
+      if now.get(leaf) != value:
+        raise UserError(
+          f"Stage {name} in {experiment.workdir} was begun with {leaf}={value!r}, now it is "
+          f"{now.get(leaf)!r}; pass the config of the run."
+        )

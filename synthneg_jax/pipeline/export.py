@@ -35,6 +35,11 @@ def run(experiment: Experiment) -> dict:
     stage_name = evaluate.POLICY_OF.get(method)
     if stage_name and (experiment.workdir / stage_name / "manifest.json").exists():
       trained[method] = stage_name
+  if not trained:
+    raise UserError(
+      f"{experiment.workdir} has no trained policy of evaluate.methods="
+      f"{tuple(experiment.config.evaluate.methods)!r} to export."
+    )
   exported = {}
   for method, stage_name in trained.items():
     stage = experiment.stage(f"export/{method}", ["model", "export"], [stage_name])

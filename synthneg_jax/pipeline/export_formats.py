@@ -12,7 +12,7 @@ from etils import epath
 from synthneg_jax.data.records import Pair, Problem, Shards, StepEstimate, Trace
 from synthneg_jax.decoding.policy import load_token_text
 from synthneg_jax.pipeline import record_io, train_policy
-from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.pipeline.experiment import Experiment, check_config
 from synthneg_jax.runtime.errors import UserError
 
 STEP_TAG = "ки"  # Math-Shepherd's token after each step, at which the step's value is predicted
@@ -221,6 +221,7 @@ def write(experiment: Experiment, what: str, out: str, source: str = "") -> int:
   Raises:
     UserError: the records do not exist, or the file cannot be written.
   """
+  check_config(experiment, ("synthesize", "sft", "sample", "credit"))
   workdir = _Workdir(experiment)
   default = {"traces": "sample", "pairs": "step_dpo"}.get(what)
   if source and default is None:

@@ -42,6 +42,7 @@ _NAMES = {
   "problem": ("problem", "prompt"),
 }
 _ROW_TYPES = {
+  "problem_id": str,
   "ids": list,
   "text": str,
   "finish_reason": str,
@@ -93,6 +94,11 @@ def _boundaries(pieces: Sequence[bytes]) -> set[int]:
   return ends - {sum(map(len, pieces))}
 
 
+def _has_surrogate(text: str) -> bool:
+  """Whether a text cannot be written as UTF-8."""
+  return any("\ud800" <= char <= "\udfff" for char in text)
+
+
 class _Reader:
   """Converts rows to responses and counts what the token-exactness report states."""
 
@@ -133,6 +139,9 @@ class _Reader:
         raise UserError(
           f'the field "{name}" must be a {kind.__name__}, not a {type(fields[name]).__name__}'
         )
+    texts = [fields.get("text", ""), *fields.get("tokens", ())]
+    if any(_has_surrogate(text) for text in texts if isinstance(text, str)):
+      raise UserError('"text" or "tokens" holds an unpaired surrogate')
     problem = self._problem(fields)
     finish = fields.get("finish_reason", self._assume_finish)
     if not finish:

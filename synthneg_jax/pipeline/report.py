@@ -13,11 +13,10 @@ from synthneg_jax.data.records import Pair, Shards, Trace
 from synthneg_jax.data.token_text import TokenText
 from synthneg_jax.pipeline import evaluate, viewer
 from synthneg_jax.pipeline import traces as traces_lib
-from synthneg_jax.pipeline.experiment import Experiment
+from synthneg_jax.pipeline.experiment import Experiment, check_config
 from synthneg_jax.pipeline.viewer import LABELS
 from synthneg_jax.report import report_page, trace_cards
 from synthneg_jax.runtime import config_schema, distributed, manifest
-from synthneg_jax.runtime.errors import UserError
 
 STAGE_FOLDERS = (
   "synthesize",
@@ -35,21 +34,6 @@ STAGE_FOLDERS = (
 def _manifest(workdir: epath.Path, name: str) -> dict | None:
   path = workdir / name / "manifest.json"
   return json.loads(path.read_text()) if path.exists() else None
-
-
-def _check_config(experiment: Experiment, names: Sequence[str]) -> None:
-  """Raises UserError unless the config is the one that the stages were run with."""
-  now = json.loads(json.dumps(config_schema.plain(experiment.config)))
-  for name in names:
-    path = experiment.workdir / name / "begun.json"
-    if not path.exists():
-      continue
-    for leaf, value in json.loads(path.read_text())["config"].items():
-      if now.get(leaf) != value:
-        raise UserError(
-          f"Stage {name} in {experiment.workdir} was begun with {leaf}={value!r}, now it is "
-          f"{now.get(leaf)!r}; pass the config of the run to the report."
-        )
 
 
 def _methods(experiment: Experiment) -> list[report_page.Method]:
@@ -215,7 +199,7 @@ def collect(experiment: Experiment) -> report_page.Report:
   """
   workdir, config = experiment.workdir, experiment.config
   names = [*STAGE_FOLDERS, *(f"evaluate/{method}" for method in config.evaluate.methods)]
-  _check_config(experiment, names)
+  check_config(experiment, names)
   credit = _Credit(experiment) if _manifest(workdir, "credit") else None
   states = []
   for name in names:

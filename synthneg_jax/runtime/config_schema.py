@@ -58,6 +58,8 @@ class Leaf:
   def problem(self, value: object) -> str:
     """The problem with a value, as the predicate of a sentence, or ""."""
     for part in value if isinstance(value, tuple | list) else (value,):
+      if self.within and (isinstance(part, str) or not isinstance(part, int | float)):
+        return f"must hold numbers, not {part!r}"
       if self.choices and part not in self.choices:
         return f"must be one of {', '.join(self.choices)}"
       if self.within and part not in self.also and not _inside(part, self.within):
@@ -76,6 +78,12 @@ def _inside(value: float, interval: str) -> bool:
   above = value >= low if interval[0] == "[" else value > low
   below = value <= high if interval[-1] == "]" else value < high
   return above and below and not (math.isinf(value) and math.isinf(high))
+
+
+def _strings(values: Sequence[object]) -> None:
+  """Raises UserError unless all values are strings that are not empty."""
+  if wrong := [value for value in values if not isinstance(value, str) or not value]:
+    raise UserError(f"must hold strings that are not empty, not {wrong[0]!r}.")
 
 
 def step_pattern(text: str) -> re.Pattern[str]:
@@ -556,7 +564,7 @@ SCHEMA = {
       unit="tokens",
       within=COUNT,
     ),
-    "stop": Leaf((), "Strings that end a response, in addition to EOS."),
+    "stop": Leaf((), "Strings that end a response, in addition to EOS.", parse=_strings),
   },
   "synthesis": {
     "provider": Leaf(

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 
+from absl import logging
 from etils import epath
 
 from synthneg_jax.runtime import config_schema, distributed
@@ -131,6 +132,8 @@ class Stage:
         for leaf, value in before["config"].items()
         if config_schema.may_change_results(leaf)
       }
+    if before and manifest_path.exists() and self._is_imported(before):
+      self._begun = before
     if before not in (None, self._begun) and not self._is_empty():
       self._refuse_change(before)
     # This also waits until every process has read the folder, before anything is written.
@@ -141,6 +144,18 @@ class Stage:
       self._geometry = {}
       write_json(begun_path, self._begun)
     distributed.barrier()  # the folder exists from here on
+
+  def _is_imported(self, before: dict) -> bool:
+    """Whether the files were imported: made like this, but from inputs outside the workdir."""
+    inputs = self._begun["inputs"]
+    imported = {
+      name for name in before["inputs"].keys() - inputs if not (self._workdir / name).exists()
+    }
+    rest = {name: value for name, value in before["inputs"].items() if name not in imported}
+    if not imported or before | {"inputs": rest} != self._begun:
+      return False
+    logging.info("Stage %s: %s are kept.", self.name, ", ".join(sorted(imported)))
+    return True
 
   def _is_empty(self) -> bool:
     """Whether the stage's folder holds only begun.json and logs."""
@@ -186,11 +201,12 @@ class Stage:
           f"now it is {new.get(leaf)!r}; use another --workdir, or delete {self.folder} and the "
           "later stages."
         )
-    for need, identity in self._begun["inputs"].items():
-      if before["inputs"].get(need) != identity:
+    for need in (*self._begun["inputs"], *before["inputs"]):
+      if before["inputs"].get(need) != self._begun["inputs"].get(need):
         source = f"run of stage {need}" if (self._workdir / need).exists() else need
+        other = "another" if need in self._begun["inputs"] else "an"
         raise UserError(
-          f"Stage {self.name} in {self._workdir} was started from another {source}; delete "
+          f"Stage {self.name} in {self._workdir} was started from {other} {source}; delete "
           f"{self.folder} to run it again."
         )
 

@@ -119,6 +119,35 @@ class RoundTripTest(parameterized.TestCase):
     with self.assertRaisesRegex(UserError, "with other weights"):
       import_traces.adopt_sft(experiment, str(small_run.finished() / "sft/policy"))
 
+  def test_rows_that_cannot_be_read(self):
+    # Fails if an id of another type or text that is not UTF-8 ends in a traceback, or cannot be
+    # skipped.
+    good = exported("traces")[0]
+    bad = [
+      good | {"problem_id": ["a"]},
+      good | {"ids": None, "text": "5 \ud800"},
+      good | {"tokens": ["\ud83d"]},
+    ]
+    path = pathlib.Path(tempfile.mkdtemp()) / "rows.jsonl"  # with surrogates as escapes
+
+    def read_rows(*rows, skip=False):
+      path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+      return import_traces.run(experiment, [str(path)], "", skip)
+
+    experiment = small_run.opened(small_run.copied("synthesize", "sft"))
+    for row in bad:
+      with self.assertRaisesRegex(UserError, 'line 1: (the field "problem_id" must be|"text" or)'):
+        read_rows(row)
+    self.assertEqual(read_rows(*bad, good, skip=True)["traces"], 1)
+    report = json.loads((experiment.workdir / "sample/import_report.json").read_text())
+    self.assertEqual(report["skipped_rows"], 3)
+
+  def test_export_of_another_config(self):
+    # Fails if records are written with the prompts of another config.
+    experiment = small_run.opened(small_run.finished(), **{"sample.temperature": 0.123})
+    with self.assertRaisesRegex(UserError, "sample .* was begun with sample.temperature="):
+      export_formats.write(experiment, "stepwise", "/nowhere/x.jsonl")
+
   def test_by_the_command_line(self):
     # Fails if a command does not match the function it calls, or the stage is not done afterwards.
     out, workdir = pathlib.Path(tempfile.mkdtemp()), small_run.copied("synthesize", "sft")

@@ -83,6 +83,8 @@ class SchemaTest(parameterized.TestCase):
     ("star_graph.under_trained", (5, -1)),
     ("sft.lora.targets", ("query", "keys")),
     ("mesh.data", 0),
+    ("study.seeds", ("a",)),
+    ("engine.stop", (1,)),
     ("task.step_delimiter", ""),
     ("task.step_delimiter", "re:("),
     ("task.step_delimiter", "re:\n*"),

@@ -166,6 +166,25 @@ class StageTest(parameterized.TestCase):
     self.make(config={**CONFIG, "seed": 1})
     self.assertIn("another run of stage sample", self.refused("credit", CONFIG, ["sample"]))
 
+  def test_imported_files_are_kept(self):
+    # Fails if a plain run after an import deletes what was imported, or accepts it with another
+    # config or before the import ended.
+    Stage(self.workdir, "sft", CONFIG).finish({})
+    given = {"imported traces": "abc"}
+    stage = Stage(self.workdir, "sample", CONFIG, ["sft"], given)
+    file = stage.folder / "traces.jsonl"
+    file.write_text("row")
+    message = self.refused("sample", CONFIG, ["sft"])
+    self.assertIn("was started from an imported traces; delete ", message)
+    stage.finish({}, [file])
+    self.assertTrue(Stage(self.workdir, "sample", CONFIG, ["sft"]).done)
+    self.assertIn("seed=", self.refused("sample", {**CONFIG, "seed": 9}, ["sft"]))
+    self.assertIn(
+      "another imported traces", self.refused("sample", CONFIG, ["sft"], {"imported traces": "d"})
+    )
+    self.assertEqual(file.read_text(), "row")
+    self.assertTrue(Stage(self.workdir, "sample", CONFIG, ["sft"], given).done)
+
   def test_a_change_is_carried_on(self):
     # Fails if a stage's identity does not hold its inputs': a stage two steps down would not see
     # the change.

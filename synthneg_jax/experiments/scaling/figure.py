@@ -174,6 +174,8 @@ def _reference_series(data: Data, name: str) -> list[plots.Series]:
 def _bars(names: Sequence[str]) -> Callable[[Data], Drawn]:
   def draw(data: Data) -> Drawn:
     series = [line for name in names for line in _reference_series(data, name)]
+    if not series:
+      raise UserError(f"No cell of {', '.join(names)} has {data.size} problems yet.")
     return plots.bars(series, data.title, "test error, %"), plots.as_csv(series, "problems")
 
   return draw
@@ -225,6 +227,9 @@ def _measured(
 ) -> list[dict]:
   """Measures the run folder of each seed at one size; results are cached in measures/.
 
+  Beside each result stands what it was measured of: the cell's config and the run folder's stages.
+  A result of another config or of a stage that has changed since is measured anew.
+
   Args:
     data: of the figure.
     name: of the measure.
@@ -235,17 +240,35 @@ def _measured(
   results, size = [], size or data.size
   for seed in data.config.study.seeds:
     path = data.workdir / "measures" / f"{name}_{size}_{seed}.json"
-    if not path.exists():
-      cell = grid.Cell(size, seed, data.method(data.config.study.baseline))
-      folder = data.workdir / "runs" / cell.unit
+    cell = grid.Cell(size, seed, data.method(data.config.study.baseline))
+    folder = data.workdir / "runs" / cell.unit
+    source = path.with_suffix(".source")
+    now = {
+      "config": grid.config_hash(data.config, cell),
+      "stages": {
+        str(file.parent.relative_to(folder)): json.loads(file.read_text())["identity"]
+        for pattern in ("*", "*/*", "*/*/*")
+        for file in folder.glob(f"{pattern}/manifest.json")
+      },
+    }
+    if not path.exists() or (source.exists() and _is_stale(json.loads(source.read_text()), now)):
       if not (folder / needs / "manifest.json").exists():
         raise UserError(
           f"This figure needs the run folder {folder}, which is missing; `synthneg study` makes it."
         )
       path.parent.mkdir(parents=True, exist_ok=True)
+      source.unlink(missing_ok=True)
       manifest.write_json(path, measure(Experiment.open(grid.configure(data.config, cell), folder)))
+      manifest.write_json(source, now)
     results.append(json.loads(path.read_text()))
   return results
+
+
+def _is_stale(source: dict, now: dict) -> bool:
+  """Whether a result's config, or a stage of the run folder that is still there, has changed."""
+  stages = now["stages"]
+  changed = any(stages.get(name, known) != known for name, known in source["stages"].items())
+  return changed or source["config"] != now["config"]
 
 
 def _likelihoods(data: Data) -> Drawn:

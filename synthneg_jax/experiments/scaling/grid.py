@@ -78,6 +78,8 @@ def read(config) -> list[Cell]:
   Raises:
     UserError: a row of study.grid or study.settings is invalid.
   """
+  if not config.study.seeds:
+    raise UserError("study.seeds is empty.")
   cells = {}
   for number, row in enumerate(_rows(config), start=1):
     for size, kind in itertools.product(row.sizes, row.methods):
@@ -121,9 +123,13 @@ def config_hash(config, cell: Cell) -> str:
     and config_schema.changes_results(leaf)
     and value != defaults[leaf]
   }
-  return hashlib.sha256(
-    json.dumps([kept, cell.method.name, cell.seed], sort_keys=True).encode()
-  ).hexdigest()[:16]
+  identity = [kept, cell.method.name, cell.seed]
+  first = methods.KINDS[cell.method.kind].first
+  while first:  # earlier rounds: their own settings, if any
+    earlier = methods.resolve(config, first)
+    identity += [[first, config_schema.plain(dict(earlier.given))]] if earlier.given else []
+    first = methods.KINDS[first].first
+  return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load(folder: epath.Path, config, cell: Cell) -> dict | None:

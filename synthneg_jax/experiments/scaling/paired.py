@@ -57,6 +57,8 @@ def compare(workdirs: Sequence[str], first: str, second: str) -> dict:
   Raises:
     UserError: a workdir lacks an evaluation, or has other test problems than the first.
   """
+  if not workdirs:
+    raise UserError("--workdirs names no run.")
   tables = [(errors(workdir, first), errors(workdir, second)) for workdir in workdirs]
   ids = sorted(tables[0][0])
   for workdir, pair in zip(workdirs, tables, strict=True):

@@ -21,7 +21,7 @@ from synthneg_jax.experiments.scaling import grid, methods
 from synthneg_jax.experiments.scaling.paired import paired_difference
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime import distributed, manifest, workdir_lock
-from synthneg_jax.runtime.errors import UserError
+from synthneg_jax.runtime.errors import UserError, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,8 @@ def make(config, workdir: epath.PathLike, cells: Sequence[grid.Cell]) -> bool:
   """
   workdir = epath.Path(workdir)
   folder, seconds = workdir / "cells", {}
-  folder.mkdir(parents=True, exist_ok=True)
+  with writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
   missing = [cell for cell in cells if grid.load(folder, config, cell) is None]
   for unit in dict.fromkeys(cell.unit for cell in missing):
     with workdir_lock.claim(workdir / "runs" / unit) as holder:
@@ -183,11 +184,12 @@ def exponents(results: Results) -> dict[str, dict]:
     if len(points) < 2:
       continue
     sizes = [point.size for point in points]
-    a, b = scaling.power_law_fit(sizes, [point.mean for point in points])
+    least = [0.5 / point.wrong_SN.size for point in points]  # no mistakes count as half a one
+    a, b = scaling.power_law_fit(sizes, np.maximum([point.mean for point in points], least))
     rng, resampled = np.random.default_rng(0), []
     errors = [point.wrong_SN.mean(axis=1) for point in points]
     for _ in range(1000):
-      means = [rng.choice(by_seed, len(by_seed)).mean() for by_seed in errors]
+      means = np.maximum([rng.choice(by_seed, len(by_seed)).mean() for by_seed in errors], least)
       resampled.append(scaling.power_law_fit(sizes, means)[0])
     low, high = np.quantile(resampled, [0.025, 0.975])
     fits[name] = {

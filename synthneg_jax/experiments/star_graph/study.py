@@ -213,6 +213,7 @@ class Study:
       UserError: the task is not star_graph, its sizes are invalid, or a checkpoint is after SFT's
         last step.
     """
+    config_schema.check_values(config)
     if config.task.name != "star_graph":
       raise UserError(
         f"task.name={config.task.name!r}: figure 8 needs star_graph, as in configs/star_graph.py."
@@ -441,7 +442,10 @@ class Study:
     section = self.config.sample
     forced = force(self.model, params, graphs)
     scaled_NV = forced.critical_NV - forced.critical_NV.max(axis=1, keepdims=True)
-    share_NV = np.exp(scaled_NV.astype(np.float64) / section.temperature)
+    if section.temperature:
+      share_NV = np.exp(scaled_NV.astype(np.float64) / section.temperature)
+    else:
+      share_NV = (scaled_NV == 0).astype(np.float64)
     below_NV = np.cumsum(share_NV / share_NV.sum(axis=1, keepdims=True), axis=1)[:, :-1]
     drawn_NK = np.sum(
       rng.random((len(graphs), section.num_traces, 1)) >= below_NV[:, None], axis=-1

@@ -226,6 +226,28 @@ class GridTest(parameterized.TestCase):
     c.sft.num_epochs -= 1
     self.assertNotEqual(grid.config_hash(c, other), before[0])
 
+  def test_hash_knows_the_settings_of_earlier_rounds(self):
+    # Fails if cells of later rounds stay when what the first round trained with changes.
+    rounds = ("step_dpo_twice", "step_dpo_3_rounds")
+
+    def hashes(*settings):
+      c = config(grid=(((20,), rounds, {}),), seeds=(1,), settings=settings)
+      return [grid.config_hash(c, cell) for cell in grid.read(c)]
+
+    before = hashes()
+    first, second = (
+      hashes((("step_dpo",), {"dpo.beta": 9.0})),
+      hashes((("step_dpo_twice",), {"dpo.beta": 9.0})),
+    )
+    self.assertFalse(set(before) & set(first))
+    self.assertFalse(set(before) & set(second))
+    self.assertEqual(before, hashes((("rft",), {"rft.num_epochs": 9})))
+
+  def test_no_seeds(self):
+    # Fails if a study without seeds ends in a traceback.
+    with self.assertRaisesRegex(UserError, "study.seeds is empty"):
+      grid.read(config(grid=(((20,), ("sft",), {}),), seeds=()))
+
   def test_a_cell_is_written_and_read_again(self):
     # Fails if a verdict changes its problem on the way, or a file of another config or of none is
     # taken.

@@ -64,6 +64,8 @@ class PairedTest(absltest.TestCase):
     result = paired.compare([one, one], "sft", "step_dpo")
     self.assertEqual(result["errors_first"], [0.6667, 0.6667])
     self.assertAlmostEqual(result["difference"], 0.3333, places=4)
+    with self.assertRaisesRegex(UserError, "names no run"):
+      paired.compare([], "sft", "step_dpo")
     with self.assertRaisesRegex(UserError, "the same problems"):
       paired.compare([one, workdir_with({"sft": [True], "step_dpo": [True]})], "sft", "step_dpo")
     with self.assertRaisesRegex(UserError, "no finished evaluation of rft"):

@@ -76,6 +76,36 @@ class ToldTest(absltest.TestCase):
     self.assertAlmostEqual(told["sft"]["exponent"], 0.5, places=2)
     self.assertAlmostEqual(told["sft"]["coefficient"], 8.0, delta=0.1)
 
+  def test_no_mistakes_count_as_half_a_one(self):
+    # Fails if a method without mistakes ends a study in the log of 0.
+    told = study.exponents({"sft": [point(10, 0.25), point(20, 0.0)]})
+    self.assertGreater(told["sft"]["exponent"], 1.0)
+
+  def test_what_was_measured_of_another_run_is_measured_anew(self):
+    # Fails if a figure shows a measure of another config or of stages that were run again, or
+    # measures again what is unchanged or whose run folder is gone.
+    c = study_arithmetic.get_config("toy")
+    workdir = epath.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    values, size = iter(range(9)), c.study.reference_size
+    c.study.seeds = c.study.seeds[:1]
+    self.enter_context(absltest.mock.patch.object(figure.Experiment, "open"))
+
+    def found():
+      of = figure.load(c, workdir)
+      return figure._measured(of, "m", lambda _: {"value": next(values)})[0]["value"]
+
+    folder = workdir / "runs" / grid.Cell(size, c.study.seeds[0], methods.resolve(c, "sft")).unit
+    path = folder / "sample" / "manifest.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"identity": "a"}')
+    self.assertEqual([found(), found()], [0, 0])
+    path.write_text('{"identity": "b"}')
+    self.assertEqual([found(), found()], [1, 1])
+    c.sft.num_epochs += 1
+    self.assertEqual([found(), found()], [2, 2])
+    path.unlink()
+    self.assertEqual(found(), 2)
+
   def test_the_rest_of_the_time(self):
     # Fails if large cells are taken to cost what small ones do.
     cells = grid.read(study_arithmetic.get_config("toy"))

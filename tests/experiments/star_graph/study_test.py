@@ -36,7 +36,7 @@ def config(**changes):
 
 
 @functools.cache
-def study():
+def study(**changes):
   """A study of graphs small enough to enumerate all completions, with random weights."""
   small = config(
     **{
@@ -44,6 +44,7 @@ def study():
       "task.star_graph.num_nodes": 5,
       "task.train_problems": 6,
       "task.test_problems": 3,
+      **changes,
     }
   )
   made = star_graph_study.Study(small, tempfile.mkdtemp())
@@ -147,6 +148,14 @@ class ValuesTest(absltest.TestCase):
       for nll_weight in (0.0, 2.0):
         loss = loss_of(made, params, star_graph_study.pair_examples(graphs, used), nll_weight)
         self.assertAlmostEqual(loss, wanted + nll_weight * nll, places=3)
+
+  def test_greedy_draws(self):
+    # Fails if temperature 0 draws anything but the likeliest node.
+    made, params = study(**{"sample.temperature": 0.0})
+    graphs = made.train_set(0)
+    found = made.pairs(params, graphs, np.random.default_rng(0))
+    critical_NV = star_graph_study.force(made.model, params, graphs).critical_NV
+    np.testing.assert_array_equal(found.wrong_P, critical_NV[found.problem_P].argmax(axis=1))
 
 
 def loss_of(made, params, examples, nll_weight: float) -> float:
@@ -266,6 +275,7 @@ class StudyTest(absltest.TestCase):
     for changes in (
       {"star_graph.over_trained": (9,)},
       {"star_graph.seeds": 1},
+      {"star_graph.every_steps": 0},
       {"task.name": "arithmetic"},
     ):
       with self.assertRaisesRegex(UserError, next(iter(changes)).replace(".", r"\.")):
