@@ -102,9 +102,11 @@ def encode_prompt(
   problem, shots = problem + suffix, [(shown + suffix, solution) for shown, solution in shots]
   if style == "plain":
     ids = tokenizer.encode(plain_text(problem, shots), add_special_tokens=False)
-    bos = tokenizer.bos_token_id
-    # Only families whose tokenizer starts every text with BOS were trained with it.
-    return [bos] + ids if bos is not None and tokenizer.encode("")[:1] == [bos] else ids
+    # Only families whose tokenizer starts every text with BOS were trained with it. A tokenizer
+    # may add it without naming it; one that adds EOS alone ends texts with it.
+    start, bos = tokenizer.encode("")[:1], tokenizer.bos_token_id
+    adds_bos = start == [bos] or (bos is None and start and start != [tokenizer.eos_token_id])
+    return [*start, *ids] if adds_bos else ids
   if style == "chat":
     turns = []
     for shown, solution in shots:

@@ -112,7 +112,7 @@ class Pair:
   id: str
   problem_id: str
   trace_id: str  # the source trace; a right one only in mode positives_too
-  trunk: list[int]  # prompt; in mode shared_prefix also the trace up to the pit
+  trunk: list[int]  # prompt; in modes that share a prefix also the trace up to the pit
   chosen: list[int]
   rejected: list[int]
   pair_mode: str

@@ -251,6 +251,11 @@ def _peft_base(folder: epath.Path) -> epath.Path:
     base = resolve(f"{name}@{raw['revision']}" if is_hub and raw.get("revision") else name)
   except UserError as error:
     raise UserError(f"{path}: base_model_name_or_path={name!r}: {error}") from error
+  if os.path.realpath(base) == os.path.realpath(folder):
+    raise UserError(
+      f"{path}: base_model_name_or_path={name!r} is the adapter's own folder; keep the base model "
+      "in another one."
+    )
   if not base.exists():
     raise UserError(
       f"{path}: base_model_name_or_path={name!r} does not exist; set it to the base model's folder."
@@ -330,7 +335,12 @@ def _kind(folder: epath.Path) -> str:
 
 
 def _is_peft(folder: epath.Path) -> bool:
-  return (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+  """Whether a folder holds an adapter; as in transformers, a model beside it does not count."""
+  if not (folder / "adapter_config.json").exists():
+    return False
+  names = ("adapter_model.safetensors", "adapter_model.bin")
+  is_model = (folder / "config.json").exists()
+  return not is_model or any((folder / name).exists() for name in names)
 
 
 def _received_folder(folder: epath.Path) -> epath.Path:

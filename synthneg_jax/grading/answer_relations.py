@@ -53,7 +53,7 @@ def label(node: Node) -> Label | None:
   value = sides[-1]
   if isinstance(head, tree.Bracket) and isinstance(value, tree.Bracket):  # (y,x) = (2,1)
     pairs = list(zip(map(_spelling, head.items), value.items, strict=False))
-    if len(head.items) == len(value.items) and len(dict(pairs)) == len(pairs):
+    if len(head.items) == len(value.items) and _in_order([name for name, _ in pairs]):
       ordered = tuple(item for _, item in sorted(pairs, key=lambda pair: pair[0]))
       value = dataclasses.replace(value, items=ordered)
   if is_operation(head, "mul") and not tree.symbols(value) and not _is_segment(head):
@@ -67,12 +67,19 @@ def unlabelled(node: Node) -> Node:
   return named.value if named else node
 
 
+_ORDERED_NAMES = ("ab", "abc", "pq", "xy", "xyz")  # whose order is the alphabet's
+
+
+def _in_order(names: Sequence[str]) -> bool:
+  """Whether values with these names are listed in the order of their letters."""
+  return "".join(sorted(names)) in _ORDERED_NAMES and all(len(name) == 1 for name in names)
+
+
 def values_by_name(nodes: Sequence[Node]) -> list[Node]:
-  """The values of equations that define names; different letters are sorted: y = 2, x = 1."""
+  """The values of equations that define names; y = 2, x = 1 are sorted by their names."""
   labels = list(map(label, nodes))
-  if all(labels) and all(len(named.name) == 1 for named in labels):
-    if len({named.name for named in labels}) == len(labels):
-      return [named.value for named in sorted(labels, key=lambda named: named.name)]
+  if all(labels) and _in_order([named.name for named in labels]):
+    return [named.value for named in sorted(labels, key=lambda named: named.name)]
   return list(map(unlabelled, nodes))
 
 

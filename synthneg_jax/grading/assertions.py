@@ -146,7 +146,7 @@ _TURNS = re.compile(
     r"|let me (?:re|correct|double|check|fix|try)|on second thoughts?|edit\b|rather\b"
     r"|my (?:bad|mistake)|update:|(?:on reflection|looking back)(?! at)"
     r"|i apologi[sz]e(?! for the l)"
-    r"|i (?:realize|realise|see) (?:now )?(?:that )?(?:i|the above|my|this) (?:was|is|made|had)"
+    r"|i (?:realize|realise|see) (?:now )?(?:that )?(?:i|the above|my) (?:was|is|made|had)"
   ),
   re.IGNORECASE,
 )

@@ -52,6 +52,9 @@ _CONNECTS = (
   r"so|thus|hence|therefore|then|which|that|giving|total|sum|answer|altogether|together|overall|all"
   r"|result|product|difference|combined|finally|left|remaining|where|since|because|if|when|final"
 )
+_DERIVED = re.compile(
+  r"\b(?:area|perimeter|volume|distance|amount|profit|cost|due|average)\b", re.IGNORECASE
+)
 _OTHER_LABEL = re.compile(
   rf"""
   [\s\\$({{:]* (?P<value> -?[0-9][0-9.,/]*? ) (?: [\s$)}}]*[A-Za-z%°]+ ){{0,3}}? [\s$)}}.]*
@@ -60,6 +63,9 @@ _OTHER_LABEL = re.compile(
   re.IGNORECASE | re.VERBOSE,
 )
 _NAMED_NUMBER = re.compile(r"\s*(?:[A-Za-z]\s*=\s*)?(-?[0-9][0-9.,]*)\s*")
+_TOTAL_BEHIND = re.compile(
+  r"\s*(?:in\s+all|in\s+total|altogether|together|combined|left)\b", re.IGNORECASE
+)
 _PARALLEL = re.compile(rf"(?=.*(?:[,;]|\band\b))(?!.*\b(?:{_CONNECTS})\b)", re.IGNORECASE)
 # Text after the answer in its sentence that is not part of it.
 _ASIDE = re.compile(
@@ -88,13 +94,13 @@ _ONE_NUMBER = re.compile(
   r"(?:/[0-9]++)?(?![A-Za-z]?[0-9]|[A-Z]|[-+/^])%?"
 )
 _SYMBOL_BEFORE = re.compile(
-  r"(?:(?<![A-Za-z'’])[A-Za-z]\s*[-+*/×·÷^−]|[√^]|\b(?:sqrt|log|ln|sin|cos|tan)\s*\(?)\s*\Z"
+  r"(?:(?<![A-Za-z'’])(?:[A-Za-z]\s*[+*/×·÷^]|[e-zE-Z]\s*[-−]|(?<![A-Za-z]{2}\s)[A-Za-z]\s*[-−])|[√^]|\b(?:sqrt|log|ln|sin|cos|tan)\s*\(?)\s*\Z"
 )
 _SYMBOL_BEHIND = re.compile(
   r"[abcdefijknopqrtuvwxyz](?![A-Za-z])|\s*(?:π|√|pi\b)|\s*[-+*/×·÷^−]\s*[A-Za-z](?![A-Za-z])"
 )
 _SCALE = (
-  r"(?:hundreds?|thousands?|millions?|billions?|trillions?|dozens?|score|gross|tens|lakhs?|crores?|bn"
+  r"(?:hundreds?|thousands?|millions?|billions?|trillions?|dozens?|score|gross(?!\s+[a-z])|tens|lakhs?|crores?|bn"
   r"|mn|mil|halves|thirds?|fourths?|quarters?|(?:fif|six|seven|eigh|nin|ten|eleven|twelf|hundred"
   r"|thousand|million)ths?|ths\b)\b"
 )
@@ -235,6 +241,8 @@ def wholes(statement: Statement) -> Iterator[str]:
     for verb, before in itertools.pairwise(verbs)
     if "total" not in before.group()
     and _is_another_label(text[before.end() : verb.start()], text[verb.end() :])
+    and not re.search(r"[0-9][a-zA-Z]\s*\Z", text[: before.start()])  # 2x = 48, x = 24
+    and (statement.source == "box" or not _DERIVED.search(text[before.end() : verb.start()]))
   }
   for verb in (totals + inside + verbs)[:6]:
     after = (trimmed if verb in inside else text)[verb.end() :]
@@ -266,6 +274,8 @@ def _are_parallel(text: str, formulas: Sequence[tuple[int, int, str]]) -> bool:
   """Whether formulas are different numbers side by side: "$5$ for Tom and $6$ for Ann"."""
   numbers = [_NAMED_NUMBER.fullmatch(formula) for _, _, formula in formulas]
   if None in numbers or len({number.group(1) for number in numbers}) < 2:
+    return False
+  if _TOTAL_BEHIND.match(text, formulas[-1][1]):
     return False
   gaps = [text[end:start] for (_, end, _), (start, _, _) in itertools.pairwise(formulas)]
   return all(_PARALLEL.match(gap) for gap in gaps)

@@ -89,6 +89,7 @@ _LABELLED = re.compile(  # lines such as "Tom: 5" and "$x = 5$"
   r"(?:[ \t]*\$?[A-Za-z][A-Za-z ]{0,30}[:=][ \t]*\$?-?[0-9][0-9.,/]*\$?(?:[ \t]+[A-Za-z]+){0,2}"
   r"[ \t]*(?:\n+|\Z)){2,}"
 )
+_TOTAL_LINE = re.compile(r"^[ \t]*(?:total|answer)[^\n:=]*[:=][ \t]*([^\n]+)", re.I | re.M)
 
 # Boxes. JSON decoding may have turned the \b of \boxed into a backspace.
 _BOX = re.compile(r"(?:\\{1,2}|\x08|(?<![A-Za-z\\]))(?:boxed|oxed|fbox|framebox)(?![A-Za-z])[ \t]*")
@@ -112,22 +113,30 @@ _GAP = re.compile(  # text between boxes of one answer
   re.MULTILINE | re.VERBOSE,
 )
 _MINUS_BEFORE = re.compile(
-  r"(?:[=$(]|\\\(|\\\[|\bis)\s*-\$?\s*\Z|\b(?:minus|negative)\s+\$?\Z", re.IGNORECASE
+  r"""
+  (?: (?:[=$(]|\\\(|\\\[|\bis)[ \t]*[-−](?:\\,)?\$?[ \t]* | (?<!not[ ])\b(?:minus|negative)[ \t]+\$?
+    | \A−\$? | \s−\$? | [-−][ \t]*(?:\\left)?\( )\Z
+  """,
+  re.IGNORECASE | re.VERBOSE,
 )
 _CHANGED_BEFORE = re.compile(
   r"""
-  (?: \\(?:cdot|times|div)\s* | \\sqrt\s*\{ | \\[dt]?frac\s*(?:\{[^{}]*\}\s*)?\{
-    | [0-9a-z)}]\s*[*/^+] | \\(?:log|ln|lg|exp|sin|cos|tan)\s*[({]?
-    | \bat\s+(?:least|most)\s*\$? )\s*\Z
+  (?: \\(?:cdot|times|div)\s* | \\sqrt\s*(?:\[[^\[\]]*\])?\{ | \\[dt]?frac\s*(?:\{[^{}]*\}\s*)?\{
+    | [0-9a-z)}]\s*[*/^+]\s*\{? | [0-9]\s*-\s* | \$-?[0-9a-z.]+
+    | \\(?:log|ln|lg|exp|sin|cos|tan)\s*[({]? | (?:(?<=\s)|(?<=[0-9)]))[<>≈]\s*
+    | \\(?:[gl]eq?|approx)\s* | (?<!\\)\[ | \\\{
+    | \b(?:at\s+(?:least|most)|(?:more|less|fewer)\s+than|about|half\s+of|root\s+of)\s+\$? )\Z
   """,
   re.VERBOSE,
 )
 _CHANGED_BEHIND = re.compile(
   r"""
-  \s* (?: [\^_×÷] | /\s*[0-9] | \\(?:pi|cdot|times|sqrt|[dt]?frac|div)(?![a-z])
-    | [*+]\s*[0-9a-z\\] | \s-\s*[0-9] )
-  | ,[0-9]{3}(?![0-9]) | :[0-9] | \$?[a-zA-Z](?<![mgshlL])(?![A-Za-z]) | \s*,\s*[0-9]+\s*\)
-  | [\s$]*(?:and\s+a\s+half|(?:hundred|thousand|million)ths?)\b
+  [ \t]* (?: \^(?!\s*\{?\s*\\circ) | [_×÷] | /\s*[0-9]
+    | \\(?:pi|pm|cdot|times|sqrt|[dt]?frac|div)(?![a-z])
+    | [*+][ \t]*[0-9a-z\\] | [ \t]-[ \t]*[0-9a-z](?![A-Za-z]) )
+  | -[0-9] | ,[0-9]{3}(?![0-9]) | :[0-9] | [a-zA-Z](?<![mgshlLNJVAWCF])(?![A-Za-z])
+  | \s*,\s*[0-9]+\s*[)\]}\\] | \)[\^!]
+  | [\s$]*(?:and\s+a\s+half|(?:hundred|thousand|million)ths?|squared|cubed|(?:or|to)\s+[0-9])\b
   """,
   re.VERBOSE,
 )
@@ -319,6 +328,8 @@ def _statement_at(text: str, start: int) -> tuple[str, int]:
       lines = [_ITEM_MARK.sub("", item, 1).strip() for item in items.group().splitlines()]
       return ", ".join(filter(None, lines)), items.end()
     if labelled := _LABELLED.match(text, begin):
+      if total := _TOTAL_LINE.search(labelled.group()):
+        return total.group(1), labelled.end()
       return ", ".join(labelled.group().split("\n")).strip(", "), labelled.end()
     if mark := _ITEM_MARK.match(text, begin):
       begin = mark.end()

@@ -9,7 +9,13 @@ import functools
 import re
 from typing import NamedTuple
 
-from synthneg_jax.grading import answer_equality, answer_grammar, answer_relations, sentences
+from synthneg_jax.grading import (
+  answer_equality,
+  answer_grammar,
+  answer_relations,
+  answer_units,
+  sentences,
+)
 from synthneg_jax.grading import answer_tree as tree
 from synthneg_jax.grading import statements as statements_lib
 from synthneg_jax.grading.answer_equality import Ambiguous, Conventions
@@ -29,10 +35,13 @@ _LETTER_WITHIN = re.compile(
   r"(?:correct|right|answer)|\(([A-J])\)[\s.]*\Z|\A\s*\(?([A-J])\)?\s*[,.:)]",
 )
 _ANOTHER_LETTER = re.compile(  # "A, B" and "A. 5, B. 6", but not "(A), since (B) is wrong"
-  r"(?:\A|[,;&]|\band\b)\s*\(?([A-J])(?=\s*(?:[,;&.:)]|and\b|\Z))"
-  r"(?!.*\b(?:wrong|false|not|less|eliminated)\b)"
+  r"\)?[:.]?\s*(?:-?[0-9][0-9.,/]*|correct|incorrect|wrong|right)?\s*(?:[,;&]|,?\s*\band\b)\s*"
+  r"\(?([A-J])(?=\s*(?:[,;&.:)]|and\b|\Z))"
+  r"(?!.*\b(?:wrong|false|not|less|eliminated|fail\w*|too|rule[sd]?|cannot)\b)"
 )
-_LETTERS = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|;|&|,?\s*\band\b)\s*\(?[A-J]\)?)+[\s.]*")
+_LETTERS = re.compile(
+  r"(?:[A-J]|\([A-J]\))(?:\s*(?:[,;&]|(?:,\s*)?\band\b)\s*(?:[A-J]|\([A-J]\)))+[\s.]*"
+)
 _PLAIN_NUMBER = re.compile(
   r"\s*(-?)\$?(?:([1-9][0-9]{0,2}(?:,[0-9]{3})+)|([0-9]{1,300}))(?:\.([0-9]{1,300}))?\s*\.?\s*"
 )
@@ -133,7 +142,8 @@ class MathGold:
     if not chosen:
       return None
     start, letter = next((chosen.end(i), x) for i, x in enumerate(chosen.groups(), 1) if x)
-    if any(other.group(1) != letter for other in _ANOTHER_LETTER.finditer(plain, start)):
+    other = _ANOTHER_LETTER.match(plain, start)
+    if other and other.group(1) != letter:
       return None
     return self._choice(letter)
 
@@ -283,8 +293,9 @@ class IntegerGold:
 
 def _is_formula(node: Node, text: str) -> bool:
   """Whether an answer is a formula without a rational value, rather than words with a number."""
-  if re.fullmatch(r"[^A-Za-z]*[0-9]\s*[A-Za-z][\s.]*", text) and text.rstrip(" .")[-1] in "msghlL":
-    return False  # a unit
+  unit = re.fullmatch(r"[^A-Za-z]*[0-9]\s*([A-Za-z]{1,3})(?:/[A-Za-z]{1,4})?[\s.]*", text)
+  if unit and (unit.group(1) in "NJVAWCFKLcp" or answer_units.unit_of(unit.group(1))):
+    return False
   words = re.sub(r"\\[A-Za-z]+|\b(?:sqrt|pi|ln|log|sin|cos|tan|exp)\b", "", text)
   is_value = tree.is_scalar(node) or isinstance(node, tree.Relation)
   return is_value and not re.search("[A-Za-z]{2}|:", words)

@@ -116,6 +116,14 @@ class _Source:
       raise UserError(f"{self.path}: the metadata has no {key}.")
     return self.get(key)
 
+  def token_id(self, name: str) -> int | None:
+    """The id of a special token; EOS is required."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = self.need(key) if name == "eos" else self.get(key)
+    if value is not None and type(value) is not int:
+      raise UserError(f"{self.path}: {key} is {value!r}, not an integer.")
+    return value
+
   def names(self) -> set[str]:
     """The names of all tensors."""
     return set(self._tensors)
@@ -168,9 +176,9 @@ def _config(source: _Source) -> dict[str, Any]:
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,
-    "bos_token_id": source.get("tokenizer.ggml.bos_token_id"),
+    "bos_token_id": source.token_id("bos"),
     "dtype": "float32",
-    "eos_token_id": source.need("tokenizer.ggml.eos_token_id"),
+    "eos_token_id": source.token_id("eos"),
     "head_dim": head_dim,
     "hidden_act": "silu",
     "hidden_size": hidden,
@@ -181,7 +189,7 @@ def _config(source: _Source) -> dict[str, Any]:
     "num_attention_heads": heads,
     "num_hidden_layers": source.need("llama.block_count"),
     "num_key_value_heads": kv_heads,
-    "pad_token_id": source.get("tokenizer.ggml.padding_token_id"),
+    "pad_token_id": source.token_id("padding"),
     "rms_norm_eps": _shortest(source.need("llama.attention.layer_norm_rms_epsilon")),
     # transformers 5 reads rope_parameters, earlier versions read rope_theta.
     "rope_parameters": {"rope_theta": theta, "rope_type": "default"},

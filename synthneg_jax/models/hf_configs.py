@@ -249,6 +249,7 @@ class _File:
     if raw.get("model_type") == "gemma3":  # the wrapper of the models with images
       raw = _text_part(raw, path)
     kind = raw.get("model_type") or "(none)"
+    kind = kind if isinstance(kind, str) else json.dumps(kind)
     reason = _REFUSED.get(kind)
     if kind not in FAMILIES and any(_as_number(raw.get(key)) for key in _EXPERTS):
       reason = reason or _MIXTURE
@@ -340,6 +341,20 @@ def text_config(raw: dict[str, Any]) -> dict[str, Any]:
   return text if isinstance(text, dict) else raw
 
 
+def ties_embeddings(raw: dict[str, Any], path) -> bool:
+  """Whether the head is the embedding by config.json, or by its family's default."""
+  return _File(raw, path).flag("tie_word_embeddings")
+
+
+def positions(raw: dict[str, Any], path) -> int | None:
+  """max_position_embeddings of config.json, or of a wrapper's text_config; None if missing."""
+  given = text_config(raw).get("max_position_embeddings")
+  value = _as_number(given)
+  if given is not None and (not isinstance(value, int | float) or value != int(value)):
+    raise UserError(f"{path}: max_position_embeddings is {json.dumps(given)}, not a whole number.")
+  return None if given is None else int(value)
+
+
 def read(raw: dict[str, Any], path, *, max_length: int = 0, **settings) -> ModelConfig:
   """The architecture described by config.json.
 
@@ -417,13 +432,19 @@ def _windows(file: _File, layers: int, unrotated: tuple[bool, ...]) -> dict[str,
   elif file.kind == "smollm3":
     windowed = unrotated if file.flag("use_sliding_window") else (False,) * layers
   elif file.kind.startswith("qwen"):
-    first = _as_number(file.get("max_window_layers")) if file.flag("use_sliding_window") else layers
+    first = layers
+    if file.flag("use_sliding_window") and _as_number(file.get("max_window_layers")) != 0:
+      first = file.size("max_window_layers", layers)
+    elif file.flag("use_sliding_window"):
+      first = 0
     windowed = tuple(layer >= first for layer in range(layers))
   else:
     pattern = file.size("sliding_window_pattern")
     windowed = tuple((layer + 1) % pattern > 0 for layer in range(layers))
   kinds = file.get("layer_types")
   if kinds is not None:
+    if not isinstance(kinds, list) or len(kinds) != layers:
+      raise UserError(f"{file.path}: layer_types is not a list of {layers} kinds, one per layer.")
     unknown = [kind for kind in kinds if kind not in (_FULL, _SLIDING)]
     if unknown:
       raise UserError(
@@ -449,6 +470,9 @@ def _rope(file: _File, head_dim: int, max_length: int) -> dict[str, Any]:
   """
   new, scaled = file.object("rope_parameters"), file.object("rope_scaling")
   by_layer_kind = _FULL in new or _SLIDING in new
+  for key in (_FULL, _SLIDING):
+    if not isinstance(new.get(key) or {}, dict):
+      raise UserError(f"{file.path}: rope_parameters.{key} is not an object.")
   local = {}
   if file.kind in _WINDOWED_ROPE:
     local_key = "rope_local_base_freq" if file.kind == "gemma3_text" else "rope_theta"
@@ -550,8 +574,8 @@ def _scaling(file: _File, kind: str, rope: dict[str, Any], *, name: str) -> Rope
 
   attention_factor = mscale(1.0)
   if rope.get("mscale") and rope.get("mscale_all_dim"):
-    all_dim = mscale(_as_number(rope["mscale_all_dim"]))
-    attention_factor = mscale(_as_number(rope["mscale"])) / all_dim
+    all_dim = mscale(file.number("mscale_all_dim", **where))
+    attention_factor = mscale(file.number("mscale", **where)) / all_dim
   return RopeScaling(
     kind,
     factor,
@@ -559,7 +583,7 @@ def _scaling(file: _File, kind: str, rope: dict[str, Any], *, name: str) -> Rope
     low=float(file.number("beta_slow", 1, **where)),
     high=float(file.number("beta_fast", 32, **where)),
     attention_factor=float(file.number("attention_factor", attention_factor, **where)),
-    truncate=bool(rope.get("truncate", True)),
+    truncate=str(rope.get("truncate", True)).lower() not in ("false", "none", "0"),
   )
 
 

@@ -152,7 +152,7 @@ def _default_eos(folder: epath.Path, tokenizer) -> str:
   """The EOS for a tokenizer that has none: the first in config.json or generation_config.json."""
   path = epath.Path(folder) / CONFIG_FILES[0]
   ids = (_config_eos(path) if path.exists() else []) + eos_ids(folder, None)
-  token = tokenizer.convert_ids_to_tokens(ids[0]) if ids else None
+  token = tokenizer.convert_ids_to_tokens(ids[0]) if ids and ids[0] >= 0 else None
   if token is None:
     reason = f"eos_token_id {ids[0]} is not one of its ids" if ids else "the configs have none"
     raise UserError(

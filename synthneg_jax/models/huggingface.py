@@ -77,7 +77,11 @@ def untie_differing_head(folder: epath.PathLike, config: ModelConfig) -> ModelCo
   tensors, locations = stored_tensors.read(folder), hf_configs.tensor_locations(config)
   embedding = tensors.get(locations["ends/embedding"].name)
   head = tensors.get(locations["ends/unembedding"].name)
-  if embedding is None or head is None or _equal(embedding, head):
+  if embedding is None or head is None:
+    return config
+  for tensor in (embedding, head):
+    _check_tensor(tensor, tensor.shape)  # before it is read
+  if _equal(embedding, head):
     return config
   logging.info(
     "%s: tie_word_embeddings is true, but %s differs from the embedding; keeping an untied head.",
@@ -199,10 +203,10 @@ def _refuse_unexpected(tensor: stored_tensors.Tensor) -> None:
 
 
 def write_tie_embeddings(folder: epath.PathLike, tie_embeddings: bool) -> None:
-  """Corrects tie_word_embeddings in config.json, if the key is present."""
+  """Corrects tie_word_embeddings in config.json, or adds it where its absence means otherwise."""
   path = epath.Path(folder) / "config.json"
   raw = stored_tensors.read_json(path)
-  if "tie_word_embeddings" in raw and bool(raw["tie_word_embeddings"]) != tie_embeddings:
+  if hf_configs.ties_embeddings(raw, path) != tie_embeddings:
     _write_json(path, raw | {"tie_word_embeddings": tie_embeddings})
 
 
@@ -253,8 +257,8 @@ def save(
         "eos_token_id": special["eos_token_id"]
       }
     if (source / "config.json").exists():
-      described = hf_configs.text_config(stored_tensors.read_json(source / "config.json"))
-      positions = described.get("max_position_embeddings")
+      described = stored_tensors.read_json(source / "config.json")
+      positions = hf_configs.positions(described, source / "config.json")
   config = special | hf_configs.write(c, positions)
   partial = folder.parent / f".{folder.name}.partial"
   try:

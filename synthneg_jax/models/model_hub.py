@@ -127,7 +127,9 @@ def _wanted(names: Sequence[str], with_weights: bool) -> list[str]:
   def matching(patterns):
     return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
 
-  weights = next((found for patterns in _WEIGHTS if (found := matching(patterns))), [])
+  is_adapter = "adapter_config.json" in names  # policy.py reads it even beside a model
+  forms = sorted(_WEIGHTS, key=lambda patterns: is_adapter and "adapter" not in patterns[0])
+  weights = next((found for patterns in forms if (found := matching(patterns))), [])
   return matching(_ABOUT) + (weights if with_weights else [])
 
 

@@ -6,6 +6,7 @@ pairs/step_dpo (pairs.pair_mode). core/pairs.py and docs/method.md define the mo
 
 import collections
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -167,6 +168,8 @@ class Builder:
     if self._section.order == "likeliest":
       return -float(np.mean(trace.logps))
     after, before = self.credited.count(trace, step + 1), self.credited.count(trace, step)
+    if not after.rollouts or not before.rollouts:
+      return math.inf  # unknown: a random step of a sparse schedule
     return after.successes / after.rollouts - before.successes / before.rollouts
 
   def _siblings(self, trace: Trace, num_steps: int) -> list[core.Sibling]:

@@ -1,5 +1,7 @@
 """Capable models for stage synthesize: an endpoint, a local checkpoint, or the scripted teacher."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,6 +22,17 @@ from synthneg_jax.teacher.reply_cache import Reply, Request
 _BATCH = 512  # prompts per engine run; replies are cached after each run
 
 
+def _settings(config) -> str:
+  """A hash of the settings outside `synthesis` by which a local checkpoint replies."""
+  settings = (
+    config.task.template_args,
+    list(config.engine.stop),
+    config.seed,
+    config.model.dtype,
+  )
+  return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+
+
 class _Local:
   """A local checkpoint: a chat model, or a base model with prompts that it can complete."""
 
@@ -30,7 +43,8 @@ class _Local:
         "synthesis.provider='local' needs synthesis.endpoint.model, the checkpoint's folder."
       )
     self._policy = Policy.load(resolve(c.synthesis.endpoint.model), c.model, experiment.mesh)
-    self._seed, self._store, self.model = c.seed, store, self._policy.fingerprint
+    self._seed, self._store = c.seed, store
+    self.model = f"{self._policy.fingerprint}/{_settings(c)}"  # replies are cached by this name
     self._template_args = config_schema.template_args(c.task.template_args)
     self._style = "chat" if self._policy.tokenizer.chat_template else "raw"
     max_new_tokens = c.synthesis.max_tokens
@@ -179,5 +193,6 @@ def identity(experiment: Experiment) -> str:
   """Identifies the capable model without loading it: a checkpoint by its files, else by name."""
   section = experiment.config.synthesis
   if section.provider == "local":
-    return files_identity(resolve(section.endpoint.model))
+    files = files_identity(resolve(section.endpoint.model))
+    return f"{files}/{_settings(experiment.config)}"
   return section.endpoint.model if section.provider == "endpoint" else "scripted teacher"

@@ -187,7 +187,7 @@ class _Records:
     self, trace: Trace, stage: str, pair: Pair, margin: pair_logprobs.Margin | None
   ) -> viewer_page.PairView:
     before = trace.step_ends[pair.pit - 1] if pair.pit > 0 else 0
-    shared = pair.pair_mode in ("shared_prefix", "positives_too")
+    shared = pair.pair_mode in ("shared_prefix", "positives_too", "random_step")
     return viewer_page.PairView(
       stage=stage,
       mode=pair.pair_mode,

@@ -51,6 +51,19 @@ class ResponsesTest(parameterized.TestCase):
     self.assertLess(sum(row.get("known_miss", False) for row in rows), 30)
 
 
+class TimeTest(parameterized.TestCase):
+  # Fails if an expression takes exponential time: 40 repetitions would take hours.
+  @parameterized.parameters(
+    "A and ", "A, and ", "(A) ", "Tom: 5, ", "x = 5, ", "5 and ", "$5$ and ", "minus ", "- ",
+    "the above ", "I see that ", '"answer": "5", ', "Total: 5\n", "[", "\\frac{",
+  )  # fmt: skip
+  def test_repetition_takes_linear_time(self, piece):
+    for before in ("", "Answer: ", "So \\boxed{5} "):
+      for gold in ("B", "5"):
+        text = before + piece * (8000 // len(piece))
+        verdicts.grade_response(text, gold, kind="math", rules=answers.Conventions())
+
+
 class ThoughtsTest(parameterized.TestCase):
   @parameterized.parameters(
     ("<|im_start|>assistant\n<think>\n", True), ("<think>\n\n</think>\n\n", False),

@@ -296,6 +296,11 @@ class TinyTest(parameterized.TestCase):
     ("fewer_blocks", {"llama.block_count": 1}, "blk.1.attn_k.weight is not part of"),
     ("merge_of_no_token", {"tokenizer.ggml.merges": ["z z"]}, "merges do not match"),
     ("id_past_the_end", {"tokenizer.ggml.eos_token_id": 9999}, "eos_token has id 9999"),
+    (
+      "several_ends",
+      {"tokenizer.ggml.eos_token_id": [2, 3]},
+      "eos_token_id is .2, 3., not an integer",
+    ),
     ("too_few_types", {"tokenizer.ggml.token_type": [1]}, "1 token types"),
   )
   def test_refuses_unsupported_metadata(self, metadata, message):

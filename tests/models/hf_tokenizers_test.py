@@ -14,6 +14,7 @@ from tokenizers import decoders, pre_tokenizers
 from tokenizers import models as token_models
 
 from synthneg_jax.core.geometry import Lanes
+from synthneg_jax.data import prompts
 from synthneg_jax.decoding import policy as policy_lib
 from synthneg_jax.decoding.decode import Stops
 from synthneg_jax.decoding.engine import Engine, Trunk
@@ -102,6 +103,25 @@ class TokenizerTest(FolderTest):
     self.write(config={"eos_token_id": EOS})
     (self.folder / "tokenizer_config.json").unlink()
     self.assertEqual(self.load().eos_ids, (EOS,))
+
+  @parameterized.parameters("<|start|>", None)
+  def test_plain_prompts_start_as_the_tokenizer_starts_texts(self, name):
+    # Fails if a prompt loses the BOS that tokenizer.json adds but no config names.
+    self.write(tokenizer={"bos_token": name})
+    path = self.folder / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    start = {"SpecialToken": {"id": "<|start|>", "type_id": 0}}
+    raw["post_processor"] = {
+      "type": "TemplateProcessing",
+      "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
+      "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+      "special_tokens": {"<bos>": {"id": "<|start|>", "ids": [START], "tokens": ["<bos>"]}},
+    }
+    path.write_text(json.dumps(raw))
+    tokenizer = self.load().tokenizer
+    ids = prompts.encode_prompt(tokenizer, "1 + 2", "plain")
+    self.assertEqual(ids.count(START), 1)
+    self.assertEqual(ids[0], START)
 
   def test_a_tokenizer_of_a_newer_version(self):
     # Fails if the bare Exception of tokenizers becomes a traceback.
@@ -205,6 +225,8 @@ class EndingsTest(FolderTest):
     )
     self.write_config(eos_token_id=99999)
     self.assert_refused("eos_token_id 99999 is not one of its ids")
+    self.write_config(eos_token_id=-1)
+    self.assert_refused("eos_token_id -1 is not one of its ids")
     self.write_config(eos_token_id="end")
     self.assert_refused('config.json: eos_token_id "end" is not an integer')
 

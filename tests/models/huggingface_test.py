@@ -20,7 +20,7 @@ import transformers
 from absl.testing import absltest, parameterized
 
 from synthneg_jax.core import tree as tree_lib
-from synthneg_jax.models import huggingface
+from synthneg_jax.models import hf_configs, huggingface
 from synthneg_jax.models.decoder import Model
 from synthneg_jax.runtime import device_mesh
 from synthneg_jax.runtime.errors import UserError
@@ -294,6 +294,30 @@ class ExportTest(FolderTest):
       os.stat(self.root / "x/config.json").st_mode,
     )
 
+  @parameterized.parameters(
+    ({"model_type": "gemma"}, True), ({"model_type": "llama"}, False),
+    ({"model_type": "gemma", "tie_word_embeddings": False}, False),
+    ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, True),
+  )  # fmt: skip
+  def test_the_config_ties_as_the_weights_do(self, raw, tied):
+    # Fails if a family's default counts for an untied head when the key is missing.
+    folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    (folder / "config.json").write_text(json.dumps(raw))
+    for ties in (tied, not tied):
+      huggingface.write_tie_embeddings(folder, ties)
+      written = json.loads((folder / "config.json").read_text())
+      self.assertEqual(hf_configs.ties_embeddings(written, folder), ties)
+    self.assertEqual(written["tie_word_embeddings"], not tied)
+
+  @parameterized.parameters(("256", 256), (256.0, 256), (None, None))
+  def test_positions_are_exported_as_numbers(self, given, expected):
+    # Fails if a string or a float of the base's config reaches transformers, which refuses it.
+    raw = {"text_config": {"max_position_embeddings": given}}
+    self.assertEqual(hf_configs.positions(raw, "x"), expected)
+    for wrong in ("many", 0.5, [1]):
+      with self.assertRaisesRegex(UserError, "^x: max_position_embeddings is .*, not a whole"):
+        hf_configs.positions({"max_position_embeddings": wrong}, "x")
+
   def test_without_a_tokenizer_special_tokens_are_null(self):
     # Fails if the keys are missing: transformers would use 1 and 2.
     huggingface.save(self.root / "x", tiny_model.model(), make_params(tiny_model.model()))
@@ -476,7 +500,26 @@ class ConfigTest(FolderTest):
     ),
     (
       {"model_type": "gemma2", "layer_types": ["sliding_attention"]},
-      "windowed has 1 entries, but num_layers is 2.",
+      "layer_types is not a list of 2 kinds, one per layer.",
+    ),
+    ({"model_type": "gemma2", "layer_types": 3}, "layer_types is not a list of 2 kinds"),
+    (
+      {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": "many",
+      },
+      'max_window_layers is "many", not a positive whole number.',
+    ),
+    (
+      {"rope_scaling": {"rope_type": "yarn", "factor": 4, "mscale": "a", "mscale_all_dim": 1}},
+      'rope_scaling.mscale is "a", not a positive number.',
+    ),
+    ({"model_type": ["llama"]}, "is not supported, only llama"),
+    (
+      {"model_type": "gemma3_text", "rope_parameters": {"full_attention": "x"}},
+      "rope_parameters.full_attention is not an object.",
     ),
     (
       {"model_type": "gemma2", "hidden_activation": "gelu"},

@@ -1,6 +1,7 @@
 """A PEFT folder as model.path: base and adapter, tokenizer, and errors."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from synthneg_jax.decoding.policy import Policy
 from synthneg_jax.models import adapter as adapter_lib
 from synthneg_jax.models.adapter import Adapter
 from synthneg_jax.runtime import config_schema
+from synthneg_jax.runtime.errors import UserError
 from tests import tiny_model
 from tests.models import hf_tokenizers_test
 
@@ -56,6 +58,18 @@ class PeftFolderTest(hf_tokenizers_test.FolderTest):
     self.assertLen(saved.adapters, 2)
     self.assertEqual(saved.base, self.folder)
     np.testing.assert_array_equal(saved.params["layers"]["query"], policy.params["layers"]["query"])
+
+  def test_a_model_beside_the_adapter(self):
+    # Fails if config.json, or a whole model, in the adapter's folder makes the adapter go
+    # unnoticed; or if an adapter may name its own folder as its base.
+    alone = self.load().fingerprint
+    shutil.copy(self.folder / "config.json", self.adapter_folder)
+    self.assertEqual(self.load().fingerprint, alone)
+    shutil.copy(self.folder / "model.safetensors", self.adapter_folder)
+    self.assertEqual(self.load().fingerprint, alone)
+    self.change(base_model_name_or_path=str(self.adapter_folder))
+    with self.assertRaisesRegex(UserError, "is the adapter's own folder"):
+      self.load()
 
   def test_identity(self):
     # Fails if a change of the adapter's base goes unnoticed.

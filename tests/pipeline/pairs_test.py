@@ -1,7 +1,9 @@
 """Pairs of every mode, built from hand-made traces and counts."""
 
+import math
 import shutil
 import tempfile
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest
@@ -194,6 +196,9 @@ class BuildTest(absltest.TestCase):
       builder = pairs.Builder(Experiment(config, self.experiment.workdir, self.experiment.mesh))
       ranks[order] = [builder.rank(candidate) for candidate in builder.candidates("algorithm1")]
     self.assertEqual(ranks, {"likeliest": [0.25, 0.25], "largest_drop": [-0.75, -0.25]})
+    (candidate, *_) = builder.candidates("algorithm1")
+    with mock.patch.object(builder.credited, "count", lambda *_: pairs.core.Count(0, 0)):
+      self.assertEqual(builder.rank(candidate), math.inf)  # of a step that nothing was drawn after
 
   def test_a_budget_of_pairs(self):
     # Fails if the budget is exceeded, if a smaller budget is not a subset, if the fraction of right

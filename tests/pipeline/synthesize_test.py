@@ -17,7 +17,7 @@ from etils import epath
 
 from configs import arithmetic
 from synthneg_jax.data.records import Candidate, Problem, Shards
-from synthneg_jax.pipeline import sft, synthesize
+from synthneg_jax.pipeline import sft, synthesize, teacher_backends
 from synthneg_jax.pipeline.experiment import Experiment
 from synthneg_jax.runtime.errors import UserError
 from synthneg_jax.teacher import scripted
@@ -203,6 +203,11 @@ class SynthesizeTest(parameterized.TestCase):
     for _, kept in drawn[0].values():
       self.assertBetween(kept["reply"]["completion_tokens"], 1, 40)
     self.assertGreater(len({kept["reply"]["text"] for _, kept in drawn[0].values()}), 4)
+    known = teacher_backends.identity(first)
+    for leaf, value in (("engine.stop", ("E",)), ("task.template_args", '{"a": 1}'), ("seed", 9)):
+      other = config.copy_and_resolve_references()
+      other.update_from_flattened_dict({leaf: value})
+      self.assertNotEqual(teacher_backends.identity(open_run(other)), known, leaf)
 
 
 class CommandTest(absltest.TestCase):

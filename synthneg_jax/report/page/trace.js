@@ -110,8 +110,7 @@ function verdictOf(t) {
 function pairOf(pair) {
   const name = pair.stage === "step_dpo" ? "Per-step DPO" : "DPO";
   const where = pair.pit >= 0 ? ` at step ${pair.pit + 1}` : "";
-  const shared = pair.mode === "shared_prefix" || pair.mode === "positives_too";
-  const trunk = shared && pair.pit > 0
+  const trunk = pair.trunk && pair.pit > 0
     ? make("details", {}, make("summary", {}, `Trunk: the problem and ${pair.pit === 1 ? "step 1" : `steps 1\u2013${pair.pit}`}`),
       put(make("div", { class: "text" }), tidy(pair.trunk)))
     : make("p", { class: "dim" }, "Trunk: the problem alone.");
