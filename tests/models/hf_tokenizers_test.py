@@ -115,7 +115,7 @@ class TokenizerTest(FolderTest):
       "type": "TemplateProcessing",
       "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
       "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-      "special_tokens": {"<bos>": {"id": "<|start|>", "ids": [START], "tokens": ["<bos>"]}},
+      "special_tokens": {"<|start|>": {"id": "<|start|>", "ids": [START], "tokens": ["<|start|>"]}},
     }
     path.write_text(json.dumps(raw))
     tokenizer = self.load().tokenizer
