@@ -204,10 +204,11 @@ class Stage:
     for need in (*self._begun["inputs"], *before["inputs"]):
       if before["inputs"].get(need) != self._begun["inputs"].get(need):
         source = f"run of stage {need}" if (self._workdir / need).exists() else need
-        other = "another" if need in self._begun["inputs"] else "an"
+        begun = f"was started from another {source}"
+        if need not in self._begun["inputs"]:
+          begun = f"was started from {source}, which are not given now"
         raise UserError(
-          f"Stage {self.name} in {self._workdir} was started from {other} {source}; delete "
-          f"{self.folder} to run it again."
+          f"Stage {self.name} in {self._workdir} {begun}; delete {self.folder} to run it again."
         )
 
   def choose_once(self, name: str, choose: Callable[[], dict]) -> dict:

@@ -175,7 +175,7 @@ class StageTest(parameterized.TestCase):
     file = stage.folder / "traces.jsonl"
     file.write_text("row")
     message = self.refused("sample", CONFIG, ["sft"])
-    self.assertIn("was started from an imported traces; delete ", message)
+    self.assertIn("was started from imported traces, which are not given now; delete ", message)
     stage.finish({}, [file])
     self.assertTrue(Stage(self.workdir, "sample", CONFIG, ["sft"]).done)
     self.assertIn("seed=", self.refused("sample", {**CONFIG, "seed": 9}, ["sft"]))
