@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synthneg_jax.grading import answers
+from synthneg_jax.grading import answers, verdicts
 from synthneg_jax.runtime import errors
 
 BIG = "9007199254740992"
@@ -191,6 +191,7 @@ class GradeTest(parameterized.TestCase):
     for _ in range(5000):
       answers.grade(response, "72")
     self.assertLess(time.process_time() - start, 1.0)
+    self.assertGreater(verdicts._integer_gold.cache_info().hits, 4000)
 
 
 class ExtractGoldTest(absltest.TestCase):

@@ -9,7 +9,7 @@ import unittest.mock
 import sympy
 from absl.testing import absltest, parameterized
 
-from synthneg_jax.grading import answer_grammar, verdicts
+from synthneg_jax.grading import answer_grammar, answers, verdicts
 from synthneg_jax.grading.answer_equality import Conventions
 from synthneg_jax.runtime import errors
 
@@ -227,11 +227,15 @@ class ConventionsTest(parameterized.TestCase):
 
 class NoExecutionTest(absltest.TestCase):
   def test_nothing_evaluates_text(self):
-    # Fails if model text, or any part of it, reaches an evaluator: each is made to raise.
-    def refused(*_, **__):
+    # Fails if model text, or any part of it, reaches an evaluator, even where errors are caught.
+    called = []
+
+    def refused(*args, **_):
+      called.append(args)
       raise AssertionError("model text was evaluated")
 
     texts = [answer for _, gold, equal, unequal in PAIRS for answer in (gold, *equal, *unequal)]
+    texts += ["open('/nowhere/x', 'w')", "__import__('os')"]
     verdicts._math_gold.cache_clear()
     with (
       unittest.mock.patch("builtins.eval", refused),
@@ -243,17 +247,23 @@ class NoExecutionTest(absltest.TestCase):
       unittest.mock.patch.object(sympy.parsing.sympy_parser, "eval_expr", refused),
     ):
       for text, gold in zip(texts, itertools.cycle(["7", "x+1", r"\{1,2\}"])):
-        self.assertIn(
-          reason(rf"\boxed{{{text}}}", gold),
-          ("right", "wrong", "ambiguous", "unparsable", "too_large", "no_answer"),
-        )
+        for form in (r"\boxed{%s}", "#### %s", "The answer is %s", "%s"):
+          self.assertIn(
+            reason(form.replace("%s", text), gold),
+            ("right", "wrong", "ambiguous", "unparsable", "too_large", "no_answer"),
+          )
+          verdicts.grade_response(
+            form.replace("%s", text), "7", kind="integer", rules=answers.Conventions()
+          )
+    self.assertEmpty(called)
 
-  def test_the_grammar_names_no_evaluator(self):
+  def test_the_grader_names_no_evaluator(self):
     # Fails if a module of the grader calls an evaluator.
-    for path in pathlib.Path(answer_grammar.__file__).parent.glob("*answer*.py"):
-      self.assertNotRegex(
-        path.read_text(), r"\b(?:eval|exec|sympify|parse_expr|lambdify)\(", path.name
-      )
+    paths = list(pathlib.Path(answer_grammar.__file__).parent.glob("*.py"))
+    self.assertIn("verdicts.py", [path.name for path in paths])
+    for path in paths:
+      evaluators = r"(?<!re\.)\b(?:eval|exec|compile|sympify|parse_expr|lambdify)\("
+      self.assertNotRegex(path.read_text(), evaluators, path.name)
 
 
 if __name__ == "__main__":

@@ -235,15 +235,15 @@ class ShardedTest(parameterized.TestCase):
     expected = jax.jit(gradients)(q, k, v, keys)
     mesh = device_mesh.make_mesh(2, 8 // 2 // tensor, tensor)
     kernels = fused_attention if maker == "TPU" else fused_attention_gpu
+    attend = functools.partial(kernels.attend, block=BLOCK[kernels], interpret=True)
     with (
       mock.patch.object(device_mesh, "runs_on", maker.__eq__),
       mock.patch.object(attention, "_FUSED_FROM", 1),
-      mock.patch.object(
-        kernels, "attend", functools.partial(kernels.attend, block=BLOCK[kernels], interpret=True)
-      ),
+      mock.patch.object(kernels, "attend", side_effect=attend) as called,
     ):
       args = jax.device_put((q, k, v, keys), device_mesh.rows(mesh))
       found = jax.jit(device_mesh.under(mesh, gradients))(*args)
+    called.assert_called()
     for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
 

@@ -28,11 +28,15 @@ class CheckParityTest(absltest.TestCase):
     config = config_schema.default()
     config.mesh.data = 1
     config.mesh.fsdp = -1
+    order = []
+    stage = {"sft": lambda _: order.append("sft") or {}}
     with mock.patch.object(torch_parity, "check") as check:
-      stages.run(config, tempfile.mkdtemp(), [])
+      check.side_effect = lambda *_: order.append("check")
+      stages.run(config, tempfile.mkdtemp(), ["sft"], overrides=stage)
       check.assert_not_called()
       config.model.check_parity = True
-      stages.run(config, tempfile.mkdtemp(), [])
+      stages.run(config, tempfile.mkdtemp(), ["sft"], overrides=stage)
+    self.assertEqual(order, ["sft", "check", "sft"])
     ((folder, model, params),) = [call.args for call in check.call_args_list]
     self.assertEqual(pathlib.Path(folder), EMBEDDED)
     self.assertEqual(

@@ -1,6 +1,7 @@
 """TensorBoard summaries of sample and credit, read back and compared with the records."""
 
 import struct
+from unittest import mock
 
 import pytest
 from absl.testing import absltest
@@ -75,6 +76,9 @@ class BoardsTest(absltest.TestCase):
     experiment = small_run.opened(folder, **{"metrics.tensorboard": False})
     tensorboard_summaries.sampled(experiment, experiment.workdir / "sample", {}, [])
     self.assertFalse((folder / "sample").exists())
+    with_wrong = mock.Mock(wrong=["a wrong trace"])
+    tensorboard_summaries.credited(experiment, experiment.workdir / "credit", {}, with_wrong)
+    self.assertFalse((folder / "credit").exists())
 
 
 if __name__ == "__main__":

@@ -293,6 +293,10 @@ WAITS |= {
   "stage",
   "resolve_for_all",
   "from_first",
+  "require_same",
+  "choose_once",
+  "claim",
+  "connect",
 }
 
 
@@ -343,6 +347,17 @@ class WaitingTest(parameterized.TestCase):
     for path in sorted((ROOT / "synthneg_jax").rglob("*.py")):
       if path.name not in ("distributed.py",):
         self.assertEqual(waiting_behind(path.read_text()), [], path)
+
+  def test_every_collective_is_watched(self):
+    # Fails if a function that says that every process must call it is not looked for above.
+    named = set()
+    for path in sorted((ROOT / "synthneg_jax").rglob("*.py")):
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+          if "very process must call" in " ".join((ast.get_docstring(node) or "").split()):
+            named.add(node.name)
+    self.assertContainsSubset(["broadcast", "choose_once"], named)
+    self.assertContainsSubset(named, WAITS)
 
   @parameterized.parameters(
     ("if distributed.is_primary():\n  distributed.barrier()", ["barrier at 2"]),
