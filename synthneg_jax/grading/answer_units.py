@@ -69,6 +69,7 @@ _HEDGES = frozenset(
   "thousandths millionth millionths factorial root reciprocal zero one two three four five six "
   "seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
   "nineteen twenty thirty forty fifty sixty seventy eighty ninety hundreds thousands more "
+  "minimum maximum doubled halved mod "
   "eleventh elevenths twelfth twelfths gross tens mil millones millionen milliarden tausend "
   "less than fewer least most if else but vs versus where when".split()
 )  # fmt: skip

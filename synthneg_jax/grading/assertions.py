@@ -144,7 +144,8 @@ _TURNS = re.compile(
     r"no\b(?! (?:other|more|further|need|matter|one|doubt))|nope|wait|hmm+|actually|hold on"
     r"|hang on|sorry|apologies|upon re|strike that|等等|不对"
     r"|let me (?:re|correct|double|check|fix|try)|on second thoughts?|edit\b|rather\b"
-    r"|my (?:bad|mistake)|update:|(?:on reflection|looking back)(?! at)"
+    r"|my (?:bad|mistake)|update:|make that|i mean\b|(?:it|this|that) should be(?= [-$(]*[0-9])"
+    r"|the correct (?:value|result) is|(?:on reflection|looking back)(?! at)"
     r"|i apologi[sz]e(?! for the l)"
     r"|i (?:realize|realise|see) (?:now )?(?:that )?(?:i|the above|my) (?:was|is|made|had)"
   ),

@@ -112,15 +112,19 @@ _OPEN_BEFORE = re.compile(
       |(?:different|differs?)\s+from|twice|double|triple|thrice|choose|one\s+of
       |(?:step|equation|problem|part|case|figure|page|chapter|question|level|grade|number|room)
       |(?:multiples|powers|factors|divisors)\s+of|minimum|maximum|exceeds?|exceeding
+      |approx\.?|ca\.|upwards\s+of|within|beyond|everything\s+but|without|loss\s+of|divides
+      |(?:co)?prime\s+to|ends\s+in|contains|No\.|should\s+have\s+been|supposed\s+to\s+be
       |(?:divided|divisible|dividing|divide|multiplied|multiple|multiplying|multiply)\s+(?:by|of)
       |(?:correct|rounded|close|nearest|accurate)\s+to|with
       |(?:thirds?|hal(?:f|ves)|quarters?|fifths?|tenths?|percent|multiple|square|cube|root|power
         |opposite|reciprocal|inverse|double|one|each|out|any|factor|divisor|remainder|[0-9%]+)
         \s+of )\s+
     | 至少[是有为]?\s* | 至多[是有为]?\s* | 大于\s* | 小于\s* | [大约約]*[约約][是为]?\s* | 不到\s*
+    | 最[多少]是?\s* | 接近\s* | [大小]于等于\s* | 第\s*
     | 不[少多]于\s* | 超过\s* | 根号\s* | 百分之\s* | 零下\s* | マイナス\s* | [~≈∼]\s*
     | \b(?: nicht|kein\w*|mindestens|höchstens|etwa|ungefähr|rund|no\s+(?:es|son)|al\s+menos
-        | pas|environ|au\s+moins|menos|unos|не|около|примерно|минус )\s+ ) \$?\s*\Z
+        | pas|environ|au\s+moins|moins\s+de|plus\s+de|más\s+de|weniger\s+als|mehr\s+als|circa
+        |non\s+è|não\s+é|menos|unos|более|менее|не|около|примерно|минус )\s+ ) \$?\s*\Z
   """,
   re.IGNORECASE | re.VERBOSE,
 )
@@ -128,9 +132,12 @@ _OPEN_BEHIND = re.compile(
   rf"""
   \s* (?: (?:or|nor|unless|maybe|perhaps|squared|cubed|factorial|half|and\s+a\s+half|more)\b
     | (?:and|or)\s+(?:above|below|over|under|up) | degrees?\s+below | less\s+than
+    | at\s+(?:most|least) | below\s+zero | in\s+the\s+negative | max\b | minimum\b | doubled
+    | halved | and\s+three\s+quarters | r\s?[0-9] | \((?:mod|base)\b
     | times\s+(?:as|more|the|[0-9]) | -?{_SCALE} | (?:st|nd|rd|th)\b
     | [-\s](?:digits?|decimal|significant)\b
-    | (?:k|(?-i:[KMB]))\b | [万亿百] | 千(?![克米瓦]) | 以上 | 以下 | 左右 | 的?倍数 | [個个]?では
+    | (?:k|(?-i:[KMB]))\b | [万亿百] | 千(?![克米瓦]) | 以上 | 以下 | 左右
+    | 的?倍数? | 个半 | 的平方 | [이가]\s*아닙니다 | [個个]?では
     | Million\w*|Milliarden?|tausend|mil(?:lones)?\b|mille\b|миллион\w*|тысяч\w* )
   """,
   re.IGNORECASE | re.VERBOSE,

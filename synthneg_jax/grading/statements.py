@@ -243,7 +243,7 @@ _AFTERTHOUGHT = re.compile(
   re.IGNORECASE | re.VERBOSE,
 )
 _REASON = re.compile(r"\A(?:since|because|as)\b[^.\n]*", re.IGNORECASE)  # of a retraction
-_CHINESE_MINUS = re.compile(r"负(?=[\s$]*[0-9\\])")
+_CHINESE_MINUS = re.compile(r"负的?(?=[\s$]*[0-9\\])")
 _ENDS_EMPTY = re.compile(r"(?:#{4,}|\\(?:boxed|fbox)\s*(?:\{\s*\})?)[\s$*.]*\Z")
 
 

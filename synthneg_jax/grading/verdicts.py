@@ -37,7 +37,7 @@ _LETTER_WITHIN = re.compile(
 _ANOTHER_LETTER = re.compile(  # "A, B" and "A. 5, B. 6", but not "(A), since (B) is wrong"
   r"\)?[:.]?\s*(?:-?[0-9][0-9.,/]*|correct|incorrect|wrong|right)?\s*(?:[,;&]|,?\s*\band\b)\s*"
   r"\(?([A-J])(?=\s*(?:[,;&.:)]|and\b|\Z))"
-  r"(?!.*\b(?:wrong|false|not|less|eliminated|fail\w*|too|rule[sd]?|cannot)\b)"
+  r"(?![^;(]*\b(?:wrong|false|not|less|eliminated|fail\w*|too|rule[sd]?|cannot)\b)"
 )
 _LETTERS = re.compile(
   r"(?:[A-J]|\([A-J]\))(?:\s*(?:[,;&]|(?:,\s*)?\band\b)\s*(?:[A-J]|\([A-J]\)))+[\s.]*"
