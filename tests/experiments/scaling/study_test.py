@@ -300,7 +300,7 @@ class ToyTest(absltest.TestCase):
       if name == "5a":
         told = {(row["series"], row["problems"]): float(row["mean"]) for row in rows}
         self.assertAlmostEqual(told["per-step DPO", "32"], of.results["step_dpo"][0].mean, places=4)
-    kept = sorted(path.name for path in (self.workdir / "measures").iterdir())
+    kept = sorted(path.name for path in (self.workdir / "measures").glob("*.json"))
     compute = [
       "compute-rft_32_1.json",
       "compute-sft_32_1.json",
