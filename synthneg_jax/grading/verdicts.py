@@ -297,7 +297,7 @@ def _is_formula(node: Node, text: str) -> bool:
   if unit and (unit.group(1) in "NJVAWCFKLcp" or answer_units.unit_of(unit.group(1))):
     return False
   words = re.sub(r"\\[A-Za-z]+|\b(?:sqrt|pi|ln|log|sin|cos|tan|exp)\b", "", text)
-  is_value = tree.is_scalar(node) or isinstance(node, tree.Relation)
+  is_value = tree.is_scalar(node) or (isinstance(node, tree.Relation) and text.count("=") == 1)
   return is_value and not re.search("[A-Za-z]{2}|:", words)
 
 
