@@ -2,7 +2,8 @@
 
     python -m benchmarks.tree_depth --config=arithmetic --workdir=DIR
 
-Counts tokens only: nothing is trained, and rows are not packed.
+Counts tokens only: nothing is trained, and rows are not packed. Rows of stages that the run has not
+finished are left out.
 """
 
 import os
@@ -70,20 +71,22 @@ def main() -> None:
       counts.append(tokens(prompts[key], [Branch(len(prompts[key]), ids) for ids in distinct]))
     return counts
 
-  estimates = Shards(workdir / "credit" / "estimates", StepEstimate).read()
-  credited = {estimate.trace_id for estimate in estimates}
-  pairs = {}
-  for pair in Shards(workdir / "pairs" / "step_dpo" / "pairs", Pair).read():
-    pairs.setdefault(pair.problem_id, []).append(pair)
-  print(
-    table(
-      [
-        ("RFT: right samples of a problem", traces(lambda trace: trace.correct)),
-        ("credit: traces whose steps get rollouts", traces(lambda trace: trace.id in credited)),
-        ("per-step pairs", [pair_tokens(prompts[key], group) for key, group in pairs.items()]),
-      ]
-    )
-  )
+  rows = [
+    ("all samples of a problem", traces(lambda trace: True)),
+    ("RFT: right samples of a problem", traces(lambda trace: trace.correct)),
+  ]
+  if (workdir / "credit" / "manifest.json").exists():
+    estimates = Shards(workdir / "credit" / "estimates", StepEstimate).read()
+    credited = {estimate.trace_id for estimate in estimates}
+    kept = traces(lambda trace: trace.id in credited)
+    rows.append(("credit: traces whose steps get rollouts", kept))
+  if (workdir / "pairs" / "step_dpo" / "manifest.json").exists():
+    pairs = {}
+    for pair in Shards(workdir / "pairs" / "step_dpo" / "pairs", Pair).read():
+      pairs.setdefault(pair.problem_id, []).append(pair)
+    counts = [pair_tokens(prompts[key], group) for key, group in pairs.items()]
+    rows.append(("per-step pairs", counts))
+  print(table(rows))
 
 
 if __name__ == "__main__":
