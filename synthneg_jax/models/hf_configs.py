@@ -433,10 +433,9 @@ def _windows(file: _File, layers: int, unrotated: tuple[bool, ...]) -> dict[str,
     windowed = unrotated if file.flag("use_sliding_window") else (False,) * layers
   elif file.kind.startswith("qwen"):
     first = layers
-    if file.flag("use_sliding_window") and _as_number(file.get("max_window_layers")) != 0:
-      first = file.size("max_window_layers", layers)
-    elif file.flag("use_sliding_window"):
-      first = 0
+    if file.flag("use_sliding_window"):
+      is_zero = _as_number(file.get("max_window_layers")) == 0
+      first = 0 if is_zero else file.size("max_window_layers", layers)
     windowed = tuple(layer >= first for layer in range(layers))
   else:
     pattern = file.size("sliding_window_pattern")
